@@ -1,0 +1,63 @@
+"""Every exception that kvstore raises, on one screen.
+
+A miss is not an error: `fetch` and `match` answer it as a value with a reason (`kvstore.blocks.Reason`).
+`kvstore.wire.status` maps each class to one gRPC status and back; `kvstore.cli` maps some of them to exit codes.
+"""
+
+from __future__ import annotations
+
+
+class KVStoreError(Exception):
+    """Base of all errors raised by kvstore; `str(error)` is one sentence fit to be shown to a person."""
+
+
+class InvalidRequestError(KVStoreError):
+    """The caller sent something that can never work: bad tokens, shapes, dtypes, sizes, offsets."""
+
+
+class LayoutMismatchError(InvalidRequestError):
+    """The layout sent is not the layout that the namespace was made from."""
+
+
+class UnsupportedLayerError(InvalidRequestError):
+    """A cache layer of a class that kvstore does not know; nothing is guessed about it."""
+
+
+class NotFoundError(KVStoreError):
+    """A namespace, upload or block that the daemon does not know (any more)."""
+
+
+class LimitError(KVStoreError):
+    """A documented limit on size, count or memory would be exceeded; trying again later may work."""
+
+
+class StoreFullError(LimitError):
+    """The budget or the free-disk floor leaves no room, even after eviction."""
+
+
+class UnavailableError(KVStoreError):
+    """The daemon cannot be reached, is starting, or is draining."""
+
+
+class DeadlineError(KVStoreError):
+    """The time that the caller allowed has passed."""
+
+
+class CorruptDataError(KVStoreError):
+    """Stored bytes do not match their checksum, header or key. Never served; quarantined."""
+
+
+class UnknownFormatError(KVStoreError):
+    """Data written by a newer kvstore, or with a recipe that this build cannot read."""
+
+
+class DirectoryError(KVStoreError):
+    """The data directory or socket path cannot be used safely; the message says why and names the fix."""
+
+
+class DirectoryHeldError(DirectoryError):
+    """Another daemon holds the data directory; the message names it."""
+
+
+class ConfigError(KVStoreError):
+    """A configuration key or value is wrong; the message names the key and the place it came from."""

@@ -1,0 +1,130 @@
+"""Namespaces and the chain of prefix keys. Pure; golden vectors in tests/golden/keys.json hold it still.
+
+    root  = SHA-256(tag_root, each identity field as (name, length, bytes))
+    key_i = SHA-256(tag_block, key_{i-1}, tokens of block i as 8-byte little-endian)
+
+A tail is keyed like a block, over the tokens that it has. Keys name, they never decide: token bytes are compared on
+every hit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, unpack_record
+from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.layers import Layout
+
+_ROOT_TAG = b"kvstore/root/v1\0"
+_BLOCK_TAG = b"kvstore/block/v1\0"
+FIELD_BYTES_MAX = 4096
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything that must be equal for KV to be interchangeable (DESIGN: words). `alias` is for people only.
+
+    weights: digest of the shards and the effective config; adapter: digest or b""; layout: the cache layout; dtype: of
+    the KV, as in the layout; engine: name and major.minor version ("mlx-lm 0.32"); salt: tenant secret, may be empty.
+    """
+
+    weights: bytes
+    layout: Layout
+    adapter: bytes = b""
+    dtype: str = ""
+    engine: str = ""
+    salt: bytes = b""
+    alias: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise InvalidRequestError("a namespace needs the digest of its weights")
+        for name in ("weights", "adapter", "salt"):
+            value = getattr(self, name)
+            if not isinstance(value, bytes) or len(value) > FIELD_BYTES_MAX:
+                raise InvalidRequestError(f"namespace {name} must be at most {FIELD_BYTES_MAX} bytes")
+        if len(self.engine) + len(self.dtype) + len(self.alias) > FIELD_BYTES_MAX:
+            raise InvalidRequestError("namespace names are too long")
+
+    @property
+    def root(self) -> bytes:
+        """The root of the key chain, 32 bytes: the namespace's id."""
+        return root_key(self.weights, self.adapter, self.layout.digest, self.dtype, self.engine, self.salt)
+
+    @property
+    def info(self) -> NamespaceInfo:
+        """The namespace as the store remembers it."""
+        return NamespaceInfo(
+            self.root, self.weights, self.adapter, self.layout, self.dtype, self.engine, self.alias
+        )
+
+    def to_record(self) -> bytes:
+        """The serial form, for index and blob headers."""
+        return self.info.to_record()
+
+
+@dataclass(frozen=True)
+class NamespaceInfo:
+    """A namespace as the store remembers it: its root instead of its salt, which data at rest must not give away."""
+
+    root: bytes
+    weights: bytes
+    adapter: bytes
+    layout: Layout
+    dtype: str
+    engine: str
+    alias: str
+
+    def to_record(self) -> bytes:
+        """msgpack for index and blob headers."""
+        fields = [1, self.root, self.weights, self.adapter, self.layout.record, self.dtype, self.engine, self.alias]
+        packed: bytes = msgpack.packb(fields)
+        return packed
+
+    @classmethod
+    def from_record(cls, record: bytes) -> NamespaceInfo:
+        """Parse `to_record`; CorruptDataError when it is not one."""
+        fields: Any = unpack_record(record)
+        if not isinstance(fields, list) or len(fields) != 8 or fields[0] != 1:
+            raise CorruptDataError("not a namespace record of a known version")
+        _, root, weights, adapter, layout, dtype, engine, alias = fields
+        try:
+            return cls(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
+        except (InvalidRequestError, TypeError) as error:
+            raise CorruptDataError(f"namespace record: {error}") from error
+
+
+def root_key(weights: bytes, adapter: bytes, layout_digest: bytes, dtype: str, engine: str, salt: bytes) -> bytes:
+    """The root of a namespace's chain; every field is tagged and length-prefixed, so no two field lists collide."""
+    digest = hashlib.sha256(_ROOT_TAG)
+    fields = (
+        (b"weights", weights),
+        (b"adapter", adapter),
+        (b"layout", layout_digest),
+        (b"dtype", dtype.encode()),
+        (b"engine", engine.encode()),
+        (b"salt", salt),
+    )
+    for name, value in fields:
+        digest.update(len(name).to_bytes(4, "little") + name + len(value).to_bytes(8, "little") + value)
+    return digest.digest()
+
+
+def block_key(parent: bytes, tokens: bytes) -> bytes:
+    """The key of a block or tail with packed `tokens` after `parent`."""
+    return hashlib.sha256(_BLOCK_TAG + parent + tokens).digest()
+
+
+def chain_keys(root: bytes, tokens: bytes, block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
+    """Keys of all full blocks of packed `tokens`, in order."""
+    step = block_tokens * TOKEN_BYTES
+    keys: list[bytes] = []
+    parent = root
+    for at in range(0, len(tokens) - step + 1, step):
+        parent = block_key(parent, tokens[at : at + step])
+        keys.append(parent)
+    return keys

@@ -1,0 +1,219 @@
+"""The engine-neutral schema of cache layers, and the byte order in which raw KV travels.
+
+A `Layout` says what one token's KV is: for every layer a kind, and for its keys and values the head count, the width,
+the dtype and, where the engine itself keeps them quantized, bits and group size. It is part of a namespace's identity.
+Kind strings are ours, never class names of an engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, Tensor, unpack_record
+from kvstore.errors import CorruptDataError, InvalidRequestError
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+LAYERS_MAX = 4096
+HEADS_MAX = 4096
+WIDTH_MAX = 65_536
+PARTS = ("keys", "values")
+
+
+@dataclass(frozen=True, slots=True)
+class PartSpec:
+    """Keys or values of one layer: `heads` rows of `width` numbers a token.
+
+    `bits > 0`: the engine keeps them quantized itself (mlx affine, `group` values a scale); then `dtype` is that of
+    scales and biases. `width == 0` is legal and holds nothing (some latent layouts have no values).
+    """
+
+    heads: int
+    width: int
+    dtype: str
+    bits: int = 0
+    group: int = 0
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The raw tensors of this part, without offsets: one `data`, or `codes`, `scales`, `biases`."""
+        if self.width == 0:
+            return ()
+        if not self.bits:
+            return (Tensor("data", self.dtype, self.heads, self.width),)
+        groups = self.width // self.group
+        return (
+            Tensor("codes", "U32", self.heads, self.width * self.bits // 32),
+            Tensor("scales", self.dtype, self.heads, groups),
+            Tensor("biases", self.dtype, self.heads, groups),
+        )
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError unless every field is in range."""
+        if not 0 < self.heads <= HEADS_MAX or not 0 <= self.width <= WIDTH_MAX:
+            raise InvalidRequestError(f"heads or width out of range: {self.heads} x {self.width}")
+        if self.dtype not in FLOAT_DTYPES:
+            raise InvalidRequestError(f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+        if self.bits:
+            if self.bits not in (2, 3, 4, 5, 6, 8) or self.group not in (32, 64, 128):
+                raise InvalidRequestError(f"no such quantization: {self.bits} bits, group {self.group}")
+            if self.width % self.group or self.width * self.bits % 32:
+                raise InvalidRequestError(f"width {self.width} does not divide into groups of {self.group}")
+        elif self.group:
+            raise InvalidRequestError("a group size without bits")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One cache layer. `kind` is "kv": sliceable at any token."""
+
+    keys: PartSpec
+    values: PartSpec
+    kind: str = "kv"
+
+    def part(self, name: str) -> PartSpec:
+        """The spec of "keys" or "values"."""
+        return self.keys if name == "keys" else self.values
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All layers of a cache, in the engine's order."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError unless the layout can be stored."""
+        if not 0 < len(self.layers) <= LAYERS_MAX:
+            raise InvalidRequestError(f"a layout has 1 to {LAYERS_MAX} layers, got {len(self.layers)}")
+        for layer in self.layers:
+            if layer.kind != "kv":
+                raise InvalidRequestError(f"unknown layer kind {layer.kind!r}")
+            layer.keys.validate()
+            layer.values.validate()
+        if not self.token_bytes:
+            raise InvalidRequestError("a layout must hold at least one byte a token")
+
+    @functools.cached_property
+    def raw_stacks(self) -> tuple[Stack, ...]:
+        """Stacks of equal geometry in the order in which raw KV travels: keys first, then values."""
+        groups: dict[tuple[str, PartSpec], list[int]] = {}
+        for part in PARTS:
+            for index, layer in enumerate(self.layers):
+                if layer.part(part).width:
+                    groups.setdefault((part, layer.part(part)), []).append(index)
+        return tuple(Stack(part, tuple(index), RAW, spec.tensors()) for (part, spec), index in groups.items())
+
+    @functools.cached_property
+    def token_bytes(self) -> int:
+        """Bytes of one token's raw KV over all layers."""
+        return sum(stack.nbytes(1) for stack in self.raw_stacks)
+
+    def layer_token_bytes(self, index: int) -> int:
+        """Bytes of one token's raw KV in one layer."""
+        layer = self.layers[index]
+        return sum(t.layer_bytes(1) for part in PARTS for t in layer.part(part).tensors())
+
+    @functools.cached_property
+    def record(self) -> bytes:
+        """The serial form: msgpack of the distinct layers and, in order, which one each layer is."""
+        distinct = list(dict.fromkeys(self.layers))
+        index = {layer: i for i, layer in enumerate(distinct)}
+        packed: bytes = msgpack.packb(
+            [[[s.kind, _part_list(s.keys), _part_list(s.values)] for s in distinct], [index[s] for s in self.layers]]
+        )
+        return packed
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the record: what a namespace is bound to."""
+        return hashlib.sha256(b"kvstore/layout/v1\0" + self.record).digest()
+
+    @classmethod
+    def from_record(cls, record: bytes) -> Layout:
+        """Parse and validate; InvalidRequestError when it is not a layout."""
+        try:
+            distinct, order = unpack_record(record)
+            if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
+                raise InvalidRequestError("too many layers")
+            specs = [LayerSpec(PartSpec(*keys), PartSpec(*values), str(kind)) for kind, keys, values in distinct]
+            layout = cls(tuple(specs[_index(i, len(specs))] for i in order))
+            layout.validate()
+        except (CorruptDataError, TypeError, ValueError) as error:
+            raise InvalidRequestError(f"not a layout: {error}") from error
+        return layout
+
+
+def _part_list(part: PartSpec) -> list[Any]:
+    return [part.heads, part.width, part.dtype, part.bits, part.group]
+
+
+def _index(value: Any, limit: int) -> int:
+    if not isinstance(value, int) or not 0 <= value < limit:
+        raise ValueError("layer index out of range")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens `[start, end)` of a sequence that lie in one block and have one origin; the unit in which raw KV travels.
+
+    Its bytes are, for each stack of `Layout.raw_stacks`, each tensor, each layer of the stack: `[heads, tokens, width]`.
+    That is exactly the payload of a raw blob of these tokens. `restored` says that the values came out of the store.
+    """
+
+    start: int
+    end: int
+    restored: bool = False
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the piece."""
+        return self.end - self.start
+
+
+def cut_pieces(start: int, end: int, restored_tokens: int = 0, block_tokens: int = BLOCK_TOKENS) -> list[Piece]:
+    """Cut `[start, end)` at block boundaries and at the end of what was restored. Both sides compute the same list."""
+    edges = {start, end, *range((start // block_tokens + 1) * block_tokens, end, block_tokens)}
+    if start < restored_tokens < end:
+        edges.add(restored_tokens)
+    ordered = sorted(edges)
+    return [Piece(a, b, a < restored_tokens) for a, b in zip(ordered, ordered[1:], strict=False)]
+
+
+def raw_ranges(layout: Layout, n_tokens: int) -> Iterator[tuple[Stack, Tensor, int, int, int]]:
+    """Where each layer's raw bytes lie in a piece: (stack, tensor, layer index, offset, length)."""
+    offset = 0
+    for stack in layout.raw_stacks:
+        for tensor in stack.tensors:
+            length = tensor.layer_bytes(n_tokens)
+            for layer in stack.layers:
+                yield stack, tensor, layer, offset, length
+                offset += length
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    return ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """Arrays of one cache layer, in the hands of whoever owns them.
+
+    `keys` and `values` hold one array per tensor of their spec, each `[1, heads, capacity, width]` with
+    `capacity >= n_tokens`; what lies beyond `n_tokens` is head-room or stale and is never stored.
+    """
+
+    spec: LayerSpec
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
+    n_tokens: int
+
+    def part(self, name: str) -> tuple[Any, ...]:
+        """The arrays of "keys" or "values"."""
+        return self.keys if name == "keys" else self.values

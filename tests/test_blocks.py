@@ -1,0 +1,137 @@
+"""Blocks and layouts: serial forms, limits, and the order in which raw KV travels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.blocks import FIDELITY_EXACT, RAW, Block, Recipe, Run, Stack, Tensor, pack_tokens
+from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.layers import LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
+
+AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
+KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))
+VALUES = Stack("values", (0, 1), RAW, (Tensor("data", "BF16", 2, 64, 640),))
+RUN = Run(5, 1, 3, 800, (KEYS, VALUES))
+BLOCK = Block(b"r" * 32, b"p" * 32, b"k" * 32, 256, pack_tokens([1, 2, 3]), 800, (RUN,), 1_700_000_000, b"ns")
+
+
+def test_a_block_record_comes_back_equal() -> None:
+    """Every field, recipes and checksums included."""
+    assert Block.from_record(BLOCK.to_record()) == BLOCK
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        replace(BLOCK, tokens=pack_tokens([1, 2])),
+        replace(BLOCK, tokens=b""),
+        replace(BLOCK, key=b"short"),
+        replace(BLOCK, runs=(replace(RUN, skip=3),)),
+        replace(BLOCK, runs=(replace(RUN, shown=0), RUN)),
+        replace(BLOCK, runs=(replace(RUN, stacks=(replace(KEYS, part="queries"),)),)),
+        replace(BLOCK, runs=(replace(RUN, stacks=(replace(KEYS, tensors=(Tensor("a/b", "U32", 1, 1),)),)),)),
+        replace(BLOCK, runs=(replace(RUN, stacks=(replace(KEYS, tensors=(Tensor("a", "F64", 1, 1),)),)),)),
+        replace(BLOCK, runs=(replace(RUN, stacks=(replace(KEYS, tensors=(Tensor("a", "U32", 1, 1, 0, b"1"),)),)),)),
+        replace(BLOCK, start=-1),
+    ],
+)
+def test_a_record_that_contradicts_itself_is_corrupt(broken: Block) -> None:
+    """Coverage, names, dtypes, ranges: checked on every parse."""
+    with pytest.raises(CorruptDataError):
+        Block.from_record(broken.to_record())
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_are_never_a_block(junk: bytes) -> None:
+    """One typed error whatever the bytes are."""
+    with pytest.raises(CorruptDataError):
+        Block.from_record(junk)
+
+
+@given(st.integers(0, 400), st.binary(min_size=1, max_size=4))
+def test_a_damaged_record_is_corrupt_or_parses(at: int, patch: bytes) -> None:
+    """Damage never ends in another exception."""
+    record = bytearray(BLOCK.to_record())
+    at %= len(record)
+    record[at : at + len(patch)] = patch
+    try:
+        Block.from_record(bytes(record))
+    except CorruptDataError:
+        pass
+
+
+def test_a_nested_record_bomb_is_corrupt() -> None:
+    """Depth is msgpack's to limit; it must come out as our error."""
+    with pytest.raises(CorruptDataError):
+        Block.from_record(b"\x91" * 100_000)
+
+
+def test_raw_order_is_stack_by_stack_and_without_gaps() -> None:
+    """The bytes of a piece tile it exactly, keys before values."""
+    layout = Layout(
+        (
+            LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 32, "BF16")),
+            LayerSpec(PartSpec(4, 64, "BF16", 8, 64), PartSpec(4, 0, "BF16")),
+            LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 32, "BF16")),
+        )
+    )
+    ranges = list(raw_ranges(layout, 7))
+    assert [r[3] for r in ranges] == [sum(x[4] for x in ranges[:i]) for i in range(len(ranges))]
+    assert sum(r[4] for r in ranges) == 7 * layout.token_bytes
+    assert [r[2] for r in ranges] == [0, 2, 1, 1, 1, 0, 2]
+    assert sum(layout.layer_token_bytes(i) for i in range(3)) == layout.token_bytes
+
+
+def test_a_layout_record_comes_back_equal_and_small() -> None:
+    """Equal layers are written once: a deep model's layout stays a few hundred bytes."""
+    part = PartSpec(8, 128, "BF16")
+    layout = Layout((LayerSpec(part, part),) * 80)
+    assert Layout.from_record(layout.record) == layout
+    assert len(layout.record) < 300
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LayerSpec(PartSpec(0, 64, "BF16"), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(2, 64, "F64"), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(2, 0, "BF16"), PartSpec(2, 0, "BF16")),
+        LayerSpec(PartSpec(2, 64, "BF16", 7, 64), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(2, 48, "BF16", 8, 32), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(2, 64, "BF16", 0, 64), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(1 << 40, 64, "BF16"), PartSpec(2, 64, "BF16")),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "attention"),
+    ],
+)
+def test_a_layout_that_cannot_be_stored_is_refused(layer: LayerSpec) -> None:
+    """Before it becomes part of anybody's identity."""
+    with pytest.raises(InvalidRequestError):
+        Layout((layer,)).validate()
+
+
+@pytest.mark.parametrize("record", [b"", b"\x90", msgpack.packb([[], []]), msgpack.packb([[["kv", [1], [1]]], [0]])])
+def test_a_layout_record_that_is_none_is_refused(record: bytes) -> None:
+    """As an invalid request, since it comes from a peer."""
+    with pytest.raises(InvalidRequestError):
+        Layout.from_record(record)
+
+
+@given(st.integers(0, 2000), st.integers(1, 2000), st.integers(0, 3000))
+def test_pieces_tile_the_range_inside_blocks_and_origins(start: int, length: int, restored: int) -> None:
+    """No piece crosses a block edge or the end of what was restored; together they are the range."""
+    pieces = cut_pieces(start, start + length, restored)
+    assert pieces[0].start == start and pieces[-1].end == start + length
+    assert all(a.end == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    for piece in pieces:
+        assert piece.start // 256 == (piece.end - 1) // 256
+        assert piece.restored == (piece.end <= restored)
+
+
+def test_fidelity_ranks_exact_above_every_codec() -> None:
+    """Sixteen bits of a codec are still not the exact values."""
+    assert FIDELITY_EXACT > 100 * 32
