@@ -1,0 +1,87 @@
+"""Nouns to messages and back. What a peer sends is validated here, once, before anything else sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from kvstore.blocks import KEY_BYTES, Run, runs_from_list, runs_to_list, unpack_record
+from kvstore.errors import InvalidRequestError
+from kvstore.keys import FIELD_BYTES_MAX, Namespace, root_key
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+# Channel and server options that both ends need. Messages are bounded by the caller's limit, proxies never apply to a
+# local daemon, and SO_REUSEPORT would let a second daemon share a TCP port without a word.
+MESSAGE_OVERHEAD_BYTES = 64 << 10
+
+
+def channel_options(message_bytes_max: int) -> list[tuple[str, int]]:
+    """gRPC options shared by client channels and the server."""
+    limit = message_bytes_max + MESSAGE_OVERHEAD_BYTES
+    return [
+        ("grpc.max_receive_message_length", limit),
+        ("grpc.max_send_message_length", limit),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def namespace_to_message(namespace: Namespace) -> pb.Namespace:
+    """The identity as it travels; the layout goes by its digest."""
+    return pb.Namespace(
+        weights=namespace.weights,
+        adapter=namespace.adapter,
+        layout_digest=namespace.layout.digest,
+        dtype=namespace.dtype,
+        engine=namespace.engine,
+        salt=namespace.salt,
+        alias=namespace.alias,
+    )
+
+
+def root_from_message(message: pb.Namespace) -> bytes:
+    """The root key of an identity; InvalidRequestError when a field is missing or out of range."""
+    if not message.weights:
+        raise InvalidRequestError("the request names no weights: a namespace is bound to the digest of its weights")
+    if len(message.layout_digest) != KEY_BYTES:
+        raise InvalidRequestError(f"layout_digest must have {KEY_BYTES} bytes, got {len(message.layout_digest)}")
+    if max(len(message.weights), len(message.adapter), len(message.salt)) > FIELD_BYTES_MAX:
+        raise InvalidRequestError(f"a namespace field is longer than {FIELD_BYTES_MAX} bytes")
+    return root_key(
+        message.weights, message.adapter, message.layout_digest, message.dtype, message.engine, message.salt
+    )
+
+
+def runs_to_bytes(runs: Sequence[Run]) -> bytes:
+    """Runs as they travel in a BlockSlice."""
+    packed: bytes = msgpack.packb(runs_to_list(runs))
+    return packed
+
+
+def runs_from_bytes(packed: bytes) -> tuple[Run, ...]:
+    """Parse and validate a BlockSlice's runs; CorruptDataError when they are not."""
+    return runs_from_list(unpack_record(packed))
+
+
+def message_to_dict(message: Message) -> dict[str, Any]:
+    """A reply as plain Python for `--json`: every field, integers as integers, bytes as hex."""
+    return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
+
+
+def _field(message: Message, field: FieldDescriptor) -> Any:
+    value = getattr(message, field.name)
+    if field.message_type is not None and field.message_type.GetOptions().map_entry:
+        return dict(sorted(value.items()))
+    if field.is_repeated:
+        return [_scalar(item) for item in value]
+    return _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, Message):
+        return message_to_dict(value)
+    return value.hex() if isinstance(value, bytes) else value

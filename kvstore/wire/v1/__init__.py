@@ -1,0 +1,1 @@
+"""Generated from protos/kvstore.proto by `make proto`; do not edit."""

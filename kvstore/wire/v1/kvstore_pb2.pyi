@@ -1,0 +1,458 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Representation(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REPRESENTATION_UNSPECIFIED: _ClassVar[Representation]
+    REPRESENTATION_PACKED: _ClassVar[Representation]
+    REPRESENTATION_DENSE: _ClassVar[Representation]
+
+class Transport(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    TRANSPORT_UNSPECIFIED: _ClassVar[Transport]
+    TRANSPORT_PATH: _ClassVar[Transport]
+    TRANSPORT_STREAM: _ClassVar[Transport]
+REPRESENTATION_UNSPECIFIED: Representation
+REPRESENTATION_PACKED: Representation
+REPRESENTATION_DENSE: Representation
+TRANSPORT_UNSPECIFIED: Transport
+TRANSPORT_PATH: Transport
+TRANSPORT_STREAM: Transport
+
+class Namespace(_message.Message):
+    __slots__ = ("weights", "adapter", "layout_digest", "dtype", "engine", "salt", "alias")
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    SALT_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    weights: bytes
+    adapter: bytes
+    layout_digest: bytes
+    dtype: str
+    engine: str
+    salt: bytes
+    alias: str
+    def __init__(self, weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., salt: _Optional[bytes] = ..., alias: _Optional[str] = ...) -> None: ...
+
+class MatchRequest(_message.Message):
+    __slots__ = ("namespace", "tokens", "fidelity_min")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    tokens: bytes
+    fidelity_min: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ...) -> None: ...
+
+class MatchReply(_message.Message):
+    __slots__ = ("n_tokens", "reason", "fidelity")
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    n_tokens: int
+    reason: str
+    fidelity: int
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
+    REPRESENTATION_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    tokens: bytes
+    fidelity_min: int
+    representation: Representation
+    transport: Transport
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+
+class FetchReply(_message.Message):
+    __slots__ = ("plan", "chunk")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    plan: FetchPlan
+    chunk: LayerChunk
+    def __init__(self, plan: _Optional[_Union[FetchPlan, _Mapping]] = ..., chunk: _Optional[_Union[LayerChunk, _Mapping]] = ...) -> None: ...
+
+class FetchPlan(_message.Message):
+    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks")
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    n_tokens: int
+    reason: str
+    fidelity: int
+    layout: bytes
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockSlice]
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ...) -> None: ...
+
+class BlockSlice(_message.Message):
+    __slots__ = ("key", "n_tokens", "runs", "path", "payload_offset", "file_bytes")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    n_tokens: int
+    runs: bytes
+    path: str
+    payload_offset: int
+    file_bytes: int
+    def __init__(self, key: _Optional[bytes] = ..., n_tokens: _Optional[int] = ..., runs: _Optional[bytes] = ..., path: _Optional[str] = ..., payload_offset: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
+
+class LayerChunk(_message.Message):
+    __slots__ = ("layer", "data")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    layer: int
+    data: bytes
+    def __init__(self, layer: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class BeginStoreRequest(_message.Message):
+    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_FROM_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    layout: bytes
+    tokens: bytes
+    captured_from: int
+    restored_tokens: int
+    restored_fidelity: int
+    profile: str
+    transport: Transport
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+
+class BeginStoreReply(_message.Message):
+    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_PATH_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    start: int
+    end: int
+    upload_bytes: int
+    staging_path: str
+    reason: str
+    held_tokens: int
+    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ...) -> None: ...
+
+class UploadChunk(_message.Message):
+    __slots__ = ("upload_id", "data")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    data: bytes
+    def __init__(self, upload_id: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class UploadReply(_message.Message):
+    __slots__ = ("received_bytes",)
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    received_bytes: int
+    def __init__(self, received_bytes: _Optional[int] = ...) -> None: ...
+
+class CommitStoreRequest(_message.Message):
+    __slots__ = ("upload_id",)
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    def __init__(self, upload_id: _Optional[str] = ...) -> None: ...
+
+class CommitStoreReply(_message.Message):
+    __slots__ = ("done", "durable", "stored_tokens", "new_bytes", "reason")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    durable: bool
+    stored_tokens: int
+    new_bytes: int
+    reason: str
+    def __init__(self, done: bool = ..., durable: bool = ..., stored_tokens: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbortStoreRequest(_message.Message):
+    __slots__ = ("upload_id",)
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    def __init__(self, upload_id: _Optional[str] = ...) -> None: ...
+
+class AbortStoreReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReportRequest(_message.Message):
+    __slots__ = ("key", "detail")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    detail: str
+    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class ReportReply(_message.Message):
+    __slots__ = ("quarantined",)
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    quarantined: bool
+    def __init__(self, quarantined: bool = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsReply(_message.Message):
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons")
+    class MissReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class StoreReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    DAEMON_FIELD_NUMBER: _ClassVar[int]
+    DISK_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    MISS_REASONS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    STORE_REASONS_FIELD_NUMBER: _ClassVar[int]
+    daemon: DaemonStats
+    disk: DiskStats
+    tokens: TokenStats
+    requests: RequestStats
+    miss_reasons: _containers.ScalarMap[str, int]
+    bytes: ByteStats
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
+    store_reasons: _containers.ScalarMap[str, int]
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
+class DaemonStats(_message.Message):
+    __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    pid: int
+    uptime_s: int
+    state: str
+    device: str
+    detail: str
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class DiskStats(_message.Message):
+    __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined")
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FREE_FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    used_bytes: int
+    budget_bytes: int
+    free_bytes: int
+    free_floor_bytes: int
+    blobs: int
+    quarantined: int
+    def __init__(self, used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., free_floor_bytes: _Optional[int] = ..., blobs: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
+
+class TokenStats(_message.Message):
+    __slots__ = ("stored", "served")
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    stored: int
+    served: int
+    def __init__(self, stored: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
+
+class RequestStats(_message.Message):
+    __slots__ = ("match", "fetch", "store", "hits", "partial_hits", "misses")
+    MATCH_FIELD_NUMBER: _ClassVar[int]
+    FETCH_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    match: int
+    fetch: int
+    store: int
+    hits: int
+    partial_hits: int
+    misses: int
+    def __init__(self, match: _Optional[int] = ..., fetch: _Optional[int] = ..., store: _Optional[int] = ..., hits: _Optional[int] = ..., partial_hits: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
+
+class ByteStats(_message.Message):
+    __slots__ = ("logical", "stored", "written", "served")
+    LOGICAL_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_FIELD_NUMBER: _ClassVar[int]
+    SERVED_FIELD_NUMBER: _ClassVar[int]
+    logical: int
+    stored: int
+    written: int
+    served: int
+    def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
+
+class NamespaceStats(_message.Message):
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    id: bytes
+    alias: str
+    tokens: int
+    bytes: int
+    blocks: int
+    logical_bytes: int
+    engine: str
+    dtype: str
+    layers: int
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
+
+class ListRequest(_message.Message):
+    __slots__ = ("namespace_prefix", "limit")
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    limit: int
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListReply(_message.Message):
+    __slots__ = ("namespaces", "blocks", "truncated")
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
+    truncated: bool
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
+
+class BlockInfo(_message.Message):
+    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    N_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIDELITY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    ACCESSED_S_FIELD_NUMBER: _ClassVar[int]
+    RECIPES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    parent: bytes
+    namespace_id: bytes
+    start: int
+    n_tokens: int
+    bytes: int
+    fidelity: int
+    created_s: int
+    accessed_s: int
+    recipes: _containers.RepeatedScalarFieldContainer[str]
+    path: str
+    runs: int
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ...) -> None: ...
+
+class ShowRequest(_message.Message):
+    __slots__ = ("key_prefix",)
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    key_prefix: bytes
+    def __init__(self, key_prefix: _Optional[bytes] = ...) -> None: ...
+
+class ShowReply(_message.Message):
+    __slots__ = ("blocks",)
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
+    def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ...) -> None: ...
+
+class EvictRequest(_message.Message):
+    __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run")
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    key_prefix: bytes
+    idle_s: int
+    bytes: int
+    all: bool
+    dry_run: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ..., idle_s: _Optional[int] = ..., bytes: _Optional[int] = ..., all: bool = ..., dry_run: bool = ...) -> None: ...
+
+class EvictReply(_message.Message):
+    __slots__ = ("blocks", "freed_bytes")
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    blocks: int
+    freed_bytes: int
+    def __init__(self, blocks: _Optional[int] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("repair",)
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
+    repair: bool
+    def __init__(self, repair: bool = ...) -> None: ...
+
+class CheckReply(_message.Message):
+    __slots__ = ("blobs", "bytes", "repaired", "findings")
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    blobs: int
+    bytes: int
+    repaired: int
+    findings: _containers.RepeatedCompositeFieldContainer[Finding]
+    def __init__(self, blobs: _Optional[int] = ..., bytes: _Optional[int] = ..., repaired: _Optional[int] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ...) -> None: ...
+
+class Finding(_message.Message):
+    __slots__ = ("kind", "path", "detail")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    path: str
+    detail: str
+    def __init__(self, kind: _Optional[str] = ..., path: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
