@@ -118,6 +118,9 @@ class Recipe:
     version: int = 1
     params: tuple[tuple[str, int], ...] = ()
 
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{key}{value}" for key, value in self.params)])
+
     def param(self, key: str) -> int:
         """The parameter `key`; CorruptDataError if the recipe lacks it."""
         for name, value in self.params:

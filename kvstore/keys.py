@@ -58,9 +58,7 @@ class Namespace:
     @property
     def info(self) -> NamespaceInfo:
         """The namespace as the store remembers it."""
-        return NamespaceInfo(
-            self.root, self.weights, self.adapter, self.layout, self.dtype, self.engine, self.alias
-        )
+        return NamespaceInfo(self.root, self.weights, self.adapter, self.layout, self.dtype, self.engine, self.alias)
 
     def to_record(self) -> bytes:
         """The serial form, for index and blob headers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +163,7 @@ def _index(value: Any, limit: int) -> int:
 class Piece:
     """Tokens `[start, end)` of a sequence that lie in one block and have one origin; the unit in which raw KV travels.
 
-    Its bytes are, for each stack of `Layout.raw_stacks`, each tensor, each layer of the stack: `[heads, tokens, width]`.
+    Its bytes are, for each stack of `Layout.raw_stacks`, each tensor, each layer of it: `[heads, tokens, width]`.
     That is exactly the payload of a raw blob of these tokens. `restored` says that the values came out of the store.
     """
 
@@ -182,7 +183,7 @@ def cut_pieces(start: int, end: int, restored_tokens: int = 0, block_tokens: int
     if start < restored_tokens < end:
         edges.add(restored_tokens)
     ordered = sorted(edges)
-    return [Piece(a, b, a < restored_tokens) for a, b in zip(ordered, ordered[1:], strict=False)]
+    return [Piece(a, b, a < restored_tokens) for a, b in itertools.pairwise(ordered)]
 
 
 def raw_ranges(layout: Layout, n_tokens: int) -> Iterator[tuple[Stack, Tensor, int, int, int]]:

@@ -1,1 +1,1 @@
-"""The only package that touches protobuf: generated code (`v1`), nouns to messages and back (`convert`), errors (`status`)."""
+"""The only package that touches protobuf: generated code (`v1`), conversions (`convert`), errors (`status`)."""

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgpack
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from kvstore.blocks import KEY_BYTES, Run, runs_from_list, runs_to_list, unpack_record
@@ -72,7 +71,7 @@ def message_to_dict(message: Message) -> dict[str, Any]:
     return {field.name: _field(message, field) for field in message.DESCRIPTOR.fields}
 
 
-def _field(message: Message, field: FieldDescriptor) -> Any:
+def _field(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         return dict(sorted(value.items()))

@@ -1,0 +1,109 @@
+"""The RPC edge of Admin: what people and scripts ask. Each verb runs on the admin worker, whatever it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstore import __version__
+from kvstore.engine import BlockInfo, Engine, Selection
+from kvstore.server.edge import Context, Workers, unary
+from kvstore.server.lane import Lane
+from kvstore.server.stats import Counters, namespace_message
+from kvstore.server.store import StorePath
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+
+SHOW_MAX = 100
+LIST_MAX = 10_000
+FINDINGS_MAX = 1000
+
+
+class AdminService(rpc.AdminServicer):
+    """What people and scripts call. All methods run on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: StorePath,
+        lane: Lane,
+        workers: Workers,
+        counters: Counters,
+        state: Callable[[], str],
+        device: Callable[[], str],
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._lane = lane
+        self._workers = workers
+        self._counters = counters
+        self._state = state
+        self._device = device
+
+    @unary
+    async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
+        return await self._workers.admin(self._stats)
+
+    def _stats(self) -> pb.StatsReply:
+        return self._counters.reply(
+            self._engine,
+            version=__version__,
+            state=self._state(),
+            device=self._device() if self._lane.used else "idle",
+            tokens_stored=self._store.tokens_stored,
+        )
+
+    @unary
+    async def List(self, request: pb.ListRequest, context: Context) -> pb.ListReply:
+        limit = min(request.limit or LIST_MAX, LIST_MAX)
+        if not request.namespace_prefix:
+            stats = await self._workers.admin(self._engine.stats)
+            rows = [namespace_message(one) for one in stats.namespaces]
+            return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
+        found = await self._workers.admin(self._engine.list_blocks, request.namespace_prefix, limit + 1)
+        blocks = [block_message(info) for info in found[:limit]]
+        return pb.ListReply(blocks=blocks, truncated=len(found) > limit)
+
+    @unary
+    async def Show(self, request: pb.ShowRequest, context: Context) -> pb.ShowReply:
+        found = await self._workers.admin(self._engine.show, request.key_prefix)
+        return pb.ShowReply(blocks=[block_message(info) for info in found[:SHOW_MAX]])
+
+    @unary
+    async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
+        selection = Selection(
+            namespace_prefix=request.namespace_prefix,
+            key_prefix=request.key_prefix,
+            idle_s=request.idle_s,
+            bytes=request.bytes,
+            all=request.all,
+        )
+        report = await self._workers.admin(self._engine.evict, selection, request.dry_run)
+        return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes)
+
+    @unary
+    async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:
+        report = await self._workers.admin(self._engine.check, request.repair)
+        findings = [pb.Finding(kind=one.kind, path=one.path, detail=one.detail) for one in report.findings]
+        return pb.CheckReply(
+            blobs=report.blobs, bytes=report.bytes, repaired=report.repaired, findings=findings[:FINDINGS_MAX]
+        )
+
+
+def block_message(info: BlockInfo) -> pb.BlockInfo:
+    """One block as List and Show tell it."""
+    block = info.row.block
+    recipes = {stack.recipe for run in block.runs for stack in run.stacks}
+    return pb.BlockInfo(
+        key=block.key,
+        parent=block.parent,
+        namespace_id=block.root,
+        start=block.start,
+        n_tokens=block.n_tokens,
+        bytes=info.row.disk_bytes,
+        fidelity=block.fidelity,
+        created_s=block.created_s,
+        accessed_s=info.accessed_s,
+        recipes=sorted(str(recipe) for recipe in recipes),
+        path=str(info.path),
+        runs=len(block.runs),
+    )

@@ -1,0 +1,198 @@
+"""Start, serve, drain, stop. One daemon owns one data directory and one address.
+
+Order of start: file limit, data directory (lock first), engine, socket, services, health SERVING. Order of stop: health
+NOT_SERVING, no new calls, accepted commits finish within the grace period, engine closed, socket removed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from kvstore.codecs import device
+from kvstore.config import Config
+from kvstore.engine import Engine, EngineOptions
+from kvstore.errors import DirectoryError, DirectoryHeldError
+from kvstore.server.admin import AdminService
+from kvstore.server.edge import Workers
+from kvstore.server.fetch import FetchPath
+from kvstore.server.lane import Lane
+from kvstore.server.service import KVStoreService
+from kvstore.server.stats import Counters
+from kvstore.server.store import StorePath
+from kvstore.wire.convert import channel_options
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 10.0
+REAP_EVERY_S = 1.0
+OPEN_FILES_WANTED = 4096
+
+
+class Daemon:
+    """The running daemon: owns engine, lane, workers and the gRPC server. Made and used on the event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._state = "starting"
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until `stop`. Raises DirectoryError and DirectoryHeldError before anything is served."""
+        config = self._config
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(listening_place(config))
+            # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
+            engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
+            stack.callback(engine.close)
+            lane = Lane(lambda: device.set_limits(config.gpu_memory_bytes))
+            stack.callback(lane.close)
+            workers = Workers()
+            stack.callback(workers.close)
+            await self._serve(engine, lane, workers)
+
+    def stop(self) -> None:
+        """Ask `run` to drain and return; safe from signal handlers of the loop."""
+        self._stop.set()
+
+    async def _serve(self, engine: Engine, lane: Lane, workers: Workers) -> None:
+        config = self._config
+        store = StorePath(engine, lane, config, engine.staging_dir)
+        fetch = FetchPath(engine, lane, config)
+        counters = Counters()
+        service = KVStoreService(engine, store, fetch, workers, counters, config, same_host=bool(config.address.path))
+        admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
+        health = HealthServicer()
+        server = grpc.aio.server(options=channel_options(config.message_bytes_max))
+        rpc.add_KVStoreServicer_to_server(service, server)
+        rpc.add_AdminServicer_to_server(admin, server)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        services = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("KVStore", "Admin")]
+        if config.address.path:
+            names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
+            reflection.enable_server_reflection(names, server)
+        bind(server, config)
+        await server.start()
+        if config.address.path:
+            os.chmod(config.address.path, 0o600)
+        for name in ("", *services):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._state = "serving"
+        log.info("serving %s on %s", config.data_dir, config.listen)
+        reaper = asyncio.create_task(self._reap(store, engine, workers))
+        await self._stop.wait()
+        self._state = "draining"
+        log.info("draining")
+        await health.enter_graceful_shutdown()
+        reaper.cancel()
+        await service.drain(GRACE_S)
+        await server.stop(GRACE_S)
+        store.uploads.end_all()
+
+    async def _reap(self, store: StorePath, engine: Engine, workers: Workers) -> None:
+        while True:
+            await asyncio.sleep(REAP_EVERY_S)
+            for upload in await workers.admin(store.uploads.reap, self._config.upload_idle_s):
+                log.warning("gave up an upload of %d tokens that nothing arrived for", upload.n_tokens)
+            await workers.admin(engine.maintain)
+
+
+def serve(config: Config) -> int:
+    """Run a daemon until SIGTERM or SIGINT; returns the exit code. Errors of the start are raised, typed."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
+    )
+    os.umask(0o077)
+    raise_file_limit()
+
+    async def main() -> None:
+        daemon = Daemon(config)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, daemon.stop)
+        await daemon.run()
+
+    asyncio.run(main())
+    return 0
+
+
+def engine_options(config: Config) -> EngineOptions:
+    """The engine's share of the configuration."""
+    return EngineOptions(
+        budget_bytes=config.budget_bytes,
+        free_floor_bytes=config.free_floor_bytes,
+        durability=config.durability,
+        socket=config.listen,
+    )
+
+
+def bind(server: grpc.aio.Server, config: Config) -> None:
+    """Bind the address; DirectoryError names an address that is taken."""
+    try:
+        port = server.add_insecure_port(config.address.target)
+    except RuntimeError as error:
+        raise DirectoryError(f"cannot listen on {config.listen}: {error}") from error
+    if not port:
+        raise DirectoryError(f"cannot listen on {config.listen}: the address is taken")
+
+
+@contextlib.contextmanager
+def listening_place(config: Config) -> Iterator[None]:
+    """Make the socket's directory safe, hold its lock, remove a stale socket file, and clean up in the end.
+
+    gRPC would bind over the socket of a running daemon without a word, so a lock beside it decides. Raises
+    DirectoryHeldError when another daemon listens there, DirectoryError when the directory is open to others.
+    """
+    path = Path(config.address.path)
+    if not config.address.path:
+        yield
+        return
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.parent.stat()
+    except OSError as error:
+        raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
+    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
+        raise DirectoryError(f"{path.parent} is open to other users; run: chmod 700 {path.parent}")
+    fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise DirectoryHeldError(f"another daemon (pid {holder}) listens on {config.listen}") from error
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        if path.is_socket():
+            path.unlink()
+        elif path.exists() or path.is_symlink():
+            raise DirectoryError(f"{path} is in the way and is not a socket; remove it or listen elsewhere")
+        yield
+        path.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files as far as is useful; launchd starts agents with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES_WANTED if hard == resource.RLIM_INFINITY else min(OPEN_FILES_WANTED, hard)
+    if soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,99 @@
+"""What every handler shares: the worker threads, and the edge at which errors become status codes.
+
+Handlers run on the event loop and only await; health and stats of a busy daemon are never behind a fetch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+
+from kvstore.errors import KVStoreError
+from kvstore.wire.status import to_status
+
+T = TypeVar("T")
+Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio has no types of its own
+
+log = logging.getLogger(__name__)
+
+READ_THREADS = 4
+
+
+class Workers:
+    """The engine's threads: a few that read and plan, one that writes."""
+
+    def __init__(self) -> None:
+        self._read = ThreadPoolExecutor(READ_THREADS, "kvstore-read")
+        self._write = ThreadPoolExecutor(1, "kvstore-write")
+        self._admin = ThreadPoolExecutor(1, "kvstore-admin")
+        self._wait = ThreadPoolExecutor(READ_THREADS, "kvstore-wait")
+
+    async def read(self, work: Callable[..., T], *args: object) -> T:
+        """Run planning or reading."""
+        return await asyncio.get_running_loop().run_in_executor(self._read, functools.partial(work, *args))
+
+    async def write(self, work: Callable[..., T], *args: object) -> T:
+        """Run a commit; they go one after the other."""
+        return await asyncio.get_running_loop().run_in_executor(self._write, functools.partial(work, *args))
+
+    async def admin(self, work: Callable[..., T], *args: object) -> T:
+        """Run an admin verb, which may take long."""
+        return await asyncio.get_running_loop().run_in_executor(self._admin, functools.partial(work, *args))
+
+    async def wait(self, work: Callable[..., T], *args: object) -> T:
+        """Run something that waits for another upload."""
+        return await asyncio.get_running_loop().run_in_executor(self._wait, functools.partial(work, *args))
+
+    def close(self) -> None:
+        """Let what runs finish, drop what waits."""
+        for pool in (self._write, self._read, self._admin, self._wait):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+async def _abort(context: Context, name: str, error: Exception) -> None:
+    if isinstance(error, KVStoreError):
+        await context.abort(to_status(error), str(error))
+    log.error("%s failed", name, exc_info=error)
+    await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why")
+
+
+def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any, Any, Context], Awaitable[T]]:
+    """The RPC edge of a unary handler: every error becomes a status, none a traceback on the wire."""
+
+    @functools.wraps(handler)
+    async def edge(self: Any, request: Any, context: Context) -> T:
+        try:
+            return await handler(self, request, context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await _abort(context, handler.__name__, error)
+            raise
+
+    return edge
+
+
+def streaming(
+    handler: Callable[[Any, Any, Context], AsyncIterator[T]],
+) -> Callable[[Any, Any, Context], AsyncIterator[T]]:
+    """The RPC edge of a handler that streams its reply."""
+
+    @functools.wraps(handler)
+    async def edge(self: Any, request: Any, context: Context) -> AsyncIterator[T]:
+        try:
+            async for reply in handler(self, request, context):
+                yield reply
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            await _abort(context, handler.__name__, error)
+            raise
+
+    return edge

@@ -1,0 +1,87 @@
+"""The one thread that owns MLX."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from kvstore.errors import LimitError, UnavailableError
+
+T = TypeVar("T")
+
+# A store piece competes as if it had come this much later than it did: fetches go first, yet no store waits forever.
+STORE_HANDICAP_S = 0.25
+QUEUE_MAX = 256
+
+
+class Lane:
+    """Runs pieces of device work one at a time, fetches before stores.
+
+    Any thread may submit; pieces run on the lane's own thread, which is the only one that touches the MLX device.
+    Submit work in pieces of about 50 ms: a running piece is never interrupted.
+    """
+
+    def __init__(self, start: Callable[[], None] | None = None) -> None:
+        """`start` runs on the lane's thread before the first piece (device limits are set there)."""
+        self._start = start
+        self._heap: list[tuple[float, int, Future[object], Callable[[], object]]] = []
+        self._order = itertools.count()
+        self._ready = threading.Condition()
+        self._closed = False
+        self.used = False
+        self._thread = threading.Thread(target=self._run, name="kvstore-lane", daemon=True)
+        self._thread.start()
+
+    def submit_fetch(self, work: Callable[[], T]) -> Future[T]:
+        """Queue a piece of a fetch. Raises LimitError when the queue is full, UnavailableError after close."""
+        return self._submit(work, 0.0)
+
+    def submit_store(self, work: Callable[[], T]) -> Future[T]:
+        """Queue a piece of a store, behind fetches that come within `STORE_HANDICAP_S`."""
+        return self._submit(work, STORE_HANDICAP_S)
+
+    def _submit(self, work: Callable[[], T], handicap_s: float) -> Future[T]:
+        future: Future[T] = Future()
+        with self._ready:
+            if self._closed:
+                raise UnavailableError("the daemon is stopping")
+            if len(self._heap) >= QUEUE_MAX:
+                raise LimitError(f"more than {QUEUE_MAX} pieces of work wait for the device")
+            item = (time.monotonic() + handicap_s, next(self._order), future, work)
+            heapq.heappush(self._heap, item)  # type: ignore[misc]  # futures of any T, completed by _run
+            self._ready.notify()
+        return future
+
+    def close(self) -> None:
+        """Finish the running piece, cancel what waits, end the thread."""
+        with self._ready:
+            self._closed = True
+            for _, _, future, _ in self._heap:
+                future.cancel()
+            self._heap.clear()
+            self._ready.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._ready:
+                while not self._heap and not self._closed:
+                    self._ready.wait()
+                if self._closed:
+                    return
+                _, _, future, work = heapq.heappop(self._heap)
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                if not self.used and self._start is not None:
+                    self._start()
+                self.used = True
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001  # handed to whoever waits; the lane itself must live on
+                future.set_exception(error)
+            del future, work  # a waiting lane must not keep the last piece's arrays alive

@@ -1,0 +1,210 @@
+"""The RPC edge of KVStore: messages to nouns, worker threads for what blocks, nothing decided here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from kvstore.blocks import Reason
+from kvstore.config import Config
+from kvstore.engine import Engine
+from kvstore.errors import InvalidRequestError, LayoutMismatchError
+from kvstore.keys import NamespaceInfo
+from kvstore.layers import Layout
+from kvstore.server import uploads
+from kvstore.server.edge import Context, Workers, streaming, unary
+from kvstore.server.fetch import FetchPath, FetchPlan
+from kvstore.server.stats import Counters
+from kvstore.server.store import StorePath, StoreRequest
+from kvstore.wire import convert
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+
+
+class KVStoreService(rpc.KVStoreServicer):
+    """What inference workers call. All methods run on the event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: StorePath,
+        fetch: FetchPath,
+        workers: Workers,
+        counters: Counters,
+        config: Config,
+        *,
+        same_host: bool,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._fetch = fetch
+        self._workers = workers
+        self._counters = counters
+        self._config = config
+        self._same_host = same_host
+        self._commits: set[asyncio.Task[Any]] = set()
+
+    @unary
+    async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
+        self._counters.add("match")
+        root = convert.root_from_message(request.namespace)
+        match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min)
+        return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
+
+    @streaming
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchReply]:
+        self._counters.add("fetch")
+        root = convert.root_from_message(request.namespace)
+        plan = await self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min)
+        try:
+            self._counters.fetched(plan.match.n_tokens, plan.match.reason)
+            if plan.namespace is None:
+                yield pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
+                return
+            layout = plan.namespace.layout
+            dense = request.representation == pb.REPRESENTATION_DENSE
+            by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and not dense
+            yield pb.FetchReply(plan=self._plan_message(plan, layout, dense=dense, by_path=by_path))
+            if by_path:
+                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.slices))
+                await asyncio.sleep(self._config.lease_s)
+                return
+            layers = self._fetch.dense_layers if dense else self._fetch.packed_layers
+            chunks = layers(plan, layout)
+            while (chunk := await self._workers.read(next, chunks, None)) is not None:
+                self._counters.add("bytes_served", len(chunk[1]))
+                yield pb.FetchReply(chunk=pb.LayerChunk(layer=chunk[0], data=chunk[1]))
+        finally:
+            plan.release()
+
+    def _plan_message(self, plan: FetchPlan, layout: Layout, *, dense: bool, by_path: bool) -> pb.FetchPlan:
+        match = plan.match
+        if dense:
+            block = self._fetch.dense_block(plan, layout)
+            slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=convert.runs_to_bytes(block.runs))]
+        else:
+            slices = [
+                pb.BlockSlice(
+                    key=piece.row.key,
+                    n_tokens=piece.take,
+                    runs=piece.row.runs_record,
+                    path=str(self._engine.path(piece.row)) if by_path else "",
+                    payload_offset=piece.row.payload_offset,
+                    file_bytes=piece.row.file_bytes,
+                )
+                for piece in match.slices
+            ]
+        return pb.FetchPlan(
+            n_tokens=match.n_tokens,
+            reason=match.reason,
+            fidelity=match.fidelity,
+            layout=layout.record,
+            blocks=slices,
+        )
+
+    @unary
+    async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
+        self._counters.add("store")
+        plan = await self._workers.read(self._store.begin, store_request(request))
+        upload = plan.upload
+        if upload is None:
+            self._counters.stored(plan.reason)
+            return pb.BeginStoreReply(reason=plan.reason, held_tokens=plan.held_tokens)
+        by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and upload.staging is not None
+        return pb.BeginStoreReply(
+            upload_id=upload.upload_id,
+            start=upload.start,
+            end=upload.n_tokens,
+            upload_bytes=upload.upload_bytes,
+            staging_path=str(upload.staging.path) if by_path and upload.staging else "",
+            reason=plan.reason,
+            held_tokens=plan.held_tokens,
+        )
+
+    @unary
+    async def Upload(self, request_iterator: AsyncIterator[pb.UploadChunk], context: Context) -> pb.UploadReply:
+        upload: uploads.Upload | None = None
+        whole = False
+        try:
+            async for chunk in request_iterator:
+                if upload is None:
+                    upload = self._store.uploads.get(chunk.upload_id)
+                if upload.staging is None or upload.committing:
+                    raise InvalidRequestError("this upload takes no bytes")
+                await self._workers.read(upload.staging.append, chunk.data)
+            if upload is None or upload.staging is None:
+                raise InvalidRequestError("an upload names its upload_id in the first chunk")
+            received = upload.staging.received_bytes
+            if received != upload.upload_bytes:
+                raise InvalidRequestError(f"the upload has {received} bytes, {upload.upload_bytes} were asked for")
+            whole = True
+            return pb.UploadReply(received_bytes=received)
+        finally:
+            if upload is not None and not whole:
+                self._store.uploads.end(upload)
+
+    @streaming
+    async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
+        upload = self._store.uploads.claim(request.upload_id)
+        # A commit that was accepted goes through, whether or not the worker stays to hear of it.
+        task = asyncio.ensure_future(self._commit(upload))
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        yield pb.CommitStoreReply(reason=Reason.OK)
+        yield await asyncio.shield(task)
+
+    async def _commit(self, upload: uploads.Upload) -> pb.CommitStoreReply:
+        try:
+            await self._workers.wait(self._store.uploads.wait_for, upload.depends_on, self._config.upload_idle_s)
+            outcome = await self._workers.write(self._store.commit, upload)
+        except BaseException:
+            self._store.uploads.end(upload)
+            self._counters.stored(Reason.INVALID)
+            raise
+        self._counters.stored(outcome.reason)
+        return pb.CommitStoreReply(
+            done=True,
+            durable=self._config.durability != "none",
+            stored_tokens=outcome.stored_tokens,
+            new_bytes=outcome.new_bytes,
+            reason=outcome.reason,
+        )
+
+    @unary
+    async def AbortStore(self, request: pb.AbortStoreRequest, context: Context) -> pb.AbortStoreReply:
+        upload = self._store.uploads.claim(request.upload_id)
+        self._store.uploads.end(upload)
+        return pb.AbortStoreReply()
+
+    @unary
+    async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
+
+    async def drain(self, grace_s: float) -> None:
+        """Wait for commits that were accepted."""
+        if self._commits:
+            await asyncio.wait(self._commits, timeout=grace_s)
+
+
+def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
+    """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
+    root = convert.root_from_message(message.namespace)
+    identity = message.namespace
+    namespace: NamespaceInfo | None = None
+    if message.layout:
+        layout = Layout.from_record(message.layout)
+        if layout.digest != identity.layout_digest:
+            raise LayoutMismatchError("the layout sent is not the one that the namespace is bound to")
+        namespace = NamespaceInfo(
+            root, identity.weights, identity.adapter, layout, identity.dtype, identity.engine, identity.alias
+        )
+    return StoreRequest(
+        root=root,
+        namespace=namespace,
+        tokens=message.tokens,
+        captured_from=message.captured_from,
+        restored_tokens=message.restored_tokens,
+        restored_fidelity=message.restored_fidelity,
+        profile=message.profile,
+    )

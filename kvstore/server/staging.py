@@ -1,0 +1,80 @@
+"""Staging files: where a worker's bytes wait between BeginStore and the end of CommitStore.
+
+The daemon creates each file (exclusively, 0600) and is told nothing about it that it does not check: it reads with
+pread, never maps, from a descriptor opened O_NOFOLLOW that is a regular file of its own uid with one link and the exact
+size.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from kvstore.errors import InvalidRequestError, NotFoundError
+
+
+class StagingFile:
+    """One staging file of `nbytes`. Any thread may use it, one at a time."""
+
+    def __init__(self, directory: Path, name: str, nbytes: int) -> None:
+        self.path = directory / name
+        self.nbytes = nbytes
+        self.received_bytes = 0
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._write_fd = os.open(self.path, flags, 0o600)
+        self._read_fd = -1
+
+    def append(self, data: bytes) -> None:
+        """Write the next bytes of a streamed upload; InvalidRequestError when there are more than were announced."""
+        if self.received_bytes + len(data) > self.nbytes:
+            raise InvalidRequestError(f"the upload is longer than the {self.nbytes} bytes that were asked for")
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self._write_fd, view, self.received_bytes)
+            view = view[written:]
+            self.received_bytes += written
+
+    def progress(self) -> int:
+        """Bytes in the file by now, whoever wrote them; 0 when it is gone."""
+        try:
+            return os.stat(self.path, follow_symlinks=False).st_size
+        except OSError:
+            return 0
+
+    def seal(self) -> None:
+        """Check what was handed over and make it readable with `read`.
+
+        Raises InvalidRequestError for a file that is not exactly what the daemon created and asked for.
+        """
+        try:
+            self._read_fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError as error:
+            raise NotFoundError("the staging file is gone") from error
+        except OSError as error:
+            raise InvalidRequestError(f"the staging file cannot be opened: {error.strerror}") from error
+        info = os.fstat(self._read_fd)
+        if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_nlink != 1:
+            raise InvalidRequestError("the staging file is not the regular file that the daemon created")
+        if info.st_size != self.nbytes:
+            raise InvalidRequestError(f"the upload has {info.st_size} bytes, {self.nbytes} were asked for")
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """`nbytes` from `offset` of a sealed file; InvalidRequestError if it was cut short meanwhile."""
+        buffer = bytearray(nbytes)
+        view = memoryview(buffer)
+        while view:
+            got = os.preadv(self._read_fd, [view], offset)
+            if not got:
+                raise InvalidRequestError("the staging file was cut short while it was read")
+            view = view[got:]
+            offset += got
+        return buffer
+
+    def remove(self) -> None:
+        """Close and unlink; safe to call twice."""
+        for fd in (self._write_fd, self._read_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._write_fd = self._read_fd = -1
+        self.path.unlink(missing_ok=True)

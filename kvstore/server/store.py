@@ -1,0 +1,290 @@
+"""STORE: plan what a worker must send, take it, and turn it into blocks.
+
+    begin    index only: what is held, what others are sending, what is wanted from this worker
+    (bytes)  into a staging file, by the worker itself (path) or by the Upload handler (stream)
+    commit   validate -> splice -> threshold -> encode, a block at a time -> blobs -> one index commit
+
+Memory: one block of raw KV and its encoded form at a time. What came out of the store is never quantized a second time:
+restored tokens are spliced from the daemon's own codes, or kept raw at the rank they were served with.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvstore.blocks import (
+    BLOCK_TOKENS,
+    FIDELITY_ANY,
+    FIDELITY_EXACT,
+    RAW,
+    TOKEN_BYTES,
+    Block,
+    Reason,
+    Run,
+    count_tokens,
+)
+from kvstore.codecs import device
+from kvstore.codecs.profiles import Profile, parse_profile
+from kvstore.codecs.runs import EncodedRun, encode_run, join_runs, load_run, narrow_run, payload_run
+from kvstore.config import Config
+from kvstore.engine import Engine, Match, NewBlock
+from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError
+from kvstore.files import FileReader
+from kvstore.keys import NamespaceInfo, block_key, chain_keys
+from kvstore.layers import Piece, cut_pieces
+from kvstore.server.lane import Lane
+from kvstore.server.staging import StagingFile
+from kvstore.server.uploads import Upload, Uploads, block_range
+
+
+@dataclass(frozen=True)
+class StoreRequest:
+    """What BeginStore asks, validated as far as it can be without the index."""
+
+    root: bytes
+    namespace: NamespaceInfo | None  # None when the worker sent no layout
+    tokens: bytes
+    captured_from: int
+    restored_tokens: int
+    restored_fidelity: int
+    profile: str
+
+
+@dataclass(frozen=True)
+class StorePlan:
+    """The answer to a StoreRequest. `upload` is None when there is nothing to wait for."""
+
+    upload: Upload | None
+    held_tokens: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class StoreOutcome:
+    """The end of a store: leading tokens now in the store, bytes written for them, why not more."""
+
+    stored_tokens: int
+    new_bytes: int
+    reason: Reason
+
+
+class StorePath:
+    """Plans and carries out stores. `begin` and `commit` block on disk: call them on worker threads, any of them."""
+
+    def __init__(self, engine: Engine, lane: Lane, config: Config, staging_dir: Path) -> None:
+        self._engine = engine
+        self._lane = lane
+        self._config = config
+        self._staging_dir = staging_dir
+        self._profile = parse_profile(config.profile)
+        self.uploads = Uploads(config.uploads_max)
+        self.tokens_stored = 0
+
+    # -- begin ---------------------------------------------------------------------------------------------------
+
+    def begin(self, request: StoreRequest) -> StorePlan:
+        """Decide what is wanted and open an upload for it.
+
+        Raises NotFoundError (namespace unknown and no layout sent), LayoutMismatchError, InvalidRequestError,
+        LimitError (too many tokens or uploads).
+        """
+        namespace = self._namespace(request)
+        n_tokens = count_tokens(request.tokens)
+        self._check_tokens(request, n_tokens)
+        if n_tokens < self._config.min_prefix_tokens:
+            return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
+        profile = parse_profile(request.profile) if request.profile else self._profile
+        floor = profile.fidelity if request.profile else FIDELITY_ANY
+        held = self._engine.match(request.root, request.tokens, floor, n_tokens)
+        if held.n_tokens == n_tokens:
+            self._engine.touch(held.slices)
+            return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
+        upload = self._plan(request, namespace, profile, floor, held)
+        if upload.pieces and request.captured_from > upload.start:
+            return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
+        if not self._open(upload):
+            return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
+        return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
+
+    def _namespace(self, request: StoreRequest) -> NamespaceInfo:
+        namespace = self._engine.namespace(request.root) or request.namespace
+        if namespace is None:
+            raise NotFoundError("unknown namespace: send its layout with the first store")
+        return namespace
+
+    def _check_tokens(self, request: StoreRequest, n_tokens: int) -> None:
+        if len(request.tokens) % TOKEN_BYTES:
+            raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.tokens)} bytes")
+        if not n_tokens:
+            raise InvalidRequestError("no tokens to store")
+        if n_tokens > self._config.tokens_max:
+            raise LimitError(f"{n_tokens} tokens are more than tokens_max = {self._config.tokens_max}")
+        if request.captured_from > n_tokens or request.restored_tokens > n_tokens:
+            raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
+
+    def _plan(
+        self, request: StoreRequest, namespace: NamespaceInfo, profile: Profile, floor: int, held: Match
+    ) -> Upload:
+        n_tokens = count_tokens(request.tokens)
+        keys = chain_keys(request.root, request.tokens)
+        if n_tokens % BLOCK_TOKENS:
+            tail = request.tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
+            keys.append(block_key(keys[-1] if keys else request.root, tail))
+        full = sum(1 for piece in held.slices if piece.take == BLOCK_TOKENS)
+        first, depends_on = self.uploads.receiving(tuple(keys), full, floor)
+        spliced = held.slices[full:] if first == full else ()
+        start = min(first * BLOCK_TOKENS + sum(piece.take for piece in spliced), n_tokens)
+        return Upload(
+            namespace=namespace,
+            namespace_record=namespace.to_record(),
+            tokens=request.tokens,
+            keys=tuple(keys),
+            profile=profile,
+            profile_named=bool(request.profile),
+            restored_fidelity=request.restored_fidelity or FIDELITY_EXACT,
+            first_block=first,
+            spliced=spliced,
+            pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
+            depends_on=depends_on,
+        )
+
+    def _open(self, upload: Upload) -> bool:
+        """List the upload and make its staging file; False when the budget has no room for it."""
+        nbytes = upload.upload_bytes
+        if not self._engine.reserve(nbytes):
+            return False
+        lease = self._engine.lease([piece.row for piece in upload.spliced])
+
+        def release() -> None:
+            if upload.staging is not None:
+                upload.staging.remove()
+            self._engine.add_usage(-nbytes)
+            lease.release()
+
+        upload.release = release
+        try:
+            if upload.pieces:
+                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes)
+            self.uploads.add(upload)
+        except BaseException:
+            release()
+            raise
+        return True
+
+    # -- commit --------------------------------------------------------------------------------------------------
+
+    def commit(self, upload: Upload) -> StoreOutcome:
+        """Validate, encode, write, commit; always ends the upload.
+
+        Raises InvalidRequestError for bytes that are not what was asked for; then nothing of the upload is stored.
+        """
+        try:
+            self.uploads.wait_for(upload.depends_on, self._config.upload_idle_s)
+            if upload.staging is not None:
+                upload.staging.seal()
+            root, floor = upload.namespace.root, self._floor(upload)
+            before = self._engine.match(root, upload.tokens, floor, upload.first_block * BLOCK_TOKENS)
+            new_bytes, reason = 0, Reason.OK
+            if before.n_tokens < upload.first_block * BLOCK_TOKENS:
+                reason = Reason.DEPENDENCY_LOST
+            elif upload.pieces:
+                new_bytes, reason = self._write(upload, before.fidelity)
+            after = self._engine.match(root, upload.tokens, floor, upload.n_tokens)
+            self._engine.touch(after.slices)
+            if after.n_tokens < upload.n_tokens and reason is Reason.OK:
+                reason = Reason.DEPENDENCY_LOST
+            self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
+            return StoreOutcome(after.n_tokens, new_bytes, reason)
+        finally:
+            self.uploads.end(upload)
+
+    def _write(self, upload: Upload, fidelity: int) -> tuple[int, Reason]:
+        """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
+        try:
+            receipt = self._engine.store(
+                upload.namespace_record, self._new_blocks(upload, fidelity), protect=upload.keys
+            )
+        except CorruptDataError:
+            for piece in upload.spliced:
+                self._engine.recheck(piece.row.key)
+            return 0, Reason.CORRUPT
+        return receipt.new_bytes, receipt.reason
+
+    def _floor(self, upload: Upload) -> int:
+        return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
+
+    def _new_blocks(self, upload: Upload, fidelity: int) -> Iterator[NewBlock]:
+        """Encode the upload's blocks one by one, as the engine asks for them."""
+        root = upload.namespace.root
+        parent = upload.keys[upload.first_block - 1] if upload.first_block else root
+        quantize = upload.n_tokens >= self._config.min_quantize_tokens and upload.profile.fidelity < FIDELITY_EXACT
+        offset = 0
+        for index in range(upload.first_block, len(upload.keys)):
+            start, end = block_range(index, upload.n_tokens)
+            runs = self._spliced_runs(upload) if index == upload.first_block else []
+            for piece in upload.pieces:
+                if start <= piece.start < end:
+                    runs.append(self._uploaded_run(upload, piece, offset))
+                    offset += piece.n_tokens * upload.layout.token_bytes
+            encoded = self._encode(upload, runs, quantize)
+            fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
+            block = Block(
+                root=root,
+                parent=parent,
+                key=upload.keys[index],
+                start=start,
+                tokens=upload.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
+                fidelity=fidelity,
+                runs=tuple(one.run for one in encoded),
+                created_s=int(time.time()),
+                namespace=upload.namespace_record,
+            )
+            yield NewBlock(block, [buffer for one in encoded for buffer in one.buffers])
+            parent = block.key
+
+    def _spliced_runs(self, upload: Upload) -> list[EncodedRun]:
+        """The stored runs that the first block starts with, read back, verified and cut."""
+        runs: list[EncodedRun] = []
+        for piece in upload.spliced:
+            left = piece.take
+            with FileReader(self._engine.sources([piece])) as reader:
+                for run in piece.row.block.runs:
+                    if left:
+                        shown = min(left, run.shown)
+                        runs.append(narrow_run(load_run(run, 0, reader), shown))
+                        left -= shown
+        return runs
+
+    def _uploaded_run(self, upload: Upload, piece: Piece, offset: int) -> EncodedRun:
+        """A piece of the staging file as a raw run, validated."""
+        if upload.staging is None:
+            raise InvalidRequestError("nothing was uploaded")
+        layout, n_tokens = upload.layout, piece.n_tokens
+        fidelity = upload.restored_fidelity if piece.restored else FIDELITY_EXACT
+        payload = upload.staging.read(offset, n_tokens * layout.token_bytes)
+        raw = payload_run(layout, memoryview(payload), n_tokens, fidelity)
+        tensors = [(stack.part, tensor) for stack in raw.run.stacks for tensor in stack.tensors]
+        for (part, tensor), buffer in zip(tensors, raw.buffers, strict=True):
+            if tensor.name in ("scales", "biases") and not device.all_finite(buffer, tensor.dtype):
+                raise InvalidRequestError(f"non-finite {tensor.name} in quantized {part}")
+        return raw
+
+    def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool) -> list[EncodedRun]:
+        """Join neighbours, and quantize what is first-hand and raw when the sequence is long enough."""
+        joined = join_runs(list(runs))
+        if quantize:
+            for at, run in enumerate(joined):
+                if is_first_hand(run.run):
+                    joined[at] = self._lane.submit_store(
+                        lambda raw=run: encode_run(upload.layout, raw, upload.profile)  # type: ignore[misc]
+                    ).result()
+            joined = join_runs(joined)
+        return joined
+
+
+def is_first_hand(run: Run) -> bool:
+    """Whether the run holds values as the model computed them: exact, and no codec has touched them."""
+    return run.fidelity == FIDELITY_EXACT and all(stack.recipe == RAW for stack in run.stacks)

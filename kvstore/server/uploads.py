@@ -1,0 +1,164 @@
+"""Uploads under way: what was asked of a worker, who depends on whom, and what happens to those that die."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvstore.blocks import BLOCK_TOKENS, count_tokens
+from kvstore.codecs.profiles import Profile
+from kvstore.engine import Slice
+from kvstore.errors import LimitError, NotFoundError
+from kvstore.keys import NamespaceInfo
+from kvstore.layers import Layout, Piece
+from kvstore.server.staging import StagingFile
+
+
+@dataclass
+class Upload:
+    """One store between BeginStore and its end. Owned by whichever handler works on it; the table only lists it."""
+
+    namespace: NamespaceInfo
+    namespace_record: bytes
+    tokens: bytes
+    keys: tuple[bytes, ...]  # of all blocks of the sequence, the tail's last
+    profile: Profile
+    profile_named: bool
+    restored_fidelity: int
+    first_block: int  # index of the first block to be written
+    spliced: tuple[Slice, ...]  # at most one: a stored block whose leading tokens the first block starts with
+    pieces: tuple[Piece, ...]  # what the worker hands over, in order
+    depends_on: tuple[str, ...] = ()
+    upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    staging: StagingFile | None = None
+    committing: bool = False
+    touched_s: float = field(default_factory=time.monotonic)
+    seen_bytes: int = 0
+    ended: threading.Event = field(default_factory=threading.Event)
+    release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
+
+    @property
+    def layout(self) -> Layout:
+        """The namespace's layout."""
+        return self.namespace.layout
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the whole sequence."""
+        return count_tokens(self.tokens)
+
+    @property
+    def new_keys(self) -> tuple[bytes, ...]:
+        """Keys of the blocks that this upload will write."""
+        return self.keys[self.first_block :]
+
+    @property
+    def start(self) -> int:
+        """First token that the worker hands over."""
+        return self.pieces[0].start if self.pieces else self.n_tokens
+
+    @property
+    def upload_bytes(self) -> int:
+        """Exact bytes that the worker hands over."""
+        return sum(piece.n_tokens for piece in self.pieces) * self.layout.token_bytes
+
+    def alive(self, idle_s: float) -> bool:
+        """Whether anything moved within `idle_s`; a committing upload is always alive."""
+        now = time.monotonic()
+        if self.staging is not None:
+            seen = self.staging.progress()
+            if seen != self.seen_bytes:
+                self.seen_bytes, self.touched_s = seen, now
+        return self.committing or now - self.touched_s <= idle_s
+
+
+class Uploads:
+    """The table of uploads, at most `uploads_max`. Thread-safe."""
+
+    def __init__(self, uploads_max: int) -> None:
+        self._uploads_max = uploads_max
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Upload] = {}
+        self._by_key: dict[bytes, str] = {}
+
+    def add(self, upload: Upload) -> None:
+        """List the upload; LimitError when too many are under way."""
+        with self._lock:
+            if len(self._by_id) >= self._uploads_max:
+                raise LimitError(f"{self._uploads_max} uploads are under way; try again later")
+            self._by_id[upload.upload_id] = upload
+            for key in upload.new_keys:
+                self._by_key.setdefault(key, upload.upload_id)
+
+    def get(self, upload_id: str) -> Upload:
+        """The upload; NotFoundError when it ended, was given up, or never was."""
+        with self._lock:
+            upload = self._by_id.get(upload_id)
+        if upload is None:
+            raise NotFoundError("no such upload: it ended, was given up as idle, or belongs to an earlier daemon")
+        upload.touched_s = time.monotonic()
+        return upload
+
+    def claim(self, upload_id: str) -> Upload:
+        """The upload, marked as committing; a second claim is a NotFoundError."""
+        upload = self.get(upload_id)
+        with self._lock:
+            if upload.committing:
+                raise NotFoundError("the upload is being committed already")
+            upload.committing = True
+        return upload
+
+    def receiving(self, keys: tuple[bytes, ...], first: int, fidelity_min: int) -> tuple[int, tuple[str, ...]]:
+        """How far, from block `first` on, others are already sending: (first block nobody sends, upload ids)."""
+        ids: list[str] = []
+        with self._lock:
+            while first < len(keys) and (upload_id := self._by_key.get(keys[first])) is not None:
+                if self._by_id[upload_id].profile.fidelity < fidelity_min:
+                    break
+                if upload_id not in ids:
+                    ids.append(upload_id)
+                first += 1
+        return first, tuple(ids)
+
+    def wait_for(self, upload_ids: tuple[str, ...], timeout_s: float) -> None:
+        """Block until those uploads ended, one way or the other, at most `timeout_s` in all."""
+        deadline = time.monotonic() + timeout_s
+        for upload_id in upload_ids:
+            with self._lock:
+                upload = self._by_id.get(upload_id)
+            if upload is not None:
+                upload.ended.wait(max(0.0, deadline - time.monotonic()))
+
+    def end(self, upload: Upload) -> None:
+        """Take the upload off the table and free all that it held. Safe to call twice."""
+        with self._lock:
+            listed = self._by_id.pop(upload.upload_id, None)
+            for key in upload.new_keys:
+                if self._by_key.get(key) == upload.upload_id:
+                    del self._by_key[key]
+        if listed is not None:
+            upload.release()
+            upload.ended.set()
+
+    def reap(self, idle_s: float) -> list[Upload]:
+        """End and return uploads in which nothing moved for `idle_s`."""
+        with self._lock:
+            dead = [upload for upload in self._by_id.values() if not upload.alive(idle_s)]
+        for upload in dead:
+            self.end(upload)
+        return dead
+
+    def end_all(self) -> None:
+        """End everything, at shutdown."""
+        with self._lock:
+            uploads = list(self._by_id.values())
+        for upload in uploads:
+            self.end(upload)
+
+
+def block_range(index: int, n_tokens: int) -> tuple[int, int]:
+    """Token range of block `index` in a sequence of `n_tokens`."""
+    return index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, n_tokens)

@@ -1,0 +1,125 @@
+"""A real daemon in a process of its own, for tests that start, kill, stop and restart one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+START_TIMEOUT_S = 60.0
+
+# Small limits, so that a nearly full disk or a small machine does not decide a test.
+SMALL = {"free_floor_bytes": "1", "budget_bytes": "2GB", "min_prefix_tokens": "1"}
+
+
+class DaemonProcess:
+    """`kvstore serve` on its own directory and socket. Configuration goes by KVSTORE_* variables."""
+
+    def __init__(self, data_dir: Path, listen: str | None = None, **config: object) -> None:
+        self.data_dir = data_dir
+        # A short directory of its own: a socket path has 103 bytes, pytest's directories are long.
+        self._socket_dir = tempfile.mkdtemp(prefix="kvs-")
+        self.listen = listen or f"unix:{self._socket_dir}/s"
+        self.config = {**SMALL, **{key: str(value) for key, value in config.items()}}
+        self.log_path = data_dir.parent / f"{data_dir.name}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def environ(self) -> dict[str, str]:
+        """The environment of the daemon, and of clients that should find it."""
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
+        named = {f"KVSTORE_{key.upper()}": value for key, value in self.config.items()}
+        return {**clean, **named, "KVSTORE_DATA_DIR": str(self.data_dir), "KVSTORE_LISTEN": self.listen}
+
+    def start(self, wait: bool = True, **config: object) -> DaemonProcess:
+        """Start it, with changed configuration if given, and wait until health says SERVING."""
+        self.config.update({key: str(value) for key, value in config.items()})
+        command = [sys.executable, "-m", "kvstore", "serve"]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(command, env=self.environ(), stdout=log, stderr=log)
+        if wait:
+            self.wait_serving()
+        return self
+
+    def wait_serving(self) -> None:
+        """Return once health answers SERVING; AssertionError with the log if the daemon ends or takes too long."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self.process is not None and self.process.poll() is not None:
+                break
+            if self.healthy():
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"the daemon does not serve:\n{self.log_text()}")
+
+    def healthy(self, timeout_s: float = 1.0) -> bool:
+        """Whether health answers SERVING within the timeout."""
+        with grpc.insecure_channel(self.listen) as channel:
+            try:
+                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+            except grpc.RpcError:
+                return False
+            return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the daemon."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait for the end."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.terminate()
+        return self.process.wait(timeout=30)
+
+    def restart(self, **config: object) -> DaemonProcess:
+        """Stop in good order and start again, with changed configuration if given."""
+        assert self.stop() == 0, self.log_text()
+        return self.start(**config)
+
+    def log_text(self) -> str:
+        """All that the daemon wrote to stderr."""
+        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def files(self, *parts: str) -> list[Path]:
+        """Regular files below a folder of the data directory."""
+        return sorted(path for path in (self.data_dir.joinpath(*parts)).rglob("*") if path.is_file())
+
+    def blobs(self) -> list[Path]:
+        """The blob files."""
+        return self.files("blobs.noindex")
+
+    def disk_bytes(self) -> int:
+        """Bytes that the data directory takes, as `du` counts them."""
+        return sum(path.stat().st_blocks * 512 for path in self.files())
+
+    def __enter__(self) -> DaemonProcess:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+
+def run_cli(
+    arguments: list[str], environ: Mapping[str, str], timeout_s: float = 60.0
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "kvstore", *arguments]
+    return subprocess.run(command, env=dict(environ), capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -1,0 +1,84 @@
+"""The lane: one thread, fetches before stores, nothing waits forever."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvstore.errors import LimitError, UnavailableError
+from kvstore.server import lane as lane_module
+from kvstore.server.lane import Lane
+
+
+@pytest.fixture
+def blocked_lane() -> tuple[Lane, threading.Event]:
+    """A lane whose first piece waits for the event."""
+    lane, gate, started = Lane(), threading.Event(), threading.Event()
+    lane.submit_fetch(lambda: started.set() or gate.wait())
+    started.wait(10)
+    return lane, gate
+
+
+def test_fetches_go_before_stores_that_came_first(blocked_lane: tuple[Lane, threading.Event]) -> None:
+    """A person waits for a fetch; nobody waits for a store."""
+    lane, gate = blocked_lane
+    order: list[str] = []
+    futures = [lane.submit_store(lambda: order.append("store")), lane.submit_fetch(lambda: order.append("fetch"))]
+    gate.set()
+    for future in futures:
+        future.result(10)
+    assert order == ["fetch", "store"]
+    lane.close()
+
+
+def test_an_old_store_goes_before_a_new_fetch(
+    blocked_lane: tuple[Lane, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stores age, so a stream of fetches cannot starve them."""
+    lane, gate = blocked_lane
+    monkeypatch.setattr(lane_module, "STORE_HANDICAP_S", 0.01)
+    order: list[str] = []
+    first = lane.submit_store(lambda: order.append("store"))
+    time.sleep(0.05)
+    second = lane.submit_fetch(lambda: order.append("fetch"))
+    gate.set()
+    first.result(10), second.result(10)
+    assert order == ["store", "fetch"]
+    lane.close()
+
+
+def test_all_work_runs_on_one_thread_that_was_prepared_once() -> None:
+    """MLX arrays belong to a thread; limits are set before the first piece."""
+    starts: list[int] = []
+    lane = Lane(lambda: starts.append(threading.get_ident()))
+    assert not lane.used and not starts
+    threads = {lane.submit_fetch(threading.get_ident).result(10) for _ in range(5)}
+    assert threads == set(starts) and len(starts) == 1 and lane.used
+    lane.close()
+
+
+def test_an_error_reaches_the_caller_and_the_lane_lives_on() -> None:
+    """One bad block must not stop the daemon's device work."""
+    lane = Lane()
+    with pytest.raises(ZeroDivisionError):
+        lane.submit_fetch(lambda: 1 // 0).result(10)
+    assert lane.submit_fetch(lambda: 2).result(10) == 2
+    lane.close()
+
+
+def test_the_queue_is_bounded_and_closing_cancels_what_waits(blocked_lane: tuple[Lane, threading.Event]) -> None:
+    """More than the limit is refused at once, and nobody waits on a closed lane."""
+    lane, gate = blocked_lane
+    waiting = [lane.submit_store(int) for _ in range(lane_module.QUEUE_MAX)]
+    with pytest.raises(LimitError):
+        lane.submit_fetch(int)
+    closer = threading.Thread(target=lane.close)
+    closer.start()
+    while not waiting[-1].cancelled():
+        time.sleep(0.01)
+    gate.set()
+    closer.join(10)
+    with pytest.raises(UnavailableError):
+        lane.submit_fetch(int)
