@@ -1,0 +1,108 @@
+"""The `kvstore` command: the table of verbs, the table of exit codes, and errors as one line on stderr."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from kvstore import __version__, errors
+
+# verb -> where it is and its line in `kvstore --help`, so that help and dispatch import no verb but the one asked for.
+VERBS = {
+    "serve": ("kvstore.cli.serve", "Run the daemon that owns the store."),
+    "run": ("kvstore.cli.run", "Start an inference server with the store plugged in."),
+    "stats": ("kvstore.cli.stats", "Counters of the daemon and the state of its disk."),
+    "ls": ("kvstore.cli.ls", "Namespaces, or the blocks of one."),
+    "show": ("kvstore.cli.show", "Everything recorded about blocks."),
+    "evict": ("kvstore.cli.evict", "Remove blocks from the store."),
+    "check": ("kvstore.cli.check", "Verify every blob, and repair."),
+    "config": ("kvstore.cli.config", "The configuration in force."),
+}
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+EXIT_UNREACHABLE = 3
+EXIT_DAMAGE = 4
+EXIT_HELD = 5
+
+# The first class that an error is an instance of decides; any other KVStoreError is a failure.
+EXIT_CODES: tuple[tuple[type[errors.KVStoreError], int], ...] = (
+    (errors.DirectoryHeldError, EXIT_HELD),
+    (errors.UnavailableError, EXIT_UNREACHABLE),
+    (errors.DeadlineError, EXIT_UNREACHABLE),
+    (errors.ConfigError, EXIT_USAGE),
+    (errors.InvalidRequestError, EXIT_USAGE),
+)
+
+
+def exit_code(error: errors.KVStoreError) -> int:
+    """The exit code for `error`."""
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILURE)
+
+
+class Verbs(click.Group):
+    """Imports a verb's module when it is used, and turns every error into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of the table."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command, imported now."""
+        if cmd_name not in VERBS:
+            return None
+        command = importlib.import_module(VERBS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The verbs for `--help`, without importing any."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, line) for verb, (_, line) in VERBS.items()])
+
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Run a command line and exit."""
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(EXIT_USAGE)
+        except click.ClickException as error:
+            _complain(error.format_message())
+            sys.exit(error.exit_code)
+        except click.Abort:
+            _complain("interrupted")
+            sys.exit(EXIT_FAILURE)
+        except errors.KVStoreError as error:
+            _complain(str(error))
+            sys.exit(exit_code(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> None:
+    click.echo(f"kvstore: {' '.join(message.split())}", err=True)
+
+
+def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        click.echo(f"kvstore {__version__}")
+        ctx.exit()
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="The version.")
+def cli() -> None:
+    """Persistent KV prefix cache store for MLX inference.
+
+    Exit status: 0 done, 1 failure, 2 wrong usage or configuration, 3 the daemon cannot be reached, 4 damage was found,
+    5 another daemon holds the directory.
+    """
+
+
+def main() -> NoReturn:
+    """The entry point of the `kvstore` script."""
+    cli.main(prog_name="kvstore")

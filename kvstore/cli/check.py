@@ -1,0 +1,66 @@
+"""`kvstore check`: verify every blob and row, through the daemon or, when none runs, on the directory itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from kvstore.cli.app import EXIT_DAMAGE
+from kvstore.cli.common import absolute_address, common_options, connected, note, print_json, print_table, size_text
+from kvstore.config import Config, load_config
+from kvstore.errors import DirectoryError, UnavailableError
+
+
+@click.command("check")
+@click.option("--repair", is_flag=True, help="Quarantine what is damaged, adopt or remove strays, rebuild rows.")
+@click.option("--data-dir", metavar="DIR", help="Check this directory offline; no daemon may hold it.")
+@common_options
+def command(repair: bool, data_dir: str | None, address: str | None, config_path: str | None, as_json: bool) -> int:
+    """Verify every blob against its checksums and the index.
+
+    Asks the daemon; if none runs, takes the directory's lock and checks offline. Exit status 4 says that damage was
+    found, whether or not it was repaired.
+    """
+    if data_dir is not None and address is not None:
+        raise click.UsageError("--data-dir checks offline and --address asks a daemon; give one of them")
+    if data_dir is not None:
+        data_dir = os.path.abspath(os.path.expanduser(data_dir))
+    config = load_config({"listen": absolute_address(address), "data_dir": data_dir}, config_path)
+    report = _check(config, repair, online=data_dir is None, offline=address is None)
+    if as_json:
+        print_json(report)
+    else:
+        _print(report, repair)
+    return EXIT_DAMAGE if report["findings"] else 0
+
+
+def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict[str, Any]:
+    if online:
+        try:
+            with connected(config) as client:
+                return {"offline": False, **client.check(repair=repair)}
+        except UnavailableError:
+            if not offline:
+                raise
+        note(f"no daemon at {config.listen}; checking {config.data_dir} offline")
+    if not config.data_dir.is_dir():
+        raise DirectoryError(f"{config.data_dir} does not exist: nothing was stored yet, or its volume is not mounted")
+    from kvstore.engine import check_directory
+
+    found = check_directory(config.data_dir, repair)
+    findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
+    counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
+    return {"offline": True, **counts, "findings": findings}
+
+
+def _print(report: dict[str, Any], repair: bool) -> None:
+    findings = report["findings"]
+    if findings:
+        print_table(("finding", "file", "detail"), [(one["kind"], one["path"], one["detail"]) for one in findings])
+    verdict = "no damage" if not findings else f"{len(findings)} findings"
+    mended = f", {report['repaired']} put right" if repair else ""
+    click.echo(f"{verdict} in {report['blobs']:,} blobs, {size_text(report['bytes'])} read{mended}")
+    if findings and not repair:
+        note("`kvstore check --repair` puts right what can be")

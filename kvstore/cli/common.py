@@ -1,0 +1,163 @@
+"""What verbs share: the options that every verb has, the connection, and output for people or for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from kvstore.config import Config, load_config, parse_size
+
+if TYPE_CHECKING:
+    from kvstore.client.client import Client
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Version of every `--json` answer. Fields may be added to a version; none is renamed, removed or given another meaning.
+SCHEMA_VERSION = 1
+# Columns that a table may use when it is not written to a terminal, which has its own width.
+WIDTH_PIPED = 200
+# Digits of an id that tables show; every verb that takes an id takes its leading digits.
+ID_DIGITS = 12
+
+_AGE_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+
+def common_options(command: F) -> F:
+    """Add `--address`, `--config` and `--json`, as every verb has them."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Answer in JSON, with a versioned schema field."),
+        click.option("--config", "config_path", metavar="FILE", help="Configuration file."),
+        click.option("--address", metavar="ADDRESS", help="The daemon: unix:/path or host:port."),
+    ):
+        command = option(command)
+    return command
+
+
+def client_config(address: str | None, config_path: str | None) -> Config:
+    """The configuration for a verb that talks to the daemon at `address`, or at the configured one."""
+    return load_config({"listen": absolute_address(address)}, config_path)
+
+
+def absolute_address(address: str | None) -> str | None:
+    """An address given by hand: a relative socket path counts from the working directory, `/path` is a socket."""
+    if address is None:
+        return None
+    path = address.removeprefix("unix:") if address.startswith(("unix:", "/", "~", "./")) else ""
+    return f"unix:{os.path.abspath(os.path.expanduser(path))}" if path else address
+
+
+@contextmanager
+def connected(config: Config) -> Iterator[Client]:
+    """A client for the length of one verb."""
+    from kvstore.client.client import connect
+
+    client = connect(config=config)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def size_option(text: str) -> int:
+    """Bytes of `10GB`, as the configuration writes them; a usage error otherwise."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from error
+
+
+def age_option(text: str) -> int:
+    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
+    match = re.fullmatch(r"([0-9]{1,9})\s*([smhdw]?)", text.strip().lower())
+    if match is None or not int(match[1]):
+        raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w")
+    return int(match[1]) * _AGE_UNITS_S[match[2]]
+
+
+def id_option(text: str) -> bytes:
+    """The bytes that the leading hex digits of a namespace id or block key stand for; a usage error otherwise."""
+    if not re.fullmatch(r"(?:[0-9a-fA-F]{2}){1,32}", text):
+        raise click.BadParameter(f"{text!r} is not an id; give an even number of leading hex digits, 64 at most")
+    return bytes.fromhex(text)
+
+
+def print_json(fields: dict[str, Any]) -> None:
+    """One JSON object on stdout, its schema first; what comes from the daemon brings its own."""
+    click.echo(json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", numbers: str = "") -> None:
+    """A table for people on stdout; columns whose letter in `numbers` is `n` are set to the right."""
+    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if numbers[index : index + 1] == "n" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
+    """Names and values, one a line, under a title."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in facts:
+        grid.add_row(f"  {name}", value)
+    out = console()
+    out.print(f"[bold]{title}[/bold]")
+    out.print(grid)
+
+
+def note(message: str) -> None:
+    """A line for people beside the answer, on stderr."""
+    click.echo(f"kvstore: {message}", err=True)
+
+
+def console() -> Console:
+    """A rich console on today's stdout. It honours NO_COLOR, and colours nothing that is not a terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_PIPED, emoji=False)
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+
+
+def span_text(seconds: int) -> str:
+    """A length of time for people, in its largest unit that fits."""
+    for unit, length_s in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s} {unit}"
+    return f"{max(seconds, 0)} s"
+
+
+def age_text(stamp_s: int) -> str:
+    """How long ago a wall-clock stamp was; `-` for none."""
+    return f"{span_text(int(time.time()) - stamp_s)} ago" if stamp_s else "-"
+
+
+def time_text(stamp_s: int) -> str:
+    """A wall-clock stamp in local time; `-` for none."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp_s)) if stamp_s else "-"
+
+
+def fidelity_text(rank: int) -> str:
+    """A fidelity rank for people: `exact`, or bits a value."""
+    from kvstore.blocks import FIDELITY_EXACT
+
+    return "exact" if rank >= FIDELITY_EXACT else f"{rank / 100:g} bits"

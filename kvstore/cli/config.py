@@ -1,0 +1,61 @@
+"""`kvstore config show`: every key, its value in force, and where that came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvstore.cli.common import client_config, common_options, print_json, print_table
+from kvstore.config import ENV_CONFIG, KEYS, default_config_path
+
+
+@click.group("config")
+def command() -> None:
+    """The configuration in force."""
+
+
+@command.command("show")
+@common_options
+def show(address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Show every key, its value, and where that came from: a flag, a variable, the file, or the default."""
+    config = client_config(address, config_path)
+    file = Path(config_path or os.environ.get(ENV_CONFIG) or default_config_path())
+    values = {key: _plain(getattr(config, key)) for key in KEYS}
+    if as_json:
+        keys = {
+            key: {
+                "value": values[key],
+                "source": config.source(key),
+                "unit": field.metadata["unit"],
+                "help": field.metadata["help"],
+            }
+            for key, field in KEYS.items()
+        }
+        print_json({"file": str(file), "file_found": file.exists(), "keys": keys})
+        return
+    click.echo(f"{file}{'' if file.exists() else ' (no such file)'}")
+    print_table(
+        ("key", "value", "from", "meaning"),
+        [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in KEYS.items()],
+    )
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if KEYS[key].metadata["unit"] == "size":
+        return _size(value) if value else "0 (automatic)"
+    return str(value)
+
+
+def _size(nbytes: int) -> str:
+    # In the largest unit that says it exactly, so that it can be copied into the file.
+    units = (("GB", 10**9), ("GiB", 2**30), ("MB", 10**6), ("MiB", 2**20), ("KiB", 2**10))
+    return next((f"{nbytes // unit}{name}" for name, unit in units if nbytes % unit == 0), str(nbytes))

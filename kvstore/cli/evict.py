@@ -1,0 +1,72 @@
+"""`kvstore evict`: remove blocks from the store."""
+
+from __future__ import annotations
+
+import click
+
+from kvstore.cli.common import (
+    age_option,
+    client_config,
+    common_options,
+    connected,
+    id_option,
+    print_json,
+    size_option,
+    size_text,
+)
+
+
+@click.command("evict")
+@click.option("--namespace", type=id_option, metavar="ID", help="Blocks of the namespace whose id starts so.")
+@click.option("--prefix", "key", type=id_option, metavar="ID", help="The block whose key starts so, and all after it.")
+@click.option(
+    "--idle",
+    "--older-than",
+    "idle_s",
+    type=age_option,
+    metavar="AGE",
+    help="Blocks not used for so long (90s, 12h, 30d).",
+)
+@click.option(
+    "--bytes",
+    "nbytes",
+    type=size_option,
+    metavar="SIZE",
+    help="Free so much, the least recently used first.",
+)
+@click.option("--all", "everything", is_flag=True, help="Every block.")
+@click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
+@common_options
+def command(
+    namespace: bytes | None,
+    key: bytes | None,
+    idle_s: int | None,
+    nbytes: int | None,
+    everything: bool,
+    dry_run: bool,
+    address: str | None,
+    config_path: str | None,
+    as_json: bool,
+) -> None:
+    """Remove the blocks that fit every selection given, and report the bytes freed on disk."""
+    narrowed = any(value is not None for value in (namespace, key, idle_s, nbytes))
+    if not narrowed and not everything:
+        raise click.UsageError("nothing is selected; give --namespace, --prefix, --idle, --bytes, or --all")
+    if narrowed and everything:
+        raise click.UsageError("--all selects every block; leave it out, or leave out the other selections")
+    if nbytes == 0:
+        raise click.UsageError("--bytes 0 frees nothing")
+    with connected(client_config(address, config_path)) as client:
+        report = client.evict(
+            namespace_prefix=namespace or b"",
+            key_prefix=key or b"",
+            idle_s=idle_s or 0,
+            bytes=nbytes or 0,
+            all=everything,
+            dry_run=dry_run,
+        )
+    if as_json:
+        print_json({"dry_run": dry_run, **report})
+        return
+    freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
+    click.echo(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks")

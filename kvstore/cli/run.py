@@ -1,0 +1,33 @@
+"""`kvstore run`: an inference server with the store plugged in, its own flags passed through."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from kvstore.cli.common import client_config, common_options, print_json
+from kvstore.config import ENV_CONFIG, ENV_PREFIX
+
+
+@click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@common_options
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SERVER [FLAGS]...")
+def command(argv: tuple[str, ...], address: str | None, config_path: str | None, as_json: bool) -> int:
+    """Start SERVER (mlx_lm.server) with the store plugged in; all FLAGS go to it unchanged.
+
+    For example: kvstore run mlx_lm.server --model mlx-community/Qwen3-8B-4bit --port 8080
+    """
+    config = client_config(address, config_path)
+    # The server, and whatever it starts, reads its configuration where everybody does.
+    if address is not None:
+        os.environ[f"{ENV_PREFIX}LISTEN"] = config.listen
+    if config_path is not None:
+        os.environ[ENV_CONFIG] = os.path.abspath(config_path)
+    if as_json:
+        print_json({"pid": os.getpid(), "address": config.listen, "argv": list(argv)})
+        sys.stdout.flush()
+    from kvstore.integrations.run import run
+
+    return run(list(argv))

@@ -1,0 +1,66 @@
+"""`kvstore serve`: the daemon, with every configuration key as a flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from kvstore.cli.common import absolute_address, print_json
+from kvstore.config import KEYS, load_config
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_METAVARS = {
+    "path": "DIR",
+    "address": "ADDRESS",
+    "size": "SIZE",
+    "choice": "NAME",
+    "profile": "NAME",
+    "tokens": "N",
+    "count": "N",
+    "seconds": "SECONDS",
+    "milliseconds": "MS",
+}
+
+
+def _key_options(command: F) -> F:
+    # Values stay text here; the configuration parses them, so that a flag and the file obey one rule.
+    for key, field in reversed(list(KEYS.items())):
+        flag = "--" + key.replace("_", "-")
+        about = field.metadata["help"]
+        if field.default is not dataclasses.MISSING and field.metadata["unit"] != "switch":
+            about += f"  [default: {field.default}]"
+        if field.metadata["unit"] == "switch":
+            option = click.option(f"{flag}/--no-{flag.removeprefix('--')}", key, default=None, help=about)
+        else:
+            names = (flag, "--address") if key == "listen" else (flag,)
+            option = click.option(*names, key, metavar=_METAVARS[field.metadata["unit"]], help=about)
+        command = option(command)
+    return command
+
+
+@click.command("serve")
+@_key_options
+@click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+@click.option("--json", "as_json", is_flag=True, help="Say in JSON what is about to be served.")
+def command(config_path: str | None, as_json: bool, **flags: Any) -> int:
+    """Run the daemon that owns the store, until SIGINT or SIGTERM. No flag is required.
+
+    Every flag is a configuration key: KVSTORE_<KEY> in the environment and the TOML file set the same ones, and
+    `kvstore config show` tells the value in force and where it came from.
+    """
+    if flags["data_dir"] is not None:
+        flags["data_dir"] = os.path.abspath(os.path.expanduser(flags["data_dir"]))
+    flags["listen"] = absolute_address(flags["listen"])
+    config = load_config(flags, config_path)
+    if as_json:
+        print_json({"pid": os.getpid(), "listen": config.listen, "data_dir": str(config.data_dir)})
+        sys.stdout.flush()
+    from kvstore.server.daemon import serve
+
+    return serve(config)

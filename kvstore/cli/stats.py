@@ -1,0 +1,94 @@
+"""`kvstore stats`: counters of the daemon and the state of its disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from kvstore.cli.common import (
+    ID_DIGITS,
+    client_config,
+    common_options,
+    connected,
+    print_facts,
+    print_json,
+    print_table,
+    size_text,
+    span_text,
+)
+
+
+@click.command("stats")
+@common_options
+def command(address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Counters since the daemon started, and the state of its disk."""
+    config = client_config(address, config_path)
+    with connected(config) as client:
+        stats = client.stats()
+    if as_json:
+        print_json(stats)
+        return
+    print_facts("daemon", _daemon(stats["daemon"], config.listen))
+    print_facts("disk", _disk(stats["disk"]))
+    print_facts("since start", _traffic(stats))
+    for title, reasons in (("misses", stats["miss_reasons"]), ("stores cut short", stats.get("store_reasons", {}))):
+        if reasons:
+            ordered = sorted(reasons.items(), key=lambda item: -item[1])
+            print_facts(title, [(reason, str(count)) for reason, count in ordered])
+    print_namespaces(stats["namespaces"])
+
+
+def print_namespaces(rows: list[dict[str, Any]]) -> None:
+    """The table of namespaces, largest first; nothing when there are none."""
+    if not rows:
+        return
+    cells = [
+        (
+            row["id"][:ID_DIGITS],
+            row["alias"] or "-",
+            f"{row['tokens']:,}",
+            f"{row['blocks']:,}",
+            size_text(row["bytes"]),
+            f"{row['bytes'] / row['logical_bytes']:.2f}" if row["logical_bytes"] else "-",
+            row["engine"],
+            f"{row['layers']} x {row['dtype']}",
+        )
+        for row in sorted(rows, key=lambda row: -row["bytes"])
+    ]
+    columns = ("namespace", "alias", "tokens", "blocks", "on disk", "of raw", "engine", "layers")
+    print_table(columns, cells, numbers="  nnnn")
+
+
+def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:
+    state = daemon["state"] + (f": {daemon['detail']}" if daemon.get("detail") else "")
+    return [
+        ("state", state),
+        ("address", listen),
+        ("version", f"{daemon['version']}, pid {daemon['pid']}, up {span_text(daemon['uptime_s'])}"),
+        ("device", daemon["device"]),
+    ]
+
+
+def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
+    budget = disk["budget_bytes"]
+    share = f" ({100 * disk['used_bytes'] / budget:.0f} %)" if budget else ""
+    floor = disk.get("free_floor_bytes", 0)
+    return [
+        ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
+        ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),
+        ("quarantined", f"{disk['quarantined']:,}"),
+    ]
+
+
+def _traffic(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    calls, tokens, moved = stats["requests"], stats["tokens"], stats["bytes"]
+    hits, partial, misses = calls["hits"], calls["partial_hits"], calls["misses"]
+    return [
+        ("fetches", f"{calls['fetch']:,}: {hits:,} whole hits, {partial:,} partial, {misses:,} misses"),
+        ("matches", f"{calls['match']:,}"),
+        ("stores", f"{calls['store']:,}"),
+        ("tokens", f"{tokens['stored']:,} stored, {tokens['served']:,} served"),
+        ("bytes", f"{size_text(moved['written'])} written, {size_text(moved['served'])} served"),
+        ("kept", f"{size_text(moved['stored'])} on disk for {size_text(moved['logical'])} of raw KV"),
+    ]

@@ -1,0 +1,97 @@
+"""The rules of the house that no linter knows: import directions, sizes, and what must not be loaded."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "kvstore"
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "v1" not in path.relative_to(PACKAGE).parts)
+
+FUNCTION_LINES_MAX = 70
+MODULE_LINES_MAX = 430
+# The two edges, where a failure of any kind becomes a status or a miss.
+BROAD_EXCEPTS = {"server/edge.py", "client/session.py"}
+
+
+def name_of(path: Path) -> str:
+    """`engine/index.py`, for messages."""
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_import_contracts_hold() -> None:
+    """import-linter's contracts in pyproject.toml: rooms import one way."""
+    linter = Path(sys.executable).with_name("lint-imports")
+    run = subprocess.run([str(linter), "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "banned"),
+    [
+        ("kvstore", ["mlx", "grpc", "lmdb", "numpy"]),
+        ("kvstore.cli", ["mlx", "grpc", "lmdb", "numpy"]),
+        ("kvstore.config", ["mlx", "grpc", "lmdb", "numpy"]),
+        ("kvstore.cli.stats", ["mlx", "lmdb"]),
+        ("kvstore.engine", ["mlx", "grpc", "google.protobuf"]),
+        ("kvstore.client.client", ["lmdb"]),
+        ("kvstore.integrations.run", ["lmdb", "kvstore.engine"]),
+    ],
+)
+def test_importing_a_room_loads_nothing_it_must_not_have(module: str, banned: list[str]) -> None:
+    """The contracts see imports at any depth of our code; this sees what Python really loads."""
+    script = f"import sys, {module}; print(*[name for name in {banned!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_and_modules_fit_a_screen_and_a_sitting(path: Path) -> None:
+    """No function over 70 lines, no module much over 400."""
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MODULE_LINES_MAX
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length < FUNCTION_LINES_MAX, f"{node.name}: {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_every_module_class_and_public_function_says_what_it_is(path: Path) -> None:
+    """Docstrings carry shapes, units, errors and threads; without one there is nowhere to look."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), "the module"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_broad_excepts_stand_only_at_the_edges(path: Path) -> None:
+    """Inside, an unexpected error travels on and is seen."""
+    if name_of(path) in BROAD_EXCEPTS:
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            caught = [ast.unparse(one) for one in ast.walk(node.type)] if node.type else ["everything"]
+            broad = {"Exception", "everything"} & set(caught)
+            # `except BaseException: clean up; raise` hides nothing.
+            reraises = any(isinstance(one, ast.Raise) and one.exc is None for one in ast.walk(node))
+            assert not broad or reraises, f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_reads_the_environment_but_the_edges(path: Path) -> None:
+    """A setting that is read deep inside is one that nobody finds."""
+    room = name_of(path).split("/")[0]
+    if room in ("config.py", "cli", "integrations"):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "getenv"), f"line {node.lineno}"

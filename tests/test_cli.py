@@ -1,0 +1,457 @@
+"""The command line: every verb for people and in JSON, one line for an error, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from kvstore import errors
+from kvstore.cli import common
+from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
+from kvstore.config import KEYS, Config
+
+ROOT = Path(__file__).parents[1]
+ID = "ab" * 32
+
+NAMESPACE = {
+    "id": ID,
+    "alias": "small-lm",
+    "tokens": 2304,
+    "bytes": 1_000_000,
+    "blocks": 9,
+    "logical_bytes": 2_000_000,
+    "engine": "mlx-lm 0.32",
+    "dtype": "BF16",
+    "layers": 8,
+}
+BLOCK = {
+    "key": "cd" * 32,
+    "parent": ID,
+    "namespace_id": ID,
+    "start": 256,
+    "n_tokens": 200,
+    "bytes": 123_456,
+    "fidelity": 800,
+    "created_s": 1_700_000_000,
+    "accessed_s": 1_700_000_000,
+    "recipes": ["affine", "raw"],
+    "path": "/data/blobs.noindex/cd/x.safetensors",
+    "runs": 2,
+}
+STATS: dict[str, Any] = {
+    "schema": 1,
+    "daemon": {"version": "0.1.0", "pid": 7, "uptime_s": 90, "state": "serving", "device": "idle", "detail": ""},
+    "disk": {
+        "used_bytes": 5_000_000,
+        "budget_bytes": 10_000_000,
+        "free_bytes": 10**11,
+        "free_floor_bytes": 2 * 10**10,
+        "blobs": 9,
+        "quarantined": 1,
+    },
+    "tokens": {"stored": 2304, "served": 100},
+    "requests": {"match": 1, "fetch": 3, "store": 2, "hits": 1, "partial_hits": 1, "misses": 1},
+    "miss_reasons": {"unknown_prefix": 1},
+    "store_reasons": {},
+    "bytes": {"logical": 2_000_000, "stored": 1_000_000, "written": 1_000_000, "served": 5},
+    "namespaces": [NAMESPACE],
+}
+
+
+class FakeClient:
+    """Answers what a daemon would, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Any] = {}
+        self.address = ""
+        self.closed = False
+        self.error: errors.KVStoreError | None = None
+        self.findings: list[dict[str, str]] = []
+
+    def _answer(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        self.asked = asked
+        return answer
+
+    def stats(self) -> dict[str, Any]:
+        """A small store."""
+        return self._answer({}, STATS)
+
+    def list(self, namespace_prefix: bytes = b"", limit: int = 0) -> dict[str, Any]:
+        """One namespace, or one block and a note that there are more."""
+        asked = {"namespace_prefix": namespace_prefix, "limit": limit}
+        if namespace_prefix:
+            return self._answer(asked, {"namespaces": [], "blocks": [BLOCK], "truncated": True})
+        return self._answer(asked, {"namespaces": [NAMESPACE], "blocks": [], "truncated": False})
+
+    def show(self, key_prefix: bytes) -> dict[str, Any]:
+        """One block for keys that start with cd."""
+        return self._answer({"key_prefix": key_prefix}, {"blocks": [BLOCK] if key_prefix[:1] == b"\xcd" else []})
+
+    def evict(self, **selection: Any) -> dict[str, Any]:
+        """Always the same freed bytes."""
+        return self._answer(selection, {"blocks": 3, "freed_bytes": 4_000_000})
+
+    def check(self, repair: bool = False) -> dict[str, Any]:
+        """The findings set by the test."""
+        report = {"blobs": 9, "bytes": 1_000_000, "repaired": len(self.findings) * repair, "findings": self.findings}
+        return self._answer({"repair": repair}, report)
+
+    def close(self) -> None:
+        """Remembered: a verb must not leave its connection open."""
+        self.closed = True
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
+    """A client in place of the real one, away from the configuration of whoever runs the tests."""
+    fake = FakeClient()
+
+    def connect(*, config: Config) -> FakeClient:
+        fake.address = config.listen
+        return fake
+
+    monkeypatch.setattr("kvstore.client.client.connect", connect)
+    for name in [name for name in os.environ if name.startswith("KVSTORE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return fake
+
+
+def invoke(*args: str) -> Result:
+    """Run a command line in this process."""
+    return CliRunner().invoke(cli, list(args))
+
+
+def answer(*args: str) -> dict[str, Any]:
+    """The JSON of a verb that succeeds."""
+    result = invoke(*args, "--json")
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def leaf_commands() -> dict[str, click.Command]:
+    """Every verb that does something."""
+    context = click.Context(cli)
+    found = {verb: cli.get_command(context, verb) for verb in VERBS}
+    group = found.pop("config")
+    assert isinstance(group, click.Group)
+    return {verb: command for verb, command in found.items() if command} | {"config show": group.commands["show"]}
+
+
+def test_every_verb_takes_json_address_and_config() -> None:
+    """The conventions hold for all of them."""
+    for verb, command in leaf_commands().items():
+        flags = {flag for param in command.params for flag in param.opts}
+        assert {"--json", "--address", "--config"} <= flags, verb
+        assert command.help, verb
+
+
+def test_serve_has_a_flag_for_every_key() -> None:
+    """Nothing can be set in the file only."""
+    flags = {flag for param in leaf_commands()["serve"].params for flag in param.opts}
+    assert {"--" + key.replace("_", "-") for key in KEYS} <= flags
+
+
+def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -> None:
+    """The same numbers in both."""
+    parsed = answer("stats", "--address", "unix:/run/k.sock")
+    assert parsed == STATS
+    assert next(iter(parsed)) == "schema"
+    assert client.address == "unix:/run/k.sock"
+    assert client.closed
+    text = invoke("stats").stdout
+    for words in (
+        "serving",
+        "5.0 MB of 10.0 MB (50 %)",
+        "3: 1 whole hits, 1 partial, 1 misses",
+        "unknown_prefix",
+        "0.50",
+    ):
+        assert words in text, words
+    assert "\x1b" not in text
+
+
+def test_ls_lists_namespaces_or_the_blocks_of_one(client: FakeClient) -> None:
+    """A truncated list says so on stderr, not in the table."""
+    assert answer("ls")["namespaces"] == [NAMESPACE]
+    assert "small-lm" in invoke("ls").stdout
+    result = invoke("ls", "abab", "--limit", "5")
+    assert client.asked == {"namespace_prefix": b"\xab\xab", "limit": 5}
+    assert "8 bits" in result.stdout
+    assert "affine, raw" in result.stdout
+    assert "more than 5" in result.stderr
+
+
+def test_show_tells_everything_or_that_there_is_nothing(client: FakeClient) -> None:
+    """A key that matches nothing is a failure with a sentence."""
+    assert answer("show", "cd")["blocks"] == [BLOCK]
+    assert "200: 256 up to 456" in invoke("show", "cdcd").stdout
+    missing = invoke("show", "ee")
+    assert (missing.exit_code, missing.stdout) == (1, "")
+    assert missing.stderr == "kvstore: no block's key starts with ee\n"
+    assert client.closed
+
+
+def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) -> None:
+    """Every way to select arrives as the daemon takes it."""
+    parsed = answer("evict", "--namespace", "abab", "--prefix", "CD", "--idle", "2w", "--bytes", "10MB", "--dry-run")
+    assert parsed == {"schema": 1, "dry_run": True, "blocks": 3, "freed_bytes": 4_000_000}
+    assert client.asked == {
+        "namespace_prefix": b"\xab\xab",
+        "key_prefix": b"\xcd",
+        "idle_s": 14 * 86_400,
+        "bytes": 10_000_000,
+        "all": False,
+        "dry_run": True,
+    }
+    assert invoke("evict", "--older-than", "90s").stdout == "freed 4.0 MB (4000000 bytes) in 3 blocks\n"
+    assert client.asked["idle_s"] == 90
+    assert invoke("evict", "--all", "--dry-run").stdout.startswith("would free 4.0 MB")
+    assert client.asked["all"] is True
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "nothing is selected"),
+        (["--dry-run"], "nothing is selected"),
+        (["--all", "--idle", "1d"], "--all selects every block"),
+        (["--bytes", "0"], "frees nothing"),
+        (["--bytes", "10G"], "not a size"),
+        (["--idle", "0d"], "not a length of time"),
+        (["--idle", "yesterday"], "not a length of time"),
+        (["--prefix", "abc"], "even number of leading hex digits"),
+        (["--prefix", ""], "even number of leading hex digits"),
+        (["--namespace", "xy"], "even number of leading hex digits"),
+    ],
+)
+def test_evict_refuses_what_could_remove_more_than_was_meant(client: FakeClient, args: list[str], message: str) -> None:
+    """Usage errors are one line on stderr and exit 2; the daemon is not asked."""
+    result = invoke("evict", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert client.address == ""
+
+
+def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
+    """Also when it was repaired: whoever runs it from a timer wants to know."""
+    assert invoke("check").exit_code == 0
+    client.findings = [{"kind": "corrupt_blob", "path": "/data/x", "detail": "checksum of layer 3"}]
+    result = invoke("check", "--repair")
+    assert result.exit_code == 4
+    assert "corrupt_blob" in result.stdout
+    assert "1 findings in 9 blobs, 1.0 MB read, 1 put right" in result.stdout
+    assert client.asked == {"repair": True}
+    parsed = json.loads(invoke("check", "--json").stdout)
+    assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
+
+
+def test_check_goes_offline_only_when_no_daemon_was_named(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a daemon the directory is checked itself; with --address an unreachable daemon is exit 3."""
+    client.error = errors.UnavailableError("nobody listens")
+    finding = SimpleNamespace(kind="stray_blob", path="/data/y", detail="no row")
+    asked: list[tuple[Path, bool]] = []
+
+    def check_directory(data_dir: Path, repair: bool) -> SimpleNamespace:
+        asked.append((data_dir, repair))
+        return SimpleNamespace(blobs=1, bytes=2, repaired=0, findings=[finding])
+
+    monkeypatch.setattr("kvstore.engine.check_directory", check_directory)
+    monkeypatch.setenv("KVSTORE_DATA_DIR", str(tmp_path))
+    result = invoke("check", "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["offline"] is True
+    assert "offline" in result.stderr
+    assert invoke("check", "--data-dir", str(tmp_path), "--repair").exit_code == 4
+    assert asked == [(tmp_path, False), (tmp_path, True)]
+    missing = invoke("check", "--data-dir", str(tmp_path / "none"))
+    assert missing.exit_code == 1
+    assert "does not exist" in missing.stderr
+    assert invoke("check", "--address", "/run/k.sock").exit_code == 3
+    assert invoke("check", "--address", "/run/k.sock", "--data-dir", "/x").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.KVStoreError("x"), 1),
+        (errors.CorruptDataError("x"), 1),
+        (errors.DirectoryError("x"), 1),
+        (errors.DirectoryHeldError("x"), 5),
+        (errors.UnavailableError("x"), 3),
+        (errors.DeadlineError("x"), 3),
+        (errors.ConfigError("x"), 2),
+        (errors.LayoutMismatchError("x"), 2),
+    ],
+)
+def test_every_error_has_one_exit_code(client: FakeClient, error: errors.KVStoreError, code: int) -> None:
+    """One table decides, and a sentence over several lines still is one line."""
+    assert exit_code(error) == code
+    client.error = type(error)("first line\nsecond line")
+    result = invoke("stats", "--json")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr == "kvstore: first line second line\n"
+
+
+def test_the_table_of_exit_codes_puts_classes_before_their_bases() -> None:
+    """Otherwise the base's code would hide the class's."""
+    kinds = [kind for kind, _ in EXIT_CODES]
+    for index, kind in enumerate(kinds):
+        assert not any(issubclass(later, kind) for later in kinds[index + 1 :])
+
+
+def test_config_show_says_where_each_value_came_from(client: FakeClient, tmp_path: Path) -> None:
+    """A flag, a variable, the file, or the default."""
+    file = tmp_path / "kvstore" / "config.toml"
+    file.parent.mkdir()
+    file.write_text('profile = "raw"\n', encoding="utf-8")
+    parsed = answer("config", "show", "--address", "127.0.0.1:7070")
+    assert parsed["schema"] == 1
+    assert parsed["file"] == str(file)
+    assert list(parsed["keys"]) == list(KEYS)
+    assert parsed["keys"]["profile"]["value"] == "raw"
+    assert parsed["keys"]["profile"]["source"] == str(file)
+    assert parsed["keys"]["lease_s"]["source"] == "default"
+    assert "512MiB" in invoke("config", "show").stdout
+    file.write_text("profil = 1", encoding="utf-8")
+    result = invoke("config", "show")
+    assert result.exit_code == 2
+    assert result.stderr == f"kvstore: profil: no such key; did you mean profile?, from {file}\n"
+    assert client.address == ""
+
+
+def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags become the configuration, relative places count from the working directory, the daemon's code is ours."""
+    served = []
+
+    def serve(config: Any) -> int:
+        served.append(config)
+        return 5
+
+    monkeypatch.setattr("kvstore.server.daemon.serve", serve)
+    args = ["--data-dir", "data", "--listen", "unix:k.sock", "--budget-bytes", "10GB", "--insecure-tcp"]
+    result = invoke("serve", *args, "--json")
+    assert result.exit_code == 5
+    assert json.loads(result.stdout)["listen"] == f"unix:{os.getcwd()}/k.sock"
+    (config,) = served
+    assert config.data_dir == Path.cwd() / "data"
+    assert (config.budget_bytes, config.insecure_tcp, config.profile) == (10**10, True, "affine8")
+    assert config.source("budget_bytes") == "--budget-bytes"
+    assert client.address == ""
+    assert invoke("serve", "--min-quantize-tokens", "-1").exit_code == 2
+
+
+def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours stand before the server's name, everything after it is the server's, and children find the daemon."""
+    monkeypatch.setenv("KVSTORE_LISTEN", "unix:/before.sock")
+    ran = []
+
+    def run(argv: list[str]) -> int:
+        ran.append((argv, os.environ["KVSTORE_LISTEN"]))
+        return 0
+
+    monkeypatch.setattr("kvstore.integrations.run.run", run)
+    result = invoke("run", "--address", "unix:/k.sock", "mlx_lm.server", "--model", "m", "--json", "--help", "-x")
+    assert result.exit_code == 0
+    assert ran == [(["mlx_lm.server", "--model", "m", "--json", "--help", "-x"], "unix:/k.sock")]
+    assert invoke("run").exit_code == 2
+    assert client.address == ""
+
+
+def test_help_and_wrong_verbs_are_answered_without_a_daemon() -> None:
+    """Help is on stdout and exit 0; no verb at all is help and exit 2."""
+    assert invoke("--help").exit_code == 0
+    assert all(verb in invoke("--help").stdout for verb in VERBS)
+    assert invoke("--version").stdout.startswith("kvstore ")
+    assert invoke().exit_code == 2
+    assert invoke("stat").stderr.startswith("kvstore: No such command 'stat'")
+    for verb in leaf_commands():
+        result = invoke(*verb.split(), "--help")
+        assert (result.exit_code, result.stderr) == (0, ""), verb
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (99_960, "100 kB"), (999_700, "1.0 MB"), (123 * 10**9, "123 GB")],
+)
+def test_sizes_for_people_have_few_digits(nbytes: int, text: str) -> None:
+    """Powers of ten, as disks are sold."""
+    assert common.size_text(nbytes) == text
+
+
+def test_times_for_people_are_rough() -> None:
+    """The largest unit of which there are two."""
+    assert [common.span_text(n) for n in (0, 119, 120, 7199, 7200, 172_800)] == [
+        "0 s",
+        "119 s",
+        "2 m",
+        "119 m",
+        "2 h",
+        "2 d",
+    ]
+    assert common.age_text(0) == common.time_text(0) == "-"
+    assert common.age_text(int(time.time()) - 86_400 * 3) == "3 d ago"
+
+
+def test_addresses_given_by_hand_may_be_short() -> None:
+    """A path is a socket; a relative one counts from the working directory."""
+    here = os.getcwd()
+    assert common.absolute_address(None) is None
+    assert common.absolute_address("/k.sock") == "unix:/k.sock"
+    assert common.absolute_address("unix:k.sock") == f"unix:{here}/k.sock"
+    assert common.absolute_address("./k.sock") == f"unix:{here}/k.sock"
+    assert common.absolute_address("unix:~/k.sock") == f"unix:{os.path.expanduser('~')}/k.sock"
+    assert common.absolute_address("localhost:1") == "localhost:1"
+
+
+def kvstore(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """A real command line in a bare environment."""
+    env = {"PATH": "/usr/bin:/bin", "XDG_CONFIG_HOME": "/nonexistent", **environ}
+    return subprocess.run(
+        [sys.executable, "-m", "kvstore", *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_a_daemon_that_cannot_be_reached_is_exit_3(tmp_path: Path) -> None:
+    """No socket, and a socket nobody listens on."""
+    address = tmp_path / "k.sock"
+    for verb in (["stats"], ["ls"], ["show", "ab"], ["evict", "--all"], ["check"]):
+        run = kvstore(*verb, "--address", f"unix:{address}")
+        assert (run.returncode, run.stdout) == (3, ""), run.stderr
+        assert run.stderr.startswith("kvstore: ")
+        assert run.stderr.count("\n") == 1
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(address))
+    stale.close()
+    assert kvstore("stats", "--address", str(address)).returncode == 3
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    """`kvstore config show | head -1` ends quietly."""
+    command = f"{sys.executable} -m kvstore config show --json | head -1"
+    run = subprocess.run(["/bin/sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.stdout, run.stderr) == ("{\n", "")
+
+
+def test_colours_are_for_terminals_that_want_them() -> None:
+    """NO_COLOR, and no colours into a pipe even where a terminal is claimed."""
+    assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color").stdout
+    assert "\x1b[3" not in kvstore("config", "show", TERM="xterm-256color", NO_COLOR="1", FORCE_COLOR="1").stdout

@@ -1,0 +1,242 @@
+"""The configuration: order of sources, strictness, and messages that name the key, the cause and the place."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from kvstore.config import (
+    GB,
+    KEYS,
+    MIB,
+    SOCKET_PATH_BYTES_MAX,
+    Config,
+    automatic_budget_bytes,
+    automatic_floor_bytes,
+    default_config_path,
+    load_config,
+    parse_address,
+    parse_size,
+)
+from kvstore.errors import ConfigError
+
+
+def load(flags: Mapping[str, object] | None = None, toml: str | None = None, **environ: str) -> Config:
+    """`load_config` away from the environment and home of whoever runs the tests."""
+    path = None
+    if toml is not None:
+        path = Path(environ.pop("directory")) / "config.toml"
+        path.write_text(toml, encoding="utf-8")
+    return load_config(flags, path, {"XDG_CONFIG_HOME": "/nonexistent", **environ})
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    """Without any source every key has its default, and says so."""
+    config = load()
+    assert (config.budget_bytes, config.free_floor_bytes) == (0, 0)
+    assert config.listen.startswith("unix:/")
+    assert config.listen.endswith("/.kvstore/kvstore.sock")
+    assert (config.profile, config.min_quantize_tokens, config.durability) == ("affine8", 256, "commit")
+    assert (config.fetch_connect_ms, config.fetch_stall_ms, config.fetch_total_ms) == (50, 500, 5000)
+    assert config.memory_bytes == 512 * MIB
+    assert {config.source(key) for key in KEYS} == {"default"}
+
+
+def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
+    """Each source is used where no stronger one speaks, and is named."""
+    toml = 'lease_s = 1\nuploads_max = 2\nprofile = "raw"\n'
+    config = load(
+        {"lease_s": "3", "uploads_max": None},
+        toml,
+        directory=str(tmp_path),
+        KVSTORE_LEASE_S="2",
+        KVSTORE_UPLOADS_MAX="4",
+    )
+    assert (config.lease_s, config.uploads_max, config.profile, config.upload_idle_s) == (3, 4, "raw", 30)
+    assert config.source("lease_s") == "--lease-s"
+    assert config.source("uploads_max") == "KVSTORE_UPLOADS_MAX"
+    assert config.source("profile") == str(tmp_path / "config.toml")
+    assert config.source("upload_idle_s") == "default"
+
+
+def test_an_unknown_key_is_an_error_in_every_source(tmp_path: Path) -> None:
+    """The message names the key, the place, and the key that was probably meant."""
+    with pytest.raises(ConfigError, match=r"budget_byte: no such key; did you mean budget_bytes\?, from .*config.toml"):
+        load(toml="budget_byte = 1", directory=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"lease: no such key.*from KVSTORE_LEASE$"):
+        load(KVSTORE_LEASE="1")
+    with pytest.raises(ConfigError, match=r"zzz: no such key, from --zzz"):
+        load({"zzz": 1})
+    with pytest.raises(ConfigError, match="cache: no such key"):
+        load(toml="[cache]\nlease_s = 1", directory=str(tmp_path))
+
+
+def test_variables_of_others_are_left_alone() -> None:
+    """Only the prefix is ours, and KVSTORE_CONFIG is not a key."""
+    load(KVSTOREX="1", PATH="/bin")
+    with pytest.raises(ConfigError, match="capitals"):
+        load(KVSTORE_lease_s="1")
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        (0, 0),
+        (12, 12),
+        ("12", 12),
+        ("10GB", 10 * GB),
+        ("10 gb", 10 * GB),
+        ("512MiB", 512 << 20),
+        ("1.5GiB", 3 << 29),
+        ("1KiB", 1024),
+        ("2TB", 2 * 10**12),
+        ("7B", 7),
+    ],
+)
+def test_sizes_are_bytes_or_a_number_with_a_unit(text: object, nbytes: int) -> None:
+    """Powers of ten without the i, powers of two with it."""
+    assert parse_size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1", "10G", "1e9", "10 GB MB", 1.5, True, None, -1, "99999999999TB", b"1"])
+def test_what_is_not_a_size_is_refused(text: object) -> None:
+    """`10G` is refused because it is said for both."""
+    with pytest.raises(ValueError, match=r"size|negative|large"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("min_quantize_tokens", -1, "min_quantize_tokens: must not be negative"),
+        ("min_quantize_tokens", "256.5", "not a whole number"),
+        ("min_quantize_tokens", True, "not a whole number"),
+        ("lease_s", 0, "lease_s: must be at least 1"),
+        ("durability", "always", "must be one of commit, full, none"),
+        ("log_level", "loud", "must be one of debug"),
+        ("profile", "Affine 8", "not a profile name"),
+        ("budget_bytes", "lots", "not a size"),
+        ("memory_bytes", "1kB", "must be at least"),
+        ("insecure_tcp", "perhaps", "must be true or false"),
+        ("data_dir", "", "not a path"),
+        ("data_dir", "cache", "must be absolute"),
+        ("listen", "kvstore.sock", "not an address"),
+        ("listen", "unix:kvstore.sock", "must be absolute"),
+        ("listen", "localhost:0", "not an address"),
+        ("listen", "localhost:65536", "not an address"),
+        ("tokens_max", 1 << 30, "over message_bytes_max"),
+    ],
+)
+def test_a_wrong_value_names_its_key_and_cause(key: str, value: object, message: str) -> None:
+    """From any source, and also when a Config is made by hand."""
+    with pytest.raises(ConfigError, match=message):
+        load({key: value})
+    with pytest.raises(ConfigError, match=message):
+        Config(**{key: value})  # type: ignore[arg-type]
+
+
+def test_a_socket_path_of_103_bytes_is_taken_and_104_names_the_fix() -> None:
+    """The limit of macOS holds everywhere; bytes count, not characters."""
+    assert len(load({"listen": "unix:/" + "a" * 102}).address.path) == SOCKET_PATH_BYTES_MAX
+    for path in ("/" + "a" * 103, "/" + "ä" * 52):
+        with pytest.raises(ConfigError, match=r"10[45] bytes, more than the 103 .*choose a shorter one"):
+            load({"listen": f"unix:{path}"})
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:7070", "localhost:7070", "[::1]:7070", "127.9.9.9:1"])
+def test_loopback_addresses_need_no_switch(listen: str) -> None:
+    """TCP within the host is plain by design."""
+    config = load({"listen": listen})
+    assert config.address.target == listen
+    assert config.address.is_local
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:7070", "192.168.1.5:7070", "[::]:7070", "mac.local:7070"])
+def test_an_address_beyond_the_host_needs_the_switch(listen: str) -> None:
+    """Prompts in the clear on a network take a decision, and the message says which."""
+    with pytest.raises(ConfigError, match=r"not a loopback address.*insecure_tcp"):
+        load({"listen": listen})
+    assert load({"listen": listen, "insecure_tcp": "true"}).listen == listen
+
+
+def test_socket_addresses_have_one_spelling() -> None:
+    """gRPC's unix:///path and a home directory end up as unix:/path."""
+    assert parse_address("unix:///run/k.sock").target == "unix:/run/k.sock"
+    assert parse_address("unix:~/k.sock").path == os.path.expanduser("~/k.sock")
+    with pytest.raises(ValueError, match="not an address"):
+        parse_address(7070)
+
+
+def test_the_file_must_exist_only_if_it_was_named(tmp_path: Path) -> None:
+    """A missing default file is no configuration; a missing named one is an error."""
+    assert default_config_path({"XDG_CONFIG_HOME": "/x"}) == Path("/x/kvstore/config.toml")
+    assert default_config_path({}) == Path(os.path.expanduser("~/.config/kvstore/config.toml"))
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load_config({}, tmp_path / "none.toml", {})
+    with pytest.raises(ConfigError, match="there is no such file"):
+        load(KVSTORE_CONFIG=str(tmp_path / "none.toml"))
+
+
+@pytest.mark.parametrize("content", [b"lease_s = ", b"\xff\xfe"])
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    """Neither a syntax error nor a strange encoding ends in a traceback."""
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{path}: not TOML"):
+        load(KVSTORE_CONFIG=str(path))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config({}, tmp_path, {})
+
+
+def test_a_config_is_a_value() -> None:
+    """Equal by its keys wherever they came from, frozen, and fit to be sent to another process."""
+    by_flag, by_variable = load({"lease_s": 3}), load(KVSTORE_LEASE_S="3")
+    assert by_flag == by_variable
+    assert hash(by_flag) == hash(by_variable)
+    assert pickle.loads(pickle.dumps(by_flag)) == by_flag  # noqa: S301  # our own bytes, in one process
+    with pytest.raises(AttributeError):
+        by_flag.lease_s = 4  # type: ignore[misc]
+
+
+def test_every_key_is_documented_with_its_unit() -> None:
+    """Help is a sentence for people; a number's name ends in its unit."""
+    for key, field in KEYS.items():
+        assert field.metadata["help"].endswith("."), key
+        suffix = {"seconds": "_s", "milliseconds": "_ms", "tokens": "_tokens"}.get(field.metadata["unit"], "")
+        assert key.endswith(suffix) or key == "tokens_max", key
+        assert field.metadata["unit"] != "size" or "bytes" in key, key
+
+
+def test_automatic_limits_follow_the_volume() -> None:
+    """min(100 GB, 15 % of what is free), max(20 GB, 5 % of the volume)."""
+    assert automatic_budget_bytes(200 * GB) == 30 * GB
+    assert automatic_budget_bytes(4000 * GB) == 100 * GB
+    assert automatic_floor_bytes(100 * GB) == 20 * GB
+    assert automatic_floor_bytes(4000 * GB) == 200 * GB
+
+
+def test_a_bare_environment_gives_a_whole_configuration() -> None:
+    """launchd sets no HOME; the password database knows it."""
+    script = "from kvstore.config import load_config; c = load_config(); print(c.data_dir); print(c.listen)"
+    root = str(Path(__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, "-c", script], env={"PATH": "/usr/bin:/bin"}, cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    data_dir, listen = run.stdout.split("\n")[:2]
+    assert data_dir.startswith("/")
+    assert listen.startswith("unix:/")
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's uid without a password entry gets a sentence, not a relative directory."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setattr("kvstore.config.platformdirs.user_data_dir", lambda *_, **__: "~/.local/share/kvstore")
+    with pytest.raises(ConfigError, match="data_dir: this user has no home directory; set an absolute path"):
+        load_config({}, None, {"XDG_CONFIG_HOME": "/nonexistent"})
