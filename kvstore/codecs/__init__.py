@@ -1,0 +1,13 @@
+"""Arrays <-> tensors and the recipe that travels with them.
+
+device.py      everything that touches the MLX device, and every bridge between bytes and arrays
+base.py        what a codec is; recipe -> codec
+raw.py affine.py
+profiles.py    which recipe for which part of a layer
+runs.py        raw and encoded runs as bytes: the store side
+assemble.py    runs of many blocks -> one array a part: the fetch side
+"""
+
+from kvstore.codecs import affine, raw
+
+__all__ = ["affine", "raw"]

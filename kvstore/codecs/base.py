@@ -1,0 +1,92 @@
+"""What a codec is, which codec a recipe names, and what reading stored bytes may raise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import mlx.core as mx
+import xxhash
+
+from kvstore.blocks import Recipe, Run, Tensor
+from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.layers import PartSpec
+
+
+class Codec(Protocol):
+    """Arrays `[L, H, T, D]` of one part <-> tensors `[L, H', T, X]`, one row a token.
+
+    `encode` and `decode` build lazy MLX graphs on the calling thread, which then owns the result; the rest is pure.
+    Encoding a slice of tokens must give, bit for bit, the slice of the encoded tokens, for slices at multiples of
+    `group_tokens`; it is 1 in codecs that are exact at any token, and only those may be cut and joined freely.
+    `name` and `version` name the byte format for ever: another format is another version.
+    """
+
+    name: str
+    version: int
+    group_tokens: int
+
+    def fit(self, target: Recipe, part: PartSpec) -> Recipe:
+        """The recipe for a part of this geometry that comes nearest to `target`, or RAW when there is none."""
+
+    def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+        """Names, dtypes, heads and widths of what `encode` returns. CorruptDataError if the recipe cannot be."""
+
+    def fidelity(self, recipe: Recipe) -> int:
+        """Rank of what comes back: FIDELITY_EXACT, or hundredths of a bit per value."""
+
+    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+        """Tensors of a finite array."""
+
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+        """A boolean scalar, lazy: decoding these stays finite. False keeps the values raw."""
+
+    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+        """The array in the part's dtype. Tensors must be row-contiguous: see `affine`."""
+
+
+_CODECS: dict[tuple[str, int], Codec] = {}
+
+
+def register(codec: Codec) -> None:
+    """Let recipes of this name and version be read by `codec`. Codec modules do this once, when they are imported."""
+    assert (codec.name, codec.version) not in _CODECS
+    _CODECS[codec.name, codec.version] = codec
+
+
+def codecs() -> tuple[Codec, ...]:
+    """All codecs of this build."""
+    return tuple(_CODECS.values())
+
+
+def codec_of(recipe: Recipe) -> Codec:
+    """The codec that reads and writes this recipe; UnknownFormatError when this build has none."""
+    codec = _CODECS.get((recipe.name, recipe.version))
+    if codec is None:
+        raise UnknownFormatError(f"this kvstore cannot read recipe {recipe.name} version {recipe.version}")
+    return codec
+
+
+def check_runs(runs: Iterable[Run]) -> None:
+    """UnknownFormatError unless this build can read every recipe; CorruptDataError for one that lacks a parameter."""
+    for recipe in {stack.recipe for run in runs for stack in run.stacks}:
+        codec_of(recipe).fidelity(recipe)
+
+
+class BlockCorruptError(CorruptDataError):
+    """Stored bytes of one block of a plan are damaged or gone; `source` is its number in the plan."""
+
+    def __init__(self, message: str, source: int) -> None:
+        super().__init__(message)
+        self.source = source
+
+
+def verify_range(views: Iterable[memoryview], checksum: int | None, source: int) -> None:
+    """BlockCorruptError unless the xxh3_64 over all views is `checksum`; None means that none was recorded."""
+    if checksum is None:
+        return
+    digest = xxhash.xxh3_64()
+    for view in views:
+        digest.update(view)
+    if digest.intdigest() != checksum:
+        raise BlockCorruptError(f"stored bytes of block {source} do not match their checksum", source)

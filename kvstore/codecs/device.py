@@ -1,0 +1,159 @@
+"""Everything that touches the MLX device: evaluation, its memory limits, and every bridge between bytes and arrays.
+
+Importing this module does not touch the device; the first call that computes does. Nothing here (or anywhere in
+kvstore) calls `set_wired_limit`: wiring memory beside an inference process can panic macOS (mlx#3186).
+
+bytes -> array  through numpy with an integer of the same size, then `view`: numpy has no bfloat16. One copy.
+array -> bytes  through the buffer protocol as plain bytes, which ignores the element format and so works for bfloat16
+                too, without a copy and without evaluating anything: safe on any thread once the array is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.blocks import ITEM_BYTES
+from kvstore.errors import InvalidRequestError, UnsupportedLayerError
+from kvstore.layers import PARTS, KVLayer, Layout, Piece, raw_ranges
+
+Bytes = npt.NDArray[np.uint8]
+
+_MX_DTYPES = {
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "I32": mx.int32,
+    "I64": mx.int64,
+}
+_NAMES = {dtype: name for name, dtype in _MX_DTYPES.items()}
+_CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.int64}
+
+# All bits of the exponent, as an integer of the element's size: set in infinities and NaNs only.
+_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
+_FINITE_SPAN = 1 << 18
+
+
+def name() -> str:
+    """The default device as "cpu" or "gpu"; asking does not start it."""
+    return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
+
+
+def set_limits(gpu_memory_bytes: int) -> None:
+    """Bound what MLX allocates in this process, and what it keeps for reuse to a quarter of that."""
+    mx.set_memory_limit(gpu_memory_bytes)
+    mx.set_cache_limit(gpu_memory_bytes // 4)
+
+
+def release_memory() -> None:
+    """Give memory that MLX keeps for reuse back to the system."""
+    mx.clear_cache()
+
+
+def evaluate(arrays: Sequence[mx.array]) -> None:
+    """Compute lazy arrays now. Only the thread that made them may do this; afterwards any thread may read them."""
+    mx.eval(*arrays)
+
+
+def dtype_name(array: mx.array) -> str:
+    """The safetensors name of an array's dtype; UnsupportedLayerError for one that is never stored."""
+    known = _NAMES.get(array.dtype)
+    if known is None:
+        raise UnsupportedLayerError(f"arrays of dtype {array.dtype} cannot be stored")
+    return known
+
+
+def to_array(rows: Bytes, dtype: str) -> mx.array:
+    """Bytes `[..., row_bytes]` as an array `[..., width]` of `dtype`. Copies; any thread, the array is its thread's."""
+    carrier = _CARRIERS[ITEM_BYTES[dtype]]
+    return mx.array(np.ascontiguousarray(rows).view(carrier)).view(_MX_DTYPES[dtype])
+
+
+def to_bytes(array: mx.array) -> Bytes:
+    """The bytes `[..., row_bytes]` of an evaluated, row-contiguous array, without a copy. Any thread.
+
+    The view keeps the buffer alive. It must not be written to. ValueError if the array is not row-contiguous.
+    """
+    flat = np.frombuffer(cast(Any, array), dtype=np.uint8) if array.size else np.empty(0, np.uint8)
+    return flat.reshape(*array.shape[:-1], array.shape[-1] * array.itemsize)
+
+
+def all_finite(rows: Bytes, dtype: str) -> bool:
+    """Whether no element is an infinity or NaN. Integers of the bytes, without the device.
+
+    numpy in spans that stay in the processor's cache: 5x the speed of mx.isfinite on a CPU.
+    """
+    exponent = _EXPONENT[dtype]
+    flat = np.ascontiguousarray(rows).reshape(-1).view(_CARRIERS[ITEM_BYTES[dtype]])
+    for at in range(0, flat.size, _FINITE_SPAN):
+        if int((flat[at : at + _FINITE_SPAN] & exponent).max()) == exponent:
+            return False
+    return True
+
+
+class Capture:
+    """Tokens `[start, end)` of cache layers, copied out of the engine's buffers.
+
+    Made on the thread that owns the arrays: slices physically (buffers carry slack and, after a trim, stale rows) and
+    evaluates. From then on any thread may take views; that computes nothing. With one head a slice of the engine's
+    buffer is contiguous already and shares its memory: MLX copies on the engine's next write, so it still holds still.
+    """
+
+    def __init__(self, layers: Sequence[KVLayer], start: int, end: int) -> None:
+        """Raises InvalidRequestError when an array has another shape or dtype than its layer's spec says."""
+        self.start = start
+        self.end = end
+        self._arrays = {
+            (index, part): tuple(
+                mx.contiguous(array[:, :, start:end, :]) for array in _checked(layer, part, index, start, end)
+            )
+            for index, layer in enumerate(layers)
+            for part in PARTS
+        }
+        evaluate([array for arrays in self._arrays.values() for array in arrays])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all captured tokens."""
+        return sum(array.nbytes for arrays in self._arrays.values() for array in arrays)
+
+    def piece_views(self, layout: Layout, piece: Piece) -> Iterator[memoryview]:
+        """The bytes of a piece within `[start, end)`, in the order of `layers.raw_ranges`, without copies."""
+        if not self.start <= piece.start < piece.end <= self.end:
+            raise InvalidRequestError(f"tokens {piece.start}..{piece.end} were not captured")
+        first, last = piece.start - self.start, piece.end - self.start
+        for stack, tensor, layer, _, _ in raw_ranges(layout, piece.n_tokens):
+            position = stack_position(layout, layer, stack.part, tensor.name)
+            rows = to_bytes(self._arrays[layer, stack.part][position])[0]
+            if first == 0 and last == rows.shape[1]:
+                yield rows.data.cast("B")
+            else:
+                yield from (head[first:last].data.cast("B") for head in rows)
+
+
+def stack_position(layout: Layout, layer: int, part: str, name: str) -> int:
+    """Which array of a layer's part the tensor `name` is."""
+    return [tensor.name for tensor in layout.layers[layer].part(part).tensors()].index(name)
+
+
+def _checked(layer: KVLayer, part: str, index: int, start: int, end: int) -> tuple[mx.array, ...]:
+    """The part's arrays, if they are what the spec says and hold `[start, end)`."""
+    if not 0 <= start < end <= layer.n_tokens:
+        raise InvalidRequestError(f"layer {index} holds {layer.n_tokens} tokens, not {start}..{end}")
+    arrays, tensors = layer.part(part), layer.spec.part(part).tensors()
+    if len(arrays) != len(tensors):
+        raise InvalidRequestError(f"layer {index} {part}: {len(arrays)} arrays instead of {len(tensors)}")
+    for array, tensor in zip(arrays, tensors, strict=True):
+        heads, capacity, width = (array.shape[1:]) if array.ndim == 4 and array.shape[0] == 1 else (0, 0, 0)
+        if (heads, width) != (tensor.heads, tensor.width) or capacity < end or dtype_name(array) != tensor.dtype:
+            raise InvalidRequestError(
+                f"layer {index} {part}.{tensor.name}: {array.dtype} {tuple(array.shape)} is not "
+                f"{tensor.dtype} [1, {tensor.heads}, >= {end}, {tensor.width}]"
+            )
+    return arrays

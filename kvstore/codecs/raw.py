@@ -1,0 +1,50 @@
+"""The codec that changes nothing: one tensor `data` in the dtype of the part.
+
+Parts that the engine itself keeps quantized travel under this recipe too, as their three tensors; they are handed over
+as they are and never pass through `encode` or `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe, Tensor
+from kvstore.codecs.base import register
+from kvstore.layers import PartSpec
+
+
+class RawCodec:
+    """See `base.Codec`."""
+
+    name = "raw"
+    version = 1
+    group_tokens = 1
+
+    def fit(self, target: Recipe, part: PartSpec) -> Recipe:
+        """Raw fits everything."""
+        return RAW
+
+    def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+        """What the layer schema says."""
+        return part.tensors()
+
+    def fidelity(self, recipe: Recipe) -> int:
+        """Exact."""
+        return FIDELITY_EXACT
+
+    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+        """The array."""
+        return (array,)
+
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+        """Always."""
+        return mx.array(True)
+
+    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+        """The array."""
+        return tensors[0]
+
+
+register(RawCodec())

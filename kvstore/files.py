@@ -1,0 +1,210 @@
+"""Reading byte ranges of blob files, or of a buffer that arrived by stream, behind one protocol.
+
+A *source* is one block of a plan, by its number. Offsets count from the start of the block's payload. Whatever is
+wrong with a file (gone, shorter, longer, not a regular file) is CorruptDataError: callers turn it into a miss.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from kvstore.errors import CorruptDataError
+
+# launchd gives a process 256 files, and several workers may read at once.
+OPEN_FILES_MAX = 64
+# The limits of one preadv: IOV_MAX, and on macOS no more than INT_MAX bytes.
+VECTORS_MAX = 1024
+READ_BYTES_MAX = 1 << 30
+
+
+class Range(NamedTuple):
+    """`nbytes` payload bytes of a source from `offset` on."""
+
+    source: int
+    offset: int
+    nbytes: int
+
+
+class RangeReader(Protocol):
+    """Where the bytes of a plan's blocks come from."""
+
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill `views` one after the other from payload bytes `[offset, offset + sum(len))` of source `source`.
+
+        Raises CorruptDataError when these bytes are not there.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class FileSource:
+    """A blob's file, where its payload starts in it, and its exact size."""
+
+    path: str
+    payload_offset: int
+    file_bytes: int
+
+
+class _OpenFile:
+    """An open descriptor and the number of reads that use it now."""
+
+    __slots__ = ("fd", "users")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.users = 0
+
+
+class FileReader:
+    """Reads ranges of blob files, with at most `open_max` of them open. Any thread may read.
+
+    A file is opened at its first read and stays open while it is among the most recently used; a read in progress
+    keeps its file open whatever others do.
+    """
+
+    def __init__(self, sources: Sequence[FileSource], open_max: int = OPEN_FILES_MAX) -> None:
+        self._sources = tuple(sources)
+        self._open_max = max(1, open_max)
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def all_open(self) -> bool:
+        """Whether every source is open: nothing that happens to the names can take the bytes away any more."""
+        with self._lock:
+            return len(self._open) == len(self._sources)
+
+    def open_all(self) -> bool:
+        """Open as many sources as allowed, in order; whether that is all of them. CorruptDataError as `readinto`."""
+        for source in range(min(len(self._sources), self._open_max)):
+            with self._borrowed(source):
+                pass
+        return self.all_open
+
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """See `RangeReader.readinto`. The range must lie inside the file."""
+        if not 0 <= source < len(self._sources) or offset < 0:
+            raise CorruptDataError(f"no such range: source {source}, offset {offset}")
+        file = self._sources[source]
+        flat = [view.cast("B") for view in views if view.nbytes]
+        if file.payload_offset + offset + sum(map(len, flat)) > file.file_bytes:
+            raise CorruptDataError(f"{file.path}: a range ends beyond the file")
+        with self._borrowed(source) as fd:
+            _read_fully(fd, file.payload_offset + offset, flat, file.path)
+
+    @contextlib.contextmanager
+    def _borrowed(self, source: int) -> Iterator[int]:
+        with self._lock:
+            entry = self._open.get(source)
+            if entry is None:
+                entry = self._open[source] = _OpenFile(_open_checked(self._sources[source]))
+            self._open.move_to_end(source)
+            entry.users += 1
+            self._shrink(self._open_max)
+        try:
+            yield entry.fd
+        finally:
+            with self._lock:
+                entry.users -= 1
+                self._shrink(self._open_max)
+
+    def _shrink(self, limit: int) -> None:
+        """Close the least recently used files over the limit, except those in use."""
+        idle = [source for source, entry in self._open.items() if not entry.users] if len(self._open) > limit else []
+        for source in idle[: len(self._open) - limit]:
+            os.close(self._open.pop(source).fd)
+
+    def close(self) -> None:
+        """Close all files. No read may be in progress."""
+        with self._lock:
+            self._shrink(0)
+
+    def __enter__(self) -> FileReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+class BufferReader:
+    """Reads ranges of received bytes: `buffer` holds the payload ranges `ranges`, one after the other."""
+
+    def __init__(self, buffer: bytes | bytearray | memoryview, ranges: Iterable[Range]) -> None:
+        self._view = memoryview(buffer).cast("B")
+        self._starts: dict[int, list[tuple[int, int, int]]] = {}
+        position = 0
+        for source, offset, nbytes in ranges:
+            self._starts.setdefault(source, []).append((offset, nbytes, position))
+            position += nbytes
+        for entries in self._starts.values():
+            entries.sort()
+
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """See `RangeReader.readinto`. A read may cross ranges that are neighbours in the payload."""
+        for view in views:
+            target = view.cast("B") if view.nbytes else view
+            done = 0
+            while done < target.nbytes:
+                chunk = self._chunk(source, offset, target.nbytes - done)
+                target[done : done + len(chunk)] = chunk
+                done += len(chunk)
+                offset += len(chunk)
+
+    def _chunk(self, source: int, offset: int, limit: int) -> memoryview:
+        entries = self._starts.get(source, [])
+        at = bisect.bisect_right(entries, (offset, 1 << 62, 0)) - 1
+        if at >= 0:
+            start, nbytes, position = entries[at]
+            inside = offset - start
+            chunk = self._view[position + inside : position + min(nbytes, inside + limit)]
+            if inside < nbytes and len(chunk):
+                return chunk
+        raise CorruptDataError(f"the bytes at offset {offset} of block {source} did not arrive")
+
+
+def _open_checked(source: FileSource) -> int:
+    """Open a blob for reading; CorruptDataError unless it is a regular file of the exact size."""
+    try:
+        fd = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise CorruptDataError(f"{source.path}: {error.strerror}") from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_size != source.file_bytes:
+        os.close(fd)
+        raise CorruptDataError(f"{source.path}: {info.st_size} bytes where {source.file_bytes} were expected")
+    return fd
+
+
+def _read_fully(fd: int, position: int, views: list[memoryview], path: str) -> None:
+    """Fill all views from `position` on, over as many short reads as it takes."""
+    pending = list(reversed(views))
+    while pending:
+        batch: list[memoryview] = []
+        budget = READ_BYTES_MAX
+        while pending and budget and len(batch) < VECTORS_MAX:
+            view = pending.pop()
+            if len(view) > budget:
+                pending.append(view[budget:])
+                view = view[:budget]
+            batch.append(view)
+            budget -= len(view)
+        try:
+            got = os.preadv(fd, batch, position)
+        except OSError as error:
+            raise CorruptDataError(f"{path}: {error.strerror}") from error
+        if got == 0:
+            raise CorruptDataError(f"{path}: the file ended early")
+        position += got
+        for index, view in enumerate(batch):
+            if got < len(view):
+                pending.extend(reversed([view[got:], *batch[index + 1 :]]))
+                break
+            got -= len(view)

@@ -1,0 +1,443 @@
+"""A hit put together from many blocks, against numpy that does it the slow way."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.blocks import ITEM_BYTES, Recipe, Run
+from kvstore.codecs import assemble, device
+from kvstore.codecs.assemble import (
+    BlockCorruptError,
+    HitBlock,
+    assemble_layer,
+    dense_bytes,
+    dense_runs,
+    layer_ranges,
+)
+from kvstore.codecs.base import codec_of
+from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.runs import EncodedRun, encode_run, payload_run
+from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.files import BufferReader, FileReader
+from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
+from tests.support.stored import random_payload, seal_runs, streamed, write_source
+
+PLAIN = PartSpec(2, 64, "BF16")
+LAYOUTS = {
+    "plain": Layout((LayerSpec(PLAIN, PLAIN),) * 3),
+    "fp16": Layout((LayerSpec(PartSpec(3, 32, "F16"), PartSpec(3, 32, "F16")),) * 2),
+    "fp32 folded": Layout((LayerSpec(PartSpec(4, 40, "F32"), PartSpec(4, 40, "F32")),) * 2),
+    "latent": Layout((LayerSpec(PartSpec(1, 64, "BF16"), PartSpec(1, 0, "BF16")), LayerSpec(PLAIN, PLAIN))),
+    "engine-quantized": Layout((LayerSpec(PartSpec(2, 64, "BF16", 4, 32), PLAIN), LayerSpec(PLAIN, PLAIN))),
+}
+
+
+@pytest.fixture(params=[assemble.HELPED_BYTES, 0], ids=["alone", "helped"])
+def helped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors as they are read, and as large ones are: by two threads."""
+    monkeypatch.setattr(assemble, "HELPED_BYTES", request.param)
+
+
+class Case:
+    """Stored blocks and, for each, the decoded rows that it shows, per (layer, part, array): `[heads, rows, bytes]`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.blocks: list[HitBlock] = []
+        self.payloads: list[bytes] = []
+        self.shown: list[dict[tuple[int, str, int], np.ndarray]] = []
+
+    def add(self, runs: Sequence[EncodedRun], take: int) -> None:
+        """A block, and how much of it the hit uses."""
+        sealed, payload = seal_runs(runs)
+        self.blocks.append(HitBlock(sealed, take))
+        self.payloads.append(payload)
+        decoded = [decode_all(self.layout, run) for run in runs]
+        self.shown.append({key: np.concatenate([d[key] for d in decoded], axis=1)[:, :take] for key in decoded[0]})
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the hit."""
+        return sum(block.take for block in self.blocks)
+
+    def expected(self, layer: int, part: str, number: int) -> np.ndarray:
+        """All rows of the hit."""
+        return np.concatenate([shown[layer, part, number] for shown in self.shown], axis=1)
+
+    def check(self, layer: int, got: KVLayer, headroom: int) -> None:
+        """Every byte of every array: the rows, then zeros, in the right shape and dtype."""
+        spec = self.layout.layers[layer]
+        capacity = -(-(self.n_tokens + headroom) // 256) * 256
+        assert (got.spec, got.n_tokens) == (spec, self.n_tokens)
+        for part in ("keys", "values"):
+            tensors, arrays = spec.part(part).tensors(), got.part(part)
+            assert len(arrays) == len(tensors)
+            mx.eval(*arrays)
+            for number, (array, tensor) in enumerate(zip(arrays, tensors, strict=True)):
+                assert array.shape == (1, tensor.heads, capacity, tensor.width)
+                assert device.dtype_name(array) == tensor.dtype
+                rows = device.to_bytes(mx.contiguous(array))[0]
+                assert np.array_equal(rows[:, : self.n_tokens], self.expected(layer, part, number))
+                assert not rows[:, self.n_tokens :].any()
+
+
+def decode_all(layout: Layout, encoded: EncodedRun) -> dict[tuple[int, str, int], np.ndarray]:
+    """What a run shows, decoded layer by layer."""
+    found: dict[tuple[int, str, int], np.ndarray] = {}
+    first, last = encoded.run.skip, encoded.run.skip + encoded.run.shown
+    buffers = iter(encoded.buffers)
+    for stack in encoded.run.stacks:
+        mine = [next(buffers) for _ in stack.tensors]
+        for at, layer in enumerate(stack.layers):
+            part = layout.layers[layer].part(stack.part)
+            if part.bits:
+                found.update({(layer, stack.part, i): b[at][:, first:last] for i, b in enumerate(mine)})
+                continue
+            arrays = [device.to_array(b[at : at + 1], t.dtype) for b, t in zip(mine, stack.tensors, strict=True)]
+            decoded = mx.contiguous(codec_of(stack.recipe).decode(arrays, stack.recipe, part))
+            mx.eval(decoded)
+            found[layer, stack.part, 0] = device.to_bytes(decoded)[0][:, first:last]
+    return found
+
+
+def make_run(layout: Layout, n_tokens: int, seed: int, profile: str, skip: int = 0, hidden: int = 0) -> EncodedRun:
+    """A run of random values that hides `skip` rows before and `hidden` behind."""
+    dtype = layout.layers[0].keys.dtype
+    held = skip + n_tokens + hidden
+    payload = random_payload(np.random.default_rng(seed), dtype, held * layout.token_bytes // ITEM_BYTES[dtype])
+    encoded = encode_run(layout, payload_run(layout, payload, held), parse_profile(profile))
+    return replace(encoded, run=replace(encoded.run, skip=skip, shown=n_tokens))
+
+
+run_shapes = st.tuples(
+    st.integers(1, 40),
+    st.integers(0, 999),
+    st.sampled_from(["raw", "affine8-g32", "affine8-g32", "affine4-g32"]),
+    st.integers(0, 3),
+    st.integers(0, 3),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(LAYOUTS)),
+    blocks=st.lists(
+        st.tuples(st.lists(run_shapes, min_size=1, max_size=3), st.integers(0, 119)), min_size=1, max_size=4
+    ),
+    headroom=st.sampled_from([0, 1, 256]),
+    helped_bytes=st.sampled_from([0, assemble.HELPED_BYTES]),
+)
+def test_a_hit_is_the_rows_of_its_blocks_one_after_the_other(
+    name: str, blocks: list[tuple[list[tuple[int, int, str, int, int]], int]], headroom: int, helped_bytes: int
+) -> None:
+    """Any layout, runs, recipes, hidden rows and cuts: bit-equal to decoding each run alone, zeros behind."""
+    case = Case(LAYOUTS[name])
+    for runs, cut in blocks:
+        made = [make_run(case.layout, *shape) for shape in runs]
+        shown = sum(run.run.shown for run in made)
+        case.add(made, max(1, shown - cut))
+    for layer in range(len(case.layout.layers)):
+        reader = streamed(case.blocks, case.payloads, layer)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(assemble, "HELPED_BYTES", helped_bytes)
+            got = assemble_layer(case.layout, layer, case.blocks, reader, headroom)
+        case.check(layer, got, headroom)
+
+
+@pytest.mark.usefixtures("helped")
+def test_files_and_streams_give_the_same(tmp_path: Path) -> None:
+    """Path and stream differ only in who reads."""
+    case = Case(LAYOUTS["plain"])
+    for number, profile in enumerate(["affine8", "affine8", "raw"]):
+        case.add([make_run(case.layout, 256, number, profile)], 256 if number < 2 else 44)
+    sources = [write_source(tmp_path / str(i), payload) for i, payload in enumerate(case.payloads)]
+    with FileReader(sources, open_max=2) as reader:
+        for layer in range(3):
+            case.check(layer, assemble_layer(case.layout, layer, case.blocks, reader), 256)
+
+
+def test_one_recipe_is_one_array_without_any_copy() -> None:
+    """Raw values are read straight into the array that is handed over: nothing is left to evaluate or concatenate."""
+    case = Case(LAYOUTS["plain"])
+    for number in range(4):
+        case.add([make_run(case.layout, 256, number, "raw")], 256)
+    readers = [streamed(case.blocks, case.payloads, layer) for layer in range(3)]
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    layer = assemble_layer(case.layout, 0, case.blocks, readers[0])
+    assert mx.get_peak_memory() - before <= sum(a.nbytes for a in (*layer.keys, *layer.values)) + 65_536
+
+
+def test_affine_rows_are_what_mlx_makes_of_the_values() -> None:
+    """From the values to the hit and not through our codec: several blocks, cut inside the last."""
+    layout = LAYOUTS["plain"]
+    rng = np.random.default_rng(7)
+    payloads = [random_payload(rng, "BF16", 256 * layout.token_bytes // 2) for _ in range(2)]
+    raws = [payload_run(layout, payload, 256) for payload in payloads]
+    case = Case(layout)
+    for raw, take in zip(raws, (256, 17), strict=True):
+        case.add([encode_run(layout, raw, parse_profile("affine8"))], take)
+    values = np.concatenate([raw.buffers[1][2] for raw in raws], axis=1)[None, :, :273]
+    wanted = mx.dequantize(*mx.quantize(device.to_array(values, "BF16"), group_size=64, bits=8), group_size=64, bits=8)
+    got = assemble_layer(layout, 2, case.blocks, streamed(case.blocks, case.payloads, 2))
+    assert mx.array_equal(got.values[0][:, :, :273], wanted).item()
+
+
+def test_ranges_name_exactly_what_is_read() -> None:
+    """In the order of the stream; runs that the cut leaves out are not read at all."""
+
+    class Recorder:
+        """Notes every read."""
+
+        def __init__(self, inner: BufferReader) -> None:
+            self.inner = inner
+            self.reads: list[tuple[int, int, int]] = []
+
+        def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+            self.reads.append((source, offset, sum(view.nbytes for view in views)))
+            self.inner.readinto(source, offset, views)
+
+    layout = LAYOUTS["engine-quantized"]
+    case = Case(layout)
+    case.add([make_run(layout, 8, 1, "affine8-g32"), make_run(layout, 8, 2, "raw", hidden=2)], 12)
+    case.add([make_run(layout, 8, 3, "raw"), make_run(layout, 8, 4, "raw")], 8)
+    ranges = layer_ranges(case.blocks, 0)
+    # The first run: three raw key tensors of the engine and three encoded value tensors; then twice three and one.
+    assert [r.source for r in ranges] == [0] * 10 + [1] * 4
+    recorder = Recorder(streamed(case.blocks, case.payloads, 0))
+    assemble_layer(layout, 0, case.blocks, recorder)
+    assert sorted(recorder.reads) == sorted(ranges)
+
+
+@pytest.mark.usefixtures("helped")
+@pytest.mark.parametrize("take", [20, 7])
+def test_a_flipped_bit_is_caught_and_its_block_is_named(take: int) -> None:
+    """In any byte that a layer stores, also in rows that the hit does not use."""
+    layout = LAYOUTS["plain"]
+    case = Case(layout)
+    case.add([make_run(layout, 20, 1, "raw")], 20)
+    case.add([make_run(layout, 16, 2, "affine8", skip=2, hidden=2), make_run(layout, 4, 3, "raw")], take)
+    rng = np.random.default_rng(1)
+    for span in layer_ranges(case.blocks, 1):
+        for at in (0, span.nbytes - 1, int(rng.integers(span.nbytes))):
+            damaged = [bytearray(payload) for payload in case.payloads]
+            damaged[span.source][span.offset + at] ^= 1 << int(rng.integers(8))
+            reader = streamed(case.blocks, [bytes(d) for d in damaged], 1)
+            with pytest.raises(BlockCorruptError, match="checksum") as caught:
+                assemble_layer(layout, 1, case.blocks, reader)
+            assert caught.value.source == span.source
+            assemble_layer(layout, 1, case.blocks, reader, verify=False)
+
+
+@pytest.mark.usefixtures("helped")
+def test_missing_and_short_files_are_corrupt_blocks(tmp_path: Path) -> None:
+    """As what went wrong, not as MLX's RuntimeError; and the next assembly works."""
+    layout = LAYOUTS["plain"]
+    case = Case(layout)
+    for number in range(2):
+        case.add([make_run(layout, 30, number, "affine8")], 30)
+    sources = [write_source(tmp_path / str(i), payload) for i, payload in enumerate(case.payloads)]
+    good = (tmp_path / "1").read_bytes()
+    for damage in (good[:-1], good[:64], b"", None):
+        (tmp_path / "1").unlink()
+        if damage is not None:
+            (tmp_path / "1").write_bytes(damage)
+        with FileReader(sources) as reader, pytest.raises(BlockCorruptError) as caught:
+            assemble_layer(layout, 0, case.blocks, reader)
+        assert caught.value.source == 1
+        (tmp_path / "1").write_bytes(good)
+    with FileReader(sources) as reader:
+        case.check(0, assemble_layer(layout, 0, case.blocks, reader), 256)
+
+
+def first_stack(run: Run, **changes: object) -> Run:
+    """The run with its first stack changed."""
+    return replace(run, stacks=(replace(run.stacks[0], **changes), *run.stacks[1:]))  # type: ignore[arg-type]
+
+
+def test_records_that_do_not_fit_the_layout_are_corrupt() -> None:
+    """A record is outside input: no reading past what it describes, no array of another shape."""
+    layout = LAYOUTS["plain"]
+    case = Case(layout)
+    case.add([make_run(layout, 10, 1, "affine8")], 10)
+    (run,) = case.blocks[0].runs
+    stack = run.stacks[0]
+    wrong_width = (replace(stack.tensors[0], width=stack.tensors[0].width * 2), *stack.tensors[1:])
+    bad = [
+        replace(run, stacks=run.stacks[1:]),
+        replace(run, stacks=(stack, *run.stacks)),
+        first_stack(run, layers=(1, 2)),
+        first_stack(run, tensors=wrong_width),
+        first_stack(run, tensors=stack.tensors[:2]),
+        first_stack(run, recipe=Recipe("affine", 1, (("bits", 4), ("group", 64)))),
+        first_stack(run, recipe=Recipe("affine", 1, (("bits", 8),))),
+        replace(run, shown=9),
+    ]
+    reader = streamed(case.blocks, case.payloads, 0)
+    for wrong in bad:
+        with pytest.raises(CorruptDataError) as caught:
+            assemble_layer(layout, 0, [HitBlock((wrong,), 10)], reader)
+        assert isinstance(caught.value, BlockCorruptError)
+
+
+def test_a_recipe_of_a_newer_kvstore_is_refused() -> None:
+    """Not guessed at, and not called corrupt."""
+    layout = LAYOUTS["plain"]
+    case = Case(layout)
+    case.add([make_run(layout, 10, 1, "affine8")], 10)
+    newer = first_stack(case.blocks[0].runs[0], recipe=Recipe("affine", 2))
+    with pytest.raises(UnknownFormatError):
+        assemble_layer(layout, 0, [HitBlock((newer,), 10)], streamed(case.blocks, case.payloads, 0))
+
+
+@pytest.mark.usefixtures("helped")
+def test_a_reader_that_fails_otherwise_is_heard() -> None:
+    """A failing disk stays an OSError, and a defect is an error too: mlx 0.31 would hand out the unfilled buffer."""
+
+    class Failing:
+        """Raises what it is given."""
+
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+            raise self.error
+
+    layout = LAYOUTS["plain"]
+    blocks = [HitBlock(seal_runs([make_run(layout, 4, 1, "raw")])[0], 4)] * 2
+    with pytest.raises(OSError, match="disk"):
+        assemble_layer(layout, 0, blocks, Failing(OSError("disk")))
+    with pytest.raises(RuntimeError, match=r"defect|every tensor"):
+        assemble_layer(layout, 0, blocks, Failing(ZeroDivisionError("defect")))
+
+
+@pytest.mark.parametrize("error", [OSError("disk"), ZeroDivisionError("defect")])
+def test_what_fails_on_the_second_thread_is_heard(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a failing disk nor a defect there may leave a buffer unfilled unnoticed."""
+    monkeypatch.setattr(assemble, "HELPED_BYTES", 0)
+    failed = threading.Event()
+
+    class FailingThere:
+        """Fails on helping threads; the others wait until that has happened."""
+
+        def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+            if threading.current_thread().name.startswith("kvstore-read"):
+                failed.set()
+                raise error
+            assert failed.wait(10)
+
+    layout = LAYOUTS["plain"]
+    runs, _ = seal_runs([make_run(layout, 4, 1, "raw")])
+    with pytest.raises((OSError, RuntimeError), match=r"disk|defect|every tensor"):
+        assemble_layer(layout, 0, [HitBlock(runs, 4)] * 3, FailingThere(), verify=False)
+
+
+def test_a_tensor_that_mlx_did_not_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an MLX that swallows errors would hand out: arrays of whatever was in memory."""
+    case = Case(LAYOUTS["plain"])
+    case.add([make_run(case.layout, 4, 1, "raw")], 4)
+    monkeypatch.setattr(mx, "load", lambda file, **_: {"keys.0.0": mx.zeros(1), "values.0.0": mx.zeros(1)})
+    with pytest.raises(RuntimeError, match="every tensor"):
+        assemble_layer(case.layout, 0, case.blocks, streamed(case.blocks, case.payloads, 0))
+
+
+def test_the_position_in_a_virtual_file_belongs_to_a_thread() -> None:
+    """Between the seek and the read of one of MLX's threads another one may come."""
+    file = assemble._VirtualFile(BufferReader(b"", []), verify=True)
+    file._head = bytes(range(100))
+    buffer = bytearray(2)
+    file.seek(10)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(file.tell).result() == 0
+        pool.submit(file.seek, 50).result()
+        assert file.readinto(buffer) == 2
+        assert bytes(buffer) == b"\x0a\x0b"
+        pool.submit(file.readinto, buffer).result()
+    assert bytes(buffer) == b"\x32\x33"
+    assert file.tell() == 12
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUTS))
+def test_a_dense_answer_assembles_to_the_same_layer(name: str) -> None:
+    """The daemon's decoded bytes, described by one raw run, are read like stored ones."""
+    layout = LAYOUTS[name]
+    case = Case(layout)
+    for number, profile in enumerate(["raw", "affine8-g32"]):
+        case.add([make_run(layout, 33, number, profile)], 33 - number)
+    dense = [HitBlock(dense_runs(layout, case.n_tokens), case.n_tokens)]
+    for layer in range(len(layout.layers)):
+        decoded = assemble_layer(layout, layer, case.blocks, streamed(case.blocks, case.payloads, layer), 0)
+        data = b"".join(dense_bytes(decoded))
+        ranges = layer_ranges(dense, layer)
+        assert len(data) == sum(r.nbytes for r in ranges) == case.n_tokens * layout.layer_token_bytes(layer)
+        case.check(layer, assemble_layer(layout, layer, dense, BufferReader(data, ranges)), 256)
+
+
+def test_ranges_of_a_dense_answer_cover_it_once() -> None:
+    """Offsets are those of a raw payload of all tokens."""
+    layout = LAYOUTS["engine-quantized"]
+    dense = [HitBlock(dense_runs(layout, 77), 77)]
+    spans = sorted((r.offset, r.nbytes) for layer in range(2) for r in layer_ranges(dense, layer))
+    assert [offset for offset, _ in spans] == [sum(n for _, n in spans[:i]) for i in range(len(spans))]
+    assert sum(n for _, n in spans) == 77 * layout.token_bytes
+
+
+@pytest.mark.usefixtures("helped")
+def test_layers_are_assembled_on_many_threads_at_once() -> None:
+    """MLX reads a file object from its own threads; their seeks must not meet."""
+    case = Case(LAYOUTS["plain"])
+    for number, profile in enumerate(["raw", "affine8", "raw"]):
+        case.add([make_run(case.layout, 200, number, profile)], 200)
+
+    def assemble_one(turn: int) -> tuple[int, KVLayer]:
+        layer = turn % 3
+        got = assemble_layer(case.layout, layer, case.blocks, streamed(case.blocks, case.payloads, layer))
+        mx.eval(*got.keys, *got.values)
+        return layer, got
+
+    with ThreadPoolExecutor(4) as pool:
+        for layer, got in pool.map(assemble_one, range(24)):
+            case.check(layer, got, 256)
+
+
+def test_more_heads_than_one_read_may_have_views(tmp_path: Path) -> None:
+    """A read scatters over the heads; more of them than IOV_MAX is two reads."""
+    part = PartSpec(1500, 1, "F32")
+    layout = Layout((LayerSpec(part, part),))
+    case = Case(layout)
+    case.add([make_run(layout, 3, 1, "raw")], 2)
+    with FileReader([write_source(tmp_path / "blob", case.payloads[0])]) as reader:
+        case.check(0, assemble_layer(layout, 0, case.blocks, reader, 0), 0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(take=st.integers(1, 40))
+def test_each_cut_of_a_block_is_a_hit(take: int) -> None:
+    """Token-exact: every prefix length of a quantized block."""
+    case = Case(LAYOUTS["plain"])
+    case.add([make_run(case.layout, 40, 11, "affine4")], take)
+    case.check(1, assemble_layer(case.layout, 1, case.blocks, streamed(case.blocks, case.payloads, 1), 0), 0)
+
+
+def test_a_virtual_file_is_what_a_file_on_disk_would_be(tmp_path: Path) -> None:
+    """mx.load of the same bytes as a real safetensors file gives the same arrays."""
+    case = Case(LAYOUTS["plain"])
+    case.add([make_run(case.layout, 256, 5, "raw")], 256)
+    got = assemble_layer(case.layout, 0, case.blocks, streamed(case.blocks, case.payloads, 0), 0)
+    path = tmp_path / "one.safetensors"
+    mx.save_safetensors(str(path), {"keys": got.keys[0], "values": got.values[0]})
+    from_disk = mx.load(io.BytesIO(path.read_bytes()), format="safetensors")
+    assert isinstance(from_disk, dict)
+    assert mx.array_equal(from_disk["keys"], got.keys[0]).item()
+    assert mx.array_equal(from_disk["values"], got.values[0]).item()
