@@ -1,0 +1,90 @@
+"""The one gRPC channel of a client, and what is known of the daemon at its other end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+
+from kvstore.client.breaker import CircuitBreaker
+from kvstore.config import Address
+from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
+from kvstore.wire.convert import channel_options
+from kvstore.wire.status import from_rpc_error
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+
+# A daemon that was restarted is found again within a second. min_reconnect_backoff_ms is also how long gRPC lets one
+# attempt take; with its default of 20 s an attempt that met a stopped daemon would be in the way of later ones.
+RECONNECT_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 2000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+WARM_UP_S = 5.0
+HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+_NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class Connection:
+    """A channel to one daemon. Any thread may call; several sessions share it, and with it the circuit breaker.
+
+    Whether there is a connection is asked with a health check, since only an answer tells a daemon from a socket that a
+    stopped process still holds. (Watching the channel's state was rejected: it costs a thread that polls five times a
+    second, and that thread dies noisily when the channel is closed.)
+    """
+
+    def __init__(self, address: Address, message_bytes_max: int) -> None:
+        self.address = address
+        self.breaker = CircuitBreaker()
+        options = [*channel_options(message_bytes_max), *RECONNECT_OPTIONS]
+        self._channel = grpc.insecure_channel(address.target, options=options)
+        self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        self._answered = False
+        self.kvstore: Any = rpc.KVStoreStub(self._channel)
+        self.admin: Any = rpc.AdminStub(self._channel)
+
+    def warm_up(self) -> None:
+        """Start to connect, without waiting: the first fetch then finds the connection made."""
+        self._health.future(b"", timeout=WARM_UP_S).add_done_callback(self._warmed_up)
+
+    def _warmed_up(self, call: Any) -> None:
+        self._answered = call.code() not in _NOT_THERE
+
+    def ensure(self, timeout_s: float) -> None:
+        """Return when the daemon is known to answer; UnavailableError when it does not within `timeout_s`."""
+        if self._answered:
+            return
+        try:
+            self._health(b"", timeout=timeout_s)
+        except grpc.RpcError as error:
+            if error.code() in _NOT_THERE:
+                raise UnavailableError(f"no daemon answers at {self.address.target}") from error
+        self._answered = True
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Run calls and report to the breaker how they ended: UnavailableError and DeadlineError are its failures.
+
+        gRPC's errors come out as kvstore's. Anything else that is raised says nothing about the daemon.
+        """
+        try:
+            try:
+                yield
+            except grpc.RpcError as error:
+                raise from_rpc_error(error) from error
+        except (UnavailableError, DeadlineError):
+            self._answered = False
+            self.breaker.failed()
+            raise
+        except KVStoreError:
+            self.breaker.succeeded()
+            raise
+        self.breaker.succeeded()
+
+    def close(self) -> None:
+        """End the channel and every call on it."""
+        self._channel.close()

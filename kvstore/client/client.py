@@ -1,0 +1,174 @@
+"""The client: one connection to a daemon, the sessions over it, and the admin verbs."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Self
+
+from kvstore.bounds import ByteBudget
+from kvstore.client.breaker import Deadlines
+from kvstore.client.channel import Connection
+from kvstore.config import Config, load_config
+from kvstore.errors import InvalidRequestError
+from kvstore.wire.convert import message_to_dict
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from kvstore.client.session import Session
+    from kvstore.keys import Namespace
+
+SCHEMA = 1
+LIST_LIMIT = 1000
+
+# People wait for these; a daemon that is busy answers late, one that is gone at once.
+CONNECT_S = 2.0
+QUICK_S = 10.0
+EVICT_S = 600.0
+CHECK_S = 24 * 3600.0
+
+
+def connect(address: str | None = None, config: Config | None = None) -> Client:
+    """A client of the daemon at `address` ("unix:/path", "host:port"; None: as configured).
+
+    Never waits and never fails because no daemon is there; ConfigError when an address or setting cannot be.
+    """
+    if config is None:
+        config = load_config({"listen": address})
+    elif address is not None:
+        config = replace(config, listen=address)
+    return Client(config)
+
+
+class Client:
+    """A connection to one daemon. Any thread may call; everything made here shares one channel and one memory bound.
+
+    Sessions answer cache trouble with a reason. The admin verbs raise KVStoreError, UnavailableError when no daemon can
+    be reached, and answer as plain dictionaries with a `schema`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._connection = Connection(config.address, config.message_bytes_max)
+        self._budget = ByteBudget(config.memory_bytes)
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def session(
+        self,
+        namespace: Namespace,
+        profile: str | None = None,
+        *,
+        fidelity_min: int | None = None,
+        connect_ms: int | None = None,
+        stall_ms: int | None = None,
+        total_ms: int | None = None,
+        headroom_tokens: int | None = None,
+        store_block_ms: int | None = None,
+    ) -> Session:
+        """A session for one namespace.
+
+        `profile`: how this session's KV is to be kept, and then nothing less exact is fetched; None: as the daemon is
+        configured, and whatever it holds is taken. The times default to the configuration's. Raises ConfigError for an
+        unknown profile, InvalidRequestError for a layout that cannot be stored.
+        """
+        from kvstore.client.session import Session, SessionOptions  # here, since it imports MLX
+
+        namespace.layout.validate()
+        if fidelity_min is None:
+            fidelity_min = _fidelity(profile)
+        config = self.config
+        options = SessionOptions(
+            profile=profile or "",
+            fidelity_min=fidelity_min,
+            min_prefix_tokens=config.min_prefix_tokens,
+            deadlines=Deadlines(
+                config.fetch_connect_ms if connect_ms is None else connect_ms,
+                config.fetch_stall_ms if stall_ms is None else stall_ms,
+                config.fetch_total_ms if total_ms is None else total_ms,
+            ),
+            same_host=bool(config.address.path),
+        )
+        if headroom_tokens is not None:
+            options = replace(options, headroom_tokens=headroom_tokens)
+        if store_block_ms is not None:
+            options = replace(options, store_block_ms=store_block_ms)
+        self._connection.warm_up()
+        session = Session(self._connection, namespace, self._budget, options)
+        self._sessions.add(session)
+        return session
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the daemon since it started and the state of its disk, as `kvstore stats --json` prints them."""
+        return self._ask(self._connection.admin.Stats, pb.StatsRequest(), QUICK_S)
+
+    def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT) -> dict[str, Any]:
+        """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first."""
+        _check(limit > 0, "a limit must be at least 1")
+        request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit)
+        return self._ask(self._connection.admin.List, request, QUICK_S)
+
+    def show(self, key_prefix: bytes) -> dict[str, Any]:
+        """Everything recorded about the blocks whose key starts with `key_prefix`."""
+        _check(bool(key_prefix), "a key prefix has at least one byte")
+        return self._ask(self._connection.admin.Show, pb.ShowRequest(key_prefix=key_prefix), QUICK_S)
+
+    def evict(
+        self,
+        namespace_prefix: bytes = b"",
+        key_prefix: bytes = b"",
+        idle_s: int = 0,
+        bytes: int = 0,
+        all: bool = False,
+        dry_run: bool = False,
+    ) -> dict[str, Any]:
+        """Remove what fits every selection given, leaves first; `all` must be set when nothing else selects."""
+        _check(idle_s >= 0 and bytes >= 0, "idle_s and bytes must not be negative")
+        _check(all or bool(namespace_prefix or key_prefix or idle_s or bytes), "nothing is selected; say all=True")
+        request = pb.EvictRequest(
+            namespace_prefix=namespace_prefix,
+            key_prefix=key_prefix,
+            idle_s=idle_s,
+            bytes=bytes,
+            all=all,
+            dry_run=dry_run,
+        )
+        return self._ask(self._connection.admin.Evict, request, EVICT_S)
+
+    def check(self, repair: bool = False) -> dict[str, Any]:
+        """Verify every blob against its checksums and the index."""
+        return self._ask(self._connection.admin.Check, pb.CheckRequest(repair=repair), CHECK_S)
+
+    def _ask(self, method: Callable[..., Any], request: Any, timeout_s: float) -> dict[str, Any]:
+        with self._connection.attempt():
+            self._connection.ensure(CONNECT_S)
+            return {"schema": SCHEMA, **message_to_dict(method(request, timeout=timeout_s))}
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """Close all sessions, each within `timeout_s` (see `Session.close`), then the connection."""
+        for session in list(self._sessions):
+            if timeout_s is None:
+                session.close()
+            else:
+                session.close(timeout_s)
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _fidelity(profile: str | None) -> int:
+    """The rank below which a session of this profile takes nothing."""
+    if not profile:
+        return 0
+    from kvstore.codecs.profiles import parse_profile
+
+    return parse_profile(profile).fidelity
+
+
+def _check(sound: bool, message: str) -> None:
+    if not sound:
+        raise InvalidRequestError(message)

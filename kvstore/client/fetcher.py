@@ -1,0 +1,282 @@
+"""FETCH on the worker's side: ask for a plan, read or receive the bytes, verify, put the layers together.
+
+    path    the plan names files: open them, let the lease end, read layer by layer on the calling thread
+    stream  the plan is followed by every layer's bytes: collect one layer, put it together, take the next
+
+A block that does not verify makes the prefix shorter by path; by stream it ends the fetch. Errors of kvstore come out
+of `Fetcher.fetch`; the session turns them into misses.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import grpc
+
+from kvstore.blocks import Reason
+from kvstore.bounds import ByteBudget
+from kvstore.client.breaker import Deadline, Deadlines, Watchdog
+from kvstore.client.channel import Connection
+from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
+from kvstore.client.results import Hit, HitSource, Miss
+from kvstore.codecs.assemble import BlockCorruptError, assemble_layer, layer_ranges
+from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
+from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, RangeReader
+from kvstore.keys import Namespace
+from kvstore.layers import KVLayer
+from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+Representation = Literal["auto", "packed", "dense"]
+Transport = Literal["auto", "path", "stream"]
+
+# launchd gives a process 256 files. All fetches of a process share this many; one that finds none free reads with few.
+_FILES = ByteBudget(OPEN_FILES_MAX)
+OPEN_FILES_MIN = 4
+
+# What opening a blob can fail with although the blob may be sound: other user, other mount, no descriptors left.
+_REFUSED = (errno.EACCES, errno.EPERM)
+_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+
+
+class _PathUnusableError(Exception):
+    """The files of a plan cannot be opened from here; the same blocks may well come by stream."""
+
+    def __init__(self, cause: CorruptDataError, *, for_good: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.for_good = for_good
+
+
+@dataclass(frozen=True, slots=True)
+class FetchOptions:
+    """What a session fixes for all its fetches."""
+
+    fidelity_min: int
+    min_prefix_tokens: int
+    headroom_tokens: int
+    same_host: bool
+
+
+class Fetcher:
+    """Carries out fetches of one session, each on its caller's thread; any number at once.
+
+    `report(key, detail)` is told of blocks that did not verify, and must not block.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        namespace: Namespace,
+        options: FetchOptions,
+        report: Callable[[bytes, str], None],
+    ) -> None:
+        self._connection = connection
+        self._namespace = namespace
+        self._message = namespace_to_message(namespace)
+        self._options = options
+        self._report = report
+        self._path_usable = options.same_host
+
+    def match(self, tokens: bytes, deadlines: Deadlines) -> pb.MatchReply:
+        """Ask how much a fetch would give. Raises UnavailableError, DeadlineError, or what the daemon answers."""
+        deadline = Deadline(deadlines.total_ms / 1e3)
+        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
+        request = pb.MatchRequest(namespace=self._message, tokens=tokens, fidelity_min=self._options.fidelity_min)
+        reply: pb.MatchReply = self._connection.kvstore.Match(
+            request, timeout=min(deadlines.stall_ms / 1e3, deadline.left_s)
+        )
+        return reply
+
+    def fetch(
+        self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines
+    ) -> Hit | Miss:
+        """The longest usable prefix of packed `tokens`. Raises any KVStoreError, grpc.RpcError, OSError."""
+        started = time.monotonic()
+        deadline = Deadline(deadlines.total_ms / 1e3)
+        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
+        attempt = _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started)
+        if representation == "dense":
+            return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
+        try:
+            return self._packed(attempt, transport)
+        except UnknownFormatError:
+            # The daemon may be newer than this build and decode what this one cannot.
+            if representation == "packed":
+                raise
+            return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
+
+    def _packed(self, attempt: _Attempt, transport: Transport) -> Hit | Miss:
+        if transport == "path" or (transport == "auto" and self._path_usable):
+            try:
+                return self._once(attempt, pb.TRANSPORT_PATH, dense=False)
+            except _PathUnusableError as unusable:
+                if transport == "path":
+                    raise unusable.cause from unusable
+                answer = self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
+                # Remembered only if the block is there after all: the files are another user's, or another mount's.
+                if unusable.for_good and answer:
+                    self._path_usable = False
+                return answer
+        return self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
+
+    def _once(self, attempt: _Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
+        """One Fetch call. A daemon that was asked for paths but gives none streams in the same call."""
+        request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense)
+        with self._call(attempt, request, transport) as (messages, call):
+            plan = _plan(messages, request)
+            if not plan.n_tokens:
+                return Miss(plan.reason)
+            if transport == pb.TRANSPORT_PATH and plan.files:
+                return self._from_files(attempt, plan, call)
+            layers = tuple(self._from_stream(attempt, plan, messages))
+        return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
+
+    def _from_files(self, attempt: _Attempt, plan: Plan, call: Any) -> Hit | Miss:
+        """Read from files. At a block that is damaged or gone, start over with the blocks before it.
+
+        Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
+        """
+        with _file_reader(plan) as reader:
+            with suppress(CorruptDataError):  # reading finds out which block it is
+                if reader.open_all():
+                    call.cancel()  # every file is open: the lease has done its work
+            while plan.n_tokens >= max(1, self._options.min_prefix_tokens):
+                try:
+                    layers = tuple(
+                        self._layer(attempt, plan, index, reader) for index in range(len(self._namespace.layout.layers))
+                    )
+                except BlockCorruptError as error:
+                    plan = self._shorter(plan, error)
+                else:
+                    return _hit(attempt, plan, layers, "path", "packed")
+        return Miss(plan.reason)
+
+    def _shorter(self, plan: Plan, error: BlockCorruptError) -> Plan:
+        code = _errno(error)
+        if code in _NO_DESCRIPTORS or code in _REFUSED or (code == errno.ENOENT and error.source == 0):
+            raise _PathUnusableError(error, for_good=code not in _NO_DESCRIPTORS) from error
+        self._report(plan.keys[error.source], str(error))
+        return plan.first(error.source, Reason.EVICTED if code == errno.ENOENT else Reason.CORRUPT)
+
+    def _from_stream(self, attempt: _Attempt, plan: Plan, messages: Iterator[pb.FetchReply]) -> Iterator[KVLayer]:
+        """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
+        for index, spec in enumerate(self._namespace.layout.layers):
+            ranges = layer_ranges(plan.blocks, index)
+            buffer = _receive(messages, index, layer_bytes(plan.blocks, ranges, spec))
+            try:
+                yield self._layer(attempt, plan, index, BufferReader(buffer, ranges))
+            except BlockCorruptError as error:
+                if plan.keys[error.source]:
+                    self._report(plan.keys[error.source], str(error))
+                raise
+
+    def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer:
+        layer = assemble_layer(
+            self._namespace.layout,
+            index,
+            plan.blocks,
+            reader,
+            headroom_tokens=self._options.headroom_tokens,
+            verify=True,
+        )
+        attempt.deadline.check()
+        return layer
+
+    @contextmanager
+    def _call(
+        self, attempt: _Attempt, request: Request, transport: pb.Transport
+    ) -> Iterator[tuple[Iterator[pb.FetchReply], Any]]:
+        """An open Fetch call and its messages; each wait is watched, and the call ends with the block."""
+        attempt.deadline.check()
+        message = pb.FetchRequest(
+            namespace=self._message,
+            tokens=request.tokens,
+            fidelity_min=request.fidelity_min,
+            representation=pb.REPRESENTATION_DENSE if request.dense else pb.REPRESENTATION_PACKED,
+            transport=transport,
+        )
+        call = self._connection.kvstore.Fetch(message, timeout=attempt.deadline.left_s)
+        try:
+            with Watchdog(call.cancel, attempt.stall_s) as watchdog:
+                yield _watched(call, watchdog, attempt.stall_s), call
+        finally:
+            call.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One fetch: its tokens and its time limits."""
+
+    tokens: bytes
+    stall_s: float
+    deadline: Deadline
+    started: float
+
+
+def _watched(call: Iterator[pb.FetchReply], watchdog: Watchdog, stall_s: float) -> Iterator[pb.FetchReply]:
+    try:
+        while (message := watchdog.next(call)) is not None:
+            yield message
+    except grpc.RpcError as error:
+        if watchdog.fired:
+            raise DeadlineError(f"nothing came from the daemon for {stall_s * 1e3:.0f} ms") from error
+        raise
+
+
+def _plan(messages: Iterator[pb.FetchReply], request: Request) -> Plan:
+    first = next(messages, None)
+    if first is None or first.WhichOneof("part") != "plan":
+        raise CorruptDataError("a fetch must be answered with a plan")
+    return parse_plan(first.plan, request)
+
+
+def _hit(attempt: _Attempt, plan: Plan, layers: tuple[KVLayer, ...], transport: str, representation: str) -> Hit:
+    elapsed_s = time.monotonic() - attempt.started
+    source = HitSource(transport, representation, len(plan.blocks), plan.nbytes, elapsed_s)
+    return Hit(plan.n_tokens, layers, plan.reason, plan.fidelity, source)
+
+
+def _receive(messages: Iterator[pb.FetchReply], layer: int, nbytes: int) -> bytearray:
+    """One layer's bytes. CorruptDataError when the stream has fewer, more, or another layer's."""
+    buffer = bytearray(nbytes)
+    received = 0
+    while received < nbytes:
+        message = next(messages, None)
+        if message is None:
+            raise CorruptDataError(f"the stream ended in layer {layer}, after {received} of {nbytes} bytes")
+        data = message.chunk.data
+        if message.WhichOneof("part") != "chunk" or message.chunk.layer != layer or not data:
+            raise CorruptDataError(f"the stream carries something else than layer {layer}")
+        if received + len(data) > nbytes:
+            raise CorruptDataError(f"the stream carries more than the {nbytes} bytes of layer {layer}")
+        buffer[received : received + len(data)] = data
+        received += len(data)
+    return buffer
+
+
+@contextmanager
+def _file_reader(plan: Plan) -> Iterator[FileReader]:
+    """A reader with a share of the process's open files."""
+    wanted = min(len(plan.files), OPEN_FILES_MAX)
+    granted = wanted if _FILES.try_acquire(wanted) else 0
+    try:
+        with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN) as reader:
+            yield reader
+    finally:
+        _FILES.release(granted)
+
+
+def _errno(error: BaseException) -> int | None:
+    """The errno at the root of an error, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.errno
+        cause = cause.__cause__
+    return None

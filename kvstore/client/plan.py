@@ -1,0 +1,129 @@
+"""A daemon's fetch plan as nouns, checked against what was asked before a single byte is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, Reason, count_tokens
+from kvstore.client.results import parse_reason
+from kvstore.codecs.assemble import HitBlock
+from kvstore.errors import CorruptDataError, LayoutMismatchError
+from kvstore.files import FileSource, Range
+from kvstore.keys import Namespace, chain_keys
+from kvstore.layers import LayerSpec
+from kvstore.wire.convert import runs_from_bytes
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a fetch will give: blocks in order, their keys, and for path transport their files. 0 tokens is a miss."""
+
+    n_tokens: int
+    reason: Reason
+    fidelity: int
+    blocks: tuple[HitBlock, ...] = ()
+    keys: tuple[bytes, ...] = ()
+    files: tuple[FileSource, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes that are read for it."""
+        total = 0
+        for block in self.blocks:
+            left = block.take
+            for run in block.runs:
+                if left > 0:
+                    total += run.nbytes()
+                    left -= run.shown
+        return total
+
+    def first(self, count: int, reason: Reason) -> Plan:
+        """The plan cut down to its first `count` blocks, for `reason`."""
+        blocks = self.blocks[:count]
+        n_tokens = sum(block.take for block in blocks)
+        return replace(
+            self, n_tokens=n_tokens, reason=reason, blocks=blocks, keys=self.keys[:count], files=self.files[:count]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked: whose KV, for which packed tokens, at least how exact, and whether decoded by the daemon."""
+
+    namespace: Namespace
+    tokens: bytes
+    fidelity_min: int
+    dense: bool
+
+
+def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
+    """The plan, if it can be an answer to the request.
+
+    Raises LayoutMismatchError for another layout, CorruptDataError for a plan that contradicts itself or the request.
+    """
+    reason = parse_reason(message.reason)
+    if not message.n_tokens:
+        return Plan(0, reason, 0)
+    if message.layout != request.namespace.layout.record:
+        raise LayoutMismatchError("the daemon's layout of this namespace is not the session's")
+    blocks = tuple(HitBlock(runs_from_bytes(one.runs), one.n_tokens) for one in message.blocks)
+    plan = Plan(
+        n_tokens=message.n_tokens,
+        reason=reason,
+        fidelity=message.fidelity,
+        blocks=blocks,
+        keys=tuple(one.key for one in message.blocks),
+        files=tuple(FileSource(one.path, one.payload_offset, one.file_bytes) for one in message.blocks if one.path),
+    )
+    _check(plan, request)
+    return plan
+
+
+def _check(plan: Plan, request: Request) -> None:
+    if plan.n_tokens >= count_tokens(request.tokens):
+        raise CorruptDataError(f"a plan of {plan.n_tokens} tokens leaves nothing of the prompt to feed")
+    if plan.fidelity < request.fidelity_min:
+        raise CorruptDataError("a plan below the fidelity that was asked for")
+    if sum(block.take for block in plan.blocks) != plan.n_tokens:
+        raise CorruptDataError("the blocks of a plan do not add up to its tokens")
+    rows_max = plan.n_tokens if request.dense else BLOCK_TOKENS
+    for block in plan.blocks:
+        shown = sum(run.shown for run in block.runs)
+        if not 0 < block.take <= shown <= rows_max or any(run.n_tokens > 2 * rows_max for run in block.runs):
+            raise CorruptDataError("a block of a plan does not hold the tokens that it gives")
+    if request.dense:
+        if len(plan.blocks) != 1:
+            raise CorruptDataError("a dense answer is one block")
+        return
+    if plan.files and (len(plan.files) != len(plan.blocks) or not all(os.path.isabs(one.path) for one in plan.files)):
+        raise CorruptDataError("a plan does not name the file of every block")
+    _check_keys(plan, request)
+
+
+def _check_keys(plan: Plan, request: Request) -> None:
+    """Full blocks must carry the keys of our own tokens: the last line of defence against another prompt's KV."""
+    own = chain_keys(request.namespace.root, request.tokens)
+    last = len(plan.blocks) - 1
+    for index, (block, key) in enumerate(zip(plan.blocks, plan.keys, strict=True)):
+        if block.take == BLOCK_TOKENS:
+            if index >= len(own) or key != own[index]:
+                raise CorruptDataError(f"block {index} of a plan is not of this prompt")
+        elif index != last:
+            raise CorruptDataError("a plan has a partial block before its last")
+
+
+def layer_bytes(blocks: Sequence[HitBlock], ranges: Sequence[Range], spec: LayerSpec) -> int:
+    """Bytes of one layer's ranges; CorruptDataError when they are out of all proportion to what they should decode to.
+
+    The size of a receive buffer: a number from outside must not decide how much memory is taken.
+    """
+    nbytes = sum(one.nbytes for one in ranges)
+    rows = sum(run.n_tokens for block in blocks for run in block.runs)
+    # Nothing is stored in more than 4 bytes a number; scales, biases and padding of odd groups get as much again.
+    widest = (spec.keys.heads * spec.keys.width + spec.values.heads * spec.values.width) * ITEM_BYTES["F32"]
+    if nbytes > 2 * rows * widest:
+        raise CorruptDataError(f"a plan of {nbytes} bytes for {rows} rows of one layer")
+    return nbytes

@@ -1,0 +1,129 @@
+"""What a session remembers of prefixes: which the store holds, and which KV in the worker's hands came out of it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
+from kvstore.keys import block_key, chain_keys
+
+HELD_MAX = 65_536
+RESTORED_BLOCKS_MAX = 65_536
+RESTORED_ENDS_MAX = 4096
+_BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+
+
+def prefix_keys(root: bytes, tokens: bytes) -> list[bytes]:
+    """Keys of all blocks of packed `tokens`: the full ones, then the tail's if there is one."""
+    keys = chain_keys(root, tokens)
+    tail = tokens[len(keys) * _BLOCK_BYTES :]
+    if tail:
+        keys.append(block_key(keys[-1] if keys else root, tail))
+    return keys
+
+
+class HeldPrefixes:
+    """Keys of blocks that the store is known to hold: from hits and durable acknowledgements. Any thread may call.
+
+    Only a hint, which saves copying and sending: the daemon says when it is wrong, and then the chain is forgotten.
+    """
+
+    def __init__(self, root: bytes, limit: int = HELD_MAX) -> None:
+        self._root = root
+        self._limit = limit
+        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def held_tokens(self, tokens: bytes) -> int:
+        """Leading tokens, whole blocks or everything, that are known to be held."""
+        keys = prefix_keys(self._root, tokens)
+        with self._lock:
+            for index in reversed(range(len(keys))):
+                if keys[index] in self._keys:
+                    for key in keys[: index + 1]:
+                        self._keys[key] = None
+                        self._keys.move_to_end(key)
+                    self._shrink()
+                    return min((index + 1) * BLOCK_TOKENS, count_tokens(tokens))
+        return 0
+
+    def hold(self, tokens: bytes) -> None:
+        """Remember that all of `tokens` is held."""
+        with self._lock:
+            for key in prefix_keys(self._root, tokens):
+                self._keys[key] = None
+                self._keys.move_to_end(key)
+            self._shrink()
+
+    def forget(self, tokens: bytes, keep_tokens: int = 0) -> None:
+        """Forget every block of `tokens` that reaches beyond its first `keep_tokens`."""
+        keys = prefix_keys(self._root, tokens)
+        with self._lock:
+            for key in keys[keep_tokens // BLOCK_TOKENS :]:
+                self._keys.pop(key, None)
+
+    def _shrink(self) -> None:
+        while len(self._keys) > self._limit:
+            self._keys.popitem(last=False)
+
+
+class RestoredPrefixes:
+    """How much of a sequence's KV came out of the store, and at which fidelity. Any thread may call.
+
+    Remembers every hit by its full blocks' keys, and the tokens of each of its blocks under the key before it, so that
+    a cache which was trimmed back into a hit and then went another way is still recognised. What is forgotten first is
+    the least recently used; a session that forgets costs a second quantization, one that remembers a hit which the
+    worker never used costs raw bytes.
+    """
+
+    def __init__(self, root: bytes, blocks_max: int = RESTORED_BLOCKS_MAX, ends_max: int = RESTORED_ENDS_MAX) -> None:
+        self._root = root
+        self._blocks_max = blocks_max
+        self._ends_max = ends_max
+        self._blocks: OrderedDict[bytes, int] = OrderedDict()
+        self._ends: OrderedDict[tuple[bytes, bytes], int] = OrderedDict()
+        self._ends_of: dict[bytes, set[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def remember(self, tokens: bytes, fidelity: int) -> None:
+        """A hit gave the KV of exactly `tokens`."""
+        parent = self._root
+        with self._lock:
+            for at in range(0, len(tokens), _BLOCK_BYTES):
+                block = tokens[at : at + _BLOCK_BYTES]
+                self._remember_end(parent, block, fidelity)
+                if len(block) == _BLOCK_BYTES:
+                    parent = block_key(parent, block)
+                    self._blocks[parent] = min(fidelity, self._blocks.get(parent, FIDELITY_EXACT))
+                    self._blocks.move_to_end(parent)
+            while len(self._blocks) > self._blocks_max:
+                self._blocks.popitem(last=False)
+
+    def _remember_end(self, parent: bytes, block: bytes, fidelity: int) -> None:
+        end = (parent, block)
+        self._ends[end] = min(fidelity, self._ends.get(end, FIDELITY_EXACT))
+        self._ends.move_to_end(end)
+        self._ends_of.setdefault(parent, set()).add(block)
+        while len(self._ends) > self._ends_max:
+            (old_parent, old_block), _ = self._ends.popitem(last=False)
+            self._ends_of[old_parent].discard(old_block)
+            if not self._ends_of[old_parent]:
+                del self._ends_of[old_parent]
+
+    def restored(self, tokens: bytes) -> tuple[int, int]:
+        """(leading tokens of `tokens` that came out of the store, the least fidelity among them)."""
+        parent, n_tokens, fidelity = self._root, 0, FIDELITY_EXACT
+        with self._lock:
+            for key in chain_keys(self._root, tokens):
+                if key not in self._blocks:
+                    break
+                fidelity = min(fidelity, self._blocks[key])
+                self._blocks.move_to_end(key)
+                parent, n_tokens = key, n_tokens + BLOCK_TOKENS
+            rest = tokens[n_tokens * TOKEN_BYTES :][:_BLOCK_BYTES]
+            ends = [(common_tokens(end, rest), self._ends[parent, end]) for end in self._ends_of.get(parent, ())]
+        shared = max((count for count, _ in ends), default=0)
+        if shared:
+            fidelity = min(fidelity, *(rank for count, rank in ends if count == shared))
+        return n_tokens + shared, fidelity

@@ -1,0 +1,102 @@
+"""What a session answers. Every answer that is less than everything carries a reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvstore import errors
+from kvstore.blocks import Reason
+from kvstore.layers import KVLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How much of a prompt a fetch would return now. False when that is nothing."""
+
+    n_tokens: int
+    reason: Reason
+    fidelity: int = 0
+
+    def __bool__(self) -> bool:
+        return self.n_tokens > 0
+
+
+@dataclass(frozen=True, slots=True)
+class HitSource:
+    """Where a hit came from and what it took: `nbytes` were read and verified in `elapsed_s`."""
+
+    transport: str
+    representation: str
+    blocks: int
+    nbytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hit:
+    """KV of the first `n_tokens` of a prompt, always fewer than the prompt has. `layers` belong to the caller.
+
+    `reason` says why there is no more; OK when there is only the last token left. `fidelity` is a rank, see `blocks`.
+    """
+
+    n_tokens: int
+    layers: tuple[KVLayer, ...] = field(repr=False)
+    reason: Reason
+    fidelity: int
+    source: HitSource
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """No KV, and why. Always false, so `if hit := session.fetch(tokens)` reads as it should."""
+
+    reason: Reason
+    detail: str = ""
+    n_tokens: int = 0
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreResult:
+    """What became of a store. Without `wait`, OK says that it is queued; `durable` is known only with `wait`.
+
+    `stored_tokens`: leading tokens of the sequence that are in the store now; `new_bytes`: written to disk for it.
+    """
+
+    stored_tokens: int = 0
+    new_bytes: int = 0
+    reason: Reason = Reason.OK
+    durable: bool = False
+
+
+# Most specific first: the first class that an error is an instance of decides.
+_REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
+    (errors.LayoutMismatchError, Reason.IDENTITY),
+    (errors.UnsupportedLayerError, Reason.UNSUPPORTED_LAYER),
+    (errors.InvalidRequestError, Reason.INVALID),
+    (errors.NotFoundError, Reason.EVICTED),
+    (errors.StoreFullError, Reason.STORE_FULL),
+    (errors.LimitError, Reason.QUEUE_FULL),
+    (errors.UnavailableError, Reason.UNAVAILABLE),
+    (errors.DeadlineError, Reason.DEADLINE),
+    (errors.CorruptDataError, Reason.CORRUPT),
+    (errors.UnknownFormatError, Reason.UNKNOWN_RECIPE),
+)
+
+
+def reason_of(error: errors.KVStoreError) -> Reason:
+    """The reason under which an error shows in a Miss or StoreResult."""
+    for kind, reason in _REASONS:
+        if isinstance(error, kind):
+            return reason
+    return Reason.INTERNAL
+
+
+def parse_reason(code: str) -> Reason:
+    """A daemon's reason code; INTERNAL for one that a newer daemon invented."""
+    try:
+        return Reason(code)
+    except ValueError:
+        return Reason.INTERNAL

@@ -1,0 +1,315 @@
+"""The session: what an inference worker holds. Its methods are the edge at which cache trouble ends.
+
+Whatever goes wrong here becomes a Miss or a StoreResult with a reason: generation never fails because of the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Self, get_args
+
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
+from kvstore.bounds import ByteBudget
+from kvstore.client.breaker import Deadline, Deadlines
+from kvstore.client.channel import Connection
+from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
+from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
+from kvstore.client.results import Hit, Match, Miss, StoreResult, parse_reason, reason_of
+from kvstore.client.sender import Sender
+from kvstore.client.storer import Storer, StoreRequest, combine
+from kvstore.client.uploader import StoreJob, Uploader
+from kvstore.errors import InvalidRequestError, KVStoreError, UnavailableError
+from kvstore.keys import Namespace
+from kvstore.layers import KVLayer
+
+log = logging.getLogger(__name__)
+
+STORE_WAIT_S = 60.0
+CLOSE_S = 5.0
+JOIN_S = 2.0
+
+# Answers of a daemon that say what it does not hold; what the session believed about these tokens is then forgotten.
+_ABSENT = frozenset(
+    {
+        Reason.UNKNOWN_PREFIX,
+        Reason.IDENTITY,
+        Reason.NO_CHECKPOINT,
+        Reason.FIDELITY,
+        Reason.CORRUPT,
+        Reason.EVICTED,
+        Reason.UNKNOWN_RECIPE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """Settings of a session, fixed when it is made.
+
+    `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
+    sequence is larger than the queue and has to go in pieces.
+    """
+
+    profile: str = ""
+    fidelity_min: int = FIDELITY_ANY
+    min_prefix_tokens: int = 32
+    headroom_tokens: int = BLOCK_TOKENS
+    deadlines: Deadlines = Deadlines()
+    store_block_ms: int = 2000
+    same_host: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A block that did not verify, to be told to the daemon in the background."""
+
+    key: bytes
+    detail: str
+
+
+class SessionStats:
+    """Plain counters of one session. Any thread may count; reading takes no lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.hits = 0
+        self.hit_tokens = 0
+        self.misses: Counter[str] = Counter()  # by reason
+        self.stores: Counter[str] = Counter()  # by reason, "ok" among them; one for each piece that was sent
+        self.stored_bytes = 0
+        self.not_captured_tokens = 0
+
+    def fetched(self, answer: Hit | Miss) -> None:
+        """Count a fetch."""
+        with self._lock:
+            if isinstance(answer, Hit):
+                self.hits += 1
+                self.hit_tokens += answer.n_tokens
+            else:
+                self.misses[answer.reason.value] += 1
+
+    def stored(self, result: StoreResult, n_tokens: int = 0) -> None:
+        """Count the end of a store of `n_tokens`."""
+        with self._lock:
+            self.stores[result.reason.value] += 1
+            self.stored_bytes += result.new_bytes
+            if result.reason is Reason.NOT_CAPTURED:
+                self.not_captured_tokens += max(0, n_tokens - result.stored_tokens)
+
+
+class Session:
+    """KV of one namespace: match, fetch, store. Any thread may call any method; nothing is raised for cache trouble.
+
+    `fetch` works on the caller's thread, and what it returns belongs to that thread. `store` copies tokens out of the
+    caller's arrays on the caller's thread, which must own them; everything after that happens on the session's one
+    background thread, a daemon thread. Captured arrays count against the client's `memory_bytes`.
+    """
+
+    def __init__(
+        self, connection: Connection, namespace: Namespace, budget: ByteBudget, options: SessionOptions
+    ) -> None:
+        self.namespace = namespace
+        self.options = options
+        self.stats = SessionStats()
+        self._connection = connection
+        self._held = HeldPrefixes(namespace.root)
+        self._restored = RestoredPrefixes(namespace.root)
+        self._sender: Sender[StoreJob | Report] = Sender(self._work, self._drop)
+        self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
+        self._storer = Storer(namespace, budget, self._held, self._restored, self._sender.submit)
+        fetch_options = FetchOptions(
+            options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
+        )
+        self._fetcher = Fetcher(connection, namespace, fetch_options, self._report)
+
+    def match(self, tokens: Iterable[int] | bytes) -> Match:
+        """How much of `tokens` a fetch would return now, by asking the index only."""
+        try:
+            packed = pack_tokens(tokens)
+            if refusal := self._refusal(packed):
+                return Match(0, refusal)
+            with self._connection.attempt():
+                reply = self._fetcher.match(packed, self.options.deadlines)
+            return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
+        except KVStoreError as error:
+            log.info("match: %s", error)
+            return Match(0, reason_of(error))
+        except Exception:
+            log.exception("match failed")
+            return Match(0, Reason.INTERNAL)
+
+    def fetch(
+        self,
+        tokens: Iterable[int] | bytes,
+        representation: Representation = "auto",
+        transport: Transport = "auto",
+        total_ms: int | None = None,
+    ) -> Hit | Miss:
+        """KV of the longest usable prefix of `tokens`, at most all but the last; a falsy Miss when there is none.
+
+        Every byte of a hit is read and verified; decoding may be lazy, so evaluate on this thread. `representation`:
+        "packed" (decoded here), "dense" (by the daemon), "auto" (packed, unless only the daemon can decode it).
+        `transport`: "path" (files), "stream", "auto" (path if the daemon is on this host and lets us). `total_ms`: a
+        tighter limit for this call, such as half of what the prefill would take.
+        """
+        try:
+            packed = pack_tokens(tokens)
+            answer = self._fetch(packed, representation, transport, total_ms)
+        except KVStoreError as error:
+            log.info("fetch: %s", error)
+            answer = Miss(reason_of(error), str(error))
+        except Exception:
+            log.exception("fetch failed")
+            answer = Miss(Reason.INTERNAL, "see the log")
+        self.stats.fetched(answer)
+        return answer
+
+    def _fetch(
+        self, tokens: bytes, representation: Representation, transport: Transport, total_ms: int | None
+    ) -> Hit | Miss:
+        if representation not in get_args(Representation) or transport not in get_args(Transport):
+            raise InvalidRequestError(f"no such representation or transport: {representation}, {transport}")
+        if refusal := self._refusal(tokens):
+            return Miss(refusal)
+        limits = self.options.deadlines
+        if total_ms is not None:
+            limits = Deadlines(limits.connect_ms, limits.stall_ms, min(total_ms, limits.total_ms))
+        with self._connection.attempt():
+            answer = self._fetcher.fetch(tokens, representation, transport, limits)
+        if answer.n_tokens:
+            found = tokens[: answer.n_tokens * TOKEN_BYTES]
+            self._held.hold(found)
+            self._restored.remember(found, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT)
+        if answer.reason in _ABSENT:
+            self._held.forget(tokens, answer.n_tokens)
+        return answer
+
+    def store(
+        self,
+        tokens: Iterable[int] | bytes,
+        layers: Sequence[KVLayer],
+        wait: bool = False,
+        restored_tokens: int | None = None,
+        timeout_s: float = STORE_WAIT_S,
+    ) -> StoreResult:
+        """Store the KV of `tokens`; `layers` are the whole cache, in the layout's order, and stay the caller's.
+
+        Only tokens that the layers cover (their offset) and that the store is not known to hold are copied. Without
+        `wait` the answer is OK when that is queued; with it, the daemon's final word, or DEADLINE after `timeout_s`.
+        `restored_tokens`: so many leading tokens came out of the store; None: as this session's own hits say.
+        """
+        try:
+            result = self._store(pack_tokens(tokens), layers, wait, restored_tokens, timeout_s)
+        except KVStoreError as error:
+            log.info("store: %s", error)
+            result = StoreResult(reason=reason_of(error))
+        except Exception:
+            log.exception("store failed")
+            result = StoreResult(reason=Reason.INTERNAL)
+        else:
+            return result
+        self.stats.stored(result)
+        return result
+
+    def _store(
+        self, tokens: bytes, layers: Sequence[KVLayer], wait: bool, restored_tokens: int | None, timeout_s: float
+    ) -> StoreResult:
+        if self._sender.closed:
+            raise UnavailableError("the session is closed")
+        if self._connection.breaker.is_open:
+            return self._refused(Reason.CIRCUIT_OPEN)
+        n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
+        if not n_tokens:
+            return self._refused(reason)
+        deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
+        request = StoreRequest(tokens[: n_tokens * TOKEN_BYTES], layers, restored_tokens, self.options.fidelity_min)
+        result = StoreResult(reason=Reason.NOT_CAPTURED)
+        for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed
+            jobs, reason = self._storer.capture(request, deadline, wait=wait)
+            if reason is not Reason.OK:
+                self.stats.stored(StoreResult(reason=reason))
+            if not wait:
+                return StoreResult(reason=reason)
+            result = combine([self._await(job, deadline) for job in jobs], reason)
+            if result.reason is not Reason.NOT_CAPTURED:
+                break
+        return result
+
+    def _refused(self, reason: Reason) -> StoreResult:
+        result = StoreResult(reason=reason)
+        self.stats.stored(result)
+        return result
+
+    @staticmethod
+    def _await(job: StoreJob, deadline: Deadline) -> StoreResult:
+        return job.result if job.done.wait(deadline.left_s) else StoreResult(reason=Reason.DEADLINE)
+
+    def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
+        """Wait until everything that is queued has ended, one way or the other; whether it has."""
+        return self._sender.flush(timeout_s)
+
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
+        self._sender.flush(timeout_s)
+        self._uploader.cancel()
+        if not self._sender.close(JOIN_S):
+            log.warning("the background thread did not end within %.0f s", JOIN_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _refusal(self, tokens: bytes) -> Reason | None:
+        """Why a prompt is not worth asking about, if so. Takes the breaker's trial when there is one."""
+        if count_tokens(tokens) < 2:
+            return Reason.BELOW_THRESHOLD
+        if self._sender.closed:
+            return Reason.UNAVAILABLE
+        return None if self._connection.breaker.allow() else Reason.CIRCUIT_OPEN
+
+    def _report(self, key: bytes, detail: str) -> None:
+        self._sender.submit(Report(key, detail))
+
+    def _work(self, job: StoreJob | Report) -> None:
+        """One job on the background thread; the other edge at which trouble ends."""
+        result = StoreResult(reason=Reason.INTERNAL)
+        try:
+            if not self._connection.breaker.allow():
+                result = StoreResult(reason=Reason.CIRCUIT_OPEN)
+            elif isinstance(job, Report):
+                with self._connection.attempt():
+                    self._uploader.report(job.key, job.detail)
+            else:
+                with self._connection.attempt():
+                    result = self._uploader.store(job)
+                self._learn(job, result)
+        except KVStoreError as error:
+            log.info("background: %s", error)
+            result = StoreResult(reason=reason_of(error))
+        except Exception:
+            log.exception("background work failed")
+        finally:
+            if isinstance(job, StoreJob):
+                self._end(job, result)
+
+    def _learn(self, job: StoreJob, result: StoreResult) -> None:
+        """The daemon's final word says what it holds of the sequence, and so what it does not."""
+        whole = result.stored_tokens >= job.end
+        held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        self._held.forget(job.tokens, held)
+        self._held.hold(job.tokens[: held * TOKEN_BYTES])
+
+    def _end(self, job: StoreJob, result: StoreResult) -> None:
+        self.stats.stored(result, job.end)
+        job.finish(result)
+
+    def _drop(self, job: StoreJob | Report) -> None:
+        """A job that the end of the session leaves undone."""
+        if isinstance(job, StoreJob):
+            self._end(job, StoreResult(reason=Reason.UNAVAILABLE))

@@ -1,0 +1,263 @@
+"""STORE on the worker's side, background half: ask what is wanted, hand over the bytes, hear what became of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from kvstore.blocks import Reason
+from kvstore.bounds import ByteBudget
+from kvstore.client.breaker import Watchdog
+from kvstore.client.channel import Connection
+from kvstore.client.results import StoreResult, parse_reason
+from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
+from kvstore.keys import Namespace
+from kvstore.layers import Piece, cut_pieces
+from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+if TYPE_CHECKING:
+    from kvstore.codecs.device import Capture
+
+CHUNK_BYTES = 1 << 20
+VECTORS_MAX = 1024  # IOV_MAX on Linux and macOS
+
+# Nobody waits for these but the background thread, so they only have to end.
+CONNECT_S = 1.0
+BEGIN_S = 10.0
+ACCEPTED_S = 10.0
+DONE_S = 60.0
+ABORT_S = 1.0
+REPORT_S = 5.0
+UPLOAD_S_MIN = 10.0
+UPLOAD_BYTES_PER_S_MIN = 10_000_000
+
+_PATH_UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.ELOOP)
+
+
+@dataclass
+class StoreJob:
+    """Leading tokens of a sequence, and the KV of `[start, end)` of them in the session's hands.
+
+    Made on the caller's thread, then owned by the background thread. `finish` is called exactly once; `release` gives
+    the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
+    """
+
+    tokens: bytes
+    start: int
+    end: int
+    restored_tokens: int
+    restored_fidelity: int
+    budget: ByteBudget
+    nbytes: int
+    capture: Capture | None
+    result: StoreResult = field(default_factory=StoreResult)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    def release(self) -> None:
+        """Let go of the captured arrays; safe to call twice."""
+        self.capture = None
+        nbytes, self.nbytes = self.nbytes, 0
+        self.budget.release(nbytes)
+
+    def finish(self, result: StoreResult) -> None:
+        """Set the result and wake whoever waits for it."""
+        self.release()
+        self.result = result
+        self.done.set()
+
+
+class Uploader:
+    """Carries out store jobs and reports of one session. The background thread calls; `cancel` is for any thread."""
+
+    def __init__(self, connection: Connection, namespace: Namespace, profile: str, *, same_host: bool) -> None:
+        self._connection = connection
+        self._layout = namespace.layout
+        self._message = namespace_to_message(namespace)
+        self._profile = profile
+        self._path_usable = same_host
+        self._durable = True  # whether this daemon promises durability, as its last word said
+        self._call: Any = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """End the call in progress, and any later one, with an error."""
+        self._cancelled = True
+        call = self._call
+        if call is not None:
+            call.cancel()
+
+    def report(self, key: bytes, detail: str) -> None:
+        """Tell the daemon that a block did not verify."""
+        self._connection.ensure(CONNECT_S)
+        self._unary("Report", pb.ReportRequest(key=key, detail=detail), REPORT_S)
+
+    def store(self, job: StoreJob) -> StoreResult:
+        """Store what the daemon wants of a job. Raises KVStoreError or grpc.RpcError; then nothing is left behind.
+
+        NOT_CAPTURED comes with the leading tokens that the daemon does hold.
+        """
+        self._connection.ensure(CONNECT_S)
+        begun = self._begin(job)
+        try:
+            self._hand_over(job, begun)
+        except OSError as error:
+            if error.errno not in _PATH_UNUSABLE:
+                raise _typed(error) from error
+            self._path_usable = False
+            begun = self._begin(job)
+            self._hand_over(job, begun)
+        if not begun.upload_id:
+            reason = parse_reason(begun.reason)
+            return StoreResult(begun.held_tokens, 0, reason, self._durable and reason is Reason.ALREADY_STORED)
+        job.release()
+        return self._commit(begun.upload_id)
+
+    def _begin(self, job: StoreJob) -> pb.BeginStoreReply:
+        request = pb.BeginStoreRequest(
+            namespace=self._message,
+            layout=self._layout.record,
+            tokens=job.tokens,
+            captured_from=job.start,
+            restored_tokens=job.restored_tokens,
+            restored_fidelity=job.restored_fidelity,
+            profile=self._profile,
+            transport=pb.TRANSPORT_PATH if self._path_usable else pb.TRANSPORT_STREAM,
+        )
+        reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
+        wanted_bytes = (reply.end - reply.start) * self._layout.token_bytes
+        sound = job.start <= reply.start <= reply.end == job.end and reply.upload_bytes == wanted_bytes
+        if reply.upload_id and not sound:
+            self._abort(reply.upload_id)
+            raise KVStoreError("the daemon asked for something else than what it was offered")
+        return reply
+
+    def _hand_over(self, job: StoreJob, begun: pb.BeginStoreReply) -> None:
+        """Hand over the wanted bytes, or abort the upload and raise."""
+        if not begun.upload_id or begun.start == begun.end:
+            return
+        try:
+            if begun.staging_path:
+                write_staged(begun.staging_path, self._views(job, begun), begun.upload_bytes)
+            else:
+                timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
+                self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
+        except BaseException:
+            self._abort(begun.upload_id)
+            raise
+
+    def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
+        """The wanted bytes in the order in which they travel."""
+        capture = job.capture
+        if capture is None:
+            raise KVStoreError("the daemon wants tokens of which nothing was captured")
+        for piece in cut_pieces(begun.start, begun.end, job.restored_tokens):
+            yield from self._piece(capture, piece)
+
+    def _piece(self, capture: Capture, piece: Piece) -> Iterator[memoryview]:
+        for view in capture.piece_views(self._layout, piece):
+            if self._cancelled:
+                raise DeadlineError("the session was closed")
+            yield view
+
+    def _commit(self, upload_id: str) -> StoreResult:
+        call = self._track(
+            self._connection.kvstore.CommitStore(
+                pb.CommitStoreRequest(upload_id=upload_id), timeout=ACCEPTED_S + DONE_S
+            )
+        )
+        try:
+            with Watchdog(call.cancel, ACCEPTED_S) as watchdog:
+                reply = watchdog.next(call)
+            if reply is not None and not reply.done:
+                reply = next(call, None)
+        finally:
+            call.cancel()
+            self._call = None
+        if reply is None or not reply.done:
+            raise KVStoreError("the daemon ended a store without its final word")
+        self._durable = reply.durable
+        return StoreResult(reply.stored_tokens, reply.new_bytes, parse_reason(reply.reason), reply.durable)
+
+    def _unary(self, method: str, request: Any, timeout_s: float) -> Any:
+        call = self._track(getattr(self._connection.kvstore, method).future(request, timeout=timeout_s))
+        try:
+            return call.result()
+        except grpc.FutureCancelledError as error:
+            raise DeadlineError(f"{method} was cancelled") from error
+        finally:
+            self._call = None
+
+    def _track(self, call: Any) -> Any:
+        self._call = call
+        if self._cancelled:  # after the assignment: `cancel` sets the flag first, so one of us sees the other
+            call.cancel()
+        return call
+
+    def _abort(self, upload_id: str) -> None:
+        """Best effort: an upload that nobody ends is ended by the daemon when it is idle."""
+        request = pb.AbortStoreRequest(upload_id=upload_id)
+        with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed
+            self._connection.kvstore.AbortStore(request, timeout=ABORT_S)
+
+
+def write_staged(path: str, views: Iterator[memoryview], nbytes: int) -> None:
+    """Write exactly `nbytes` to the staging file that the daemon made. OSError as the system gives it."""
+    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise KVStoreError("the staging file is not a regular file")
+        written = 0
+        batch: list[memoryview] = []
+        for view in views:
+            batch.append(view)
+            if len(batch) == VECTORS_MAX:
+                written += _write_all(fd, batch)
+                batch = []
+        written += _write_all(fd, batch)
+    finally:
+        os.close(fd)
+    if written != nbytes:
+        raise KVStoreError(f"{written} bytes captured where {nbytes} are wanted")
+
+
+def _write_all(fd: int, views: list[memoryview]) -> int:
+    """Write all views, over as many short writes as it takes; their bytes."""
+    pending = [view for view in views if view.nbytes]
+    total = sum(view.nbytes for view in pending)
+    while pending:
+        count = os.writev(fd, pending)
+        while pending and count >= pending[0].nbytes:
+            count -= pending.pop(0).nbytes
+        if count:
+            pending[0] = pending[0][count:]
+    return total
+
+
+def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[pb.UploadChunk]:
+    """Upload messages of at most CHUNK_BYTES; the first names the upload."""
+    gathered = bytearray()
+    for view in views:
+        for at in range(0, view.nbytes, CHUNK_BYTES):
+            part = view[at : at + CHUNK_BYTES]
+            if len(gathered) + part.nbytes > CHUNK_BYTES:
+                yield pb.UploadChunk(upload_id=upload_id, data=bytes(gathered))
+                upload_id = ""
+                gathered.clear()
+            gathered += part
+    if gathered:
+        yield pb.UploadChunk(upload_id=upload_id, data=bytes(gathered))
+
+
+def _typed(error: OSError) -> KVStoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFullError("no room on the volume for the staging file")
+    return KVStoreError(f"the staging file cannot be written: {error.strerror}")

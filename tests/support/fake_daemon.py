@@ -1,0 +1,347 @@
+"""A daemon in this process that holds one sequence and can be told to misbehave in every way a real one must not."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from kvstore.blocks import (
+    BLOCK_TOKENS,
+    FIDELITY_EXACT,
+    TOKEN_BYTES,
+    Run,
+    common_tokens,
+    count_tokens,
+    pack_tokens,
+    unpack_tokens,
+)
+from kvstore.client.prefixes import prefix_keys
+from kvstore.codecs.assemble import HitBlock, dense_bytes, dense_runs, layer_ranges
+from kvstore.codecs.device import Capture
+from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.runs import encode_run, payload_run
+from kvstore.config import Config
+from kvstore.files import FileSource
+from kvstore.keys import Namespace
+from kvstore.layers import Piece
+from kvstore.wire.convert import runs_to_bytes
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support.stored import seal_runs, write_source
+from tests.support.synthetic import make_layers
+
+HANG_S = 30.0
+
+
+@dataclass
+class FakeBlock:
+    """One block as the fake daemon holds it: in memory for streams, in a file for paths."""
+
+    key: bytes
+    n_tokens: int
+    runs: tuple[Run, ...]
+    payload: bytes
+    source: FileSource
+
+
+@dataclass
+class FakeUpload:
+    """What one BeginStore asked for, and what came."""
+
+    request: pb.BeginStoreRequest
+    reply: pb.BeginStoreReply
+    data: bytes = b""
+    chunks: int = 0
+    ended: str = ""
+
+
+class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
+    """Holds the KV of `tokens`, as `make_layers` makes it. `faults` names what goes wrong; see where each is used."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self.namespace = namespace
+        self.directory = Path(tempfile.mkdtemp(prefix="kvf-"))
+        self.address = f"unix:{self.directory}/s"
+        self.tokens = b""
+        self.blocks: list[FakeBlock] = []
+        self.faults: set[str] = set()
+        self.fetches: list[pb.FetchRequest] = []
+        self.uploads: list[FakeUpload] = []
+        self.reports: list[bytes] = []
+        self.by_path = True
+        self.cancelled = threading.Event()
+        self._released = threading.Event()
+        self._server: grpc.Server | None = None
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def start(self) -> FakeDaemon:
+        """Serve on the socket."""
+        self._released.clear()
+        self._server = grpc.server(ThreadPoolExecutor(16))
+        rpc.add_KVStoreServicer_to_server(self, self._server)
+        rpc.add_AdminServicer_to_server(self, self._server)
+        health = grpc.method_handlers_generic_handler(
+            "grpc.health.v1.Health", {"Check": grpc.unary_unary_rpc_method_handler(self._health)}
+        )
+        self._server.add_generic_rpc_handlers((health,))
+        self._server.add_insecure_port(self.address)
+        self._server.start()
+        return self
+
+    def stop(self) -> None:
+        """End every call and the server."""
+        self._released.set()
+        if self._server is not None:
+            self._server.stop(0).wait()
+            self._server = None
+
+    def close(self) -> None:
+        """Stop, and remove the files."""
+        self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def config(self, **settings: Any) -> Config:
+        """A configuration that leads to this daemon."""
+        return Config(listen=self.address, **{"min_prefix_tokens": 1, **settings})
+
+    def hold(self, tokens: Sequence[int], profile: str = "raw") -> None:
+        """Hold the KV of these tokens, encoded in a profile."""
+        layout = self.namespace.layout
+        capture = Capture(make_layers(layout, tokens), 0, len(tokens))
+        self.tokens = pack_tokens(list(tokens))
+        self.blocks = []
+        for index, key in enumerate(prefix_keys(self.namespace.root, self.tokens)):
+            piece = Piece(index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, len(tokens)))
+            raw = payload_run(layout, b"".join(capture.piece_views(layout, piece)), piece.n_tokens)
+            runs, payload = seal_runs([encode_run(layout, raw, parse_profile(profile))])
+            source = write_source(self.directory / f"{index}.safetensors", payload)
+            self.blocks.append(FakeBlock(key, piece.n_tokens, runs, payload, source))
+
+    def _fault(self, name: str) -> bool:
+        return name in self.faults
+
+    def _hang(self, name: str) -> None:
+        if self._fault(name):
+            self._released.wait(HANG_S)
+
+    def _health(self, request: bytes, context: Any) -> bytes:
+        self._hang("hang")
+        return b""
+
+    # -- fetch ---------------------------------------------------------------------------------------------------
+
+    def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
+        """How much is held."""
+        self._hang("hang")
+        n_tokens = self._common(request.tokens)
+        return pb.MatchReply(n_tokens=n_tokens, reason="ok" if n_tokens else "unknown_prefix", fidelity=FIDELITY_EXACT)
+
+    def _common(self, tokens: bytes) -> int:
+        return min(common_tokens(self.tokens, tokens), max(0, count_tokens(tokens) - 1))
+
+    def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.FetchReply]:
+        """A plan, then the lease or the bytes."""
+        self.fetches.append(request)
+        context.add_callback(self.cancelled.set)
+        self._hang("hang")
+        if self._fault("no_plan"):
+            yield pb.FetchReply(chunk=pb.LayerChunk(layer=0, data=b"x"))
+            return
+        n_tokens = self._common(request.tokens)
+        if not n_tokens:
+            yield pb.FetchReply(plan=pb.FetchPlan(reason="unknown_prefix"))
+            return
+        dense = request.representation == pb.REPRESENTATION_DENSE
+        by_path = request.transport == pb.TRANSPORT_PATH and self.by_path and not dense
+        yield pb.FetchReply(plan=self._plan(n_tokens, dense, by_path))
+        if by_path:
+            self._released.wait(HANG_S)
+            return
+        yield from self._chunks(self._dense(n_tokens) if dense else self._packed(n_tokens), context)
+
+    def _plan(self, n_tokens: int, dense: bool, by_path: bool) -> pb.FetchPlan:
+        layout = self.namespace.layout
+        if dense:
+            slices = [pb.BlockSlice(n_tokens=n_tokens, runs=runs_to_bytes(dense_runs(layout, n_tokens)))]
+        else:
+            slices = []
+            for index, take in enumerate(self._takes(n_tokens)):
+                block = self.blocks[index]
+                runs = b"\xc1" if self._fault("garbage_runs") else runs_to_bytes(block.runs)
+                slices.append(pb.BlockSlice(key=block.key, n_tokens=take, runs=runs))
+                if by_path:
+                    slices[-1].path = block.source.path
+                    slices[-1].payload_offset = block.source.payload_offset
+                    slices[-1].file_bytes = block.source.file_bytes
+        plan = pb.FetchPlan(
+            n_tokens=n_tokens, reason="ok", fidelity=FIDELITY_EXACT, layout=layout.record, blocks=slices
+        )
+        if self._fault("too_many_tokens"):
+            plan.n_tokens += 1
+            plan.blocks[-1].n_tokens += 1
+        if self._fault("wrong_sum"):
+            plan.n_tokens -= 1
+        if self._fault("other_layout"):
+            plan.layout = layout.record + b"\0"
+        if self._fault("wrong_key"):
+            plan.blocks[0].key = bytes(32)
+        if self._fault("low_fidelity"):
+            plan.fidelity = 1
+        if self._fault("no_paths") and by_path:
+            plan.blocks[0].path = ""
+        return plan
+
+    @staticmethod
+    def _takes(n_tokens: int) -> list[int]:
+        return [min(BLOCK_TOKENS, n_tokens - at) for at in range(0, n_tokens, BLOCK_TOKENS)]
+
+    def _packed(self, n_tokens: int) -> Iterator[tuple[int, bytes]]:
+        hit = [HitBlock(self.blocks[index].runs, take) for index, take in enumerate(self._takes(n_tokens))]
+        for layer in range(len(self.namespace.layout.layers)):
+            ranges = layer_ranges(hit, layer)
+            yield layer, b"".join(self.blocks[r.source].payload[r.offset : r.offset + r.nbytes] for r in ranges)
+
+    def _dense(self, n_tokens: int) -> Iterator[tuple[int, bytes]]:
+        tokens = unpack_tokens(self.tokens[: n_tokens * TOKEN_BYTES])
+        for index, layer in enumerate(make_layers(self.namespace.layout, tokens)):
+            yield index, b"".join(dense_bytes(layer))
+
+    def _chunks(self, layers: Iterator[tuple[int, bytes]], context: Any) -> Iterator[pb.FetchReply]:
+        for layer, data in layers:
+            if layer == 1:
+                self._hang("stall_midway")
+                if self._fault("die_midway"):
+                    context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+                if self._fault("corrupt_midway"):
+                    context.abort(grpc.StatusCode.DATA_LOSS, "a block did not verify")
+                if self._fault("end_midway"):
+                    return
+                if self._fault("flip_midway"):
+                    data = bytes([data[0] ^ 1]) + data[1:]
+                if self._fault("extra_bytes"):
+                    data += b"x"
+                if self._fault("wrong_layer"):
+                    layer = 0
+                if self._fault("empty_chunk"):
+                    data = b""
+            for at in range(0, max(1, len(data)), 50_000):
+                yield pb.FetchReply(chunk=pb.LayerChunk(layer=layer, data=data[at : at + 50_000]))
+
+    # -- store ---------------------------------------------------------------------------------------------------
+
+    def BeginStore(self, request: pb.BeginStoreRequest, context: Any) -> pb.BeginStoreReply:
+        """Want everything that is not held."""
+        self._hang("hang")
+        self._hang("hang_begin")
+        n_tokens, held = count_tokens(request.tokens), common_tokens(self.tokens, request.tokens)
+        if self._fault("begin_full"):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
+        if held == n_tokens:
+            return pb.BeginStoreReply(reason="already_stored", held_tokens=held)
+        if request.captured_from > held:
+            return pb.BeginStoreReply(reason="not_captured", held_tokens=held)
+        if self._fault("below_threshold"):
+            return pb.BeginStoreReply(reason="below_threshold")
+        reply = pb.BeginStoreReply(
+            upload_id=f"u{len(self.uploads)}",
+            start=held,
+            end=n_tokens,
+            upload_bytes=(n_tokens - held) * self.namespace.layout.token_bytes,
+            reason="ok",
+            held_tokens=held,
+        )
+        if request.transport == pb.TRANSPORT_PATH and self.by_path:
+            reply.staging_path = str(self.directory / f"staging-{reply.upload_id}")
+            Path(reply.staging_path).touch()
+            if self._fault("staging_elsewhere"):
+                reply.staging_path = str(self.directory / "nowhere" / reply.upload_id)
+            if self._fault("staging_link"):
+                link = self.directory / f"link-{reply.upload_id}"
+                link.symlink_to(reply.staging_path)
+                reply.staging_path = str(link)
+        if self._fault("bad_range"):
+            reply.upload_bytes += 1
+        self.uploads.append(FakeUpload(request, reply))
+        return reply
+
+    def _upload(self, upload_id: str) -> FakeUpload:
+        return next(one for one in self.uploads if one.reply.upload_id == upload_id)
+
+    def Upload(self, request_iterator: Iterator[pb.UploadChunk], context: Any) -> pb.UploadReply:
+        """Collect the bytes."""
+        upload: FakeUpload | None = None
+        for chunk in request_iterator:
+            upload = upload or self._upload(chunk.upload_id)
+            upload.data += chunk.data
+            upload.chunks += 1
+            if self._fault("upload_dies"):
+                context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+        assert upload is not None
+        return pb.UploadReply(received_bytes=len(upload.data))
+
+    def CommitStore(self, request: pb.CommitStoreRequest, context: Any) -> Iterator[pb.CommitStoreReply]:
+        """Accept, then hold what came."""
+        upload = self._upload(request.upload_id)
+        self._hang("hang_commit")
+        yield pb.CommitStoreReply(reason="ok")
+        self._hang("hang_done")
+        if self._fault("no_final_word"):
+            return
+        if upload.reply.staging_path:
+            upload.data = Path(upload.reply.staging_path).read_bytes()
+        assert len(upload.data) == upload.reply.upload_bytes
+        upload.ended = "committed"
+        stored = count_tokens(upload.request.tokens)
+        if self._fault("store_full"):
+            yield pb.CommitStoreReply(done=True, durable=True, stored_tokens=upload.reply.start, reason="store_full")
+            return
+        self.tokens = upload.request.tokens
+        yield pb.CommitStoreReply(
+            done=True, durable=True, stored_tokens=stored, new_bytes=len(upload.data), reason="ok"
+        )
+
+    def AbortStore(self, request: pb.AbortStoreRequest, context: Any) -> pb.AbortStoreReply:
+        """Remember that it was given up."""
+        self._upload(request.upload_id).ended = "aborted"
+        return pb.AbortStoreReply()
+
+    def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportReply:
+        """Remember the key."""
+        self.reports.append(request.key)
+        return pb.ReportReply(quarantined=True)
+
+    # -- admin ---------------------------------------------------------------------------------------------------
+
+    def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsReply:
+        """Some numbers."""
+        return pb.StatsReply(daemon=pb.DaemonStats(version="1", state="serving"), miss_reasons={"identity": 2})
+
+    def List(self, request: pb.ListRequest, context: Any) -> pb.ListReply:
+        """One namespace, or this many blocks."""
+        if not request.namespace_prefix:
+            return pb.ListReply(namespaces=[pb.NamespaceStats(id=self.namespace.root, alias="model")])
+        return pb.ListReply(blocks=[pb.BlockInfo(key=one.key, runs=1) for one in self.blocks[: request.limit]])
+
+    def Show(self, request: pb.ShowRequest, context: Any) -> pb.ShowReply:
+        """Blocks by their key's leading bytes."""
+        found = [one for one in self.blocks if one.key.startswith(request.key_prefix)]
+        return pb.ShowReply(blocks=[pb.BlockInfo(key=one.key) for one in found])
+
+    def Evict(self, request: pb.EvictRequest, context: Any) -> pb.EvictReply:
+        """Says what was selected, in numbers."""
+        return pb.EvictReply(blocks=1 if request.dry_run else 2, freed_bytes=request.bytes)
+
+    def Check(self, request: pb.CheckRequest, context: Any) -> pb.CheckReply:
+        """Finds something."""
+        if self._fault("check_fails"):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
+        return pb.CheckReply(blobs=3, repaired=int(request.repair), findings=[pb.Finding(kind="row", detail="bad")])

@@ -1,0 +1,159 @@
+"""Deadlines, the watchdog over a stream, and the circuit breaker."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvstore.client.breaker import CircuitBreaker, Deadline, Watchdog
+from kvstore.errors import DeadlineError
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def broken(clock: Clock) -> CircuitBreaker:
+    """A breaker whose circuit has just opened."""
+    breaker = CircuitBreaker(clock=clock)
+    for _ in range(3):
+        assert breaker.allow()
+        breaker.failed()
+    return breaker
+
+
+def test_three_failures_in_a_row_open_the_circuit() -> None:
+    """Two do not, and a success in between starts the count again."""
+    breaker = CircuitBreaker(clock=Clock())
+    for _ in range(2):
+        breaker.failed()
+        breaker.failed()
+        assert breaker.allow()
+        breaker.succeeded()
+    for _ in range(3):
+        breaker.failed()
+    assert breaker.is_open
+    assert not breaker.allow()
+
+
+def test_one_trial_is_let_through_when_the_time_is_over() -> None:
+    """Whoever comes while the trial is under way is refused."""
+    clock = Clock()
+    breaker = broken(clock)
+    clock.now += 0.99
+    assert not breaker.allow()
+    clock.now += 0.02
+    assert not breaker.is_open
+    assert breaker.allow()
+    assert not breaker.allow()
+    breaker.succeeded()
+    assert breaker.allow()
+    assert breaker.allow()
+
+
+def test_each_failed_trial_doubles_the_time_up_to_thirty_seconds() -> None:
+    """1, 2, 4, 8, 16, 30, 30; a success starts at 1 again."""
+    clock = Clock()
+    breaker = broken(clock)
+    for open_s in (1, 2, 4, 8, 16, 30, 30):
+        clock.now += open_s - 0.01
+        assert not breaker.allow()
+        clock.now += 0.02
+        assert breaker.allow()
+        breaker.failed()
+    clock.now += 31
+    assert breaker.allow()
+    breaker.succeeded()
+    for _ in range(3):
+        breaker.failed()
+    clock.now += 1.01
+    assert breaker.allow()
+
+
+def test_calls_that_fail_late_do_not_lengthen_the_time() -> None:
+    """Eight workers whose calls die together are one outage, not eight."""
+    clock = Clock()
+    breaker = broken(clock)
+    for _ in range(5):
+        breaker.failed()
+    clock.now += 1.01
+    assert breaker.allow()
+
+
+def test_a_trial_that_never_reports_is_followed_by_another() -> None:
+    """Its thread may have been interrupted."""
+    clock = Clock()
+    breaker = broken(clock)
+    clock.now += 1.01
+    assert breaker.allow()
+    clock.now += 1.01
+    assert breaker.allow()
+
+
+def test_a_deadline_that_has_passed_raises() -> None:
+    """The message names the limit."""
+    deadline = Deadline(0.02)
+    assert 0 < deadline.left_s <= 0.02
+    deadline.check()
+    time.sleep(0.03)
+    assert deadline.left_s == 0
+    with pytest.raises(DeadlineError, match="20 ms"):
+        deadline.check()
+
+
+class Stream:
+    """Messages after pauses; `cancel` ends the pause in progress."""
+
+    def __init__(self, *pauses_s: float) -> None:
+        self._pauses_s = pauses_s
+        self.cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[int]:
+        for number, pause_s in enumerate(self._pauses_s):
+            if self.cancelled.wait(pause_s):
+                return
+            yield number
+
+
+def test_the_watchdog_cancels_a_wait_that_lasts_too_long() -> None:
+    """Not much later than the limit, whichever message it is."""
+    stream = Stream(0.0, 0.0, 10.0)
+    messages = iter(stream)
+    with Watchdog(stream.cancelled.set, 0.1) as watchdog:
+        assert [watchdog.next(messages), watchdog.next(messages)] == [0, 1]
+        time.sleep(0.15)
+        started = time.monotonic()
+        assert watchdog.next(messages) is None
+        assert 0.09 < time.monotonic() - started < 0.5
+        assert watchdog.fired
+
+
+def test_the_watchdog_does_not_count_the_time_between_waits() -> None:
+    """A caller that is slow to use a message has a daemon that is on time."""
+    stream = Stream(0.0, 0.03, 0.03, 0.0)
+    messages = iter(stream)
+    with Watchdog(stream.cancelled.set, 0.06) as watchdog:
+        for number in range(4):
+            assert watchdog.next(messages) == number
+            time.sleep(0.1)
+        assert watchdog.next(messages) is None
+        assert not watchdog.fired
+
+
+def test_the_watchdog_leaves_no_thread_behind() -> None:
+    """It ends with its block, at once."""
+    before = threading.active_count()
+    started = time.monotonic()
+    with Watchdog(lambda: None, 30.0):
+        pass
+    assert threading.active_count() == before
+    assert time.monotonic() - started < 1

@@ -1,0 +1,135 @@
+"""The public face, and the admin verbs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvstore
+from kvstore.blocks import Reason
+from kvstore.client import results
+from kvstore.client.client import Client, connect
+from kvstore.config import Config
+from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
+from kvstore.layers import Layout
+from tests.support.fake_daemon import FakeDaemon
+from tests.support.synthetic import make_layout, make_namespace
+
+NAMESPACE = make_namespace(make_layout())
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    """A daemon that holds two blocks."""
+    fake = FakeDaemon(NAMESPACE)
+    fake.hold(range(300))
+    fake.start()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def client(daemon: FakeDaemon) -> Iterator[Client]:
+    """A client of it."""
+    with Client(daemon.config()) as made:
+        yield made
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    """`from kvstore import ...` for all of them; nothing else by accident."""
+    for name in kvstore.__all__:
+        value = getattr(kvstore, name)
+        assert name == "__version__" or value.__doc__, name
+    assert set(kvstore.__all__) <= set(dir(kvstore))
+    with pytest.raises(AttributeError, match="nothing_like_it"):
+        kvstore.nothing_like_it  # noqa: B018
+
+
+def test_a_client_alone_does_not_load_mlx() -> None:
+    """`kvstore stats` must not wait for it."""
+    script = "import sys, kvstore; kvstore.connect('unix:/tmp/none').close(); print('mlx.core' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (run.stdout.strip(), run.stderr) == ("False", "")
+
+
+def test_connecting_needs_no_daemon_but_a_possible_address(tmp_path: Path) -> None:
+    """The daemon may come later; an address that cannot be will not."""
+    with connect(f"unix:{tmp_path}/s") as client:
+        assert client.config.listen == f"unix:{tmp_path}/s"
+    with connect("127.0.0.1:1", Config(memory_bytes=2 << 20)) as client:
+        assert (client.config.listen, client.config.memory_bytes) == ("127.0.0.1:1", 2 << 20)
+    for address in ("nowhere", "unix:relative", f"unix:/{'x' * 104}", "192.0.2.1:50"):
+        with pytest.raises(ConfigError, match="listen"):
+            connect(address)
+
+
+def test_a_session_takes_its_limits_from_the_configuration_or_the_caller(daemon: FakeDaemon) -> None:
+    """Arguments win; by path only on a unix socket."""
+    with Client(daemon.config(fetch_stall_ms=123)) as client:
+        options = client.session(NAMESPACE, total_ms=7).options
+        assert (options.deadlines.connect_ms, options.deadlines.stall_ms, options.deadlines.total_ms) == (50, 123, 7)
+        assert options.same_host
+        assert options.fidelity_min == 0
+        assert client.session(NAMESPACE, "affine8").options.fidelity_min > 0
+        assert client.session(NAMESPACE, headroom_tokens=0, store_block_ms=1).options.headroom_tokens == 0
+    with Client(Config(listen="127.0.0.1:1")) as client:
+        assert not client.session(NAMESPACE).options.same_host
+
+
+def test_a_session_that_could_never_work_is_refused(client: Client) -> None:
+    """Unlike cache trouble, this is for whoever wrote the call."""
+    with pytest.raises(ConfigError, match="affine9"):
+        client.session(NAMESPACE, "affine9")
+    with pytest.raises(InvalidRequestError):
+        client.session(kvstore.Namespace(weights=b"w", layout=Layout(())))
+
+
+def test_admin_verbs_answer_plain_dictionaries(client: Client, daemon: FakeDaemon) -> None:
+    """Integers as integers, bytes as hex, maps as dictionaries, and a schema."""
+    stats = client.stats()
+    assert stats["schema"] == 1
+    assert stats["daemon"]["state"] == "serving"
+    assert stats["miss_reasons"] == {"identity": 2}
+    listed = client.list()
+    assert [row["id"] for row in listed["namespaces"]] == [NAMESPACE.root.hex()]
+    assert [block["key"] for block in client.list(NAMESPACE.root, 1)["blocks"]] == [daemon.blocks[0].key.hex()]
+    assert [block["key"] for block in client.show(daemon.blocks[1].key[:4])["blocks"]] == [daemon.blocks[1].key.hex()]
+    assert client.evict(bytes=10, dry_run=True) == {"schema": 1, "blocks": 1, "freed_bytes": 10}
+    assert client.evict(all=True)["blocks"] == 2
+    report = client.check(repair=True)
+    assert (report["blobs"], report["repaired"], report["findings"][0]["kind"]) == (3, 1, "row")
+
+
+def test_admin_verbs_raise_what_the_daemon_says(client: Client, daemon: FakeDaemon) -> None:
+    """And refuse by themselves what selects nothing or everything by mistake."""
+    daemon.faults = {"check_fails"}
+    with pytest.raises(InvalidRequestError, match="no"):
+        client.check()
+    for call in (client.evict, lambda: client.evict(bytes=-1), lambda: client.show(b""), lambda: client.list(b"", 0)):
+        with pytest.raises(InvalidRequestError):
+            call()
+
+
+def test_admin_verbs_without_a_daemon_name_the_address(tmp_path: Path) -> None:
+    """Exit code 3 of the command line."""
+    with (
+        connect(f"unix:{tmp_path}/none") as client,
+        pytest.raises(UnavailableError, match="no daemon answers at unix:"),
+    ):
+        client.stats()
+
+
+def test_answers_are_true_only_when_there_is_something() -> None:
+    """`if hit := session.fetch(...)` and `if session.match(...)` read as they should."""
+    assert not results.Miss(Reason.EVICTED)
+    assert not results.Match(0, Reason.EVICTED)
+    assert results.Match(1, Reason.OK)
+    assert results.parse_reason("evicted") is Reason.EVICTED
+    assert results.parse_reason("something newer") is Reason.INTERNAL
+    for error in vars(kvstore.errors).values():
+        if isinstance(error, type) and issubclass(error, kvstore.errors.KVStoreError):
+            assert isinstance(results.reason_of(error("x")), Reason)

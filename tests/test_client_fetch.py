@@ -1,0 +1,283 @@
+"""The worker's side of a fetch, against a daemon that does what it should and one that does everything else."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import Reason
+from kvstore.client.client import Client
+from kvstore.client.results import Hit
+from kvstore.client.session import Session
+from tests.support.fake_daemon import FakeDaemon
+from tests.support.synthetic import assert_rows, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=3, heads=2, width=64)
+TOKENS = [*range(600), -7, 2**63 - 1]
+BAD_STREAMS = ("end_midway", "extra_bytes", "wrong_layer", "empty_chunk", "corrupt_midway")
+SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    """A daemon that holds the KV of TOKENS, raw."""
+    fake = FakeDaemon(make_namespace(LAYOUT))
+    fake.hold(TOKENS)
+    fake.start()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def session(daemon: FakeDaemon) -> Iterator[Session]:
+    """A session with limits that a busy test machine does not reach."""
+    with Client(daemon.config()) as client:
+        yield client.session(daemon.namespace, **SLOW)
+
+
+def hit_of(answer: object) -> Hit:
+    """The answer, which must be a hit."""
+    assert isinstance(answer, Hit), answer
+    return answer
+
+
+@pytest.mark.parametrize(("representation", "transport"), [("packed", "path"), ("packed", "stream"), ("dense", "auto")])
+def test_a_fetch_returns_the_rows_of_exactly_these_tokens(
+    session: Session, representation: str, transport: str
+) -> None:
+    """However the bytes come, and however much of the last block is used."""
+    for prompt, n_tokens in ((TOKENS, 601), (TOKENS[:257], 256), ([*TOKENS[:300], 5, 6], 300), (TOKENS[:40], 39)):
+        hit = hit_of(session.fetch(prompt, representation, transport))
+        assert (hit.n_tokens, hit.reason) == (n_tokens, Reason.OK)
+        assert (hit.source.representation, hit.source.transport) == (
+            representation,
+            transport.replace("auto", "stream"),
+        )
+        assert_rows(hit.layers, LAYOUT, prompt[:n_tokens])
+        assert all(array.shape[2] >= n_tokens + 256 for layer in hit.layers for array in (*layer.keys, *layer.values))
+    assert session.stats.hits == 4
+
+
+def test_quantized_blocks_are_decoded_by_the_worker(daemon: FakeDaemon, session: Session) -> None:
+    """Bit-equal to mlx's own quantize and dequantize."""
+    daemon.hold(TOKENS, "affine8")
+    for transport in ("path", "stream"):
+        assert_rows(hit_of(session.fetch(TOKENS, "packed", transport)).layers, LAYOUT, TOKENS[:-1], bits=8)
+
+
+def test_the_lease_ends_once_every_file_is_open(daemon: FakeDaemon, session: Session) -> None:
+    """By path the call is cancelled as soon as it has done its work."""
+    assert session.fetch(TOKENS)
+    assert daemon.fetches[0].transport == 1
+    assert daemon.cancelled.wait(5)
+
+
+def test_a_prompt_with_nothing_left_to_feed_asks_nobody(daemon: FakeDaemon, session: Session) -> None:
+    """No tokens, or one: there can be no hit."""
+    for prompt in ([], [5], b""):
+        answer = session.fetch(prompt)
+        assert not answer
+        assert answer.reason is Reason.BELOW_THRESHOLD
+        assert not session.match(prompt)
+    assert daemon.fetches == []
+
+
+def test_bad_arguments_are_a_miss_with_that_reason(session: Session) -> None:
+    """Generation must not fail because of the cache, not even by a caller's mistake."""
+    assert session.fetch([2**63]).reason is Reason.INVALID
+    assert session.fetch([1.5, 2.5]).reason is Reason.INVALID  # type: ignore[list-item]
+    assert session.fetch(TOKENS, "thin").reason is Reason.INVALID  # type: ignore[arg-type]
+    assert session.match(b"123").reason is Reason.INVALID
+    assert session.stats.misses == {"invalid": 3}
+
+
+def test_an_unknown_prompt_is_a_miss_with_the_daemons_reason(session: Session) -> None:
+    """And a match says the same."""
+    assert session.fetch([9, 9, 9]).reason is Reason.UNKNOWN_PREFIX
+    assert session.match([9, 9, 9]).reason is Reason.UNKNOWN_PREFIX
+    assert session.match(TOKENS).n_tokens == 601
+
+
+@pytest.mark.parametrize("transport", ["path", "stream"])
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("no_plan", Reason.CORRUPT),
+        ("garbage_runs", Reason.CORRUPT),
+        ("too_many_tokens", Reason.CORRUPT),
+        ("wrong_sum", Reason.CORRUPT),
+        ("wrong_key", Reason.CORRUPT),
+        ("other_layout", Reason.IDENTITY),
+    ],
+)
+def test_a_plan_that_cannot_be_an_answer_is_a_miss(
+    daemon: FakeDaemon, session: Session, fault: str, reason: Reason, transport: str
+) -> None:
+    """Nothing is read for it."""
+    daemon.faults = {fault}
+    assert session.fetch(TOKENS, "packed", transport).reason is reason
+
+
+def test_a_plan_below_the_fidelity_asked_for_is_a_miss(daemon: FakeDaemon) -> None:
+    """The session's profile is a promise to its caller."""
+    with Client(daemon.config()) as client:
+        exact = client.session(daemon.namespace, "raw", **SLOW)
+        assert exact.fetch(TOKENS)
+        assert daemon.fetches[-1].fidelity_min == exact.options.fidelity_min > 0
+        daemon.faults = {"low_fidelity"}
+        assert exact.fetch(TOKENS).reason is Reason.CORRUPT
+
+
+@pytest.mark.parametrize(
+    ("representation", "fault", "reason"),
+    [
+        *((kind, fault, Reason.CORRUPT) for kind in ("packed", "dense") for fault in BAD_STREAMS),
+        ("packed", "flip_midway", Reason.CORRUPT),  # a dense answer was verified where it was decoded
+        ("packed", "die_midway", Reason.UNAVAILABLE),
+        ("dense", "die_midway", Reason.UNAVAILABLE),
+    ],
+)
+def test_a_stream_that_goes_wrong_is_a_miss(
+    daemon: FakeDaemon, session: Session, fault: str, reason: Reason, representation: str
+) -> None:
+    """Never a hit with some layers of one kind and some of another."""
+    daemon.faults = {fault}
+    assert session.fetch(TOKENS, representation, "stream").reason is reason
+    daemon.faults = set()
+    assert session.fetch(TOKENS, representation, "stream")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "link"])
+def test_a_damaged_block_makes_the_prefix_shorter_and_is_reported(
+    daemon: FakeDaemon, session: Session, damage: str
+) -> None:
+    """All layers have the length that is left."""
+    path = Path(daemon.blocks[1].source.path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last layer: the first ones have been read by then
+    if damage == "flip":
+        path.write_bytes(data)
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+        if damage == "link":
+            path.symlink_to(daemon.blocks[0].source.path)
+    hit = hit_of(session.fetch(TOKENS))
+    assert (hit.n_tokens, hit.reason) == (256, Reason.EVICTED if damage == "gone" else Reason.CORRUPT)
+    assert_rows(hit.layers, LAYOUT, TOKENS[:256])
+    assert session.flush(5)
+    assert daemon.reports == [daemon.blocks[1].key]
+
+
+def test_a_shorter_prefix_below_the_minimum_is_a_miss(daemon: FakeDaemon) -> None:
+    """What is not worth fetching is not made worth it by damage."""
+    path = Path(daemon.blocks[1].source.path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with Client(daemon.config(min_prefix_tokens=300)) as client:
+        assert client.session(daemon.namespace, **SLOW).fetch(TOKENS).reason is Reason.CORRUPT
+
+
+def test_a_first_block_that_is_damaged_leaves_nothing(daemon: FakeDaemon, session: Session) -> None:
+    """And is reported too."""
+    path = Path(daemon.blocks[0].source.path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert session.fetch(TOKENS).reason is Reason.CORRUPT
+    assert session.flush(5)
+    assert daemon.reports == [daemon.blocks[0].key]
+
+
+def test_files_that_cannot_be_opened_from_here_come_by_stream(daemon: FakeDaemon, session: Session) -> None:
+    """Another mount namespace: the daemon's paths mean nothing to us. Found out once, not at every fetch."""
+    for block in daemon.blocks:
+        os.unlink(block.source.path)
+    for _ in range(2):
+        hit = hit_of(session.fetch(TOKENS))
+        assert hit.source.transport == "stream"
+        assert_rows(hit.layers, LAYOUT, TOKENS[:-1])
+    assert [request.transport for request in daemon.fetches] == [1, 2, 2]
+    assert daemon.reports == []
+
+
+@pytest.mark.parametrize(("code", "next_transport"), [(errno.EMFILE, "path"), (errno.EACCES, "stream")])
+def test_a_refusal_to_open_is_not_the_blocks_fault(
+    daemon: FakeDaemon, session: Session, monkeypatch: pytest.MonkeyPatch, code: int, next_transport: str
+) -> None:
+    """The fetch comes by stream and nothing is reported. No descriptors left passes, another user's files do not."""
+    real = os.open
+
+    def refuse(path: str, flags: int, *args: int, **kwargs: int) -> int:
+        if str(path).endswith(".safetensors"):
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        assert hit_of(session.fetch(TOKENS)).source.transport == "stream"
+    assert hit_of(session.fetch(TOKENS)).source.transport == next_transport
+    assert session.flush(5)
+    assert daemon.reports == []
+
+
+def test_a_daemon_that_gives_no_paths_streams_in_the_same_call(daemon: FakeDaemon, session: Session) -> None:
+    """It may know better than we do that the files are out of reach."""
+    daemon.by_path = False
+    assert hit_of(session.fetch(TOKENS)).source.transport == "stream"
+    assert len(daemon.fetches) == 1
+
+
+def test_a_plan_with_some_paths_missing_is_a_miss(daemon: FakeDaemon, session: Session) -> None:
+    """Half a plan is none."""
+    daemon.faults = {"no_paths"}
+    assert session.fetch(TOKENS).reason is Reason.CORRUPT
+
+
+def test_more_blocks_than_files_may_be_open_are_read_under_the_lease(
+    daemon: FakeDaemon, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call stays open until the last byte is read."""
+    monkeypatch.setattr("kvstore.client.fetcher.OPEN_FILES_MAX", 2)
+    hit = hit_of(session.fetch(TOKENS))
+    assert_rows(hit.layers, LAYOUT, TOKENS[:-1])
+    assert daemon.cancelled.wait(5)
+
+
+def test_layers_without_values_are_fetched(daemon: FakeDaemon) -> None:
+    """Latent layouts keep everything in the keys."""
+    layout = make_layout(layers=2, heads=1, width=64, dtype="F16", values_width=0)
+    daemon.namespace = make_namespace(layout)
+    daemon.hold(TOKENS[:300])
+    with Client(daemon.config()) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        for representation, transport in (("packed", "path"), ("packed", "stream"), ("dense", "stream")):
+            hit = hit_of(session.fetch(TOKENS[:300], representation, transport))
+            assert_rows(hit.layers, layout, TOKENS[:299])
+
+
+def test_an_unexpected_error_is_a_miss_and_in_the_log(
+    session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The session is the edge at which it ends; the log has no tokens in it."""
+
+    def boom(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("boom")
+
+    monkeypatch.setattr("kvstore.client.fetcher.assemble_layer", boom)
+    assert session.fetch(TOKENS).reason is Reason.INTERNAL
+    assert "ZeroDivisionError" in caplog.text
+    assert str(2**63 - 1) not in caplog.text
+
+
+def test_an_interrupt_is_not_swallowed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is no cache trouble."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvstore.client.fetcher.assemble_layer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.fetch(TOKENS)

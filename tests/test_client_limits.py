@@ -1,0 +1,169 @@
+"""What a daemon that is absent, hung or slow may cost its workers: never more than the deadlines."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import Reason
+from kvstore.client.breaker import CircuitBreaker
+from kvstore.client.client import Client
+from kvstore.codecs import assemble
+from kvstore.config import Config
+from tests.support.fake_daemon import FakeDaemon
+from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+NAMESPACE = make_namespace(make_layout(layers=3))
+TOKENS = list(range(300))
+# What a machine with other work to do may add.
+SLACK_S = 0.4
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    """A daemon that holds the KV of TOKENS."""
+    fake = FakeDaemon(NAMESPACE)
+    fake.hold(TOKENS)
+    fake.start()
+    yield fake
+    fake.close()
+
+
+def timed(call: Callable[[], object]) -> tuple[object, float]:
+    """What a call returns, and the seconds that it took."""
+    started = time.monotonic()
+    return call(), time.monotonic() - started
+
+
+def test_no_daemon_is_a_miss_within_the_connect_limit_and_then_at_once(tmp_path: Path) -> None:
+    """Three times unavailable, after that the circuit is open."""
+    with Client(Config(listen=f"unix:{tmp_path}/none")) as client:
+        session = client.session(NAMESPACE)
+        reasons = []
+        for _ in range(5):
+            answer, took_s = timed(lambda: session.fetch(TOKENS))
+            reasons.append(answer.reason)  # type: ignore[attr-defined]
+            assert took_s < 0.05 + SLACK_S
+        assert reasons == [Reason.UNAVAILABLE] * 3 + [Reason.CIRCUIT_OPEN] * 2
+        assert session.match(TOKENS).reason is Reason.CIRCUIT_OPEN
+        result, took_s = timed(lambda: session.store(TOKENS, make_layers(NAMESPACE.layout, TOKENS), wait=True))
+        assert result.reason is Reason.CIRCUIT_OPEN  # type: ignore[attr-defined]
+
+
+def test_a_socket_that_nobody_answers_costs_the_connect_limit(tmp_path: Path) -> None:
+    """A daemon that was stopped before we came: the kernel still takes connections for it."""
+    with socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(f"{tmp_path}/s")
+        stopped.listen()
+        with Client(Config(listen=f"unix:{tmp_path}/s")) as client:
+            answer, took_s = timed(lambda: client.session(NAMESPACE).fetch(TOKENS))
+        assert answer.reason is Reason.UNAVAILABLE  # type: ignore[attr-defined]
+        assert took_s < 0.05 + SLACK_S
+
+
+def test_a_hung_daemon_costs_the_stall_limit_once(daemon: FakeDaemon) -> None:
+    """After that only the connect limit, and then nothing."""
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=1000, stall_ms=300)
+        assert session.fetch(TOKENS)
+        daemon.faults = {"hang"}
+        answer, took_s = timed(lambda: session.fetch(TOKENS))
+        assert answer.reason is Reason.DEADLINE  # type: ignore[attr-defined]
+        assert 0.29 < took_s < 0.3 + SLACK_S
+        quick = client.session(NAMESPACE, connect_ms=50)
+        answer, took_s = timed(lambda: quick.fetch(TOKENS))
+        assert answer.reason is Reason.UNAVAILABLE  # type: ignore[attr-defined]
+        assert took_s < 0.05 + SLACK_S
+
+
+@pytest.mark.parametrize("representation", ["packed", "dense"])
+def test_a_stream_that_stalls_is_cancelled(daemon: FakeDaemon, representation: str) -> None:
+    """However many bytes came before."""
+    daemon.faults = {"stall_midway"}
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=1000, stall_ms=200)
+        answer, took_s = timed(lambda: session.fetch(TOKENS, representation, "stream"))  # type: ignore[arg-type]
+        assert answer.reason is Reason.DEADLINE  # type: ignore[attr-defined]
+        assert took_s < 0.2 + SLACK_S
+        assert daemon.cancelled.wait(5)
+
+
+@pytest.mark.parametrize("transport", ["path", "stream"])
+def test_the_total_limit_covers_reading_and_decoding(
+    daemon: FakeDaemon, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at between layers."""
+
+    def slowly(*args: object, **kwargs: object) -> object:
+        time.sleep(0.15)
+        return assemble.assemble_layer(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("kvstore.client.fetcher.assemble_layer", slowly)
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=1000)
+        answer, took_s = timed(lambda: session.fetch(TOKENS, "packed", transport, total_ms=200))  # type: ignore[arg-type]
+        assert answer.reason is Reason.DEADLINE  # type: ignore[attr-defined]
+        assert took_s < 0.3 + SLACK_S
+        assert session.fetch(TOKENS, "packed", transport)  # type: ignore[arg-type]
+
+
+def test_a_restarted_daemon_is_found_again(daemon: FakeDaemon) -> None:
+    """Within a second or two of its return, without a new client."""
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=500)
+        assert session.fetch(TOKENS)
+        daemon.stop()
+        for _ in range(4):
+            assert not session.fetch(TOKENS)
+        daemon.start()
+        give_up_at = time.monotonic() + 5
+        while not session.fetch(TOKENS):
+            assert time.monotonic() < give_up_at
+            time.sleep(0.05)
+        assert session.stats.misses["unavailable"] >= 1
+
+
+def test_errors_of_requests_do_not_open_the_circuit(daemon: FakeDaemon) -> None:
+    """A daemon that answers is there, whatever it answers."""
+    daemon.faults = {"wrong_key"}
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=1000)
+        for _ in range(5):
+            assert session.fetch(TOKENS).reason is Reason.CORRUPT
+
+
+def test_a_trial_after_the_pause_closes_the_circuit(daemon: FakeDaemon) -> None:
+    """One call is let through and decides."""
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=1000)
+        client._connection.breaker = CircuitBreaker(failures_max=1, open_s=0.2)
+        client._connection.breaker.failed()
+        assert session.fetch(TOKENS).reason is Reason.CIRCUIT_OPEN
+        time.sleep(0.25)
+        assert session.fetch(TOKENS)
+
+
+def test_fetches_of_many_threads_share_one_session(daemon: FakeDaemon) -> None:
+    """Any thread may call; each evaluates its own hit."""
+    failed: list[object] = []
+    with Client(daemon.config()) as client:
+        session = client.session(NAMESPACE, connect_ms=5000, stall_ms=5000, total_ms=20_000)
+
+        def work(number: int) -> None:
+            for transport in ("path", "stream"):
+                answer = session.fetch(TOKENS[: 100 + number], "packed", transport)  # type: ignore[arg-type]
+                if answer.n_tokens != 99 + number:
+                    failed.append(answer)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert session.stats.hits == 16

@@ -1,0 +1,387 @@
+"""The worker's side of a store: what is copied, what is sent, what is remembered, and that nothing leaks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from kvstore.blocks import FIDELITY_EXACT, Reason, unpack_tokens
+from kvstore.client.client import Client
+from kvstore.client.results import StoreResult
+from kvstore.client.session import Session
+from kvstore.client.uploader import write_staged
+from kvstore.codecs.device import Capture
+from kvstore.errors import KVStoreError
+from kvstore.layers import KVLayer, cut_pieces
+from tests.support.fake_daemon import FakeDaemon, FakeUpload
+from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=2, heads=2, width=64)
+TOKENS = list(range(700))
+LAYERS = make_layers(LAYOUT, TOKENS)
+SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
+
+
+@pytest.fixture
+def daemon() -> Iterator[FakeDaemon]:
+    """A daemon that holds nothing yet."""
+    fake = FakeDaemon(make_namespace(LAYOUT)).start()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def client(daemon: FakeDaemon) -> Iterator[Client]:
+    """A client whose budget must be free again when the test is over."""
+    with Client(daemon.config()) as made:
+        yield made
+    assert made._budget.used_bytes == 0
+
+
+@pytest.fixture
+def session(client: Client, daemon: FakeDaemon) -> Session:
+    """A session with limits that a busy test machine does not reach."""
+    return client.session(daemon.namespace, **SLOW)
+
+
+def raw_bytes(tokens: list[int], start: int, end: int, restored: int = 0) -> bytes:
+    """What must travel for tokens [start, end)."""
+    capture = Capture(make_layers(LAYOUT, tokens), start, end)
+    return b"".join(view for piece in cut_pieces(start, end, restored) for view in capture.piece_views(LAYOUT, piece))
+
+
+def sent(upload: FakeUpload) -> tuple[int, int, int]:
+    """(captured from, first and last token sent) of an upload."""
+    return upload.request.captured_from, upload.reply.start, upload.reply.end
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_store_hands_over_exactly_the_bytes_of_its_tokens(
+    daemon: FakeDaemon, session: Session, by_path: bool
+) -> None:
+    """By staging file or by stream, in the order of the wire contract, without the slack of the buffers."""
+    daemon.by_path = by_path
+    layers = make_layers(LAYOUT, TOKENS, slack=56)
+    result = session.store(TOKENS, layers, wait=True)
+    assert result == StoreResult(700, 700 * LAYOUT.token_bytes, Reason.OK, durable=True)
+    (upload,) = daemon.uploads
+    assert upload.data == raw_bytes(TOKENS, 0, 700)
+    assert unpack_tokens(upload.request.tokens) == TOKENS
+    assert upload.request.layout == LAYOUT.record
+    assert upload.chunks == (0 if by_path else 1)
+    assert session.stats.stores == {"ok": 1}
+
+
+def test_a_large_upload_by_stream_goes_in_messages_of_one_mebibyte(daemon: FakeDaemon, session: Session) -> None:
+    """Never over the message limit, whatever the sizes of the ranges."""
+    daemon.by_path = False
+    tokens = list(range(2500))
+    assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).reason is Reason.OK
+    assert daemon.uploads[0].data == raw_bytes(tokens, 0, 2500)
+    assert daemon.uploads[0].chunks == -(-2500 * LAYOUT.token_bytes // (1 << 20))
+
+
+def test_the_next_turn_sends_only_what_is_new(daemon: FakeDaemon, session: Session) -> None:
+    """Whole blocks that were acknowledged are not even copied."""
+    assert session.store(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600]), wait=True).durable
+    assert session.store(TOKENS, LAYERS, wait=True).stored_tokens == 700
+    assert [sent(upload) for upload in daemon.uploads] == [(0, 0, 600), (512, 600, 700)]
+    assert daemon.uploads[1].data == raw_bytes(TOKENS, 600, 700)
+
+
+def test_storing_again_what_is_held_copies_nothing(daemon: FakeDaemon, session: Session) -> None:
+    """The daemon still hears of it: it is used, so it should stay."""
+    session.store(TOKENS, LAYERS, wait=True)
+    assert session.store(TOKENS, LAYERS, wait=True) == StoreResult(700, 0, Reason.ALREADY_STORED, durable=True)
+    assert len(daemon.uploads) == 1
+
+
+def test_a_hit_counts_as_held_and_as_restored(daemon: FakeDaemon, session: Session) -> None:
+    """The tokens of the hit are neither copied nor, ever, taken for first-hand values."""
+    daemon.hold(TOKENS[:400], "affine8")
+    hit = session.fetch(TOKENS)
+    assert hit.n_tokens == 400
+    session.store(TOKENS, LAYERS, wait=True)
+    (upload,) = daemon.uploads
+    assert sent(upload) == (256, 400, 700)
+    assert upload.request.restored_tokens == 400
+    assert upload.request.restored_fidelity == hit.fidelity > 0
+
+
+def test_what_the_caller_says_was_restored_overrides_the_sessions_memory(daemon: FakeDaemon, session: Session) -> None:
+    """With a rank below exact, since nobody knows better, and never over what is stored."""
+    session.store(TOKENS[:300], make_layers(LAYOUT, TOKENS[:300]), wait=True, restored_tokens=5000)
+    session.store(TOKENS, LAYERS, wait=True, restored_tokens=0)
+    first, second = (upload.request for upload in daemon.uploads)
+    assert first.restored_tokens == 300
+    assert 0 < first.restored_fidelity < FIDELITY_EXACT
+    assert second.restored_tokens == 0
+
+
+def test_pieces_are_cut_where_the_restored_tokens_end(daemon: FakeDaemon, session: Session) -> None:
+    """Both sides cut alike, or the bytes would mean something else."""
+    session.store(TOKENS, LAYERS, wait=True, restored_tokens=300)
+    assert daemon.uploads[0].data == raw_bytes(TOKENS, 0, 700, restored=300) != raw_bytes(TOKENS, 0, 700)
+
+
+def test_only_tokens_that_the_layers_cover_are_stored(daemon: FakeDaemon, session: Session) -> None:
+    """A sequence ends with a token whose KV was never computed."""
+    assert session.store([*TOKENS, 1, 2, 3], LAYERS, wait=True).stored_tokens == 700
+    assert daemon.uploads[0].data == raw_bytes(TOKENS, 0, 700)
+
+
+def test_layers_that_cannot_belong_to_the_tokens_are_refused(daemon: FakeDaemon, session: Session) -> None:
+    """More KV than tokens, layers that disagree, other layouts, shapes and dtypes: nothing is sent."""
+    short = make_layers(LAYOUT, TOKENS[:50])
+    other = make_layers(make_layout(layers=2, heads=2, width=128), TOKENS)
+    (keys,) = LAYERS[0].keys
+    wrong_dtype = KVLayer(LAYERS[0].spec, (keys.astype(mx.float32),), LAYERS[0].values, 700)
+    two_batches = KVLayer(LAYERS[0].spec, (mx.concatenate([keys, keys]),), LAYERS[0].values, 700)
+    for layers, tokens, reason in (
+        (LAYERS, TOKENS[:650], Reason.OFFSET_MISMATCH),
+        ([LAYERS[0], short[1]], TOKENS, Reason.OFFSET_MISMATCH),
+        (LAYERS[:1], TOKENS, Reason.INVALID),
+        (other, TOKENS, Reason.INVALID),
+        ([wrong_dtype, LAYERS[1]], TOKENS, Reason.INVALID),
+        ([two_batches, LAYERS[1]], TOKENS, Reason.INVALID),
+        (make_layers(LAYOUT, []), TOKENS, Reason.BELOW_THRESHOLD),
+        (LAYERS, [2**63], Reason.INVALID),
+    ):
+        assert session.store(tokens, layers, wait=True) == StoreResult(reason=reason)
+    assert daemon.uploads == []
+    assert sum(session.stats.stores.values()) == 8
+
+
+def test_without_waiting_a_store_returns_at_once(daemon: FakeDaemon, session: Session) -> None:
+    """The caller's arrays may change straight away: what is sent was copied."""
+    daemon.faults = {"hang_begin"}
+    layers = make_layers(LAYOUT, TOKENS)
+    started = time.monotonic()
+    assert session.store(TOKENS, layers) == StoreResult(reason=Reason.OK)
+    assert time.monotonic() - started < 1
+    for layer in layers:
+        layer.keys[0][...] = mx.zeros_like(layer.keys[0])
+        mx.eval(layer.keys[0])
+    daemon.faults = set()
+    daemon._released.set()
+    assert session.flush(10)
+    assert daemon.uploads[0].data == raw_bytes(TOKENS, 0, 700)
+
+
+def test_a_queue_that_is_full_drops_and_counts(daemon: FakeDaemon) -> None:
+    """A worker never waits for, nor fails by, a daemon that does not keep up."""
+    daemon.faults = {"hang_begin"}
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        results = [session.store(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600])).reason for _ in range(5)]
+        assert results == [Reason.OK, *[Reason.QUEUE_FULL] * 4]
+        assert session.stats.stores == {"queue_full": 4}
+        daemon._released.set()
+        assert session.flush(10)
+        assert client._budget.used_bytes == 0
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_sequence_over_the_budget_goes_in_pieces(daemon: FakeDaemon, by_path: bool) -> None:
+    """Each is stored on its own, so that an interruption loses only the rest; memory stays within the bound."""
+    daemon.by_path = by_path
+    tokens = list(range(4000))
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        result = session.store(tokens, make_layers(LAYOUT, tokens), wait=True)
+        assert result == StoreResult(4000, 4000 * LAYOUT.token_bytes, Reason.OK, durable=True)
+        assert client._budget.used_bytes == 0
+    ends = [upload.reply.end for upload in daemon.uploads]
+    assert ends == [*range(512, 4000, 512), 4000]
+    assert all(end - start <= 512 for start, end in zip([0, *ends], ends, strict=False))
+    for upload in daemon.uploads:
+        assert upload.data == raw_bytes(tokens, upload.reply.start, upload.reply.end)
+
+
+def test_pieces_without_waiting_hold_the_caller_up_no_longer_than_allowed(daemon: FakeDaemon) -> None:
+    """What does not fit by then is dropped; the next store goes on from there."""
+    daemon.faults = {"hang_begin"}
+    tokens = list(range(4000))
+    layers = make_layers(LAYOUT, tokens)
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW, store_block_ms=200)
+        started = time.monotonic()
+        assert session.store(tokens, layers).reason is Reason.QUEUE_FULL
+        assert time.monotonic() - started < 2
+        daemon.faults = set()
+        daemon._released.set()
+        assert session.flush(10)
+        assert session.store(tokens, layers, wait=True).stored_tokens == 4000
+        assert daemon.uploads[-1].request.captured_from >= 1024
+
+
+def test_a_piece_that_is_refused_ends_the_store(daemon: FakeDaemon) -> None:
+    """What would follow has nothing to stand on."""
+    daemon.faults = {"store_full"}
+    tokens = list(range(4000))
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).reason is Reason.STORE_FULL
+        assert client._budget.used_bytes == 0
+    assert len(daemon.uploads) <= 4
+
+
+def test_one_block_over_the_budget_is_refused(daemon: FakeDaemon) -> None:
+    """There is no smaller piece."""
+    layout = make_layout(layers=8, heads=8, width=64)
+    daemon.namespace = make_namespace(layout)
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        assert session.store(TOKENS, make_layers(layout, TOKENS), wait=True).reason is Reason.QUEUE_FULL
+
+
+def test_a_store_that_was_evicted_meanwhile_is_captured_again(daemon: FakeDaemon, session: Session) -> None:
+    """With wait in the same call; without it the next store starts from what the daemon has."""
+    session.store(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600]), wait=True)
+    daemon.tokens = b""
+    assert session.store(TOKENS, LAYERS, wait=True) == StoreResult(
+        700, 700 * LAYOUT.token_bytes, Reason.OK, durable=True
+    )
+    daemon.tokens = daemon.tokens[: 256 * 8]
+    more = [*TOKENS, *range(5000, 5100)]
+    layers = make_layers(LAYOUT, more)
+    assert session.store(more, layers).reason is Reason.OK
+    assert session.flush(10)
+    assert session.stats.stores["not_captured"] == 2
+    assert session.stats.not_captured_tokens == 700 + 800 - 256
+    session.store(more, layers)
+    assert session.flush(10)
+    assert sent(daemon.uploads[-1]) == (256, 256, 800)
+
+
+def test_a_miss_makes_the_session_forget_what_it_believed(daemon: FakeDaemon, session: Session) -> None:
+    """So that the store after the prefill sends everything."""
+    session.store(TOKENS, LAYERS, wait=True)
+    daemon.tokens = b""
+    assert not session.fetch(TOKENS)
+    session.store(TOKENS, LAYERS, wait=True)
+    assert sent(daemon.uploads[-1]) == (0, 0, 700)
+
+
+@pytest.mark.parametrize(
+    ("fault", "by_path", "reason", "ended"),
+    [
+        ("begin_full", True, Reason.QUEUE_FULL, None),
+        ("below_threshold", True, Reason.BELOW_THRESHOLD, None),
+        ("bad_range", True, Reason.INTERNAL, "aborted"),
+        ("upload_dies", False, Reason.UNAVAILABLE, "aborted"),
+        ("no_final_word", True, Reason.INTERNAL, ""),
+        ("store_full", True, Reason.STORE_FULL, "committed"),
+    ],
+)
+def test_a_store_that_fails_says_why_and_leaves_nothing(
+    daemon: FakeDaemon, session: Session, fault: str, by_path: bool, reason: Reason, ended: str | None
+) -> None:
+    """Uploads that cannot end well are aborted, arrays and budget given back, and the session lives on."""
+    daemon.faults, daemon.by_path = {fault}, by_path
+    result = session.store(TOKENS, LAYERS, wait=True)
+    assert (result.reason, result.durable) == (reason, False)
+    assert [upload.ended for upload in daemon.uploads] == ([] if ended is None else [ended])
+    daemon.faults = set()
+    assert session.store(TOKENS, LAYERS, wait=True).durable
+
+
+@pytest.mark.parametrize("fault", ["staging_elsewhere", "staging_link"])
+def test_a_staging_file_out_of_reach_makes_the_bytes_go_by_stream(
+    daemon: FakeDaemon, session: Session, fault: str
+) -> None:
+    """Found out once. A link is never followed."""
+    daemon.faults = {fault}
+    assert session.store(TOKENS, LAYERS, wait=True).durable
+    assert [upload.ended for upload in daemon.uploads] == ["aborted", "committed"]
+    assert daemon.uploads[1].data == raw_bytes(TOKENS, 0, 700)
+    assert not Path(daemon.directory / "staging-u0").stat().st_size
+    more = [*TOKENS, 1]
+    assert session.store(more, make_layers(LAYOUT, more), wait=True).durable
+    assert [upload.request.transport for upload in daemon.uploads] == [1, 2, 2]
+
+
+def test_a_staging_file_gets_exactly_the_bytes_announced(tmp_path: Path) -> None:
+    """Over any number of views and short writes; a difference is an error, a missing file too."""
+    path = tmp_path / "staging"
+    path.touch()
+    views = [memoryview(bytes([number % 256]) * (number % 5)) for number in range(3000)]
+    write_staged(str(path), iter(views), sum(map(len, views)))
+    assert path.read_bytes() == b"".join(views)
+    with pytest.raises(KVStoreError, match="3 bytes captured where 4 are wanted"):
+        write_staged(str(path), iter([memoryview(b"abc")]), 4)
+    with pytest.raises(FileNotFoundError):
+        write_staged(str(tmp_path / "none"), iter([]), 0)
+    with pytest.raises(OSError):
+        write_staged(str(tmp_path), iter([]), 0)
+
+
+def test_waiting_for_a_store_ends_at_its_timeout(daemon: FakeDaemon, session: Session) -> None:
+    """The store itself goes on in the background."""
+    daemon.faults = {"hang_done"}
+    started = time.monotonic()
+    assert session.store(TOKENS, LAYERS, wait=True, timeout_s=0.2).reason is Reason.DEADLINE
+    assert time.monotonic() - started < 1
+    assert not session.flush(0.05)
+    daemon._released.set()
+    assert session.flush(10)
+    assert session.stats.stores == {"ok": 1}
+
+
+@pytest.mark.parametrize("fault", ["hang_begin", "hang_commit", "hang_done"])
+def test_closing_ends_the_background_thread_whatever_the_daemon_does(daemon: FakeDaemon, fault: str) -> None:
+    """Within its bound; what is queued is dropped, counted and given back."""
+    daemon.faults = {fault}
+    client = Client(daemon.config())
+    session = client.session(daemon.namespace, **SLOW)
+    for _ in range(3):
+        session.store(TOKENS, LAYERS)
+    started = time.monotonic()
+    client.close(timeout_s=0.1)
+    assert time.monotonic() - started < 3
+    assert client._budget.used_bytes == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-sender"]
+    assert sum(session.stats.stores.values()) == 3
+    assert session.store(TOKENS, LAYERS).reason is Reason.UNAVAILABLE
+    assert session.fetch(TOKENS).reason is Reason.UNAVAILABLE
+    session.close()
+
+
+def test_stores_of_many_threads_are_sent_one_after_the_other(daemon: FakeDaemon, session: Session) -> None:
+    """One background thread; any thread may store what it owns."""
+    failed: list[StoreResult] = []
+
+    def work(number: int) -> None:
+        tokens = [number, *TOKENS[:300]]
+        result = session.store(tokens, make_layers(LAYOUT, tokens), wait=True)
+        if result.reason is not Reason.OK:
+            failed.append(result)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(10_000, 10_006)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    assert sorted(upload.data for upload in daemon.uploads) == sorted(
+        raw_bytes([number, *TOKENS[:300]], 0, 301) for number in range(10_000, 10_006)
+    )
+
+
+def test_a_capture_that_fails_gives_its_budget_back(
+    client: Client, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MLX may be out of memory: the store is lost, the session is not."""
+
+    def boom(*_: object) -> None:
+        raise RuntimeError("[malloc] no memory")
+
+    monkeypatch.setattr("kvstore.client.storer.Capture", boom)
+    assert session.store(TOKENS, LAYERS, wait=True).reason is Reason.INTERNAL
+    assert client._budget.used_bytes == 0
+    assert "no memory" in caplog.text
