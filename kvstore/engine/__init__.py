@@ -1,0 +1,40 @@
+"""The durable store: blob files and the LMDB index that names them. Synchronous, one writer, any thread may read."""
+
+from kvstore.engine.blobs import Fs
+from kvstore.engine.check import check_directory
+from kvstore.engine.engine import Engine, Lease
+from kvstore.engine.nouns import (
+    BlockInfo,
+    CheckReport,
+    EngineOptions,
+    EngineStats,
+    EvictReport,
+    Finding,
+    Match,
+    NamespaceUsage,
+    NewBlock,
+    Selection,
+    Slice,
+    StoreReceipt,
+)
+from kvstore.engine.rows import Row
+
+__all__ = [
+    "BlockInfo",
+    "CheckReport",
+    "Engine",
+    "EngineOptions",
+    "EngineStats",
+    "EvictReport",
+    "Finding",
+    "Fs",
+    "Lease",
+    "Match",
+    "NamespaceUsage",
+    "NewBlock",
+    "Row",
+    "Selection",
+    "Slice",
+    "StoreReceipt",
+    "check_directory",
+]

@@ -1,0 +1,185 @@
+"""Blob files on disk: their names, the one durable write, reading back and verifying.
+
+`Fs` is the seam through which the engine changes the disk; tests replace it to fail, or to stop, at any call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import xxhash
+
+from kvstore.blocks import Block
+from kvstore.engine import format as blob_format
+from kvstore.errors import CorruptDataError
+
+SUFFIX = ".safetensors"
+TMP_SUFFIX = ".tmp"
+# What a file costs on disk is counted in blocks of this size: APFS and ext4 both allocate 4 KiB units.
+DISK_BLOCK_BYTES = 4096
+VERIFY_BYTES = 1 << 20
+_NAME = re.compile(r"([0-9a-f]{64})-([0-9]{1,20})\.safetensors")
+
+
+class Fs:
+    """The system calls by which the engine changes the disk, one method each. Stateless."""
+
+    def open(self, path: str, flags: int, mode: int) -> int:
+        """os.open."""
+        return os.open(path, flags, mode)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        """os.write."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """os.fsync."""
+        os.fsync(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        """os.rename."""
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        """os.unlink."""
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        """os.mkdir with mode 0700 under any umask."""
+        os.mkdir(path, 0o700)
+        os.chmod(path, 0o700)
+
+    def fsync_dir(self, path: str) -> None:
+        """fsync of a directory."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def flush_drive(self, path: str) -> None:
+        """Empty the drive's own write cache, where fsync does not (macOS). It is slow: once per commit group."""
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            finally:
+                os.close(fd)
+
+    def commit(self, commit: Callable[[], None]) -> None:
+        """Run an index commit."""
+        commit()
+
+    def free_bytes(self, path: str) -> int:
+        """Bytes that this user may still write on the volume."""
+        info = os.statvfs(path)
+        return info.f_bavail * info.f_frsize
+
+
+def disk_bytes(file_bytes: int) -> int:
+    """What a file of this size costs on disk."""
+    return -(-file_bytes // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES
+
+
+def blob_name(key: bytes, seq: int) -> str:
+    """File name of a blob. `seq` is never used twice, so a name means the same bytes forever."""
+    return f"{key.hex()}-{seq}{SUFFIX}"
+
+
+def parse_name(name: str) -> tuple[bytes, int] | None:
+    """(key, seq) of a blob's file name; None for any other name."""
+    found = _NAME.fullmatch(name)
+    return (bytes.fromhex(found[1]), int(found[2])) if found else None
+
+
+def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) -> None:
+    """The one way a blob comes to be: tmp, length check, fsync, rename. The caller syncs the directory.
+
+    After an exception neither the tmp file nor `path` exists, as far as the disk still lets itself be changed.
+    `sync=False` leaves the fsync out. Raises OSError.
+    """
+    tmp = path + TMP_SUFFIX
+    fd = fs.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.fchmod(fd, 0o600)
+            if hasattr(fcntl, "F_NOCACHE"):
+                # The page cache belongs to the weights of the model that runs beside us.
+                fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+            for part in parts:
+                _write_all(fs, fd, part)
+            if os.fstat(fd).st_size != sum(map(len, parts)):
+                raise OSError(f"{tmp}: the file is shorter than what was written to it")
+            if sync:
+                fs.fsync(fd)
+        finally:
+            os.close(fd)
+        fs.rename(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            fs.unlink(tmp)
+        raise
+
+
+def _write_all(fs: Fs, fd: int, part: memoryview) -> None:
+    done = 0
+    while done < len(part):
+        # No more than 1 GiB a call: macOS refuses 2 GiB.
+        done += fs.write(fd, part[done : done + (1 << 30)])
+
+
+def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
+    """Unlink files; those that are gone already do not count. Returns what went wrong otherwise."""
+    errors: list[OSError] = []
+    for path in paths:
+        try:
+            fs.unlink(path)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            errors.append(error)
+    return errors
+
+
+def read_block(path: Path, verify: bool) -> tuple[Block, int, int]:
+    """(block, payload offset, file bytes) of a blob, its payload checked against all checksums if `verify`.
+
+    Raises CorruptDataError, also when the file cannot be read; UnknownFormatError for a newer format.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise CorruptDataError(f"{path}: {error.strerror}") from error
+    try:
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
+            raise CorruptDataError(f"{path}: not a regular file")
+        length = blob_format.header_length(os.pread(fd, blob_format.LENGTH_BYTES, 0), info.st_size)
+        block = blob_format.parse_header(os.pread(fd, length, 0), info.st_size)
+        if verify:
+            _verify_payload(fd, block, length)
+        return block, length, info.st_size
+    except OSError as error:
+        raise CorruptDataError(f"{path}: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def _verify_payload(fd: int, block: Block, payload_offset: int) -> None:
+    for offset, length, checksum in blob_format.checked_ranges(block):
+        hasher = xxhash.xxh3_64()
+        done = 0
+        while done < length:
+            data = os.pread(fd, min(VERIFY_BYTES, length - done), payload_offset + offset + done)
+            if not data:
+                raise CorruptDataError("blob: the file ended early")
+            hasher.update(data)
+            done += len(data)
+        if hasher.intdigest() != checksum:
+            raise CorruptDataError(f"blob: bytes {offset} to {offset + length} do not match their checksum")

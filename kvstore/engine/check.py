@@ -1,0 +1,302 @@
+"""One walk over blobs and rows that finds what is wrong and, if asked, puts it right.
+
+It serves a running engine, the offline `check_directory`, and a start-up that must rebuild the index from blob headers
+(an empty index makes every blob a stray, and sound strays are adopted). `sweep` is the light form for a start after an
+unclean stop under synced commits: what has a row has its bytes, so only strays and missing files are looked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, parse_name, read_block, unlink_quietly
+from kvstore.engine.directory import Directory, claim
+from kvstore.engine.index import MAP_BYTES, Edit, Index, Usage, View
+from kvstore.engine.matching import is_covered, replaced_by
+from kvstore.engine.nouns import CheckReport, Finding
+from kvstore.engine.rows import Row, pack_row
+from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.keys import NamespaceInfo
+
+FINDINGS_MAX = 1000
+log = logging.getLogger(__name__)
+
+
+def _none_in_flight() -> Container[str]:
+    return frozenset()
+
+
+@dataclass
+class Site:
+    """What a walk works on. `in_flight` names files that have no row for a good reason; ask it under `lock`."""
+
+    directory: Directory
+    index: Index
+    fs: Fs
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    in_flight: Callable[[], Container[str]] = _none_in_flight
+
+
+def verify_row(directory: Directory, row: Row) -> None:
+    """Read a row's blob whole; CorruptDataError unless it is exactly what the row and its checksums say."""
+    path = directory.path(row)
+    try:
+        block, payload_offset, file_bytes = read_block(path, verify=True)
+    except UnknownFormatError as error:
+        raise CorruptDataError(f"{path}: {error}") from error
+    if (payload_offset, file_bytes) != (row.payload_offset, row.file_bytes):
+        raise CorruptDataError(f"{path}: not the size that the index says")
+    if replace(block, namespace=b"") != row.block:
+        raise CorruptDataError(f"{path}: not the block that the index says")
+
+
+class Walk:
+    """One check of one site; use once. `removed` collects the rows that a repair deleted."""
+
+    def __init__(self, site: Site, repair: bool) -> None:
+        self._site = site
+        self._repair = repair
+        self.report = CheckReport()
+        self.removed: list[Row] = []
+
+    def run(self) -> CheckReport:
+        """Files against rows, rows against files, strays, totals. CorruptDataError when the index cannot be read."""
+        strays = self._check_files()
+        self._check_rows()
+        self._check_strays(strays)
+        self._check_totals()
+        return self.report
+
+    def _find(self, kind: str, path: Path | str, detail: str) -> None:
+        if len(self.report.findings) < FINDINGS_MAX:
+            self.report.findings.append(Finding(kind, str(path), detail))
+
+    def _row(self, key: bytes) -> Row | None:
+        with self._site.index.view() as view:
+            return view.row(key)
+
+    def _check_files(self) -> list[tuple[int, Path]]:
+        """Verify every file that a row names; returns the others."""
+        strays: list[tuple[int, Path]] = []
+        for number, entry in list(self._site.directory.blob_files()):
+            path = Path(entry.path)
+            named = parse_name(entry.name)
+            row = self._row(named[0]) if named else None
+            if row is None or self._site.directory.path(row) != path:
+                strays.append((number, path))
+                continue
+            self.report.blobs += 1
+            self.report.bytes += row.file_bytes
+            try:
+                verify_row(self._site.directory, row)
+            except CorruptDataError as error:
+                self._damaged(row, "corrupt_blob", str(error))
+        return strays
+
+    def _damaged(self, row: Row, kind: str, detail: str) -> None:
+        """A row whose file is damaged or gone, or that lost its parent: it goes, with all after it."""
+        with self._site.lock:
+            current = self._row(row.key)
+            if current is None or current.seq != row.seq:
+                return
+            self._find(kind, self._site.directory.path(row), detail)
+            if self._repair:
+                self.removed += drop_tree(self._site, row, quarantine=kind == "corrupt_blob")
+                self.report.repaired += 1
+
+    def _check_rows(self) -> None:
+        with self._site.index.view() as view:
+            rows = [(row.key, row.parent, row.root, self._site.directory.path(row)) for row in view.rows()]
+        for key, parent, root, path in rows:
+            row = self._row(key)
+            if row is None or self._site.directory.path(row) != path:
+                continue
+            if not path.exists():
+                self._damaged(row, "missing_blob", "the index names a file that does not exist")
+            elif parent != root and self._row(parent) is None:
+                self._damaged(row, "missing_parent", "the block before this one is not in the index")
+
+    def _check_strays(self, strays: list[tuple[int, Path]]) -> None:
+        """Files without a row. A repair adopts what is sound and reachable, parents first, and unlinks the rest."""
+        sound: list[tuple[Block, int, Path, int, int]] = []
+        for number, path in strays:
+            with self._site.lock:
+                if not self._is_stray(path):
+                    continue
+                self._find("stray_blob", path, "no row of the index names this file")
+            if not self._repair:
+                continue
+            self.report.repaired += 1
+            try:
+                block, payload_offset, file_bytes = self._read_stray(path)
+            except UnknownFormatError as error:
+                self.report.repaired -= 1
+                self._find("unknown_format", path, str(error))
+            except CorruptDataError as error:
+                self._find("corrupt_blob", path, str(error))
+                self._site.directory.put_in_quarantine(self._site.fs, path)
+            else:
+                sound.append((block, number, path, payload_offset, file_bytes))
+        sound.sort(key=lambda each: (each[0].start, -each[0].fidelity, -count_tokens(each[0].tokens), each[2].name))
+        for at in range(0, len(sound), FINDINGS_MAX):
+            self._adopt(sound[at : at + FINDINGS_MAX])
+
+    def _is_stray(self, path: Path) -> bool:
+        if path.name.removesuffix(TMP_SUFFIX) in self._site.in_flight() or not path.exists():
+            return False
+        named = parse_name(path.name)
+        row = self._row(named[0]) if named else None
+        return row is None or self._site.directory.path(row) != path
+
+    def _read_stray(self, path: Path) -> tuple[Block, int, int]:
+        named = parse_name(path.name)
+        if named is None:
+            raise CorruptDataError("not a name of a blob")
+        block, payload_offset, file_bytes = read_block(path, verify=True)
+        self.report.blobs += 1
+        self.report.bytes += file_bytes
+        if block.key != named[0] or NamespaceInfo.from_record(block.namespace).root != block.root:
+            raise CorruptDataError("the blob is not what its name or namespace says")
+        return block, payload_offset, file_bytes
+
+    def _adopt(self, sound: list[tuple[Block, int, Path, int, int]]) -> None:
+        unwanted: list[Path] = []
+        with self._site.lock:
+            with self._site.index.edit() as edit:
+                for block, number, path, payload_offset, file_bytes in sound:
+                    named = parse_name(path.name)
+                    seq = named[1] if named else 0
+                    row = pack_row(replace(block, namespace=b""), number, seq, payload_offset, file_bytes)
+                    if not _is_reachable(edit, row) or is_covered(edit, row):
+                        unwanted.append(path)
+                        continue
+                    for old in replaced_by(edit, row):
+                        edit.remove(old)
+                        unwanted.append(self._site.directory.path(old))
+                    edit.put(row, path.stat().st_mtime_ns // 1000)
+                    edit.put_namespace(block.root, block.namespace)
+                    edit.set_meta("next_seq", max(edit.meta("next_seq") or 0, seq + 1))
+            unlink_quietly(self._site.fs, map(str, unwanted))
+
+    def _check_totals(self) -> None:
+        """Whether what is kept beside the rows agrees with them."""
+        with self._site.lock:
+            with self._site.index.view() as view:
+                self._compare_totals(view)
+            if self._repair and self.report.findings:
+                with self._site.index.edit() as edit:
+                    edit.reindex()
+
+    def _compare_totals(self, view: View) -> None:
+        totals: dict[bytes, Usage] = {}
+        for row in view.rows():
+            totals[row.root] = totals.get(row.root, Usage()).plus(row, +1)
+        if totals != {root: usage for root, usage in view.usage().items() if usage.blocks}:
+            self._find("size", self._site.index.path, "the counters do not agree with the rows")
+            self.report.repaired += self._repair
+        counts = {name: view.count(name) for name in ("rows", "children", "order", "access")}
+        if len(set(counts.values())) > 1:
+            self._find("row", self._site.index.path, f"rows and their order do not agree: {counts}")
+            self.report.repaired += self._repair
+
+
+def _is_reachable(edit: Edit, row: Row) -> bool:
+    if row.parent == row.root:
+        return row.start == 0
+    parent = edit.row(row.parent)
+    return parent is not None and parent.n_tokens == BLOCK_TOKENS and parent.start + BLOCK_TOKENS == row.start
+
+
+def drop_tree(site: Site, row: Row, quarantine: bool) -> list[Row]:
+    """Delete a row and its descendants, then their files; the row's own goes to quarantine if asked. Holds the lock."""
+    with site.lock:
+        with site.index.edit() as edit:
+            current = edit.row(row.key)
+            removed = edit.remove_tree(current) if current and current.seq == row.seq else []
+        for gone in removed:
+            if quarantine and gone.key == row.key:
+                site.directory.put_in_quarantine(site.fs, site.directory.path(gone))
+            else:
+                unlink_quietly(site.fs, [str(site.directory.path(gone))])
+        return removed
+
+
+def sweep(site: Site) -> None:
+    """After an unclean stop under synced commits: unlink files without a row, drop rows without their file."""
+    sizes = {entry.path: entry.stat().st_size for _, entry in site.directory.blob_files()}
+    with site.index.edit() as edit:
+        lost = [row for row in edit.rows() if sizes.get(str(site.directory.path(row))) != row.file_bytes]
+        for row in lost:
+            if edit.value(row.key) is not None:
+                edit.remove_tree(row)
+        edit.reindex()
+    with site.index.view() as view:
+        named = {str(site.directory.path(row)) for row in view.rows()}
+    strays = sizes.keys() - named
+    unlink_quietly(site.fs, strays)
+    if lost or strays:
+        log.warning("after an unclean stop: %d rows without a file dropped, %d files unlinked", len(lost), len(strays))
+
+
+def rebuild(site: Site) -> None:
+    """Make the index anew from blob headers, verifying every checksum. UnknownFormatError for a newer blob."""
+    with site.index.edit() as edit:
+        edit.clear()
+    report = Walk(site, repair=True).run()
+    for finding in report.findings:
+        if finding.kind == "unknown_format":
+            raise UnknownFormatError(f"{finding.path}: {finding.detail}")
+    log.warning("the index was rebuilt from %d blobs", report.blobs)
+
+
+def open_index(directory: Directory, fs: Fs, sync: bool, map_bytes: int) -> tuple[Index, bool]:
+    """Open the index; one that LMDB cannot read is set aside. Returns (index, whether it was replaced)."""
+    try:
+        return Index(directory.index, fs, sync, map_bytes), False
+    except CorruptDataError:
+        log.warning("the index cannot be read; it goes to quarantine and is made anew", exc_info=True)
+    set_index_aside(directory, fs)
+    return Index(directory.index, fs, sync, map_bytes), True
+
+
+def set_index_aside(directory: Directory, fs: Fs) -> None:
+    """Move a damaged index to quarantine. It must not be open."""
+    fs.rename(str(directory.index / "data.mdb"), str(directory.quarantine / f"index-{time.time_ns()}.mdb"))
+    unlink_quietly(fs, [str(directory.index / "lock.mdb")])
+
+
+def check_directory(data_dir: Path, repair: bool = False) -> CheckReport:
+    """Check a data directory that no daemon holds. DirectoryHeldError if one does."""
+    if not os.path.isdir(data_dir):
+        return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
+    directory, hold = claim(data_dir)
+    with hold:
+        fs = Fs()
+        try:
+            return _check_offline(Site(directory, Index(directory.index, fs, True, MAP_BYTES), fs), repair)
+        except CorruptDataError as error:
+            report = CheckReport(findings=[Finding("row", str(directory.index), str(error))])
+        if repair:
+            set_index_aside(directory, fs)
+            rebuilt = _check_offline(Site(directory, Index(directory.index, fs, True, MAP_BYTES), fs), repair)
+            rebuilt.findings.insert(0, report.findings[0])
+            rebuilt.repaired += 1
+            return rebuilt
+        return report
+
+
+def _check_offline(site: Site, repair: bool) -> CheckReport:
+    try:
+        report = Walk(site, repair).run()
+        if repair and report.findings:
+            site.index.sync()
+        return report
+    finally:
+        site.index.close()

@@ -1,0 +1,260 @@
+"""The data directory: whether it may be used, what lies where in it, and who holds it.
+
+Prompts are readable in what we store, so the directory is ours alone (0700) or it is refused; it is never created on
+the wrong disk because a volume happens not to be mounted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from kvstore.engine.blobs import Fs, blob_name, disk_bytes
+from kvstore.engine.rows import Row
+from kvstore.errors import DirectoryError, DirectoryHeldError
+
+# Where macOS mounts volumes; a name below it without a volume is a plain folder on the boot disk.
+VOLUMES = Path("/Volumes")
+_CACHEDIR_TAG = b"Signature: 8a477f597d28d172789f06886806bc55\n# Written by kvstore; backups may skip this directory.\n"
+_LOCK_BYTES_MAX = 4096
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Names inside a data directory."""
+
+    root: Path
+
+    @property
+    def index(self) -> Path:
+        """LMDB."""
+        return self.root / "index"
+
+    @property
+    def blobs(self) -> Path:
+        """256 folders of blob files; the suffix keeps Spotlight out."""
+        return self.root / "blobs.noindex"
+
+    @property
+    def staging(self) -> Path:
+        """Uploads on their way in; empty after a start."""
+        return self.root / "staging"
+
+    @property
+    def quarantine(self) -> Path:
+        """Damaged blobs, for a person to look at."""
+        return self.root / "quarantine"
+
+    def folder(self, number: int) -> Path:
+        """The folder of blobs with this number."""
+        return self.blobs / f"{number:02x}"
+
+    def path(self, row: Row) -> Path:
+        """The file of a row."""
+        return self.folder(row.directory) / blob_name(row.key, row.seq)
+
+    def blob_files(self) -> Iterator[tuple[int, os.DirEntry[str]]]:
+        """(folder number, entry) of everything in the blob folders."""
+        for number in range(256):
+            try:
+                with os.scandir(self.folder(number)) as entries:
+                    for entry in entries:
+                        yield number, entry
+            except FileNotFoundError:
+                continue
+
+    def quarantined(self) -> list[Path]:
+        """Files in quarantine, oldest first."""
+        return sorted(self.quarantine.iterdir(), key=lambda path: path.lstat().st_mtime_ns)
+
+    def quarantine_bytes(self) -> int:
+        """What quarantine costs on disk."""
+        return sum(disk_bytes(path.lstat().st_size) for path in self.quarantined())
+
+    def put_in_quarantine(self, fs: Fs, path: Path) -> None:
+        """Move a damaged file out of the way; nothing if it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            fs.rename(str(path), str(self.quarantine / path.name))
+
+    def clean_staging(self, fs: Fs) -> None:
+        """Unlink what an earlier run left behind; it was never acknowledged."""
+        for path in self.staging.iterdir():
+            fs.unlink(str(path))
+
+
+class Hold:
+    """The lock on a data directory, held until `close`. Says to others who holds it; remembers how the last one ended.
+
+    `previous` is what the last holder wrote: {} for a fresh directory, `clean` true after an orderly stop.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        """Take the lock; DirectoryHeldError naming the holder if another has it."""
+        path = directory.root / "lock"
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DirectoryError(f"cannot open {path}: {error.strerror}") from error
+        try:
+            os.fchmod(self._fd, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = self._read()
+            os.close(self._fd)
+            where = f" listening on {holder['socket']}" if holder.get("socket") else ""
+            raise DirectoryHeldError(
+                f"{directory.root} is held by the kvstore process with pid {holder.get('pid', 'unknown')}{where}"
+            ) from error
+        except OSError as error:
+            os.close(self._fd)
+            raise DirectoryError(f"{path} cannot be locked: {error.strerror}; use a local volume") from error
+        self.previous = self._read()
+
+    def write(self, clean: bool, durability: str, socket: str = "") -> None:
+        """Say who holds the directory now, or that it was left in order. Durable."""
+        words = {"pid": os.getpid(), "socket": socket, "durability": durability, "clean": clean}
+        text = json.dumps(words).encode() + b"\n"
+        os.pwrite(self._fd, text, 0)
+        os.ftruncate(self._fd, len(text))
+        os.fsync(self._fd)
+
+    def _read(self) -> dict[str, Any]:
+        text = os.pread(self._fd, _LOCK_BYTES_MAX, 0)
+        if not text:
+            return {}
+        try:
+            words = json.loads(text)
+        except ValueError:
+            words = None
+        # A torn write says nothing about how the last holder ran, so the worst is assumed.
+        return words if isinstance(words, dict) else {"clean": False, "durability": "none"}
+
+    def close(self) -> None:
+        """Give the directory back."""
+        os.close(self._fd)
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def claim(data_dir: Path) -> tuple[Directory, Hold]:
+    """Check or create the data directory, take its lock, then make what belongs in it.
+
+    Raises DirectoryError naming cause and fix, DirectoryHeldError when another process holds it.
+    """
+    root = Path(os.path.abspath(data_dir))
+    try:
+        created = _admit(root)
+        directory = Directory(root)
+        hold = Hold(directory)
+    except OSError as error:
+        raise DirectoryError(f"the data directory {root} cannot be used: {error}") from error
+    try:
+        _furnish(directory)
+        if created:
+            _exclude_from_backups(root)
+    except OSError as error:
+        hold.close()
+        raise DirectoryError(f"the data directory {root} cannot be used: {error}") from error
+    except BaseException:
+        hold.close()
+        raise
+    return directory, hold
+
+
+def _admit(root: Path) -> bool:
+    """Refuse what is not safe, create what is missing; whether it was created."""
+    _demand_mounted(root)
+    if root.exists():
+        _demand_private(root)
+        return False
+    if not root.parent.is_dir():
+        home = Path(os.path.expanduser("~"))
+        if not root.is_relative_to(home) or not home.is_dir():
+            raise DirectoryError(
+                f"{root.parent} does not exist: mount the volume that the data directory {root} is on, "
+                f"or run: mkdir -p {root.parent}"
+            )
+        root.parent.mkdir(parents=True, exist_ok=True)
+    Fs().mkdir(str(root))
+    if stat.S_IMODE(root.stat().st_mode) != 0o700:
+        root.rmdir()
+        raise DirectoryError(_modeless(root))
+    return True
+
+
+def _demand_mounted(root: Path) -> None:
+    """On macOS, a path below /Volumes must be on a volume that is mounted now."""
+    if root.is_relative_to(VOLUMES) and root != VOLUMES:
+        volume = VOLUMES / root.relative_to(VOLUMES).parts[0]
+        if not os.path.ismount(os.path.realpath(volume)):
+            raise DirectoryError(f"the volume {volume} of the data directory {root} is not mounted: connect it first")
+
+
+def _demand_private(root: Path) -> None:
+    info = root.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise DirectoryError(f"{root} is not a directory")
+    if info.st_uid != os.geteuid():
+        raise DirectoryError(
+            f"{root} belongs to user id {info.st_uid}, not to {os.geteuid()}: run kvstore as that user, "
+            "or choose another data directory"
+        )
+    mode = stat.S_IMODE(info.st_mode)
+    if mode & 0o077:
+        raise DirectoryError(
+            _modeless(root)
+            if _keeps_no_modes(root)
+            else f"{root} can be reached by other users (mode {mode:o}), and prompts are stored in it: "
+            f"run: chmod 700 {root}"
+        )
+
+
+def _keeps_no_modes(root: Path) -> bool:
+    """Whether the volume ignores modes: try it on a folder of our own."""
+    probe = tempfile.mkdtemp(prefix=".probe-", dir=root)
+    try:
+        return bool(stat.S_IMODE(os.stat(probe).st_mode) & 0o077)
+    finally:
+        os.rmdir(probe)
+
+
+def _modeless(root: Path) -> str:
+    return (
+        f"the volume of {root} does not keep file modes (FAT or exFAT), so other users could read prompts: "
+        "put the data directory on APFS, ext4 or another volume with permissions"
+    )
+
+
+def _furnish(directory: Directory) -> None:
+    fs = Fs()
+    for path in (directory.index, directory.blobs, directory.staging, directory.quarantine):
+        with contextlib.suppress(FileExistsError):
+            fs.mkdir(str(path))
+        if path.is_symlink() or not path.is_dir():
+            raise DirectoryError(f"{path} is not a directory")
+    tag = directory.root / "CACHEDIR.TAG"
+    if not tag.exists():
+        tag.write_bytes(_CACHEDIR_TAG)
+        tag.chmod(0o600)
+
+
+def _exclude_from_backups(root: Path) -> None:
+    """Time Machine need not carry a cache. Best effort: only macOS has it."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["/usr/bin/tmutil", "addexclusion", str(root)], capture_output=True, timeout=10, check=False)

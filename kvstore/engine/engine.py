@@ -1,0 +1,377 @@
+"""The engine: a data directory of blob files and the index that names them.
+
+Invariants, each with its tests:
+
+1. A row never names a blob that is not complete. Write = tmp, length check, fsync, rename, fsync of the directory, then
+   one index commit for the whole request; only then is the request durable.
+2. Delete = index commit, then unlink. What a crash leaves between the two is a stray file, never a dangling row.
+3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
+4. A child is evicted before its parent, so every row can be reached from its root.
+5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging and quarantine. It is
+   compared with the budget when the engine opens and before every write.
+6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
+   blob is verified here before it is condemned.
+
+Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
+each request; `none` syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
+
+Threads: any thread may call anything. One lock serialises writers of the index; it is held for making room and for
+commits, never while blobs are written or the caller's iterator runs. `match` takes no lock but LMDB's read transaction;
+`lease` and `touch` take one that is never held over I/O.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
+from kvstore.engine import check as checking
+from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
+from kvstore.engine.directory import Directory, Hold, claim
+from kvstore.engine.index import Index
+from kvstore.engine.matching import Found, longest_prefix
+from kvstore.engine.nouns import (
+    BlockInfo,
+    CheckReport,
+    EngineOptions,
+    EngineStats,
+    EvictReport,
+    Finding,
+    Match,
+    NamespaceUsage,
+    NewBlock,
+    Selection,
+    Slice,
+    StoreReceipt,
+)
+from kvstore.engine.room import Room
+from kvstore.engine.rows import Row
+from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
+from kvstore.engine.writer import Writer
+from kvstore.errors import CorruptDataError, DirectoryError
+from kvstore.files import FileSource
+from kvstore.keys import NamespaceInfo, block_key
+
+SHOW_MAX = 100
+log = logging.getLogger(__name__)
+
+
+class Lease:
+    """Keeps the files of some rows from being unlinked while they are being opened. Release it soon; idempotent."""
+
+    def __init__(self, state: State, keys: tuple[bytes, ...]) -> None:
+        self._state = state
+        self._keys = keys
+        state.lease(keys)
+
+    def release(self) -> None:
+        """Let go."""
+        keys, self._keys = self._keys, ()
+        if keys:
+            self._state.end_lease(keys)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+class Engine:
+    """See the module. Make one with `Engine.open`."""
+
+    def __init__(self, state: State, hold: Hold) -> None:
+        """Not for callers: `open` is."""
+        self._state = state
+        self._hold = hold
+        self._room = Room(state)
+        self._writer = Writer(state, self._room)
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls, data_dir: Path, options: EngineOptions, fs: Fs | None = None, clock: Callable[[], float] = time.time
+    ) -> Engine:
+        """Take the directory and put it in order. `fs` and `clock` are seams for tests.
+
+        Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
+        """
+        fs = fs or Fs()
+        directory, hold = claim(data_dir)
+        index: Index | None = None
+        try:
+            directory.clean_staging(fs)
+            index = _recovered_index(directory, hold, options, fs)
+            hold.write(clean=False, durability=options.durability, socket=options.socket)
+            engine = cls(State(directory, index, options, fs, clock), hold)
+            engine.make_room(0)
+            return engine
+        except BaseException as error:
+            if index is not None:
+                index.close()
+            hold.close()
+            if isinstance(error, OSError):
+                raise DirectoryError(f"the data directory {directory.root} cannot be used: {error}") from error
+            raise
+
+    def close(self) -> None:
+        """Write the access order, mark the stop as clean, give the directory back. Idempotent."""
+        with self._state.lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._state.end_all_leases()
+                self._state.flush_touches()
+                self._state.index.sync()
+                self._hold.write(clean=True, durability=self._state.options.durability)
+            finally:
+                self._state.index.close()
+                self._hold.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    # -- finding ------------------------------------------------------------------------------------------------
+
+    def namespace(self, root: bytes) -> NamespaceInfo | None:
+        """What is known of a namespace; None if nothing was ever stored in it."""
+        return self._state.namespaces.get(root)
+
+    def namespaces(self) -> list[NamespaceInfo]:
+        """All namespaces."""
+        return list(self._state.namespaces.values())
+
+    def match(self, root: bytes, tokens: bytes, fidelity_min: int = 0, limit_tokens: int | None = None) -> Match:
+        """The longest stored prefix of packed `tokens`, at most `limit_tokens`, of blocks of `fidelity_min` or more.
+
+        Plans from the index alone. CorruptDataError when the index is damaged: a miss.
+        """
+        limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
+        if limit and root not in self._state.namespaces:
+            return Match(0, Reason.IDENTITY, (), FIDELITY_EXACT)
+        with self._state.index.view() as view:
+            found = longest_prefix(view, root, tokens, limit, fidelity_min)
+        slices = tuple([Slice(row, take) for row, take in found.rows])
+        fidelity = min([row.fidelity for row, _ in found.rows], default=FIDELITY_EXACT)
+        return Match(found.n_tokens, self._why(found, tokens, limit), slices, fidelity)
+
+    def _why(self, found: Found, tokens: bytes, limit: int) -> Reason:
+        """Why a match gives no more."""
+        if found.n_tokens >= limit:
+            return Reason.OK
+        if found.better:
+            return Reason.FIDELITY
+        rest = tokens[found.full * TOKEN_BYTES : min(limit, found.full + BLOCK_TOKENS) * TOKEN_BYTES]
+        heads = [rest] if found.n_tokens - found.full >= HEAD_TOKENS else [rest, rest[:HEAD_BYTES]]
+        for head in heads:
+            reason = self._state.why_lost(block_key(found.parent, head))
+            if reason is not None:
+                return reason
+        return Reason.UNKNOWN_PREFIX
+
+    def path(self, row: Row) -> Path:
+        """The file of a row."""
+        return self._state.directory.path(row)
+
+    def sources(self, slices: Iterable[Slice]) -> list[FileSource]:
+        """Where a `FileReader` finds the blocks of a plan."""
+        base = str(self._state.directory.blobs)
+        rows = [part.row for part in slices]
+        return [
+            FileSource(f"{base}/{row.directory:02x}/{blob_name(row.key, row.seq)}", row.payload_offset, row.file_bytes)
+            for row in rows
+        ]
+
+    def first_missing(self, slices: Iterable[Slice]) -> int | None:
+        """Index of the first slice whose file is not there with its exact size; one stat each."""
+        for number, source in enumerate(self.sources(slices)):
+            try:
+                size = os.stat(source.path, follow_symlinks=False).st_size
+            except OSError:
+                return number
+            if size != source.file_bytes:
+                return number
+        return None
+
+    def touch(self, slices: Iterable[Slice]) -> None:
+        """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
+        if self._state.touch(slices):
+            self._state.flush_touches()
+
+    def lease(self, rows: Iterable[Row]) -> Lease:
+        """Protect the files of rows until they are open: evicted last, and the files of replaced rows stay for now."""
+        return Lease(self._state, tuple(row.key for row in rows))
+
+    # -- storing ------------------------------------------------------------------------------------------------
+
+    def store(self, namespace_record: bytes, blocks: Iterable[NewBlock], protect: Sequence[bytes] = ()) -> StoreReceipt:
+        """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
+
+        `blocks` is pulled one at a time, as room is made; an exception out of it is raised again and nothing is stored.
+        Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
+        no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
+        """
+        return self._writer.store(namespace_record, blocks, protect)
+
+    # -- room ---------------------------------------------------------------------------------------------------
+
+    @property
+    def staging_dir(self) -> Path:
+        """Where uploads wait; emptied when the engine opens. Count them with `add_usage`."""
+        return self._state.directory.staging
+
+    @property
+    def used_bytes(self) -> int:
+        """What the data directory costs on disk."""
+        return self._state.ledger.total
+
+    def make_room(self, nbytes: int) -> bool:
+        """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
+        return self._room.make(nbytes)
+
+    def add_usage(self, nbytes: int) -> None:
+        """Count the size of a staged file, or, with the same number negative, its end."""
+        self._room.book_staging(nbytes)
+
+    def reserve(self, nbytes: int) -> bool:
+        """`make_room` and `add_usage` in one step; False, and nothing counted, when there is no room."""
+        return self._room.reserve(nbytes)
+
+    def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
+        """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing."""
+        return self._room.evict(selection, dry_run)
+
+    def maintain(self) -> None:
+        """To be called every second or so: write the access order when due, keep to budget and floor."""
+        if self._state.touches_due():
+            self._state.flush_touches()
+        self._room.make(0)
+
+    # -- care ---------------------------------------------------------------------------------------------------
+
+    def recheck(self, key: bytes) -> bool:
+        """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted."""
+        with self._state.index.view() as view:
+            row = view.row(key)
+        if row is None:
+            return False
+        try:
+            checking.verify_row(self._state.directory, row)
+            return False
+        except CorruptDataError as error:
+            log.warning("a blob is damaged: %s", error)
+        with self._state.lock:
+            removed = checking.drop_tree(self._state.site, row, quarantine=True)
+            self._after_repair(removed)
+        return bool(removed)
+
+    def check(self, repair: bool = False) -> CheckReport:
+        """Read and verify everything, while others go on. The same walk as `check_directory`."""
+        walk = checking.Walk(self._state.site, repair)
+        try:
+            walk.run()
+        except CorruptDataError as error:
+            advice = f"{error}; stop the daemon and run: kvstore check --repair"
+            walk.report.findings.append(Finding("row", str(self._state.index.path), advice))
+        with self._state.lock:
+            self._after_repair(walk.removed)
+        return walk.report
+
+    def _after_repair(self, removed: list[Row]) -> None:
+        """Rows changed behind the counters: take them anew, and keep quarantine in its bounds. Holds the lock."""
+        state = self._state
+        state.remember_lost(removed, Reason.CORRUPT)
+        for path in state.directory.quarantined()[: -state.options.quarantine_files_max]:
+            unlink_quietly(state.fs, [str(path)])
+        with state.index.view() as view:
+            state.usage = view.usage()
+            for root, record in view.namespaces().items():
+                state.namespaces.setdefault(root, NamespaceInfo.from_record(record))
+        state.measure()
+
+    # -- looking ------------------------------------------------------------------------------------------------
+
+    def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
+        """Up to `limit` blocks of the namespaces that start so, most recently used first."""
+        found: list[BlockInfo] = []
+        with self._state.index.view() as view:
+            for stamp, key in view.newest():
+                if len(found) >= limit:
+                    break
+                row = view.row(key)
+                if row is not None and row.root.startswith(namespace_prefix):
+                    found.append(BlockInfo(row, stamp // 1_000_000, self.path(row)))
+        return found
+
+    def show(self, key_prefix: bytes) -> list[BlockInfo]:
+        """Blocks whose key starts so, at most SHOW_MAX."""
+        found: list[BlockInfo] = []
+        with self._state.index.view() as view:
+            for row in view.rows(key_prefix):
+                if len(found) >= SHOW_MAX:
+                    break
+                found.append(BlockInfo(row, view.stamp(row.key) // 1_000_000, self.path(row)))
+        return found
+
+    def stats(self) -> EngineStats:
+        """Counts of this moment."""
+        state = self._state
+        usage, ledger = state.usage, state.ledger
+        spaces = tuple(
+            NamespaceUsage(info, use.blocks, use.tokens, use.disk_bytes)
+            for root, info in list(state.namespaces.items())
+            if (use := usage.get(root)) is not None
+        )
+        return EngineStats(
+            used_bytes=ledger.total,
+            budget_bytes=state.options.budget_bytes,
+            free_bytes=self._room.free_bytes(),
+            free_floor_bytes=state.options.free_floor_bytes,
+            blobs=sum(use.blocks for use in usage.values()),
+            stored_bytes=ledger.get("blobs"),
+            pending_bytes=ledger.get("pending"),
+            index_bytes=ledger.get("index"),
+            staging_bytes=ledger.get("staging"),
+            quarantine_bytes=ledger.get("quarantine"),
+            quarantined=len(os.listdir(state.directory.quarantine)),
+            written_bytes=state.counts.written_bytes,
+            evicted_blocks=state.counts.evicted_blocks,
+            degraded=state.counts.degraded,
+            namespaces=spaces,
+        )
+
+
+def _recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -> Index:
+    """Open the index and, unless the last stop was clean, put it and the blob folders in step."""
+    index, replaced = checking.open_index(directory, fs, options.durability != "none", options.map_bytes)
+    site = checking.Site(directory, index, fs)
+    try:
+        with index.view() as view:
+            empty = not view.count()
+            # What the engine reads first, read once here, where damage leads to a rebuild.
+            _ = view.usage(), view.namespaces(), next(view.newest(), None)
+        unsynced = not hold.previous.get("clean") and hold.previous.get("durability") == "none"
+        if replaced or unsynced or (empty and any(directory.blob_files())):
+            checking.rebuild(site)
+        elif index.was_short or not hold.previous.get("clean"):
+            checking.sweep(site)
+        return index
+    except CorruptDataError:
+        log.warning("the index is damaged; it is made anew from the blobs", exc_info=True)
+        index.close()
+    except BaseException:
+        index.close()
+        raise
+    checking.set_index_aside(directory, fs)
+    index = Index(directory.index, fs, options.durability != "none", options.map_bytes)
+    checking.rebuild(checking.Site(directory, index, fs))
+    return index

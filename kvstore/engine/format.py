@@ -1,0 +1,207 @@
+"""The bytes of a blob file. Pure: nothing here touches the disk.
+
+A blob is a safetensors file, version 1 of our format:
+
+    offset      size  what
+    0              8  N, little-endian: length of the header; 8 + N is a multiple of 64
+    8              N  header: JSON, padded at its end with spaces
+    8 + N          P  payload: the tensors, without gaps, in the order of runs, stacks, tensors
+    8 + N + P         end of file, exactly
+
+    header JSON     "__metadata__"  {"format": "kvstore-block", "version": "1",
+                                     "record": base64 of the block's msgpack record, "check": its xxh3_64 in hex}
+                    "r{run}.s{stack}.{part}.{name}"  {"dtype", "shape": [layers, heads, tokens, width], "data_offsets"}
+
+The record (`kvstore.blocks.Block.to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
+(tensor, layer) range; the tensor table repeats what follows from it, so that any safetensors reader can look inside.
+The header is canonical: a reader builds it again from the record and compares bytes, so nothing can hide in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import xxhash
+
+from kvstore.blocks import TENSORS_MAX, Block, Run, Stack, Tensor
+from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
+from kvstore.keys import block_key
+
+FORMAT = "kvstore-block"
+FORMAT_VERSION = 1
+HEADER_BYTES_MAX = 1 << 20
+LENGTH_BYTES = 8
+ALIGN_BYTES = 64
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[Any, Any]"
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A block ready to be written: offsets and checksums filled in, its header, and views of its payload in order."""
+
+    block: Block
+    header: bytes
+    payload: tuple[memoryview, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Exact size of the file."""
+        return len(self.header) + sum(map(len, self.payload))
+
+
+def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
+    """Fill in offsets and checksums, and build the header. `buffers`: one per tensor, C-contiguous, of its exact size.
+
+    Raises InvalidRequestError when the buffers do not fit the block, or the header would pass its limit.
+    """
+    views = [_flat(buffer) for buffer in buffers]
+    remaining = iter(views)
+    offset = 0
+    runs: list[Run] = []
+    for run in block.runs:
+        stacks: list[Stack] = []
+        for stack in run.stacks:
+            tensors: list[Tensor] = []
+            for tensor in stack.tensors:
+                view = next(remaining, None)
+                layer_bytes = tensor.layer_bytes(run.n_tokens)
+                if view is None or len(view) != layer_bytes * len(stack.layers) or not view:
+                    raise InvalidRequestError(f"the buffer of {stack.part}.{tensor.name} does not fit its tensor")
+                tensors.append(replace(tensor, offset=offset, checksums=layer_checksums(view, layer_bytes)))
+                offset += len(view)
+            stacks.append(replace(stack, tensors=tuple(tensors)))
+        runs.append(replace(run, stacks=tuple(stacks)))
+    if next(remaining, None) is not None:
+        raise InvalidRequestError("more buffers than tensors")
+    sealed = replace(block, runs=tuple(runs))
+    _demand_valid(sealed)
+    return Sealed(sealed, build_header(sealed, sealed.to_record()), tuple(views))
+
+
+def _demand_valid(block: Block) -> None:
+    """What a reader will insist on, insisted on before anything is written."""
+    try:
+        Block.from_record(block.to_record())
+        table(block)
+    except CorruptDataError as error:
+        raise InvalidRequestError(f"not a block that can be stored: {error}") from error
+    if block.key != block_key(block.parent, block.tokens):
+        raise InvalidRequestError("a block's key must follow from its parent and tokens")
+    if block.fidelity > min((run.fidelity for run in block.runs), default=0):
+        raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
+
+
+def _flat(buffer: Buffer) -> memoryview:
+    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+    if not view.c_contiguous:
+        raise InvalidRequestError("buffers must be C-contiguous")
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def layer_checksums(view: memoryview, layer_bytes: int) -> bytes:
+    """Little-endian xxh3_64 of each layer's share of a tensor."""
+    return b"".join(
+        xxhash.xxh3_64_intdigest(view[at : at + layer_bytes]).to_bytes(8, "little")
+        for at in range(0, len(view), layer_bytes)
+    )
+
+
+def payload_bytes(block: Block) -> int:
+    """Bytes of all tensors."""
+    return sum(run.nbytes() for run in block.runs)
+
+
+def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
+    """(offset in the payload, length, xxh3_64) of every (tensor, layer) range, in the order of the file."""
+    for run in block.runs:
+        for stack in run.stacks:
+            for tensor in stack.tensors:
+                length = tensor.layer_bytes(run.n_tokens)
+                for position in range(len(stack.layers)):
+                    checksum = tensor.checksum(position)
+                    if checksum is None:
+                        raise CorruptDataError("a stored tensor without checksums")
+                    yield tensor.offset + position * length, length, checksum
+
+
+def table(block: Block) -> dict[str, Any]:
+    """The tensor table that follows from the runs. CorruptDataError when the tensors leave gaps or are too many."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for r, run in enumerate(block.runs):
+        for s, stack in enumerate(run.stacks):
+            for tensor in stack.tensors:
+                name = f"r{r}.s{s}.{stack.part}.{tensor.name}"
+                start, end = end, end + len(stack.layers) * tensor.layer_bytes(run.n_tokens)
+                if tensor.offset != start or name in entries or len(entries) >= TENSORS_MAX or end == start:
+                    raise CorruptDataError("block record: tensors overlap, leave gaps, or are too many")
+                shape = [len(stack.layers), tensor.heads, run.n_tokens, tensor.width]
+                entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
+    return entries
+
+
+def build_header(block: Block, record: bytes) -> bytes:
+    """Length and padded JSON. InvalidRequestError when over HEADER_BYTES_MAX."""
+    metadata = {
+        "format": FORMAT,
+        "version": str(FORMAT_VERSION),
+        "record": base64.b64encode(record).decode("ascii"),
+        "check": xxhash.xxh3_64_hexdigest(record),
+    }
+    text = json.dumps({"__metadata__": metadata, **table(block)}, separators=(",", ":")).encode("ascii")
+    total = -(-(LENGTH_BYTES + len(text)) // ALIGN_BYTES) * ALIGN_BYTES
+    if total - LENGTH_BYTES > HEADER_BYTES_MAX:
+        raise InvalidRequestError(f"the header of a block would have {total} bytes: too many runs or layers")
+    return (total - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little") + text.ljust(total - LENGTH_BYTES)
+
+
+def header_length(first: bytes, file_bytes: int) -> int:
+    """Total bytes of length and header, from a blob's first 8 bytes; CorruptDataError when out of range."""
+    length = int.from_bytes(first, "little") + LENGTH_BYTES
+    if len(first) != LENGTH_BYTES or length % ALIGN_BYTES or not ALIGN_BYTES <= length <= file_bytes:
+        raise CorruptDataError("not a blob: bad header length")
+    if length - LENGTH_BYTES > HEADER_BYTES_MAX:
+        raise CorruptDataError("not a blob: the header is over its limit")
+    return length
+
+
+def parse_header(header: bytes, file_bytes: int) -> Block:
+    """The block of a blob whose first bytes are `header` and whose size is `file_bytes`.
+
+    Raises CorruptDataError on any deviation, UnknownFormatError for a format version that is newer than this build.
+    """
+    if header_length(header[:LENGTH_BYTES], file_bytes) != len(header):
+        raise CorruptDataError("not a blob: the header is cut short")
+    record = _record(header[LENGTH_BYTES:])
+    block = Block.from_record(record)
+    if block.key != block_key(block.parent, block.tokens):
+        raise CorruptDataError("blob header: the key does not follow from parent and tokens")
+    if build_header(block, record) != header:
+        raise CorruptDataError("blob header: it does not say what its record says")
+    if len(header) + payload_bytes(block) != file_bytes:
+        raise CorruptDataError("blob: the file does not have the size that its header says")
+    return block
+
+
+def _record(text: bytes) -> bytes:
+    try:
+        metadata = json.loads(text)["__metadata__"]
+        name, version = metadata["format"], int(metadata["version"])
+        if name != FORMAT:
+            raise CorruptDataError("not a kvstore blob")
+        if version > FORMAT_VERSION:
+            raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads up to {FORMAT_VERSION}")
+        record = base64.b64decode(metadata["record"], validate=True)
+        check = metadata["check"]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error) as error:
+        raise CorruptDataError(f"blob header: {error!r}") from error
+    if xxhash.xxh3_64_hexdigest(record) != check:
+        raise CorruptDataError("blob header: the record does not match its checksum")
+    return record

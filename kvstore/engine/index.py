@@ -1,0 +1,333 @@
+"""The LMDB index: rows, namespaces, children, access order, usage. The only module that knows LMDB.
+
+Databases:
+    rows        key -> row value (`kvstore.engine.rows`)
+    children    parent, code of leading tokens, seq -> key
+    order       stamp, inverted depth, key -> nothing: the order of eviction, children before parents
+    access      key -> stamp and depth, i.e. where the row stands in `order`
+    namespaces  root -> namespace record
+    usage       root -> blocks, tokens, bytes on disk; kept with every commit
+    meta        format version, next seq
+
+Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
+`Edit` at a time, which the engine's writer lock sees to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from kvstore.blocks import KEY_BYTES
+from kvstore.engine.blobs import Fs
+from kvstore.engine.rows import Row, child_entry, parse_row
+from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
+
+INDEX_VERSION = 1
+MAP_BYTES = 64 << 30
+READERS_MAX = 510
+_DATABASES = ("rows", "children", "order", "access", "namespaces", "usage", "meta")
+_USAGE = struct.Struct("<QQQ")
+_DEPTH_MAX = 0xFFFFFFFF
+_DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one namespace, or all, hold."""
+
+    blocks: int = 0
+    tokens: int = 0
+    disk_bytes: int = 0
+
+    def plus(self, row: Row, sign: int) -> Usage:
+        """With one row more (+1) or less (-1)."""
+        return Usage(
+            max(0, self.blocks + sign),
+            max(0, self.tokens + sign * row.n_tokens),
+            max(0, self.disk_bytes + sign * row.disk_bytes),
+        )
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """LMDB's errors as ours: a full map or disk, a damaged file, anything else."""
+    try:
+        yield
+    except lmdb.MapFullError as error:
+        raise StoreFullError(f"the index is full: {error}") from error
+    except _DAMAGE as error:
+        raise CorruptDataError(f"the index is damaged: {error}") from error
+    except lmdb.Error as error:
+        # A full disk surfaces as EIO as often as as ENOSPC; both pass when there is room again.
+        full = getattr(error, "code", 0) in (errno.ENOSPC, errno.EIO, errno.EDQUOT) or isinstance(error, lmdb.DiskError)
+        if full or "No space left" in str(error) or "Input/output error" in str(error):
+            raise StoreFullError(f"the index cannot be written: {error}") from error
+        raise DirectoryError(f"the index cannot be used: {error}") from error
+
+
+class View:
+    """A snapshot of the index, for the thread that opened it."""
+
+    def __init__(self, txn: Any, databases: dict[str, Any]) -> None:
+        self._txn = txn
+        self._db = databases
+
+    def value(self, key: bytes) -> bytes | None:
+        """A row's bytes, unparsed."""
+        found: bytes | None = self._txn.get(key, db=self._db["rows"])
+        return found
+
+    def row(self, key: bytes) -> Row | None:
+        """The row of a key."""
+        found = self.value(key)
+        return None if found is None else parse_row(key, found)
+
+    def rows(self, prefix: bytes = b"") -> Iterator[Row]:
+        """All rows whose key starts with `prefix`, in key order."""
+        for key, value in self._from("rows", prefix):
+            if not key.startswith(prefix):
+                return
+            yield parse_row(key, value)
+
+    def children(self, parent: bytes, code: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """(entry, key) of a parent's children from where `code` would stand: onwards, or backwards below it."""
+        for entry, key in self._from("children", parent + code, reverse):
+            if entry[:KEY_BYTES] != parent:
+                return
+            yield entry, key
+
+    def has_children(self, key: bytes) -> bool:
+        """Whether any row names `key` as its parent."""
+        return next(self.children(key), None) is not None
+
+    def tree(self, row: Row) -> list[Row]:
+        """A row and all its descendants, parents first."""
+        seen = [row]
+        for parent in seen:
+            keys = [key for _, key in self.children(parent.key)]
+            seen.extend(child for key in keys if (child := self.row(key)) is not None)
+        return seen
+
+    def order(self, after: bytes = b"") -> Iterator[tuple[bytes, int, bytes]]:
+        """(entry, stamp, key), least recently used first, from just after the entry `after`."""
+        for entry, _ in self._from("order", after + b"\0" if after else b""):
+            yield entry, int.from_bytes(entry[:8], "big"), entry[12:]
+
+    def newest(self) -> Iterator[tuple[int, bytes]]:
+        """(stamp, key), most recently used first."""
+        for entry, _ in self._from("order", b"\xff" * 12, reverse=True):
+            yield int.from_bytes(entry[:8], "big"), entry[12:]
+
+    def stamp(self, key: bytes) -> int:
+        """When the row was last used, microseconds since 1970; 0 if it is not in the order."""
+        found = self._txn.get(key, db=self._db["access"])
+        return int.from_bytes(found[:8], "big") if found else 0
+
+    def usage(self) -> dict[bytes, Usage]:
+        """Usage of every namespace."""
+        return {root: Usage(*_USAGE.unpack(value)) for root, value in self._from("usage", b"")}
+
+    def namespaces(self) -> dict[bytes, bytes]:
+        """Record of every namespace."""
+        return dict(self._from("namespaces", b""))
+
+    def meta(self, name: str) -> int | None:
+        """A number kept beside the rows."""
+        found = self._txn.get(name.encode(), db=self._db["meta"])
+        return int.from_bytes(found, "little") if found else None
+
+    def count(self, database: str = "rows") -> int:
+        """How many entries a database has."""
+        entries: int = self._txn.stat(self._db[database])["entries"]
+        return entries
+
+    def _from(self, name: str, start: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """Items from `start` on, or backwards from just below it. Do not change the database while iterating."""
+        cursor = self._txn.cursor(db=self._db[name])
+        found = cursor.set_range(start) if start else cursor.first()
+        if not reverse:
+            return iter(cursor.iternext()) if found else iter(())
+        positioned = cursor.prev() if found else cursor.last()
+        return iter(cursor.iterprev()) if positioned else iter(())
+
+
+class Edit(View):
+    """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
+
+    def put(self, row: Row, stamp: int) -> None:
+        """Add a row, whose key must be free."""
+        if not self._txn.put(row.key, row.value, db=self._db["rows"], overwrite=False):
+            raise KVStoreError("index: this key has a row already")
+        self._link(row, stamp)
+
+    def remove(self, row: Row) -> None:
+        """Delete a row and everything that points to it. Its children, if any, stay: see `remove_tree`."""
+        self._txn.delete(row.key, db=self._db["rows"])
+        self._txn.delete(child_entry(row), db=self._db["children"])
+        placed = self._txn.pop(row.key, db=self._db["access"])
+        if placed:
+            self._txn.delete(_order_entry(placed, row.key), db=self._db["order"])
+        self._count(row, -1)
+
+    def remove_tree(self, row: Row) -> list[Row]:
+        """Delete a row and all its descendants; returns them, children before parents."""
+        rows = self.tree(row)[::-1]
+        for each in rows:
+            self.remove(each)
+        return rows
+
+    def touch(self, key: bytes, stamp: int) -> None:
+        """Move a row to `stamp` in the access order, never backwards. A key without a row is ignored."""
+        placed = self._txn.get(key, db=self._db["access"])
+        if placed is None or int.from_bytes(placed[:8], "big") >= stamp:
+            return
+        self._txn.delete(_order_entry(placed, key), db=self._db["order"])
+        self._place(key, stamp, int.from_bytes(placed[8:], "big"))
+
+    def put_namespace(self, root: bytes, record: bytes) -> None:
+        """Remember a namespace."""
+        self._txn.put(root, record, db=self._db["namespaces"])
+
+    def set_meta(self, name: str, value: int) -> None:
+        """Keep a number beside the rows."""
+        self._txn.put(name.encode(), value.to_bytes(8, "little"), db=self._db["meta"])
+
+    def reindex(self) -> None:
+        """Make children, order, access and usage anew from the rows; stamps are kept where there are any."""
+        stamps = {row.key: self.stamp(row.key) or row.created_s * 1_000_000 for row in self.rows()}
+        for name in ("children", "order", "access", "usage"):
+            self._txn.drop(self._db[name], delete=False)
+        for key, stamp in stamps.items():
+            row = self.row(key)
+            if row is not None:
+                self._link(row, stamp)
+
+    def clear(self) -> None:
+        """Delete everything but the format version."""
+        for name in _DATABASES:
+            if name != "meta":
+                self._txn.drop(self._db[name], delete=False)
+
+    def _link(self, row: Row, stamp: int) -> None:
+        self._txn.put(child_entry(row), row.key, db=self._db["children"])
+        self._place(row.key, stamp, row.depth)
+        self._count(row, +1)
+
+    def _place(self, key: bytes, stamp: int, depth: int) -> None:
+        placed = stamp.to_bytes(8, "big") + min(depth, _DEPTH_MAX).to_bytes(4, "big")
+        self._txn.put(key, placed, db=self._db["access"])
+        self._txn.put(_order_entry(placed, key), b"", db=self._db["order"])
+
+    def _count(self, row: Row, sign: int) -> None:
+        found = self._txn.get(row.root, db=self._db["usage"])
+        self._set_usage(row.root, (Usage(*_USAGE.unpack(found)) if found else Usage()).plus(row, sign))
+
+    def _set_usage(self, root: bytes, usage: Usage) -> None:
+        packed = _USAGE.pack(usage.blocks, usage.tokens, usage.disk_bytes)
+        self._txn.put(root, packed, db=self._db["usage"])
+
+
+def _order_entry(placed: bytes, key: bytes) -> bytes:
+    """Stamp, then deepest first, then key."""
+    return placed[:8] + (_DEPTH_MAX - int.from_bytes(placed[8:12], "big")).to_bytes(4, "big") + key
+
+
+class Index:
+    """The environment. Open it only while holding the data directory's lock: LMDB's own locks are not relied on."""
+
+    def __init__(self, path: Path, fs: Fs, sync: bool = True, map_bytes: int = MAP_BYTES) -> None:
+        """Open or create. UnknownFormatError for a newer version, CorruptDataError when LMDB cannot read it.
+
+        `sync=False` (durability none): commits are not flushed; a crash of the machine may leave anything.
+        """
+        self.path = path
+        self._fs = fs
+        with translated():
+            self._env = lmdb.open(
+                str(path),
+                map_size=map_bytes,
+                max_dbs=len(_DATABASES),
+                max_readers=READERS_MAX,
+                mode=0o600,
+                sync=sync,
+                metasync=sync,
+                # writemap kills the process by SIGBUS on a full disk; lib_version pins the file format, which an
+                # environment variable would change otherwise.
+                writemap=False,
+                lib_version=0,
+            )
+            try:
+                for name in ("data.mdb", "lock.mdb"):
+                    os.chmod(path / name, 0o600)
+                self.was_short = self._fill_up()
+                self._databases = self._open_databases()
+            except BaseException:
+                self._env.close()
+                raise
+
+    def _fill_up(self) -> bool:
+        """Whether the file ended before its last page; then it is extended, sparsely.
+
+        LMDB reads through a map, where a page beyond the end of the file kills the process. A page of zeros is an
+        error instead, or, where it was never written because it is free, nobody's business.
+        """
+        info, page_bytes = self._env.info(), self._env.stat()["psize"]
+        wanted = (info["last_pgno"] + 1) * page_bytes
+        path = self.path / "data.mdb"
+        if path.stat().st_size >= wanted:
+            return False
+        os.truncate(path, wanted)
+        return True
+
+    def _open_databases(self) -> dict[str, Any]:
+        meta = self._env.open_db(b"meta")
+        with self._env.begin(write=True) as txn:
+            version = int.from_bytes(txn.get(b"version", db=meta) or b"", "little")
+            if version > INDEX_VERSION:
+                raise UnknownFormatError(
+                    f"{self.path} has format version {version}; this kvstore reads up to {INDEX_VERSION}: "
+                    "use the newer kvstore, or another data directory"
+                )
+            if not version:
+                txn.put(b"version", INDEX_VERSION.to_bytes(8, "little"), db=meta)
+        return {name: self._env.open_db(name.encode()) for name in _DATABASES}
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[View]:
+        """A read transaction."""
+        with translated(), self._env.begin() as txn:
+            yield View(txn, self._databases)
+
+    @contextlib.contextmanager
+    def edit(self, dry_run: bool = False) -> Iterator[Edit]:
+        """A write transaction, committed at the end unless the body raises or `dry_run` is set."""
+        with translated():
+            txn = self._env.begin(write=True)
+            try:
+                yield Edit(txn, self._databases)
+                if not dry_run:
+                    self._fs.commit(txn.commit)
+            finally:
+                txn.abort()
+
+    def disk_bytes(self) -> int:
+        """What the index's files cost on disk. The data file never shrinks."""
+        return sum(os.stat(entry.path).st_blocks * 512 for entry in os.scandir(self.path))
+
+    def sync(self) -> None:
+        """Flush everything, also in an environment that does not sync."""
+        with translated():
+            self._env.sync(True)
+
+    def close(self) -> None:
+        """Close; no transaction may be open."""
+        self._env.close()

@@ -1,0 +1,147 @@
+"""The longest stored prefix of a token sequence, from the index alone. Pure over a `View`.
+
+Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
+cut: children stand in the order of their leading tokens, so the walk starts where the query would be inserted, goes
+both ways, and ends where the code can no longer promise a longer match.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, common_tokens
+from kvstore.engine.index import View
+from kvstore.engine.rows import SEQ_BYTES, TOKENS_AT, Code, Row, common_bytes, parse_row
+from kvstore.keys import block_key
+
+# Children whose first 157 or so tokens are equal cannot be told apart by their code; so many are looked at.
+SCAN_MAX = 4096
+# Siblings that share exactly as much as the best so far; a few are looked at for their fidelity.
+TIES_MAX = 16
+# A seq stays below 2^40, so an entry that ends after its code stands before those whose next token is not 0.
+_SEQ_TOP = bytes(3)
+_BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows of a prefix with the tokens to take of each, and what hindered more.
+
+    The first `full` tokens come from full blocks, the last of which has key `parent`. `better`: a block of too low
+    fidelity would have given more.
+    """
+
+    rows: tuple[tuple[Row, int], ...]
+    n_tokens: int
+    full: int
+    parent: bytes
+    better: bool
+
+
+def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fidelity_min: int) -> Found:
+    """The longest stored prefix of `tokens[:limit_tokens]` whose blocks are all of `fidelity_min` or more."""
+    end = min(len(tokens), limit_tokens * TOKEN_BYTES)
+    parent = root
+    at = 0
+    rows: list[tuple[Row, int]] = []
+    while at + _BLOCK_BYTES <= end:
+        chunk = tokens[at : at + _BLOCK_BYTES]
+        key = block_key(parent, chunk)
+        value = view.value(key)
+        if value is None or not value.startswith(chunk, TOKENS_AT):
+            break
+        row = parse_row(key, value)
+        if row.fidelity < fidelity_min:
+            break
+        rows.append((row, BLOCK_TOKENS))
+        parent = key
+        at += _BLOCK_BYTES
+    best, take, low_take = best_child(view, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
+    if best is not None:
+        rows.append((best, take))
+    full = at // TOKEN_BYTES
+    return Found(tuple(rows), full + take, full, parent, low_take > take)
+
+
+def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tuple[Row | None, int, int]:
+    """The child of `parent` that shares most leading tokens with `rest`; of equals, one of higher fidelity.
+
+    Returns (row, tokens shared, most tokens shared by a child below `fidelity_min`).
+    """
+    best: Row | None = None
+    take = low_take = 0
+    if not rest:
+        return best, take, low_take
+    code = Code.of(rest)
+    target = parent + code.data
+    remaining = SCAN_MAX
+    for reverse in (False, True):
+        ties = TIES_MAX
+        for entry, key in view.children(parent, code.data, reverse):
+            promised = _tokens_at_most(code, common_bytes(entry, target) - KEY_BYTES, rest)
+            remaining -= 1
+            ties -= promised == take
+            if promised < max(1, take) or remaining < 0 or ties < 0:
+                break
+            row = view.row(key)
+            shared = common_tokens(row.tokens, rest) if row else 0
+            if row is None or row.fidelity < fidelity_min:
+                low_take = max(low_take, shared)
+            elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
+                best, take = row, shared
+    return best, take, low_take
+
+
+def _tokens_at_most(code: Code, shared_bytes: int, rest: bytes) -> int:
+    """How many tokens an entry that shares so many bytes of the code, or one beyond it, can share at most."""
+    if shared_bytes >= len(code.data):
+        return len(rest) // TOKEN_BYTES
+    return bisect.bisect_right(code.ends, shared_bytes)
+
+
+def is_covered(view: View, row: Row) -> bool:
+    """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
+    held = view.row(row.key)
+    if held is not None:
+        return held.fidelity >= row.fidelity
+    if row.n_tokens == BLOCK_TOKENS:
+        return False
+    return best_child(view, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
+
+
+def replaced_by(view: View, row: Row) -> list[Row]:
+    """Rows that a new row takes the place of: the one of its key, and tails that are a strict prefix of it."""
+    held = view.row(row.key)
+    return ([held] if held else []) + _shorter_tails(view, row.parent, row.tokens)
+
+
+def _shorter_tails(view: View, parent: bytes, tokens: bytes) -> list[Row]:
+    """Children of `parent` whose tokens are a strict prefix of `tokens`.
+
+    A tail of n tokens stands at the start of the entries that share its n codes, followed only by its seq; so one seek
+    for each n finds it, however many siblings share the prefix.
+    """
+    if not view.has_children(parent):
+        return []
+    code = Code.of(tokens)
+    starts = [(code.data[:end], False) for end in (code.ends[:-1] if code.complete else code.ends)]
+    if not code.complete:
+        # Tails too long for their code stand together at the cut code.
+        starts.append((code.data, True))
+    keys = dict.fromkeys(key for start, cut in starts for key in _group(view, parent, start, cut))
+    rows = [view.row(key) for key in keys]
+    return [row for row in rows if row and len(row.tokens) < len(tokens) and tokens.startswith(row.tokens)]
+
+
+def _group(view: View, parent: bytes, start: bytes, cut: bool) -> Iterator[bytes]:
+    """Keys of the children whose code is exactly `start`."""
+    at = KEY_BYTES + len(start)
+    for count, (entry, key) in enumerate(view.children(parent, start)):
+        if not entry.startswith(start, KEY_BYTES) or count >= SCAN_MAX:
+            return
+        if len(entry) == at + SEQ_BYTES:
+            yield key
+        elif not cut and entry[at : at + 3] != _SEQ_TOP:
+            return

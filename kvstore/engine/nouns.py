@@ -1,0 +1,171 @@
+"""What goes into the engine and comes out of it. Frozen values, no behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvstore.blocks import Block, Reason
+from kvstore.engine.format import Buffer
+from kvstore.engine.index import MAP_BYTES
+from kvstore.engine.rows import Row
+from kvstore.errors import ConfigError
+from kvstore.keys import NamespaceInfo
+
+DURABILITIES = ("commit", "full", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engine is to run.
+
+    `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
+    written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
+    that a miss can say why.
+    """
+
+    budget_bytes: int
+    free_floor_bytes: int = 0
+    durability: str = "commit"
+    map_bytes: int = MAP_BYTES
+    socket: str = ""
+    touches_max: int = 4096
+    touches_age_s: float = 30.0
+    evicted_max: int = 65_536
+    quarantine_files_max: int = 64
+
+    def __post_init__(self) -> None:
+        if self.durability not in DURABILITIES:
+            raise ConfigError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
+        if self.budget_bytes < 0 or self.free_floor_bytes < 0:
+            raise ConfigError("budget_bytes and free_floor_bytes cannot be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The first `take` tokens of a stored block."""
+
+    row: Row
+    take: int
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The longest usable prefix: its blocks in order, why there is no more, and the least fidelity among them."""
+
+    n_tokens: int
+    reason: Reason
+    slices: tuple[Slice, ...]
+    fidelity: int
+
+
+@dataclass
+class NewBlock:
+    """A block to be stored. Its tensors carry no offsets or checksums yet; `buffers` holds one for each tensor.
+
+    Order: runs, stacks, tensors; each C-contiguous `[layers, heads, tokens, width]`.
+    """
+
+    block: Block
+    buffers: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReceipt:
+    """How many of the blocks given, counted from the first, are in the store now, and what they newly cost on disk."""
+
+    blocks: int
+    new_bytes: int
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to evict; conditions add up. `bytes` ends it after so many are freed. Nothing selects nothing: say `all`.
+
+    `key_prefix` takes the blocks whose key starts so, and everything after them. `idle_s`: not used for so long.
+    """
+
+    namespace_prefix: bytes = b""
+    key_prefix: bytes = b""
+    idle_s: float = 0
+    bytes: int = 0
+    all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EvictReport:
+    """What was removed, or would be: blocks, and bytes on disk."""
+
+    blocks: int
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong in a data directory. Kinds: missing_blob, stray_blob, corrupt_blob, missing_parent, size, row,
+    unknown_format."""
+
+    kind: str
+    path: str
+    detail: str
+
+
+@dataclass
+class CheckReport:
+    """What a check read (blobs, bytes), what it put right, and what it found, the first FINDINGS_MAX."""
+
+    blobs: int = 0
+    bytes: int = 0
+    repaired: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """A row with what the index knows beside it."""
+
+    row: Row
+    accessed_s: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceUsage:
+    """What one namespace holds."""
+
+    info: NamespaceInfo
+    blocks: int
+    tokens: int
+    disk_bytes: int
+
+    @property
+    def logical_bytes(self) -> int:
+        """Raw size of the tokens held."""
+        return self.tokens * self.info.layout.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts of now and since the engine was opened. Sizes are bytes on disk.
+
+    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine.
+    `degraded` says why nothing is written at present; empty when all is well.
+    """
+
+    used_bytes: int
+    budget_bytes: int
+    free_bytes: int
+    free_floor_bytes: int
+    blobs: int
+    stored_bytes: int
+    pending_bytes: int
+    index_bytes: int
+    staging_bytes: int
+    quarantine_bytes: int
+    quarantined: int
+    written_bytes: int
+    evicted_blocks: int
+    degraded: str
+    namespaces: tuple[NamespaceUsage, ...]

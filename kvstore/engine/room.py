@@ -1,0 +1,130 @@
+"""Room on disk: budget, free floor, and eviction in the order of `kvstore.engine.eviction`."""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+
+from kvstore.blocks import Reason
+from kvstore.engine.blobs import disk_bytes
+from kvstore.engine.eviction import NO_LIMIT, Sweep, picker
+from kvstore.engine.nouns import EvictReport, Selection
+from kvstore.engine.state import State
+from kvstore.errors import StoreFullError
+
+# Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
+_SLACK_DIVISOR = 256
+_SLACK_BYTES_MAX = 256 << 20
+# Before a write this much stays free for the index, which copies the pages that a commit changes.
+_COMMIT_BYTES = 64 << 10
+_NOTHING: frozenset[bytes] = frozenset()
+
+
+class Room:
+    """Makes room, or says that there is none. Every method takes the engine's lock."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._floor_freed = 0
+        self._floor_wanted = 0
+
+    def make(self, nbytes: int, keep: AbstractSet[bytes] = _NOTHING) -> bool:
+        """Evict until `nbytes` more fit under budget and floor, never `keep`; False when they do not even then."""
+        state = self._state
+        with state.lock:
+            try:
+                return self._is_in_budget(nbytes, keep) and self._is_above_floor(nbytes, keep)
+            except StoreFullError as error:
+                state.counts.disk_error = str(error)
+                return False
+
+    def book_staging(self, nbytes: int) -> None:
+        """Count staged bytes, or with a negative number the end of them."""
+        self._state.ledger.add("staging", disk_bytes(nbytes) if nbytes >= 0 else -disk_bytes(-nbytes))
+
+    def reserve(self, nbytes: int) -> bool:
+        """Make room for staged bytes and count them, in one step; False, and nothing counted, when there is none."""
+        with self._state.lock:
+            if not self.make(disk_bytes(nbytes)):
+                return False
+            self.book_staging(nbytes)
+            return True
+
+    def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
+        """Remove what is selected, least recently used leaves first; a dry run is the same walk, aborted."""
+        state = self._state
+        with state.lock:
+            with state.edit() as edit:
+                state.write_touches(edit)
+            with state.index.view() as view:
+                pick = picker(view, selection, state.clock())
+            work = Sweep(pick, need_bytes=selection.bytes or NO_LIMIT)
+            if not dry_run:
+                self._run(work)
+            else:
+                with state.edit(dry_run=True) as edit:
+                    while not work.done:
+                        work.step(edit)
+            return EvictReport(work.blocks, work.freed_bytes)
+
+    def _is_in_budget(self, nbytes: int, keep: AbstractSet[bytes]) -> bool:
+        ledger, budget = self._state.ledger, self._state.options.budget_bytes
+        need = nbytes + (_COMMIT_BYTES if nbytes else 0)
+        slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
+        # What can never fit must not empty the store; a budget that others have used up may.
+        may_evict = nbytes == 0 or ledger.fixed + need <= budget
+        while may_evict and (over := ledger.total + need - budget) > 0:
+            # Again if need be: the commit of an eviction may make the index grow by some pages.
+            may_evict = self._evict_bytes(over + slack, keep) > 0
+        if nbytes == 0:
+            full = f"the index and uploads alone pass the budget of {budget} bytes"
+            self._state.counts.over_budget = full if ledger.total > budget else ""
+        return ledger.total + need <= budget
+
+    def _is_above_floor(self, nbytes: int, keep: AbstractSet[bytes]) -> bool:
+        """Whether the volume keeps its free floor after `nbytes` more. Evicts the deficit for it, once.
+
+        A snapshot may hold on to what was unlinked (APFS). Evicting again for the same deficit would empty the store
+        and free nothing, so what was freed is remembered until there is room for all that was asked for.
+        """
+        floor = self._state.options.free_floor_bytes
+        spare = self.free_bytes() - floor if floor else nbytes
+        if nbytes - spare > self._floor_freed:
+            self._floor_freed += self._evict_bytes(nbytes - spare - self._floor_freed, keep)
+            spare = self.free_bytes() - floor
+        if spare < nbytes:
+            self._floor_wanted = max(self._floor_wanted, nbytes)
+            self._state.counts.under_floor = f"the volume has less free space than the floor of {floor} bytes"
+        elif spare >= self._floor_wanted:
+            self._floor_freed = self._floor_wanted = 0
+            self._state.counts.under_floor = ""
+        return spare >= nbytes
+
+    def free_bytes(self) -> int:
+        """Free on the volume."""
+        return self._state.fs.free_bytes(str(self._state.directory.root))
+
+    def _evict_bytes(self, nbytes: int, keep: AbstractSet[bytes]) -> int:
+        """Evict least recently used leaves until `nbytes` are freed; leased ones last, `keep` never."""
+        leased = self._state.leased()
+        work = Sweep(lambda row, stamp: True, leased | keep, nbytes)
+        self._run(work)
+        freed = work.freed_bytes
+        if freed < nbytes and leased:
+            work = Sweep(lambda row, stamp: True, keep, nbytes - freed)
+            self._run(work, spare_leased=False)
+            freed += work.freed_bytes
+        return freed
+
+    def _run(self, work: Sweep, spare_leased: bool = True) -> None:
+        """Index commit, then unlink, a bounded number of rows at a time."""
+        state = self._state
+        while not work.done:
+            with state.edit() as edit:
+                state.write_touches(edit)
+                removed = work.step(edit)
+            state.counts.evicted_blocks += len(removed)
+            state.remember_lost(removed, Reason.EVICTED)
+            if spare_leased:
+                state.unlink_unless_leased(removed)
+            else:
+                state.unlink(removed)

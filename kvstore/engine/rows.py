@@ -1,0 +1,178 @@
+"""Index rows and the order of children: pure functions from nouns to bytes and back.
+
+A row's value; integers are little-endian. Fixed offsets, so that a match compares token bytes in place and decodes
+the runs (msgpack, `kvstore.blocks.runs_to_list`) only of rows that somebody looks into:
+
+    offset  size  what
+         0     2  row version, 1
+         2     2  directory: which blobs.noindex/<xx>
+         4     4  payload offset in the file
+         8     8  file bytes
+        16     8  seq: makes the file name unique
+        24     8  fidelity
+        32     8  start: position of the first token in the sequence
+        40     8  created, seconds since 1970
+        48    32  parent key
+        80    32  root
+       112     2  n: tokens
+       114     6  zero
+       120    8n  tokens
+    120+8n        runs
+
+Children of one parent are ordered by a code of their leading tokens: a token in [0, 2^23) is 3 bytes big-endian,
+any other is 0xFF and 8 bytes big-endian with the sign bit flipped. No code is the beginning of another, so entries
+that share more tokens share more bytes, and the longest match stands next to where a query would be inserted.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgpack
+
+from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block, runs_from_list, runs_to_list, unpack_record
+from kvstore.engine.blobs import disk_bytes
+from kvstore.errors import CorruptDataError, UnknownFormatError
+
+ROW_VERSION = 1
+_HEAD = struct.Struct("<HHIQQQQQ32s32sH6x")
+TOKENS_AT = _HEAD.size
+SEQ_BYTES = 8
+# LMDB keys have at most 511 bytes: parent, code, seq.
+CODE_BYTES_MAX = 511 - KEY_BYTES - SEQ_BYTES
+_SHORT_TOKEN_LIMIT = 1 << 23
+_SIGN = 1 << 63
+
+
+class _Fields(NamedTuple):
+    key: bytes
+    value: bytes
+    version: int
+    directory: int
+    payload_offset: int
+    file_bytes: int
+    seq: int
+    fidelity: int
+    start: int
+    created_s: int
+    parent: bytes
+    root: bytes
+    n_tokens: int
+
+
+class Row(_Fields):
+    """A row of the index: where a block's blob lies, and, decoded when first asked for, the block itself.
+
+    Immutable, so any thread may look into it; it stays valid after the read transaction that it came from. A tuple,
+    because a match makes one for each block, and a frozen dataclass of lazy properties took three times as long.
+    """
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the file costs on disk."""
+        return disk_bytes(self.file_bytes)
+
+    @property
+    def depth(self) -> int:
+        """How many blocks come before this one."""
+        return self.start // BLOCK_TOKENS
+
+    @property
+    def tokens(self) -> bytes:
+        """Packed tokens of the block."""
+        return self.value[TOKENS_AT : TOKENS_AT + TOKEN_BYTES * self.n_tokens]
+
+    @property
+    def runs_record(self) -> bytes:
+        """msgpack of the runs, as a fetch reply carries it."""
+        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens :]
+
+    @functools.cached_property
+    def block(self) -> Block:
+        """The block, without its namespace record. CorruptDataError when the row does not parse."""
+        runs = runs_from_list(unpack_record(self.runs_record))
+        if sum(run.shown for run in runs) != self.n_tokens:
+            raise CorruptDataError("index row: the runs do not cover the tokens")
+        place = (self.root, self.parent, self.key, self.start)
+        return Block(*place, self.tokens, self.fidelity, runs, self.created_s)
+
+    def __repr__(self) -> str:
+        return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, seq={self.seq})"
+
+
+def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_bytes: int) -> Row:
+    """The row of a block whose blob is complete."""
+    head = _HEAD.pack(
+        ROW_VERSION,
+        directory,
+        payload_offset,
+        file_bytes,
+        seq,
+        block.fidelity,
+        block.start,
+        block.created_s,
+        block.parent,
+        block.root,
+        block.n_tokens,
+    )
+    return parse_row(block.key, head + block.tokens + msgpack.packb(runs_to_list(block.runs)))
+
+
+def parse_row(key: bytes, value: bytes) -> Row:
+    """A row as it stands in the index. CorruptDataError when it is cut short, UnknownFormatError when newer."""
+    if len(value) < TOKENS_AT:
+        raise CorruptDataError("index row: too short")
+    row = Row(key, value, *_HEAD.unpack_from(value))
+    if row.version > ROW_VERSION:
+        raise UnknownFormatError(f"an index row of version {row.version}; this kvstore reads up to {ROW_VERSION}")
+    if not row.version or not 0 < row.n_tokens <= BLOCK_TOKENS or len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens:
+        raise CorruptDataError("index row: cut short")
+    return row
+
+
+def token_code(token: int) -> bytes:
+    """The order-preserving, prefix-free code of one token."""
+    if 0 <= token < _SHORT_TOKEN_LIMIT:
+        return token.to_bytes(3, "big")
+    return b"\xff" + (token + _SIGN).to_bytes(8, "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """The code of leading tokens, cut to CODE_BYTES_MAX. `ends[i]` is where token i's code ends, of those not cut."""
+
+    data: bytes
+    ends: Sequence[int]
+    complete: bool
+
+    @classmethod
+    def of(cls, tokens: bytes) -> Code:
+        """The code of packed tokens."""
+        data = bytearray()
+        ends: list[int] = []
+        count = min(len(tokens) // TOKEN_BYTES, CODE_BYTES_MAX // 3 + 1)
+        for (token,) in struct.iter_unpack("<q", tokens[: count * TOKEN_BYTES]):
+            data += token_code(token)
+            if len(data) > CODE_BYTES_MAX:
+                break
+            ends.append(len(data))
+        complete = len(ends) == len(tokens) // TOKEN_BYTES
+        return cls(bytes(data[:CODE_BYTES_MAX]), ends, complete)
+
+
+def child_entry(row: Row) -> bytes:
+    """The key under which a row stands among its parent's children."""
+    return row.parent + Code.of(row.tokens).data + row.seq.to_bytes(SEQ_BYTES, "big")
+
+
+def common_bytes(a: bytes, b: bytes) -> int:
+    """Length of the longest common prefix of two byte strings."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    different = int.from_bytes(a[:n], "big") ^ int.from_bytes(b[:n], "big")
+    return n - (different.bit_length() + 7) // 8

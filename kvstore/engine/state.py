@@ -1,0 +1,208 @@
+"""What the engine's parts share: the transaction with its counters, unlinking under leases, what was used and lost."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from kvstore.blocks import TOKEN_BYTES, Reason
+from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
+from kvstore.engine.check import Site
+from kvstore.engine.directory import Directory
+from kvstore.engine.index import Edit, Index
+from kvstore.engine.ledger import Ledger
+from kvstore.engine.nouns import EngineOptions, Slice
+from kvstore.engine.rows import Row
+from kvstore.errors import KVStoreError
+from kvstore.keys import NamespaceInfo, block_key
+
+# A miss is told "evicted" also when only the beginning of what was evicted is asked for.
+HEAD_TOKENS = 16
+HEAD_BYTES = HEAD_TOKENS * TOKEN_BYTES
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counts:
+    """Plain counters since the engine was opened, and why nothing is written at present. Changed under the lock."""
+
+    written_bytes: int = 0
+    evicted_blocks: int = 0
+    over_budget: str = ""
+    under_floor: str = ""
+    disk_error: str = ""
+
+    @property
+    def degraded(self) -> str:
+        """Why nothing is written; empty when all is well."""
+        return self.disk_error or self.under_floor or self.over_budget
+
+
+class State:
+    """Shared by the parts of one engine.
+
+    `lock` serialises writers of the index; whoever changes rows holds it. `_memory` guards the tables of leases,
+    touches and lost keys; it is never held over I/O, so leasing and touching never wait for a commit.
+    """
+
+    def __init__(
+        self, directory: Directory, index: Index, options: EngineOptions, fs: Fs, clock: Callable[[], float]
+    ) -> None:
+        self.directory = directory
+        self.index = index
+        self.options = options
+        self.fs = fs
+        self.clock = clock
+        self.sync = options.durability != "none"
+        self.lock = threading.RLock()
+        self.ledger = Ledger()
+        self.counts = Counts()
+        self.in_flight: dict[str, int] = {}
+        self.site = Site(directory, index, fs, self.lock, self.busy_names)
+        self._memory = threading.Lock()
+        self._leases: Counter[bytes] = Counter()
+        self._doomed: dict[bytes, list[Row]] = {}
+        self._touches: dict[bytes, int] = {}
+        self._lost: OrderedDict[bytes, Reason] = OrderedDict()
+        with index.view() as view:
+            self.usage = view.usage()
+            self.namespaces = {root: NamespaceInfo.from_record(r) for root, r in view.namespaces().items()}
+            self.next_seq = view.meta("next_seq") or 1
+            self._stamp = next(view.newest(), (0, b""))[0]
+        self._touched_at = self._stamp
+        self.measure()
+
+    # -- transactions -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def edit(self, dry_run: bool = False) -> Iterator[Edit]:
+        """A write transaction, after which the counters agree with the index. Hold `lock`."""
+        with self.index.edit(dry_run) as edit:
+            yield edit
+            usage = edit.usage()
+        if not dry_run:
+            self.usage = usage
+            self.ledger.set("blobs", sum(use.disk_bytes for use in usage.values()))
+            self.ledger.set("index", self.index.disk_bytes())
+
+    def measure(self) -> None:
+        """Take the counters from index and disk."""
+        self.ledger.set("blobs", sum(use.disk_bytes for use in self.usage.values()))
+        self.ledger.set("index", self.index.disk_bytes())
+        self.ledger.set("quarantine", self.directory.quarantine_bytes())
+
+    def now(self) -> int:
+        """Wall clock in microseconds, never going back: idle times survive restarts, the order survives a set clock."""
+        with self._memory:
+            self._stamp = max(self._stamp, int(self.clock() * 1_000_000))
+            return self._stamp
+
+    # -- what was used ------------------------------------------------------------------------------------------
+
+    def touch(self, slices: Iterable[Slice]) -> bool:
+        """Note that blocks were used; whether there is so much of it that it should be written."""
+        stamp = self.now()
+        with self._memory:
+            for part in slices:
+                self._touches[part.row.key] = stamp
+            return len(self._touches) >= self.options.touches_max
+
+    def touches_due(self) -> bool:
+        """Whether notes have waited as long as they may."""
+        age_us = self.now() - self._touched_at
+        return bool(self._touches) and age_us >= self.options.touches_age_s * 1_000_000
+
+    def write_touches(self, edit: Edit) -> None:
+        """Put what was noted in the access order."""
+        with self._memory:
+            touches, self._touches = self._touches, {}
+            self._touched_at = self._stamp
+        for key, stamp in touches.items():
+            edit.touch(key, stamp)
+
+    def flush_touches(self) -> None:
+        """A commit of its own for the access order. Losing it is no reason to fail."""
+        try:
+            with self.lock, self.edit() as edit:
+                self.write_touches(edit)
+        except (KVStoreError, OSError):
+            log.warning("the access order could not be written", exc_info=True)
+
+    # -- what was lost ------------------------------------------------------------------------------------------
+
+    def remember_lost(self, rows: Iterable[Row], reason: Reason) -> None:
+        """Keep in mind, within bounds, why blocks are gone."""
+        with self._memory:
+            for row in rows:
+                self._lost[row.key] = reason
+                self._lost[block_key(row.parent, row.tokens[:HEAD_BYTES])] = reason
+            while len(self._lost) > self.options.evicted_max:
+                self._lost.popitem(last=False)
+
+    def forget_lost(self, key: bytes) -> None:
+        """It is here again."""
+        with self._memory:
+            self._lost.pop(key, None)
+
+    def why_lost(self, key: bytes) -> Reason | None:
+        """Why a block is gone, if that is remembered."""
+        with self._memory:
+            return self._lost.get(key)
+
+    # -- leases and unlinking -----------------------------------------------------------------------------------
+
+    def lease(self, keys: tuple[bytes, ...]) -> None:
+        """Keep files of these keys."""
+        with self._memory:
+            self._leases.update(keys)
+
+    def end_lease(self, keys: tuple[bytes, ...]) -> None:
+        """Let go, and unlink what was kept only for that."""
+        with self._memory:
+            self._leases.subtract(keys)
+            over = [key for key in set(keys) if self._leases[key] <= 0]
+            doomed = [row for key in over for row in self._doomed.pop(key, [])]
+            for key in over:
+                del self._leases[key]
+        self._unlink_doomed(doomed)
+
+    def end_all_leases(self) -> None:
+        """As if every lease had ended."""
+        with self._memory:
+            doomed = [row for rows in self._doomed.values() for row in rows]
+            self._doomed.clear()
+            self._leases.clear()
+        self._unlink_doomed(doomed)
+
+    def leased(self) -> frozenset[bytes]:
+        """Keys with a lease now."""
+        with self._memory:
+            return frozenset(self._leases)
+
+    def unlink_unless_leased(self, rows: list[Row]) -> None:
+        """Unlink files of rows that are gone from the index; leased ones when the lease ends."""
+        with self._memory:
+            doomed = [row for row in rows if row.key in self._leases]
+            for row in doomed:
+                self._doomed.setdefault(row.key, []).append(row)
+        self.ledger.add("doomed", sum(row.disk_bytes for row in doomed))
+        self.unlink([row for row in rows if row not in doomed] if doomed else rows)
+
+    def unlink(self, rows: Iterable[Row]) -> None:
+        """Unlink files of rows that are gone from the index."""
+        for error in unlink_quietly(self.fs, [str(self.directory.path(row)) for row in rows]):
+            log.warning("a blob could not be unlinked; `check --repair` will find it: %s", error)
+
+    def busy_names(self) -> set[str]:
+        """Names of files that have no row for a good reason. Hold `lock`."""
+        with self._memory:
+            doomed = {blob_name(row.key, row.seq) for rows in self._doomed.values() for row in rows}
+        return self.in_flight.keys() | doomed
+
+    def _unlink_doomed(self, doomed: list[Row]) -> None:
+        self.unlink(doomed)
+        self.ledger.add("doomed", -sum(row.disk_bytes for row in doomed))

@@ -1,0 +1,229 @@
+"""STORE: blocks of one request become files, then, in one index commit, rows."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from kvstore.blocks import BLOCK_TOKENS, Block, Reason
+from kvstore.engine.blobs import blob_name, disk_bytes, write_durably
+from kvstore.engine.format import Sealed, seal
+from kvstore.engine.index import Edit
+from kvstore.engine.matching import is_covered, replaced_by
+from kvstore.engine.nouns import NewBlock, StoreReceipt
+from kvstore.engine.room import Room
+from kvstore.engine.rows import Row, pack_row
+from kvstore.engine.state import State
+from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
+from kvstore.keys import NamespaceInfo
+
+# Errors of a disk that is full, or behaves so; they pass when there is room again.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+@dataclass
+class _Batch:
+    """One request on its way. `entries`: (key, parent, row of the file written, or None if held already)."""
+
+    root: bytes
+    record: bytes
+    keep: set[bytes]
+    folder: int = -1
+    entries: list[tuple[bytes, bytes, Row | None]] = field(default_factory=list)
+    ends: dict[bytes, int] = field(default_factory=dict)
+
+    def rows(self) -> list[Row]:
+        """Rows of the files that were written."""
+        return [row for _, _, row in self.entries if row is not None]
+
+
+@dataclass
+class _Settled:
+    """What a commit does with a batch."""
+
+    blocks: int = 0
+    kept: list[Row] = field(default_factory=list)
+    replaced: list[Row] = field(default_factory=list)
+    reason: Reason = Reason.OK
+
+
+class Writer:
+    """Carries out stores, any number at a time. Files are written without the lock; room and commits are under it."""
+
+    def __init__(self, state: State, room: Room) -> None:
+        self._state = state
+        self._room = room
+
+    def store(self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes]) -> StoreReceipt:
+        """See `Engine.store`."""
+        batch = _Batch(NamespaceInfo.from_record(record).root, record, set(protect))
+        try:
+            reason = self._write_all(batch, blocks)
+            if not batch.entries:
+                return StoreReceipt(0, 0, reason)
+            settled = self._commit(batch)
+            why = reason if settled.reason is Reason.OK else settled.reason
+            if settled.kept and why is Reason.OK:
+                self._state.counts.disk_error = ""
+            return StoreReceipt(settled.blocks, sum(row.disk_bytes for row in settled.kept), why)
+        finally:
+            self._discard(batch)
+
+    def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
+        """Write files until the blocks end or something stops them."""
+        for new in blocks:
+            block = new.block
+            if not self._has_parent(batch, block):
+                return Reason.DEPENDENCY_LOST
+            with self._state.index.view() as view:
+                held = view.row(block.key)
+            row = None
+            if held is None or held.fidelity < block.fidelity:
+                created_s = block.created_s or int(self._state.clock())
+                sealed = seal(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
+                row = self._write(batch, sealed)
+                if row is None:
+                    return Reason.STORE_FULL
+            batch.entries.append((block.key, block.parent, row))
+            batch.ends[block.key] = block.start + block.n_tokens
+        return Reason.OK
+
+    def _has_parent(self, batch: _Batch, block: Block) -> bool:
+        """Whether the parent is in the index or this request. InvalidRequestError if the block does not continue it."""
+        if block.root != batch.root:
+            raise InvalidRequestError("a block of another namespace")
+        end = 0 if block.parent == batch.root else batch.ends.get(block.parent)
+        if end is None:
+            with self._state.index.view() as view:
+                parent = view.row(block.parent)
+            if parent is None:
+                return False
+            # A row with a child is never evicted before it, so its own ancestors are safe with it.
+            batch.keep.add(parent.key)
+            end = parent.start + parent.n_tokens
+        if block.start != end or end % BLOCK_TOKENS:
+            raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
+        return True
+
+    def _write(self, batch: _Batch, sealed: Sealed) -> Row | None:
+        """Make room for a blob and write it; None when there is no room."""
+        state = self._state
+        key = sealed.block.key
+        if batch.folder < 0:
+            batch.folder = key[0]
+        with state.lock:
+            # The row is no longer than the header, on pages of its own, and has four small entries beside it.
+            nbytes = disk_bytes(sealed.file_bytes) + disk_bytes(len(sealed.header)) + disk_bytes(1)
+            if not self._room.make(nbytes, batch.keep):
+                return None
+            seq, state.next_seq = state.next_seq, state.next_seq + 1
+            state.in_flight[blob_name(key, seq)] = nbytes
+            state.ledger.add("pending", nbytes)
+        row = pack_row(replace(sealed.block, namespace=b""), batch.folder, seq, len(sealed.header), sealed.file_bytes)
+        try:
+            self._make_folder(batch.folder)
+            parts = (memoryview(sealed.header), *sealed.payload)
+            write_durably(state.fs, str(state.directory.path(row)), parts, state.sync)
+        except BaseException as error:
+            self._end_flight(row)
+            if not isinstance(error, OSError):
+                raise
+            self._demand_full(error)
+            return None
+        return row
+
+    def _make_folder(self, number: int) -> None:
+        path = self._state.directory.folder(number)
+        if path.is_dir():
+            return
+        with contextlib.suppress(FileExistsError):
+            self._state.fs.mkdir(str(path))
+        if self._state.sync:
+            self._state.fs.fsync_dir(str(self._state.directory.blobs))
+
+    def _demand_full(self, error: OSError | StoreFullError) -> None:
+        """Note that the disk is full; DirectoryError if the error is about something else."""
+        if isinstance(error, OSError) and error.errno not in _FULL:
+            raise DirectoryError(f"cannot write to {self._state.directory.root}: {error}") from error
+        self._state.counts.disk_error = f"the disk refused a write: {error}"
+
+    def _commit(self, batch: _Batch) -> _Settled:
+        """One directory sync and one index commit for everything that was written."""
+        state = self._state
+        written = bool(batch.rows())
+        try:
+            if written and state.sync:
+                state.fs.fsync_dir(str(state.directory.folder(batch.folder)))
+            with state.lock:
+                with state.edit(dry_run=not written) as edit:
+                    settled = self._settle(edit, batch)
+                self._after_commit(batch, settled)
+            if settled.kept and state.options.durability == "full":
+                # After the commit: blobs and index went to the drive in this order, and now both leave its cache.
+                state.fs.flush_drive(str(state.index.path / "data.mdb"))
+        except (OSError, StoreFullError) as error:
+            self._demand_full(error)
+            return _Settled(reason=Reason.STORE_FULL)
+        # The index may have grown by more than was set aside. Others go before what was just stored.
+        own = {row.key for row in settled.kept}
+        if not self._room.make(0, batch.keep | own):
+            self._room.make(0)
+        return settled
+
+    def _settle(self, edit: Edit, batch: _Batch) -> _Settled:
+        """Put the rows of a batch as far as the index still bears them out."""
+        settled = _Settled()
+        stamp = self._state.now()
+        for key, parent, row in batch.entries:
+            if (parent != batch.root and edit.value(parent) is None) or (row is None and edit.value(key) is None):
+                settled.reason = Reason.DEPENDENCY_LOST
+                break
+            if row is not None and not is_covered(edit, row):
+                for old in replaced_by(edit, row):
+                    edit.remove(old)
+                    settled.replaced.append(old)
+                edit.put(row, stamp)
+                settled.kept.append(row)
+            settled.blocks += 1
+        edit.put_namespace(batch.root, batch.record)
+        edit.set_meta("next_seq", self._state.next_seq)
+        self._state.write_touches(edit)
+        return settled
+
+    def _after_commit(self, batch: _Batch, settled: _Settled) -> None:
+        """Names are no longer in flight, what was replaced is unlinked."""
+        state = self._state
+        if settled.kept:
+            state.namespaces.setdefault(batch.root, NamespaceInfo.from_record(batch.record))
+        for row in settled.kept:
+            self._end_flight(row)
+            state.counts.written_bytes += row.disk_bytes
+            state.forget_lost(row.key)
+        # A request may hold one key twice: what it replaced of its own is unlinked with what was not kept.
+        own = {(row.key, row.seq) for row in settled.kept}
+        state.unlink_unless_leased([row for row in settled.replaced if (row.key, row.seq) not in own])
+
+    def _end_flight(self, row: Row) -> None:
+        with self._state.lock:
+            nbytes = self._state.in_flight.pop(blob_name(row.key, row.seq), 0)
+            self._state.ledger.add("pending", -nbytes)
+
+    def _discard(self, batch: _Batch) -> None:
+        """Unlink what a request wrote and no row names. A commit that failed may have happened: the index decides."""
+        state = self._state
+        for row in batch.rows():
+            with state.lock:
+                if blob_name(row.key, row.seq) not in state.in_flight:
+                    continue
+                try:
+                    with state.index.view() as view:
+                        named = view.row(row.key)
+                except KVStoreError:
+                    continue
+                if named is None or named.seq != row.seq:
+                    state.unlink([row])
+                else:
+                    state.namespaces.setdefault(batch.root, NamespaceInfo.from_record(batch.record))
+                self._end_flight(row)

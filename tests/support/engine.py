@@ -1,0 +1,185 @@
+"""Tiny namespaces and blocks for engine tests: numpy only, a few bytes a token, values that follow from tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, count_tokens, pack_tokens
+from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, StoreReceipt
+from kvstore.files import FileReader
+from kvstore.keys import Namespace, block_key
+from kvstore.layers import LayerSpec, Layout, PartSpec
+
+LAYOUT = Layout((LayerSpec(PartSpec(1, 2, "F32"), PartSpec(1, 2, "F32")),) * 2)
+
+
+def namespace(name: str = "weights") -> Namespace:
+    """A namespace of two layers with eight bytes a part, layer and token."""
+    return Namespace(weights=name.encode(), layout=LAYOUT, dtype="F32", engine="test 1", alias=name)
+
+
+def values(tokens: bytes, fill_bytes: int) -> np.ndarray:
+    """Bytes that only these tokens have."""
+    seed = int.from_bytes(hashlib.sha256(tokens).digest()[:8], "little")
+    return np.random.default_rng(seed).integers(0, 256, fill_bytes, dtype=np.uint8)
+
+
+def new_block(
+    root: bytes, parent: bytes, start: int, tokens: bytes, fidelity: int = FIDELITY_EXACT, layout: Layout = LAYOUT
+) -> NewBlock:
+    """A raw block of packed tokens."""
+    n_tokens = count_tokens(tokens)
+    run = Run(n_tokens, 0, n_tokens, fidelity, layout.raw_stacks)
+    block = Block(root, parent, block_key(parent, tokens), start, tokens, fidelity, (run,))
+    buffers = [
+        values(tokens + bytes([number]), len(stack.layers) * tensor.layer_bytes(n_tokens))
+        for number, (stack, tensor) in enumerate((s, t) for s in layout.raw_stacks for t in s.tensors)
+    ]
+    return NewBlock(block, buffers)
+
+
+def sequence(
+    ns: Namespace, tokens: Sequence[int] | bytes, start: int = 0, fidelity: int = FIDELITY_EXACT
+) -> list[NewBlock]:
+    """Blocks and tail of a sequence, from the block that starts at `start` on."""
+    packed = pack_tokens(tokens)
+    parent, blocks = ns.root, []
+    step = BLOCK_TOKENS * TOKEN_BYTES
+    for at in range(0, len(packed), step):
+        new = new_block(ns.root, parent, at // TOKEN_BYTES, packed[at : at + step], fidelity)
+        parent = new.block.key
+        if at // TOKEN_BYTES >= start:
+            blocks.append(new)
+    return blocks
+
+
+def options(**changes: Any) -> EngineOptions:
+    """Options with room for everything."""
+    return EngineOptions(**{"budget_bytes": 1 << 30, **changes})
+
+
+def put(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> StoreReceipt:
+    """Store a whole sequence."""
+    return engine.store(ns.to_record(), sequence(ns, tokens, **details))
+
+
+def find(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> Match:
+    """Match a whole sequence, verifying that what it names is on disk and belongs to these tokens."""
+    packed = pack_tokens(tokens)
+    match = engine.match(ns.root, packed, **details)
+    demand_right(engine, match, packed)
+    return match
+
+
+def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
+    """Every slice has the tokens asked for, and its file the values of its own tokens."""
+    at = 0
+    with FileReader(engine.sources(match.slices), open_max=4) as reader:
+        for number, part in enumerate(match.slices):
+            width = part.take * TOKEN_BYTES
+            assert part.row.tokens[:width] == packed[at : at + width]
+            at += width
+            expected = new_block(part.row.root, part.row.parent, part.row.start, part.row.tokens).buffers
+            for buffer, stack in zip(expected, part.row.block.runs[0].stacks, strict=True):
+                got = bytearray(len(memoryview(buffer)))
+                reader.readinto(number, stack.tensors[0].offset, [memoryview(got)])
+                assert bytes(got) == bytes(memoryview(buffer))
+    assert at == match.n_tokens * TOKEN_BYTES
+
+
+def disk_usage(data_dir: Path) -> int:
+    """What `du` says of the files, without lock, tag and folders."""
+    counted = [path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir]
+    return sum(path.stat().st_blocks * 512 for path in counted)
+
+
+def blob_paths(data_dir: Path) -> set[Path]:
+    """All files in the blob folders."""
+    return {path for path in (data_dir / "blobs.noindex").rglob("*") if path.is_file()}
+
+
+def demand_sound(engine: Engine) -> None:
+    """No finding, every file has its row, and the counter is what the disk says."""
+    assert engine.check().findings == []
+    rows = engine.list_blocks(limit=1 << 30)
+    root = engine.staging_dir.parent
+    assert blob_paths(root) == {info.path for info in rows}
+    assert engine.used_bytes == disk_usage(root)
+
+
+class Stopped(BaseException):
+    """The process is dead from here on."""
+
+
+class RecordingFs(Fs):
+    """Counts and names every call; at call number `at` does `strike`, which may raise."""
+
+    def __init__(self, at: int = -1, strike: Callable[[], None] | None = None) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self._at = at
+        self._strike = strike
+        self.dead = False
+
+    def _note(self, name: str, what: object = "") -> None:
+        if self.dead:
+            raise Stopped
+        self.calls.append((name, os.path.basename(str(what))))
+        if len(self.calls) - 1 == self._at and self._strike is not None:
+            self._strike()
+
+    def open(self, path: str, flags: int, mode: int) -> int:
+        self._note("open", path)
+        return super().open(path, flags, mode)
+
+    def write(self, fd: int, data: memoryview) -> int:
+        self._note("write")
+        return super().write(fd, data[: max(1, len(data) // 2)])
+
+    def fsync(self, fd: int) -> None:
+        self._note("fsync")
+        super().fsync(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        self._note("rename", target)
+        super().rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        self._note("unlink", path)
+        super().unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        self._note("mkdir", path)
+        super().mkdir(path)
+
+    def fsync_dir(self, path: str) -> None:
+        self._note("fsync_dir", path)
+        super().fsync_dir(path)
+
+    def flush_drive(self, path: str) -> None:
+        self._note("flush_drive", path)
+        super().flush_drive(path)
+
+    def commit(self, commit: Callable[[], None]) -> None:
+        self._note("commit")
+        super().commit(commit)
+
+
+class StoppingFs(RecordingFs):
+    """Copies the data directory at call number `at`, as a machine would find it after SIGKILL, and is dead then."""
+
+    def __init__(self, at: int, data_dir: Path, snapshot: Path) -> None:
+        super().__init__(at, self._stop)
+        self._data_dir = data_dir
+        self._snapshot = snapshot
+
+    def _stop(self) -> None:
+        shutil.copytree(self._data_dir, self._snapshot)
+        self.dead = True
+        raise Stopped

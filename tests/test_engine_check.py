@@ -1,0 +1,220 @@
+"""Damage: found, told apart, quarantined or repaired, online and offline; never served."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.engine import Engine, check_directory
+from kvstore.engine.rows import Row
+from kvstore.errors import CorruptDataError, DirectoryHeldError, UnknownFormatError
+from tests.support.engine import blob_paths, demand_sound, disk_usage, find, namespace, options, put
+
+NS = namespace()
+LONG = list(range(900))
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one byte, and nothing that a directory listing shows."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def paths_of(engine: Engine, tokens: list[int] = LONG) -> list[Path]:
+    """The files of a sequence."""
+    return [engine.path(part.row) for part in engine.match(NS.root, pack_tokens(tokens)).slices]
+
+
+def test_a_damaged_blob_is_quarantined_with_what_comes_after_it(tmp_path: Path) -> None:
+    """Once somebody reports it: the hit gets shorter, the reason says why, the file is kept for a look."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        rows = [part.row for part in find(engine, NS, LONG).slices]
+        assert not engine.recheck(rows[1].key) and not engine.recheck(bytes(32))
+        flip(engine.path(rows[1]))
+        with pytest.raises(CorruptDataError), Engine.open(tmp_path / "elsewhere", options()):
+            raise CorruptDataError("as a reader would")
+        assert engine.recheck(rows[1].key)
+        assert not engine.recheck(rows[1].key)
+        match = find(engine, NS, LONG)
+        assert (match.n_tokens, match.reason) == (BLOCK_TOKENS, Reason.CORRUPT)
+        assert engine.stats().quarantined == 1 and engine.stats().quarantine_bytes > 0
+        demand_sound(engine)
+        assert put(engine, NS, LONG).reason is Reason.OK
+        assert find(engine, NS, LONG).n_tokens == 900
+
+
+@pytest.mark.parametrize("how", ["missing", "short", "header", "link"])
+def test_every_kind_of_damage_is_found_by_a_recheck(tmp_path: Path, how: str) -> None:
+    """Gone, cut, a wrong header, something else under its name."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        row = find(engine, NS, LONG).slices[3].row
+        path = engine.path(row)
+        if how == "header":
+            flip(path, 100)
+        elif how == "short":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            path.rename(tmp_path / "away")
+            if how == "link":
+                path.symlink_to(tmp_path / "away")
+        assert engine.recheck(row.key)
+        assert find(engine, NS, LONG).n_tokens == 768
+        demand_sound(engine)
+
+
+def test_quarantine_is_bounded_and_counted(tmp_path: Path) -> None:
+    """The oldest go; the rest is part of what the directory costs."""
+    with Engine.open(tmp_path / "data", options(quarantine_files_max=3)) as engine:
+        for name in range(6):
+            put(engine, NS, [name] * 20)
+            row = find(engine, NS, [name] * 20).slices[0].row
+            flip(engine.path(row))
+            assert engine.recheck(row.key)
+        assert engine.stats().quarantined == 3
+        assert engine.used_bytes == disk_usage(tmp_path / "data")
+
+
+def damage_missing(engine: Engine) -> None:
+    paths_of(engine)[2].unlink()
+
+
+def damage_corrupt(engine: Engine) -> None:
+    flip(paths_of(engine)[2])
+
+
+def damage_stray(engine: Engine) -> None:
+    path = paths_of(engine)[2]
+    shutil.copy(path, path.parent / f"{'ab' * 32}-9.safetensors")
+    (path.parent / "left.safetensors.tmp").write_bytes(b"torn")
+
+
+def damage_row(engine: Engine) -> None:
+    row = engine.match(NS.root, pack_tokens(LONG)).slices[2].row
+    with engine._state.index.edit() as edit:
+        edit.remove(row)
+
+
+def damage_counters(engine: Engine) -> None:
+    with engine._state.index.edit() as edit:
+        edit._txn.drop(edit._db["usage"], delete=False)
+
+
+def damage_order(engine: Engine) -> None:
+    with engine._state.index.edit() as edit:
+        edit._txn.drop(edit._db["order"], delete=False)
+        edit._txn.drop(edit._db["access"], delete=False)
+
+
+DAMAGES: list[tuple[Callable[[Engine], None], set[str], int]] = [
+    (damage_missing, {"missing_blob"}, 512),
+    (damage_corrupt, {"corrupt_blob"}, 512),
+    (damage_stray, {"stray_blob", "corrupt_blob"}, 900),
+    (damage_row, {"stray_blob", "missing_parent", "size"}, 768),
+    (damage_counters, {"size"}, 900),
+    (damage_order, {"row"}, 900),
+]
+
+
+@pytest.mark.parametrize("online", [True, False])
+@pytest.mark.parametrize(("damage", "kinds", "left"), DAMAGES)
+def test_a_check_finds_damage_and_a_repair_mends_it(
+    tmp_path: Path, damage: Callable[[Engine], None], kinds: set[str], left: int, online: bool
+) -> None:
+    """The same walk for a running engine and a directory nobody holds; without repair nothing changes."""
+    engine = Engine.open(tmp_path / "data", options())
+    put(engine, NS, LONG)
+    damage(engine)
+
+    def check(repair: bool) -> set[str]:
+        report = engine.check(repair) if online else check_directory(tmp_path / "data", repair)
+        assert bool(report.repaired) == (repair and bool(report.findings))
+        return {finding.kind for finding in report.findings}
+
+    if not online:
+        engine.close()
+    files = blob_paths(tmp_path / "data")
+    assert check(False) & kinds and check(False) <= kinds
+    assert blob_paths(tmp_path / "data") == files
+    assert check(True) <= kinds
+    assert check(False) == set()
+    if not online:
+        engine = Engine.open(tmp_path / "data", options())
+    assert find(engine, NS, LONG).n_tokens == left
+    demand_sound(engine)
+    assert put(engine, NS, LONG).reason is Reason.OK
+    engine.close()
+
+
+def test_a_repair_rebuilds_a_deleted_index_offline(tmp_path: Path) -> None:
+    """Every sound blob gets its row back."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+    shutil.rmtree(tmp_path / "data" / "index")
+    report = check_directory(tmp_path / "data", repair=True)
+    assert report.repaired >= 4 and report.blobs == 4
+    assert check_directory(tmp_path / "data").findings == []
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert find(engine, NS, LONG).n_tokens == 900
+        demand_sound(engine)
+
+
+def test_an_unreadable_index_is_a_finding_and_a_repair_replaces_it(tmp_path: Path) -> None:
+    """Offline, where it can be set aside."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+    index = tmp_path / "data" / "index" / "data.mdb"
+    index.write_bytes(b"\xff" * index.stat().st_size)
+    assert [finding.kind for finding in check_directory(tmp_path / "data").findings] == ["row"]
+    assert check_directory(tmp_path / "data", repair=True).repaired
+    assert check_directory(tmp_path / "data").findings == []
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert find(engine, NS, LONG).n_tokens == 900
+
+
+def test_an_offline_check_needs_the_directory_for_itself(tmp_path: Path) -> None:
+    """A running engine holds it; a directory that is not there is a finding."""
+    with Engine.open(tmp_path / "data", options()), pytest.raises(DirectoryHeldError):
+        check_directory(tmp_path / "data")
+    assert check_directory(tmp_path / "nothing").findings and not (tmp_path / "nothing").exists()
+
+
+def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
+    """A check says so; a rebuild refuses rather than lose it."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        path = paths_of(engine)[3]
+    data = path.read_bytes().replace(b'"version":"1"', b'"version":"9"')
+    path.write_bytes(data)
+    shutil.rmtree(tmp_path / "data" / "index")
+    kinds = {finding.kind for finding in check_directory(tmp_path / "data", repair=True).findings}
+    assert kinds == {"stray_blob", "unknown_format"} and path.exists()
+    shutil.rmtree(tmp_path / "data" / "index")
+    with pytest.raises(UnknownFormatError, match=path.name):
+        Engine.open(tmp_path / "data", options())
+    assert path.exists()
+
+
+def test_a_rebuild_keeps_the_better_of_two_and_drops_what_cannot_be_reached(tmp_path: Path) -> None:
+    """Old and new file of one key after a crash between commit and unlink; a child without its parent."""
+    saved: dict[Path, bytes] = {}
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG, fidelity=400)
+        saved.update({path: path.read_bytes() for path in paths_of(engine)[:1]})
+        put(engine, NS, LONG, fidelity=900)
+        orphan: Row = find(engine, NS, LONG).slices[2].row
+        paths_of(engine)[1].unlink()
+    for path, data in saved.items():
+        path.write_bytes(data)
+    shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options()) as engine:
+        match = find(engine, NS, LONG)
+        assert (match.n_tokens, match.fidelity) == (256, 900)
+        assert not engine.path(orphan).exists()
+        demand_sound(engine)

@@ -1,0 +1,230 @@
+"""Stopped or refused at every single call: nothing that was acknowledged is lost, nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import Reason, pack_tokens
+from kvstore.engine import Engine, Selection
+from kvstore.engine.directory import Hold
+from kvstore.errors import DirectoryError, KVStoreError
+from tests.support.engine import (
+    RecordingFs,
+    Stopped,
+    StoppingFs,
+    blob_paths,
+    demand_sound,
+    find,
+    namespace,
+    options,
+    put,
+)
+
+NS = namespace()
+KEPT = list(range(300))
+GROWN = list(range(600))
+EVICTED = [-1, *range(600)]
+
+
+def prepare(data_dir: Path) -> None:
+    """A directory with two acknowledged sequences."""
+    with Engine.open(data_dir, options()) as engine:
+        put(engine, NS, KEPT)
+        put(engine, NS, EVICTED)
+
+
+def work(engine: Engine) -> None:
+    """A store that replaces a tail, an eviction, and a store that must make room."""
+    put(engine, NS, GROWN)
+    engine.evict(Selection(key_prefix=find(engine, NS, EVICTED).slices[0].row.key))
+    put(engine, NS, [-2, *range(400)])
+    engine.close()
+
+
+def count_calls(tmp_path: Path) -> int:
+    """How many calls the work makes when nothing goes wrong."""
+    prepare(tmp_path / "count")
+    fs = RecordingFs()
+    work(Engine.open(tmp_path / "count", options(), fs))
+    return len(fs.calls)
+
+
+def demand_nothing_lost(data_dir: Path) -> None:
+    """What was acknowledged before the work began is there; what is there is sound; and it can go on."""
+    with Engine.open(data_dir, options()) as engine:
+        demand_sound(engine)
+        assert find(engine, NS, KEPT).n_tokens == 300
+        assert find(engine, NS, EVICTED).n_tokens in (0, 256, 512, 601)
+        assert put(engine, NS, GROWN).reason is Reason.OK
+        assert find(engine, NS, GROWN).n_tokens == 600
+        demand_sound(engine)
+
+
+def test_a_stop_at_any_call_loses_and_leaks_nothing(tmp_path: Path) -> None:
+    """The directory as it is at that moment, opened by a new engine."""
+    total = count_calls(tmp_path)
+    assert total > 30
+    for at in range(total):
+        data_dir, snapshot = tmp_path / f"d{at}", tmp_path / f"s{at}"
+        prepare(data_dir)
+        engine = Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot))
+        with pytest.raises(Stopped):
+            work(engine)
+        demand_nothing_lost(snapshot)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EPERM])
+def test_an_error_at_any_call_loses_and_leaks_nothing(tmp_path: Path, code: int) -> None:
+    """The engine lives on: a full disk is STORE_FULL, anything else a typed error; then all goes on."""
+
+    def strike() -> None:
+        raise OSError(code, os.strerror(code))
+
+    for at in range(count_calls(tmp_path)):
+        data_dir = tmp_path / f"{code}-{at}"
+        prepare(data_dir)
+        fs = RecordingFs(at, strike)
+        engine = Engine.open(data_dir, options(), fs)
+        with contextlib.ExitStack() as expected:
+            if code == errno.EPERM:
+                expected.enter_context(contextlib.suppress(DirectoryError))
+            receipt = put(engine, NS, GROWN)
+            assert receipt.reason in (Reason.OK, Reason.STORE_FULL)
+            assert find(engine, NS, GROWN).n_tokens >= (600 if receipt.reason is Reason.OK else 300)
+            assert bool(engine.stats().degraded) == (receipt.reason is Reason.STORE_FULL)
+        assert engine.stats().pending_bytes == 0
+        assert find(engine, NS, KEPT).n_tokens == 300
+        assert put(engine, NS, GROWN).reason is Reason.OK
+        assert engine.stats().degraded == ""
+        engine.check(repair=True)
+        demand_sound(engine)
+        engine.close()
+        demand_nothing_lost(data_dir)
+
+
+def test_a_start_that_stops_at_any_call_can_be_repeated(tmp_path: Path) -> None:
+    """Recovery itself is interrupted, again and again, until one gets through."""
+    source = tmp_path / "source"
+    prepare(source)
+    engine = Engine.open(source, options())
+    put(engine, NS, GROWN)
+    crashed = tmp_path / "crashed"
+    shutil.copytree(source, crashed)
+    engine.close()
+    for path in sorted(blob_paths(crashed))[:1]:
+        (path.parent / (path.name + ".tmp")).write_bytes(b"torn")
+    for at in range(100):
+        data_dir, snapshot = tmp_path / f"d{at}", tmp_path / f"s{at}"
+        shutil.copytree(crashed, data_dir)
+        try:
+            Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot)).close()
+        except Stopped:
+            demand_nothing_lost(snapshot)
+        else:
+            break
+    assert 0 < at < 99
+
+
+def crashed_copy(engine: Engine, target: Path) -> Path:
+    """The directory as SIGKILL would leave it now."""
+    shutil.copytree(engine.staging_dir.parent, target)
+    return target
+
+
+def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(tmp_path: Path) -> None:
+    """With everything after them; what is whole stays."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(900)))
+        put(engine, NS, [*KEPT[:100], -5])
+        lost = engine.path(find(engine, NS, list(range(900))).slices[1].row)
+        copy = crashed_copy(engine, tmp_path / "copy")
+    (copy / lost.relative_to(tmp_path / "data")).unlink()
+    (copy / "blobs.noindex" / "00").mkdir(exist_ok=True, mode=0o700)
+    (copy / "blobs.noindex" / "00" / f"{'0' * 64}-77.safetensors").write_bytes(b"stray")
+    (copy / "blobs.noindex" / "00" / f"{'0' * 64}-78.safetensors.tmp").write_bytes(b"torn")
+    with Engine.open(copy, options()) as engine:
+        assert find(engine, NS, list(range(900))).n_tokens == 256
+        assert find(engine, NS, [*KEPT[:100], -5]).n_tokens == 101
+        demand_sound(engine)
+
+
+def test_without_syncs_an_unclean_stop_verifies_every_blob(tmp_path: Path) -> None:
+    """Torn blobs go to quarantine, the index is made anew from the rest."""
+    with Engine.open(tmp_path / "data", options(durability="none")) as engine:
+        put(engine, NS, list(range(900)))
+        torn = engine.path(find(engine, NS, list(range(900))).slices[2].row)
+        copy = crashed_copy(engine, tmp_path / "copy")
+    path = copy / torn.relative_to(tmp_path / "data")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with Engine.open(copy, options()) as engine:
+        assert find(engine, NS, list(range(900))).n_tokens == 512
+        assert engine.stats().quarantined == 1
+        demand_sound(engine)
+
+
+def test_a_clean_stop_is_trusted_and_an_unreadable_lock_file_is_not(tmp_path: Path) -> None:
+    """After a clean stop nothing is read; words that cannot be read mean the worst."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(300)))
+        path = engine.path(find(engine, NS, list(range(300))).slices[0].row)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert engine.match(NS.root, pack_tokens(range(300))).n_tokens == 300
+    (tmp_path / "data" / "lock").write_bytes(b'{"pid": 1, "cle')
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert find(engine, NS, list(range(300))).n_tokens == 0
+        assert engine.stats().quarantined == 1
+        demand_sound(engine)
+
+
+def test_a_lock_file_says_how_the_last_holder_ended(tmp_path: Path) -> None:
+    """Fresh, running, clean."""
+    seen = []
+    with Engine.open(tmp_path / "data", options(durability="full")) as engine:
+        copy = crashed_copy(engine, tmp_path / "copy")
+    for root in (copy, tmp_path / "data"):
+        with Hold(engine._state.directory.__class__(root)) as hold:
+            seen.append((hold.previous["clean"], hold.previous["durability"]))
+    assert seen == [(False, "full"), (True, "full")]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "zeros", "empty", "half"])
+def test_an_index_that_cannot_be_read_is_made_anew(tmp_path: Path, damage: str) -> None:
+    """From blob headers; the damaged one is kept for a look."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(600)))
+    path = tmp_path / "data" / "index" / "data.mdb"
+    data = path.read_bytes()
+    path.write_bytes(
+        {"garbage": os.urandom(len(data)), "zeros": bytes(len(data)), "empty": b"", "half": data[:8192]}[damage]
+    )
+    try:
+        with Engine.open(tmp_path / "data", options()) as engine:
+            assert find(engine, NS, list(range(600))).n_tokens == 600
+            assert engine.check().findings == []
+    except KVStoreError as error:
+        pytest.fail(f"{damage}: {error!r}")
+
+
+def test_a_deleted_index_is_rebuilt_at_start(tmp_path: Path) -> None:
+    """Blobs say everything about themselves."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(600)))
+        put(engine, namespace("b"), list(range(10)))
+        before = {(info.row.key, info.path) for info in engine.list_blocks()}
+    shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert {(info.row.key, info.path) for info in engine.list_blocks()} == before
+        assert {info.alias for info in engine.namespaces()} == {"weights", "b"}
+        assert put(engine, NS, list(range(700))).reason is Reason.OK
+        demand_sound(engine)

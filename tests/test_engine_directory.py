@@ -1,0 +1,106 @@
+"""Where the data may lie: ours alone, on the right disk, or refused with cause and fix."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from kvstore.engine import Engine, directory
+from kvstore.engine.blobs import Fs
+from kvstore.errors import DirectoryError
+from tests.support.engine import options
+
+
+def refused(path: Path) -> str:
+    """The message with which a directory is refused."""
+    with pytest.raises(DirectoryError) as caught:
+        Engine.open(path, options())
+    return str(caught.value)
+
+
+def test_a_fresh_directory_is_made_private_and_tagged(tmp_path: Path) -> None:
+    """0700, with the tag by which backups know a cache."""
+    Engine.open(tmp_path / "data", options()).close()
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
+    assert (tmp_path / "data" / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
+    names = {path.name for path in (tmp_path / "data").iterdir()}
+    assert names == {"CACHEDIR.TAG", "blobs.noindex", "index", "lock", "quarantine", "staging"}
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o750, 0o701, 0o777])
+def test_a_directory_that_others_can_reach_is_refused_with_the_fix(tmp_path: Path, mode: int) -> None:
+    """The message is the command; nothing is changed."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data").chmod(mode)
+    assert f"chmod 700 {tmp_path / 'data'}" in refused(tmp_path / "data")
+    assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == mode
+    assert list((tmp_path / "data").iterdir()) == []
+    (tmp_path / "data").chmod(0o700)
+    Engine.open(tmp_path / "data", options()).close()
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Naming both users."""
+    Engine.open(tmp_path / "data", options()).close()
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    assert "4711" in refused(tmp_path / "data")
+
+
+def test_a_directory_whose_parent_is_missing_is_refused_outside_of_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on a volume that is not mounted; below the home directory it is made."""
+    message = refused(tmp_path / "volume" / "data")
+    assert "mount" in message and f"mkdir -p {tmp_path / 'volume'}" in message
+    assert not (tmp_path / "volume").exists()
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    Engine.open(tmp_path / "home" / ".local" / "share" / "kvstore", options()).close()
+
+
+def test_a_volume_that_is_not_mounted_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS the folder under /Volumes may exist on the boot disk; a link to a mounted volume is fine."""
+    monkeypatch.setattr(directory, "VOLUMES", tmp_path)
+    (tmp_path / "Disk").mkdir()
+    assert "not mounted" in refused(tmp_path / "Disk" / "data")
+    assert "not mounted" in refused(tmp_path / "Gone" / "data")
+    assert list((tmp_path / "Disk").iterdir()) == []
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    Engine.open(tmp_path / "Disk" / "data", options()).close()
+
+
+def test_a_volume_without_modes_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FAT and exFAT behave: whatever mode is asked for, all may read."""
+    real = os.mkdir
+    monkeypatch.setattr(Fs, "mkdir", lambda self, path: real(path, 0o755))
+    assert "exFAT" in refused(tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    (tmp_path / "old").mkdir(mode=0o755)
+    monkeypatch.setattr(directory.tempfile, "mkdtemp", lambda prefix, dir: real(f"{dir}/p", 0o755) or f"{dir}/p")
+    assert "exFAT" in refused(tmp_path / "old")
+
+
+def test_things_that_are_in_the_way_are_named(tmp_path: Path) -> None:
+    """A file where the directory or one of its folders should be, a link where the lock should be."""
+    (tmp_path / "file").write_bytes(b"")
+    assert "not a directory" in refused(tmp_path / "file")
+    (tmp_path / "data").mkdir(mode=0o700)
+    (tmp_path / "data" / "index").write_bytes(b"")
+    assert "index is not a directory" in refused(tmp_path / "data")
+    (tmp_path / "data" / "index").unlink()
+    (tmp_path / "data" / "lock").unlink()
+    (tmp_path / "data" / "lock").symlink_to(tmp_path / "file")
+    assert "lock" in refused(tmp_path / "data")
+
+
+def test_a_refused_start_lets_go_of_the_lock(tmp_path: Path) -> None:
+    """The next try, with the cause removed, works in the same process."""
+    Engine.open(tmp_path / "data", options()).close()
+    (tmp_path / "data" / "staging").rmdir()
+    (tmp_path / "data" / "staging").write_bytes(b"")
+    refused(tmp_path / "data")
+    (tmp_path / "data" / "staging").unlink()
+    Engine.open(tmp_path / "data", options()).close()

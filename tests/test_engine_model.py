@@ -1,0 +1,125 @@
+"""The engine against a dictionary: whatever is stored, evicted and reopened, a match is the longest common prefix."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import chain
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, common_tokens, pack_tokens
+from kvstore.engine import Engine, Selection
+from kvstore.engine.matching import best_child
+from kvstore.engine.rows import Code, common_bytes
+from tests.support.engine import demand_sound, find, namespace, new_block, options, put
+
+NS = namespace()
+# Segments of which sequences are made: few, so that prefixes are shared, with the ids that codes treat differently.
+SEGMENTS = [
+    [0],
+    [0, 0, 0],
+    [5, -1],
+    [(1 << 63) - 1] * 3,
+    [(1 << 23) - 1, 1 << 23],
+    list(range(100)),
+    list(range(100, 255)),
+    list(range(1000, 1000 + BLOCK_TOKENS)),
+    [7] * 157,
+]
+SEQUENCES = st.lists(st.sampled_from(SEGMENTS), min_size=1, max_size=5).map(
+    lambda parts: list(chain.from_iterable(parts))
+)
+ACTIONS = st.one_of(
+    st.tuples(st.just("store"), SEQUENCES),
+    st.tuples(st.just("match"), SEQUENCES),
+    st.tuples(st.just("evict"), st.integers(1, 40_000)),
+    st.tuples(st.just("evict_tree"), st.integers(0, 100)),
+    st.tuples(st.just("reopen"), st.just(None)),
+)
+
+
+def stored_sequences(engine: Engine) -> list[bytes]:
+    """The whole token sequence that ends with each row."""
+    rows = {info.row.key: info.row for info in engine.list_blocks(limit=10_000)}
+    found = []
+    for row in rows.values():
+        tokens = row.tokens
+        while row.parent != NS.root:
+            row = rows[row.parent]
+            tokens = row.tokens + tokens
+        found.append(tokens)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(ACTIONS, min_size=1, max_size=10))
+def test_a_match_is_the_longest_common_prefix_of_what_is_stored(actions: list[tuple[str, object]]) -> None:
+    """Against every stored sequence by brute force, and, as long as nothing was evicted, against what was given."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.open(Path(folder) / "data", options(durability="none"))
+        given_sequences: list[bytes] = []
+        evicted = False
+        for name, detail in actions:
+            if name == "store" and isinstance(detail, list):
+                assert put(engine, NS, detail).reason is Reason.OK
+                given_sequences.append(pack_tokens(detail))
+                assert find(engine, NS, detail).n_tokens == len(detail)
+            elif name == "evict" and isinstance(detail, int):
+                evicted |= engine.evict(Selection(bytes=detail)).blocks > 0
+            elif name == "evict_tree" and isinstance(detail, int):
+                rows = engine.list_blocks()
+                if rows:
+                    row = rows[detail % len(rows)].row
+                    evicted |= engine.evict(Selection(key_prefix=row.key)).blocks > 0
+            elif name == "reopen":
+                engine.close()
+                engine = Engine.open(Path(folder) / "data", options(durability="none"))
+            elif isinstance(detail, list):
+                query = pack_tokens(detail)
+                expected = max((common_tokens(query, each) for each in stored_sequences(engine)), default=0)
+                match = find(engine, NS, detail)
+                assert match.n_tokens == expected
+                assert (match.reason is Reason.OK) == (expected == len(detail))
+                if not evicted:
+                    assert expected == max((common_tokens(query, each) for each in given_sequences), default=0)
+        demand_sound(engine)
+        engine.close()
+
+
+TAILS = st.lists(
+    st.lists(st.sampled_from([0, 1, -1, 1 << 23, (1 << 63) - 1, -(1 << 63)]), min_size=1, max_size=6), max_size=25
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TAILS, TAILS)
+def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], queries: list[list[int]]) -> None:
+    """Zeros, which look like the seq that ends an entry, and ids with long codes included."""
+    with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "d", options(durability="none")) as engine:
+        for tail in tails:
+            engine.store(NS.to_record(), [new_block(NS.root, NS.root, 0, pack_tokens(tail))])
+        kept = [info.row.tokens for info in engine.list_blocks()]
+        packed = {pack_tokens(tail) for tail in tails}
+        assert set(kept) == {a for a in packed if not any(a != b and b.startswith(a) for b in packed)}
+        with engine._state.index.view() as view:
+            for query in map(pack_tokens, queries):
+                _, take, low = best_child(view, NS.root, query, 0)
+                assert take == max((common_tokens(query, each) for each in kept), default=0)
+                assert low == 0
+
+
+TOKENS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(0, 300), max_size=200).map(pack_tokens)
+
+
+@given(TOKENS, TOKENS)
+def test_codes_share_bytes_exactly_as_far_as_tokens_agree(a: bytes, b: bytes) -> None:
+    """So far as they are not cut: the order of entries is the order of shared tokens."""
+    one, two = Code.of(a), Code.of(b)
+    shared = min(common_tokens(a, b), len(one.ends), len(two.ends))
+    shared_bytes = common_bytes(one.data, two.data)
+    assert shared_bytes >= (one.ends[shared - 1] if shared else 0)
+    if shared < min(len(one.ends), len(two.ends)):
+        assert shared_bytes < one.ends[shared]
+    assert one.complete == (len(one.ends) == len(a) // TOKEN_BYTES)

@@ -1,0 +1,171 @@
+"""The bytes of a blob: held still by a golden file, canonical, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from kvstore.blocks import FIDELITY_EXACT, Block, Recipe, Run, Stack, Tensor, pack_tokens
+from kvstore.engine.blobs import read_block
+from kvstore.engine.format import HEADER_BYTES_MAX, Sealed, build_header, checked_ranges, parse_header, seal
+from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
+from kvstore.keys import block_key
+from tests.support.engine import namespace
+
+GOLDEN = Path(__file__).parent / "golden" / "block-v1.safetensors"
+
+
+def sealed_golden() -> Sealed:
+    """Two runs, one of them quantized and cut; every field of the format is used."""
+    ns = namespace("golden")
+    tokens = pack_tokens([1, -2, (1 << 63) - 1, 0, 5])
+    affine = Recipe("affine", 1, (("bits", 8), ("group", 64)))
+    codes = (Tensor("codes", "U32", 1, 1), Tensor("scales", "BF16", 1, 1), Tensor("biases", "BF16", 1, 1))
+    runs = (
+        Run(3, 0, 3, FIDELITY_EXACT, (Stack("keys", (0, 1), Recipe("raw"), (Tensor("data", "F32", 1, 2),)),)),
+        Run(4, 1, 2, 850, (Stack("keys", (0, 1), affine, codes),)),
+    )
+    block = Block(ns.root, ns.root, block_key(ns.root, tokens), 0, tokens, 850, runs, 1_700_000_000, ns.to_record())
+    sizes = [stack.nbytes(run.n_tokens) if len(stack.tensors) == 1 else 0 for run in runs for stack in run.stacks]
+    assert sizes == [48, 0]
+    buffers = [np.arange(n, dtype=np.uint8).reshape(2, -1) for n in (48, 32, 16, 16)]
+    return seal(block, buffers)
+
+
+def file_of(sealed: Sealed) -> bytes:
+    """What is written."""
+    return sealed.header + b"".join(sealed.payload)
+
+
+def test_the_bytes_of_a_blob_do_not_change() -> None:
+    """A difference here is a new format version, not a new golden file."""
+    assert file_of(sealed_golden()) == GOLDEN.read_bytes()
+
+
+def test_the_golden_blob_reads_back(tmp_path: Path) -> None:
+    """From the committed bytes to the block, checksums included."""
+    block, payload_offset, file_bytes = read_block(GOLDEN, verify=True)
+    assert block == sealed_golden().block
+    assert payload_offset % 64 == 0 and file_bytes == GOLDEN.stat().st_size
+    assert [length for _, length, _ in checked_ranges(block)] == [24, 24, 16, 16, 8, 8, 8, 8]
+
+
+def test_any_safetensors_reader_can_look_inside(tmp_path: Path) -> None:
+    """Names, shapes and dtypes are those of the format; BF16 is renamed, since numpy has none."""
+    (tmp_path / "a").write_bytes(GOLDEN.read_bytes().replace(b'"BF16"', b'"F16" '))
+    tensors = load_file(tmp_path / "a")
+    shapes = {name: (str(array.dtype), array.shape) for name, array in tensors.items()}
+    assert shapes == {
+        "r0.s0.keys.data": ("float32", (2, 1, 3, 2)),
+        "r1.s0.keys.codes": ("uint32", (2, 1, 4, 1)),
+        "r1.s0.keys.scales": ("float16", (2, 1, 4, 1)),
+        "r1.s0.keys.biases": ("float16", (2, 1, 4, 1)),
+    }
+    assert tensors["r0.s0.keys.data"].tobytes() == bytes(range(48))
+
+
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
+def test_a_changed_header_is_never_read(at: int, patch: bytes) -> None:
+    """Whatever byte of the header changes, padding included, the blob is corrupt or of an unknown format."""
+    sealed = sealed_golden()
+    header = bytearray(sealed.header)
+    at %= len(header)
+    header[at : at + len(patch)] = patch
+    changed = bytes(header)
+    if changed == sealed.header:
+        assert parse_header(changed, sealed.file_bytes) == sealed.block
+        return
+    with pytest.raises((CorruptDataError, UnknownFormatError)):
+        parse_header(changed, sealed.file_bytes)
+
+
+def test_a_changed_payload_does_not_verify(tmp_path: Path) -> None:
+    """One flipped bit anywhere in the payload is found."""
+    data = bytearray(GOLDEN.read_bytes())
+    start = len(sealed_golden().header)
+    path = tmp_path / "a"
+    for at in range(start, len(data)):
+        data[at] ^= 0x10
+        path.write_bytes(data)
+        assert read_block(path, verify=False)[0]
+        with pytest.raises(CorruptDataError, match="checksum"):
+            read_block(path, verify=True)
+        data[at] ^= 0x10
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 100, -1, 1])
+def test_a_file_of_another_length_is_corrupt(tmp_path: Path, size: int) -> None:
+    """Cut in the header, cut in the payload, or longer than it says."""
+    data = GOLDEN.read_bytes()
+    cut = data[:size] if size >= 0 and size != 1 else data[:-1] if size < 0 else data + b"x"
+    (tmp_path / "a").write_bytes(cut)
+    with pytest.raises(CorruptDataError):
+        read_block(tmp_path / "a", verify=True)
+
+
+def with_metadata(**changes: str) -> tuple[bytes, int]:
+    """The golden header with other metadata, and the file size to match."""
+    sealed = sealed_golden()
+    fields = json.loads(sealed.header[8:])
+    fields["__metadata__"].update(changes)
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    total = -(-(8 + len(text)) // 64) * 64
+    header = (total - 8).to_bytes(8, "little") + text.ljust(total - 8)
+    return header, total + sum(map(len, sealed.payload))
+
+
+def test_a_newer_format_is_refused_by_name() -> None:
+    """It may be fine; it is not ours to judge."""
+    with pytest.raises(UnknownFormatError, match="version 2"):
+        parse_header(*with_metadata(version="2"))
+
+
+def test_foreign_metadata_is_corrupt() -> None:
+    """Another format name, extra keys, a wrong checksum."""
+    for changes in ({"format": "pt"}, {"extra": "x"}, {"check": "0" * 16}, {"record": "AAAA"}, {"version": "x"}):
+        with pytest.raises(CorruptDataError):
+            parse_header(*with_metadata(**changes))
+
+
+def test_an_oversized_or_hostile_header_is_corrupt() -> None:
+    """Lengths over the limit, unaligned, or nested JSON: refused before anything is built from it."""
+    for length in (HEADER_BYTES_MAX + 56, 1 << 62, 57, 0):
+        with pytest.raises(CorruptDataError):
+            parse_header(length.to_bytes(8, "little") + b" " * 56, 1 << 40)
+    bomb = b"[" * (64 * 1000 - 8)
+    with pytest.raises(CorruptDataError):
+        parse_header(len(bomb).to_bytes(8, "little") + bomb, 64 * 1000)
+
+
+def test_blocks_that_cannot_be_are_not_sealed() -> None:
+    """Wrong buffers, a key that does not follow, a fidelity that the runs do not have: refused before writing."""
+    sealed = sealed_golden()
+    good = [bytes(view) for view in sealed.payload]
+    bare = replace(sealed.block)
+    for block, buffers in (
+        (bare, good[:-1]),
+        (bare, [*good, b"x"]),
+        (bare, [good[0] + b"x", *good[1:]]),
+        (replace(bare, key=bytes(32)), good),
+        (replace(bare, fidelity=FIDELITY_EXACT), good),
+        (replace(bare, tokens=b""), good),
+        (replace(bare, runs=bare.runs[:1]), good[:1]),
+    ):
+        with pytest.raises(InvalidRequestError):
+            seal(block, buffers)
+    with pytest.raises(InvalidRequestError, match="contiguous"):
+        seal(bare, [np.zeros((4, 24), np.uint8)[:, ::2], *good[1:]])
+
+
+def test_a_header_over_the_limit_is_refused_when_built() -> None:
+    """What a reader would refuse is not written."""
+    block = replace(sealed_golden().block, namespace=bytes(HEADER_BYTES_MAX))
+    with pytest.raises(InvalidRequestError, match="header"):
+        build_header(block, block.to_record())
