@@ -5,6 +5,9 @@ is a short list of *runs*, each encoded at one time. A run holds *stacks*: layer
 tensors are stacked layer-major, head-major: `[layers, heads, tokens, width]`. So the share of one layer in one tensor
 is one contiguous byte range, and it has its own checksum.
 
+A *checkpoint* is a block of `states` instead of runs: the layers that are valid at one exact token count only. Its
+tokens are those after the last full block, so it may have none.
+
 `Block.to_record` / `Block.from_record` are the one serial form (msgpack): the blob header, the index row and the fetch
 reply all carry it.
 """
@@ -12,6 +15,8 @@ reply all carry it.
 from __future__ import annotations
 
 import enum
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +35,24 @@ RECORD_VERSION = 1
 RUNS_MAX = BLOCK_TOKENS
 STACKS_MAX = 1024
 TENSORS_MAX = 4096
+DIMENSIONS_MAX = 8
+NUMBERS_MAX = 32
 
 # Bytes per element of the dtypes that tensors may have, by their safetensors name.
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U32": 4, "U8": 1, "I32": 4, "I64": 8}
+ITEM_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+}
 
 # Fidelity is a rank: exact data highest, then hundredths of a bit per value.
 FIDELITY_EXACT = 1_000_000
@@ -192,10 +212,41 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class StateArray:
+    """One array of a checkpoint as the engine holds it; it may be empty. Offset and checksum are as in `Tensor`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = 0
+    checksum: bytes = b""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerState:
+    """A window or state layer at a checkpoint: its arrays, and the whole numbers that belong to them."""
+
+    layer: int
+    numbers: tuple[tuple[str, int], ...]
+    arrays: tuple[StateArray, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """What a blob says of itself. `start` is the position of its first token in the sequence.
 
-    `fidelity` is the least of the runs' own and of the ancestors' at the time of storing.
+    `fidelity` is the least of the runs' own and of the ancestors' at the time of storing. Either `runs` or `states`
+    are empty; a checkpoint's states belong to the position `end`.
     """
 
     root: bytes
@@ -207,6 +258,17 @@ class Block:
     runs: tuple[Run, ...]
     created_s: int = 0
     namespace: bytes = field(default=b"", repr=False)
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a checkpoint instead of KV."""
+        return bool(self.states)
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.n_tokens
 
     @property
     def n_tokens(self) -> int:
@@ -231,6 +293,7 @@ class Block:
             self.created_s,
             self.namespace,
             runs_to_list(self.runs),
+            states_to_list(self.states),
         )
         packed: bytes = msgpack.packb(fields)
         return packed
@@ -239,20 +302,37 @@ class Block:
     def from_record(cls, record: bytes) -> Block:
         """Parse and validate a record; CorruptDataError on anything that is not one."""
         fields = unpack_record(record)
-        if not isinstance(fields, list) or len(fields) != 10 or fields[0] != RECORD_VERSION:
+        if not isinstance(fields, list) or len(fields) != 11 or fields[0] != RECORD_VERSION:
             raise CorruptDataError("not a block record of a known version")
-        _, root, parent, key, start, tokens, fidelity, created_s, namespace, runs = fields
+        _, root, parent, key, start, tokens, fidelity, created_s, namespace, runs, states = fields
         for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
             if not isinstance(value, bytes) or len(value) != size:
                 raise CorruptDataError(f"block record: bad {name}")
         if not isinstance(tokens, bytes) or len(tokens) % TOKEN_BYTES or not isinstance(namespace, bytes):
             raise CorruptDataError("block record: bad tokens or namespace")
-        n_tokens = count_tokens(tokens)
         whole = (_whole(start, "start"), _whole(fidelity, "fidelity"), _whole(created_s, "created_s"))
-        block = cls(root, parent, key, whole[0], tokens, whole[1], runs_from_list(runs), whole[2], namespace)
-        if not 0 < n_tokens <= BLOCK_TOKENS or sum(run.shown for run in block.runs) != n_tokens:
-            raise CorruptDataError("block record: runs do not cover its tokens")
+        block = cls(
+            root,
+            parent,
+            key,
+            whole[0],
+            tokens,
+            whole[1],
+            runs_from_list(runs),
+            whole[2],
+            namespace,
+            states_from_list(states),
+        )
+        block.demand_whole()
         return block
+
+    def demand_whole(self) -> None:
+        """CorruptDataError unless the runs cover the tokens, or the states stand alone after the last full block."""
+        if self.is_checkpoint:
+            if self.runs or self.n_tokens >= BLOCK_TOKENS or not self.end:
+                raise CorruptDataError("block record: a checkpoint has states only, after less than a block")
+        elif not 0 < self.n_tokens <= BLOCK_TOKENS or sum(run.shown for run in self.runs) != self.n_tokens:
+            raise CorruptDataError("block record: runs do not cover its tokens")
 
 
 def unpack_record(record: bytes) -> Any:
@@ -329,6 +409,59 @@ def _tensor(n_layers: int, name: Any, dtype: Any, heads: Any, width: Any, offset
     if not isinstance(checksums, bytes) or len(checksums) not in (0, 8 * n_layers):
         raise CorruptDataError("bad checksums")
     return Tensor(name, dtype, _whole(heads, "heads"), _whole(width, "width"), _whole(offset, "offset"), checksums)
+
+
+def states_to_list(states: Sequence[LayerState]) -> list[Any]:
+    """A checkpoint's layers as plain lists, for msgpack."""
+    return [
+        [
+            state.layer,
+            [list(pair) for pair in state.numbers],
+            [[a.name, a.dtype, list(a.shape), a.offset, a.checksum] for a in state.arrays],
+        ]
+        for state in states
+    ]
+
+
+def states_from_list(value: Any) -> tuple[LayerState, ...]:
+    """Parse and validate what `states_to_list` wrote; CorruptDataError otherwise."""
+    try:
+        if len(value) > TENSORS_MAX or sum(len(arrays) for _, _, arrays in value) > TENSORS_MAX:
+            raise CorruptDataError("too many state arrays")
+        states = tuple(_state(*fields) for fields in value)
+    except (TypeError, ValueError) as error:
+        raise CorruptDataError(f"not a list of states: {error}") from error
+    if any(a.layer >= b.layer for a, b in itertools.pairwise(states)):
+        raise CorruptDataError("states must be in the order of their layers")
+    return states
+
+
+def _state(layer: Any, numbers: Any, arrays: Any) -> LayerState:
+    if len(numbers) > NUMBERS_MAX:
+        raise CorruptDataError("too many numbers")
+    pairs = tuple((_name(name), _signed(value)) for name, value in numbers)
+    return LayerState(_whole(layer, "layer"), pairs, tuple(_state_array(*fields) for fields in arrays))
+
+
+def _state_array(name: Any, dtype: Any, shape: Any, offset: Any, checksum: Any) -> StateArray:
+    if dtype not in ITEM_BYTES or not isinstance(checksum, bytes) or len(checksum) not in (0, 8):
+        raise CorruptDataError("bad state array")
+    if len(shape) > DIMENSIONS_MAX:
+        raise CorruptDataError("a state array with too many dimensions")
+    sizes = tuple(_whole(size, "size") for size in shape)
+    return StateArray(_name(name), dtype, sizes, _whole(offset, "offset"), checksum)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value.isidentifier():
+        raise CorruptDataError("not a name")
+    return value
+
+
+def _signed(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 62) < value < 1 << 62:
+        raise CorruptDataError("not a whole number")
+    return value
 
 
 def _whole(value: Any, name: str) -> int:

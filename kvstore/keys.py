@@ -3,8 +3,8 @@
     root  = SHA-256(tag_root, each identity field as (name, length, bytes))
     key_i = SHA-256(tag_block, key_{i-1}, tokens of block i as 8-byte little-endian)
 
-A tail is keyed like a block, over the tokens that it has. Keys name, they never decide: token bytes are compared on
-every hit.
+A tail is keyed like a block, over the tokens that it has; a checkpoint likewise, under a tag of its own. Keys name,
+they never decide: token bytes are compared on every hit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kvstore.layers import Layout
 
 _ROOT_TAG = b"kvstore/root/v1\0"
 _BLOCK_TAG = b"kvstore/block/v1\0"
+_CHECKPOINT_TAG = b"kvstore/checkpoint/v1\0"
 FIELD_BYTES_MAX = 4096
 
 
@@ -115,6 +116,11 @@ def root_key(weights: bytes, adapter: bytes, layout_digest: bytes, dtype: str, e
 def block_key(parent: bytes, tokens: bytes) -> bytes:
     """The key of a block or tail with packed `tokens` after `parent`."""
     return hashlib.sha256(_BLOCK_TAG + parent + tokens).digest()
+
+
+def checkpoint_key(parent: bytes, tokens: bytes) -> bytes:
+    """The key of the checkpoint after `parent`, the last full block, and packed `tokens`; there may be none."""
+    return hashlib.sha256(_CHECKPOINT_TAG + parent + tokens).digest()
 
 
 def chain_keys(root: bytes, tokens: bytes, block_tokens: int = BLOCK_TOKENS) -> list[bytes]:

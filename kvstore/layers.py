@@ -2,7 +2,11 @@
 
 A `Layout` says what one token's KV is: for every layer a kind, and for its keys and values the head count, the width,
 the dtype and, where the engine itself keeps them quantized, bits and group size. It is part of a namespace's identity.
-Kind strings are ours, never class names of an engine.
+Kind strings are ours, never class names of an engine:
+
+    kv      sliceable at any token; travels and is stored in blocks
+    window  the last rows of a sliding or chunked window; valid at its exact token count, stored in checkpoints
+    state   recurrent or convolution state; valid at its exact token count, stored in checkpoints
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 LAYERS_MAX = 4096
 HEADS_MAX = 4096
 WIDTH_MAX = 65_536
+PARAMS_MAX = 16
+KINDS = ("kv", "window", "state")
 PARTS = ("keys", "values")
 
 
@@ -68,13 +74,34 @@ class PartSpec:
             raise InvalidRequestError("a group size without bits")
 
 
+# The part of a layer that has none: state layers, whose arrays a checkpoint describes.
+NO_PART = PartSpec(1, 0, "F32")
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One cache layer. `kind` is "kv": sliceable at any token."""
+    """One cache layer. `params`: what else must be equal, as (name, whole number): window size, pinned rows, slots."""
 
     keys: PartSpec
     values: PartSpec
     kind: str = "kv"
+    params: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the layer is valid at its exact token count only."""
+        return self.kind != "kv"
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError unless the layer can be stored."""
+        if self.kind not in KINDS:
+            raise InvalidRequestError(f"unknown layer kind {self.kind!r}")
+        self.keys.validate()
+        self.values.validate()
+        if len(self.params) > PARAMS_MAX or not all(name.isidentifier() and value >= 0 for name, value in self.params):
+            raise InvalidRequestError("bad layer parameters")
+        if self.kind == "kv" and (self.params or not (self.keys.width or self.values.width)):
+            raise InvalidRequestError("a kv layer has keys or values and no parameters")
 
     def part(self, name: str) -> PartSpec:
         """The spec of "keys" or "values"."""
@@ -83,40 +110,48 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Layout:
-    """All layers of a cache, in the engine's order."""
+    """All layers of a cache, in the engine's order, nested ones depth first.
+
+    `tree` says how layers are nested: a "." for each layer, brackets around each nested list; "" when none is.
+    """
 
     layers: tuple[LayerSpec, ...]
+    tree: str = ""
 
     def validate(self) -> None:
         """Raise InvalidRequestError unless the layout can be stored."""
         if not 0 < len(self.layers) <= LAYERS_MAX:
             raise InvalidRequestError(f"a layout has 1 to {LAYERS_MAX} layers, got {len(self.layers)}")
         for layer in self.layers:
-            if layer.kind != "kv":
-                raise InvalidRequestError(f"unknown layer kind {layer.kind!r}")
-            layer.keys.validate()
-            layer.values.validate()
-        if not self.token_bytes:
-            raise InvalidRequestError("a layout must hold at least one byte a token")
+            layer.validate()
+        if self.tree and not _is_tree(self.tree, len(self.layers)):
+            raise InvalidRequestError("the nesting does not fit the layers")
+
+    @functools.cached_property
+    def exact_layers(self) -> tuple[int, ...]:
+        """Indices of the window and state layers; with any, only positions that have a checkpoint are usable."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.is_exact)
 
     @functools.cached_property
     def raw_stacks(self) -> tuple[Stack, ...]:
-        """Stacks of equal geometry in the order in which raw KV travels: keys first, then values."""
+        """Stacks of kv layers of equal geometry in the order in which raw KV travels: keys first, then values."""
         groups: dict[tuple[str, PartSpec], list[int]] = {}
         for part in PARTS:
             for index, layer in enumerate(self.layers):
-                if layer.part(part).width:
+                if layer.part(part).width and not layer.is_exact:
                     groups.setdefault((part, layer.part(part)), []).append(index)
         return tuple(Stack(part, tuple(index), RAW, spec.tensors()) for (part, spec), index in groups.items())
 
     @functools.cached_property
     def token_bytes(self) -> int:
-        """Bytes of one token's raw KV over all layers."""
+        """Bytes of one token's raw KV over all kv layers."""
         return sum(stack.nbytes(1) for stack in self.raw_stacks)
 
     def layer_token_bytes(self, index: int) -> int:
-        """Bytes of one token's raw KV in one layer."""
+        """Bytes of one token's raw KV in one layer; 0 for window and state layers."""
         layer = self.layers[index]
+        if layer.is_exact:
+            return 0
         return sum(t.layer_bytes(1) for part in PARTS for t in layer.part(part).tensors())
 
     @functools.cached_property
@@ -125,7 +160,11 @@ class Layout:
         distinct = list(dict.fromkeys(self.layers))
         index = {layer: i for i, layer in enumerate(distinct)}
         packed: bytes = msgpack.packb(
-            [[[s.kind, _part_list(s.keys), _part_list(s.values)] for s in distinct], [index[s] for s in self.layers]]
+            [
+                [[s.kind, _part_list(s.keys), _part_list(s.values), [list(p) for p in s.params]] for s in distinct],
+                [index[s] for s in self.layers],
+                self.tree,
+            ]
         )
         return packed
 
@@ -138,11 +177,14 @@ class Layout:
     def from_record(cls, record: bytes) -> Layout:
         """Parse and validate; InvalidRequestError when it is not a layout."""
         try:
-            distinct, order = unpack_record(record)
+            distinct, order, tree = unpack_record(record)
             if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
                 raise InvalidRequestError("too many layers")
-            specs = [LayerSpec(PartSpec(*keys), PartSpec(*values), str(kind)) for kind, keys, values in distinct]
-            layout = cls(tuple(specs[_index(i, len(specs))] for i in order))
+            specs = [
+                LayerSpec(PartSpec(*keys), PartSpec(*values), str(kind), tuple((str(n), int(v)) for n, v in params))
+                for kind, keys, values, params in distinct
+            ]
+            layout = cls(tuple(specs[_index(i, len(specs))] for i in order), str(tree))
             layout.validate()
         except (CorruptDataError, TypeError, ValueError) as error:
             raise InvalidRequestError(f"not a layout: {error}") from error
@@ -151,6 +193,16 @@ class Layout:
 
 def _part_list(part: PartSpec) -> list[Any]:
     return [part.heads, part.width, part.dtype, part.bits, part.group]
+
+
+def _is_tree(tree: str, n_layers: int) -> bool:
+    """Whether `tree` is balanced brackets around exactly `n_layers` dots."""
+    depth = 0
+    for sign in tree:
+        depth += {"(": 1, ")": -1, ".": 0}.get(sign, -LAYERS_MAX)
+        if depth < 0:
+            return False
+    return depth == 0 and tree.count(".") == n_layers and "()" not in tree
 
 
 def _index(value: Any, limit: int) -> int:
@@ -218,3 +270,16 @@ class KVLayer:
     def part(self, name: str) -> tuple[Any, ...]:
         """The arrays of "keys" or "values"."""
         return self.keys if name == "keys" else self.values
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayer:
+    """A window or state layer after exactly `n_tokens` tokens, in the hands of whoever owns its arrays.
+
+    `arrays` by name, of any shape; an empty slot of the engine's is simply not there. `numbers`: what belongs to them.
+    """
+
+    spec: LayerSpec
+    arrays: tuple[tuple[str, Any], ...]
+    numbers: tuple[tuple[str, int], ...]
+    n_tokens: int

@@ -11,9 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Block, Recipe, Run, Stack, Tensor, pack_tokens
+from kvstore.blocks import (
+    FIDELITY_EXACT,
+    RAW,
+    Block,
+    LayerState,
+    Recipe,
+    Run,
+    Stack,
+    StateArray,
+    Tensor,
+    pack_tokens,
+)
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
+from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
 
 AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
 KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))
@@ -114,7 +125,9 @@ def test_a_layout_that_cannot_be_stored_is_refused(layer: LayerSpec) -> None:
         Layout((layer,)).validate()
 
 
-@pytest.mark.parametrize("record", [b"", b"\x90", msgpack.packb([[], []]), msgpack.packb([[["kv", [1], [1]]], [0]])])
+@pytest.mark.parametrize(
+    "record", [b"", b"\x90", msgpack.packb([[], [], ""]), msgpack.packb([[["kv", [1], [1], []]], [0], ""])]
+)
 def test_a_layout_record_that_is_none_is_refused(record: bytes) -> None:
     """As an invalid request, since it comes from a peer."""
     with pytest.raises(InvalidRequestError):
@@ -135,3 +148,57 @@ def test_pieces_tile_the_range_inside_blocks_and_origins(start: int, length: int
 def test_fidelity_ranks_exact_above_every_codec() -> None:
     """Sixteen bits of a codec are still not the exact values."""
     assert FIDELITY_EXACT > 100 * 32
+
+
+STATES = (
+    LayerState(1, (("offset", 300),), (StateArray("keys", "BF16", (1, 2, 32, 64), 0, b"12345678"),)),
+    LayerState(3, (), (StateArray("a0", "F32", (1, 0, 4)), StateArray("a1", "I64", (7,), 8192, b"87654321"))),
+)
+CHECKPOINT = Block(b"r" * 32, b"p" * 32, b"c" * 32, 256, pack_tokens([1, 2]), 800, (), 1_700_000_000, b"ns", STATES)
+
+
+@pytest.mark.parametrize("tokens", [[], [1, 2]])
+def test_a_checkpoint_record_comes_back_equal(tokens: list[int]) -> None:
+    """A checkpoint may stand exactly at a block's end, where it has no tokens of its own."""
+    checkpoint = replace(CHECKPOINT, tokens=pack_tokens(tokens))
+    assert Block.from_record(checkpoint.to_record()) == checkpoint
+    assert checkpoint.is_checkpoint
+    assert checkpoint.end == 256 + len(tokens)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        replace(CHECKPOINT, runs=(RUN,)),
+        replace(CHECKPOINT, tokens=pack_tokens(list(range(256)))),
+        replace(CHECKPOINT, start=0, tokens=b""),
+        replace(CHECKPOINT, states=STATES[::-1]),
+        replace(CHECKPOINT, states=(replace(STATES[0], arrays=(StateArray("../x", "F32", (1,)),)),)),
+        replace(CHECKPOINT, states=(replace(STATES[0], arrays=(StateArray("x", "F32", (-1,)),)),)),
+        replace(CHECKPOINT, states=(replace(STATES[0], arrays=(StateArray("x", "F32", (1,) * 9),)),)),
+    ],
+)
+def test_a_checkpoint_that_contradicts_itself_is_corrupt(broken: Block) -> None:
+    """States stand alone, in order, with names and shapes that can be."""
+    with pytest.raises(CorruptDataError):
+        Block.from_record(broken.to_record())
+
+
+def test_exact_layers_travel_in_checkpoints_not_in_blocks() -> None:
+    """Window and state layers have no bytes a token."""
+    part = PartSpec(2, 64, "BF16")
+    window = LayerSpec(part, part, "window", (("size", 32), ("keep", 0)))
+    state = LayerSpec(NO_PART, NO_PART, "state", (("slots", 2),))
+    layout = Layout((LayerSpec(part, part), window, state), ".(..)")
+    layout.validate()
+    assert Layout.from_record(layout.record) == layout
+    assert layout.exact_layers == (1, 2)
+    assert layout.token_bytes == layout.layer_token_bytes(0) == 2 * 2 * 64 * 2
+    assert layout.digest != replace(layout, tree="").digest
+
+
+@pytest.mark.parametrize("tree", ["..", "(...", "...)(", "(...)()", "..x", ")...("])
+def test_a_nesting_that_does_not_fit_is_refused(tree: str) -> None:
+    """Brackets balance around exactly the layers."""
+    with pytest.raises(InvalidRequestError):
+        Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),) * 3, tree).validate()

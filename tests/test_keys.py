@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens, pack_tokens, unpack_tokens
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.keys import Namespace, NamespaceInfo, block_key, chain_keys, root_key
+from kvstore.keys import Namespace, NamespaceInfo, block_key, chain_keys, checkpoint_key, root_key
 from kvstore.layers import LayerSpec, Layout, PartSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "keys.json"
@@ -34,6 +34,7 @@ def test_keys_equal_the_golden_vectors() -> None:
     assert [key.hex() for key in keys] == golden["chain"]
     tail = tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
     assert block_key(keys[-1], tail).hex() == golden["tail"]
+    assert checkpoint_key(keys[-1], tail).hex() == golden["checkpoint"]
 
 
 def test_a_block_key_is_the_documented_hash() -> None:

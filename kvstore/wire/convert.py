@@ -8,7 +8,16 @@ from typing import Any
 import msgpack
 from google.protobuf.message import Message
 
-from kvstore.blocks import KEY_BYTES, Run, runs_from_list, runs_to_list, unpack_record
+from kvstore.blocks import (
+    KEY_BYTES,
+    LayerState,
+    Run,
+    runs_from_list,
+    runs_to_list,
+    states_from_list,
+    states_to_list,
+    unpack_record,
+)
 from kvstore.errors import InvalidRequestError
 from kvstore.keys import FIELD_BYTES_MAX, Namespace, root_key
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -64,6 +73,17 @@ def runs_to_bytes(runs: Sequence[Run]) -> bytes:
 def runs_from_bytes(packed: bytes) -> tuple[Run, ...]:
     """Parse and validate a BlockSlice's runs; CorruptDataError when they are not."""
     return runs_from_list(unpack_record(packed))
+
+
+def states_to_bytes(states: Sequence[LayerState]) -> bytes:
+    """A checkpoint's layers as they travel."""
+    packed: bytes = msgpack.packb(states_to_list(states))
+    return packed
+
+
+def states_from_bytes(packed: bytes) -> tuple[LayerState, ...]:
+    """Parse and validate a checkpoint's layers; CorruptDataError when they are not."""
+    return states_from_list(unpack_record(packed))
 
 
 def message_to_dict(message: Message) -> dict[str, Any]:

@@ -86,18 +86,34 @@ class FetchReply(_message.Message):
     def __init__(self, plan: _Optional[_Union[FetchPlan, _Mapping]] = ..., chunk: _Optional[_Union[LayerChunk, _Mapping]] = ...) -> None: ...
 
 class FetchPlan(_message.Message):
-    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks")
+    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks", "checkpoint")
     N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     n_tokens: int
     reason: str
     fidelity: int
     layout: bytes
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSlice]
-    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ...) -> None: ...
+    checkpoint: StateSlice
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ...) -> None: ...
+
+class StateSlice(_message.Message):
+    __slots__ = ("key", "states", "path", "payload_offset", "file_bytes")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    states: bytes
+    path: str
+    payload_offset: int
+    file_bytes: int
+    def __init__(self, key: _Optional[bytes] = ..., states: _Optional[bytes] = ..., path: _Optional[str] = ..., payload_offset: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
 
 class BlockSlice(_message.Message):
     __slots__ = ("key", "n_tokens", "runs", "path", "payload_offset", "file_bytes")
@@ -124,7 +140,7 @@ class LayerChunk(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport")
+    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +149,7 @@ class BeginStoreRequest(_message.Message):
     RESTORED_FIDELITY_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    STATES_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: bytes
     tokens: bytes
@@ -141,10 +158,11 @@ class BeginStoreRequest(_message.Message):
     restored_fidelity: int
     profile: str
     transport: Transport
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+    states: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
-    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens")
+    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
@@ -152,6 +170,7 @@ class BeginStoreReply(_message.Message):
     STAGING_PATH_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WANTS_STATES_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     start: int
     end: int
@@ -159,7 +178,8 @@ class BeginStoreReply(_message.Message):
     staging_path: str
     reason: str
     held_tokens: int
-    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ...) -> None: ...
+    wants_states: bool
+    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("upload_id", "data")
