@@ -1,0 +1,233 @@
+"""What a model folder is: a digest of its weights and configuration, worked out in the background.
+
+Names decide nothing: two fine-tunes of one base have the same shapes and often the same folder name. The digest is
+
+    SHA-256(tag, for each file in order of name: (name, length-prefixed; SHA-256 of its content))
+
+over the weight shards (`*.safetensors`), `config.json` in canonical form, and what else changes the computation. In a
+Hugging Face snapshot a shard is a link to a blob that is named by its own SHA-256: nothing is read. Elsewhere hashing
+60 to 400 GB takes minutes, so each shard's hash is kept in a small file of the user's cache directory, under the
+shard's path, inode, size and times, and until all are known there is no digest: the store is bypassed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import stat
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+log = logging.getLogger(__name__)
+
+_TAG = b"kvstore/model/v1\0"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CACHE_SCHEMA = 1
+_CONFIGS = ("config.json", "hf_quant_config.json")
+CACHE_ENTRIES_MAX = 4096
+# Times have a granularity, 2 s at worst (FAT): a file that changed this recently may change again without showing it.
+SETTLED_S = 3.0
+
+Signature = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns
+
+
+@dataclass(frozen=True)
+class FileState:
+    """One file as it was when the folder was looked at. `sha256` is known for blobs of a Hugging Face cache."""
+
+    name: str
+    path: str
+    signature: Signature
+    sha256: str = ""
+
+
+@dataclass
+class _Pin:
+    """A folder held at one state. `done` is set when the digest is known, or cannot be (then it stays None)."""
+
+    files: tuple[FileState, ...]
+    done: threading.Event = field(default_factory=threading.Event)
+    digest: bytes | None = None
+
+
+class WeightsDigest:
+    """Digests of model and adapter folders. Any thread may call; hashing happens on a background thread, one at a time.
+
+    A digest belongs to the state in which a folder was pinned: pin it when the model is loaded. If a file changes
+    before it is hashed there is no digest, so weights in memory never get the identity of what replaced them on disk.
+    """
+
+    def __init__(self, cache_path: Path | None = None) -> None:
+        self._cache = _HashCache(cache_path or Path(platformdirs.user_cache_dir("kvstore", appauthor=False)))
+        self._pins: dict[str, _Pin] = {}
+        self._lock = threading.Lock()
+        self._hashing = threading.Lock()
+
+    def pin(self, folder: str | Path) -> None:
+        """Look at the folder as it is now. Starts to hash unless that state is already known or under way."""
+        path = os.path.realpath(folder)
+        files = _look(path)
+        with self._lock:
+            known = self._pins.get(path)
+            if known and known.files == files and (known.digest or not known.done.is_set()):
+                return
+            pin = self._pins[path] = _Pin(files)
+        if not any(file.name.endswith(".safetensors") for file in files):
+            log.warning("%s has no safetensors files; the store is not used for it", path)
+            pin.done.set()
+        elif all(file.sha256 or self._cache.get(file) for file in files if file.name.endswith(".safetensors")):
+            self._work(path, pin)  # only small files are read
+        else:
+            log.info("hashing the weights in %s; the store is bypassed until that is done", path)
+            threading.Thread(target=self._work, args=(path, pin), name="kvstore-identity", daemon=True).start()
+
+    def get(self, folder: str | Path) -> bytes | None:
+        """The digest of the folder as pinned (now, if it was not), None while unknown. Does not wait."""
+        return self._pin_of(folder).digest
+
+    def wait(self, folder: str | Path, timeout_s: float | None = None) -> bytes | None:
+        """Like `get`, after waiting for the hash for at most `timeout_s` (None: as long as it takes)."""
+        pin = self._pin_of(folder)
+        pin.done.wait(timeout_s)
+        return pin.digest
+
+    def _pin_of(self, folder: str | Path) -> _Pin:
+        path = os.path.realpath(folder)
+        if path not in self._pins:
+            self.pin(path)
+        return self._pins[path]
+
+    def _work(self, path: str, pin: _Pin) -> None:
+        try:
+            with self._hashing:
+                digest = hashlib.sha256(_TAG)
+                for file in pin.files:
+                    name = file.name.encode()
+                    digest.update(len(name).to_bytes(4, "little") + name + self._hash(file))
+            if _look(path) != pin.files:
+                raise _ChangedError(f"{path} changed while it was hashed")
+            pin.digest = digest.digest()
+        except (OSError, ValueError) as error:
+            log.warning("no identity for %s, so the store is not used for it: %s", path, error)
+        finally:
+            pin.done.set()
+
+    def _hash(self, file: FileState) -> bytes:
+        if known := file.sha256 or self._cache.get(file):
+            return bytes.fromhex(known)
+        started_ns = time.time_ns()
+        with Path(file.path).open("rb") as stream:
+            before = _signature(os.fstat(stream.fileno()))
+            if file.name == "config.json":
+                found = hashlib.sha256(_canonical(stream.read()))
+            else:
+                found = hashlib.file_digest(stream, "sha256")
+            after = _signature(os.fstat(stream.fileno()))
+        if not file.signature == before == after:
+            raise _ChangedError(f"{file.path} changed after the model was loaded")
+        if file.name.endswith(".safetensors"):
+            self._cache.put(file, found.hexdigest(), started_ns)
+        return found.digest()
+
+
+class _ChangedError(ValueError):
+    """A file is not, or no longer, the one that was pinned."""
+
+
+def _look(folder: str) -> tuple[FileState, ...]:
+    """The files that decide what a model (or, without config.json, an adapter) computes, in order of name."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return ()
+    if "config.json" in names:
+        chosen = [n for n in names if n.endswith((".safetensors", ".py")) or n in _CONFIGS]
+    else:
+        # Training leaves numbered checkpoints beside the adapter; they are not loaded.
+        chosen = [n for n in names if n in ("adapters.safetensors", "adapter_config.json")]
+    return tuple(state for name in chosen if (state := _file_state(folder, name)))
+
+
+def _file_state(folder: str, name: str) -> FileState | None:
+    real = os.path.realpath(os.path.join(folder, name))
+    try:
+        status = os.stat(real)
+    except OSError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        return None
+    parent, blob = os.path.split(real)
+    is_blob = os.path.basename(parent) == "blobs" and _SHA256.fullmatch(blob) and name.endswith(".safetensors")
+    return FileState(name, real, _signature(status), blob if is_blob else "")
+
+
+def _signature(status: os.stat_result) -> Signature:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _canonical(config: bytes) -> bytes:
+    """The same bytes for the same configuration, however it was written. ValueError when it is not JSON."""
+    return json.dumps(json.loads(config), sort_keys=True, separators=(",", ":")).encode()
+
+
+class _HashCache:
+    """Hashes of weight files in `identity.json`, replaced as a whole. Any thread; a lost update costs a hash."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "identity.json"
+        self._lock = threading.Lock()
+
+    def get(self, file: FileState) -> str:
+        """The SHA-256 in hex that is on record for this very state of the file, "" when there is none."""
+        signature, sha256 = self._read().get(file.path, (None, ""))
+        return sha256 if signature == list(file.signature) else ""
+
+    def put(self, file: FileState, sha256: str, started_ns: int) -> None:
+        """Record a hash begun at `started_ns`, unless the file was so young then that a change might not show since.
+
+        Failing to record is no failure.
+        """
+        if started_ns - max(file.signature[2:]) < SETTLED_S * 1e9:
+            return
+        with self._lock:
+            entries = self._read()
+            entries.pop(file.path, None)
+            entries[file.path] = (list(file.signature), sha256)
+            kept = dict(list(entries.items())[-CACHE_ENTRIES_MAX:])
+            try:
+                self._write({"schema": _CACHE_SCHEMA, "files": kept})
+            except OSError as error:
+                log.info("cannot remember the hash of %s: %s", file.path, error)
+
+    def _read(self) -> dict[str, tuple[list[int], str]]:
+        try:
+            stored = json.loads(self._path.read_bytes())
+            if stored["schema"] != _CACHE_SCHEMA:
+                return {}
+            return {
+                str(path): (list(signature), sha256)
+                for path, (signature, sha256) in stored["files"].items()
+                if _SHA256.fullmatch(sha256)
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # absent, or not ours: everything is hashed again
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                json.dump(content, stream)
+            os.replace(name, self._path)
+        except OSError:
+            os.unlink(name)
+            raise

@@ -1,0 +1,163 @@
+"""kvstore for mlx-lm: `from kvstore.integrations import mlx_lm as kv`.
+
+layers = kv.capture(cache); cache = kv.restore(layers)      engine-neutral <-> cache layers, bit-exact
+namespace = kv.namespace(model_path, model=model)           identity of a model folder, and its layout
+store = kv.PrefixStore(model_path)                          for your own generation loop
+kv.PromptCache                                              drop-in for mlx_lm.server.LRUPromptCache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+from kvstore.client import connect
+from kvstore.errors import InvalidRequestError, KVStoreError
+from kvstore.integrations.caches import capture, layout, probe, quantized, restore
+from kvstore.integrations.identity import WeightsDigest
+from kvstore.integrations.models import ModelKey, ModelStore, alias_of, identify, model_folder
+from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.keys import Namespace
+from kvstore.layers import Layout
+
+__all__ = [
+    "Prefix",
+    "PrefixStore",
+    "PromptCache",
+    "capture",
+    "layout",
+    "namespace",
+    "probe",
+    "quantized",
+    "restore",
+]
+
+
+def namespace(
+    model_path: str,
+    cache: Sequence[Any] | None = None,
+    *,
+    model: Any = None,
+    adapter_path: str | None = None,
+    salt: bytes = b"",
+    alias: str | None = None,
+    digests: WeightsDigest | None = None,
+    timeout_s: float | None = None,
+) -> Namespace:
+    """The namespace of a model folder (or downloaded Hugging Face id). Waits for its hash, at most `timeout_s`.
+
+    The layout is that of `cache` if it holds tokens, else of what `model` makes. A new cache has no shapes: without a
+    model the folder is then loaded lazily, which reads headers but no weights. InvalidRequestError when the folder is
+    not there, is not a model, changes meanwhile, or takes longer than `timeout_s`.
+    """
+    folders = [model_folder(path) if path else None for path in (model_path, adapter_path, None)]
+    if folders[0] is None or (adapter_path and folders[1] is None):
+        raise InvalidRequestError(f"there is no such folder: {adapter_path if folders[0] else model_path}")
+    known = digests or WeightsDigest()
+    identity = identify(known, folders, salt=salt, alias=alias or alias_of(model_path), timeout_s=timeout_s)
+    if identity is None:
+        raise InvalidRequestError(f"no identity for {model_path}: see the log for the cause")
+    if cache and all(getattr(layer, "keys", ()) is not None for layer in cache):
+        return identity.namespace(layout(cache))
+    return identity.namespace(probe(load_model(folders[0], lazy=True)[0] if model is None else model))
+
+
+class PrefixStore:
+    """The store for one model in a program that generates by itself.
+
+    Make it before or right after the model is loaded: its identity is that of the folder at this time, and until large
+    weights are hashed (see `wait`) nothing is fetched or stored. Use it on the thread that owns the caches; `flush` and
+    `close` may be called from any. Nothing raises because of the store.
+
+        with PrefixStore(path) as store:
+            prefix = store.prefix(model, tokens)
+            with prefix as (cache, rest):
+                for token, _ in generate_step(mx.array(rest), model, prompt_cache=cache):
+                    prefix.extend([token])
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        address: str | None = None,
+        *,
+        adapter_path: str | None = None,
+        profile: str | None = None,
+        salt: bytes = b"",
+        digests: WeightsDigest | None = None,
+    ) -> None:
+        self._key: ModelKey = (model_path, adapter_path, None)
+        self._store = ModelStore(connect(address), digests, profile=profile, salt=salt)
+        self._store.pin(*self._key)
+
+    def prefix(self, model: Any, tokens: Sequence[int]) -> Prefix:
+        """A context that fetches the longest stored prefix of `tokens` on entry and stores on exit."""
+        return Prefix(self._store, self._key, model, tokens)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until the identity of the model is known; whether it is."""
+        folders = [model_folder(path) if path else None for path in self._key]
+        return identify(self._store.digests, folders, timeout_s=timeout_s) is not None
+
+    def flush(self, timeout_s: float = 60.0) -> bool:
+        """Wait until what was stored so far is durable or dropped; False after `timeout_s`."""
+        return self._store.flush(timeout_s)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Give what is queued `timeout_s`, then end the connection."""
+        self._store.close(timeout_s)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Prefix:
+    """One prompt on its way through a model. Unpacks to `(cache, rest)`: feed all of `rest`, at least one token.
+
+    A cache knows how many tokens it holds, not which. On exit the store gets those that are named: the prompt's, and
+    what was generated if you `extend` it; more in the cache is cut off. Layers that disagree (a forward pass was broken
+    off) are not stored, nor is anything when the block raises; leaving a generator early is not that.
+    """
+
+    def __init__(self, store: ModelStore, key: ModelKey, model: Any, tokens: Sequence[int]) -> None:
+        if not len(tokens):
+            raise InvalidRequestError("a prompt has at least one token")
+        self._store = store
+        self._key = key
+        self._model = model
+        self._tokens = [int(token) for token in tokens]
+        self.cache: list[Any] = []
+        self.rest: list[int] = []
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Name tokens that were, or will be, fed after the prompt."""
+        self._tokens.extend(int(token) for token in tokens)
+
+    def __enter__(self) -> Self:
+        found = self._store.fetch(self._key, self._layouts(), self._tokens)
+        self.cache, n_tokens = found or (make_prompt_cache(self._model), 0)
+        self.rest = self._tokens[n_tokens:]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, GeneratorExit):
+            self._store.store(self._key, self._tokens, self.cache)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.cache, self.rest))
+
+    def _layouts(self) -> list[Layout]:
+        try:
+            return [probe(self._model)]
+        except KVStoreError as error:
+            self._store.refuse(error)
+            return []

@@ -1,0 +1,199 @@
+"""Models and the store: which session belongs to which model, and fetch and store of whole caches.
+
+`ModelKey` is mlx_lm.server's: (model path or Hugging Face id, adapter path, draft model path). Everything here answers
+trouble with "nothing fetched" or "nothing stored" and counts why; generation goes on as if there were no store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+from mlx_lm.utils import hf_repo_to_path
+
+from kvstore.blocks import Reason
+from kvstore.client import Client
+from kvstore.client.results import Hit
+from kvstore.client.session import Session
+from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
+from kvstore.integrations.caches import capture, restore
+from kvstore.integrations.identity import WeightsDigest
+from kvstore.keys import Namespace
+from kvstore.layers import Layout
+
+log = logging.getLogger(__name__)
+
+ModelKey = tuple[str | None, str | None, str | None]
+
+_DRAFT_TAG = b"kvstore/draft/v1\0"
+# Leaving a cache that is in memory for one that must be read pays only when it saves this much of a prefill.
+GAIN_TOKENS_MIN = 32
+
+
+def engine_version() -> str:
+    """The engine as a namespace names it: numerics and layouts differ between minor versions of mlx-lm."""
+    return "mlx-lm " + ".".join(mlx_lm.__version__.split(".")[:2])
+
+
+def model_folder(path_or_repo: str) -> Path | None:
+    """The local folder of a path or Hugging Face id; None when there is none (yet). Never downloads."""
+    if (folder := Path(path_or_repo)).exists():
+        return folder
+    try:
+        return Path(hf_repo_to_path(path_or_repo))
+    except (OSError, ValueError):  # not downloaded, or downloaded in part; not an id
+        return None
+
+
+def alias_of(path_or_repo: str) -> str:
+    """What people call a model: the name of its folder, or its Hugging Face id."""
+    path = Path(path_or_repo)
+    return path.resolve().name if path.exists() else path_or_repo
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of a model, its adapter and its draft model, as bytes; and the tenant's salt."""
+
+    weights: bytes
+    adapter: bytes
+    salt: bytes
+    alias: str
+
+    def namespace(self, layout: Layout) -> Namespace:
+        """The namespace of these weights' KV in one layout."""
+        dtypes = {spec.part(part).dtype for spec in layout.layers for part in ("keys", "values")}
+        return Namespace(
+            weights=self.weights,
+            adapter=self.adapter,
+            layout=layout,
+            dtype="+".join(sorted(dtypes)),
+            engine=engine_version(),
+            salt=self.salt,
+            alias=self.alias,
+        )
+
+
+def identify(
+    digests: WeightsDigest,
+    folders: Sequence[Path | None],
+    *,
+    salt: bytes = b"",
+    alias: str = "",
+    timeout_s: float | None = 0.0,
+) -> Identity | None:
+    """The identity of a model from the folders of (model, adapter, draft model), the last two None if not there.
+
+    None while a digest is unknown; waits at most `timeout_s` for each, None: as long as it takes. The layers of a draft
+    model lie in the same cache and were computed by its weights, so these belong to the identity.
+    """
+    digest = {folder: digests.wait(folder, timeout_s) for folder in folders if folder}
+    if None in digest.values():
+        return None
+    weights, adapter, draft = ((digest[folder] if folder else None) or b"" for folder in folders)
+    if draft:
+        weights = hashlib.sha256(_DRAFT_TAG + weights + draft).digest()
+    return Identity(weights, adapter, salt, alias) if weights else None
+
+
+class ModelStore:
+    """The store for all models of one process. Made and used on the thread that owns the caches, closed on any.
+
+    `reasons` counts why fetches and stores did nothing, where that was decided here; sessions count their own.
+    """
+
+    def __init__(
+        self, client: Client, digests: WeightsDigest | None = None, *, profile: str | None = None, salt: bytes = b""
+    ) -> None:
+        self.digests = digests or WeightsDigest()
+        self.reasons: Counter[Reason] = Counter()
+        self._client = client
+        self._profile = profile
+        self._salt = salt
+        self._folders: dict[str, Path] = {}
+        self._sessions: dict[Namespace, Session] = {}
+        self._refusals: set[str] = set()
+
+    def pin(self, *paths: str | None) -> None:
+        """Note what folders (or Hugging Face ids) hold now: call it when they are loaded. See `WeightsDigest.pin`."""
+        for path in paths:
+            if path and (folder := model_folder(path)):
+                self._folders[path] = folder
+                self.digests.pin(folder)
+
+    def session(self, key: ModelKey, layout: Layout) -> Session | None:
+        """The session for a model and a layout, made when first asked for; None while the identity is unknown."""
+        self.pin(*(path for path in key if path and path not in self._folders))
+        identity = None
+        if all(path is None or path in self._folders for path in key):
+            folders = [self._folders[path] if path else None for path in key]
+            identity = identify(self.digests, folders, salt=self._salt, alias=alias_of(str(key[0])))
+        if identity is None:
+            self.reasons[Reason.IDENTITY_PENDING] += 1
+            return None
+        namespace = identity.namespace(layout)
+        if namespace not in self._sessions:
+            self._sessions[namespace] = self._client.session(namespace, self._profile)
+        return self._sessions[namespace]
+
+    def fetch(
+        self, key: ModelKey, layouts: Sequence[Layout], tokens: Sequence[int], covered: int = 0
+    ) -> tuple[list[Any], int] | None:
+        """A cache for the longest stored prefix of `tokens` in any of the layouts, and its length in tokens.
+
+        None when there is none, or not one of `GAIN_TOKENS_MIN` more than the `covered` tokens that the caller has.
+        """
+        wanted = covered + GAIN_TOKENS_MIN if covered else 1
+        if len(tokens) - 1 < wanted:
+            return None
+        try:
+            sessions = [session for one in layouts if (session := self.session(key, one))]
+            if covered or len(sessions) > 1:
+                # Matching asks the index only; what would be thrown away is not read.
+                lengths = {session: session.match(tokens).n_tokens for session in sessions}
+                sessions = [s for s in sessions if lengths[s] >= wanted and lengths[s] == max(lengths.values())]
+            for session in sessions[:1]:
+                hit = session.fetch(tokens)
+                if isinstance(hit, Hit) and hit.n_tokens >= wanted:
+                    return restore(hit.layers), hit.n_tokens
+        except KVStoreError as error:
+            self.refuse(error)
+        return None
+
+    def store(self, key: ModelKey, tokens: Sequence[int], cache: Sequence[Any]) -> None:
+        """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
+
+        Both are the caller's again on return.
+        """
+        try:
+            layers = [replace(layer, n_tokens=min(layer.n_tokens, len(tokens))) for layer in capture(cache)]
+            if session := self.session(key, Layout(tuple(layer.spec for layer in layers))):
+                session.store(tokens, layers)
+        except KVStoreError as error:
+            self.refuse(error)
+
+    def refuse(self, error: KVStoreError) -> None:
+        """Count what the store could not be used for, and say each kind once."""
+        if isinstance(error, UnsupportedLayerError):
+            reason = Reason.UNSUPPORTED_LAYER
+        else:
+            reason = Reason.INVALID if isinstance(error, InvalidRequestError) else Reason.INTERNAL
+        self.reasons[reason] += 1
+        if str(error) not in self._refusals and len(self._refusals) < 100:
+            self._refusals.add(str(error))
+            log.warning("the store is not used: %s", error)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until what is queued has been stored or dropped; whether all was."""
+        flushed = [session.flush(timeout_s) for session in list(self._sessions.values())]
+        return all(flushed)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Give each session `timeout_s` for what it has queued, then end them and the connection. Idempotent."""
+        self._client.close(timeout_s)

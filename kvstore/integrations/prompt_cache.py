@@ -1,0 +1,150 @@
+"""The prompt cache of `mlx_lm.server` with the store behind it.
+
+The stock `LRUPromptCache` stays what it is, as the tier in memory. A fetch takes from the store what memory does not
+have; an insert also stores. The server calls both on its one generation thread, which owns the arrays, and ends that
+thread on any exception: so nothing is raised here because of the store, and there is always a token left to feed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
+
+from kvstore.client import connect
+from kvstore.errors import KVStoreError, UnsupportedLayerError
+from kvstore.integrations.caches import align, layout, probe, quantized
+from kvstore.integrations.models import ModelKey, ModelStore
+from kvstore.layers import Layout
+
+log = logging.getLogger(__name__)
+
+# What tracing foreign model code may raise; such a model is served without the store until something was inserted.
+_MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_MEMORY_SHARE = 8
+
+
+def default_memory_bytes() -> int:
+    """Bytes for the tier in memory when nobody says: an eighth of the machine's memory.
+
+    The stock server bounds the number of sequences only, and ten long ones fill a machine.
+    """
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MEMORY_SHARE
+
+
+class PromptCache(LRUPromptCache):
+    """Drop-in for `mlx_lm.server.LRUPromptCache`. Every method is called on the generation thread.
+
+    `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
+    flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted. Several server
+    processes working as one (`is_distributed`) must all see the same hits, so these use the tier in memory alone.
+    """
+
+    def __init__(
+        self,
+        max_size: int = 10,
+        max_bytes: int | None = None,
+        *,
+        store: ModelStore | None = None,
+        provider: Any = None,
+    ) -> None:
+        super().__init__(max_size, default_memory_bytes() if max_bytes is None else max_bytes)
+        self._store = store or ModelStore(connect())
+        self._provider = provider
+        self._enabled = not getattr(provider, "is_distributed", False)
+        self._learned: dict[ModelKey, list[Layout]] = {}
+        self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        """(cache of a prefix of `tokens`, the tokens left to feed: at least one), from memory or the store."""
+        cache, rest = self._from_memory(model, tokens)
+        covered = len(tokens) - len(rest)
+        if self._enabled and (found := self._store.fetch(model, self._layouts(model), tokens, covered)):
+            stored_cache, n_tokens = found
+            usable = _before_image(tokens, n_tokens)
+            if usable > covered:
+                trim_prompt_cache(stored_cache, n_tokens - usable)
+                log.info("prefix of %d of %d tokens from the store, %d in memory", usable, len(tokens), covered)
+                return stored_cache, tokens[usable:]
+        return cache, rest
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
+    ) -> None:
+        """Keep the cache in memory and store what is new of it.
+
+        The stock class believes that the cache holds all of `tokens`. With a draft model it holds fewer, and a later
+        hit would skip tokens; so tokens and layers are cut to what both have.
+        """
+        n_tokens = align(prompt_cache, len(tokens))
+        if n_tokens == 0:
+            return
+        held = tokens if n_tokens is None else tokens[:n_tokens]
+        super().insert_cache(model, held, prompt_cache, cache_type=cache_type)
+        if self._enabled:
+            self._learn(model, prompt_cache)
+            self._store.store(model, held, prompt_cache)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""
+        self._store.close(timeout_s)
+
+    def _from_memory(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is None or rest or not tokens:
+            return cache, rest
+        # An exact hit leaves nothing to feed, which ends the server's generation thread.
+        if can_trim_prompt_cache(cache):
+            trim_prompt_cache(cache, 1)
+            return cache, tokens[-1:]
+        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+        return cache, [*rest, tokens[-1]]
+
+    def _layouts(self, model: ModelKey) -> Sequence[Layout]:
+        """Layouts in which this server could continue a cache of this model, the preferred first."""
+        if getattr(self._provider, "model_key", None) == model:
+            loaded, known = self._probed
+            if loaded() is not self._provider.model:
+                known = self._probe()
+                self._probed = (weakref.ref(self._provider.model), known)
+            return known
+        return self._learned.get(model, ())
+
+    def _probe(self) -> list[Layout]:
+        provider = self._provider
+        try:
+            plain = probe(*(model for model in (provider.model, provider.draft_model) if model is not None))
+            bits = getattr(provider.cli_args, "kv_bits", None)
+            # Only with --kv-bits: a quantized cache cannot join a batch, and nobody asked for its error.
+            return [quantized(plain, bits, provider.cli_args.kv_group_size), plain] if bits else [plain]
+        except KVStoreError as error:
+            self._store.refuse(error)
+        except _MODEL_ERRORS as error:
+            self._store.refuse(UnsupportedLayerError(f"no layout for {provider.model_key}: {error}"))
+        return []
+
+    def _learn(self, model: ModelKey, prompt_cache: list[Any]) -> None:
+        if self._provider is not None:
+            return
+        try:
+            found = layout(prompt_cache)
+        except KVStoreError:
+            return  # `store` refuses it too, and says so
+        known = self._learned.setdefault(model, [])
+        if found not in known:
+            known.append(found)
+
+
+def _before_image(tokens: Sequence[int], n_tokens: int) -> int:
+    """`n_tokens`, or the start of the image that a cut there would split.
+
+    The server names each patch of an image by one negative id; it can feed an image only whole.
+    """
+    if tokens[n_tokens] < 0:
+        while n_tokens > 0 and tokens[n_tokens - 1] == tokens[n_tokens]:
+            n_tokens -= 1
+    return n_tokens

@@ -1,0 +1,96 @@
+"""`kvstore run mlx_lm.server ...`: the stock server, in this process, with the store plugged in.
+
+Three names of the server's module are replaced before its `main` reads the command line, which is passed on unchanged:
+
+    LRUPromptCache   PromptCache over the same arguments, with the flags' or our bound on its bytes
+    load             the stock one, noting what the model's folder holds when it is loaded
+    run              the stock one, told which ModelProvider the cache belongs to
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kvstore.errors import ConfigError
+
+FLUSH_S = 5.0
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the server named by `argv[0]` with the flags after it until it ends; its exit code.
+
+    ConfigError when there is no such server. mlx_lm.server ends the process itself.
+    """
+    name, *flags = argv or ("",)
+    if name not in _SERVERS:
+        raise ConfigError(f"kvstore run knows {', '.join(_SERVERS)}, not {name!r}")
+    return _SERVERS[name](flags)
+
+
+def _mlx_lm_server(flags: Sequence[str]) -> int:
+    from mlx_lm import server
+
+    from kvstore.client import connect
+    from kvstore.integrations.models import ModelStore
+
+    store = ModelStore(connect())
+    plug_in(server, store)
+    sys.argv = ["mlx_lm.server", *flags]
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = 0
+    try:
+        server.main()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT  # before it listened; later the server takes it as the order to stop
+    finally:
+        store.close(FLUSH_S)
+    # Without Python's own end: it races with the destructors of MLX's generation thread, and the process then aborts
+    # (the stock server in three of four stops), which launchd and systemd report as a crash.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM stops the server as Ctrl-C does: what is queued for the store is sent before the process ends."""
+    raise KeyboardInterrupt
+
+
+def plug_in(server: Any, store: Any) -> None:
+    """Put the store behind the prompt cache of `server`, the module `mlx_lm.server`."""
+    from kvstore.integrations.prompt_cache import PromptCache
+
+    stock_load, stock_run = server.load, server.run
+
+    @functools.wraps(stock_load)
+    def load(path: str, *args: Any, **options: Any) -> Any:
+        names = [str(name) for name in (path, options.get("adapter_path")) if name]
+        # Folders before they are read: if files are replaced meanwhile there is no identity. Hugging Face ids after,
+        # since loading may first download a newer revision; their files are named by content.
+        folders = [name for name in names if Path(name).exists()]
+        store.pin(*folders)
+        loaded = stock_load(path, *args, **options)
+        store.pin(*(name for name in names if name not in folders))
+        return loaded
+
+    @functools.wraps(stock_run)
+    def run_with_store(host: str, port: int, model_provider: Any, *args: Any, **options: Any) -> Any:
+        max_bytes = getattr(model_provider.cli_args, "prompt_cache_bytes", None)
+        server.LRUPromptCache = functools.partial(
+            PromptCache, max_bytes=max_bytes, store=store, provider=model_provider
+        )
+        return stock_run(host, port, model_provider, *args, **options)
+
+    server.load, server.run = load, run_with_store
+
+
+_SERVERS: dict[str, Callable[[Sequence[str]], int]] = {"mlx_lm.server": _mlx_lm_server}

@@ -1,0 +1,259 @@
+"""What a model folder is, and that nothing else is taken for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from kvstore.errors import InvalidRequestError
+from kvstore.integrations import identity, models
+from kvstore.integrations import mlx_lm as kv
+from kvstore.integrations.identity import WeightsDigest
+from tests.support.models import build_tiny, write_tiny
+
+WAIT_S = 30.0
+
+
+@pytest.fixture
+def digests(tmp_path: Path) -> WeightsDigest:
+    """Digests with a cache file of their own."""
+    return WeightsDigest(tmp_path / "cache")
+
+
+def folder(path: Path, weights: bytes = b"weights", **config: object) -> Path:
+    """What looks like a model folder, written an hour ago."""
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(weights)
+    (path / "config.json").write_text(json.dumps(config))
+    settle(path)
+    return path
+
+
+def settle(path: Path) -> None:
+    """Make files look old in their modification time (their change time cannot be set)."""
+    for file in path.iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
+
+
+def snapshot(hub: Path, weights: bytes, revision: str, **config: object) -> Path:
+    """A revision in a Hugging Face cache: links to blobs, shards named by their SHA-256."""
+    blobs, files = hub / "blobs", hub / "snapshots" / revision
+    blobs.mkdir(parents=True, exist_ok=True)
+    files.mkdir(parents=True)
+    text = json.dumps(config).encode()
+    for name, content, blob in (
+        ("model.safetensors", weights, hashlib.sha256(weights).hexdigest()),
+        ("config.json", text, hashlib.sha1(text).hexdigest()),  # noqa: S324  # as git names it
+    ):
+        (blobs / blob).write_bytes(content)
+        (files / name).symlink_to(Path("../../blobs") / blob)
+    return files
+
+
+def count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that are read in full from now on."""
+    read: list[str] = []
+    stock = hashlib.file_digest
+
+    def counting(stream: object, name: str) -> object:
+        read.append(stream.name)  # type: ignore[attr-defined]
+        return stock(stream, name)  # type: ignore[arg-type, call-overload]
+
+    monkeypatch.setattr(hashlib, "file_digest", counting)
+    return read
+
+
+def test_two_fine_tunes_of_one_shape_differ(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Same configuration, same sizes, other weights; a copy elsewhere is the same model."""
+    one = folder(tmp_path / "one", b"a" * 100, layers=3)
+    other = folder(tmp_path / "other", b"b" * 100, layers=3)
+    copy = folder(tmp_path / "copy", b"a" * 100, layers=3)
+    assert digests.wait(one, WAIT_S) == digests.wait(copy, WAIT_S) != digests.wait(other, WAIT_S)
+
+
+def test_the_configuration_is_part_of_it_but_not_how_it_is_written(digests: WeightsDigest, tmp_path: Path) -> None:
+    """RoPE scaling changes KV; the order of keys and white space do not."""
+    one = folder(tmp_path / "one", rope_theta=1e4, layers=3)
+    spaced = folder(tmp_path / "spaced")
+    (spaced / "config.json").write_text('{ "layers": 3,\n "rope_theta": 10000.0 }')
+    other = folder(tmp_path / "other", rope_theta=1e6, layers=3)
+    assert digests.wait(one, WAIT_S) == digests.wait(spaced, WAIT_S) != digests.wait(other, WAIT_S)
+
+
+def test_a_snapshot_is_known_without_reading_its_weights(
+    digests: WeightsDigest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blob names are the hashes; and a plain copy of the files is the same model."""
+    plain = folder(tmp_path / "plain", b"abc" * 50, layers=3)
+    expected = digests.wait(plain, WAIT_S)
+    read = count_hashes(monkeypatch)
+    assert digests.get(snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3)) == expected
+    assert digests.get(snapshot(tmp_path / "hub", b"xyz" * 50, "r2", layers=3)) != expected
+    assert read == []
+
+
+def test_a_blob_name_is_believed_only_in_a_blobs_folder(digests: WeightsDigest, tmp_path: Path) -> None:
+    """A link to any other place says nothing."""
+    elsewhere = tmp_path / "elsewhere" / ("0" * 64)
+    elsewhere.parent.mkdir()
+    elsewhere.write_bytes(b"abc" * 50)
+    linked = folder(tmp_path / "linked", layers=3)
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(elsewhere)
+    plain = folder(tmp_path / "plain", b"abc" * 50, layers=3)
+    assert digests.wait(linked, WAIT_S) == digests.wait(plain, WAIT_S)
+
+
+def test_an_adapter_folder_is_its_adapter_and_nothing_beside_it(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Training leaves checkpoints there that are not loaded."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"lora" * 10)
+    (adapter / "adapter_config.json").write_text('{"rank": 8}')
+    before = digests.wait(adapter, WAIT_S)
+    (adapter / "0000100_adapters.safetensors").write_bytes(b"other" * 10)
+    assert WeightsDigest(tmp_path / "cache").wait(adapter, WAIT_S) == before
+    (adapter / "adapter_config.json").write_text('{"rank": 16}')
+    assert WeightsDigest(tmp_path / "cache").wait(adapter, WAIT_S) != before
+
+
+def test_a_hash_is_remembered_across_processes_for_an_unchanged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second time nothing large is read; after a change of content it is, even at equal size and time."""
+    monkeypatch.setattr(identity, "SETTLED_S", 0.0)
+    model = folder(tmp_path / "model", b"a" * 100)
+    before = WeightsDigest(tmp_path / "cache").wait(model, WAIT_S)
+    read = count_hashes(monkeypatch)
+    assert WeightsDigest(tmp_path / "cache").get(model) == before
+    assert read == []
+    (model / "model.safetensors").write_bytes(b"b" * 100)
+    settle(model)
+    assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) != before
+    assert len(read) == 1
+
+
+def test_a_file_written_a_moment_ago_is_hashed_but_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the granularity of its times it could change again unseen."""
+    model = folder(tmp_path / "model")
+    assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S)
+    read = count_hashes(monkeypatch)
+    assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S)
+    assert len(read) == 1
+
+
+def test_a_damaged_cache_file_costs_a_hash_and_nothing_else(tmp_path: Path) -> None:
+    """Whatever stands in it."""
+    model = folder(tmp_path / "model")
+    expected = WeightsDigest(tmp_path / "none").wait(model, WAIT_S)
+    (tmp_path / "cache").mkdir()
+    for content in ("", "[]", "{}", '{"schema": 1, "files": 3}', '{"schema": 1, "files": {"x": [[1], 5]}}', "\x00"):
+        (tmp_path / "cache" / "identity.json").write_text(content)
+        assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) == expected
+
+
+def test_weights_in_memory_never_get_the_identity_of_what_replaced_them(
+    digests: WeightsDigest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes after the folder was pinned, before or while it is hashed, leaves the model without one."""
+    model = folder(tmp_path / "model", b"a" * 100)
+    gate = threading.Event()
+    stock = hashlib.file_digest
+
+    def slow(stream: object, name: str) -> object:
+        gate.wait(WAIT_S)
+        return stock(stream, name)  # type: ignore[arg-type, call-overload]
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    digests.pin(model)
+    assert digests.get(model) is None, "pending, and nobody waits"
+    (model / "model.safetensors").write_bytes(b"b" * 100)
+    gate.set()
+    assert digests.wait(model, WAIT_S) is None
+    assert digests.get(model) is None, "not looked at again by itself"
+    digests.pin(model)  # as when it is loaded again
+    assert digests.wait(model, WAIT_S) == WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) is not None
+
+
+def test_a_known_digest_outlives_a_change_on_disk(digests: WeightsDigest, tmp_path: Path) -> None:
+    """The model in memory is still the one that was hashed, until it is loaded again."""
+    model = folder(tmp_path / "model", b"a" * 100)
+    before = digests.wait(model, WAIT_S)
+    (model / "model.safetensors").write_bytes(b"b" * 100)
+    assert digests.get(model) == before
+    digests.pin(model)
+    assert digests.wait(model, WAIT_S) not in (before, None)
+
+
+def test_what_is_no_model_has_no_identity(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Absent, empty, without weights, with a configuration that is not JSON."""
+    (tmp_path / "empty").mkdir()
+    bare = folder(tmp_path / "bare")
+    (bare / "model.safetensors").unlink()
+    broken = folder(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    for path in (tmp_path / "absent", tmp_path / "empty", bare, broken):
+        assert digests.wait(path, WAIT_S) is None
+
+
+def test_namespaces_of_a_folder_differ_by_everything_that_changes_kv(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Weights, adapter, salt, KV dtype; not by name or place."""
+    one = write_tiny(tmp_path / "one", seed=1)
+    same = shutil.copytree(one, tmp_path / "same")
+    tuned = write_tiny(tmp_path / "tuned", seed=2)
+    narrow = write_tiny(tmp_path / "narrow", dtype=mx.bfloat16, seed=1)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapters.safetensors").write_bytes(b"lora")
+    (adapter / "adapter_config.json").write_text("{}")
+
+    def root(path: Path, **options: object) -> bytes:
+        return kv.namespace(str(path), digests=digests, timeout_s=WAIT_S, **options).root  # type: ignore[arg-type]
+
+    assert root(one) == root(same) == root(one, alias="a name")
+    others = [root(tuned), root(narrow), root(one, adapter_path=str(adapter)), root(one, salt=b"tenant")]
+    assert len({root(one), *others}) == 5
+
+
+def test_a_namespace_takes_its_layout_from_a_cache_a_model_or_the_folder(
+    digests: WeightsDigest, tmp_path: Path
+) -> None:
+    """All three say the same; an empty cache says nothing, so the folder is asked."""
+    path = str(write_tiny(tmp_path / "model", dtype=mx.bfloat16))
+    model = build_tiny(dtype=mx.bfloat16)
+    full, empty = kv.make_prompt_cache(model), kv.make_prompt_cache(model)
+    model(mx.array([[1, 2, 3]]), cache=full)
+    spaces = [kv.namespace(path, one, digests=digests) for one in (full, empty)]
+    spaces += [kv.namespace(path, model=model, digests=digests), kv.namespace(path, digests=digests)]
+    assert len({space.root for space in spaces}) == 1
+    assert spaces[0].dtype == "BF16"
+    assert spaces[0].alias == "model"
+    assert spaces[0].engine == models.engine_version()
+    with pytest.raises(InvalidRequestError, match="no such folder"):
+        kv.namespace(str(tmp_path / "absent"))
+
+
+def test_a_draft_model_belongs_to_the_identity(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Its layers lie in the same cache."""
+    one, draft, other = (folder(tmp_path / name, name.encode()) for name in ("one", "draft", "other"))
+    ids = [models.identify(digests, [one, None, third], timeout_s=WAIT_S) for third in (None, draft, other)]
+    assert all(ids)
+    assert len({identity.weights for identity in ids if identity}) == 3
+
+
+def test_no_folder_of_a_model_may_be_unknown(digests: WeightsDigest, tmp_path: Path) -> None:
+    """An adapter without a digest leaves the model without an identity."""
+    one, empty = folder(tmp_path / "one"), tmp_path / "empty"
+    empty.mkdir()
+    assert models.identify(digests, [one, empty, None], timeout_s=WAIT_S) is None
+    assert models.identify(digests, [None, None, None], timeout_s=WAIT_S) is None

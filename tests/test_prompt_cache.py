@@ -1,0 +1,481 @@
+"""PromptCache and PrefixStore: what comes from memory, what from the store, and that neither is ever wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+from kvstore.blocks import Reason
+from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
+from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
+from kvstore.integrations import mlx_lm as kv
+from kvstore.integrations import prompt_cache as prompt_cache_module
+from kvstore.integrations.identity import WeightsDigest
+from kvstore.integrations.models import ModelStore
+from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.run import plug_in, run
+from kvstore.keys import Namespace
+from kvstore.layers import KVLayer
+from tests.support.models import build_tiny, heldout_tokens, write_tiny
+
+TOKENS = heldout_tokens()
+
+
+class FakeSession:
+    """A session over a list in memory, with the contract of the real one: longest common prefix, at most N - 1."""
+
+    def __init__(self) -> None:
+        self.stored: list[tuple[list[int], list[KVLayer]]] = []
+        self.fetches = 0
+
+    def _best(self, tokens: Sequence[int]) -> tuple[int, list[KVLayer]]:
+        best: tuple[int, list[KVLayer]] = (0, [])
+        for known, layers in self.stored:
+            pairs = enumerate(zip(known, tokens, strict=False))
+            common = next((i for i, (a, b) in pairs if a != b), min(len(known), len(tokens)))
+            best = max(best, (min(common, len(tokens) - 1), layers), key=lambda item: item[0])
+        return best
+
+    def match(self, tokens: Sequence[int]) -> Match:
+        """How long the best prefix is."""
+        return Match(self._best(tokens)[0], Reason.OK)
+
+    def fetch(self, tokens: Sequence[int]) -> Hit | Miss:
+        """Layers of their own, with head-room."""
+        self.fetches += 1
+        n_tokens, layers = self._best(tokens)
+        if not n_tokens:
+            return Miss(Reason.UNKNOWN_PREFIX)
+        cut = tuple(
+            KVLayer(one.spec, tuple(a[:] for a in one.keys), tuple(a[:] for a in one.values), n_tokens)
+            for one in layers
+        )
+        return Hit(n_tokens, cut, Reason.OK, 0, HitSource("fake", "packed", 1, 0, 0.0))
+
+    def store(self, tokens: Sequence[int], layers: list[KVLayer]) -> StoreResult:
+        """Keep the layers as they are, and the tokens that they hold."""
+        (offset,) = {layer.n_tokens for layer in layers}
+        assert offset <= len(tokens)
+        self.stored.append((list(tokens[:offset]), list(layers)))
+        return StoreResult()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Nothing is queued."""
+        return True
+
+
+class FakeClient:
+    """Sessions by namespace, as two processes that share one store see them."""
+
+    def __init__(self) -> None:
+        self.sessions: dict[bytes, FakeSession] = {}
+        self.closed = False
+
+    def session(self, namespace: Namespace, profile: str | None = None) -> FakeSession:
+        """The one session of a namespace."""
+        return self.sessions.setdefault(namespace.root, FakeSession())
+
+    def close(self, timeout_s: float) -> None:
+        """Remember that it was."""
+        self.closed = True
+
+    @property
+    def only(self) -> FakeSession:
+        """The session, where there is but one."""
+        (session,) = self.sessions.values()
+        return session
+
+
+class Provider:
+    """The parts of the server's ModelProvider that the cache looks at."""
+
+    def __init__(self, key: tuple[str, str | None, str | None], model: Any, draft: Any = None, **flags: Any) -> None:
+        self.model_key, self.model, self.draft_model, self.is_distributed = key, model, draft, False
+        self.cli_args = types.SimpleNamespace(kv_bits=None, kv_group_size=64, prompt_cache_bytes=None, **flags)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Model folders of equal shape and different weights."""
+    base = tmp_path_factory.mktemp("models")
+    return {name: str(write_tiny(base / name, seed=seed)) for seed, name in enumerate(("one", "other"))}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The model of folder `one`."""
+    return build_tiny(seed=0)
+
+
+@pytest.fixture
+def digests(tmp_path: Path, folders: dict[str, str]) -> WeightsDigest:
+    """With both folders known."""
+    known = WeightsDigest(tmp_path / "cache")
+    for path in folders.values():
+        assert known.wait(path, 30.0)
+    return known
+
+
+@pytest.fixture
+def client() -> FakeClient:
+    """An empty store."""
+    return FakeClient()
+
+
+@pytest.fixture
+def make(client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any) -> Any:
+    """Prompt caches of new processes that share the store, and the key of their model."""
+    key = (folders["one"], None, None)
+
+    def new(**flags: Any) -> PromptCache:
+        provider = Provider(key, model)
+        for name, value in flags.items():
+            setattr(provider.cli_args, name, value)
+        return PromptCache(store=ModelStore(client, digests), provider=provider)  # type: ignore[arg-type]
+
+    new.key = key  # type: ignore[attr-defined]
+    return new
+
+
+def feed(model: Any, cache: list[Any], tokens: Sequence[int]) -> mx.array:
+    """Logits after the last of `tokens`."""
+    logits = model(mx.array([list(tokens)]), cache=cache)[0, -1]
+    mx.eval(logits)
+    return logits
+
+
+def filled(model: Any, tokens: Sequence[int]) -> list[Any]:
+    """The model's cache after `tokens`."""
+    cache = make_prompt_cache(model)
+    feed(model, cache, tokens)
+    return cache
+
+
+def check_continuation(model: Any, tokens: Sequence[int], cache: list[Any], rest: Sequence[int]) -> None:
+    """What a hit covers plus what is left is the prompt, and the next logits are those of a cold run."""
+    assert rest
+    assert {layer.offset for layer in cache} == {len(tokens) - len(rest)}
+    assert list(tokens[len(tokens) - len(rest) :]) == list(rest)
+    warm, cold = feed(model, cache, rest), feed(model, make_prompt_cache(model), tokens)
+    assert mx.allclose(warm, cold, atol=1e-4)
+
+
+def test_another_process_continues_from_the_store(make: Any, model: Any, client: FakeClient) -> None:
+    """Supersequence, branch and exact prompt: one fetch each, at most all but the last token."""
+    make().insert_cache(make.key, TOKENS[:200], filled(model, TOKENS[:200]))
+    for tokens, covered in (
+        (TOKENS[:240], 200),
+        (TOKENS[:150] + TOKENS[700:750], 150),
+        (TOKENS[:200], 199),
+        (TOKENS[:100], 99),
+    ):
+        cache, rest = make().fetch_nearest_cache(make.key, tokens)
+        assert len(tokens) - len(rest) == covered
+        check_continuation(model, tokens, cache, rest)
+    assert client.only.fetches == 4
+
+
+def test_a_prompt_that_nobody_has_seen_is_cold(make: Any, model: Any) -> None:
+    """As the stock cache says it."""
+    assert make().fetch_nearest_cache(make.key, TOKENS[:50]) == (None, TOKENS[:50])
+    assert make().fetch_nearest_cache(make.key, []) == (None, [])
+
+
+def test_an_exact_hit_in_memory_leaves_a_token_to_feed(make: Any, model: Any, client: FakeClient) -> None:
+    """The stock cache answers with nothing left, which ends the server's generation thread."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    for _ in range(2):
+        found, rest = cache.fetch_nearest_cache(make.key, TOKENS[:100])
+        assert rest == TOKENS[99:100]
+        check_continuation(model, TOKENS[:100], found, rest)
+    assert client.only.fetches == 0
+
+
+def test_an_exact_hit_that_cannot_be_trimmed_falls_back(make: Any) -> None:
+    """Layers that are not sliceable keep their count; a shorter entry, or nothing, is used."""
+    model = build_tiny("qwen3_5")
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:60], filled(model, TOKENS[:60]), cache_type="system")
+    cache.insert_cache(make.key, TOKENS[:80], filled(model, TOKENS[:80]))
+    _, rest = cache.fetch_nearest_cache(make.key, TOKENS[:80])
+    assert rest == TOKENS[60:80]
+
+
+def test_memory_is_used_when_the_store_has_little_more(make: Any, model: Any, client: FakeClient) -> None:
+    """And the store when it has: matching decides, so nothing is read for naught."""
+    make().insert_cache(make.key, TOKENS[:220], filled(model, TOKENS[:220]))
+    near, far = make(), make()
+    near.insert_cache(make.key, TOKENS[:200], filled(model, TOKENS[:200]))
+    far.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    cache, rest = near.fetch_nearest_cache(make.key, TOKENS[:300])
+    assert (len(rest), client.only.fetches) == (100, 0)
+    cache, rest = far.fetch_nearest_cache(make.key, TOKENS[:300])
+    assert (len(rest), client.only.fetches) == (80, 1)
+    check_continuation(model, TOKENS[:300], cache, rest)
+
+
+def test_layers_that_lag_behind_the_tokens_are_stored_as_far_as_they_go(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any
+) -> None:
+    """With a draft model the server names more tokens than the layers hold; the stock cache then skips them."""
+    draft = build_tiny(seed=5)
+    key = (folders["one"], None, folders["other"])
+    caches = [
+        PromptCache(store=ModelStore(client, digests), provider=Provider(key, model, draft))  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    list_of_both = filled(model, TOKENS[:99]) + filled(draft, TOKENS[:98])
+    caches[0].insert_cache(key, TOKENS[:100], list_of_both)
+    for cache in caches:  # from memory, and from the store
+        found, rest = cache.fetch_nearest_cache(key, TOKENS[:140])
+        assert found is not None
+        assert rest == TOKENS[98:140]
+        half = len(found) // 2
+        check_continuation(model, TOKENS[:140], found[:half], rest)
+        check_continuation(draft, TOKENS[:140], found[half:], rest)
+
+
+def test_a_cache_longer_than_its_tokens_is_cut(make: Any, model: Any) -> None:
+    """What has no name is not kept."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:90], filled(model, TOKENS[:100]))
+    found, rest = cache.fetch_nearest_cache(make.key, TOKENS[:120])
+    assert len(rest) == 30
+    check_continuation(model, TOKENS[:120], found, rest)
+
+
+def test_a_cache_that_holds_nothing_is_left_out(make: Any, model: Any, client: FakeClient) -> None:
+    """New layers, or no tokens."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:90], make_prompt_cache(model))
+    cache.insert_cache(make.key, [], filled(model, TOKENS[:10]))
+    assert len(cache) == 0
+    assert not client.sessions
+
+
+def test_quantized_caches_come_back_only_to_a_quantizing_server(make: Any, model: Any) -> None:
+    """Such a server takes whichever layout covers more; a batching one could not even merge a quantized cache."""
+    long, short = TOKENS[:200], TOKENS[:120]
+    quantized = [layer.to_quantized(group_size=64, bits=8) for layer in filled(model, long)]
+    writer = make(kv_bits=8)
+    writer.insert_cache(make.key, long, quantized)
+    make().insert_cache(make.key, short, filled(model, short))
+    found, rest = make(kv_bits=8).fetch_nearest_cache(make.key, TOKENS[:250])
+    assert len(rest) == 50
+    assert {type(layer) for layer in found} == {QuantizedKVCache}
+    found, rest = make().fetch_nearest_cache(make.key, TOKENS[:250])
+    assert len(rest) == 130
+    assert {type(layer) for layer in found} == {KVCache}
+    other = TOKENS[:110] + TOKENS[900:950]
+    make().insert_cache(make.key, other, filled(model, other))
+    found, rest = make(kv_bits=8).fetch_nearest_cache(make.key, [*other, 1])
+    assert len(rest) == 1
+    assert {type(layer) for layer in found} == {KVCache}
+
+
+def test_models_of_equal_shape_never_share(make: Any, model: Any, folders: dict[str, str]) -> None:
+    """The server swaps models by request; each has its own identity."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    other = (folders["other"], None, None)
+    cache._provider = Provider(other, build_tiny(seed=1))
+    assert cache.fetch_nearest_cache(other, TOKENS[:100]) == (None, TOKENS[:100])
+
+
+def test_without_an_identity_memory_works_alone(
+    client: FakeClient, tmp_path: Path, folders: dict[str, str], model: Any
+) -> None:
+    """Weights that are not hashed yet, or cannot be: counted, and nothing else."""
+    key = (str(tmp_path / "absent"), None, None)
+    store = ModelStore(client, WeightsDigest(tmp_path / "cache"))  # type: ignore[arg-type]
+    cache = PromptCache(store=store, provider=Provider(key, model))
+    cache.insert_cache(key, TOKENS[:100], filled(model, TOKENS[:100]))
+    assert len(cache.fetch_nearest_cache(key, TOKENS[:150])[1]) == 50
+    assert not client.sessions
+    assert store.reasons[Reason.IDENTITY_PENDING] == 2
+
+
+def test_layouts_are_learned_from_inserts_without_a_provider(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any
+) -> None:
+    """A plain drop-in knows no model before the first insert."""
+    key = (folders["one"], None, None)
+    cache = PromptCache(max_size=1, store=ModelStore(client, digests))  # type: ignore[arg-type]
+    assert cache.fetch_nearest_cache(key, TOKENS[:100]) == (None, TOKENS[:100])
+    cache.insert_cache(key, TOKENS[:100], filled(model, TOKENS[:100]))
+    cache.insert_cache(key, TOKENS[900:1000], filled(model, TOKENS[900:1000]))  # the first one leaves memory
+    found, rest = cache.fetch_nearest_cache(key, TOKENS[:120])
+    assert found is not None
+    check_continuation(model, TOKENS[:120], found, rest)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_layers_that_cannot_be_stored_stay_in_memory_and_are_counted(
+    name: str, client: FakeClient, digests: WeightsDigest, folders: dict[str, str]
+) -> None:
+    """Rotating and recurrent layers: the stock behaviour, and a reason."""
+    key, model = (folders["one"], None, None), build_tiny(name)
+    store = ModelStore(client, digests)  # type: ignore[arg-type]
+    cache = PromptCache(store=store, provider=Provider(key, model))
+    assert cache.fetch_nearest_cache(key, TOKENS[:60]) == (None, TOKENS[:60])
+    cache.insert_cache(key, TOKENS[:60], filled(model, TOKENS[:60]))
+    assert len(cache.fetch_nearest_cache(key, TOKENS[:80])[1]) == 20
+    assert store.reasons[Reason.UNSUPPORTED_LAYER] == 2
+    assert not client.sessions
+
+
+def test_a_client_that_fails_costs_nothing_but_the_hit(make: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises of ours."""
+
+    def failing(self: FakeClient, namespace: Namespace, profile: str | None = None) -> FakeSession:
+        raise UnavailableError("no daemon")
+
+    monkeypatch.setattr(FakeClient, "session", failing)
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    assert len(cache.fetch_nearest_cache(make.key, TOKENS[:150])[1]) == 50
+
+
+def test_a_model_that_cannot_be_traced_is_served_without_the_store(make: Any) -> None:
+    """Foreign code may want other arguments."""
+
+    class Strange:
+        layers = (1, 2)
+
+        def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+            raise TypeError("more arguments, please")
+
+    cache = make()
+    cache._provider.model = strange = Strange()
+    assert cache.fetch_nearest_cache(make.key, TOKENS[:50]) == (None, TOKENS[:50])
+    assert cache._store.reasons[Reason.UNSUPPORTED_LAYER] == 1
+    assert strange.layers
+
+
+def test_a_hit_never_ends_inside_an_image(make: Any, model: Any) -> None:
+    """Its patches share one negative id and can only be fed together."""
+    image = [-(1 << 58)] * 40
+    prompt = [*TOKENS[:100], *image, *TOKENS[100:120]]
+    cache = filled(model, [*TOKENS[:100], *([7] * 20)])
+    make().insert_cache(make.key, prompt[:120], cache)
+    found, rest = make().fetch_nearest_cache(make.key, prompt)
+    assert len(prompt) - len(rest) == 100
+    assert {layer.offset for layer in found} == {100}
+
+
+def test_processes_that_work_as_one_use_memory_alone(make: Any, model: Any, client: FakeClient) -> None:
+    """Each holds its part of the KV, and all must see the same hits."""
+    cache = make()
+    cache._enabled = PromptCache(store=cache._store, provider=types.SimpleNamespace(is_distributed=True))._enabled
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    assert len(cache.fetch_nearest_cache(make.key, TOKENS[:150])[1]) == 50
+    assert not client.sessions
+
+
+def test_memory_is_bounded_in_bytes_unless_the_user_says_otherwise(make: Any, model: Any) -> None:
+    """The stock cache counts sequences only."""
+    assert make().max_bytes == prompt_cache_module.default_memory_bytes() < 1 << 50
+    assert PromptCache(max_bytes=0, store=make()._store).max_bytes == 0
+    cache = make()
+    cache.max_bytes = 1
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    assert len(cache) == 0
+    assert len(cache.fetch_nearest_cache(make.key, TOKENS[:150])[1]) == 50, "from the store"
+
+
+@pytest.fixture
+def prefixes(client: FakeClient, digests: WeightsDigest, folders: dict[str, str], monkeypatch: Any) -> kv.PrefixStore:
+    """A PrefixStore over the fake client."""
+    monkeypatch.setattr(kv, "connect", lambda address: client)
+    return kv.PrefixStore(folders["one"], digests=digests)
+
+
+def test_a_prefix_is_fetched_on_entry_and_stored_on_exit(prefixes: kv.PrefixStore, model: Any) -> None:
+    """What was generated is stored when it is named, and cut off when not."""
+    prefix = prefixes.prefix(model, TOKENS[:100])
+    with prefix as (cache, rest):
+        assert rest == TOKENS[:100]
+        feed(model, cache, rest)
+        feed(model, cache, TOKENS[100:110])
+        prefix.extend(TOKENS[100:105])
+    with prefixes.prefix(model, TOKENS[:150]) as (cache, rest):
+        assert rest == TOKENS[105:150]
+        check_continuation(model, TOKENS[:150], cache, rest)
+    with prefixes.prefix(model, TOKENS[:150]) as (cache, rest):
+        assert rest == TOKENS[149:150]
+
+
+def test_a_block_that_raises_stores_nothing(prefixes: kv.PrefixStore, model: Any, client: FakeClient) -> None:
+    """Nor does one whose layers disagree; a generator that is left early does."""
+    prefix = prefixes.prefix(model, TOKENS[:50])
+    with contextlib.suppress(ZeroDivisionError), prefix as (cache, rest):
+        feed(model, cache, rest)
+        raise ZeroDivisionError
+    with prefixes.prefix(model, TOKENS[:50]) as (cache, rest):
+        feed(model, cache, rest)
+        cache[0].trim(1)
+    assert client.only.stored == []
+
+    def stream() -> Any:
+        with prefixes.prefix(model, TOKENS[:50]) as (cache, rest):
+            feed(model, cache, rest)
+            yield 1
+
+    generator = stream()
+    next(generator)
+    generator.close()
+    assert len(client.only.stored) == 1
+    with pytest.raises(InvalidRequestError):
+        prefixes.prefix(model, [])
+
+
+def test_a_model_that_cannot_be_stored_still_generates(prefixes: kv.PrefixStore, client: FakeClient) -> None:
+    """Cold, every time."""
+    model = build_tiny("qwen3_5")
+    for _ in range(2):
+        with prefixes.prefix(model, TOKENS[:40]) as (cache, rest):
+            assert rest == TOKENS[:40]
+            feed(model, cache, rest)
+    assert not client.sessions
+
+
+def test_the_launcher_replaces_three_names_and_passes_everything_on(
+    client: FakeClient, tmp_path: Path, folders: dict[str, str], model: Any
+) -> None:
+    """The server's own functions get what they would have got."""
+    calls: list[Any] = []
+    store = ModelStore(client, WeightsDigest(tmp_path / "cache"))  # type: ignore[arg-type]
+    provider = Provider((folders["one"], None, None), model)
+    provider.cli_args.prompt_cache_bytes = 12345
+
+    def stock_run(host: str, port: int, model_provider: Any, handler: str = "stock") -> None:
+        calls.append((host, port, handler, server.LRUPromptCache(7)))
+
+    def stock_load(path: str, adapter_path: str | None = None, return_config: bool = False) -> str:
+        calls.append((path, adapter_path, return_config))
+        return "loaded"
+
+    server = types.SimpleNamespace(load=stock_load, run=stock_run, LRUPromptCache=None)
+    plug_in(server, store)
+    assert server.load(folders["one"], adapter_path=None, return_config=True) == "loaded"
+    assert store.digests.wait(folders["one"], 30.0)
+    server.run("127.0.0.1", 1, provider, handler="mine")
+    assert calls[0] == (folders["one"], None, True)
+    host, port, handler, cache = calls[1]
+    assert (host, port, handler, cache.max_size, cache.max_bytes) == ("127.0.0.1", 1, "mine", 7, 12345)
+    assert isinstance(cache, PromptCache)
+
+
+def test_only_known_servers_are_started() -> None:
+    """And the message names them."""
+    for argv in (["vim"], []):
+        with pytest.raises(ConfigError, match=r"mlx_lm\.server"):
+            run(argv)
