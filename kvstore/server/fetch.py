@@ -6,21 +6,23 @@ after that it ends the stream, and the next fetch finds the block gone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
+from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.config import Config
-from kvstore.engine import Engine, Lease, Match, Slice
+from kvstore.engine import Engine, Lease, Match, Row, Slice
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.files import FileReader
+from kvstore.files import FileReader, Range
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.server.lane import Lane
 
 CHUNK_BYTES = 1 << 20
+REPLANS_MAX = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,17 @@ class FetchPlan:
     def blocks(self) -> list[HitBlock]:
         """The blocks as the codecs want them."""
         return [HitBlock(piece.row.block.runs, piece.take) for piece in self.match.slices]
+
+    @property
+    def slices(self) -> list[Slice]:
+        """Everything that is read: the blocks, then the checkpoint if there is one."""
+        return [*self.match.slices, *(Slice(row, 0) for row in rows_of(self.match)[len(self.match.slices) :])]
+
+    @property
+    def states(self) -> dict[int, LayerState]:
+        """The checkpoint's layers by index."""
+        checkpoint = self.match.checkpoint
+        return {} if checkpoint is None else {state.layer: state for state in checkpoint.block.states}
 
     def release(self) -> None:
         """Give the lease back."""
@@ -58,48 +71,39 @@ class FetchPath:
         if len(tokens) % TOKEN_BYTES:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
         limit = max(0, count_tokens(tokens) - 1)
-        return self._usable(self._engine.match(root, tokens, fidelity_min, limit))
-
-    def _usable(self, match: Match) -> Match:
-        """Cut the match at the first block with a recipe that this build cannot read, then apply the minimum."""
-        for at, piece in enumerate(match.slices):
-            try:
-                check_runs(piece.row.block.runs)
-            except UnknownFormatError:
-                match = shorten(match, match.slices[:at], Reason.UNKNOWN_RECIPE)
-                break
-            except CorruptDataError:
-                match = shorten(match, match.slices[:at], Reason.CORRUPT)
-                break
-        if 0 < match.n_tokens < self._config.min_prefix_tokens:
-            return shorten(match, (), Reason.BELOW_THRESHOLD)
+        namespace = self._engine.namespace(root)
+        exact = namespace is not None and bool(namespace.layout.exact_layers)
+        match = self._engine.match(root, tokens, fidelity_min, limit, exact=exact)
+        while (unreadable := first_unreadable(match)) is not None:
+            start, reason = unreadable
+            shorter = self._engine.match(root, tokens, fidelity_min, start, exact=exact)
+            match = replace(shorter, reason=reason)
+        short = 0 < match.n_tokens < self._config.min_prefix_tokens
+        if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
+            return Match(0, Reason.BELOW_THRESHOLD, (), FIDELITY_EXACT)
         return match
 
     def plan(self, root: bytes, tokens: bytes, fidelity_min: int) -> FetchPlan:
-        """Match again, take a lease and make sure that every file is there, shortening the prefix where one is not."""
-        match = self.match(root, tokens, fidelity_min)
-        while match.slices:
-            lease = self._engine.lease([piece.row for piece in match.slices])
-            lost = self._engine.first_missing(match.slices)
-            if lost is None:
-                self._engine.touch(match.slices)
-                return FetchPlan(self._engine.namespace(root), match, lease)
-            lease.release()
-            self._engine.recheck(match.slices[lost].row.key)
-            match = self._usable(shorten(match, match.slices[:lost], Reason.CORRUPT))
-        return FetchPlan(None, match, None)
+        """Match again, take a lease and make sure that every file is there; what is not is dropped from the index."""
+        for _ in range(REPLANS_MAX):
+            match = self.match(root, tokens, fidelity_min)
+            if not match.n_tokens:
+                return FetchPlan(None, match, None)
+            plan = FetchPlan(self._engine.namespace(root), match, self._engine.lease(rows_of(match)))
+            missing = self._engine.first_missing(plan.slices)
+            if missing is None:
+                self._engine.touch(plan.slices)
+                if match.checkpoint is not None and match.reason is Reason.NO_CHECKPOINT:
+                    self._engine.mark_divergence(match.checkpoint)
+                return plan
+            plan.release()
+            self._engine.recheck(plan.slices[missing].row.key)
+        return FetchPlan(None, Match(0, Reason.CORRUPT, (), FIDELITY_EXACT), None)
 
     def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer's stored ranges, in the order of `layer_ranges`. CorruptDataError on a short file."""
         blocks = plan.blocks
-        with FileReader(self._engine.sources(plan.match.slices)) as reader:
-            for layer in range(len(layout.layers)):
-                chunks = Chunks()
-                for span in layer_ranges(blocks, layer):
-                    buffer = bytearray(span.nbytes)
-                    reader.readinto(span.source, span.offset, [memoryview(buffer)])
-                    yield from ((layer, chunk) for chunk in chunks.add(buffer))
-                yield from ((layer, chunk) for chunk in chunks.rest())
+        return self._layers(plan, layout, lambda reader, layer: read_ranges(reader, layer_ranges(blocks, layer)))
 
     def dense_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer, decoded on the lane according to the recipes stored with the data.
@@ -107,24 +111,30 @@ class FetchPath:
         A block that does not verify is quarantined and ends the iteration with CorruptDataError.
         """
         blocks = plan.blocks
-        with FileReader(self._engine.sources(plan.match.slices)) as reader:
-            for layer in range(len(layout.layers)):
-                decode = self._decoder(layout, layer, blocks, reader)
-                try:
-                    parts = self._lane.submit_fetch(decode).result()
-                except BlockCorruptError as error:
-                    self._engine.recheck(plan.match.slices[error.source].row.key)
-                    raise
-                chunks = Chunks()
-                for part in parts:
-                    yield from ((layer, chunk) for chunk in chunks.add(part))
-                yield from ((layer, chunk) for chunk in chunks.rest())
 
-    @staticmethod
-    def _decoder(
-        layout: Layout, layer: int, blocks: Sequence[HitBlock], reader: FileReader
-    ) -> Callable[[], list[memoryview]]:
-        return lambda: dense_bytes(assemble_layer(layout, layer, blocks, reader, headroom_tokens=0))
+        def decode(reader: FileReader, layer: int) -> Iterable[memoryview]:
+            try:
+                work = functools.partial(dense_layer, layout, layer, blocks, reader)
+                return self._lane.submit_fetch(work).result()
+            except BlockCorruptError as error:
+                self._engine.recheck(plan.slices[error.source].row.key)
+                raise
+
+        return self._layers(plan, layout, decode)
+
+    def _layers(
+        self, plan: FetchPlan, layout: Layout, kv: Callable[[FileReader, int], Iterable[memoryview]]
+    ) -> Iterator[tuple[int, bytes]]:
+        """(layer, chunk) of all layers in order: kv layers as `kv` gives them, window and state layers as stored."""
+        states, checkpoint = plan.states, len(plan.match.slices)
+        with FileReader(self._engine.sources(plan.slices)) as reader:
+            for layer, spec in enumerate(layout.layers):
+                if spec.is_exact:
+                    ranges = [Range(checkpoint, array.offset, array.nbytes) for array in states[layer].arrays]
+                    parts: Iterable[memoryview] = read_ranges(reader, ranges)
+                else:
+                    parts = kv(reader, layer)
+                yield from ((layer, chunk) for chunk in chunked(parts))
 
     @staticmethod
     def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
@@ -132,30 +142,47 @@ class FetchPath:
         return HitBlock(dense_runs(layout, plan.match.n_tokens), plan.match.n_tokens)
 
 
-def shorten(match: Match, slices: tuple[Slice, ...], reason: Reason) -> Match:
-    """The match cut down to its leading `slices`."""
-    fidelity = min([FIDELITY_EXACT, *(piece.row.fidelity for piece in slices)])
-    return Match(sum(piece.take for piece in slices), reason, slices, fidelity)
+def rows_of(match: Match) -> list[Row]:
+    """Rows of the blocks, then of the checkpoint if there is one."""
+    rows = [piece.row for piece in match.slices]
+    return rows if match.checkpoint is None else [*rows, match.checkpoint]
 
 
-class Chunks:
-    """Regroups byte strings into messages of about CHUNK_BYTES: small ranges are gathered, large ones cut."""
+def first_unreadable(match: Match) -> tuple[int, Reason] | None:
+    """(start, reason) of the first block with a recipe or row that this build cannot read; None when all are fine."""
+    for piece in match.slices:
+        try:
+            check_runs(piece.row.block.runs)
+        except UnknownFormatError:
+            return piece.row.start, Reason.UNKNOWN_RECIPE
+        except CorruptDataError:
+            return piece.row.start, Reason.CORRUPT
+    return None
 
-    def __init__(self) -> None:
-        self._gathered = bytearray()
 
-    def add(self, data: bytearray | memoryview) -> Iterator[bytes]:
-        """Take more bytes; gives chunks that are full."""
-        view = memoryview(data).cast("B")
-        while len(self._gathered) + len(view) >= CHUNK_BYTES:
-            take = CHUNK_BYTES - len(self._gathered)
-            yield bytes(self._gathered) + bytes(view[:take])
-            self._gathered.clear()
+def dense_layer(layout: Layout, layer: int, blocks: Sequence[HitBlock], reader: FileReader) -> list[memoryview]:
+    """One decoded layer, on the lane."""
+    return dense_bytes(assemble_layer(layout, layer, blocks, reader, headroom_tokens=0))
+
+
+def read_ranges(reader: FileReader, ranges: Iterable[Range]) -> Iterator[memoryview]:
+    """The bytes of each range."""
+    for span in ranges:
+        view = memoryview(bytearray(span.nbytes))
+        reader.readinto(span.source, span.offset, [view])
+        yield view
+
+
+def chunked(parts: Iterable[memoryview]) -> Iterator[bytes]:
+    """Regroup byte strings into messages of at most CHUNK_BYTES: small ones are gathered, large ones cut."""
+    gathered = bytearray()
+    for part in parts:
+        view = part
+        while len(gathered) + len(view) >= CHUNK_BYTES:
+            take = CHUNK_BYTES - len(gathered)
+            yield bytes(gathered) + bytes(view[:take])
+            gathered.clear()
             view = view[take:]
-        self._gathered += view
-
-    def rest(self) -> Iterator[bytes]:
-        """What is left at the end of a layer."""
-        if self._gathered:
-            yield bytes(self._gathered)
-            self._gathered.clear()
+        gathered += view
+    if gathered:
+        yield bytes(gathered)

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from kvstore.blocks import Reason
+from kvstore.blocks import LayerState, Reason
 from kvstore.config import Config
-from kvstore.engine import Engine
-from kvstore.errors import InvalidRequestError, LayoutMismatchError
+from kvstore.engine import Engine, Row
+from kvstore.errors import CorruptDataError, InvalidRequestError, LayoutMismatchError
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.server import uploads
@@ -67,7 +67,7 @@ class KVStoreService(rpc.KVStoreServicer):
             by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and not dense
             yield pb.FetchReply(plan=self._plan_message(plan, layout, dense=dense, by_path=by_path))
             if by_path:
-                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.slices))
+                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.slices))
                 await asyncio.sleep(self._config.lease_s)
                 return
             layers = self._fetch.dense_layers if dense else self._fetch.packed_layers
@@ -101,6 +101,16 @@ class KVStoreService(rpc.KVStoreServicer):
             fidelity=match.fidelity,
             layout=layout.record,
             blocks=slices,
+            checkpoint=self._state_slice(match.checkpoint, by_path=by_path) if match.checkpoint else None,
+        )
+
+    def _state_slice(self, row: Row, *, by_path: bool) -> pb.StateSlice:
+        return pb.StateSlice(
+            key=row.key,
+            states=row.states_record,
+            path=str(self._engine.path(row)) if by_path else "",
+            payload_offset=row.payload_offset,
+            file_bytes=row.file_bytes,
         )
 
     @unary
@@ -120,6 +130,7 @@ class KVStoreService(rpc.KVStoreServicer):
             staging_path=str(upload.staging.path) if by_path and upload.staging else "",
             reason=plan.reason,
             held_tokens=plan.held_tokens,
+            wants_states=bool(upload.states),
         )
 
     @unary
@@ -207,4 +218,13 @@ def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
         restored_tokens=message.restored_tokens,
         restored_fidelity=message.restored_fidelity,
         profile=message.profile,
+        states=states_of(message),
     )
+
+
+def states_of(message: pb.BeginStoreRequest) -> tuple[LayerState, ...]:
+    """The checkpoint offered, if any; InvalidRequestError when it is none."""
+    try:
+        return convert.states_from_bytes(message.states) if message.states else ()
+    except CorruptDataError as error:
+        raise InvalidRequestError(f"states: {error}") from error

@@ -22,6 +22,7 @@ from kvstore.blocks import (
     RAW,
     TOKEN_BYTES,
     Block,
+    LayerState,
     Reason,
     Run,
     count_tokens,
@@ -37,7 +38,7 @@ from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
-from kvstore.server.uploads import Upload, Uploads, block_range
+from kvstore.server.uploads import Upload, Uploads, block_range, checkpoint_place
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class StoreRequest:
     restored_tokens: int
     restored_fidelity: int
     profile: str
+    states: tuple[LayerState, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,15 +96,16 @@ class StorePath:
         namespace = self._namespace(request)
         n_tokens = count_tokens(request.tokens)
         self._check_tokens(request, n_tokens)
+        self._check_states(request, namespace)
         if n_tokens < self._config.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
         profile = parse_profile(request.profile) if request.profile else self._profile
         floor = profile.fidelity if request.profile else FIDELITY_ANY
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
-        if held.n_tokens == n_tokens:
+        upload = self._plan(request, namespace, profile, floor, held)
+        if held.n_tokens == n_tokens and not upload.states:
             self._engine.touch(held.slices)
             return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
-        upload = self._plan(request, namespace, profile, floor, held)
         if upload.pieces and request.captured_from > upload.start:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
         if not self._open(upload):
@@ -125,6 +128,15 @@ class StorePath:
         if request.captured_from > n_tokens or request.restored_tokens > n_tokens:
             raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
 
+    def _check_states(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
+        if not request.states:
+            return
+        if tuple(state.layer for state in request.states) != namespace.layout.exact_layers:
+            raise InvalidRequestError("a checkpoint has every window and state layer of the layout, and no other")
+        nbytes = sum(state.nbytes for state in request.states)
+        if nbytes > self._config.memory_bytes:
+            raise LimitError(f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}")
+
     def _plan(
         self, request: StoreRequest, namespace: NamespaceInfo, profile: Profile, floor: int, held: Match
     ) -> Upload:
@@ -137,6 +149,9 @@ class StorePath:
         first, depends_on = self.uploads.receiving(tuple(keys), full, floor)
         spliced = held.slices[full:] if first == full else ()
         start = min(first * BLOCK_TOKENS + sum(piece.take for piece in spliced), n_tokens)
+        checkpoint = checkpoint_place(request.root, request.tokens, keys)
+        known = self._engine.checkpoint_at(request.root, request.tokens)
+        held_states = (known is not None and known.fidelity >= floor) or self.uploads.is_receiving(checkpoint.key)
         return Upload(
             namespace=namespace,
             namespace_record=namespace.to_record(),
@@ -148,6 +163,7 @@ class StorePath:
             first_block=first,
             spliced=spliced,
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
+            states=() if held_states else request.states,
             depends_on=depends_on,
         )
 
@@ -166,7 +182,7 @@ class StorePath:
 
         upload.release = release
         try:
-            if upload.pieces:
+            if upload.wants_bytes:
                 upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes)
             self.uploads.add(upload)
         except BaseException:
@@ -190,7 +206,7 @@ class StorePath:
             new_bytes, reason = 0, Reason.OK
             if before.n_tokens < upload.first_block * BLOCK_TOKENS:
                 reason = Reason.DEPENDENCY_LOST
-            elif upload.pieces:
+            elif upload.wants_bytes:
                 new_bytes, reason = self._write(upload, before.fidelity)
             after = self._engine.match(root, upload.tokens, floor, upload.n_tokens)
             self._engine.touch(after.slices)
@@ -205,7 +221,7 @@ class StorePath:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
             receipt = self._engine.store(
-                upload.namespace_record, self._new_blocks(upload, fidelity), protect=upload.keys
+                upload.namespace_record, self._new_blocks(upload, fidelity), protect=[*upload.keys, *upload.new_keys]
             )
         except CorruptDataError:
             for piece in upload.spliced:
@@ -217,12 +233,13 @@ class StorePath:
         return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
 
     def _new_blocks(self, upload: Upload, fidelity: int) -> Iterator[NewBlock]:
-        """Encode the upload's blocks one by one, as the engine asks for them."""
+        """Encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last."""
         root = upload.namespace.root
         parent = upload.keys[upload.first_block - 1] if upload.first_block else root
         quantize = upload.n_tokens >= self._config.min_quantize_tokens and upload.profile.fidelity < FIDELITY_EXACT
         offset = 0
-        for index in range(upload.first_block, len(upload.keys)):
+        blocks = range(upload.first_block, len(upload.keys)) if upload.pieces else ()
+        for index in blocks:
             start, end = block_range(index, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []
             for piece in upload.pieces:
@@ -244,6 +261,33 @@ class StorePath:
             )
             yield NewBlock(block, [buffer for one in encoded for buffer in one.buffers])
             parent = block.key
+        if upload.states:
+            yield self._new_checkpoint(upload, fidelity)
+
+    def _new_checkpoint(self, upload: Upload, fidelity: int) -> NewBlock:
+        """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
+        if upload.staging is None:
+            raise InvalidRequestError("nothing was uploaded")
+        place = upload.checkpoint
+        block = Block(
+            root=upload.namespace.root,
+            parent=place.parent,
+            key=place.key,
+            start=place.start,
+            tokens=place.tokens,
+            fidelity=fidelity,
+            runs=(),
+            created_s=int(time.time()),
+            namespace=upload.namespace_record,
+            states=upload.states,
+        )
+        buffers = []
+        offset = upload.pieces_bytes
+        for state in upload.states:
+            for array in state.arrays:
+                buffers.append(upload.staging.read(offset, array.nbytes))
+                offset += array.nbytes
+        return NewBlock(block, buffers)
 
     def _spliced_runs(self, upload: Upload) -> list[EncodedRun]:
         """The stored runs that the first block starts with, read back, verified and cut."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.blocks import BLOCK_TOKENS, count_tokens
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
 from kvstore.codecs.profiles import Profile
 from kvstore.engine import Slice
 from kvstore.errors import LimitError, NotFoundError
-from kvstore.keys import NamespaceInfo
+from kvstore.keys import NamespaceInfo, checkpoint_key
 from kvstore.layers import Layout, Piece
 from kvstore.server.staging import StagingFile
 
@@ -31,6 +31,7 @@ class Upload:
     first_block: int  # index of the first block to be written
     spliced: tuple[Slice, ...]  # at most one: a stored block whose leading tokens the first block starts with
     pieces: tuple[Piece, ...]  # what the worker hands over, in order
+    states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
@@ -52,8 +53,14 @@ class Upload:
 
     @property
     def new_keys(self) -> tuple[bytes, ...]:
-        """Keys of the blocks that this upload will write."""
-        return self.keys[self.first_block :]
+        """Keys of what this upload will write."""
+        blocks = self.keys[self.first_block :]
+        return (*blocks, self.checkpoint.key) if self.states else blocks
+
+    @property
+    def checkpoint(self) -> CheckpointPlace:
+        """Where a checkpoint after the last token belongs."""
+        return checkpoint_place(self.namespace.root, self.tokens, self.keys)
 
     @property
     def start(self) -> int:
@@ -63,7 +70,17 @@ class Upload:
     @property
     def upload_bytes(self) -> int:
         """Exact bytes that the worker hands over."""
+        return self.pieces_bytes + sum(state.nbytes for state in self.states)
+
+    @property
+    def pieces_bytes(self) -> int:
+        """The tokens' part of them."""
         return sum(piece.n_tokens for piece in self.pieces) * self.layout.token_bytes
+
+    @property
+    def wants_bytes(self) -> bool:
+        """Whether the worker has anything to hand over, be it of no bytes."""
+        return bool(self.pieces or self.states)
 
     def alive(self, idle_s: float) -> bool:
         """Whether anything moved within `idle_s`; a committing upload is always alive."""
@@ -123,6 +140,11 @@ class Uploads:
                 first += 1
         return first, tuple(ids)
 
+    def is_receiving(self, key: bytes) -> bool:
+        """Whether somebody is sending what has this key."""
+        with self._lock:
+            return key in self._by_key
+
     def wait_for(self, upload_ids: tuple[str, ...], timeout_s: float) -> None:
         """Block until those uploads ended, one way or the other, at most `timeout_s` in all."""
         deadline = time.monotonic() + timeout_s
@@ -157,6 +179,24 @@ class Uploads:
             uploads = list(self._by_id.values())
         for upload in uploads:
             self.end(upload)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointPlace:
+    """Key and place of a checkpoint: after `parent`, the last full block, and the `tokens` that follow it."""
+
+    key: bytes
+    parent: bytes
+    start: int
+    tokens: bytes
+
+
+def checkpoint_place(root: bytes, tokens: bytes, keys: Sequence[bytes]) -> CheckpointPlace:
+    """Where the checkpoint after all of packed `tokens` belongs; `keys`: of their blocks, full ones first."""
+    full = count_tokens(tokens) // BLOCK_TOKENS
+    parent = keys[full - 1] if full else root
+    tail = tokens[full * BLOCK_TOKENS * TOKEN_BYTES :]
+    return CheckpointPlace(checkpoint_key(parent, tail), parent, full * BLOCK_TOKENS, tail)
 
 
 def block_range(index: int, n_tokens: int) -> tuple[int, int]:
