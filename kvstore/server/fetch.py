@@ -6,16 +6,18 @@ after that it ends the stream, and the next fetch finds the block gone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, LayerState, Reason, count_tokens
+from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match, Row, Slice
-from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
+from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
 from kvstore.files import FileReader, Range
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
@@ -62,6 +64,7 @@ class FetchPath:
         self._engine = engine
         self._lane = lane
         self._config = config
+        self._buffers = ByteBudget(config.memory_bytes)
 
     def match(self, root: bytes, tokens: bytes, fidelity_min: int) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
@@ -129,12 +132,28 @@ class FetchPath:
         states, checkpoint = plan.states, len(plan.match.slices)
         with FileReader(self._engine.sources(plan.slices)) as reader:
             for layer, spec in enumerate(layout.layers):
-                if spec.is_exact:
-                    ranges = [Range(checkpoint, array.offset, array.nbytes) for array in states[layer].arrays]
-                    parts: Iterable[memoryview] = read_ranges(reader, ranges)
-                else:
-                    parts = kv(reader, layer)
-                yield from ((layer, chunk) for chunk in chunked(parts))
+                with self._buffered(plan, layout, layer):
+                    if spec.is_exact:
+                        ranges = [Range(checkpoint, array.offset, array.nbytes) for array in states[layer].arrays]
+                        parts: Iterable[memoryview] = read_ranges(reader, ranges)
+                    else:
+                        parts = kv(reader, layer)
+                    yield from ((layer, chunk) for chunk in chunked(parts))
+
+    @contextlib.contextmanager
+    def _buffered(self, plan: FetchPlan, layout: Layout, layer: int) -> Iterator[None]:
+        """Count a layer against the memory of all streams; LimitError at once when there is none left.
+
+        Nobody waits here: the threads that would wait are those that the other streams need to go on.
+        """
+        state = plan.states.get(layer)
+        nbytes = state.nbytes if state else plan.match.n_tokens * layout.layer_token_bytes(layer)
+        if not self._buffers.try_acquire(nbytes):
+            raise LimitError(f"memory_bytes = {self._config.memory_bytes} of buffers are in use; try again later")
+        try:
+            yield
+        finally:
+            self._buffers.release(nbytes)
 
     @staticmethod
     def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:

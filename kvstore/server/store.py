@@ -193,12 +193,11 @@ class StorePath:
     # -- commit --------------------------------------------------------------------------------------------------
 
     def commit(self, upload: Upload) -> StoreOutcome:
-        """Validate, encode, write, commit; always ends the upload.
+        """Validate, encode, write, commit; always ends the upload. Uploads that it depends on have ended.
 
         Raises InvalidRequestError for bytes that are not what was asked for; then nothing of the upload is stored.
         """
         try:
-            self.uploads.wait_for(upload.depends_on, self._config.upload_idle_s)
             if upload.staging is not None:
                 upload.staging.seal()
             root, floor = upload.namespace.root, self._floor(upload)
