@@ -106,7 +106,13 @@ class FetchPath:
     def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer's stored ranges, in the order of `layer_ranges`. CorruptDataError on a short file."""
         blocks = plan.blocks
-        return self._layers(plan, layout, lambda reader, layer: read_ranges(reader, layer_ranges(blocks, layer)))
+
+        def stored(reader: FileReader, layer: int) -> Iterable[memoryview]:
+            return read_ranges(reader, layer_ranges(blocks, layer))
+
+        runs = [run for block in blocks for run in block.runs]
+        sizes = [t.layer_bytes(run.n_tokens) for run in runs for stack in run.stacks for t in stack.tensors]
+        return self._layers(plan, layout, stored, max(sizes, default=0))
 
     def dense_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer, decoded on the lane according to the recipes stored with the data.
@@ -123,16 +129,20 @@ class FetchPath:
                 self._engine.recheck(plan.slices[error.source].row.key)
                 raise
 
-        return self._layers(plan, layout, decode)
+        largest = plan.match.n_tokens * max(map(layout.layer_token_bytes, range(len(layout.layers))))
+        return self._layers(plan, layout, decode, largest)
 
     def _layers(
-        self, plan: FetchPlan, layout: Layout, kv: Callable[[FileReader, int], Iterable[memoryview]]
+        self, plan: FetchPlan, layout: Layout, kv: Callable[[FileReader, int], Iterable[memoryview]], kv_bytes: int
     ) -> Iterator[tuple[int, bytes]]:
-        """(layer, chunk) of all layers in order: kv layers as `kv` gives them, window and state layers as stored."""
+        """(layer, chunk) of all layers in order: kv layers as `kv` gives them, window and state layers as stored.
+
+        `kv_bytes`: most bytes that `kv` holds at once.
+        """
         states, checkpoint = plan.states, len(plan.match.slices)
         with FileReader(self._engine.sources(plan.slices)) as reader:
             for layer, spec in enumerate(layout.layers):
-                with self._buffered(plan, layout, layer):
+                with self._buffered(states[layer].nbytes if spec.is_exact else kv_bytes):
                     if spec.is_exact:
                         ranges = [Range(checkpoint, array.offset, array.nbytes) for array in states[layer].arrays]
                         parts: Iterable[memoryview] = read_ranges(reader, ranges)
@@ -141,13 +151,12 @@ class FetchPath:
                     yield from ((layer, chunk) for chunk in chunked(parts))
 
     @contextlib.contextmanager
-    def _buffered(self, plan: FetchPlan, layout: Layout, layer: int) -> Iterator[None]:
-        """Count a layer against the memory of all streams; LimitError at once when there is none left.
+    def _buffered(self, nbytes: int) -> Iterator[None]:
+        """Count `nbytes` and a chunk against the memory of all streams; LimitError at once when there is none left.
 
         Nobody waits here: the threads that would wait are those that the other streams need to go on.
         """
-        state = plan.states.get(layer)
-        nbytes = state.nbytes if state else plan.match.n_tokens * layout.layer_token_bytes(layer)
+        nbytes += CHUNK_BYTES
         if not self._buffers.try_acquire(nbytes):
             raise LimitError(f"memory_bytes = {self._config.memory_bytes} of buffers are in use; try again later")
         try:

@@ -71,7 +71,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 await asyncio.sleep(self._config.lease_s)
                 return
             layers = self._fetch.dense_layers if dense else self._fetch.packed_layers
-            chunks = layers(plan, layout)
+            chunks = await self._workers.read(layers, plan, layout)
             while (chunk := await self._workers.read(next, chunks, None)) is not None:
                 self._counters.add("bytes_served", len(chunk[1]))
                 yield pb.FetchReply(chunk=pb.LayerChunk(layer=chunk[0], data=chunk[1]))
