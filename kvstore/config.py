@@ -252,6 +252,15 @@ class Config:
     fetch_total_ms: int = _key(
         _whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
     )
+    checkpoints_max: int = _key(
+        _whole(1),
+        "Most checkpoints kept along one sequence, for models with sliding-window or recurrent layers.",
+        "count",
+        default=8,
+    )
+    checkpoint_share_percent: int = _key(
+        _whole(1), "Most of the budget that checkpoints take, all together.", "percent", default=20
+    )
     message_bytes_max: int = _key(_size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB)
     tokens_max: int = _key(
         _whole(1), "Longest sequence; its token ids (8 bytes each) must fit in a message.", "tokens", default=4 * MIB

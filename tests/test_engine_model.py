@@ -9,13 +9,25 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, common_tokens, pack_tokens
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, common_tokens, pack_tokens
 from kvstore.engine import Engine, Selection
 from kvstore.engine.matching import best_child
-from kvstore.engine.rows import Code, common_bytes
-from tests.support.engine import demand_sound, find, namespace, new_block, options, put
+from kvstore.engine.rows import Code, Row, common_bytes
+from kvstore.keys import Namespace
+from tests.support.engine import (
+    HYBRID,
+    RECURRENT,
+    checkpoint,
+    demand_sound,
+    find,
+    namespace,
+    new_block,
+    options,
+    put,
+)
 
 NS = namespace()
+HYBRIDS = (namespace("hybrid", HYBRID), namespace("recurrent", RECURRENT))
 # Segments of which sequences are made: few, so that prefixes are shared, with the ids that codes treat differently.
 SEGMENTS = [
     [0],
@@ -40,17 +52,22 @@ ACTIONS = st.one_of(
 )
 
 
-def stored_sequences(engine: Engine) -> list[bytes]:
-    """The whole token sequence that ends with each row."""
-    rows = {info.row.key: info.row for info in engine.list_blocks(limit=10_000)}
+def stored_rows(engine: Engine, ns: Namespace) -> list[tuple[Row, bytes]]:
+    """Every row of a namespace with the whole token sequence that ends with it."""
+    rows = {info.row.key: info.row for info in engine.list_blocks(ns.root, limit=10_000)}
     found = []
     for row in rows.values():
-        tokens = row.tokens
-        while row.parent != NS.root:
-            row = rows[row.parent]
-            tokens = row.tokens + tokens
-        found.append(tokens)
+        above, tokens = row, row.tokens
+        while above.parent != ns.root:
+            above = rows[above.parent]
+            tokens = above.tokens + tokens
+        found.append((row, tokens))
     return found
+
+
+def stored_sequences(engine: Engine) -> list[bytes]:
+    """The whole token sequences of all blocks and tails."""
+    return [tokens for row, tokens in stored_rows(engine, NS) if not row.is_checkpoint]
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,6 +103,68 @@ def test_a_match_is_the_longest_common_prefix_of_what_is_stored(actions: list[tu
                     assert expected == max((common_tokens(query, each) for each in given_sequences), default=0)
         demand_sound(engine)
         engine.close()
+
+
+FIDELITIES = st.sampled_from([400, 900, FIDELITY_EXACT])
+EXACT_ACTIONS = st.one_of(
+    st.tuples(st.just("store"), SEQUENCES, FIDELITIES),
+    st.tuples(st.just("match"), SEQUENCES, FIDELITIES),
+    st.tuples(st.just("evict"), st.integers(1, 40_000), FIDELITIES),
+    st.tuples(st.just("reopen"), st.none(), FIDELITIES),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(HYBRIDS), st.lists(EXACT_ACTIONS, min_size=1, max_size=8), st.data())
+def test_an_exact_match_ends_at_the_longest_checkpoint_that_blocks_cover(
+    ns: Namespace, actions: list[tuple[str, object, int]], data: st.DataObject
+) -> None:
+    """Against brute force: every checkpoint that is held, wherever it lies, whatever was evicted or thinned out."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Engine.open(Path(folder) / "data", options(durability="none", checkpoints_max=3))
+        for name, detail, fidelity in actions:
+            if name == "store" and isinstance(detail, list):
+                assert put(engine, ns, detail, fidelity=fidelity).reason is Reason.OK
+                for end in data.draw(st.sets(st.integers(1, len(detail)), max_size=5), "checkpoints"):
+                    store_checkpoint(engine, ns, detail[:end], fidelity)
+            elif name == "evict" and isinstance(detail, int):
+                engine.evict(Selection(bytes=detail))
+            elif name == "reopen":
+                engine.close()
+                engine = Engine.open(Path(folder) / "data", options(durability="none", checkpoints_max=3))
+            elif isinstance(detail, list):
+                limit = data.draw(st.integers(0, len(detail)), "limit")
+                demand_longest(engine, ns, pack_tokens(detail), limit, fidelity)
+        demand_sound(engine)
+        engine.close()
+
+
+def store_checkpoint(engine: Engine, ns: Namespace, tokens: list[int], fidelity: int) -> None:
+    """It is found at once, unless what it was computed on is not there, and never makes anything worse."""
+    before = engine.checkpoint_at(ns.root, pack_tokens(tokens))
+    assert engine.store(ns.to_record(), [checkpoint(ns, tokens, fidelity)]).reason is Reason.OK
+    after = engine.checkpoint_at(ns.root, pack_tokens(tokens))
+    assert after is not None and after.end == len(tokens)
+    assert after.fidelity == max(fidelity, before.fidelity if before else 0)
+
+
+def demand_longest(engine: Engine, ns: Namespace, query: bytes, limit: int, floor: int) -> None:
+    """An exact match against all that is stored."""
+    held = stored_rows(engine, ns)
+    covered = engine.match(ns.root, query, floor, limit).n_tokens
+    ends = [
+        row.end
+        for row, tokens in held
+        if row.is_checkpoint and row.fidelity >= floor and row.end <= covered and query.startswith(tokens)
+    ]
+    match = find(engine, ns, query, fidelity_min=floor, limit_tokens=limit, exact=True)
+    assert match.n_tokens == max(ends, default=0)
+    assert (match.checkpoint is None) == (not ends) and match.fidelity >= floor
+    if covered > match.n_tokens:
+        assert match.reason in (Reason.NO_CHECKPOINT, Reason.FIDELITY)
+        assert match.diverged == bool(ends)
+    else:
+        assert match.reason is engine.match(ns.root, query, floor, limit).reason
 
 
 TAILS = st.lists(

@@ -12,14 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kvstore.blocks import FIDELITY_EXACT, Block, Recipe, Run, Stack, Tensor, pack_tokens
+from kvstore.blocks import (
+    FIDELITY_EXACT,
+    Block,
+    LayerState,
+    Recipe,
+    Run,
+    Stack,
+    StateArray,
+    Tensor,
+    pack_tokens,
+)
 from kvstore.engine.blobs import read_block
 from kvstore.engine.format import HEADER_BYTES_MAX, Sealed, build_header, checked_ranges, parse_header, seal
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.keys import block_key
-from tests.support.engine import namespace
+from kvstore.keys import block_key, checkpoint_key
+from tests.support.engine import RECURRENT, namespace, new_block
 
 GOLDEN = Path(__file__).parent / "golden" / "block-v1.safetensors"
+GOLDEN_CHECKPOINT = GOLDEN.with_name("checkpoint-v1.safetensors")
 
 
 def sealed_golden() -> Sealed:
@@ -39,6 +50,24 @@ def sealed_golden() -> Sealed:
     return seal(block, buffers)
 
 
+def sealed_checkpoint() -> Sealed:
+    """Window and recurrent layers: an empty array, one without dimensions, negative numbers, a layer with nothing."""
+    ns = namespace("golden", RECURRENT)
+    parent, tokens = bytes(range(32)), pack_tokens([7, -(1 << 59)])
+    states = (
+        LayerState(
+            0,
+            (("offset", 258), ("left", -1)),
+            (StateArray("keys", "BF16", (1, 2, 3, 4)), StateArray("values", "BF16", (1, 2, 3, 0))),
+        ),
+        LayerState(2, (), ()),
+        LayerState(5, (), (StateArray("s0", "BOOL", ()), StateArray("s2", "I64", (1, 2)))),
+    )
+    key = checkpoint_key(parent, tokens)
+    block = Block(ns.root, parent, key, 256, tokens, 850, (), 1_700_000_000, ns.to_record(), states)
+    return seal(block, [bytes(range(48)), b"", np.array(True), np.array([[1, -1]], np.int64)])
+
+
 def file_of(sealed: Sealed) -> bytes:
     """What is written."""
     return sealed.header + b"".join(sealed.payload)
@@ -47,6 +76,7 @@ def file_of(sealed: Sealed) -> bytes:
 def test_the_bytes_of_a_blob_do_not_change() -> None:
     """A difference here is a new format version, not a new golden file."""
     assert file_of(sealed_golden()) == GOLDEN.read_bytes()
+    assert file_of(sealed_checkpoint()) == GOLDEN_CHECKPOINT.read_bytes()
 
 
 def test_the_golden_blob_reads_back(tmp_path: Path) -> None:
@@ -55,6 +85,35 @@ def test_the_golden_blob_reads_back(tmp_path: Path) -> None:
     assert block == sealed_golden().block
     assert payload_offset % 64 == 0 and file_bytes == GOLDEN.stat().st_size
     assert [length for _, length, _ in checked_ranges(block)] == [24, 24, 16, 16, 8, 8, 8, 8]
+
+
+def test_the_golden_checkpoint_reads_back() -> None:
+    """States in order, exact bytes without gaps; an empty array has its checksum and no bytes."""
+    block, payload_offset, file_bytes = read_block(GOLDEN_CHECKPOINT, verify=True)
+    assert block == sealed_checkpoint().block
+    assert file_bytes - payload_offset == 48 + 1 + 16
+    assert [(at, length) for at, length, _ in checked_ranges(block)] == [(0, 48), (48, 0), (48, 1), (49, 16)]
+    assert block.is_checkpoint and block.end == 258
+
+
+def test_any_safetensors_reader_can_look_inside_a_checkpoint(tmp_path: Path) -> None:
+    """Each array under its layer and name, of its own shape."""
+    (tmp_path / "a").write_bytes(GOLDEN_CHECKPOINT.read_bytes().replace(b'"BF16"', b'"F16" '))
+    tensors = load_file(tmp_path / "a")
+    shapes = {name: array.shape for name, array in tensors.items()}
+    assert shapes == {"l0.keys": (1, 2, 3, 4), "l0.values": (1, 2, 3, 0), "l5.s0": (), "l5.s2": (1, 2)}
+    assert tensors["l5.s2"].tolist() == [[1, -1]] and tensors["l0.keys"].tobytes() == bytes(range(48))
+
+
+def test_a_block_without_kv_layers_is_a_header_alone(tmp_path: Path) -> None:
+    """Its tokens say that they were seen; any reader opens it."""
+    ns = namespace("golden", RECURRENT)
+    new = new_block(ns.root, ns.root, 0, pack_tokens([1, 2]), layout=RECURRENT)
+    sealed = seal(replace(new.block, namespace=ns.to_record()), new.buffers)
+    path = tmp_path / "a"
+    path.write_bytes(file_of(sealed))
+    assert read_block(path, verify=True) == (sealed.block, len(sealed.header), len(sealed.header))
+    assert load_file(path) == {}
 
 
 def test_any_safetensors_reader_can_look_inside(tmp_path: Path) -> None:
@@ -71,10 +130,10 @@ def test_any_safetensors_reader_can_look_inside(tmp_path: Path) -> None:
     assert tensors["r0.s0.keys.data"].tobytes() == bytes(range(48))
 
 
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
-def test_a_changed_header_is_never_read(at: int, patch: bytes) -> None:
+@given(st.booleans(), st.integers(0, 10_000), st.binary(min_size=1, max_size=4))
+def test_a_changed_header_is_never_read(states: bool, at: int, patch: bytes) -> None:
     """Whatever byte of the header changes, padding included, the blob is corrupt or of an unknown format."""
-    sealed = sealed_golden()
+    sealed = sealed_checkpoint() if states else sealed_golden()
     header = bytearray(sealed.header)
     at %= len(header)
     header[at : at + len(patch)] = patch
@@ -86,10 +145,11 @@ def test_a_changed_header_is_never_read(at: int, patch: bytes) -> None:
         parse_header(changed, sealed.file_bytes)
 
 
-def test_a_changed_payload_does_not_verify(tmp_path: Path) -> None:
+@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_CHECKPOINT])
+def test_a_changed_payload_does_not_verify(tmp_path: Path, golden: Path) -> None:
     """One flipped bit anywhere in the payload is found."""
-    data = bytearray(GOLDEN.read_bytes())
-    start = len(sealed_golden().header)
+    data = bytearray(golden.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
     path = tmp_path / "a"
     for at in range(start, len(data)):
         data[at] ^= 0x10
@@ -162,6 +222,29 @@ def test_blocks_that_cannot_be_are_not_sealed() -> None:
             seal(block, buffers)
     with pytest.raises(InvalidRequestError, match="contiguous"):
         seal(bare, [np.zeros((4, 24), np.uint8)[:, ::2], *good[1:]])
+
+
+def test_checkpoints_that_cannot_be_are_not_sealed() -> None:
+    """Wrong buffers, the key of a block, too many tokens, no position, one name twice, lossy beyond exact."""
+    sealed = sealed_checkpoint()
+    good, bare = [bytes(view) for view in sealed.payload], sealed.block
+    full = pack_tokens(range(256))
+    twice = replace(bare.states[2], arrays=(replace(bare.states[2].arrays[0], name="s2"), bare.states[2].arrays[1]))
+    for block, buffers in (
+        (bare, good[:-1]),
+        (bare, [*good, b"x"]),
+        (bare, [good[0], b"x", *good[2:]]),
+        (replace(bare, key=block_key(bare.parent, bare.tokens)), good),
+        (replace(bare, tokens=full, key=checkpoint_key(bare.parent, full)), good),
+        (replace(bare, tokens=b"", start=0, key=checkpoint_key(bare.parent, b"")), good),
+        (replace(bare, states=bare.states[::-1]), [*good[2:], *good[:2]]),
+        (replace(bare, states=(*bare.states[:2], twice)), good),
+        (replace(bare, fidelity=FIDELITY_EXACT + 1), good),
+        (replace(bare, states=()), []),
+        (replace(bare, runs=sealed_golden().block.runs), good),
+    ):
+        with pytest.raises(InvalidRequestError):
+            seal(block, buffers)
 
 
 def test_a_header_over_the_limit_is_refused_when_built() -> None:

@@ -198,8 +198,12 @@ class Walk:
         totals: dict[bytes, Usage] = {}
         for row in view.rows():
             totals[row.root] = totals.get(row.root, Usage()).plus(row, +1)
-        if totals != {root: usage for root, usage in view.usage().items() if usage.blocks}:
+        if totals != {root: usage for root, usage in view.usage().items() if usage != Usage()}:
             self._find("size", self._site.index.path, "the counters do not agree with the rows")
+            self.report.repaired += self._repair
+        checkpoints = sum(usage.checkpoints for usage in totals.values())
+        if view.count("checkpoints") != checkpoints:
+            self._find("row", self._site.index.path, f"{checkpoints} checkpoints and their order do not agree")
             self.report.repaired += self._repair
         counts = {name: view.count(name) for name in ("rows", "children", "order", "access")}
         if len(set(counts.values())) > 1:

@@ -11,6 +11,7 @@ Invariants, each with its tests:
    compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it is condemned.
+7. Checkpoints are bounded along every chain and in all (`kvstore.engine.retention`), in the commit that adds one.
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none` syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
@@ -26,6 +27,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from types import TracebackType
 
@@ -34,7 +36,7 @@ from kvstore.engine import check as checking
 from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
 from kvstore.engine.directory import Directory, Hold, claim
 from kvstore.engine.index import Index
-from kvstore.engine.matching import Found, longest_prefix
+from kvstore.engine.matching import Exact, Found, longest_exact, longest_prefix
 from kvstore.engine.nouns import (
     BlockInfo,
     CheckReport,
@@ -55,7 +57,7 @@ from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError
 from kvstore.files import FileSource
-from kvstore.keys import NamespaceInfo, block_key
+from kvstore.keys import NamespaceInfo, block_key, chain_keys
 
 SHOW_MAX = 100
 log = logging.getLogger(__name__)
@@ -110,6 +112,7 @@ class Engine:
             hold.write(clean=False, durability=options.durability, socket=options.socket)
             engine = cls(State(directory, index, options, fs, clock), hold)
             engine.make_room(0)
+            engine._room.keep_share()
             return engine
         except BaseException as error:
             if index is not None:
@@ -150,19 +153,57 @@ class Engine:
         """All namespaces."""
         return list(self._state.namespaces.values())
 
-    def match(self, root: bytes, tokens: bytes, fidelity_min: int = 0, limit_tokens: int | None = None) -> Match:
+    def match(
+        self,
+        root: bytes,
+        tokens: bytes,
+        fidelity_min: int = 0,
+        limit_tokens: int | None = None,
+        exact: bool = False,
+    ) -> Match:
         """The longest stored prefix of packed `tokens`, at most `limit_tokens`, of blocks of `fidelity_min` or more.
 
-        Plans from the index alone. CorruptDataError when the index is damaged: a miss.
+        `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
+        for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
         limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
         if limit and root not in self._state.namespaces:
             return Match(0, Reason.IDENTITY, (), FIDELITY_EXACT)
         with self._state.index.view() as view:
             found = longest_prefix(view, root, tokens, limit, fidelity_min)
+            cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None
+        if cut is not None:
+            return self._exact(found, cut, tokens, limit)
         slices = tuple([Slice(row, take) for row, take in found.rows])
         fidelity = min([row.fidelity for row, _ in found.rows], default=FIDELITY_EXACT)
         return Match(found.n_tokens, self._why(found, tokens, limit), slices, fidelity)
+
+    def _exact(self, found: Found, cut: Exact, tokens: bytes, limit: int) -> Match:
+        """A match that ends at a checkpoint, or nothing for want of one."""
+        end = cut.checkpoint.end if cut.checkpoint else 0
+        reason = Reason.NO_CHECKPOINT if end < found.n_tokens else self._why(found, tokens, limit)
+        if reason is Reason.NO_CHECKPOINT and cut.better:
+            reason = Reason.FIDELITY
+        slices = tuple([Slice(row, take) for row, take in cut.rows])
+        rows = [part.row for part in slices] + ([cut.checkpoint] if cut.checkpoint else [])
+        fidelity = min([row.fidelity for row in rows], default=FIDELITY_EXACT)
+        return Match(end, reason, slices, fidelity, cut.checkpoint, cut.diverged and end < limit)
+
+    def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
+        """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""
+        keys = chain_keys(root, tokens)
+        tail = tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
+        with self._state.index.view() as view:
+            found = next(view.checkpoints(keys[-1] if keys else root, tail), None)
+        return found if found is not None and found.tokens == tail else None
+
+    def mark_divergence(self, row: Row) -> None:
+        """Note that a prompt went another way after this checkpoint, so that its chain keeps it. Written like `touch`.
+
+        To be called when a fetch used the checkpoint of a match that says `diverged`.
+        """
+        if self._state.mark(row.key):
+            self._state.flush_touches()
 
     def _why(self, found: Found, tokens: bytes, limit: int) -> Reason:
         """Why a match gives no more."""
@@ -301,7 +342,7 @@ class Engine:
     # -- looking ------------------------------------------------------------------------------------------------
 
     def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
-        """Up to `limit` blocks of the namespaces that start so, most recently used first."""
+        """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
         found: list[BlockInfo] = []
         with self._state.index.view() as view:
             for stamp, key in view.newest():
@@ -313,7 +354,7 @@ class Engine:
         return found
 
     def show(self, key_prefix: bytes) -> list[BlockInfo]:
-        """Blocks whose key starts so, at most SHOW_MAX."""
+        """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
         found: list[BlockInfo] = []
         with self._state.index.view() as view:
             for row in view.rows(key_prefix):
@@ -327,7 +368,7 @@ class Engine:
         state = self._state
         usage, ledger = state.usage, state.ledger
         spaces = tuple(
-            NamespaceUsage(info, use.blocks, use.tokens, use.disk_bytes)
+            NamespaceUsage(info, *astuple(use))
             for root, info in list(state.namespaces.items())
             if (use := usage.get(root)) is not None
         )
@@ -336,7 +377,7 @@ class Engine:
             budget_bytes=state.options.budget_bytes,
             free_bytes=self._room.free_bytes(),
             free_floor_bytes=state.options.free_floor_bytes,
-            blobs=sum(use.blocks for use in usage.values()),
+            blobs=sum(use.blocks + use.checkpoints for use in usage.values()),
             stored_bytes=ledger.get("blobs"),
             pending_bytes=ledger.get("pending"),
             index_bytes=ledger.get("index"),
@@ -347,6 +388,9 @@ class Engine:
             evicted_blocks=state.counts.evicted_blocks,
             degraded=state.counts.degraded,
             namespaces=spaces,
+            checkpoints=sum(use.checkpoints for use in usage.values()),
+            checkpoint_bytes=sum(use.checkpoint_bytes for use in usage.values()),
+            checkpoint_share_bytes=state.options.checkpoint_share_bytes,
         )
 
 

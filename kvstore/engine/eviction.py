@@ -23,6 +23,7 @@ class Sweep:
     pick: Pick
     keep: Container[bytes] = frozenset()
     need_bytes: int = NO_LIMIT
+    checkpoints_only: bool = False
     freed_bytes: int = 0
     blocks: int = 0
     done: bool = False
@@ -32,7 +33,7 @@ class Sweep:
         """Remove the rows of up to ROWS_MAX picked leaves; `done` once the need is met or the order is at its end."""
         removed: list[Row] = []
         while self.freed_bytes < self.need_bytes and len(removed) < ROWS_MAX:
-            found = next(edit.order(self._after), None)
+            found = next(edit.order(self._after, self.checkpoints_only), None)
             if found is None:
                 break
             self._after, stamp, key = found

@@ -5,16 +5,20 @@ A blob is a safetensors file, version 1 of our format:
     offset      size  what
     0              8  N, little-endian: length of the header; 8 + N is a multiple of 64
     8              N  header: JSON, padded at its end with spaces
-    8 + N          P  payload: the tensors, without gaps, in the order of runs, stacks, tensors
+    8 + N          P  payload: the tensors, without gaps, in the order of runs, stacks, tensors; of a checkpoint, the
+                      arrays in the order of layers and arrays
     8 + N + P         end of file, exactly
 
     header JSON     "__metadata__"  {"format": "kvstore-block", "version": "1",
                                      "record": base64 of the block's msgpack record, "check": its xxh3_64 in hex}
                     "r{run}.s{stack}.{part}.{name}"  {"dtype", "shape": [layers, heads, tokens, width], "data_offsets"}
+                    or, of a checkpoint,
+                    "l{layer}.{name}"                {"dtype", "shape", "data_offsets"}
 
 The record (`kvstore.blocks.Block.to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
-(tensor, layer) range; the tensor table repeats what follows from it, so that any safetensors reader can look inside.
-The header is canonical: a reader builds it again from the record and compares bytes, so nothing can hide in it.
+(tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
+that any safetensors reader can look inside. The header is canonical: a reader builds it again from the record and
+compares bytes, so nothing can hide in it.
 """
 
 from __future__ import annotations
@@ -29,9 +33,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import xxhash
 
-from kvstore.blocks import TENSORS_MAX, Block, Run, Stack, Tensor
+from kvstore.blocks import FIDELITY_EXACT, TENSORS_MAX, Block, LayerState, Run, Stack, StateArray, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.keys import block_key
+from kvstore.keys import block_key, checkpoint_key
 
 FORMAT = "kvstore-block"
 FORMAT_VERSION = 1
@@ -59,13 +63,25 @@ class Sealed:
 def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
     """Fill in offsets and checksums, and build the header. `buffers`: one per tensor, C-contiguous, of its exact size.
 
-    Raises InvalidRequestError when the buffers do not fit the block, or the header would pass its limit.
+    A checkpoint has one per state array. Raises InvalidRequestError when the buffers do not fit the block, or the
+    header would pass its limit.
     """
     views = [_flat(buffer) for buffer in buffers]
     remaining = iter(views)
+    if block.is_checkpoint:
+        sealed = replace(block, states=_seal_states(block.states, remaining))
+    else:
+        sealed = replace(block, runs=_seal_runs(block.runs, remaining))
+    if next(remaining, None) is not None:
+        raise InvalidRequestError("more buffers than tensors")
+    _demand_valid(sealed)
+    return Sealed(sealed, build_header(sealed, sealed.to_record()), tuple(views))
+
+
+def _seal_runs(unsealed: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
     offset = 0
     runs: list[Run] = []
-    for run in block.runs:
+    for run in unsealed:
         stacks: list[Stack] = []
         for stack in run.stacks:
             tensors: list[Tensor] = []
@@ -78,11 +94,22 @@ def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
                 offset += len(view)
             stacks.append(replace(stack, tensors=tuple(tensors)))
         runs.append(replace(run, stacks=tuple(stacks)))
-    if next(remaining, None) is not None:
-        raise InvalidRequestError("more buffers than tensors")
-    sealed = replace(block, runs=tuple(runs))
-    _demand_valid(sealed)
-    return Sealed(sealed, build_header(sealed, sealed.to_record()), tuple(views))
+    return tuple(runs)
+
+
+def _seal_states(unsealed: Sequence[LayerState], remaining: Iterator[memoryview]) -> tuple[LayerState, ...]:
+    offset = 0
+    states: list[LayerState] = []
+    for state in unsealed:
+        arrays: list[StateArray] = []
+        for array in state.arrays:
+            view = next(remaining, None)
+            if view is None or len(view) != array.nbytes:
+                raise InvalidRequestError(f"the buffer of l{state.layer}.{array.name} does not fit its array")
+            arrays.append(replace(array, offset=offset, checksum=_checksum(view)))
+            offset += len(view)
+        states.append(replace(state, arrays=tuple(arrays)))
+    return tuple(states)
 
 
 def _demand_valid(block: Block) -> None:
@@ -92,10 +119,16 @@ def _demand_valid(block: Block) -> None:
         table(block)
     except CorruptDataError as error:
         raise InvalidRequestError(f"not a block that can be stored: {error}") from error
-    if block.key != block_key(block.parent, block.tokens):
+    if block.key != _key(block):
         raise InvalidRequestError("a block's key must follow from its parent and tokens")
-    if block.fidelity > min((run.fidelity for run in block.runs), default=0):
+    # What a checkpoint holds is exact; its fidelity is that of the tokens before it, from which it was computed.
+    if block.fidelity > min((run.fidelity for run in block.runs), default=FIDELITY_EXACT):
         raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
+
+
+def _key(block: Block) -> bytes:
+    """The key that follows from parent and tokens."""
+    return (checkpoint_key if block.is_checkpoint else block_key)(block.parent, block.tokens)
 
 
 def _flat(buffer: Buffer) -> memoryview:
@@ -107,19 +140,20 @@ def _flat(buffer: Buffer) -> memoryview:
 
 def layer_checksums(view: memoryview, layer_bytes: int) -> bytes:
     """Little-endian xxh3_64 of each layer's share of a tensor."""
-    return b"".join(
-        xxhash.xxh3_64_intdigest(view[at : at + layer_bytes]).to_bytes(8, "little")
-        for at in range(0, len(view), layer_bytes)
-    )
+    return b"".join(_checksum(view[at : at + layer_bytes]) for at in range(0, len(view), layer_bytes))
+
+
+def _checksum(view: memoryview) -> bytes:
+    return xxhash.xxh3_64_intdigest(view).to_bytes(8, "little")
 
 
 def payload_bytes(block: Block) -> int:
-    """Bytes of all tensors."""
-    return sum(run.nbytes() for run in block.runs)
+    """Bytes of all tensors and state arrays."""
+    return sum(run.nbytes() for run in block.runs) + sum(state.nbytes for state in block.states)
 
 
 def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
-    """(offset in the payload, length, xxh3_64) of every (tensor, layer) range, in the order of the file."""
+    """(offset in the payload, length, xxh3_64) of every (tensor, layer) range or array, in the order of the file."""
     for run in block.runs:
         for stack in run.stacks:
             for tensor in stack.tensors:
@@ -129,10 +163,16 @@ def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
                     if checksum is None:
                         raise CorruptDataError("a stored tensor without checksums")
                     yield tensor.offset + position * length, length, checksum
+    for array in (array for state in block.states for array in state.arrays):
+        if not array.checksum:
+            raise CorruptDataError("a stored array without checksum")
+        yield array.offset, array.nbytes, int.from_bytes(array.checksum, "little")
 
 
 def table(block: Block) -> dict[str, Any]:
-    """The tensor table that follows from the runs. CorruptDataError when the tensors leave gaps or are too many."""
+    """The tensor table that follows from the record. CorruptDataError when tensors leave gaps or are too many."""
+    if block.is_checkpoint:
+        return _state_table(block.states)
     entries: dict[str, Any] = {}
     end = 0
     for r, run in enumerate(block.runs):
@@ -144,6 +184,19 @@ def table(block: Block) -> dict[str, Any]:
                     raise CorruptDataError("block record: tensors overlap, leave gaps, or are too many")
                 shape = [len(stack.layers), tensor.heads, run.n_tokens, tensor.width]
                 entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
+    return entries
+
+
+def _state_table(states: Sequence[LayerState]) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    end = 0
+    for state in states:
+        for array in state.arrays:
+            name = f"l{state.layer}.{array.name}"
+            start, end = end, end + array.nbytes
+            if array.offset != start or name in entries:
+                raise CorruptDataError("block record: state arrays overlap, leave gaps, or have one name")
+            entries[name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [start, end]}
     return entries
 
 
@@ -181,7 +234,7 @@ def parse_header(header: bytes, file_bytes: int) -> Block:
         raise CorruptDataError("not a blob: the header is cut short")
     record = _record(header[LENGTH_BYTES:])
     block = Block.from_record(record)
-    if block.key != block_key(block.parent, block.tokens):
+    if block.key != _key(block):
         raise CorruptDataError("blob header: the key does not follow from parent and tokens")
     if build_header(block, record) != header:
         raise CorruptDataError("blob header: it does not say what its record says")

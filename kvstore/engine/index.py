@@ -4,9 +4,11 @@ Databases:
     rows        key -> row value (`kvstore.engine.rows`)
     children    parent, code of leading tokens, seq -> key
     order       stamp, inverted depth, key -> nothing: the order of eviction, children before parents
-    access      key -> stamp and depth, i.e. where the row stands in `order`
+    checkpoints the entries of `order` that are of checkpoints
+    access      key -> stamp and depth, i.e. where the row stands in `order`; of a checkpoint also its mark: when a
+                prompt was last seen to diverge after it, 0 if never
     namespaces  root -> namespace record
-    usage       root -> blocks, tokens, bytes on disk; kept with every commit
+    usage       root -> blocks, tokens, bytes on disk, checkpoints, their bytes; kept with every commit
     meta        format version, next seq
 
 Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
@@ -20,41 +22,44 @@ import errno
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
-from kvstore.blocks import KEY_BYTES
+from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, count_tokens
 from kvstore.engine.blobs import Fs
-from kvstore.engine.rows import Row, child_entry, parse_row
+from kvstore.engine.rows import CHECKPOINT_MARK, Row, checkpoint_code, child_entry, parse_row
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
+from kvstore.keys import checkpoint_key
 
 INDEX_VERSION = 1
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
-_DATABASES = ("rows", "children", "order", "access", "namespaces", "usage", "meta")
-_USAGE = struct.Struct("<QQQ")
+_DATABASES = ("rows", "children", "order", "checkpoints", "access", "namespaces", "usage", "meta")
+_USAGE = struct.Struct("<QQQQQ")
 _DEPTH_MAX = 0xFFFFFFFF
+# Of an access entry: stamp and depth, which every row has.
+_PLACE_BYTES = 12
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one namespace, or all, hold."""
+    """What one namespace, or all, hold. Blocks and tokens are without checkpoints, the bytes on disk with them."""
 
     blocks: int = 0
     tokens: int = 0
     disk_bytes: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
 
     def plus(self, row: Row, sign: int) -> Usage:
         """With one row more (+1) or less (-1)."""
-        return Usage(
-            max(0, self.blocks + sign),
-            max(0, self.tokens + sign * row.n_tokens),
-            max(0, self.disk_bytes + sign * row.disk_bytes),
-        )
+        nbytes = sign * row.disk_bytes
+        one = (0, 0, nbytes, sign, nbytes) if row.is_checkpoint else (sign, sign * row.n_tokens, nbytes, 0, 0)
+        return Usage(*(max(0, a + b) for a, b in zip(astuple(self), one, strict=True)))
 
 
 @contextlib.contextmanager
@@ -109,6 +114,27 @@ class View:
         """Whether any row names `key` as its parent."""
         return next(self.children(key), None) is not None
 
+    def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
+        """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
+        while at_most >= 0:
+            below = next(self.children(parent, checkpoint_code(at_most + 1), reverse=True), None)
+            if below is None or not below[0].startswith(CHECKPOINT_MARK, KEY_BYTES):
+                return
+            found = int.from_bytes(below[0][KEY_BYTES + 1 : KEY_BYTES + 3], "big")
+            yield found
+            at_most = found - 1
+
+    def checkpoints(self, parent: bytes, tokens: bytes) -> Iterator[Row]:
+        """Checkpoints after `parent` and as many of the packed `tokens` as each has, longest first.
+
+        By key, so however many siblings there are, it is one lookup for each length.
+        """
+        for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
+            tail = tokens[: n_tokens * TOKEN_BYTES]
+            row = self.row(checkpoint_key(parent, tail))
+            if row is not None and row.is_checkpoint and row.tokens == tail:
+                yield row
+
     def tree(self, row: Row) -> list[Row]:
         """A row and all its descendants, parents first."""
         seen = [row]
@@ -117,9 +143,9 @@ class View:
             seen.extend(child for key in keys if (child := self.row(key)) is not None)
         return seen
 
-    def order(self, after: bytes = b"") -> Iterator[tuple[bytes, int, bytes]]:
+    def order(self, after: bytes = b"", checkpoints_only: bool = False) -> Iterator[tuple[bytes, int, bytes]]:
         """(entry, stamp, key), least recently used first, from just after the entry `after`."""
-        for entry, _ in self._from("order", after + b"\0" if after else b""):
+        for entry, _ in self._from("checkpoints" if checkpoints_only else "order", after + b"\0" if after else b""):
             yield entry, int.from_bytes(entry[:8], "big"), entry[12:]
 
     def newest(self) -> Iterator[tuple[int, bytes]]:
@@ -131,6 +157,11 @@ class View:
         """When the row was last used, microseconds since 1970; 0 if it is not in the order."""
         found = self._txn.get(key, db=self._db["access"])
         return int.from_bytes(found[:8], "big") if found else 0
+
+    def marked(self, key: bytes) -> int:
+        """When a prompt was last seen to diverge after this checkpoint; 0 if never, or if it is none."""
+        found = self._txn.get(key, db=self._db["access"])
+        return int.from_bytes(found[_PLACE_BYTES:], "big") if found else 0
 
     def usage(self) -> dict[bytes, Usage]:
         """Usage of every namespace."""
@@ -163,11 +194,11 @@ class View:
 class Edit(View):
     """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
 
-    def put(self, row: Row, stamp: int) -> None:
-        """Add a row, whose key must be free."""
+    def put(self, row: Row, stamp: int, marked: int = 0) -> None:
+        """Add a row, whose key must be free; a checkpoint perhaps with the mark of the one that it replaces."""
         if not self._txn.put(row.key, row.value, db=self._db["rows"], overwrite=False):
             raise KVStoreError("index: this key has a row already")
-        self._link(row, stamp)
+        self._link(row, stamp, marked)
 
     def remove(self, row: Row) -> None:
         """Delete a row and everything that points to it. Its children, if any, stay: see `remove_tree`."""
@@ -175,7 +206,7 @@ class Edit(View):
         self._txn.delete(child_entry(row), db=self._db["children"])
         placed = self._txn.pop(row.key, db=self._db["access"])
         if placed:
-            self._txn.delete(_order_entry(placed, row.key), db=self._db["order"])
+            self._unplace(row.key, placed)
         self._count(row, -1)
 
     def remove_tree(self, row: Row) -> list[Row]:
@@ -190,8 +221,14 @@ class Edit(View):
         placed = self._txn.get(key, db=self._db["access"])
         if placed is None or int.from_bytes(placed[:8], "big") >= stamp:
             return
-        self._txn.delete(_order_entry(placed, key), db=self._db["order"])
-        self._place(key, stamp, int.from_bytes(placed[8:], "big"))
+        self._unplace(key, placed)
+        self._place(key, stamp.to_bytes(8, "big") + placed[8:])
+
+    def mark(self, key: bytes, stamp: int) -> None:
+        """Note that a prompt diverged after a checkpoint. A key that is of none is ignored."""
+        placed = self._txn.get(key, db=self._db["access"])
+        if placed is not None and len(placed) > _PLACE_BYTES:
+            self._txn.put(key, placed[:_PLACE_BYTES] + stamp.to_bytes(8, "big"), db=self._db["access"])
 
     def put_namespace(self, root: bytes, record: bytes) -> None:
         """Remember a namespace."""
@@ -202,14 +239,16 @@ class Edit(View):
         self._txn.put(name.encode(), value.to_bytes(8, "little"), db=self._db["meta"])
 
     def reindex(self) -> None:
-        """Make children, order, access and usage anew from the rows; stamps are kept where there are any."""
-        stamps = {row.key: self.stamp(row.key) or row.created_s * 1_000_000 for row in self.rows()}
-        for name in ("children", "order", "access", "usage"):
+        """Make children, order, access and usage anew from the rows; stamps and marks are kept where there are any."""
+        places = [
+            (row.key, self.stamp(row.key) or row.created_s * 1_000_000, self.marked(row.key)) for row in self.rows()
+        ]
+        for name in ("children", "order", "checkpoints", "access", "usage"):
             self._txn.drop(self._db[name], delete=False)
-        for key, stamp in stamps.items():
+        for key, stamp, marked in places:
             row = self.row(key)
             if row is not None:
-                self._link(row, stamp)
+                self._link(row, stamp, marked)
 
     def clear(self) -> None:
         """Delete everything but the format version."""
@@ -217,28 +256,38 @@ class Edit(View):
             if name != "meta":
                 self._txn.drop(self._db[name], delete=False)
 
-    def _link(self, row: Row, stamp: int) -> None:
+    def _link(self, row: Row, stamp: int, marked: int) -> None:
         self._txn.put(child_entry(row), row.key, db=self._db["children"])
-        self._place(row.key, stamp, row.depth)
+        placed = stamp.to_bytes(8, "big") + min(row.depth, _DEPTH_MAX).to_bytes(4, "big")
+        self._place(row.key, placed + (marked.to_bytes(8, "big") if row.is_checkpoint else b""))
         self._count(row, +1)
 
-    def _place(self, key: bytes, stamp: int, depth: int) -> None:
-        placed = stamp.to_bytes(8, "big") + min(depth, _DEPTH_MAX).to_bytes(4, "big")
+    def _place(self, key: bytes, placed: bytes) -> None:
         self._txn.put(key, placed, db=self._db["access"])
-        self._txn.put(_order_entry(placed, key), b"", db=self._db["order"])
+        for name in _orders(placed):
+            self._txn.put(_order_entry(placed, key), b"", db=self._db[name])
+
+    def _unplace(self, key: bytes, placed: bytes) -> None:
+        for name in _orders(placed):
+            self._txn.delete(_order_entry(placed, key), db=self._db[name])
 
     def _count(self, row: Row, sign: int) -> None:
         found = self._txn.get(row.root, db=self._db["usage"])
         self._set_usage(row.root, (Usage(*_USAGE.unpack(found)) if found else Usage()).plus(row, sign))
 
     def _set_usage(self, root: bytes, usage: Usage) -> None:
-        packed = _USAGE.pack(usage.blocks, usage.tokens, usage.disk_bytes)
+        packed = _USAGE.pack(*astuple(usage))
         self._txn.put(root, packed, db=self._db["usage"])
 
 
 def _order_entry(placed: bytes, key: bytes) -> bytes:
     """Stamp, then deepest first, then key."""
-    return placed[:8] + (_DEPTH_MAX - int.from_bytes(placed[8:12], "big")).to_bytes(4, "big") + key
+    return placed[:8] + (_DEPTH_MAX - int.from_bytes(placed[8:_PLACE_BYTES], "big")).to_bytes(4, "big") + key
+
+
+def _orders(placed: bytes) -> tuple[str, ...]:
+    """The databases in which a row stands in the order of use."""
+    return ("order", "checkpoints") if len(placed) > _PLACE_BYTES else ("order",)
 
 
 class Index:

@@ -2,18 +2,20 @@
 
 Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
 cut: children stand in the order of their leading tokens, so the walk starts where the query would be inserted, goes
-both ways, and ends where the code can no longer promise a longer match.
+both ways, and ends where the code can no longer promise a longer match. A checkpoint shares no byte of a code, so it
+is never a child to be cut; for layouts that need one, `longest_exact` looks for the longest position that has one.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, common_tokens
 from kvstore.engine.index import View
-from kvstore.engine.rows import SEQ_BYTES, TOKENS_AT, Code, Row, common_bytes, parse_row
+from kvstore.engine.rows import SEQ_BYTES, TOKENS_AT, Code, Row, checkpoint_code, common_bytes, parse_row
 from kvstore.keys import block_key
 
 # Children whose first 157 or so tokens are equal cannot be told apart by their code; so many are looked at.
@@ -94,6 +96,51 @@ def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tup
     return best, take, low_take
 
 
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """A prefix cut to the position of its last checkpoint, with rows as in `Found`.
+
+    `better`: a checkpoint of too low fidelity would have given more. `diverged`: what is stored goes on after the
+    checkpoint, differently from the query.
+    """
+
+    rows: tuple[tuple[Row, int], ...]
+    checkpoint: Row | None
+    better: bool
+    diverged: bool
+
+
+def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity_min: int) -> Exact:
+    """The longest position with a checkpoint of `fidelity_min` or more among those that `found` covers."""
+    better = False
+    for level in range(found.full // BLOCK_TOKENS, -1, -1):
+        parent = found.rows[level - 1][0].key if level else root
+        # At the end of a full block the checkpoint is one level deeper, with no tokens of its own.
+        covered = min(found.n_tokens - level * BLOCK_TOKENS, BLOCK_TOKENS - 1)
+        start = level * _BLOCK_BYTES
+        for row in view.checkpoints(parent, tokens[start : start + covered * TOKEN_BYTES]):
+            if row.fidelity < fidelity_min:
+                better = True
+                continue
+            rows = _cut(found.rows, row.end)
+            return Exact(rows, row, better, found.n_tokens > row.end or _goes_on(view, rows))
+    return Exact((), None, better, False)
+
+
+def _cut(rows: tuple[tuple[Row, int], ...], end: int) -> tuple[tuple[Row, int], ...]:
+    """Rows with the tokens to take of each, no further than position `end`."""
+    return tuple((row, min(take, end - row.start)) for row, take in rows if row.start < end)
+
+
+def _goes_on(view: View, rows: tuple[tuple[Row, int], ...]) -> bool:
+    """Whether more is stored after exactly these rows: the rest of the last one, or what follows it."""
+    row, take = rows[-1]
+    if take < row.n_tokens or take < BLOCK_TOKENS:
+        return take < row.n_tokens
+    here = checkpoint_code(0)
+    return any(not entry.startswith(here, KEY_BYTES) for entry, _ in itertools.islice(view.children(row.key), 2))
+
+
 def _tokens_at_most(code: Code, shared_bytes: int, rest: bytes) -> int:
     """How many tokens an entry that shares so many bytes of the code, or one beyond it, can share at most."""
     if shared_bytes >= len(code.data):
@@ -106,15 +153,16 @@ def is_covered(view: View, row: Row) -> bool:
     held = view.row(row.key)
     if held is not None:
         return held.fidelity >= row.fidelity
-    if row.n_tokens == BLOCK_TOKENS:
+    if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
         return False
     return best_child(view, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
 
 
 def replaced_by(view: View, row: Row) -> list[Row]:
-    """Rows that a new row takes the place of: the one of its key, and tails that are a strict prefix of it."""
+    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails."""
     held = view.row(row.key)
-    return ([held] if held else []) + _shorter_tails(view, row.parent, row.tokens)
+    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.parent, row.tokens)
+    return ([held] if held else []) + shorter
 
 
 def _shorter_tails(view: View, parent: bytes, tokens: bytes) -> list[Row]:

@@ -22,7 +22,8 @@ class EngineOptions:
 
     `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
-    that a miss can say why.
+    that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
+    `checkpoint_share_percent` of the budget.
     """
 
     budget_bytes: int
@@ -34,12 +35,21 @@ class EngineOptions:
     touches_age_s: float = 30.0
     evicted_max: int = 65_536
     quarantine_files_max: int = 64
+    checkpoints_max: int = 8
+    checkpoint_share_percent: int = 20
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
         if self.budget_bytes < 0 or self.free_floor_bytes < 0:
             raise ConfigError("budget_bytes and free_floor_bytes cannot be negative")
+        if self.checkpoints_max < 1 or not 0 <= self.checkpoint_share_percent <= 100:
+            raise ConfigError("checkpoints_max must be 1 or more, checkpoint_share_percent 0 to 100")
+
+    @property
+    def checkpoint_share_bytes(self) -> int:
+        """What all checkpoints together may cost on disk."""
+        return self.budget_bytes * self.checkpoint_share_percent // 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,19 +62,32 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest usable prefix: its blocks in order, why there is no more, and the least fidelity among them."""
+    """The longest usable prefix: its blocks in order, why there is no more, and the least fidelity among them.
+
+    Of an exact match also the checkpoint at its end, if there is one. `diverged`: what is stored goes on after it,
+    differently from what was asked for (`Engine.mark_divergence`).
+    """
 
     n_tokens: int
     reason: Reason
     slices: tuple[Slice, ...]
     fidelity: int
+    checkpoint: Row | None = None
+    diverged: bool = False
+
+    @property
+    def parts(self) -> tuple[Slice, ...]:
+        """Everything to be read: the slices, and, as one more, the checkpoint."""
+        row = self.checkpoint
+        return self.slices if row is None else (*self.slices, Slice(row, row.n_tokens))
 
 
 @dataclass
 class NewBlock:
     """A block to be stored. Its tensors carry no offsets or checksums yet; `buffers` holds one for each tensor.
 
-    Order: runs, stacks, tensors; each C-contiguous `[layers, heads, tokens, width]`.
+    Order: runs, stacks, tensors; each C-contiguous `[layers, heads, tokens, width]`. Of a checkpoint: one for each
+    state array, also the empty ones, in the order of layers and arrays.
     """
 
     block: Block
@@ -96,7 +119,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class EvictReport:
-    """What was removed, or would be: blocks, and bytes on disk."""
+    """What was removed, or would be: blocks, checkpoints among them, and bytes on disk."""
 
     blocks: int
     freed_bytes: int
@@ -133,12 +156,14 @@ class BlockInfo:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceUsage:
-    """What one namespace holds."""
+    """What one namespace holds. `blocks` and `tokens` do not count checkpoints; `disk_bytes` does."""
 
     info: NamespaceInfo
     blocks: int
     tokens: int
     disk_bytes: int
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
 
     @property
     def logical_bytes(self) -> int:
@@ -150,7 +175,8 @@ class NamespaceUsage:
 class EngineStats:
     """Counts of now and since the engine was opened. Sizes are bytes on disk.
 
-    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine.
+    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine. `blobs` are
+    blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, which may be up to `checkpoint_share_bytes`.
     `degraded` says why nothing is written at present; empty when all is well.
     """
 
@@ -169,3 +195,6 @@ class EngineStats:
     evicted_blocks: int
     degraded: str
     namespaces: tuple[NamespaceUsage, ...]
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    checkpoint_share_bytes: int = 0

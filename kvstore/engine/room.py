@@ -37,6 +37,15 @@ class Room:
                 state.counts.disk_error = str(error)
                 return False
 
+    def keep_share(self) -> None:
+        """Evict checkpoints over their share of the budget; after commits they are kept to it anyhow."""
+        state = self._state
+        with state.lock:
+            held = sum(use.checkpoint_bytes for use in state.usage.values())
+            over = held - state.options.checkpoint_share_bytes
+            if over > 0:
+                self._run(Sweep(lambda row, stamp: True, state.leased(), over, checkpoints_only=True))
+
     def book_staging(self, nbytes: int) -> None:
         """Count staged bytes, or with a negative number the end of them."""
         self._state.ledger.add("staging", disk_bytes(nbytes) if nbytes >= 0 else -disk_bytes(-nbytes))

@@ -15,13 +15,15 @@ the runs (msgpack, `kvstore.blocks.runs_to_list`) only of rows that somebody loo
         48    32  parent key
         80    32  root
        112     2  n: tokens
-       114     6  zero
+       114     1  kind: 0 block or tail, 1 checkpoint
+       115     5  zero
        120    8n  tokens
-    120+8n        runs
+    120+8n        runs, or the states of a checkpoint
 
 Children of one parent are ordered by a code of their leading tokens: a token in [0, 2^23) is 3 bytes big-endian,
 any other is 0xFF and 8 bytes big-endian with the sign bit flipped. No code is the beginning of another, so entries
 that share more tokens share more bytes, and the longest match stands next to where a query would be inserted.
+Checkpoints stand apart under 0xC0, which begins no code, in the order of how many tokens follow their parent.
 """
 
 from __future__ import annotations
@@ -34,18 +36,30 @@ from typing import NamedTuple
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block, runs_from_list, runs_to_list, unpack_record
+from kvstore.blocks import (
+    BLOCK_TOKENS,
+    KEY_BYTES,
+    TOKEN_BYTES,
+    Block,
+    runs_from_list,
+    runs_to_list,
+    states_from_list,
+    states_to_list,
+    unpack_record,
+)
 from kvstore.engine.blobs import disk_bytes
 from kvstore.errors import CorruptDataError, UnknownFormatError
 
 ROW_VERSION = 1
-_HEAD = struct.Struct("<HHIQQQQQ32s32sH6x")
+_HEAD = struct.Struct("<HHIQQQQQ32s32sHB5x")
 TOKENS_AT = _HEAD.size
 SEQ_BYTES = 8
 # LMDB keys have at most 511 bytes: parent, code, seq.
 CODE_BYTES_MAX = 511 - KEY_BYTES - SEQ_BYTES
 _SHORT_TOKEN_LIMIT = 1 << 23
 _SIGN = 1 << 63
+CHECKPOINT_KIND = 1
+CHECKPOINT_MARK = b"\xc0"
 
 
 class _Fields(NamedTuple):
@@ -62,6 +76,7 @@ class _Fields(NamedTuple):
     parent: bytes
     root: bytes
     n_tokens: int
+    kind: int
 
 
 class Row(_Fields):
@@ -77,9 +92,19 @@ class Row(_Fields):
         return disk_bytes(self.file_bytes)
 
     @property
+    def is_checkpoint(self) -> bool:
+        """Whether this is a checkpoint instead of KV."""
+        return self.kind == CHECKPOINT_KIND
+
+    @property
+    def end(self) -> int:
+        """Position after the last token; a checkpoint's own."""
+        return self.start + self.n_tokens
+
+    @property
     def depth(self) -> int:
-        """How many blocks come before this one."""
-        return self.start // BLOCK_TOKENS
+        """How many blocks come before this one; for a checkpoint one more, so that it goes before the tail there."""
+        return self.start // BLOCK_TOKENS + self.kind
 
     @property
     def tokens(self) -> bytes:
@@ -88,17 +113,27 @@ class Row(_Fields):
 
     @property
     def runs_record(self) -> bytes:
-        """msgpack of the runs, as a fetch reply carries it."""
+        """msgpack of the runs, as a fetch reply carries it. Not of a checkpoint, which has none."""
+        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens :]
+
+    @property
+    def states_record(self) -> bytes:
+        """msgpack of a checkpoint's states, as a fetch reply carries it. Of a checkpoint only."""
         return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens :]
 
     @functools.cached_property
     def block(self) -> Block:
         """The block, without its namespace record. CorruptDataError when the row does not parse."""
-        runs = runs_from_list(unpack_record(self.runs_record))
-        if sum(run.shown for run in runs) != self.n_tokens:
-            raise CorruptDataError("index row: the runs do not cover the tokens")
-        place = (self.root, self.parent, self.key, self.start)
-        return Block(*place, self.tokens, self.fidelity, runs, self.created_s)
+        place = (self.root, self.parent, self.key, self.start, self.tokens, self.fidelity)
+        if self.is_checkpoint:
+            states = states_from_list(unpack_record(self.states_record))
+            block = Block(*place, (), self.created_s, states=states)
+        else:
+            block = Block(*place, runs_from_list(unpack_record(self.runs_record)), self.created_s)
+        if block.is_checkpoint != self.is_checkpoint:
+            raise CorruptDataError("index row: a checkpoint without states")
+        block.demand_whole()
+        return block
 
     def __repr__(self) -> str:
         return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, seq={self.seq})"
@@ -118,8 +153,10 @@ def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_b
         block.parent,
         block.root,
         block.n_tokens,
+        CHECKPOINT_KIND if block.is_checkpoint else 0,
     )
-    return parse_row(block.key, head + block.tokens + msgpack.packb(runs_to_list(block.runs)))
+    described = states_to_list(block.states) if block.is_checkpoint else runs_to_list(block.runs)
+    return parse_row(block.key, head + block.tokens + msgpack.packb(described))
 
 
 def parse_row(key: bytes, value: bytes) -> Row:
@@ -129,7 +166,10 @@ def parse_row(key: bytes, value: bytes) -> Row:
     row = Row(key, value, *_HEAD.unpack_from(value))
     if row.version > ROW_VERSION:
         raise UnknownFormatError(f"an index row of version {row.version}; this kvstore reads up to {ROW_VERSION}")
-    if not row.version or not 0 < row.n_tokens <= BLOCK_TOKENS or len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens:
+    # A block has 1 to 256 tokens, a checkpoint 0 to 255.
+    if not row.version or row.kind > CHECKPOINT_KIND or not 0 < row.n_tokens + row.kind <= BLOCK_TOKENS:
+        raise CorruptDataError("index row: no such row")
+    if len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens:
         raise CorruptDataError("index row: cut short")
     return row
 
@@ -166,7 +206,13 @@ class Code:
 
 def child_entry(row: Row) -> bytes:
     """The key under which a row stands among its parent's children."""
-    return row.parent + Code.of(row.tokens).data + row.seq.to_bytes(SEQ_BYTES, "big")
+    code = checkpoint_code(row.n_tokens) if row.is_checkpoint else Code.of(row.tokens).data
+    return row.parent + code + row.seq.to_bytes(SEQ_BYTES, "big")
+
+
+def checkpoint_code(n_tokens: int) -> bytes:
+    """Under which the checkpoints stand that are so many tokens after their parent."""
+    return CHECKPOINT_MARK + n_tokens.to_bytes(2, "big")
 
 
 def common_bytes(a: bytes, b: bytes) -> int:

@@ -67,6 +67,7 @@ class State:
         self._leases: Counter[bytes] = Counter()
         self._doomed: dict[bytes, list[Row]] = {}
         self._touches: dict[bytes, int] = {}
+        self._marks: dict[bytes, int] = {}
         self._lost: OrderedDict[bytes, Reason] = OrderedDict()
         with index.view() as view:
             self.usage = view.usage()
@@ -109,20 +110,33 @@ class State:
         with self._memory:
             for part in slices:
                 self._touches[part.row.key] = stamp
-            return len(self._touches) >= self.options.touches_max
+            return self._has_many_notes()
+
+    def mark(self, key: bytes) -> bool:
+        """Note that a prompt diverged after a checkpoint; whether there is so much of it that it should be written."""
+        stamp = self.now()
+        with self._memory:
+            self._marks[key] = stamp
+            return self._has_many_notes()
+
+    def _has_many_notes(self) -> bool:
+        return len(self._touches) + len(self._marks) >= self.options.touches_max
 
     def touches_due(self) -> bool:
         """Whether notes have waited as long as they may."""
         age_us = self.now() - self._touched_at
-        return bool(self._touches) and age_us >= self.options.touches_age_s * 1_000_000
+        return bool(self._touches or self._marks) and age_us >= self.options.touches_age_s * 1_000_000
 
     def write_touches(self, edit: Edit) -> None:
-        """Put what was noted in the access order."""
+        """Put what was noted in the access order, and the marks on their checkpoints."""
         with self._memory:
             touches, self._touches = self._touches, {}
+            marks, self._marks = self._marks, {}
             self._touched_at = self._stamp
         for key, stamp in touches.items():
             edit.touch(key, stamp)
+        for key, stamp in marks.items():
+            edit.mark(key, stamp)
 
     def flush_touches(self) -> None:
         """A commit of its own for the access order. Losing it is no reason to fail."""
@@ -135,9 +149,11 @@ class State:
     # -- what was lost ------------------------------------------------------------------------------------------
 
     def remember_lost(self, rows: Iterable[Row], reason: Reason) -> None:
-        """Keep in mind, within bounds, why blocks are gone."""
+        """Keep in mind, within bounds, why blocks are gone. A checkpoint that is gone costs no tokens of its own."""
         with self._memory:
             for row in rows:
+                if row.is_checkpoint:
+                    continue
                 self._lost[row.key] = reason
                 self._lost[block_key(row.parent, row.tokens[:HEAD_BYTES])] = reason
             while len(self._lost) > self.options.evicted_max:

@@ -13,6 +13,7 @@ from kvstore.engine.format import Sealed, seal
 from kvstore.engine.index import Edit
 from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import NewBlock, StoreReceipt
+from kvstore.engine.retention import keep_share, thin_chains
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row, pack_row
 from kvstore.engine.state import State
@@ -46,6 +47,7 @@ class _Settled:
     blocks: int = 0
     kept: list[Row] = field(default_factory=list)
     replaced: list[Row] = field(default_factory=list)
+    evicted: list[Row] = field(default_factory=list)
     reason: Reason = Reason.OK
 
 
@@ -67,7 +69,8 @@ class Writer:
             why = reason if settled.reason is Reason.OK else settled.reason
             if settled.kept and why is Reason.OK:
                 self._state.counts.disk_error = ""
-            return StoreReceipt(settled.blocks, sum(row.disk_bytes for row in settled.kept), why)
+            lasting = [row for row in settled.kept if row not in settled.evicted]
+            return StoreReceipt(settled.blocks, sum(row.disk_bytes for row in lasting), why)
         finally:
             self._discard(batch)
 
@@ -87,7 +90,8 @@ class Writer:
                 if row is None:
                     return Reason.STORE_FULL
             batch.entries.append((block.key, block.parent, row))
-            batch.ends[block.key] = block.start + block.n_tokens
+            if not block.is_checkpoint:
+                batch.ends[block.key] = block.end
         return Reason.OK
 
     def _has_parent(self, batch: _Batch, block: Block) -> bool:
@@ -102,7 +106,8 @@ class Writer:
                 return False
             # A row with a child is never evicted before it, so its own ancestors are safe with it.
             batch.keep.add(parent.key)
-            end = parent.start + parent.n_tokens
+            # A checkpoint has nothing after it.
+            end = -1 if parent.is_checkpoint else parent.end
         if block.start != end or end % BLOCK_TOKENS:
             raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
         return True
@@ -111,6 +116,8 @@ class Writer:
         """Make room for a blob and write it; None when there is no room."""
         state = self._state
         key = sealed.block.key
+        if sealed.block.is_checkpoint and disk_bytes(sealed.file_bytes) > state.options.checkpoint_share_bytes:
+            return None
         if batch.folder < 0:
             batch.folder = key[0]
         with state.lock:
@@ -181,16 +188,26 @@ class Writer:
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
             if row is not None and not is_covered(edit, row):
+                marked = edit.marked(row.key)
                 for old in replaced_by(edit, row):
                     edit.remove(old)
                     settled.replaced.append(old)
-                edit.put(row, stamp)
+                edit.put(row, stamp, marked)
                 settled.kept.append(row)
             settled.blocks += 1
         edit.put_namespace(batch.root, batch.record)
         edit.set_meta("next_seq", self._state.next_seq)
         self._state.write_touches(edit)
+        self._thin_checkpoints(edit, settled)
         return settled
+
+    def _thin_checkpoints(self, edit: Edit, settled: _Settled) -> None:
+        """In the same commit: no more checkpoints than their chains and their share of the budget have places for."""
+        added = [row for row in settled.kept if row.is_checkpoint]
+        if added:
+            options = self._state.options
+            settled.evicted += thin_chains(edit, added, options.checkpoints_max)
+            settled.evicted += keep_share(edit, options.checkpoint_share_bytes, self._state.leased())
 
     def _after_commit(self, batch: _Batch, settled: _Settled) -> None:
         """Names are no longer in flight, what was replaced is unlinked."""
@@ -201,9 +218,11 @@ class Writer:
             self._end_flight(row)
             state.counts.written_bytes += row.disk_bytes
             state.forget_lost(row.key)
+        state.counts.evicted_blocks += len(settled.evicted)
         # A request may hold one key twice: what it replaced of its own is unlinked with what was not kept.
         own = {(row.key, row.seq) for row in settled.kept}
-        state.unlink_unless_leased([row for row in settled.replaced if (row.key, row.seq) not in own])
+        gone = [row for row in settled.replaced if (row.key, row.seq) not in own]
+        state.unlink_unless_leased(gone + settled.evicted)
 
     def _end_flight(self, row: Row) -> None:
         with self._state.lock:

@@ -106,4 +106,5 @@ def block_message(info: BlockInfo) -> pb.BlockInfo:
         recipes=sorted(str(recipe) for recipe in recipes),
         path=str(info.path),
         runs=len(block.runs),
+        checkpoint=block.is_checkpoint,
     )

@@ -138,6 +138,8 @@ def engine_options(config: Config) -> EngineOptions:
         budget_bytes=config.budget_bytes,
         free_floor_bytes=config.free_floor_bytes,
         durability=config.durability,
+        checkpoints_max=config.checkpoints_max,
+        checkpoint_share_percent=config.checkpoint_share_percent,
         socket=config.listen,
     )
 

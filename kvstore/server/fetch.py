@@ -16,7 +16,7 @@ from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.config import Config
-from kvstore.engine import Engine, Lease, Match, Row, Slice
+from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
 from kvstore.files import FileReader, Range
 from kvstore.keys import NamespaceInfo
@@ -39,11 +39,6 @@ class FetchPlan:
     def blocks(self) -> list[HitBlock]:
         """The blocks as the codecs want them."""
         return [HitBlock(piece.row.block.runs, piece.take) for piece in self.match.slices]
-
-    @property
-    def slices(self) -> list[Slice]:
-        """Everything that is read: the blocks, then the checkpoint if there is one."""
-        return [*self.match.slices, *(Slice(row, 0) for row in rows_of(self.match)[len(self.match.slices) :])]
 
     @property
     def states(self) -> dict[int, LayerState]:
@@ -92,15 +87,15 @@ class FetchPath:
             match = self.match(root, tokens, fidelity_min)
             if not match.n_tokens:
                 return FetchPlan(None, match, None)
-            plan = FetchPlan(self._engine.namespace(root), match, self._engine.lease(rows_of(match)))
-            missing = self._engine.first_missing(plan.slices)
+            plan = FetchPlan(self._engine.namespace(root), match, self._engine.lease(part.row for part in match.parts))
+            missing = self._engine.first_missing(match.parts)
             if missing is None:
-                self._engine.touch(plan.slices)
-                if match.checkpoint is not None and match.reason is Reason.NO_CHECKPOINT:
+                self._engine.touch(match.parts)
+                if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 return plan
             plan.release()
-            self._engine.recheck(plan.slices[missing].row.key)
+            self._engine.recheck(match.parts[missing].row.key)
         return FetchPlan(None, Match(0, Reason.CORRUPT, (), FIDELITY_EXACT), None)
 
     def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
@@ -126,7 +121,7 @@ class FetchPath:
                 work = functools.partial(dense_layer, layout, layer, blocks, reader)
                 return self._lane.submit_fetch(work).result()
             except BlockCorruptError as error:
-                self._engine.recheck(plan.slices[error.source].row.key)
+                self._engine.recheck(plan.match.slices[error.source].row.key)
                 raise
 
         largest = plan.match.n_tokens * max(map(layout.layer_token_bytes, range(len(layout.layers))))
@@ -140,7 +135,7 @@ class FetchPath:
         `kv_bytes`: most bytes that `kv` holds at once.
         """
         states, checkpoint = plan.states, len(plan.match.slices)
-        with FileReader(self._engine.sources(plan.slices)) as reader:
+        with FileReader(self._engine.sources(plan.match.parts)) as reader:
             for layer, spec in enumerate(layout.layers):
                 with self._buffered(states[layer].nbytes if spec.is_exact else kv_bytes):
                     if spec.is_exact:
@@ -168,12 +163,6 @@ class FetchPath:
     def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
         """The one raw block that describes a dense answer."""
         return HitBlock(dense_runs(layout, plan.match.n_tokens), plan.match.n_tokens)
-
-
-def rows_of(match: Match) -> list[Row]:
-    """Rows of the blocks, then of the checkpoint if there is one."""
-    rows = [piece.row for piece in match.slices]
-    return rows if match.checkpoint is None else [*rows, match.checkpoint]
 
 
 def first_unreadable(match: Match) -> tuple[int, Reason] | None:

@@ -67,7 +67,7 @@ class KVStoreService(rpc.KVStoreServicer):
             by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and not dense
             yield pb.FetchReply(plan=self._plan_message(plan, layout, dense=dense, by_path=by_path))
             if by_path:
-                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.slices))
+                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
                 await asyncio.sleep(self._config.lease_s)
                 return
             layers = self._fetch.dense_layers if dense else self._fetch.packed_layers

@@ -64,6 +64,8 @@ class Counters:
                 free_floor_bytes=disk.free_floor_bytes,
                 blobs=disk.blobs,
                 quarantined=disk.quarantined,
+                checkpoints=disk.checkpoints,
+                checkpoint_bytes=disk.checkpoint_bytes,
             ),
             tokens=pb.TokenStats(stored=tokens_stored, served=get("tokens_served", 0)),
             requests=pb.RequestStats(
@@ -98,4 +100,6 @@ def namespace_message(one: NamespaceUsage) -> pb.NamespaceStats:
         engine=one.info.engine,
         dtype=one.info.dtype,
         layers=len(one.info.layout.layers),
+        checkpoints=one.checkpoints,
+        checkpoint_bytes=one.checkpoint_bytes,
     )

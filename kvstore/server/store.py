@@ -208,7 +208,7 @@ class StorePath:
             elif upload.wants_bytes:
                 new_bytes, reason = self._write(upload, before.fidelity)
             after = self._engine.match(root, upload.tokens, floor, upload.n_tokens)
-            self._engine.touch(after.slices)
+            self._engine.touch(after.parts)
             if after.n_tokens < upload.n_tokens and reason is Reason.OK:
                 reason = Reason.DEPENDENCY_LOST
             self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0

@@ -11,18 +11,33 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, count_tokens, pack_tokens
-from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, StoreReceipt
+from kvstore.blocks import (
+    BLOCK_TOKENS,
+    FIDELITY_EXACT,
+    TOKEN_BYTES,
+    Block,
+    LayerState,
+    Run,
+    StateArray,
+    count_tokens,
+    pack_tokens,
+)
+from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
 from kvstore.files import FileReader
-from kvstore.keys import Namespace, block_key
-from kvstore.layers import LayerSpec, Layout, PartSpec
+from kvstore.keys import Namespace, block_key, chain_keys, checkpoint_key
+from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec
 
 LAYOUT = Layout((LayerSpec(PartSpec(1, 2, "F32"), PartSpec(1, 2, "F32")),) * 2)
 
+# A recurrent layer beside a plain one, and nothing but recurrent layers.
+STATE = LayerSpec(NO_PART, NO_PART, "state", (("slots", 3),))
+HYBRID = Layout((STATE, LAYOUT.layers[0]))
+RECURRENT = Layout((STATE, STATE))
 
-def namespace(name: str = "weights") -> Namespace:
-    """A namespace of two layers with eight bytes a part, layer and token."""
-    return Namespace(weights=name.encode(), layout=LAYOUT, dtype="F32", engine="test 1", alias=name)
+
+def namespace(name: str = "weights", layout: Layout = LAYOUT) -> Namespace:
+    """A namespace of, unless told otherwise, two layers with eight bytes a part, layer and token."""
+    return Namespace(weights=name.encode(), layout=layout, dtype="F32", engine="test 1", alias=name)
 
 
 def values(tokens: bytes, fill_bytes: int) -> np.ndarray:
@@ -53,11 +68,31 @@ def sequence(
     parent, blocks = ns.root, []
     step = BLOCK_TOKENS * TOKEN_BYTES
     for at in range(0, len(packed), step):
-        new = new_block(ns.root, parent, at // TOKEN_BYTES, packed[at : at + step], fidelity)
+        new = new_block(ns.root, parent, at // TOKEN_BYTES, packed[at : at + step], fidelity, ns.layout)
         parent = new.block.key
         if at // TOKEN_BYTES >= start:
             blocks.append(new)
     return blocks
+
+
+def checkpoint(
+    ns: Namespace, tokens: Sequence[int] | bytes, fidelity: int = FIDELITY_EXACT, n_floats: int = 6
+) -> NewBlock:
+    """The checkpoint after all of the tokens: of each exact layer one array, one of no bytes, one scalar."""
+    packed = pack_tokens(tokens)
+    keys = chain_keys(ns.root, packed)
+    start = len(keys) * BLOCK_TOKENS
+    parent, tail = keys[-1] if keys else ns.root, packed[start * TOKEN_BYTES :]
+    arrays = (StateArray("s0", "F32", (1, n_floats)), StateArray("s1", "I64", (0, 4)), StateArray("s2", "BOOL", ()))
+    states = tuple(LayerState(layer, (("left", -3),), arrays) for layer in ns.layout.exact_layers)
+    key = checkpoint_key(parent, tail)
+    block = Block(ns.root, parent, key, start, tail, fidelity, (), states=states)
+    buffers = [
+        values(key + bytes([layer, number]), array.nbytes)
+        for layer in ns.layout.exact_layers
+        for number, array in enumerate(arrays)
+    ]
+    return NewBlock(block, buffers)
 
 
 def options(**changes: Any) -> EngineOptions:
@@ -68,6 +103,11 @@ def options(**changes: Any) -> EngineOptions:
 def put(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> StoreReceipt:
     """Store a whole sequence."""
     return engine.store(ns.to_record(), sequence(ns, tokens, **details))
+
+
+def put_checkpoint(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> StoreReceipt:
+    """Store the checkpoint after a sequence whose full blocks are there."""
+    return engine.store(ns.to_record(), [checkpoint(ns, tokens, **details)])
 
 
 def find(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> Match:
@@ -81,23 +121,39 @@ def find(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details
 def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
     """Every slice has the tokens asked for, and its file the values of its own tokens."""
     at = 0
+    if match.checkpoint is not None:
+        demand_right_states(engine, match.checkpoint)
     with FileReader(engine.sources(match.slices), open_max=4) as reader:
         for number, part in enumerate(match.slices):
             width = part.take * TOKEN_BYTES
             assert part.row.tokens[:width] == packed[at : at + width]
             at += width
-            expected = new_block(part.row.root, part.row.parent, part.row.start, part.row.tokens).buffers
+            info = engine.namespace(part.row.root)
+            assert info is not None
+            place = (part.row.root, part.row.parent, part.row.start, part.row.tokens)
+            expected = new_block(*place, layout=info.layout).buffers
             for buffer, stack in zip(expected, part.row.block.runs[0].stacks, strict=True):
                 got = bytearray(len(memoryview(buffer)))
                 reader.readinto(number, stack.tensors[0].offset, [memoryview(got)])
                 assert bytes(got) == bytes(memoryview(buffer))
     assert at == match.n_tokens * TOKEN_BYTES
+    assert match.checkpoint is None or match.checkpoint.end == match.n_tokens
+
+
+def demand_right_states(engine: Engine, row: Row) -> None:
+    """The file of a checkpoint has the bytes that belong to its key."""
+    with FileReader(engine.sources([Slice(row, row.n_tokens)])) as reader:
+        for state in row.block.states:
+            for number, array in enumerate(state.arrays):
+                got = bytearray(array.nbytes)
+                reader.readinto(0, array.offset, [memoryview(got)])
+                assert bytes(got) == values(row.key + bytes([state.layer, number]), array.nbytes).tobytes()
 
 
 def disk_usage(data_dir: Path) -> int:
     """What `du` says of the files, without lock, tag and folders."""
     counted = [path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir]
-    return sum(path.stat().st_blocks * 512 for path in counted)
+    return sum(4096 if path.is_symlink() else path.stat().st_blocks * 512 for path in counted)
 
 
 def blob_paths(data_dir: Path) -> set[Path]:

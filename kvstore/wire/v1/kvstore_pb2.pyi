@@ -294,20 +294,24 @@ class DaemonStats(_message.Message):
     def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class DiskStats(_message.Message):
-    __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined")
+    __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined", "checkpoints", "checkpoint_bytes")
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_FLOOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     used_bytes: int
     budget_bytes: int
     free_bytes: int
     free_floor_bytes: int
     blobs: int
     quarantined: int
-    def __init__(self, used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., free_floor_bytes: _Optional[int] = ..., blobs: _Optional[int] = ..., quarantined: _Optional[int] = ...) -> None: ...
+    checkpoints: int
+    checkpoint_bytes: int
+    def __init__(self, used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., free_floor_bytes: _Optional[int] = ..., blobs: _Optional[int] = ..., quarantined: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ...) -> None: ...
 
 class TokenStats(_message.Message):
     __slots__ = ("stored", "served")
@@ -346,7 +350,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -356,6 +360,8 @@ class NamespaceStats(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -365,7 +371,9 @@ class NamespaceStats(_message.Message):
     engine: str
     dtype: str
     layers: int
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ...) -> None: ...
+    checkpoints: int
+    checkpoint_bytes: int
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("namespace_prefix", "limit")
@@ -386,7 +394,7 @@ class ListReply(_message.Message):
     def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
 
 class BlockInfo(_message.Message):
-    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs")
+    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -399,6 +407,7 @@ class BlockInfo(_message.Message):
     RECIPES_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent: bytes
     namespace_id: bytes
@@ -411,7 +420,8 @@ class BlockInfo(_message.Message):
     recipes: _containers.RepeatedScalarFieldContainer[str]
     path: str
     runs: int
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ...) -> None: ...
+    checkpoint: bool
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ..., checkpoint: bool = ...) -> None: ...
 
 class ShowRequest(_message.Message):
     __slots__ = ("key_prefix",)

@@ -1,0 +1,86 @@
+"""Which checkpoints stay: a few along every chain, and no more in all than their share of the budget.
+
+A chain is what a checkpoint's sequence passes: all checkpoints whose tokens are a prefix of it, itself included. Of
+more than `checkpoints_max`, the following stay, in this order, and the others go:
+
+1. the newest, which the next turn continues from, and the first, the end of the system prompt;
+2. the one before the newest: a turn that is asked again, or changed, starts there;
+3. those after which prompts were seen to diverge, the newest marks first, as far as there are places for marks;
+4. of the rest, those whose loss would cost most. A prompt that diverges somewhere has to prefill from the checkpoint
+   before it to its end, and from where it diverges at the very least. One checkpoint after another goes, always the one
+   whose loss leaves the smallest ratio of the two; so the distances from the end grow like powers, and an agent that
+   strips one turn or thirty finds a checkpoint not much further back than it must go.
+
+Marks alone could pin all of a chain near its end, with an agent that strips every turn; so places are left for 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Sequence
+
+from kvstore.engine.eviction import Sweep
+from kvstore.engine.index import Edit, View
+from kvstore.engine.rows import Row
+
+# Places of a chain that are not for marks: the first, the two newest, and two spaced ones.
+_NOT_FOR_MARKS = 5
+# To prefill a token or a few takes equally long, so checkpoints that are closer than this hardly add anything.
+_FEW_TOKENS = 256
+
+
+def chain_of(view: View, row: Row) -> list[Row]:
+    """The checkpoints whose tokens are a prefix of that of `row`, a checkpoint, in the order of their positions."""
+    chain: list[Row] = []
+    here: Row | None = row
+    while here is not None:
+        chain += view.checkpoints(here.parent, here.tokens)
+        here = view.row(here.parent)
+    return chain[::-1]
+
+
+def spare(positions: Sequence[int], marks: Sequence[int], keep_max: int) -> list[int]:
+    """Which of a chain are to go: indices into ascending `positions`; `marks`: when each was marked, 0 for never."""
+    last = len(positions) - 1
+    kept = [last, 0, max(0, last - 1)][:keep_max]
+    marked = sorted((at for at in range(last) if marks[at] and at not in kept), key=lambda at: -marks[at])
+    kept += marked[: max(0, keep_max - _NOT_FOR_MARKS)]
+    left = list(range(len(positions)))
+    while len(left) > max(1, keep_max):
+        inner = [at for at in range(1, len(left) - 1) if left[at] not in kept]
+        if not inner:
+            left = [index for index in left if index in kept]
+            break
+        del left[min(inner, key=lambda at: _loss([positions[index] for index in left], at))]
+    return sorted(set(range(len(positions))) - set(left))
+
+
+def _loss(positions: Sequence[int], at: int) -> float:
+    """How many times what it must a prompt would prefill at worst without the checkpoint `at`."""
+    end = positions[-1] + _FEW_TOKENS
+    return (end - positions[at - 1]) / (end - positions[at + 1])
+
+
+def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
+    """Remove what is too much along the chains of `added`, longest first; the rows removed."""
+    removed: list[Row] = []
+    for row in sorted(added, key=lambda row: -row.end):
+        if not row.is_checkpoint or edit.value(row.key) is None:
+            continue
+        chain = chain_of(edit, row)
+        if len(chain) <= keep_max:
+            continue
+        for index in spare([each.end for each in chain], [edit.marked(each.key) for each in chain], keep_max):
+            edit.remove(chain[index])
+            removed.append(chain[index])
+    return removed
+
+
+def keep_share(edit: Edit, share_bytes: int, keep: Container[bytes] = frozenset()) -> list[Row]:
+    """Remove the least recently used checkpoints of all namespaces until the rest take no more than `share_bytes`."""
+    over = sum(usage.checkpoint_bytes for usage in edit.usage().values()) - share_bytes
+    removed: list[Row] = []
+    if over > 0:
+        work = Sweep(lambda row, stamp: True, keep, over, checkpoints_only=True)
+        while not work.done:
+            removed += work.step(edit)
+    return removed
