@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvstore.client.results import Hit, Match, Miss, StoreResult
     from kvstore.client.session import Session
     from kvstore.keys import Namespace
-    from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
+    from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 
 __all__ = [
     "Client",
@@ -31,6 +31,7 @@ __all__ = [
     "PartSpec",
     "Reason",
     "Session",
+    "StateLayer",
     "StoreResult",
     "__version__",
     "connect",
@@ -49,6 +50,7 @@ _HOMES = {
     "PartSpec": "kvstore.layers",
     "Reason": "kvstore.blocks",
     "Session": "kvstore.client.session",
+    "StateLayer": "kvstore.layers",
     "StoreResult": "kvstore.client.results",
     "connect": "kvstore.client.client",
 }

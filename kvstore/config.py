@@ -259,7 +259,7 @@ class Config:
         default=8,
     )
     checkpoint_share_percent: int = _key(
-        _whole(1), "Most of the budget that checkpoints take, all together.", "percent", default=20
+        _whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
     )
     message_bytes_max: int = _key(_size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB)
     tokens_max: int = _key(

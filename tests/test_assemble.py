@@ -28,6 +28,7 @@ from kvstore.codecs.assemble import (
 from kvstore.codecs.base import codec_of
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import EncodedRun, encode_run, payload_run
+from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError, UnknownFormatError
 from kvstore.files import BufferReader, FileReader
 from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
@@ -354,7 +355,7 @@ def test_a_tensor_that_mlx_did_not_read_is_an_error(monkeypatch: pytest.MonkeyPa
 
 def test_the_position_in_a_virtual_file_belongs_to_a_thread() -> None:
     """Between the seek and the read of one of MLX's threads another one may come."""
-    file = assemble._VirtualFile(BufferReader(b"", []), verify=True)
+    file = VirtualFile()
     file._head = bytes(range(100))
     buffer = bytearray(2)
     file.seek(10)

@@ -110,3 +110,40 @@ def test_restored_is_the_longest_common_prefix_with_any_hit(
     want = max((common_tokens(asked, sequence(n, other)) for n, other in hits), default=0)
     assert restored.restored(asked)[0] == want
     assert len(asked) == n_tokens * TOKEN_BYTES
+
+
+def test_a_checkpoint_is_held_at_exactly_its_position() -> None:
+    """One token more or less is another state; the tokens alone do not make it known."""
+    held = HeldPrefixes(ROOT)
+    held.hold(tokens(600))
+    assert not held.holds_checkpoint(tokens(600))
+    for n in (600, 512, 3):
+        held.hold(tokens(n), checkpoint=True)
+        assert held.holds_checkpoint(tokens(n))
+        assert not held.holds_checkpoint(tokens(n - 1))
+        assert not held.holds_checkpoint(tokens(n + 1))
+        assert not held.holds_checkpoint(tokens(n, 1))
+
+
+def test_checkpoints_beyond_what_a_daemon_has_are_forgotten() -> None:
+    """Those of the sequence asked for only: not what is at the very position, before it, or on another branch."""
+    held = HeldPrefixes(ROOT)
+    branch = tokens(560) + tokens(20, 9000)
+    for known in (tokens(100), tokens(512), tokens(580), tokens(600), tokens(1000), branch):
+        held.hold(known, checkpoint=True)
+    held.forget(tokens(990), keep_tokens=580)
+    assert [held.holds_checkpoint(tokens(n)) for n in (100, 512, 580, 600, 1000)] == [True, True, True, False, True]
+    assert held.holds_checkpoint(branch)
+    held.forget(tokens(1000))
+    assert not any(held.holds_checkpoint(tokens(n)) for n in (100, 512, 580, 1000))
+    assert held.holds_checkpoint(branch)
+
+
+def test_the_memory_of_checkpoints_is_bounded() -> None:
+    """What was used longest ago goes first; asking is using."""
+    held = HeldPrefixes(ROOT, checkpoints_max=3)
+    for n in (1, 2, 3):
+        held.hold(tokens(n), checkpoint=True)
+    assert held.holds_checkpoint(tokens(1))
+    held.hold(tokens(4), checkpoint=True)
+    assert [held.holds_checkpoint(tokens(n)) for n in (1, 2, 3, 4)] == [True, False, True, True]

@@ -3,32 +3,35 @@
     path    the plan names files: open them, let the lease end, read layer by layer on the calling thread
     stream  the plan is followed by every layer's bytes: collect one layer, put it together, take the next
 
-A block that does not verify makes the prefix shorter by path; by stream it ends the fetch. Errors of kvstore come out
+A block that does not verify makes the prefix shorter by path; by stream it ends the fetch. With window or state layers
+a prefix cannot be made shorter here: what comes before the damage is asked for again, once. Errors of kvstore come out
 of `Fetcher.fetch`; the session turns them into misses.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import grpc
 
-from kvstore.blocks import Reason
+from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
 from kvstore.client.results import Hit, HitSource, Miss
 from kvstore.codecs.assemble import BlockCorruptError, assemble_layer, layer_ranges
+from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, RangeReader
 from kvstore.keys import Namespace
-from kvstore.layers import KVLayer
+from kvstore.layers import KVLayer, StateLayer
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -51,6 +54,15 @@ class _PathUnusableError(Exception):
         super().__init__(str(cause))
         self.cause = cause
         self.for_good = for_good
+
+
+class _DamagedError(Exception):
+    """A source of a plan with states is damaged or gone; the first `sound_tokens` need nothing of it."""
+
+    def __init__(self, sound_tokens: int, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.sound_tokens = sound_tokens
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +138,22 @@ class Fetcher:
         return self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
 
     def _once(self, attempt: _Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
+        """One Fetch call, and a second one for the position before damage that the first met in a plan with states."""
+        try:
+            return self._ask(attempt, transport, dense=dense)
+        except _DamagedError as first:
+            sound_tokens, reason = first.sound_tokens, first.reason
+        if sound_tokens < max(1, self._options.min_prefix_tokens):
+            return Miss(reason)
+        # One token more than is wanted: a fetch leaves the last one.
+        tokens = attempt.tokens[: (sound_tokens + 1) * TOKEN_BYTES]
+        try:
+            answer = self._ask(replace(attempt, tokens=tokens), transport, dense=dense)
+        except _DamagedError as second:
+            return Miss(second.reason)
+        return replace(answer, reason=reason)
+
+    def _ask(self, attempt: _Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
         """One Fetch call. A daemon that was asked for paths but gives none streams in the same call."""
         request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense)
         with self._call(attempt, request, transport) as (messages, call):
@@ -141,6 +169,7 @@ class Fetcher:
         """Read from files. At a block that is damaged or gone, start over with the blocks before it.
 
         Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
+        A plan with states cannot be cut: _DamagedError.
         """
         with _file_reader(plan) as reader:
             with suppress(CorruptDataError):  # reading finds out which block it is
@@ -159,32 +188,45 @@ class Fetcher:
 
     def _shorter(self, plan: Plan, error: BlockCorruptError) -> Plan:
         code = _errno(error)
-        if code in _NO_DESCRIPTORS or code in _REFUSED or (code == errno.ENOENT and error.source == 0):
+        # The first block goes last: where even that is not to be seen, the paths mean nothing to us.
+        elsewhere = code == errno.ENOENT and not os.path.exists(plan.files[0].path)
+        if code in _NO_DESCRIPTORS or code in _REFUSED or elsewhere:
             raise _PathUnusableError(error, for_good=code not in _NO_DESCRIPTORS) from error
         self._report(plan.keys[error.source], str(error))
-        return plan.first(error.source, Reason.EVICTED if code == errno.ENOENT else Reason.CORRUPT)
+        reason = Reason.EVICTED if code == errno.ENOENT else Reason.CORRUPT
+        if plan.states:
+            raise _DamagedError(plan.tokens_without(error.source), reason) from error
+        return plan.first(error.source, reason)
 
-    def _from_stream(self, attempt: _Attempt, plan: Plan, messages: Iterator[pb.FetchReply]) -> Iterator[KVLayer]:
+    def _from_stream(
+        self, attempt: _Attempt, plan: Plan, messages: Iterator[pb.FetchReply]
+    ) -> Iterator[KVLayer | StateLayer]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
         for index, spec in enumerate(self._namespace.layout.layers):
-            ranges = layer_ranges(plan.blocks, index)
-            buffer = _receive(messages, index, layer_bytes(plan.blocks, ranges, spec))
+            if spec.is_exact:
+                state = plan.state(index)
+                ranges, nbytes = state_ranges(state, plan.state_source), state.nbytes
+            else:
+                ranges = layer_ranges(plan.blocks, index)
+                nbytes = layer_bytes(plan.blocks, ranges, spec)
+            buffer = _receive(messages, index, nbytes)
             try:
                 yield self._layer(attempt, plan, index, BufferReader(buffer, ranges))
             except BlockCorruptError as error:
                 if plan.keys[error.source]:
                     self._report(plan.keys[error.source], str(error))
+                if plan.states:
+                    raise _DamagedError(plan.tokens_without(error.source), Reason.CORRUPT) from error
                 raise
 
-    def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer:
-        layer = assemble_layer(
-            self._namespace.layout,
-            index,
-            plan.blocks,
-            reader,
-            headroom_tokens=self._options.headroom_tokens,
-            verify=True,
-        )
+    def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer | StateLayer:
+        layout = self._namespace.layout
+        layer: KVLayer | StateLayer
+        if layout.layers[index].is_exact:
+            layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader)
+        else:
+            headroom = self._options.headroom_tokens
+            layer = assemble_layer(layout, index, plan.blocks, reader, headroom_tokens=headroom, verify=True)
         attempt.deadline.check()
         return layer
 
@@ -236,7 +278,9 @@ def _plan(messages: Iterator[pb.FetchReply], request: Request) -> Plan:
     return parse_plan(first.plan, request)
 
 
-def _hit(attempt: _Attempt, plan: Plan, layers: tuple[KVLayer, ...], transport: str, representation: str) -> Hit:
+def _hit(
+    attempt: _Attempt, plan: Plan, layers: tuple[KVLayer | StateLayer, ...], transport: str, representation: str
+) -> Hit:
     elapsed_s = time.monotonic() - attempt.started
     source = HitSource(transport, representation, len(plan.blocks), plan.nbytes, elapsed_s)
     return Hit(plan.n_tokens, layers, plan.reason, plan.fidelity, source)

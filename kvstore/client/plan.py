@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, Reason, count_tokens
+from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.client.results import parse_reason
 from kvstore.codecs.assemble import HitBlock
+from kvstore.codecs.states import check_state
 from kvstore.errors import CorruptDataError, LayoutMismatchError
 from kvstore.files import FileSource, Range
-from kvstore.keys import Namespace, chain_keys
-from kvstore.layers import LayerSpec
-from kvstore.wire.convert import runs_from_bytes
+from kvstore.keys import Namespace, chain_keys, checkpoint_key
+from kvstore.layers import LayerSpec, Layout
+from kvstore.wire.convert import runs_from_bytes, states_from_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
+
+# The windows of the largest models of today come to about 1.2 GiB.
+STATE_BYTES_MAX = 4 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a fetch will give: blocks in order, their keys, and for path transport their files. 0 tokens is a miss."""
+    """What a fetch will give: blocks in order, their keys, and for path transport their files. 0 tokens is a miss.
+
+    `states` is the checkpoint at `n_tokens` where the layout needs one. It is one more source after the blocks, so
+    `keys` and `files` have one more entry, and then the plan cannot be cut: the states are good at its end only.
+    """
 
     n_tokens: int
     reason: Reason
@@ -27,11 +36,21 @@ class Plan:
     blocks: tuple[HitBlock, ...] = ()
     keys: tuple[bytes, ...] = ()
     files: tuple[FileSource, ...] = ()
+    states: tuple[LayerState, ...] = ()
+
+    @property
+    def state_source(self) -> int:
+        """The number under which the checkpoint's bytes are read."""
+        return len(self.blocks)
+
+    def state(self, layer: int) -> LayerState:
+        """What the checkpoint has of a window or state layer."""
+        return next(state for state in self.states if state.layer == layer)
 
     @property
     def nbytes(self) -> int:
         """Payload bytes that are read for it."""
-        total = 0
+        total = sum(state.nbytes for state in self.states)
         for block in self.blocks:
             left = block.take
             for run in block.runs:
@@ -40,8 +59,14 @@ class Plan:
                     left -= run.shown
         return total
 
+    def tokens_without(self, source: int) -> int:
+        """The longest prefix that needs nothing of a source: less than all for the checkpoint."""
+        if source == self.state_source:
+            return self.n_tokens - 1
+        return sum(block.take for block in self.blocks[:source])
+
     def first(self, count: int, reason: Reason) -> Plan:
-        """The plan cut down to its first `count` blocks, for `reason`."""
+        """The plan cut down to its first `count` blocks, for `reason`; not for a plan with states."""
         blocks = self.blocks[:count]
         n_tokens = sum(block.take for block in blocks)
         return replace(
@@ -70,15 +95,20 @@ def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
     if message.layout != request.namespace.layout.record:
         raise LayoutMismatchError("the daemon's layout of this namespace is not the session's")
     blocks = tuple(HitBlock(runs_from_bytes(one.runs), one.n_tokens) for one in message.blocks)
+    sources: list[pb.BlockSlice | pb.StateSlice] = list(message.blocks)
+    if message.HasField("checkpoint"):
+        sources.append(message.checkpoint)
     plan = Plan(
         n_tokens=message.n_tokens,
         reason=reason,
         fidelity=message.fidelity,
         blocks=blocks,
-        keys=tuple(one.key for one in message.blocks),
-        files=tuple(FileSource(one.path, one.payload_offset, one.file_bytes) for one in message.blocks if one.path),
+        keys=tuple(one.key for one in sources),
+        files=tuple(FileSource(one.path, one.payload_offset, one.file_bytes) for one in sources if one.path),
+        states=states_from_bytes(message.checkpoint.states) if message.HasField("checkpoint") else (),
     )
     _check(plan, request)
+    _check_checkpoint(plan, request)
     return plan
 
 
@@ -98,7 +128,7 @@ def _check(plan: Plan, request: Request) -> None:
         if len(plan.blocks) != 1:
             raise CorruptDataError("a dense answer is one block")
         return
-    if plan.files and (len(plan.files) != len(plan.blocks) or not all(os.path.isabs(one.path) for one in plan.files)):
+    if plan.files and (len(plan.files) != len(plan.keys) or not all(os.path.isabs(one.path) for one in plan.files)):
         raise CorruptDataError("a plan does not name the file of every block")
     _check_keys(plan, request)
 
@@ -107,12 +137,39 @@ def _check_keys(plan: Plan, request: Request) -> None:
     """Full blocks must carry the keys of our own tokens: the last line of defence against another prompt's KV."""
     own = chain_keys(request.namespace.root, request.tokens)
     last = len(plan.blocks) - 1
-    for index, (block, key) in enumerate(zip(plan.blocks, plan.keys, strict=True)):
+    for index, (block, key) in enumerate(zip(plan.blocks, plan.keys[: last + 1], strict=True)):
         if block.take == BLOCK_TOKENS:
             if index >= len(own) or key != own[index]:
                 raise CorruptDataError(f"block {index} of a plan is not of this prompt")
         elif index != last:
             raise CorruptDataError("a plan has a partial block before its last")
+
+
+def _check_checkpoint(plan: Plan, request: Request) -> None:
+    """The states must be those of our own tokens' end: they have no token axis, so nothing else would ever tell."""
+    if tuple(state.layer for state in plan.states) != request.namespace.layout.exact_layers:
+        raise CorruptDataError("a plan does not have the window and state layers of the layout")
+    if not plan.states:
+        return
+    _check_states(plan.states, request.namespace.layout)
+    tokens = request.tokens[: plan.n_tokens * TOKEN_BYTES]
+    keys = chain_keys(request.namespace.root, tokens)
+    parent = keys[-1] if keys else request.namespace.root
+    if plan.keys[plan.state_source] != checkpoint_key(parent, tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]):
+        raise CorruptDataError("the checkpoint of a plan is not of this prompt")
+
+
+def _check_states(states: Sequence[LayerState], layout: Layout) -> None:
+    """No more bytes than a checkpoint may have, one array after the other, each verifiable and of its layer's shape."""
+    arrays = [array for state in states for array in state.arrays]
+    if sum(array.nbytes for array in arrays) > STATE_BYTES_MAX:
+        raise CorruptDataError("the checkpoint of a plan is too large")
+    stored = [array for array in arrays if array.nbytes]
+    ends = itertools.accumulate((array.nbytes for array in stored), initial=0)
+    if any(array.offset != end or not array.checksum for array, end in zip(stored, ends, strict=False)):
+        raise CorruptDataError("the arrays of a checkpoint leave gaps or carry no checksums")
+    for state in states:
+        check_state(layout.layers[state.layer], state)
 
 
 def layer_bytes(blocks: Sequence[HitBlock], ranges: Sequence[Range], spec: LayerSpec) -> int:

@@ -9,6 +9,7 @@ from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tok
 from kvstore.keys import block_key, chain_keys
 
 HELD_MAX = 65_536
+CHECKPOINTS_MAX = 1024
 RESTORED_BLOCKS_MAX = 65_536
 RESTORED_ENDS_MAX = 4096
 _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
@@ -24,15 +25,17 @@ def prefix_keys(root: bytes, tokens: bytes) -> list[bytes]:
 
 
 class HeldPrefixes:
-    """Keys of blocks that the store is known to hold: from hits and durable acknowledgements. Any thread may call.
+    """Blocks and checkpoints that the store is known to hold: from hits and acknowledgements. Any thread may call.
 
     Only a hint, which saves copying and sending: the daemon says when it is wrong, and then the chain is forgotten.
     """
 
-    def __init__(self, root: bytes, limit: int = HELD_MAX) -> None:
+    def __init__(self, root: bytes, limit: int = HELD_MAX, checkpoints_max: int = CHECKPOINTS_MAX) -> None:
         self._root = root
         self._limit = limit
+        self._checkpoints_max = checkpoints_max
         self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._checkpoints: OrderedDict[tuple[bytes, bytes], None] = OrderedDict()  # last full block, tokens after it
         self._lock = threading.Lock()
 
     def held_tokens(self, tokens: bytes) -> int:
@@ -48,24 +51,49 @@ class HeldPrefixes:
                     return min((index + 1) * BLOCK_TOKENS, count_tokens(tokens))
         return 0
 
-    def hold(self, tokens: bytes) -> None:
-        """Remember that all of `tokens` is held."""
+    def hold(self, tokens: bytes, *, checkpoint: bool = False) -> None:
+        """Remember that all of `tokens` is held, and whether the checkpoint at their end is."""
         with self._lock:
             for key in prefix_keys(self._root, tokens):
                 self._keys[key] = None
                 self._keys.move_to_end(key)
+            if checkpoint:
+                place = self._place(tokens)
+                self._checkpoints[place] = None
+                self._checkpoints.move_to_end(place)
             self._shrink()
 
+    def holds_checkpoint(self, tokens: bytes) -> bool:
+        """Whether the checkpoint after exactly `tokens` is known to be held."""
+        place = self._place(tokens)
+        with self._lock:
+            if place not in self._checkpoints:
+                return False
+            self._checkpoints.move_to_end(place)
+            return True
+
+    def _place(self, tokens: bytes) -> tuple[bytes, bytes]:
+        keys = chain_keys(self._root, tokens)
+        return (keys[-1] if keys else self._root), tokens[len(keys) * _BLOCK_BYTES :]
+
     def forget(self, tokens: bytes, keep_tokens: int = 0) -> None:
-        """Forget every block of `tokens` that reaches beyond its first `keep_tokens`."""
+        """Forget every block of `tokens` that reaches beyond its first `keep_tokens`, and every checkpoint there."""
         keys = prefix_keys(self._root, tokens)
+        starts = {parent: index * _BLOCK_BYTES for index, parent in enumerate([self._root, *keys])}
         with self._lock:
             for key in keys[keep_tokens // BLOCK_TOKENS :]:
                 self._keys.pop(key, None)
+            for parent, tail in list(self._checkpoints):
+                start = starts.get(parent, len(tokens))
+                end = start + len(tail)
+                if keep_tokens * TOKEN_BYTES < end <= len(tokens) and tokens[start:end] == tail:
+                    del self._checkpoints[parent, tail]
 
     def _shrink(self) -> None:
         while len(self._keys) > self._limit:
             self._keys.popitem(last=False)
+        while len(self._checkpoints) > self._checkpoints_max:
+            self._checkpoints.popitem(last=False)
 
 
 class RestoredPrefixes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvstore import errors
 from kvstore.blocks import Reason
-from kvstore.layers import KVLayer
+from kvstore.layers import KVLayer, StateLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,14 @@ class HitSource:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hit:
-    """KV of the first `n_tokens` of a prompt, always fewer than the prompt has. `layers` belong to the caller.
+    """The cache after the first `n_tokens` of a prompt, always fewer than the prompt has; all layers or none.
 
+    `layers` are in the layout's order and belong to the caller: KVLayer for kv, StateLayer for window and state layers.
     `reason` says why there is no more; OK when there is only the last token left. `fidelity` is a rank, see `blocks`.
     """
 
     n_tokens: int
-    layers: tuple[KVLayer, ...] = field(repr=False)
+    layers: tuple[KVLayer | StateLayer, ...] = field(repr=False)
     reason: Reason
     fidelity: int
     source: HitSource

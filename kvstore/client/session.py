@@ -24,7 +24,7 @@ from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.errors import InvalidRequestError, KVStoreError, UnavailableError
 from kvstore.keys import Namespace
-from kvstore.layers import KVLayer
+from kvstore.layers import KVLayer, StateLayer
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Session:
             answer = self._fetcher.fetch(tokens, representation, transport, limits)
         if answer.n_tokens:
             found = tokens[: answer.n_tokens * TOKEN_BYTES]
-            self._held.hold(found)
+            self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
             self._restored.remember(found, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT)
         if answer.reason in _ABSENT:
             self._held.forget(tokens, answer.n_tokens)
@@ -191,15 +191,17 @@ class Session:
     def store(
         self,
         tokens: Iterable[int] | bytes,
-        layers: Sequence[KVLayer],
+        layers: Sequence[KVLayer | StateLayer],
         wait: bool = False,
         restored_tokens: int | None = None,
         timeout_s: float = STORE_WAIT_S,
     ) -> StoreResult:
         """Store the KV of `tokens`; `layers` are the whole cache, in the layout's order, and stay the caller's.
 
-        Only tokens that the layers cover (their offset) and that the store is not known to hold are copied. Without
-        `wait` the answer is OK when that is queued; with it, the daemon's final word, or DEADLINE after `timeout_s`.
+        Only tokens that the layers cover (their offset) and that the store is not known to hold are copied. Window and
+        state layers make a checkpoint if they are at exactly that offset; if not, the rest is stored and the reason is
+        NO_CHECKPOINT. Without `wait` the answer is OK when that is queued; with it, the daemon's final word, or
+        DEADLINE after `timeout_s`.
         `restored_tokens`: so many leading tokens came out of the store; None: as this session's own hits say.
         """
         try:
@@ -216,7 +218,12 @@ class Session:
         return result
 
     def _store(
-        self, tokens: bytes, layers: Sequence[KVLayer], wait: bool, restored_tokens: int | None, timeout_s: float
+        self,
+        tokens: bytes,
+        layers: Sequence[KVLayer | StateLayer],
+        wait: bool,
+        restored_tokens: int | None,
+        timeout_s: float,
     ) -> StoreResult:
         if self._sender.closed:
             raise UnavailableError("the session is closed")
@@ -303,7 +310,8 @@ class Session:
         whole = result.stored_tokens >= job.end
         held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
         self._held.forget(job.tokens, held)
-        self._held.hold(job.tokens[: held * TOKEN_BYTES])
+        checkpoint = whole and bool(job.checkpoint) and result.reason in (Reason.OK, Reason.ALREADY_STORED)
+        self._held.hold(job.tokens[: held * TOKEN_BYTES], checkpoint=checkpoint)
 
     def _end(self, job: StoreJob, result: StoreResult) -> None:
         self.stats.stored(result, job.end)

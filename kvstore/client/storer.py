@@ -12,11 +12,13 @@ from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
 from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture
+from kvstore.codecs.states import StateCapture, describe
 from kvstore.errors import InvalidRequestError
 from kvstore.keys import Namespace
-from kvstore.layers import KVLayer
+from kvstore.layers import KVLayer, StateLayer
 
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
+_KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class StoreRequest:
     """Packed tokens, the caller's whole cache, and what the caller says came out of the store (None: ask memory)."""
 
     tokens: bytes
-    layers: Sequence[KVLayer]
+    layers: Sequence[KVLayer | StateLayer]
     restored_tokens: int | None
     fidelity_min: int
 
@@ -46,14 +48,18 @@ class Storer:
         self._restored = restored
         self._submit = submit
 
-    def storable(self, layers: Sequence[KVLayer], n_tokens: int) -> tuple[int, Reason]:
-        """(leading tokens whose KV the layers hold, why none). InvalidRequestError for layers of another layout."""
+    def storable(self, layers: Sequence[KVLayer | StateLayer], n_tokens: int) -> tuple[int, Reason]:
+        """(leading tokens whose KV the layers hold, why none). InvalidRequestError for layers of another layout.
+
+        Without any kv layer that is the position of the window and state layers.
+        """
         if len(layers) != len(self._layout.layers):
             raise InvalidRequestError(f"{len(layers)} layers where the layout has {len(self._layout.layers)}")
         for index, (layer, spec) in enumerate(zip(layers, self._layout.layers, strict=True)):
-            if layer.spec != spec:
+            if layer.spec != spec or isinstance(layer, StateLayer) != spec.is_exact:
                 raise InvalidRequestError(f"layer {index} is not what the layout says")
-        offsets = {layer.n_tokens for layer in layers}
+        kv = [layer for layer in layers if isinstance(layer, KVLayer)]
+        offsets = {layer.n_tokens for layer in kv or layers}
         # More KV than tokens, or layers that disagree: nobody can say which tokens these values belong to.
         if len(offsets) != 1 or max(offsets) > n_tokens:
             return 0, Reason.OFFSET_MISMATCH
@@ -65,41 +71,66 @@ class Storer:
 
         A sequence that fits the budget is queued or refused at once. A larger one goes in pieces of half the budget,
         each stored on its own, so that one is captured while the one before is sent; between pieces the caller waits
-        for room until the deadline. What is left then is dropped: the next store goes on from there.
+        for room until the deadline. What is left then is dropped: the next store goes on from there. The checkpoint
+        goes with the last piece, or by itself where that has no room for it.
         """
         n_tokens = count_tokens(request.tokens)
         start = self._held.held_tokens(request.tokens)
+        state_bytes, reason = self._checkpoint(request)
         jobs: list[StoreJob] = []
-        for end in self._ends(start, n_tokens):
+        ends = self._ends(start, n_tokens, state_bytes or 0)
+        for number, end in enumerate(ends, 1):
             timeout_s = deadline.left_s if wait or jobs else 0.0
-            nbytes = (end - start) * self._layout.token_bytes
+            with_states = state_bytes is not None and number == len(ends)
+            nbytes = (end - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
             if not self._budget.acquire(nbytes, timeout_s):
                 return jobs, Reason.QUEUE_FULL
-            if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in _GOOD:
+            if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in _KV_STORED:
                 self._budget.release(nbytes)  # the pieces before this one are not there to build on
                 return jobs, jobs[-1].result.reason
-            job = self._job(request, start, end, nbytes)
+            job = self._job(request, start, end, nbytes, with_states=with_states)
             if not self._submit(job):
                 job.release()
                 return jobs, Reason.QUEUE_FULL
             jobs.append(job)
             start = end
-        return jobs, Reason.OK
+        return jobs, reason
 
-    def _ends(self, start: int, n_tokens: int) -> list[int]:
-        """Where the pieces end: one if all fits the budget, else block boundaries half a budget apart."""
-        if (n_tokens - start) * self._layout.token_bytes <= self._budget.limit_bytes:
+    def _checkpoint(self, request: StoreRequest) -> tuple[int | None, Reason]:
+        """(bytes of the checkpoint at the end of the tokens, or None to offer none; why the layers have none there).
+
+        Window and state layers are valid at their exact token count only, so one that is not at the end is no use.
+        """
+        states = [layer for layer in request.layers if isinstance(layer, StateLayer)]
+        if not states:
+            return None, Reason.OK
+        if {layer.n_tokens for layer in states} != {count_tokens(request.tokens)}:
+            return None, Reason.NO_CHECKPOINT
+        if self._held.holds_checkpoint(request.tokens):
+            return None, Reason.OK
+        return sum(state.nbytes for state in describe(request.layers)), Reason.OK
+
+    def _ends(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
+        """Where the pieces end: one if all fits the budget, else block boundaries half a budget apart.
+
+        The end comes twice where the last piece leaves no room for the checkpoint.
+        """
+        token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
+        if (n_tokens - start) * token_bytes + state_bytes <= limit_bytes:
             return [n_tokens]
-        block_bytes = BLOCK_TOKENS * self._layout.token_bytes
-        step = max(1, self._budget.limit_bytes // 2 // block_bytes) * BLOCK_TOKENS
+        step = max(1, limit_bytes // 2 // max(1, BLOCK_TOKENS * token_bytes)) * BLOCK_TOKENS
         first = start // BLOCK_TOKENS * BLOCK_TOKENS + step
-        return [*range(first, n_tokens, step), n_tokens]
+        ends = [*range(first, n_tokens, step), n_tokens]
+        last = n_tokens - (ends[-2] if len(ends) > 1 else start)
+        fits = last * token_bytes + state_bytes <= limit_bytes
+        return ends if fits or not state_bytes else [*ends, n_tokens]
 
-    def _job(self, request: StoreRequest, start: int, end: int, nbytes: int) -> StoreJob:
+    def _job(self, request: StoreRequest, start: int, end: int, nbytes: int, *, with_states: bool) -> StoreJob:
         """Copy tokens `[start, end)`; the caller's share of the budget goes to the job, or back if this raises."""
         try:
             restored_tokens, fidelity = self._restored_part(request)
             capture = Capture(request.layers, start, end) if end > start else None
+            states = StateCapture(request.layers) if with_states else None
         except BaseException:
             self._budget.release(nbytes)
             raise
@@ -112,6 +143,8 @@ class Storer:
             budget=self._budget,
             nbytes=nbytes,
             capture=capture,
+            states=states,
+            checkpoint=states.states if states else (),
         )
 
     def _restored_part(self, request: StoreRequest) -> tuple[int, int]:
@@ -139,5 +172,5 @@ def combine(results: Sequence[StoreResult], reason: Reason) -> StoreResult:
         stored_tokens=max((one.stored_tokens for one in results), default=0),
         new_bytes=sum(one.new_bytes for one in results),
         reason=bad,
-        durable=bool(results) and bad in _GOOD and all(one.durable for one in results),
+        durable=bool(results) and bad in _KV_STORED and all(one.durable for one in results),
     )

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from kvstore.blocks import Reason
+from kvstore.blocks import LayerState, Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.results import StoreResult, parse_reason
 from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
 from kvstore.keys import Namespace
-from kvstore.layers import Piece, cut_pieces
-from kvstore.wire.convert import namespace_to_message
+from kvstore.layers import cut_pieces
+from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.codecs.device import Capture
+    from kvstore.codecs.states import StateCapture
 
 CHUNK_BYTES = 1 << 20
 VECTORS_MAX = 1024  # IOV_MAX on Linux and macOS
@@ -47,6 +48,7 @@ _PATH_UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.EL
 class StoreJob:
     """Leading tokens of a sequence, and the KV of `[start, end)` of them in the session's hands.
 
+    `checkpoint` describes the window and state layers after them, where the job offers these; `states` are the bytes.
     Made on the caller's thread, then owned by the background thread. `finish` is called exactly once; `release` gives
     the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
     """
@@ -59,12 +61,15 @@ class StoreJob:
     budget: ByteBudget
     nbytes: int
     capture: Capture | None
+    states: StateCapture | None = None
+    checkpoint: tuple[LayerState, ...] = ()
     result: StoreResult = field(default_factory=StoreResult)
     done: threading.Event = field(default_factory=threading.Event)
 
     def release(self) -> None:
         """Let go of the captured arrays; safe to call twice."""
         self.capture = None
+        self.states = None
         nbytes, self.nbytes = self.nbytes, 0
         self.budget.release(nbytes)
 
@@ -131,10 +136,15 @@ class Uploader:
             restored_fidelity=job.restored_fidelity,
             profile=self._profile,
             transport=pb.TRANSPORT_PATH if self._path_usable else pb.TRANSPORT_STREAM,
+            states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
-        wanted_bytes = (reply.end - reply.start) * self._layout.token_bytes
-        sound = job.start <= reply.start <= reply.end == job.end and reply.upload_bytes == wanted_bytes
+        state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0
+        sound = (
+            job.start <= reply.start <= reply.end == job.end
+            and reply.upload_bytes == (reply.end - reply.start) * self._layout.token_bytes + state_bytes
+            and bool(job.checkpoint or not reply.wants_states)
+        )
         if reply.upload_id and not sound:
             self._abort(reply.upload_id)
             raise KVStoreError("the daemon asked for something else than what it was offered")
@@ -142,7 +152,7 @@ class Uploader:
 
     def _hand_over(self, job: StoreJob, begun: pb.BeginStoreReply) -> None:
         """Hand over the wanted bytes, or abort the upload and raise."""
-        if not begun.upload_id or begun.start == begun.end:
+        if not begun.upload_id or not begun.upload_bytes:
             return
         try:
             if begun.staging_path:
@@ -155,18 +165,19 @@ class Uploader:
             raise
 
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
-        """The wanted bytes in the order in which they travel."""
-        capture = job.capture
-        if capture is None:
-            raise KVStoreError("the daemon wants tokens of which nothing was captured")
-        for piece in cut_pieces(begun.start, begun.end, job.restored_tokens):
-            yield from self._piece(capture, piece)
-
-    def _piece(self, capture: Capture, piece: Piece) -> Iterator[memoryview]:
-        for view in capture.piece_views(self._layout, piece):
+        """The wanted bytes in the order in which they travel: pieces, then states."""
+        for view in self._captured(job, begun):
             if self._cancelled:
                 raise DeadlineError("the session was closed")
             yield view
+
+    def _captured(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
+        for piece in cut_pieces(begun.start, begun.end, job.restored_tokens):
+            if job.capture is None:
+                raise KVStoreError("the daemon wants tokens of which nothing was captured")
+            yield from job.capture.piece_views(self._layout, piece)
+        if begun.wants_states and job.states is not None:
+            yield from job.states.views()
 
     def _commit(self, upload_id: str) -> StoreResult:
         call = self._track(

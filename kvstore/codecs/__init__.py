@@ -6,6 +6,8 @@ raw.py affine.py
 profiles.py    which recipe for which part of a layer
 runs.py        raw and encoded runs as bytes: the store side
 assemble.py    runs of many blocks -> one array a part: the fetch side
+states.py      window and state layers <-> the bytes of a checkpoint
+virtual.py     the file out of which MLX reads what others put together
 """
 
 from kvstore.codecs import affine, raw

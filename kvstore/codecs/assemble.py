@@ -1,10 +1,9 @@
-"""The fetch side: runs of many blocks -> one array for each tensor of a layer, with head-room.
+"""The fetch side of kv layers: runs of many blocks -> one array for each tensor of a layer, with head-room.
 
-A layer is read by one `mx.load` of a *virtual* safetensors file: the header is ours, and when MLX asks for a tensor's
-bytes, `readinto` gathers them from the blocks straight into MLX's buffer, on two threads. Against mx.load of one file
-of equal capacity, into fresh memory, that costs 1.1-1.3x (1 GiB) or 1.3-1.7x (256 MiB); mx.load of every block and
-concatenating 4.3-5.3x, preadv into numpy and mx.array 2.3-2.9x. From a file object mx.load is eager, so only decoding
-may be lazy: when `assemble_layer` returns, every byte was read and verified.
+A layer is read by one `mx.load` of a virtual file (`virtual.py`), which gathers the bytes from the blocks straight into
+MLX's buffer, on two threads. Against mx.load of one file of equal capacity, into fresh memory, that costs 1.1-1.3x
+(1 GiB) or 1.3-1.7x (256 MiB); mx.load of every block and concatenating 4.3-5.3x, preadv into numpy and mx.array
+2.3-2.9x. Only decoding may be lazy: when `assemble_layer` returns, every byte was read and verified.
 
 Plan first: `_segments` says from the runs alone which ranges are needed and where their rows go. Neighbouring runs of
 one recipe share a segment: one tensor of the virtual file each, and one decode. Segments are then concatenated.
@@ -12,20 +11,18 @@ one recipe share a segment: one tensor of the virtual file each, and one decode.
 
 from __future__ import annotations
 
-import io
-import json
-import threading
+import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, cast
 
 import mlx.core as mx
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, ITEM_BYTES, Recipe, Run, Stack, Tensor
 from kvstore.codecs import device
 from kvstore.codecs.base import BlockCorruptError, codec_of, verify_range
-from kvstore.errors import CorruptDataError, KVStoreError
+from kvstore.codecs.virtual import VirtualFile
+from kvstore.errors import CorruptDataError
 from kvstore.files import Range, RangeReader
 from kvstore.layers import PARTS, KVLayer, Layout, PartSpec
 
@@ -144,92 +141,16 @@ def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor,
     return tensors
 
 
-class _VirtualFile(io.RawIOBase):
-    """A safetensors file that is put together while MLX reads it.
+@dataclass(frozen=True, slots=True)
+class _Filler:
+    """Fills tensors of a virtual file with the rows of their segments."""
 
-    MLX calls seek and readinto from its own pool threads, and another thread may come in between the two: the position
-    is kept per thread. No exception may cross MLX: 0.32 makes a RuntimeError of it with a traceback for a message, 0.31
-    swallows it and hands out the unfilled buffer. So the first error is kept, later reads are skipped, and `load`
-    raises it; and whatever else happens, `load` returns nothing unless every tensor was filled.
-    """
+    reader: RangeReader
+    verify: bool
 
-    def __init__(self, reader: RangeReader, verify: bool) -> None:
-        super().__init__()
-        self._error: KVStoreError | OSError | None = None
-        self._filled: set[int] = set()
-        self._reader = reader
-        self._verify = verify
-        self._header: dict[str, dict[str, Any]] = {}
-        self._fills: dict[int, tuple[_Segment, int, int]] = {}
-        self._size = 0
-        self._head = b""
-        self._thread = threading.local()
-
-    def add(self, name: str, segment: _Segment, index: int, capacity: int) -> None:
-        """Let the file hold tensor `index` of a segment as `[1, heads, capacity, width]`."""
+    def fill(self, segment: _Segment, index: int, capacity: int, view: memoryview) -> None:
+        """Tensor `index` of a segment as `[1, heads, capacity, width]`; rows beyond the segment's are zero."""
         tensor = segment.tensors[index]
-        end = self._size + tensor.layer_bytes(capacity)
-        self._fills[self._size] = (segment, index, capacity)
-        self._header[name] = {
-            "dtype": tensor.dtype,
-            "shape": [1, tensor.heads, capacity, tensor.width],
-            "data_offsets": [self._size, end],
-        }
-        self._size = end
-
-    def load(self) -> dict[str, mx.array]:
-        """Read everything; the first error of reading or verifying is raised as it was."""
-        header = json.dumps(self._header).encode()
-        self._head = len(header).to_bytes(8, "little") + header
-        arrays = mx.load(cast(BinaryIO, self), format="safetensors")
-        if self._error is not None:
-            raise self._error
-        if self._filled != self._fills.keys() or not isinstance(arrays, dict):
-            raise RuntimeError("MLX did not read every tensor of a layer")
-        return arrays
-
-    def readable(self) -> bool:
-        """MLX asks."""
-        return True
-
-    def seekable(self) -> bool:
-        """MLX asks."""
-        return True
-
-    def tell(self) -> int:
-        """Position of the calling thread."""
-        position: int = getattr(self._thread, "position", 0)
-        return position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Move the calling thread's position."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: len(self._head) + self._size}[whence]
-        self._thread.position = base + offset
-        return base + offset
-
-    def readinto(self, buffer: Any, /) -> int:
-        """Fill MLX's buffer: a piece of the header, or the whole of one tensor."""
-        view, at = memoryview(buffer).cast("B"), self.tell()
-        if not view.nbytes:
-            return 0
-        if at < len(self._head):
-            chunk = self._head[at : at + view.nbytes]
-            view[: len(chunk)] = chunk
-            self._thread.position = at + len(chunk)
-            return len(chunk)
-        start = at - len(self._head)
-        if self._error is None:
-            try:
-                self._fill(view, *self._fills[start])
-                self._filled.add(start)
-            except (KVStoreError, OSError) as error:
-                self._error = error
-        self._thread.position = at + view.nbytes
-        return view.nbytes
-
-    def _fill(self, view: memoryview, segment: _Segment, index: int, capacity: int) -> None:
-        tensor = segment.tensors[index]
-        assert view.nbytes == tensor.layer_bytes(capacity), "MLX reads a tensor at once"
         row = tensor.width * ITEM_BYTES[tensor.dtype]
         heads = [view[head * capacity * row : (head + 1) * capacity * row] for head in range(tensor.heads)]
         self._fill_spans(heads, row, segment.spans, index)
@@ -267,12 +188,12 @@ class _VirtualFile(io.RawIOBase):
             unused = scratch[number * (skip + rest) : (number + 1) * (skip + rest)]
             views += (part for part in (unused[:skip], head[at : at + shown], unused[skip:]) if part.nbytes)
         try:
-            self._reader.readinto(span.source, span.offsets[index], views)
+            self.reader.readinto(span.source, span.offsets[index], views)
         except BlockCorruptError:
             raise
         except CorruptDataError as error:
             raise BlockCorruptError(str(error), span.source) from error
-        if self._verify:
+        if self.verify:
             verify_range(views, span.checksums[index], span.source)
 
 
@@ -284,22 +205,25 @@ def assemble_layer(
     headroom_tokens: int = BLOCK_TOKENS,
     verify: bool = True,
 ) -> KVLayer:
-    """One layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
+    """One kv layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
 
     Everything is read when this returns; decoding may still be lazy, so evaluate on this thread. Raises
     BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or misdescribed data,
     UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails.
     """
     spec = layout.layers[layer]
+    assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
     n_tokens = sum(block.take for block in blocks)
     capacity = -(-(n_tokens + headroom_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
     plan = {part: _segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
-    file = _VirtualFile(reader, verify)
+    file, filler = VirtualFile(), _Filler(reader, verify)
     for part, segments in plan.items():
         for number, segment in enumerate(segments):
             rows = segment.rows + (capacity - n_tokens if number == len(segments) - 1 else 0)
-            for index in range(len(segment.tensors)):
-                file.add(f"{part}.{number}.{index}", segment, index, rows)
+            for index, tensor in enumerate(segment.tensors):
+                shape = (1, tensor.heads, rows, tensor.width)
+                fill = functools.partial(filler.fill, segment, index, rows)
+                file.add(f"{part}.{number}.{index}", tensor.dtype, shape, fill)
     arrays = file.load() if plan else {}
     parts = {part: _decoded(part, spec.part(part), segments, arrays) for part, segments in plan.items()}
     return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from kvstore.blocks import ITEM_BYTES
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import PARTS, KVLayer, Layout, Piece, raw_ranges
+from kvstore.layers import PARTS, KVLayer, Layout, Piece, StateLayer, raw_ranges
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,9 +27,14 @@ _MX_DTYPES = {
     "BF16": mx.bfloat16,
     "F16": mx.float16,
     "F32": mx.float32,
-    "U32": mx.uint32,
+    "BOOL": mx.bool_,
     "U8": mx.uint8,
+    "I8": mx.int8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "U32": mx.uint32,
     "I32": mx.int32,
+    "U64": mx.uint64,
     "I64": mx.int64,
 }
 _NAMES = {dtype: name for name, dtype in _MX_DTYPES.items()}
@@ -80,8 +85,17 @@ def to_bytes(array: mx.array) -> Bytes:
 
     The view keeps the buffer alive. It must not be written to. ValueError if the array is not row-contiguous.
     """
-    flat = np.frombuffer(cast(Any, array), dtype=np.uint8) if array.size else np.empty(0, np.uint8)
-    return flat.reshape(*array.shape[:-1], array.shape[-1] * array.itemsize)
+    return flat_bytes(array).reshape(*array.shape[:-1], array.shape[-1] * array.itemsize)
+
+
+def flat_bytes(array: mx.array) -> Bytes:
+    """As `to_bytes`, in one dimension, for arrays of any shape."""
+    return np.frombuffer(cast(Any, array), dtype=np.uint8) if array.size else np.empty(0, np.uint8)
+
+
+def zeros(shape: tuple[int, ...], dtype: str) -> mx.array:
+    """Zeros, lazy; with a size of 0 somewhere they hold nothing."""
+    return mx.zeros(shape, _MX_DTYPES[dtype])
 
 
 def all_finite(rows: Bytes, dtype: str) -> bool:
@@ -98,15 +112,18 @@ def all_finite(rows: Bytes, dtype: str) -> bool:
 
 
 class Capture:
-    """Tokens `[start, end)` of cache layers, copied out of the engine's buffers.
+    """Tokens `[start, end)` of the kv layers of a cache, copied out of the engine's buffers.
 
     Made on the thread that owns the arrays: slices physically (buffers carry slack and, after a trim, stale rows) and
     evaluates. From then on any thread may take views; that computes nothing. With one head a slice of the engine's
     buffer is contiguous already and shares its memory: MLX copies on the engine's next write, so it still holds still.
     """
 
-    def __init__(self, layers: Sequence[KVLayer], start: int, end: int) -> None:
-        """Raises InvalidRequestError when an array has another shape or dtype than its layer's spec says."""
+    def __init__(self, layers: Sequence[KVLayer | StateLayer], start: int, end: int) -> None:
+        """`layers`: the whole cache, in which window and state layers are passed over (`states.StateCapture`).
+
+        Raises InvalidRequestError when an array has another shape or dtype than its layer's spec says.
+        """
         self.start = start
         self.end = end
         self._arrays = {
@@ -114,6 +131,7 @@ class Capture:
                 mx.contiguous(array[:, :, start:end, :]) for array in _checked(layer, part, index, start, end)
             )
             for index, layer in enumerate(layers)
+            if isinstance(layer, KVLayer)
             for part in PARTS
         }
         evaluate([array for arrays in self._arrays.values() for array in arrays])

@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvstore.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
     TOKEN_BYTES,
+    LayerState,
     Run,
     common_tokens,
     count_tokens,
@@ -28,15 +29,16 @@ from kvstore.codecs.assemble import HitBlock, dense_bytes, dense_runs, layer_ran
 from kvstore.codecs.device import Capture
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import encode_run, payload_run
+from kvstore.codecs.states import StateCapture, state_ranges
 from kvstore.config import Config
 from kvstore.files import FileSource
 from kvstore.keys import Namespace
-from kvstore.layers import Piece
-from kvstore.wire.convert import runs_to_bytes
+from kvstore.layers import KVLayer, Piece
+from kvstore.wire.convert import runs_to_bytes, states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support.checkpoints import checkpoint_place, make_cache, seal_states
 from tests.support.stored import seal_runs, write_source
-from tests.support.synthetic import make_layers
 
 HANG_S = 30.0
 
@@ -53,6 +55,16 @@ class FakeBlock:
 
 
 @dataclass
+class FakeCheckpoint:
+    """A checkpoint as the fake daemon holds it."""
+
+    key: bytes
+    states: tuple[LayerState, ...]
+    payload: bytes
+    source: FileSource
+
+
+@dataclass
 class FakeUpload:
     """What one BeginStore asked for, and what came."""
 
@@ -64,7 +76,7 @@ class FakeUpload:
 
 
 class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
-    """Holds the KV of `tokens`, as `make_layers` makes it. `faults` names what goes wrong; see where each is used."""
+    """Holds the KV of `tokens`, as `make_cache` makes it. `faults` names what goes wrong; see where each is used."""
 
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
@@ -72,6 +84,8 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self.address = f"unix:{self.directory}/s"
         self.tokens = b""
         self.blocks: list[FakeBlock] = []
+        self.checkpoints: dict[int, FakeCheckpoint] = {}  # by position in `tokens`
+        self.known_checkpoints: set[bytes] = set()  # token strings at whose ends no checkpoint is wanted
         self.faults: set[str] = set()
         self.fetches: list[pb.FetchRequest] = []
         self.uploads: list[FakeUpload] = []
@@ -116,7 +130,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def hold(self, tokens: Sequence[int], profile: str = "raw") -> None:
         """Hold the KV of these tokens, encoded in a profile."""
         layout = self.namespace.layout
-        capture = Capture(make_layers(layout, tokens), 0, len(tokens))
+        capture = Capture(make_cache(layout, tokens), 0, len(tokens))
         self.tokens = pack_tokens(list(tokens))
         self.blocks = []
         for index, key in enumerate(prefix_keys(self.namespace.root, self.tokens)):
@@ -125,6 +139,15 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             runs, payload = seal_runs([encode_run(layout, raw, parse_profile(profile))])
             source = write_source(self.directory / f"{index}.safetensors", payload)
             self.blocks.append(FakeBlock(key, piece.n_tokens, runs, payload, source))
+
+    def hold_checkpoints(self, *positions: int) -> None:
+        """Hold the window and state layers after so many of the tokens held."""
+        for position in positions:
+            tokens = unpack_tokens(self.tokens)[:position]
+            states, payload = seal_states(StateCapture(make_cache(self.namespace.layout, tokens)))
+            key, _, _ = checkpoint_place(self.namespace.root, pack_tokens(tokens))
+            source = write_source(self.directory / f"checkpoint-{position}.safetensors", payload)
+            self.checkpoints[position] = FakeCheckpoint(key, states, payload, source)
 
     def _fault(self, name: str) -> bool:
         return name in self.faults
@@ -142,11 +165,15 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         """How much is held."""
         self._hang("hang")
-        n_tokens = self._common(request.tokens)
+        n_tokens, _ = self._usable(request.tokens)
         return pb.MatchReply(n_tokens=n_tokens, reason="ok" if n_tokens else "unknown_prefix", fidelity=FIDELITY_EXACT)
 
-    def _common(self, tokens: bytes) -> int:
-        return min(common_tokens(self.tokens, tokens), max(0, count_tokens(tokens) - 1))
+    def _usable(self, tokens: bytes) -> tuple[int, str]:
+        common = min(common_tokens(self.tokens, tokens), max(0, count_tokens(tokens) - 1))
+        if not common or not self.namespace.layout.exact_layers:
+            return common, "ok" if common else "unknown_prefix"
+        position = max((one for one in self.checkpoints if one <= common), default=0)
+        return position, "ok" if position == common else "no_checkpoint"
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.FetchReply]:
         """A plan, then the lease or the bytes."""
@@ -156,13 +183,15 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         if self._fault("no_plan"):
             yield pb.FetchReply(chunk=pb.LayerChunk(layer=0, data=b"x"))
             return
-        n_tokens = self._common(request.tokens)
+        n_tokens, reason = self._usable(request.tokens)
         if not n_tokens:
-            yield pb.FetchReply(plan=pb.FetchPlan(reason="unknown_prefix"))
+            yield pb.FetchReply(plan=pb.FetchPlan(reason=reason))
             return
         dense = request.representation == pb.REPRESENTATION_DENSE
         by_path = request.transport == pb.TRANSPORT_PATH and self.by_path and not dense
-        yield pb.FetchReply(plan=self._plan(n_tokens, dense, by_path))
+        plan = self._plan(n_tokens, dense, by_path)
+        plan.reason = reason
+        yield pb.FetchReply(plan=plan)
         if by_path:
             self._released.wait(HANG_S)
             return
@@ -185,6 +214,8 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         plan = pb.FetchPlan(
             n_tokens=n_tokens, reason="ok", fidelity=FIDELITY_EXACT, layout=layout.record, blocks=slices
         )
+        if layout.exact_layers and not self._fault("no_checkpoint_in_plan"):
+            plan.checkpoint.CopyFrom(self._state_slice(n_tokens, by_path))
         if self._fault("too_many_tokens"):
             plan.n_tokens += 1
             plan.blocks[-1].n_tokens += 1
@@ -200,20 +231,58 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             plan.blocks[0].path = ""
         return plan
 
+    def _state_slice(self, n_tokens: int, by_path: bool) -> pb.StateSlice:
+        held = self.checkpoints[n_tokens]
+        states = list(held.states)
+        first = states[0].arrays[0]
+        if self._fault("state_layer_missing"):
+            del states[0]
+        for fault, array in (
+            ("state_gap", replace(first, offset=64)),
+            ("state_without_checksum", replace(first, checksum=b"")),
+            ("state_other_width", replace(first, shape=(*first.shape[:-1], 1))),
+        ):
+            if self._fault(fault):
+                states[0] = replace(states[0], arrays=(array, *states[0].arrays[1:]))
+        if self._fault("state_huge"):
+            last = replace(states[-1].arrays[-1], shape=(1 << 40,))
+            states[-1] = replace(states[-1], arrays=(*states[-1].arrays[:-1], last))
+        if self._fault("state_name_twice"):
+            states[0] = replace(states[0], arrays=(first, first))
+        key = bytes(32) if self._fault("checkpoint_key") else held.key
+        record = b"\xc1" if self._fault("garbage_states") else states_to_bytes(states)
+        found = pb.StateSlice(key=key, states=record)
+        if by_path and not self._fault("no_checkpoint_path"):
+            found.path = held.source.path
+            found.payload_offset = held.source.payload_offset
+            found.file_bytes = held.source.file_bytes
+        return found
+
+    def _state_bytes(self, n_tokens: int, layer: int) -> bytes:
+        held = self.checkpoints[n_tokens]
+        state = next(one for one in held.states if one.layer == layer)
+        return b"".join(held.payload[r.offset : r.offset + r.nbytes] for r in state_ranges(state, 0))
+
     @staticmethod
     def _takes(n_tokens: int) -> list[int]:
         return [min(BLOCK_TOKENS, n_tokens - at) for at in range(0, n_tokens, BLOCK_TOKENS)]
 
     def _packed(self, n_tokens: int) -> Iterator[tuple[int, bytes]]:
         hit = [HitBlock(self.blocks[index].runs, take) for index, take in enumerate(self._takes(n_tokens))]
-        for layer in range(len(self.namespace.layout.layers)):
+        for layer, spec in enumerate(self.namespace.layout.layers):
+            if spec.is_exact:
+                yield layer, self._state_bytes(n_tokens, layer)
+                continue
             ranges = layer_ranges(hit, layer)
             yield layer, b"".join(self.blocks[r.source].payload[r.offset : r.offset + r.nbytes] for r in ranges)
 
     def _dense(self, n_tokens: int) -> Iterator[tuple[int, bytes]]:
         tokens = unpack_tokens(self.tokens[: n_tokens * TOKEN_BYTES])
-        for index, layer in enumerate(make_layers(self.namespace.layout, tokens)):
-            yield index, b"".join(dense_bytes(layer))
+        for index, layer in enumerate(make_cache(self.namespace.layout, tokens)):
+            if isinstance(layer, KVLayer):
+                yield index, b"".join(dense_bytes(layer))
+            else:
+                yield index, self._state_bytes(n_tokens, index)
 
     def _chunks(self, layers: Iterator[tuple[int, bytes]], context: Any) -> Iterator[pb.FetchReply]:
         for layer, data in layers:
@@ -231,9 +300,9 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
                     data += b"x"
                 if self._fault("wrong_layer"):
                     layer = 0
-                if self._fault("empty_chunk"):
-                    data = b""
-            for at in range(0, max(1, len(data)), 50_000):
+            if self._fault("empty_chunk") and layer == 1:
+                yield pb.FetchReply(chunk=pb.LayerChunk(layer=layer))
+            for at in range(0, len(data), 50_000):
                 yield pb.FetchReply(chunk=pb.LayerChunk(layer=layer, data=data[at : at + 50_000]))
 
     # -- store ---------------------------------------------------------------------------------------------------
@@ -245,9 +314,10 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         n_tokens, held = count_tokens(request.tokens), common_tokens(self.tokens, request.tokens)
         if self._fault("begin_full"):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
-        if held == n_tokens:
+        wants_states = bool(request.states) and request.tokens not in self.known_checkpoints
+        if held == n_tokens and not wants_states:
             return pb.BeginStoreReply(reason="already_stored", held_tokens=held)
-        if request.captured_from > held:
+        if request.captured_from > held:  # never so when everything is held
             return pb.BeginStoreReply(reason="not_captured", held_tokens=held)
         if self._fault("below_threshold"):
             return pb.BeginStoreReply(reason="below_threshold")
@@ -258,7 +328,12 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             upload_bytes=(n_tokens - held) * self.namespace.layout.token_bytes,
             reason="ok",
             held_tokens=held,
+            wants_states=wants_states,
         )
+        if wants_states:
+            reply.upload_bytes += sum(state.nbytes for state in states_from_bytes(request.states))
+        if self._fault("wants_states_unasked"):
+            reply.wants_states = True
         if request.transport == pb.TRANSPORT_PATH and self.by_path:
             reply.staging_path = str(self.directory / f"staging-{reply.upload_id}")
             Path(reply.staging_path).touch()
@@ -305,6 +380,11 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             yield pb.CommitStoreReply(done=True, durable=True, stored_tokens=upload.reply.start, reason="store_full")
             return
         self.tokens = upload.request.tokens
+        if self._fault("no_room_for_states"):
+            yield pb.CommitStoreReply(done=True, durable=True, stored_tokens=stored, reason="store_full")
+            return
+        if upload.reply.wants_states:
+            self.known_checkpoints.add(self.tokens)
         yield pb.CommitStoreReply(
             done=True, durable=True, stored_tokens=stored, new_bytes=len(upload.data), reason="ok"
         )

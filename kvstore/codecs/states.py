@@ -1,0 +1,132 @@
+"""Window and state layers <-> the bytes of a checkpoint: as they are, bit for bit, never through a codec.
+
+The bytes of a checkpoint are those of its arrays, row by row: by layer, then by array in the layer's own order, without
+gaps. What describes them (`blocks.LayerState`) travels beside them, and so do the whole numbers that belong to a layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from kvstore.blocks import LayerState, StateArray, states_from_list, states_to_list
+from kvstore.codecs import device
+from kvstore.codecs.base import BlockCorruptError, verify_range
+from kvstore.codecs.device import Bytes
+from kvstore.codecs.virtual import VirtualFile
+from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.files import Range, RangeReader
+from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
+
+
+def describe(layers: Sequence[KVLayer | StateLayer]) -> tuple[LayerState, ...]:
+    """What the window and state layers of a whole cache hold, in order; without offsets and checksums.
+
+    Reads shapes and dtypes only. InvalidRequestError for what cannot be stored or is not what the layer's spec says,
+    UnsupportedLayerError for a dtype that is never stored.
+    """
+    states = tuple(
+        LayerState(
+            index,
+            layer.numbers,
+            tuple(StateArray(name, device.dtype_name(array), tuple(array.shape)) for name, array in layer.arrays),
+        )
+        for index, layer in enumerate(layers)
+        if isinstance(layer, StateLayer)
+    )
+    try:
+        states_from_list(states_to_list(states))  # what the other side will insist on
+        for state in states:
+            check_state(layers[state.layer].spec, state)
+    except CorruptDataError as error:
+        raise InvalidRequestError(f"a layer that cannot be stored: {error}") from error
+    return states
+
+
+def check_state(spec: LayerSpec, state: LayerState) -> None:
+    """CorruptDataError unless these can be the arrays of such a layer.
+
+    Their names differ; keys and values of a window are `[1, heads, rows, width]` as the spec has it.
+    """
+    if len({array.name for array in state.arrays}) != len(state.arrays):
+        raise CorruptDataError(f"layer {state.layer} has two arrays of one name")
+    for array in state.arrays:
+        if spec.kind != "window" or array.name not in PARTS:
+            continue
+        part = spec.part(array.name)
+        batch, heads, _, width = array.shape if len(array.shape) == 4 else (0, 0, 0, 0)
+        if (batch, heads, width, array.dtype) != (1, part.heads, part.width, part.dtype):
+            raise CorruptDataError(
+                f"layer {state.layer} {array.name}: {array.dtype} {list(array.shape)} is not "
+                f"{part.dtype} [1, {part.heads}, rows, {part.width}]"
+            )
+
+
+class StateCapture:
+    """The window and state layers of a cache, copied out of the engine's hands.
+
+    Made on the thread that owns the arrays. The copies are bytes of ours, not arrays: nothing that the engine does to
+    its own reaches them, no large buffer that an array was cut from stays alive, and any thread may take views.
+    """
+
+    def __init__(self, layers: Sequence[KVLayer | StateLayer]) -> None:
+        """Raises as `describe` does. Evaluates what is lazy."""
+        self.states = describe(layers)
+        arrays = [array for layer in layers if isinstance(layer, StateLayer) for _, array in layer.arrays]
+        device.evaluate(arrays)
+        self._copies = [_copy(array) for array in arrays]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(copy.nbytes for copy in self._copies)
+
+    def views(self) -> Iterator[memoryview]:
+        """The bytes of all arrays, in the order in which they travel and are stored."""
+        return (copy.data for copy in self._copies if copy.nbytes)
+
+
+def _copy(array: mx.array) -> Bytes:
+    whole = mx.contiguous(array)
+    device.evaluate([whole])
+    return device.flat_bytes(whole).copy()
+
+
+def state_ranges(state: LayerState, source: int) -> list[Range]:
+    """What is read for one layer, in the order in which a stream carries it; `source` is the checkpoint's number."""
+    return [Range(source, array.offset, array.nbytes) for array in state.arrays if array.nbytes]
+
+
+def assemble_state(layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader) -> StateLayer:
+    """One window or state layer after `n_tokens` tokens, in arrays of its own.
+
+    Everything is read, verified and evaluated when this returns; the arrays are the calling thread's. Raises
+    BlockCorruptError with `source` for damaged or missing bytes, OSError if the disk fails.
+    """
+    spec = layout.layers[state.layer]
+    assert spec.is_exact, "kv layers come from blocks: see assemble.py"
+    file = VirtualFile()
+    for number, array in enumerate(state.arrays):
+        if array.nbytes:
+            file.add(str(number), array.dtype, array.shape or (1,), functools.partial(_fill, reader, source, array))
+    loaded = file.load()
+    arrays = [
+        loaded[str(number)].reshape(array.shape) if array.nbytes else device.zeros(array.shape, array.dtype)
+        for number, array in enumerate(state.arrays)
+    ]
+    device.evaluate(arrays)
+    names = (array.name for array in state.arrays)
+    return StateLayer(spec, tuple(zip(names, arrays, strict=True)), state.numbers, n_tokens)
+
+
+def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview) -> None:
+    """Read one array and verify it. State without a checksum is never served: it cannot be told from another's."""
+    try:
+        reader.readinto(source, array.offset, [view])
+    except CorruptDataError as error:
+        raise BlockCorruptError(str(error), source) from error
+    if not array.checksum:
+        raise BlockCorruptError(f"array {array.name} of a checkpoint has no checksum", source)
+    verify_range([view], int.from_bytes(array.checksum, "little"), source)
