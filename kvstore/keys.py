@@ -15,9 +15,10 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, unpack_record
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import Layout
+from kvstore.records import unpack_record
 
 _ROOT_TAG = b"kvstore/root/v1\0"
 _BLOCK_TAG = b"kvstore/block/v1\0"

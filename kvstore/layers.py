@@ -20,8 +20,9 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, Tensor, unpack_record
+from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.records import unpack_record
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LAYERS_MAX = 4096

@@ -11,20 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import (
-    FIDELITY_EXACT,
-    RAW,
-    Block,
-    LayerState,
-    Recipe,
-    Run,
-    Stack,
-    StateArray,
-    Tensor,
-    pack_tokens,
-)
+from kvstore.blocks import FIDELITY_EXACT, RAW, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
+from kvstore.records import block_from_record, block_to_record
 
 AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
 KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))
@@ -35,7 +25,7 @@ BLOCK = Block(b"r" * 32, b"p" * 32, b"k" * 32, 256, pack_tokens([1, 2, 3]), 800,
 
 def test_a_block_record_comes_back_equal() -> None:
     """Every field, recipes and checksums included."""
-    assert Block.from_record(BLOCK.to_record()) == BLOCK
+    assert block_from_record(block_to_record(BLOCK)) == BLOCK
 
 
 @pytest.mark.parametrize(
@@ -56,30 +46,30 @@ def test_a_block_record_comes_back_equal() -> None:
 def test_a_record_that_contradicts_itself_is_corrupt(broken: Block) -> None:
     """Coverage, names, dtypes, ranges: checked on every parse."""
     with pytest.raises(CorruptDataError):
-        Block.from_record(broken.to_record())
+        block_from_record(block_to_record(broken))
 
 
 @given(st.binary(max_size=300))
 def test_random_bytes_are_never_a_block(junk: bytes) -> None:
     """One typed error whatever the bytes are."""
     with pytest.raises(CorruptDataError):
-        Block.from_record(junk)
+        block_from_record(junk)
 
 
 @given(st.integers(0, 400), st.binary(min_size=1, max_size=4))
 def test_a_damaged_record_is_corrupt_or_parses(at: int, patch: bytes) -> None:
     """Damage never ends in another exception."""
-    record = bytearray(BLOCK.to_record())
+    record = bytearray(block_to_record(BLOCK))
     at %= len(record)
     record[at : at + len(patch)] = patch
     with contextlib.suppress(CorruptDataError):
-        Block.from_record(bytes(record))
+        block_from_record(bytes(record))
 
 
 def test_a_nested_record_bomb_is_corrupt() -> None:
     """Depth is msgpack's to limit; it must come out as our error."""
     with pytest.raises(CorruptDataError):
-        Block.from_record(b"\x91" * 100_000)
+        block_from_record(b"\x91" * 100_000)
 
 
 def test_raw_order_is_stack_by_stack_and_without_gaps() -> None:
@@ -161,7 +151,7 @@ CHECKPOINT = Block(b"r" * 32, b"p" * 32, b"c" * 32, 256, pack_tokens([1, 2]), 80
 def test_a_checkpoint_record_comes_back_equal(tokens: list[int]) -> None:
     """A checkpoint may stand exactly at a block's end, where it has no tokens of its own."""
     checkpoint = replace(CHECKPOINT, tokens=pack_tokens(tokens))
-    assert Block.from_record(checkpoint.to_record()) == checkpoint
+    assert block_from_record(block_to_record(checkpoint)) == checkpoint
     assert checkpoint.is_checkpoint
     assert checkpoint.end == 256 + len(tokens)
 
@@ -181,7 +171,7 @@ def test_a_checkpoint_record_comes_back_equal(tokens: list[int]) -> None:
 def test_a_checkpoint_that_contradicts_itself_is_corrupt(broken: Block) -> None:
     """States stand alone, in order, with names and shapes that can be."""
     with pytest.raises(CorruptDataError):
-        Block.from_record(broken.to_record())
+        block_from_record(block_to_record(broken))
 
 
 def test_exact_layers_travel_in_checkpoints_not_in_blocks() -> None:

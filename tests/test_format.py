@@ -12,21 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kvstore.blocks import (
-    FIDELITY_EXACT,
-    Block,
-    LayerState,
-    Recipe,
-    Run,
-    Stack,
-    StateArray,
-    Tensor,
-    pack_tokens,
-)
+from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
 from kvstore.engine.blobs import read_block
 from kvstore.engine.format import HEADER_BYTES_MAX, Sealed, build_header, checked_ranges, parse_header, seal
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
+from kvstore.records import block_to_record
 from tests.support.engine import RECURRENT, namespace, new_block
 
 GOLDEN = Path(__file__).parent / "golden" / "block-v1.safetensors"
@@ -251,4 +242,4 @@ def test_a_header_over_the_limit_is_refused_when_built() -> None:
     """What a reader would refuse is not written."""
     block = replace(sealed_golden().block, namespace=bytes(HEADER_BYTES_MAX))
     with pytest.raises(InvalidRequestError, match="header"):
-        build_header(block, block.to_record())
+        build_header(block, block_to_record(block))

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from kvstore.blocks import ITEM_BYTES, LayerState, states_from_list, states_to_list
+from kvstore.blocks import ITEM_BYTES, LayerState
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.device import Capture, dtype_name
 from kvstore.codecs.states import StateCapture, assemble_state, describe, state_ranges
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.files import BufferReader, FileReader, Range
 from kvstore.layers import NO_PART, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
+from kvstore.records import states_from_list, states_to_list
 from tests.support.checkpoints import (
     STATE_ARRAYS,
     array_bytes,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from kvstore.blocks import LayerState, StateArray, states_from_list, states_to_list
+from kvstore.blocks import LayerState, StateArray
 from kvstore.codecs import device
 from kvstore.codecs.base import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
@@ -19,6 +19,7 @@ from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import Range, RangeReader
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
+from kvstore.records import states_from_list, states_to_list
 
 
 def describe(layers: Sequence[KVLayer | StateLayer]) -> tuple[LayerState, ...]:

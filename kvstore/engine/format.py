@@ -15,7 +15,7 @@ A blob is a safetensors file, version 1 of our format:
                     or, of a checkpoint,
                     "l{layer}.{name}"                {"dtype", "shape", "data_offsets"}
 
-The record (`kvstore.blocks.Block.to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
+The record (`kvstore.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
 (tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
 that any safetensors reader can look inside. The header is canonical: a reader builds it again from the record and
 compares bytes, so nothing can hide in it.
@@ -33,9 +33,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import xxhash
 
-from kvstore.blocks import FIDELITY_EXACT, TENSORS_MAX, Block, LayerState, Run, Stack, StateArray, Tensor
+from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
+from kvstore.records import TENSORS_MAX, block_from_record, block_to_record
 
 FORMAT = "kvstore-block"
 FORMAT_VERSION = 1
@@ -75,7 +76,7 @@ def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
     if next(remaining, None) is not None:
         raise InvalidRequestError("more buffers than tensors")
     _demand_valid(sealed)
-    return Sealed(sealed, build_header(sealed, sealed.to_record()), tuple(views))
+    return Sealed(sealed, build_header(sealed, block_to_record(sealed)), tuple(views))
 
 
 def _seal_runs(unsealed: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
@@ -115,7 +116,7 @@ def _seal_states(unsealed: Sequence[LayerState], remaining: Iterator[memoryview]
 def _demand_valid(block: Block) -> None:
     """What a reader will insist on, insisted on before anything is written."""
     try:
-        Block.from_record(block.to_record())
+        block_from_record(block_to_record(block))
         table(block)
     except CorruptDataError as error:
         raise InvalidRequestError(f"not a block that can be stored: {error}") from error
@@ -233,7 +234,7 @@ def parse_header(header: bytes, file_bytes: int) -> Block:
     if header_length(header[:LENGTH_BYTES], file_bytes) != len(header):
         raise CorruptDataError("not a blob: the header is cut short")
     record = _record(header[LENGTH_BYTES:])
-    block = Block.from_record(record)
+    block = block_from_record(record)
     if block.key != _key(block):
         raise CorruptDataError("blob header: the key does not follow from parent and tokens")
     if build_header(block, record) != header:

@@ -1,7 +1,7 @@
 """Index rows and the order of children: pure functions from nouns to bytes and back.
 
 A row's value; integers are little-endian. Fixed offsets, so that a match compares token bytes in place and decodes
-the runs (msgpack, `kvstore.blocks.runs_to_list`) only of rows that somebody looks into:
+the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody looks into:
 
     offset  size  what
          0     2  row version, 1
@@ -36,19 +36,10 @@ from typing import NamedTuple
 
 import msgpack
 
-from kvstore.blocks import (
-    BLOCK_TOKENS,
-    KEY_BYTES,
-    TOKEN_BYTES,
-    Block,
-    runs_from_list,
-    runs_to_list,
-    states_from_list,
-    states_to_list,
-    unpack_record,
-)
+from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
 from kvstore.engine.blobs import disk_bytes
 from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 
 ROW_VERSION = 1
 _HEAD = struct.Struct("<HHIQQQQQ32s32sHB5x")

@@ -1,8 +1,11 @@
-"""Cache layers of mlx-lm <-> engine-neutral `KVLayer`s, bit-exact, by attribute.
+"""Cache layers of mlx-lm <-> engine-neutral `KVLayer`s and `StateLayer`s, bit-exact, by attribute.
 
 `.state` is not used: it changed its meaning between mlx-lm 0.31 and 0.32, while `keys`, `values` and `offset` are the
 same in both. Classes are looked up in one table by exact type, so that a subclass with other semantics, or a class that
-nobody has looked at, is refused instead of guessed at.
+nobody has looked at, is refused instead of guessed at. This module has the layers that can be cut at any token,
+`exact_caches` those that cannot.
+
+Nested layers (CacheList) are laid out flat, depth first; `Layout.tree` keeps the nesting.
 
 Arrays are handed on as `array[:]`: a new object over the same buffer. Whoever then writes into a slice of the one does
 not change the other; whoever is left alone with the buffer appends to it in place. So capture copies nothing, and an
@@ -20,95 +23,220 @@ from mlx_lm.models import cache as stock
 
 from kvstore.codecs.device import dtype_name
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
+from kvstore.integrations.exact_caches import (
+    EXACT_CLASSES,
+    capture_exact,
+    check_rows,
+    is_cuttable,
+    part_spec,
+    restore_exact,
+)
+from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+
+CacheLayer = KVLayer | StateLayer
 
 _MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _BATCH_ADVICE = "it holds several sequences: call extract(i) on every layer and store each sequence by itself"
 _OTHER_ADVICE = "nothing of this sequence is stored"
 
 
-def capture(cache: Sequence[Any]) -> list[KVLayer]:
-    """The layers of a cache, one sequence of `offset` tokens, without copying. Lazy arrays stay lazy.
+def capture(cache: Sequence[Any], n_tokens: int | None = None) -> list[CacheLayer]:
+    """The layers of a cache of one sequence, nested ones depth first, without copying. Lazy arrays stay lazy.
+
+    `n_tokens`: how many tokens are meant; needed where no layer knows how many it holds (recurrent layers do not).
+    Layers of kind kv that hold more are cut to it. Window and state layers cannot be cut and say what they hold.
 
     UnsupportedLayerError names the class of a layer that cannot be stored; InvalidRequestError for an empty layer, more
     than one sequence, arrays that do not fit their offset, and layers that disagree on how many tokens they hold.
     """
-    if not len(cache):
-        raise InvalidRequestError("the cache has no layers")
-    layers = [_capture_layer(index, layer) for index, layer in enumerate(cache)]
-    offsets = sorted({layer.n_tokens for layer in layers})
-    if len(offsets) > 1:
-        raise InvalidRequestError(f"the layers hold different numbers of tokens: {offsets}")
-    return layers
+    leaves, _ = _flatten(cache)
+    _check_classes(leaves)
+    _check_filled(leaves)
+    held = token_count(cache)
+    if held is None and n_tokens is None:
+        raise InvalidRequestError("no layer knows how many tokens it holds; say so with n_tokens")
+    wanted = n_tokens if n_tokens is not None else held
+    if wanted is None or wanted < 1 or (held is not None and wanted > held):
+        raise InvalidRequestError(f"{wanted} tokens are not in layers that hold {held}")
+    return [_cut(layer, wanted) for layer in _capture_all(leaves, wanted if held is None else held)]
 
 
-def restore(layers: Iterable[KVLayer]) -> list[Any]:
-    """Cache layers for the engine that continue after `n_tokens`, head-room included.
+def restore(layers: Iterable[CacheLayer], tree: str = "") -> list[Any]:
+    """Cache layers for the engine that continue after `n_tokens`, head-room included; nested as `Layout.tree` says.
 
     To append without a copy the engine must be the only holder of the buffers: let go of `layers` afterwards.
     """
-    return [_restore_layer(layer) for layer in layers]
+    given = list(layers)
+    Layout(tuple(layer.spec for layer in given), tree).validate()
+    restored = iter([_restore_layer(layer) for layer in given])
+    levels: list[list[Any]] = [[]]
+    for sign in tree or "." * len(given):
+        if sign == "(":
+            levels.append([])
+        elif sign == ")":
+            nested = levels.pop()
+            levels[-1].append(stock.CacheList(*nested))
+        else:
+            levels[-1].append(next(restored))
+    return levels[0]
 
 
 def layout(cache: Sequence[Any]) -> Layout:
     """The layout of a cache that holds at least one token; raises what `capture` raises."""
-    made = Layout(tuple(layer.spec for layer in capture(cache)))
+    leaves, tree = _flatten(cache)
+    _check_classes(leaves)
+    _check_filled(leaves)
+    # No layout depends on how many tokens there are, so one stands for as many as recurrent layers may have seen.
+    layers = _capture_all(leaves, token_count(cache) or 1)
+    made = Layout(tuple(layer.spec for layer in layers), tree)
     made.validate()
     return made
 
 
-def probe(*models: Any) -> Layout:
+def probe(*models: Any, max_kv_size: int | None = None) -> Layout:
     """The layout of the caches that `models` (a model, or a model and its draft model) make, one after the other.
+
+    `max_kv_size`: as for make_prompt_cache; models that make their own caches ignore it.
 
     A new cache has no shapes, and what a configuration says of heads and dtype need not be what the model does. So one
     token is traced through the model; its graph gives shapes and dtypes and is dropped without being evaluated.
     """
     layers: list[Any] = []
     for model in models:
-        cache = stock.make_prompt_cache(model)
+        cache = stock.make_prompt_cache(model, max_kv_size)
         model(mx.array([[0]]), cache=cache)
         layers += cache
     return layout(layers)
 
 
 def quantized(plain: Layout, bits: int, group: int) -> Layout:
-    """The layout of the same cache after the engine has quantized it (`to_quantized`)."""
+    """The layout of the same cache after the engine has quantized it: its kv layers, as far as they are not nested."""
+    depths = _depths(plain)
     specs = [
-        replace(s, keys=replace(s.keys, bits=bits, group=group), values=replace(s.values, bits=bits, group=group))
-        for s in plain.layers
+        s
+        if s.is_exact or depth
+        else replace(s, keys=replace(s.keys, bits=bits, group=group), values=replace(s.values, bits=bits, group=group))
+        for s, depth in zip(plain.layers, depths, strict=True)
     ]
-    made = Layout(tuple(specs))
+    made = Layout(tuple(specs), plain.tree)
     made.validate()
     return made
 
 
+def is_sliceable(cache: Layout | Sequence[Any]) -> bool:
+    """Whether any prefix can be cut from the cache: all layers are of kind kv. False for layers that are not known."""
+    if isinstance(cache, Layout):
+        return not cache.exact_layers
+    return all(type(layer) in _CAPTURE for layer in _leaves(cache))
+
+
+def token_count(cache: Sequence[Any]) -> int | None:
+    """How many tokens the cache holds; None when no layer knows.
+
+    UnsupportedLayerError for a class that is not known, InvalidRequestError when layers disagree.
+    """
+    leaves = _leaves(cache)
+    _check_classes(leaves)
+    counts = _counts(leaves)
+    if not all(isinstance(count, int) for count in counts):
+        raise InvalidRequestError("a layer whose offset is not a whole number")
+    if len(set(counts)) > 1:
+        raise InvalidRequestError(f"the layers hold different numbers of tokens: {sorted(set(counts))}")
+    return counts[0] if counts else None
+
+
 def align(cache: Sequence[Any], n_tokens: int) -> int | None:
-    """Trim the layers in place to what all of them hold of `n_tokens`; None, and untouched, unless all are known.
+    """Trim the layers in place to what all of them hold of `n_tokens`, and say how much that is.
 
     After speculative decoding the draft model's layers, and the model's own, lag behind the tokens by one or more.
+    None, and nothing trimmed, unless all layers are known; 0, and nothing trimmed, when one that would have to be cut
+    cannot be.
     """
-    if not cache or any(type(layer) not in _CAPTURE for layer in cache):
+    leaves = _leaves(cache)
+    if not leaves or any(type(layer) not in _KNOWN for layer in leaves):
         return None
-    common = min(n_tokens, *(layer.offset for layer in cache))
-    for layer in cache:
+    counts = _counts(leaves)
+    common = min(n_tokens, *counts) if counts else n_tokens
+    ahead = [layer for layer in leaves if getattr(layer, "offset", common) > common]
+    # A layer that does not say how much it holds holds what the longest does.
+    silent = len(counts) < len(leaves) and any(count > common for count in counts)
+    if silent or not all(type(layer) in _CAPTURE or is_cuttable(layer) for layer in ahead):
+        return 0
+    for layer in ahead:
         layer.trim(layer.offset - common)
     return int(common)
 
 
-def _capture_layer(index: int, layer: Any) -> KVLayer:
-    kind = type(layer)
-    if kind not in _CAPTURE:
-        advice = _BATCH_ADVICE if "Batch" in kind.__name__ else _OTHER_ADVICE
-        raise UnsupportedLayerError(f"layer {index} is a {kind.__module__}.{kind.__name__}; {advice}")
-    if layer.keys is None or layer.values is None:
-        raise InvalidRequestError(f"layer {index} is empty; there is nothing to store")
-    offset = layer.offset
+def _flatten(cache: Iterable[Any]) -> tuple[list[Any], str]:
+    """The layers depth first, and their nesting as `Layout.tree` writes it."""
+    leaves: list[Any] = []
+    tree = ""
+    for layer in cache:
+        if type(layer) is stock.CacheList:
+            inner, inner_tree = _flatten(layer.caches)
+            leaves += inner
+            tree += f"({inner_tree or '.' * len(inner)})"
+        else:
+            leaves.append(layer)
+            tree += "."
+    if not leaves:
+        raise InvalidRequestError("the cache, or a list in it, has no layers")
+    return leaves, tree if "(" in tree else ""
+
+
+def _leaves(cache: Sequence[Any]) -> list[Any]:
+    return _flatten(cache)[0] if len(cache) else []
+
+
+def _depths(layout: Layout) -> list[int]:
+    """How deep each layer is nested."""
+    depths, depth = [], 0
+    for sign in layout.tree or "." * len(layout.layers):
+        depth += {"(": 1, ")": -1, ".": 0}[sign]
+        if sign == ".":
+            depths.append(depth)
+    return depths
+
+
+def _counts(leaves: Iterable[Any]) -> list[Any]:
+    """What the layers that know it say of how many tokens they hold."""
+    return [layer.offset for layer in leaves if hasattr(layer, "offset")]
+
+
+def _check_classes(leaves: Sequence[Any]) -> None:
+    for index, leaf in enumerate(leaves):
+        kind = type(leaf)
+        if kind not in _KNOWN:
+            advice = _BATCH_ADVICE if "Batch" in kind.__name__ else _OTHER_ADVICE
+            raise UnsupportedLayerError(f"layer {index} is a {kind.__module__}.{kind.__name__}; {advice}")
+
+
+def _check_filled(leaves: Sequence[Any]) -> None:
+    for index, leaf in enumerate(leaves):
+        if getattr(leaf, "keys", leaf) is None:
+            raise InvalidRequestError(f"layer {index} is empty; there is nothing to store")
+
+
+def _capture_all(leaves: Sequence[Any], n_tokens: int) -> list[CacheLayer]:
+    layers: list[CacheLayer] = []
+    for index, leaf in enumerate(leaves):
+        try:
+            layers.append(capture_exact(leaf, n_tokens) if type(leaf) in EXACT_CLASSES else _capture_kv(leaf))
+        except InvalidRequestError as error:
+            raise type(error)(f"layer {index}, a {type(leaf).__name__}: {error}") from error
+    return layers
+
+
+def _cut(layer: CacheLayer, n_tokens: int) -> CacheLayer:
+    return replace(layer, n_tokens=min(layer.n_tokens, n_tokens)) if isinstance(layer, KVLayer) else layer
+
+
+def _capture_kv(layer: Any) -> KVLayer:
     for array in _arrays(layer):
-        if array.ndim != 4 or array.shape[0] != 1:
-            raise InvalidRequestError(f"layer {index} is not one sequence: shape {array.shape}, not [1, H, T, D]")
-        if not isinstance(offset, int) or not 0 < offset <= array.shape[2]:
-            raise InvalidRequestError(f"layer {index}: offset {offset} does not fit in {array.shape[2]} rows")
-    return _CAPTURE[kind](layer)
+        check_rows(array)
+        if not 0 < layer.offset <= array.shape[2]:
+            raise InvalidRequestError(f"offset {layer.offset} does not fit in {array.shape[2]} rows")
+    return _CAPTURE[type(layer)](layer)
 
 
 def _arrays(layer: Any) -> list[mx.array]:
@@ -118,12 +246,8 @@ def _arrays(layer: Any) -> list[mx.array]:
 
 def _capture_plain(layer: Any) -> KVLayer:
     keys, values = layer.keys, layer.values
-    spec = LayerSpec(_plain_spec(keys), _plain_spec(values))
+    spec = LayerSpec(part_spec(keys), part_spec(values))
     return KVLayer(spec, _plain_arrays(keys), _plain_arrays(values), layer.offset)
-
-
-def _plain_spec(array: mx.array) -> PartSpec:
-    return PartSpec(array.shape[1], array.shape[-1], dtype_name(array))
 
 
 def _plain_arrays(array: mx.array) -> tuple[mx.array, ...]:
@@ -147,10 +271,12 @@ def _quantized_spec(part: tuple[mx.array, ...], bits: int, group: int) -> PartSp
     return PartSpec(codes.shape[1], width, dtype_name(scales), bits, group)
 
 
-def _restore_layer(layer: KVLayer) -> Any:
+def _restore_layer(layer: CacheLayer) -> Any:
+    if isinstance(layer, StateLayer):
+        return restore_exact(layer)
     kind = (layer.spec.kind, bool(layer.spec.keys.bits))
     if kind not in _RESTORE:
-        raise UnsupportedLayerError(f"mlx-lm has no cache for layers of kind {layer.spec.kind!r}")
+        raise UnsupportedLayerError(f"mlx-lm has no cache for keys and values of kind {layer.spec.kind!r}")
     for array in (*layer.keys, *layer.values):
         if array.shape[2] < layer.n_tokens:
             raise InvalidRequestError(f"{layer.n_tokens} tokens do not fit in {array.shape[2]} rows")
@@ -186,10 +312,13 @@ def _restore_quantized(layer: KVLayer) -> Any:
     return made
 
 
+# ConcatenateKVCache comes back as a KVCache: it appends to the same rows, without copying all of them.
 _CAPTURE: dict[type, Callable[[Any], KVLayer]] = {
     stock.KVCache: _capture_plain,
+    stock.ConcatenateKVCache: _capture_plain,
     stock.QuantizedKVCache: _capture_quantized,
 }
+_KNOWN = EXACT_CLASSES | _CAPTURE.keys()
 
 # By kind of layer, and whether the engine keeps it quantized.
 _RESTORE: dict[tuple[str, bool], Callable[[KVLayer], Any]] = {

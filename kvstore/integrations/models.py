@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvstore.client import Client
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
-from kvstore.integrations.caches import capture, restore
+from kvstore.integrations.caches import capture, layout, restore, token_count
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
@@ -68,16 +68,42 @@ class Identity:
 
     def namespace(self, layout: Layout) -> Namespace:
         """The namespace of these weights' KV in one layout."""
-        dtypes = {spec.part(part).dtype for spec in layout.layers for part in ("keys", "values")}
+        parts = [spec.part(name) for spec in layout.layers for name in ("keys", "values")]
         return Namespace(
             weights=self.weights,
             adapter=self.adapter,
             layout=layout,
-            dtype="+".join(sorted(dtypes)),
+            dtype="+".join(sorted({part.dtype for part in parts if part.width})),
             engine=engine_version(),
             salt=self.salt,
             alias=self.alias,
         )
+
+
+def before_image(tokens: Sequence[int], n_tokens: int) -> int:
+    """`n_tokens`, or the start of the image that a cut there would split.
+
+    mlx_lm.server names each patch of an image by one negative id; it can feed an image only whole.
+    """
+    if tokens[n_tokens] < 0:
+        while n_tokens > 0 and tokens[n_tokens - 1] == tokens[n_tokens]:
+            n_tokens -= 1
+    return n_tokens
+
+
+def _splits_image(tokens: Sequence[int], n_tokens: int) -> bool:
+    return before_image(tokens, n_tokens) < n_tokens
+
+
+def _around_images(session: Session, tokens: Sequence[int]) -> Sequence[int]:
+    """`tokens`, without so many at the end that the longest prefix the store has of the others splits no image.
+
+    A hit cannot be cut where layers are valid at one position only; the next lower position is up to the store.
+    """
+    if min(tokens) < 0:
+        while (found := session.match(tokens).n_tokens) > (usable := before_image(tokens, found)):
+            tokens = tokens[: usable + 1]
+    return tokens
 
 
 def identify(
@@ -127,7 +153,7 @@ class ModelStore:
                 self._folders[path] = folder
                 self.digests.pin(folder)
 
-    def session(self, key: ModelKey, layout: Layout) -> Session | None:
+    def session(self, key: ModelKey, of: Layout) -> Session | None:
         """The session for a model and a layout, made when first asked for; None while the identity is unknown."""
         self.pin(*(path for path in key if path and path not in self._folders))
         identity = None
@@ -137,7 +163,7 @@ class ModelStore:
         if identity is None:
             self.reasons[Reason.IDENTITY_PENDING] += 1
             return None
-        namespace = identity.namespace(layout)
+        namespace = identity.namespace(of)
         if namespace not in self._sessions:
             self._sessions[namespace] = self._client.session(namespace, self._profile)
         return self._sessions[namespace]
@@ -159,21 +185,25 @@ class ModelStore:
                 lengths = {session: session.match(tokens).n_tokens for session in sessions}
                 sessions = [s for s in sessions if lengths[s] >= wanted and lengths[s] == max(lengths.values())]
             for session in sessions[:1]:
-                hit = session.fetch(tokens)
-                if isinstance(hit, Hit) and hit.n_tokens >= wanted:
-                    return restore(hit.layers), hit.n_tokens
+                hit = session.fetch(_around_images(session, tokens))
+                if isinstance(hit, Hit) and hit.n_tokens >= wanted and not _splits_image(tokens, hit.n_tokens):
+                    return restore(hit.layers, session.namespace.layout.tree), hit.n_tokens
         except KVStoreError as error:
             self.refuse(error)
         return None
 
-    def store(self, key: ModelKey, tokens: Sequence[int], cache: Sequence[Any]) -> None:
+    def store(self, key: ModelKey, tokens: Sequence[int], cache: Sequence[Any], *, exactly: bool = False) -> None:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
 
-        Both are the caller's again on return.
+        Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
+        how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
         """
         try:
-            layers = [replace(layer, n_tokens=min(layer.n_tokens, len(tokens))) for layer in capture(cache)]
-            if session := self.session(key, Layout(tuple(layer.spec for layer in layers))):
+            held = token_count(cache)
+            if held is None and not exactly:
+                raise InvalidRequestError("no layer knows how many tokens it holds; nothing of this sequence is stored")
+            layers = capture(cache, len(tokens) if held is None else min(held, len(tokens)))
+            if session := self.session(key, layout(cache)):
                 session.store(tokens, layers)
         except KVStoreError as error:
             self.refuse(error)

@@ -61,16 +61,13 @@ class PromptCache(LRUPromptCache):
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """(cache of a prefix of `tokens`, the tokens left to feed: at least one), from memory or the store."""
-        cache, rest = self._from_memory(model, tokens)
-        covered = len(tokens) - len(rest)
-        if self._enabled and (found := self._store.fetch(model, self._layouts(model), tokens, covered)):
-            stored_cache, n_tokens = found
-            usable = _before_image(tokens, n_tokens)
-            if usable > covered:
-                trim_prompt_cache(stored_cache, n_tokens - usable)
-                log.info("prefix of %d of %d tokens from the store, %d in memory", usable, len(tokens), covered)
-                return stored_cache, tokens[usable:]
-        return cache, rest
+        wanted = tokens[: self.limit(model)]
+        cache, rest = self._from_memory(model, wanted)
+        covered = len(wanted) - len(rest)
+        if self._enabled and (found := self._store.fetch(model, self._layouts(model), wanted, covered)):
+            cache, covered = found
+            log.info("prefix of %d of %d tokens from the store", covered, len(tokens))
+        return cache, tokens[covered:]
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
@@ -87,13 +84,29 @@ class PromptCache(LRUPromptCache):
         super().insert_cache(model, held, prompt_cache, cache_type=cache_type)
         if self._enabled:
             self._learn(model, prompt_cache)
-            self._store.store(model, held, prompt_cache)
+            self._store.store(model, held, prompt_cache, exactly=True)
+
+    def needs_checkpoints(self, model: ModelKey) -> bool:
+        """Whether caches of the model can be continued only from where they were kept. False while that is unknown."""
+        return self._enabled and any(one.exact_layers for one in self._layouts(model))
+
+    def limit(self, model: ModelKey) -> int | None:
+        """How many tokens of a prompt to look up, None: all.
+
+        Speculative decoding takes back what was drafted in vain, so it refuses the caches of windows that are full.
+        """
+        if getattr(self._provider, "draft_model", None) is None:
+            return None
+        numbers = (dict(spec.params) for one in self._layouts(model) for spec in one.layers)
+        return min((of["size"] for of in numbers if "size" in of), default=None)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""
         self._store.close(timeout_s)
 
     def _from_memory(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        if tokens and any("chunk" in dict(spec.params) for one in self._layouts(model) for spec in one.layers):
+            return self._as_kept(model, tokens)
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is None or rest or not tokens:
             return cache, rest
@@ -103,6 +116,14 @@ class PromptCache(LRUPromptCache):
             return cache, tokens[-1:]
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
         return cache, [*rest, tokens[-1]]
+
+    def _as_kept(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        """From memory, uncut: chunked windows say that they can be trimmed, and then compute something else."""
+        found = self._trie.search(model, tokens[:-1])
+        held = found.shorter if found.exact is None else found.exact
+        if not held:
+            return None, tokens
+        return super().fetch_nearest_cache(model, held)[0], tokens[len(held) :]
 
     def _layouts(self, model: ModelKey) -> Sequence[Layout]:
         """Layouts in which this server could continue a cache of this model, the preferred first."""
@@ -137,14 +158,3 @@ class PromptCache(LRUPromptCache):
         known = self._learned.setdefault(model, [])
         if found not in known:
             known.append(found)
-
-
-def _before_image(tokens: Sequence[int], n_tokens: int) -> int:
-    """`n_tokens`, or the start of the image that a cut there would split.
-
-    The server names each patch of an image by one negative id; it can feed an image only whole.
-    """
-    if tokens[n_tokens] < 0:
-        while n_tokens > 0 and tokens[n_tokens - 1] == tokens[n_tokens]:
-            n_tokens -= 1
-    return n_tokens

@@ -1,10 +1,12 @@
 """`kvstore run mlx_lm.server ...`: the stock server, in this process, with the store plugged in.
 
-Three names of the server's module are replaced before its `main` reads the command line, which is passed on unchanged:
+Names of the server's module are replaced before its `main` reads the command line, which is passed on unchanged:
 
     LRUPromptCache   PromptCache over the same arguments, with the flags' or our bound on its bytes
     load             the stock one, noting what the model's folder holds when it is loaded
     run              the stock one, told which ModelProvider the cache belongs to
+
+and those that `segments` says, so that models whose caches cannot be cut find a place to continue from.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ def _mlx_lm_server(flags: Sequence[str]) -> int:
     from mlx_lm import server
 
     from kvstore.client import connect
+    from kvstore.integrations import segments
     from kvstore.integrations.models import ModelStore
 
     store = ModelStore(connect())
     plug_in(server, store)
+    segments.plug_in(server)
     sys.argv = ["mlx_lm.server", *flags]
     signal.signal(signal.SIGTERM, _interrupt)
     code = 0

@@ -8,18 +8,10 @@ from typing import Any
 import msgpack
 from google.protobuf.message import Message
 
-from kvstore.blocks import (
-    KEY_BYTES,
-    LayerState,
-    Run,
-    runs_from_list,
-    runs_to_list,
-    states_from_list,
-    states_to_list,
-    unpack_record,
-)
+from kvstore.blocks import KEY_BYTES, LayerState, Run
 from kvstore.errors import InvalidRequestError
 from kvstore.keys import FIELD_BYTES_MAX, Namespace, root_key
+from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Channel and server options that both ends need. Messages are bounded by the caller's limit, proxies never apply to a
