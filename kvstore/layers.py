@@ -141,7 +141,7 @@ class Layout:
             distinct, order = unpack_record(record)
             if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
                 raise InvalidRequestError("too many layers")
-            specs = [LayerSpec(PartSpec(*keys), PartSpec(*values), str(kind)) for kind, keys, values in distinct]
+            specs = [LayerSpec(_part(keys), _part(values), str(kind)) for kind, keys, values in distinct]
             layout = cls(tuple(specs[_index(i, len(specs))] for i in order))
             layout.validate()
         except (CorruptDataError, TypeError, ValueError) as error:
@@ -153,8 +153,16 @@ def _part_list(part: PartSpec) -> list[Any]:
     return [part.heads, part.width, part.dtype, part.bits, part.group]
 
 
+def _part(fields: Any) -> PartSpec:
+    # 64.0 and true would pass for numbers here, and then break sums of bytes far from where they came in.
+    heads, width, dtype, bits, group = fields
+    if not isinstance(dtype, str) or any(type(number) is not int for number in (heads, width, bits, group)):
+        raise ValueError("a part is heads, width, dtype, bits and group, all but the dtype whole numbers")
+    return PartSpec(heads, width, dtype, bits, group)
+
+
 def _index(value: Any, limit: int) -> int:
-    if not isinstance(value, int) or not 0 <= value < limit:
+    if type(value) is not int or not 0 <= value < limit:
         raise ValueError("layer index out of range")
     return value
 

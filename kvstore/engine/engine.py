@@ -26,6 +26,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -34,6 +35,7 @@ from kvstore.engine import check as checking
 from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
 from kvstore.engine.directory import Directory, Hold, claim
 from kvstore.engine.index import Index
+from kvstore.engine.ledger import Ballast
 from kvstore.engine.matching import Found, longest_prefix
 from kvstore.engine.nouns import (
     BlockInfo,
@@ -53,7 +55,7 @@ from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
-from kvstore.errors import CorruptDataError, DirectoryError
+from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError
 from kvstore.files import FileSource
 from kvstore.keys import NamespaceInfo, block_key
 
@@ -106,7 +108,12 @@ class Engine:
         index: Index | None = None
         try:
             directory.clean_staging(fs)
-            index = _recovered_index(directory, hold, options, fs)
+            try:
+                index = _recovered_index(directory, hold, options, fs)
+            except StoreFullError:
+                if not Ballast(directory.ballast, 0).drop():
+                    raise
+                index = _recovered_index(directory, hold, options, fs)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
             engine = cls(State(directory, index, options, fs, clock), hold)
             engine.make_room(0)
@@ -234,6 +241,11 @@ class Engine:
         """What the data directory costs on disk."""
         return self._state.ledger.total
 
+    def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
+        """Keep to these limits from now on, and at once."""
+        self._state.options = replace(self._state.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
+        self._room.make(0)
+
     def make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
         return self._room.make(nbytes)
@@ -255,6 +267,7 @@ class Engine:
         if self._state.touches_due():
             self._state.flush_touches()
         self._room.make(0)
+        self._state.ballast.lay()
 
     # -- care ---------------------------------------------------------------------------------------------------
 

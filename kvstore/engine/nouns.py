@@ -22,7 +22,8 @@ class EngineOptions:
 
     `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
-    that a miss can say why.
+    that a miss can say why. `ballast_bytes` (at most 1/64 of the budget) are kept on disk, to be
+    given up when it is full.
     """
 
     budget_bytes: int
@@ -34,6 +35,7 @@ class EngineOptions:
     touches_age_s: float = 30.0
     evicted_max: int = 65_536
     quarantine_files_max: int = 64
+    ballast_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

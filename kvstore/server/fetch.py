@@ -71,7 +71,8 @@ class FetchPath:
             except CorruptDataError:
                 match = shorten(match, match.slices[:at], Reason.CORRUPT)
                 break
-        if 0 < match.n_tokens < self._config.min_prefix_tokens:
+        short = 0 < match.n_tokens < self._config.min_prefix_tokens
+        if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
             return shorten(match, (), Reason.BELOW_THRESHOLD)
         return match
 
