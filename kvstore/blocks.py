@@ -5,8 +5,8 @@ is a short list of *runs*, each encoded at one time. A run holds *stacks*: layer
 tensors are stacked layer-major, head-major: `[layers, heads, tokens, width]`. So the share of one layer in one tensor
 is one contiguous byte range, and it has its own checksum.
 
-`Block.to_record` / `Block.from_record` are the one serial form (msgpack): the blob header, the index row and the fetch
-reply all carry it.
+`Block.to_record` / `Block.from_record` are the serial form (msgpack) that stands in blob headers. Index rows and fetch
+replies carry its runs (`runs_to_list`) beside fields of their own.
 """
 
 from __future__ import annotations
