@@ -6,21 +6,25 @@ after that it ends the stream, and the next fetch finds the block gone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
+from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match, Slice
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.files import FileReader
+from kvstore.files import OPEN_FILES_MAX, FileReader
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.server.lane import Lane
 
 CHUNK_BYTES = 1 << 20
+# All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
+OPEN_FILES_MIN = 4
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class FetchPath:
         self._engine = engine
         self._lane = lane
         self._config = config
+        self._files = ByteBudget(OPEN_FILES_MAX)
 
     def match(self, root: bytes, tokens: bytes, fidelity_min: int) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
@@ -93,7 +98,7 @@ class FetchPath:
     def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer's stored ranges, in the order of `layer_ranges`. CorruptDataError on a short file."""
         blocks = plan.blocks
-        with FileReader(self._engine.sources(plan.match.slices)) as reader:
+        with self._reader(plan) as reader:
             for layer in range(len(layout.layers)):
                 chunks = Chunks()
                 for span in layer_ranges(blocks, layer):
@@ -108,7 +113,7 @@ class FetchPath:
         A block that does not verify is quarantined and ends the iteration with CorruptDataError.
         """
         blocks = plan.blocks
-        with FileReader(self._engine.sources(plan.match.slices)) as reader:
+        with self._reader(plan) as reader:
             for layer in range(len(layout.layers)):
                 decode = self._decoder(layout, layer, blocks, reader)
                 try:
@@ -120,6 +125,17 @@ class FetchPath:
                 for part in parts:
                     yield from ((layer, chunk) for chunk in chunks.add(part))
                 yield from ((layer, chunk) for chunk in chunks.rest())
+
+    @contextlib.contextmanager
+    def _reader(self, plan: FetchPlan) -> Iterator[FileReader]:
+        """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
+        wanted = min(len(plan.match.slices), OPEN_FILES_MAX)
+        granted = wanted if self._files.try_acquire(wanted) else 0
+        try:
+            with FileReader(self._engine.sources(plan.match.slices), open_max=granted or OPEN_FILES_MIN) as reader:
+                yield reader
+        finally:
+            self._files.release(granted)
 
     @staticmethod
     def _decoder(
