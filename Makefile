@@ -27,7 +27,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .

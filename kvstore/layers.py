@@ -182,7 +182,7 @@ class Layout:
             if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
                 raise InvalidRequestError("too many layers")
             specs = [
-                LayerSpec(PartSpec(*keys), PartSpec(*values), str(kind), tuple((str(n), int(v)) for n, v in params))
+                LayerSpec(_part(keys), _part(values), str(kind), _params(params))
                 for kind, keys, values, params in distinct
             ]
             layout = cls(tuple(specs[_index(i, len(specs))] for i in order), str(tree))
@@ -206,8 +206,22 @@ def _is_tree(tree: str, n_layers: int) -> bool:
     return depth == 0 and tree.count(".") == n_layers and "()" not in tree
 
 
+def _part(fields: Any) -> PartSpec:
+    # 64.0 and true would pass for numbers here, and then break sums of bytes far from where they came in.
+    heads, width, dtype, bits, group = fields
+    if not isinstance(dtype, str) or any(type(number) is not int for number in (heads, width, bits, group)):
+        raise ValueError("a part is heads, width, dtype, bits and group, all but the dtype whole numbers")
+    return PartSpec(heads, width, dtype, bits, group)
+
+
+def _params(pairs: Any) -> tuple[tuple[str, int], ...]:
+    if any(not isinstance(name, str) or type(value) is not int for name, value in pairs):
+        raise ValueError("layer parameters are names and whole numbers")
+    return tuple((name, value) for name, value in pairs)
+
+
 def _index(value: Any, limit: int) -> int:
-    if not isinstance(value, int) or not 0 <= value < limit:
+    if type(value) is not int or not 0 <= value < limit:
         raise ValueError("layer index out of range")
     return value
 

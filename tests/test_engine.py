@@ -122,6 +122,27 @@ def test_tails_that_are_longer_than_their_code_are_replaced(engine: Engine) -> N
     demand_sound(engine)
 
 
+def test_a_tail_among_siblings_that_go_on_with_zeros_is_replaced(engine: Engine) -> None:
+    """Token 0 sorts before the seq that ends the tail's own entry, so the tail is not the first of its group."""
+    for tokens, fidelity in (([1, 0, 0, 0, 0], 400), ([1], FIDELITY_EXACT), ([1, 7], FIDELITY_EXACT)):
+        engine.store(NS.to_record(), [new_block(NS.root, NS.root, 0, pack_tokens(tokens), fidelity)])
+    assert sorted(info.row.tokens for info in engine.list_blocks()) == [
+        pack_tokens([1, 0, 0, 0, 0]),
+        pack_tokens([1, 7]),
+    ]
+
+
+def test_an_index_that_is_full_stops_stores_and_nothing_else(tmp_path: Path) -> None:
+    """STORE_FULL, no file left behind, everything stored before still found."""
+    with Engine.open(tmp_path / "data", options(map_bytes=300_000)) as engine:
+        stored = 0
+        while put(engine, NS, [stored] * 300).reason is Reason.OK:
+            stored += 1
+        assert stored > 3 and "index" in engine.stats().degraded
+        assert all(find(engine, NS, [name] * 300).n_tokens == 300 for name in range(stored))
+        demand_sound(engine)
+
+
 def test_a_tail_that_a_longer_sibling_covers_is_not_kept(engine: Engine) -> None:
     """It is counted as stored, and costs nothing."""
     put(engine, NS, list(range(100)))
@@ -268,6 +289,8 @@ def test_write_order_is_files_then_folder_then_row(tmp_path: Path) -> None:
     first_folder = ["mkdir", "fsync_dir"]
     one = ["open", "fsync", "rename"]
     assert names == [*first_folder, *one, *one, *one, "fsync_dir", "commit", "flush_drive"]
+    opened, renamed = ([what for name, what in fs.calls if name == kind][:3] for kind in ("open", "rename"))
+    assert opened == [f"{name}.tmp" for name in renamed]
 
 
 def test_delete_order_is_row_then_file(tmp_path: Path) -> None:

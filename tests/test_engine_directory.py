@@ -79,7 +79,13 @@ def test_a_volume_without_modes_is_refused_by_name(tmp_path: Path, monkeypatch: 
     assert "exFAT" in refused(tmp_path / "data")
     assert not (tmp_path / "data").exists()
     (tmp_path / "old").mkdir(mode=0o755)
-    monkeypatch.setattr(directory.tempfile, "mkdtemp", lambda prefix, dir: real(f"{dir}/p", 0o755) or f"{dir}/p")
+
+    def made(**where: object) -> str:
+        path = f"{where['dir']}/probe"
+        real(path, 0o755)
+        return path
+
+    monkeypatch.setattr(directory.tempfile, "mkdtemp", made)
     assert "exFAT" in refused(tmp_path / "old")
 
 

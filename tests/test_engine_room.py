@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, Fs, NewBlock, Selection
-from kvstore.errors import InvalidRequestError
+from kvstore.errors import InvalidRequestError, StoreFullError
 from kvstore.keys import Namespace
 from tests.support.engine import (
     RecordingFs,
@@ -369,3 +371,42 @@ def test_a_new_block_does_not_push_out_its_own_request(tmp_path: Path) -> None:
             assert find(engine, NS, list(range(256 * (number + 1)))).n_tokens == 256 * (number + 1)
         assert receipt.reason is Reason.STORE_FULL and number > 2
         demand_sound(engine)
+
+
+class FullVolume(Fs):
+    """A volume so full that the index cannot commit, until the ballast is gone."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.ballast = data_dir / "index" / "ballast"
+        self.full = False
+
+    def commit(self, commit: Callable[[], None]) -> None:
+        if self.full and self.ballast.exists():
+            raise StoreFullError("no space for a page")
+        commit()
+
+
+def test_on_a_full_volume_the_ballast_lets_an_eviction_through(tmp_path: Path) -> None:
+    """It is given up for the commit that frees space, and laid again afterwards; also when starting."""
+    volume = FullVolume(tmp_path / "data")
+    settings = options(ballast_bytes=100_000)
+    with Engine.open(tmp_path / "data", settings, volume) as engine:
+        put(engine, NS, list(range(700)))
+        planned = engine.evict(Selection(bytes=1), dry_run=True)
+        volume.full = True
+        assert put(engine, NS, [5]).reason is Reason.STORE_FULL
+        assert engine.evict(Selection(bytes=1)) == planned
+        assert volume.ballast.stat().st_size == 100_000
+        volume.full = False
+        engine.maintain()
+        demand_sound(engine)
+        copy = tmp_path / "copy"
+        shutil.copytree(tmp_path / "data", copy)
+    volume = FullVolume(copy)
+    volume.full = True
+    with Engine.open(copy, settings, volume) as engine:
+        assert find(engine, NS, list(range(700))).n_tokens == 512
+    volume.ballast.unlink()
+    volume.ballast.mkdir()
+    with pytest.raises(StoreFullError), Engine.open(copy, options(), volume) as engine:
+        engine.evict(Selection(all=True))

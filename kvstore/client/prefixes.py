@@ -140,18 +140,21 @@ class RestoredPrefixes:
                 del self._ends_of[old_parent]
 
     def restored(self, tokens: bytes) -> tuple[int, int]:
-        """(leading tokens of `tokens` that came out of the store, the least fidelity among them)."""
+        """(leading tokens of `tokens` that came out of the store, the least fidelity among them).
+
+        Nobody says from which hit the worker's KV is. So the longest counts for the tokens, and for the fidelity every
+        hit that shares any: after an exact one a shorter one of lower rank may have taken its place.
+        """
         parent, n_tokens, fidelity = self._root, 0, FIDELITY_EXACT
         with self._lock:
-            for key in chain_keys(self._root, tokens):
+            for at in range(0, len(tokens), _BLOCK_BYTES):
+                block = tokens[at : at + _BLOCK_BYTES]
+                ends = [(common_tokens(end, block), self._ends[parent, end]) for end in self._ends_of.get(parent, ())]
+                fidelity = min([fidelity, *(rank for shared, rank in ends if shared)])
+                key = block_key(parent, block)
                 if key not in self._blocks:
-                    break
+                    return n_tokens + max((shared for shared, _ in ends), default=0), fidelity
                 fidelity = min(fidelity, self._blocks[key])
                 self._blocks.move_to_end(key)
                 parent, n_tokens = key, n_tokens + BLOCK_TOKENS
-            rest = tokens[n_tokens * TOKEN_BYTES :][:_BLOCK_BYTES]
-            ends = [(common_tokens(end, rest), self._ends[parent, end]) for end in self._ends_of.get(parent, ())]
-        shared = max((count for count, _ in ends), default=0)
-        if shared:
-            fidelity = min(fidelity, *(rank for count, rank in ends if count == shared))
-        return n_tokens + shared, fidelity
+        return n_tokens, fidelity

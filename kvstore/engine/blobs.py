@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -17,7 +18,7 @@ import xxhash
 
 from kvstore.blocks import Block
 from kvstore.engine import format as blob_format
-from kvstore.errors import CorruptDataError
+from kvstore.errors import CorruptDataError, LimitError
 
 SUFFIX = ".safetensors"
 TMP_SUFFIX = ".tmp"
@@ -150,11 +151,14 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
 def read_block(path: Path, verify: bool) -> tuple[Block, int, int]:
     """(block, payload offset, file bytes) of a blob, its payload checked against all checksums if `verify`.
 
-    Raises CorruptDataError, also when the file cannot be read; UnknownFormatError for a newer format.
+    Raises CorruptDataError, also when the file cannot be read; UnknownFormatError for a newer format; LimitError when
+    it is this process that lacks descriptors or memory, which says nothing about the file.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise LimitError(f"{path} cannot be opened now: {error.strerror}") from error
         raise CorruptDataError(f"{path}: {error.strerror}") from error
     try:
         info = os.fstat(fd)

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.engine.blobs import Fs, blob_name, disk_bytes
+from kvstore.engine.blobs import Fs, blob_name
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryError, DirectoryHeldError
 
@@ -40,6 +40,11 @@ class Directory:
     def index(self) -> Path:
         """LMDB."""
         return self.root / "index"
+
+    @property
+    def ballast(self) -> Path:
+        """See `kvstore.engine.ledger.Ballast`."""
+        return self.index / "ballast"
 
     @property
     def blobs(self) -> Path:
@@ -80,7 +85,7 @@ class Directory:
 
     def quarantine_bytes(self) -> int:
         """What quarantine costs on disk."""
-        return sum(disk_bytes(path.lstat().st_size) for path in self.quarantined())
+        return sum(path.lstat().st_blocks * 512 for path in self.quarantined())
 
     def put_in_quarantine(self, fs: Fs, path: Path) -> None:
         """Move a damaged file out of the way; nothing if it is gone already."""

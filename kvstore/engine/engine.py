@@ -27,14 +27,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from types import TracebackType
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
 from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
-from kvstore.engine.directory import Directory, Hold, claim
+from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
 from kvstore.engine.matching import Exact, Found, longest_exact, longest_prefix
 from kvstore.engine.nouns import (
@@ -51,6 +51,7 @@ from kvstore.engine.nouns import (
     Slice,
     StoreReceipt,
 )
+from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
@@ -108,7 +109,7 @@ class Engine:
         index: Index | None = None
         try:
             directory.clean_staging(fs)
-            index = _recovered_index(directory, hold, options, fs)
+            index = recovered_index(directory, hold, options, fs)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
             engine = cls(State(directory, index, options, fs, clock), hold)
             engine.make_room(0)
@@ -275,6 +276,12 @@ class Engine:
         """What the data directory costs on disk."""
         return self._state.ledger.total
 
+    def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
+        """Keep to these limits from now on, and at once."""
+        self._state.options = replace(self._state.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
+        self._room.make(0)
+        self._room.keep_share()
+
     def make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
         return self._room.make(nbytes)
@@ -296,6 +303,7 @@ class Engine:
         if self._state.touches_due():
             self._state.flush_touches()
         self._room.make(0)
+        self._state.ballast.lay()
 
     # -- care ---------------------------------------------------------------------------------------------------
 
@@ -392,30 +400,3 @@ class Engine:
             checkpoint_bytes=sum(use.checkpoint_bytes for use in usage.values()),
             checkpoint_share_bytes=state.options.checkpoint_share_bytes,
         )
-
-
-def _recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -> Index:
-    """Open the index and, unless the last stop was clean, put it and the blob folders in step."""
-    index, replaced = checking.open_index(directory, fs, options.durability != "none", options.map_bytes)
-    site = checking.Site(directory, index, fs)
-    try:
-        with index.view() as view:
-            empty = not view.count()
-            # What the engine reads first, read once here, where damage leads to a rebuild.
-            _ = view.usage(), view.namespaces(), next(view.newest(), None)
-        unsynced = not hold.previous.get("clean") and hold.previous.get("durability") == "none"
-        if replaced or unsynced or (empty and any(directory.blob_files())):
-            checking.rebuild(site)
-        elif index.was_short or not hold.previous.get("clean"):
-            checking.sweep(site)
-        return index
-    except CorruptDataError:
-        log.warning("the index is damaged; it is made anew from the blobs", exc_info=True)
-        index.close()
-    except BaseException:
-        index.close()
-        raise
-    checking.set_index_aside(directory, fs)
-    index = Index(directory.index, fs, options.durability != "none", options.map_bytes)
-    checking.rebuild(checking.Site(directory, index, fs))
-    return index

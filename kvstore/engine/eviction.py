@@ -28,9 +28,11 @@ class Sweep:
     blocks: int = 0
     done: bool = False
     _after: bytes = field(default=b"")
+    _before: tuple[int, int, bytes] = field(default=(0, 0, b""))
 
     def step(self, edit: Edit) -> list[Row]:
         """Remove the rows of up to ROWS_MAX picked leaves; `done` once the need is met or the order is at its end."""
+        self._before = (self.freed_bytes, self.blocks, self._after)
         removed: list[Row] = []
         while self.freed_bytes < self.need_bytes and len(removed) < ROWS_MAX:
             found = next(edit.order(self._after, self.checkpoints_only), None)
@@ -51,6 +53,11 @@ class Sweep:
         self.blocks += len(removed)
         self.done = len(removed) < ROWS_MAX
         return removed
+
+    def rewind(self) -> None:
+        """As if the last step had not been made: its transaction was not committed."""
+        self.freed_bytes, self.blocks, self._after = self._before
+        self.done = False
 
 
 def picker(view: View, selection: Selection, now_s: float) -> Pick:

@@ -1,8 +1,11 @@
-"""The one counter of size: what the data directory costs on disk, by what it is spent on."""
+"""The one counter of size: what the data directory costs on disk, by what it is spent on. And its ballast."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+from pathlib import Path
 
 
 class Ledger:
@@ -43,3 +46,40 @@ class Ledger:
         """What no eviction can free."""
         with self._lock:
             return sum(self._bytes.values()) - self._bytes["blobs"]
+
+
+class Ballast:
+    """A file of zeros that is given up when the disk is full, so that the index can commit an eviction.
+
+    LMDB writes new pages before it frees old ones: on a volume without a free block, not even a delete goes through
+    (seen on tmpfs: EIO), and nothing could ever be evicted. Its bytes are in the index account. Not thread-safe.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self._path = path
+        self._nbytes = nbytes
+
+    def lay(self) -> None:
+        """Have it there, if there is room for it; at once when it is there already."""
+        with contextlib.suppress(OSError):
+            if self._nbytes and not self._path.exists():
+                tmp = self._path.with_suffix(".tmp")
+                fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+                try:
+                    os.fchmod(fd, 0o600)
+                    os.write(fd, bytes(self._nbytes))
+                    complete = os.fstat(fd).st_size == self._nbytes
+                finally:
+                    os.close(fd)
+                if complete:
+                    tmp.rename(self._path)
+                else:
+                    tmp.unlink()
+
+    def drop(self) -> bool:
+        """Give it up; whether there was one."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        return True

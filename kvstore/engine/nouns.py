@@ -23,7 +23,8 @@ class EngineOptions:
     `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
     that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
-    `checkpoint_share_percent` of the budget.
+    `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
+    the disk is full.
     """
 
     budget_bytes: int
@@ -37,6 +38,7 @@ class EngineOptions:
     quarantine_files_max: int = 64
     checkpoints_max: int = 8
     checkpoint_share_percent: int = 20
+    ballast_bytes: int = 1 << 20
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

@@ -8,6 +8,7 @@ from kvstore.blocks import Reason
 from kvstore.engine.blobs import disk_bytes
 from kvstore.engine.eviction import NO_LIMIT, Sweep, picker
 from kvstore.engine.nouns import EvictReport, Selection
+from kvstore.engine.rows import Row
 from kvstore.engine.state import State
 from kvstore.errors import StoreFullError
 
@@ -62,8 +63,7 @@ class Room:
         """Remove what is selected, least recently used leaves first; a dry run is the same walk, aborted."""
         state = self._state
         with state.lock:
-            with state.edit() as edit:
-                state.write_touches(edit)
+            state.flush_touches()
             with state.index.view() as view:
                 pick = picker(view, selection, state.clock())
             work = Sweep(pick, need_bytes=selection.bytes or NO_LIMIT)
@@ -128,12 +128,23 @@ class Room:
         """Index commit, then unlink, a bounded number of rows at a time."""
         state = self._state
         while not work.done:
-            with state.edit() as edit:
-                state.write_touches(edit)
-                removed = work.step(edit)
+            try:
+                removed = self._step(work)
+            except StoreFullError:
+                # The disk is so full that not even a delete goes through.
+                if not state.ballast.drop():
+                    raise
+                work.rewind()
+                removed = self._step(work)
             state.counts.evicted_blocks += len(removed)
             state.remember_lost(removed, Reason.EVICTED)
             if spare_leased:
                 state.unlink_unless_leased(removed)
             else:
                 state.unlink(removed)
+        state.ballast.lay()
+
+    def _step(self, work: Sweep) -> list[Row]:
+        with self._state.edit() as edit:
+            self._state.write_touches(edit)
+            return work.step(edit)

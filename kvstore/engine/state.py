@@ -14,7 +14,7 @@ from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
 from kvstore.engine.check import Site
 from kvstore.engine.directory import Directory
 from kvstore.engine.index import Edit, Index
-from kvstore.engine.ledger import Ledger
+from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
 from kvstore.engine.rows import Row
 from kvstore.errors import KVStoreError
@@ -60,6 +60,8 @@ class State:
         self.sync = options.durability != "none"
         self.lock = threading.RLock()
         self.ledger = Ledger()
+        self.ballast = Ballast(directory.ballast, min(options.ballast_bytes, options.budget_bytes // 64))
+        self.ballast.lay()
         self.counts = Counts()
         self.in_flight: dict[str, int] = {}
         self.site = Site(directory, index, fs, self.lock, self.busy_names)

@@ -24,7 +24,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.codecs import device
-from kvstore.config import Config
+from kvstore.codecs.profiles import parse_profile
+from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.server.admin import AdminService
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 GRACE_S = 10.0
 REAP_EVERY_S = 1.0
 OPEN_FILES_WANTED = 4096
+UNLIMITED_BYTES = 1 << 62
 
 
 class Daemon:
@@ -61,6 +63,7 @@ class Daemon:
             # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
             engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
+            await asyncio.to_thread(settle_limits, engine, config)
             lane = Lane(lambda: device.set_limits(config.gpu_memory_bytes))
             stack.callback(lane.close)
             workers = Workers()
@@ -120,6 +123,7 @@ def serve(config: Config) -> int:
     )
     os.umask(0o077)
     raise_file_limit()
+    parse_profile(config.profile)  # a name that the codecs do not know ends the start before anything is touched
 
     async def main() -> None:
         daemon = Daemon(config)
@@ -133,14 +137,26 @@ def serve(config: Config) -> int:
 
 
 def engine_options(config: Config) -> EngineOptions:
-    """The engine's share of the configuration."""
+    """The engine's share of the configuration. An automatic budget waits for `settle_limits`: until then none holds."""
     return EngineOptions(
-        budget_bytes=config.budget_bytes,
+        budget_bytes=config.budget_bytes or UNLIMITED_BYTES,
         free_floor_bytes=config.free_floor_bytes,
         durability=config.durability,
         checkpoints_max=config.checkpoints_max,
         checkpoint_share_percent=config.checkpoint_share_percent,
         socket=config.listen,
+    )
+
+
+def settle_limits(engine: Engine, config: Config) -> None:
+    """Put automatic limits in force, which depend on the volume and on what the store takes of it already."""
+    if config.budget_bytes and config.free_floor_bytes:
+        return
+    volume = os.statvfs(config.data_dir)
+    available_bytes = volume.f_bavail * volume.f_frsize + engine.used_bytes
+    engine.limit(
+        config.budget_bytes or automatic_budget_bytes(available_bytes),
+        config.free_floor_bytes or automatic_floor_bytes(volume.f_blocks * volume.f_frsize),
     )
 
 
@@ -170,9 +186,11 @@ def listening_place(config: Config) -> Iterator[None]:
         info = path.parent.stat()
     except OSError as error:
         raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
-    if info.st_uid != os.geteuid() or stat.S_IMODE(info.st_mode) & 0o077:
-        raise DirectoryError(f"{path.parent} is open to other users; run: chmod 700 {path.parent}")
-    fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    demand_private(path.parent, info)
+    try:
+        fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DirectoryError(f"cannot open {path}.lock: {error.strerror}") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,6 +207,17 @@ def listening_place(config: Config) -> Iterator[None]:
         path.unlink(missing_ok=True)
     finally:
         os.close(fd)
+
+
+def demand_private(directory: Path, info: os.stat_result) -> None:
+    """Refuse a socket directory that others can enter, with a fix that harms nobody who shares it."""
+    elsewhere = "listen in a directory of your own, such as unix:~/.kvstore/kvstore.sock"
+    if info.st_uid != os.geteuid() or info.st_mode & stat.S_ISVTX:
+        raise DirectoryError(f"the socket directory {directory} is shared with other users; {elsewhere}")
+    if stat.S_IMODE(info.st_mode) & 0o077:
+        raise DirectoryError(
+            f"the socket directory {directory} is open to other users; run: chmod 700 {directory}, or {elsewhere}"
+        )
 
 
 def raise_file_limit() -> None:

@@ -18,13 +18,15 @@ from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
-from kvstore.files import FileReader, Range
+from kvstore.files import OPEN_FILES_MAX, FileReader, Range
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.server.lane import Lane
 
 CHUNK_BYTES = 1 << 20
 REPLANS_MAX = 8
+# All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
+OPEN_FILES_MIN = 4
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class FetchPath:
         self._lane = lane
         self._config = config
         self._buffers = ByteBudget(config.memory_bytes)
+        self._files = ByteBudget(OPEN_FILES_MAX)
 
     def match(self, root: bytes, tokens: bytes, fidelity_min: int) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
@@ -135,7 +138,7 @@ class FetchPath:
         `kv_bytes`: most bytes that `kv` holds at once.
         """
         states, checkpoint = plan.states, len(plan.match.slices)
-        with FileReader(self._engine.sources(plan.match.parts)) as reader:
+        with self._reader(plan) as reader:
             for layer, spec in enumerate(layout.layers):
                 with self._buffered(states[layer].nbytes if spec.is_exact else kv_bytes):
                     if spec.is_exact:
@@ -158,6 +161,17 @@ class FetchPath:
             yield
         finally:
             self._buffers.release(nbytes)
+
+    @contextlib.contextmanager
+    def _reader(self, plan: FetchPlan) -> Iterator[FileReader]:
+        """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
+        wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
+        granted = wanted if self._files.try_acquire(wanted) else 0
+        try:
+            with FileReader(self._engine.sources(plan.match.parts), open_max=granted or OPEN_FILES_MIN) as reader:
+                yield reader
+        finally:
+            self._files.release(granted)
 
     @staticmethod
     def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:

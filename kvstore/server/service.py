@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-from kvstore.blocks import LayerState, Reason
+from kvstore.blocks import KEY_BYTES, LayerState, Reason
 from kvstore.config import Config
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError, LayoutMismatchError
@@ -190,6 +190,8 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        if len(request.key) != KEY_BYTES:
+            raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")
         return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
 
     async def drain(self, grace_s: float) -> None:

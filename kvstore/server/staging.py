@@ -7,33 +7,47 @@ size.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import stat
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
-from kvstore.errors import InvalidRequestError, NotFoundError
+from kvstore.errors import InvalidRequestError, NotFoundError, StoreFullError
 
 
 class StagingFile:
-    """One staging file of `nbytes`. Any thread may use it, one at a time."""
+    """One staging file of `nbytes`. One thread at a time fills or reads it; any thread may remove it."""
 
     def __init__(self, directory: Path, name: str, nbytes: int) -> None:
         self.path = directory / name
         self.nbytes = nbytes
         self.received_bytes = 0
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._write_fd = os.open(self.path, flags, 0o600)
+        with _room():
+            self._write_fd = os.open(self.path, flags, 0o600)
         self._read_fd = -1
+        # A worker that goes away has its file removed while its last chunk may still be on the way in.
+        self._lock = threading.Lock()
 
     def append(self, data: bytes) -> None:
-        """Write the next bytes of a streamed upload; InvalidRequestError when there are more than were announced."""
-        if self.received_bytes + len(data) > self.nbytes:
-            raise InvalidRequestError(f"the upload is longer than the {self.nbytes} bytes that were asked for")
-        view = memoryview(data)
-        while view:
-            written = os.pwrite(self._write_fd, view, self.received_bytes)
-            view = view[written:]
-            self.received_bytes += written
+        """Write the next bytes of a streamed upload.
+
+        Raises InvalidRequestError when there are more than were announced, NotFoundError when the upload was given up,
+        StoreFullError when the volume is full.
+        """
+        with self._lock, _room():
+            if self._write_fd < 0:
+                raise NotFoundError("the upload was given up")
+            if self.received_bytes + len(data) > self.nbytes:
+                raise InvalidRequestError(f"the upload is longer than the {self.nbytes} bytes that were asked for")
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(self._write_fd, view, self.received_bytes)
+                view = view[written:]
+                self.received_bytes += written
 
     def progress(self) -> int:
         """Bytes in the file by now, whoever wrote them; 0 when it is gone."""
@@ -73,8 +87,20 @@ class StagingFile:
 
     def remove(self) -> None:
         """Close and unlink; safe to call twice."""
-        for fd in (self._write_fd, self._read_fd):
-            if fd >= 0:
-                os.close(fd)
-        self._write_fd = self._read_fd = -1
+        with self._lock:
+            for fd in (self._write_fd, self._read_fd):
+                if fd >= 0:
+                    os.close(fd)
+            self._write_fd = self._read_fd = -1
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _room() -> Iterator[None]:
+    """A full volume as StoreFullError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFullError("no room on the volume for the staging file") from error
+        raise

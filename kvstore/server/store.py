@@ -127,6 +127,8 @@ class StorePath:
             raise LimitError(f"{n_tokens} tokens are more than tokens_max = {self._config.tokens_max}")
         if request.captured_from > n_tokens or request.restored_tokens > n_tokens:
             raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
+        if request.restored_fidelity > FIDELITY_EXACT:
+            raise InvalidRequestError(f"no fidelity is higher than {FIDELITY_EXACT}, got {request.restored_fidelity}")
 
     def _check_states(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
         if not request.states:
@@ -201,9 +203,10 @@ class StorePath:
             if upload.staging is not None:
                 upload.staging.seal()
             root, floor = upload.namespace.root, self._floor(upload)
-            before = self._engine.match(root, upload.tokens, floor, upload.first_block * BLOCK_TOKENS)
+            needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
+            before = self._engine.match(root, upload.tokens, floor, needed)
             new_bytes, reason = 0, Reason.OK
-            if before.n_tokens < upload.first_block * BLOCK_TOKENS:
+            if before.n_tokens < needed:
                 reason = Reason.DEPENDENCY_LOST
             elif upload.wants_bytes:
                 new_bytes, reason = self._write(upload, before.fidelity)

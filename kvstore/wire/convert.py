@@ -51,6 +51,8 @@ def root_from_message(message: pb.Namespace) -> bytes:
         raise InvalidRequestError(f"layout_digest must have {KEY_BYTES} bytes, got {len(message.layout_digest)}")
     if max(len(message.weights), len(message.adapter), len(message.salt)) > FIELD_BYTES_MAX:
         raise InvalidRequestError(f"a namespace field is longer than {FIELD_BYTES_MAX} bytes")
+    if len(message.engine) + len(message.dtype) + len(message.alias) > FIELD_BYTES_MAX:
+        raise InvalidRequestError(f"the names of a namespace are longer than {FIELD_BYTES_MAX} characters")
     return root_key(
         message.weights, message.adapter, message.layout_digest, message.dtype, message.engine, message.salt
     )

@@ -96,8 +96,8 @@ def checkpoint(
 
 
 def options(**changes: Any) -> EngineOptions:
-    """Options with room for everything."""
-    return EngineOptions(**{"budget_bytes": 1 << 30, **changes})
+    """Options with room for everything, and nothing on disk but what is stored."""
+    return EngineOptions(**{"budget_bytes": 1 << 30, "ballast_bytes": 0, **changes})
 
 
 def put(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> StoreReceipt:
@@ -153,7 +153,7 @@ def demand_right_states(engine: Engine, row: Row) -> None:
 def disk_usage(data_dir: Path) -> int:
     """What `du` says of the files, without lock, tag and folders."""
     counted = [path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir]
-    return sum(4096 if path.is_symlink() else path.stat().st_blocks * 512 for path in counted)
+    return sum(path.lstat().st_blocks * 512 for path in counted)
 
 
 def blob_paths(data_dir: Path) -> set[Path]:
@@ -196,7 +196,7 @@ class RecordingFs(Fs):
 
     def write(self, fd: int, data: memoryview) -> int:
         self._note("write")
-        return super().write(fd, data[: max(1, len(data) // 2)])
+        return super().write(fd, data[: len(data) // 2] if len(data) > 4096 else data)
 
     def fsync(self, fd: int) -> None:
         self._note("fsync")

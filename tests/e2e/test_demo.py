@@ -1,0 +1,62 @@
+"""The demo: its play with the store at 8 bits, and that it notices what should not be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.e2e.demo import AFTER, AGREEMENT_MIN, BEFORE, CHECKED_TOKENS, Act, Demo, Row, Step, notes, table
+from tests.support.servers import Answer
+
+COLD = Answer(text="as ever", prompt_tokens=600, cached_tokens=0, completion_tokens=32, first_token_s=2.0, total_s=2.5)
+WARM = replace(COLD, cached_tokens=569, first_token_s=0.1)
+ROW = Row(Step("B", 1, "store"), WARM, COLD, cached_tokens_min=569, disk_bytes=1_000_000, restarted=False)
+
+
+def act(profile: str = "raw", row: Row = ROW, agreeing: int = 1000) -> Act:
+    """An act of one request."""
+    return Act(profile, [row], positions=1000, agreeing=agreeing)
+
+
+def test_a_play_is_without_fault_and_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it once, with less held-out text than `make demo` takes."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+    demo = Demo(tmp_path, said.append, windows=1)
+    played = demo.play("affine8")
+    assert played.failures() == []
+    assert [row.step for row in played.rows] == [*BEFORE, *AFTER]
+    assert (played.positions, played.identical < CHECKED_TOKENS) == (CHECKED_TOKENS, True)  # 8 bits show somewhere
+    console = Console(width=120, record=True)
+    console.print(table(played), notes(demo, [played]))
+    text = console.export_text()
+    assert text.count("the store") >= 5
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
+    assert said[-1].startswith("[affine8] SIGKILL")
+
+
+def test_what_is_as_it_should_be_is_no_failure() -> None:
+    """At raw and at 8 bits, where a text may differ."""
+    other_text = replace(ROW, answer=replace(WARM, text="other"))
+    assert act().failures() == act("affine8").failures() == act("affine8", other_text).failures() == []
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (act(row=replace(ROW, answer=replace(WARM, cached_tokens=568))), "568 cached tokens, at least 569"),
+        (act("affine8", row=replace(ROW, answer=replace(WARM, cached_tokens=4))), "4 cached tokens, at least 569"),
+        (act(row=replace(ROW, answer=replace(WARM, text="as never"))), "'as never' is not the cold text 'as ever'"),
+        (act(row=replace(ROW, cold=replace(COLD, cached_tokens=7))), "the cold reference is not cold"),
+        (act("affine8", agreeing=int(1000 * AGREEMENT_MIN) - 1), "top-1 agreement is 96.9%, under 97%"),
+        (Act("affine8", [ROW]), "top-1 agreement is 0.0%"),
+    ],
+)
+def test_what_is_not_fails_the_demo(broken: Act, said: str) -> None:
+    """A missing hit, another text at raw, a reference that had help, too little agreement, nothing compared."""
+    (failure,) = broken.failures()
+    assert said in failure

@@ -1,0 +1,89 @@
+"""Every path of the stock mlx_lm.server with the store plugged in, against a real daemon, over HTTP."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from tests.support.daemon import DaemonProcess
+from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
+from tests.support.servers import NO_MEMORY, PLAIN, ServerProcess, clean_environ
+
+QUESTIONS = ("What is a cache?", "How are tokens stored?")
+FLAGS = {
+    "batched": (),
+    "quantized": ("--kv-bits", "8", "--quantized-kv-start", "100"),
+    "draft": ("--draft-model", "DRAFT"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained model."""
+    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that drafts for it, badly."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "draft", dtype=mx.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def system(model: Path) -> str:
+    """A system prompt of some 600 tokens."""
+    text: str = load_tokenizer(model).decode(heldout_tokens()[:600])
+    return text
+
+
+def chat(system: str, question: str) -> list[dict[str, str]]:
+    """The messages of one request."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+@pytest.mark.parametrize("path", FLAGS)
+def test_what_one_server_prefilled_another_takes_from_the_store(
+    path: str, model: Path, draft: Path, system: str, tmp_path: Path
+) -> None:
+    """In the batched path and both sequential ones; the texts are those of a stock server without a cache."""
+    flags = [str(draft) if flag == "DRAFT" else flag for flag in FLAGS[path]]
+    cold_flags = (*flags, *NO_MEMORY)
+    with ServerProcess(model, tmp_path / "cold.log", clean_environ(), launcher=PLAIN, flags=cold_flags) as stock:
+        cold = [stock.chat(chat(system, question)).text for question in QUESTIONS]
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        with ServerProcess(model, tmp_path / "one.log", daemon.environ(), flags=flags) as one:
+            first = one.chat(chat(system, QUESTIONS[0]))
+            assert (first.text, first.cached_tokens < 10) == (cold[0], True)
+            assert one.stop() == 0, one.log_text()
+        daemon.kill()
+        daemon.start()
+        with ServerProcess(model, tmp_path / "other.log", daemon.environ(), flags=flags) as other:
+            same = other.chat(chat(system, QUESTIONS[0]))
+            assert (same.text, same.cached_tokens) == (cold[0], same.prompt_tokens - 1)
+            branch = other.chat(chat(system, QUESTIONS[1]))
+            assert branch.cached_tokens >= branch.prompt_tokens - 20
+            if path == "batched":  # the others feed the rest in other chunks than a cold prompt
+                assert branch.text == cold[1]
+            again = other.chat(chat(system, QUESTIONS[1]), seed=1)
+            assert again.cached_tokens == again.prompt_tokens - 1
+            assert other.stop() == 0, other.log_text()
+
+
+def test_with_no_daemon_or_a_hung_one_the_server_answers(model: Path, system: str, tmp_path: Path) -> None:
+    """Absent at the server's start, then there but stopped: misses within the deadlines, never an error."""
+    daemon = DaemonProcess(tmp_path / "data", profile="raw")
+    with ServerProcess(model, tmp_path / "server.log", daemon.environ()) as server:
+        absent = server.chat(chat(system, QUESTIONS[0]))
+        assert absent.cached_tokens < 10, "what a chat shares with the first request, in memory"
+        daemon.start()
+        daemon.signal(signal.SIGSTOP)
+        hung = server.chat(chat(system[1000:], QUESTIONS[0]))
+        assert hung.cached_tokens < 10
+        same = server.chat(chat(system, QUESTIONS[0]))
+        assert (same.text, same.cached_tokens) == (absent.text, absent.prompt_tokens - 1), "from memory"
+        assert server.stop() == 0, server.log_text()
+    daemon.kill()
