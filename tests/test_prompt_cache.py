@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    can_trim_prompt_cache,
+    make_prompt_cache,
+)
 
 from kvstore.blocks import Reason
-from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations import prompt_cache as prompt_cache_module
@@ -22,75 +29,10 @@ from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.integrations.run import plug_in, run
 from kvstore.keys import Namespace
-from kvstore.layers import KVLayer
+from tests.support.fake_store import FakeClient, FakeSession
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
 
 TOKENS = heldout_tokens()
-
-
-class FakeSession:
-    """A session over a list in memory, with the contract of the real one: longest common prefix, at most N - 1."""
-
-    def __init__(self) -> None:
-        self.stored: list[tuple[list[int], list[KVLayer]]] = []
-        self.fetches = 0
-
-    def _best(self, tokens: Sequence[int]) -> tuple[int, list[KVLayer]]:
-        best: tuple[int, list[KVLayer]] = (0, [])
-        for known, layers in self.stored:
-            pairs = enumerate(zip(known, tokens, strict=False))
-            common = next((i for i, (a, b) in pairs if a != b), min(len(known), len(tokens)))
-            best = max(best, (min(common, len(tokens) - 1), layers), key=lambda item: item[0])
-        return best
-
-    def match(self, tokens: Sequence[int]) -> Match:
-        """How long the best prefix is."""
-        return Match(self._best(tokens)[0], Reason.OK)
-
-    def fetch(self, tokens: Sequence[int]) -> Hit | Miss:
-        """Layers of their own, with head-room."""
-        self.fetches += 1
-        n_tokens, layers = self._best(tokens)
-        if not n_tokens:
-            return Miss(Reason.UNKNOWN_PREFIX)
-        cut = tuple(
-            KVLayer(one.spec, tuple(a[:] for a in one.keys), tuple(a[:] for a in one.values), n_tokens)
-            for one in layers
-        )
-        return Hit(n_tokens, cut, Reason.OK, 0, HitSource("fake", "packed", 1, 0, 0.0))
-
-    def store(self, tokens: Sequence[int], layers: list[KVLayer]) -> StoreResult:
-        """Keep the layers as they are, and the tokens that they hold."""
-        (offset,) = {layer.n_tokens for layer in layers}
-        assert offset <= len(tokens)
-        self.stored.append((list(tokens[:offset]), list(layers)))
-        return StoreResult()
-
-    def flush(self, timeout_s: float) -> bool:
-        """Nothing is queued."""
-        return True
-
-
-class FakeClient:
-    """Sessions by namespace, as two processes that share one store see them."""
-
-    def __init__(self) -> None:
-        self.sessions: dict[bytes, FakeSession] = {}
-        self.closed = False
-
-    def session(self, namespace: Namespace, profile: str | None = None) -> FakeSession:
-        """The one session of a namespace."""
-        return self.sessions.setdefault(namespace.root, FakeSession())
-
-    def close(self, timeout_s: float) -> None:
-        """Remember that it was."""
-        self.closed = True
-
-    @property
-    def only(self) -> FakeSession:
-        """The session, where there is but one."""
-        (session,) = self.sessions.values()
-        return session
 
 
 class Provider:
@@ -317,18 +259,180 @@ def test_layouts_are_learned_from_inserts_without_a_provider(
     check_continuation(model, TOKENS[:120], found, rest)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+class StrangeCache(KVCache):  # type: ignore[misc]
+    """A class that nobody has looked at."""
+
+
+def strange(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    """Let the model make caches of a class that the store refuses."""
+    monkeypatch.setattr(model, "make_cache", lambda: [StrangeCache() for _ in model.layers], raising=False)
+
+
 def test_layers_that_cannot_be_stored_stay_in_memory_and_are_counted(
-    name: str, client: FakeClient, digests: WeightsDigest, folders: dict[str, str]
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rotating and recurrent layers: the stock behaviour, and a reason."""
-    key, model = (folders["one"], None, None), build_tiny(name)
+    """The stock behaviour, and a reason."""
+    key, model = (folders["one"], None, None), build_tiny()
+    strange(monkeypatch, model)
     store = ModelStore(client, digests)  # type: ignore[arg-type]
     cache = PromptCache(store=store, provider=Provider(key, model))
     assert cache.fetch_nearest_cache(key, TOKENS[:60]) == (None, TOKENS[:60])
+    assert not cache.needs_checkpoints(key)
     cache.insert_cache(key, TOKENS[:60], filled(model, TOKENS[:60]))
     assert len(cache.fetch_nearest_cache(key, TOKENS[:80])[1]) == 20
     assert store.reasons[Reason.UNSUPPORTED_LAYER] == 2
+    assert not client.sessions
+
+
+@pytest.fixture
+def make_exact(client: FakeClient, digests: WeightsDigest, folders: dict[str, str]) -> Any:
+    """Prompt caches of new processes with a model whose caches cannot be cut; its name, and flags of the provider."""
+
+    def new(name: str, draft: Any = None, salt: bytes = b"", adapter: str | None = None) -> tuple[PromptCache, Any]:
+        key = (folders["one"], adapter, folders["other"] if draft else None)
+        model = exact_model(name)
+        store = ModelStore(client, digests, salt=salt)  # type: ignore[arg-type]
+        return PromptCache(store=store, provider=Provider(key, model, draft)), key
+
+    return new
+
+
+@functools.cache
+def exact_model(name: str) -> Any:
+    """One of the small models, made once."""
+    return build_tiny(name)
+
+
+EXACT = pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+
+
+@EXACT
+def test_a_cache_that_cannot_be_cut_is_continued_from_where_it_was_kept(name: str, make_exact: Any) -> None:
+    """The highest kept position below the prompt's last token, from the store and from memory alike."""
+    model = exact_model(name)
+    writer, key = make_exact(name)
+    assert writer.needs_checkpoints(key)
+    for count in (60, 80):
+        writer.insert_cache(key, TOKENS[:count], filled(model, TOKENS[:count]))
+    for tokens, covered in (
+        (TOKENS[:100], 80),
+        (TOKENS[:81], 80),
+        (TOKENS[:80], 60),
+        (TOKENS[:70] + TOKENS[700:750], 60),
+        (TOKENS[:59], 0),
+        (TOKENS[:50] + TOKENS[700:750], 0),
+    ):
+        for cache in (make_exact(name)[0], writer):
+            found, rest = cache.fetch_nearest_cache(key, tokens)
+            assert len(tokens) - len(rest) == covered
+            if found is not None:
+                check_exact(model, tokens, found, rest)
+
+
+def check_exact(model: Any, tokens: Sequence[int], cache: list[Any], rest: Sequence[int]) -> None:
+    """The next logits are those of a run that stopped at the same place; few tokens, since old state fades."""
+    cold = filled(model, tokens[: len(tokens) - len(rest)])
+    for token in rest[:3]:
+        assert mx.array_equal(feed(model, cache, [token]), feed(model, cold, [token]))
+
+
+@EXACT
+def test_layers_that_are_elsewhere_than_their_tokens_are_not_kept(
+    name: str, make_exact: Any, client: FakeClient
+) -> None:
+    """They cannot be cut, and under other tokens they would be wrong."""
+    cache, key = make_exact(name)
+    cache.insert_cache(key, TOKENS[:90], filled(exact_model(name), TOKENS[:100]))
+    assert len(cache) == 0
+    assert not client.sessions
+
+
+@EXACT
+def test_a_checkpoint_inside_an_image_gives_way_to_a_lower_one(name: str, make_exact: Any, client: FakeClient) -> None:
+    """It is asked for, since the hit cannot be cut."""
+    model = exact_model(name)
+    image, other = [-(1 << 58)] * 40, [-(1 << 59)] * 30
+    prompt = [*TOKENS[:50], *other, *TOKENS[50:70], *image, *TOKENS[70:90]]
+    ids = [max(token, 7) for token in prompt]
+    writer, key = make_exact(name)
+    for count in (40, 60, 90, 110):
+        writer.insert_cache(key, prompt[:count], filled(model, ids[:count]))
+    found, rest = make_exact(name)[0].fetch_nearest_cache(key, prompt)
+    assert len(prompt) - len(rest) == 90
+    check_exact(model, ids, found, ids[90:])
+    client.only.stored = [entry for entry in client.only.stored if len(entry[0]) != 90]
+    found, rest = make_exact(name)[0].fetch_nearest_cache(key, prompt)
+    assert len(prompt) - len(rest) == 40
+    check_exact(model, ids, found, ids[40:])
+
+
+def test_a_full_window_is_not_given_to_speculative_decoding(make_exact: Any, model: Any) -> None:
+    """It takes tokens back and refuses such a cache: the request would fail because of the hit."""
+    writer, key = make_exact("gemma3", draft=model)
+    for count in (20, 60):  # the window has 32
+        tokens = TOKENS[:count]
+        writer.insert_cache(key, tokens, filled(exact_model("gemma3"), tokens) + filled(model, tokens))
+    for cache in (writer, make_exact("gemma3", draft=model)[0]):
+        found, rest = cache.fetch_nearest_cache(key, TOKENS[:80])
+        assert len(rest) == 60
+        assert can_trim_prompt_cache(found)
+
+
+@EXACT
+def test_caches_that_cannot_be_cut_are_never_shared(
+    name: str, make_exact: Any, folders: dict[str, str], digests: WeightsDigest, tmp_path: Path, client: FakeClient
+) -> None:
+    """Another salt, other weights of equal shape, an adapter, another KV dtype."""
+    cache, key = make_exact(name)
+    cache.insert_cache(key, TOKENS[:60], filled(exact_model(name), TOKENS[:60]))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), {"a": mx.zeros((2,))})
+    assert digests.wait(adapter, 30.0)
+    salted, _ = make_exact(name, salt=b"tenant")
+    adapted, adapted_key = make_exact(name, adapter=str(adapter))
+    other_key = (folders["other"], None, None)
+    other = PromptCache(store=cache._store, provider=Provider(other_key, exact_model(name)))
+    half = PromptCache(store=cache._store, provider=Provider(key, build_tiny(name, mx.bfloat16)))
+    for reader, its_key in ((salted, key), (adapted, adapted_key), (other, other_key), (half, key)):
+        assert reader.fetch_nearest_cache(its_key, TOKENS[:80]) == (None, TOKENS[:80])
+    assert sum(len(session.stored) for session in client.sessions.values()) == 1
+    assert len(client.sessions) == 5
+
+
+def test_a_chunked_window_in_memory_is_not_cut(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str]
+) -> None:
+    """It says that it can be, and the stock cache believes it."""
+    key = (folders["one"], None, None)
+    cache = PromptCache(store=ModelStore(client, digests))  # type: ignore[arg-type]
+    for start, count in ((0, 60), (500, 80)):
+        layer = ChunkedKVCache(64)
+        layer.update_and_fetch(*mx.random.normal((2, 1, 2, count, 32)))
+        cache.insert_cache(key, TOKENS[start : start + count], [layer])
+    client.sessions.clear()
+    for tokens, rest in (
+        (TOKENS[:90], 30),
+        (TOKENS[500:581], 1),
+        (TOKENS[500:580], 80),
+        (TOKENS[500:570] + TOKENS[:20], 90),
+        ([], 0),
+    ):
+        found, left = cache.fetch_nearest_cache(key, tokens)
+        assert len(left) == rest
+        assert found is None or found[0].offset == len(tokens) - rest
+
+
+def test_layers_that_do_not_know_how_many_tokens_they_hold_need_somebody_who_does(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str]
+) -> None:
+    """The server names what it fed; a program of its own may have fed more than it says."""
+    store = ModelStore(client, digests)  # type: ignore[arg-type]
+    layer = ArraysCache(1)
+    layer[0] = mx.ones((1, 4))
+    store.store((folders["one"], None, None), TOKENS[:60], [layer])
+    assert store.reasons[Reason.INVALID] == 1
     assert not client.sessions
 
 
@@ -354,10 +458,10 @@ def test_a_model_that_cannot_be_traced_is_served_without_the_store(make: Any) ->
             raise TypeError("more arguments, please")
 
     cache = make()
-    cache._provider.model = strange = Strange()
+    cache._provider.model = odd = Strange()
     assert cache.fetch_nearest_cache(make.key, TOKENS[:50]) == (None, TOKENS[:50])
     assert cache._store.reasons[Reason.UNSUPPORTED_LAYER] == 1
-    assert strange.layers
+    assert odd.layers
 
 
 def test_a_hit_never_ends_inside_an_image(make: Any, model: Any) -> None:
@@ -437,14 +541,36 @@ def test_a_block_that_raises_stores_nothing(prefixes: kv.PrefixStore, model: Any
         prefixes.prefix(model, [])
 
 
-def test_a_model_that_cannot_be_stored_still_generates(prefixes: kv.PrefixStore, client: FakeClient) -> None:
+def test_a_model_that_cannot_be_stored_still_generates(
+    prefixes: kv.PrefixStore, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cold, every time."""
-    model = build_tiny("qwen3_5")
+    model = build_tiny()
+    strange(monkeypatch, model)
     for _ in range(2):
         with prefixes.prefix(model, TOKENS[:40]) as (cache, rest):
             assert rest == TOKENS[:40]
             feed(model, cache, rest)
     assert not client.sessions
+
+
+@EXACT
+def test_a_prefix_of_a_model_whose_caches_cannot_be_cut(
+    name: str, prefixes: kv.PrefixStore, client: FakeClient
+) -> None:
+    """Stored when all that was fed is named; the next prefix goes on from there."""
+    model = exact_model(name)
+    prefix = prefixes.prefix(model, TOKENS[:50])
+    with prefix as (cache, rest):
+        feed(model, cache, rest)
+        feed(model, cache, TOKENS[50:55])
+        prefix.extend(TOKENS[50:55])
+    with prefixes.prefix(model, TOKENS[:80]) as (cache, rest):
+        assert rest == TOKENS[55:80]
+        feed(model, cache, [*rest, 1])  # one more than is named
+    with prefixes.prefix(model, TOKENS[:90]) as (cache, rest):
+        assert rest == TOKENS[55:90]
+        check_exact(model, TOKENS[:90], cache, rest)
 
 
 def test_the_launcher_replaces_three_names_and_passes_everything_on(
