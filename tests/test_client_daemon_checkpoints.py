@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +128,13 @@ def test_a_damaged_checkpoint_gives_the_next_lower_one_and_goes_to_quarantine(da
         assert session.flush(10)
         check(session, layout, [*TOKENS, 5], 600, Reason.NO_CHECKPOINT)
         assert client.stats()["disk"]["quarantined"] == 1
+
+
+def test_what_a_worker_cannot_offer_is_seen_in_the_daemons_statistics(daemon: DaemonProcess) -> None:
+    """People ask the daemon why nothing is stored; only the worker knows."""
+    with client_of(daemon) as client:
+        client.count_refusal(Reason.UNSUPPORTED_LAYER)
+        deadline = time.monotonic() + 10
+        while "unsupported_layer" not in client.stats()["store_reasons"] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert client.stats()["store_reasons"] == {"unsupported_layer": 1}

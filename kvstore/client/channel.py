@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -13,6 +13,7 @@ from kvstore.config import Address
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import channel_options
 from kvstore.wire.status import from_rpc_error
+from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
 # A daemon that was restarted is found again within a second. min_reconnect_backoff_ms is also how long gRPC lets one
@@ -84,6 +85,12 @@ class Connection:
             self.breaker.succeeded()
             raise
         self.breaker.succeeded()
+
+    def tell(self, report: pb.ReportRequest) -> None:
+        """Send a report without waiting; it is lost when no daemon is there."""
+        if not self.breaker.is_open:
+            with suppress(ValueError):  # the channel is closed
+                self.kvstore.Report.future(report, timeout=WARM_UP_S)
 
     def close(self) -> None:
         """End the channel and every call on it."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from kvstore.blocks import Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadlines
 from kvstore.client.channel import Connection
@@ -97,6 +98,10 @@ class Client:
         session = Session(self._connection, namespace, self._budget, options)
         self._sessions.add(session)
         return session
+
+    def count_refusal(self, reason: Reason) -> None:
+        """Let the daemon's counters say that a sequence was not offered to it. Neither waits nor fails."""
+        self._connection.tell(pb.ReportRequest(reason=reason))
 
     def stats(self) -> dict[str, Any]:
         """Counters of the daemon since it started and the state of its disk, as `kvstore stats --json` prints them."""

@@ -131,7 +131,8 @@ def identify(
 class ModelStore:
     """The store for all models of one process. Made and used on the thread that owns the caches, closed on any.
 
-    `reasons` counts why fetches and stores did nothing, where that was decided here; sessions count their own.
+    `reasons` counts why fetches and stores did nothing, where that was decided here; the daemon is told, so that its
+    statistics show it too. Sessions count their own.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class ModelStore:
             folders = [self._folders[path] if path else None for path in key]
             identity = identify(self.digests, folders, salt=self._salt, alias=alias_of(str(key[0])))
         if identity is None:
-            self.reasons[Reason.IDENTITY_PENDING] += 1
+            self._count(Reason.IDENTITY_PENDING)
             return None
         namespace = identity.namespace(of)
         if namespace not in self._sessions:
@@ -214,10 +215,14 @@ class ModelStore:
             reason = Reason.UNSUPPORTED_LAYER
         else:
             reason = Reason.INVALID if isinstance(error, InvalidRequestError) else Reason.INTERNAL
-        self.reasons[reason] += 1
+        self._count(reason)
         if str(error) not in self._refusals and len(self._refusals) < 100:
             self._refusals.add(str(error))
             log.warning("the store is not used: %s", error)
+
+    def _count(self, reason: Reason) -> None:
+        self.reasons[reason] += 1
+        self._client.count_refusal(reason)
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what is queued has been stored or dropped; whether all was."""

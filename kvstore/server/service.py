@@ -190,6 +190,9 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        if request.reason and not request.key:
+            self._counters.stored(known_reason(request.reason))
+            return pb.ReportReply()
         if len(request.key) != KEY_BYTES:
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")
         return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
@@ -222,6 +225,14 @@ def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
         profile=message.profile,
         states=states_of(message),
     )
+
+
+def known_reason(name: str) -> Reason:
+    """The reason a worker names; INVALID for one that is none, so that nobody fills the counters with names."""
+    try:
+        return Reason(name)
+    except ValueError:
+        return Reason.INVALID
 
 
 def states_of(message: pb.BeginStoreRequest) -> tuple[LayerState, ...]:

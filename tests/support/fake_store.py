@@ -83,6 +83,9 @@ class FakeClient:
         self.sessions: dict[bytes, FakeSession] = {}
         self.closed = False
 
+    def count_refusal(self, reason: Reason) -> None:
+        """The daemon would count it."""
+
     def session(self, namespace: Namespace, profile: str | None = None) -> FakeSession:
         """The one session of a namespace."""
         return self.sessions.setdefault(namespace.root, FakeSession(namespace))

@@ -226,12 +226,14 @@ class AbortStoreReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "detail")
+    __slots__ = ("key", "detail", "reason")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     detail: str
-    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ...) -> None: ...
+    reason: str
+    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("quarantined",)
