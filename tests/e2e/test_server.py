@@ -6,7 +6,7 @@ must be equal to the letter. Every test has prompts of its own, and leaves the d
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -112,7 +112,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Model:
 @pytest.fixture(scope="module")
 def fine_tune(tmp_path_factory: pytest.TempPathFactory, model: Model, cache_dir: Path) -> Model:
     """A model of the same shape, configuration and folder name, with slightly different weights."""
-    folder = link_model(model.folder, tmp_path_factory.mktemp("fine-tunes") / "small-lm")
+    folder = copy_model(model.folder, tmp_path_factory.mktemp("fine-tunes") / "small-lm")
     weights: Any = mx.load(str(folder / "model.safetensors"))
     mx.random.seed(0)
     changed = {name: array + 0.01 * mx.random.normal(array.shape, array.dtype) for name, array in weights.items()}
@@ -122,11 +122,10 @@ def fine_tune(tmp_path_factory: pytest.TempPathFactory, model: Model, cache_dir:
     return Model(folder, cache_dir)
 
 
-def link_model(source: Path, folder: Path) -> Path:
-    """A second folder with the same files."""
-    folder.mkdir()
-    for file in source.iterdir():
-        os.link(file, folder / file.name)
+def copy_model(source: Path, folder: Path) -> Path:
+    """A second folder with the same files. Not by links: these change the time of change of the originals, which are
+    then hashed again, and a server that has just loaded them knows no identity for a moment."""
+    shutil.copytree(source, folder)
     return folder
 
 
@@ -296,7 +295,7 @@ def test_while_the_weights_are_hashed_nothing_is_taken_or_stored(rig: Rig, tmp_p
     topic = "pending"
     rig.a.chat(chat(topic), **OPTIONS)
     rig.wait_stored(chat(topic))
-    folder = link_model(rig.model.folder, tmp_path / "small-lm")
+    folder = copy_model(rig.model.folder, tmp_path / "small-lm")
     with (folder / "other.safetensors").open("wb") as hole:
         hole.truncate(64 << 30)
     with kvstore.connect(rig.daemon.listen) as client:
