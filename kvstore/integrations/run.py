@@ -24,6 +24,7 @@ from typing import Any
 from kvstore.errors import ConfigError
 
 FLUSH_S = 5.0
+log = logging.getLogger(__name__)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -54,6 +55,9 @@ def _mlx_lm_server(flags: Sequence[str]) -> int:
         server.main()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # before it listened; later the server takes it as the order to stop
+    except OSError as error:  # the port is taken; the stock server then waits for its generation thread for ever
+        log.error("mlx_lm.server cannot listen: %s", error)
+        code = 1
     finally:
         store.close(FLUSH_S)
     # Without Python's own end: it races with the destructors of MLX's generation thread, and the process then aborts

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -417,6 +418,15 @@ def test_flags_that_the_server_does_not_know_are_its_to_refuse(rig: Rig) -> None
     result = run_cli(["run", "mlx_lm.server", "--no-such-flag"], rig.environ)
     assert result.returncode == 2
     assert "unrecognized arguments: --no-such-flag" in result.stderr
+
+
+def test_a_port_that_is_taken_ends_the_server(rig: Rig) -> None:
+    """The stock server says so and then waits for its generation thread for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ended = run_cli(["run", "mlx_lm.server", "--model", str(rig.model.folder), "--port", port], rig.environ)
+    assert ended.returncode == 1
+    assert "Address already in use" in ended.stderr
 
 
 def test_its_own_flags_come_before_the_server_and_are_not_passed_on(rig: Rig) -> None:
