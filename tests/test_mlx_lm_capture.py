@@ -7,11 +7,19 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    CacheList,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    make_prompt_cache,
+)
 
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations import mlx_lm as kv
-from kvstore.integrations.caches import align
+from kvstore.integrations.caches import align, token_count
 from kvstore.layers import Layout
 from tests.support.models import build_tiny
 
@@ -139,16 +147,12 @@ def test_a_draft_models_layers_follow_the_models() -> None:
     """The server keeps both in one list."""
     model, draft = build_tiny(), build_tiny("deepseek_v3")
     assert kv.probe(model, draft) == kv.layout(filled(model) + filled(draft))
-
-
-@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
-def test_layers_of_other_kinds_are_refused_by_name(name: str) -> None:
-    """Rotating and recurrent layers must not be cut as if they were plain."""
-    model = build_tiny(name)
-    with pytest.raises(UnsupportedLayerError, match=r"RotatingKVCache|ArraysCache"):
-        kv.capture(filled(model))
-    with pytest.raises(UnsupportedLayerError):
-        kv.probe(model)
+    exact = build_tiny("qwen3_5")
+    cache = filled(model) + filled(exact)
+    assert kv.probe(model, exact) == kv.layout(cache)
+    restored = kv.restore(kv.capture(cache))
+    for one, mine in ((model, slice(0, 3)), (exact, slice(3, 7))):
+        assert raw(feed(one, restored[mine], [7])) == raw(feed(one, cache[mine], [7]))
 
 
 def test_subclasses_are_not_taken_for_their_bases() -> None:
@@ -163,8 +167,37 @@ def test_subclasses_are_not_taken_for_their_bases() -> None:
 
 def test_batch_caches_are_refused_with_advice() -> None:
     """They hold several sequences."""
-    with pytest.raises(UnsupportedLayerError, match=r"BatchKVCache.*extract"):
-        kv.capture([BatchKVCache.merge(filled(build_tiny())[:1])])
+    batch = BatchKVCache.merge(filled(build_tiny())[:1])
+    for cache in ([batch], [CacheList(KVCache(), batch)]):
+        with pytest.raises(UnsupportedLayerError, match=r"BatchKVCache.*extract"):
+            kv.capture(cache)
+        with pytest.raises(UnsupportedLayerError):
+            token_count(cache)
+
+
+def test_a_plain_cache_can_be_captured_in_part() -> None:
+    """Its rows are one a token. More than it holds it cannot give."""
+    model = build_tiny()
+    cache = filled(model)
+    restored = kv.restore(kv.capture(cache, 30))
+    assert raw(feed(model, restored, [5])) == raw(feed(model, filled(model, 30), [5]))
+    for n_tokens in (0, 45):
+        with pytest.raises(InvalidRequestError, match="44"):
+            kv.capture(cache, n_tokens)
+
+
+def test_a_concatenating_cache_comes_back_as_a_plain_one() -> None:
+    """It holds the same rows; after a trim only those before the offset."""
+    cache, grown = ConcatenateKVCache(), KVCache()
+    for layer in (cache, grown):
+        layer.update_and_fetch(mx.arange(80.0).reshape(1, 2, 10, 4), mx.arange(80.0).reshape(1, 2, 10, 4) + 1)
+        layer.trim(3)
+    (restored,) = kv.restore(kv.capture([cache]))
+    assert type(restored) is KVCache
+    assert restored.offset == 7
+    step = mx.ones((1, 2, 1, 4))
+    for one, other in zip(restored.update_and_fetch(step, step), grown.update_and_fetch(step, step), strict=True):
+        assert raw(one) == raw(other)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -205,5 +238,23 @@ def test_aligning_cuts_every_layer_to_what_all_hold() -> None:
     assert align(cache, 43) == 42
     assert {layer.offset for layer in cache} == {42}
     assert align(cache, 10) == 10
-    assert align([RotatingKVCache(32)], 10) is None
     assert align([], 10) is None
+    assert align([BatchKVCache([0])], 10) is None
+
+
+def test_aligning_leaves_alone_what_cannot_be_cut() -> None:
+    """A ring can go back until it wraps, recurrent state never."""
+    model = build_tiny("gemma3")
+    early, late = filled(model, 20), filled(model, 44)
+    assert align(early, 18) == 18
+    assert {layer.offset for layer in early} == {18}
+    assert raw(feed(model, early, [5])) == raw(feed(model, filled(model, 18), [5]))
+    assert align(late, 44) == align(late, 50) == 44
+    late[5].trim(1)
+    assert align(late, 44) == 0
+    assert align(late, 43) == 0
+    hybrid = filled(build_tiny("qwen3_5"))
+    assert align(hybrid, 44) == 44
+    assert align(hybrid, 43) == 0
+    assert hybrid[3].offset == 44, "untouched"
+    assert align([ArraysCache(2)], 10) == 10

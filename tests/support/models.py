@@ -1,4 +1,4 @@
-"""Models for tests: the small trained one, expanded for the CPU, and tiny random ones, a cache topology each.
+"""Models for tests: the small trained one, expanded for the CPU, and tiny random ones of every topology.
 
 `python -m tests.support.models FOLDER` writes the expanded small model, for the demo.
 """
@@ -9,99 +9,59 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model
+
+from tests.support.topologies import TOPOLOGIES
 
 SMALL_LM = Path(__file__).parent.parent / "models" / "small-lm"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
-_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 4096,  # the tokenizer of the small model fits
-    "tie_word_embeddings": True,
-    "eos_token_id": 0,
-}
-_GEMMA3 = {
-    "model_type": "gemma3_text",
-    "hidden_size": 256,
-    "num_hidden_layers": 6,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "head_dim": 64,
-    "vocab_size": 4096,
-    "num_key_value_heads": 1,
-    "query_pre_attn_scalar": 64,
-    "sliding_window": 32,
-    "sliding_window_pattern": 6,
-    "eos_token_id": 0,
-}
-_QWEN3_5 = {
-    "model_type": "qwen3_5",
-    "eos_token_id": 0,
-    "text_config": {
-        "model_type": "qwen3_5_text",
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "intermediate_size": 512,
-        "num_attention_heads": 4,
-        "vocab_size": 4096,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4,
-    },
-}
-_DEEPSEEK_V3 = {
-    "model_type": "deepseek_v3",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "moe_intermediate_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 128,
-    "q_lora_rank": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 64,
-    "qk_nope_head_dim": 64,
-    "first_k_dense_replace": 3,
-    "eos_token_id": 0,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama": _LLAMA,  # plain KV, grouped query heads
-    "deepseek_v3": _DEEPSEEK_V3,  # MLA latents: keys and values of different width
-    "gemma3": _GEMMA3,  # five rotating layers to one plain
-    "qwen3_5": _QWEN3_5,  # three recurrent layers to one plain
-}
-
 
 def build_tiny(name: str = "llama", dtype: mx.Dtype = mx.float32, seed: int = 0) -> Any:
-    """A randomly initialised model, evaluated."""
-    config = CONFIGS[name]
+    """A randomly initialised model, evaluated.
+
+    Some models begin with zeros where trained ones have convolutions, mixing factors or biases, and then do not look at
+    a part of their cache; so what is all zeros gets small random values.
+    """
+    config = TOPOLOGIES[name].config
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
-    model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+
+    def trained(parameter: mx.array) -> mx.array:
+        if not mx.issubdtype(parameter.dtype, mx.floating):
+            return parameter
+        filled = parameter if mx.any(parameter).item() else 0.1 * mx.random.normal(parameter.shape)
+        return filled.astype(dtype)
+
+    model.update(tree_map(trained, model.parameters()))
     model.eval()
     mx.eval(model.parameters())
     return model
+
+
+def make_cache(name: str, model: Any) -> list[Any]:
+    """An empty cache of a topology."""
+    cache: list[Any] = make_prompt_cache(model, TOPOLOGIES[name].max_kv_size)
+    return cache
+
+
+def fill(name: str, model: Any, tokens: Sequence[int]) -> list[Any]:
+    """The cache after a prefill of `tokens`, evaluated; quantized as the engine does it where the topology says so."""
+    cache = make_cache(name, model)
+    mx.eval(model(mx.array([list(tokens)]), cache=cache))
+    if TOPOLOGIES[name].bits:
+        maybe_quantize_kv_cache(cache, 0, 64, TOPOLOGIES[name].bits)
+    return cache
 
 
 def write_tiny(folder: Path, name: str = "llama", dtype: mx.Dtype = mx.float32, seed: int = 0) -> Path:
@@ -109,7 +69,7 @@ def write_tiny(folder: Path, name: str = "llama", dtype: mx.Dtype = mx.float32, 
     folder.mkdir(parents=True)
     weights = dict(tree_flatten(build_tiny(name, dtype, seed).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    (folder / "config.json").write_text(json.dumps(TOPOLOGIES[name].config))
     for file in TOKENIZER_FILES:
         shutil.copy(SMALL_LM / file, folder)
     return folder
