@@ -1,5 +1,5 @@
 # make demo   two model servers sharing one store, on a small trained model
-# make test   the whole test suite
+# make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 #
@@ -7,12 +7,19 @@
 
 VENV := .venv
 VENV_PROTO := .venv-proto
+VENV_OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_PROTO := $(VENV_PROTO)/.installed
+INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 
 # The oldest toolchain whose code the supported runtimes read: newer generated code does not load in older runtimes.
 GRPCIO_TOOLS := 1.76.0
+
+# The cache layers of mlx-lm changed between these and the versions that constraints.txt pins.
+OLDEST_MLX_LM := 0.31.3
+OLDEST_MLX := 0.31.2
+LAYER_SUITE := tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
 
 # The first interpreter that starts, is new enough and can make an environment (a pyenv shim may exist and do none of it).
 FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -21,13 +28,16 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test lint proto proto-check venv clean
+.PHONY: demo test test-oldest lint proto proto-check venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) test-oldest
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-oldest: $(INSTALLED_OLDEST)
+	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .
@@ -56,5 +66,13 @@ $(INSTALLED_PROTO): Makefile
 	@$(VENV_PROTO)/bin/python $(PIP_INSTALL) grpcio-tools==$(GRPCIO_TOOLS)
 	@touch $@
 
+$(INSTALLED_OLDEST): pyproject.toml constraints.txt Makefile
+	@test -x $(VENV_OLDEST)/bin/python || { $(FIND_PYTHON); echo "making $(VENV_OLDEST) with $$p" >&2; "$$p" -m venv $(VENV_OLDEST); }
+	@sed -e 's/^mlx-lm==.*/mlx-lm==$(OLDEST_MLX_LM)/' -e 's/^mlx==[^;]*/mlx==$(OLDEST_MLX)/' \
+		-e 's/^mlx-cpu==[^;]*/mlx-cpu==$(OLDEST_MLX)/' -e 's/^mlx-metal==[^;]*/mlx-metal==$(OLDEST_MLX)/' \
+		constraints.txt > $(VENV_OLDEST)/constraints.txt
+	@$(VENV_OLDEST)/bin/python $(PIP_INSTALL) -c $(VENV_OLDEST)/constraints.txt -e '.[test]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_PROTO) build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -182,6 +182,13 @@ def test_a_shorter_prefix_below_the_minimum_is_a_miss(daemon: FakeDaemon) -> Non
         assert client.session(daemon.namespace, **SLOW).fetch(TOKENS).reason is Reason.CORRUPT
 
 
+def test_a_hit_below_the_minimum_is_a_miss_that_says_so(daemon: FakeDaemon) -> None:
+    """The daemon's own minimum may be lower; "ok" is no reason for a miss."""
+    with Client(daemon.config(min_prefix_tokens=10_000)) as client:
+        answer = client.session(daemon.namespace).fetch(TOKENS)
+    assert (answer.n_tokens, answer.reason) == (0, Reason.BELOW_THRESHOLD)
+
+
 def test_a_first_block_that_is_damaged_leaves_nothing(daemon: FakeDaemon, session: Session) -> None:
     """And is reported too."""
     path = Path(daemon.blocks[0].source.path)

@@ -184,7 +184,7 @@ class Fetcher:
                     plan = self._shorter(plan, error)
                 else:
                     return _hit(attempt, plan, layers, "path", "packed")
-        return Miss(plan.reason)
+        return Miss(Reason.BELOW_THRESHOLD if plan.reason is Reason.OK else plan.reason)
 
     def _shorter(self, plan: Plan, error: BlockCorruptError) -> Plan:
         code = _errno(error)
