@@ -90,7 +90,8 @@ class Connection:
         """Send a report without waiting; it is lost when no daemon is there."""
         if not self.breaker.is_open:
             with suppress(ValueError):  # the channel is closed
-                self.kvstore.Report.future(report, timeout=WARM_UP_S)
+                # The callback holds the call: gRPC cancels one that nobody holds any more.
+                self.kvstore.Report.future(report, timeout=WARM_UP_S).add_done_callback(lambda call: None)
 
     def close(self) -> None:
         """End the channel and every call on it."""

@@ -66,15 +66,15 @@ class Identity:
     salt: bytes
     alias: str
 
-    def namespace(self, layout: Layout) -> Namespace:
-        """The namespace of these weights' KV in one layout."""
+    def namespace(self, layout: Layout, engine: str | None = None) -> Namespace:
+        """The namespace of these weights' KV in one layout, computed by `engine`, None: mlx-lm as it is installed."""
         parts = [spec.part(name) for spec in layout.layers for name in ("keys", "values")]
         return Namespace(
             weights=self.weights,
             adapter=self.adapter,
             layout=layout,
             dtype="+".join(sorted({part.dtype for part in parts if part.width})),
-            engine=engine_version(),
+            engine=engine or engine_version(),
             salt=self.salt,
             alias=self.alias,
         )
@@ -136,13 +136,20 @@ class ModelStore:
     """
 
     def __init__(
-        self, client: Client, digests: WeightsDigest | None = None, *, profile: str | None = None, salt: bytes = b""
+        self,
+        client: Client,
+        digests: WeightsDigest | None = None,
+        *,
+        profile: str | None = None,
+        salt: bytes = b"",
+        engine: str | None = None,
     ) -> None:
         self.digests = digests or WeightsDigest()
         self.reasons: Counter[Reason] = Counter()
         self._client = client
         self._profile = profile
         self._salt = salt
+        self._engine = engine
         self._folders: dict[str, Path] = {}
         self._sessions: dict[Namespace, Session] = {}
         self._refusals: set[str] = set()
@@ -164,7 +171,7 @@ class ModelStore:
         if identity is None:
             self._count(Reason.IDENTITY_PENDING)
             return None
-        namespace = identity.namespace(of)
+        namespace = identity.namespace(of, self._engine)
         if namespace not in self._sessions:
             self._sessions[namespace] = self._client.session(namespace, self._profile)
         return self._sessions[namespace]

@@ -24,7 +24,7 @@ from kvstore.layers import Layout
 log = logging.getLogger(__name__)
 
 # What tracing foreign model code may raise; such a model is served without the store until something was inserted.
-_MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _MEMORY_SHARE = 8
 
 
@@ -144,7 +144,7 @@ class PromptCache(LRUPromptCache):
             return [quantized(plain, bits, provider.cli_args.kv_group_size), plain] if bits else [plain]
         except KVStoreError as error:
             self._store.refuse(error)
-        except _MODEL_ERRORS as error:
+        except MODEL_ERRORS as error:
             self._store.refuse(UnsupportedLayerError(f"no layout for {provider.model_key}: {error}"))
         return []
 

@@ -6,12 +6,14 @@ Names of the server's module are replaced before its `main` reads the command li
     load             the stock one, noting what the model's folder holds when it is loaded
     run              the stock one, told which ModelProvider the cache belongs to
 
-and those that `segments` says, so that models whose caches cannot be cut find a place to continue from.
+and those that `segments` says, so that models whose caches cannot be cut find a place to continue from. vllm-mlx is
+done likewise, see `vllm_mlx`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 import os
 import signal
@@ -19,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from kvstore.errors import ConfigError
 
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 def run(argv: Sequence[str]) -> int:
     """Run the server named by `argv[0]` with the flags after it until it ends; its exit code.
 
-    ConfigError when there is no such server. mlx_lm.server ends the process itself.
+    ConfigError when there is no such server, or it is not installed. Servers end the process themselves.
     """
     name, *flags = argv or ("",)
     if name not in _SERVERS:
@@ -48,18 +50,31 @@ def _mlx_lm_server(flags: Sequence[str]) -> int:
     store = ModelStore(connect())
     plug_in(server, store)
     segments.plug_in(server)
-    sys.argv = ["mlx_lm.server", *flags]
+    _serve("mlx_lm.server", flags, server.main, store.close)
+
+
+def _vllm_mlx(flags: Sequence[str]) -> int:
+    if importlib.util.find_spec("vllm_mlx") is None:
+        raise ConfigError("vllm-mlx is not installed in the Python environment of this kvstore")
+    from kvstore.integrations.vllm_mlx import prepare
+
+    _serve("vllm-mlx", flags, *prepare(flags))
+
+
+def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: Callable[[float], None]) -> NoReturn:
+    """Call `main` with the flags as its command line, give the store `FLUSH_S` after it, and end the process."""
+    sys.argv = [name, *flags]
     signal.signal(signal.SIGTERM, _interrupt)
     code = 0
     try:
-        server.main()
+        main()
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # before it listened; later the server takes it as the order to stop
-    except OSError as error:  # the port is taken; the stock server then waits for its generation thread for ever
-        log.error("mlx_lm.server cannot listen: %s", error)
+    except OSError as error:  # the port is taken; mlx_lm.server then waits for its generation thread for ever
+        log.error("%s cannot listen: %s", name, error)
         code = 1
     finally:
-        store.close(FLUSH_S)
+        close(FLUSH_S)
     # Without Python's own end: it races with the destructors of MLX's generation thread, and the process then aborts
     # (the stock server in three of four stops), which launchd and systemd report as a crash.
     logging.shutdown()
@@ -101,4 +116,4 @@ def plug_in(server: Any, store: Any) -> None:
     server.load, server.run = load, run_with_store
 
 
-_SERVERS: dict[str, Callable[[Sequence[str]], int]] = {"mlx_lm.server": _mlx_lm_server}
+_SERVERS: dict[str, Callable[[Sequence[str]], int]] = {"mlx_lm.server": _mlx_lm_server, "vllm-mlx": _vllm_mlx}

@@ -153,7 +153,7 @@ def identity(**fields: Any) -> pb.Namespace:
 
 def record(keys: Any = (1, 64, "BF16", 0, 0), values: Any = (1, 64, "BF16", 0, 0), kind: Any = "kv") -> bytes:
     """A layout record of one layer, of whatever is given."""
-    packed: bytes = msgpack.packb([[[kind, keys, values]], [0]])
+    packed: bytes = msgpack.packb([[[kind, keys, values, []]], [0], ""])
     return packed
 
 
@@ -194,12 +194,21 @@ def test_a_layout_that_is_not_the_namespaces_is_refused(peer: Peer) -> None:
         (record(keys=(2, 48, "BF16", 8, 64)), "does not divide"),
         (record(keys=(-2, 64, "BF16", 0, 0)), "out of range"),
         (record(keys=(1, 1 << 40, "BF16", 0, 0)), "out of range"),
-        (record(keys=(1, 0, "BF16", 0, 0), values=(1, 0, "BF16", 0, 0)), "at least one byte"),
+        (record(keys=(1, 0, "BF16", 0, 0), values=(1, 0, "BF16", 0, 0)), "keys or values"),
         (record(keys=(1, 64)), "not a layout"),
         (record(keys="BF16"), "not a layout"),
-        (msgpack.packb([[], []]), "1 to 4096 layers"),
-        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0]]], [7]]), "not a layout"),
-        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0]]], [0] * 5000]), "too many layers"),
+        (msgpack.packb([[], [], ""]), "1 to 4096 layers"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [7], ""]), "not a layout"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [0] * 5000, ""]), "too many"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [0], "(..)"]), "nesting"),
+        (
+            msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [["size", 1]]]], [0], ""]),
+            "no parameters",
+        ),
+        (
+            msgpack.packb([[["state", [1, 0, "F32", 0, 0], [1, 0, "F32", 0, 0], [["x", 1.5]]]], [0], ""]),
+            "whole numbers",
+        ),
         (msgpack.packb({"layers": 3}), "not a layout"),
         (b"\x91" * 100_000, "not a layout"),
         (b"\xdd\xff\xff\xff\xff", "not a layout"),
@@ -215,7 +224,7 @@ def test_a_hostile_layout_is_refused(peer: Peer, hostile: bytes, words: str) -> 
 def test_a_layout_too_large_for_the_store_is_a_reason_and_evicts_nothing(peer: Peer) -> None:
     """A terabyte a token is legal; no budget has room for it."""
     part = (4096, 65_536, "F32", 0, 0)
-    reply = peer.begin(**named(msgpack.packb([[["kv", part, part]], [0] * 4096])))
+    reply = peer.begin(**named(msgpack.packb([[["kv", part, part, []]], [0] * 4096, ""])))
     assert (reply.upload_id, reply.reason) == ("", Reason.STORE_FULL)
 
 

@@ -1,0 +1,254 @@
+"""The prefix cache of vllm-mlx with the store behind it (its batched engine; `kvstore run vllm-mlx serve MODEL ...`).
+
+The stock `MemoryAwarePrefixCache` stays what it is, as the tier in memory: a fetch takes from the store what memory
+does not have, and an entry that was taken into memory is also stored. The subclass stands in for it in the modules of
+the two schedulers, for text models and for models with vision, of which the token-only cache serves text requests.
+
+With `--kv-cache-quantization` an entry holds codes. These are stored, bit-exact, and expanded after a fetch as the
+stock class does it, so that a hit from the store is what the same hit in memory would be. A sequence that it leaves
+plain because it is short may begin with rows that were expanded from codes, and is not stored.
+
+Trouble with the store is a miss. The schedulers call all of this on the thread that owns the arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from vllm_mlx import cli, mllm_batch_generator, scheduler
+from vllm_mlx.memory_cache import MemoryAwarePrefixCache, _QuantizedCacheWrapper
+from vllm_mlx.models import mllm
+from vllm_mlx.utils import tokenizer
+
+from kvstore.client import connect
+from kvstore.errors import KVStoreError, UnsupportedLayerError
+from kvstore.integrations.caches import layout, probe, quantized, token_count
+from kvstore.integrations.identity import WeightsDigest
+from kvstore.integrations.models import ModelKey, ModelStore, model_folder
+from kvstore.integrations.prompt_cache import MODEL_ERRORS
+from kvstore.layers import Layout
+
+log = logging.getLogger(__name__)
+
+
+def engine_version(models_from: str) -> str:
+    """The engine as a namespace names it. `models_from`: the package that computes, "mlx-lm" or "mlx-vlm"."""
+    return ", ".join(f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("vllm-mlx", models_from))
+
+
+class Models:
+    """The loaded models, by identity of the object, and what each was loaded from."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[weakref.ref[Any], str]] = []
+
+    def add(self, model: Any, path: str) -> None:
+        """Note where a model came from; it is not kept alive."""
+        self._known = [(known, of) for known, of in self._known if known() is not None]
+        self._known.append((weakref.ref(model), path))
+
+    def key(self, model: Any) -> ModelKey | None:
+        """How the store knows the model; None for one that was loaded in another way than those that are watched."""
+        return next(((path, None, None) for known, path in self._known if known() is model), None)
+
+
+class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is not there when types are checked
+    """Drop-in for `MemoryAwarePrefixCache`.
+
+    `leaves_one`: answer for all tokens but the last. The scheduler for text has no use for a hit that leaves nothing to
+    feed (its types `exact` and `supersequence`) and computes the whole prompt again; the one for vision has.
+    """
+
+    def __init__(
+        self, model: Any, config: Any = None, *, store: ModelStore, models: Models, leaves_one: bool = True
+    ) -> None:
+        super().__init__(model, config)
+        self._tier = store
+        self._key = models.key(model)
+        self._model = weakref.ref(model)
+        self._leaves_one = leaves_one
+        self._known_layouts: list[Layout] | None = None
+        if self._key is None:
+            store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
+
+    def fetch(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        """(cache of a prefix of `tokens` or None, the tokens left to feed), from memory or the store."""
+        cache, rest = self._from_memory(tokens) if self._leaves_one else super().fetch(tokens)
+        if self._key is None or len(tokens) < self._config.min_prefix_tokens:
+            return cache, rest
+        covered = 0 if cache is None else len(tokens) - len(rest)
+        found = self._tier.fetch(self._key, self._layouts(), tokens, covered)
+        if found is None:
+            return cache, rest
+        restored, n_tokens = found
+        if not covered:
+            self._stats.misses -= 1
+            self._stats.hits += 1
+        self._stats.tokens_saved += n_tokens - covered
+        self._last_match_type, self._last_matched_key = "prefix", tuple(tokens[:n_tokens])
+        log.info("prefix of %d of %d tokens from the store", n_tokens, len(tokens))
+        return expand(restored), tokens[n_tokens:]
+
+    def commit_prepared(self, entry: Any, evict_prefixes: bool = True, **options: Any) -> bool:
+        """Take an entry into memory and store what is new of it; `store` and both schedulers end here."""
+        committed: bool = super().commit_prepared(entry, evict_prefixes, **options)
+        if committed and self._key is not None:
+            self._offer(self._key, entry)
+        return committed
+
+    def save_to_disk(self, cache_dir: str) -> bool:
+        """Nothing: the store has it. The stock files give one prompt the KV of another after a second round."""
+        return False
+
+    def load_from_disk(self, cache_dir: str) -> int:
+        """Nothing; see `save_to_disk`."""
+        return 0
+
+    def _from_memory(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        cache, rest = super().fetch(tokens[:-1])
+        if cache is None:
+            return None, tokens
+        covered = len(tokens) - 1 - len(rest)
+        try:
+            held = token_count(cache)
+        except KVStoreError:
+            held = None  # layers that are not known here; the stock class vouches for them
+        if held is not None and held > covered:
+            # Feeding what is left would repeat tokens.
+            self._last_match_type, self._last_matched_key = "miss", None
+            return None, tokens
+        self._last_match_type = "prefix"
+        return cache, tokens[covered if held is None else held :]
+
+    def _offer(self, key: ModelKey, entry: Any) -> None:
+        if self._config.kv_quantize and len(entry.tokens) < self._config.kv_min_quantize_tokens:
+            return
+        try:
+            layers = [_with_codes(layer) for layer in entry.cache]
+            made = layout(layers)
+            if made not in self._layouts()[:1]:
+                raise UnsupportedLayerError("a cache that is not laid out as those that the model makes")
+        except KVStoreError as error:
+            self._tier.refuse(error)
+            return
+        self._tier.store(key, entry.tokens, layers)
+
+    def _layouts(self) -> list[Layout]:
+        """The layout of what is stored, then others that can be fetched. Traces the model when first asked."""
+        if self._known_layouts is None:
+            self._known_layouts = self._probe()
+        return self._known_layouts
+
+    def _probe(self) -> list[Layout]:
+        config = self._config
+        try:
+            plain = probe(self._model())
+            return [quantized(plain, config.kv_bits, config.kv_group_size), plain] if config.kv_quantize else [plain]
+        except KVStoreError as error:
+            self._tier.refuse(error)
+        except MODEL_ERRORS as error:
+            self._tier.refuse(UnsupportedLayerError(f"no layout for {self._key}: {error}"))
+        return []
+
+
+def _with_codes(layer: Any) -> Any:
+    """A layer as mlx-lm has it: what vllm-mlx keeps quantized in a class of its own becomes a QuantizedKVCache."""
+    if not isinstance(layer, _QuantizedCacheWrapper):
+        return layer
+    if layer.orig_type is not KVCache:
+        raise UnsupportedLayerError(f"a quantized {layer.orig_type.__name__}")
+    made: Any = QuantizedKVCache(group_size=layer.group_size, bits=layer.bits)
+    made.keys, made.values, made.offset = layer.keys, layer.values, layer.offset
+    return made
+
+
+def expand(cache: Sequence[Any]) -> list[Any]:
+    """The cache with plain layers in place of quantized ones: the engine computes with these only. Evaluated."""
+    expanded = []
+    for layer in cache:
+        if type(layer) is QuantizedKVCache:
+            plain: Any = KVCache()
+            plain.keys, plain.values = (_dequantized(layer, part) for part in (layer.keys, layer.values))
+            plain.offset = layer.offset
+            mx.eval(plain.keys, plain.values)
+            expanded.append(plain)
+        else:
+            expanded.append(layer)
+    return expanded
+
+
+def _dequantized(layer: Any, part: Sequence[mx.array]) -> mx.array:
+    # Contiguous: dequantize has been wrong on slices on Metal.
+    rows = (mx.contiguous(array[..., : layer.offset, :]) for array in part)
+    return mx.dequantize(*rows, group_size=layer.group_size, bits=layer.bits)
+
+
+def plug_in(text: ModelStore, vision: ModelStore) -> None:
+    """Put the stores behind the prefix caches of both schedulers, and watch what models are loaded from."""
+    models = Models()
+    scheduler.MemoryAwarePrefixCache = functools.partial(PrefixCache, store=text, models=models)
+    mllm_batch_generator.MemoryAwarePrefixCache = functools.partial(
+        PrefixCache, store=vision, models=models, leaves_one=False
+    )
+    stock_load, stock_load_vision = tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load
+
+    @functools.wraps(stock_load)
+    def load(path: str, *args: Any, model_id: str | None = None, **options: Any) -> Any:
+        loaded = _pinned(text, path, lambda: stock_load(path, *args, model_id=model_id, **options))
+        models.add(loaded[0], _name(path, model_id))
+        return loaded
+
+    @functools.wraps(stock_load_vision)
+    def load_vision(model: Any) -> None:
+        _pinned(vision, model.model_name, lambda: stock_load_vision(model))
+        models.add(getattr(model.model, "language_model", model.model), model.model_name)
+
+    tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
+
+
+def _pinned(store: ModelStore, path: str, load: Callable[[], Any]) -> Any:
+    """Folders are pinned before they are read: if files are replaced meanwhile there is no identity. Hugging Face ids
+    after, since loading may first download a newer revision; their files are named by content."""
+    if is_folder := Path(path).exists():
+        store.pin(path)
+    loaded = load()
+    if not is_folder:
+        store.pin(path)
+    return loaded
+
+
+def _name(path: str, model_id: str | None) -> str:
+    """The id under which people know the model, if that is what lies at the path; else the path."""
+    folder = model_folder(model_id) if model_id else None
+    return model_id if model_id and folder and os.path.realpath(folder) == os.path.realpath(path) else path
+
+
+def prepare(flags: Sequence[str]) -> tuple[Callable[[], object], Callable[[float], None]]:
+    """The command line of vllm-mlx with the store plugged in, to be called; and what ends the store, given seconds."""
+    args = cli.create_parser().parse_args(list(flags))
+    client, digests = connect(), WeightsDigest()
+    if args.command == "serve" and (why := _unused(args)):
+        log.warning("the store is not used: %s", why)
+    elif args.command == "serve":
+        plug_in(*(ModelStore(client, digests, engine=engine_version(name)) for name in ("mlx-lm", "mlx-vlm")))
+    return cli.main, client.close
+
+
+def _unused(args: Any) -> str:
+    """Why there is nothing to put the store behind; empty if there is."""
+    if not args.continuous_batching:
+        return "only the batched engine has a cache for it (--continuous-batching)"
+    if args.max_kv_size:
+        return "with --max-kv-size the scheduler accepts only caches that it made itself"
+    if args.disable_prefix_cache or args.no_memory_aware_cache or args.use_paged_cache:
+        return "the flags turn off the prefix cache, or choose another one"
+    return ""
