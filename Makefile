@@ -1,5 +1,7 @@
 # make demo   two model servers sharing one store, on a small trained model
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
+# make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
+# make bench  what 8 bits cost, by kind of model: the table in README.md
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 #
@@ -8,10 +10,12 @@
 VENV := .venv
 VENV_PROTO := .venv-proto
 VENV_OLDEST := .venv-oldest
+VENV_VLLM := .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_PROTO := $(VENV_PROTO)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
+INSTALLED_VLLM := $(VENV_VLLM)/.installed
 
 # The oldest toolchain whose code the supported runtimes read: newer generated code does not load in older runtimes.
 GRPCIO_TOOLS := 1.76.0
@@ -21,6 +25,10 @@ OLDEST_MLX_LM := 0.31.3
 OLDEST_MLX := 0.31.2
 LAYER_SUITE := tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
 
+# vllm-mlx pins mlx-lm < 0.32. Of its dependencies torch decides the size: this version has a build for CPUs alone.
+VLLM_MLX := 0.6.0
+VLLM_TORCH := 2.13.0
+
 # The first interpreter that starts, is new enough and can make an environment (a pyenv shim may exist and do none of it).
 FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; p=; done; \
@@ -28,7 +36,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest lint proto proto-check venv clean
+.PHONY: demo test test-oldest compat bench lint proto proto-check venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -38,6 +46,12 @@ test: $(INSTALLED) test-oldest
 
 test-oldest: $(INSTALLED_OLDEST)
 	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)
+
+compat: $(INSTALLED_VLLM)
+	@$(VENV_VLLM)/bin/python -m pytest -p no:cacheprovider tests/compat
+
+bench: $(INSTALLED)
+	@$(BIN)/python tests/bench/topologies.py
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .
@@ -74,5 +88,12 @@ $(INSTALLED_OLDEST): pyproject.toml constraints.txt Makefile
 	@$(VENV_OLDEST)/bin/python $(PIP_INSTALL) -c $(VENV_OLDEST)/constraints.txt -e '.[test]'
 	@touch $@
 
+# torchvision is for pictures, which no test has; as PyPI has it, it does not load with a torch that is for CPUs alone.
+$(INSTALLED_VLLM): pyproject.toml Makefile
+	@test -x $(VENV_VLLM)/bin/python || { $(FIND_PYTHON); echo "making $(VENV_VLLM) with $$p" >&2; "$$p" -m venv $(VENV_VLLM); }
+	@$(VENV_VLLM)/bin/python $(PIP_INSTALL) torch==$(VLLM_TORCH) vllm-mlx==$(VLLM_MLX) -e '.[test]'
+	@$(VENV_VLLM)/bin/python -m pip --quiet uninstall --yes torchvision
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -122,20 +122,21 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             held = token_count(cache)
         except KVStoreError:
             held = None  # layers that are not known here; the stock class vouches for them
-        if held is not None and held > covered:
-            # Feeding what is left would repeat tokens.
-            self._last_match_type, self._last_matched_key = "miss", None
+        # Feeding what is left would repeat tokens; and what cannot join a batch ends every request that runs.
+        if (held is not None and held > covered) or not all(hasattr(layer, "merge") for layer in cache):
+            self._last_match_type = "miss"
             return None, tokens
         self._last_match_type = "prefix"
         return cache, tokens[covered if held is None else held :]
 
     def _offer(self, key: ModelKey, entry: Any) -> None:
-        if self._config.kv_quantize and len(entry.tokens) < self._config.kv_min_quantize_tokens:
+        may_be_expanded = self._config.kv_quantize and len(entry.tokens) < self._config.kv_min_quantize_tokens
+        if may_be_expanded or not self._layouts():
             return
         try:
             layers = [_with_codes(layer) for layer in entry.cache]
             made = layout(layers)
-            if made not in self._layouts()[:1]:
+            if made != self._layouts()[0]:
                 raise UnsupportedLayerError("a cache that is not laid out as those that the model makes")
         except KVStoreError as error:
             self._tier.refuse(error)
@@ -152,6 +153,8 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         config = self._config
         try:
             plain = probe(self._model())
+            if any("chunk" in dict(spec.params) for spec in plain.layers):
+                raise UnsupportedLayerError("chunked windows: the scheduler cannot take such a cache into a batch")
             return [quantized(plain, config.kv_bits, config.kv_group_size), plain] if config.kv_quantize else [plain]
         except KVStoreError as error:
             self._tier.refuse(error)
@@ -173,23 +176,21 @@ def _with_codes(layer: Any) -> Any:
 
 def expand(cache: Sequence[Any]) -> list[Any]:
     """The cache with plain layers in place of quantized ones: the engine computes with these only. Evaluated."""
-    expanded = []
-    for layer in cache:
-        if type(layer) is QuantizedKVCache:
-            plain: Any = KVCache()
-            plain.keys, plain.values = (_dequantized(layer, part) for part in (layer.keys, layer.values))
-            plain.offset = layer.offset
-            mx.eval(plain.keys, plain.values)
-            expanded.append(plain)
-        else:
-            expanded.append(layer)
-    return expanded
+    return [_expanded(layer) if type(layer) is QuantizedKVCache else layer for layer in cache]
+
+
+def _expanded(layer: Any) -> Any:
+    made: Any = KVCache()
+    made.keys, made.values = (_dequantized(layer, part) for part in (layer.keys, layer.values))
+    made.offset = layer.offset
+    mx.eval(made.keys, made.values)
+    return made
 
 
 def _dequantized(layer: Any, part: Sequence[mx.array]) -> mx.array:
     # Contiguous: dequantize has been wrong on slices on Metal.
-    rows = (mx.contiguous(array[..., : layer.offset, :]) for array in part)
-    return mx.dequantize(*rows, group_size=layer.group_size, bits=layer.bits)
+    codes, scales, biases = (mx.contiguous(array[..., : layer.offset, :]) for array in part)
+    return mx.dequantize(codes, scales, biases, group_size=layer.group_size, bits=layer.bits)
 
 
 def plug_in(text: ModelStore, vision: ModelStore) -> None:

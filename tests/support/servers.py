@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,9 +84,9 @@ class ServerProcess:
         if self.process is None or self.process.poll() is not None:
             raise AssertionError(f"the server ended:\n{self.log_text()}")
         try:
-            connection = http.client.HTTPConnection(HOST, self.port, timeout=5.0)
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
+            with closing(http.client.HTTPConnection(HOST, self.port, timeout=5.0)) as connection:
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
         except OSError:
             return False
 

@@ -1,0 +1,191 @@
+"""vllm-mlx with the store plugged in (`kvstore run vllm-mlx serve`), against a real daemon, over HTTP."""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlx_lm.utils import load, load_tokenizer
+from vllm_mlx import scheduler
+from vllm_mlx.request import Request, SamplingParams
+
+from kvstore.client import connect
+from kvstore.integrations.models import ModelStore
+from kvstore.integrations.vllm_mlx import Models, PrefixCache, engine_version
+from tests.support.daemon import DaemonProcess
+from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
+from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_environ, free_port, wait_until
+
+START_TIMEOUT_S = 120.0
+STOCK = ("-m", "vllm_mlx.cli")
+WITH_STORE = ("-m", "kvstore", "run", "vllm-mlx")
+FLAGS = {
+    "plain": (),
+    "quantized": ("--kv-cache-quantization", "--kv-cache-quantization-bits", "8"),
+}
+QUESTIONS = (" What is a cache?", " How are tokens stored in it?")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer, and what the server logged of its prompt."""
+
+    text: str
+    prompt_tokens: int
+    prefilled_tokens: int
+
+
+class VllmServer(ServerProcess):
+    """`vllm-mlx serve` with its batched engine, in a process of its own."""
+
+    def __init__(
+        self, model: Path, log_path: Path, environ: Mapping[str, str], launcher: Sequence[str], flags: Sequence[str]
+    ) -> None:
+        # Its own cache on disk, by which a restarted server would know prompts without the store, is below HOME.
+        home = log_path.parent / f"{log_path.stem}-home"
+        home.mkdir(exist_ok=True)
+        super().__init__(model, log_path, {**environ, "HOME": str(home)}, launcher=launcher, flags=flags)
+
+    def start(self, wait: bool = True) -> VllmServer:
+        """Start it and, with `wait`, return when it answers."""
+        self.port = free_port()
+        command = [sys.executable, *self.launcher, "serve", self.model, "--host", HOST, "--port", str(self.port)]
+        with self.log_path.open("ab") as log:
+            command += ["--continuous-batching", *self.flags]
+            self.process = subprocess.Popen(command, env=self._environ, stdout=log, stderr=log)
+        if wait:
+            self.wait_ready()
+        return self
+
+    def wait_ready(self) -> None:
+        """Return when it has loaded its model and answered once."""
+        wait_until(self._is_healthy, START_TIMEOUT_S, lambda: f"the server does not answer:\n{self.log_text()}")
+        self.complete("Hello")
+
+    def complete(self, prompt: str) -> Completion:
+        """Sixteen tokens at temperature 0."""
+        before = len(self.log_text())
+        body = {"model": self.model, "prompt": prompt, "max_tokens": 16, "temperature": 0.0}
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=ANSWER_TIMEOUT_S)
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        connection.close()
+        assert response.status == 200, answer
+        said = re.search(r"\[schedule\] .*prompt_tokens=(\d+) tokens_to_prefill=(\d+)", self.log_text()[before:])
+        assert said, self.log_text()
+        return Completion(json.loads(answer)["choices"][0]["text"], int(said[1]), int(said[2]))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained model."""
+    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Path) -> list[str]:
+    """Two prompts that share some 600 tokens."""
+    shared = load_tokenizer(model).decode(heldout_tokens()[:600])
+    return [shared + question for question in QUESTIONS]
+
+
+@pytest.fixture(scope="module")
+def cold(model: Path, prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[Completion]:
+    """The prompts as the stock server answers them, computing all of each."""
+    log_path = tmp_path_factory.mktemp("cold") / "cold.log"
+    with VllmServer(model, log_path, clean_environ(), STOCK, ("--disable-prefix-cache",)) as stock:
+        answers = [stock.complete(prompt) for prompt in prompts]
+    assert all(answer.prefilled_tokens == answer.prompt_tokens for answer in answers)
+    return answers
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+def test_what_one_server_prefilled_another_takes_from_the_store(
+    kind: str, model: Path, prompts: list[str], cold: list[Completion], tmp_path: Path
+) -> None:
+    """Two servers, then a new daemon and a new server; the texts are those of the stock server without a cache."""
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        one, other = (
+            VllmServer(model, tmp_path / f"{name}.log", daemon.environ(), WITH_STORE, FLAGS[kind])
+            for name in ("one", "other")
+        )
+        with one, other:
+            first = one.complete(prompts[0])
+            assert (first.text, first.prefilled_tokens) == (cold[0].text, first.prompt_tokens)
+            again = one.complete(prompts[0])
+            assert (again.text, again.prefilled_tokens) == (cold[0].text, 1), "from memory"
+            assert one.stop() == 0, one.log_text()
+            same = other.complete(prompts[0])
+            assert (same.text, same.prefilled_tokens) == (cold[0].text, 1)
+            daemon.kill()
+            daemon.start()
+            one.start()
+            branch = one.complete(prompts[1])
+            assert (branch.text, branch.prefilled_tokens < 20) == (cold[1].text, True)
+            assert "tokens from the store" in one.log_text() and "tokens from the store" in other.log_text()
+            assert one.stop() == other.stop() == 0, one.log_text() + other.log_text()
+
+
+def test_codes_and_plain_rows_are_not_mixed(model: Path, prompts: list[str], tmp_path: Path) -> None:
+    """A server that does not quantize takes nothing from one that does: those rows are not what it would compute."""
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        with VllmServer(model, tmp_path / "codes.log", daemon.environ(), WITH_STORE, FLAGS["quantized"]) as codes:
+            codes.complete(prompts[0])
+            assert codes.stop() == 0, codes.log_text()
+        assert daemon.blobs()
+        with VllmServer(model, tmp_path / "plain.log", daemon.environ(), WITH_STORE, ()) as plain:
+            answer = plain.complete(prompts[0])
+            assert answer.prefilled_tokens == answer.prompt_tokens
+
+
+# What a prompt of 300 tokens and six answered ones leave of a longer prompt to feed, and how much of it is found.
+# Where layers cannot be cut the scheduler keeps the state behind the first answered token; chunked windows it cannot
+# continue at all.
+FOUND = {"llama": 335, "qwen3_5": 301, "gemma3": 301, "gpt_oss": 301, "falcon_h1": 301, "llama4": 0}
+
+
+def answer(engine: scheduler.Scheduler, tokens: list[int], max_tokens: int) -> Request:
+    """One request, run to its end."""
+    request = Request(str(len(tokens)), tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+    engine.add_request(request)
+    while engine.has_requests():
+        engine.step()
+    return request
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_layers_of_every_kind_continue_as_cold(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory and, in a scheduler that has seen nothing, from the store; few tokens, which show a stale state."""
+    model, tokenizer = load(str(folder := write_tiny(tmp_path / name, name)))
+    cold = scheduler.Scheduler(model, tokenizer, scheduler.SchedulerConfig(enable_prefix_cache=False))
+    heldout = heldout_tokens()
+    said = answer(cold, heldout[:300], 6).output_token_ids
+    longer = [*heldout[:300], *said, *heldout[400:430]]
+    expected = answer(cold, longer, 4).output_token_ids
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        store, models = ModelStore(connect(daemon.listen), engine=engine_version("mlx-lm")), Models()
+        models.add(model, str(folder))
+        store.pin(str(folder))
+        store.digests.wait(folder, 30.0)
+        monkeypatch.setattr(
+            scheduler, "MemoryAwarePrefixCache", functools.partial(PrefixCache, store=store, models=models)
+        )
+        first, second = (
+            scheduler.Scheduler(model, tokenizer, scheduler.SchedulerConfig(enable_prefix_cache=True)) for _ in "ab"
+        )
+        assert answer(first, heldout[:300], 6).output_token_ids == said
+        warm = answer(first, longer, 4)
+        assert (warm.output_token_ids, warm.cached_tokens > 0) == (expected, FOUND[name] > 0), "from memory"
+        assert store.flush(30.0)
+        found = answer(second, longer, 4)
+        assert (found.output_token_ids, found.cached_tokens) == (expected, FOUND[name]), "from the store"
+        store.close()
