@@ -89,7 +89,6 @@ class Uploader:
         self._message = namespace_to_message(namespace)
         self._profile = profile
         self._path_usable = same_host
-        self._durable = True  # whether this daemon promises durability, as its last word said
         self._call: Any = None
         self._cancelled = False
 
@@ -122,7 +121,7 @@ class Uploader:
             self._hand_over(job, begun)
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
-            return StoreResult(begun.held_tokens, 0, reason, self._durable and reason is Reason.ALREADY_STORED)
+            return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
         job.release()
         return self._commit(begun.upload_id)
 
@@ -195,7 +194,6 @@ class Uploader:
             self._call = None
         if reply is None or not reply.done:
             raise KVStoreError("the daemon ended a store without its final word")
-        self._durable = reply.durable
         return StoreResult(reply.stored_tokens, reply.new_bytes, parse_reason(reply.reason), reply.durable)
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:

@@ -33,7 +33,6 @@ class Workers:
         self._read = ThreadPoolExecutor(READ_THREADS, "kvstore-read")
         self._write = ThreadPoolExecutor(1, "kvstore-write")
         self._admin = ThreadPoolExecutor(1, "kvstore-admin")
-        self._wait = ThreadPoolExecutor(READ_THREADS, "kvstore-wait")
 
     async def read(self, work: Callable[..., T], *args: object) -> T:
         """Run planning or reading."""
@@ -47,13 +46,9 @@ class Workers:
         """Run an admin verb, which may take long."""
         return await asyncio.get_running_loop().run_in_executor(self._admin, functools.partial(work, *args))
 
-    async def wait(self, work: Callable[..., T], *args: object) -> T:
-        """Run something that waits for another upload."""
-        return await asyncio.get_running_loop().run_in_executor(self._wait, functools.partial(work, *args))
-
     def close(self) -> None:
         """Let what runs finish, drop what waits."""
-        for pool in (self._write, self._read, self._admin, self._wait):
+        for pool in (self._write, self._read, self._admin):
             pool.shutdown(wait=True, cancel_futures=True)
 
 

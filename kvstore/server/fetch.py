@@ -180,7 +180,10 @@ class FetchPath:
 
 
 def first_unreadable(match: Match) -> tuple[int, Reason] | None:
-    """(start, reason) of the first block with a recipe or row that this build cannot read; None when all are fine."""
+    """(start, reason) of the first block with a recipe or row that this build cannot read; None when all are fine.
+
+    Of a checkpoint: the position before the last token that it stands for.
+    """
     for piece in match.slices:
         try:
             check_runs(piece.row.block.runs)
@@ -188,6 +191,11 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
             return piece.row.start, Reason.UNKNOWN_RECIPE
         except CorruptDataError:
             return piece.row.start, Reason.CORRUPT
+    if match.checkpoint is not None:
+        try:
+            _ = match.checkpoint.block
+        except CorruptDataError:
+            return match.n_tokens - 1, Reason.CORRUPT
     return None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kvstore.blocks import KEY_BYTES, LayerState, Reason
@@ -45,6 +46,11 @@ class KVStoreService(rpc.KVStoreServicer):
         self._same_host = same_host
         self._commits: set[asyncio.Task[Any]] = set()
 
+    @property
+    def _durable(self) -> bool:
+        """Whether what is committed survives what was promised; without syncs nothing is."""
+        return self._config.durability != "none"
+
     @unary
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
@@ -56,7 +62,15 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchReply]:
         self._counters.add("fetch")
         root = convert.root_from_message(request.namespace)
-        plan = await self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min)
+        planning = asyncio.ensure_future(
+            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min)
+        )
+        try:
+            plan = await asyncio.shield(planning)
+        except asyncio.CancelledError:
+            # The thread goes on and takes its lease, for nobody: give it back as soon as it is there.
+            planning.add_done_callback(give_back)
+            raise
         try:
             self._counters.fetched(plan.match.n_tokens, plan.match.reason)
             if plan.namespace is None:
@@ -120,7 +134,7 @@ class KVStoreService(rpc.KVStoreServicer):
         upload = plan.upload
         if upload is None:
             self._counters.stored(plan.reason)
-            return pb.BeginStoreReply(reason=plan.reason, held_tokens=plan.held_tokens)
+            return pb.BeginStoreReply(reason=plan.reason, held_tokens=plan.held_tokens, durable=self._durable)
         by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and upload.staging is not None
         return pb.BeginStoreReply(
             upload_id=upload.upload_id,
@@ -153,7 +167,7 @@ class KVStoreService(rpc.KVStoreServicer):
             return pb.UploadReply(received_bytes=received)
         finally:
             if upload is not None and not whole:
-                self._store.uploads.end(upload)
+                self._store.uploads.give_up(upload)
 
     @streaming
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
@@ -165,9 +179,16 @@ class KVStoreService(rpc.KVStoreServicer):
         yield pb.CommitStoreReply(reason=Reason.OK)
         yield await asyncio.shield(task)
 
+    async def _ended(self, upload_ids: Sequence[str]) -> None:
+        """Wait until those uploads ended, at most upload_idle_s. On the loop: threads that wait for a commit must not
+        be those that it needs."""
+        deadline = time.monotonic() + self._config.upload_idle_s
+        while self._store.uploads.any_listed(upload_ids) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
     async def _commit(self, upload: uploads.Upload) -> pb.CommitStoreReply:
         try:
-            await self._workers.wait(self._store.uploads.wait_for, upload.depends_on, self._config.upload_idle_s)
+            await self._ended(upload.depends_on)
             outcome = await self._workers.write(self._store.commit, upload)
         except BaseException:
             self._store.uploads.end(upload)
@@ -176,7 +197,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._counters.stored(outcome.reason)
         return pb.CommitStoreReply(
             done=True,
-            durable=self._config.durability != "none",
+            durable=self._durable,
             stored_tokens=outcome.stored_tokens,
             new_bytes=outcome.new_bytes,
             reason=outcome.reason,
@@ -201,6 +222,12 @@ class KVStoreService(rpc.KVStoreServicer):
         """Wait for commits that were accepted."""
         if self._commits:
             await asyncio.wait(self._commits, timeout=grace_s)
+
+
+def give_back(planning: asyncio.Future[FetchPlan]) -> None:
+    """Release a plan that nobody waits for any more."""
+    if not planning.cancelled() and planning.exception() is None:
+        planning.result().release()
 
 
 def store_request(message: pb.BeginStoreRequest) -> StoreRequest:

@@ -30,6 +30,7 @@ from kvstore.blocks import (
 from kvstore.codecs import device
 from kvstore.codecs.profiles import Profile, parse_profile
 from kvstore.codecs.runs import EncodedRun, encode_run, join_runs, load_run, narrow_run, payload_run
+from kvstore.codecs.states import check_state
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NewBlock
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError
@@ -103,11 +104,12 @@ class StorePath:
         floor = profile.fidelity if request.profile else FIDELITY_ANY
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
-        if held.n_tokens == n_tokens and not upload.states:
+        if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
             return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
         if upload.pieces and request.captured_from > upload.start:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
+        self._engine.touch(held.slices)
         if not self._open(upload):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
@@ -135,6 +137,11 @@ class StorePath:
             return
         if tuple(state.layer for state in request.states) != namespace.layout.exact_layers:
             raise InvalidRequestError("a checkpoint has every window and state layer of the layout, and no other")
+        try:
+            for state in request.states:
+                check_state(namespace.layout.layers[state.layer], state)
+        except CorruptDataError as error:
+            raise InvalidRequestError(f"states: {error}") from error
         nbytes = sum(state.nbytes for state in request.states)
         if nbytes > self._config.memory_bytes:
             raise LimitError(f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}")
@@ -153,7 +160,8 @@ class StorePath:
         start = min(first * BLOCK_TOKENS + sum(piece.take for piece in spliced), n_tokens)
         checkpoint = checkpoint_place(request.root, request.tokens, keys)
         known = self._engine.checkpoint_at(request.root, request.tokens)
-        held_states = (known is not None and known.fidelity >= floor) or self.uploads.is_receiving(checkpoint.key)
+        sender = self.uploads.sender_of(checkpoint.key, floor) if request.states else None
+        held_states = known is not None and known.fidelity >= floor
         return Upload(
             namespace=namespace,
             namespace_record=namespace.to_record(),
@@ -161,12 +169,13 @@ class StorePath:
             keys=tuple(keys),
             profile=profile,
             profile_named=bool(request.profile),
-            restored_fidelity=request.restored_fidelity or FIDELITY_EXACT,
+            restored_fidelity=restored_fidelity(request),
             first_block=first,
             spliced=spliced,
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
-            states=() if held_states else request.states,
-            depends_on=depends_on,
+            states=() if held_states or sender else request.states,
+            depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
+            awaits_checkpoint=not held_states and sender is not None,
         )
 
     def _open(self, upload: Upload) -> bool:
@@ -214,6 +223,10 @@ class StorePath:
             self._engine.touch(after.parts)
             if after.n_tokens < upload.n_tokens and reason is Reason.OK:
                 reason = Reason.DEPENDENCY_LOST
+            if upload.awaits_checkpoint and reason is Reason.OK:
+                row = self._engine.checkpoint_at(root, upload.tokens)
+                if row is None or row.fidelity < floor:
+                    reason = Reason.DEPENDENCY_LOST
             self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
             return StoreOutcome(after.n_tokens, new_bytes, reason)
         finally:
@@ -239,6 +252,8 @@ class StorePath:
         root = upload.namespace.root
         parent = upload.keys[upload.first_block - 1] if upload.first_block else root
         quantize = upload.n_tokens >= self._config.min_quantize_tokens and upload.profile.fidelity < FIDELITY_EXACT
+        # What was computed after restored tokens, or stands after spliced ones, is no better than these.
+        fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         offset = 0
         blocks = range(upload.first_block, len(upload.keys)) if upload.pieces else ()
         for index in blocks:
@@ -329,6 +344,11 @@ class StorePath:
                     ).result()
             joined = join_runs(joined)
         return joined
+
+
+def restored_fidelity(request: StoreRequest) -> int:
+    """The rank of what the worker restored, and so at best that of all it computed after it."""
+    return (request.restored_fidelity or FIDELITY_EXACT) if request.restored_tokens else FIDELITY_EXACT
 
 
 def is_first_hand(run: Run) -> bool:

@@ -33,6 +33,7 @@ class Upload:
     pieces: tuple[Piece, ...]  # what the worker hands over, in order
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
+    awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
     committing: bool = False
@@ -45,6 +46,11 @@ class Upload:
     def layout(self) -> Layout:
         """The namespace's layout."""
         return self.namespace.layout
+
+    @property
+    def fidelity(self) -> int:
+        """At most this comes of it."""
+        return min(self.profile.fidelity, self.restored_fidelity)
 
     @property
     def n_tokens(self) -> int:
@@ -123,8 +129,8 @@ class Uploads:
         """The upload, marked as committing; a second claim is a NotFoundError."""
         upload = self.get(upload_id)
         with self._lock:
-            if upload.committing:
-                raise NotFoundError("the upload is being committed already")
+            if upload.committing or upload_id not in self._by_id:
+                raise NotFoundError("the upload is being committed already, or was given up")
             upload.committing = True
         return upload
 
@@ -133,35 +139,45 @@ class Uploads:
         ids: list[str] = []
         with self._lock:
             while first < len(keys) and (upload_id := self._by_key.get(keys[first])) is not None:
-                if self._by_id[upload_id].profile.fidelity < fidelity_min:
+                if self._by_id[upload_id].fidelity < fidelity_min:
                     break
                 if upload_id not in ids:
                     ids.append(upload_id)
                 first += 1
         return first, tuple(ids)
 
-    def is_receiving(self, key: bytes) -> bool:
-        """Whether somebody is sending what has this key."""
+    def sender_of(self, key: bytes, fidelity_min: int) -> str | None:
+        """The upload that brings what has this key, if it will be of `fidelity_min`."""
         with self._lock:
-            return key in self._by_key
+            upload_id = self._by_key.get(key)
+            return upload_id if upload_id and self._by_id[upload_id].fidelity >= fidelity_min else None
 
-    def wait_for(self, upload_ids: tuple[str, ...], timeout_s: float) -> None:
-        """Block until those uploads ended, one way or the other, at most `timeout_s` in all."""
-        deadline = time.monotonic() + timeout_s
-        for upload_id in upload_ids:
-            with self._lock:
-                upload = self._by_id.get(upload_id)
-            if upload is not None:
-                upload.ended.wait(max(0.0, deadline - time.monotonic()))
+    def any_listed(self, upload_ids: Sequence[str]) -> bool:
+        """Whether any of those uploads is still under way."""
+        with self._lock:
+            return any(upload_id in self._by_id for upload_id in upload_ids)
+
+    def give_up(self, upload: Upload) -> None:
+        """End the upload unless its commit has begun: then it is the commit's."""
+        with self._lock:
+            if upload.committing or self._by_id.get(upload.upload_id) is not upload:
+                return
+            self._unlist(upload)
+        upload.release()
+        upload.ended.set()
+
+    def _unlist(self, upload: Upload) -> bool:
+        """Off the table; whether it was on it. Hold the lock."""
+        for key in upload.new_keys:
+            if self._by_key.get(key) == upload.upload_id:
+                del self._by_key[key]
+        return self._by_id.pop(upload.upload_id, None) is not None
 
     def end(self, upload: Upload) -> None:
         """Take the upload off the table and free all that it held. Safe to call twice."""
         with self._lock:
-            listed = self._by_id.pop(upload.upload_id, None)
-            for key in upload.new_keys:
-                if self._by_key.get(key) == upload.upload_id:
-                    del self._by_key[key]
-        if listed is not None:
+            listed = self._unlist(upload)
+        if listed:
             upload.release()
             upload.ended.set()
 
@@ -169,8 +185,11 @@ class Uploads:
         """End and return uploads in which nothing moved for `idle_s`."""
         with self._lock:
             dead = [upload for upload in self._by_id.values() if not upload.alive(idle_s)]
+            for upload in dead:
+                self._unlist(upload)
         for upload in dead:
-            self.end(upload)
+            upload.release()
+            upload.ended.set()
         return dead
 
     def end_all(self) -> None:

@@ -297,6 +297,8 @@ def main(as_json: bool, profile_name: str, dtype: str, names: tuple[str, ...]) -
     profile = parse_profile(profile_name)
     mx.disable_compile()  # of what it would save, a minute goes into g++
     chosen = [subject for subject in subjects(dtype) if not names or subject.name in names]
+    if len(chosen) < len(set(names)):
+        raise click.UsageError(f"no such model among {', '.join(subject.name for subject in subjects(dtype))}")
     rows = []
     for number, subject in enumerate(chosen, start=1):
         click.echo(f"[{number}/{len(chosen)}] {subject.name}", err=True)

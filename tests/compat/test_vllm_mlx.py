@@ -147,9 +147,9 @@ def test_codes_and_plain_rows_are_not_mixed(model: Path, prompts: list[str], tmp
             assert answer.prefilled_tokens == answer.prompt_tokens
 
 
-# What a prompt of 300 tokens and six answered ones leave of a longer prompt to feed, and how much of it is found.
-# Where layers cannot be cut the scheduler keeps the state behind the first answered token; chunked windows it cannot
-# continue at all.
+# How much of a prompt of 336 tokens is found whose first 306 are an earlier prompt and its answer, and which was asked
+# before. Where layers cannot be cut the scheduler keeps one state, behind the first token of an answer; chunked windows
+# it cannot continue at all.
 FOUND = {"llama": 335, "qwen3_5": 301, "gemma3": 301, "gpt_oss": 301, "falcon_h1": 301, "llama4": 0}
 
 

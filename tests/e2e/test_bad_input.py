@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -360,14 +361,17 @@ def test_a_staging_file_that_is_not_the_daemons_own_is_not_read(peer: Peer, tmp_
 def test_an_upload_cancelled_halfway_leaves_nothing(peer: Peer, daemon: DaemonProcess) -> None:
     """The worker went away; so does its file, at once."""
     reply = peer.begin()
+    called = threading.Event()  # gRPC asks for chunks before it hands out the call
 
     def half() -> Iterator[pb.UploadChunk]:
         yield pb.UploadChunk(upload_id=reply.upload_id, data=bytes(10_000))
         wait_until(lambda: any(path.stat().st_size == 10_000 for path in daemon.files("staging")))
+        called.wait(10)
         call.cancel()
         wait_until(lambda: not daemon.files("staging"))
 
     call = peer.kvstore.Upload.future(half())
+    called.set()
     with pytest.raises(grpc.FutureCancelledError):
         call.result()
     wait_until(lambda: not daemon.files("staging"))

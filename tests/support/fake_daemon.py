@@ -316,7 +316,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
         wants_states = bool(request.states) and request.tokens not in self.known_checkpoints
         if held == n_tokens and not wants_states:
-            return pb.BeginStoreReply(reason="already_stored", held_tokens=held)
+            return pb.BeginStoreReply(reason="already_stored", held_tokens=held, durable=True)
         if request.captured_from > held:  # never so when everything is held
             return pb.BeginStoreReply(reason="not_captured", held_tokens=held)
         if self._fault("below_threshold"):

@@ -162,7 +162,7 @@ class BeginStoreRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
-    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states")
+    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states", "durable")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class BeginStoreReply(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WANTS_STATES_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     start: int
     end: int
@@ -179,7 +180,8 @@ class BeginStoreReply(_message.Message):
     reason: str
     held_tokens: int
     wants_states: bool
-    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ...) -> None: ...
+    durable: bool
+    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ..., durable: bool = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("upload_id", "data")

@@ -1,0 +1,92 @@
+"""Calls that end, or wait for each other, while the daemon is at work on them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from kvstore.blocks import pack_tokens
+from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support.daemon import DaemonProcess
+from tests.support.servers import wait_until
+from tests.support.sessions import client_of, patient
+from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=1, heads=1)
+NAMESPACE = make_namespace(LAYOUT)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon that gives uploads long enough that a test sees who waits for them."""
+    with DaemonProcess(tmp_path / "data", durability="none", upload_idle_s=60) as running:
+        yield running
+
+
+def test_a_fetch_given_up_while_it_is_planned_keeps_no_files(daemon: DaemonProcess) -> None:
+    """Its lease is taken all the same, and must be given back: an eviction shows it."""
+    tokens = list(range(5000, 17000))
+    chance = random.Random(1)
+    with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
+        stored = patient(client, NAMESPACE, "raw").store(tokens, make_layers(LAYOUT, tokens), wait=True)
+        assert stored.stored_tokens == len(tokens)
+        request = pb.FetchRequest(
+            namespace=namespace_to_message(NAMESPACE),
+            tokens=pack_tokens([*tokens, 1]),
+            transport=pb.TRANSPORT_PATH,
+        )
+        given_up = 0
+        for _ in range(150):
+            try:
+                next(rpc.KVStoreStub(channel).Fetch(request, timeout=chance.uniform(0.0005, 0.012)))
+            except grpc.RpcError:
+                given_up += 1
+        assert given_up, "no fetch was given up: the test shows nothing"
+        client.evict(all=True)
+        wait_until(lambda: not daemon.blobs(), 10.0, lambda: f"{len(daemon.blobs())} blobs stay on disk")
+
+
+def test_many_who_wait_for_one_store_do_not_keep_it_from_ending(daemon: DaemonProcess) -> None:
+    """Their commits come first; the one that they wait for needs a thread as well."""
+    base = list(range(5000, 5512))
+    with grpc.insecure_channel(daemon.listen) as channel:
+        stub = rpc.KVStoreStub(channel)
+        plans = [begin(stub, base), *(begin(stub, base + [number] * 50) for number in range(1, 8))]
+        assert [plan.start for plan in plans] == [0] + [512] * 7
+        ended: dict[int, pb.CommitStoreReply] = {}
+
+        def commit(number: int) -> None:
+            with contextlib.suppress(grpc.RpcError):
+                *_, ended[number] = stub.CommitStore(
+                    pb.CommitStoreRequest(upload_id=plans[number].upload_id), timeout=30
+                )
+
+        waiting = [threading.Thread(target=commit, args=(number,)) for number in range(1, 8)]
+        for thread in waiting:
+            thread.start()
+        commit(0)
+        for thread in waiting:
+            thread.join()
+    assert [ended[number].stored_tokens for number in sorted(ended)] == [512] + [562] * 7
+
+
+def begin(stub: rpc.KVStoreStub, tokens: list[int]) -> pb.BeginStoreReply:
+    """Plan a store and hand over what it wants."""
+    reply: pb.BeginStoreReply = stub.BeginStore(
+        pb.BeginStoreRequest(
+            namespace=namespace_to_message(NAMESPACE),
+            layout=LAYOUT.record,
+            tokens=pack_tokens(tokens),
+            transport=pb.TRANSPORT_PATH,
+        )
+    )
+    Path(reply.staging_path).write_bytes(bytes(reply.upload_bytes))
+    return reply

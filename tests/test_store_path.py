@@ -1,0 +1,156 @@
+"""The STORE path inside the daemon: what a block may claim to be, and uploads that get in each other's way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.codecs.device import Capture
+from kvstore.config import Config
+from kvstore.engine import Engine, EngineOptions
+from kvstore.errors import NotFoundError
+from kvstore.layers import KVLayer
+from kvstore.server.fetch import FetchPath
+from kvstore.server.lane import Lane
+from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=1, heads=1)
+NAMESPACE = make_namespace(LAYOUT)
+TOKENS = list(range(1000, 1600))
+AFFINE4 = 400
+
+
+class Rig:
+    """Engine, lane and the two paths, without RPC."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.config = Config(data_dir=folder, min_prefix_tokens=1, **settings)  # type: ignore[arg-type]
+        self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
+        self.lane = Lane()
+        self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)
+        self.fetch = FetchPath(self.engine, self.lane, self.config)
+
+    def begin(self, tokens: list[int], profile: str = "", restored: int = 0, fidelity: int = 0) -> StorePlan:
+        """Plan a store of which everything was captured."""
+        request = StoreRequest(
+            NAMESPACE.root, NAMESPACE.info, pack_tokens(tokens), 0, restored, fidelity, profile, states=()
+        )
+        return self.path.begin(request)
+
+    def hand_over(self, plan: StorePlan, layers: list[KVLayer]) -> None:
+        """Write what the plan wants into its staging file."""
+        assert plan.upload is not None
+        upload = plan.upload
+        assert upload.staging is not None
+        capture = Capture(layers, upload.start, upload.n_tokens)
+        views = [view for piece in upload.pieces for view in capture.piece_views(LAYOUT, piece)]
+        upload.staging.path.write_bytes(b"".join(views))
+
+    def store(self, tokens: list[int], wrong_from: int | None = None, **details: object) -> StoreOutcome:
+        """A whole store; rows from `wrong_from` on are those of a model that read a lossy prefix."""
+        plan = self.begin(tokens, **details)  # type: ignore[arg-type]
+        assert plan.upload is not None, plan
+        self.hand_over(plan, shifted(make_layers(LAYOUT, tokens), wrong_from))
+        return self.path.commit(plan.upload)
+
+    def exact_tokens(self, tokens: list[int]) -> int:
+        """How many leading tokens a session that takes exact data only is given."""
+        return self.fetch.match(NAMESPACE.root, pack_tokens([*tokens, 0]), FIDELITY_EXACT).n_tokens
+
+    def close(self) -> None:
+        """Stop."""
+        self.lane.close()
+        self.engine.close()
+
+
+def shifted(layers: list[KVLayer], wrong_from: int | None) -> list[KVLayer]:
+    """The layers with other values from a position on."""
+    if wrong_from is None:
+        return layers
+
+    def shift(array: mx.array) -> mx.array:
+        late = mx.arange(array.shape[2])[None, None, :, None] >= wrong_from
+        return mx.where(late, array + 1.0, array).astype(array.dtype)
+
+    return [replace(one, keys=(shift(one.keys[0]),), values=(shift(one.values[0]),)) for one in layers]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """A daemon's inside that keeps short sequences raw, so that only their origin tells what they are worth."""
+    made = Rig(tmp_path / "data", min_quantize_tokens=500)
+    yield made
+    made.close()
+
+
+def test_what_was_computed_after_restored_tokens_is_no_better_than_they(rig: Rig) -> None:
+    """Although the blocks of these tokens were stored exactly by somebody else meanwhile."""
+    prefix = TOKENS[:256]
+    rig.path._config = replace(rig.config, min_quantize_tokens=1)
+    rig.store(prefix, profile="affine4")
+    rig.path._config = rig.config
+    rig.store(prefix, profile="raw")
+    assert rig.exact_tokens(prefix) == 256
+    rig.store(TOKENS[:300], wrong_from=256, restored=256, fidelity=AFFINE4)
+    assert rig.exact_tokens(TOKENS[:300]) == 256
+
+
+def test_extending_a_tail_does_not_forget_what_it_was_computed_from(rig: Rig) -> None:
+    """The runs of a raw tail are exact; the lossy blocks before it, since replaced, were not."""
+    rig.path._config = replace(rig.config, min_quantize_tokens=1)
+    rig.store(TOKENS[:256], profile="affine4")
+    rig.path._config = rig.config
+    rig.store(TOKENS[:300], wrong_from=256, restored=256, fidelity=AFFINE4)
+    rig.store(TOKENS[:256], profile="raw")
+    rig.store(TOKENS[:310])
+    assert rig.exact_tokens(TOKENS[:310]) == 256
+
+
+def test_a_session_does_not_wait_for_what_will_not_be_good_enough(rig: Rig) -> None:
+    """Another worker sends the same tokens, computed after a lossy prefix."""
+    lossy = rig.begin(TOKENS[:400], profile="raw", restored=100, fidelity=AFFINE4)
+    mine = rig.begin(TOKENS[:400], profile="raw")
+    assert lossy.upload is not None
+    assert mine.upload is not None
+    assert mine.upload.depends_on == ()
+    assert mine.upload.start == 0
+
+
+def test_planning_an_extension_does_not_evict_what_it_extends(tmp_path: Path) -> None:
+    """The prefix is the least recently used of a full store."""
+    rig = Rig(tmp_path / "data", profile="raw")
+    rig.store(TOKENS[:512])
+    for number in range(4):
+        rig.store([number] * 512)
+    rig.engine.limit(rig.engine.used_bytes + 4096, 0)
+    assert rig.store(TOKENS[:600]).stored_tokens == 600
+    rig.close()
+
+
+def test_a_commit_that_has_begun_is_nobody_elses_to_end(rig: Rig) -> None:
+    """Neither a late chunk's handler nor the reaper takes the staging file away from under it."""
+    plan = rig.begin(TOKENS[:300])
+    assert plan.upload is not None
+    rig.hand_over(plan, make_layers(LAYOUT, TOKENS[:300]))
+    upload = rig.path.uploads.claim(plan.upload.upload_id)
+    rig.path.uploads.give_up(upload)
+    assert rig.path.uploads.reap(0.0) == []
+    outcome = rig.path.commit(upload)
+    assert (outcome.stored_tokens, outcome.reason) == (300, Reason.OK)
+
+
+def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
+    """And leaves nothing."""
+    plan = rig.begin(TOKENS[:300])
+    assert plan.upload is not None
+    plan.upload.touched_s -= 100
+    assert rig.path.uploads.reap(10.0) == [plan.upload]
+    with pytest.raises(NotFoundError):
+        rig.path.uploads.claim(plan.upload.upload_id)
+    assert list(rig.engine.staging_dir.iterdir()) == []
