@@ -49,6 +49,7 @@ class AdminService(rpc.AdminServicer):
             version=__version__,
             state=self._state(),
             device=self._device() if self._lane.used else "idle",
+            profile=self._store.profile.name,
             tokens_stored=self._store.tokens_stored,
         )
 
@@ -57,7 +58,7 @@ class AdminService(rpc.AdminServicer):
         limit = min(request.limit or LIST_MAX, LIST_MAX)
         if not request.namespace_prefix:
             stats = await self._workers.admin(self._engine.stats)
-            rows = [namespace_message(one) for one in stats.namespaces]
+            rows = [namespace_message(one, self._store.profile.name) for one in stats.namespaces]
             return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
         found = await self._workers.admin(self._engine.list_blocks, request.namespace_prefix, limit + 1)
         blocks = [block_message(info) for info in found[:limit]]

@@ -42,7 +42,9 @@ class Counters:
             with self._lock:
                 self._store_reasons[reason.value] += 1
 
-    def reply(self, engine: Engine, *, version: str, state: str, device: str, tokens_stored: int) -> pb.StatsReply:
+    def reply(
+        self, engine: Engine, *, version: str, state: str, device: str, profile: str, tokens_stored: int
+    ) -> pb.StatsReply:
         """The Stats reply. Reads the index: call it on a worker thread."""
         disk = engine.stats()
         with self._lock:
@@ -84,12 +86,12 @@ class Counters:
                 written=disk.written_bytes,
                 served=get("bytes_served", 0),
             ),
-            namespaces=[namespace_message(one) for one in disk.namespaces],
+            namespaces=[namespace_message(one, profile) for one in disk.namespaces],
         )
 
 
-def namespace_message(one: NamespaceUsage) -> pb.NamespaceStats:
-    """One namespace's row."""
+def namespace_message(one: NamespaceUsage, profile: str) -> pb.NamespaceStats:
+    """One namespace's row; `profile`: how KV that comes in now is kept."""
     return pb.NamespaceStats(
         id=one.info.root,
         alias=one.info.alias,
@@ -102,4 +104,5 @@ def namespace_message(one: NamespaceUsage) -> pb.NamespaceStats:
         layers=len(one.info.layout.layers),
         checkpoints=one.checkpoints,
         checkpoint_bytes=one.checkpoint_bytes,
+        profile=profile,
     )

@@ -82,7 +82,7 @@ class StorePath:
         self._lane = lane
         self._config = config
         self._staging_dir = staging_dir
-        self._profile = parse_profile(config.profile)
+        self.profile = parse_profile(config.profile)
         self.uploads = Uploads(config.uploads_max)
         self.tokens_stored = 0
 
@@ -100,7 +100,7 @@ class StorePath:
         self._check_states(request, namespace)
         if n_tokens < self._config.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
-        profile = parse_profile(request.profile) if request.profile else self._profile
+        profile = parse_profile(request.profile) if request.profile else self.profile
         floor = profile.fidelity if request.profile else FIDELITY_ANY
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
