@@ -377,7 +377,8 @@ def test_a_hung_daemon_costs_a_few_deadlines_and_then_nothing(rig: Rig) -> None:
         for number in range(8):
             messages = short_chat(f"{number} hanging")
             check_not_delayed(rig, rig.a.chat(messages, **OPTIONS), messages, **OPTIONS)
-        assert 3 <= failed() - before < 7
+        # Three failures open the circuit, and those of stores in the background count too.
+        assert 1 <= failed() - before < 7
     finally:
         rig.daemon.signal(signal.SIGCONT)
     rig.wait_recovered()
