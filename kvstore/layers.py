@@ -20,7 +20,7 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, Tensor
+from kvstore.blocks import BLOCK_TOKENS, RAW, Stack, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.records import unpack_record
 
@@ -262,11 +262,6 @@ def raw_ranges(layout: Layout, n_tokens: int) -> Iterator[tuple[Stack, Tensor, i
             for layer in stack.layers:
                 yield stack, tensor, layer, offset, length
                 offset += length
-
-
-def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element."""
-    return ITEM_BYTES[dtype]
 
 
 @dataclass(frozen=True, slots=True)

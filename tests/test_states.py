@@ -235,7 +235,7 @@ def test_damage_to_any_array_is_found(name: str, damage: str) -> None:
     else:
         data[at : at + nbytes] = other[at : at + nbytes]
     if data == payload:  # two booleans, or an array that was zero
-        pytest.skip("no difference")
+        return
     with pytest.raises(BlockCorruptError) as caught:
         assemble_state(LAYOUT, state, 50, SOURCE, payload_reader(states, bytes(data)))
     assert caught.value.source == SOURCE

@@ -154,3 +154,16 @@ def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
     with pytest.raises(NotFoundError):
         rig.path.uploads.claim(plan.upload.upload_id)
     assert list(rig.engine.staging_dir.iterdir()) == []
+
+
+def test_stopping_leaves_a_running_commit_its_bytes(rig: Rig) -> None:
+    """What was accepted goes through; everything else is given up."""
+    accepted, idle = rig.begin(TOKENS[:300]), rig.begin([7] * 300)
+    assert accepted.upload is not None
+    rig.hand_over(accepted, make_layers(LAYOUT, TOKENS[:300]))
+    upload = rig.path.uploads.claim(accepted.upload.upload_id)
+    rig.path.uploads.end_all()
+    assert idle.upload is not None
+    assert [path.name for path in rig.engine.staging_dir.iterdir()] == [upload.upload_id]
+    assert rig.path.commit(upload).stored_tokens == 300
+    assert list(rig.engine.staging_dir.iterdir()) == []

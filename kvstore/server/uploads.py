@@ -39,7 +39,6 @@ class Upload:
     committing: bool = False
     touched_s: float = field(default_factory=time.monotonic)
     seen_bytes: int = 0
-    ended: threading.Event = field(default_factory=threading.Event)
     release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
 
     @property
@@ -164,7 +163,6 @@ class Uploads:
                 return
             self._unlist(upload)
         upload.release()
-        upload.ended.set()
 
     def _unlist(self, upload: Upload) -> bool:
         """Off the table; whether it was on it. Hold the lock."""
@@ -179,7 +177,6 @@ class Uploads:
             listed = self._unlist(upload)
         if listed:
             upload.release()
-            upload.ended.set()
 
     def reap(self, idle_s: float) -> list[Upload]:
         """End and return uploads in which nothing moved for `idle_s`."""
@@ -189,15 +186,14 @@ class Uploads:
                 self._unlist(upload)
         for upload in dead:
             upload.release()
-            upload.ended.set()
         return dead
 
     def end_all(self) -> None:
-        """End everything, at shutdown."""
+        """Give up everything, at shutdown. A commit that is still running ends its upload itself."""
         with self._lock:
             uploads = list(self._by_id.values())
         for upload in uploads:
-            self.end(upload)
+            self.give_up(upload)
 
 
 @dataclass(frozen=True, slots=True)
