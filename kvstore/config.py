@@ -9,161 +9,25 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import ipaddress
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import platformdirs
 
+from kvstore import values
 from kvstore.errors import ConfigError
+from kvstore.values import GB, MIB, SOCKET_PATH_BYTES_MAX, Address, parse_address, parse_size
+
+__all__ = ["KEYS", "SOCKET_PATH_BYTES_MAX", "Address", "Config", "load_config", "parse_address", "parse_size"]
 
 ENV_PREFIX = "KVSTORE_"
 ENV_CONFIG = "KVSTORE_CONFIG"
-
-# sun_path has 104 bytes on macOS (108 on Linux), one of them the closing NUL. The smaller limit holds everywhere, so
-# that a configuration that works on one machine works on the other.
-SOCKET_PATH_BYTES_MAX = 103
-
-GB = 1000**3
-MIB = 1 << 20
 TOKEN_BYTES = 8
-
-_SIZE_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
-}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-_WHOLE_MAX = 1 << 62
-
-
-def parse_size(value: object) -> int:
-    """Bytes from an int or a text such as `10GB` (10^9), `512MiB` (2^20), `1.5 GiB`; ValueError says what is wrong."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return _in_range(value, 0)
-    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
-    unit = _SIZE_UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise ValueError("not a size; write bytes as a number, or 10GB, 512MiB")
-    return _in_range(int(Decimal(match[1]) * unit), 0)
-
-
-def _size(minimum: int = 0) -> Callable[[object], int]:
-    return lambda value: _in_range(parse_size(value), minimum)
-
-
-def _whole(minimum: int) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}", value.strip()):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError("not a whole number")
-        return _in_range(value, minimum)
-
-    return parse
-
-
-def _in_range(value: int, minimum: int) -> int:
-    if value < minimum:
-        raise ValueError("must not be negative" if minimum == 0 else f"must be at least {minimum}")
-    if value >= _WHOLE_MAX:
-        raise ValueError("too large")
-    return value
-
-
-def _choice(*names: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return str(value)
-
-    return parse
-
-
-def _profile(value: object) -> str:
-    # The grammar only. Codecs know the names, and they import MLX, which `kvstore stats` must not wait for.
-    if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9]+(?:[-_.:,=/][a-z0-9]+)*", value):
-        raise ValueError("not a profile name, such as raw, affine8 or affine4-g32")
-    return value
-
-
-def _switch(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    text = value.strip().lower() if isinstance(value, str) else ""
-    if text not in ("true", "false", "1", "0"):
-        raise ValueError("must be true or false")
-    return text in ("true", "1")
-
-
-def _directory(value: object) -> Path:
-    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
-        raise ValueError("not a path")
-    return Path(_absolute(str(value)))
-
-
-def _absolute(text: str) -> str:
-    path = os.path.expanduser(text)  # falls back to the password database, since launchd and systemd may set no HOME
-    if not os.path.isabs(path):
-        home = path.startswith("~")
-        raise ValueError("this user has no home directory; set an absolute path" if home else "must be absolute")
-    return os.path.normpath(path)
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where the daemon listens: a unix socket (`path`), or TCP (`host`, `port`)."""
-
-    path: str = ""
-    host: str = ""
-    port: int = 0
-
-    @property
-    def target(self) -> str:
-        """The form that gRPC takes, for servers and channels alike."""
-        if self.path:
-            return f"unix:{self.path}"
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only processes of this host can reach it."""
-        if self.path or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-
-def parse_address(value: object) -> Address:
-    """`unix:/path`, `host:port` or `[v6]:port`; ValueError names the cause and the fix."""
-    if not isinstance(value, str):
-        raise ValueError("not an address; write unix:/path or host:port")
-    if value.startswith("unix:"):
-        path = _absolute(re.sub(r"^//+", "/", value.removeprefix("unix:")))
-        size = len(os.fsencode(path))
-        if "\0" in path or size > SOCKET_PATH_BYTES_MAX:
-            raise ValueError(
-                f"the socket path has {size} bytes, more than the {SOCKET_PATH_BYTES_MAX} that macOS can take; "
-                "choose a shorter one, such as unix:~/.kvstore/kvstore.sock"
-            )
-        return Address(path=path)
-    match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9.-]+)):([0-9]{1,5})", value)
-    if match is None or not 0 < int(match[3]) < 65536:
-        raise ValueError("not an address; write unix:/path or host:port")
-    return Address(host=match[1] or match[2], port=int(match[3]))
-
-
-def _listen(value: object) -> str:
-    return parse_address(value).target
 
 
 def _key(parse: Callable[[object], Any], help: str, unit: str = "", **default: Any) -> Any:
@@ -183,91 +47,104 @@ class Config:
     """
 
     data_dir: Path = _key(
-        _directory,
+        values.directory,
         "Directory of the store: blobs, index, staging. On macOS Application Support, elsewhere ~/.local/share.",
         "path",
         default_factory=_default_data_dir,
     )
     listen: str = _key(
-        _listen,
+        values.listen,
         "Where the daemon listens and clients connect: unix:/path, or host:port on a loopback address.",
         "address",
         default="unix:~/.kvstore/kvstore.sock",
     )
     insecure_tcp: bool = _key(
-        _switch,
+        values.switch,
         "Allow plain TCP beyond this host. Prompts and KV travel unencrypted, and anyone who connects can read them.",
         "switch",
         default=False,
     )
     budget_bytes: int = _key(
-        _size(),
+        values.size(),
         "Most bytes on disk for everything in data_dir. 0: the lesser of 100 GB and 15 % of what is free.",
         "size",
         default=0,
     )
     free_floor_bytes: int = _key(
-        _size(),
+        values.size(),
         "Free bytes to leave on the volume; below it nothing is written. 0: the greater of 20 GB and 5 % of it.",
         "size",
         default=0,
     )
     memory_bytes: int = _key(
-        _size(MIB),
+        values.size(MIB),
         "Most bytes in queues and buffers of one process, daemon or worker.",
         "size",
         default=512 * MIB,
     )
     gpu_memory_bytes: int = _key(
-        _size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
+        values.size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
     )
     durability: str = _key(
-        _choice("commit", "full", "none"),
+        values.choice("commit", "full", "none"),
         "commit: synced to the file system. full: the drive is flushed too. none: no syncs, rebuilt after a crash.",
         "choice",
         default="commit",
     )
     profile: str = _key(
-        _profile,
+        values.profile,
         "How KV is kept: raw, or affine8, affine4 ... with an optional group size, as in affine8-g32.",
         "profile",
         default="affine8",
     )
     min_quantize_tokens: int = _key(
-        _whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
+        values.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
     )
     min_prefix_tokens: int = _key(
-        _whole(1), "A shorter common prefix is a miss: fetching it costs more than it saves.", "tokens", default=32
+        values.whole(1),
+        "A shorter common prefix is a miss: fetching it costs more than it saves.",
+        "tokens",
+        default=32,
     )
-    lease_s: int = _key(_whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30)
+    lease_s: int = _key(
+        values.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
+    )
     upload_idle_s: int = _key(
-        _whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
+        values.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
     )
     fetch_connect_ms: int = _key(
-        _whole(1), "A worker's fetch gives up when there is no connection after this.", "milliseconds", default=50
+        values.whole(1), "A worker's fetch gives up when there is no connection after this.", "milliseconds", default=50
     )
     fetch_stall_ms: int = _key(
-        _whole(1), "A worker's fetch gives up when no bytes arrive for this long.", "milliseconds", default=500
+        values.whole(1), "A worker's fetch gives up when no bytes arrive for this long.", "milliseconds", default=500
     )
     fetch_total_ms: int = _key(
-        _whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
+        values.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
     )
     checkpoints_max: int = _key(
-        _whole(1),
+        values.whole(1),
         "Most checkpoints kept along one sequence, for models with sliding-window or recurrent layers.",
         "count",
         default=8,
     )
     checkpoint_share_percent: int = _key(
-        _whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
+        values.whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
     )
-    message_bytes_max: int = _key(_size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB)
+    message_bytes_max: int = _key(
+        values.size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB
+    )
     tokens_max: int = _key(
-        _whole(1), "Longest sequence; its token ids (8 bytes each) must fit in a message.", "tokens", default=4 * MIB
+        values.whole(1),
+        "Longest sequence; its token ids (8 bytes each) must fit in a message.",
+        "tokens",
+        default=4 * MIB,
     )
-    uploads_max: int = _key(_whole(1), "Most uploads open at once, all workers together.", "count", default=64)
+    uploads_max: int = _key(values.whole(1), "Most uploads open at once, all workers together.", "count", default=64)
     log_level: str = _key(
-        _choice("debug", "info", "warning", "error"), "Least level that the daemon logs.", "choice", default="info"
+        values.choice("debug", "info", "warning", "error"),
+        "Least level that the daemon logs.",
+        "choice",
+        default="info",
     )
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -317,7 +194,7 @@ def load_config(
     environ = os.environ if environ is None else environ
     path = config_path or environ.get(ENV_CONFIG)
     file = Path(os.path.expanduser(path)) if path else default_config_path(environ)
-    values: dict[str, object] = {}
+    chosen: dict[str, object] = {}
     sources: dict[str, str] = {}
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     for found, place in (
@@ -327,9 +204,9 @@ def load_config(
     ):
         for key, value in found.items():
             _known(key, place(key))
-            values[key] = _parsed(key, value, place(key))
+            chosen[key] = _parsed(key, value, place(key))
             sources[key] = place(key)
-    return Config(**values, sources=sources)  # type: ignore[arg-type]  # parsed by key just above
+    return Config(**chosen, sources=sources)  # type: ignore[arg-type]  # parsed by key just above
 
 
 def default_config_path(environ: Mapping[str, str] | None = None) -> Path:
