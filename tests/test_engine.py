@@ -362,9 +362,9 @@ def test_an_index_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(300)))
         with engine._state.index.edit() as edit:
-            edit.set_meta("version", 2)
+            edit.set_meta("version", 3)
     files = blob_paths(tmp_path / "data")
-    with pytest.raises(UnknownFormatError, match="version 2"):
+    with pytest.raises(UnknownFormatError, match="version 3"):
         Engine.open(tmp_path / "data", options())
     assert blob_paths(tmp_path / "data") == files
 

@@ -9,10 +9,21 @@ from pathlib import Path
 import pytest
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
-from kvstore.engine import Engine, check_directory
+from kvstore.engine import Engine, Selection, check_directory
 from kvstore.engine.rows import Row
-from kvstore.errors import DirectoryHeldError, UnknownFormatError
-from tests.support.engine import blob_paths, demand_sound, disk_usage, find, namespace, options, put
+from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
+from tests.support.engine import (
+    RecordingFs,
+    Stopped,
+    StoppingFs,
+    blob_paths,
+    demand_sound,
+    disk_usage,
+    find,
+    namespace,
+    options,
+    put,
+)
 
 NS = namespace()
 LONG = list(range(900))
@@ -192,7 +203,7 @@ def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     path.write_bytes(data)
     shutil.rmtree(tmp_path / "data" / "index")
     kinds = {finding.kind for finding in check_directory(tmp_path / "data", repair=True).findings}
-    assert kinds == {"stray_blob", "unknown_format"} and path.exists()
+    assert kinds == {"row", "stray_blob", "unknown_format"} and path.exists()
     shutil.rmtree(tmp_path / "data" / "index")
     with pytest.raises(UnknownFormatError, match=path.name):
         Engine.open(tmp_path / "data", options())
@@ -216,3 +227,67 @@ def test_a_rebuild_keeps_the_better_of_two_and_drops_what_cannot_be_reached(tmp_
         assert (match.n_tokens, match.fidelity) == (256, 900)
         assert not engine.path(orphan).exists()
         demand_sound(engine)
+
+
+def test_a_namespace_goes_with_its_last_row_and_stays_with_the_others(tmp_path: Path) -> None:
+    """From the index too: a tenant that is evicted leaves no record behind."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        put(engine, namespace("b"), LONG)
+        engine.evict(Selection(namespace_prefix=NS.root))
+        assert [info.alias for info in engine.namespaces()] == ["b"]
+        assert engine.namespace(NS.root) is None and [one.info.alias for one in engine.stats().namespaces] == ["b"]
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert [info.alias for info in engine.namespaces()] == ["b"]
+        put(engine, NS, LONG)
+        demand_sound(engine)
+
+
+def test_a_stray_that_a_live_engine_adopts_never_shares_its_number(tmp_path: Path) -> None:
+    """Its seq may be higher than any that this engine has given out."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        row = find(engine, NS, LONG).slices[3].row
+        path = engine.path(row)
+        path.rename(path.with_name(path.name.replace(f"-{row.seq}.", "-70.")))
+        engine.check(repair=True)
+        assert find(engine, NS, LONG).slices[3].row.seq == 70
+        put(engine, NS, [7, *LONG])
+        assert min(part.row.seq for part in find(engine, NS, [7, *LONG]).slices) > 70
+        demand_sound(engine)
+
+
+def test_an_eviction_that_is_refused_or_only_tried_writes_nothing(tmp_path: Path) -> None:
+    """Not even the access order; what was noted stays noted."""
+    fs = RecordingFs()
+    with Engine.open(tmp_path / "data", options(), fs) as engine:
+        put(engine, NS, LONG)
+        engine.touch(find(engine, NS, LONG).slices)
+        fs.calls.clear()
+        with pytest.raises(InvalidRequestError):
+            engine.evict(Selection())
+        assert engine.evict(Selection(all=True), dry_run=True).blocks == 4
+        assert fs.calls == []
+
+
+def test_an_interrupted_rebuild_begins_again_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill between two commits of it, blobs without a row are not strays."""
+    monkeypatch.setattr("kvstore.engine.check.FINDINGS_MAX", 2)
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    (tmp_path / "killed" / "index" / "data.mdb").write_bytes(b"")
+    total = 0
+    for at in range(100):
+        data_dir, snapshot = tmp_path / f"d{at}", tmp_path / f"s{at}"
+        shutil.copytree(tmp_path / "killed", data_dir)
+        try:
+            Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot)).close()
+        except Stopped:
+            with Engine.open(snapshot, options()) as engine:
+                assert find(engine, NS, LONG).n_tokens == 900
+                demand_sound(engine)
+            total += 1
+        else:
+            break
+    assert total >= 4

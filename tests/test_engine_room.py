@@ -328,7 +328,7 @@ def test_large_evictions_take_several_commits(tmp_path: Path, monkeypatch: pytes
         fs.calls.clear()
         assert engine.evict(Selection(all=True)) == planned
         assert planned.blocks == 10
-        assert [name for name, _ in fs.calls].count("commit") == 4
+        assert [name for name, _ in fs.calls].count("commit") == 3
         demand_sound(engine)
 
 
@@ -339,10 +339,10 @@ def test_what_was_evicted_is_remembered_within_bounds(tmp_path: Path) -> None:
         engine.evict(Selection(all=True))
         for asked in (100, 60, 400):
             assert find(engine, NS, list(range(asked))).reason is Reason.EVICTED
-        assert find(engine, NS, [*range(5), 9]).reason is Reason.UNKNOWN_PREFIX
+        assert find(engine, NS, [*range(5), 9]).reason is Reason.IDENTITY
         fill(engine, range(10, 20))
         engine.evict(Selection(all=True))
-        assert find(engine, NS, list(range(100))).reason is Reason.UNKNOWN_PREFIX
+        assert find(engine, NS, list(range(100))).reason is Reason.IDENTITY
         assert len(engine._state._lost) <= 8
         put(engine, NS, list(range(100)))
         assert find(engine, NS, list(range(100))).reason is Reason.OK

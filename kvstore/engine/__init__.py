@@ -1,7 +1,6 @@
 """The durable store: blob files and the LMDB index that names them. Synchronous, one writer, any thread may read."""
 
 from kvstore.engine.blobs import Fs
-from kvstore.engine.check import check_directory
 from kvstore.engine.engine import Engine, Lease
 from kvstore.engine.nouns import (
     BlockInfo,
@@ -17,6 +16,7 @@ from kvstore.engine.nouns import (
     Slice,
     StoreReceipt,
 )
+from kvstore.engine.recovery import check_directory
 from kvstore.engine.rows import Row
 
 __all__ = [

@@ -1,24 +1,23 @@
 """One walk over blobs and rows that finds what is wrong and, if asked, puts it right.
 
-It serves a running engine, the offline `check_directory`, and a start-up that must rebuild the index from blob headers
-(an empty index makes every blob a stray, and sound strays are adopted). `sweep` is the light form for a start after an
-unclean stop under synced commits: what has a row has its bytes, so only strays and missing files are looked for.
+It serves a running engine, the offline check (`kvstore.engine.recovery`), and a start-up that must rebuild the index
+from blob headers (an empty index makes every blob a stray, and sound strays are adopted). `sweep` is the light form for
+a start after an unclean stop under synced commits: what has a row has its bytes, so only strays and missing files are
+looked for.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
 from kvstore.engine.blobs import TMP_SUFFIX, Fs, parse_name, read_block, unlink_quietly
-from kvstore.engine.directory import Directory, claim
-from kvstore.engine.index import MAP_BYTES, Edit, Index, Usage, View
+from kvstore.engine.directory import Directory
+from kvstore.engine.index import Edit, Index, Usage, View
 from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import CheckReport, Finding
 from kvstore.engine.rows import Row, pack_row
@@ -33,15 +32,23 @@ def _none_in_flight() -> Container[str]:
     return frozenset()
 
 
+def _no_counter(seq: int) -> None:
+    """Nobody counts: the index alone knows the next seq."""
+
+
 @dataclass
 class Site:
-    """What a walk works on. `in_flight` names files that have no row for a good reason; ask it under `lock`."""
+    """What a walk works on. `in_flight` names files that have no row for a good reason; ask it under `lock`.
+
+    `adopted` is told, under `lock`, the seq of every file that gets a row, so that no other file gets it.
+    """
 
     directory: Directory
     index: Index
     fs: Fs
     lock: threading.RLock = field(default_factory=threading.RLock)
     in_flight: Callable[[], Container[str]] = _none_in_flight
+    adopted: Callable[[int], None] = _no_counter
 
 
 def verify_row(directory: Directory, row: Row) -> None:
@@ -183,6 +190,7 @@ class Walk:
                     edit.put(row, path.stat().st_mtime_ns // 1000)
                     edit.put_namespace(block.root, block.namespace)
                     edit.set_meta("next_seq", max(edit.meta("next_seq") or 0, seq + 1))
+                    self._site.adopted(seq)
             unlink_quietly(self._site.fs, map(str, unwanted))
 
     def _check_totals(self) -> None:
@@ -241,6 +249,7 @@ def sweep(site: Site) -> None:
             if edit.value(row.key) is not None:
                 edit.remove_tree(row)
         edit.reindex()
+        edit.set_meta("next_seq", max([edit.meta("next_seq") or 0, *(row.seq + 1 for row in edit.rows())]))
     with site.index.view() as view:
         named = {str(site.directory.path(row)) for row in view.rows()}
     strays = sizes.keys() - named
@@ -249,7 +258,7 @@ def sweep(site: Site) -> None:
         log.warning("after an unclean stop: %d rows without a file dropped, %d files unlinked", len(lost), len(strays))
 
 
-def rebuild(site: Site) -> None:
+def rebuild(site: Site) -> CheckReport:
     """Make the index anew from blob headers, verifying every checksum. UnknownFormatError for a newer blob."""
     with site.index.edit() as edit:
         edit.clear()
@@ -258,49 +267,4 @@ def rebuild(site: Site) -> None:
         if finding.kind == "unknown_format":
             raise UnknownFormatError(f"{finding.path}: {finding.detail}")
     log.warning("the index was rebuilt from %d blobs", report.blobs)
-
-
-def open_index(directory: Directory, fs: Fs, sync: bool, map_bytes: int) -> tuple[Index, bool]:
-    """Open the index; one that LMDB cannot read is set aside. Returns (index, whether it was replaced)."""
-    try:
-        return Index(directory.index, fs, sync, map_bytes), False
-    except CorruptDataError:
-        log.warning("the index cannot be read; it goes to quarantine and is made anew", exc_info=True)
-    set_index_aside(directory, fs)
-    return Index(directory.index, fs, sync, map_bytes), True
-
-
-def set_index_aside(directory: Directory, fs: Fs) -> None:
-    """Move a damaged index to quarantine. It must not be open."""
-    fs.rename(str(directory.index / "data.mdb"), str(directory.quarantine / f"index-{time.time_ns()}.mdb"))
-    unlink_quietly(fs, [str(directory.index / "lock.mdb")])
-
-
-def check_directory(data_dir: Path, repair: bool = False) -> CheckReport:
-    """Check a data directory that no daemon holds. DirectoryHeldError if one does."""
-    if not os.path.isdir(data_dir):
-        return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
-    directory, hold = claim(data_dir)
-    with hold:
-        fs = Fs()
-        try:
-            return _check_offline(Site(directory, Index(directory.index, fs, True, MAP_BYTES), fs), repair)
-        except CorruptDataError as error:
-            report = CheckReport(findings=[Finding("row", str(directory.index), str(error))])
-        if repair:
-            set_index_aside(directory, fs)
-            rebuilt = _check_offline(Site(directory, Index(directory.index, fs, True, MAP_BYTES), fs), repair)
-            rebuilt.findings.insert(0, report.findings[0])
-            rebuilt.repaired += 1
-            return rebuilt
-        return report
-
-
-def _check_offline(site: Site, repair: bool) -> CheckReport:
-    try:
-        report = Walk(site, repair).run()
-        if repair and report.findings:
-            site.index.sync()
-        return report
-    finally:
-        site.index.close()
+    return report

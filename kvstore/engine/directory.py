@@ -126,9 +126,9 @@ class Hold:
             raise DirectoryError(f"{path} cannot be locked: {error.strerror}; use a local volume") from error
         self.previous = self._read()
 
-    def write(self, clean: bool, durability: str, socket: str = "") -> None:
-        """Say who holds the directory now, or that it was left in order. Durable."""
-        words = {"pid": os.getpid(), "socket": socket, "durability": durability, "clean": clean}
+    def write(self, clean: bool, durability: str, socket: str = "", index: str | None = None) -> None:
+        """Say who holds the directory now, or that it was left in order, with this digest of the index. Durable."""
+        words = {"pid": os.getpid(), "socket": socket, "durability": durability, "clean": clean, "index": index}
         text = json.dumps(words).encode() + b"\n"
         os.pwrite(self._fd, text, 0)
         os.ftruncate(self._fd, len(text))

@@ -51,6 +51,7 @@ from kvstore.engine.nouns import (
     Slice,
     StoreReceipt,
 )
+from kvstore.engine.pages import digest
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
@@ -133,7 +134,8 @@ class Engine:
                 self._state.end_all_leases()
                 self._state.flush_touches()
                 self._state.index.sync()
-                self._hold.write(clean=True, durability=self._state.options.durability)
+                left = digest(self._state.index.path / "data.mdb")
+                self._hold.write(clean=True, durability=self._state.options.durability, index=left)
             finally:
                 self._state.index.close()
                 self._hold.close()
@@ -147,7 +149,7 @@ class Engine:
     # -- finding ------------------------------------------------------------------------------------------------
 
     def namespace(self, root: bytes) -> NamespaceInfo | None:
-        """What is known of a namespace; None if nothing was ever stored in it."""
+        """What is known of a namespace; None if nothing is stored in it."""
         return self._state.namespaces.get(root)
 
     def namespaces(self) -> list[NamespaceInfo]:
@@ -169,7 +171,8 @@ class Engine:
         """
         limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
         if limit and root not in self._state.namespaces:
-            return Match(0, Reason.IDENTITY, (), FIDELITY_EXACT)
+            why = self._why(Found((), 0, 0, root, False), tokens, limit)
+            return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why, (), FIDELITY_EXACT)
         with self._state.index.view() as view:
             found = longest_prefix(view, root, tokens, limit, fidelity_min)
             cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None

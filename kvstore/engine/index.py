@@ -7,9 +7,9 @@ Databases:
     checkpoints the entries of `order` that are of checkpoints
     access      key -> stamp and depth, i.e. where the row stands in `order`; of a checkpoint also its mark: when a
                 prompt was last seen to diverge after it, 0 if never
-    namespaces  root -> namespace record
+    namespaces  root -> namespace record, xxh3_64 of it
     usage       root -> blocks, tokens, bytes on disk, checkpoints, their bytes; kept with every commit
-    meta        format version, next seq
+    meta        format version, next seq, whether it is being made anew
 
 Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
 `Edit` at a time, which the engine's writer lock sees to.
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import xxhash
 
 from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, count_tokens
 from kvstore.engine.blobs import Fs
@@ -34,7 +35,7 @@ from kvstore.engine.rows import CHECKPOINT_MARK, Row, checkpoint_code, child_ent
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
 _DATABASES = ("rows", "children", "order", "checkpoints", "access", "namespaces", "usage", "meta")
@@ -42,6 +43,7 @@ _USAGE = struct.Struct("<QQQQQ")
 _DEPTH_MAX = 0xFFFFFFFF
 # Of an access entry: stamp and depth, which every row has.
 _PLACE_BYTES = 12
+_CHECK_BYTES = 8
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
@@ -168,8 +170,11 @@ class View:
         return {root: Usage(*_USAGE.unpack(value)) for root, value in self._from("usage", b"")}
 
     def namespaces(self) -> dict[bytes, bytes]:
-        """Record of every namespace."""
-        return dict(self._from("namespaces", b""))
+        """Record of every namespace. CorruptDataError when one was changed."""
+        found = dict(self._from("namespaces", b""))
+        if any(record[-_CHECK_BYTES:] != _check(root, record[:-_CHECK_BYTES]) for root, record in found.items()):
+            raise CorruptDataError("index: a namespace does not match its checksum")
+        return {root: record[:-_CHECK_BYTES] for root, record in found.items()}
 
     def meta(self, name: str) -> int | None:
         """A number kept beside the rows."""
@@ -231,8 +236,8 @@ class Edit(View):
             self._txn.put(key, placed[:_PLACE_BYTES] + stamp.to_bytes(8, "big"), db=self._db["access"])
 
     def put_namespace(self, root: bytes, record: bytes) -> None:
-        """Remember a namespace."""
-        self._txn.put(root, record, db=self._db["namespaces"])
+        """Remember a namespace. It is forgotten with its last row."""
+        self._txn.put(root, record + _check(root, record), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
         """Keep a number beside the rows."""
@@ -249,6 +254,8 @@ class Edit(View):
             row = self.row(key)
             if row is not None:
                 self._link(row, stamp, marked)
+        for root in self.namespaces().keys() - self.usage().keys():
+            self._txn.delete(root, db=self._db["namespaces"])
 
     def clear(self) -> None:
         """Delete everything but the format version."""
@@ -276,8 +283,16 @@ class Edit(View):
         self._set_usage(row.root, (Usage(*_USAGE.unpack(found)) if found else Usage()).plus(row, sign))
 
     def _set_usage(self, root: bytes, usage: Usage) -> None:
+        if usage == Usage():
+            self._txn.delete(root, db=self._db["usage"])
+            self._txn.delete(root, db=self._db["namespaces"])
+            return
         packed = _USAGE.pack(*astuple(usage))
         self._txn.put(root, packed, db=self._db["usage"])
+
+
+def _check(root: bytes, record: bytes) -> bytes:
+    return xxhash.xxh3_64_intdigest(record, int.from_bytes(root[:8], "little")).to_bytes(_CHECK_BYTES, "little")
 
 
 def _order_entry(placed: bytes, key: bytes) -> bytes:
@@ -346,6 +361,7 @@ class Index:
                     f"{self.path} has format version {version}; this kvstore reads up to {INDEX_VERSION}: "
                     "use the newer kvstore, or another data directory"
                 )
+            self.was_older = 0 < version < INDEX_VERSION
             if not version:
                 txn.put(b"version", INDEX_VERSION.to_bytes(8, "little"), db=meta)
         return {name: self._env.open_db(name.encode()) for name in _DATABASES}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, common_tokens
 from kvstore.engine.index import View
 from kvstore.engine.rows import SEQ_BYTES, TOKENS_AT, Code, Row, checkpoint_code, common_bytes, parse_row
+from kvstore.errors import CorruptDataError
 from kvstore.keys import block_key
 
 # Children whose first 157 or so tokens are equal cannot be told apart by their code; so many are looked at.
@@ -88,6 +89,8 @@ def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tup
             if promised < max(1, take) or remaining < 0 or ties < 0:
                 break
             row = view.row(key)
+            if row is not None and row.parent != parent:
+                raise CorruptDataError("index: a child of another parent")
             shared = common_tokens(row.tokens, rest) if row else 0
             if row is None or row.fidelity < fidelity_min:
                 low_take = max(low_take, shared)

@@ -1,17 +1,22 @@
-"""The index at start: opened, made anew where it must be, and in step with the blob folders."""
+"""The index at start: vouched for, opened, made anew where it must be, and in step with the blob folders."""
 
 from __future__ import annotations
 
 import logging
+import os
+import time
+from pathlib import Path
 
-from kvstore.engine import check as checking
-from kvstore.engine.blobs import Fs
-from kvstore.engine.directory import Directory, Hold
-from kvstore.engine.index import Index
+from kvstore.engine.blobs import Fs, unlink_quietly
+from kvstore.engine.check import Site, Walk, rebuild, sweep
+from kvstore.engine.directory import Directory, Hold, claim
+from kvstore.engine.index import INDEX_VERSION, MAP_BYTES, Index
 from kvstore.engine.ledger import Ballast
-from kvstore.engine.nouns import EngineOptions
+from kvstore.engine.nouns import CheckReport, EngineOptions, Finding
+from kvstore.engine.pages import demand_whole, digest
 from kvstore.errors import CorruptDataError, StoreFullError
 
+REBUILDING = "rebuilding"
 log = logging.getLogger(__name__)
 
 
@@ -26,27 +31,134 @@ def recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs
 
 
 def _in_step(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -> Index:
-    """Open the index and, unless the last stop was clean, put it and the blob folders in step."""
-    index, replaced = checking.open_index(directory, fs, options.durability != "none", options.map_bytes)
-    site = checking.Site(directory, index, fs)
+    sync = options.durability != "none"
+    try:
+        index = open_vouched(directory, hold, fs, sync, options.map_bytes)
+    except CorruptDataError as error:
+        return _anew(directory, fs, options, error)
+    site = Site(directory, index, fs)
     try:
         with index.view() as view:
-            empty = not view.count()
-            # What the engine reads first, read once here, where damage leads to a rebuild.
-            _ = view.usage(), view.namespaces(), next(view.newest(), None)
+            empty, rebuilding = not view.count(), view.meta(REBUILDING)
         unsynced = not hold.previous.get("clean") and hold.previous.get("durability") == "none"
-        if replaced or unsynced or (empty and any(directory.blob_files())):
-            checking.rebuild(site)
+        if unsynced or rebuilding or index.was_older or (empty and any(directory.blob_files())):
+            make_anew(site)
         elif index.was_short or not hold.previous.get("clean"):
-            checking.sweep(site)
+            sweep(site)
         return index
-    except CorruptDataError:
-        log.warning("the index is damaged; it is made anew from the blobs", exc_info=True)
+    except CorruptDataError as error:
         index.close()
+        return _anew(directory, fs, options, error)
     except BaseException:
         index.close()
         raise
-    checking.set_index_aside(directory, fs)
+
+
+def _anew(directory: Directory, fs: Fs, options: EngineOptions, why: CorruptDataError) -> Index:
+    """An index from blob headers alone; the old one is closed."""
+    log.warning("the index is damaged; it goes to quarantine and is made anew from the blobs: %s", why)
+    set_index_aside(directory, fs)
     index = Index(directory.index, fs, options.durability != "none", options.map_bytes)
-    checking.rebuild(checking.Site(directory, index, fs))
+    try:
+        make_anew(Site(directory, index, fs))
+    except BaseException:
+        index.close()
+        raise
     return index
+
+
+def open_vouched(directory: Directory, hold: Hold, fs: Fs, sync: bool, map_bytes: int) -> Index:
+    """Open the index if it is what the last holder left, or if LMDB can follow every page of it. CorruptDataError.
+
+    UnknownFormatError when a newer kvstore made it.
+    """
+    path = directory.index / "data.mdb"
+    _vouch(path, hold)
+    index = Index(directory.index, fs, sync, map_bytes)
+    try:
+        with index.view() as view:
+            # What the engine reads first, read once here, where damage leads to a rebuild.
+            _ = view.usage(), None if index.was_older else view.namespaces(), next(view.newest(), None)
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+def _vouch(path: Path, hold: Hold) -> None:
+    left = hold.previous.get("index") if hold.previous.get("clean") else None
+    if not isinstance(left, str):
+        demand_whole(path)
+        return
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise CorruptDataError(f"{path}: {error}") from error
+    if found != left:
+        raise CorruptDataError(f"{path} is {'not what the last stop left' if found else 'gone'}")
+
+
+def make_anew(site: Site) -> CheckReport:
+    """Fill the index from blob headers, and say so in it meanwhile: a start that finds the word begins again.
+
+    Without the word, a start after a kill in the middle would take every blob that has no row yet for a stray.
+    """
+    with site.index.edit() as edit:
+        edit.set_meta(REBUILDING, 1)
+    report = rebuild(site)
+    _settle(site.index)
+    return report
+
+
+def _settle(index: Index) -> None:
+    """All that was being made anew is there now, in today's format."""
+    with index.edit() as edit:
+        edit.set_meta("version", INDEX_VERSION)
+        edit.set_meta(REBUILDING, 0)
+
+
+def set_index_aside(directory: Directory, fs: Fs) -> None:
+    """Move a damaged index to quarantine. It must not be open."""
+    path = directory.index / "data.mdb"
+    if path.exists():
+        fs.rename(str(path), str(directory.quarantine / f"index-{time.time_ns()}.mdb"))
+    unlink_quietly(fs, [str(directory.index / "lock.mdb")])
+
+
+def check_directory(data_dir: Path, repair: bool = False) -> CheckReport:
+    """Check a data directory that no daemon holds. DirectoryHeldError if one does.
+
+    A repair leaves it as an orderly stop would.
+    """
+    if not os.path.isdir(data_dir):
+        return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
+    directory, hold = claim(data_dir)
+    with hold:
+        fs = Fs()
+        try:
+            return _check_offline(open_vouched(directory, hold, fs, True, MAP_BYTES), directory, hold, repair)
+        except CorruptDataError as error:
+            found = Finding("row", str(directory.index), str(error))
+        if not repair:
+            return CheckReport(findings=[found])
+        set_index_aside(directory, fs)
+        index = Index(directory.index, fs, True, MAP_BYTES)
+        with index.edit() as edit:
+            edit.set_meta(REBUILDING, 1)
+        report = _check_offline(index, directory, hold, repair)
+        report.findings.insert(0, found)
+        report.repaired += 1
+        return report
+
+
+def _check_offline(index: Index, directory: Directory, hold: Hold, repair: bool) -> CheckReport:
+    try:
+        report = Walk(Site(directory, index, Fs()), repair).run()
+        if repair:
+            _settle(index)
+            index.sync()
+            # Rows and blobs agree now, whatever the last holder promised of them.
+            hold.write(clean=True, durability="commit", index=digest(directory.index / "data.mdb"))
+        return report
+    finally:
+        index.close()

@@ -63,7 +63,6 @@ class Room:
         """Remove what is selected, least recently used leaves first; a dry run is the same walk, aborted."""
         state = self._state
         with state.lock:
-            state.flush_touches()
             with state.index.view() as view:
                 pick = picker(view, selection, state.clock())
             work = Sweep(pick, need_bytes=selection.bytes or NO_LIMIT)
@@ -71,6 +70,7 @@ class Room:
                 self._run(work)
             else:
                 with state.edit(dry_run=True) as edit:
+                    state.read_touches(edit)
                     while not work.done:
                         work.step(edit)
             return EvictReport(work.blocks, work.freed_bytes)

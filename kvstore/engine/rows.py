@@ -4,7 +4,7 @@ A row's value; integers are little-endian. Fixed offsets, so that a match compar
 the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody looks into:
 
     offset  size  what
-         0     2  row version, 1
+         0     2  row version, 2
          2     2  directory: which blobs.noindex/<xx>
          4     4  payload offset in the file
          8     8  file bytes
@@ -19,6 +19,7 @@ the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody lo
        115     5  zero
        120    8n  tokens
     120+8n        runs, or the states of a checkpoint
+      last     8  xxh3_64 of all before it, seeded with the first 8 bytes of the key
 
 Children of one parent are ordered by a code of their leading tokens: a token in [0, 2^23) is 3 bytes big-endian,
 any other is 0xFF and 8 bytes big-endian with the sign bit flipped. No code is the beginning of another, so entries
@@ -35,15 +36,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgpack
+import xxhash
 
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
 from kvstore.engine.blobs import disk_bytes
-from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.errors import CorruptDataError
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 _HEAD = struct.Struct("<HHIQQQQQ32s32sHB5x")
 TOKENS_AT = _HEAD.size
+CHECK_BYTES = 8
 SEQ_BYTES = 8
 # LMDB keys have at most 511 bytes: parent, code, seq.
 CODE_BYTES_MAX = 511 - KEY_BYTES - SEQ_BYTES
@@ -105,12 +108,12 @@ class Row(_Fields):
     @property
     def runs_record(self) -> bytes:
         """msgpack of the runs, as a fetch reply carries it. Not of a checkpoint, which has none."""
-        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens :]
+        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens : -CHECK_BYTES]
 
     @property
     def states_record(self) -> bytes:
         """msgpack of a checkpoint's states, as a fetch reply carries it. Of a checkpoint only."""
-        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens :]
+        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens : -CHECK_BYTES]
 
     @functools.cached_property
     def block(self) -> Block:
@@ -147,20 +150,30 @@ def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_b
         CHECKPOINT_KIND if block.is_checkpoint else 0,
     )
     described = states_to_list(block.states) if block.is_checkpoint else runs_to_list(block.runs)
-    return parse_row(block.key, head + block.tokens + msgpack.packb(described))
+    value = head + block.tokens + msgpack.packb(described)
+    return parse_row(block.key, value + _check(block.key, value))
+
+
+def _check(key: bytes, value: bytes | memoryview) -> bytes:
+    return xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little")).to_bytes(CHECK_BYTES, "little")
 
 
 def parse_row(key: bytes, value: bytes) -> Row:
-    """A row as it stands in the index. CorruptDataError when it is cut short, UnknownFormatError when newer."""
-    if len(value) < TOKENS_AT:
+    """A row as it stands in the index. CorruptDataError when it was changed or is another key's.
+
+    Recipes stand in it, and what they say decides what bytes mean; so every row is verified whenever it is read.
+    """
+    if len(value) < TOKENS_AT + CHECK_BYTES:
         raise CorruptDataError("index row: too short")
+    if _check(key, memoryview(value)[:-CHECK_BYTES]) != value[-CHECK_BYTES:]:
+        raise CorruptDataError("index row: it does not match its checksum")
     row = Row(key, value, *_HEAD.unpack_from(value))
-    if row.version > ROW_VERSION:
-        raise UnknownFormatError(f"an index row of version {row.version}; this kvstore reads up to {ROW_VERSION}")
+    if row.version != ROW_VERSION:
+        raise CorruptDataError(f"an index row of version {row.version}; this kvstore reads {ROW_VERSION}")
     # A block has 1 to 256 tokens, a checkpoint 0 to 255.
-    if not row.version or row.kind > CHECKPOINT_KIND or not 0 < row.n_tokens + row.kind <= BLOCK_TOKENS:
+    if row.kind > CHECKPOINT_KIND or not 0 < row.n_tokens + row.kind <= BLOCK_TOKENS:
         raise CorruptDataError("index row: no such row")
-    if len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens:
+    if len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens + CHECK_BYTES:
         raise CorruptDataError("index row: cut short")
     return row
 

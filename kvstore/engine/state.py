@@ -64,7 +64,7 @@ class State:
         self.ballast.lay()
         self.counts = Counts()
         self.in_flight: dict[str, int] = {}
-        self.site = Site(directory, index, fs, self.lock, self.busy_names)
+        self.site = Site(directory, index, fs, self.lock, self.busy_names, self.skip_seq)
         self._memory = threading.Lock()
         self._leases: Counter[bytes] = Counter()
         self._doomed: dict[bytes, list[Row]] = {}
@@ -89,6 +89,8 @@ class State:
             usage = edit.usage()
         if not dry_run:
             self.usage = usage
+            for root in self.namespaces.keys() - usage.keys():
+                del self.namespaces[root]
             self.ledger.set("blobs", sum(use.disk_bytes for use in usage.values()))
             self.ledger.set("index", self.index.disk_bytes())
 
@@ -99,10 +101,14 @@ class State:
         self.ledger.set("quarantine", self.directory.quarantine_bytes())
 
     def now(self) -> int:
-        """Wall clock in microseconds, never going back: idle times survive restarts, the order survives a set clock."""
+        """Wall clock in microseconds, always later: idle times survive restarts, the order survives a set clock."""
         with self._memory:
-            self._stamp = max(self._stamp, int(self.clock() * 1_000_000))
+            self._stamp = max(self._stamp + 1, int(self.clock() * 1_000_000))
             return self._stamp
+
+    def skip_seq(self, seq: int) -> None:
+        """A file has this seq: later ones get others. Hold `lock`."""
+        self.next_seq = max(self.next_seq, seq + 1)
 
     # -- what was used ------------------------------------------------------------------------------------------
 
@@ -135,10 +141,13 @@ class State:
             touches, self._touches = self._touches, {}
             marks, self._marks = self._marks, {}
             self._touched_at = self._stamp
-        for key, stamp in touches.items():
-            edit.touch(key, stamp)
-        for key, stamp in marks.items():
-            edit.mark(key, stamp)
+        _note(edit, touches, marks)
+
+    def read_touches(self, edit: Edit) -> None:
+        """As `write_touches`, for an edit that is not committed: what was noted stays noted."""
+        with self._memory:
+            touches, marks = dict(self._touches), dict(self._marks)
+        _note(edit, touches, marks)
 
     def flush_touches(self) -> None:
         """A commit of its own for the access order. Losing it is no reason to fail."""
@@ -225,3 +234,10 @@ class State:
     def _unlink_doomed(self, doomed: list[Row]) -> None:
         self.unlink(doomed)
         self.ledger.add("doomed", -sum(row.disk_bytes for row in doomed))
+
+
+def _note(edit: Edit, touches: dict[bytes, int], marks: dict[bytes, int]) -> None:
+    for key, stamp in touches.items():
+        edit.touch(key, stamp)
+    for key, stamp in marks.items():
+        edit.mark(key, stamp)

@@ -195,7 +195,8 @@ class Writer:
                 edit.put(row, stamp, marked)
                 settled.kept.append(row)
             settled.blocks += 1
-        edit.put_namespace(batch.root, batch.record)
+        if settled.kept:
+            edit.put_namespace(batch.root, batch.record)
         edit.set_meta("next_seq", self._state.next_seq)
         self._state.write_touches(edit)
         self._thin_checkpoints(edit, settled)
