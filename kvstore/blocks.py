@@ -59,6 +59,7 @@ class Reason(enum.StrEnum):
     EVICTED = "evicted"
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
+    DENIED = "denied"
     CIRCUIT_OPEN = "circuit_open"
     UNKNOWN_RECIPE = "unknown_recipe"
     IDENTITY_PENDING = "identity_pending"

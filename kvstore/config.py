@@ -54,15 +54,34 @@ class Config:
     )
     listen: str = _key(
         values.listen,
-        "Where the daemon listens and clients connect: unix:/path, or host:port on a loopback address.",
+        "Where the daemon listens and clients connect: unix:/path, or host:port with the keys below.",
         "address",
         default="unix:~/.kvstore/kvstore.sock",
     )
     insecure_tcp: bool = _key(
         values.switch,
-        "Allow plain TCP beyond this host. Prompts and KV travel unencrypted, and anyone who connects can read them.",
+        "Allow TCP without TLS, or without asking who connects: whoever reaches the port may read, write and evict.",
         "switch",
         default=False,
+    )
+    tls_cert: str = _key(
+        values.file,
+        "Certificate chain of this end, PEM: the daemon's, or a client's where tls_ca asks for one.",
+        "file",
+        default="",
+    )
+    tls_key: str = _key(values.file, "Private key of tls_cert, PEM, 0600.", "file", default="")
+    tls_ca: str = _key(
+        values.file,
+        "CA that the other end's certificate must come from, PEM. Set in a daemon: clients must have one too.",
+        "file",
+        default="",
+    )
+    token_file: str = _key(
+        values.file,
+        "Lines `worker TOKEN` or `admin TOKEN`, 0600: what a daemon on TCP takes, what a client sends.",
+        "file",
+        default="",
     )
     budget_bytes: int = _key(
         values.size(),
@@ -151,11 +170,14 @@ class Config:
     def __post_init__(self) -> None:
         for key in KEYS:
             object.__setattr__(self, key, _parsed(key, getattr(self, key), self.sources.get(key, "")))
-        if not self.address.is_local and not self.insecure_tcp:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise _error("tls_cert", "tls_cert and tls_key go together", self.sources.get("tls_cert", ""))
+        if not (self.address.path or self.tls or self.insecure_tcp):
+            # On loopback too: other users of the machine can connect, and can listen while the daemon is away.
             raise _error(
                 "listen",
-                f"{self.listen} is not a loopback address and the connection is not encrypted; use unix:/path or "
-                "127.0.0.1:port, or accept the risk with insecure_tcp",
+                f"{self.listen} is TCP, and nothing keeps others from it; use unix:/path, or set tls_cert and tls_key "
+                "(a client: tls_ca), which `kvstore cert` makes, or accept the risk with insecure_tcp",
                 self.sources.get("listen", ""),
             )
         if self.tokens_max * TOKEN_BYTES > self.message_bytes_max:
@@ -170,6 +192,11 @@ class Config:
     def address(self) -> Address:
         """`listen`, taken apart."""
         return parse_address(self.listen)
+
+    @property
+    def tls(self) -> bool:
+        """Whether TCP is encrypted."""
+        return bool(self.tls_cert or self.tls_ca)
 
     def source(self, key: str) -> str:
         """Where the value of `key` came from: a flag, a variable, a file, or `default`."""

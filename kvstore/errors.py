@@ -35,6 +35,14 @@ class StoreFullError(LimitError):
     """The budget or the free-disk floor leaves no room, even after eviction."""
 
 
+class CredentialsError(KVStoreError):
+    """The daemon does not know who asks: no token, or one that it does not have."""
+
+
+class ScopeError(CredentialsError):
+    """The daemon knows who asks, and that they may not do this."""
+
+
 class UnavailableError(KVStoreError):
     """The daemon cannot be reached, is starting, or is draining."""
 

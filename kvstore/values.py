@@ -5,7 +5,6 @@ Every parser takes any object, and raises ValueError with what is wrong and how 
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Callable
@@ -101,6 +100,11 @@ def directory(value: object) -> Path:
     return Path(_absolute(str(value)))
 
 
+def file(value: object) -> str:
+    """An absolute path, or nothing."""
+    return str(directory(value)) if value != "" else ""
+
+
 def _absolute(text: str) -> str:
     path = os.path.expanduser(text)  # falls back to the password database, since launchd and systemd may set no HOME
     if not os.path.isabs(path):
@@ -123,16 +127,6 @@ class Address:
         if self.path:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only processes of this host can reach it."""
-        if self.path or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 def parse_address(value: object) -> Address:

@@ -323,7 +323,7 @@ def test_config_show_says_where_each_value_came_from(client: FakeClient, tmp_pat
     file = tmp_path / "kvstore" / "config.toml"
     file.parent.mkdir()
     file.write_text('profile = "raw"\n', encoding="utf-8")
-    parsed = answer("config", "show", "--address", "127.0.0.1:7070")
+    parsed = answer("config", "show", "--address", "unix:/tmp/s")
     assert parsed["schema"] == 1
     assert parsed["file"] == str(file)
     assert list(parsed["keys"]) == list(KEYS)

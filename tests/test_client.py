@@ -60,7 +60,7 @@ def test_connecting_needs_no_daemon_but_a_possible_address(tmp_path: Path) -> No
     """The daemon may come later; an address that cannot be will not."""
     with connect(f"unix:{tmp_path}/s") as client:
         assert client.config.listen == f"unix:{tmp_path}/s"
-    with connect("127.0.0.1:1", Config(memory_bytes=2 << 20)) as client:
+    with connect("127.0.0.1:1", Config(memory_bytes=2 << 20, insecure_tcp=True)) as client:
         assert (client.config.listen, client.config.memory_bytes) == ("127.0.0.1:1", 2 << 20)
     for address in ("nowhere", "unix:relative", f"unix:/{'x' * 104}", "192.0.2.1:50"):
         with pytest.raises(ConfigError, match="listen"):
@@ -76,7 +76,7 @@ def test_a_session_takes_its_limits_from_the_configuration_or_the_caller(daemon:
         assert options.fidelity_min == 0
         assert client.session(NAMESPACE, "affine8").options.fidelity_min > 0
         assert client.session(NAMESPACE, headroom_tokens=0, store_block_ms=1).options.headroom_tokens == 0
-    with Client(Config(listen="127.0.0.1:1")) as client:
+    with Client(Config(listen="127.0.0.1:1", insecure_tcp=True)) as client:
         assert not client.session(NAMESPACE).options.same_host
 
 

@@ -149,20 +149,23 @@ def test_a_socket_path_of_103_bytes_is_taken_and_104_names_the_fix() -> None:
             load({"listen": f"unix:{path}"})
 
 
-@pytest.mark.parametrize("listen", ["127.0.0.1:7070", "localhost:7070", "[::1]:7070", "127.9.9.9:1"])
-def test_loopback_addresses_need_no_switch(listen: str) -> None:
-    """TCP within the host is plain by design."""
-    config = load({"listen": listen})
-    assert config.address.target == listen
-    assert config.address.is_local
-
-
-@pytest.mark.parametrize("listen", ["0.0.0.0:7070", "192.168.1.5:7070", "[::]:7070", "mac.local:7070"])
-def test_an_address_beyond_the_host_needs_the_switch(listen: str) -> None:
-    """Prompts in the clear on a network take a decision, and the message says which."""
-    with pytest.raises(ConfigError, match=r"not a loopback address.*insecure_tcp"):
+@pytest.mark.parametrize("listen", ["127.0.0.1:7070", "localhost:7070", "[::1]:7070", "0.0.0.0:7070", "mac.local:1"])
+def test_tcp_needs_tls_or_the_switch(listen: str) -> None:
+    """Within the host too, where other users can connect; the message says what to decide."""
+    with pytest.raises(ConfigError, match=r"listen: .* is TCP.*tls_cert.*`kvstore cert`.*insecure_tcp"):
         load({"listen": listen})
-    assert load({"listen": listen, "insecure_tcp": "true"}).listen == listen
+    assert load({"listen": listen, "insecure_tcp": "true"}).address.target == listen
+    assert load({"listen": listen, "tls_ca": "/ca.pem"}).tls
+    assert load({"listen": listen, "tls_cert": "/s.pem", "tls_key": "/s.key"}).tls
+
+
+def test_a_certificate_and_its_key_go_together() -> None:
+    """One of them alone is a mistake, wherever it is found."""
+    for key in ("tls_cert", "tls_key"):
+        with pytest.raises(ConfigError, match="tls_cert and tls_key go together"):
+            load({key: "/a.pem"})
+    with pytest.raises(ConfigError, match="token_file: must be absolute"):
+        load({"token_file": "tokens"})
 
 
 def test_socket_addresses_have_one_spelling() -> None:

@@ -19,6 +19,7 @@ VERBS = {
     "show": ("kvstore.cli.show", "Everything recorded about blocks."),
     "evict": ("kvstore.cli.evict", "Remove blocks from the store."),
     "check": ("kvstore.cli.check", "Verify every blob, and repair."),
+    "cert": ("kvstore.cli.cert", "Make a CA, certificates and tokens for TCP."),
     "config": ("kvstore.cli.config", "The configuration in force."),
 }
 

@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _METAVARS = {
     "path": "DIR",
+    "file": "FILE",
     "address": "ADDRESS",
     "size": "SIZE",
     "choice": "NAME",
@@ -33,7 +34,7 @@ def _key_options(command: F) -> F:
     for key, field in reversed(list(KEYS.items())):
         flag = "--" + key.replace("_", "-")
         about = field.metadata["help"]
-        if field.default is not dataclasses.MISSING and field.metadata["unit"] != "switch":
+        if field.default is not dataclasses.MISSING and field.default != "" and field.metadata["unit"] != "switch":
             about += f"  [default: {field.default}]"
         if field.metadata["unit"] == "switch":
             option = click.option(f"{flag}/--no-{flag.removeprefix('--')}", key, default=None, help=about)

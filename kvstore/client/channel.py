@@ -8,8 +8,9 @@ from typing import Any
 
 import grpc
 
+from kvstore.access import BEARER, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
 from kvstore.client.breaker import CircuitBreaker
-from kvstore.config import Address
+from kvstore.config import Config
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import channel_options
 from kvstore.wire.status import from_rpc_error
@@ -30,6 +31,49 @@ HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 _NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
+class _CallDetails(grpc.ClientCallDetails):  # type: ignore[misc]  # grpcio has no types
+    """A call's details with other metadata."""
+
+    def __init__(self, details: Any, metadata: list[tuple[str, str]]) -> None:
+        self.method = details.method
+        self.timeout = details.timeout
+        self.credentials = details.credentials
+        self.wait_for_ready = details.wait_for_ready
+        self.compression = details.compression
+        self.metadata = metadata
+
+
+class _Presenter(
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+):
+    """Sends a token with every call. gRPC's own call credentials would be one token for all of a channel."""
+
+    def __init__(self, secret: str) -> None:
+        self._metadata = (METADATA_KEY, BEARER + secret)
+
+    def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(_CallDetails(details, [*(details.metadata or ()), self._metadata]), request)
+
+    intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _intercept
+
+
+def open_channel(config: Config, credentials: Credentials) -> Any:
+    """A channel to the configured address. Without `tls_ca` the system's CAs vouch for the daemon."""
+    options = [*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
+    if config.address.path or not config.tls:
+        return grpc.insecure_channel(config.address.target, options=options)
+    tls = grpc.ssl_channel_credentials(credentials.ca or None, credentials.key or None, credentials.chain or None)
+    return grpc.secure_channel(config.address.target, tls, options=options)
+
+
+def presenting(channel: Any, credentials: Credentials, scope: Scope) -> Any:
+    """The channel, with the token for `scope` on every call if there is one."""
+    secret = token_to_present(credentials.tokens, scope)
+    return grpc.intercept_channel(channel, _Presenter(secret)) if secret else channel
+
+
 class Connection:
     """A channel to one daemon. Any thread may call; several sessions share it, and with it the circuit breaker.
 
@@ -38,15 +82,16 @@ class Connection:
     second, and that thread dies noisily when the channel is closed.)
     """
 
-    def __init__(self, address: Address, message_bytes_max: int) -> None:
-        self.address = address
+    def __init__(self, config: Config) -> None:
+        """Raises ConfigError or DirectoryError for keys and tokens that cannot be used; never waits for a daemon."""
+        self.address = config.address
         self.breaker = CircuitBreaker()
-        options = [*channel_options(message_bytes_max), *RECONNECT_OPTIONS]
-        self._channel = grpc.insecure_channel(address.target, options=options)
+        credentials = load_credentials(config)
+        self._channel = open_channel(config, credentials)
         self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
         self._answered = False
-        self.kvstore: Any = rpc.KVStoreStub(self._channel)
-        self.admin: Any = rpc.AdminStub(self._channel)
+        self.kvstore: Any = rpc.KVStoreStub(presenting(self._channel, credentials, Scope.WORKER))
+        self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))
 
     def warm_up(self) -> None:
         """Start to connect, without waiting: the first fetch then finds the connection made."""

@@ -51,7 +51,7 @@ class Client:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._connection = Connection(config.address, config.message_bytes_max)
+        self._connection = Connection(config)
         self._budget = ByteBudget(config.memory_bytes)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 

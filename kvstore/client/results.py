@@ -80,6 +80,7 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.NotFoundError, Reason.EVICTED),
     (errors.StoreFullError, Reason.STORE_FULL),
     (errors.LimitError, Reason.QUEUE_FULL),
+    (errors.CredentialsError, Reason.DENIED),
     (errors.UnavailableError, Reason.UNAVAILABLE),
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),

@@ -23,11 +23,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from kvstore.access import Credentials
 from kvstore.codecs import device
 from kvstore.codecs.profiles import parse_profile
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
+from kvstore.private import demand_private_directory
+from kvstore.server.access import daemon_credentials, guards, tls_credentials
 from kvstore.server.admin import AdminService
 from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
@@ -58,6 +61,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until `stop`. Raises DirectoryError and DirectoryHeldError before anything is served."""
         config = self._config
+        credentials = daemon_credentials(config)
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
             # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
@@ -68,13 +72,13 @@ class Daemon:
             stack.callback(lane.close)
             workers = Workers()
             stack.callback(workers.close)
-            await self._serve(engine, lane, workers)
+            await self._serve(engine, lane, workers, credentials)
 
     def stop(self) -> None:
         """Ask `run` to drain and return; safe from signal handlers of the loop."""
         self._stop.set()
 
-    async def _serve(self, engine: Engine, lane: Lane, workers: Workers) -> None:
+    async def _serve(self, engine: Engine, lane: Lane, workers: Workers, credentials: Credentials) -> None:
         config = self._config
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
@@ -82,7 +86,7 @@ class Daemon:
         service = KVStoreService(engine, store, fetch, workers, counters, config, same_host=bool(config.address.path))
         admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
         health = HealthServicer()
-        server = grpc.aio.server(options=channel_options(config.message_bytes_max))
+        server = grpc.aio.server(options=channel_options(config.message_bytes_max), interceptors=guards(credentials))
         rpc.add_KVStoreServicer_to_server(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -90,10 +94,10 @@ class Daemon:
         if config.address.path:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, server)
-        bind(server, config)
+        bind(server, config, credentials)
         await server.start()
         if config.address.path:
-            os.chmod(config.address.path, 0o600)
+            close_socket_to_others(Path(config.address.path))
         for name in ("", *services):
             await health.set(name, health_pb2.HealthCheckResponse.SERVING)
         self._state = "serving"
@@ -160,14 +164,24 @@ def settle_limits(engine: Engine, config: Config) -> None:
     )
 
 
-def bind(server: grpc.aio.Server, config: Config) -> None:
-    """Bind the address; DirectoryError names an address that is taken."""
+def bind(server: grpc.aio.Server, config: Config, credentials: Credentials) -> None:
+    """Bind the address, with TLS where there is a certificate; DirectoryError names an address that is taken."""
+    tls = tls_credentials(credentials)
+    target = config.address.target
     try:
-        port = server.add_insecure_port(config.address.target)
+        port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)
     except RuntimeError as error:
         raise DirectoryError(f"cannot listen on {config.listen}: {error}") from error
     if not port:
         raise DirectoryError(f"cannot listen on {config.listen}: the address is taken")
+
+
+def close_socket_to_others(path: Path) -> None:
+    """Give the socket mode 0600, and make sure of it; DirectoryError where the volume keeps no modes."""
+    os.chmod(path, 0o600)
+    info = path.lstat()
+    if not stat.S_ISSOCK(info.st_mode) or stat.S_IMODE(info.st_mode) != 0o600 or info.st_uid != os.geteuid():
+        raise DirectoryError(f"the socket {path} cannot be closed to other users; listen on another volume")
 
 
 @contextlib.contextmanager
@@ -183,10 +197,9 @@ def listening_place(config: Config) -> Iterator[None]:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        info = path.parent.stat()
+        demand_private_directory(path.parent, "listen in one of your own, such as unix:~/.kvstore/kvstore.sock")
     except OSError as error:
         raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
-    demand_private(path.parent, info)
     try:
         fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -207,17 +220,6 @@ def listening_place(config: Config) -> Iterator[None]:
         path.unlink(missing_ok=True)
     finally:
         os.close(fd)
-
-
-def demand_private(directory: Path, info: os.stat_result) -> None:
-    """Refuse a socket directory that others can enter, with a fix that harms nobody who shares it."""
-    elsewhere = "listen in a directory of your own, such as unix:~/.kvstore/kvstore.sock"
-    if info.st_uid != os.geteuid() or info.st_mode & stat.S_ISVTX:
-        raise DirectoryError(f"the socket directory {directory} is shared with other users; {elsewhere}")
-    if stat.S_IMODE(info.st_mode) & 0o077:
-        raise DirectoryError(
-            f"the socket directory {directory} is open to other users; run: chmod 700 {directory}, or {elsewhere}"
-        )
 
 
 def raise_file_limit() -> None:

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-import kvstore
-from kvstore.config import SOCKET_PATH_BYTES_MAX, Config, automatic_budget_bytes, automatic_floor_bytes
+from kvstore.config import SOCKET_PATH_BYTES_MAX, automatic_budget_bytes, automatic_floor_bytes
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=1, heads=1, width=32)
@@ -44,7 +44,7 @@ def refused(daemon: DaemonProcess, code: int) -> str:
 
 def roundtrip(daemon: DaemonProcess) -> None:
     """Store and fetch back: the daemon does not only say that it serves."""
-    with kvstore.connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client:
+    with client_of(daemon) as client:
         session = client.session(make_namespace(LAYOUT), "raw", connect_ms=5000, stall_ms=20_000, total_ms=20_000)
         assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).stored_tokens == len(TOKENS)
         hit = session.fetch(TOKENS)
@@ -170,7 +170,7 @@ def test_budget_and_floor_come_from_the_volume_when_none_are_set(tmp_path: Path)
     with DaemonProcess(tmp_path / "data") as daemon:
         roundtrip(daemon)
         daemon.restart(budget_bytes="0", free_floor_bytes="0")
-        with kvstore.connect(daemon.listen) as client:
+        with client_of(daemon) as client:
             disk = client.stats()["disk"]
         assert disk["blobs"] == 1
         volume = os.statvfs(tmp_path)
@@ -262,7 +262,7 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
     tmp_path: Path, key: str, value: str, named: str
 ) -> None:
     """Before the directory is touched, and without a stack trace."""
-    daemon = DaemonProcess(tmp_path / "data", **{key: value})
+    daemon = DaemonProcess(tmp_path / "data", **{"insecure_tcp": "false", key: value})
     environ = {**daemon.environ(), f"KVSTORE_{key.upper()}": value}
     ended = run_cli(["serve"], environ, timeout_s=30)
     assert ended.returncode == 2, ended.stderr

@@ -30,7 +30,9 @@ class DaemonProcess:
         # A short directory of its own: a socket path has 103 bytes, pytest's directories are long.
         self._socket_dir = tempfile.mkdtemp(prefix="kvs-")
         self.listen = listen or f"unix:{self._socket_dir}/s"
-        self.config = {**SMALL, **{key: str(value) for key, value in config.items()}}
+        # TCP with neither TLS nor tokens, where a test does not say otherwise.
+        plain = {} if self.listen.startswith("unix:") else {"insecure_tcp": "true"}
+        self.config = {**SMALL, **plain, **{key: str(value) for key, value in config.items()}}
         self.log_path = data_dir.parent / f"{data_dir.name}.log"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -29,7 +29,9 @@ Rows = list[dict[str, tuple[mx.array, ...]]]  # by layer and part: each tensor `
 
 def client_of(daemon: DaemonProcess, **settings: object) -> Client:
     """A client that takes prefixes of any length."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **settings))  # type: ignore[arg-type]
+    plain = daemon.config.get("insecure_tcp") == "true"
+    settings = {"min_prefix_tokens": 1, "insecure_tcp": plain, **settings}
+    return connect(config=Config(listen=daemon.listen, **settings))  # type: ignore[arg-type]
 
 
 def patient(client: Client, namespace: Namespace, profile: str | None = None) -> Session:
