@@ -70,6 +70,7 @@ class Reason(enum.StrEnum):
     DEPENDENCY_LOST = "dependency_lost"
     STORE_FULL = "store_full"
     INVALID = "invalid"
+    PROFILE_REFUSED = "profile_refused"
     ALREADY_STORED = "already_stored"
     INTERNAL = "internal"
 

@@ -119,6 +119,28 @@ class Config:
     min_quantize_tokens: int = _key(
         values.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
     )
+    quality_gate: bool = _key(
+        values.switch,
+        "Use a lossy profile only on models on which `kvstore calibrate` found it good enough; safe needs none.",
+        "switch",
+        default=True,
+    )
+    quality_kl_mean_max: float = _key(
+        values.number,
+        "Mean KL of the next token, restored against cold, that a profile may cost.",
+        "nats",
+        default=0.01,
+    )
+    quality_kl_p99_max: float = _key(values.number, "The same, 99th percentile of positions.", "nats", default=0.1)
+    quality_top1_min: float = _key(
+        values.number, "Share of positions whose most likely token must stay the same.", "share", default=0.95
+    )
+    quality_nll_delta_max: float = _key(
+        values.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
+    )
+    quality_needle_loss_max: float = _key(
+        values.number, "Share of planted tokens that a restored prefix may no longer recall.", "share", default=0.05
+    )
     min_prefix_tokens: int = _key(
         values.whole(1),
         "A shorter common prefix is a miss: fetching it costs more than it saves.",

@@ -30,7 +30,8 @@ class Rig:
     """Engine, lane and the two paths, without RPC."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        self.config = Config(data_dir=folder, min_prefix_tokens=1, **settings)  # type: ignore[arg-type]
+        quiet = {"profile": "affine8", "quality_gate": False, **settings}
+        self.config = Config(data_dir=folder, min_prefix_tokens=1, **quiet)  # type: ignore[arg-type]
         self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
         self.lane = Lane()
         self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)

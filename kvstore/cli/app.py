@@ -20,6 +20,7 @@ VERBS = {
     "evict": ("kvstore.cli.evict", "Remove blocks from the store."),
     "check": ("kvstore.cli.check", "Verify every blob, and repair."),
     "cert": ("kvstore.cli.cert", "Make a CA, certificates and tokens for TCP."),
+    "calibrate": ("kvstore.cli.calibrate", "Measure what profiles cost on a model."),
     "config": ("kvstore.cli.config", "The configuration in force."),
 }
 

@@ -26,6 +26,8 @@ _METAVARS = {
     "count": "N",
     "seconds": "SECONDS",
     "milliseconds": "MS",
+    "nats": "NATS",
+    "share": "SHARE",
 }
 
 

@@ -7,18 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from kvstore.blocks import Reason
+from kvstore.blocks import FIDELITY_ANY, Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadlines
 from kvstore.client.channel import Connection
 from kvstore.config import Config, load_config
 from kvstore.errors import InvalidRequestError
-from kvstore.wire.convert import message_to_dict
+from kvstore.wire.convert import message_to_dict, namespace_to_message, quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.client.session import Session
     from kvstore.keys import Namespace
+    from kvstore.quality import Quality
 
 SCHEMA = 1
 LIST_LIMIT = 1000
@@ -144,6 +145,13 @@ class Client:
         """Verify every blob against its checksums and the index."""
         return self._ask(self._connection.admin.Check, pb.CheckRequest(repair=repair), CHECK_S)
 
+    def record_quality(self, namespace: Namespace, quality: Quality) -> dict[str, Any]:
+        """Let the daemon keep what a profile costs on a model, and decide by it; `refused` says why not to use it."""
+        request = pb.RecordQualityRequest(
+            namespace=namespace_to_message(namespace), quality=quality_to_message(quality)
+        )
+        return self._ask(self._connection.admin.RecordQuality, request, QUICK_S)
+
     def _ask(self, method: Callable[..., Any], request: Any, timeout_s: float) -> dict[str, Any]:
         with self._connection.attempt():
             self._connection.ensure(CONNECT_S)
@@ -168,10 +176,10 @@ class Client:
 def _fidelity(profile: str | None) -> int:
     """The rank below which a session of this profile takes nothing."""
     if not profile:
-        return 0
-    from kvstore.codecs.profiles import parse_profile
+        return FIDELITY_ANY
+    from kvstore.codecs.profiles import AUTO, parse_profile
 
-    return parse_profile(profile).fidelity
+    return FIDELITY_ANY if profile == AUTO else parse_profile(profile).fidelity
 
 
 def _check(sound: bool, message: str) -> None:

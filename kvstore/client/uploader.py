@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import stat
 import threading
@@ -42,6 +43,9 @@ UPLOAD_S_MIN = 10.0
 UPLOAD_BYTES_PER_S_MIN = 10_000_000
 
 _PATH_UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.ELOOP)
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Uploader:
         self._path_usable = same_host
         self._call: Any = None
         self._cancelled = False
+        self._complained = False
 
     def cancel(self) -> None:
         """End the call in progress, and any later one, with an error."""
@@ -121,9 +126,16 @@ class Uploader:
             self._hand_over(job, begun)
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
+            self._complain(begun.detail)
             return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
         job.release()
         return self._commit(begun.upload_id)
+
+    def _complain(self, detail: str) -> None:
+        """Say once in the log why the daemon does not keep what the session asked for."""
+        if detail and not self._complained:
+            self._complained = True
+            log.warning("nothing is stored: %s", detail)
 
     def _begin(self, job: StoreJob) -> pb.BeginStoreReply:
         request = pb.BeginStoreRequest(

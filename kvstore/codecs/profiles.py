@@ -8,9 +8,9 @@ affine4-g32             another group: 32, 64 or 128 values a scale
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from kvstore.blocks import RAW, Recipe
+from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.base import codec_of
 from kvstore.errors import ConfigError
@@ -18,6 +18,12 @@ from kvstore.layers import PartSpec
 
 GROUP_DEFAULT = 64
 _AFFINE = re.compile(r"affine(\d)(?:-g(\d+))?")
+
+
+AUTO = "auto"
+PROFILES = {"exact": "raw", "safe": "affine8", "balanced": "affine6", "compact": "affine4", "tiny": "affine3"}
+LOSSY = tuple(PROFILES)[1:]
+UNMEASURED = ("safe", "exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,16 @@ class Profile:
         return codec_of(target).fit(target, part)
 
     @property
+    def spec(self) -> str:
+        """What it is made of: equal specs keep KV alike."""
+        return f"{self.keys}:{self.values}"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is lost."""
+        return self.fidelity == FIDELITY_EXACT
+
+    @property
     def fidelity(self) -> int:
         """The least of keys and values."""
         return min(codec_of(recipe).fidelity(recipe) for recipe in (self.keys, self.values))
@@ -46,6 +62,8 @@ class Profile:
 
 def parse_profile(name: str) -> Profile:
     """The profile of that name; ConfigError naming the choices otherwise."""
+    if name in PROFILES:
+        return replace(parse_profile(PROFILES[name]), name=name)
     if name == "raw":
         return Profile(name, RAW, RAW)
     match = _AFFINE.fullmatch(name)
@@ -58,3 +76,9 @@ def parse_profile(name: str) -> Profile:
         f"unknown profile {name!r}: raw, or affine with {', '.join(map(str, BITS))} bits, "
         f"optionally -g32, -g64 or -g128 (affine8, affine4-g32)"
     )
+
+
+def check_profile(name: str) -> None:
+    """ConfigError unless it is `auto` or the name of a profile."""
+    if name != AUTO:
+        parse_profile(name)

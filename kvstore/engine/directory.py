@@ -61,6 +61,11 @@ class Directory:
         """Damaged blobs, for a person to look at."""
         return self.root / "quarantine"
 
+    @property
+    def quality(self) -> Path:
+        """What profiles were measured to cost, a file a namespace."""
+        return self.root / "quality"
+
     def folder(self, number: int) -> Path:
         """The folder of blobs with this number."""
         return self.blobs / f"{number:02x}"
@@ -247,7 +252,7 @@ def _modeless(root: Path) -> str:
 
 def _furnish(directory: Directory) -> None:
     fs = Fs()
-    for path in (directory.index, directory.blobs, directory.staging, directory.quarantine):
+    for path in (directory.index, directory.blobs, directory.staging, directory.quarantine, directory.quality):
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
         if path.is_symlink() or not path.is_dir():

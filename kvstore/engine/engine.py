@@ -52,6 +52,7 @@ from kvstore.engine.nouns import (
     StoreReceipt,
 )
 from kvstore.engine.pages import digest
+from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
@@ -95,6 +96,7 @@ class Engine:
         self._hold = hold
         self._room = Room(state)
         self._writer = Writer(state, self._room)
+        self.quality = QualityFiles(state.directory.quality, state.fs, sync=state.options.durability != "none")
         self._closed = False
 
     @classmethod

@@ -10,6 +10,7 @@ from kvstore.server.edge import Context, Workers, unary
 from kvstore.server.lane import Lane
 from kvstore.server.stats import Counters, namespace_message
 from kvstore.server.store import StorePath
+from kvstore.wire import convert
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -49,7 +50,7 @@ class AdminService(rpc.AdminServicer):
             version=__version__,
             state=self._state(),
             device=self._device() if self._lane.used else "idle",
-            profile=self._store.profile.name,
+            gate=self._store.gate,
             tokens_stored=self._store.tokens_stored,
         )
 
@@ -58,7 +59,7 @@ class AdminService(rpc.AdminServicer):
         limit = min(request.limit or LIST_MAX, LIST_MAX)
         if not request.namespace_prefix:
             stats = await self._workers.admin(self._engine.stats)
-            rows = [namespace_message(one, self._store.profile.name) for one in stats.namespaces]
+            rows = [namespace_message(one, self._store.gate) for one in stats.namespaces]
             return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
         found = await self._workers.admin(self._engine.list_blocks, request.namespace_prefix, limit + 1)
         blocks = [block_message(info) for info in found[:limit]]
@@ -88,6 +89,12 @@ class AdminService(rpc.AdminServicer):
         return pb.CheckReply(
             blobs=report.blobs, bytes=report.bytes, repaired=report.repaired, findings=findings[:FINDINGS_MAX]
         )
+
+    @unary
+    async def RecordQuality(self, request: pb.RecordQualityRequest, context: Context) -> pb.RecordQualityReply:
+        root = convert.root_from_message(request.namespace)
+        quality = convert.quality_from_message(request.quality)
+        return pb.RecordQualityReply(refused=await self._workers.admin(self._store.gate.record, root, quality))
 
 
 def block_message(info: BlockInfo) -> pb.BlockInfo:

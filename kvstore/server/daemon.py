@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from kvstore.access import Credentials
 from kvstore.codecs import device
-from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.profiles import check_profile
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
@@ -127,7 +127,7 @@ def serve(config: Config) -> int:
     )
     os.umask(0o077)
     raise_file_limit()
-    parse_profile(config.profile)  # a name that the codecs do not know ends the start before anything is touched
+    check_profile(config.profile)  # a name that the codecs do not know ends the start before anything is touched
 
     async def main() -> None:
         daemon = Daemon(config)

@@ -134,7 +134,9 @@ class KVStoreService(rpc.KVStoreServicer):
         upload = plan.upload
         if upload is None:
             self._counters.stored(plan.reason)
-            return pb.BeginStoreReply(reason=plan.reason, held_tokens=plan.held_tokens, durable=self._durable)
+            return pb.BeginStoreReply(
+                reason=plan.reason, held_tokens=plan.held_tokens, durable=self._durable, detail=plan.detail
+            )
         by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and upload.staging is not None
         return pb.BeginStoreReply(
             upload_id=upload.upload_id,

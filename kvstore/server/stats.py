@@ -9,6 +9,8 @@ from collections import Counter
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, NamespaceUsage
+from kvstore.server.gate import Gate
+from kvstore.wire.convert import quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 
@@ -43,7 +45,7 @@ class Counters:
                 self._store_reasons[reason.value] += 1
 
     def reply(
-        self, engine: Engine, *, version: str, state: str, device: str, profile: str, tokens_stored: int
+        self, engine: Engine, *, version: str, state: str, device: str, gate: Gate, tokens_stored: int
     ) -> pb.StatsReply:
         """The Stats reply. Reads the index: call it on a worker thread."""
         disk = engine.stats()
@@ -86,12 +88,13 @@ class Counters:
                 written=disk.written_bytes,
                 served=get("bytes_served", 0),
             ),
-            namespaces=[namespace_message(one, profile) for one in disk.namespaces],
+            namespaces=[namespace_message(one, gate) for one in disk.namespaces],
         )
 
 
-def namespace_message(one: NamespaceUsage, profile: str) -> pb.NamespaceStats:
-    """One namespace's row; `profile`: how KV that comes in now is kept."""
+def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
+    """One namespace's row, with how KV that comes in now is kept."""
+    choice = gate.choose(one.info.root)
     return pb.NamespaceStats(
         id=one.info.root,
         alias=one.info.alias,
@@ -104,5 +107,7 @@ def namespace_message(one: NamespaceUsage, profile: str) -> pb.NamespaceStats:
         layers=len(one.info.layout.layers),
         checkpoints=one.checkpoints,
         checkpoint_bytes=one.checkpoint_bytes,
-        profile=profile,
+        profile=choice.profile.name,
+        profile_refused=choice.refused,
+        quality=[quality_to_message(quality, refused) for quality, refused in gate.results(one.info.root)],
     )

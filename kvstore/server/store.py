@@ -28,7 +28,7 @@ from kvstore.blocks import (
     count_tokens,
 )
 from kvstore.codecs import device
-from kvstore.codecs.profiles import Profile, parse_profile
+from kvstore.codecs.profiles import AUTO, Profile
 from kvstore.codecs.runs import EncodedRun, encode_run, join_runs, load_run, narrow_run, payload_run
 from kvstore.codecs.states import check_state
 from kvstore.config import Config
@@ -37,6 +37,7 @@ from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, No
 from kvstore.files import FileReader
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
+from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
 from kvstore.server.uploads import Upload, Uploads, block_range, checkpoint_place
@@ -63,6 +64,7 @@ class StorePlan:
     upload: Upload | None
     held_tokens: int
     reason: Reason
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class StorePath:
         self._lane = lane
         self._config = config
         self._staging_dir = staging_dir
-        self.profile = parse_profile(config.profile)
+        self.gate = Gate(engine.quality, config)
         self.uploads = Uploads(config.uploads_max)
         self.tokens_stored = 0
 
@@ -100,8 +102,11 @@ class StorePath:
         self._check_states(request, namespace)
         if n_tokens < self._config.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
-        profile = parse_profile(request.profile) if request.profile else self.profile
-        floor = profile.fidelity if request.profile else FIDELITY_ANY
+        choice = self.gate.choose(request.root, request.profile)
+        if choice.refused and request.profile:
+            return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
+        profile, named = choice.profile, request.profile not in ("", AUTO)
+        floor = profile.fidelity if named else FIDELITY_ANY
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
@@ -168,7 +173,7 @@ class StorePath:
             tokens=request.tokens,
             keys=tuple(keys),
             profile=profile,
-            profile_named=bool(request.profile),
+            profile_named=request.profile not in ("", AUTO),
             restored_fidelity=restored_fidelity(request),
             first_block=first,
             spliced=spliced,

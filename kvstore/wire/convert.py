@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import msgpack
@@ -11,6 +13,7 @@ from google.protobuf.message import Message
 from kvstore.blocks import KEY_BYTES, LayerState, Run
 from kvstore.errors import InvalidRequestError
 from kvstore.keys import FIELD_BYTES_MAX, Namespace, root_key
+from kvstore.quality import Quality
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -98,3 +101,18 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, Message):
         return message_to_dict(value)
     return value.hex() if isinstance(value, bytes) else value
+
+
+def quality_to_message(quality: Quality, refused: str = "") -> pb.Quality:
+    """A measurement as it travels."""
+    return pb.Quality(**asdict(quality), refused=refused)
+
+
+def quality_from_message(message: pb.Quality) -> Quality:
+    """The measurement that a caller sent; InvalidRequestError when a number is not finite or a name is no name."""
+    values = {field.name: getattr(message, field.name) for field in fields(Quality)}
+    if not message.profile or len(message.profile) + len(message.spec) > FIELD_BYTES_MAX:
+        raise InvalidRequestError("a measurement names the profile that was measured")
+    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
+        raise InvalidRequestError("a measurement has finite numbers")
+    return Quality(**values)

@@ -19,7 +19,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 START_TIMEOUT_S = 60.0
 
 # Small limits, so that a nearly full disk or a small machine does not decide a test.
-SMALL = {"free_floor_bytes": "1", "budget_bytes": "2GB", "min_prefix_tokens": "1"}
+SMALL = {
+    "free_floor_bytes": "1",
+    "budget_bytes": "2GB",
+    "min_prefix_tokens": "1",
+    # Tests name profiles to test codecs with; the gate has tests of its own.
+    "profile": "affine8",
+    "quality_gate": "false",
+}
 
 
 class DaemonProcess:

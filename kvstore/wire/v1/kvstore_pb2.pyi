@@ -162,7 +162,7 @@ class BeginStoreRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
-    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states", "durable")
+    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states", "durable", "detail")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
@@ -172,6 +172,7 @@ class BeginStoreReply(_message.Message):
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WANTS_STATES_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     start: int
     end: int
@@ -181,7 +182,8 @@ class BeginStoreReply(_message.Message):
     held_tokens: int
     wants_states: bool
     durable: bool
-    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ..., durable: bool = ...) -> None: ...
+    detail: str
+    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ..., durable: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("upload_id", "data")
@@ -354,7 +356,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -367,6 +369,8 @@ class NamespaceStats(_message.Message):
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_REFUSED_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -379,7 +383,57 @@ class NamespaceStats(_message.Message):
     checkpoints: int
     checkpoint_bytes: int
     profile: str
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ...) -> None: ...
+    profile_refused: str
+    quality: _containers.RepeatedCompositeFieldContainer[Quality]
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ...) -> None: ...
+
+class Quality(_message.Message):
+    __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "needle_cold", "needle_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    SPEC_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    KL_MEAN_FIELD_NUMBER: _ClassVar[int]
+    KL_P99_FIELD_NUMBER: _ClassVar[int]
+    TOP1_FIELD_NUMBER: _ClassVar[int]
+    NLL_DELTA_FIELD_NUMBER: _ClassVar[int]
+    NEEDLE_COLD_FIELD_NUMBER: _ClassVar[int]
+    NEEDLE_RESTORED_FIELD_NUMBER: _ClassVar[int]
+    BITS_PER_VALUE_FIELD_NUMBER: _ClassVar[int]
+    ENCODE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    profile: str
+    spec: str
+    prefixes: int
+    positions: int
+    kl_mean: float
+    kl_p99: float
+    top1: float
+    nll_delta: float
+    needle_cold: float
+    needle_restored: float
+    bits_per_value: float
+    encode_bytes_per_s: float
+    decode_bytes_per_s: float
+    created_s: int
+    refused: str
+    def __init__(self, profile: _Optional[str] = ..., spec: _Optional[str] = ..., prefixes: _Optional[int] = ..., positions: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_p99: _Optional[float] = ..., top1: _Optional[float] = ..., nll_delta: _Optional[float] = ..., needle_cold: _Optional[float] = ..., needle_restored: _Optional[float] = ..., bits_per_value: _Optional[float] = ..., encode_bytes_per_s: _Optional[float] = ..., decode_bytes_per_s: _Optional[float] = ..., created_s: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class RecordQualityRequest(_message.Message):
+    __slots__ = ("namespace", "quality")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    quality: Quality
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ...) -> None: ...
+
+class RecordQualityReply(_message.Message):
+    __slots__ = ("refused",)
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    refused: str
+    def __init__(self, refused: _Optional[str] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("namespace_prefix", "limit")

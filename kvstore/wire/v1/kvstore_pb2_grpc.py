@@ -402,6 +402,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckReply.FromString,
                 _registered_method=True)
+        self.RecordQuality = channel.unary_unary(
+                '/kvstore.v1.Admin/RecordQuality',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -443,6 +448,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordQuality(self, request, context):
+        """RecordQuality keeps what a profile was measured to cost on a model; later stores are decided by it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -470,6 +482,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Check,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckReply.SerializeToString,
+            ),
+            'RecordQuality': grpc.unary_unary_rpc_method_handler(
+                    servicer.RecordQuality,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -608,6 +625,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Check',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordQuality(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/RecordQuality',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.FromString,
             options,
             channel_credentials,
             insecure,

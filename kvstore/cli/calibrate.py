@@ -1,0 +1,166 @@
+"""`kvstore calibrate`: measure what profiles cost on a model, and let the daemon decide by it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstore.cli.common import client_config, common_options, connected, print_json, print_table
+from kvstore.config import ENV_PREFIX, Config, load_config
+from kvstore.errors import ConfigError, InvalidRequestError, KVStoreError
+
+if TYPE_CHECKING:
+    from kvstore.quality import Quality
+
+START_S = 60.0
+TEXT_TOKENS_MAX = 400_000
+
+
+@click.command("calibrate")
+@click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
+@click.option("--adapter-path", metavar="PATH", help="LoRA adapter, as the server is given it.")
+@click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text like yours; may be repeated.")
+@click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
+@click.option("--prefixes", type=click.IntRange(2), default=24, show_default=True, help="Prefixes to measure.")
+@click.option("--shortest", type=click.IntRange(64), default=300, show_default=True, help="Tokens of the shortest.")
+@click.option("--longest", type=click.IntRange(64), default=900, show_default=True, help="Tokens of the longest.")
+@click.option("--dry-run", is_flag=True, help="Measure only; tell the daemon nothing.")
+@common_options
+def command(
+    model_path: str,
+    adapter_path: str | None,
+    prompt_files: Sequence[str],
+    profiles: Sequence[str],
+    prefixes: int,
+    shortest: int,
+    longest: int,
+    dry_run: bool,
+    address: str | None,
+    config_path: str | None,
+    as_json: bool,
+) -> None:
+    """Continue text after cold and after restored prefixes, and record per profile how far they are apart.
+
+    The model is loaded here; a daemon of its own, in a temporary directory, keeps the prefixes. The results go to the
+    daemon at --address: from then on it refuses profiles that break the limits of its configuration (quality_*), and
+    profile "auto" takes the smallest that passes. Without --prompt-file the text is Python's own documentation.
+    """
+    from mlx_lm.utils import load
+
+    from kvstore.codecs.profiles import LOSSY, parse_profile
+    from kvstore.integrations import mlx_lm as kv
+    from kvstore.integrations.calibrate import PATIENT_MS, Calibration, windows
+
+    config = client_config(address, config_path)
+    names = list(profiles or LOSSY)
+    for name in names:
+        parse_profile(name)
+    if not dry_run:
+        with connected(config) as client:
+            client.stats()  # nobody should wait for minutes to hear that no daemon is there
+    model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
+    tokens = tokenizer.encode(_text(prompt_files))[:TEXT_TOKENS_MAX]
+    calibration = Calibration(model, windows(tokens, prefixes, shortest, longest))
+    namespace = kv.namespace(model_path, model=model, adapter_path=adapter_path)
+    with scratch_daemon() as scratch, connected(scratch) as client:
+        sessions = {
+            name: client.session(replace(namespace, salt=name.encode()), name, total_ms=PATIENT_MS, stall_ms=PATIENT_MS)
+            for name in names
+        }
+        with click.progressbar(length=prefixes, label="prefixes", file=sys.stderr, hidden=as_json) as bar:
+            results = calibration.measure(sessions, lambda _: bar.update(1))
+    refused = [""] * len(results) if dry_run else _record(config, namespace, results)
+    if as_json:
+        rows = [{**asdict(one), "refused": why} for one, why in zip(results, refused, strict=True)]
+        print_json({"recorded": not dry_run, "results": rows})
+        return
+    print_quality(results, refused)
+
+
+def _text(paths: Sequence[str]) -> str:
+    if not paths:
+        from pydoc_data.topics import topics
+
+        return "\n".join(topics.values())
+    try:
+        return "\n".join(Path(path).read_text(encoding="utf-8") for path in paths)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"a prompt file cannot be read: {error}") from error
+
+
+def _record(config: Config, namespace: Any, results: Sequence[Quality]) -> list[str]:
+    with connected(config) as client:
+        return [client.record_quality(namespace, one)["refused"] for one in results]
+
+
+def print_quality(results: Sequence[Quality], refused: Sequence[str]) -> None:
+    """The table of results, in the order given; then why profiles are refused."""
+    rows = [
+        (
+            one.profile,
+            f"{one.bits_per_value:.2f}",
+            f"{one.kl_mean:.1e}",
+            f"{one.kl_p99:.1e}",
+            f"{one.top1:.1%}",
+            f"{one.nll_delta:+.1e}",
+            f"{one.needle_restored:.1%} of {one.needle_cold:.1%}",
+            f"{one.encode_bytes_per_s / 1e6:.0f}",
+            f"{one.decode_bytes_per_s / 1e6:.0f}",
+            "no" if why else "yes",
+        )
+        for one, why in zip(results, refused, strict=True)
+    ]
+    columns = ("profile", "bits", "KL", "KL P99", "top-1", "NLL", "needle", "store MB/s", "decode MB/s", "used")
+    print_table(columns, rows, numbers=" nnnnnnnn")
+    for one, why in zip(results, refused, strict=True):
+        if why:
+            click.echo(f"{one.profile}: {why}")
+
+
+@contextlib.contextmanager
+def scratch_daemon() -> Iterator[Config]:
+    """A daemon on a temporary directory that keeps any profile that a session names; its configuration."""
+    folder = Path(tempfile.mkdtemp(prefix="kvs-"))
+    flags: dict[str, object] = {
+        "data_dir": folder / "data",
+        "listen": f"unix:{folder}/s",
+        "quality_gate": False,
+        "durability": "none",
+        "min_prefix_tokens": 1,
+        "free_floor_bytes": 1,
+    }
+    config = load_config(flags, environ={})
+    variables = {f"{ENV_PREFIX}{key.upper()}": str(value) for key, value in flags.items()}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvstore", "serve", "--config", os.devnull],
+        env={**clean, **variables, "KVSTORE_LOG_LEVEL": "error"},
+    )
+    try:
+        _await(config, process)
+        yield config
+    finally:
+        process.terminate()
+        process.wait(START_S)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await(config: Config, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(KVStoreError), connected(config) as client:
+            client.stats()
+            return
+        time.sleep(0.05)
+    raise ConfigError("the temporary daemon did not start")

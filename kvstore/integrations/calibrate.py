@@ -1,0 +1,244 @@
+"""What a profile costs on a model: the same text after a cold prefix and after one that went through the store.
+
+For every window of text the model prefills a prefix once. The cache is stored by a daemon that keeps it in the profile,
+fetched again, and both caches are continued with the same next tokens. So everything counts that a user would meet:
+incomplete groups, tails, thresholds, the dtype that decoding rounds to.
+
+    KL          of the next-token distributions, restored against cold, in nats: mean and 99th percentile of positions
+    top-1       share of positions where the most likely token is the same
+    NLL         how much less likely the text itself became, nats a token
+    needle      a passage from inside the prefix is begun again; share of its further tokens that come out most likely,
+                after the cold and after the restored prefix
+    bits        bytes of the blobs, headers included, for each value of KV
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx_lm.models.cache import make_prompt_cache
+
+from kvstore.client.results import Miss
+from kvstore.client.session import Session
+from kvstore.codecs.device import dtype_name
+from kvstore.codecs.profiles import parse_profile
+from kvstore.errors import InvalidRequestError, KVStoreError
+from kvstore.integrations.caches import capture, restore
+from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
+from kvstore.quality import Quality
+
+Layers = list[KVLayer | StateLayer]
+LogProbs = npt.NDArray[np.float32]
+
+NEXT_TOKENS = 48
+NEEDLE_TOKENS = 16
+NEEDLE_GIVEN = 8
+PREFILL_STEP = 512
+# A fetch is waited for as long as it takes: what is measured is what comes back.
+PATIENT_MS = 120_000
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A prefix, what follows it in the text, and a passage from inside it."""
+
+    prefix: tuple[int, ...]
+    following: tuple[int, ...]
+    needle: tuple[int, ...]
+
+
+def windows(tokens: Sequence[int], count: int, shortest: int, longest: int) -> list[Window]:
+    """`count` windows spread over the text, prefixes of `shortest` to `longest` tokens, the same for every call.
+
+    They overlap where the text is short. InvalidRequestError when it does not hold one.
+    """
+    longest = min(longest, len(tokens) - NEXT_TOKENS)
+    if longest < max(shortest, 2 * NEEDLE_TOKENS):
+        raise InvalidRequestError(
+            f"the text has {len(tokens)} tokens; {shortest + NEXT_TOKENS} are the least: give more --prompt-file"
+        )
+    found = []
+    for number in range(count):
+        # Lengths and places by two irrational steps: evenly spread, never in step with block or group boundaries.
+        length = shortest + int((number * 0.6180339887) % 1 * (longest - shortest + 1))
+        room = len(tokens) - length - NEXT_TOKENS
+        start = int((number * 0.7548776662) % 1 * (room + 1))
+        text = tuple(tokens[start : start + length + NEXT_TOKENS])
+        at = int((number * 0.5698402910) % 1 * (length // 2))
+        found.append(Window(text[:length], text[length:], text[at : at + NEEDLE_TOKENS]))
+    return found
+
+
+@dataclass
+class Tally:
+    """Sums over windows. `values`: numbers of KV values stored, `stored_bytes` what they took."""
+
+    kl: list[float] = field(default_factory=list)
+    same: int = 0
+    nll_delta: float = 0.0
+    needle_cold: int = 0
+    needle_restored: int = 0
+    needles: int = 0
+    values: int = 0
+    stored_bytes: int = 0
+    raw_bytes: int = 0
+    store_s: float = 0.0
+    decode_s: float = 0.0
+
+    def compare(self, cold: LogProbs, restored: LogProbs, text: Sequence[int]) -> None:
+        """Add the positions of one continuation: `[tokens, vocabulary]` each, `text` what really came next."""
+        self.kl += (np.exp(cold) * (cold - restored)).sum(axis=-1).clip(0).tolist()
+        self.same += int((cold.argmax(-1) == restored.argmax(-1)).sum())
+        rows = np.arange(len(text) - 1)
+        self.nll_delta += float((cold[rows, text[1:]] - restored[rows, text[1:]]).sum())
+
+    def recall(self, cold: LogProbs, restored: LogProbs, needle: Sequence[int]) -> None:
+        """Add one passage that was begun again: only what comes after the part that was given counts."""
+        asked = np.array(needle[NEEDLE_GIVEN:])
+        rows = slice(NEEDLE_GIVEN - 1, len(needle) - 1)
+        self.needle_cold += int((cold[rows].argmax(-1) == asked).sum())
+        self.needle_restored += int((restored[rows].argmax(-1) == asked).sum())
+        self.needles += len(asked)
+
+    def quality(self, profile: str, spec: str, prefixes: int) -> Quality:
+        """The result."""
+        positions = len(self.kl)
+        return Quality(
+            profile=profile,
+            spec=spec,
+            prefixes=prefixes,
+            positions=positions,
+            kl_mean=float(np.mean(self.kl)),
+            kl_p99=float(np.percentile(self.kl, 99)),
+            top1=self.same / positions,
+            nll_delta=self.nll_delta / positions,
+            needle_cold=self.needle_cold / self.needles,
+            needle_restored=self.needle_restored / self.needles,
+            bits_per_value=8 * self.stored_bytes / self.values,
+            encode_bytes_per_s=self.raw_bytes / self.store_s,
+            decode_bytes_per_s=self.raw_bytes / self.decode_s,
+            created_s=int(time.time()),
+        )
+
+
+class Calibration:
+    """A model and windows of text; `measure` runs one profile over them. Use it on the thread that owns the model.
+
+    `kv_dtype`: keep KV in this dtype, in the cold cache too, and compute in the model's own. With a model in float32
+    and KV in bfloat16 the codec shows, and not the rounding of the computation. None: as the model has it.
+    """
+
+    def __init__(self, model: Any, of: Sequence[Window], tree: str = "", kv_dtype: mx.Dtype | None = None) -> None:
+        self._model = model
+        self._windows = of
+        self._tree = tree
+        self._kv_dtype = kv_dtype
+
+    def layout(self) -> Layout:
+        """The layout under which the KV of this calibration is stored."""
+        layers = self._prefill(self._windows[0].prefix[:2])
+        return Layout(tuple(layer.spec for layer in layers), self._tree)
+
+    def measure(self, sessions: Mapping[str, Session], tell: Callable[[int], None] = lambda _: None) -> list[Quality]:
+        """Run all windows through every session, by profile. `tell` hears the number of each window that is done.
+
+        No two sessions may share a namespace. KVStoreError when a prefix does not come back whole: the answer would
+        say nothing.
+        """
+        tallies = {profile: Tally() for profile in sessions}
+        for number, window in enumerate(self._windows):
+            cold = self._prefill(window.prefix)
+            text, needle = (self._continue(cold, tokens) for tokens in (window.following, window.needle))
+            for profile, session in sessions.items():
+                tally = tallies[profile]
+                warm = self._through(session, window, cold, tally)
+                tally.compare(text, self._continue(warm, window.following), window.following)
+                tally.recall(needle, self._continue(warm, window.needle), window.needle)
+            tell(number)
+        specs = {profile: parse_profile(profile).spec for profile in sessions}
+        return [tally.quality(profile, specs[profile], len(self._windows)) for profile, tally in tallies.items()]
+
+    def _prefill(self, prefix: Sequence[int]) -> Layers:
+        cache = make_prompt_cache(self._model)
+        for at in range(0, len(prefix), PREFILL_STEP):
+            mx.eval(self._model(mx.array([prefix[at : at + PREFILL_STEP]]), cache=cache))
+        return [_cut(layer, self._kv_dtype) for layer in capture(cache)]
+
+    def _through(self, session: Session, window: Window, layers: Layers, tally: Tally) -> Layers:
+        """The layers as the store gives them back."""
+        started = time.perf_counter()
+        stored = session.store(window.prefix, layers, wait=True)
+        tally.store_s += time.perf_counter() - started
+        hit = session.fetch([*window.prefix, window.following[0]])
+        if isinstance(hit, Miss) or hit.n_tokens != len(window.prefix):
+            raise KVStoreError(
+                f"a prefix of {len(window.prefix)} tokens came back with {hit.n_tokens}: store {stored.reason}, "
+                f"fetch {hit.reason}"
+            )
+        arrays = [array for layer in hit.layers for array in _arrays(layer)]
+        started = time.perf_counter()
+        mx.eval(arrays)
+        tally.decode_s += time.perf_counter() - started
+        tally.stored_bytes += stored.new_bytes
+        kv = [layer for layer in layers if isinstance(layer, KVLayer)]
+        tally.values += sum(array.size for layer in kv for array in _arrays(layer))
+        tally.raw_bytes += sum(array.nbytes for layer in kv for array in _arrays(layer))
+        return list(hit.layers)
+
+    def _continue(self, layers: Layers, tokens: Sequence[int]) -> LogProbs:
+        """Log-probabilities after each of `tokens`, fed at once after a prefix whose layers stay as they are."""
+        cache = restore([_computed(layer, self._compute_dtype) for layer in layers], self._tree)
+        logits = self._model(mx.array([tokens]), cache=cache)[0].astype(mx.float32)
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return np.array(logits)
+
+    @property
+    def _compute_dtype(self) -> mx.Dtype | None:
+        return mx.float32 if self._kv_dtype is not None else None
+
+
+def _arrays(layer: KVLayer | StateLayer) -> Iterator[mx.array]:
+    if isinstance(layer, KVLayer):
+        for part in PARTS:
+            yield from layer.part(part)
+    else:
+        yield from (array for _, array in layer.arrays)
+
+
+def _cut(layer: KVLayer | StateLayer, dtype: mx.Dtype | None) -> KVLayer | StateLayer:
+    """The layer without slack, in the dtype that is stored."""
+    if not isinstance(layer, KVLayer):
+        return layer
+    # An engine that quantizes its KV itself keeps it as it is.
+    dtype = None if layer.spec.keys.bits else dtype
+    keys, values = (tuple(_as(array[:, :, : layer.n_tokens], dtype) for array in layer.part(part)) for part in PARTS)
+    mx.eval(*keys, *values)
+    spec = layer.spec if dtype is None else _spec_in(layer.spec, dtype)
+    return replace(layer, spec=spec, keys=keys, values=values)
+
+
+def _computed(layer: KVLayer | StateLayer, dtype: mx.Dtype | None) -> KVLayer | StateLayer:
+    """The layer in arrays of its own, in the dtype of the computation: appending leaves the original as it is."""
+    if not isinstance(layer, KVLayer):
+        return replace(layer, arrays=tuple((name, array[:]) for name, array in layer.arrays))
+    dtype = None if layer.spec.keys.bits else dtype
+    keys, values = (tuple(_as(array[:], dtype) for array in layer.part(part)) for part in PARTS)
+    spec = layer.spec if dtype is None else _spec_in(layer.spec, dtype)
+    return replace(layer, spec=spec, keys=keys, values=values)
+
+
+def _as(array: mx.array, dtype: mx.Dtype | None) -> mx.array:
+    return array if dtype is None else array.astype(dtype)
+
+
+def _spec_in(spec: LayerSpec, dtype: mx.Dtype) -> LayerSpec:
+    """The spec with parts in another dtype; parts that the engine quantizes itself stay."""
+    name = dtype_name(mx.zeros((), dtype))
+    keys, values = (part if part.bits else replace(part, dtype=name) for part in (spec.keys, spec.values))
+    return replace(spec, keys=keys, values=values)
