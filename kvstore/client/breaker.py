@@ -23,7 +23,7 @@ class Deadlines:
 
     connect_ms: int = 50
     stall_ms: int = 500
-    total_ms: int = 5000
+    total_ms: float = 5000
 
 
 class Deadline:

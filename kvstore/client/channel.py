@@ -112,17 +112,20 @@ class Connection:
         self._answered = True
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
+    def attempt(self, *, hurried: bool = False) -> Iterator[None]:
         """Run calls and report to the breaker how they ended: UnavailableError and DeadlineError are its failures.
 
-        gRPC's errors come out as kvstore's. Anything else that is raised says nothing about the daemon.
+        `hurried`: the caller has so little time that running out of it says nothing about the daemon. gRPC's errors
+        come out as kvstore's. Anything else that is raised says nothing about the daemon.
         """
         try:
             try:
                 yield
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from error
-        except (UnavailableError, DeadlineError):
+        except (UnavailableError, DeadlineError) as error:
+            if hurried and isinstance(error, DeadlineError):
+                raise
             self._answered = False
             self.breaker.failed()
             raise

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import grpc
@@ -26,6 +26,8 @@ from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
 from kvstore.client.results import Hit, HitSource, Miss
+from kvstore.client.timing import Meter, TimedReader
+from kvstore.codecs import device
 from kvstore.codecs.assemble import BlockCorruptError, assemble_layer, layer_ranges
 from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
@@ -66,6 +68,16 @@ class _DamagedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, and whether it wants
+    every layer evaluated, so that the arrays may be viewed on any thread."""
+
+    prefill_tokens_per_s: float = 0.0
+    covered_tokens: int = 0
+    evaluate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class FetchOptions:
     """What a session fixes for all its fetches."""
 
@@ -95,24 +107,30 @@ class Fetcher:
         self._report = report
         self._path_usable = options.same_host
 
-    def match(self, tokens: bytes, deadlines: Deadlines) -> pb.MatchReply:
+    def match(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> pb.MatchReply:
         """Ask how much a fetch would give. Raises UnavailableError, DeadlineError, or what the daemon answers."""
         deadline = Deadline(deadlines.total_ms / 1e3)
         self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
-        request = pb.MatchRequest(namespace=self._message, tokens=tokens, fidelity_min=self._options.fidelity_min)
+        request = pb.MatchRequest(
+            namespace=self._message,
+            tokens=tokens,
+            fidelity_min=self._options.fidelity_min,
+            prefill_tokens_per_s=caller.prefill_tokens_per_s,
+            covered_tokens=caller.covered_tokens,
+        )
         reply: pb.MatchReply = self._connection.kvstore.Match(
             request, timeout=min(deadlines.stall_ms / 1e3, deadline.left_s)
         )
         return reply
 
     def fetch(
-        self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines
+        self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines, caller: Caller
     ) -> Hit | Miss:
         """The longest usable prefix of packed `tokens`. Raises any KVStoreError, grpc.RpcError, OSError."""
         started = time.monotonic()
         deadline = Deadline(deadlines.total_ms / 1e3)
         self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
-        attempt = _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started)
+        attempt = _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
         if representation == "dense":
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
         try:
@@ -160,9 +178,14 @@ class Fetcher:
             plan = _plan(messages, request)
             if not plan.n_tokens:
                 return Miss(plan.reason)
-            if transport == pb.TRANSPORT_PATH and plan.files:
-                return self._from_files(attempt, plan, call)
-            layers = tuple(self._from_stream(attempt, plan, messages))
+            by_path = transport == pb.TRANSPORT_PATH and bool(plan.files)
+            try:
+                if by_path:
+                    return self._from_files(attempt, plan, call)
+                layers = tuple(self._from_stream(attempt, plan, messages))
+            finally:
+                if plan.fetch_id:
+                    self._connection.tell(attempt.meter.report(plan.fetch_id, by_path=by_path))
         return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
 
     def _from_files(self, attempt: _Attempt, plan: Plan, call: Any) -> Hit | Miss:
@@ -182,6 +205,8 @@ class Fetcher:
                     )
                 except BlockCorruptError as error:
                     plan = self._shorter(plan, error)
+                except DeadlineError as error:  # the disk is slow; of the daemon that says nothing
+                    return Miss(Reason.DEADLINE, str(error))
                 else:
                     return _hit(attempt, plan, layers, "path", "packed")
         return Miss(Reason.BELOW_THRESHOLD if plan.reason is Reason.OK else plan.reason)
@@ -221,12 +246,18 @@ class Fetcher:
 
     def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer | StateLayer:
         layout = self._namespace.layout
+        reader = TimedReader(reader, attempt.meter, attempt.deadline)
         layer: KVLayer | StateLayer
         if layout.layers[index].is_exact:
             layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader)
         else:
             headroom = self._options.headroom_tokens
             layer = assemble_layer(layout, index, plan.blocks, reader, headroom_tokens=headroom, verify=True)
+        if attempt.caller.evaluate:
+            started = time.monotonic()
+            arrays = arrays_of(layer)
+            device.evaluate(arrays)
+            attempt.meter.decoded(sum(array.nbytes for array in arrays), time.monotonic() - started)
         attempt.deadline.check()
         return layer
 
@@ -242,6 +273,8 @@ class Fetcher:
             fidelity_min=request.fidelity_min,
             representation=pb.REPRESENTATION_DENSE if request.dense else pb.REPRESENTATION_PACKED,
             transport=transport,
+            prefill_tokens_per_s=attempt.caller.prefill_tokens_per_s,
+            covered_tokens=attempt.caller.covered_tokens,
         )
         call = self._connection.kvstore.Fetch(message, timeout=attempt.deadline.left_s)
         try:
@@ -253,12 +286,19 @@ class Fetcher:
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One fetch: its tokens and its time limits."""
+    """One fetch: its tokens, its time limits, who asks, and what it took so far."""
 
     tokens: bytes
     stall_s: float
     deadline: Deadline
     started: float
+    caller: Caller
+    meter: Meter = field(default_factory=Meter)
+
+
+def arrays_of(layer: KVLayer | StateLayer) -> list[Any]:
+    """All arrays of a layer."""
+    return [*layer.keys, *layer.values] if isinstance(layer, KVLayer) else [array for _, array in layer.arrays]
 
 
 def _watched(call: Iterator[pb.FetchReply], watchdog: Watchdog, stall_s: float) -> Iterator[pb.FetchReply]:

@@ -37,6 +37,7 @@ class Plan:
     keys: tuple[bytes, ...] = ()
     files: tuple[FileSource, ...] = ()
     states: tuple[LayerState, ...] = ()
+    fetch_id: int = 0
 
     @property
     def state_source(self) -> int:
@@ -106,6 +107,7 @@ def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
         keys=tuple(one.key for one in sources),
         files=tuple(FileSource(one.path, one.payload_offset, one.file_bytes) for one in sources if one.path),
         states=states_from_bytes(message.checkpoint.states) if message.HasField("checkpoint") else (),
+        fetch_id=message.fetch_id,
     )
     _check(plan, request)
     _check_checkpoint(plan, request)

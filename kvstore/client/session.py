@@ -6,17 +6,18 @@ Whatever goes wrong here becomes a Miss or a StoreResult with a reason: generati
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self, get_args
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
-from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
+from kvstore.client.fetcher import Caller, Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
 from kvstore.client.results import Hit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.sender import Sender
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
 JOIN_S = 2.0
+# Less than a call to the daemon takes.
+ASK_MS = 1.0
 
 # Answers of a daemon that say what it does not hold; what the session believed about these tokens is then forgotten.
 _ABSENT = frozenset(
@@ -101,6 +104,13 @@ class SessionStats:
                 self.not_captured_tokens += max(0, n_tokens - result.stored_tokens)
 
 
+def prefill_share_ms(caller: Caller, n_tokens: int) -> float:
+    """How long a fetch may take: half of what computing the prompt would, without a limit where that is not known."""
+    if not caller.prefill_tokens_per_s:
+        return math.inf
+    return 500 * max(0, n_tokens - 1 - caller.covered_tokens) / caller.prefill_tokens_per_s
+
+
 class Session:
     """KV of one namespace: match, fetch, store. Any thread may call any method; nothing is raised for cache trouble.
 
@@ -126,14 +136,16 @@ class Session:
         )
         self._fetcher = Fetcher(connection, namespace, fetch_options, self._report)
 
-    def match(self, tokens: Iterable[int] | bytes) -> Match:
-        """How much of `tokens` a fetch would return now, by asking the index only."""
+    def match(self, tokens: Iterable[int] | bytes, prefill_tokens_per_s: float = 0.0, covered_tokens: int = 0) -> Match:
+        """How much of `tokens` a fetch would return now, by asking the index only. Speed and tokens as in `fetch`."""
         try:
             packed = pack_tokens(tokens)
             if refusal := self._refusal(packed):
                 return Match(0, refusal)
             with self._connection.attempt():
-                reply = self._fetcher.match(packed, self.options.deadlines)
+                reply = self._fetcher.match(
+                    packed, self.options.deadlines, Caller(prefill_tokens_per_s, covered_tokens)
+                )
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
             log.info("match: %s", error)
@@ -147,18 +159,26 @@ class Session:
         tokens: Iterable[int] | bytes,
         representation: Representation = "auto",
         transport: Transport = "auto",
-        total_ms: int | None = None,
+        total_ms: float | None = None,
+        *,
+        prefill_tokens_per_s: float = 0.0,
+        covered_tokens: int = 0,
+        evaluate: bool = False,
     ) -> Hit | Miss:
         """KV of the longest usable prefix of `tokens`, at most all but the last; a falsy Miss when there is none.
 
         Every byte of a hit is read and verified; decoding may be lazy, so evaluate on this thread. `representation`:
         "packed" (decoded here), "dense" (by the daemon), "auto" (packed, unless only the daemon can decode it).
         `transport`: "path" (files), "stream", "auto" (path if the daemon is on this host and lets us). `total_ms`: a
-        tighter limit for this call, such as half of what the prefill would take.
+        tighter limit for this call. `prefill_tokens_per_s`: how fast the caller computes, 0 if it does not know; a
+        prefix that costs more than it saves is then left out (SLOWER_THAN_PREFILL), and the call takes at most half of
+        what the prefill would. `covered_tokens`: leading tokens that the caller has anyway. `evaluate`: also decode
+        every layer here and now, so that any thread may view the arrays.
         """
         try:
             packed = pack_tokens(tokens)
-            answer = self._fetch(packed, representation, transport, total_ms)
+            caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate)
+            answer = self._fetch(packed, representation, transport, total_ms, caller)
         except KVStoreError as error:
             log.info("fetch: %s", error)
             answer = Miss(reason_of(error), str(error))
@@ -169,17 +189,24 @@ class Session:
         return answer
 
     def _fetch(
-        self, tokens: bytes, representation: Representation, transport: Transport, total_ms: int | None
+        self,
+        tokens: bytes,
+        representation: Representation,
+        transport: Transport,
+        total_ms: float | None,
+        caller: Caller,
     ) -> Hit | Miss:
         if representation not in get_args(Representation) or transport not in get_args(Transport):
             raise InvalidRequestError(f"no such representation or transport: {representation}, {transport}")
         if refusal := self._refusal(tokens):
             return Miss(refusal)
         limits = self.options.deadlines
-        if total_ms is not None:
-            limits = Deadlines(limits.connect_ms, limits.stall_ms, min(total_ms, limits.total_ms))
-        with self._connection.attempt():
-            answer = self._fetcher.fetch(tokens, representation, transport, limits)
+        longest_ms = prefill_share_ms(caller, count_tokens(tokens))
+        if longest_ms < ASK_MS:
+            return Miss(Reason.SLOWER_THAN_PREFILL)
+        total_ms = min(longest_ms, limits.total_ms, math.inf if total_ms is None else total_ms)
+        with self._connection.attempt(hurried=total_ms < limits.stall_ms):
+            answer = self._fetcher.fetch(tokens, representation, transport, replace(limits, total_ms=total_ms), caller)
         if answer.n_tokens:
             found = tokens[: answer.n_tokens * TOKEN_BYTES]
             self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))

@@ -1,11 +1,12 @@
 """Runs with their bytes: what the store path makes, encodes, narrows, joins and finally writes.
 
-Everything is numpy on any thread, except `encode_run`, which computes on the MLX device and belongs to its one thread.
+Everything is numpy on any thread, except the pieces of device work that `encode_run` submits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -20,8 +21,8 @@ from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import RangeReader
 from kvstore.layers import Layout, PartSpec
 
-# Raw bytes that are on the device at once: about 50 ms of work, and what bounds its memory.
-PIECE_BYTES = 32 << 20
+# Raw bytes that are on the device at once: some 40 ms of work where there is no GPU (0.2 GB/s), and what bounds memory.
+PIECE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,18 @@ def payload_run(
     return raw_run(layout, [flat[e - size : e] for e, size in zip(ends, sizes, strict=True)], n_tokens, fidelity)
 
 
-def encode_run(layout: Layout, raw: EncodedRun, profile: Profile) -> EncodedRun:
-    """The run with its raw stacks encoded as the profile says. MLX thread only.
+Submit = Callable[[Callable[[], list[Bytes] | None]], list[Bytes] | None]
+
+
+def at_once(work: Callable[[], list[Bytes] | None]) -> list[Bytes] | None:
+    """Run a piece of device work here: for callers on the MLX thread."""
+    return work()
+
+
+def encode_run(layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once) -> EncodedRun:
+    """The run with its raw stacks encoded as the profile says.
+
+    `submit` runs a piece of device work on the MLX thread and returns what it does; everything else is done here.
 
     A stack with a value that is not finite, or whose codes would overflow its dtype, stays raw, bit for bit; so does
     what is encoded already. Values in rows that the run hides are encoded with the rest.
@@ -88,7 +99,7 @@ def encode_run(layout: Layout, raw: EncodedRun, profile: Profile) -> EncodedRun:
         taken += len(stack.tensors)
         part = layout.layers[stack.layers[0]].part(stack.part)
         recipe = profile.recipe(stack.part, part) if stack.recipe == RAW else RAW
-        encoded = _encode_stack(mine[0], part, recipe) if recipe != RAW else None
+        encoded = _encode_stack(mine[0], part, recipe, submit) if recipe != RAW else None
         if encoded is None:
             stacks.append(stack)
             buffers.extend(mine)
@@ -100,26 +111,32 @@ def encode_run(layout: Layout, raw: EncodedRun, profile: Profile) -> EncodedRun:
     return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
 
 
-def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe) -> list[Bytes] | None:
+def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -> list[Bytes] | None:
     """The tensors of `rows` [L, H, T, row_bytes], a few layers at a time; None when they must stay raw."""
     if not device.all_finite(rows, part.dtype):
         return None
-    codec = codec_of(recipe)
     n_layers, _, n_tokens, _ = rows.shape
     out = [
         np.empty((n_layers, t.heads, n_tokens, t.width * ITEM_BYTES[t.dtype]), np.uint8)
-        for t in codec.tensors(part, recipe)
+        for t in codec_of(recipe).tensors(part, recipe)
     ]
     step = max(1, PIECE_BYTES * n_layers // max(1, rows.nbytes))
     for at in range(0, n_layers, step):
-        tensors = codec.encode(device.to_array(rows[at : at + step], part.dtype), recipe)
-        trusted = codec.trusted(tensors, recipe)
-        device.evaluate([*tensors, trusted])
-        if not trusted.item():
+        tensors = submit(functools.partial(_encode_piece, rows[at : at + step], part, recipe))
+        if tensors is None:
             return None
         for buffer, tensor in zip(out, tensors, strict=True):
-            buffer[at : at + step] = device.to_bytes(tensor)
+            buffer[at : at + step] = tensor
     return out
+
+
+def _encode_piece(rows: Bytes, part: PartSpec, recipe: Recipe) -> list[Bytes] | None:
+    """The tensors of a few layers, None when their codes cannot be trusted. MLX thread only."""
+    codec = codec_of(recipe)
+    tensors = codec.encode(device.to_array(rows, part.dtype), recipe)
+    trusted = codec.trusted(tensors, recipe)
+    device.evaluate([*tensors, trusted])
+    return [device.to_bytes(tensor) for tensor in tensors] if trusted.item() else None
 
 
 def narrow_run(encoded: EncodedRun, shown: int) -> EncodedRun:

@@ -68,7 +68,7 @@ class Daemon:
             engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             await asyncio.to_thread(settle_limits, engine, config)
-            lane = Lane(lambda: device.set_limits(config.gpu_memory_bytes))
+            lane = Lane(lambda: device.set_limits(config.gpu_memory_bytes), device.release_memory)
             stack.callback(lane.close)
             workers = Workers()
             stack.callback(workers.close)

@@ -1,4 +1,5 @@
-"""FETCH: plan from the index, take a lease, hand over as stored or decoded, layer by layer.
+"""FETCH: plan from the index, take a lease, hand over as stored or decoded, layer by layer. Who says how fast it
+computes gets no more than is worth it (`costs.py`).
 
 Memory: one layer of one hit. Anything that is wrong with a block makes the prefix shorter before the plan is sent;
 after that it ends the stream, and the next fetch finds the block gone.
@@ -8,34 +9,63 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.bounds import ByteBudget
-from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, dense_runs, layer_ranges
+from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
+from kvstore.codecs.runs import PIECE_BYTES
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, Range
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
+from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
+from kvstore.server.decode import dense_layer
 from kvstore.server.lane import Lane
 
 CHUNK_BYTES = 1 << 20
 REPLANS_MAX = 8
 # All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
 OPEN_FILES_MIN = 4
+NOTHING_SAID = Offer()
+
+
+class Stopwatch:
+    """What a fetch takes, while the daemon itself carries it out. One thread at a time."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._decoded_bytes = 0
+        self._decode_s = 0.0
+
+    def decoded(self, nbytes: int, seconds: float) -> None:
+        """Count a piece of decoding."""
+        self._decoded_bytes += nbytes
+        self._decode_s += seconds
+
+    def timing(self, read_bytes: int) -> Timing:
+        """The fetch as it stands now."""
+        read_s = time.monotonic() - self._started_s - self._decode_s
+        return Timing(read_bytes, max(0.0, read_s), self._decoded_bytes, self._decode_s)
 
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """What a fetch will hand over. `match.n_tokens` is 0 for a miss; then there is no lease."""
+    """What a fetch will hand over. `match.n_tokens` is 0 for a miss; then there is no lease.
+
+    `fetch_id` is that of `costs.Costs`, to which it is active until it is measured or ended.
+    """
 
     namespace: NamespaceInfo | None
     match: Match
     lease: Lease | None
+    fetch_id: int = 0
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def blocks(self) -> list[HitBlock]:
@@ -63,9 +93,12 @@ class FetchPath:
         self._config = config
         self._buffers = ByteBudget(config.memory_bytes)
         self._files = ByteBudget(OPEN_FILES_MAX)
+        self.costs = Costs(lambda: lane.backlog_s)
 
-    def match(self, root: bytes, tokens: bytes, fidelity_min: int) -> Match:
+    def match(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
+
+        Where the caller says how fast it computes, a prefix that costs more than it saves is left out.
 
         Raises InvalidRequestError when `tokens` are not packed token ids.
         """
@@ -79,24 +112,28 @@ class FetchPath:
             start, reason = unreadable
             shorter = self._engine.match(root, tokens, fidelity_min, start, exact=exact)
             match = replace(shorter, reason=reason)
+        if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
+            cost_s = functools.partial(self.costs.seconds, root, offer.way)
+            match = worthwhile(match, namespace.layout, offer, cost_s)
         short = 0 < match.n_tokens < self._config.min_prefix_tokens
         if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
             return Match(0, Reason.BELOW_THRESHOLD, (), FIDELITY_EXACT)
         return match
 
-    def plan(self, root: bytes, tokens: bytes, fidelity_min: int) -> FetchPlan:
+    def plan(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> FetchPlan:
         """Match again, take a lease and make sure that every file is there; what is not is dropped from the index."""
         for _ in range(REPLANS_MAX):
-            match = self.match(root, tokens, fidelity_min)
-            if not match.n_tokens:
+            match = self.match(root, tokens, fidelity_min, offer)
+            namespace = self._engine.namespace(root)
+            if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
-            plan = FetchPlan(self._engine.namespace(root), match, self._engine.lease(part.row for part in match.parts))
+            plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
             missing = self._engine.first_missing(match.parts)
             if missing is None:
                 self._engine.touch(match.parts)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
-                return plan
+                return replace(plan, fetch_id=self.costs.start(root, offer.way, work_of(match, namespace.layout)))
             plan.release()
             self._engine.recheck(match.parts[missing].row.key)
         return FetchPlan(None, Match(0, Reason.CORRUPT, (), FIDELITY_EXACT), None)
@@ -121,14 +158,13 @@ class FetchPath:
 
         def decode(reader: FileReader, layer: int) -> Iterable[memoryview]:
             try:
-                work = functools.partial(dense_layer, layout, layer, blocks, reader)
-                return self._lane.submit_fetch(work).result()
+                return dense_layer(self._lane, layout, layer, blocks, reader, plan.stopwatch.decoded)
             except BlockCorruptError as error:
                 self._engine.recheck(plan.match.slices[error.source].row.key)
                 raise
 
         largest = plan.match.n_tokens * max(map(layout.layer_token_bytes, range(len(layout.layers))))
-        return self._layers(plan, layout, decode, largest)
+        return self._layers(plan, layout, decode, largest + min(largest, 2 * PIECE_BYTES))
 
     def _layers(
         self, plan: FetchPlan, layout: Layout, kv: Callable[[FileReader, int], Iterable[memoryview]], kv_bytes: int
@@ -147,6 +183,11 @@ class FetchPath:
                     else:
                         parts = kv(reader, layer)
                     yield from ((layer, chunk) for chunk in chunked(parts))
+
+    def measured(self, plan: FetchPlan) -> None:
+        """The daemon has handed over all of a plan by stream; learn from what it took."""
+        read_bytes = sum(part.row.file_bytes - part.row.payload_offset for part in plan.match.parts)
+        self.costs.measured(plan.fetch_id, plan.stopwatch.timing(read_bytes))
 
     @contextlib.contextmanager
     def _buffered(self, nbytes: int) -> Iterator[None]:
@@ -197,11 +238,6 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
         except CorruptDataError:
             return match.n_tokens - 1, Reason.CORRUPT
     return None
-
-
-def dense_layer(layout: Layout, layer: int, blocks: Sequence[HitBlock], reader: FileReader) -> list[memoryview]:
-    """One decoded layer, on the lane."""
-    return dense_bytes(assemble_layer(layout, layer, blocks, reader, headroom_tokens=0))
 
 
 def read_ranges(reader: FileReader, ranges: Iterable[Range]) -> Iterator[memoryview]:

@@ -17,6 +17,10 @@ T = TypeVar("T")
 # A store piece competes as if it had come this much later than it did: fetches go first, yet no store waits forever.
 STORE_HANDICAP_S = 0.25
 QUEUE_MAX = 256
+# A lane that had nothing to do for so long gives back what MLX keeps for reuse.
+IDLE_S = 5.0
+# How much of the mean duration of a piece the last one decides.
+MEAN_STEP = 0.2
 
 
 class Lane:
@@ -26,9 +30,13 @@ class Lane:
     Submit work in pieces of about 50 ms: a running piece is never interrupted.
     """
 
-    def __init__(self, start: Callable[[], None] | None = None) -> None:
-        """`start` runs on the lane's thread before the first piece (device limits are set there)."""
+    def __init__(self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None) -> None:
+        """`start` runs on the lane's thread before the first piece (device limits are set there), `idle` whenever
+        nothing came for `IDLE_S` after some (device memory is given back there)."""
         self._start = start
+        self._idle = idle
+        self._piece_s = 0.0
+        self._running = False
         self._heap: list[tuple[float, int, Future[object], Callable[[], object]]] = []
         self._order = itertools.count()
         self._ready = threading.Condition()
@@ -44,6 +52,12 @@ class Lane:
     def submit_store(self, work: Callable[[], T]) -> Future[T]:
         """Queue a piece of a store, behind fetches that come within `STORE_HANDICAP_S`."""
         return self._submit(work, STORE_HANDICAP_S)
+
+    @property
+    def backlog_s(self) -> float:
+        """About how long a piece of a fetch that came now would wait. Takes no lock; any thread."""
+        waiting = self._running + sum(1 for item in tuple(self._heap) if item[0] <= time.monotonic())
+        return waiting * self._piece_s
 
     def _submit(self, work: Callable[[], T], handicap_s: float) -> Future[T]:
         future: Future[T] = Future()
@@ -68,15 +82,11 @@ class Lane:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._ready:
-                while not self._heap and not self._closed:
-                    self._ready.wait()
-                if self._closed:
-                    return
-                _, _, future, work = heapq.heappop(self._heap)
+        while (item := self._take()) is not None:
+            future, work = item
             if not future.set_running_or_notify_cancel():
                 continue
+            self._running, started = True, time.monotonic()
             try:
                 if not self.used and self._start is not None:
                     self._start()
@@ -84,4 +94,21 @@ class Lane:
                 future.set_result(work())
             except BaseException as error:  # noqa: BLE001  # handed to whoever waits; the lane itself must live on
                 future.set_exception(error)
-            del future, work  # a waiting lane must not keep the last piece's arrays alive
+            took_s = time.monotonic() - started
+            self._piece_s += MEAN_STEP * (took_s - self._piece_s)
+            self._running = False
+            del future, work, item  # a waiting lane must not keep the last piece's arrays alive
+
+    def _take(self) -> tuple[Future[object], Callable[[], object]] | None:
+        """The next piece, None when the lane is closed. What MLX keeps goes back when there is none for a while."""
+        idle = self._idle if self.used else None
+        while True:
+            with self._ready:
+                if self._ready.wait_for(lambda: self._heap or self._closed, None if idle is None else IDLE_S):
+                    if self._closed:
+                        return None
+                    _, _, future, work = heapq.heappop(self._heap)
+                    return future, work
+            if idle is not None:
+                idle()
+                idle = None

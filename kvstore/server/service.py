@@ -14,6 +14,7 @@ from kvstore.errors import CorruptDataError, InvalidRequestError, LayoutMismatch
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.server import uploads
+from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.edge import Context, Workers, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.stats import Counters
@@ -55,15 +56,18 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         root = convert.root_from_message(request.namespace)
-        match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min)
+        offer = offer_of(request, self._way(pb.TRANSPORT_PATH, dense=False))
+        match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min, offer)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @streaming
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchReply]:
         self._counters.add("fetch")
         root = convert.root_from_message(request.namespace)
+        dense = request.representation == pb.REPRESENTATION_DENSE
+        offer = offer_of(request, self._way(request.transport, dense=dense))
         planning = asyncio.ensure_future(
-            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min)
+            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min, offer)
         )
         try:
             plan = await asyncio.shield(planning)
@@ -77,8 +81,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 yield pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
                 return
             layout = plan.namespace.layout
-            dense = request.representation == pb.REPRESENTATION_DENSE
-            by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and not dense
+            by_path = offer.way == "path"
             yield pb.FetchReply(plan=self._plan_message(plan, layout, dense=dense, by_path=by_path))
             if by_path:
                 self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
@@ -89,8 +92,16 @@ class KVStoreService(rpc.KVStoreServicer):
             while (chunk := await self._workers.read(next, chunks, None)) is not None:
                 self._counters.add("bytes_served", len(chunk[1]))
                 yield pb.FetchReply(chunk=pb.LayerChunk(layer=chunk[0], data=chunk[1]))
+            self._fetch.measured(plan)
         finally:
             plan.release()
+            if offer.way != "path":  # by path the worker is still reading
+                self._fetch.costs.end(plan.fetch_id)
+
+    def _way(self, transport: pb.Transport, *, dense: bool) -> Way:
+        if dense:
+            return "dense"
+        return "path" if transport == pb.TRANSPORT_PATH and self._same_host else "stream"
 
     def _plan_message(self, plan: FetchPlan, layout: Layout, *, dense: bool, by_path: bool) -> pb.FetchPlan:
         match = plan.match
@@ -116,6 +127,7 @@ class KVStoreService(rpc.KVStoreServicer):
             layout=layout.record,
             blocks=slices,
             checkpoint=self._state_slice(match.checkpoint, by_path=by_path) if match.checkpoint else None,
+            fetch_id=plan.fetch_id,
         )
 
     def _state_slice(self, row: Row, *, by_path: bool) -> pb.StateSlice:
@@ -213,6 +225,9 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        if request.HasField("timing"):
+            self._fetch.costs.measured(request.timing.fetch_id, timing_of(request.timing))
+            return pb.ReportReply()
         if request.reason and not request.key:
             self._counters.stored(known_reason(request.reason))
             return pb.ReportReply()
@@ -230,6 +245,16 @@ def give_back(planning: asyncio.Future[FetchPlan]) -> None:
     """Release a plan that nobody waits for any more."""
     if not planning.cancelled() and planning.exception() is None:
         planning.result().release()
+
+
+def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:
+    """What the caller says of itself; InvalidRequestError when that cannot be."""
+    return Offer(request.prefill_tokens_per_s, request.covered_tokens, way)
+
+
+def timing_of(message: pb.FetchTiming) -> Timing:
+    """What a worker measured."""
+    return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
 
 
 def store_request(message: pb.BeginStoreRequest) -> StoreRequest:

@@ -11,9 +11,10 @@ restored tokens are spliced from the daemon's own codes, or kept raw at the rank
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from kvstore.blocks import (
     BLOCK_TOKENS,
@@ -41,6 +42,8 @@ from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
 from kvstore.server.uploads import Upload, Uploads, block_range, checkpoint_place
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -344,11 +347,12 @@ class StorePath:
         if quantize:
             for at, run in enumerate(joined):
                 if is_first_hand(run.run):
-                    joined[at] = self._lane.submit_store(
-                        lambda raw=run: encode_run(upload.layout, raw, upload.profile)  # type: ignore[misc]
-                    ).result()
+                    joined[at] = encode_run(upload.layout, run, upload.profile, self._on_lane)
             joined = join_runs(joined)
         return joined
+
+    def _on_lane(self, work: Callable[[], T]) -> T:
+        return self._lane.submit_store(work).result()
 
 
 def restored_fidelity(request: StoreRequest) -> int:

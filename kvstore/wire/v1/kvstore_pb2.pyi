@@ -44,14 +44,18 @@ class Namespace(_message.Message):
     def __init__(self, weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., salt: _Optional[bytes] = ..., alias: _Optional[str] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("namespace", "tokens", "fidelity_min")
+    __slots__ = ("namespace", "tokens", "fidelity_min", "prefill_tokens_per_s", "covered_tokens")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     tokens: bytes
     fidelity_min: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ...) -> None: ...
+    prefill_tokens_per_s: float
+    covered_tokens: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ...) -> None: ...
 
 class MatchReply(_message.Message):
     __slots__ = ("n_tokens", "reason", "fidelity")
@@ -64,18 +68,22 @@ class MatchReply(_message.Message):
     def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport")
+    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport", "prefill_tokens_per_s", "covered_tokens")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
     REPRESENTATION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    COVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     tokens: bytes
     fidelity_min: int
     representation: Representation
     transport: Transport
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ...) -> None: ...
+    prefill_tokens_per_s: float
+    covered_tokens: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("plan", "chunk")
@@ -86,20 +94,22 @@ class FetchReply(_message.Message):
     def __init__(self, plan: _Optional[_Union[FetchPlan, _Mapping]] = ..., chunk: _Optional[_Union[LayerChunk, _Mapping]] = ...) -> None: ...
 
 class FetchPlan(_message.Message):
-    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks", "checkpoint")
+    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks", "checkpoint", "fetch_id")
     N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_ID_FIELD_NUMBER: _ClassVar[int]
     n_tokens: int
     reason: str
     fidelity: int
     layout: bytes
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSlice]
     checkpoint: StateSlice
-    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ...) -> None: ...
+    fetch_id: int
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ..., fetch_id: _Optional[int] = ...) -> None: ...
 
 class StateSlice(_message.Message):
     __slots__ = ("key", "states", "path", "payload_offset", "file_bytes")
@@ -230,14 +240,30 @@ class AbortStoreReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "detail", "reason")
+    __slots__ = ("key", "detail", "reason", "timing")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     detail: str
     reason: str
-    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+    timing: FetchTiming
+    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ..., timing: _Optional[_Union[FetchTiming, _Mapping]] = ...) -> None: ...
+
+class FetchTiming(_message.Message):
+    __slots__ = ("fetch_id", "read_bytes", "read_s", "decoded_bytes", "decode_s")
+    FETCH_ID_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_S_FIELD_NUMBER: _ClassVar[int]
+    DECODED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    fetch_id: int
+    read_bytes: int
+    read_s: float
+    decoded_bytes: int
+    decode_s: float
+    def __init__(self, fetch_id: _Optional[int] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., decoded_bytes: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("quarantined",)

@@ -121,7 +121,7 @@ class KVStoreServicer(object):
 
     def Report(self, request, context):
         """Report tells the daemon what only a worker sees: a block whose bytes did not verify (it checks for itself before it
-        quarantines), or a sequence that was not offered at all, to be counted.
+        quarantines), how long a fetch took, or a sequence that was not offered at all, to be counted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,55 @@
+"""What a fetch takes, measured where it is known: the daemon sees neither files being read nor layers being decoded."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from kvstore.client.breaker import Deadline
+from kvstore.files import RangeReader
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+
+class Meter:
+    """Bytes and seconds of one fetch. The fetching thread owns it; `read` may be called by any."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+        self._lock = threading.Lock()
+        self._read_bytes = 0
+        self._decoded_bytes = 0
+        self._decode_s = 0.0
+
+    def read(self, nbytes: int) -> None:
+        """Count bytes that were read."""
+        with self._lock:
+            self._read_bytes += nbytes
+
+    def decoded(self, nbytes: int, seconds: float) -> None:
+        """Count a layer that was evaluated."""
+        self._decoded_bytes += nbytes
+        self._decode_s += seconds
+
+    def report(self, fetch_id: int, *, by_path: bool) -> pb.ReportRequest:
+        """The fetch so far as a message. Of a stream the daemon has measured the reading itself."""
+        timing = pb.FetchTiming(fetch_id=fetch_id, decoded_bytes=self._decoded_bytes, decode_s=self._decode_s)
+        if by_path:
+            timing.read_bytes = self._read_bytes
+            timing.read_s = max(0.0, time.monotonic() - self._started_s - self._decode_s)
+        return pb.ReportRequest(timing=timing)
+
+
+class TimedReader:
+    """Another reader, counted, that ends with DeadlineError between two ranges when the time is over."""
+
+    def __init__(self, reader: RangeReader, meter: Meter, deadline: Deadline) -> None:
+        self._reader = reader
+        self._meter = meter
+        self._deadline = deadline
+
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """See `RangeReader.readinto`."""
+        self._deadline.check()
+        self._reader.readinto(source, offset, views)
+        self._meter.read(sum(view.nbytes for view in views))

@@ -1,0 +1,293 @@
+"""What a fetch costs, learned from the fetches before it, and which prefix is worth that to its caller.
+
+A namespace has one model and one layout, so three numbers say what its fetches take, for each way of handing over:
+
+    seconds = fixed + reading + decoding
+    fixed     a call, and something for each layer
+    reading   something for each block (a file to open), and the stored bytes
+    decoding  the bytes of layers that codecs make
+
+Each begins with a guess, and what is learned is by which factor the guess is wrong: a measured time moves the factors
+of what it was made of, in logarithms, each by its share of the time. So small hits teach the fixed part and large ones
+the rate, no fit can go negative, and a disk that is a hundred times slower is noticed at once and by everything. (A
+line through decayed sums was rejected: where all hits have one size it says nothing of the others.)
+
+Measured times are those of one fetch alone: they are divided by the fetches that were active, and multiplied by those
+that are when they are asked for. What was found to be slow fades, so that it is tried again: a namespace from which
+nothing is restored measures nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvstore.blocks import FIDELITY_EXACT, RAW, Reason
+from kvstore.engine import Match, Row, Slice
+from kvstore.errors import InvalidRequestError
+from kvstore.layers import Layout
+
+# The guesses. Those of reading are of a disk at the speed of a page cache: what is not known yet is tried.
+FETCH_S = 2e-3
+LAYER_S = 2e-4
+BLOCK_S = 1e-4
+READ_BYTES_PER_S = 2e9
+DECODE_BYTES_PER_S = 1e9
+
+# Restoring is worth it when it takes at most this share of the prefill that it saves: callers do not wait longer.
+WORTH_SHARE = 0.5
+
+# A measurement moves what was believed by this much of the difference; the first ones by more.
+STEP = 0.4
+# One measurement may say so much at most: a stalled call is not a disk of that speed.
+FACTOR_MAX = 1024.0
+# In this time what was found to be slow counts for half, in logarithms. One fetch in a few minutes then finds out.
+HALF_LIFE_S = 60.0
+
+NAMESPACES_MAX = 256
+ANSWERED_MAX = 1024
+# A fetch by path that nobody reports the end of counts as active for so many times what was expected of it.
+OVERDUE = 3.0
+
+
+Way = Literal["path", "stream", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a caller says of itself: its speed (0: not said), leading tokens it has anyway, how it takes the bytes."""
+
+    prefill_tokens_per_s: float = 0.0
+    covered_tokens: int = 0
+    way: Way = "path"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prefill_tokens_per_s < math.inf:
+            raise InvalidRequestError("prefill_tokens_per_s must be a finite number, and not negative")
+
+    def prefill_s(self, n_tokens: int) -> float:
+        """How long the caller would compute for what a prefix of `n_tokens` saves it."""
+        return max(0, n_tokens - self.covered_tokens) / self.prefill_tokens_per_s
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a fetch has to do."""
+
+    layers: int
+    blocks: int
+    read_bytes: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What a fetch took: `read_s` from the call until all bytes were there, 0 when it was not measured."""
+
+    read_bytes: int = 0
+    read_s: float = 0.0
+    decoded_bytes: int = 0
+    decode_s: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether these are numbers that can be learned from."""
+        return all(math.isfinite(one) and one >= 0 for one in (self.read_s, self.decode_s))
+
+
+@dataclass(slots=True)
+class Belief:
+    """By which factor one guess is wrong, as a logarithm, and since when that is known."""
+
+    log_factor: float = 0.0
+    samples: int = 0
+    at_s: float = 0.0
+
+    def factor(self, now_s: float) -> float:
+        """The factor now: what is slower than the guess fades towards it."""
+        faded = self.log_factor
+        if faded > 0:
+            faded *= 0.5 ** (max(0.0, now_s - self.at_s) / HALF_LIFE_S)
+        return math.exp(faded)
+
+    def learn(self, log_error: float, share: float, now_s: float) -> None:
+        """Take a measurement whose logarithm is off by `log_error`, and of which this was `share`."""
+        step = max(STEP, 1 / (self.samples + 1)) * share
+        self.log_factor = math.log(self.factor(now_s)) + step * log_error
+        self.samples += share > 0.5
+        self.at_s = now_s
+
+
+@dataclass(slots=True)
+class _Way:
+    """What is known of one namespace and one way of handing over."""
+
+    fixed: Belief = field(default_factory=Belief)
+    reading: Belief = field(default_factory=Belief)
+    decoding: Belief = field(default_factory=Belief)
+
+    def parts(self, work: Work, now_s: float) -> tuple[float, float, float]:
+        """Seconds of a fetch alone: (fixed, reading, decoding)."""
+        fixed = FETCH_S + work.layers * LAYER_S
+        reading = work.blocks * BLOCK_S + work.read_bytes / READ_BYTES_PER_S
+        decoding = work.decode_bytes / DECODE_BYTES_PER_S
+        return (
+            fixed * self.fixed.factor(now_s),
+            reading * self.reading.factor(now_s),
+            decoding * self.decoding.factor(now_s),
+        )
+
+
+@dataclass(slots=True)
+class _Answered:
+    """A fetch that was answered: what it is, how many there were with it, and until when it counts as active."""
+
+    way: _Way
+    work: Work
+    crowd: int
+    active_until_s: float
+
+
+class Costs:
+    """Beliefs about the namespaces that were fetched from last, and the fetches that are active. Any thread may call.
+
+    `backlog_s` says how long new work waits for the daemon's device.
+    """
+
+    def __init__(
+        self, backlog_s: Callable[[], float] = lambda: 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._backlog_s = backlog_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ways: OrderedDict[tuple[bytes, Way], _Way] = OrderedDict()
+        self._answered: OrderedDict[int, _Answered] = OrderedDict()
+        self._ids = itertools.count(1)
+
+    def seconds(self, root: bytes, way: Way, work: Work) -> float:
+        """How long a fetch that came now would take."""
+        with self._lock:
+            return self._seconds(self._way(root, way), way, work)
+
+    def _seconds(self, known: _Way, way: Way, work: Work) -> float:
+        fixed, reading, decoding = known.parts(work, self._clock())
+        waiting = self._backlog_s() if way == "dense" and work.decode_bytes else 0.0
+        return fixed + (reading + decoding) * (1 + self._others()) + waiting
+
+    def start(self, root: bytes, way: Way, work: Work) -> int:
+        """Count a fetch as active; the id under which it is measured and ended."""
+        with self._lock:
+            known = self._way(root, way)
+            until_s = self._clock() + OVERDUE * self._seconds(known, way, work)
+            fetch_id = next(self._ids)
+            self._answered[fetch_id] = _Answered(known, work, 1 + self._others(), until_s)
+            while len(self._answered) > ANSWERED_MAX:
+                self._answered.popitem(last=False)
+            return fetch_id
+
+    def end(self, fetch_id: int) -> None:
+        """The fetch is over; it may still be measured. Ids that are not known are ignored."""
+        with self._lock:
+            if fetch_id in self._answered:
+                self._answered[fetch_id].active_until_s = 0.0
+
+    def measured(self, fetch_id: int, timing: Timing) -> None:
+        """Learn from what a fetch took, and end it. Ids that are not known, and times that cannot be, are ignored."""
+        with self._lock:
+            active = self._answered.get(fetch_id)
+            if active is None or not timing.is_sound:
+                return
+            active.active_until_s = 0.0
+            now_s, known = self._clock(), active.way
+            # A fetch that was given up has read less than all; it opened as many blocks in proportion.
+            done = min(1.0, timing.read_bytes / active.work.read_bytes) if active.work.read_bytes else 1.0
+            work = Work(
+                active.work.layers,
+                math.ceil(active.work.blocks * done),
+                int(active.work.read_bytes * done),
+                min(timing.decoded_bytes, active.work.decode_bytes),
+            )
+            fixed, reading, decoding = known.parts(work, now_s)
+            if timing.read_s:
+                expected = fixed + reading * active.crowd
+                error = _log_ratio(timing.read_s, expected)
+                known.fixed.learn(error, fixed / expected, now_s)
+                known.reading.learn(error, 1 - fixed / expected, now_s)
+            if timing.decode_s and decoding:
+                known.decoding.learn(_log_ratio(timing.decode_s, decoding * active.crowd), 1.0, now_s)
+
+    def _others(self) -> int:
+        """Fetches that are active now."""
+        now_s = self._clock()
+        return sum(one.active_until_s > now_s for one in self._answered.values())
+
+    def _way(self, root: bytes, way: Way) -> _Way:
+        known = self._ways.setdefault((root, way), _Way())
+        self._ways.move_to_end((root, way))
+        while len(self._ways) > NAMESPACES_MAX:
+            self._ways.popitem(last=False)
+        return known
+
+
+def _log_ratio(measured: float, expected: float) -> float:
+    return math.log(min(max(measured / expected, 1 / FACTOR_MAX), FACTOR_MAX))
+
+
+def work_of(match: Match, layout: Layout) -> Work:
+    """What fetching a match has to do."""
+    return [work for _, _, work in _candidates(match, layout)][-1]
+
+
+def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Work], float]) -> Match:
+    """The prefix of a match that saves its caller most, or a miss: the match itself where that is all of it.
+
+    It is worth it when restoring takes at most `WORTH_SHARE` of what it saves.
+    """
+    best, best_s = 0, 0.0
+    for n_tokens, _, work in _candidates(match, layout):
+        saved_s = offer.prefill_s(n_tokens)
+        restore_s = cost_s(work)
+        if restore_s <= WORTH_SHARE * saved_s and saved_s - restore_s > best_s:
+            best, best_s = n_tokens, saved_s - restore_s
+    if best == match.n_tokens:
+        return match
+    kept = tuple(piece for end, piece, _ in _candidates(match, layout) if piece is not None and end <= best)
+    fidelity = min((piece.row.fidelity for piece in kept), default=FIDELITY_EXACT)
+    return Match(best, Reason.SLOWER_THAN_PREFILL, kept, fidelity)
+
+
+def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, Slice | None, Work]]:
+    """(tokens, the last block, what it takes) of every prefix that could be answered, the whole match last.
+
+    Where a checkpoint is needed there is nothing between all and nothing: a lower one is as large, and gives less.
+    """
+    work, n_tokens = Work(len(layout.layers), 0, 0, 0), 0
+    for piece in match.parts:
+        is_checkpoint = piece.row is match.checkpoint
+        n_tokens += 0 if is_checkpoint else piece.take
+        work = Work(
+            work.layers,
+            work.blocks + 1,
+            work.read_bytes + piece.row.file_bytes - piece.row.payload_offset,
+            work.decode_bytes + (0 if is_checkpoint else piece.take * _decoded_token_bytes(piece.row, layout)),
+        )
+        if match.checkpoint is None or is_checkpoint:
+            yield match.n_tokens if is_checkpoint else n_tokens, None if is_checkpoint else piece, work
+
+
+def _decoded_token_bytes(row: Row, layout: Layout) -> int:
+    """Bytes of one token of a block that codecs make; its first run stands for all."""
+    return sum(
+        tensor.layer_bytes(1)
+        for run in row.block.runs[:1]
+        for stack in run.stacks
+        if stack.recipe != RAW
+        for layer in stack.layers
+        for tensor in layout.layers[layer].part(stack.part).tensors()
+    )
