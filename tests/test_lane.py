@@ -82,3 +82,36 @@ def test_the_queue_is_bounded_and_closing_cancels_what_waits(blocked_lane: tuple
     closer.join(10)
     with pytest.raises(UnavailableError):
         lane.submit_fetch(int)
+
+
+def test_what_mlx_keeps_goes_back_once_when_nothing_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the lane's thread, after work and not before any; a second time only after more work."""
+    monkeypatch.setattr(lane_module, "IDLE_S", 0.02)
+    released: list[int] = []
+    lane = Lane(idle=lambda: released.append(threading.get_ident()))
+    time.sleep(0.1)
+    assert not released
+    for count in (1, 2):
+        thread = lane.submit_fetch(threading.get_ident).result(10)
+        deadline = time.monotonic() + 10
+        while len(released) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert released == [thread] * count
+    lane.close()
+
+
+def test_the_backlog_is_the_pieces_ahead_of_a_fetch(blocked_lane: tuple[Lane, threading.Event]) -> None:
+    """Stores that just came are not: a fetch goes before them."""
+    lane, gate = blocked_lane
+    assert lane.backlog_s == 0.0, "no piece has ended yet"
+    lane._piece_s = 0.5
+    assert lane.backlog_s == 0.5
+    fetches = [lane.submit_fetch(int) for _ in range(3)]
+    lane.submit_store(int)
+    assert lane.backlog_s == 2.0
+    gate.set()
+    for future in fetches:
+        future.result(10)
+    lane.close()
+    assert lane.backlog_s == 0.0

@@ -8,7 +8,7 @@ A namespace has one model and one layout, so three numbers say what its fetches 
     decoding  the bytes of layers that codecs make
 
 Each begins with a guess, and what is learned is by which factor the guess is wrong: a measured time moves the factors
-of what it was made of, in logarithms, each by its share of the time. So small hits teach the fixed part and large ones
+of what it was made of, in logarithms, most that of the larger part. So small hits teach the fixed part and large ones
 the rate, no fit can go negative, and a disk that is a hundred times slower is noticed at once and by everything. (A
 line through decayed sums was rejected: where all hits have one size it says nothing of the others.)
 
@@ -43,8 +43,11 @@ DECODE_BYTES_PER_S = 1e9
 # Restoring is worth it when it takes at most this share of the prefill that it saves: callers do not wait longer.
 WORTH_SHARE = 0.5
 
-# A measurement moves what was believed by this much of the difference; the first ones by more.
+# A measurement moves what was believed by this much of the difference; the first ones by more. One that was given up
+# moves it by all: its caller has waited in vain, and the next one should not.
 STEP = 0.4
+# Parts that do not grow alike need a few rounds until together they are what was measured.
+ROUNDS = 6
 # One measurement may say so much at most: a stalled call is not a disk of that speed.
 FACTOR_MAX = 1024.0
 # In this time what was found to be slow counts for half, in logarithms. One fetch in a few minutes then finds out.
@@ -106,7 +109,6 @@ class Belief:
     """By which factor one guess is wrong, as a logarithm, and since when that is known."""
 
     log_factor: float = 0.0
-    samples: int = 0
     at_s: float = 0.0
 
     def factor(self, now_s: float) -> float:
@@ -116,11 +118,9 @@ class Belief:
             faded *= 0.5 ** (max(0.0, now_s - self.at_s) / HALF_LIFE_S)
         return math.exp(faded)
 
-    def learn(self, log_error: float, share: float, now_s: float) -> None:
-        """Take a measurement whose logarithm is off by `log_error`, and of which this was `share`."""
-        step = max(STEP, 1 / (self.samples + 1)) * share
-        self.log_factor = math.log(self.factor(now_s)) + step * log_error
-        self.samples += share > 0.5
+    def move(self, log_step: float, now_s: float) -> None:
+        """Change it by so much."""
+        self.log_factor = math.log(self.factor(now_s)) + log_step
         self.at_s = now_s
 
 
@@ -131,6 +131,8 @@ class _Way:
     fixed: Belief = field(default_factory=Belief)
     reading: Belief = field(default_factory=Belief)
     decoding: Belief = field(default_factory=Belief)
+    reads: int = 0
+    decodes: int = 0
 
     def parts(self, work: Work, now_s: float) -> tuple[float, float, float]:
         """Seconds of a fetch alone: (fixed, reading, decoding)."""
@@ -142,6 +144,27 @@ class _Way:
             reading * self.reading.factor(now_s),
             decoding * self.decoding.factor(now_s),
         )
+
+    def learn_reading(self, work: Work, crowd: int, seconds: float, now_s: float, *, given_up: bool) -> None:
+        """Take the time that a fetch took without decoding. What it was mostly made of is what it says most about; one
+        that was given up was given up reading."""
+        step = 1.0 if given_up else max(STEP, 1 / (self.reads + 1))
+        self.reads += 1
+        target_s = 0.0
+        for _ in range(ROUNDS):
+            fixed, reading, _ = self.parts(work, now_s)
+            expected_s = fixed + reading * crowd
+            target_s = target_s or expected_s * math.exp(step * _log_ratio(seconds, expected_s))
+            error = math.log(target_s / expected_s)
+            share = 0.0 if given_up else fixed**2 / (fixed**2 + (reading * crowd) ** 2)
+            self.fixed.move(error * share, now_s)
+            self.reading.move(error * (1 - share), now_s)
+
+    def learn_decoding(self, work: Work, crowd: int, seconds: float, now_s: float) -> None:
+        """Take the time that decoding took."""
+        step = max(STEP, 1 / (self.decodes + 1))
+        self.decodes += 1
+        self.decoding.move(step * _log_ratio(seconds, self.parts(work, now_s)[2] * crowd), now_s)
 
 
 @dataclass(slots=True)
@@ -213,14 +236,10 @@ class Costs:
                 int(active.work.read_bytes * done),
                 min(timing.decoded_bytes, active.work.decode_bytes),
             )
-            fixed, reading, decoding = known.parts(work, now_s)
             if timing.read_s:
-                expected = fixed + reading * active.crowd
-                error = _log_ratio(timing.read_s, expected)
-                known.fixed.learn(error, fixed / expected, now_s)
-                known.reading.learn(error, 1 - fixed / expected, now_s)
-            if timing.decode_s and decoding:
-                known.decoding.learn(_log_ratio(timing.decode_s, decoding * active.crowd), 1.0, now_s)
+                known.learn_reading(work, active.crowd, timing.read_s, now_s, given_up=done < 1)
+            if timing.decode_s and work.decode_bytes:
+                known.learn_decoding(work, active.crowd, timing.decode_s, now_s)
 
     def _others(self) -> int:
         """Fetches that are active now."""

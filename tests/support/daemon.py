@@ -30,9 +30,13 @@ SMALL = {
 
 
 class DaemonProcess:
-    """`kvstore serve` on its own directory and socket. Configuration goes by KVSTORE_* variables."""
+    """`kvstore serve` on its own directory and socket. Configuration goes by KVSTORE_* variables.
 
-    def __init__(self, data_dir: Path, listen: str | None = None, **config: object) -> None:
+    `program`: Python text that serves, in place of the command line.
+    """
+
+    def __init__(self, data_dir: Path, listen: str | None = None, program: str = "", **config: object) -> None:
+        self._command = ["-c", program] if program else ["-m", "kvstore", "serve"]
         self.data_dir = data_dir
         # A short directory of its own: a socket path has 103 bytes, pytest's directories are long.
         self._socket_dir = tempfile.mkdtemp(prefix="kvs-")
@@ -52,7 +56,7 @@ class DaemonProcess:
     def start(self, wait: bool = True, **config: object) -> DaemonProcess:
         """Start it, with changed configuration if given, and wait until health says SERVING."""
         self.config.update({key: str(value) for key, value in config.items()})
-        command = [sys.executable, "-m", "kvstore", "serve"]
+        command = [sys.executable, *self._command]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, env=self.environ(), stdout=log, stderr=log)
         if wait:
