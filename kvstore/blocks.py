@@ -2,8 +2,9 @@
 
 A *block* holds the KV of up to `BLOCK_TOKENS` consecutive tokens for every layer; one with fewer is a *tail*. A block
 is a short list of *runs*, each encoded at one time. A run holds *stacks*: layers of equal geometry and recipe, whose
-tensors are stacked layer-major, head-major: `[layers, heads, tokens, width]`. So the share of one layer in one tensor
-is one contiguous byte range, and it has its own checksum.
+tensors are stacked layer-major, head-major: `[layers, heads, rows, width]`, a row for each token or for each group of
+tokens. So the share of one layer in one tensor is one contiguous byte range, and it has its own checksum. A byte codec
+may pack each share for itself: then every layer's has its own length.
 
 A *checkpoint* is a block of `states` instead of runs: the layers that are valid at one exact token count only. Its
 tokens are those after the last full block, so it may have none.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -139,13 +140,25 @@ class Recipe:
 
 RAW = Recipe("raw")
 
+# A packed share may come out this much longer than what it stands for: some bytes have no shorter form.
+PACKED_SLACK = 128
+PACKED_SLACK_BYTES = 256
+# What a packed share may stand for. One of 256 tokens of 8 heads of 128 in bfloat16 is half a MiB; nothing comes near.
+UNPACKED_BYTES_MAX = 1 << 28
+
+
+def packed_bytes_max(nbytes: int) -> int:
+    """The longest packed form of so many bytes."""
+    return nbytes + nbytes // PACKED_SLACK + PACKED_SLACK_BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One stored tensor `[len(stack.layers), heads, tokens of the run, width]` of a stack.
+    """One stored tensor `[len(stack.layers), heads, tokens of the run / group_tokens, width]` of a stack.
 
     `offset` counts bytes from the start of the blob's payload; `checksums` holds one little-endian xxh3_64 per layer
-    (empty: the bytes carry none, as in a dense answer).
+    (empty: the bytes carry none, as in a dense answer). With `lengths`, one per layer, the shares are packed: these
+    many bytes stand for what heads, width and dtype describe.
     """
 
     name: str
@@ -154,10 +167,36 @@ class Tensor:
     width: int
     offset: int = 0
     checksums: bytes = b""
+    lengths: tuple[int, ...] = ()
+    group_tokens: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of one head, unpacked."""
+        return self.width * ITEM_BYTES[self.dtype]
+
+    def rows(self, n_tokens: int) -> int:
+        """Rows of so many tokens, which are whole groups."""
+        return n_tokens // self.group_tokens
 
     def layer_bytes(self, n_tokens: int) -> int:
-        """Bytes of one layer's share."""
-        return self.heads * n_tokens * self.width * ITEM_BYTES[self.dtype]
+        """Bytes of one layer's share, unpacked."""
+        return self.heads * self.rows(n_tokens) * self.row_bytes
+
+    def stored_bytes(self, n_layers: int, n_tokens: int) -> int:
+        """Bytes of the shares of all layers as they are stored."""
+        return sum(self.lengths) if self.lengths else n_layers * self.layer_bytes(n_tokens)
+
+    def layer_range(self, position: int, n_tokens: int) -> tuple[int, int]:
+        """Where the stored share of the layer at `position` of the stack begins in the payload, and its length."""
+        if self.lengths:
+            return self.offset + sum(self.lengths[:position]), self.lengths[position]
+        nbytes = self.layer_bytes(n_tokens)
+        return self.offset + position * nbytes, nbytes
+
+    def bare(self) -> Tensor:
+        """Without where its bytes are, what they add up to, and how long they came out."""
+        return replace(self, offset=0, checksums=b"", lengths=())
 
     def checksum(self, position: int) -> int | None:
         """The xxh3_64 of the layer at `position` of the stack, or None where none was recorded."""
@@ -177,7 +216,7 @@ class Stack:
 
     def nbytes(self, n_tokens: int) -> int:
         """Bytes of all tensors of the stack."""
-        return len(self.layers) * sum(t.layer_bytes(n_tokens) for t in self.tensors)
+        return sum(t.stored_bytes(len(self.layers), n_tokens) for t in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from kvstore.blocks import (
     ITEM_BYTES,
     KEY_BYTES,
     TOKEN_BYTES,
+    UNPACKED_BYTES_MAX,
     Block,
     LayerState,
     Recipe,
@@ -24,10 +25,12 @@ from kvstore.blocks import (
     Stack,
     StateArray,
     Tensor,
+    packed_bytes_max,
 )
 from kvstore.errors import CorruptDataError
 
-RECORD_VERSION = 1
+# 2 has tensors with lengths or groups of tokens. What needs neither is written as 1, as it always was.
+RECORD_VERSION = 2
 
 # Limits of one record, checked on every parse.
 RUNS_MAX = BLOCK_TOKENS
@@ -40,7 +43,7 @@ NUMBERS_MAX = 32
 def block_to_record(block: Block) -> bytes:
     """The record of a block, as it stands in the header of its blob."""
     fields = (
-        RECORD_VERSION,
+        record_version(block.runs),
         block.root,
         block.parent,
         block.key,
@@ -59,7 +62,7 @@ def block_to_record(block: Block) -> bytes:
 def block_from_record(record: bytes) -> Block:
     """Parse and validate a record; CorruptDataError on anything that is not one."""
     fields = unpack_record(record)
-    if not isinstance(fields, list) or len(fields) != 11 or fields[0] != RECORD_VERSION:
+    if not isinstance(fields, list) or len(fields) != 11 or fields[0] not in range(1, RECORD_VERSION + 1):
         raise CorruptDataError("not a block record of a known version")
     _, root, parent, key, start, tokens, fidelity, created_s, namespace, runs, states = fields
     for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
@@ -81,7 +84,15 @@ def block_from_record(record: bytes) -> Block:
         states_from_list(states),
     )
     block.demand_whole()
+    if fields[0] != record_version(block.runs):
+        raise CorruptDataError("a block record of another version than its tensors need")
     return block
+
+
+def record_version(runs: Sequence[Run]) -> int:
+    """The least version in which these runs can be written, so that a reader that does not know them says so."""
+    tensors = (tensor for run in runs for stack in run.stacks for tensor in stack.tensors)
+    return RECORD_VERSION if any(tensor.lengths or tensor.group_tokens > 1 for tensor in tensors) else 1
 
 
 def unpack_record(record: bytes) -> Any:
@@ -105,13 +116,20 @@ def runs_to_list(runs: Sequence[Run]) -> list[Any]:
                     stack.part,
                     list(stack.layers),
                     [stack.recipe.name, stack.recipe.version, [list(p) for p in stack.recipe.params]],
-                    [[t.name, t.dtype, t.heads, t.width, t.offset, t.checksums] for t in stack.tensors],
+                    [_tensor_list(tensor) for tensor in stack.tensors],
                 ]
                 for stack in run.stacks
             ],
         ]
         for run in runs
     ]
+
+
+def _tensor_list(tensor: Tensor) -> list[Any]:
+    fields = [tensor.name, tensor.dtype, tensor.heads, tensor.width, tensor.offset, tensor.checksums]
+    if tensor.lengths or tensor.group_tokens > 1:
+        fields += [list(tensor.lengths), tensor.group_tokens]
+    return fields
 
 
 def runs_from_list(value: Any) -> tuple[Run, ...]:
@@ -137,7 +155,20 @@ def _run(n_tokens: Any, skip: Any, shown: Any, fidelity: Any, stacks: Any) -> Ru
     )
     if run.skip + run.shown > n or not run.shown:
         raise CorruptDataError("a run shows tokens that it does not hold")
+    for tensor in (tensor for stack in run.stacks for tensor in stack.tensors):
+        _check_rows(tensor, n)
     return run
+
+
+def _check_rows(tensor: Tensor, n_tokens: int) -> None:
+    """Whole groups; and packed shares neither empty nor longer than packing may make them, nor without bound."""
+    if n_tokens % tensor.group_tokens:
+        raise CorruptDataError("a tensor of groups in a run that does not end with one")
+    if not tensor.lengths:
+        return
+    nbytes = tensor.layer_bytes(n_tokens)
+    if nbytes > UNPACKED_BYTES_MAX or not all(0 < length <= packed_bytes_max(nbytes) for length in tensor.lengths):
+        raise CorruptDataError("a packed tensor of impossible lengths")
 
 
 def _stack(part: Any, layers: Any, recipe: Any, tensors: Any) -> Stack:
@@ -152,12 +183,26 @@ def _stack(part: Any, layers: Any, recipe: Any, tensors: Any) -> Stack:
     return Stack(part, indices, Recipe(name, _whole(version, "recipe version"), pairs), parsed)
 
 
-def _tensor(n_layers: int, name: Any, dtype: Any, heads: Any, width: Any, offset: Any, checksums: Any) -> Tensor:
+def _tensor(
+    n_layers: int,
+    name: Any,
+    dtype: Any,
+    heads: Any,
+    width: Any,
+    offset: Any,
+    checksums: Any,
+    lengths: Any = (),
+    group_tokens: Any = 1,
+) -> Tensor:
     if dtype not in ITEM_BYTES or not isinstance(name, str) or not name.isidentifier():
         raise CorruptDataError("bad tensor")
     if not isinstance(checksums, bytes) or len(checksums) not in (0, 8 * n_layers):
         raise CorruptDataError("bad checksums")
-    return Tensor(name, dtype, _whole(heads, "heads"), _whole(width, "width"), _whole(offset, "offset"), checksums)
+    sizes, group = tuple(_whole(length, "length") for length in lengths), _whole(group_tokens, "group_tokens")
+    if len(sizes) not in (0, n_layers) or not group:
+        raise CorruptDataError("bad lengths or groups")
+    whole = (_whole(heads, "heads"), _whole(width, "width"), _whole(offset, "offset"))
+    return Tensor(name, dtype, *whole, checksums, sizes, group)
 
 
 def states_to_list(states: Sequence[LayerState]) -> list[Any]:

@@ -49,6 +49,47 @@ def test_a_record_that_contradicts_itself_is_corrupt(broken: Block) -> None:
         block_from_record(block_to_record(broken))
 
 
+PACKED = Tensor("data", "BF16", 2, 64, 640, b"12345678" * 2, (700, 1))
+GROUPED = Tensor("scales", "BF16", 2, 64, 0, b"12345678" * 2, (), 64)
+
+
+def of_tensors(n_tokens: int, *tensors: Tensor) -> Block:
+    """A block of one run with one stack of two layers."""
+    stack = Stack("keys", (0, 1), Recipe("some"), tensors)
+    return replace(BLOCK, runs=(Run(n_tokens, 1, 3, 800, (stack,)),))
+
+
+def test_packed_and_grouped_tensors_have_a_version_of_their_own() -> None:
+    """Records without them are written as they always were; records with them cannot be misread by older builds."""
+    for block in (of_tensors(5, PACKED), of_tensors(128, GROUPED, replace(PACKED, offset=512))):
+        assert block_from_record(block_to_record(block)) == block
+        assert msgpack.unpackb(block_to_record(block))[0] == 2
+    assert msgpack.unpackb(block_to_record(BLOCK))[0] == 1
+    with pytest.raises(CorruptDataError, match="version"):
+        block_from_record(block_to_record(BLOCK).replace(b"\x9b\x01", b"\x9b\x02", 1))
+    assert PACKED.layer_range(1, 5) == (1340, 1)
+    assert PACKED.stored_bytes(2, 5) == 701
+    assert (GROUPED.rows(128), GROUPED.layer_bytes(128), GROUPED.layer_range(1, 128)) == (2, 512, (512, 512))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        of_tensors(5, replace(PACKED, lengths=(700,))),
+        of_tensors(5, replace(PACKED, lengths=(700, 0))),
+        of_tensors(5, replace(PACKED, lengths=(700, -1))),
+        of_tensors(5, replace(PACKED, lengths=(5 * 256 + 300, 1))),
+        of_tensors(5, replace(PACKED, lengths=(700, 1), width=1 << 40)),
+        of_tensors(127, GROUPED),
+        of_tensors(128, replace(GROUPED, group_tokens=3)),
+    ],
+)
+def test_lengths_and_groups_that_cannot_be_are_corrupt(broken: Block) -> None:
+    """One length a layer, none empty or longer than packing makes it, none that stands for gigabytes; whole groups."""
+    with pytest.raises(CorruptDataError):
+        block_from_record(block_to_record(broken))
+
+
 @given(st.binary(max_size=300))
 def test_random_bytes_are_never_a_block(junk: bytes) -> None:
     """One typed error whatever the bytes are."""
@@ -56,10 +97,10 @@ def test_random_bytes_are_never_a_block(junk: bytes) -> None:
         block_from_record(junk)
 
 
-@given(st.integers(0, 400), st.binary(min_size=1, max_size=4))
-def test_a_damaged_record_is_corrupt_or_parses(at: int, patch: bytes) -> None:
+@given(st.booleans(), st.integers(0, 400), st.binary(min_size=1, max_size=4))
+def test_a_damaged_record_is_corrupt_or_parses(packed: bool, at: int, patch: bytes) -> None:
     """Damage never ends in another exception."""
-    record = bytearray(block_to_record(BLOCK))
+    record = bytearray(block_to_record(of_tensors(128, GROUPED, PACKED) if packed else BLOCK))
     at %= len(record)
     record[at : at + len(patch)] = patch
     with contextlib.suppress(CorruptDataError):

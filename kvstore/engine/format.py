@@ -1,6 +1,6 @@
 """The bytes of a blob file. Pure: nothing here touches the disk.
 
-A blob is a safetensors file, version 1 of our format:
+A blob is a safetensors file of our format:
 
     offset      size  what
     0              8  N, little-endian: length of the header; 8 + N is a multiple of 64
@@ -9,16 +9,18 @@ A blob is a safetensors file, version 1 of our format:
                       arrays in the order of layers and arrays
     8 + N + P         end of file, exactly
 
-    header JSON     "__metadata__"  {"format": "kvstore-block", "version": "1",
+    header JSON     "__metadata__"  {"format": "kvstore-block", "version": "1" or "2",
                                      "record": base64 of the block's msgpack record, "check": its xxh3_64 in hex}
-                    "r{run}.s{stack}.{part}.{name}"  {"dtype", "shape": [layers, heads, tokens, width], "data_offsets"}
+                    "r{run}.s{stack}.{part}.{name}"  {"dtype", "shape": [layers, heads, rows, width], "data_offsets"}
+                                                     or, each layer's share packed by a byte codec, "U8", [bytes]
                     or, of a checkpoint,
                     "l{layer}.{name}"                {"dtype", "shape", "data_offsets"}
 
 The record (`kvstore.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
 (tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
 that any safetensors reader can look inside. The header is canonical: a reader builds it again from the record and
-compares bytes, so nothing can hide in it.
+compares bytes, so nothing can hide in it. Version 2 has packed tensors, or rows that stand for groups of tokens; a
+block without them is written as version 1, so its bytes are what they always were.
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ import xxhash
 from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
-from kvstore.records import TENSORS_MAX, block_from_record, block_to_record
+from kvstore.records import TENSORS_MAX, block_from_record, block_to_record, record_version
 
 FORMAT = "kvstore-block"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_BYTES_MAX = 1 << 20
 LENGTH_BYTES = 8
 ALIGN_BYTES = 64
@@ -88,10 +90,11 @@ def _seal_runs(unsealed: Sequence[Run], remaining: Iterator[memoryview]) -> tupl
             tensors: list[Tensor] = []
             for tensor in stack.tensors:
                 view = next(remaining, None)
-                layer_bytes = tensor.layer_bytes(run.n_tokens)
-                if view is None or len(view) != layer_bytes * len(stack.layers) or not view:
+                if view is None or len(view) != tensor.stored_bytes(len(stack.layers), run.n_tokens) or not view:
                     raise InvalidRequestError(f"the buffer of {stack.part}.{tensor.name} does not fit its tensor")
-                tensors.append(replace(tensor, offset=offset, checksums=layer_checksums(view, layer_bytes)))
+                shares = (replace(tensor, offset=0).layer_range(at, run.n_tokens) for at in range(len(stack.layers)))
+                sums = b"".join(_checksum(view[at : at + nbytes]) for at, nbytes in shares)
+                tensors.append(replace(tensor, offset=offset, checksums=sums))
                 offset += len(view)
             stacks.append(replace(stack, tensors=tuple(tensors)))
         runs.append(replace(run, stacks=tuple(stacks)))
@@ -139,11 +142,6 @@ def _flat(buffer: Buffer) -> memoryview:
     return view.cast("B") if view.nbytes else memoryview(b"")
 
 
-def layer_checksums(view: memoryview, layer_bytes: int) -> bytes:
-    """Little-endian xxh3_64 of each layer's share of a tensor."""
-    return b"".join(_checksum(view[at : at + layer_bytes]) for at in range(0, len(view), layer_bytes))
-
-
 def _checksum(view: memoryview) -> bytes:
     return xxhash.xxh3_64_intdigest(view).to_bytes(8, "little")
 
@@ -158,12 +156,11 @@ def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
     for run in block.runs:
         for stack in run.stacks:
             for tensor in stack.tensors:
-                length = tensor.layer_bytes(run.n_tokens)
                 for position in range(len(stack.layers)):
                     checksum = tensor.checksum(position)
                     if checksum is None:
                         raise CorruptDataError("a stored tensor without checksums")
-                    yield tensor.offset + position * length, length, checksum
+                    yield (*tensor.layer_range(position, run.n_tokens), checksum)
     for array in (array for state in block.states for array in state.arrays):
         if not array.checksum:
             raise CorruptDataError("a stored array without checksum")
@@ -180,11 +177,12 @@ def table(block: Block) -> dict[str, Any]:
         for s, stack in enumerate(run.stacks):
             for tensor in stack.tensors:
                 name = f"r{r}.s{s}.{stack.part}.{tensor.name}"
-                start, end = end, end + len(stack.layers) * tensor.layer_bytes(run.n_tokens)
+                start, end = end, end + tensor.stored_bytes(len(stack.layers), run.n_tokens)
                 if tensor.offset != start or name in entries or len(entries) >= TENSORS_MAX or end == start:
                     raise CorruptDataError("block record: tensors overlap, leave gaps, or are too many")
-                shape = [len(stack.layers), tensor.heads, run.n_tokens, tensor.width]
-                entries[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [start, end]}
+                shape = [len(stack.layers), tensor.heads, tensor.rows(run.n_tokens), tensor.width]
+                dtype, shape = ("U8", [end - start]) if tensor.lengths else (tensor.dtype, shape)
+                entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     return entries
 
 
@@ -205,7 +203,7 @@ def build_header(block: Block, record: bytes) -> bytes:
     """Length and padded JSON. InvalidRequestError when over HEADER_BYTES_MAX."""
     metadata = {
         "format": FORMAT,
-        "version": str(FORMAT_VERSION),
+        "version": str(record_version(block.runs)),
         "record": base64.b64encode(record).decode("ascii"),
         "check": xxhash.xxh3_64_hexdigest(record),
     }

@@ -146,7 +146,8 @@ class FetchPath:
             return read_ranges(reader, layer_ranges(blocks, layer))
 
         runs = [run for block in blocks for run in block.runs]
-        sizes = [t.layer_bytes(run.n_tokens) for run in runs for stack in run.stacks for t in stack.tensors]
+        tensors = [(t, len(s.layers), run.n_tokens) for run in runs for s in run.stacks for t in s.tensors]
+        sizes = [t.layer_range(at, n_tokens)[1] for t, layers, n_tokens in tensors for at in range(layers)]
         return self._layers(plan, layout, stored, max(sizes, default=0))
 
     def dense_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:

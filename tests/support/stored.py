@@ -11,7 +11,7 @@ import xxhash
 
 from kvstore.blocks import Run
 from kvstore.codecs.assemble import HitBlock, layer_ranges
-from kvstore.codecs.runs import EncodedRun
+from kvstore.codecs.runs import EncodedRun, stacks_of
 from kvstore.files import BufferReader, FileSource
 
 PAYLOAD_OFFSET = 128
@@ -22,15 +22,16 @@ def seal_runs(runs: Sequence[EncodedRun]) -> tuple[tuple[Run, ...], bytes]:
     payload = bytearray()
     sealed: list[Run] = []
     for encoded in runs:
-        buffers = iter(encoded.buffers)
+        n_tokens = encoded.run.n_tokens
         stacks = []
-        for stack in encoded.run.stacks:
+        for stack, buffers in stacks_of(encoded):
             tensors = []
-            for tensor in stack.tensors:
-                rows = next(buffers)
-                sums = b"".join(xxhash.xxh3_64_intdigest(layer.tobytes()).to_bytes(8, "little") for layer in rows)
-                tensors.append(replace(tensor, offset=len(payload), checksums=sums))
-                payload += rows.tobytes()
+            for tensor, buffer in zip(stack.tensors, buffers, strict=True):
+                data = buffer.tobytes()
+                shares = [tensor.layer_range(position, n_tokens) for position in range(len(stack.layers))]
+                sums = (xxhash.xxh3_64_intdigest(data[at : at + size]).to_bytes(8, "little") for at, size in shares)
+                tensors.append(replace(tensor, offset=len(payload), checksums=b"".join(sums)))
+                payload += data
             stacks.append(replace(stack, tensors=tuple(tensors)))
         sealed.append(replace(encoded.run, stacks=tuple(stacks)))
     return tuple(sealed), bytes(payload)
