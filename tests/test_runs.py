@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW
-from kvstore.codecs import device, runs
+from kvstore.codecs import device, encode
 from kvstore.codecs.affine import affine_recipe
 from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
-from kvstore.codecs.runs import EncodedRun, encode_run, join_runs, load_run, narrow_run, payload_run, raw_run
+from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, payload_run, raw_run
 from kvstore.errors import ConfigError, InvalidRequestError
 from kvstore.files import FileReader
 from kvstore.layers import LayerSpec, Layout, PartSpec, raw_ranges
@@ -76,9 +77,9 @@ def test_an_unknown_profile_is_a_configuration_error(name: str) -> None:
 def test_a_profile_leaves_what_the_engine_quantized_alone() -> None:
     """Quantizing twice drifts; width 0 has nothing to quantize."""
     profile = parse_profile("affine4")
-    assert profile.recipe("keys", PartSpec(8, 128, "BF16", 8, 64)) == RAW
-    assert profile.recipe("values", PartSpec(8, 0, "BF16")) == RAW
-    assert profile.recipe("values", PartSpec(8, 128, "BF16")) == affine_recipe(4, 64)
+    assert profile.recipe("keys", PartSpec(8, 128, "BF16", 8, 64), 0, 1) == RAW
+    assert profile.recipe("values", PartSpec(8, 0, "BF16"), 0, 1) == RAW
+    assert profile.recipe("values", PartSpec(8, 128, "BF16"), 0, 1) == affine_recipe(4, 64)
 
 
 def test_a_raw_run_takes_one_buffer_a_tensor() -> None:
@@ -125,7 +126,7 @@ def test_an_encoded_run_holds_what_mlx_makes_of_its_rows(
     dtype: str, name: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, in one piece or layer by layer."""
-    monkeypatch.setattr(runs, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(encode, "PIECE_BYTES", piece_bytes)
     layout, profile = plain(dtype, heads=2, width=128, layers=5), parse_profile(name)
     raw = random_run(layout, 17)
     encoded = encode_run(layout, raw, profile)
@@ -171,7 +172,7 @@ def test_a_stack_with_values_that_cannot_be_quantized_stays_raw(
     dtype: str, poison: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit, NaN payloads included, also when only the last layer of the last piece is bad."""
-    monkeypatch.setattr(runs, "PIECE_BYTES", 1)
+    monkeypatch.setattr(encode, "PIECE_BYTES", 1)
     layout = plain(dtype)
     raw = random_run(layout, 6)
     keys = raw.buffers[0].copy()
@@ -225,7 +226,7 @@ def test_mixed_layers_are_encoded_stack_by_stack() -> None:
 
 def test_encoding_needs_little_memory_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is there at once is bounded by the piece, not by the run."""
-    monkeypatch.setattr(runs, "PIECE_BYTES", 1 << 20)
+    monkeypatch.setattr(encode, "PIECE_BYTES", 1 << 20)
     layout = plain(heads=8, width=128, layers=16)
     raw = random_run(layout, 256)
     assert raw.nbytes == 16 << 20
@@ -256,12 +257,13 @@ def test_encoding_then_narrowing_is_narrowing_then_encoding(
     assert narrowed.nbytes == narrowed.run.nbytes()
 
 
-def test_narrowing_drops_what_was_hidden() -> None:
-    """Rows before and behind what is shown go too."""
+def test_narrowing_drops_what_was_hidden_behind() -> None:
+    """Rows before what is shown stay: groups begin with them."""
     layout = plain()
     raw = random_run(layout, 10)
     hidden = replace(raw, run=replace(raw.run, skip=3, shown=5))
-    assert same(narrow_run(hidden, 4), cut_payload(layout, raw, 3, 7))
+    cut = cut_payload(layout, raw, 0, 7)
+    assert same(narrow_run(hidden, 4), replace(cut, run=replace(cut.run, skip=3, shown=4)))
 
 
 @pytest.mark.parametrize("shown", [0, -1, 6])
@@ -290,11 +292,13 @@ def test_runs_that_differ_are_not_joined() -> None:
     layout = plain()
     raw, low = random_run(layout, 3), random_run(layout, 3, fidelity=800)
     encoded = encode_run(layout, random_run(layout, 3), parse_profile("affine8"))
-    hidden = replace(raw, run=replace(raw.run, shown=2))
-    cases: Sequence[list[EncodedRun]] = ([raw, low], [raw, encoded], [low, encoded], [raw, hidden], [hidden, raw])
+    behind, before = replace(raw, run=replace(raw.run, shown=2)), replace(raw, run=replace(raw.run, skip=1, shown=2))
+    cases: Sequence[list[EncodedRun]] = ([raw, low], [raw, encoded], [low, encoded], [raw, before], [behind, raw])
     for case in cases:
         assert join_runs(case) == case
     assert len(join_runs([raw, raw, encoded, encoded, raw])) == 3
+    (joined,) = join_runs([before, raw, behind])
+    assert (joined.run.n_tokens, joined.run.skip, joined.run.shown) == (9, 1, 7)
     assert join_runs([]) == []
 
 

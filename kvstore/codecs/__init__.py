@@ -2,14 +2,15 @@
 
 device.py      everything that touches the MLX device, and every bridge between bytes and arrays
 base.py        what a codec is; recipe -> codec
-raw.py affine.py
-profiles.py    which recipe for which part of a layer
-runs.py        raw and encoded runs as bytes: the store side
+raw.py lossless.py affine.py channel.py
+profiles.py    which recipe for which part of which layer
+runs.py        raw, encoded and packed runs as bytes: the store side
+encode.py      raw runs -> encoded runs, as a profile says
 assemble.py    runs of many blocks -> one array a part: the fetch side
 states.py      window and state layers <-> the bytes of a checkpoint
 virtual.py     the file out of which MLX reads what others put together
 """
 
-from kvstore.codecs import affine, raw
+from kvstore.codecs import affine, channel, lossless, raw
 
-__all__ = ["affine", "raw"]
+__all__ = ["affine", "channel", "lossless", "raw"]

@@ -34,6 +34,15 @@ def is_folded(recipe: Recipe) -> bool:
     return ("fold", 1) in recipe.params
 
 
+def reaches(scales: mx.array, biases: mx.array, bits: int) -> mx.array:
+    """A boolean scalar, lazy: the ends of every group's range, and the step to them, are finite in the dtype."""
+    limit = mx.finfo(scales.dtype).max
+    reach = scales.astype(mx.float32) * float(2**bits - 1)
+    low = biases.astype(mx.float32)
+    worst = mx.maximum(mx.maximum(mx.abs(reach), mx.abs(low)), mx.abs(reach + low))
+    return mx.all(worst <= limit)
+
+
 class AffineCodec:
     """See `base.Codec`. Parameters: bits, group, and fold=1 where heads are folded."""
 
@@ -81,11 +90,7 @@ class AffineCodec:
         scale * 255 overflows before the bias is added, and mx.dequantize returns infinities.
         """
         _, scales, biases = tensors
-        limit = mx.finfo(scales.dtype).max
-        reach = scales.astype(mx.float32) * float(2 ** recipe.param("bits") - 1)
-        low = biases.astype(mx.float32)
-        worst = mx.maximum(mx.maximum(mx.abs(reach), mx.abs(low)), mx.abs(reach + low))
-        return mx.all(worst <= limit)
+        return reaches(scales, biases, recipe.param("bits"))
 
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
         """codes, scales, biases -> [L, H, T, D] in the dtype of the scales.

@@ -6,7 +6,9 @@ MLX's buffer, on two threads. Against mx.load of one file of equal capacity, int
 2.3-2.9x. Only decoding may be lazy: when `assemble_layer` returns, every byte was read and verified.
 
 Plan first: `_segments` says from the runs alone which ranges are needed and where their rows go. Neighbouring runs of
-one recipe share a segment: one tensor of the virtual file each, and one decode. Segments are then concatenated.
+one recipe share a segment: one tensor of the virtual file each, and one decode; what a byte codec packed is unpacked on
+the way and shares the segments of raw rows. A group codec's rows are whole groups: a hit that begins or ends inside one
+cuts after decoding, so its segment begins or ends there too. Segments are then concatenated.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, ITEM_BYTES, Recipe, Run, Stack, Tensor
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
 from kvstore.codecs import device
-from kvstore.codecs.base import BlockCorruptError, codec_of, verify_range
+from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of, verify_range
 from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError
 from kvstore.files import Range, RangeReader
@@ -52,35 +54,49 @@ class HitBlock:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """Rows of one run in a segment: `shown` rows from row `skip` of `n_tokens` go to row `at`."""
+    """Rows of one run in a segment: tokens `[first, last)` of `n_tokens`, whole groups, go to token `at`.
+
+    `ranges` and `checksums` are those of the layer's share of each tensor, which `packer` has packed.
+    """
 
     source: int
     n_tokens: int
-    skip: int
-    shown: int
+    first: int
+    last: int
     at: int
-    offsets: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
     checksums: tuple[int | None, ...]
+    packer: ByteCodec | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Spans of one recipe, `rows` tokens long; `offsets` and `checksums` of its tensors are meaningless."""
+    """Spans of one recipe, raw where they are packed. Of the `held` tokens `shown` are used, after `lead` others.
+
+    `tensors` say nothing of places and lengths.
+    """
 
     recipe: Recipe
     tensors: tuple[Tensor, ...]
     spans: tuple[_Span, ...]
-    rows: int
+    held: int
+    lead: int
+    shown: int
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that only go together."""
+        return max(tensor.group_tokens for tensor in self.tensors)
 
 
 def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
     """What is read for one layer, in the order in which a stream carries it: by block, run, stack, tensor."""
     return [
-        Range(source, tensor.offset + position * nbytes, nbytes)
+        Range(source, *tensor.layer_range(position, run.n_tokens))
         for source, run, _ in _used_runs(blocks)
         for stack, position in _stacks_of(run, layer)
         for tensor in stack.tensors
-        if (nbytes := tensor.layer_bytes(run.n_tokens))
+        if tensor.layer_bytes(run.n_tokens)
     ]
 
 
@@ -109,15 +125,27 @@ def _segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[HitBl
     segments: list[_Segment] = []
     for source, run, used in _used_runs(blocks):
         stack, position = _find_stack(run, source, part_name, layer)
-        tensors = _checked_tensors(stack, part, source)
-        if not segments or segments[-1].recipe != stack.recipe:
-            segments.append(_Segment(stack.recipe, tensors, (), 0))
-        last = segments[-1]
-        offsets = tuple(t.offset + position * t.layer_bytes(run.n_tokens) for t in stack.tensors)
-        checksums = tuple(t.checksum(position) for t in stack.tensors)
-        span = _Span(source, run.n_tokens, run.skip, used, last.rows, offsets, checksums)
-        segments[-1] = replace(last, spans=(*last.spans, span), rows=last.rows + used)
+        one = _segment(source, run, used, stack, position, _checked_tensors(stack, part, source))
+        last = segments[-1] if segments else None
+        if last and last.recipe == one.recipe and last.lead + last.shown == last.held and not one.lead:
+            spans = (*last.spans, replace(one.spans[0], at=last.held))
+            segments[-1] = replace(last, spans=spans, held=last.held + one.held, shown=last.shown + used)
+        else:
+            segments.append(one)
     return segments
+
+
+def _segment(source: int, run: Run, used: int, stack: Stack, position: int, tensors: tuple[Tensor, ...]) -> _Segment:
+    """One run's segment, with the groups that hold the `used` first of the tokens that it shows."""
+    packer = packer_of(stack.recipe)
+    group = max(tensor.group_tokens for tensor in tensors)
+    first = run.skip // group * group
+    last = -(-(run.skip + used) // group) * group
+    ranges = tuple(tensor.layer_range(position, run.n_tokens) for tensor in stack.tensors)
+    checksums = tuple(tensor.checksum(position) for tensor in stack.tensors)
+    span = _Span(source, run.n_tokens, first, last, 0, ranges, checksums, packer)
+    recipe = stack.recipe if packer is None else RAW
+    return _Segment(recipe, tensors, (span,), last - first, run.skip - first, used)
 
 
 def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stack, int]:
@@ -131,9 +159,11 @@ def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stac
 def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor, ...]:
     """The stack's tensors without where they are, if they are what its recipe makes of this part."""
     codec = codec_of(stack.recipe)
-    tensors = tuple(replace(tensor, offset=0, checksums=b"") for tensor in stack.tensors)
+    tensors = tuple(tensor.bare() for tensor in stack.tensors)
+    packed = packer_of(stack.recipe) is not None
     try:
         fits = tensors == codec.tensors(part, stack.recipe)
+        fits = fits and all(bool(tensor.lengths) == packed for tensor in stack.tensors)
     except CorruptDataError as error:
         raise BlockCorruptError(f"block {source}: {error}", source) from error
     if not fits:
@@ -151,23 +181,23 @@ class _Filler:
     def fill(self, segment: _Segment, index: int, capacity: int, view: memoryview) -> None:
         """Tensor `index` of a segment as `[1, heads, capacity, width]`; rows beyond the segment's are zero."""
         tensor = segment.tensors[index]
-        row = tensor.width * ITEM_BYTES[tensor.dtype]
+        row, rows = tensor.row_bytes, tensor.rows(segment.held)
         heads = [view[head * capacity * row : (head + 1) * capacity * row] for head in range(tensor.heads)]
-        self._fill_spans(heads, row, segment.spans, index)
-        if segment.rows < capacity:
-            zeros = bytes((capacity - segment.rows) * row)
+        self._fill_spans(heads, tensor, segment.spans, index)
+        if rows < capacity:
+            zeros = bytes((capacity - rows) * row)
             for head in heads:
-                head[segment.rows * row :] = zeros
+                head[rows * row :] = zeros
 
-    def _fill_spans(self, heads: list[memoryview], row: int, spans: Sequence[_Span], index: int) -> None:
+    def _fill_spans(self, heads: list[memoryview], tensor: Tensor, spans: Sequence[_Span], index: int) -> None:
         """All spans; large tensors with a second thread that takes every span that this one has not come to."""
         waiting = iter(spans)
 
         def fill() -> None:
             for span in waiting:
-                self._fill_span(heads, row, span, index)
+                self._fill_span(heads, tensor, span, index)
 
-        if len(spans) == 1 or sum(span.n_tokens for span in spans) * row * len(heads) < HELPED_BYTES:
+        if len(spans) == 1 or sum(tensor.layer_bytes(span.n_tokens) for span in spans) < HELPED_BYTES:
             fill()
             return
         helper = _HELPERS.submit(fill)
@@ -177,18 +207,38 @@ class _Filler:
             wait([helper])
         helper.result()
 
-    def _fill_span(self, heads: list[memoryview], row: int, span: _Span, index: int) -> None:
+    def _fill_span(self, heads: list[memoryview], tensor: Tensor, span: _Span, index: int) -> None:
         """One read of the whole stored range; rows that are not used go to scratch, but are verified with the rest."""
-        skip, shown = span.skip * row, span.shown * row
-        rest = (span.n_tokens - span.skip - span.shown) * row
-        at = span.at * row
+        row, skipped, end = tensor.row_bytes, tensor.rows(span.first), tensor.rows(span.last)
+        skip, shown, rest = skipped * row, (end - skipped) * row, (tensor.rows(span.n_tokens) - end) * row
+        at = tensor.rows(span.at) * row
+        if span.packer is not None:
+            share = self._unpacked(tensor, span, index)
+            for number, head in enumerate(heads):
+                begin = number * (skip + shown + rest) + skip
+                head[at : at + shown] = share[begin : begin + shown]
+            return
         scratch = memoryview(bytearray((skip + rest) * len(heads)))
         views: list[memoryview] = []
         for number, head in enumerate(heads):
             unused = scratch[number * (skip + rest) : (number + 1) * (skip + rest)]
             views += (part for part in (unused[:skip], head[at : at + shown], unused[skip:]) if part.nbytes)
+        self._read(span, index, views)
+
+    def _unpacked(self, tensor: Tensor, span: _Span, index: int) -> memoryview:
+        """The bytes of a packed share: read, verified, unpacked."""
+        assert span.packer is not None
+        packed = memoryview(bytearray(span.ranges[index][1]))
+        self._read(span, index, [packed])
         try:
-            self.reader.readinto(span.source, span.offsets[index], views)
+            share = span.packer.unpack(packed, tensor.layer_bytes(span.n_tokens), ITEM_BYTES[tensor.dtype])
+        except CorruptDataError as error:
+            raise BlockCorruptError(f"block {span.source}: {error}", span.source) from error
+        return share.data
+
+    def _read(self, span: _Span, index: int, views: list[memoryview]) -> None:
+        try:
+            self.reader.readinto(span.source, span.ranges[index][0], views)
         except BlockCorruptError:
             raise
         except CorruptDataError as error:
@@ -219,18 +269,19 @@ def assemble_layer(
     file, filler = VirtualFile(), _Filler(reader, verify)
     for part, segments in plan.items():
         for number, segment in enumerate(segments):
-            rows = segment.rows + (capacity - n_tokens if number == len(segments) - 1 else 0)
+            spare = capacity - n_tokens if number == len(segments) - 1 and segment.group_tokens == 1 else 0
             for index, tensor in enumerate(segment.tensors):
+                rows = tensor.rows(segment.held + spare)
                 shape = (1, tensor.heads, rows, tensor.width)
                 fill = functools.partial(filler.fill, segment, index, rows)
                 file.add(f"{part}.{number}.{index}", tensor.dtype, shape, fill)
     arrays = file.load() if plan else {}
-    parts = {part: _decoded(part, spec.part(part), segments, arrays) for part, segments in plan.items()}
+    parts = {part: _decoded(part, spec.part(part), segments, arrays, capacity) for part, segments in plan.items()}
     return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
 
 
 def _decoded(
-    name: str, part: PartSpec, segments: Sequence[_Segment], arrays: dict[str, mx.array]
+    name: str, part: PartSpec, segments: Sequence[_Segment], arrays: dict[str, mx.array], capacity: int
 ) -> tuple[mx.array, ...]:
     """The arrays of a part: decoded and put together, or as they are where the engine keeps them quantized."""
     loaded = [
@@ -239,11 +290,19 @@ def _decoded(
     ]
     if part.bits:
         return tuple(loaded[0])
-    decoded = [
-        codec_of(segment.recipe).decode(tensors, segment.recipe, part)
-        for segment, tensors in zip(segments, loaded, strict=True)
-    ]
+    decoded = [_decode(segment, tensors, part) for segment, tensors in zip(segments, loaded, strict=True)]
+    missing = capacity - sum(array.shape[2] for array in decoded)
+    if missing:
+        decoded.append(device.zeros((1, part.heads, missing, part.width), part.dtype))
     return (decoded[0] if len(decoded) == 1 else mx.concatenate(decoded, axis=2),)
+
+
+def _decode(segment: _Segment, tensors: Sequence[mx.array], part: PartSpec) -> mx.array:
+    """A segment's rows, and those of the head-room behind it; without what its groups hold beside them."""
+    array = codec_of(segment.recipe).decode(tensors, segment.recipe, part)
+    if segment.lead + segment.shown == segment.held and not segment.lead:
+        return array
+    return mx.contiguous(array[:, :, segment.lead : segment.lead + segment.shown])
 
 
 def dense_runs(layout: Layout, n_tokens: int, fidelity: int = FIDELITY_EXACT) -> tuple[Run, ...]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import xxhash
 
 from kvstore.blocks import Recipe, Run, Tensor
+from kvstore.codecs.device import Bytes
 from kvstore.errors import CorruptDataError, UnknownFormatError
 from kvstore.layers import PartSpec
 
 
 class Codec(Protocol):
-    """Arrays `[L, H, T, D]` of one part <-> tensors `[L, H', T, X]`, one row a token.
+    """Arrays `[L, H, T, D]` of one part <-> tensors `[L, H', T / group_tokens, X]`, a row for each group of tokens.
 
     `encode` and `decode` build lazy MLX graphs on the calling thread, which then owns the result; the rest is pure.
     Encoding a slice of tokens must give, bit for bit, the slice of the encoded tokens, for slices at multiples of
-    `group_tokens`; it is 1 in codecs that are exact at any token, and only those may be cut and joined freely.
+    `group_tokens`; it is 1 in codecs that are exact at any token. Others encode whole groups only, and a cut inside
+    one keeps it whole and hides rows.
     `name` and `version` name the byte format for ever: another format is another version.
     """
 
@@ -45,6 +47,20 @@ class Codec(Protocol):
         """The array in the part's dtype. Tensors must be row-contiguous: see `affine`."""
 
 
+@runtime_checkable
+class ByteCodec(Protocol):
+    """A codec of bytes, in the place of raw: packs each layer's share of each raw tensor for itself.
+
+    Towards arrays it is raw; it must be a `Codec` too, and exact. Both methods are pure, on any thread.
+    """
+
+    def pack(self, share: Bytes, item_bytes: int) -> bytes:
+        """At most `packed_bytes_max` bytes for the C-contiguous bytes of a share, of elements of `item_bytes`."""
+
+    def unpack(self, packed: memoryview, nbytes: int, item_bytes: int) -> Bytes:
+        """The `nbytes` bytes that were packed, in one dimension. CorruptDataError when it is anything else."""
+
+
 _CODECS: dict[tuple[str, int], Codec] = {}
 
 
@@ -65,6 +81,12 @@ def codec_of(recipe: Recipe) -> Codec:
     if codec is None:
         raise UnknownFormatError(f"this kvstore cannot read recipe {recipe.name} version {recipe.version}")
     return codec
+
+
+def packer_of(recipe: Recipe) -> ByteCodec | None:
+    """The codec that packed the bytes of this recipe; None where they are as arrays have them."""
+    codec = codec_of(recipe)
+    return codec if isinstance(codec, ByteCodec) else None
 
 
 def check_runs(runs: Iterable[Run]) -> None:

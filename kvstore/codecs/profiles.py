@@ -1,53 +1,87 @@
-"""Profiles: which recipe for keys and which for values. A profile decides when storing; reading follows the data.
+"""Profiles: which recipe for which part of which layer. A profile decides when storing; reading follows the data.
 
-raw                     nothing is changed
-affine8                 8 bits, a scale for 64 values; also 6, 5, 4, 3, 2 bits
-affine4-g32             another group: 32, 64 or 128 values a scale
+    exact  safe  balanced  compact  tiny    a row of PROFILES, below
+    K:V                                     one word for keys, one for values: channel4:affine4
+    W                                       one word for both: raw, lossless, affine8, affine4-g32
+    K:V,option,...                          edge2=W or edge2=K:V  the first two and the last two layers so instead
+                                            sinks4                the first four tokens of a sequence unquantized
+                                            rest=raw              what is not quantized: raw or lossless
+                                            min512                sequences shorter than this are not quantized
+
+Words: raw, lossless, affine and channel with 8, 6, 5, 4, 3 or 2 bits; affine with a group of 32, 64 or 128 values a
+scale. What is not quantized (short sequences, tokens that came out of the store, values that are not finite, the
+tokens after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.base import codec_of
+from kvstore.codecs.channel import channel_recipe
+from kvstore.codecs.lossless import LOSSLESS
 from kvstore.errors import ConfigError
 from kvstore.layers import PartSpec
 
 GROUP_DEFAULT = 64
-_AFFINE = re.compile(r"affine(\d)(?:-g(\d+))?")
+EDGE_LAYERS_MAX = 64
+SINKS_MAX = 64
+MIN_TOKENS_MAX = 1 << 20
 
-
+# Shipped profiles, the best first.
+PROFILES = {
+    "exact": "lossless",
+    "safe": "channel6:affine8",
+    "balanced": "channel5:affine6",
+    "compact": "channel4:affine4",
+    "tiny": "channel3:affine3",
+}
 AUTO = "auto"
-PROFILES = {"exact": "raw", "safe": "affine8", "balanced": "affine6", "compact": "affine4", "tiny": "affine3"}
 LOSSY = tuple(PROFILES)[1:]
 UNMEASURED = ("safe", "exact")
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Target recipes of keys and values; `recipe` fits them to a layer's geometry."""
+    """Target recipes of keys and values; `recipe` fits them to a layer's geometry.
+
+    `edge_keys` and `edge_values` stand in their place in the first and the last `edge_layers` layers. The first `sinks`
+    tokens of a sequence, on which attention rests whatever follows, are kept as `rest`, as is all that is not
+    quantized. Sequences of less than `min_quantize_tokens` are not, whatever the daemon's own threshold.
+    """
 
     name: str
     keys: Recipe
     values: Recipe
+    rest: Recipe = RAW
+    edge_layers: int = 0
+    edge_keys: Recipe = RAW
+    edge_values: Recipe = RAW
+    sinks: int = 0
+    min_quantize_tokens: int = 0
 
-    def recipe(self, part_name: str, part: PartSpec) -> Recipe:
-        """The recipe for "keys" or "values" of this geometry.
+    def recipe(self, part_name: str, part: PartSpec, layer: int, n_layers: int) -> Recipe:
+        """The recipe for "keys" or "values" of this geometry in layer `layer` of `n_layers`.
 
-        RAW for parts that the engine keeps quantized itself (quantizing twice drifts), and where no group divides.
+        `rest` for parts that the engine keeps quantized itself (quantizing twice drifts), and where no group divides.
         """
-        target = self.keys if part_name == "keys" else self.values
-        if part.bits or not part.width:
+        edge = layer < self.edge_layers or layer >= n_layers - self.edge_layers
+        keys, values = (self.edge_keys, self.edge_values) if edge else (self.keys, self.values)
+        target = keys if part_name == "keys" else values
+        if target == RAW:
             return RAW
-        return codec_of(target).fit(target, part)
+        fitted = codec_of(target).fit(target, part) if part.width and not part.bits else RAW
+        return self.rest if fitted == RAW else fitted
 
     @property
     def spec(self) -> str:
         """What it is made of: equal specs keep KV alike."""
-        return f"{self.keys}:{self.values}"
+        edge = f"{self.edge_layers}={self.edge_keys}:{self.edge_values}"
+        return f"{self.keys}:{self.values},rest={self.rest},edge{edge},sinks{self.sinks}"
 
     @property
     def is_exact(self) -> bool:
@@ -56,29 +90,89 @@ class Profile:
 
     @property
     def fidelity(self) -> int:
-        """The least of keys and values."""
-        return min(codec_of(recipe).fidelity(recipe) for recipe in (self.keys, self.values))
+        """The least of keys and values, of the edge layers too."""
+        edge = (self.edge_keys, self.edge_values) if self.edge_layers else ()
+        return min(codec_of(recipe).fidelity(recipe) for recipe in (self.keys, self.values, *edge))
 
 
 def parse_profile(name: str) -> Profile:
     """The profile of that name; ConfigError naming the choices otherwise."""
-    if name in PROFILES:
-        return replace(parse_profile(PROFILES[name]), name=name)
-    if name == "raw":
-        return Profile(name, RAW, RAW)
-    match = _AFFINE.fullmatch(name)
-    if match:
-        bits, group = int(match[1]), int(match[2] or GROUP_DEFAULT)
-        if bits in BITS and group in GROUPS:
-            recipe = affine_recipe(bits, group)
-            return Profile(name, recipe, recipe)
-    raise ConfigError(
-        f"unknown profile {name!r}: raw, or affine with {', '.join(map(str, BITS))} bits, "
-        f"optionally -g32, -g64 or -g128 (affine8, affine4-g32)"
-    )
+    first, *options = PROFILES.get(name, name).split(",")
+    try:
+        keys, values = _pair(first)
+        rest = RAW if ":" not in first and keys.name in ("raw", "affine") else LOSSLESS
+        profile = Profile(name, keys, values, rest)
+        for option in options:
+            profile = _with_option(profile, option)
+    except _UnknownWordError as error:
+        raise ConfigError(
+            f"unknown profile {name!r}: {error}; {', '.join(PROFILES)}, raw, affine8, or keys and values apart, as in "
+            f"channel4:affine4,edge2=affine8,sinks4 (bits: {', '.join(map(str, BITS))})"
+        ) from error
+    return profile
 
 
 def check_profile(name: str) -> None:
     """ConfigError unless it is `auto` or the name of a profile."""
     if name != AUTO:
         parse_profile(name)
+
+
+class _UnknownWordError(Exception):
+    """A part of a profile's name that says nothing."""
+
+
+def _affine(bits: str, group: str) -> Recipe | None:
+    """affine8, affine4-g32."""
+    size = int(group or GROUP_DEFAULT)
+    return affine_recipe(int(bits), size) if bits and int(bits) in BITS and size in GROUPS else None
+
+
+def _channel(bits: str, group: str) -> Recipe | None:
+    """channel4; its groups are of tokens and of one size."""
+    return channel_recipe(int(bits)) if bits and int(bits) in BITS and not group else None
+
+
+def _plain(recipe: Recipe) -> Callable[[str, str], Recipe | None]:
+    """raw, lossless: no numbers."""
+    return lambda bits, group: None if bits or group else recipe
+
+
+# Words: (bits, group) as they were written, "" where they were not -> recipe, or None when there is no such one.
+WORDS: dict[str, Callable[[str, str], Recipe | None]] = {
+    "raw": _plain(RAW),
+    "lossless": _plain(LOSSLESS),
+    "affine": _affine,
+    "channel": _channel,
+}
+_WORD = re.compile(r"([a-z]+(?:-[a-z]+)*)([0-9]{1,3})?(?:-g([0-9]{1,4}))?")
+
+
+def _recipe(word: str) -> Recipe:
+    match = _WORD.fullmatch(word)
+    made = WORDS[match[1]](match[2] or "", match[3] or "") if match and match[1] in WORDS else None
+    if made is None:
+        raise _UnknownWordError(f"no codec {word!r}")
+    return made
+
+
+def _pair(text: str) -> tuple[Recipe, Recipe]:
+    """ "K:V", or one word for both."""
+    keys, colon, values = text.partition(":")
+    return _recipe(keys), _recipe(values if colon else keys)
+
+
+def _with_option(profile: Profile, option: str) -> Profile:
+    """The profile with one more option of its name."""
+    match = re.fullmatch(r"(edge|sinks|min|rest)(\d{0,7})(?:=(.+))?", option)
+    kind, number, value = (match[1], int(match[2] or 0), match[3] or "") if match else ("", 0, "")
+    if kind == "edge" and 0 < number <= EDGE_LAYERS_MAX and value:
+        keys, values = _pair(value)
+        return replace(profile, edge_layers=number, edge_keys=keys, edge_values=values)
+    if kind == "sinks" and 0 < number <= SINKS_MAX and not value:
+        return replace(profile, sinks=number)
+    if kind == "min" and 0 < number <= MIN_TOKENS_MAX and not value:
+        return replace(profile, min_quantize_tokens=number)
+    if kind == "rest" and not number and value in ("raw", "lossless"):
+        return replace(profile, rest=_recipe(value))
+    raise _UnknownWordError(f"no option {option!r}")

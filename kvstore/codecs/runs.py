@@ -1,36 +1,32 @@
-"""Runs with their bytes: what the store path makes, encodes, narrows, joins and finally writes.
+"""Runs with their bytes: what the store path makes, narrows, joins, packs and finally writes. numpy, on any thread.
 
-Everything is numpy on any thread, except the pieces of device work that `encode_run` submits.
+What a byte codec packed is unpacked when it is read back (`load_run`) and packed again when it is written
+(`pack_run`): in between it is raw, and all else need not know of it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
 import numpy as np
 
-from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack
-from kvstore.codecs import device
-from kvstore.codecs.base import BlockCorruptError, codec_of, verify_range
+from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
+from kvstore.codecs.base import BlockCorruptError, packer_of, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import RangeReader
-from kvstore.layers import Layout, PartSpec
-
-# Raw bytes that are on the device at once: some 40 ms of work where there is no GPU (0.2 GB/s), and what bounds memory.
-PIECE_BYTES = 8 << 20
+from kvstore.layers import Layout
 
 
 @dataclass(frozen=True)
 class EncodedRun:
     """A run without offsets and checksums, and its bytes.
 
-    `buffers` holds one uint8 array a tensor, in the order of stacks and tensors: `[layers, heads, tokens, row_bytes]`,
-    C-contiguous, never written to.
+    `buffers` holds one uint8 array a tensor, in the order of stacks and tensors: `[layers, heads, rows, row_bytes]`,
+    or, once it is packed, the shares of all layers one after the other. C-contiguous, never written to.
     """
 
     run: Run
@@ -74,83 +70,46 @@ def payload_run(
     return raw_run(layout, [flat[e - size : e] for e, size in zip(ends, sizes, strict=True)], n_tokens, fidelity)
 
 
-Submit = Callable[[Callable[[], list[Bytes] | None]], list[Bytes] | None]
-
-
-def at_once(work: Callable[[], list[Bytes] | None]) -> list[Bytes] | None:
-    """Run a piece of device work here: for callers on the MLX thread."""
-    return work()
-
-
-def encode_run(layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once) -> EncodedRun:
-    """The run with its raw stacks encoded as the profile says.
-
-    `submit` runs a piece of device work on the MLX thread and returns what it does; everything else is done here.
-
-    A stack with a value that is not finite, or whose codes would overflow its dtype, stays raw, bit for bit; so does
-    what is encoded already. Values in rows that the run hides are encoded with the rest.
-    """
-    stacks: list[Stack] = []
-    buffers: list[Bytes] = []
-    fidelity = raw.run.fidelity
-    taken = 0
-    for stack in raw.run.stacks:
-        mine = raw.buffers[taken : taken + len(stack.tensors)]
-        taken += len(stack.tensors)
-        part = layout.layers[stack.layers[0]].part(stack.part)
-        recipe = profile.recipe(stack.part, part) if stack.recipe == RAW else RAW
-        encoded = _encode_stack(mine[0], part, recipe, submit) if recipe != RAW else None
-        if encoded is None:
-            stacks.append(stack)
-            buffers.extend(mine)
-            continue
-        codec = codec_of(recipe)
-        stacks.append(replace(stack, recipe=recipe, tensors=codec.tensors(part, recipe)))
-        buffers.extend(encoded)
-        fidelity = min(fidelity, codec.fidelity(recipe))
-    return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
-
-
-def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -> list[Bytes] | None:
-    """The tensors of `rows` [L, H, T, row_bytes], a few layers at a time; None when they must stay raw."""
-    if not device.all_finite(rows, part.dtype):
-        return None
-    n_layers, _, n_tokens, _ = rows.shape
-    out = [
-        np.empty((n_layers, t.heads, n_tokens, t.width * ITEM_BYTES[t.dtype]), np.uint8)
-        for t in codec_of(recipe).tensors(part, recipe)
-    ]
-    step = max(1, PIECE_BYTES * n_layers // max(1, rows.nbytes))
-    for at in range(0, n_layers, step):
-        tensors = submit(functools.partial(_encode_piece, rows[at : at + step], part, recipe))
-        if tensors is None:
-            return None
-        for buffer, tensor in zip(out, tensors, strict=True):
-            buffer[at : at + step] = tensor
-    return out
-
-
-def _encode_piece(rows: Bytes, part: PartSpec, recipe: Recipe) -> list[Bytes] | None:
-    """The tensors of a few layers, None when their codes cannot be trusted. MLX thread only."""
-    codec = codec_of(recipe)
-    tensors = codec.encode(device.to_array(rows, part.dtype), recipe)
-    trusted = codec.trusted(tensors, recipe)
-    device.evaluate([*tensors, trusted])
-    return [device.to_bytes(tensor) for tensor in tensors] if trusted.item() else None
-
-
 def narrow_run(encoded: EncodedRun, shown: int) -> EncodedRun:
-    """The first `shown` of the tokens shown. Hidden rows go, down to whole groups of the codecs; may copy."""
+    """The first `shown` of the tokens shown. Rows behind them go, down to whole groups of the codecs; may copy.
+
+    Rows hidden before them stay: they are few, and groups begin with them.
+    """
     run = encoded.run
     if not 0 < shown <= run.shown:
         raise InvalidRequestError(f"cannot show {shown} of {run.shown} tokens")
-    group = lcm(*(codec_of(stack.recipe).group_tokens for stack in run.stacks))
-    first = run.skip // group * group
+    group = group_tokens(run)
     last = min(run.n_tokens, -(-(run.skip + shown) // group) * group)
-    narrowed = replace(run, n_tokens=last - first, skip=run.skip - first, shown=shown)
-    if last - first == run.n_tokens:
-        return replace(encoded, run=narrowed)
-    return EncodedRun(narrowed, tuple(np.ascontiguousarray(b[:, :, first:last]) for b in encoded.buffers))
+    narrowed = replace(run, n_tokens=last, shown=shown)
+    return EncodedRun(narrowed, _rows(encoded, 0, last))
+
+
+def cut_run(encoded: EncodedRun, at: int) -> tuple[EncodedRun, EncodedRun]:
+    """Rows before and from `at`, a multiple of the groups, inside of what is shown. May copy."""
+    run = encoded.run
+    assert run.skip < at < run.skip + run.shown and not at % group_tokens(run)
+    shown = at - run.skip
+    first, second = _rows(encoded, 0, at), _rows(encoded, at, run.n_tokens)
+    return (
+        EncodedRun(replace(run, n_tokens=at, shown=shown), first),
+        EncodedRun(replace(run, n_tokens=run.n_tokens - at, skip=0, shown=run.shown - shown), second),
+    )
+
+
+def group_tokens(run: Run) -> int:
+    """Tokens that only go together: the least common multiple of the tensors' groups."""
+    return lcm(*(tensor.group_tokens for stack in run.stacks for tensor in stack.tensors))
+
+
+def _rows(encoded: EncodedRun, first: int, last: int) -> tuple[Bytes, ...]:
+    """Every buffer cut to tokens `[first, last)`, whole groups."""
+    if (first, last) == (0, encoded.run.n_tokens):
+        return encoded.buffers
+    tensors = (tensor for stack in encoded.run.stacks for tensor in stack.tensors)
+    return tuple(
+        np.ascontiguousarray(buffer[:, :, tensor.rows(first) : tensor.rows(last)])
+        for tensor, buffer in zip(tensors, encoded.buffers, strict=True)
+    )
 
 
 def join_runs(runs: Sequence[EncodedRun]) -> list[EncodedRun]:
@@ -165,49 +124,99 @@ def join_runs(runs: Sequence[EncodedRun]) -> list[EncodedRun]:
 
 
 def _joinable(a: Run, b: Run) -> bool:
-    exact = all(codec_of(stack.recipe).group_tokens == 1 for stack in a.stacks)
-    hidden = a.shown < a.n_tokens or b.shown < b.n_tokens
-    return exact and not hidden and a.fidelity == b.fidelity and _geometry(a) == _geometry(b)
+    """Whether nothing is hidden between the two, and all else is equal."""
+    hidden = a.skip + a.shown < a.n_tokens or b.skip
+    return not hidden and a.fidelity == b.fidelity and bare_stacks(a) == bare_stacks(b)
 
 
-def _geometry(run: Run) -> tuple[Stack, ...]:
+def bare_stacks(run: Run) -> tuple[Stack, ...]:
     """The stacks without where their bytes are."""
-    return tuple(
-        replace(stack, tensors=tuple(replace(t, offset=0, checksums=b"") for t in stack.tensors))
-        for stack in run.stacks
-    )
+    return tuple(replace(stack, tensors=tuple(t.bare() for t in stack.tensors)) for stack in run.stacks)
 
 
 def _joined(group: Sequence[EncodedRun]) -> EncodedRun:
     if len(group) == 1:
         return group[0]
     n_tokens = sum(encoded.run.n_tokens for encoded in group)
-    run = replace(group[0].run, n_tokens=n_tokens, shown=n_tokens)
+    run = replace(group[0].run, n_tokens=n_tokens, shown=sum(encoded.run.shown for encoded in group))
     columns = zip(*(encoded.buffers for encoded in group), strict=True)
     return EncodedRun(run, tuple(np.concatenate(column, axis=2) for column in columns))
 
 
+def pack_run(layout: Layout, encoded: EncodedRun, profile: Profile) -> EncodedRun:
+    """The run with its raw stacks as the profile keeps what is not quantized: packed by a byte codec, or untouched."""
+    stacks: list[Stack] = []
+    buffers: list[Bytes] = []
+    for stack, mine in stacks_of(encoded):
+        recipe = stack.recipe if stack.recipe != RAW else _unquantized(layout, stack, profile)
+        packed = [_packed(t, b, recipe) for t, b in zip(stack.tensors, mine, strict=True)]
+        stacks.append(replace(stack, recipe=recipe, tensors=tuple(tensor for tensor, _ in packed)))
+        buffers += [buffer for _, buffer in packed]
+    return EncodedRun(replace(encoded.run, stacks=tuple(stacks)), tuple(buffers))
+
+
+def _unquantized(layout: Layout, stack: Stack, profile: Profile) -> Recipe:
+    """How a raw stack is kept: as the profile wants it where that is exact in every layer, else as its `rest`."""
+    part = layout.layers[stack.layers[0]].part(stack.part)
+    recipes = {profile.recipe(stack.part, part, layer, len(layout.layers)) for layer in stack.layers}
+    exact = {recipe for recipe in recipes if recipe == RAW or packer_of(recipe) is not None}
+    return exact.pop() if len(recipes) == 1 and exact else profile.rest
+
+
+def _packed(tensor: Tensor, rows: Bytes, recipe: Recipe) -> tuple[Tensor, Bytes]:
+    """A tensor and its bytes, each layer's share packed for itself if the recipe is a byte codec's."""
+    packer = packer_of(recipe)
+    if packer is None:
+        return tensor, rows
+    shares = [packer.pack(share, ITEM_BYTES[tensor.dtype]) for share in rows]
+    return replace(tensor, lengths=tuple(map(len, shares))), np.frombuffer(b"".join(shares), np.uint8)
+
+
+def stacks_of(encoded: EncodedRun) -> Iterator[tuple[Stack, list[Bytes]]]:
+    """Each stack with its buffers."""
+    buffers = iter(encoded.buffers)
+    for stack in encoded.run.stacks:
+        yield stack, [next(buffers) for _ in stack.tensors]
+
+
 def load_run(run: Run, source: int, reader: RangeReader) -> EncodedRun:
-    """Read a stored run back, to splice it into another block. BlockCorruptError unless every checksum holds."""
+    """Read a stored run back, unpacked, to splice it into another block.
+
+    BlockCorruptError unless every checksum holds and every packed share unpacks.
+    """
     buffers = []
-    shapes = iter(_shapes(run))
+    stacks = []
     for stack in run.stacks:
-        for tensor in stack.tensors:
-            rows = np.empty(next(shapes), np.uint8)
-            try:
-                reader.readinto(source, tensor.offset, [rows.data.cast("B")])
-            except CorruptDataError as error:
-                raise BlockCorruptError(str(error), source) from error
-            for position, layer in enumerate(rows):
-                verify_range([layer.data], tensor.checksum(position), source)
-            buffers.append(rows)
-    return EncodedRun(replace(run, stacks=_geometry(run)), tuple(buffers))
+        buffers += [_load_tensor(run, stack, tensor, source, reader) for tensor in stack.tensors]
+        recipe = stack.recipe if packer_of(stack.recipe) is None else RAW
+        stacks.append(replace(stack, recipe=recipe, tensors=tuple(t.bare() for t in stack.tensors)))
+    return EncodedRun(replace(run, stacks=tuple(stacks)), tuple(buffers))
+
+
+def _load_tensor(run: Run, stack: Stack, tensor: Tensor, source: int, reader: RangeReader) -> Bytes:
+    """All layers of one tensor, verified and unpacked."""
+    packer = packer_of(stack.recipe)
+    rows = np.empty((len(stack.layers), *_shape(tensor, run.n_tokens)), np.uint8)
+    try:
+        for position, share in enumerate(rows):
+            offset, nbytes = tensor.layer_range(position, run.n_tokens)
+            stored = share if packer is None else np.empty(nbytes, np.uint8)
+            reader.readinto(source, offset, [stored.data.cast("B")])
+            verify_range([stored.data], tensor.checksum(position), source)
+            if packer is not None:
+                share[...] = packer.unpack(stored.data, share.nbytes, ITEM_BYTES[tensor.dtype]).reshape(share.shape)
+    except BlockCorruptError:
+        raise
+    except CorruptDataError as error:
+        raise BlockCorruptError(str(error), source) from error
+    return rows
+
+
+def _shape(tensor: Tensor, n_tokens: int) -> tuple[int, int, int]:
+    """Shape of one layer's share as bytes, unpacked."""
+    return tensor.heads, tensor.rows(n_tokens), tensor.row_bytes
 
 
 def _shapes(run: Run) -> list[tuple[int, int, int, int]]:
-    """Shape of each tensor as bytes, in order."""
-    return [
-        (len(stack.layers), tensor.heads, run.n_tokens, tensor.width * ITEM_BYTES[tensor.dtype])
-        for stack in run.stacks
-        for tensor in stack.tensors
-    ]
+    """Shape of each tensor as bytes, in order, of a run that is not packed."""
+    return [(len(stack.layers), *_shape(tensor, run.n_tokens)) for stack in run.stacks for tensor in stack.tensors]

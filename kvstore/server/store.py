@@ -20,17 +20,16 @@ from kvstore.blocks import (
     BLOCK_TOKENS,
     FIDELITY_ANY,
     FIDELITY_EXACT,
-    RAW,
     TOKEN_BYTES,
     Block,
     LayerState,
     Reason,
-    Run,
     count_tokens,
 )
 from kvstore.codecs import device
+from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.profiles import AUTO, Profile
-from kvstore.codecs.runs import EncodedRun, encode_run, join_runs, load_run, narrow_run, payload_run
+from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.codecs.states import check_state
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NewBlock
@@ -259,7 +258,8 @@ class StorePath:
         """Encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last."""
         root = upload.namespace.root
         parent = upload.keys[upload.first_block - 1] if upload.first_block else root
-        quantize = upload.n_tokens >= self._config.min_quantize_tokens and upload.profile.fidelity < FIDELITY_EXACT
+        threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
+        quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
         # What was computed after restored tokens, or stands after spliced ones, is no better than these.
         fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         offset = 0
@@ -271,7 +271,7 @@ class StorePath:
                 if start <= piece.start < end:
                     runs.append(self._uploaded_run(upload, piece, offset))
                     offset += piece.n_tokens * upload.layout.token_bytes
-            encoded = self._encode(upload, runs, quantize)
+            encoded = self._encode(upload, runs, quantize, start)
             fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
             block = Block(
                 root=root,
@@ -341,15 +341,13 @@ class StorePath:
                 raise InvalidRequestError(f"non-finite {tensor.name} in quantized {part}")
         return raw
 
-    def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool) -> list[EncodedRun]:
-        """Join neighbours, and quantize what is first-hand and raw when the sequence is long enough."""
-        joined = join_runs(list(runs))
-        if quantize:
-            for at, run in enumerate(joined):
-                if is_first_hand(run.run):
-                    joined[at] = encode_run(upload.layout, run, upload.profile, self._on_lane)
-            joined = join_runs(joined)
-        return joined
+    def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool, start: int) -> list[EncodedRun]:
+        """Join neighbours, quantize what is first-hand when the sequence is long enough, pack what stays raw."""
+        layout, profile = upload.layout, upload.profile
+        encoded = join_runs(runs)
+        if quantize and any(is_first_hand(one.run) for one in encoded):
+            encoded = encode_runs(layout, runs, profile, start, self._on_lane)
+        return [pack_run(layout, one, profile) for one in encoded]
 
     def _on_lane(self, work: Callable[[], T]) -> T:
         return self._lane.submit_store(work).result()
@@ -358,8 +356,3 @@ class StorePath:
 def restored_fidelity(request: StoreRequest) -> int:
     """The rank of what the worker restored, and so at best that of all it computed after it."""
     return (request.restored_fidelity or FIDELITY_EXACT) if request.restored_tokens else FIDELITY_EXACT
-
-
-def is_first_hand(run: Run) -> bool:
-    """Whether the run holds values as the model computed them: exact, and no codec has touched them."""
-    return run.fidelity == FIDELITY_EXACT and all(stack.recipe == RAW for stack in run.stacks)

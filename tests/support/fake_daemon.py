@@ -27,8 +27,9 @@ from kvstore.blocks import (
 from kvstore.client.prefixes import prefix_keys
 from kvstore.codecs.assemble import HitBlock, dense_bytes, dense_runs, layer_ranges
 from kvstore.codecs.device import Capture
+from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
-from kvstore.codecs.runs import encode_run, payload_run
+from kvstore.codecs.runs import payload_run
 from kvstore.codecs.states import StateCapture, state_ranges
 from kvstore.config import Config
 from kvstore.files import FileSource

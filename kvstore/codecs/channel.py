@@ -1,0 +1,83 @@
+"""Affine quantization along tokens: each channel has a scale and a bias for every 64 tokens.
+
+Keys have channels that are much larger than the others, always the same ones. Along a token's row they take the whole
+range of their group and leave the rest a few steps; along tokens each channel has a range of its own. The bias takes
+the place of centring: a channel's mean costs nothing.
+
+A group is whole or is not encoded: see `encode.py` for what becomes of the tokens at the end. In one group the codes
+of a channel are 64 neighbouring values, packed as `mx.quantize` packs them; any head width goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from kvstore.blocks import RAW, Recipe, Tensor
+from kvstore.codecs.affine import BITS, reaches
+from kvstore.codecs.base import register
+from kvstore.errors import CorruptDataError
+from kvstore.layers import PartSpec
+
+GROUP_TOKENS = 64
+
+
+def channel_recipe(bits: int) -> Recipe:
+    """The recipe."""
+    return Recipe("channel", 1, (("bits", bits), ("group", GROUP_TOKENS)))
+
+
+class ChannelCodec:
+    """See `base.Codec`. Parameters: bits; group, the tokens of one, always 64."""
+
+    name = "channel"
+    version = 1
+    group_tokens = GROUP_TOKENS
+
+    def fit(self, target: Recipe, part: PartSpec) -> Recipe:
+        """Any geometry, as it is."""
+        return target if part.width and not part.bits else RAW
+
+    def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+        """codes (packed little-endian in 32-bit words), scales, biases; a row for each 64 tokens."""
+        bits = recipe.param("bits")
+        if bits not in BITS or recipe.param("group") != GROUP_TOKENS or part.bits or not part.width:
+            raise CorruptDataError(f"recipe {recipe} cannot describe channels of {part}")
+        words = part.width * GROUP_TOKENS * bits // 32
+        return (
+            Tensor("codes", "U32", part.heads, words, group_tokens=GROUP_TOKENS),
+            Tensor("scales", part.dtype, part.heads, part.width, group_tokens=GROUP_TOKENS),
+            Tensor("biases", part.dtype, part.heads, part.width, group_tokens=GROUP_TOKENS),
+        )
+
+    def fidelity(self, recipe: Recipe) -> int:
+        """A bit more than affine of as many bits: on keys with large channels channel 4 does as well as affine 6."""
+        return 100 * (recipe.param("bits") + 1)
+
+    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+        """[L, H, T, D], T whole groups -> codes, scales, biases."""
+        layers, heads, tokens, width = array.shape
+        groups = tokens // GROUP_TOKENS
+        columns = array.reshape(layers, heads, groups, GROUP_TOKENS, width).transpose(0, 1, 2, 4, 3)
+        codes, scales, biases = mx.quantize(columns, group_size=GROUP_TOKENS, bits=recipe.param("bits"))
+        shape = (layers, heads, groups, -1)
+        return codes.reshape(shape), scales.reshape(shape), biases.reshape(shape)
+
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+        """As of affine: every value that the codes could name is finite in the dtype of the scales."""
+        _, scales, biases = tensors
+        return reaches(scales, biases, recipe.param("bits"))
+
+    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+        """codes, scales, biases -> [L, H, T, D] in the dtype of the scales, row-contiguous."""
+        bits = recipe.param("bits")
+        layers, heads, groups, width = tensors[1].shape
+        rows = (layers, heads, groups, width, -1)
+        # mx.contiguous: see `affine`.
+        codes, scales, biases = (mx.contiguous(tensor.reshape(rows)) for tensor in tensors)
+        columns = mx.dequantize(codes, scales, biases, group_size=GROUP_TOKENS, bits=bits)
+        return mx.contiguous(columns.transpose(0, 1, 2, 4, 3)).reshape(layers, heads, groups * GROUP_TOKENS, width)
+
+
+register(ChannelCodec())

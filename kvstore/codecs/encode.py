@@ -1,0 +1,184 @@
+"""From raw rows to codes: which tokens of a block, which layers, in which order. The side of profiles that computes.
+
+A block comes as runs: spliced ones, read back from the store, then what a worker computed. What is raw and first-hand
+is encoded, nothing else ever is:
+
+1. neighbours that are still raw become one run; of the sequence's first, the sinks are set apart
+2. stacks whose codec is exact at any token are encoded; then a remainder of an earlier store, whose keys waited for
+   the rest of their group beside values that were encoded, looks like what follows it, and they become one run
+3. each run is cut after its last whole group, and the stacks of group codecs before that are encoded
+4. the rest waits, raw: `runs.pack_run` makes it lossless, and the next store takes it up at 2
+
+A run that follows sinks hides as many rows at its beginning, copies of the first that it shows: so groups begin where
+the block does, and no group is stretched by the sinks' outliers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import lcm
+
+import numpy as np
+
+from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe, Run, Stack
+from kvstore.codecs import device
+from kvstore.codecs.base import Codec, codec_of, packer_of
+from kvstore.codecs.device import Bytes
+from kvstore.codecs.profiles import Profile
+from kvstore.codecs.runs import EncodedRun, cut_run, group_tokens, join_runs, stacks_of
+from kvstore.layers import Layout, PartSpec
+
+# Raw bytes that are on the device at once: some 40 ms of work where there is no GPU (0.2 GB/s), and what bounds memory.
+PIECE_BYTES = 8 << 20
+
+Submit = Callable[[Callable[[], list[Bytes] | None]], list[Bytes] | None]
+
+
+def at_once(work: Callable[[], list[Bytes] | None]) -> list[Bytes] | None:
+    """Run a piece of device work here: for callers on the MLX thread."""
+    return work()
+
+
+def encode_runs(
+    layout: Layout, runs: Sequence[EncodedRun], profile: Profile, start: int, submit: Submit = at_once
+) -> list[EncodedRun]:
+    """The runs of a block whose first token has position `start`, in as few, encoded as far as they can be.
+
+    `submit` runs a piece of device work on the MLX thread and returns what it does; everything else is done here.
+    Nothing is packed.
+    """
+    joined = join_runs(runs)
+    sinks, others = _set_apart(joined, profile.sinks) if start == 0 and profile.sinks else ([], joined)
+    exact = [_encode(layout, run, profile, _is_exact, submit) if is_first_hand(run.run) else run for run in others]
+    grouped = [piece for run in join_runs(exact) for piece in _encode_groups(layout, run, profile, submit)]
+    return join_runs([*sinks, *grouped])
+
+
+def is_first_hand(run: Run) -> bool:
+    """Whether what is raw in the run are values as the model computed them, which may be encoded.
+
+    A run that came from restored tokens ranks lower, and so none of its stacks is ever encoded: where one is, the raw
+    ones beside it are first-hand, whatever the rank of that one.
+    """
+    raw = [stack.recipe == RAW for stack in run.stacks]
+    return any(raw) and (run.fidelity == FIDELITY_EXACT or not all(raw))
+
+
+def encode_run(layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once) -> EncodedRun:
+    """The run with its raw stacks encoded as the profile says, those of group codecs if it is whole groups.
+
+    A stack with a value that is not finite, or whose codes would overflow its dtype, stays raw, bit for bit; so does
+    what is encoded already. Values in rows that the run hides are encoded with the rest.
+    """
+    return _encode(layout, raw, profile, lambda codec: raw.run.n_tokens % codec.group_tokens == 0, submit)
+
+
+def _is_exact(codec: Codec) -> bool:
+    return codec.group_tokens == 1
+
+
+def _set_apart(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], list[EncodedRun]]:
+    """The first tokens of a sequence as a run of their own, and the others; see the module."""
+    first, others = runs[0], runs[1:]
+    untouched = not first.run.skip and all(stack.recipe == RAW for stack in first.run.stacks)
+    if not untouched or not is_first_hand(first.run):
+        return [], runs
+    if first.run.n_tokens <= sinks:
+        return [first], others
+    apart, _ = cut_run(first, sinks)
+    buffers = []
+    for buffer in first.buffers:
+        hidden = buffer.copy()
+        hidden[:, :, :sinks] = hidden[:, :, sinks : sinks + 1]
+        buffers.append(hidden)
+    run = replace(first.run, skip=sinks, shown=first.run.shown - sinks)
+    return [apart], [EncodedRun(run, tuple(buffers)), *others]
+
+
+def _encode_groups(layout: Layout, run: EncodedRun, profile: Profile, submit: Submit) -> list[EncodedRun]:
+    """The run cut after its last whole group, with the groups encoded."""
+    if not is_first_hand(run.run):
+        return [run]
+    targets = {
+        _target(layout, profile, stack, at) for stack in run.run.stacks if stack.recipe == RAW for at in stack.layers
+    }
+    group = lcm(group_tokens(run.run), *(codec_of(recipe).group_tokens for recipe in targets))
+    whole = run.run.n_tokens // group * group
+    if group == 1 or whole <= run.run.skip:
+        return [run]
+    first, rest = cut_run(run, whole) if whole < run.run.n_tokens else (run, None)
+    encoded = encode_run(layout, first, profile, submit)
+    return [encoded] if rest is None else [encoded, rest]
+
+
+def _target(layout: Layout, profile: Profile, stack: Stack, layer: int) -> Recipe:
+    """What becomes of a raw stack's part of a layer; RAW also where bytes will be packed."""
+    part = layout.layers[layer].part(stack.part)
+    recipe = profile.recipe(stack.part, part, layer, len(layout.layers))
+    return RAW if packer_of(recipe) is not None else recipe
+
+
+def _encode(
+    layout: Layout, raw: EncodedRun, profile: Profile, wanted: Callable[[Codec], bool], submit: Submit
+) -> EncodedRun:
+    """The run with those raw stacks encoded whose codec is wanted; raw stacks are split by what becomes of them."""
+    stacks: list[Stack] = []
+    buffers: list[Bytes] = []
+    fidelity = raw.run.fidelity
+    for stack, mine in stacks_of(raw):
+        for recipe, positions in _by_target(layout, profile, stack).items():
+            one, rows = _some_layers(stack, mine, positions)
+            codec, part = codec_of(recipe), layout.layers[one.layers[0]].part(stack.part)
+            encoded = _encode_stack(rows[0], part, recipe, submit) if recipe != RAW and wanted(codec) else None
+            if encoded is not None:
+                one = replace(one, recipe=recipe, tensors=codec.tensors(part, recipe))
+                fidelity = min(fidelity, codec.fidelity(recipe))
+            stacks.append(one)
+            buffers += encoded or rows
+    return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
+
+
+def _by_target(layout: Layout, profile: Profile, stack: Stack) -> dict[Recipe, list[int]]:
+    """Positions in the stack by what is to become of their layers; one entry, RAW, for what is encoded already."""
+    found: dict[Recipe, list[int]] = {}
+    for position, layer in enumerate(stack.layers):
+        target = _target(layout, profile, stack, layer) if stack.recipe == RAW else RAW
+        found.setdefault(target, []).append(position)
+    return found
+
+
+def _some_layers(stack: Stack, buffers: list[Bytes], positions: list[int]) -> tuple[Stack, list[Bytes]]:
+    """The stack with the layers at these positions only; copies unless it is all of them."""
+    if len(positions) == len(stack.layers):
+        return stack, buffers
+    return replace(stack, layers=tuple(stack.layers[p] for p in positions)), [buffer[positions] for buffer in buffers]
+
+
+def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -> list[Bytes] | None:
+    """The tensors of `rows` [L, H, T, row_bytes], a few layers at a time; None when they must stay raw."""
+    if not device.all_finite(rows, part.dtype):
+        return None
+    n_layers, _, n_tokens, _ = rows.shape
+    out = [
+        np.empty((n_layers, t.heads, t.rows(n_tokens), t.row_bytes), np.uint8)
+        for t in codec_of(recipe).tensors(part, recipe)
+    ]
+    step = max(1, PIECE_BYTES * n_layers // max(1, rows.nbytes))
+    for at in range(0, n_layers, step):
+        tensors = submit(functools.partial(_encode_piece, rows[at : at + step], part, recipe))
+        if tensors is None:
+            return None
+        for buffer, tensor in zip(out, tensors, strict=True):
+            buffer[at : at + step] = tensor
+    return out
+
+
+def _encode_piece(rows: Bytes, part: PartSpec, recipe: Recipe) -> list[Bytes] | None:
+    """The tensors of a few layers, None when their codes cannot be trusted. MLX thread only."""
+    codec = codec_of(recipe)
+    tensors = codec.encode(device.to_array(rows, part.dtype), recipe)
+    trusted = codec.trusted(tensors, recipe)
+    device.evaluate([*tensors, trusted])
+    return [device.to_bytes(tensor) for tensor in tensors] if trusted.item() else None

@@ -1,0 +1,85 @@
+"""Byte planes and zstd: fewer bytes for the same bits, whatever they are.
+
+The first bytes of all elements, then their second bytes, and so on ("planes"), each in zstd blocks of its own within
+one frame that says how long its content is. In bfloat16 the plane of sign and exponent shrinks to about a third and
+the other hardly at all: 0.68 of the whole on normal values; without planes 0.78.
+
+It works on bytes, after and instead of the arrays of other codecs: a layer's share of a raw tensor is packed when it is
+written and unpacked when it is read, so that raw and lossless rows are the same to everything in between.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import zstandard
+
+from kvstore.blocks import Recipe
+from kvstore.codecs.base import register
+from kvstore.codecs.device import Bytes
+from kvstore.codecs.raw import RawCodec
+from kvstore.errors import CorruptDataError
+from kvstore.layers import PartSpec
+
+LOSSLESS = Recipe("lossless")
+LEVEL = 1
+
+
+class LosslessCodec(RawCodec):
+    """See `base.ByteCodec`. As arrays, its tensors are those of raw. Any thread."""
+
+    name = "lossless"
+
+    def __init__(self) -> None:
+        self._mine = threading.local()
+
+    def fit(self, target: Recipe, part: PartSpec) -> Recipe:
+        """Lossless fits everything, also what an engine keeps quantized."""
+        return LOSSLESS
+
+    def pack(self, share: Bytes, item_bytes: int) -> bytes:
+        """One zstd frame of a layer's share of a tensor; `share`: its bytes, C-contiguous."""
+        planes = np.ascontiguousarray(share.reshape(-1, item_bytes).T)
+        frame = self._compressor().compressobj(size=planes.nbytes)
+        parts = []
+        for plane in planes:
+            parts.append(frame.compress(plane.data))
+            parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        return b"".join([*parts, frame.flush()])
+
+    def unpack(self, packed: memoryview, nbytes: int, item_bytes: int) -> Bytes:
+        """The `nbytes` bytes that were packed, as uint8 in one dimension. CorruptDataError when it is anything else.
+
+        The size comes from the geometry, never from the frame, so that a small frame cannot ask for much memory.
+        """
+        try:
+            if zstandard.frame_content_size(packed) != nbytes:
+                raise CorruptDataError("a packed tensor is not of the size that its geometry says")
+            content = self._decompressor().decompress(packed, max_output_size=nbytes, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise CorruptDataError(f"a packed tensor does not unpack: {error}") from error
+        if len(content) != nbytes:
+            raise CorruptDataError("a packed tensor does not unpack to its size")
+        planes = np.frombuffer(content, np.uint8).reshape(item_bytes, -1)
+        share = np.empty((nbytes // item_bytes, item_bytes), np.uint8)
+        for number, plane in enumerate(planes):
+            share[:, number] = plane
+        return share.reshape(-1)
+
+    def _compressor(self) -> zstandard.ZstdCompressor:
+        """This thread's: a context is a megabyte, and not to be shared."""
+        if not hasattr(self._mine, "compressor"):
+            self._mine.compressor = zstandard.ZstdCompressor(level=LEVEL)
+        compressor: zstandard.ZstdCompressor = self._mine.compressor
+        return compressor
+
+    def _decompressor(self) -> zstandard.ZstdDecompressor:
+        """This thread's."""
+        if not hasattr(self._mine, "decompressor"):
+            self._mine.decompressor = zstandard.ZstdDecompressor()
+        decompressor: zstandard.ZstdDecompressor = self._mine.decompressor
+        return decompressor
+
+
+register(LosslessCodec())
