@@ -112,7 +112,7 @@ class Config:
     )
     profile: str = _key(
         values.profile,
-        "How KV is kept: raw, or affine8, affine4 ... with an optional group size, as in affine8-g32.",
+        "How KV is kept: exact, safe, balanced, compact, tiny; raw, affine8; or keys and values: channel4:affine4.",
         "profile",
         default="affine8",
     )

@@ -80,7 +80,7 @@ def choice(*names: str) -> Callable[[object], str]:
 def profile(value: object) -> str:
     """A profile name, by its grammar only: codecs know the names, and import MLX, which `stats` must not wait for."""
     if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9]+(?:[-_.:,=/][a-z0-9]+)*", value):
-        raise ValueError("not a profile name, such as raw, affine8 or affine4-g32")
+        raise ValueError("not a profile name, such as exact, affine8 or channel4:affine4")
     return value
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, layer_ranges
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.runs import PIECE_BYTES
+from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.errors import CorruptDataError
 from kvstore.files import BufferReader, RangeReader
 from kvstore.layers import PARTS, Layout

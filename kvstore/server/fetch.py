@@ -17,7 +17,7 @@ from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, LayerState, Reason, coun
 from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
-from kvstore.codecs.runs import PIECE_BYTES
+from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
