@@ -35,7 +35,7 @@ MIN_TOKENS_MAX = 1 << 20
 # Shipped profiles, the best first.
 PROFILES = {
     "exact": "lossless",
-    "safe": "channel6:affine8",
+    "safe": "affine8",
     "balanced": "channel5:affine6",
     "compact": "channel4:affine4",
     "tiny": "channel3:affine3",
