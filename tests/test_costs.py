@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Reason
+from kvstore.blocks import FIDELITY_EXACT, RAW, TOKEN_BYTES, Block, Reason, Recipe, Run, Stack
 from kvstore.codecs.affine import affine_recipe
 from kvstore.engine import Match, Slice
+from kvstore.engine.rows import pack_row
 from kvstore.errors import InvalidRequestError
+from kvstore.layers import PARTS
 from kvstore.server import costs as costs_module
 from kvstore.server.costs import Costs, Offer, Timing, Work, work_of, worthwhile
 from tests.support.synthetic import make_layout
@@ -171,20 +173,18 @@ def test_a_speed_that_cannot_be_is_refused(speed: float) -> None:
         Offer(speed)
 
 
-def block(nbytes: int, recipe: Any = RAW, fidelity: int = FIDELITY_EXACT, take: int = 256) -> Slice:
+def block(nbytes: int, recipe: Recipe = RAW, fidelity: int = FIDELITY_EXACT, take: int = 256) -> Slice:
     """A block of so many stored bytes."""
-    stacks = tuple(SimpleNamespace(recipe=recipe, part=part, layers=tuple(range(4))) for part in ("keys", "values"))
-    runs = (SimpleNamespace(stacks=stacks),)
-    row: Any = SimpleNamespace(
-        file_bytes=nbytes + 100, payload_offset=100, fidelity=fidelity, block=SimpleNamespace(runs=runs)
-    )
-    return Slice(row, take)
+    stacks = tuple(Stack(part, tuple(range(4)), recipe, ()) for part in PARTS)
+    run = Run(take, 0, take, fidelity, stacks)
+    made = Block(bytes(32), bytes(32), bytes(32), 0, bytes(take * TOKEN_BYTES), fidelity, (run,))
+    return Slice(pack_row(made, 0, 1, 100, nbytes + 100), take)
 
 
 def match_of(*slices: Slice, checkpoint: Any = None) -> Match:
     """A match of these blocks."""
-    fidelity = min(one.row.fidelity for one in slices)
-    return Match(sum(one.take for one in slices), Reason.OK, slices, fidelity, checkpoint)
+    rows = tuple((one.row.key, one.row.value, one.take) for one in slices)
+    return Match(sum(one.take for one in slices), Reason.OK, rows, checkpoint)
 
 
 def by_bytes(work: Work) -> float:

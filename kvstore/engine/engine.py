@@ -31,7 +31,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from types import TracebackType
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
 from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
 from kvstore.engine.directory import Hold, claim
@@ -174,15 +174,13 @@ class Engine:
         limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
         if limit and root not in self._state.namespaces:
             why = self._why(Found((), 0, 0, root, False), tokens, limit)
-            return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why, (), FIDELITY_EXACT)
+            return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
         with self._state.index.view() as view:
             found = longest_prefix(view, root, tokens, limit, fidelity_min)
             cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None
         if cut is not None:
             return self._exact(found, cut, tokens, limit)
-        slices = tuple([Slice(row, take) for row, take in found.rows])
-        fidelity = min([row.fidelity for row, _ in found.rows], default=FIDELITY_EXACT)
-        return Match(found.n_tokens, self._why(found, tokens, limit), slices, fidelity)
+        return Match(found.n_tokens, self._why(found, tokens, limit), found.rows)
 
     def _exact(self, found: Found, cut: Exact, tokens: bytes, limit: int) -> Match:
         """A match that ends at a checkpoint, or nothing for want of one."""
@@ -190,10 +188,7 @@ class Engine:
         reason = Reason.NO_CHECKPOINT if end < found.n_tokens else self._why(found, tokens, limit)
         if reason is Reason.NO_CHECKPOINT and cut.better:
             reason = Reason.FIDELITY
-        slices = tuple([Slice(row, take) for row, take in cut.rows])
-        rows = [part.row for part in slices] + ([cut.checkpoint] if cut.checkpoint else [])
-        fidelity = min([row.fidelity for row in rows], default=FIDELITY_EXACT)
-        return Match(end, reason, slices, fidelity, cut.checkpoint, cut.diverged and end < limit)
+        return Match(end, reason, cut.rows, cut.checkpoint, cut.diverged and end < limit)
 
     def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
         """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""

@@ -90,7 +90,7 @@ class View:
 
     def value(self, key: bytes) -> bytes | None:
         """A row's bytes, unparsed."""
-        found: bytes | None = self._txn.get(key, db=self._db["rows"])
+        found: bytes | None = self._txn.get(key)  # rows are the default of a transaction: naming them costs a third
         return found
 
     def row(self, key: bytes) -> Row | None:
@@ -369,14 +369,14 @@ class Index:
     @contextlib.contextmanager
     def view(self) -> Iterator[View]:
         """A read transaction."""
-        with translated(), self._env.begin() as txn:
+        with translated(), self._env.begin(self._databases["rows"]) as txn:
             yield View(txn, self._databases)
 
     @contextlib.contextmanager
     def edit(self, dry_run: bool = False) -> Iterator[Edit]:
         """A write transaction, committed at the end unless the body raises or `dry_run` is set."""
         with translated():
-            txn = self._env.begin(write=True)
+            txn = self._env.begin(self._databases["rows"], write=True)
             try:
                 yield Edit(txn, self._databases)
                 if not dry_run:

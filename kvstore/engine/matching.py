@@ -15,7 +15,17 @@ from dataclasses import dataclass
 
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, common_tokens
 from kvstore.engine.index import View
-from kvstore.engine.rows import SEQ_BYTES, TOKENS_AT, Code, Row, checkpoint_code, common_bytes, parse_row
+from kvstore.engine.rows import (
+    SEQ_BYTES,
+    TOKENS_AT,
+    Code,
+    Row,
+    Taken,
+    checkpoint_code,
+    common_bytes,
+    fidelity_of,
+    parse_row,
+)
 from kvstore.errors import CorruptDataError
 from kvstore.keys import block_key
 
@@ -30,13 +40,13 @@ _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows of a prefix with the tokens to take of each, and what hindered more.
+    """Rows of a prefix, as they stand in the index, with the tokens to take of each, and what hindered more.
 
     The first `full` tokens come from full blocks, the last of which has key `parent`. `better`: a block of too low
     fidelity would have given more.
     """
 
-    rows: tuple[tuple[Row, int], ...]
+    rows: tuple[Taken, ...]
     n_tokens: int
     full: int
     parent: bytes
@@ -48,22 +58,22 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
     parent = root
     at = 0
-    rows: list[tuple[Row, int]] = []
+    rows: list[Taken] = []
+    # Of the time for a block, hashing and the lookup take most; whatever else stands in this loop shows.
     while at + _BLOCK_BYTES <= end:
         chunk = tokens[at : at + _BLOCK_BYTES]
         key = block_key(parent, chunk)
         value = view.value(key)
         if value is None or not value.startswith(chunk, TOKENS_AT):
             break
-        row = parse_row(key, value)
-        if row.fidelity < fidelity_min:
+        if fidelity_min and fidelity_of(value) < fidelity_min:
             break
-        rows.append((row, BLOCK_TOKENS))
+        rows.append((key, value, BLOCK_TOKENS))
         parent = key
         at += _BLOCK_BYTES
     best, take, low_take = best_child(view, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
     if best is not None:
-        rows.append((best, take))
+        rows.append((best.key, best.value, take))
     full = at // TOKEN_BYTES
     return Found(tuple(rows), full + take, full, parent, low_take > take)
 
@@ -107,7 +117,7 @@ class Exact:
     checkpoint, differently from the query.
     """
 
-    rows: tuple[tuple[Row, int], ...]
+    rows: tuple[Taken, ...]
     checkpoint: Row | None
     better: bool
     diverged: bool
@@ -117,7 +127,7 @@ def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity
     """The longest position with a checkpoint of `fidelity_min` or more among those that `found` covers."""
     better = False
     for level in range(found.full // BLOCK_TOKENS, -1, -1):
-        parent = found.rows[level - 1][0].key if level else root
+        parent = found.rows[level - 1][0] if level else root
         # At the end of a full block the checkpoint is one level deeper, with no tokens of its own.
         covered = min(found.n_tokens - level * BLOCK_TOKENS, BLOCK_TOKENS - 1)
         start = level * _BLOCK_BYTES
@@ -130,14 +140,16 @@ def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity
     return Exact((), None, better, False)
 
 
-def _cut(rows: tuple[tuple[Row, int], ...], end: int) -> tuple[tuple[Row, int], ...]:
-    """Rows with the tokens to take of each, no further than position `end`."""
-    return tuple((row, min(take, end - row.start)) for row, take in rows if row.start < end)
+def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:
+    """Rows with the tokens to take of each, no further than position `end`. All but the last are full blocks."""
+    starts = range(0, end, BLOCK_TOKENS)
+    return tuple((key, value, min(take, end - start)) for start, (key, value, take) in zip(starts, rows, strict=False))
 
 
-def _goes_on(view: View, rows: tuple[tuple[Row, int], ...]) -> bool:
+def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
     """Whether more is stored after exactly these rows: the rest of the last one, or what follows it."""
-    row, take = rows[-1]
+    key, value, take = rows[-1]
+    row = parse_row(key, value)
     if take < row.n_tokens or take < BLOCK_TOKENS:
         return take < row.n_tokens
     here = checkpoint_code(0)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvstore.blocks import Block, Reason
+from kvstore.blocks import FIDELITY_EXACT, Block, Reason
 from kvstore.engine.format import Buffer
 from kvstore.engine.index import MAP_BYTES
-from kvstore.engine.rows import Row
+from kvstore.engine.rows import Row, Taken, fidelity_of, parse_row
 from kvstore.errors import ConfigError
 from kvstore.keys import NamespaceInfo
 
@@ -62,20 +63,31 @@ class Slice:
     take: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Match:
-    """The longest usable prefix: its blocks in order, why there is no more, and the least fidelity among them.
+    """The longest usable prefix: its blocks in order, and why there is no more.
 
     Of an exact match also the checkpoint at its end, if there is one. `diverged`: what is stored goes on after it,
-    differently from what was asked for (`Engine.mark_divergence`).
+    differently from what was asked for (`Engine.mark_divergence`). The rows are parsed when somebody looks into them,
+    which may raise what `parse_row` does.
     """
 
     n_tokens: int
     reason: Reason
-    slices: tuple[Slice, ...]
-    fidelity: int
+    rows: tuple[Taken, ...] = ()
     checkpoint: Row | None = None
     diverged: bool = False
+
+    @functools.cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """The blocks in order."""
+        return tuple([Slice(parse_row(key, value), take) for key, value, take in self.rows])
+
+    @functools.cached_property
+    def fidelity(self) -> int:
+        """The least rank among blocks and checkpoint."""
+        own = FIDELITY_EXACT if self.checkpoint is None else self.checkpoint.fidelity
+        return min([own, *(fidelity_of(value) for _, value, _ in self.rows)])
 
     @property
     def parts(self) -> tuple[Slice, ...]:

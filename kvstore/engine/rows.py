@@ -16,7 +16,8 @@ the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody lo
         80    32  root
        112     2  n: tokens
        114     1  kind: 0 block or tail, 1 checkpoint
-       115     5  zero
+       115     4  digest of the recipes of the runs; 0 when none was taken
+       119     1  zero
        120    8n  tokens
     120+8n        runs, or the states of a checkpoint
       last     8  xxh3_64 of all before it, seeded with the first 8 bytes of the key
@@ -44,7 +45,9 @@ from kvstore.errors import CorruptDataError
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 
 ROW_VERSION = 2
-_HEAD = struct.Struct("<HHIQQQQQ32s32sHB5x")
+_HEAD = struct.Struct("<HHIQQQQQ32s32sHBIx")
+_FIDELITY = struct.Struct("<24xQ")
+_RECIPES = struct.Struct("<115xI")
 TOKENS_AT = _HEAD.size
 CHECK_BYTES = 8
 SEQ_BYTES = 8
@@ -54,6 +57,10 @@ _SHORT_TOKEN_LIMIT = 1 << 23
 _SIGN = 1 << 63
 CHECKPOINT_KIND = 1
 CHECKPOINT_MARK = b"\xc0"
+
+# A row as it stands in the index, key and value, and how many of its tokens to take. A match of 32k tokens has 128;
+# to parse them takes as long as to find them, and who only asks how long the match is needs none.
+Taken = tuple[bytes, bytes, int]
 
 
 class _Fields(NamedTuple):
@@ -71,6 +78,7 @@ class _Fields(NamedTuple):
     root: bytes
     n_tokens: int
     kind: int
+    recipes: int
 
 
 class Row(_Fields):
@@ -148,6 +156,7 @@ def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_b
         block.root,
         block.n_tokens,
         CHECKPOINT_KIND if block.is_checkpoint else 0,
+        recipes_digest(block),
     )
     described = states_to_list(block.states) if block.is_checkpoint else runs_to_list(block.runs)
     value = head + block.tokens + msgpack.packb(described)
@@ -156,6 +165,25 @@ def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_b
 
 def _check(key: bytes, value: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little")).to_bytes(CHECK_BYTES, "little")
+
+
+def recipes_digest(block: Block) -> int:
+    """32 bits, never 0, that blocks with the same set of recipes share: who can read one of them can read them all."""
+    recipes = {stack.recipe for run in block.runs for stack in run.stacks}
+    fields = sorted((recipe.name, recipe.version, recipe.params) for recipe in recipes)
+    return xxhash.xxh32_intdigest(msgpack.packb(fields)) or 1
+
+
+def fidelity_of(value: bytes) -> int:
+    """The fidelity of a row that is not parsed."""
+    fidelity: int = _FIDELITY.unpack_from(value)[0]
+    return fidelity
+
+
+def recipes_of(value: bytes) -> int:
+    """The digest of recipes of a row that is not parsed; 0 when none was taken."""
+    digest: int = _RECIPES.unpack_from(value)[0]
+    return digest
 
 
 def parse_row(key: bytes, value: bytes) -> Row:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Reason
+from kvstore.blocks import RAW, Reason
 from kvstore.engine import Match, Row, Slice
 from kvstore.errors import InvalidRequestError
 from kvstore.layers import Layout
@@ -276,9 +276,8 @@ def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Wor
             best, best_s = n_tokens, saved_s - restore_s
     if best == match.n_tokens:
         return match
-    kept = tuple(piece for end, piece, _ in _candidates(match, layout) if piece is not None and end <= best)
-    fidelity = min((piece.row.fidelity for piece in kept), default=FIDELITY_EXACT)
-    return Match(best, Reason.SLOWER_THAN_PREFILL, kept, fidelity)
+    kept = sum(1 for end, piece, _ in _candidates(match, layout) if piece is not None and end <= best)
+    return Match(best, Reason.SLOWER_THAN_PREFILL, match.rows[:kept])
 
 
 def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, Slice | None, Work]]:

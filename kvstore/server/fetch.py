@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from kvstore.blocks import FIDELITY_EXACT, TOKEN_BYTES, LayerState, Reason, count_tokens
+from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError, check_runs
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match
+from kvstore.engine.rows import recipes_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, Range
 from kvstore.keys import NamespaceInfo
@@ -32,6 +33,10 @@ CHUNK_BYTES = 1 << 20
 REPLANS_MAX = 8
 # All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
 OPEN_FILES_MIN = 4
+# Sets of recipes that are remembered as readable; a build writes a handful.
+RECIPES_MAX = 1024
+
+Unusable = Callable[[Match], tuple[int, Reason] | None]
 NOTHING_SAID = Offer()
 
 
@@ -94,6 +99,7 @@ class FetchPath:
         self._buffers = ByteBudget(config.memory_bytes)
         self._files = ByteBudget(OPEN_FILES_MAX)
         self.costs = Costs(lambda: lane.backlog_s)
+        self._readable = Readable()
 
     def match(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
@@ -102,14 +108,18 @@ class FetchPath:
 
         Raises InvalidRequestError when `tokens` are not packed token ids.
         """
+        return self._usable(root, tokens, fidelity_min, offer, self._readable.first_unreadable)
+
+    def _usable(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer, unusable: Unusable) -> Match:
+        """The longest prefix of which `unusable` names no part."""
         if len(tokens) % TOKEN_BYTES:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
         limit = max(0, count_tokens(tokens) - 1)
         namespace = self._engine.namespace(root)
         exact = namespace is not None and bool(namespace.layout.exact_layers)
         match = self._engine.match(root, tokens, fidelity_min, limit, exact=exact)
-        while (unreadable := first_unreadable(match)) is not None:
-            start, reason = unreadable
+        while (found := unusable(match)) is not None:
+            start, reason = found
             shorter = self._engine.match(root, tokens, fidelity_min, start, exact=exact)
             match = replace(shorter, reason=reason)
         if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
@@ -117,13 +127,13 @@ class FetchPath:
             match = worthwhile(match, namespace.layout, offer, cost_s)
         short = 0 < match.n_tokens < self._config.min_prefix_tokens
         if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
-            return Match(0, Reason.BELOW_THRESHOLD, (), FIDELITY_EXACT)
+            return Match(0, Reason.BELOW_THRESHOLD)
         return match
 
     def plan(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> FetchPlan:
         """Match again, take a lease and make sure that every file is there; what is not is dropped from the index."""
         for _ in range(REPLANS_MAX):
-            match = self.match(root, tokens, fidelity_min, offer)
+            match = self._usable(root, tokens, fidelity_min, offer, first_unreadable)
             namespace = self._engine.namespace(root)
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
@@ -136,7 +146,7 @@ class FetchPath:
                 return replace(plan, fetch_id=self.costs.start(root, offer.way, work_of(match, namespace.layout)))
             plan.release()
             self._engine.recheck(match.parts[missing].row.key)
-        return FetchPlan(None, Match(0, Reason.CORRUPT, (), FIDELITY_EXACT), None)
+        return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
     def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
         """Chunks of every layer's stored ranges, in the order of `layer_ranges`. CorruptDataError on a short file."""
@@ -219,6 +229,23 @@ class FetchPath:
     def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
         """The one raw block that describes a dense answer."""
         return HitBlock(dense_runs(layout, plan.match.n_tokens), plan.match.n_tokens)
+
+
+class Readable:
+    """Recipes that this build was seen to read, so that a match decodes no runs. Any thread: sets of numbers only."""
+
+    def __init__(self) -> None:
+        self._recipes: set[int] = set()
+
+    def first_unreadable(self, match: Match) -> tuple[int, Reason] | None:
+        """As `first_unreadable`, for less: runs are decoded only of rows with recipes that were not seen before."""
+        seen = {recipes_of(value) for _, value, _ in match.rows}
+        if seen <= self._recipes and match.checkpoint is None:
+            return None
+        found = first_unreadable(match)
+        if found is None and len(self._recipes | seen) <= RECIPES_MAX:
+            self._recipes |= seen - {0}
+        return found
 
 
 def first_unreadable(match: Match) -> tuple[int, Reason] | None:

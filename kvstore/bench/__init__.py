@@ -1,0 +1,1 @@
+"""What `kvstore bench` runs: cases with a ceiling measured beside them."""

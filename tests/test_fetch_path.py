@@ -1,0 +1,97 @@
+"""The FETCH path inside the daemon: what a match decodes, and which recipes it takes for readable."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import Block, Reason, Recipe, pack_tokens
+from kvstore.config import Config
+from kvstore.engine import Engine, Row
+from kvstore.server.fetch import FetchPath
+from kvstore.server.lane import Lane
+from tests.support.engine import namespace, options, put, sequence
+
+NS = namespace()
+TOKENS = list(range(800))
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    """An engine without a block."""
+    with Engine.open(tmp_path / "data", options()) as made:
+        yield made
+
+
+@pytest.fixture
+def path(engine: Engine) -> Iterator[FetchPath]:
+    """The path over it, which takes prefixes of any length."""
+    lane = Lane()
+    yield FetchPath(engine, lane, Config(min_prefix_tokens=1))
+    lane.close()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """Rows whose runs are decoded, as it happens."""
+    seen: list[Row] = []
+    decode = Row.block.func
+
+    def watched(row: Row) -> Block:
+        seen.append(row)
+        return decode(row)
+
+    block = functools.cached_property(watched)
+    block.__set_name__(Row, "block")
+    monkeypatch.setattr(Row, "block", block)
+    return seen
+
+
+def put_unknown(engine: Engine, tokens: list[int], start: int) -> None:
+    """Store blocks from `start` on with a recipe that no codec here has."""
+    blocks = sequence(NS, tokens, start)
+    for new in blocks:
+        [run] = new.block.runs
+        stacks = tuple(replace(stack, recipe=Recipe("tomorrow")) for stack in run.stacks)
+        new.block = replace(new.block, runs=(replace(run, stacks=stacks),))
+    engine.store(NS.to_record(), blocks)
+
+
+def test_a_match_decodes_runs_only_until_their_recipes_are_known(
+    engine: Engine, path: FetchPath, decoded: list[Row]
+) -> None:
+    """The first match of a daemon looks into every row, the next ones into none, of other sequences neither."""
+    put(engine, NS, TOKENS)
+    other = [-1, *TOKENS]
+    put(engine, NS, other)
+    decoded.clear()
+    assert path.match(NS.root, pack_tokens(TOKENS), 0).n_tokens == 799
+    assert len(decoded) == 4
+    decoded.clear()
+    assert path.match(NS.root, pack_tokens(TOKENS), 0).n_tokens == 799
+    assert path.match(NS.root, pack_tokens(other), 0).n_tokens == 800
+    assert decoded == []
+
+
+def test_a_recipe_that_cannot_be_read_ends_every_match_of_it(engine: Engine, path: FetchPath) -> None:
+    """The second as the first, before and after the readable rows in front of it became known."""
+    put(engine, NS, TOKENS[:512])
+    put_unknown(engine, TOKENS, 512)
+    for n_tokens in (800, 800, 400, 800):
+        match = path.match(NS.root, pack_tokens(TOKENS[:n_tokens]), 0)
+        expected = (512, Reason.UNKNOWN_RECIPE) if n_tokens > 512 else (n_tokens - 1, Reason.OK)
+        assert (match.n_tokens, match.reason) == expected
+
+
+def test_a_plan_decodes_all_that_it_hands_over(engine: Engine, path: FetchPath, decoded: list[Row]) -> None:
+    """Whatever matches saw before: a fetch does not promise what it did not look at."""
+    put(engine, NS, TOKENS)
+    path.match(NS.root, pack_tokens(TOKENS), 0)
+    decoded.clear()
+    plan = path.plan(NS.root, pack_tokens(TOKENS), 0)
+    assert [row.start for row in decoded] == [0, 256, 512, 768]
+    plan.release()
