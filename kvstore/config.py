@@ -150,6 +150,9 @@ class Config:
     lease_s: int = _key(
         values.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
     )
+    stream_stall_s: int = _key(
+        values.whole(1), "A stream that its worker takes nothing of for this long is ended.", "seconds", default=10
+    )
     upload_idle_s: int = _key(
         values.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
     )

@@ -390,7 +390,7 @@ def test_a_dense_answer_assembles_to_the_same_layer(name: str) -> None:
     case = Case(layout)
     for number, profile in enumerate(["raw", "affine8-g32"]):
         case.add([make_run(layout, 33, number, profile)], 33 - number)
-    dense = [HitBlock(dense_runs(layout, case.n_tokens), case.n_tokens)]
+    dense = [HitBlock(dense_runs(layout, [case.n_tokens]), case.n_tokens)]
     for layer in range(len(layout.layers)):
         decoded = assemble_layer(layout, layer, case.blocks, streamed(case.blocks, case.payloads, layer), 0)
         data = b"".join(dense_bytes(decoded))
@@ -402,7 +402,7 @@ def test_a_dense_answer_assembles_to_the_same_layer(name: str) -> None:
 def test_ranges_of_a_dense_answer_cover_it_once() -> None:
     """Offsets are those of a raw payload of all tokens."""
     layout = LAYOUTS["engine-quantized"]
-    dense = [HitBlock(dense_runs(layout, 77), 77)]
+    dense = [HitBlock(dense_runs(layout, [77]), 77)]
     spans = sorted((r.offset, r.nbytes) for layer in range(2) for r in layer_ranges(dense, layer))
     assert [offset for offset, _ in spans] == [sum(n for _, n in spans[:i]) for i in range(len(spans))]
     assert sum(n for _, n in spans) == 77 * layout.token_bytes

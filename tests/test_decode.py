@@ -18,7 +18,7 @@ from kvstore.codecs.runs import payload_run
 from kvstore.files import FileReader, FileSource
 from kvstore.layers import LayerSpec, Layout, PartSpec
 from kvstore.server import decode
-from kvstore.server.decode import dense_layer, pieces
+from kvstore.server.decode import decode_piece, pieces
 from kvstore.server.lane import Lane
 from tests.support.stored import random_payload, seal_runs, write_source
 
@@ -69,6 +69,19 @@ def _item(layout: Layout) -> int:
 def at_once(layout: Layout, layer: int, blocks: Sequence[HitBlock], reader: FileReader) -> bytes:
     """The layer decoded as a whole."""
     return b"".join(dense_bytes(assemble_layer(layout, layer, blocks, reader, headroom_tokens=0)))
+
+
+def dense_layer(
+    lane: Lane, layout: Layout, layer: int, blocks: Sequence[HitBlock], reader: FileReader, told: Pieces
+) -> list[bytes]:
+    """The layer decoded in pieces that are put together again."""
+    tensors = [tensor for stack in layout.raw_stacks if layer in stack.layers for tensor in stack.tensors]
+    rows: list[list[np.ndarray]] = [[] for _ in tensors]
+    for first, group in pieces(blocks, layout.layer_token_bytes(layer)):
+        views = decode_piece(lane, layout, layer, group, first, reader, told).result(10)
+        for tensor, view, parts in zip(tensors, views, rows, strict=True):
+            parts.append(np.frombuffer(view, np.uint8).reshape(tensor.heads, sum(b.take for b in group), -1))
+    return [np.concatenate(parts, axis=1).tobytes() for parts in rows]
 
 
 @pytest.mark.parametrize("profile", ["raw", "affine8"])

@@ -13,6 +13,7 @@ from kvstore.client.breaker import CircuitBreaker
 from kvstore.config import Config
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import channel_options
+from kvstore.wire.frames import kvstore_stub
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -90,7 +91,7 @@ class Connection:
         self._channel = open_channel(config, credentials)
         self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
         self._answered = False
-        self.kvstore: Any = rpc.KVStoreStub(presenting(self._channel, credentials, Scope.WORKER))
+        self.kvstore: Any = kvstore_stub(presenting(self._channel, credentials, Scope.WORKER))
         self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))
 
     def warm_up(self) -> None:

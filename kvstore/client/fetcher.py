@@ -35,6 +35,7 @@ from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, RangeReader
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.frames import LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "dense"]
@@ -313,7 +314,7 @@ def _watched(call: Iterator[pb.FetchReply], watchdog: Watchdog, stall_s: float) 
 
 def _plan(messages: Iterator[pb.FetchReply], request: Request) -> Plan:
     first = next(messages, None)
-    if first is None or first.WhichOneof("part") != "plan":
+    if not isinstance(first, pb.FetchReply) or first.WhichOneof("part") != "plan":
         raise CorruptDataError("a fetch must be answered with a plan")
     return parse_plan(first.plan, request)
 
@@ -334,9 +335,9 @@ def _receive(messages: Iterator[pb.FetchReply], layer: int, nbytes: int) -> byte
         message = next(messages, None)
         if message is None:
             raise CorruptDataError(f"the stream ended in layer {layer}, after {received} of {nbytes} bytes")
-        data = message.chunk.data
-        if message.WhichOneof("part") != "chunk" or message.chunk.layer != layer or not data:
+        if not isinstance(message, LayerBytes) or message.layer != layer or not message.data:
             raise CorruptDataError(f"the stream carries something else than layer {layer}")
+        data = message.data
         if received + len(data) > nbytes:
             raise CorruptDataError(f"the stream carries more than the {nbytes} bytes of layer {layer}")
         buffer[received : received + len(data)] = data

@@ -23,13 +23,13 @@ from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
 from kvstore.keys import Namespace
 from kvstore.layers import cut_pieces
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
+from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
 
-CHUNK_BYTES = 1 << 20
 VECTORS_MAX = 1024  # IOV_MAX on Linux and macOS
 
 # Nobody waits for these but the background thread, so they only have to end.
@@ -263,19 +263,20 @@ def _write_all(fd: int, views: list[memoryview]) -> int:
     return total
 
 
-def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[pb.UploadChunk]:
+def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[bytes]:
     """Upload messages of at most CHUNK_BYTES; the first names the upload."""
-    gathered = bytearray()
+    parts: list[memoryview] = []
+    nbytes = 0
     for view in views:
         for at in range(0, view.nbytes, CHUNK_BYTES):
             part = view[at : at + CHUNK_BYTES]
-            if len(gathered) + part.nbytes > CHUNK_BYTES:
-                yield pb.UploadChunk(upload_id=upload_id, data=bytes(gathered))
-                upload_id = ""
-                gathered.clear()
-            gathered += part
-    if gathered:
-        yield pb.UploadChunk(upload_id=upload_id, data=bytes(gathered))
+            if nbytes + part.nbytes > CHUNK_BYTES:
+                yield upload_frame(upload_id, parts)
+                upload_id, parts, nbytes = "", [], 0
+            parts.append(part)
+            nbytes += part.nbytes
+    if parts:
+        yield upload_frame(upload_id, parts)
 
 
 def _typed(error: OSError) -> KVStoreError:

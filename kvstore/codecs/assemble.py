@@ -305,17 +305,20 @@ def _decode(segment: _Segment, tensors: Sequence[mx.array], part: PartSpec) -> m
     return mx.contiguous(array[:, :, segment.lead : segment.lead + segment.shown])
 
 
-def dense_runs(layout: Layout, n_tokens: int, fidelity: int = FIDELITY_EXACT) -> tuple[Run, ...]:
-    """The one raw run that a dense answer is, as if it were a block of all tokens; without checksums."""
+def dense_runs(layout: Layout, rows_of_runs: Sequence[int], fidelity: int = FIDELITY_EXACT) -> tuple[Run, ...]:
+    """The raw runs, of so many tokens each, that a dense answer is, as if it were one block; without checksums."""
     offset = 0
-    stacks = []
-    for stack in layout.raw_stacks:
-        tensors = []
-        for tensor in stack.tensors:
-            tensors.append(replace(tensor, offset=offset))
-            offset += len(stack.layers) * tensor.layer_bytes(n_tokens)
-        stacks.append(replace(stack, tensors=tuple(tensors)))
-    return (Run(n_tokens, 0, n_tokens, fidelity, tuple(stacks)),)
+    runs = []
+    for rows in rows_of_runs:
+        stacks = []
+        for stack in layout.raw_stacks:
+            tensors = []
+            for tensor in stack.tensors:
+                tensors.append(replace(tensor, offset=offset))
+                offset += len(stack.layers) * tensor.layer_bytes(rows)
+            stacks.append(replace(stack, tensors=tuple(tensors)))
+        runs.append(Run(rows, 0, rows, fidelity, tuple(stacks)))
+    return tuple(runs)
 
 
 def dense_bytes(layer: KVLayer) -> list[memoryview]:

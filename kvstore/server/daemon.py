@@ -35,10 +35,12 @@ from kvstore.server.admin import AdminService
 from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
+from kvstore.server.layers import LayerFrames
 from kvstore.server.service import KVStoreService
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
 from kvstore.wire.convert import channel_options
+from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -82,12 +84,14 @@ class Daemon:
         config = self._config
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
+        layers = LayerFrames(engine, lane, config)
         counters = Counters()
-        service = KVStoreService(engine, store, fetch, workers, counters, config, same_host=bool(config.address.path))
+        same_host = bool(config.address.path)
+        service = KVStoreService(engine, store, fetch, layers, workers, counters, config, same_host=same_host)
         admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
         health = HealthServicer()
         server = grpc.aio.server(options=channel_options(config.message_bytes_max), interceptors=guards(credentials))
-        rpc.add_KVStoreServicer_to_server(service, server)
+        add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
         services = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("KVStore", "Admin")]

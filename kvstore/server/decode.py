@@ -12,42 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
-import numpy as np
-
 from kvstore.codecs.assemble import HitBlock, assemble_layer, dense_bytes, layer_ranges
 from kvstore.codecs.base import BlockCorruptError
-from kvstore.codecs.device import Bytes
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.errors import CorruptDataError
 from kvstore.files import BufferReader, RangeReader
-from kvstore.layers import PARTS, Layout
+from kvstore.layers import Layout
 from kvstore.server.lane import Lane
-
-
-def dense_layer(
-    lane: Lane,
-    layout: Layout,
-    layer: int,
-    blocks: Sequence[HitBlock],
-    reader: RangeReader,
-    decoded: Callable[[int, float], None],
-) -> list[memoryview]:
-    """One decoded kv layer, as bytes in the order of `layer_ranges` over `dense_runs`. Blocks this thread.
-
-    `decoded(nbytes, seconds)` is told of every piece. Raises BlockCorruptError, LimitError, UnavailableError.
-    """
-    spec, n_tokens = layout.layers[layer], sum(block.take for block in blocks)
-    tensors = [tensor for part in PARTS if spec.part(part).width for tensor in spec.part(part).tensors()]
-    out = [np.empty((t.heads, n_tokens, t.layer_bytes(1) // t.heads), np.uint8) for t in tensors]
-    row = 0
-    waiting: Future[list[Bytes]] | None = None
-    for first, group in pieces(blocks, layout.layer_token_bytes(layer)):
-        work = functools.partial(_decode, layout, layer, group, first, _gathered(layer, group, first, reader), decoded)
-        row += 0 if waiting is None else _place(out, waiting.result(), row)
-        waiting = lane.submit_fetch(work)
-    if waiting is not None:
-        _place(out, waiting.result(), row)
-    return [rows.data.cast("B") for rows in out]
 
 
 def pieces(blocks: Sequence[HitBlock], token_bytes: int) -> Iterator[tuple[int, list[HitBlock]]]:
@@ -60,6 +31,24 @@ def pieces(blocks: Sequence[HitBlock], token_bytes: int) -> Iterator[tuple[int, 
         rows += block.take
     if rows:
         yield first, list(blocks[first:])
+
+
+def decode_piece(
+    lane: Lane,
+    layout: Layout,
+    layer: int,
+    group: Sequence[HitBlock],
+    first: int,
+    reader: RangeReader,
+    decoded: Callable[[int, float], None],
+) -> Future[list[memoryview]]:
+    """Read some blocks of a kv layer and have them decoded; `first`: the number of the first of them in the hit.
+
+    The result: their bytes in the order of `layer_ranges` over `dense_runs`; `decoded(nbytes, seconds)` is told of it.
+    Raises BlockCorruptError, here or in the result, LimitError, UnavailableError.
+    """
+    gathered = _gathered(layer, group, first, reader)
+    return lane.submit_fetch(functools.partial(_decode, layout, layer, group, first, gathered, decoded))
 
 
 def _gathered(layer: int, group: Sequence[HitBlock], first: int, reader: RangeReader) -> BufferReader:
@@ -83,21 +72,12 @@ def _decode(
     first: int,
     reader: BufferReader,
     decoded: Callable[[int, float], None],
-) -> list[Bytes]:
-    """One piece, on the lane: `[heads, rows, row_bytes]` of each tensor."""
+) -> list[memoryview]:
+    """One piece, on the lane."""
     started = time.monotonic()
     try:
         views = dense_bytes(assemble_layer(layout, layer, group, reader, headroom_tokens=0))
     except BlockCorruptError as error:
         raise BlockCorruptError(str(error), first + error.source) from error
     decoded(sum(view.nbytes for view in views), time.monotonic() - started)
-    return [np.frombuffer(view, np.uint8) for view in views]
-
-
-def _place(out: Sequence[Bytes], piece: Sequence[Bytes], row: int) -> int:
-    """Copy a piece to its rows of all tensors; how many rows it has."""
-    rows = 0
-    for whole, part in zip(out, piece, strict=True):
-        rows = part.size // (whole.shape[0] * whole.shape[2])
-        whole[:, row : row + rows] = part.reshape(whole.shape[0], rows, whole.shape[2])
-    return rows
+    return views

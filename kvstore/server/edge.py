@@ -24,6 +24,8 @@ Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio has no types of its
 log = logging.getLogger(__name__)
 
 READ_THREADS = 4
+# Each waits for the lane most of the time.
+DECODE_THREADS = 8
 
 
 class Workers:
@@ -31,12 +33,17 @@ class Workers:
 
     def __init__(self) -> None:
         self._read = ThreadPoolExecutor(READ_THREADS, "kvstore-read")
+        self._decode = ThreadPoolExecutor(DECODE_THREADS, "kvstore-decode")
         self._write = ThreadPoolExecutor(1, "kvstore-write")
         self._admin = ThreadPoolExecutor(1, "kvstore-admin")
 
     async def read(self, work: Callable[..., T], *args: object) -> T:
         """Run planning or reading."""
         return await asyncio.get_running_loop().run_in_executor(self._read, functools.partial(work, *args))
+
+    async def decode(self, work: Callable[..., T], *args: object) -> T:
+        """Run what waits for the lane; planning and reading must not wait behind it."""
+        return await asyncio.get_running_loop().run_in_executor(self._decode, functools.partial(work, *args))
 
     async def write(self, work: Callable[..., T], *args: object) -> T:
         """Run a commit; they go one after the other."""
@@ -48,7 +55,7 @@ class Workers:
 
     def close(self) -> None:
         """Let what runs finish, drop what waits."""
-        for pool in (self._write, self._read, self._admin):
+        for pool in (self._write, self._decode, self._read, self._admin):
             pool.shutdown(wait=True, cancel_futures=True)
 
 

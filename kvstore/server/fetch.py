@@ -1,38 +1,28 @@
-"""FETCH: plan from the index, take a lease, hand over as stored or decoded, layer by layer. Who says how fast it
-computes gets no more than is worth it (`costs.py`).
+"""FETCH, its plan: from the index, with a lease. Who says how fast it computes gets no more than is worth it (`costs.py`).
 
-Memory: one layer of one hit. Anything that is wrong with a block makes the prefix shorter before the plan is sent;
-after that it ends the stream, and the next fetch finds the block gone.
+`layers.py` makes the bytes of it, `sender.py` sends them. Anything that is wrong with a block makes the prefix shorter
+before the plan is sent; after that it ends the stream, and the next fetch finds the block gone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
-from kvstore.bounds import ByteBudget
-from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
-from kvstore.codecs.base import BlockCorruptError, check_runs
-from kvstore.codecs.encode import PIECE_BYTES
+from kvstore.codecs.assemble import HitBlock
+from kvstore.codecs.base import check_runs
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match
 from kvstore.engine.rows import recipes_of
-from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, UnknownFormatError
-from kvstore.files import OPEN_FILES_MAX, FileReader, Range
+from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
-from kvstore.layers import Layout
 from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
-from kvstore.server.decode import dense_layer
 from kvstore.server.lane import Lane
 
-CHUNK_BYTES = 1 << 20
 REPLANS_MAX = 8
-# All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
-OPEN_FILES_MIN = 4
 # Sets of recipes that are remembered as readable; a build writes a handful.
 RECIPES_MAX = 1024
 
@@ -90,14 +80,11 @@ class FetchPlan:
 
 
 class FetchPath:
-    """Plans and carries out fetches. All methods block on disk: call them on worker threads, any of them."""
+    """Plans fetches. All methods block on disk: call them on worker threads, any of them."""
 
     def __init__(self, engine: Engine, lane: Lane, config: Config) -> None:
         self._engine = engine
-        self._lane = lane
         self._config = config
-        self._buffers = ByteBudget(config.memory_bytes)
-        self._files = ByteBudget(OPEN_FILES_MAX)
         self.costs = Costs(lambda: lane.backlog_s)
         self._readable = Readable()
 
@@ -148,87 +135,10 @@ class FetchPath:
             self._engine.recheck(match.parts[missing].row.key)
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
-    def packed_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
-        """Chunks of every layer's stored ranges, in the order of `layer_ranges`. CorruptDataError on a short file."""
-        blocks = plan.blocks
-
-        def stored(reader: FileReader, layer: int) -> Iterable[memoryview]:
-            return read_ranges(reader, layer_ranges(blocks, layer))
-
-        runs = [run for block in blocks for run in block.runs]
-        tensors = [(t, len(s.layers), run.n_tokens) for run in runs for s in run.stacks for t in s.tensors]
-        sizes = [t.layer_range(at, n_tokens)[1] for t, layers, n_tokens in tensors for at in range(layers)]
-        return self._layers(plan, layout, stored, max(sizes, default=0))
-
-    def dense_layers(self, plan: FetchPlan, layout: Layout) -> Iterator[tuple[int, bytes]]:
-        """Chunks of every layer, decoded on the lane according to the recipes stored with the data.
-
-        A block that does not verify is quarantined and ends the iteration with CorruptDataError.
-        """
-        blocks = plan.blocks
-
-        def decode(reader: FileReader, layer: int) -> Iterable[memoryview]:
-            try:
-                return dense_layer(self._lane, layout, layer, blocks, reader, plan.stopwatch.decoded)
-            except BlockCorruptError as error:
-                self._engine.recheck(plan.match.slices[error.source].row.key)
-                raise
-
-        largest = plan.match.n_tokens * max(map(layout.layer_token_bytes, range(len(layout.layers))))
-        return self._layers(plan, layout, decode, largest + min(largest, 2 * PIECE_BYTES))
-
-    def _layers(
-        self, plan: FetchPlan, layout: Layout, kv: Callable[[FileReader, int], Iterable[memoryview]], kv_bytes: int
-    ) -> Iterator[tuple[int, bytes]]:
-        """(layer, chunk) of all layers in order: kv layers as `kv` gives them, window and state layers as stored.
-
-        `kv_bytes`: most bytes that `kv` holds at once.
-        """
-        states, checkpoint = plan.states, len(plan.match.slices)
-        with self._reader(plan) as reader:
-            for layer, spec in enumerate(layout.layers):
-                with self._buffered(states[layer].nbytes if spec.is_exact else kv_bytes):
-                    if spec.is_exact:
-                        ranges = [Range(checkpoint, array.offset, array.nbytes) for array in states[layer].arrays]
-                        parts: Iterable[memoryview] = read_ranges(reader, ranges)
-                    else:
-                        parts = kv(reader, layer)
-                    yield from ((layer, chunk) for chunk in chunked(parts))
-
     def measured(self, plan: FetchPlan) -> None:
         """The daemon has handed over all of a plan by stream; learn from what it took."""
         read_bytes = sum(part.row.file_bytes - part.row.payload_offset for part in plan.match.parts)
         self.costs.measured(plan.fetch_id, plan.stopwatch.timing(read_bytes))
-
-    @contextlib.contextmanager
-    def _buffered(self, nbytes: int) -> Iterator[None]:
-        """Count `nbytes` and a chunk against the memory of all streams; LimitError at once when there is none left.
-
-        Nobody waits here: the threads that would wait are those that the other streams need to go on.
-        """
-        nbytes += CHUNK_BYTES
-        if not self._buffers.try_acquire(nbytes):
-            raise LimitError(f"memory_bytes = {self._config.memory_bytes} of buffers are in use; try again later")
-        try:
-            yield
-        finally:
-            self._buffers.release(nbytes)
-
-    @contextlib.contextmanager
-    def _reader(self, plan: FetchPlan) -> Iterator[FileReader]:
-        """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
-        wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
-        granted = wanted if self._files.try_acquire(wanted) else 0
-        try:
-            with FileReader(self._engine.sources(plan.match.parts), open_max=granted or OPEN_FILES_MIN) as reader:
-                yield reader
-        finally:
-            self._files.release(granted)
-
-    @staticmethod
-    def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
-        """The one raw block that describes a dense answer."""
-        return HitBlock(dense_runs(layout, plan.match.n_tokens), plan.match.n_tokens)
 
 
 class Readable:
@@ -266,26 +176,3 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
         except CorruptDataError:
             return match.n_tokens - 1, Reason.CORRUPT
     return None
-
-
-def read_ranges(reader: FileReader, ranges: Iterable[Range]) -> Iterator[memoryview]:
-    """The bytes of each range."""
-    for span in ranges:
-        view = memoryview(bytearray(span.nbytes))
-        reader.readinto(span.source, span.offset, [view])
-        yield view
-
-
-def chunked(parts: Iterable[memoryview]) -> Iterator[bytes]:
-    """Regroup byte strings into messages of at most CHUNK_BYTES: small ones are gathered, large ones cut."""
-    gathered = bytearray()
-    for part in parts:
-        view = part
-        while len(gathered) + len(view) >= CHUNK_BYTES:
-            take = CHUNK_BYTES - len(gathered)
-            yield bytes(gathered) + bytes(view[:take])
-            gathered.clear()
-            view = view[take:]
-        gathered += view
-    if gathered:
-        yield bytes(gathered)

@@ -17,6 +17,8 @@ from kvstore.server import uploads
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.edge import Context, Workers, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
+from kvstore.server.layers import LayerFrames, dense_block
+from kvstore.server.sender import Sender
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StoreRequest
 from kvstore.wire import convert
@@ -32,6 +34,7 @@ class KVStoreService(rpc.KVStoreServicer):
         engine: Engine,
         store: StorePath,
         fetch: FetchPath,
+        layers: LayerFrames,
         workers: Workers,
         counters: Counters,
         config: Config,
@@ -41,6 +44,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._engine = engine
         self._store = store
         self._fetch = fetch
+        self._layers = layers
         self._workers = workers
         self._counters = counters
         self._config = config
@@ -60,53 +64,64 @@ class KVStoreService(rpc.KVStoreServicer):
         match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min, offer)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
-    @streaming
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> AsyncIterator[pb.FetchReply]:
+    @unary
+    async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         self._counters.add("fetch")
+        way = self._way(request.transport, dense=request.representation == pb.REPRESENTATION_DENSE)
+        plan = await self._planned(request, way)
+        try:
+            self._counters.fetched(plan.match.n_tokens, plan.match.reason)
+            if plan.namespace is None:
+                await context.write(pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason)))
+                return
+            await context.write(pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way)))
+            if way == "path":
+                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
+                await asyncio.sleep(self._config.lease_s)
+            else:
+                await self._stream(plan, plan.namespace.layout, way, context)
+        finally:
+            plan.release()
+            if way != "path":  # by path the worker is still reading
+                self._fetch.costs.end(plan.fetch_id)
+
+    async def _planned(self, request: pb.FetchRequest, way: Way) -> FetchPlan:
         root = convert.root_from_message(request.namespace)
-        dense = request.representation == pb.REPRESENTATION_DENSE
-        offer = offer_of(request, self._way(request.transport, dense=dense))
         planning = asyncio.ensure_future(
-            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min, offer)
+            self._workers.read(
+                self._fetch.plan, root, request.tokens, request.fidelity_min, offer_of(request, way)
+            )
         )
         try:
-            plan = await asyncio.shield(planning)
+            return await asyncio.shield(planning)
         except asyncio.CancelledError:
             # The thread goes on and takes its lease, for nobody: give it back as soon as it is there.
             planning.add_done_callback(give_back)
             raise
+
+    async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, context: Context) -> None:
+        make, run = (
+            (self._layers.dense, self._workers.decode)
+            if way == "dense"
+            else (self._layers.packed, self._workers.read)
+        )
+        sender = Sender(make(plan, layout), run, self._config.stream_stall_s)
         try:
-            self._counters.fetched(plan.match.n_tokens, plan.match.reason)
-            if plan.namespace is None:
-                yield pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
-                return
-            layout = plan.namespace.layout
-            by_path = offer.way == "path"
-            yield pb.FetchReply(plan=self._plan_message(plan, layout, dense=dense, by_path=by_path))
-            if by_path:
-                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
-                await asyncio.sleep(self._config.lease_s)
-                return
-            layers = self._fetch.dense_layers if dense else self._fetch.packed_layers
-            chunks = await self._workers.read(layers, plan, layout)
-            while (chunk := await self._workers.read(next, chunks, None)) is not None:
-                self._counters.add("bytes_served", len(chunk[1]))
-                yield pb.FetchReply(chunk=pb.LayerChunk(layer=chunk[0], data=chunk[1]))
+            await sender.send(context)
             self._fetch.measured(plan)
         finally:
-            plan.release()
-            if offer.way != "path":  # by path the worker is still reading
-                self._fetch.costs.end(plan.fetch_id)
+            self._counters.add("bytes_served", sender.sent_bytes)
+            await asyncio.shield(sender.close())
 
     def _way(self, transport: pb.Transport, *, dense: bool) -> Way:
         if dense:
             return "dense"
         return "path" if transport == pb.TRANSPORT_PATH and self._same_host else "stream"
 
-    def _plan_message(self, plan: FetchPlan, layout: Layout, *, dense: bool, by_path: bool) -> pb.FetchPlan:
-        match = plan.match
-        if dense:
-            block = self._fetch.dense_block(plan, layout)
+    def _plan_message(self, plan: FetchPlan, layout: Layout, way: Way) -> pb.FetchPlan:
+        match, by_path = plan.match, way == "path"
+        if way == "dense":
+            block = dense_block(plan, layout)
             slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=convert.runs_to_bytes(block.runs))]
         else:
             slices = [
@@ -171,7 +186,7 @@ class KVStoreService(rpc.KVStoreServicer):
                     upload = self._store.uploads.get(chunk.upload_id)
                 if upload.staging is None or upload.committing:
                     raise InvalidRequestError("this upload takes no bytes")
-                await self._workers.read(upload.staging.append, chunk.data)
+                await self._workers.read(upload.staging.append, bytes(chunk.data))
             if upload is None or upload.staging is None:
                 raise InvalidRequestError("an upload names its upload_id in the first chunk")
             received = upload.staging.received_bytes

@@ -201,7 +201,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def _plan(self, n_tokens: int, dense: bool, by_path: bool) -> pb.FetchPlan:
         layout = self.namespace.layout
         if dense:
-            slices = [pb.BlockSlice(n_tokens=n_tokens, runs=runs_to_bytes(dense_runs(layout, n_tokens)))]
+            slices = [pb.BlockSlice(n_tokens=n_tokens, runs=runs_to_bytes(dense_runs(layout, [n_tokens])))]
         else:
             slices = []
             for index, take in enumerate(self._takes(n_tokens)):

@@ -1,0 +1,185 @@
+"""The bytes of a fetch's layers as frames of a stream: as they are stored, or decoded on the lane in bounded pieces.
+
+Memory: a few MiB a stream, whatever the length of the hit. Frames keep to the borders of stored ranges where these are
+no longer than a frame, so that a client finds each of them whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
+from typing import Protocol, TypeVar
+
+from kvstore.bounds import ByteBudget
+from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
+from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.encode import PIECE_BYTES
+from kvstore.codecs.states import state_ranges
+from kvstore.config import Config
+from kvstore.engine import Engine
+from kvstore.errors import LimitError
+from kvstore.files import OPEN_FILES_MAX, FileReader, Range
+from kvstore.layers import Layout
+from kvstore.server.decode import decode_piece, pieces
+from kvstore.server.fetch import FetchPlan
+from kvstore.server.lane import Lane
+from kvstore.server.sender import BATCH_BYTES, BATCHES_MAX, Frames
+from kvstore.wire.frames import CHUNK_BYTES, layer_frame
+
+# Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.
+DENSE_BYTES = 5 * PIECE_BYTES + BATCHES_MAX * (BATCH_BYTES + PIECE_BYTES)
+PACKED_BYTES = 2 * CHUNK_BYTES + BATCHES_MAX * BATCH_BYTES
+# All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
+OPEN_FILES_MIN = 4
+
+
+class Piece(Protocol):
+    """A range or a view."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+
+P = TypeVar("P", bound=Piece)
+
+
+class LayerFrames:
+    """Makes frames. The generators block on disk and lane: run them on worker threads, any, one at a time."""
+
+    def __init__(self, engine: Engine, lane: Lane, config: Config) -> None:
+        self._engine = engine
+        self._lane = lane
+        self._buffers = ByteBudget(config.memory_bytes)
+        self._files = ByteBudget(OPEN_FILES_MAX)
+
+    def packed(self, plan: FetchPlan, layout: Layout) -> Frames:
+        """Every layer's stored ranges, in the order of `layer_ranges`.
+
+        Raises CorruptDataError for a file that is short or gone, LimitError when memory_bytes are in use.
+        """
+        blocks = plan.blocks
+        with self._buffered(PACKED_BYTES), self._reader(plan) as reader:
+            for layer, spec in enumerate(layout.layers):
+                ranges = checkpoint_ranges(plan, layer) if spec.is_exact else layer_ranges(blocks, layer)
+                yield from read_frames(reader, layer, ranges)
+
+    def dense(self, plan: FetchPlan, layout: Layout) -> Frames:
+        """Every layer as `dense_block` describes it: decoded on the lane, a piece ahead of the one that is sent.
+
+        Window and state layers as stored. Raises as `packed`, and BlockCorruptError for a block that does not verify,
+        which is then quarantined.
+        """
+        ahead: deque[tuple[int, Future[list[memoryview]] | None]] = deque()
+        with self._buffered(DENSE_BYTES), self._reader(plan) as reader:
+            try:
+                for layer, piece in self._decoded(plan, layout, reader):
+                    ahead.append((layer, piece))
+                    if len(ahead) > 1:
+                        yield from piece_frames(plan, reader, *ahead.popleft())
+                while ahead:
+                    yield from piece_frames(plan, reader, *ahead.popleft())
+            except BlockCorruptError as error:
+                self._engine.recheck(plan.match.slices[error.source].row.key)
+                raise
+            finally:
+                wait([piece for _, piece in ahead if piece is not None and not piece.cancel()])
+
+    def _decoded(
+        self, plan: FetchPlan, layout: Layout, reader: FileReader
+    ) -> Iterator[tuple[int, Future[list[memoryview]] | None]]:
+        """(layer, what the lane makes of it) of every piece in the order of the stream; None: sent as stored."""
+        groups = dense_pieces(plan, layout)
+        for layer, spec in enumerate(layout.layers):
+            if spec.is_exact:
+                yield layer, None
+                continue
+            for first, group in groups:
+                decoded = plan.stopwatch.decoded
+                yield layer, decode_piece(self._lane, layout, layer, group, first, reader, decoded)
+
+    @contextlib.contextmanager
+    def _buffered(self, nbytes: int) -> Iterator[None]:
+        """Count `nbytes` against the memory of all streams; LimitError at once when there is none left.
+
+        Nobody waits here: the threads that would wait are those that the other streams need to go on.
+        """
+        if not self._buffers.try_acquire(nbytes):
+            limit = self._buffers.limit_bytes
+            raise LimitError(f"memory_bytes = {limit} of buffers are in use; try again later")
+        try:
+            yield
+        finally:
+            self._buffers.release(nbytes)
+
+    @contextlib.contextmanager
+    def _reader(self, plan: FetchPlan) -> Iterator[FileReader]:
+        """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
+        wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
+        granted = wanted if self._files.try_acquire(wanted) else 0
+        try:
+            with FileReader(self._engine.sources(plan.match.parts), open_max=granted or OPEN_FILES_MIN) as reader:
+                yield reader
+        finally:
+            self._files.release(granted)
+
+
+def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
+    """The one raw block that describes a dense answer: a run for every piece."""
+    runs = dense_runs(layout, [sum(block.take for block in group) for _, group in dense_pieces(plan, layout)])
+    return HitBlock(runs, plan.match.n_tokens)
+
+
+def dense_pieces(plan: FetchPlan, layout: Layout) -> list[tuple[int, list[HitBlock]]]:
+    """(number of the first, blocks) that are decoded at once, in every layer the same: the widest decides."""
+    widest = max(map(layout.layer_token_bytes, range(len(layout.layers))))
+    return list(pieces(plan.blocks, widest))
+
+
+def piece_frames(
+    plan: FetchPlan, reader: FileReader, layer: int, piece: Future[list[memoryview]] | None
+) -> Iterator[bytes]:
+    """Frames of a piece when it is decoded, or of a layer that is sent as stored."""
+    if piece is None:
+        yield from read_frames(reader, layer, checkpoint_ranges(plan, layer))
+        return
+    cut = (view[at : at + CHUNK_BYTES] for view in piece.result() for at in range(0, len(view), CHUNK_BYTES))
+    for views in gathered(cut):
+        yield layer_frame(layer, views)
+
+
+def read_frames(reader: FileReader, layer: int, ranges: Iterable[Range]) -> Iterator[bytes]:
+    """Frames of stored ranges. They are read into one buffer: it stays in the processor's cache."""
+    cut = (
+        Range(one.source, one.offset + at, min(CHUNK_BYTES, one.nbytes - at))
+        for one in ranges
+        for at in range(0, one.nbytes, CHUNK_BYTES)
+    )
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    for group in gathered(cut):
+        end = 0
+        for one in group:
+            reader.readinto(one.source, one.offset, [buffer[end : end + one.nbytes]])
+            end += one.nbytes
+        yield layer_frame(layer, [buffer[:end]])
+
+
+def checkpoint_ranges(plan: FetchPlan, layer: int) -> list[Range]:
+    """A window or state layer's ranges of the checkpoint, which is the source after the blocks."""
+    return state_ranges(plan.states[layer], len(plan.match.slices))
+
+
+def gathered(pieces: Iterable[P]) -> Iterator[list[P]]:
+    """Neighbours together, up to CHUNK_BYTES; none of the pieces may be larger."""
+    group: list[P] = []
+    nbytes = 0
+    for piece in pieces:
+        if group and nbytes + piece.nbytes > CHUNK_BYTES:
+            yield group
+            group, nbytes = [], 0
+        group.append(piece)
+        nbytes += piece.nbytes
+    if group:
+        yield group

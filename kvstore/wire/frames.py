@@ -1,0 +1,147 @@
+"""The two messages that carry bulk bytes, `FetchReply` and `UploadChunk`, written and read around protobuf.
+
+They are the messages of protos/kvstore.proto, byte for byte, so either side may also use the generated code. But what
+protobuf makes of 1 MiB of bytes is two more copies at each end, under the interpreter's lock. Here a message is its few
+bytes of tags and lengths and the data, joined in one copy, and is read as a view of what gRPC hands out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import grpc
+
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+
+# Data in one message: enough that what a message costs by itself does not show, few enough to be read ahead.
+CHUNK_BYTES = 1 << 20
+
+SERVICE = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+
+# Tags: number << 3 | kind, where kind 0 is a varint and 2 a length with so many bytes.
+_REPLY_CHUNK = 2 << 3 | 2
+_CHUNK_LAYER = 1 << 3
+_CHUNK_DATA = 2 << 3 | 2
+_UPLOAD_ID = 1 << 3 | 2
+_UPLOAD_DATA = 2 << 3 | 2
+
+
+class LayerBytes(NamedTuple):
+    """A part of one layer's bytes, as it arrives."""
+
+    layer: int
+    data: memoryview
+
+
+class UploadBytes(NamedTuple):
+    """A part of an upload, as it arrives; the first one names the upload."""
+
+    upload_id: str
+    data: memoryview
+
+
+def layer_frame(layer: int, parts: Sequence[Bytes]) -> bytes:
+    """A FetchReply whose chunk holds `parts`, one after the other."""
+    data = b"%c%b" % (_CHUNK_DATA, _varint(sum(map(len, parts))))
+    head = b"%c%b%b" % (_CHUNK_LAYER, _varint(layer), data)
+    nbytes = len(head) + sum(map(len, parts))
+    return b"".join([b"%c%b%b" % (_REPLY_CHUNK, _varint(nbytes), head), *parts])
+
+
+def upload_frame(upload_id: str, parts: Sequence[Bytes]) -> bytes:
+    """An UploadChunk that holds `parts`, one after the other."""
+    name = upload_id.encode()
+    head = b"%c%b%b" % (_UPLOAD_ID, _varint(len(name)), name) if name else b""
+    return b"".join([b"%b%c%b" % (head, _UPLOAD_DATA, _varint(sum(map(len, parts)))), *parts])
+
+
+def parse_fetch_reply(message: bytes) -> pb.FetchReply | LayerBytes:
+    """A part of a layer, its data a view of `message`; any other reply as protobuf has it.
+
+    Raises google.protobuf's DecodeError for what is no FetchReply.
+    """
+    at = _data_at(message, 0, _REPLY_CHUNK)
+    if at and at < len(message) and message[at] == _CHUNK_LAYER:
+        layer, at = _read_varint(message, at + 1)
+        start = _data_at(message, at, _CHUNK_DATA)
+        if start:
+            return LayerBytes(layer & 0xFFFF_FFFF, memoryview(message)[start:])
+    reply = pb.FetchReply.FromString(message)
+    if reply.WhichOneof("part") == "chunk":
+        return LayerBytes(reply.chunk.layer, memoryview(reply.chunk.data))
+    return reply
+
+
+def parse_upload_chunk(message: bytes) -> UploadBytes:
+    """As `parse_fetch_reply`, of an upload."""
+    start = _data_at(message, 0, _UPLOAD_DATA)
+    if start:
+        return UploadBytes("", memoryview(message)[start:])
+    chunk = pb.UploadChunk.FromString(message)  # the first one, or from who knows where
+    return UploadBytes(chunk.upload_id, memoryview(chunk.data))
+
+
+def serialize_fetch_reply(reply: pb.FetchReply | bytes) -> bytes:
+    """A reply as it travels; one made by `layer_frame` is that already."""
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
+
+
+def kvstore_stub(channel: grpc.Channel) -> Any:
+    """The generated stub, but `Fetch` gives what `parse_fetch_reply` returns and `Upload` takes `upload_frame`s."""
+    stub: Any = rpc.KVStoreStub(channel)
+    stub.Fetch = channel.unary_stream(
+        f"/{SERVICE}/Fetch",
+        request_serializer=pb.FetchRequest.SerializeToString,
+        response_deserializer=parse_fetch_reply,
+    )
+    stub.Upload = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.UploadReply.FromString)
+    return stub
+
+
+def add_kvstore_service(servicer: Any, server: Any) -> None:
+    """Serve KVStore, but `Fetch` may write `layer_frame`s and `Upload` reads `UploadBytes`."""
+    rpc.add_KVStoreServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(
+        SERVICE,
+        {
+            "Fetch": grpc.unary_stream_rpc_method_handler(
+                servicer.Fetch, pb.FetchRequest.FromString, serialize_fetch_reply
+            ),
+            "Upload": grpc.stream_unary_rpc_method_handler(
+                servicer.Upload, parse_upload_chunk, pb.UploadReply.SerializeToString
+            ),
+        },
+    )
+
+
+def _data_at(message: bytes, at: int, tag: int) -> int:
+    """Where the data of a field `tag` at `at` starts, if it is the last thing in the message; 0 if it is not."""
+    if at >= len(message) or message[at] != tag:
+        return 0
+    nbytes, start = _read_varint(message, at + 1)
+    return start if start + nbytes == len(message) else 0
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """(value, where it ends); a value that does not end within the message ends beyond it."""
+    value = 0
+    for shift in range(0, 35, 7):
+        byte = message[at] if at < len(message) else 0x80
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+    return value, len(message) + 1
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

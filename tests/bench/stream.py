@@ -1,0 +1,260 @@
+"""What the stream transport costs beside a bare gRPC stream of the same bytes, both ways, in one run.
+
+    python tests/bench/stream.py [--layers 32 --kv-heads 8 --head-dim 128 --seq-len 8192 --rounds 5] [--json]
+
+All ways take turns, round by round; the table has the median, P90 and maximum of each and two ratios of medians. The
+daemon and the bare server are processes of their own on a unix socket. The bare stream: grpc.aio, 1 MiB messages that
+exist beforehand, no serializer, a client that drops what it gets; its upload likewise, written to a file by nobody.
+A fetch lasts from the request to layers that are verified, restored with head-room and evaluated in this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import mlx.core as mx
+import numpy as np
+
+from kvstore.client.client import connect
+from kvstore.client.results import Hit
+from kvstore.client.session import Session
+from kvstore.config import Config
+from kvstore.keys import Namespace
+from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
+from tests.support.daemon import DaemonProcess
+
+CHUNK = 1 << 20
+LIMITS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
+PATIENT = {"connect_ms": 10_000, "stall_ms": 60_000, "total_ms": 300_000}
+
+
+async def serve_bare(path: str) -> None:
+    """A server of nothing but messages: `Down` sends as many as asked for, `Up` takes all there are."""
+    data = [os.urandom(CHUNK) for _ in range(8)]
+
+    async def down(request: bytes, context: Any) -> Any:
+        for number in range(int(request)):
+            yield data[number % 8]
+
+    async def up(requests: Any, context: Any) -> bytes:
+        async for _ in requests:
+            pass
+        return b""
+
+    server = grpc.aio.server(options=LIMITS)
+    handlers = {"Down": grpc.unary_stream_rpc_method_handler(down), "Up": grpc.stream_unary_rpc_method_handler(up)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bare", handlers),))
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    await server.wait_for_termination()
+
+
+class Bare:
+    """The bare server in a process of its own, and both ways of streaming with it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "bare"
+        self._process = subprocess.Popen([sys.executable, __file__, "--serve", str(self._path)])
+        self._channel = grpc.insecure_channel(f"unix:{self._path}", options=LIMITS)
+        grpc.channel_ready_future(self._channel).result(30)
+        self._chunk = os.urandom(CHUNK)
+
+    def down(self, nbytes: int) -> None:
+        """Receive so many bytes."""
+        for _ in self._channel.unary_stream("/bare/Down")(str(-(-nbytes // CHUNK)).encode()):
+            pass
+
+    def up(self, nbytes: int) -> None:
+        """Send so many bytes."""
+        self._channel.stream_unary("/bare/Up")(self._chunk for _ in range(-(-nbytes // CHUNK)))
+
+    def close(self) -> None:
+        """End it."""
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def random_layers(layout: Layout, n_tokens: int) -> list[KVLayer]:
+    """Layers of normally distributed values."""
+    rng = np.random.default_rng(0)
+
+    def rows(part: PartSpec) -> tuple[mx.array, ...]:
+        values = rng.standard_normal((1, part.heads, n_tokens, part.width), np.float32)
+        return (mx.array(values).astype(mx.bfloat16),)
+
+    layers = []
+    for spec in layout.layers:
+        parts = {part: rows(spec.part(part)) for part in PARTS}
+        mx.eval(parts)
+        layers.append(KVLayer(spec, parts["keys"], parts["values"], n_tokens))
+    return layers
+
+
+def fetch(session: Session, tokens: list[int], representation: str, transport: str) -> None:
+    """One fetch of all tokens but the last, evaluated."""
+    hit = session.fetch(tokens, representation, transport)  # type: ignore[arg-type]
+    assert isinstance(hit, Hit), hit
+    assert (hit.n_tokens, hit.source.transport, hit.source.representation) == (
+        len(tokens) - 1,
+        transport,
+        representation,
+    )
+    mx.eval([layer.keys + layer.values for layer in hit.layers])  # type: ignore[union-attr]
+
+
+def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round; one round before them does not count."""
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            if number:
+                took[name].append(time.perf_counter() - started)
+    return took
+
+
+def upload_by_stream(client: Any, base: Namespace, layers: list[KVLayer], tokens: list[int]) -> Iterator[float]:
+    """Seconds that handing over the bytes of a store by stream takes, for store after store of new tokens."""
+    from kvstore.client.uploader import Uploader
+
+    handed_over: list[float] = []
+    original = Uploader._hand_over
+
+    def timed(self: Any, job: Any, begun: Any) -> None:
+        self._path_usable = False
+        started = time.perf_counter()
+        original(self, job, begun)
+        handed_over.append(time.perf_counter() - started)
+
+    Uploader._hand_over = timed  # type: ignore[method-assign]
+    number = 0
+    while True:
+        number += 1
+        handed_over.clear()
+        session = client.session(base, "raw", **PATIENT)
+        session._uploader._path_usable = False
+        result = session.store([number, *tokens[1:]], layers, wait=True, timeout_s=300)
+        assert result.durable, result
+        session.close()
+        client.evict(all=True)
+        yield sum(handed_over)
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure; the report as a dictionary."""
+    part = PartSpec(options.kv_heads, options.head_dim, "BF16")
+    layout = Layout(tuple(LayerSpec(part, part) for _ in range(options.layers)))
+    n_tokens = options.seq_len
+    tokens = list(range(n_tokens + 1))
+    nbytes = n_tokens * layout.token_bytes
+    directory = Path(tempfile.mkdtemp(prefix="kvs-bench-", dir=options.dir))
+    daemon = DaemonProcess(directory / "data", budget_bytes="64GB")
+    bare = Bare(directory)
+    try:
+        daemon.start()
+        config = Config(listen=daemon.listen, min_prefix_tokens=1)
+        with connect(config=config) as client:
+            layers = random_layers(layout, n_tokens)
+            sessions = {}
+            for profile in ("raw", "affine8"):
+                namespace = Namespace(
+                    weights=profile.encode().ljust(32), adapter=b"", layout=layout, dtype="bfloat16", engine="bench"
+                )
+                sessions[profile] = client.session(namespace, profile, **PATIENT)
+                result = sessions[profile].store(tokens[:-1], layers, wait=True, timeout_s=300)
+                assert result.durable, result
+            ways: dict[str, Callable[[], None]] = {
+                "bare stream": lambda: bare.down(nbytes),
+                "raw, stream": lambda: fetch(sessions["raw"], tokens, "packed", "stream"),
+                "raw, path": lambda: fetch(sessions["raw"], tokens, "packed", "path"),
+                "8-bit packed, path": lambda: fetch(sessions["affine8"], tokens, "packed", "path"),
+                "8-bit packed, stream": lambda: fetch(sessions["affine8"], tokens, "packed", "stream"),
+                "8-bit dense, stream": lambda: fetch(sessions["affine8"], tokens, "dense", "stream"),
+            }
+            if options.only:
+                ways = {name: way for name, way in ways.items() if name in options.only.split(";")}
+            if options.store:
+                base = Namespace(weights=b"u" * 32, adapter=b"", layout=layout, dtype="bfloat16", engine="bench")
+                uploads = upload_by_stream(client, base, layers, tokens[:-1])
+                took = {"bare upload": [], "upload": []}
+                for number in range(options.rounds + 1):
+                    started = time.perf_counter()
+                    bare.up(nbytes)
+                    seconds = time.perf_counter() - started
+                    if number:
+                        took["bare upload"].append(seconds)
+                        took["upload"].append(next(uploads))
+                    else:
+                        next(uploads)
+            else:
+                took = measure(ways, options.rounds)
+    finally:
+        bare.close()
+        daemon.kill()
+        shutil.rmtree(directory, ignore_errors=True)
+    return {"bytes": nbytes, "rounds": options.rounds, "seconds": took}
+
+
+RATIOS = (
+    ("raw, stream", "bare stream", 1.25),
+    ("8-bit dense, stream", "8-bit packed, path", 1.6),
+    ("upload", "bare upload", None),
+)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print the table."""
+    took = report["seconds"]
+    print(f"{report['bytes'] / 2**20:.0f} MiB of KV, {report['rounds']} interleaved rounds")
+    print(f"{'':24} {'P50 s':>8} {'P90 s':>8} {'max s':>8} {'GB/s':>6}")
+    for name, seconds in took.items():
+        middle, high = statistics.median(seconds), sorted(seconds)[int(0.9 * (len(seconds) - 1))]
+        print(f"{name:24} {middle:8.3f} {high:8.3f} {max(seconds):8.3f} {report['bytes'] / middle / 1e9:6.2f}")
+    for name, base, target in RATIOS:
+        if name in took and base in took:
+            ratio = statistics.median(took[name]) / statistics.median(took[base])
+            print(f"{name} / {base} = {ratio:.2f}" + (f" (at most {target})" if target else ""))
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dir", default=None, help="where the store lies; the system's temporary directory")
+    parser.add_argument("--only", default="", help="only these ways, separated by ;")
+    parser.add_argument("--store", action="store_true", help="uploads instead of fetches")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        asyncio.run(serve_bare(options.serve))
+        return
+    report = run(options)
+    if options.json:
+        print(json.dumps({"schema": 1, **report}))
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Bulk messages written and read by hand are protobuf's, byte for byte, and what is none of ours is left to it."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore.wire.frames import (
+    LayerBytes,
+    UploadBytes,
+    layer_frame,
+    parse_fetch_reply,
+    parse_upload_chunk,
+    serialize_fetch_reply,
+    upload_frame,
+)
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+PARTS = st.lists(st.binary(max_size=300), max_size=4)
+
+
+@given(st.integers(0, 2**32 - 1), PARTS)
+def test_protobuf_reads_what_we_write(layer: int, parts: list[bytes]) -> None:
+    """Either end may use the generated code."""
+    reply = pb.FetchReply.FromString(layer_frame(layer, parts))
+    assert (reply.WhichOneof("part"), reply.chunk.layer, reply.chunk.data) == ("chunk", layer, b"".join(parts))
+
+
+@given(st.integers(0, 2**32 - 1), st.binary(max_size=300))
+def test_we_read_what_protobuf_writes(layer: int, data: bytes) -> None:
+    """A layer 0 and empty data are left out by it."""
+    message = pb.FetchReply(chunk=pb.LayerChunk(layer=layer, data=data)).SerializeToString()
+    assert parse_fetch_reply(message) == LayerBytes(layer, memoryview(data))
+    assert parse_fetch_reply(layer_frame(layer, [data])) == LayerBytes(layer, memoryview(data))
+
+
+@given(st.text(max_size=40), PARTS)
+def test_uploads_too(upload_id: str, parts: list[bytes]) -> None:
+    """Both ways, with and without a name."""
+    data = b"".join(parts)
+    chunk = pb.UploadChunk.FromString(upload_frame(upload_id, parts))
+    assert (chunk.upload_id, chunk.data) == (upload_id, data)
+    for message in (upload_frame(upload_id, parts), pb.UploadChunk(upload_id=upload_id, data=data).SerializeToString()):
+        assert parse_upload_chunk(message) == UploadBytes(upload_id, memoryview(data))
+
+
+def test_data_is_a_view_of_the_message() -> None:
+    """1 MiB is not copied to be looked at."""
+    message = layer_frame(3, [bytes(1 << 20)])
+    found = parse_fetch_reply(message)
+    assert isinstance(found, LayerBytes)
+    assert found.data.obj is message
+
+
+def test_a_plan_is_protobufs() -> None:
+    """Only chunks are ours."""
+    reply = pb.FetchReply(plan=pb.FetchPlan(n_tokens=3, reason="ok"))
+    assert parse_fetch_reply(serialize_fetch_reply(reply)) == reply
+    assert serialize_fetch_reply(b"as it is") == b"as it is"
+
+
+@given(st.binary(max_size=40))
+def test_garbage_is_what_protobuf_says_it_is(message: bytes) -> None:
+    """No other error, no endless loop, and never a reading that protobuf would not have given."""
+    for parse, kind in ((parse_fetch_reply, pb.FetchReply), (parse_upload_chunk, pb.UploadChunk)):
+        try:
+            expected = kind.FromString(message)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                parse(message)
+            continue
+        found = parse(message)
+        if isinstance(found, LayerBytes):
+            assert (found.layer, found.data) == (expected.chunk.layer, expected.chunk.data)
+        elif isinstance(found, UploadBytes):
+            assert (found.upload_id, found.data) == (expected.upload_id, expected.data)
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_a_message_cut_short_is_an_error(cut: int) -> None:
+    """Wherever the cut is."""
+    message = layer_frame(300, [bytes(200)])
+    with pytest.raises(DecodeError):
+        parse_fetch_reply(message[:cut])
