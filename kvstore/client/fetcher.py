@@ -25,17 +25,17 @@ from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
+from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss
 from kvstore.client.timing import Meter, TimedReader
 from kvstore.codecs import device
 from kvstore.codecs.assemble import BlockCorruptError, assemble_layer, layer_ranges
 from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
-from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, RangeReader
+from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 from kvstore.wire.convert import namespace_to_message
-from kvstore.wire.frames import LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "dense"]
@@ -99,12 +99,14 @@ class Fetcher:
         connection: Connection,
         namespace: Namespace,
         options: FetchOptions,
+        budget: ByteBudget,
         report: Callable[[bytes, str], None],
     ) -> None:
         self._connection = connection
         self._namespace = namespace
         self._message = namespace_to_message(namespace)
         self._options = options
+        self._budget = budget
         self._report = report
         self._path_usable = options.same_host
 
@@ -183,7 +185,7 @@ class Fetcher:
             try:
                 if by_path:
                     return self._from_files(attempt, plan, call)
-                layers = tuple(self._from_stream(attempt, plan, messages))
+                layers = tuple(self._from_stream(attempt, plan, messages, call))
             finally:
                 if plan.fetch_id:
                     self._connection.tell(attempt.meter.report(plan.fetch_id, by_path=by_path))
@@ -225,25 +227,31 @@ class Fetcher:
         return plan.first(error.source, reason)
 
     def _from_stream(
-        self, attempt: _Attempt, plan: Plan, messages: Iterator[pb.FetchReply]
+        self, attempt: _Attempt, plan: Plan, messages: Iterator[Message], call: Any
     ) -> Iterator[KVLayer | StateLayer]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
-        for index, spec in enumerate(self._namespace.layout.layers):
-            if spec.is_exact:
-                state = plan.state(index)
-                ranges, nbytes = state_ranges(state, plan.state_source), state.nbytes
-            else:
-                ranges = layer_ranges(plan.blocks, index)
-                nbytes = layer_bytes(plan.blocks, ranges, spec)
-            buffer = _receive(messages, index, nbytes)
-            try:
-                yield self._layer(attempt, plan, index, BufferReader(buffer, ranges))
-            except BlockCorruptError as error:
-                if plan.keys[error.source]:
-                    self._report(plan.keys[error.source], str(error))
-                if plan.states:
-                    raise _DamagedError(plan.tokens_without(error.source), Reason.CORRUPT) from error
-                raise
+        expected = [self._expected(plan, index) for index in range(len(self._namespace.layout.layers))]
+        sizes = [nbytes for _, nbytes in expected]
+        with Receiver(messages, sizes, self._budget, call.cancel, attempt.deadline.left_s) as receiver:
+            for index, (ranges, _) in enumerate(expected):
+                reader = BufferReader(receiver.take(index), ranges)
+                try:
+                    yield self._layer(attempt, plan, index, reader)
+                except BlockCorruptError as error:
+                    if plan.keys[error.source]:
+                        self._report(plan.keys[error.source], str(error))
+                    if plan.states:
+                        raise _DamagedError(plan.tokens_without(error.source), Reason.CORRUPT) from error
+                    raise
+
+    def _expected(self, plan: Plan, index: int) -> tuple[list[Range], int]:
+        """The ranges that a stream carries of a layer, and their bytes."""
+        spec = self._namespace.layout.layers[index]
+        if spec.is_exact:
+            state = plan.state(index)
+            return state_ranges(state, plan.state_source), state.nbytes
+        ranges = layer_ranges(plan.blocks, index)
+        return ranges, layer_bytes(plan.blocks, ranges, spec)
 
     def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer | StateLayer:
         layout = self._namespace.layout
@@ -265,7 +273,7 @@ class Fetcher:
     @contextmanager
     def _call(
         self, attempt: _Attempt, request: Request, transport: pb.Transport
-    ) -> Iterator[tuple[Iterator[pb.FetchReply], Any]]:
+    ) -> Iterator[tuple[Iterator[Message], Any]]:
         """An open Fetch call and its messages; each wait is watched, and the call ends with the block."""
         attempt.deadline.check()
         message = pb.FetchRequest(
@@ -302,7 +310,7 @@ def arrays_of(layer: KVLayer | StateLayer) -> list[Any]:
     return [*layer.keys, *layer.values] if isinstance(layer, KVLayer) else [array for _, array in layer.arrays]
 
 
-def _watched(call: Iterator[pb.FetchReply], watchdog: Watchdog, stall_s: float) -> Iterator[pb.FetchReply]:
+def _watched(call: Iterator[Message], watchdog: Watchdog, stall_s: float) -> Iterator[Message]:
     try:
         while (message := watchdog.next(call)) is not None:
             yield message
@@ -312,7 +320,7 @@ def _watched(call: Iterator[pb.FetchReply], watchdog: Watchdog, stall_s: float) 
         raise
 
 
-def _plan(messages: Iterator[pb.FetchReply], request: Request) -> Plan:
+def _plan(messages: Iterator[Message], request: Request) -> Plan:
     first = next(messages, None)
     if not isinstance(first, pb.FetchReply) or first.WhichOneof("part") != "plan":
         raise CorruptDataError("a fetch must be answered with a plan")
@@ -325,24 +333,6 @@ def _hit(
     elapsed_s = time.monotonic() - attempt.started
     source = HitSource(transport, representation, len(plan.blocks), plan.nbytes, elapsed_s)
     return Hit(plan.n_tokens, layers, plan.reason, plan.fidelity, source)
-
-
-def _receive(messages: Iterator[pb.FetchReply], layer: int, nbytes: int) -> bytearray:
-    """One layer's bytes. CorruptDataError when the stream has fewer, more, or another layer's."""
-    buffer = bytearray(nbytes)
-    received = 0
-    while received < nbytes:
-        message = next(messages, None)
-        if message is None:
-            raise CorruptDataError(f"the stream ended in layer {layer}, after {received} of {nbytes} bytes")
-        if not isinstance(message, LayerBytes) or message.layer != layer or not message.data:
-            raise CorruptDataError(f"the stream carries something else than layer {layer}")
-        data = message.data
-        if received + len(data) > nbytes:
-            raise CorruptDataError(f"the stream carries more than the {nbytes} bytes of layer {layer}")
-        buffer[received : received + len(data)] = data
-        received += len(data)
-    return buffer
 
 
 @contextmanager

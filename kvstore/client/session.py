@@ -116,7 +116,8 @@ class Session:
 
     `fetch` works on the caller's thread, and what it returns belongs to that thread. `store` copies tokens out of the
     caller's arrays on the caller's thread, which must own them; everything after that happens on the session's one
-    background thread, a daemon thread. Captured arrays count against the client's `memory_bytes`.
+    background thread, a daemon thread. Captured arrays, and what a stream
+    is received into, count against the client's `memory_bytes`.
     """
 
     def __init__(
@@ -134,7 +135,7 @@ class Session:
         fetch_options = FetchOptions(
             options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
         )
-        self._fetcher = Fetcher(connection, namespace, fetch_options, self._report)
+        self._fetcher = Fetcher(connection, namespace, fetch_options, budget, self._report)
 
     def match(self, tokens: Iterable[int] | bytes, prefill_tokens_per_s: float = 0.0, covered_tokens: int = 0) -> Match:
         """How much of `tokens` a fetch would return now, by asking the index only. Speed and tokens as in `fetch`."""

@@ -1,4 +1,4 @@
-"""FETCH, its plan: from the index, with a lease. Who says how fast it computes gets no more than is worth it (`costs.py`).
+"""FETCH, its plan: from the index, with a lease. Who says how fast it computes gets what is worth it (`costs.py`).
 
 `layers.py` makes the bytes of it, `sender.py` sends them. Anything that is wrong with a block makes the prefix shorter
 before the plan is sent; after that it ends the stream, and the next fetch finds the block gone.

@@ -88,9 +88,7 @@ class KVStoreService(rpc.KVStoreServicer):
     async def _planned(self, request: pb.FetchRequest, way: Way) -> FetchPlan:
         root = convert.root_from_message(request.namespace)
         planning = asyncio.ensure_future(
-            self._workers.read(
-                self._fetch.plan, root, request.tokens, request.fidelity_min, offer_of(request, way)
-            )
+            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min, offer_of(request, way))
         )
         try:
             return await asyncio.shield(planning)
@@ -101,9 +99,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, context: Context) -> None:
         make, run = (
-            (self._layers.dense, self._workers.decode)
-            if way == "dense"
-            else (self._layers.packed, self._workers.read)
+            (self._layers.dense, self._workers.decode) if way == "dense" else (self._layers.packed, self._workers.read)
         )
         sender = Sender(make(plan, layout), run, self._config.stream_stall_s)
         try:
