@@ -1,0 +1,107 @@
+"""Every fault at length, and the table of the README. `make faults`, or `python -m tests.faults --help`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from tests.faults import cuts, kills
+from tests.faults.bugs import BUGS, CUT, KILL
+from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
+from tests.faults.workload import SCRIPTS
+
+Item = TypeVar("Item")
+Share = Callable[[Sequence[Item]], list[Item]]
+
+
+def run_kills(folder: Path, share: Share[kills.Point]) -> list[Tally]:
+    """Every point at which a kill leaves another disk."""
+    harness = kills.Kills(folder)
+    tally = Tally("SIGKILL", "at every call that changes the disk (strace inject)", "at the next start")
+    for point in share([point for script in SCRIPTS for point in harness.points(script)]):
+        tally.note(point, harness.strike(point))
+    return [tally]
+
+
+def run_cuts(folder: Path, share: Share[cuts.Cut]) -> list[Tally]:
+    """Every point of the `Fs` seam and every acknowledgement."""
+    harness = cuts.Cuts(folder)
+    tally = Tally("power cut", "ext4 on a loop device, EXT4_IOC_SHUTDOWN without flushing", "at the next start")
+    for cut in share([cut for script in SCRIPTS for cut in harness.points(script)]):
+        tally.note(cut, harness.strike(cut))
+    return [tally]
+
+
+SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
+    "kills": (kills.missing, run_kills),
+    "cuts": (cuts.missing, run_cuts),
+}
+
+
+def first_find(harness: kills.Kills | cuts.Cuts, bug: str) -> str:
+    """The first point at which a harness finds a seeded bug; empty when it does at none."""
+    seeded = BUGS[bug]
+    points = [
+        point for point in harness.points(seeded.script, bug) if getattr(point, "call", "") in ("", *seeded.calls)
+    ]
+    for number, point in enumerate(points, start=1):
+        if found := harness.strike(point, bug):
+            return f"after {number} of {len(points)} ({found[0].split(':')[0]})"
+    return ""
+
+
+def prove(folder: Path) -> bool:
+    """The table of seeded bugs; whether every harness found what it must."""
+    rows, right = [], True
+    for name, bug in BUGS.items():
+        found = {KILL: first_find(kills.Kills(folder / "k"), name), CUT: first_find(cuts.Cuts(folder / "c"), name)}
+        right = right and all(found[by] for by in bug.found_by)
+        rows.append((bug.what, found[KILL] or "not found", found[CUT] or "not found"))
+        print(rows[-1], file=sys.stderr, flush=True)
+    print(markdown(("seeded bug", "kills", "power cuts"), rows))
+    return right
+
+
+def main() -> int:
+    """Run, print, and say by the exit code whether every promise was kept."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, bugs; all if none is named")
+    parser.add_argument("--slice", default="0/1", help="K/N: only every N-th run, from the K-th on")
+    parser.add_argument("--results", type=Path, help="append the rows here, and print what is there in all")
+    arguments = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    first, step = map(int, arguments.slice.split("/"))
+    tallies: list[Tally] = []
+    right = True
+    with tempfile.TemporaryDirectory(prefix="kvstore-faults-") as name:
+        folder = Path(name)
+        for section in arguments.sections or (*SECTIONS, "bugs"):
+            if section == "bugs":
+                right = prove(folder) and right
+                continue
+            missing, run = SECTIONS[section]
+            if why := missing():
+                print(f"NOT RUN: {section}: {why}", file=sys.stderr)
+                right = False
+                continue
+            (folder / section).mkdir()
+            tallies += run(folder / section, lambda points: list(points)[first::step])
+    if arguments.results:
+        keep(arguments.results, tallies)
+        tallies = kept(arguments.results)
+    rows = merged(tallies)
+    if rows:
+        print(markdown(COLUMNS, [row.cells() for row in rows]))
+    broken = [line for row in rows for line in row.others]
+    for line in broken:
+        print(line, file=sys.stderr)
+    return 0 if right and not broken else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""SIGKILL at any call that changes the disk, by strace: `-e inject=CALL:signal=KILL:when=N`.
+
+The kill comes as the N-th call of that name begins, so the disk is as all calls before left it. Calls that only read are
+left out, and of those that open a file the ones that create none: a kill there leaves what one at the next change does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.workload import SCRIPTS, broken_promises
+
+ROOT = Path(__file__).parents[2]
+CHANGES = (
+    "?open,openat,?creat,close,write,pwrite64,writev,pwritev,fsync,fdatasync,msync,?rename,renameat,renameat2,?unlink,"
+    "unlinkat,?mkdir,mkdirat,?rmdir,ftruncate,truncate,fchmod,?chmod,fchmodat,fallocate,flock,?link,linkat"
+)
+
+# Of the calls that are traced, those that change nothing after all.
+_READS = re.compile(r"close\(|open(at)?\((?!.*O_(CREAT|TRUNC))")
+_CALL = re.compile(r"(\w+)\(")
+
+
+def missing() -> str:
+    """Why this cannot run here; empty when it can."""
+    if not sys.platform.startswith("linux"):
+        return "kills at system calls need Linux"
+    if shutil.which("strace") is None:
+        return "kills at system calls need strace: apt-get install strace"
+    probe = subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, text=True, check=False)
+    return "" if probe.returncode == 0 else f"strace may not trace here: {probe.stderr.strip()}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One kill: at the call number `number` to `call`."""
+
+    script: str
+    call: str
+    number: int
+
+
+class Kills:
+    """Runs scripts in processes that are killed. `folder` holds the templates and the directory of each run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def points(self, script: str, bug: str = "") -> list[Point]:
+        """Every point of a script, from its first line on: what came before was Python that starts."""
+        data_dir, acks = self._fresh(script)
+        trace = self._folder / "trace"
+        self._run(script, data_dir, acks, bug, ["-o", str(trace), "-e", f"trace={CHANGES}"])
+        made: Counter[str] = Counter()
+        points: list[Point] = []
+        started = False
+        for line in trace.read_text(errors="replace").splitlines():
+            found = _CALL.match(line)
+            if found is None:
+                continue
+            made[found[1]] += 1
+            if started and not _READS.match(line):
+                points.append(Point(script, found[1], made[found[1]]))
+            started = started or "begin 0" in line
+        return points
+
+    def strike(self, point: Point, bug: str = "") -> list[str]:
+        """Run to the point, then verify; what was found wrong."""
+        data_dir, acks = self._fresh(point.script)
+        inject = f"inject={point.call}:signal=KILL:when={point.number}"
+        strace = ["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject]
+        code = self._run(point.script, data_dir, acks, bug, strace)
+        try:
+            if code != -signal.SIGKILL:
+                return [f"the script was not killed: it ended with {code}"]
+            return broken_promises(point.script, data_dir, acks, bug)
+        finally:
+            shutil.rmtree(data_dir, ignore_errors=True)
+
+    def _fresh(self, script: str) -> tuple[Path, Path]:
+        template = self._folder / f"template {script}"
+        if not template.exists():
+            SCRIPTS[script].prepare(template)
+        data_dir = Path(tempfile.mkdtemp(dir=self._folder))
+        shutil.copytree(template, data_dir, dirs_exist_ok=True)
+        acks = self._folder / f"{data_dir.name}.acks"
+        return data_dir, acks
+
+    def _run(self, script: str, data_dir: Path, acks: Path, bug: str, strace: Sequence[str]) -> int:
+        program = [sys.executable, "-m", "tests.faults.workload", script, str(data_dir), str(acks), bug]
+        environ = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+        ran = subprocess.run(["strace", *strace, *program], cwd=ROOT, env=environ, capture_output=True, check=False)
+        if ran.returncode not in (0, -signal.SIGKILL):
+            sys.stderr.write(ran.stderr.decode(errors="replace")[-2000:])
+        return ran.returncode
