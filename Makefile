@@ -2,6 +2,7 @@
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model: the table in README.md
+# make faults  kills, power cuts, damage and failing disks at length; as root on Linux, a quarter of an hour
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 #
@@ -36,7 +37,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest compat bench lint proto proto-check venv clean
+.PHONY: demo test test-oldest compat bench faults lint proto proto-check venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -52,6 +53,9 @@ compat: $(INSTALLED_VLLM)
 
 bench: $(INSTALLED)
 	@$(BIN)/python tests/bench/topologies.py
+
+faults: $(INSTALLED)
+	@$(BIN)/python -m tests.faults
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .

@@ -1,7 +1,8 @@
 """SIGKILL at any call that changes the disk, by strace: `-e inject=CALL:signal=KILL:when=N`.
 
-The kill comes as the N-th call of that name begins, so the disk is as all calls before left it. Calls that only read are
-left out, and of those that open a file the ones that create none: a kill there leaves what one at the next change does.
+The kill comes as the N-th call of that name begins, so the disk is as all calls before left it. Calls that only read
+are left out, and of those that open a file the ones that create none: there a kill leaves what one at the next change
+does.
 """
 
 from __future__ import annotations
