@@ -1,0 +1,196 @@
+"""The byte formats of the rotated codecs again, in numpy, without MLX or the codecs' own code.
+
+Only the codebooks and the dense rotation are taken from the codecs; golden values hold those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import numpy as np
+
+from kvstore.blocks import Recipe
+from kvstore.codecs.codebooks import codebook
+from kvstore.codecs.rotation import haar_matrix
+
+Array = np.ndarray[Any, Any]
+
+
+def bfloat16(array: Array) -> Array:
+    """float32 rounded to bfloat16, ties to even, as float32."""
+    words = array.astype(np.float32).view(np.uint32)
+    return ((words + 0x7FFF + ((words >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+ROUND = {"BF16": bfloat16, "F16": lambda a: a.astype(np.float16).astype(np.float32), "F32": lambda a: a}
+
+
+def signs(width: int, seed: int, number: int) -> Array:
+    """+1 and -1 from the stream of one pass."""
+    text = f"kvstore signs {number} {width} {seed}"
+    stream = hashlib.shake_256(text.encode()).digest((width + 7) // 8)
+    bits = [stream[i // 8] >> (i % 8) & 1 for i in range(width)]
+    return np.array([-1.0 if bit else 1.0 for bit in bits], np.float32)
+
+
+def walsh(rows: Array) -> Array:
+    """The Walsh-Hadamard transform in natural order, by butterflies of growing span, over sqrt(m)."""
+    m = rows.shape[-1]
+    rows, span = rows.copy(), 1
+    while span < m:
+        pairs = rows.reshape(*rows.shape[:-1], m // (2 * span), 2, span)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        rows = np.stack([a + b, a - b], axis=-2).reshape(*rows.shape)
+        span *= 2
+    return rows * np.float32(1.0 / math.sqrt(m))
+
+
+def spans(width: int) -> list[tuple[int, int]]:
+    """What each pass transforms."""
+    m = 2 ** int(math.log2(width))
+    return [(0, m)] if m == width else [(0, m), (width - m, width), (0, m)]
+
+
+def rotate(rows: Array, seed: int, back: bool = False) -> Array:
+    """The Hadamard rotation or its inverse."""
+    rows = rows.astype(np.float32)
+    passes = list(enumerate(spans(rows.shape[-1])))
+    for number, (first, last) in reversed(passes) if back else passes:
+        factor = signs(rows.shape[-1], seed, number)
+        rows = rows if back else rows * factor
+        rows = np.concatenate([rows[..., :first], walsh(rows[..., first:last]), rows[..., last:]], axis=-1)
+        rows = rows * factor if back else rows
+    return rows
+
+
+def bit_string(codes: Array, bits: int) -> Array:
+    """`[..., n]` -> `[..., n * bits]`, the lowest bit of each code first."""
+    split = (codes[..., None].astype(np.int64) >> np.arange(bits)) & 1
+    return split.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
+
+
+def words(fields: list[tuple[Array, int]]) -> Array:
+    """Codes of each field, one after the other -> uint32 words."""
+    string = np.concatenate([bit_string(codes, bits) for codes, bits in fields], axis=-1)
+    missing = -string.shape[-1] % 32
+    string = np.concatenate([string, np.zeros((*string.shape[:-1], missing), np.int64)], axis=-1)
+    return (string.reshape(*string.shape[:-1], string.shape[-1] // 32, 32) << np.arange(32)).sum(-1).astype(np.uint32)
+
+
+def codes_of(packed: Array, fields: list[tuple[int, int]]) -> list[Array]:
+    """uint32 words -> the codes of each field of (codes, bits)."""
+    string = (packed[..., None] >> np.arange(32, dtype=np.uint32)) & 1
+    string = string.reshape(*packed.shape[:-1], packed.shape[-1] * 32)
+    out, at = [], 0
+    for n, bits in fields:
+        field = string[..., at : at + n * bits].reshape(*packed.shape[:-1], n, bits)
+        out.append((field << np.arange(bits)).sum(-1))
+        at += n * bits
+    return out
+
+
+class TurboQuant:
+    """turboquant-mse and turboquant-prod for rows of one width."""
+
+    def __init__(self, recipe: Recipe, width: int, dtype: str) -> None:
+        values = {"eighths": 0, "seed": 0, "haar": 0, "unit": 0, **dict(recipe.params)}
+        self.prod = recipe.name == "turboquant-prod"
+        self.width, self.seed, self.haar = width, values["seed"], values["haar"]
+        self.unit, self.round = values["unit"], ROUND[dtype]
+        wide = 8 * ((width * values["eighths"] + 32) // 64)
+        bits = values["bits"] - self.prod
+        self.fields = [(n, b) for n, b in ((wide, bits + 1), (width - wide, bits)) if n]
+
+    def turn(self, rows: Array, residual: int = 0, back: bool = False) -> Array:
+        """R, R' or their inverses."""
+        if not self.haar:
+            return rotate(rows, self.seed + residual, back)
+        matrix = haar_matrix(self.width, self.seed + residual)
+        return rows.astype(np.float32) @ (matrix if back else matrix.T)
+
+    def nearest(self, z: Array) -> tuple[list[Array], Array, Array]:
+        """(codes of each field, their levels, distance of each value to the nearest boundary)."""
+        codes, levels, gaps, at = [], [], [], 0
+        for n, bits in self.fields:
+            book, part = codebook(self.width, bits), z[..., at : at + n]
+            bounds = (book.levels[1:] + book.levels[:-1]) / 2
+            k = np.searchsorted(bounds[len(bounds) // 2 + 1 :], np.abs(part), side="left")
+            half = len(book.levels) // 2
+            codes.append(np.where(part < 0, half - 1 - k, half + k))
+            levels.append(book.levels[codes[-1]])
+            gaps.append(np.abs(part[..., None] - bounds).min(-1))
+            at += n
+        return codes, np.concatenate(levels, -1), np.concatenate(gaps, -1)
+
+    def encode(self, rows: Array) -> tuple[list[Array], Array]:
+        """(tensors, distance of what was coded to the nearest boundary: of levels, then of signs)."""
+        y = self.turn(rows)
+        scale = np.sqrt(np.float32(self.width))
+        if not self.unit:
+            rms = np.sqrt(np.mean(y * y, -1, keepdims=True, dtype=np.float32))
+            scale = np.float32(1.0) / np.maximum(rms, np.float32(2.0**-62))
+        codes, q, gaps = self.nearest(y * scale)
+        fields = [(c, b) for c, (_, b) in zip(codes, self.fields, strict=True)]
+        a: Array = np.full((*rows.shape[:-1], 1), 1 / math.sqrt(self.width), np.float32)
+        scales = []
+        if not self.unit:
+            a = self.round((y * q).sum(-1, keepdims=True) / (q * q).sum(-1, keepdims=True))
+            scales.append(a)
+        if self.prod:
+            u = self.turn(y - a * q, 1)
+            fields.append((u >= 0, 1))
+            size = np.abs(u).sum(-1, keepdims=True)
+            g = np.divide((u * u).sum(-1, keepdims=True), size, out=np.zeros_like(size), where=size > 0)
+            scales.append(g if self.unit else self.round(g))
+            gaps = np.concatenate([gaps, np.abs(u) / np.maximum(size, 1e-30) * self.width], -1)
+        tensors = [words(fields)] + ([np.concatenate(scales, -1)] if scales else [])
+        return tensors, gaps
+
+    def decode(self, tensors: list[Array]) -> Array:
+        """float32 rows; `tensors`: uint32 words, float32 scales."""
+        fields = [*self.fields, (self.width, 1)] if self.prod else self.fields
+        codes = codes_of(tensors[0], fields)
+        pairs = zip(codes, self.fields, strict=False)
+        q = np.concatenate([codebook(self.width, bits).levels[c] for c, (_, bits) in pairs], -1)
+        y = q * (np.float32(1 / math.sqrt(self.width)) if self.unit else tensors[1][..., :1])
+        if self.prod:
+            y = y + self.turn((2.0 * codes[-1] - 1.0).astype(np.float32) * tensors[1][..., -1:], 1, back=True)
+        return self.turn(y, back=True)
+
+
+class RotatedAffine:
+    """rotated-affine for `[layers, heads, tokens, width]`."""
+
+    def __init__(self, recipe: Recipe, dtype: str) -> None:
+        values = {"seed": 0, "fold": 0, **dict(recipe.params)}
+        self.bits, self.group, self.seed, self.fold = (values[k] for k in ("bits", "group", "seed", "fold"))
+        self.round = ROUND[dtype]
+
+    def encode(self, rows: Array) -> tuple[list[Array], Array]:
+        """(codes, scales, biases; distance of each value to the nearest half step)."""
+        y = rotate(rows, self.seed)
+        if self.fold:
+            y = y.transpose(0, 2, 1, 3).reshape(y.shape[0], 1, y.shape[2], y.shape[1] * y.shape[3])
+        groups = y.reshape(*y.shape[:-1], y.shape[-1] // self.group, self.group)
+        low, high = groups.min(-1), groups.max(-1)
+        if self.bits == 2:
+            reach = np.float32(1.494) * np.sqrt(np.mean(groups * groups, -1, dtype=np.float32))
+            low, high = np.maximum(low, -reach), np.minimum(high, reach)
+        last = np.float32(2**self.bits - 1)
+        scales, biases = self.round((high - low) / last), self.round(low)
+        inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+        steps = (groups - biases[..., None]) * inverse[..., None] + np.float32(0.5)
+        codes = np.clip(steps, 0, last + np.float32(0.5)).astype(np.int64).reshape(y.shape)
+        gaps = np.abs(steps - np.round(steps)).reshape(y.shape)
+        return [words([(codes, self.bits)]), scales, biases], gaps
+
+    def decode(self, tensors: list[Array], heads: int) -> Array:
+        """float32 rows; `tensors`: uint32 words, float32 scales and biases."""
+        n = tensors[1].shape[-1] * self.group
+        codes = codes_of(tensors[0], [(n, self.bits)])[0].astype(np.float32)
+        y = codes * np.repeat(tensors[1], self.group, -1) + np.repeat(tensors[2], self.group, -1)
+        if self.fold:
+            y = y.reshape(y.shape[0], y.shape[2], heads, n // heads).transpose(0, 2, 1, 3)
+        return rotate(y, self.seed, back=True)
