@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kvstore.client import Client
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
-from kvstore.integrations.caches import capture, layout, restore, token_count
+from kvstore.integrations.caches import CacheLayer, capture, layout, restore, token_count
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
@@ -128,8 +129,26 @@ def identify(
     return Identity(weights, adapter, salt, alias) if weights else None
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Layers that came out of the store, and how many tokens they hold."""
+
+    layers: Sequence[CacheLayer]
+    tree: str
+    n_tokens: int
+
+    def restored(self) -> tuple[list[Any], int]:
+        """A cache of them, and the tokens that it holds. On the thread that will use it."""
+        return restore(self.layers, self.tree), self.n_tokens
+
+
+def _nbytes(session: Session, n_tokens: int) -> int:
+    """Bytes of so many tokens of a cache; window and state layers are not known before they are read."""
+    return n_tokens * session.namespace.layout.token_bytes
+
+
 class ModelStore:
-    """The store for all models of one process. Made and used on the thread that owns the caches, closed on any.
+    """The store for all models of one process. `store` belongs to the thread that owns the caches, the rest to any.
 
     `reasons` counts why fetches and stores did nothing, where that was decided here; the daemon is told, so that its
     statistics show it too. Sessions count their own.
@@ -153,6 +172,7 @@ class ModelStore:
         self._folders: dict[str, Path] = {}
         self._sessions: dict[Namespace, Session] = {}
         self._refusals: set[str] = set()
+        self._lock = threading.RLock()
 
     def pin(self, *paths: str | None) -> None:
         """Note what folders (or Hugging Face ids) hold now: call it when they are loaded. See `WeightsDigest.pin`."""
@@ -163,6 +183,10 @@ class ModelStore:
 
     def session(self, key: ModelKey, of: Layout) -> Session | None:
         """The session for a model and a layout, made when first asked for; None while the identity is unknown."""
+        with self._lock:
+            return self._session(key, of)
+
+    def _session(self, key: ModelKey, of: Layout) -> Session | None:
         self.pin(*(path for path in key if path and path not in self._folders))
         identity = None
         if all(path is None or path in self._folders for path in key):
@@ -177,25 +201,57 @@ class ModelStore:
         return self._sessions[namespace]
 
     def fetch(
-        self, key: ModelKey, layouts: Sequence[Layout], tokens: Sequence[int], covered: int = 0
+        self,
+        key: ModelKey,
+        layouts: Sequence[Layout],
+        tokens: Sequence[int],
+        covered: int = 0,
+        prefill_tokens_per_s: float = 0.0,
     ) -> tuple[list[Any], int] | None:
         """A cache for the longest stored prefix of `tokens` in any of the layouts, and its length in tokens.
 
-        None when there is none, or not one of `GAIN_TOKENS_MIN` more than the `covered` tokens that the caller has.
+        None when there is none, or not one of `GAIN_TOKENS_MIN` more than the `covered` tokens that the caller has, or
+        when a caller of that speed (0: not known) would lose by it.
+        """
+        found = self.find(key, layouts, tokens, covered, prefill_tokens_per_s)
+        return None if found is None else found.restored()
+
+    def find(
+        self,
+        key: ModelKey,
+        layouts: Sequence[Layout],
+        tokens: Sequence[int],
+        covered: int = 0,
+        prefill_tokens_per_s: float = 0.0,
+        reserve: Callable[[int], bool] | None = None,
+    ) -> Found | None:
+        """As `fetch`, for any thread: every layer is evaluated, and cache layers can be made of them on another.
+
+        `reserve(nbytes)` is asked before anything is read, and may refuse.
         """
         wanted = covered + GAIN_TOKENS_MIN if covered else 1
         if len(tokens) - 1 < wanted:
             return None
         try:
             sessions = [session for one in layouts if (session := self.session(key, one))]
-            if covered or len(sessions) > 1:
+            if covered or len(sessions) > 1 or reserve is not None:
                 # Matching asks the index only; what would be thrown away is not read.
-                lengths = {session: session.match(tokens).n_tokens for session in sessions}
+                lengths = {
+                    session: session.match(tokens, prefill_tokens_per_s, covered).n_tokens for session in sessions
+                }
                 sessions = [s for s in sessions if lengths[s] >= wanted and lengths[s] == max(lengths.values())]
+                if reserve is not None and sessions and not reserve(_nbytes(sessions[0], max(lengths.values()))):
+                    return None
             for session in sessions[:1]:
-                hit = session.fetch(_around_images(session, tokens))
+                prompt = _around_images(session, tokens)
+                hit = session.fetch(
+                    prompt,
+                    prefill_tokens_per_s=prefill_tokens_per_s,
+                    covered_tokens=covered,
+                    evaluate=reserve is not None,
+                )
                 if isinstance(hit, Hit) and hit.n_tokens >= wanted and not _splits_image(tokens, hit.n_tokens):
-                    return restore(hit.layers, session.namespace.layout.tree), hit.n_tokens
+                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens)
         except KVStoreError as error:
             self.refuse(error)
         return None
@@ -228,8 +284,19 @@ class ModelStore:
             log.warning("the store is not used: %s", error)
 
     def _count(self, reason: Reason) -> None:
-        self.reasons[reason] += 1
+        with self._lock:
+            self.reasons[reason] += 1
         self._client.count_refusal(reason)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on bytes in queues and buffers, of which each kind keeps to it by itself."""
+        return self._client.config.memory_bytes
+
+    @property
+    def fetch_total_s(self) -> float:
+        """The longest that a fetch may take."""
+        return self._client.config.fetch_total_ms / 1e3
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what is queued has been stored or dropped; whether all was."""

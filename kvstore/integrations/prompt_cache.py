@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
@@ -18,7 +18,8 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 from kvstore.client import connect
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
-from kvstore.integrations.models import ModelKey, ModelStore
+from kvstore.integrations.models import GAIN_TOKENS_MIN, Found, ModelKey, ModelStore
+from kvstore.integrations.speed import PrefillSpeed
 from kvstore.layers import Layout
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,13 @@ def default_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MEMORY_SHARE
 
 
+Expected = tuple[ModelKey, list[int], Found | None]
+
+
 class PromptCache(LRUPromptCache):
-    """Drop-in for `mlx_lm.server.LRUPromptCache`. Every method is called on the generation thread.
+    """Drop-in for `mlx_lm.server.LRUPromptCache`. Methods are called on the generation thread, unless they say any.
+
+    `speed` says how fast prompts are computed, as far as somebody has measured it.
 
     `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
     flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted. Several server
@@ -58,16 +64,31 @@ class PromptCache(LRUPromptCache):
         self._enabled = not getattr(provider, "is_distributed", False)
         self._learned: dict[ModelKey, list[Layout]] = {}
         self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
+        self._expected: Expected | None = None
+        self.speed = PrefillSpeed()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """(cache of a prefix of `tokens`, the tokens left to feed: at least one), from memory or the store."""
         wanted = tokens[: self.limit(model)]
         cache, rest = self._from_memory(model, wanted)
         covered = len(wanted) - len(rest)
-        if self._enabled and (found := self._store.fetch(model, self._layouts(model), wanted, covered)):
+        if self._enabled and (found := self._from_store(model, tokens, wanted, covered)):
             cache, covered = found
             log.info("prefix of %d of %d tokens from the store", covered, len(tokens))
         return cache, tokens[covered:]
+
+    def find(self, model: ModelKey, tokens: list[int], reserve: Callable[[int], bool]) -> Found | None:
+        """What the store has of a prompt beyond what memory has, for `expect`. Any thread; a model that is loaded."""
+        loaded, layouts = self._probed
+        if not self._enabled or loaded() is None or self._provider.model_key != model:
+            return None
+        wanted = tokens[: self._limit(layouts)]
+        covered = self._in_memory(model, wanted, cuttable=all(not one.exact_layers for one in layouts))
+        return self._store.find(model, layouts, wanted, covered, self.speed.get(model), reserve)
+
+    def expect(self, expected: Expected | None) -> None:
+        """The next prompt was looked up already: take what was found, and ask the store for nothing else."""
+        self._expected = expected
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
@@ -91,18 +112,50 @@ class PromptCache(LRUPromptCache):
         return self._enabled and any(one.exact_layers for one in self._layouts(model))
 
     def limit(self, model: ModelKey) -> int | None:
-        """How many tokens of a prompt to look up, None: all.
+        """How many tokens of a prompt to look up, None: all."""
+        return self._limit(self._layouts(model))
 
-        Speculative decoding takes back what was drafted in vain, so it refuses the caches of windows that are full.
-        """
+    def _limit(self, layouts: Sequence[Layout]) -> int | None:
+        # Speculative decoding takes back what was drafted in vain, so it refuses the caches of windows that are full.
         if getattr(self._provider, "draft_model", None) is None:
             return None
-        numbers = (dict(spec.params) for one in self._layouts(model) for spec in one.layers)
+        numbers = (dict(spec.params) for one in layouts for spec in one.layers)
         return min((of["size"] for of in numbers if "size" in of), default=None)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on bytes that are fetched ahead."""
+        return self._store.memory_bytes
+
+    @property
+    def fetch_total_s(self) -> float:
+        """The longest that a fetch may take."""
+        return self._store.fetch_total_s
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""
         self._store.close(timeout_s)
+
+    def _from_store(
+        self, model: ModelKey, tokens: list[int], wanted: list[int], covered: int
+    ) -> tuple[list[Any], int] | None:
+        """What was fetched ahead if the prompt was looked up, else what the store has now."""
+        expected, self._expected = self._expected, None
+        if expected is None or expected[:2] != (model, tokens):
+            return self._store.fetch(model, self._layouts(model), wanted, covered, self.speed.get(model))
+        found = expected[2]
+        # Memory may have learned more of it since then.
+        worth = found is not None and found.n_tokens >= (covered + GAIN_TOKENS_MIN if covered else 1)
+        return found.restored() if found is not None and worth else None
+
+    def _in_memory(self, model: ModelKey, tokens: list[int], *, cuttable: bool) -> int:
+        """About how many leading tokens memory has. Any thread: it only looks up one key after the other."""
+        node, depth, held = self._trie._trie.get(model), 0, 0  # noqa: SLF001  # its own search walks all branches
+        while node is not None and depth < len(tokens) - 1:
+            node = node.get(tokens[depth])
+            depth += node is not None
+            held = depth if node is not None and "__value__" in node else held
+        return depth if cuttable else held
 
     def _from_memory(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         if tokens and any("chunk" in dict(spec.params) for one in self._layouts(model) for spec in one.layers):

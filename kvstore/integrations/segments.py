@@ -12,7 +12,8 @@ from the history. In the server that is
 
 Where messages end is up to the chat template: prefixes of the messages are rendered and their tokens looked for in the
 prompt; what is not found is left out. Segments are always slices of the prompt, one after the other, so a wrong end
-costs a hit and never changes what the model sees. Everything here runs on the server's generation thread.
+costs a hit and never changes what the model sees. Everything here runs on the server's generation thread, but for what
+`prefetch` prepares on its own.
 """
 
 from __future__ import annotations
@@ -220,13 +221,23 @@ class SegmentedGenerator(ResponseGenerator):
         super().__init__(model_provider, prompt_cache)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """As the stock one, with more segments. On the generation thread."""
+        return self._begin(self._segmented(tokenizer, request, args))
+
+    def _begin(self, tokenized: tuple[tuple[Any, ...], Prefill | None]) -> tuple[Any, ...]:
+        """The turn of a request that was tokenized: the server's part of it."""
+        result, prefill = tokenized
+        self._pending[:] = [prefill] if prefill is not None else []
+        return result
+
+    def _segmented(self, tokenizer: Any, request: Any, args: Any) -> tuple[tuple[Any, ...], Prefill | None]:
+        """What the server wants of a request, and how to feed it with stops if that is needed. Any thread."""
         # State and vision; mlx-lm 0.31 has no vision.
         prompt, segments, kinds, *more = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
-        self._pending.clear()
         cache: Any = self.prompt_cache
         key = self.model_provider.model_key
         if not cache.needs_checkpoints(key):
-            return prompt, segments, kinds, *more
+            return (prompt, segments, kinds, *more), None
         vision = more[1] if len(more) > 1 else None
         tokens = prompt if vision is None else vision.cache_key
         if request.request_type == "chat" and tokenizer.has_chat_template:
@@ -235,8 +246,8 @@ class SegmentedGenerator(ResponseGenerator):
         ends = {min(end, len(prompt) - 1): kind for end, kind in _own_ends(segments, kinds).items()}
         ends = {end: kind for end, kind in ends.items() if before_image(tokens, end) == end}
         keep = functools.partial(_keep, cache, key)
-        self._pending.append(Prefill(prompt, tokens, ends, keep, cache.limit(key) or len(prompt)))
-        return prompt, segments, kinds, *more
+        prefill = Prefill(prompt, tokens, ends, keep, cache.limit(key) or len(prompt))
+        return (prompt, segments, kinds, *more), prefill
 
     def _template_options(self, request: Any, args: Any) -> dict[str, Any]:
         return {"tools": request.tools, **self.cli_args.chat_template_args, **(args.chat_template_kwargs or {})}
@@ -246,7 +257,7 @@ def _keep(cache: PromptCache, model: Any, tokens: list[int], layers: list[Any], 
     cache.insert_cache(model, tokens, layers, cache_type=kind)
 
 
-def plug_in(server: Any) -> None:
+def plug_in(server: Any, generator: type[SegmentedGenerator] = SegmentedGenerator) -> None:
     """Put the segment ends into `server`, the module `mlx_lm.server`, before its `run` makes the generator."""
     # The prompt that was tokenized last: a sequential request is tokenized, then generated, with nothing in between.
     pending: list[Prefill] = []
@@ -258,5 +269,5 @@ def plug_in(server: Any) -> None:
             options = pending.pop().feed(options)
         return stock(*args, **options)
 
-    server.ResponseGenerator = functools.partial(SegmentedGenerator, pending=pending)
+    server.ResponseGenerator = functools.partial(generator, pending=pending)
     server.stream_generate = stream_generate

@@ -31,7 +31,7 @@ LAUNCH = ["-m", "kvstore", "run", "mlx_lm.server"]
 LAUNCH_WITHOUT_ENDS = [
     "-c",
     (
-        "import sys; from kvstore.integrations import run, segments; segments.plug_in = lambda server: None; "
+        "import sys; from kvstore.integrations import run, segments; segments.plug_in = lambda *given: None; "
         "run.run(['mlx_lm.server', *sys.argv[1:]])"
     ),
 ]

@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from kvstore.blocks import Reason
 from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
+from kvstore.config import Config
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 
@@ -32,6 +33,7 @@ class FakeSession:
         self.namespace = namespace
         self.stored: list[tuple[list[int], list[KVLayer | StateLayer]]] = []
         self.fetches = 0
+        self.said: list[dict[str, float]] = []
 
     def _best(self, tokens: Sequence[int]) -> tuple[int, Layers]:
         best: tuple[int, Layers] = (0, [])
@@ -42,13 +44,14 @@ class FakeSession:
             best = max(best, (n_tokens, layers), key=lambda item: item[0])
         return best
 
-    def match(self, tokens: Sequence[int]) -> Match:
+    def match(self, tokens: Sequence[int], *said: float) -> Match:
         """How long the best prefix is."""
         return Match(self._best(tokens)[0], Reason.OK)
 
-    def fetch(self, tokens: Sequence[int]) -> Hit | Miss:
+    def fetch(self, tokens: Sequence[int], **said: float) -> Hit | Miss:
         """Layers of their own, with head-room."""
         self.fetches += 1
+        self.said.append(said)
         n_tokens, layers = self._best(tokens)
         if not n_tokens:
             return Miss(Reason.UNKNOWN_PREFIX)
@@ -80,6 +83,7 @@ class FakeClient:
     """Sessions by namespace, as two processes that share one store see them."""
 
     def __init__(self) -> None:
+        self.config = Config()
         self.sessions: dict[bytes, FakeSession] = {}
         self.closed = False
 
