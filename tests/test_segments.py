@@ -24,6 +24,7 @@ from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.integrations.segments import NEAR_TOKENS, Prefill, SegmentedGenerator, merge, message_ends
 from tests.support.agent import SYSTEM, TEMPLATE, with_template
 from tests.support.fake_store import FakeClient
+from tests.support.generators import Loaded, arguments_of, request_of
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
 
 TOKENS = heldout_tokens()
@@ -289,38 +290,6 @@ def test_embeddings_are_fed_with_their_tokens(tokenizer: Any) -> None:
     assert [len(key) for key, _, _ in kept] == [50, 120]
 
 
-class Loaded:
-    """A ModelProvider with a model that is there already."""
-
-    def __init__(self, folder: Path, tokenizer: Any, name: str, **flags: Any) -> None:
-        self.model_key = (str(folder), None, None)
-        self.model, self.tokenizer, self.draft_model, self.processor = tiny(name), tokenizer, None, None
-        self.is_batchable, self.is_distributed = True, False
-        self.cli_args = types.SimpleNamespace(
-            **{
-                "chat_template_args": {},
-                "decode_concurrency": 4,
-                "prompt_concurrency": 4,
-                "prefill_step_size": 64,
-                "prompt_cache_bytes": None,
-                "kv_bits": None,
-                "kv_group_size": 64,
-                "quantized_kv_start": 0,
-                **flags,
-            }
-        )
-
-    def load_default(self) -> None:
-        """It is."""
-
-    def load(self, *_: Any) -> tuple[Any, Any]:
-        """It is."""
-        return self.model, self.tokenizer
-
-    def reset(self) -> None:
-        """The model stays for the next test."""
-
-
 @pytest.fixture
 def start(folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Generators over the stock class, in this process; all share one store in memory."""
@@ -332,7 +301,7 @@ def start(folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
     made: list[Any] = []
 
     def new(name: str = "qwen3_5", **flags: Any) -> Any:
-        provider = Loaded(folder, tokenizer, name, **flags)
+        provider = Loaded(folder, tokenizer, tiny(name), **flags)
         cache = PromptCache(64, store=ModelStore(client, digests), provider=provider)  # type: ignore[arg-type]
         made.append(mlx_lm_server.ResponseGenerator(provider, cache))
         assert isinstance(made[-1], SegmentedGenerator)
@@ -348,26 +317,7 @@ def ask(
     generator: Any, messages: Sequence[dict[str, Any]] | str, seed: int | None = None, **changed: Any
 ) -> tuple[list[int], int]:
     """The tokens of a generator's one answer, and how many of the prompt's were cached."""
-    if isinstance(messages, str):
-        request = mlx_lm_server.CompletionRequest("text", messages, [], None, None)
-    else:
-        request = mlx_lm_server.CompletionRequest("chat", "", [dict(one) for one in messages], None, None)
-    arguments = mlx_lm_server.GenerationArguments(
-        mlx_lm_server.ModelDescription("default_model", "default_model", None),
-        mlx_lm_server.SamplingArguments(0.0, 1.0, 0, 0.0, 0.0, 0.0),
-        mlx_lm_server.LogitsProcessorArguments(None, 0.0, 20, 0.0, 20, 0.0, 20),
-        **{
-            "stop_words": [],
-            "max_tokens": 6,
-            "num_draft_tokens": 3,
-            "logprobs": False,
-            "top_logprobs": 0,
-            "seed": seed,
-            "chat_template_kwargs": None,
-            **changed,
-        },
-    )
-    context, answer = generator.generate(request, arguments)
+    context, answer = generator.generate(request_of(messages), arguments_of(seed, **changed))
     tokens = [one.token for one in answer]
     generator.stop_and_join()  # the last insert comes after the last token
     return tokens, context.prompt_cache_count

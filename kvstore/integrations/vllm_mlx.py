@@ -35,6 +35,7 @@ from kvstore.integrations.caches import layout, probe, quantized, token_count
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore, model_folder
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
+from kvstore.integrations.speed import PrefillSpeed
 from kvstore.layers import Layout
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._key = models.key(model)
         self._model = weakref.ref(model)
         self._leaves_one = leaves_one
+        self._speed = PrefillSpeed()
         self._known_layouts: list[Layout] | None = None
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
@@ -86,7 +88,8 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         if self._key is None or len(tokens) < self._config.min_prefix_tokens:
             return cache, rest
         covered = 0 if cache is None else len(tokens) - len(rest)
-        found = self._tier.fetch(self._key, self._layouts(), tokens, covered)
+        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, self._speed.get(self._key))
+        self._speed.started(self._key, tokens, found[1] if found else covered)
         if found is None:
             return cache, rest
         restored, n_tokens = found
@@ -102,6 +105,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         """Take an entry into memory and store what is new of it; `store` and both schedulers end here."""
         committed: bool = super().commit_prepared(entry, evict_prefixes, **options)
         if committed and self._key is not None:
+            self._speed.reached(self._key, entry.tokens)
             self._offer(self._key, entry)
         return committed
 
