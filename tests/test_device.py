@@ -245,3 +245,14 @@ def test_tokens_that_the_layers_do_not_hold_are_refused(start: int, end: int) ->
     good = (mx.zeros((1, 2, 64, 64), mx.bfloat16),)
     with pytest.raises(InvalidRequestError, match="holds 32 tokens"):
         Capture([KVLayer(LayerSpec(GOOD, GOOD), good, good, 32)], start, end)
+
+
+def test_what_is_captured_of_a_buffer_that_is_itself_a_slice_or_transposed_is_right() -> None:
+    """Such buffers cannot be viewed row by row, so they are made contiguous first."""
+    spec = PartSpec(2, 64, "BF16")
+    layout = Layout((LayerSpec(spec, spec),))
+    keys = mx.random.normal((1, 2, 60, 64)).astype(mx.bfloat16)[:, :, 3:50, :]
+    values = mx.random.normal((1, 47, 2, 64)).astype(mx.bfloat16).transpose(0, 2, 1, 3)
+    mx.eval(keys, values)
+    layers = [KVLayer(layout.layers[0], (keys,), (values,), 40)]
+    assert piece_bytes(Capture(layers, 5, 40), layout, Piece(7, 31)) == expected_piece(layout, layers, Piece(7, 31))

@@ -258,7 +258,8 @@ class Engine:
     def store(self, namespace_record: bytes, blocks: Iterable[NewBlock], protect: Sequence[bytes] = ()) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
-        `blocks` is pulled one at a time, as room is made; an exception out of it is raised again and nothing is stored.
+        `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
+        for. An exception out of it is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
         no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
         """

@@ -73,17 +73,21 @@ class StagingFile:
         if info.st_size != self.nbytes:
             raise InvalidRequestError(f"the upload has {info.st_size} bytes, {self.nbytes} were asked for")
 
-    def read(self, offset: int, nbytes: int) -> bytearray:
-        """`nbytes` from `offset` of a sealed file; InvalidRequestError if it was cut short meanwhile."""
-        buffer = bytearray(nbytes)
-        view = memoryview(buffer)
+    def read(self, offset: int, nbytes: int, into: memoryview | None = None) -> memoryview:
+        """`nbytes` from `offset` of a sealed file, in the first bytes of `into` or in memory of their own.
+
+        InvalidRequestError if the file was cut short meanwhile.
+        """
+        whole = memoryview(bytearray(nbytes)) if into is None else into[:nbytes]
+        assert len(whole) == nbytes
+        view = whole
         while view:
             got = os.preadv(self._read_fd, [view], offset)
             if not got:
                 raise InvalidRequestError("the staging file was cut short while it was read")
             view = view[got:]
             offset += got
-        return buffer
+        return whole
 
     def remove(self) -> None:
         """Close and unlink; safe to call twice."""

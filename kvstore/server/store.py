@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from kvstore.blocks import (
     BLOCK_TOKENS,
     FIDELITY_ANY,
@@ -255,7 +257,10 @@ class StorePath:
         return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
 
     def _new_blocks(self, upload: Upload, fidelity: int) -> Iterator[NewBlock]:
-        """Encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last."""
+        """Encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last.
+
+        The bytes of a block are good until the next one is asked for.
+        """
         root = upload.namespace.root
         parent = upload.keys[upload.first_block - 1] if upload.first_block else root
         threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
@@ -264,12 +269,15 @@ class StorePath:
         fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         offset = 0
         blocks = range(upload.first_block, len(upload.keys)) if upload.pieces else ()
+        # One for all blocks: fresh memory for each took longer than to read and hash what goes into it.
+        memory = np.empty(len(blocks[:1]) * BLOCK_TOKENS * upload.layout.token_bytes, np.uint8).data
         for index in blocks:
             start, end = block_range(index, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []
             for piece in upload.pieces:
                 if start <= piece.start < end:
-                    runs.append(self._uploaded_run(upload, piece, offset))
+                    place = memory[(piece.start - start) * upload.layout.token_bytes :]
+                    runs.append(self._uploaded_run(upload, piece, offset, place))
                     offset += piece.n_tokens * upload.layout.token_bytes
             encoded = self._encode(upload, runs, quantize, start)
             fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
@@ -327,14 +335,14 @@ class StorePath:
                         left -= shown
         return runs
 
-    def _uploaded_run(self, upload: Upload, piece: Piece, offset: int) -> EncodedRun:
-        """A piece of the staging file as a raw run, validated."""
+    def _uploaded_run(self, upload: Upload, piece: Piece, offset: int, memory: memoryview) -> EncodedRun:
+        """A piece of the staging file as a raw run in `memory`, validated."""
         if upload.staging is None:
             raise InvalidRequestError("nothing was uploaded")
         layout, n_tokens = upload.layout, piece.n_tokens
         fidelity = upload.restored_fidelity if piece.restored else FIDELITY_EXACT
-        payload = upload.staging.read(offset, n_tokens * layout.token_bytes)
-        raw = payload_run(layout, memoryview(payload), n_tokens, fidelity)
+        payload = upload.staging.read(offset, n_tokens * layout.token_bytes, memory)
+        raw = payload_run(layout, payload, n_tokens, fidelity)
         tensors = [(stack.part, tensor) for stack in raw.run.stacks for tensor in stack.tensors]
         for (part, tensor), buffer in zip(tensors, raw.buffers, strict=True):
             if tensor.name in ("scales", "biases") and not device.all_finite(buffer, tensor.dtype):
