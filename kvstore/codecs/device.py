@@ -83,7 +83,8 @@ def to_array(rows: Bytes, dtype: str) -> mx.array:
 def to_bytes(array: mx.array) -> Bytes:
     """The bytes `[..., row_bytes]` of an evaluated, row-contiguous array, without a copy. Any thread.
 
-    The view keeps the buffer alive. It must not be written to. ValueError if the array is not row-contiguous.
+    The view keeps the buffer alive. It must not be written to. BufferError or ValueError if the array is not
+    row-contiguous.
     """
     return flat_bytes(array).reshape(*array.shape[:-1], array.shape[-1] * array.itemsize)
 
@@ -173,7 +174,7 @@ def _rows_of(array: mx.array, start: int, end: int) -> Bytes:
     """
     try:
         whole = to_bytes(array)
-    except ValueError:
+    except (BufferError, ValueError):
         sliced = mx.contiguous(array[:, :, start:end, :])
         evaluate([sliced])
         whole, start, end = to_bytes(sliced), 0, end - start
