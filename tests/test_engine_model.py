@@ -184,7 +184,7 @@ def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], quer
         assert set(kept) == {a for a in packed if not any(a != b and b.startswith(a) for b in packed)}
         with engine._state.index.view() as view:
             for query in map(pack_tokens, queries):
-                _, take, low = best_child(view, NS.root, query, 0)
+                _, take, low = best_child(view, NS.root, NS.root, query, 0)
                 assert take == max((common_tokens(query, each) for each in kept), default=0)
                 assert low == 0
 

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file
 
 from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
 from kvstore.codecs.assemble import HitBlock, assemble_layer
-from kvstore.engine.blobs import read_block
 from kvstore.engine.format import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,
@@ -25,6 +24,7 @@ from kvstore.engine.format import (
     parse_header,
     seal,
 )
+from kvstore.engine.reading import read_block
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
 from kvstore.layers import LayerSpec, Layout, PartSpec

@@ -17,6 +17,7 @@ from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run
 from kvstore.engine.blobs import Fs
 from kvstore.engine.directory import claim
 from kvstore.engine.index import Index
+from kvstore.engine.keyring import KeyRing
 from kvstore.engine.pages import digest
 from kvstore.engine.rows import Row, pack_row
 from kvstore.keys import Namespace, block_key
@@ -39,7 +40,7 @@ def load_rows(data_dir: Path, namespace: Namespace, n_rows: int, sequence_blocks
     """
     directory, hold = claim(data_dir)
     with hold:
-        index = Index(directory.index, Fs(), sync=False)
+        index = Index(directory.index, Fs(), KeyRing(directory.keys, Fs()), sync=False)
         rows = _rows(namespace, n_rows, sequence_blocks)
         try:
             for batch in iter(lambda: list(itertools.islice(rows, COMMIT_ROWS)), []):

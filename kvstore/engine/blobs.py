@@ -1,4 +1,4 @@
-"""Blob files on disk: their names, the one durable write, reading back and verifying.
+"""Blob files on disk: their names and the one durable write. `kvstore.engine.reading` reads them back.
 
 `Fs` is the seam through which the engine changes the disk; tests replace it to fail, or to stop, at any call.
 """
@@ -6,25 +6,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-
-import xxhash
-
-from kvstore.blocks import Block
-from kvstore.engine import format as blob_format
-from kvstore.errors import CorruptDataError, LimitError
 
 SUFFIX = ".safetensors"
 TMP_SUFFIX = ".tmp"
 # What a file costs on disk is counted in blocks of this size: APFS and ext4 both allocate 4 KiB units.
 DISK_BLOCK_BYTES = 4096
-VERIFY_BYTES = 1 << 20
 _NAME = re.compile(r"([0-9a-f]{64})-([0-9]{1,20})\.safetensors")
 
 
@@ -146,44 +136,3 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
         except OSError as error:
             errors.append(error)
     return errors
-
-
-def read_block(path: Path, verify: bool) -> tuple[Block, int, int]:
-    """(block, payload offset, file bytes) of a blob, its payload checked against all checksums if `verify`.
-
-    Raises CorruptDataError, also when the file cannot be read; UnknownFormatError for a newer format; LimitError when
-    it is this process that lacks descriptors or memory, which says nothing about the file.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            raise LimitError(f"{path} cannot be opened now: {error.strerror}") from error
-        raise CorruptDataError(f"{path}: {error.strerror}") from error
-    try:
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            raise CorruptDataError(f"{path}: not a regular file")
-        length = blob_format.header_length(os.pread(fd, blob_format.LENGTH_BYTES, 0), info.st_size)
-        block = blob_format.parse_header(os.pread(fd, length, 0), info.st_size)
-        if verify:
-            _verify_payload(fd, block, length)
-        return block, length, info.st_size
-    except OSError as error:
-        raise CorruptDataError(f"{path}: {error.strerror}") from error
-    finally:
-        os.close(fd)
-
-
-def _verify_payload(fd: int, block: Block, payload_offset: int) -> None:
-    for offset, length, checksum in blob_format.checked_ranges(block):
-        hasher = xxhash.xxh3_64()
-        done = 0
-        while done < length:
-            data = os.pread(fd, min(VERIFY_BYTES, length - done), payload_offset + offset + done)
-            if not data:
-                raise CorruptDataError("blob: the file ended early")
-            hasher.update(data)
-            done += len(data)
-        if hasher.intdigest() != checksum:
-            raise CorruptDataError(f"blob: bytes {offset} to {offset + length} do not match their checksum")

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, parse_name, read_block, unlink_quietly
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, parse_name, unlink_quietly
 from kvstore.engine.directory import Directory
 from kvstore.engine.index import Edit, Index, Usage, View
+from kvstore.engine.keyring import KeyRing
 from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import CheckReport, Finding
+from kvstore.engine.reading import read_block
 from kvstore.engine.rows import Row, pack_row
-from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.errors import CorruptDataError, NotFoundError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
 
 FINDINGS_MAX = 1000
@@ -51,11 +53,14 @@ class Site:
     adopted: Callable[[int], None] = _no_counter
 
 
-def verify_row(directory: Directory, row: Row) -> None:
-    """Read a row's blob whole; CorruptDataError unless it is exactly what the row and its checksums say."""
+def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
+    """Read a row's blob whole; CorruptDataError unless it is exactly what the row and its checksums say.
+
+    NotFoundError when it is encrypted and its key was dropped.
+    """
     path = directory.path(row)
     try:
-        block, payload_offset, file_bytes = read_block(path, verify=True)
+        block, payload_offset, file_bytes = read_block(path, verify=True, ring=ring)
     except UnknownFormatError as error:
         raise CorruptDataError(f"{path}: {error}") from error
     if (payload_offset, file_bytes) != (row.payload_offset, row.file_bytes):
@@ -102,7 +107,9 @@ class Walk:
             self.report.blobs += 1
             self.report.bytes += row.file_bytes
             try:
-                verify_row(self._site.directory, row)
+                verify_row(self._site.directory, row, self._site.index.ring)
+            except NotFoundError as error:
+                self._damaged(row, "shredded", str(error))
             except CorruptDataError as error:
                 self._damaged(row, "corrupt_blob", str(error))
         return strays
@@ -146,6 +153,9 @@ class Walk:
             except UnknownFormatError as error:
                 self.report.repaired -= 1
                 self._find("unknown_format", path, str(error))
+            except NotFoundError as error:
+                self._find("shredded", path, str(error))
+                unlink_quietly(self._site.fs, [str(path)])
             except CorruptDataError as error:
                 self._find("corrupt_blob", path, str(error))
                 self._site.directory.put_in_quarantine(self._site.fs, path)
@@ -166,7 +176,7 @@ class Walk:
         named = parse_name(path.name)
         if named is None:
             raise CorruptDataError("not a name of a blob")
-        block, payload_offset, file_bytes = read_block(path, verify=True)
+        block, payload_offset, file_bytes = read_block(path, verify=True, ring=self._site.index.ring)
         self.report.blobs += 1
         self.report.bytes += file_bytes
         if block.key != named[0] or NamespaceInfo.from_record(block.namespace).root != block.root:

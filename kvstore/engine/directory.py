@@ -62,6 +62,11 @@ class Directory:
         return self.root / "quarantine"
 
     @property
+    def keys(self) -> Path:
+        """Wrapped keys of encrypted namespaces."""
+        return self.root / "keys"
+
+    @property
     def quality(self) -> Path:
         """What profiles were measured to cost, a file a namespace."""
         return self.root / "quality"
@@ -252,7 +257,15 @@ def _modeless(root: Path) -> str:
 
 def _furnish(directory: Directory) -> None:
     fs = Fs()
-    for path in (directory.index, directory.blobs, directory.staging, directory.quarantine, directory.quality):
+    folders = (
+        directory.index,
+        directory.blobs,
+        directory.staging,
+        directory.quarantine,
+        directory.quality,
+        directory.keys,
+    )
+    for path in folders:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
         if path.is_symlink() or not path.is_dir():

@@ -27,15 +27,17 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
+from kvstore.engine import survey
 from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
+from kvstore.engine.keyring import KeyRing
 from kvstore.engine.matching import Exact, Found, longest_exact, longest_prefix
 from kvstore.engine.nouns import (
     BlockInfo,
@@ -45,7 +47,6 @@ from kvstore.engine.nouns import (
     EvictReport,
     Finding,
     Match,
-    NamespaceUsage,
     NewBlock,
     Selection,
     Slice,
@@ -56,13 +57,13 @@ from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
+from kvstore.engine.sealed import SealedReader, SealedSource
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
-from kvstore.errors import CorruptDataError, DirectoryError
-from kvstore.files import FileSource
+from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
+from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 
-SHOW_MAX = 100
 log = logging.getLogger(__name__)
 
 
@@ -112,7 +113,8 @@ class Engine:
         index: Index | None = None
         try:
             directory.clean_staging(fs)
-            index = recovered_index(directory, hold, options, fs)
+            ring = KeyRing(directory.keys, fs, options.master_key, sync=options.durability != "none")
+            index = recovered_index(directory, hold, options, fs, ring)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
             engine = cls(State(directory, index, options, fs, clock), hold)
             engine.make_room(0)
@@ -233,6 +235,31 @@ class Engine:
             for row in rows
         ]
 
+    def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> FileReader | SealedReader:
+        """A reader of the blocks of a plan, all of one namespace; what is encrypted comes out decrypted."""
+        sources = self.sources(slices)
+        key = self._state.index.ring.key(slices[0].row.root) if slices else None
+        if key is None:
+            return FileReader(sources, open_max)
+        return SealedReader([SealedSource(source, key) for source in sources], open_max)
+
+    def is_encrypted(self, root: bytes) -> bool:
+        """Whether a namespace is encrypted: then nothing of it is handed over by path."""
+        return self._state.index.ring.key(root) is not None
+
+    def encrypt(self, root: bytes) -> None:
+        """Encrypt a namespace from now on; one that holds anything already stays as it is. Durable on return."""
+        with self._state.lock:
+            if root not in self._state.namespaces:
+                self._state.index.ring.make(root)
+
+    def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
+        """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
+        with self._state.lock:
+            ring = self._state.index.ring
+            roots = [root for root in self._state.namespaces if root.startswith(namespace_prefix) and ring.key(root)]
+            return len(roots) if dry_run else sum(ring.drop(root) for root in roots)
+
     def first_missing(self, slices: Iterable[Slice]) -> int | None:
         """Index of the first slice whose file is not there with its exact size; one stat each."""
         for number, source in enumerate(self.sources(slices)):
@@ -315,7 +342,9 @@ class Engine:
         if row is None:
             return False
         try:
-            checking.verify_row(self._state.directory, row)
+            checking.verify_row(self._state.directory, row, self._state.index.ring)
+            return False
+        except NotFoundError:
             return False
         except CorruptDataError as error:
             log.warning("a blob is damaged: %s", error)
@@ -352,52 +381,12 @@ class Engine:
 
     def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
         """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-        found: list[BlockInfo] = []
-        with self._state.index.view() as view:
-            for stamp, key in view.newest():
-                if len(found) >= limit:
-                    break
-                row = view.row(key)
-                if row is not None and row.root.startswith(namespace_prefix):
-                    found.append(BlockInfo(row, stamp // 1_000_000, self.path(row)))
-        return found
+        return survey.list_blocks(self._state, namespace_prefix, limit)
 
     def show(self, key_prefix: bytes) -> list[BlockInfo]:
         """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-        found: list[BlockInfo] = []
-        with self._state.index.view() as view:
-            for row in view.rows(key_prefix):
-                if len(found) >= SHOW_MAX:
-                    break
-                found.append(BlockInfo(row, view.stamp(row.key) // 1_000_000, self.path(row)))
-        return found
+        return survey.show(self._state, key_prefix)
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
-        state = self._state
-        usage, ledger = state.usage, state.ledger
-        spaces = tuple(
-            NamespaceUsage(info, *astuple(use))
-            for root, info in list(state.namespaces.items())
-            if (use := usage.get(root)) is not None
-        )
-        return EngineStats(
-            used_bytes=ledger.total,
-            budget_bytes=state.options.budget_bytes,
-            free_bytes=self._room.free_bytes(),
-            free_floor_bytes=state.options.free_floor_bytes,
-            blobs=sum(use.blocks + use.checkpoints for use in usage.values()),
-            stored_bytes=ledger.get("blobs"),
-            pending_bytes=ledger.get("pending"),
-            index_bytes=ledger.get("index"),
-            staging_bytes=ledger.get("staging"),
-            quarantine_bytes=ledger.get("quarantine"),
-            quarantined=len(os.listdir(state.directory.quarantine)),
-            written_bytes=state.counts.written_bytes,
-            evicted_blocks=state.counts.evicted_blocks,
-            degraded=state.counts.degraded,
-            namespaces=spaces,
-            checkpoints=sum(use.checkpoints for use in usage.values()),
-            checkpoint_bytes=sum(use.checkpoint_bytes for use in usage.values()),
-            checkpoint_share_bytes=state.options.checkpoint_share_bytes,
-        )
+        return survey.stats(self._state, self._room.free_bytes())

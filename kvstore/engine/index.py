@@ -31,7 +31,17 @@ import xxhash
 
 from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, count_tokens
 from kvstore.engine.blobs import Fs
-from kvstore.engine.rows import CHECKPOINT_MARK, Row, checkpoint_code, child_entry, parse_row
+from kvstore.engine.keyring import KeyRing
+from kvstore.engine.rows import (
+    CHECKPOINT_MARK,
+    SEALED_AT,
+    Row,
+    checkpoint_code,
+    child_entry,
+    open_row,
+    parse_row,
+    seal_row,
+)
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
@@ -84,14 +94,17 @@ def translated() -> Iterator[None]:
 class View:
     """A snapshot of the index, for the thread that opened it."""
 
-    def __init__(self, txn: Any, databases: dict[str, Any]) -> None:
+    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing) -> None:
         self._txn = txn
         self._db = databases
+        self.ring = ring
 
     def value(self, key: bytes) -> bytes | None:
-        """A row's bytes, unparsed."""
+        """A row's bytes, unparsed, decrypted where they are encrypted and can be."""
         found: bytes | None = self._txn.get(key)  # rows are the default of a transaction: naming them costs a third
-        return found
+        if found is None or len(found) <= SEALED_AT or not found[SEALED_AT]:
+            return found
+        return open_row(key, found, self.ring)
 
     def row(self, key: bytes) -> Row | None:
         """The row of a key."""
@@ -103,7 +116,7 @@ class View:
         for key, value in self._from("rows", prefix):
             if not key.startswith(prefix):
                 return
-            yield parse_row(key, value)
+            yield parse_row(key, open_row(key, value, self.ring))
 
     def children(self, parent: bytes, code: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """(entry, key) of a parent's children from where `code` would stand: onwards, or backwards below it."""
@@ -201,14 +214,14 @@ class Edit(View):
 
     def put(self, row: Row, stamp: int, marked: int = 0) -> None:
         """Add a row, whose key must be free; a checkpoint perhaps with the mark of the one that it replaces."""
-        if not self._txn.put(row.key, row.value, db=self._db["rows"], overwrite=False):
+        if not self._txn.put(row.key, self._stored(row), db=self._db["rows"], overwrite=False):
             raise KVStoreError("index: this key has a row already")
         self._link(row, stamp, marked)
 
     def remove(self, row: Row) -> None:
         """Delete a row and everything that points to it. Its children, if any, stay: see `remove_tree`."""
         self._txn.delete(row.key, db=self._db["rows"])
-        self._txn.delete(child_entry(row), db=self._db["children"])
+        self._txn.delete(self._entry_of(row), db=self._db["children"])
         placed = self._txn.pop(row.key, db=self._db["access"])
         if placed:
             self._unplace(row.key, placed)
@@ -264,10 +277,25 @@ class Edit(View):
                 self._txn.drop(self._db[name], delete=False)
 
     def _link(self, row: Row, stamp: int, marked: int) -> None:
-        self._txn.put(child_entry(row), row.key, db=self._db["children"])
+        self._txn.put(self._new_entry(row), row.key, db=self._db["children"])
         placed = stamp.to_bytes(8, "big") + min(row.depth, _DEPTH_MAX).to_bytes(4, "big")
         self._place(row.key, placed + (marked.to_bytes(8, "big") if row.is_checkpoint else b""))
         self._count(row, +1)
+
+    def _stored(self, row: Row) -> bytes:
+        key = self.ring.key(row.root)
+        return row.value if key is None or row.is_sealed else seal_row(row, key)
+
+    def _new_entry(self, row: Row) -> bytes:
+        return child_entry(row, self.ring.key(row.root))
+
+    def _entry_of(self, row: Row) -> bytes:
+        """Where the row stands among its parent's children; without its key that can only be looked for."""
+        if row.is_sealed and not row.is_checkpoint:
+            for entry, key in self.children(row.parent):
+                if key == row.key:
+                    return entry
+        return self._new_entry(row)
 
     def _place(self, key: bytes, placed: bytes) -> None:
         self._txn.put(key, placed, db=self._db["access"])
@@ -308,12 +336,13 @@ def _orders(placed: bytes) -> tuple[str, ...]:
 class Index:
     """The environment. Open it only while holding the data directory's lock: LMDB's own locks are not relied on."""
 
-    def __init__(self, path: Path, fs: Fs, sync: bool = True, map_bytes: int = MAP_BYTES) -> None:
+    def __init__(self, path: Path, fs: Fs, ring: KeyRing, sync: bool = True, map_bytes: int = MAP_BYTES) -> None:
         """Open or create. UnknownFormatError for a newer version, CorruptDataError when LMDB cannot read it.
 
         `sync=False` (durability none): commits are not flushed; a crash of the machine may leave anything.
         """
         self.path = path
+        self.ring = ring
         self._fs = fs
         with translated():
             self._env = lmdb.open(
@@ -370,7 +399,7 @@ class Index:
     def view(self) -> Iterator[View]:
         """A read transaction."""
         with translated(), self._env.begin(self._databases["rows"]) as txn:
-            yield View(txn, self._databases)
+            yield View(txn, self._databases, self.ring)
 
     @contextlib.contextmanager
     def edit(self, dry_run: bool = False) -> Iterator[Edit]:
@@ -378,7 +407,7 @@ class Index:
         with translated():
             txn = self._env.begin(self._databases["rows"], write=True)
             try:
-                yield Edit(txn, self._databases)
+                yield Edit(txn, self._databases, self.ring)
                 if not dry_run:
                     self._fs.commit(txn.commit)
             finally:

@@ -71,14 +71,14 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
         rows.append((key, value, BLOCK_TOKENS))
         parent = key
         at += _BLOCK_BYTES
-    best, take, low_take = best_child(view, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
+    best, take, low_take = best_child(view, root, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
     if best is not None:
         rows.append((best.key, best.value, take))
     full = at // TOKEN_BYTES
     return Found(tuple(rows), full + take, full, parent, low_take > take)
 
 
-def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tuple[Row | None, int, int]:
+def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min: int) -> tuple[Row | None, int, int]:
     """The child of `parent` that shares most leading tokens with `rest`; of equals, one of higher fidelity.
 
     Returns (row, tokens shared, most tokens shared by a child below `fidelity_min`).
@@ -87,6 +87,8 @@ def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tup
     take = low_take = 0
     if not rest:
         return best, take, low_take
+    if view.ring.key(root):
+        return _best_sealed_child(view, root, parent, rest, fidelity_min)
     code = Code.of(rest)
     target = parent + code.data
     remaining = SCAN_MAX
@@ -107,6 +109,35 @@ def best_child(view: View, parent: bytes, rest: bytes, fidelity_min: int) -> tup
             elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
                 best, take = row, shared
     return best, take, low_take
+
+
+def _best_sealed_child(
+    view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min: int
+) -> tuple[Row | None, int, int]:
+    """As `best_child`, in a namespace whose children stand in no order that tells of tokens."""
+    best: Row | None = None
+    take = low_take = 0
+    for row in _sealed_children(view, root, parent, rest):
+        shared = common_tokens(row.tokens, rest)
+        if row.fidelity < fidelity_min:
+            low_take = max(low_take, shared)
+        elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
+            best, take = row, shared
+    return best, take, low_take
+
+
+def _sealed_children(view: View, root: bytes, parent: bytes, tokens: bytes) -> Iterator[Row]:
+    """Children that may share leading tokens with these, decrypted, SCAN_MAX at most; checkpoints are none."""
+    key = view.ring.key(root)
+    remaining = SCAN_MAX
+    for code in key.child_codes(tokens) if key else ():
+        for entry, child in view.children(parent, code):
+            remaining -= 1
+            if not entry.startswith(code, KEY_BYTES) or remaining < 0:
+                break
+            row = view.row(child)
+            if row is not None and not row.is_sealed and row.parent == parent:
+                yield row
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,21 +197,21 @@ def _tokens_at_most(code: Code, shared_bytes: int, rest: bytes) -> int:
 def is_covered(view: View, row: Row) -> bool:
     """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
     held = view.row(row.key)
-    if held is not None:
+    if held is not None and not held.is_sealed:
         return held.fidelity >= row.fidelity
     if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
         return False
-    return best_child(view, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
+    return best_child(view, row.root, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
 
 
 def replaced_by(view: View, row: Row) -> list[Row]:
     """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails."""
     held = view.row(row.key)
-    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.parent, row.tokens)
+    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.root, row.parent, row.tokens)
     return ([held] if held else []) + shorter
 
 
-def _shorter_tails(view: View, parent: bytes, tokens: bytes) -> list[Row]:
+def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> list[Row]:
     """Children of `parent` whose tokens are a strict prefix of `tokens`.
 
     A tail of n tokens stands at the start of the entries that share its n codes, followed only by its seq; so one seek
@@ -188,6 +219,8 @@ def _shorter_tails(view: View, parent: bytes, tokens: bytes) -> list[Row]:
     """
     if not view.has_children(parent):
         return []
+    if view.ring.key(root):
+        return [row for row in _sealed_children(view, root, parent, tokens) if _is_shorter(row, tokens)]
     code = Code.of(tokens)
     starts = [(code.data[:end], False) for end in (code.ends[:-1] if code.complete else code.ends)]
     if not code.complete:
@@ -195,7 +228,11 @@ def _shorter_tails(view: View, parent: bytes, tokens: bytes) -> list[Row]:
         starts.append((code.data, True))
     keys = dict.fromkeys(key for start, cut in starts for key in _group(view, parent, start, cut))
     rows = [view.row(key) for key in keys]
-    return [row for row in rows if row and len(row.tokens) < len(tokens) and tokens.startswith(row.tokens)]
+    return [row for row in rows if row and _is_shorter(row, tokens)]
+
+
+def _is_shorter(row: Row, tokens: bytes) -> bool:
+    return len(row.tokens) < len(tokens) and tokens.startswith(row.tokens)
 
 
 def _group(view: View, parent: bytes, start: bytes, cut: bool) -> Iterator[bytes]:

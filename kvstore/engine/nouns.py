@@ -25,7 +25,7 @@ class EngineOptions:
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
     that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
     `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
-    the disk is full.
+    the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces.
     """
 
     budget_bytes: int
@@ -40,6 +40,7 @@ class EngineOptions:
     checkpoints_max: int = 8
     checkpoint_share_percent: int = 20
     ballast_bytes: int = 1 << 20
+    master_key: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

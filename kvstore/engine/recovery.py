@@ -11,6 +11,7 @@ from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.check import Site, Walk, rebuild, sweep
 from kvstore.engine.directory import Directory, Hold, claim
 from kvstore.engine.index import INDEX_VERSION, MAP_BYTES, Index
+from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.nouns import CheckReport, EngineOptions, Finding
 from kvstore.engine.pages import demand_whole, digest
@@ -20,22 +21,22 @@ REBUILDING = "rebuilding"
 log = logging.getLogger(__name__)
 
 
-def recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -> Index:
+def recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing) -> Index:
     """Open the index and, unless the last stop was clean, put it in step; on a full disk the ballast makes room."""
     try:
-        return _in_step(directory, hold, options, fs)
+        return _in_step(directory, hold, options, fs, ring)
     except StoreFullError:
         if not Ballast(directory.ballast, 0).drop():
             raise
-        return _in_step(directory, hold, options, fs)
+        return _in_step(directory, hold, options, fs, ring)
 
 
-def _in_step(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -> Index:
+def _in_step(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing) -> Index:
     sync = options.durability != "none"
     try:
-        index = open_vouched(directory, hold, fs, sync, options.map_bytes)
+        index = open_vouched(directory, hold, fs, ring, sync, options.map_bytes)
     except CorruptDataError as error:
-        return _anew(directory, fs, options, error)
+        return _anew(directory, fs, options, ring, error)
     site = Site(directory, index, fs)
     try:
         with index.view() as view:
@@ -48,17 +49,17 @@ def _in_step(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs) -
         return index
     except CorruptDataError as error:
         index.close()
-        return _anew(directory, fs, options, error)
+        return _anew(directory, fs, options, ring, error)
     except BaseException:
         index.close()
         raise
 
 
-def _anew(directory: Directory, fs: Fs, options: EngineOptions, why: CorruptDataError) -> Index:
+def _anew(directory: Directory, fs: Fs, options: EngineOptions, ring: KeyRing, why: CorruptDataError) -> Index:
     """An index from blob headers alone; the old one is closed."""
     log.warning("the index is damaged; it goes to quarantine and is made anew from the blobs: %s", why)
     set_index_aside(directory, fs)
-    index = Index(directory.index, fs, options.durability != "none", options.map_bytes)
+    index = Index(directory.index, fs, ring, options.durability != "none", options.map_bytes)
     try:
         make_anew(Site(directory, index, fs))
     except BaseException:
@@ -67,14 +68,14 @@ def _anew(directory: Directory, fs: Fs, options: EngineOptions, why: CorruptData
     return index
 
 
-def open_vouched(directory: Directory, hold: Hold, fs: Fs, sync: bool, map_bytes: int) -> Index:
+def open_vouched(directory: Directory, hold: Hold, fs: Fs, ring: KeyRing, sync: bool, map_bytes: int) -> Index:
     """Open the index if it is what the last holder left, or if LMDB can follow every page of it. CorruptDataError.
 
     UnknownFormatError when a newer kvstore made it.
     """
     path = directory.index / "data.mdb"
     _vouch(path, hold)
-    index = Index(directory.index, fs, sync, map_bytes)
+    index = Index(directory.index, fs, ring, sync, map_bytes)
     try:
         with index.view() as view:
             # What the engine reads first, read once here, where damage leads to a rebuild.
@@ -125,7 +126,7 @@ def set_index_aside(directory: Directory, fs: Fs) -> None:
     unlink_quietly(fs, [str(directory.index / "lock.mdb")])
 
 
-def check_directory(data_dir: Path, repair: bool = False) -> CheckReport:
+def check_directory(data_dir: Path, repair: bool = False, master_key: bytes = b"") -> CheckReport:
     """Check a data directory that no daemon holds. DirectoryHeldError if one does.
 
     A repair leaves it as an orderly stop would.
@@ -135,14 +136,15 @@ def check_directory(data_dir: Path, repair: bool = False) -> CheckReport:
     directory, hold = claim(data_dir)
     with hold:
         fs = Fs()
+        ring = KeyRing(directory.keys, fs, master_key)
         try:
-            return _check_offline(open_vouched(directory, hold, fs, True, MAP_BYTES), directory, hold, repair)
+            return _check_offline(open_vouched(directory, hold, fs, ring, True, MAP_BYTES), directory, hold, repair)
         except CorruptDataError as error:
             found = Finding("row", str(directory.index), str(error))
         if not repair:
             return CheckReport(findings=[found])
         set_index_aside(directory, fs)
-        index = Index(directory.index, fs, True, MAP_BYTES)
+        index = Index(directory.index, fs, ring, True, MAP_BYTES)
         with index.edit() as edit:
             edit.set_meta(REBUILDING, 1)
         report = _check_offline(index, directory, hold, repair)

@@ -17,7 +17,7 @@ the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody lo
        112     2  n: tokens
        114     1  kind: 0 block or tail, 1 checkpoint
        115     4  digest of the recipes of the runs; 0 when none was taken
-       119     1  zero
+       119     1  1 if what follows is encrypted (`kvstore.engine.keyring`), else 0
        120    8n  tokens
     120+8n        runs, or the states of a checkpoint
       last     8  xxh3_64 of all before it, seeded with the first 8 bytes of the key
@@ -41,14 +41,18 @@ import xxhash
 
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
 from kvstore.engine.blobs import disk_bytes
+from kvstore.engine.keyring import KeyRing, NamespaceKey
 from kvstore.errors import CorruptDataError
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 
 ROW_VERSION = 2
-_HEAD = struct.Struct("<HHIQQQQQ32s32sHBIx")
+_HEAD = struct.Struct("<HHIQQQQQ32s32sHBIB")
 _FIDELITY = struct.Struct("<24xQ")
 _RECIPES = struct.Struct("<115xI")
+SEALED_AT = 119
+SEALED = b"\1"
 TOKENS_AT = _HEAD.size
+ROOT_AT = 80
 CHECK_BYTES = 8
 SEQ_BYTES = 8
 # LMDB keys have at most 511 bytes: parent, code, seq.
@@ -79,6 +83,7 @@ class _Fields(NamedTuple):
     n_tokens: int
     kind: int
     recipes: int
+    sealed: int
 
 
 class Row(_Fields):
@@ -97,6 +102,11 @@ class Row(_Fields):
     def is_checkpoint(self) -> bool:
         """Whether this is a checkpoint instead of KV."""
         return self.kind == CHECKPOINT_KIND
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it is encrypted and its key is not there: then only the fixed fields say anything."""
+        return bool(self.sealed)
 
     @property
     def end(self) -> int:
@@ -157,6 +167,7 @@ def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_b
         block.n_tokens,
         CHECKPOINT_KIND if block.is_checkpoint else 0,
         recipes_digest(block),
+        0,
     )
     described = states_to_list(block.states) if block.is_checkpoint else runs_to_list(block.runs)
     value = head + block.tokens + msgpack.packb(described)
@@ -206,6 +217,26 @@ def parse_row(key: bytes, value: bytes) -> Row:
     return row
 
 
+def seal_row(row: Row, key: NamespaceKey) -> bytes:
+    """The value under which a row of an encrypted namespace stands in the index."""
+    head = row.value[:SEALED_AT] + SEALED
+    value = head + key.seal(row.value[TOKENS_AT:-CHECK_BYTES], row.key + head)
+    return value + _check(row.key, value)
+
+
+def open_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
+    """A row's value as `parse_row` takes it, decrypted if it is encrypted and the ring has its key."""
+    if value[SEALED_AT:TOKENS_AT] != SEALED:
+        return value
+    head = value[:TOKENS_AT]
+    own = ring.key(value[ROOT_AT : ROOT_AT + KEY_BYTES])
+    secret = own.open(value[TOKENS_AT:-CHECK_BYTES], key + head) if own else None
+    if secret is None:
+        return value
+    plain = head[:SEALED_AT] + b"\0" + secret
+    return plain + _check(key, plain)
+
+
 def token_code(token: int) -> bytes:
     """The order-preserving, prefix-free code of one token."""
     if 0 <= token < _SHORT_TOKEN_LIMIT:
@@ -236,9 +267,12 @@ class Code:
         return cls(bytes(data[:CODE_BYTES_MAX]), ends, complete)
 
 
-def child_entry(row: Row) -> bytes:
-    """The key under which a row stands among its parent's children."""
-    code = checkpoint_code(row.n_tokens) if row.is_checkpoint else Code.of(row.tokens).data
+def child_entry(row: Row, key: NamespaceKey | None = None) -> bytes:
+    """The key under which a row stands among its parent's children; `key` is its namespace's, if it is encrypted."""
+    if row.is_checkpoint:
+        code = checkpoint_code(row.n_tokens)
+    else:
+        code = key.child_code(row.tokens) if key else Code.of(row.tokens).data
     return row.parent + code + row.seq.to_bytes(SEQ_BYTES, "big")
 
 

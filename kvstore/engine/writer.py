@@ -11,11 +11,13 @@ from kvstore.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.engine.blobs import blob_name, disk_bytes, write_durably
 from kvstore.engine.format import Sealed, seal
 from kvstore.engine.index import Edit
+from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import NewBlock, StoreReceipt
 from kvstore.engine.retention import keep_share, thin_chains
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row, pack_row
+from kvstore.engine.sealed import seal_blob, sealed_bytes
 from kvstore.engine.state import State
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.keys import NamespaceInfo
@@ -31,6 +33,7 @@ class _Batch:
     root: bytes
     record: bytes
     keep: set[bytes]
+    key: NamespaceKey | None
     folder: int = -1
     entries: list[tuple[bytes, bytes, Row | None]] = field(default_factory=list)
     ends: dict[bytes, int] = field(default_factory=dict)
@@ -60,7 +63,8 @@ class Writer:
 
     def store(self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes]) -> StoreReceipt:
         """See `Engine.store`."""
-        batch = _Batch(NamespaceInfo.from_record(record).root, record, set(protect))
+        root = NamespaceInfo.from_record(record).root
+        batch = _Batch(root, record, set(protect), self._state.index.ring.key(root))
         try:
             reason = self._write_all(batch, blocks)
             if not batch.entries:
@@ -83,7 +87,7 @@ class Writer:
             with self._state.index.view() as view:
                 held = view.row(block.key)
             row = None
-            if held is None or held.fidelity < block.fidelity:
+            if held is None or held.is_sealed or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._state.clock())
                 sealed = seal(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
                 row = self._write(batch, sealed)
@@ -116,22 +120,25 @@ class Writer:
         """Make room for a blob and write it; None when there is no room."""
         state = self._state
         key = sealed.block.key
-        if sealed.block.is_checkpoint and disk_bytes(sealed.file_bytes) > state.options.checkpoint_share_bytes:
+        file_bytes = sealed_bytes(sealed.file_bytes) if batch.key else sealed.file_bytes
+        if sealed.block.is_checkpoint and disk_bytes(file_bytes) > state.options.checkpoint_share_bytes:
             return None
         if batch.folder < 0:
             batch.folder = key[0]
         with state.lock:
             # The row is no longer than the header, on pages of its own, and has four small entries beside it.
-            nbytes = disk_bytes(sealed.file_bytes) + disk_bytes(len(sealed.header)) + disk_bytes(1)
+            nbytes = disk_bytes(file_bytes) + disk_bytes(len(sealed.header)) + disk_bytes(1)
             if not self._room.make(nbytes, batch.keep):
                 return None
             seq, state.next_seq = state.next_seq, state.next_seq + 1
             state.in_flight[blob_name(key, seq)] = nbytes
             state.ledger.add("pending", nbytes)
-        row = pack_row(replace(sealed.block, namespace=b""), batch.folder, seq, len(sealed.header), sealed.file_bytes)
+        row = pack_row(replace(sealed.block, namespace=b""), batch.folder, seq, len(sealed.header), file_bytes)
         try:
             self._make_folder(batch.folder)
             parts = (memoryview(sealed.header), *sealed.payload)
+            if batch.key:
+                parts = tuple(seal_blob(batch.key, batch.root, key, parts))
             write_durably(state.fs, str(state.directory.path(row)), parts, state.sync)
         except BaseException as error:
             self._end_flight(row)
@@ -183,6 +190,10 @@ class Writer:
         """Put the rows of a batch as far as the index still bears them out."""
         settled = _Settled()
         stamp = self._state.now()
+        if self._state.index.ring.key(batch.root) is not batch.key:
+            # Its key was dropped, or it was first encrypted, while this request was under way.
+            settled.reason = Reason.DEPENDENCY_LOST
+            return settled
         for key, parent, row in batch.entries:
             if (parent != batch.root and edit.value(parent) is None) or (row is None and edit.value(key) is None):
                 settled.reason = Reason.DEPENDENCY_LOST

@@ -1,0 +1,173 @@
+"""Keys of encrypted namespaces, and what they do to rows: AES-256-GCM with what must not change bound as AAD.
+
+One data key a namespace, 32 random bytes, in `keys/<root in hex>.json`, wrapped by the master key with the root as AAD.
+The master key is never written. Dropping the file makes everything of the namespace unreadable for good.
+
+    data key     HKDF-SHA256 of it, by purpose: rows, children, blobs
+    row          nonce (12 random bytes), AES-GCM of tokens and runs; AAD: the block's key and the row's fixed fields,
+                 which stay readable: sizes, file, parent
+    children     0xD0 and 8 bytes of HMAC over the first 32 tokens, or 0xD1 when there are fewer: no order that tells of
+                 tokens, so where prompts diverge up to 31 tokens are not found
+    blob         `kvstore.engine.sealed`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import threading
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from kvstore.blocks import TOKEN_BYTES
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, write_durably
+from kvstore.errors import DirectoryError, NotFoundError
+
+KEY_BYTES = 32
+NONCE_BYTES = 12
+TAG_BYTES = 16
+FORMAT_VERSION = 1
+BUCKET_TOKENS = 32
+_BUCKET = b"\xd0"
+_SHORT = b"\xd1"
+
+
+class NamespaceKey:
+    """The subkeys of one namespace. Any thread may use it."""
+
+    def __init__(self, data_key: bytes) -> None:
+        self._blobs = _derived(data_key, b"kvstore/blobs/v1")
+        self._children = _derived(data_key, b"kvstore/children/v1")
+        self._rows = AESGCM(_derived(data_key, b"kvstore/rows/v1"))
+
+    def seal(self, plain: bytes, bound: bytes) -> bytes:
+        """nonce, ciphertext and tag of a row's secret part."""
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + self._rows.encrypt(nonce, plain, bound)
+
+    def open(self, sealed: bytes, bound: bytes) -> bytes | None:
+        """What was sealed; None if it was not, not so, or under another key."""
+        try:
+            return self._rows.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
+        except (InvalidTag, ValueError):
+            return None
+
+    def child_code(self, tokens: bytes) -> bytes:
+        """Under which a block of these packed tokens stands among its parent's children."""
+        head = tokens[: BUCKET_TOKENS * TOKEN_BYTES]
+        if len(head) < BUCKET_TOKENS * TOKEN_BYTES:
+            return _SHORT
+        return _BUCKET + hmac.digest(self._children, head, "sha256")[:8]
+
+    def child_codes(self, tokens: bytes) -> tuple[bytes, ...]:
+        """Under which blocks stand that may share leading tokens with these."""
+        return tuple(dict.fromkeys((self.child_code(tokens), _SHORT)))
+
+    def blob_cipher(self, salt: bytes) -> AESGCM:
+        """The cipher of one blob: no two share a key, so its chunks may count their nonces."""
+        return AESGCM(hmac.digest(self._blobs, salt, hashlib.sha256))
+
+
+def _derived(key: bytes, purpose: bytes) -> bytes:
+    return HKDF(hashes.SHA256(), KEY_BYTES, None, purpose).derive(key)
+
+
+class KeyRing:
+    """The keys of one data directory. Any thread may ask; `make` and `drop` are for whoever holds the writer's lock."""
+
+    def __init__(self, folder: Path, fs: Fs, master: bytes = b"", *, sync: bool = True) -> None:
+        """Open every wrapped key. `master`: 32 bytes, or none; DirectoryError when it is not the one they need."""
+        self._folder = folder
+        self._fs = fs
+        self._master = AESGCM(master) if master else None
+        self._sync = sync
+        self._lock = threading.Lock()
+        self._keys: dict[bytes, NamespaceKey] = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.name.endswith(TMP_SUFFIX):
+                fs.unlink(str(path))
+            elif path.suffix == ".json":
+                self._load(path)
+
+    def key(self, root: bytes) -> NamespaceKey | None:
+        """The key of a namespace; None when it is not encrypted, or its key was dropped."""
+        return self._keys.get(root)
+
+    @property
+    def can_make(self) -> bool:
+        """Whether there is a master key, without which no namespace can be encrypted."""
+        return self._master is not None
+
+    def make(self, root: bytes) -> None:
+        """Encrypt a namespace from now on. Durable on return. NotFoundError without a master key."""
+        if self._master is None:
+            raise NotFoundError("no encryption key is configured")
+        with self._lock:
+            if root in self._keys:
+                return
+            data_key, nonce = os.urandom(KEY_BYTES), os.urandom(NONCE_BYTES)
+            wrapped = self._master.encrypt(nonce, data_key, root)
+            words = {"version": FORMAT_VERSION, "nonce": nonce.hex(), "wrapped": wrapped.hex()}
+            text = json.dumps(words).encode()
+            write_durably(self._fs, str(self._path(root)), [memoryview(text)], self._sync)
+            self._sync_folder()
+            self._keys[root] = NamespaceKey(data_key)
+
+    def drop(self, root: bytes) -> bool:
+        """Forget a namespace's key for good; whether there was one.
+
+        The file is overwritten first. On flash and copy-on-write volumes old blocks may outlive that; what they hold
+        is still wrapped by the master key.
+        """
+        with self._lock:
+            path = self._path(root)
+            if self._keys.pop(root, None) is None and not path.exists():
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+                self._fs.unlink(str(path))
+            self._sync_folder()
+            return True
+
+    def _sync_folder(self) -> None:
+        if self._sync:
+            self._fs.fsync_dir(str(self._folder))
+
+    def _load(self, path: Path) -> None:
+        if self._master is None:
+            raise DirectoryError(
+                f"{path} belongs to an encrypted namespace and no encryption key is configured: set encryption_key, or "
+                "delete that file, and with it all that the namespace holds"
+            )
+        try:
+            words = json.loads(path.read_text(encoding="utf-8"))
+            root = bytes.fromhex(path.stem)
+            nonce, wrapped = bytes.fromhex(words["nonce"]), bytes.fromhex(words["wrapped"])
+            if words["version"] != FORMAT_VERSION:
+                raise DirectoryError(f"{path} was written by a newer kvstore")
+            self._keys[root] = NamespaceKey(self._master.decrypt(nonce, wrapped, root))
+        except InvalidTag:
+            raise DirectoryError(
+                f"{path} was not made with the configured encryption key: configure the one it was made with, or "
+                "delete that file, and with it all that the namespace holds"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if not path.stat().st_size or not path.read_bytes().strip(b"\0"):
+                self._fs.unlink(str(path))  # dropped, when the machine stopped before the name was gone
+                return
+            raise DirectoryError(f"{path} cannot be read: {error}") from error
+
+    def _path(self, root: bytes) -> Path:
+        return self._folder / f"{root.hex()}.json"
