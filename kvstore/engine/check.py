@@ -59,6 +59,8 @@ def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
     NotFoundError when it is encrypted and its key was dropped.
     """
     path = directory.path(row)
+    if row.is_sealed:
+        raise NotFoundError(f"{path}: the key that it was encrypted with was dropped")
     try:
         block, payload_offset, file_bytes = read_block(path, verify=True, ring=ring)
     except UnknownFormatError as error:

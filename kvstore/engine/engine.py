@@ -241,16 +241,21 @@ class Engine:
         key = self._state.index.ring.key(slices[0].row.root) if slices else None
         if key is None:
             return FileReader(sources, open_max)
-        return SealedReader([SealedSource(source, key) for source in sources], open_max)
+        return SealedReader(
+            [SealedSource(source, key, part.row.key) for source, part in zip(sources, slices, strict=True)], open_max
+        )
 
     def is_encrypted(self, root: bytes) -> bool:
         """Whether a namespace is encrypted: then nothing of it is handed over by path."""
         return self._state.index.ring.key(root) is not None
 
     def encrypt(self, root: bytes) -> None:
-        """Encrypt a namespace from now on; one that holds anything already stays as it is. Durable on return."""
+        """Encrypt a namespace from now on; one that holds anything plain stays as it is. Durable on return."""
         with self._state.lock:
-            if root not in self._state.namespaces:
+            with self._state.index.view() as view:
+                _, first = next(view.children(root), (b"", b""))
+                row = view.row(first) if first else None
+            if row is None or row.is_sealed:  # all rows of a namespace are of one kind
                 self._state.index.ring.make(root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:

@@ -60,7 +60,7 @@ def open_blob(first: bytes, ring: KeyRing, pread: Callable[[int, int], bytes], f
     CorruptDataError unless every chunk is whole, NotFoundError when its key is not there, UnknownFormatError for a
     newer version.
     """
-    root, inner_bytes = _parse_header(first)
+    root, _, inner_bytes = _parse_header(first)
     key = ring.key(root)
     if key is None:
         raise NotFoundError("the key of this encrypted blob is not there")
@@ -81,6 +81,7 @@ class SealedSource:
 
     file: FileSource
     key: NamespaceKey
+    block: bytes
 
     @property
     def inner_bytes(self) -> int:
@@ -136,7 +137,9 @@ class SealedReader:
         if known is None:
             header = bytearray(HEADER_BYTES)
             self._files.readinto(source, 0, [memoryview(header)])
-            _parse_header(bytes(header))
+            _, block, _ = _parse_header(bytes(header))
+            if block != self._sources[source].block:
+                raise CorruptDataError(f"{self._sources[source].file.path}: the blob of another block")
             known = self._sources[source].key.blob_cipher(_salt(bytes(header))), bytes(header)
             with self._lock:
                 self._ciphers[source] = known
@@ -196,8 +199,8 @@ def _header(root: bytes, block: bytes, salt: bytes, inner_bytes: int) -> bytes:
     return room.to_bytes(LENGTH_BYTES, "little") + text.ljust(room)
 
 
-def _parse_header(header: bytes) -> tuple[bytes, int]:
-    """(root, bytes inside). CorruptDataError unless the header is exactly what `_header` makes."""
+def _parse_header(header: bytes) -> tuple[bytes, bytes, int]:
+    """(root, key of the block, bytes inside). CorruptDataError unless the header is exactly what `_header` makes."""
     try:
         metadata = json.loads(header[LENGTH_BYTES:])["__metadata__"]
         version, inner_bytes = int(metadata["version"]), int(metadata["bytes"])
@@ -208,7 +211,7 @@ def _parse_header(header: bytes) -> tuple[bytes, int]:
         raise UnknownFormatError(f"an encrypted blob of version {version}; this kvstore reads up to {FORMAT_VERSION}")
     if not 0 < inner_bytes < 1 << 48 or len(salt) != SALT_BYTES or _header(root, block, salt, inner_bytes) != header:
         raise CorruptDataError("sealed blob: the header is not in its canonical form")
-    return root, inner_bytes
+    return root, block, inner_bytes
 
 
 def _salt(header: bytes) -> bytes:

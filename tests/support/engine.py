@@ -23,7 +23,6 @@ from kvstore.blocks import (
     pack_tokens,
 )
 from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
-from kvstore.files import FileReader
 from kvstore.keys import Namespace, block_key, chain_keys, checkpoint_key
 from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec
 
@@ -123,7 +122,7 @@ def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
     at = 0
     if match.checkpoint is not None:
         demand_right_states(engine, match.checkpoint)
-    with FileReader(engine.sources(match.slices), open_max=4) as reader:
+    with engine.reader(match.slices, open_max=4) as reader:
         for number, part in enumerate(match.slices):
             width = part.take * TOKEN_BYTES
             assert part.row.tokens[:width] == packed[at : at + width]
@@ -142,7 +141,7 @@ def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
 
 def demand_right_states(engine: Engine, row: Row) -> None:
     """The file of a checkpoint has the bytes that belong to its key."""
-    with FileReader(engine.sources([Slice(row, row.n_tokens)])) as reader:
+    with engine.reader([Slice(row, row.n_tokens)]) as reader:
         for state in row.block.states:
             for number, array in enumerate(state.arrays):
                 got = bytearray(array.nbytes)

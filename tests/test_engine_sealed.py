@@ -1,0 +1,226 @@
+"""Encrypted namespaces: nothing readable at rest, the same answers, and nothing at all once the key is dropped."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.engine import Engine, Selection, check_directory
+from kvstore.engine.keyring import BUCKET_TOKENS
+from kvstore.engine.sealed import HEADER_BYTES
+from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
+from tests.support.engine import (
+    HYBRID,
+    blob_paths,
+    checkpoint,
+    demand_right,
+    find,
+    namespace,
+    options,
+    put,
+    put_checkpoint,
+    sequence,
+    values,
+)
+
+MASTER = bytes(range(32))
+NS = namespace("secret")
+PLAIN = namespace("open")
+# Token ids that occur nowhere by chance.
+CANARY = [0x5EC2E700 + 7919 * number for number in range(700)]
+
+
+def opened(path: Path, master: bytes = MASTER) -> Engine:
+    """An engine with a master key, in which NS is encrypted."""
+    engine = Engine.open(path / "data", options(master_key=master))
+    if master:
+        engine.encrypt(NS.root)
+    return engine
+
+
+def bytes_at_rest(path: Path) -> bytes:
+    """Everything in the data directory."""
+    return b"".join(file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file())
+
+
+def test_neither_tokens_nor_values_of_an_encrypted_namespace_are_readable_at_rest(tmp_path: Path) -> None:
+    """Of a plain one beside it both are: the search itself works."""
+    plain_tokens = [token + 1 for token in CANARY]
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        put(engine, PLAIN, plain_tokens)
+        find(engine, NS, CANARY)
+        engine.touch(find(engine, NS, CANARY).slices)
+    rest = bytes_at_rest(tmp_path / "data")
+    for tokens, there in ((CANARY, False), (plain_tokens, True)):
+        packed = pack_tokens(tokens)
+        assert (packed[:8] in rest) is there
+        assert (packed[8 * 300 : 8 * 301] in rest) is there
+        assert (values(packed[: 8 * BLOCK_TOKENS] + b"\0", 4096).tobytes()[:32] in rest) is there
+    assert MASTER not in rest
+
+
+def test_encrypted_and_plain_namespaces_give_the_same_hits(tmp_path: Path) -> None:
+    """Whole, prefix, longer, and after a restart; the values are verified by `find`."""
+    with opened(tmp_path) as engine:
+        assert put(engine, NS, CANARY).blocks == 3
+        for tokens, n_tokens in ((CANARY, 700), (CANARY[:512], 512), (CANARY[:600], 600), ([*CANARY, 1, 2], 700)):
+            assert find(engine, NS, tokens).n_tokens == n_tokens
+        diverging = [*CANARY[:640], *range(90)]
+        assert find(engine, NS, diverging).n_tokens == 640
+        assert find(engine, NS, [5, *CANARY]).n_tokens == 0
+    with opened(tmp_path) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+        longer = [*CANARY, *range(40)]
+        put(engine, NS, longer)
+        assert find(engine, NS, longer).n_tokens == 740
+        assert len(blob_paths(tmp_path / "data")) == 3  # the shorter tail is gone
+        assert engine.check().findings == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.data())
+def test_a_hit_is_at_most_31_tokens_shorter_than_in_a_plain_namespace(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, data: st.DataObject
+) -> None:
+    """Where prompts diverge within a block, and never a token too many."""
+    rng = random.Random(seed)
+    stems = [[rng.randrange(3) for _ in range(rng.randrange(1, 700))] for _ in range(3)]
+    stored = [stem[: rng.randrange(1, len(stem) + 1)] + [9] * rng.randrange(0, 300) for stem in stems for _ in range(2)]
+    folder = tmp_path_factory.mktemp("sealed")
+    with opened(folder) as engine:
+        for tokens in stored:
+            put(engine, NS, tokens)
+            put(engine, PLAIN, tokens)
+        for stem in stems:
+            query = stem[: data.draw(st.integers(1, len(stem)))] + [7] * data.draw(st.integers(0, 40))
+            sealed, plain = find(engine, NS, query).n_tokens, find(engine, PLAIN, query).n_tokens
+            assert plain - BUCKET_TOKENS < sealed <= plain
+
+
+def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None:
+    """Their bytes are encrypted like all others."""
+    ns = namespace("secret", HYBRID)
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        engine.encrypt(ns.root)
+        put(engine, ns, CANARY)
+        put_checkpoint(engine, ns, CANARY[:600])
+        match = engine.match(ns.root, pack_tokens(CANARY), exact=True)
+        assert match.n_tokens == 600
+        demand_right(engine, match, pack_tokens(CANARY[:600]))
+        state = bytes(memoryview(checkpoint(ns, CANARY[:600]).buffers[0]))
+    assert state not in bytes_at_rest(tmp_path / "data")
+
+
+@pytest.mark.parametrize("at", [3, 60, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 700, -1])
+def test_a_changed_byte_anywhere_in_an_encrypted_blob_is_found(tmp_path: Path, at: int) -> None:
+    """Header, first chunk, tag: read back, it is damage, and check finds it."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        match = find(engine, NS, CANARY)
+        path = engine.path(match.slices[1].row)
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CorruptDataError):
+            demand_right(engine, match, pack_tokens(CANARY))
+        assert [finding.kind for finding in engine.check().findings] == ["corrupt_blob"]
+        assert engine.recheck(match.slices[1].row.key)
+        assert find(engine, NS, CANARY).n_tokens == BLOCK_TOKENS
+
+
+def test_a_blob_in_another_ones_place_is_found(tmp_path: Path) -> None:
+    """Both are whole, encrypted with the namespace's key and of one size."""
+    other = [token + 3 for token in CANARY]
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY[:256])
+        put(engine, NS, other[:256])
+        (first,), (second,) = (find(engine, NS, tokens[:256]).slices for tokens in (CANARY, other))
+        data = engine.path(second.row).read_bytes()
+        engine.path(first.row).write_bytes(data)
+        with pytest.raises(CorruptDataError, match="another block"):
+            find(engine, NS, CANARY[:256])
+        assert [finding.kind for finding in engine.check(repair=True).findings] == ["corrupt_blob"]
+        assert find(engine, NS, CANARY[:256]).n_tokens == 0
+        assert find(engine, NS, other[:256]).n_tokens == 256
+
+
+def test_a_lost_index_is_rebuilt_from_encrypted_blobs(tmp_path: Path) -> None:
+    """With the key; offline too."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+    for file in (tmp_path / "data" / "index").iterdir():
+        file.unlink()
+    assert check_directory(tmp_path / "data", repair=True, master_key=MASTER).blobs == 3
+    with opened(tmp_path) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+    assert pack_tokens(CANARY)[:8] not in bytes_at_rest(tmp_path / "data")
+
+
+def test_a_dropped_key_makes_all_of_it_a_miss_at_once_and_for_good(tmp_path: Path) -> None:
+    """What was stored is not read again, is evicted like anything else, and the namespace can be filled anew."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        put(engine, PLAIN, CANARY)
+        kept = engine.match(NS.root, pack_tokens(CANARY))
+        assert engine.shred(NS.root[:4], dry_run=True) == 1
+        assert engine.shred(NS.root[:4]) == 1
+        assert engine.shred(NS.root[:4]) == 0
+        assert find(engine, NS, CANARY).n_tokens == 0
+        assert find(engine, PLAIN, CANARY).n_tokens == 700
+        with pytest.raises((CorruptDataError, NotFoundError, AssertionError)):
+            demand_right(engine, kept, pack_tokens(CANARY))
+    with opened(tmp_path) as engine:  # with a new key, that opens nothing of before
+        assert find(engine, NS, CANARY).n_tokens == 0
+        assert {finding.kind for finding in engine.check().findings} == {"shredded"}
+        assert engine.evict(Selection(namespace_prefix=NS.root[:4])).blocks == 3
+        assert engine.check().findings == []
+        assert len(blob_paths(tmp_path / "data")) == 3
+        assert find(engine, PLAIN, CANARY).n_tokens == 700
+        put(engine, NS, CANARY)
+        assert find(engine, NS, CANARY).n_tokens == 700
+        assert engine.check().findings == []
+
+
+def test_a_store_that_was_under_way_when_the_key_was_dropped_leaves_nothing(tmp_path: Path) -> None:
+    """Neither a plain row nor a file."""
+    with opened(tmp_path) as engine:
+
+        def blocks():  # type: ignore[no-untyped-def]
+            for number, block in enumerate(sequence(NS, CANARY)):
+                if number == 2:
+                    assert engine.shred(NS.root) in (0, 1)
+                    engine._state.index.ring.drop(NS.root)
+                yield block
+
+        receipt = engine.store(NS.to_record(), blocks())
+        assert (receipt.new_bytes, receipt.reason) == (0, Reason.DEPENDENCY_LOST)
+        assert not blob_paths(tmp_path / "data")
+    assert pack_tokens(CANARY)[:8] not in bytes_at_rest(tmp_path / "data")
+
+
+def test_a_directory_with_encrypted_namespaces_needs_their_master_key(tmp_path: Path) -> None:
+    """Without it, or with another, the start is refused and nothing is changed."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+    for master in (b"", bytes(32)):
+        with pytest.raises(DirectoryError, match="encryption key"):
+            Engine.open(tmp_path / "data", options(master_key=master))
+    with opened(tmp_path) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+
+
+def test_a_namespace_that_holds_plain_blocks_stays_plain(tmp_path: Path) -> None:
+    """Encryption begins with an empty namespace, so no row of it is ever of the other kind."""
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        put(engine, NS, CANARY)
+        engine.encrypt(NS.root)
+        assert not engine.is_encrypted(NS.root)
+        assert find(engine, NS, CANARY).n_tokens == 700
+    with Engine.open(tmp_path / "data", options()) as engine, pytest.raises(NotFoundError):
+        engine.encrypt(PLAIN.root)
