@@ -14,8 +14,8 @@ from kvstore.server.staging import StagingFile
 def test_exactly_the_bytes_that_were_asked_for_are_read_back(tmp_path: Path) -> None:
     """Streamed in pieces, read at any offset, gone after remove."""
     file = StagingFile(tmp_path, "u", 10)
-    file.append(b"01234")
-    file.append(b"56789")
+    file.append([b"01234"])
+    file.append([b"56789"])
     file.seal()
     assert bytes(file.read(3, 4)) == b"3456"
     assert file.path.stat().st_mode & 0o777 == 0o600
@@ -37,7 +37,7 @@ def test_a_stream_cannot_run_over_its_announced_size(tmp_path: Path) -> None:
     """Refused before a byte too many is written."""
     file = StagingFile(tmp_path, "u", 4)
     with pytest.raises(InvalidRequestError):
-        file.append(b"12345")
+        file.append([b"12345"])
     assert file.progress() == 0
 
 
@@ -69,7 +69,7 @@ def test_an_existing_name_is_never_reused(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_or_cut_short_is_an_error_not_garbage(tmp_path: Path) -> None:
     """Between seal and read the worker still can write."""
     file = StagingFile(tmp_path, "u", 10)
-    file.append(b"0123456789")
+    file.append([b"0123456789"])
     file.seal()
     os.truncate(file.path, 4)
     with pytest.raises(InvalidRequestError):

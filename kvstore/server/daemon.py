@@ -25,6 +25,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from kvstore.access import Credentials
+from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
 from kvstore.codecs.profiles import check_profile
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
@@ -88,10 +89,11 @@ class Daemon:
         config = self._config
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
-        layers = LayerFrames(engine, lane, config)
+        buffers = ByteBudget(config.memory_bytes)
+        layers = LayerFrames(engine, lane, buffers)
         counters = Counters()
         same_host = bool(config.address.path)
-        service = KVStoreService(engine, store, fetch, layers, workers, counters, config, same_host=same_host)
+        service = KVStoreService(engine, store, fetch, layers, buffers, workers, counters, config, same_host=same_host)
         admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
         health = HealthServicer()
         server = grpc.aio.server(options=channel_options(config.message_bytes_max), interceptors=guards(credentials))

@@ -24,6 +24,8 @@ Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio has no types of its
 log = logging.getLogger(__name__)
 
 READ_THREADS = 4
+# How long a handler waits until its status is under way.
+ABORT_S = 1.0
 # Each waits for the lane most of the time.
 DECODE_THREADS = 8
 
@@ -61,9 +63,15 @@ class Workers:
 
 async def _abort(context: Context, name: str, error: Exception) -> None:
     if isinstance(error, KVStoreError):
-        await context.abort(to_status(error), str(error))
-    log.error("%s failed", name, exc_info=error)
-    await context.abort(grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why")
+        code, details = to_status(error), str(error)
+    else:
+        log.error("%s failed", name, exc_info=error)
+        code, details = grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why"
+    try:
+        await asyncio.wait_for(context.abort(code, details), ABORT_S)
+    except TimeoutError:
+        # A peer that reads nothing has the status behind what it did not read; gRPC keeps it for as long as the call.
+        raise asyncio.CancelledError from None
 
 
 def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any, Any, Context], Awaitable[T]]:

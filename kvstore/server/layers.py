@@ -17,7 +17,6 @@ from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.states import state_ranges
-from kvstore.config import Config
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
 from kvstore.files import OPEN_FILES_MAX, FileReader, Range
@@ -49,10 +48,10 @@ P = TypeVar("P", bound=Piece)
 class LayerFrames:
     """Makes frames. The generators block on disk and lane: run them on worker threads, any, one at a time."""
 
-    def __init__(self, engine: Engine, lane: Lane, config: Config) -> None:
+    def __init__(self, engine: Engine, lane: Lane, buffers: ByteBudget) -> None:
         self._engine = engine
         self._lane = lane
-        self._buffers = ByteBudget(config.memory_bytes)
+        self._buffers = buffers
         self._files = ByteBudget(OPEN_FILES_MAX)
 
     def packed(self, plan: FetchPlan, layout: Layout) -> Frames:

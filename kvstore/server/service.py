@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kvstore.blocks import KEY_BYTES, LayerState, Reason
+from kvstore.bounds import ByteBudget
 from kvstore.config import Config
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError, LayoutMismatchError
@@ -17,11 +18,13 @@ from kvstore.server import uploads
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.edge import Context, Workers, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
+from kvstore.server.intake import Intake
 from kvstore.server.layers import LayerFrames, dense_block
 from kvstore.server.sender import Sender
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StoreRequest
 from kvstore.wire import convert
+from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -35,6 +38,7 @@ class KVStoreService(rpc.KVStoreServicer):
         store: StorePath,
         fetch: FetchPath,
         layers: LayerFrames,
+        buffers: ByteBudget,
         workers: Workers,
         counters: Counters,
         config: Config,
@@ -45,6 +49,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._store = store
         self._fetch = fetch
         self._layers = layers
+        self._buffers = buffers
         self._workers = workers
         self._counters = counters
         self._config = config
@@ -173,26 +178,18 @@ class KVStoreService(rpc.KVStoreServicer):
         )
 
     @unary
-    async def Upload(self, request_iterator: AsyncIterator[pb.UploadChunk], context: Context) -> pb.UploadReply:
-        upload: uploads.Upload | None = None
+    async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
+        uploads = self._store.uploads
+        intake = Intake(uploads, self._workers.read, self._buffers, self._config.upload_idle_s)
         whole = False
         try:
-            async for chunk in request_iterator:
-                if upload is None:
-                    upload = self._store.uploads.get(chunk.upload_id)
-                if upload.staging is None or upload.committing:
-                    raise InvalidRequestError("this upload takes no bytes")
-                await self._workers.read(upload.staging.append, bytes(chunk.data))
-            if upload is None or upload.staging is None:
-                raise InvalidRequestError("an upload names its upload_id in the first chunk")
-            received = upload.staging.received_bytes
-            if received != upload.upload_bytes:
-                raise InvalidRequestError(f"the upload has {received} bytes, {upload.upload_bytes} were asked for")
+            received = await intake.receive(request_iterator)
             whole = True
             return pb.UploadReply(received_bytes=received)
         finally:
-            if upload is not None and not whole:
-                self._store.uploads.give_up(upload)
+            intake.close()
+            if intake.upload is not None and not whole:
+                uploads.give_up(intake.upload)
 
     @streaming
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:

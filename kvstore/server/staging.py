@@ -12,10 +12,11 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvstore.errors import InvalidRequestError, NotFoundError, StoreFullError
+from kvstore.files import VECTORS_MAX
 
 
 class StagingFile:
@@ -32,22 +33,25 @@ class StagingFile:
         # A worker that goes away has its file removed while its last chunk may still be on the way in.
         self._lock = threading.Lock()
 
-    def append(self, data: bytes) -> None:
+    def append(self, parts: Sequence[bytes | memoryview]) -> None:
         """Write the next bytes of a streamed upload.
 
         Raises InvalidRequestError when there are more than were announced, NotFoundError when the upload was given up,
         StoreFullError when the volume is full.
         """
+        pending = [memoryview(part) for part in parts if len(part)]
         with self._lock, _room():
             if self._write_fd < 0:
                 raise NotFoundError("the upload was given up")
-            if self.received_bytes + len(data) > self.nbytes:
+            if self.received_bytes + sum(map(len, pending)) > self.nbytes:
                 raise InvalidRequestError(f"the upload is longer than the {self.nbytes} bytes that were asked for")
-            view = memoryview(data)
-            while view:
-                written = os.pwrite(self._write_fd, view, self.received_bytes)
-                view = view[written:]
+            while pending:
+                written = os.pwritev(self._write_fd, pending[:VECTORS_MAX], self.received_bytes)
                 self.received_bytes += written
+                while pending and written >= len(pending[0]):
+                    written -= len(pending.pop(0))
+                if written:
+                    pending[0] = pending[0][written:]
 
     def progress(self) -> int:
         """Bytes in the file by now, whoever wrote them; 0 when it is gone."""

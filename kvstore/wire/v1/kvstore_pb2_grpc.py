@@ -85,7 +85,9 @@ class KVStoreServicer(object):
 
     def Fetch(self, request, context):
         """Fetch replies with one FetchPlan, then, for stream transport, the layers' bytes in order. With path transport the
-        call stays open as the lease on the files: cancel it when they are open.
+        call stays open as the lease on the files: cancel it when they are open. A stream that is not read from is ended.
+        FetchReply and UploadChunk carry the bulk: kvstore writes and reads them around protobuf (kvstore/wire/frames.py),
+        to the same bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,256 @@
+"""Streams of a real daemon: workers that stop reading or go away, and what they may cost it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from kvstore.blocks import pack_tokens
+from kvstore.errors import CorruptDataError, DeadlineError
+from kvstore.server.sender import BATCH_BYTES, Frames, Sender
+from kvstore.wire.convert import channel_options, namespace_to_message
+from kvstore.wire.frames import LayerBytes, kvstore_stub, upload_frame
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from tests.support.daemon import DaemonProcess
+from tests.support.sessions import client_of, patient
+from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=8, heads=4, width=128)
+NAMESPACE = make_namespace(LAYOUT)
+TOKENS = list(range(4096))
+SIXTY_FOUR_MIB = 64 << 20
+STALL_S = 1
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """A daemon that holds 64 MiB of one sequence, as raw KV, and has little patience."""
+    data_dir: Path = tmp_path_factory.mktemp("streams") / "data"
+    with DaemonProcess(data_dir, stream_stall_s=STALL_S, upload_idle_s=STALL_S, profile="raw") as running:
+        with client_of(running) as client:
+            assert patient(client, NAMESPACE).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
+        yield running
+
+
+@pytest.fixture
+def stub(daemon: DaemonProcess) -> Iterator[Any]:
+    """The daemon's RPCs, without a client's limits."""
+    with grpc.insecure_channel(daemon.listen, options=channel_options(32 << 20)) as channel:
+        yield kvstore_stub(channel)
+
+
+def begin(stub: Any, representation: pb.Representation = pb.REPRESENTATION_PACKED) -> Any:
+    """A fetch of everything by stream, of which the plan and one chunk were read."""
+    call = stub.Fetch(
+        pb.FetchRequest(
+            namespace=namespace_to_message(NAMESPACE),
+            tokens=pack_tokens([*TOKENS, 1]),
+            representation=representation,
+            transport=pb.TRANSPORT_STREAM,
+        )
+    )
+    assert next(call).plan.n_tokens == len(TOKENS)
+    assert isinstance(next(call), LayerBytes)
+    return call
+
+
+def open_blobs(daemon: DaemonProcess) -> int:
+    """How many blob files the daemon has open."""
+    assert daemon.process is not None
+    folder = Path(f"/proc/{daemon.process.pid}/fd")
+    links = []
+    for link in folder.iterdir():
+        try:
+            links.append(str(link.readlink()))
+        except OSError:
+            continue
+    return sum("blobs.noindex" in link for link in links)
+
+
+def resident_bytes(daemon: DaemonProcess) -> int:
+    """Memory of the daemon."""
+    assert daemon.process is not None
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) << 10
+
+
+def within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Whether the condition comes true in time."""
+    give_up_at = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > give_up_at:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks into /proc")
+BOTH = pytest.mark.parametrize("representation", [pb.REPRESENTATION_PACKED, pb.REPRESENTATION_DENSE])
+
+
+@linux
+@BOTH
+def test_a_cancelled_stream_frees_everything_within_a_second(
+    daemon: DaemonProcess, stub: Any, representation: pb.Representation
+) -> None:
+    """Files, lease and buffers; the next fetch finds the daemon as it was."""
+    call = begin(stub, representation)
+    assert open_blobs(daemon) > 0
+    call.cancel()
+    assert within(1.0, lambda: open_blobs(daemon) == 0)
+
+
+@linux
+@BOTH
+def test_a_worker_that_stops_reading_is_given_up(
+    daemon: DaemonProcess, stub: Any, representation: pb.Representation
+) -> None:
+    """Its files are closed after the stall limit; should it read on, it is told so in place of the rest."""
+    call = begin(stub, representation)
+    time.sleep(STALL_S / 2)
+    assert open_blobs(daemon) > 0
+    assert within(STALL_S + 2.0, lambda: open_blobs(daemon) == 0)
+    rest: list[LayerBytes] = []
+    with pytest.raises(grpc.RpcError) as caught:
+        rest.extend(call)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert sum(len(chunk.data) for chunk in rest) < SIXTY_FOUR_MIB // 2
+
+
+@linux
+def test_many_workers_that_stop_reading_cost_the_daemon_little_memory(daemon: DaemonProcess, stub: Any) -> None:
+    """Each stream holds a few MiB, not what it was asked for: here 24 of 64 MiB."""
+    before = resident_bytes(daemon)
+    calls = [begin(stub) for _ in range(24)]
+    highest = 0
+    for _ in range(10):
+        time.sleep(0.05)
+        highest = max(highest, resident_bytes(daemon))
+    for call in calls:
+        call.cancel()
+    assert highest - before < 24 * (2 * BATCH_BYTES + (6 << 20))
+    assert within(1.0, lambda: open_blobs(daemon) == 0)
+
+
+def test_a_slow_reader_is_not_a_stalled_one(daemon: DaemonProcess, stub: Any) -> None:
+    """Every chunk starts the time anew."""
+    call = begin(stub)
+    received = 0
+    for number, chunk in enumerate(call):
+        received += len(chunk.data)
+        if number % 16 == 0:
+            time.sleep(STALL_S * 0.6)
+    assert received > SIXTY_FOUR_MIB // 2
+
+
+def test_an_upload_that_stops_is_given_up(daemon: DaemonProcess, stub: Any) -> None:
+    """Also when the worker stays connected; its staging file is gone."""
+    tokens = pack_tokens(range(10_000, 10_300))
+    begun = stub.BeginStore(
+        pb.BeginStoreRequest(
+            namespace=namespace_to_message(NAMESPACE),
+            layout=LAYOUT.record,
+            tokens=tokens,
+            transport=pb.TRANSPORT_STREAM,
+        )
+    )
+
+    def chunks() -> Iterator[bytes]:
+        yield upload_frame(begun.upload_id, [bytes(1000)])
+        time.sleep(4 * STALL_S)
+
+    started = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Upload(chunks())
+    assert caught.value.code() in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.NOT_FOUND)
+    assert time.monotonic() - started < 3.5 * STALL_S
+    assert within(1.0, lambda: daemon.files("staging") == [])
+
+
+# -- the sender by itself ----------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """Takes frames, up to `takes` of them."""
+
+    def __init__(self, takes: int) -> None:
+        self.frames: list[bytes] = []
+        self._takes = takes
+
+    async def write(self, frame: bytes) -> None:
+        """One frame, or never."""
+        if len(self.frames) == self._takes:
+            await asyncio.sleep(3600)
+        self.frames.append(frame)
+
+
+class Made:
+    """Frames, how many were made, and whether the generator was closed."""
+
+    def __init__(self, count: int, error: Exception | None = None) -> None:
+        self.count = 0
+        self.closed = False
+        self.frames = self._make(count, error)
+
+    def _make(self, count: int, error: Exception | None) -> Frames:
+        try:
+            for number in range(count):
+                self.count += 1
+                yield b"%d" % number + bytes(1 << 20)
+            if error is not None:
+                raise error
+        finally:
+            self.closed = True
+
+
+async def carry_out(made: Made, peer: Peer, stall_s: float) -> Sender:
+    """Send everything, and close whatever happens."""
+    sender = Sender(made.frames, asyncio.to_thread, stall_s)
+    try:
+        await sender.send(peer)
+    finally:
+        await sender.close()
+    return sender
+
+
+def test_frames_arrive_in_order_and_no_more_than_two_batches_ahead() -> None:
+    """However fast they are made."""
+    made, peer = Made(50), Peer(51)
+    sender = asyncio.run(carry_out(made, peer, 5))
+    assert peer.frames == [b"%d" % number + bytes(1 << 20) for number in range(50)]
+    assert sender.sent_bytes == sum(map(len, peer.frames))
+    slow, stuck = Made(50), Peer(3)
+    with pytest.raises(DeadlineError):
+        asyncio.run(carry_out(slow, stuck, 0.1))
+    assert slow.count * (1 << 20) <= 2 * (BATCH_BYTES + (1 << 20))
+    assert slow.closed
+
+
+def test_an_error_while_frames_are_made_comes_out_after_those_before_it() -> None:
+    """And the generator is closed."""
+    made, peer = Made(9, CorruptDataError("gone")), Peer(20)
+    with pytest.raises(CorruptDataError):
+        asyncio.run(carry_out(made, peer, 5))
+    assert len(peer.frames) == 8  # whole batches
+    assert made.closed
+
+
+def test_a_cancelled_sender_closes_the_generator() -> None:
+    """Which a thread may be in the middle of."""
+    made = Made(50)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(carry_out(made, Peer(1), 60))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    assert made.closed
