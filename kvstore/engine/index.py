@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
-import xxhash
 
 from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, count_tokens
 from kvstore.engine.blobs import Fs
@@ -42,6 +41,7 @@ from kvstore.engine.rows import (
     parse_row,
     seal_row,
 )
+from kvstore.engine.values import number_of, with_check, with_number_check, without_check
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
@@ -53,7 +53,6 @@ _USAGE = struct.Struct("<QQQQQ")
 _DEPTH_MAX = 0xFFFFFFFF
 # Of an access entry: stamp and depth, which every row has.
 _PLACE_BYTES = 12
-_CHECK_BYTES = 8
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
@@ -184,15 +183,11 @@ class View:
 
     def namespaces(self) -> dict[bytes, bytes]:
         """Record of every namespace. CorruptDataError when one was changed."""
-        found = dict(self._from("namespaces", b""))
-        if any(record[-_CHECK_BYTES:] != _check(root, record[:-_CHECK_BYTES]) for root, record in found.items()):
-            raise CorruptDataError("index: a namespace does not match its checksum")
-        return {root: record[:-_CHECK_BYTES] for root, record in found.items()}
+        return {root: without_check(root, stored) for root, stored in self._from("namespaces", b"")}
 
     def meta(self, name: str) -> int | None:
-        """A number kept beside the rows."""
-        found = self._txn.get(name.encode(), db=self._db["meta"])
-        return int.from_bytes(found, "little") if found else None
+        """A number kept beside the rows. CorruptDataError when it was changed."""
+        return number_of(name, self._txn.get(name.encode(), db=self._db["meta"]))
 
     def count(self, database: str = "rows") -> int:
         """How many entries a database has."""
@@ -250,11 +245,11 @@ class Edit(View):
 
     def put_namespace(self, root: bytes, record: bytes) -> None:
         """Remember a namespace. It is forgotten with its last row."""
-        self._txn.put(root, record + _check(root, record), db=self._db["namespaces"])
+        self._txn.put(root, with_check(root, record), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
         """Keep a number beside the rows."""
-        self._txn.put(name.encode(), value.to_bytes(8, "little"), db=self._db["meta"])
+        self._txn.put(name.encode(), with_number_check(name, value), db=self._db["meta"])
 
     def reindex(self) -> None:
         """Make children, order, access and usage anew from the rows; stamps and marks are kept where there are any."""
@@ -319,10 +314,6 @@ class Edit(View):
         self._txn.put(root, packed, db=self._db["usage"])
 
 
-def _check(root: bytes, record: bytes) -> bytes:
-    return xxhash.xxh3_64_intdigest(record, int.from_bytes(root[:8], "little")).to_bytes(_CHECK_BYTES, "little")
-
-
 def _order_entry(placed: bytes, key: bytes) -> bytes:
     """Stamp, then deepest first, then key."""
     return placed[:8] + (_DEPTH_MAX - int.from_bytes(placed[8:_PLACE_BYTES], "big")).to_bytes(4, "big") + key
@@ -384,7 +375,7 @@ class Index:
     def _open_databases(self) -> dict[str, Any]:
         meta = self._env.open_db(b"meta")
         with self._env.begin(write=True) as txn:
-            version = int.from_bytes(txn.get(b"version", db=meta) or b"", "little")
+            version = number_of("version", txn.get(b"version", db=meta)) or 0
             if version > INDEX_VERSION:
                 raise UnknownFormatError(
                     f"{self.path} has format version {version}; this kvstore reads up to {INDEX_VERSION}: "
@@ -392,7 +383,7 @@ class Index:
                 )
             self.was_older = 0 < version < INDEX_VERSION
             if not version:
-                txn.put(b"version", INDEX_VERSION.to_bytes(8, "little"), db=meta)
+                txn.put(b"version", with_number_check("version", INDEX_VERSION), db=meta)
         return {name: self._env.open_db(name.encode()) for name in _DATABASES}
 
     @contextlib.contextmanager

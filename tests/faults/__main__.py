@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.faults import cuts, kills
+from tests.faults import cuts, damage, kills
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
 
 Item = TypeVar("Item")
+FLIPS_BLOB, FLIPS_PAGE = 36, 25
 Share = Callable[[Sequence[Item]], list[Item]]
 
 
@@ -37,9 +38,41 @@ def run_cuts(folder: Path, share: Share[cuts.Cut]) -> list[Tally]:
     return [tally]
 
 
+def run_blobs(folder: Path, share: Share[tuple[bytes, str, damage.Change]]) -> list[Tally]:
+    """Flips, cuts and zeros in every region of every blob; files exchanged; other versions."""
+    tally = Tally(
+        "damaged blob",
+        "bits flipped, cut, zeroed in every region; swapped; other versions",
+        "a miss (`corrupt`), quarantine, stored again",
+    )
+    blobs = damage.Blobs(folder / "blobs")
+    for key, what, change in share(damage.blob_cases(blobs, FLIPS_BLOB)):
+        tally.note(what, blobs.strike(key, change))
+    keys = [row.key for row in blobs.rows()]
+    for one, two in share([(a, b) for a in keys for b in keys if a < b]):
+        tally.note("swapped", blobs.swap(one, two))
+    blobs.close()
+    return [tally]
+
+
+def run_indexes(folder: Path, share: Share[tuple[str, str, damage.Change]]) -> list[Tally]:
+    """Every page of the index; every fourth time `check --repair` comes before the start."""
+    tally = Tally(
+        "damaged index",
+        "bits flipped in every page; pages zeroed, doubled, torn; file cut",
+        "rebuilt from the blobs at the next start, or by `check --repair`",
+    )
+    indexes = damage.Indexes(folder / "indexes")
+    for number, (kind, what, change) in enumerate(share(indexes.cases(FLIPS_PAGE))):
+        tally.note(f"{kind}: {what}", indexes.strike(kind, change, repair=number % 4 == 0))
+    return [tally]
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
+    "blobs": (lambda: "", run_blobs),
+    "indexes": (lambda: "", run_indexes),
 }
 
 

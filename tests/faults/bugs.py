@@ -71,8 +71,8 @@ def _unlink_first(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs
 def _index_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
     opened = Index.__init__
 
-    def without_sync(self: Index, path: Any, fs: Fs, sync: bool = True, *rest: Any) -> None:
-        opened(self, path, fs, False, *rest)
+    def without_sync(self: Index, path: Any, fs: Fs, ring: Any, sync: bool = True, *rest: Any) -> None:
+        opened(self, path, fs, ring, False, *rest)
 
     return _patched(Index, "__init__", without_sync)
 

@@ -1,0 +1,309 @@
+"""Damage at rest: blobs flipped, cut, swapped and exchanged in every region; index pages flipped, swapped, lost.
+
+Blobs are read as a client reads them: what the index says, against the checksums that it says. Whatever passes must be
+right; whatever does not is reported as clients report it (`recheck`), and must end in quarantine as a counted miss.
+A damaged index is opened in a process of its own, since LMDB would take that process with it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
+from kvstore.engine import Engine, Row, Slice, check_directory
+from kvstore.engine.format import checked_ranges
+from kvstore.engine.reading import read_block
+from kvstore.errors import CorruptDataError, KVStoreError
+from kvstore.files import FileReader
+from tests.faults.workload import MIXED, NS
+from tests.support.engine import blob_paths, demand_right, namespace, options, put, put_checkpoint, values
+
+TOKENS, OTHER, MIXED_TOKENS = list(range(700)), list(range(9000, 9400)), list(range(5000, 5400))
+_TIMEOUT_S = 60
+_PAGE = 4096
+Change = Callable[[bytearray], bytes]
+
+
+def prepare(data_dir: Path) -> None:
+    """Two namespaces, with blocks, tails and a checkpoint, stopped in order."""
+    with Engine.open(data_dir, options()) as engine:
+        for number in range(12):
+            put(engine, namespace("many"), range(number * 1000, number * 1000 + 40))
+        store_all(engine)
+
+
+def store_all(engine: Engine) -> None:
+    """What is damaged is stored again."""
+    for ns, tokens in ((NS, TOKENS), (NS, OTHER), (MIXED, MIXED_TOKENS)):
+        assert put(engine, ns, tokens).reason is Reason.OK
+    assert put_checkpoint(engine, MIXED, MIXED_TOKENS).reason is Reason.OK
+
+
+# -- blobs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Region:
+    """Part of a blob file."""
+
+    name: str
+    start: int
+    end: int
+
+
+def regions(path: Path) -> list[Region]:
+    """Length, JSON, record with tokens and recipes, padding, and every checked range of a blob."""
+    data = path.read_bytes()
+    block, payload_offset, _ = read_block(path, verify=True)
+    header = data[:payload_offset]
+    record = header.index(b'"record":"') + 10
+    record_end = header.index(b'"', record)
+    text_end = len(header.rstrip(b" "))
+    found = [
+        Region("header length", 0, 8),
+        Region("header", 8, record),
+        Region("record", record, record_end),
+        Region("tensor table", record_end, text_end),
+        Region("header padding", text_end, payload_offset),
+    ]
+    found += [
+        Region(f"tensor {number}", payload_offset + offset, payload_offset + offset + length)
+        for number, (offset, length, _) in enumerate(checked_ranges(block))
+    ]
+    return [region for region in found if region.end > region.start]
+
+
+def _flip(at: int, bit: int) -> Change:
+    def change(data: bytearray) -> bytes:
+        data[at] ^= 1 << bit
+        return bytes(data)
+
+    return change
+
+
+def _replaced(at: int, new: bytes) -> Change:
+    return lambda data: bytes(data[:at] + new + data[at + len(new) :])
+
+
+def blob_changes(path: Path, flips: int, seed: int) -> Iterator[tuple[str, Change]]:
+    """Every kind of damage to one blob, with so many flips in each region."""
+    chosen = random.Random(seed)
+    size = path.stat().st_size
+    for region in regions(path):
+        for _ in range(flips):
+            yield f"flip in {region.name}", _flip(chosen.randrange(region.start, region.end), chosen.randrange(8))
+        yield f"cut before {region.name}", lambda data, at=region.start: bytes(data[:at])
+        middle = chosen.randrange(region.start, region.end)
+        yield f"cut in {region.name}", lambda data, at=middle: bytes(data[:at])
+        yield f"zeros in {region.name}", _replaced(region.start, bytes(region.end - region.start))
+    yield "longer", lambda data: bytes(data) + b"\0"
+    yield "noise", lambda data: random.Random(seed).randbytes(size)
+    yield "an older version", lambda data: bytes(data).replace(b'"version":"1"', b'"version":"0"')
+
+
+class Blobs:
+    """One engine whose blobs are damaged one after the other, and stored again."""
+
+    def __init__(self, data_dir: Path) -> None:
+        prepare(data_dir)
+        self._engine = Engine.open(data_dir, options(quarantine_files_max=4))
+
+    def close(self) -> None:
+        """Stop in order."""
+        self._engine.close()
+
+    def rows(self) -> list[Row]:
+        """The blobs that are damaged: those of the sequences, not of the many."""
+        many = namespace("many").root
+        rows = [info.row for info in self._engine.list_blocks(limit=1 << 20) if info.row.root != many]
+        return sorted(rows, key=lambda row: row.key)
+
+    def path(self, row: Row) -> Path:
+        """The file of a row."""
+        return self._engine.path(row)
+
+    def strike(self, key: bytes, change: Change) -> list[str]:
+        """Damage the blob of a key, read everything as clients do, repair, store again; what was wrong."""
+        row = next(row for row in self.rows() if row.key == key)
+        path = self._engine.path(row)
+        whole = path.read_bytes()
+        changed = change(bytearray(whole))
+        path.write_bytes(changed)
+        return self._after(row, is_changed=changed != whole)
+
+    def swap(self, key: bytes, other: bytes) -> list[str]:
+        """Exchange two files."""
+        one, two = (next(row for row in self.rows() if row.key == each) for each in (key, other))
+        first, second = self._engine.path(one).read_bytes(), self._engine.path(two).read_bytes()
+        self._engine.path(one).write_bytes(second)
+        self._engine.path(two).write_bytes(first)
+        return self._after(one, is_changed=True)
+
+    def _after(self, row: Row, is_changed: bool) -> list[str]:
+        wrong = self._read_all()
+        kinds = {finding.kind for finding in self._engine.check(repair=True).findings}
+        with self._engine._state.index.view() as view:
+            is_held = view.row(row.key) is not None
+        if is_changed and is_held:
+            wrong.append(f"still held: a damaged blob; the check found {kinds}")
+        if is_changed and self._engine.stats().quarantined == 0:
+            wrong.append("not in quarantine")
+        if found := self._engine.check().findings:
+            wrong.append(f"after a repair: {found[0]}")
+        store_all(self._engine)
+        wrong += self._read_all()
+        for ns, tokens in ((NS, TOKENS), (NS, OTHER), (MIXED, MIXED_TOKENS)):
+            match = self._engine.match(ns.root, pack_tokens(tokens))
+            if match.n_tokens != len(tokens):
+                wrong.append(f"stored again, {match.n_tokens} of {len(tokens)} tokens are there")
+            demand_right(self._engine, match, pack_tokens(tokens))
+        return wrong
+
+    def _read_all(self) -> list[str]:
+        """Fetch every sequence until it can be read; a damaged blob must be told, and then be gone with a reason."""
+        wrong: list[str] = []
+        for ns, tokens, exact in ((NS, TOKENS, False), (NS, OTHER, False), (MIXED, MIXED_TOKENS, True)):
+            for _ in range(8):
+                match = self._engine.match(ns.root, pack_tokens(tokens), exact=exact)
+                damaged, served = self._read(match.parts)
+                wrong += served
+                if damaged is None:
+                    break
+                if not self._engine.recheck(damaged.key):
+                    wrong.append(f"recheck: {damaged} is said to be sound")
+                again = self._engine.match(ns.root, pack_tokens(tokens), exact=exact)
+                if again.n_tokens >= match.n_tokens or again.reason not in (Reason.CORRUPT, Reason.NO_CHECKPOINT):
+                    wrong.append(f"after a recheck: {again.n_tokens} tokens, {again.reason}")
+            else:
+                wrong.append("damage without end")
+        return wrong
+
+    def _read(self, parts: tuple[Slice, ...]) -> tuple[Row | None, list[str]]:
+        """(the first row whose file does not hold, what passed its checksum and is wrong)."""
+        for part in parts:
+            try:
+                with FileReader(self._engine.sources([part])) as reader:
+                    for number, (offset, length, checksum) in enumerate(checked_ranges(part.row.block)):
+                        got = bytearray(length)
+                        reader.readinto(0, offset, [memoryview(got)])
+                        if xxhash.xxh3_64_intdigest(got) != checksum:
+                            return part.row, []
+                        if not _is_right(part.row, number, bytes(got)):
+                            return None, [f"wrong bytes: range {number} of {part.row}"]
+            except (CorruptDataError, OSError):
+                return part.row, []
+        return None, []
+
+
+def _is_right(row: Row, number: int, got: bytes) -> bool:
+    """Whether a checked range has the bytes that follow from its tokens (`tests.support.engine`)."""
+    if row.is_checkpoint:
+        arrays = [(state.layer, at) for state in row.block.states for at, _ in enumerate(state.arrays)]
+        layer, at = arrays[number]
+        return got == values(row.key + bytes([layer, at]), len(got)).tobytes()
+    stacks = row.block.runs[0].stacks
+    at, position = [(at, position) for at, stack in enumerate(stacks) for position in range(len(stack.layers))][number]
+    stack = stacks[at]
+    whole = values(row.tokens + bytes([at]), len(stack.layers) * len(got)).tobytes()
+    return got == whole[position * len(got) : (position + 1) * len(got)]
+
+
+def blob_cases(blobs: Blobs, flips: int) -> list[tuple[bytes, str, Change]]:
+    """(key, what, change) of all blobs."""
+    return [
+        (row.key, what, change)
+        for seed, row in enumerate(blobs.rows())
+        for what, change in blob_changes(blobs.path(row), flips, seed)
+    ]
+
+
+# -- the index ------------------------------------------------------------------------------------------------------
+
+
+class Indexes:
+    """Directories whose index is damaged. `clean` was stopped in order, `killed` was not."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        prepare(folder / "clean")
+        with Engine.open(folder / "clean", options()):
+            shutil.copytree(folder / "clean", folder / "killed")
+
+    def cases(self, flips: int) -> list[tuple[str, str, Change]]:
+        """(directory, what, change): so many flips in every page; pages zeroed, doubled, torn; the file cut there."""
+        found: list[tuple[str, str, Change]] = []
+        for kind in ("clean", "killed"):
+            data = (self._folder / kind / "index" / "data.mdb").read_bytes()
+            pages, chosen = len(data) // _PAGE, random.Random(7)
+            for page in range(pages):
+                at, other = page * _PAGE, chosen.randrange(pages) * _PAGE
+                # Most of a page is values or empty; LMDB follows what stands at its beginning.
+                places = [at + chosen.randrange(32 if number % 2 else _PAGE) for number in range(flips)]
+                found += [(kind, f"flip in page {page}", _flip(place, chosen.randrange(8))) for place in places]
+                found += [
+                    (kind, f"page {page} of zeros", _replaced(at, bytes(_PAGE))),
+                    (kind, f"page {page} twice", _replaced(at, data[other : other + _PAGE])),
+                    (kind, f"page {page} torn", _replaced(at + _PAGE // 2, bytes(_PAGE // 2))),
+                    (kind, f"cut at page {page}", lambda data, at=at: bytes(data[:at])),
+                ]
+        return found
+
+    def strike(self, kind: str, change: Change, repair: bool = False) -> list[str]:
+        """Damage the index and start (or repair offline, then start), in a child; what was wrong."""
+        data_dir = self._folder / "struck"
+        shutil.rmtree(data_dir, ignore_errors=True)
+        shutil.copytree(self._folder / kind, data_dir)
+        path = data_dir / "index" / "data.mdb"
+        path.write_bytes(change(bytearray(path.read_bytes())))
+        told, tell = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(told)
+            signal.alarm(_TIMEOUT_S)
+            try:
+                os.write(tell, "\n".join(_demand_recovered(data_dir, repair)).encode())
+            except Exception:
+                os.write(tell, f"the next start: {traceback.format_exc()[-600:]}".encode())
+                raise
+            finally:
+                os._exit(0)
+        os.close(tell)
+        with os.fdopen(told, "r") as pipe:
+            text = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        return text.split("\n") if text else [f"crash: {code}"] if code else []
+
+
+def _demand_recovered(data_dir: Path, repair: bool) -> list[str]:
+    """Every sequence is there, rebuilt or not, a check finds nothing, every file has its row."""
+    wrong: list[str] = []
+    if repair:
+        check_directory(data_dir)
+        check_directory(data_dir, repair=True)
+        if found := check_directory(data_dir).findings:
+            wrong.append(f"after a repair: {found[0]}")
+    with Engine.open(data_dir, options()) as engine:
+        for ns, tokens, exact in ((NS, TOKENS, False), (NS, OTHER, False), (MIXED, MIXED_TOKENS, True)):
+            match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
+            try:
+                demand_right(engine, match, pack_tokens(tokens))
+            except (AssertionError, KVStoreError, OSError) as error:
+                wrong.append(f"wrong bytes: {error!r}")
+            if match.n_tokens * TOKEN_BYTES != len(pack_tokens(tokens)):
+                wrong.append(f"lost: {match.n_tokens} of {len(tokens)} tokens are there")
+        if found := engine.check().findings:
+            wrong.append(f"after the start: {found[0]}")
+        if {info.path for info in engine.list_blocks(limit=1 << 20)} != blob_paths(data_dir):
+            wrong.append("files without a row")
+        put(engine, namespace("later"), range(300))
+    return wrong
