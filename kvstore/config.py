@@ -184,6 +184,21 @@ class Config:
         default=4 * MIB,
     )
     uploads_max: int = _key(values.whole(1), "Most uploads open at once, all workers together.", "count", default=64)
+    staging_bytes: int = _key(
+        values.size(), "Most bytes of the uploads open at once. 0: half of the budget.", "size", default=0
+    )
+    upload_bytes_per_s_min: int = _key(
+        values.size(1), "An upload that is slower than this, over all of it, is dropped.", "size", default=MIB
+    )
+    calls_max: int = _key(values.whole(1), "Most calls under way, all workers together.", "count", default=256)
+    connection_calls_max: int = _key(values.whole(1), "Most calls under way on one connection.", "count", default=64)
+    connections_max: int = _key(values.whole(1), "Most connections to the daemon.", "count", default=256)
+    call_stall_s: int = _key(
+        values.whole(1), "A call ends when its worker sends, or takes, nothing for this long.", "seconds", default=30
+    )
+    grace_s: int = _key(
+        values.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
+    )
     log_level: str = _key(
         values.choice("debug", "info", "warning", "error"),
         "Least level that the daemon logs.",

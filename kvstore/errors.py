@@ -28,7 +28,14 @@ class NotFoundError(KVStoreError):
 
 
 class LimitError(KVStoreError):
-    """A documented limit on size, count or memory would be exceeded; trying again later may work."""
+    """A documented limit on size, count or memory would be exceeded.
+
+    `retry_s`: trying again may work after so many seconds; 0 when it is the request itself that is too large.
+    """
+
+    def __init__(self, message: str = "", retry_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class StoreFullError(LimitError):

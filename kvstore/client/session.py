@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self, get_args
 
@@ -23,13 +25,14 @@ from kvstore.client.results import Hit, Match, Miss, StoreResult, parse_reason, 
 from kvstore.client.sender import Sender
 from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
-from kvstore.errors import InvalidRequestError, KVStoreError, UnavailableError
+from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 
 log = logging.getLogger(__name__)
 
 STORE_WAIT_S = 60.0
+STORE_TRIES_MAX = 5
 CLOSE_S = 5.0
 JOIN_S = 2.0
 # Less than a call to the daemon takes.
@@ -127,6 +130,8 @@ class Session:
         self.options = options
         self.stats = SessionStats()
         self._connection = connection
+        self._rest_until_s = 0.0
+        self._closing = threading.Event()
         self._held = HeldPrefixes(namespace.root)
         self._restored = RestoredPrefixes(namespace.root)
         self._sender: Sender[StoreJob | Report] = Sender(self._work, self._drop)
@@ -143,7 +148,7 @@ class Session:
             packed = pack_tokens(tokens)
             if refusal := self._refusal(packed):
                 return Match(0, refusal)
-            with self._connection.attempt():
+            with self._resting(), self._connection.attempt():
                 reply = self._fetcher.match(
                     packed, self.options.deadlines, Caller(prefill_tokens_per_s, covered_tokens)
                 )
@@ -206,7 +211,7 @@ class Session:
         if longest_ms < ASK_MS:
             return Miss(Reason.SLOWER_THAN_PREFILL)
         total_ms = min(longest_ms, limits.total_ms, math.inf if total_ms is None else total_ms)
-        with self._connection.attempt(hurried=total_ms < limits.stall_ms):
+        with self._resting(), self._connection.attempt(hurried=total_ms < limits.stall_ms):
             answer = self._fetcher.fetch(tokens, representation, transport, replace(limits, total_ms=total_ms), caller)
         if answer.n_tokens:
             found = tokens[: answer.n_tokens * TOKEN_BYTES]
@@ -290,6 +295,7 @@ class Session:
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
         self._sender.flush(timeout_s)
+        self._closing.set()
         self._uploader.cancel()
         if not self._sender.close(JOIN_S):
             log.warning("the background thread did not end within %.0f s", JOIN_S)
@@ -306,7 +312,18 @@ class Session:
             return Reason.BELOW_THRESHOLD
         if self._sender.closed:
             return Reason.UNAVAILABLE
+        if time.monotonic() < self._rest_until_s:
+            return Reason.QUEUE_FULL
         return None if self._connection.breaker.allow() else Reason.CIRCUIT_OPEN
+
+    @contextmanager
+    def _resting(self) -> Iterator[None]:
+        """A daemon that is busy says for how long; until then nothing is asked of it, and fetches are misses."""
+        try:
+            yield
+        except LimitError as error:
+            self._rest_until_s = time.monotonic() + error.retry_s
+            raise
 
     def _report(self, key: bytes, detail: str) -> None:
         self._sender.submit(Report(key, detail))
@@ -321,8 +338,7 @@ class Session:
                 with self._connection.attempt():
                     self._uploader.report(job.key, job.detail)
             else:
-                with self._connection.attempt():
-                    result = self._uploader.store(job)
+                result = self._store_patiently(job)
                 self._learn(job, result)
         except KVStoreError as error:
             log.info("background: %s", error)
@@ -332,6 +348,18 @@ class Session:
         finally:
             if isinstance(job, StoreJob):
                 self._end(job, result)
+
+    def _store_patiently(self, job: StoreJob) -> StoreResult:
+        """Store on the background thread; what a busy daemon refuses is offered again when it says, a few times."""
+        for _ in range(STORE_TRIES_MAX - 1):
+            try:
+                with self._connection.attempt():
+                    return self._uploader.store(job)
+            except LimitError as error:
+                if not error.retry_s or self._closing.wait(error.retry_s):
+                    raise
+        with self._connection.attempt():
+            return self._uploader.store(job)
 
     def _learn(self, job: StoreJob, result: StoreResult) -> None:
         """The daemon's final word says what it holds of the sequence, and so what it does not."""

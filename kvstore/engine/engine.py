@@ -309,6 +309,11 @@ class Engine:
         """What the data directory costs on disk."""
         return self._state.ledger.total
 
+    @property
+    def budget_bytes(self) -> int:
+        """Most bytes that it may cost."""
+        return self._state.options.budget_bytes
+
     def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
         """Keep to these limits from now on, and at once."""
         self._state.options = replace(self._state.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)

@@ -20,8 +20,8 @@ from kvstore.access import (
 )
 from kvstore.config import Config
 from kvstore.errors import ConfigError, CredentialsError, KVStoreError, ScopeError
-from kvstore.server.edge import Context
-from kvstore.wire.status import to_status
+from kvstore.server.admission import refusing
+from kvstore.server.edge import Context, abort
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # What is not named here takes an admin. A health check tells only that a daemon answers, which the connection did too.
@@ -100,15 +100,6 @@ def bearer(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     return values[0].removeprefix(BEARER) if len(values) == 1 and values[0].startswith(BEARER) else ""
 
 
-def refusing(error: KVStoreError) -> Any:
-    """A handler that ends any kind of call with this error, without waiting for a message of it."""
-
-    async def refuse(_: Any, context: Context) -> None:
-        await context.abort(to_status(error), str(error))
-
-    return grpc.stream_stream_rpc_method_handler(refuse)
-
-
 def for_admins(handler: Any) -> Any:
     """The handler, behind a look at the name in the client's certificate. All admin verbs are unary."""
     if handler.unary_unary is None:
@@ -116,8 +107,7 @@ def for_admins(handler: Any) -> Any:
 
     async def guarded(request: Any, context: Context) -> Any:
         if ADMIN_NAME.encode() not in context.auth_context().get("x509_common_name", ()):
-            error = ScopeError(f"this takes the certificate of an admin, whose name is {ADMIN_NAME}")
-            await context.abort(to_status(error), str(error))
+            await abort(context, ScopeError(f"this takes the certificate of an admin, whose name is {ADMIN_NAME}"))
         return await handler.unary_unary(request, context)
 
     return handler._replace(unary_unary=guarded)

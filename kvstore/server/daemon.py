@@ -34,6 +34,7 @@ from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.private import demand_private_directory
 from kvstore.server.access import daemon_credentials, guards, tls_credentials
 from kvstore.server.admin import AdminService
+from kvstore.server.admission import Admission
 from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
@@ -48,13 +49,15 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 10.0
 REAP_EVERY_S = 1.0
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
 # Of malloc.h: from what size on memory comes straight from the system, and how much of what is freed is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
+# A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
+HANDSHAKE_MS = 10_000
+TCP_IDLE_MS = 300_000
 
 
 class Daemon:
@@ -96,7 +99,11 @@ class Daemon:
         service = KVStoreService(engine, store, fetch, layers, buffers, workers, counters, config, same_host=same_host)
         admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
         health = HealthServicer()
-        server = grpc.aio.server(options=channel_options(config.message_bytes_max), interceptors=guards(credentials))
+        # Strangers are turned away first, so that they take no place from those who may come in.
+        server = grpc.aio.server(
+            options=[*channel_options(config.message_bytes_max), *connection_options(config)],
+            interceptors=[*guards(credentials), Admission(config)],
+        )
         add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
         health_pb2_grpc.add_HealthServicer_to_server(health, server)
@@ -118,15 +125,21 @@ class Daemon:
         log.info("draining")
         await health.enter_graceful_shutdown()
         reaper.cancel()
-        await service.drain(GRACE_S)
-        await server.stop(GRACE_S)
+        # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
+        grace = asyncio.get_running_loop().time() + config.grace_s
+        await server.stop(config.grace_s)
+        if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
+            log.warning("gave up commits that did not end within %d s", config.grace_s)
+            store.give_up()
         store.uploads.end_all()
 
     async def _reap(self, store: StorePath, engine: Engine, workers: Workers) -> None:
         while True:
             await asyncio.sleep(REAP_EVERY_S)
-            for upload in await workers.admin(store.uploads.reap, self._config.upload_idle_s):
-                log.warning("gave up an upload of %d tokens that nothing arrived for", upload.n_tokens)
+            config = self._config
+            reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
+            for upload in await workers.admin(*reap):
+                log.warning("gave up an upload of %d tokens that nothing, or too little, arrived for", upload.n_tokens)
             await workers.admin(engine.maintain)
 
 
@@ -173,6 +186,16 @@ def settle_limits(engine: Engine, config: Config) -> None:
         config.budget_bytes or automatic_budget_bytes(available_bytes),
         config.free_floor_bytes or automatic_floor_bytes(volume.f_blocks * volume.f_frsize),
     )
+
+
+def connection_options(config: Config) -> list[tuple[str, int]]:
+    """gRPC's own limits on connections and on the calls of each."""
+    options = [
+        ("grpc.max_concurrent_streams", config.connection_calls_max),
+        ("grpc.max_allowed_incoming_connections", config.connections_max),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+    ]
+    return options if config.address.path else [*options, ("grpc.max_connection_idle_ms", TCP_IDLE_MS)]
 
 
 def bind(server: grpc.aio.Server, config: Config, credentials: Credentials) -> None:

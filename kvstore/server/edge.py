@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from kvstore.errors import KVStoreError
-from kvstore.wire.status import to_status
+from kvstore.wire.status import to_status, trailing_metadata
 
 T = TypeVar("T")
 Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio has no types of its own
@@ -61,14 +61,21 @@ class Workers:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+async def abort(context: Context, error: KVStoreError) -> None:
+    """End a call with the status of an error, and what it says about trying again. Does not return."""
+    await _end(context, to_status(error), str(error), trailing_metadata(error))
+
+
 async def _abort(context: Context, name: str, error: Exception) -> None:
     if isinstance(error, KVStoreError):
-        code, details = to_status(error), str(error)
-    else:
-        log.error("%s failed", name, exc_info=error)
-        code, details = grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why"
+        await abort(context, error)
+    log.error("%s failed", name, exc_info=error)
+    await _end(context, grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why", ())
+
+
+async def _end(context: Context, code: Any, details: str, metadata: Any) -> None:
     try:
-        await asyncio.wait_for(context.abort(code, details), ABORT_S)
+        await asyncio.wait_for(context.abort(code, details, metadata), ABORT_S)
     except TimeoutError:
         # A peer that reads nothing has the status behind what it did not read; gRPC keeps it for as long as the call.
         raise asyncio.CancelledError from None

@@ -21,6 +21,7 @@ QUEUE_MAX = 256
 IDLE_S = 5.0
 # How much of the mean duration of a piece the last one decides.
 MEAN_STEP = 0.2
+RETRY_S = 0.5
 
 
 class Lane:
@@ -65,7 +66,7 @@ class Lane:
             if self._closed:
                 raise UnavailableError("the daemon is stopping")
             if len(self._heap) >= QUEUE_MAX:
-                raise LimitError(f"more than {QUEUE_MAX} pieces of work wait for the device")
+                raise LimitError(f"more than {QUEUE_MAX} pieces of work wait for the device", RETRY_S)
             item = (time.monotonic() + handicap_s, next(self._order), future, work)
             heapq.heappush(self._heap, item)  # type: ignore[misc]  # futures of any T, completed by _run
             self._ready.notify()

@@ -32,6 +32,7 @@ DENSE_BYTES = 5 * PIECE_BYTES + BATCHES_MAX * (BATCH_BYTES + PIECE_BYTES)
 PACKED_BYTES = 2 * CHUNK_BYTES + BATCHES_MAX * BATCH_BYTES
 # All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
 OPEN_FILES_MIN = 4
+RETRY_S = 0.2
 
 
 class Piece(Protocol):
@@ -107,7 +108,7 @@ class LayerFrames:
         """
         if not self._buffers.try_acquire(nbytes):
             limit = self._buffers.limit_bytes
-            raise LimitError(f"memory_bytes = {limit} of buffers are in use; try again later")
+            raise LimitError(f"memory_bytes = {limit} of buffers are in use; try again later", RETRY_S)
         try:
             yield
         finally:

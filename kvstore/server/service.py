@@ -22,7 +22,7 @@ from kvstore.server.intake import Intake
 from kvstore.server.layers import LayerFrames, dense_block
 from kvstore.server.sender import Sender
 from kvstore.server.stats import Counters
-from kvstore.server.store import StorePath, StoreRequest
+from kvstore.server.store import StorePath, StorePlan, StoreRequest
 from kvstore.wire import convert
 from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -158,7 +158,13 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
-        plan = await self._workers.read(self._store.begin, store_request(request))
+        planning = asyncio.ensure_future(self._workers.read(self._store.begin, store_request(request)))
+        try:
+            plan = await asyncio.shield(planning)
+        except asyncio.CancelledError:
+            # Nobody will hear of the upload that the thread goes on to open.
+            planning.add_done_callback(self._forget)
+            raise
         upload = plan.upload
         if upload is None:
             self._counters.stored(plan.reason)
@@ -176,6 +182,11 @@ class KVStoreService(rpc.KVStoreServicer):
             held_tokens=plan.held_tokens,
             wants_states=bool(upload.states),
         )
+
+    def _forget(self, planning: asyncio.Future[StorePlan]) -> None:
+        """Give up the upload of a plan that nobody waits for any more."""
+        if not planning.cancelled() and planning.exception() is None and (upload := planning.result().upload):
+            self._store.uploads.give_up(upload)
 
     @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
@@ -243,10 +254,11 @@ class KVStoreService(rpc.KVStoreServicer):
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")
         return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
 
-    async def drain(self, grace_s: float) -> None:
-        """Wait for commits that were accepted."""
+    async def drain(self, grace_s: float) -> bool:
+        """Wait for commits that were accepted; whether all ended within `grace_s`."""
         if self._commits:
             await asyncio.wait(self._commits, timeout=grace_s)
+        return not self._commits
 
 
 def give_back(planning: asyncio.Future[FetchPlan]) -> None:

@@ -10,6 +10,7 @@ restored tokens are spliced from the daemon's own codes, or kept raw at the rank
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from kvstore.blocks import (
     Reason,
     count_tokens,
 )
+from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
 from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.profiles import AUTO, Profile
@@ -35,14 +37,14 @@ from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pac
 from kvstore.codecs.states import check_state
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NewBlock
-from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError
+from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError, UnavailableError
 from kvstore.files import FileReader
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
-from kvstore.server.uploads import Upload, Uploads, block_range, checkpoint_place
+from kvstore.server.uploads import RETRY_S, Upload, Uploads, block_range, checkpoint_place
 
 T = TypeVar("T")
 
@@ -90,7 +92,13 @@ class StorePath:
         self._staging_dir = staging_dir
         self.gate = Gate(engine.quality, config)
         self.uploads = Uploads(config.uploads_max)
+        self._staged = ByteBudget(config.staging_bytes or engine.budget_bytes // 2)
+        self._given_up = False
         self.tokens_stored = 0
+
+    def give_up(self) -> None:
+        """End the commit that is running at its next block, and refuse further ones: the daemon must stop."""
+        self._given_up = True
 
     # -- begin ---------------------------------------------------------------------------------------------------
 
@@ -190,23 +198,25 @@ class StorePath:
     def _open(self, upload: Upload) -> bool:
         """List the upload and make its staging file; False when the budget has no room for it."""
         nbytes = upload.upload_bytes
-        if not self._engine.reserve(nbytes):
+        if nbytes > self._staged.limit_bytes:
             return False
-        lease = self._engine.lease([piece.row for piece in upload.spliced])
-
-        def release() -> None:
-            if upload.staging is not None:
-                upload.staging.remove()
-            self._engine.add_usage(-nbytes)
-            lease.release()
-
-        upload.release = release
+        if not self._staged.try_acquire(nbytes):
+            raise LimitError(f"{self._staged.limit_bytes} bytes of uploads are under way; try again later", RETRY_S)
+        held = contextlib.ExitStack()
+        upload.release = held.close
         try:
+            held.callback(self._staged.release, nbytes)
+            if not self._engine.reserve(nbytes):
+                held.close()
+                return False
+            held.callback(self._engine.add_usage, -nbytes)
+            held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             if upload.wants_bytes:
                 upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes)
+                held.callback(upload.staging.remove)
             self.uploads.add(upload)
         except BaseException:
-            release()
+            held.close()
             raise
         return True
 
@@ -272,6 +282,8 @@ class StorePath:
         # One for all blocks: fresh memory for each took longer than to read and hash what goes into it.
         memory = np.empty(len(blocks[:1]) * BLOCK_TOKENS * upload.layout.token_bytes, np.uint8).data
         for index in blocks:
+            if self._given_up:
+                raise UnavailableError("the daemon is stopping")
             start, end = block_range(index, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []
             for piece in upload.pieces:

@@ -16,6 +16,8 @@ from kvstore.keys import NamespaceInfo, checkpoint_key
 from kvstore.layers import Layout, Piece
 from kvstore.server.staging import StagingFile
 
+RETRY_S = 1.0
+
 
 @dataclass
 class Upload:
@@ -37,6 +39,7 @@ class Upload:
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
     committing: bool = False
+    begun_s: float = field(default_factory=time.monotonic)
     touched_s: float = field(default_factory=time.monotonic)
     seen_bytes: int = 0
     release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
@@ -87,14 +90,15 @@ class Upload:
         """Whether the worker has anything to hand over, be it of no bytes."""
         return bool(self.pieces or self.states)
 
-    def alive(self, idle_s: float) -> bool:
-        """Whether anything moved within `idle_s`; a committing upload is always alive."""
+    def alive(self, idle_s: float, bytes_per_s_min: int) -> bool:
+        """Whether anything moved within `idle_s`, and fast enough in all; a committing upload is always alive."""
         now = time.monotonic()
         if self.staging is not None:
             seen = self.staging.progress()
             if seen != self.seen_bytes:
                 self.seen_bytes, self.touched_s = seen, now
-        return self.committing or now - self.touched_s <= idle_s
+        in_time = now - self.begun_s <= idle_s + self.upload_bytes / bytes_per_s_min
+        return self.committing or (in_time and now - self.touched_s <= idle_s)
 
 
 class Uploads:
@@ -110,7 +114,7 @@ class Uploads:
         """List the upload; LimitError when too many are under way."""
         with self._lock:
             if len(self._by_id) >= self._uploads_max:
-                raise LimitError(f"{self._uploads_max} uploads are under way; try again later")
+                raise LimitError(f"{self._uploads_max} uploads are under way; try again later", RETRY_S)
             self._by_id[upload.upload_id] = upload
             for key in upload.new_keys:
                 self._by_key.setdefault(key, upload.upload_id)
@@ -178,10 +182,10 @@ class Uploads:
         if listed:
             upload.release()
 
-    def reap(self, idle_s: float) -> list[Upload]:
-        """End and return uploads in which nothing moved for `idle_s`."""
+    def reap(self, idle_s: float, bytes_per_s_min: int = 1) -> list[Upload]:
+        """End and return uploads in which nothing moved for `idle_s`, or not fast enough."""
         with self._lock:
-            dead = [upload for upload in self._by_id.values() if not upload.alive(idle_s)]
+            dead = [upload for upload in self._by_id.values() if not upload.alive(idle_s, bytes_per_s_min)]
             for upload in dead:
                 self._unlist(upload)
         for upload in dead:

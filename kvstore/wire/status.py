@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import grpc
+from google.protobuf.message import DecodeError
 
 from kvstore import errors
+from kvstore.wire.v1 import kvstore_pb2 as pb
+
+DETAILS_KEY = "grpc-status-details-bin"
+RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
+RETRY_S_MAX = 30.0  # whatever a daemon says
 
 # Most specific first: the first class that an error is an instance of decides.
 _TABLE: tuple[tuple[type[errors.KVStoreError], grpc.StatusCode], ...] = (
@@ -45,7 +53,33 @@ def to_status(error: errors.KVStoreError) -> grpc.StatusCode:
     return grpc.StatusCode.INTERNAL
 
 
+def trailing_metadata(error: errors.KVStoreError) -> tuple[tuple[str, bytes], ...]:
+    """What goes with the status: a RetryInfo, where it is worth to try again."""
+    if not isinstance(error, errors.LimitError) or not error.retry_s:
+        return ()
+    info = pb.RetryInfo()
+    info.retry_delay.FromNanoseconds(int(error.retry_s * 1e9))
+    details = pb.StatusDetails(code=to_status(error).value[0], message=str(error))
+    details.details.add(type_url=RETRY_INFO, value=info.SerializeToString())
+    return ((DETAILS_KEY, details.SerializeToString()),)
+
+
 def from_rpc_error(error: grpc.RpcError) -> errors.KVStoreError:
-    """The typed error for a failed call, carrying the daemon's sentence."""
+    """The typed error for a failed call, carrying the daemon's sentence and when to try again."""
     kind = _FROM_CODE.get(error.code(), errors.KVStoreError)
-    return kind(error.details() or str(error.code()))
+    message = error.details() or str(error.code())
+    return errors.LimitError(message, _retry_s(error)) if kind is errors.LimitError else kind(message)
+
+
+def _retry_s(error: Any) -> float:
+    """How long the daemon asks to wait, 0 when it does not say so in words that we know."""
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_KEY:
+            try:
+                for detail in pb.StatusDetails.FromString(value).details:
+                    if detail.type_url == RETRY_INFO:
+                        wait_s = pb.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
+                        return min(max(wait_s, 0.0), RETRY_S_MAX)
+            except DecodeError:
+                return 0.0
+    return 0.0

@@ -1,0 +1,186 @@
+"""How much is let in at once, and how long a caller may take: every call passes here before its message is read.
+
+    count   at most `calls_max` calls under way; as many again for those that end what others began
+    bytes   at most a quarter of `memory_bytes` in the messages of all calls
+    pace    a message that is awaited, or a reply that is not taken, ends the call after `stall_s`
+
+What is over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, and costs nothing more. A call that is ended
+for its pace has its handler cancelled: lease, files, memory and upload are free at once. gRPC itself keeps the dead
+stream until the caller goes away or its deadline passes; `connection_calls_max` bounds how many.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from kvstore.bounds import ByteBudget
+from kvstore.config import Config
+from kvstore.errors import InvalidRequestError, KVStoreError, LimitError
+from kvstore.server.edge import Context, abort
+
+RETRY_S = 0.2
+MEMORY_SHARE = 4
+# Of an upload that has its place already; refusing these would keep that place taken.
+_ENDING = ("/CommitStore", "/AbortStore", "/Upload", "/Check")
+
+
+class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
+    """Counts calls and the bytes of their messages, and ends those that dawdle. Lives on the event loop."""
+
+    def __init__(self, config: Config) -> None:
+        self._calls_max = config.calls_max
+        self._stall_s = float(config.call_stall_s)
+        self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.message_bytes_max))
+        self.calls = 0
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of messages held now."""
+        return self._bytes.used_bytes
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
+        """gRPC asks here for the handler of each call."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        limit = self._calls_max * (2 if details.method.endswith(_ENDING) else 1)
+        if self.calls >= limit:
+            return refusing(LimitError(f"{limit} calls are under way; try again later", RETRY_S))
+        return _Call(self).admitted(handler)
+
+    def take(self, nbytes: int) -> bool:
+        """Take a message's bytes into account; False when there are too many already."""
+        return self._bytes.try_acquire(nbytes)
+
+    def give_back(self, nbytes: int) -> None:
+        """A message was dealt with."""
+        self._bytes.release(nbytes)
+
+    def pace(self) -> Pace:
+        """The pace that the running call is held to."""
+        return Pace(self._stall_s)
+
+
+class Pace:
+    """Cancels the handler that made it, unless stopped within `stall_s` of each start."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._stall_s = stall_s
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """The caller has the word."""
+        self.stop()
+        if self._task is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._task.cancel)
+
+    def stop(self) -> None:
+        """The caller did its part."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Call:
+    """One admitted call: what it holds, given back when its handler ends. gRPC runs all of it in one task."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._pace = admission.pace()
+        self._held = 0
+        self._refusal: KVStoreError | None = None
+        self._ended = False
+
+    def admitted(self, handler: Any) -> Any:
+        """The handler, counted and paced, of whatever kind it is. Its message may take its time from now on."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._admission.calls += 1
+        task.add_done_callback(lambda _: self._end())
+        self._pace.start()
+        parse = handler.request_deserializer or bytes
+        changed: dict[str, Any] = {"request_deserializer": lambda raw: self._receive(raw, parse)}
+        if handler.unary_unary:
+            changed["unary_unary"] = self._answering(handler.unary_unary)
+        elif handler.unary_stream:
+            streams = inspect.isasyncgenfunction(handler.unary_stream)
+            wrap = self._streaming if streams else self._answering
+            changed["unary_stream"] = wrap(handler.unary_stream)
+        elif handler.stream_unary:
+            changed["stream_unary"] = self._receiving(handler.stream_unary)
+        return handler._replace(**changed)
+
+    def _receive(self, raw: bytes, parse: Callable[[bytes], Any]) -> Any:
+        """A message has come: parsed, or None with a refusal that the handler's wrapper finds."""
+        self._pace.stop()
+        self._let_go()
+        if not self._admission.take(len(raw)):
+            self._refusal = LimitError("the messages of other calls take all the memory for them", RETRY_S)
+            return None
+        self._held = len(raw)
+        try:
+            return parse(raw)
+        except DecodeError:
+            self._refusal = InvalidRequestError("these bytes are not the message that the method takes")
+            return None
+
+    def _let_go(self) -> None:
+        self._admission.give_back(self._held)
+        self._held = 0
+
+    def _end(self) -> None:
+        self._pace.stop()
+        self._let_go()
+        self._admission.calls -= 1
+
+    def _answering(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def answer(request: Any, context: Context) -> Any:
+            if self._refusal:
+                await abort(context, self._refusal)
+            reply = await behaviour(request, context)
+            self._pace.start()
+            return reply
+
+        return answer
+
+    def _streaming(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            if self._refusal:
+                await abort(context, self._refusal)
+            async for reply in behaviour(request, context):
+                self._pace.start()
+                yield reply
+                self._pace.stop()
+
+        return stream
+
+    def _receiving(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def receive(requests: AsyncIterator[Any], context: Context) -> Any:
+            return await behaviour(self._paced(requests), context)
+
+        return receive
+
+    async def _paced(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        async for request in requests:
+            if self._refusal:
+                raise self._refusal
+            yield request
+            self._let_go()
+            self._pace.start()
+        self._pace.stop()
+
+
+def refusing(error: KVStoreError) -> Any:
+    """A handler that ends any kind of call with this error, without waiting for a message of it."""
+
+    async def refused(_: Any, context: Context) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refused)
