@@ -13,7 +13,7 @@ from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.codecs.device import Capture
 from kvstore.config import Config
 from kvstore.engine import Engine, EngineOptions
-from kvstore.errors import NotFoundError
+from kvstore.errors import LimitError, NotFoundError, UnavailableError
 from kvstore.layers import KVLayer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
@@ -167,4 +167,41 @@ def test_stopping_leaves_a_running_commit_its_bytes(rig: Rig) -> None:
     assert idle.upload is not None
     assert [path.name for path in rig.engine.staging_dir.iterdir()] == [upload.upload_id]
     assert rig.path.commit(upload).stored_tokens == 300
+    assert list(rig.engine.staging_dir.iterdir()) == []
+
+
+def test_an_upload_that_is_too_slow_in_all_is_given_up_although_it_moves(rig: Rig) -> None:
+    """The time that it may take follows from its size."""
+    plan = rig.begin(TOKENS[:300])
+    assert plan.upload is not None
+    plan.upload.begun_s -= 100
+    rate = plan.upload.upload_bytes // 95
+    assert rig.path.uploads.reap(10.0, rate) == []
+    assert rig.path.uploads.reap(10.0, 2 * rate) == [plan.upload]
+
+
+def test_claims_are_bounded_together_and_one_that_never_fits_is_full(tmp_path: Path) -> None:
+    """What is refused costs nothing; what ends makes room."""
+    rig = Rig(tmp_path / "data", staging_bytes=300 * LAYOUT.token_bytes)
+    first = rig.begin(TOKENS[:200])
+    assert first.upload is not None
+    with pytest.raises(LimitError) as refused:
+        rig.begin([7] * 200)
+    assert refused.value.retry_s > 0
+    assert rig.begin(TOKENS[:400] + [8] * 200).reason is Reason.STORE_FULL
+    assert len(list(rig.engine.staging_dir.iterdir())) == 1
+    rig.path.uploads.give_up(first.upload)
+    assert rig.begin([7] * 200).upload is not None
+    rig.close()
+
+
+def test_a_commit_that_the_stop_cannot_wait_for_leaves_nothing(rig: Rig) -> None:
+    """It ends at its next block, and its blobs with it."""
+    plan = rig.begin(TOKENS)
+    assert plan.upload is not None
+    rig.hand_over(plan, make_layers(LAYOUT, TOKENS))
+    rig.path.give_up()
+    with pytest.raises(UnavailableError):
+        rig.path.commit(rig.path.uploads.claim(plan.upload.upload_id))
+    assert rig.engine.stats().blobs == 0
     assert list(rig.engine.staging_dir.iterdir()) == []

@@ -1,6 +1,6 @@
 """How much is let in at once, and how long a caller may take: every call passes here before its message is read.
 
-    count   at most `calls_max` calls under way; as many again for those that end what others began
+    count   at most `calls_max` calls under way; as many again of those that carry on with an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
     pace    a message that is awaited, or a reply that is not taken, ends the call after `stall_s`
 
@@ -26,8 +26,8 @@ from kvstore.server.edge import Context, abort
 
 RETRY_S = 0.2
 MEMORY_SHARE = 4
-# Of an upload that has its place already; refusing these would keep that place taken.
-_ENDING = ("/CommitStore", "/AbortStore", "/Upload", "/Check")
+# Of an upload that has its place already: refusing these would keep that place taken, and they keep nobody else out.
+_CARRYING_ON = ("/Upload", "/CommitStore", "/AbortStore")
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
@@ -37,7 +37,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         self._calls_max = config.calls_max
         self._stall_s = float(config.call_stall_s)
         self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.message_bytes_max))
-        self.calls = 0
+        self.calls = [0, 0]  # that begin something, that carry on with an upload
 
     @property
     def message_bytes(self) -> int:
@@ -49,10 +49,10 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         handler = await continuation(details)
         if handler is None:
             return None
-        limit = self._calls_max * (2 if details.method.endswith(_ENDING) else 1)
-        if self.calls >= limit:
-            return refusing(LimitError(f"{limit} calls are under way; try again later", RETRY_S))
-        return _Call(self).admitted(handler)
+        kind = int(details.method.endswith(_CARRYING_ON))
+        if self.calls[kind] >= self._calls_max:
+            return refusing(LimitError(f"{self._calls_max} calls are under way; try again later", RETRY_S))
+        return _Call(self, kind).admitted(handler)
 
     def take(self, nbytes: int) -> bool:
         """Take a message's bytes into account; False when there are too many already."""
@@ -91,18 +91,18 @@ class Pace:
 class _Call:
     """One admitted call: what it holds, given back when its handler ends. gRPC runs all of it in one task."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, kind: int) -> None:
         self._admission = admission
+        self._kind = kind
         self._pace = admission.pace()
         self._held = 0
         self._refusal: KVStoreError | None = None
-        self._ended = False
 
     def admitted(self, handler: Any) -> Any:
         """The handler, counted and paced, of whatever kind it is. Its message may take its time from now on."""
         task = asyncio.current_task()
         assert task is not None
-        self._admission.calls += 1
+        self._admission.calls[self._kind] += 1
         task.add_done_callback(lambda _: self._end())
         self._pace.start()
         parse = handler.request_deserializer or bytes
@@ -138,7 +138,7 @@ class _Call:
     def _end(self) -> None:
         self._pace.stop()
         self._let_go()
-        self._admission.calls -= 1
+        self._admission.calls[self._kind] -= 1
 
     def _answering(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def answer(request: Any, context: Context) -> Any:

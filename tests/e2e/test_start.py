@@ -252,7 +252,7 @@ def test_a_socket_path_of_103_bytes_works_and_one_of_104_names_the_limit(tmp_pat
     ("key", "value", "named"),
     [
         ("min_quantize_tokens", "-1", "must not be negative"),
-        ("profile", "affine7", "affine with 8, 6, 5, 4, 3, 2 bits"),
+        ("profile", "affine7", "bits: 8, 6, 5, 4, 3, 2"),
         ("budget_bytes", "10 bananas", "10GB"),
         ("listen", "0.0.0.0:7000", "insecure_tcp"),
         ("no_such_key", "1", "no such key"),
