@@ -151,7 +151,7 @@ class Config:
         values.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
     )
     stream_stall_s: int = _key(
-        values.whole(1), "A stream that its worker takes nothing of for this long is ended.", "seconds", default=10
+        values.whole(1), "A call whose worker sends, or takes, nothing for this long is ended.", "seconds", default=10
     )
     upload_idle_s: int = _key(
         values.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
@@ -193,9 +193,6 @@ class Config:
     calls_max: int = _key(values.whole(1), "Most calls under way, all workers together.", "count", default=256)
     connection_calls_max: int = _key(values.whole(1), "Most calls under way on one connection.", "count", default=64)
     connections_max: int = _key(values.whole(1), "Most connections to the daemon.", "count", default=256)
-    call_stall_s: int = _key(
-        values.whole(1), "A call ends when its worker sends, or takes, nothing for this long.", "seconds", default=30
-    )
     grace_s: int = _key(
         values.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
     )

@@ -2,7 +2,7 @@
 
     count   at most `calls_max` calls under way; as many again of those that carry on with an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
-    pace    a message that is awaited, or a reply that is not taken, ends the call after `stall_s`
+    pace    a message that is awaited, or a reply that is not taken, ends the call after `stream_stall_s`
 
 What is over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, and costs nothing more. A call that is ended
 for its pace has its handler cancelled: lease, files, memory and upload are free at once. gRPC itself keeps the dead
@@ -35,7 +35,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
 
     def __init__(self, config: Config) -> None:
         self._calls_max = config.calls_max
-        self._stall_s = float(config.call_stall_s)
+        self._stall_s = float(config.stream_stall_s)
         self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.message_bytes_max))
         self.calls = [0, 0]  # that begin something, that carry on with an upload
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
+from typing import Any
 
 from kvstore.errors import DeadlineError
 from kvstore.server.edge import Context
@@ -57,6 +58,15 @@ class Sender:
         if not self._ahead.cancelled():
             self._ahead.exception()  # whoever sent has heard of it, or is gone
         await self._run(close_frames, self._frames)
+
+
+async def write_within(context: Context, message: Any, stall_s: float) -> None:
+    """Write one message. DeadlineError when it is not taken within `stall_s`."""
+    try:
+        async with asyncio.timeout(stall_s):
+            await context.write(message)
+    except TimeoutError as error:
+        raise DeadlineError(f"the worker took nothing for {stall_s:g} s") from error
 
 
 def take_batch(frames: Frames) -> list[bytes]:

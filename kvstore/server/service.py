@@ -20,7 +20,7 @@ from kvstore.server.edge import Context, Workers, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.intake import Intake
 from kvstore.server.layers import LayerFrames, dense_block
-from kvstore.server.sender import Sender
+from kvstore.server.sender import Sender, write_within
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
 from kvstore.wire import convert
@@ -79,7 +79,8 @@ class KVStoreService(rpc.KVStoreServicer):
             if plan.namespace is None:
                 await context.write(pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason)))
                 return
-            await context.write(pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way)))
+            message = pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
+            await write_within(context, message, self._config.stream_stall_s)
             if way == "path":
                 self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
                 await asyncio.sleep(self._config.lease_s)

@@ -29,7 +29,7 @@ from tests.support.synthetic import assert_rows, make_layers, make_layout, make_
 LAYOUT = make_layout(layers=8, heads=4, width=128)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(1200))
-LIMITS = {"calls_max": 24, "connection_calls_max": 16, "call_stall_s": 1, "upload_idle_s": 2, "memory_bytes": "8MiB"}
+LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": 1, "upload_idle_s": 2, "memory_bytes": "8MiB"}
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
@@ -182,7 +182,7 @@ def test_more_streams_than_are_allowed_wait_or_are_refused(peer: Peer, daemon: D
 
 def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Path) -> None:
     """A byte now and then keeps an upload from being idle, and not from being too slow."""
-    limits = {"upload_bytes_per_s_min": "10MB", "call_stall_s": 30, "upload_idle_s": 1}
+    limits = {"upload_bytes_per_s_min": "10MB", "stream_stall_s": 30, "upload_idle_s": 1}
     with DaemonProcess(tmp_path / "data", profile="raw", **limits) as daemon:
         peer = Peer(daemon)
         upload_id = peer.kvstore.BeginStore(peer.begin()).upload_id
@@ -200,7 +200,7 @@ def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Pat
 
 
 def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: DaemonProcess) -> None:
-    """Its lease and its files are free after call_stall_s; `_lives_on` counts them."""
+    """Its lease and its files are free after stream_stall_s; `_lives_on` counts them."""
     calls = [peer.fetch() for _ in range(8)]
     for call in calls:
         next(call)

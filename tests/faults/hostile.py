@@ -57,7 +57,7 @@ NAMES = [
 ]
 LIMITS = {
     "profile": "raw",
-    "call_stall_s": 1,
+    "stream_stall_s": 1,
     "upload_idle_s": 1,
     "uploads_max": 16,
     "message_bytes_max": "1MiB",
