@@ -4,8 +4,17 @@ Keys have channels that are much larger than the others, always the same ones. A
 range of their group and leave the rest a few steps; along tokens each channel has a range of its own. The bias takes
 the place of centring: a channel's mean costs nothing.
 
-A group is whole or is not encoded: see `encode.py` for what becomes of the tokens at the end. In one group the codes
-of a channel are 64 neighbouring values, packed as `mx.quantize` packs them; any head width goes.
+A group is whole or is not encoded: see `encode.py` for what becomes of the tokens at the end.
+
+Format, version 1; a row for each group of 64 tokens of a head, of any width:
+tensors         codes   U32 [width * 64 * bits / 32]: of each channel its 64 codes as one bit string (`packing.py`)
+                scales, biases  in the part's dtype [width]
+encode          bias = least value; scale = (greatest - least) / (2^bits - 1), rounded to the dtype;
+                code = floor((x - bias) / scale + 1/2), within its bits; 0 where scale is 0
+decode          scale * code + bias in float32, then the part's dtype
+
+Codes are chosen for the scale as it is stored, not for the one before rounding, which in bfloat16 is off by half a step
+of 8 bits at the end of a group's range.
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from kvstore.blocks import RAW, Recipe, Tensor
+from kvstore.codecs import packing
 from kvstore.codecs.affine import BITS, reaches
 from kvstore.codecs.base import register
 from kvstore.errors import CorruptDataError
@@ -58,11 +68,17 @@ class ChannelCodec:
     def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
         """[L, H, T, D], T whole groups -> codes, scales, biases."""
         layers, heads, tokens, width = array.shape
-        groups = tokens // GROUP_TOKENS
+        bits, groups = recipe.param("bits"), tokens // GROUP_TOKENS
         columns = array.reshape(layers, heads, groups, GROUP_TOKENS, width).transpose(0, 1, 2, 4, 3)
-        codes, scales, biases = mx.quantize(columns, group_size=GROUP_TOKENS, bits=recipe.param("bits"))
-        shape = (layers, heads, groups, -1)
-        return codes.reshape(shape), scales.reshape(shape), biases.reshape(shape)
+        values = mx.contiguous(columns).astype(mx.float32)
+        low, high, last = values.min(-1), values.max(-1), float(2**bits - 1)
+        scales, biases = ((high - low) / last).astype(array.dtype), low.astype(array.dtype)
+        step = scales.astype(mx.float32)
+        inverse = mx.where(step > 0, 1.0 / step, 0.0)
+        levels = (values - low[..., None]) * inverse[..., None] + 0.5
+        codes = mx.clip(levels, 0.0, last + 0.5).astype(mx.uint8)
+        words = packing.pack([codes], ((GROUP_TOKENS, bits),))
+        return words.reshape(layers, heads, groups, width * words.shape[-1]), scales, biases
 
     def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
         """As of affine: every value that the codes could name is finite in the dtype of the scales."""
@@ -70,13 +86,15 @@ class ChannelCodec:
         return reaches(scales, biases, recipe.param("bits"))
 
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
-        """codes, scales, biases -> [L, H, T, D] in the dtype of the scales, row-contiguous."""
-        bits = recipe.param("bits")
-        layers, heads, groups, width = tensors[1].shape
-        rows = (layers, heads, groups, width, -1)
+        """codes, scales, biases -> [L, H, T, D] in the dtype of the scales."""
+        bits, (layers, heads, groups, width) = recipe.param("bits"), tensors[1].shape
+        if not groups:
+            return mx.zeros((layers, heads, 0, width), tensors[1].dtype)
+        rows = (layers, heads, groups, width)
         # mx.contiguous: see `affine`.
-        codes, scales, biases = (mx.contiguous(tensor.reshape(rows)) for tensor in tensors)
-        columns = mx.dequantize(codes, scales, biases, group_size=GROUP_TOKENS, bits=bits)
+        codes, scales, biases = (mx.contiguous(t.reshape(*rows, t.shape[-1] // width)) for t in tensors)
+        wide = (scales.astype(mx.float32), biases.astype(mx.float32))
+        columns = mx.dequantize(codes, *wide, group_size=GROUP_TOKENS, bits=bits).astype(scales.dtype)
         return mx.contiguous(columns.transpose(0, 1, 2, 4, 3)).reshape(layers, heads, groups * GROUP_TOKENS, width)
 
 

@@ -8,9 +8,10 @@
                                             rest=raw              what is not quantized: raw or lossless
                                             min512                sequences shorter than this are not quantized
 
-Words: raw, lossless, affine and channel with 8, 6, 5, 4, 3 or 2 bits; affine with a group of 32, 64 or 128 values a
-scale. What is not quantized (short sequences, tokens that came out of the store, values that are not finite, the
-tokens after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
+Words: raw; lossless; affine, rotated-affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and
+turboquant-prod with 2 to 8, in eighths (turboquant-mse3.5). affine and rotated-affine may have 32, 64 or 128 values a
+scale. What is not quantized (short sequences, tokens that came out of the store, values that are not finite, the tokens
+after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.base import codec_of
 from kvstore.codecs.channel import channel_recipe
+from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.rotated import rotated_affine_recipe
+from kvstore.codecs.turboquant import EIGHTHS, turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.errors import ConfigError
 from kvstore.layers import PartSpec
 
@@ -36,9 +40,9 @@ MIN_TOKENS_MAX = 1 << 20
 PROFILES = {
     "exact": "lossless",
     "safe": "affine8",
-    "balanced": "channel5:affine6",
-    "compact": "channel4:affine4",
-    "tiny": "channel3:affine3",
+    "balanced": "channel5:rotated-affine6",
+    "compact": "channel4:turboquant-mse4",
+    "tiny": "channel3:turboquant-mse3",
 }
 AUTO = "auto"
 LOSSY = tuple(PROFILES)[1:]
@@ -122,30 +126,51 @@ class _UnknownWordError(Exception):
     """A part of a profile's name that says nothing."""
 
 
-def _affine(bits: str, group: str) -> Recipe | None:
+Word = Callable[[str, str], "Recipe | None"]
+
+
+def _affine(make: Callable[[int, int], Recipe]) -> Word:
     """affine8, affine4-g32."""
-    size = int(group or GROUP_DEFAULT)
-    return affine_recipe(int(bits), size) if bits and int(bits) in BITS and size in GROUPS else None
+
+    def parse(bits: str, group: str) -> Recipe | None:
+        size = int(group or GROUP_DEFAULT)
+        return make(int(bits), size) if bits.isdigit() and int(bits) in BITS and size in GROUPS else None
+
+    return parse
 
 
 def _channel(bits: str, group: str) -> Recipe | None:
     """channel4; its groups are of tokens and of one size."""
-    return channel_recipe(int(bits)) if bits and int(bits) in BITS and not group else None
+    return channel_recipe(int(bits)) if bits.isdigit() and int(bits) in BITS and not group else None
 
 
-def _plain(recipe: Recipe) -> Callable[[str, str], Recipe | None]:
+def _turboquant(make: Callable[[float], Recipe], bits_min: int) -> Word:
+    """turboquant-mse4, turboquant-mse3.5."""
+
+    def parse(bits: str, group: str) -> Recipe | None:
+        number = float(bits or 0)
+        fits = not group and bits_min <= number <= BITS_MAX and number * EIGHTHS == int(number * EIGHTHS)
+        return make(number) if fits else None
+
+    return parse
+
+
+def _plain(recipe: Recipe) -> Word:
     """raw, lossless: no numbers."""
     return lambda bits, group: None if bits or group else recipe
 
 
 # Words: (bits, group) as they were written, "" where they were not -> recipe, or None when there is no such one.
-WORDS: dict[str, Callable[[str, str], Recipe | None]] = {
+WORDS: dict[str, Word] = {
     "raw": _plain(RAW),
     "lossless": _plain(LOSSLESS),
-    "affine": _affine,
+    "affine": _affine(affine_recipe),
+    "rotated-affine": _affine(rotated_affine_recipe),
     "channel": _channel,
+    "turboquant-mse": _turboquant(turboquant_mse_recipe, 1),
+    "turboquant-prod": _turboquant(turboquant_prod_recipe, 2),
 }
-_WORD = re.compile(r"([a-z]+(?:-[a-z]+)*)([0-9]{1,3})?(?:-g([0-9]{1,4}))?")
+_WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3}(?:\.[0-9]{1,3})?)?(?:-g([0-9]{1,4}))?")
 
 
 def _recipe(word: str) -> Recipe:

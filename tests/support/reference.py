@@ -1,4 +1,4 @@
-"""The byte formats of the rotated codecs again, in numpy, without MLX or the codecs' own code.
+"""The byte formats of channel and of the rotated codecs again, in numpy, without MLX or the codecs' own code.
 
 Only the codebooks and the dense rotation are taken from the codecs; golden values hold those.
 """
@@ -89,6 +89,28 @@ def codes_of(packed: Array, fields: list[tuple[int, int]]) -> list[Array]:
         out.append((field << np.arange(bits)).sum(-1))
         at += n * bits
     return out
+
+
+class Channel:
+    """channel, version 1."""
+
+    def __init__(self, recipe: Recipe, dtype: str) -> None:
+        self.bits, self.round = recipe.param("bits"), ROUND[dtype]
+
+    def encode(self, rows: Array) -> tuple[Array, Array, Array, Array]:
+        """float32 `[..., T, D]` -> codes `[..., T / 64, D, 64]`, scales, biases, distance from a boundary."""
+        groups = rows.reshape(*rows.shape[:-2], -1, 64, rows.shape[-1]).swapaxes(-1, -2)
+        biases, last = groups.min(-1), np.float32(2**self.bits - 1)
+        scales = self.round((groups.max(-1) - biases) / last)
+        steps = np.where(scales > 0, scales, np.float32(np.inf))[..., None]
+        levels = (groups - biases[..., None]) / steps + np.float32(0.5)
+        return np.clip(np.floor(levels), 0, last), scales, biases, np.abs(levels - np.round(levels))
+
+    def decode(self, codes: Array, scales: Array, biases: Array) -> Array:
+        """float32 `[..., T, D]`, rounded to the dtype."""
+        values = codes.astype(np.float32) * scales[..., None] + biases[..., None]
+        values = self.round(values.astype(np.float32)).swapaxes(-1, -2)
+        return values.reshape(*values.shape[:-3], -1, values.shape[-1])
 
 
 class TurboQuant:
