@@ -148,9 +148,12 @@ def leaf_commands() -> dict[str, click.Command]:
     """Every verb that does something."""
     context = click.Context(cli)
     found = {verb: cli.get_command(context, verb) for verb in VERBS}
-    group = found.pop("config")
-    assert isinstance(group, click.Group)
-    return {verb: command for verb, command in found.items() if command} | {"config show": group.commands["show"]}
+    groups = {verb: found.pop(verb) for verb in ("config", "bench")}
+    leaves = {verb: command for verb, command in found.items() if command}
+    for verb, group in groups.items():
+        assert isinstance(group, click.Group)
+        leaves |= {f"{verb} {name}": command for name, command in group.commands.items()}
+    return leaves
 
 
 def test_every_verb_takes_json_address_and_config() -> None:

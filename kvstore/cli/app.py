@@ -21,6 +21,7 @@ VERBS = {
     "check": ("kvstore.cli.check", "Verify every blob, and repair."),
     "cert": ("kvstore.cli.cert", "Make a CA, certificates and tokens for TCP."),
     "calibrate": ("kvstore.cli.calibrate", "Measure what profiles cost on a model."),
+    "bench": ("kvstore.cli.bench", "Measure the store on this machine."),
     "config": ("kvstore.cli.config", "The configuration in force."),
 }
 

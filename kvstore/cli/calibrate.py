@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore.cli.common import client_config, common_options, connected, print_json, print_table
-from kvstore.config import ENV_PREFIX, Config, load_config
-from kvstore.errors import ConfigError, InvalidRequestError, KVStoreError
+from kvstore.config import Config
+from kvstore.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from kvstore.quality import Quality
 
-START_S = 60.0
 TEXT_TOKENS_MAX = 400_000
 
 
@@ -58,6 +51,7 @@ def command(
     """
     from mlx_lm.utils import load
 
+    from kvstore.bench.scratch import ScratchDaemon
     from kvstore.codecs.profiles import LOSSY, parse_profile
     from kvstore.integrations import mlx_lm as kv
     from kvstore.integrations.calibrate import PATIENT_MS, Calibration, windows
@@ -73,7 +67,7 @@ def command(
     tokens = tokenizer.encode(_text(prompt_files))[:TEXT_TOKENS_MAX]
     calibration = Calibration(model, windows(tokens, prefixes, shortest, longest))
     namespace = kv.namespace(model_path, model=model, adapter_path=adapter_path)
-    with scratch_daemon() as scratch, connected(scratch) as client:
+    with ScratchDaemon(durability="none") as scratch, scratch.client() as client:
         sessions = {
             name: client.session(replace(namespace, salt=name.encode()), name, total_ms=PATIENT_MS, stall_ms=PATIENT_MS)
             for name in names
@@ -126,41 +120,3 @@ def print_quality(results: Sequence[Quality], refused: Sequence[str]) -> None:
     for one, why in zip(results, refused, strict=True):
         if why:
             click.echo(f"{one.profile}: {why}")
-
-
-@contextlib.contextmanager
-def scratch_daemon() -> Iterator[Config]:
-    """A daemon on a temporary directory that keeps any profile that a session names; its configuration."""
-    folder = Path(tempfile.mkdtemp(prefix="kvs-"))
-    flags: dict[str, object] = {
-        "data_dir": folder / "data",
-        "listen": f"unix:{folder}/s",
-        "quality_gate": False,
-        "durability": "none",
-        "min_prefix_tokens": 1,
-        "free_floor_bytes": 1,
-    }
-    config = load_config(flags, environ={})
-    variables = {f"{ENV_PREFIX}{key.upper()}": str(value) for key, value in flags.items()}
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kvstore", "serve", "--config", os.devnull],
-        env={**clean, **variables, "KVSTORE_LOG_LEVEL": "error"},
-    )
-    try:
-        _await(config, process)
-        yield config
-    finally:
-        process.terminate()
-        process.wait(START_S)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _await(config: Config, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(KVStoreError), connected(config) as client:
-            client.stats()
-            return
-        time.sleep(0.05)
-    raise ConfigError("the temporary daemon did not start")

@@ -1,0 +1,83 @@
+"""A daemon of one's own on a temporary directory, in this interpreter's likeness, gone when it is done with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+from kvstore.client.client import Client, connect
+from kvstore.config import ENV_PREFIX, Config, load_config
+from kvstore.errors import ConfigError, KVStoreError
+
+START_S = 60.0
+
+
+class ScratchDaemon:
+    """A context manager. `flags` are configuration keys; nothing else configures it. It keeps any profile."""
+
+    def __init__(self, **flags: object) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="kvs-"))
+        self._flags: dict[str, object] = {
+            "data_dir": self.folder / "data",
+            "listen": f"unix:{self.folder}/s",
+            "quality_gate": False,
+            "min_prefix_tokens": 1,
+            "free_floor_bytes": 1,
+            **flags,
+        }
+        self.config: Config = load_config(self._flags, os.devnull, environ={})
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> float:
+        """Start it and wait until it answers; seconds that this took. ConfigError when it does not."""
+        variables = {f"{ENV_PREFIX}{key.upper()}": str(value) for key, value in self._flags.items()}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
+        started_s = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvstore", "serve", "--config", os.devnull],
+            env={**clean, **variables, f"{ENV_PREFIX}LOG_LEVEL": "error"},
+        )
+        while self._process.poll() is None and time.monotonic() < started_s + START_S:
+            with contextlib.suppress(KVStoreError), self.client() as client:
+                client.stats()
+                return time.monotonic() - started_s
+            time.sleep(0.01)
+        raise ConfigError("the temporary daemon did not start")
+
+    def stop(self) -> None:
+        """Stop it in good order."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.terminate()
+            process.wait(START_S)
+
+    @property
+    def pid(self) -> int:
+        """Its process, while it runs."""
+        assert self._process is not None
+        return self._process.pid
+
+    def client(self) -> Client:
+        """A connection of one's own."""
+        return connect(config=self.config)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.stop()
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""`kvstore bench`: measure the store on this machine, beside ceilings measured in the same run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
+
+if TYPE_CHECKING:
+    from kvstore.bench.cases import Report
+    from kvstore.bench.shape import Shape
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Version of the fields under `--json`; they follow the rule of every other answer.
+MATCH_TOKENS = 32_000
+
+
+@click.group("bench")
+def command() -> None:
+    """Measure the store on this machine, each case beside a ceiling measured in the same run.
+
+    Every sub-verb starts a daemon of its own on a temporary directory, in the file system that TMPDIR is on; none
+    touches the store that you use. Cases take turns, round by round, and ratios are between medians.
+    """
+
+
+def bench_options(seq_len: int = 8192, rounds: int = 5) -> Callable[[F], F]:
+    """The options that every sub-verb over synthetic KV has."""
+    options = (
+        click.option("--layers", type=click.IntRange(1), default=32, show_default=True, help="Cache layers."),
+        click.option(
+            "--kv-heads", type=click.IntRange(1), default=8, show_default=True, help="Heads of keys and values."
+        ),
+        click.option("--head-dim", type=click.IntRange(1), default=128, show_default=True, help="Width of a head."),
+        click.option(
+            "--seq-len", type=click.IntRange(32), default=seq_len, show_default=True, help="Tokens a sequence."
+        ),
+        click.option(
+            "--dtype", type=click.Choice(["bf16", "f16", "f32"]), default="bf16", show_default=True, help="Of the KV."
+        ),
+        *report_options(rounds),
+    )
+
+    def add(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
+def report_options(rounds: int) -> tuple[Callable[[F], F], ...]:
+    """The options of how to measure and what to do with it."""
+    return (
+        click.option("--rounds", type=click.IntRange(1), default=rounds, show_default=True, help="Rounds that count."),
+        click.option("--plot", "plot_path", type=click.Path(dir_okay=False), metavar="FILE", help="Also draw an SVG."),
+        common_options,
+    )
+
+
+def shape_of(options: dict[str, Any]) -> Shape:
+    """The size of the KV that the options ask for."""
+    from kvstore.bench.shape import Shape
+
+    return Shape(**{name: options[name] for name in ("layers", "kv_heads", "head_dim", "seq_len", "dtype")})
+
+
+def show(options: dict[str, Any], measured: Callable[[], Report]) -> None:
+    """Run a bench and print what it found; a plot that cannot be drawn is said before anything is measured."""
+    if options["plot_path"]:
+        importlib.import_module("kvstore.bench.plot").demand_matplotlib()
+    report = measured()
+    if options["plot_path"]:
+        importlib.import_module("kvstore.bench.plot").plot(report, Path(options["plot_path"]))
+    if options["as_json"]:
+        print_json(report.fields())
+        return
+    print_report(report)
+
+
+def print_report(report: Report) -> None:
+    """The table for people, then the numbers that are not times."""
+    cells = []
+    for row in report.rows():
+        times = [time_text(row[name]) for name in ("p50_s", "p90_s", "p99_s", "max_s")]
+        speed = f"{row['bytes_per_s'] / 1e9:.2f}" if row["nbytes"] else ""
+        ratio = f"{row['ratio']:.2f} x {row['ceiling']}" if row["ratio"] is not None else ""
+        cells.append((row["name"], *times, speed, ratio, f"{row['at_most']:g}" if row["at_most"] else ""))
+    columns = ("case", "P50", "P90", "P99", "max", "GB/s", "ratio", "at most")
+    title = ", ".join(f"{key} {value}" for key, value in report.shape.items())
+    print_table(columns, cells, title=f"{report.bench}: {title}", numbers=" nnnnn n")
+    if report.facts:
+        print_facts("also", [(name, f"{value:.3f}") for name, value in report.facts.items()])
+
+
+def time_text(seconds: float) -> str:
+    """A short time for people."""
+    return (
+        f"{seconds:.2f} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.1f} ms"
+        if seconds >= 0.01
+        else f"{1e3 * seconds:.3f} ms"
+    )
+
+
+def refuse_address(options: dict[str, Any]) -> None:
+    """A usage error for a bench that would write to the daemon named, and evict what is in it."""
+    if options["address"] or options["config_path"]:
+        raise click.UsageError("this would write to a daemon that is in use; only `bench match` measures one")
+
+
+@command.command("transport")
+@bench_options()
+def transport(**options: Any) -> None:
+    """Hand over one sequence by path and by stream, beside memcpy, a plain read and a bare gRPC stream."""
+    refuse_address(options)
+    show(options, lambda: importlib.import_module("kvstore.bench.transport").run(shape_of(options), options["rounds"]))
+
+
+@command.command("match")
+@click.option("--rows", default="1000,100000", show_default=True, metavar="N,N", help="Sizes of the index, in blocks.")
+@bench_options(seq_len=MATCH_TOKENS, rounds=200)
+def match(rows: str, **options: Any) -> None:
+    """Find a prompt in indexes of several sizes, beside hashing alone and an empty RPC; and open them.
+
+    With --address only what harms nobody: prompts that the daemon does not know. A million rows take two minutes to
+    make, and 6 GB.
+    """
+    bench = importlib.import_module("kvstore.bench.match")
+    if options["address"] or options["config_path"]:
+        with connected(client_config(options["address"], options["config_path"])) as client:
+            client.stats()  # a daemon that is not there is an error, not a miss
+            show(options, lambda: bench.run_remote(shape_of(options), options["rounds"], client))
+        return
+    try:
+        counts = [int(text.replace("_", "")) for text in rows.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{rows!r}: whole numbers with commas between them", param_hint="--rows") from error
+    show(options, lambda: bench.run(shape_of(options), options["rounds"], counts))
+
+
+@command.command("store")
+@bench_options()
+def store(**options: Any) -> None:
+    """Store new sequences: what the caller waits for, until it is durable, and a second conversation."""
+    refuse_address(options)
+    show(options, lambda: importlib.import_module("kvstore.bench.store").run(shape_of(options), options["rounds"]))
+
+
+@command.command("fetch")
+@bench_options()
+def fetch(**options: Any) -> None:
+    """Fetch to evaluated cache layers, raw and 8-bit, packed and dense, beside loads of plain files."""
+    refuse_address(options)
+    show(options, lambda: importlib.import_module("kvstore.bench.fetch").run(shape_of(options), options["rounds"]))
+
+
+@command.command("concurrency")
+@click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Worker processes.")
+@bench_options(seq_len=2048)
+def concurrency(workers: int, **options: Any) -> None:
+    """Fetch from several processes at once, and ask for the daemon's health meanwhile."""
+    refuse_address(options)
+    bench = importlib.import_module("kvstore.bench.concurrency")
+    show(options, lambda: bench.run(shape_of(options), options["rounds"], workers))
+
+
+@command.command("ttft")
+@click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
+@click.option("--seq-len", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of the prompt.")
+@click.option("--profile", default="affine8", show_default=True, help="How the KV is kept.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), metavar="FILE", help="Also draw an SVG.")
+@common_options
+def ttft(model_path: str, seq_len: int, profile: str, **options: Any) -> None:
+    """Time to a model's first token: cold, with the store, and after the daemon was restarted."""
+    refuse_address(options)
+    bench = importlib.import_module("kvstore.bench.ttft")
+    show(options, lambda: bench.run(model_path, seq_len, options["rounds"], profile))

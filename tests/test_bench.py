@@ -1,0 +1,237 @@
+"""The bench: the runner, and every sub-verb at a tiny size with a daemon of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from kvstore.bench import concurrency
+from kvstore.bench.bare import bare_server
+from kvstore.bench.cases import BenchError, Case, Measured, Report, measure
+from kvstore.bench.scratch import ScratchDaemon
+from kvstore.bench.shape import Shape, arrays_of, load, save
+from kvstore.cli.app import cli
+from kvstore.cli.bench import command
+from kvstore.errors import ConfigError, UnavailableError
+from tests.support.models import write_tiny
+
+TINY = ("--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--seq-len", "300", "--rounds", "2")
+SHAPE = Shape(2, 2, 64, 300, "bf16")
+
+
+def invoke(*args: str) -> Result:
+    """Run a sub-verb in this process; the daemon is in one of its own."""
+    return CliRunner().invoke(cli, ["bench", *args])
+
+
+def answer(*args: str) -> dict[str, Any]:
+    """The JSON of a bench that succeeds, with what all of them promise."""
+    result = invoke(*args, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    found: dict[str, Any] = json.loads(result.stdout)
+    assert next(iter(found)) == "schema"
+    assert found["bench"] == args[0]
+    assert found["machine"]["cpus"] >= 1
+    rows = {row["name"]: row for row in found["cases"]}
+    for row in rows.values():
+        assert 0 < row["p50_s"] <= row["p90_s"] <= row["p99_s"] <= row["max_s"]
+        assert (row["bytes_per_s"] > 0) == (row["nbytes"] > 0)
+        if row["ratio"] is not None:
+            assert row["ratio"] == pytest.approx(row["p50_s"] / rows[row["ceiling"]]["p50_s"])
+    return {**found, "cases": rows}
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever a bench puts into the temporary directory is gone afterwards."""
+    scratch = tmp_path / "t"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    yield
+    assert list(scratch.iterdir()) == []
+
+
+def test_cases_take_turns_and_warm_ups_do_not_count() -> None:
+    """Forwards and backwards; `before` and `after` around each run, and what a run returns as seconds is believed."""
+    seen: list[str] = []
+    cases = [
+        Case("a", lambda: seen.append("a"), before=lambda: seen.append("<"), after=lambda: seen.append(">")),
+        Case("b", lambda: seen.append("b") or 2.5, "a"),
+    ]
+    a, b = measure(cases, rounds=3)
+    assert "".join(seen) == "<a>b" + "b<a>" + "<a>b" + "b<a>"
+    assert (len(a.seconds), b.seconds) == (3, (2.5, 2.5, 2.5))
+
+
+def test_percentiles_are_times_that_were_measured() -> None:
+    """The smallest that the share does not pass."""
+    one = Measured(Case("a", lambda: None), tuple(float(n) for n in range(100, 0, -1)))
+    assert [one.percentile(share) for share in (0.5, 0.9, 0.99, 1.0)] == [50, 90, 99, 100]
+    assert Measured(one.case, (7.0,)).percentile(0.5) == 7
+
+
+def test_a_ratio_is_between_medians() -> None:
+    """Null without a ceiling."""
+    a = Measured(Case("a", lambda: None), (1.0, 2.0, 9.0))
+    b = Measured(Case("b", lambda: None, "a", nbytes=12), (9.0, 6.0, 1.0))
+    rows = Report("x", {}, (a, b)).rows()
+    assert [(row["ratio"], row["bytes_per_s"]) for row in rows] == [(None, 0), (3.0, 2.0)]
+
+
+def test_cases_must_be_told_apart_and_their_ceilings_be_there() -> None:
+    """A mistake in a bench, not in what it measures."""
+    one = Case("a", lambda: None)
+    with pytest.raises(AssertionError):
+        measure([one, one], 1)
+    with pytest.raises(AssertionError):
+        measure([Case("b", lambda: None, "a")], 1)
+
+
+def test_a_file_holds_the_arrays_of_a_shape(tmp_path: Path) -> None:
+    """In order and bit for bit, as many bytes as the layout says, every layer another."""
+    arrays = arrays_of(SHAPE.kv())
+    assert save(tmp_path / "x.safetensors", arrays) == SHAPE.nbytes
+    again = load(tmp_path / "x.safetensors")
+    assert [(a == b).all().item() for a, b in zip(arrays, again, strict=True)] == [True] * 4
+    assert not (arrays[0] == arrays[1]).all().item()
+
+
+def test_the_bare_server_hands_out_as_many_bytes_as_asked_for() -> None:
+    """Also such that are no multiple of a chunk, and none."""
+    with bare_server() as bare:
+        bare.empty(bytes(1000))
+        for nbytes in (0, 5, (1 << 20) + 1):
+            assert sum(map(len, bare.chunks(nbytes))) == nbytes
+
+
+def test_a_scratch_daemon_is_gone_with_its_directory() -> None:
+    """It answers, starts again over the same data, and leaves neither process nor files."""
+    with ScratchDaemon() as daemon:
+        with daemon.client() as client:
+            assert client.stats()["daemon"]["pid"] == daemon.pid
+        first = daemon.pid
+        daemon.stop()
+        assert daemon.start() > 0
+        assert daemon.pid != first
+        folder = daemon.folder
+    assert not folder.exists()
+    with daemon.client() as client, pytest.raises(UnavailableError):
+        client.stats()
+
+
+def test_transport_is_beside_memcpy_read_and_bare_stream() -> None:
+    """Both ways of handing over."""
+    rows = answer("transport", *TINY)["cases"]
+    assert rows["fetch by path"]["ceiling"] == "plain read of one file"
+    assert rows["fetch by stream"]["ceiling"] == "bare gRPC stream"
+    assert {row["nbytes"] for row in rows.values()} == {SHAPE.nbytes}
+
+
+def test_fetch_is_beside_loads_without_a_store_and_draws_a_plot(tmp_path: Path) -> None:
+    """Packed and dense, raw and 8-bit; the same numbers as a picture."""
+    pytest.importorskip("matplotlib")
+    found = answer("fetch", *TINY, "--plot", str(tmp_path / "x.svg"))
+    assert found["cases"]["8-bit, dense, stream"]["ceiling"] == "8-bit, packed, path"
+    assert 0.5 < found["facts"]["affine8 bytes stored / raw"] < 0.7
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+
+
+def test_store_tells_blocked_from_durable_and_what_a_second_conversation_adds() -> None:
+    """Nothing is stored twice: each round has tokens of its own."""
+    found = answer("store", *TINY)
+    assert {"memcpy", "raw, blocked", "raw, durable", "8-bit, durable"} <= found["cases"].keys()
+    assert 1.0 < found["facts"]["raw, durable: bytes on disk / raw"] < 1.1
+    assert found["facts"]["second conversation: bytes on disk / bytes that are new"] > 0
+
+
+def test_match_finds_whole_prompts_in_the_engine_and_over_rpc() -> None:
+    """In every index; and how long a start takes."""
+    rows = answer("match", *TINY, "--rows", "4,60")["cases"]
+    assert rows["engine, 60 rows"]["ceiling"] == "hashing alone"
+    assert rows["RPC, 4 rows"]["ceiling"] == "empty RPC"
+    assert "open to serving, 60 rows" in rows
+
+
+def test_match_refuses_sizes_that_hold_no_prompt() -> None:
+    """And what is no list of numbers."""
+    assert "are needed" in invoke("match", *TINY, "--rows", "1").stderr
+    assert invoke("match", *TINY, "--rows", "many").exit_code == 2
+
+
+def test_match_of_a_daemon_in_use_leaves_nothing_in_it() -> None:
+    """Only prompts that it does not know."""
+    with ScratchDaemon() as daemon, daemon.client() as client:
+        rows = answer("match", *TINY, "--address", daemon.config.listen)["cases"]
+        assert rows["Match, unknown namespace"]["ceiling"] == "empty RPC"
+        assert client.stats()["disk"]["blobs"] == 0
+
+
+def test_concurrency_measures_workers_and_health() -> None:
+    """Worker processes end with the bench."""
+    found = answer("concurrency", *TINY, "--workers", "2")
+    assert found["cases"]["2 workers"]["nbytes"] == 2 * SHAPE.nbytes
+    assert found["facts"]["slowest / fastest worker, worst round"] >= 1
+    assert "health check meanwhile" in found["cases"]
+
+
+def test_a_worker_that_ends_is_an_error_and_not_a_wait() -> None:
+    """Its sequence was never stored."""
+    with pytest.raises(BenchError), ScratchDaemon() as daemon:
+        concurrency.Worker(concurrency.WorkerJob(daemon.config.listen, SHAPE, "raw", 0))
+
+
+def test_ttft_restores_the_prompt_of_a_model(tmp_path: Path) -> None:
+    """Cold, with the store, and by a new connection to a daemon that was restarted."""
+    model = write_tiny(tmp_path / "tiny")
+    found = answer("ttft", "--model", str(model), "--seq-len", "300", "--rounds", "1")
+    assert found["cases"].keys() == {"cold", "with the store", "after a restart"}
+    assert found["facts"]["tokens restored / prompt"] == pytest.approx(299 / 300)
+    assert "no model" in invoke("ttft", "--model", str(tmp_path / "none")).stderr
+
+
+def test_people_get_a_table() -> None:
+    """With the ratio and what it is to."""
+    text = invoke("transport", *TINY).stdout
+    assert "fetch by stream" in text
+    assert " x bare gRPC stream" in text
+
+
+@pytest.mark.parametrize("verb", [verb for verb in command.commands if verb not in ("match", "ttft")])
+def test_a_daemon_in_use_is_not_written_to(verb: str) -> None:
+    """A usage error before anything is started."""
+    result = invoke(verb, *TINY, "--address", "unix:/nowhere")
+    assert (result.exit_code, "only `bench match`" in result.stderr) == (2, True)
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With the name of the extra."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(ScratchDaemon, "start", lambda self: pytest.fail("a daemon was started"))
+    result = invoke("fetch", *TINY, "--plot", str(tmp_path / "x.svg"))
+    assert (result.exit_code, "kvstore[plot]" in result.stderr) == (2, True)
+
+
+def test_a_plot_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """ConfigError with the path."""
+    plot = pytest.importorskip("kvstore.bench.plot")
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError):
+        plot.plot(Report("x", {}, (Measured(Case("a", lambda: None), (1.0,)),)), tmp_path / "no" / "x.svg")
+
+
+def test_every_sub_verb_has_help_and_the_common_options() -> None:
+    """As every verb."""
+    assert isinstance(command, click.Group)
+    for verb, sub in command.commands.items():
+        flags = {flag for param in sub.params for flag in param.opts}
+        assert {"--json", "--address", "--config", "--rounds", "--plot"} <= flags, verb
+        assert sub.help
