@@ -83,6 +83,18 @@ class Config:
         "file",
         default="",
     )
+    encrypt: str = _key(
+        values.choice("off", "tenants", "all"),
+        "Which new namespaces are encrypted at rest: none, those with a salt, or all. They are served by stream only.",
+        "choice",
+        default="off",
+    )
+    encryption_key: str = _key(
+        values.secret,
+        "The key for that: a file of 64 hex digits, 0600, or keychain:NAME. Without it what is encrypted is lost.",
+        "file",
+        default="",
+    )
     budget_bytes: int = _key(
         values.size(),
         "Most bytes on disk for everything in data_dir. 0: the lesser of 100 GB and 15 % of what is free.",
@@ -207,6 +219,8 @@ class Config:
     def __post_init__(self) -> None:
         for key in KEYS:
             object.__setattr__(self, key, _parsed(key, getattr(self, key), self.sources.get(key, "")))
+        if self.encrypt != "off" and not self.encryption_key:
+            raise _error("encrypt", "needs an encryption_key", self.sources.get("encrypt", ""))
         if bool(self.tls_cert) != bool(self.tls_key):
             raise _error("tls_cert", "tls_cert and tls_key go together", self.sources.get("tls_cert", ""))
         if not (self.address.path or self.tls or self.insecure_tcp):

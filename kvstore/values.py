@@ -117,6 +117,13 @@ def file(value: object) -> str:
     return str(directory(value)) if value != "" else ""
 
 
+def secret(value: object) -> str:
+    """`keychain:NAME`, the absolute path of a file, or nothing."""
+    if isinstance(value, str) and re.fullmatch(r"keychain:[A-Za-z0-9._-]{1,64}", value):
+        return value
+    return file(value)
+
+
 def _absolute(text: str) -> str:
     path = os.path.expanduser(text)  # falls back to the password database, since launchd and systemd may set no HOME
     if not os.path.isabs(path):

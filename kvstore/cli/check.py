@@ -48,8 +48,9 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
     if not config.data_dir.is_dir():
         raise DirectoryError(f"{config.data_dir} does not exist: nothing was stored yet, or its volume is not mounted")
     from kvstore.engine import check_directory
+    from kvstore.server.masterkey import load_master_key
 
-    found = check_directory(config.data_dir, repair)
+    found = check_directory(config.data_dir, repair, load_master_key(config))
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
     return {"offline": True, **counts, "findings": findings}

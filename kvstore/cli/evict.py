@@ -35,6 +35,7 @@ from kvstore.cli.common import (
     help="Free so much, the least recently used first.",
 )
 @click.option("--all", "everything", is_flag=True, help="Every block.")
+@click.option("--shred", is_flag=True, help="Drop the key of the encrypted namespace too: no copy can be read again.")
 @click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
 @common_options
 def command(
@@ -43,6 +44,7 @@ def command(
     idle_s: int | None,
     nbytes: int | None,
     everything: bool,
+    shred: bool,
     dry_run: bool,
     address: str | None,
     config_path: str | None,
@@ -54,6 +56,8 @@ def command(
         raise click.UsageError("nothing is selected; give --namespace, --prefix, --idle, --bytes, or --all")
     if narrowed and everything:
         raise click.UsageError("--all selects every block; leave it out, or leave out the other selections")
+    if shred and (namespace is None or key or idle_s or nbytes):
+        raise click.UsageError("--shred takes --namespace and no other selection: the key is all or nothing")
     if nbytes == 0:
         raise click.UsageError("--bytes 0 frees nothing")
     with connected(client_config(address, config_path)) as client:
@@ -64,6 +68,7 @@ def command(
             bytes=nbytes or 0,
             all=everything,
             dry_run=dry_run,
+            shred=shred,
         )
     if as_json:
         print_json({"dry_run": dry_run, **report})

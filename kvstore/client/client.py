@@ -127,8 +127,13 @@ class Client:
         bytes: int = 0,
         all: bool = False,
         dry_run: bool = False,
+        shred: bool = False,
     ) -> dict[str, Any]:
-        """Remove what fits every selection given, leaves first; `all` must be set when nothing else selects."""
+        """Remove what fits every selection given, leaves first; `all` must be set when nothing else selects.
+
+        `shred`: first drop the keys of the encrypted namespaces that start with `namespace_prefix`, for good.
+        """
+        _check(bool(namespace_prefix) or not shred, "shredding takes a namespace")
         _check(idle_s >= 0 and bytes >= 0, "idle_s and bytes must not be negative")
         _check(all or bool(namespace_prefix or key_prefix or idle_s or bytes), "nothing is selected; say all=True")
         request = pb.EvictRequest(
@@ -138,6 +143,7 @@ class Client:
             bytes=bytes,
             all=all,
             dry_run=dry_run,
+            shred=shred,
         )
         return self._ask(self._connection.admin.Evict, request, EVICT_S)
 

@@ -179,6 +179,7 @@ class NamespaceUsage:
     disk_bytes: int
     checkpoints: int = 0
     checkpoint_bytes: int = 0
+    encrypted: bool = False
 
     @property
     def logical_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from kvstore.engine.nouns import BlockInfo, EngineStats, NamespaceUsage
 from kvstore.engine.state import State
@@ -39,7 +39,7 @@ def stats(state: State, free_bytes: int) -> EngineStats:
     """Counts of this moment."""
     usage, ledger = state.usage, state.ledger
     spaces = tuple(
-        NamespaceUsage(info, *astuple(use))
+        replace(NamespaceUsage(info, *astuple(use)), encrypted=state.index.ring.key(root) is not None)
         for root, info in list(state.namespaces.items())
         if (use := usage.get(root)) is not None
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kvstore import __version__
 from kvstore.engine import BlockInfo, Engine, Selection
+from kvstore.errors import InvalidRequestError
 from kvstore.server.edge import Context, Workers, unary
 from kvstore.server.lane import Lane
 from kvstore.server.stats import Counters, namespace_message
@@ -79,6 +80,10 @@ class AdminService(rpc.AdminServicer):
             bytes=request.bytes,
             all=request.all,
         )
+        if request.shred:
+            if not request.namespace_prefix:
+                raise InvalidRequestError("shredding takes a namespace")
+            await self._workers.admin(self._engine.shred, request.namespace_prefix, request.dry_run)
         report = await self._workers.admin(self._engine.evict, selection, request.dry_run)
         return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes)
 

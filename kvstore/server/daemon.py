@@ -39,6 +39,7 @@ from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.layers import LayerFrames
+from kvstore.server.masterkey import load_master_key
 from kvstore.server.service import KVStoreService
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
@@ -173,6 +174,7 @@ def engine_options(config: Config) -> EngineOptions:
         checkpoints_max=config.checkpoints_max,
         checkpoint_share_percent=config.checkpoint_share_percent,
         socket=config.listen,
+        master_key=load_master_key(config),
     )
 
 

@@ -19,7 +19,7 @@ from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.states import state_ranges
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
-from kvstore.files import OPEN_FILES_MAX, FileReader, Range
+from kvstore.files import OPEN_FILES_MAX, Range, RangeReader
 from kvstore.layers import Layout
 from kvstore.server.decode import decode_piece, pieces
 from kvstore.server.fetch import FetchPlan
@@ -88,7 +88,7 @@ class LayerFrames:
                 wait([piece for _, piece in ahead if piece is not None and not piece.cancel()])
 
     def _decoded(
-        self, plan: FetchPlan, layout: Layout, reader: FileReader
+        self, plan: FetchPlan, layout: Layout, reader: RangeReader
     ) -> Iterator[tuple[int, Future[list[memoryview]] | None]]:
         """(layer, what the lane makes of it) of every piece in the order of the stream; None: sent as stored."""
         groups = dense_pieces(plan, layout)
@@ -115,12 +115,12 @@ class LayerFrames:
             self._buffers.release(nbytes)
 
     @contextlib.contextmanager
-    def _reader(self, plan: FetchPlan) -> Iterator[FileReader]:
+    def _reader(self, plan: FetchPlan) -> Iterator[RangeReader]:
         """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
         wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
         granted = wanted if self._files.try_acquire(wanted) else 0
         try:
-            with FileReader(self._engine.sources(plan.match.parts), open_max=granted or OPEN_FILES_MIN) as reader:
+            with self._engine.reader(plan.match.parts, open_max=granted or OPEN_FILES_MIN) as reader:
                 yield reader
         finally:
             self._files.release(granted)
@@ -139,7 +139,7 @@ def dense_pieces(plan: FetchPlan, layout: Layout) -> list[tuple[int, list[HitBlo
 
 
 def piece_frames(
-    plan: FetchPlan, reader: FileReader, layer: int, piece: Future[list[memoryview]] | None
+    plan: FetchPlan, reader: RangeReader, layer: int, piece: Future[list[memoryview]] | None
 ) -> Iterator[bytes]:
     """Frames of a piece when it is decoded, or of a layer that is sent as stored."""
     if piece is None:
@@ -150,7 +150,7 @@ def piece_frames(
         yield layer_frame(layer, views)
 
 
-def read_frames(reader: FileReader, layer: int, ranges: Iterable[Range]) -> Iterator[bytes]:
+def read_frames(reader: RangeReader, layer: int, ranges: Iterable[Range]) -> Iterator[bytes]:
     """Frames of stored ranges. They are read into one buffer: it stays in the processor's cache."""
     cut = (
         Range(one.source, one.offset + at, min(CHUNK_BYTES, one.nbytes - at))

@@ -65,15 +65,18 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         root = convert.root_from_message(request.namespace)
-        offer = offer_of(request, self._way(pb.TRANSPORT_PATH, dense=False))
+        offer = offer_of(request, self._way(request.namespace, root, pb.TRANSPORT_PATH, dense=False))
         match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min, offer)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @unary
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         self._counters.add("fetch")
-        way = self._way(request.transport, dense=request.representation == pb.REPRESENTATION_DENSE)
-        plan = await self._planned(request, way)
+        root = convert.root_from_message(request.namespace)
+        way = self._way(
+            request.namespace, root, request.transport, dense=request.representation == pb.REPRESENTATION_DENSE
+        )
+        plan = await self._planned(request, root, way)
         try:
             self._counters.fetched(plan.match.n_tokens, plan.match.reason)
             if plan.namespace is None:
@@ -91,8 +94,7 @@ class KVStoreService(rpc.KVStoreServicer):
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
 
-    async def _planned(self, request: pb.FetchRequest, way: Way) -> FetchPlan:
-        root = convert.root_from_message(request.namespace)
+    async def _planned(self, request: pb.FetchRequest, root: bytes, way: Way) -> FetchPlan:
         planning = asyncio.ensure_future(
             self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min, offer_of(request, way))
         )
@@ -115,10 +117,14 @@ class KVStoreService(rpc.KVStoreServicer):
             self._counters.add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
 
-    def _way(self, transport: pb.Transport, *, dense: bool) -> Way:
+    def _way(self, identity: pb.Namespace, root: bytes, transport: pb.Transport, *, dense: bool) -> Way:
         if dense:
             return "dense"
-        return "path" if transport == pb.TRANSPORT_PATH and self._same_host else "stream"
+        return "path" if transport == pb.TRANSPORT_PATH and self._may_share_files(identity, root) else "stream"
+
+    def _may_share_files(self, identity: pb.Namespace, root: bytes) -> bool:
+        """Whether this namespace's bytes may change hands as files: not of tenants, nor of what is encrypted."""
+        return self._same_host and not identity.salt and not self._engine.is_encrypted(root)
 
     def _plan_message(self, plan: FetchPlan, layout: Layout, way: Way) -> pb.FetchPlan:
         match, by_path = plan.match, way == "path"
@@ -172,7 +178,10 @@ class KVStoreService(rpc.KVStoreServicer):
             return pb.BeginStoreReply(
                 reason=plan.reason, held_tokens=plan.held_tokens, durable=self._durable, detail=plan.detail
             )
-        by_path = request.transport == pb.TRANSPORT_PATH and self._same_host and upload.staging is not None
+        sharing = request.transport == pb.TRANSPORT_PATH and self._may_share_files(
+            request.namespace, upload.namespace.root
+        )
+        by_path = sharing and upload.staging is not None
         return pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,
@@ -298,6 +307,7 @@ def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
         restored_tokens=message.restored_tokens,
         restored_fidelity=message.restored_fidelity,
         profile=message.profile,
+        isolated=bool(identity.salt),
         states=states_of(message),
     )
 

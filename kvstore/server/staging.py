@@ -15,16 +15,39 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
 from kvstore.errors import InvalidRequestError, NotFoundError, StoreFullError
 from kvstore.files import VECTORS_MAX
 
 
-class StagingFile:
-    """One staging file of `nbytes`. One thread at a time fills or reads it; any thread may remove it."""
+class Veil:
+    """AES-256-CTR under a key that is in memory only: what an encrypted namespace sends is not readable meanwhile.
 
-    def __init__(self, directory: Path, name: str, nbytes: int) -> None:
+    The bytes are the daemon's own and are read back by it alone, so nothing is authenticated. One key a file.
+    """
+
+    def __init__(self) -> None:
+        self._key = os.urandom(32)
+
+    def applied(self, data: memoryview, offset: int) -> bytes:
+        """Bytes from `offset` of the file on, veiled if they were plain, plain if they were veiled."""
+        blocks, skip = divmod(offset, 16)
+        stream = Cipher(algorithms.AES(self._key), modes.CTR(blocks.to_bytes(16, "big"))).encryptor()
+        stream.update(bytes(skip))
+        return stream.update(data)
+
+
+class StagingFile:
+    """One staging file of `nbytes`. One thread at a time fills or reads it; any thread may remove it.
+
+    `veiled`: what is in it is not readable on disk; then only `append` may fill it.
+    """
+
+    def __init__(self, directory: Path, name: str, nbytes: int, *, veiled: bool = False) -> None:
         self.path = directory / name
         self.nbytes = nbytes
+        self._veil = Veil() if veiled else None
         self.received_bytes = 0
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         with _room():
@@ -45,6 +68,8 @@ class StagingFile:
                 raise NotFoundError("the upload was given up")
             if self.received_bytes + sum(map(len, pending)) > self.nbytes:
                 raise InvalidRequestError(f"the upload is longer than the {self.nbytes} bytes that were asked for")
+            if self._veil is not None:
+                pending = [memoryview(self._veil.applied(memoryview(b"".join(pending)), self.received_bytes))]
             while pending:
                 written = os.pwritev(self._write_fd, pending[:VECTORS_MAX], self.received_bytes)
                 self.received_bytes += written
@@ -84,13 +109,15 @@ class StagingFile:
         """
         whole = memoryview(bytearray(nbytes)) if into is None else into[:nbytes]
         assert len(whole) == nbytes
-        view = whole
+        view, at = whole, offset
         while view:
-            got = os.preadv(self._read_fd, [view], offset)
+            got = os.preadv(self._read_fd, [view], at)
             if not got:
                 raise InvalidRequestError("the staging file was cut short while it was read")
             view = view[got:]
-            offset += got
+            at += got
+        if self._veil is not None:
+            whole[:] = self._veil.applied(whole, offset)
         return whole
 
     def remove(self) -> None:

@@ -108,6 +108,7 @@ def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
         checkpoints=one.checkpoints,
         checkpoint_bytes=one.checkpoint_bytes,
         profile=choice.profile.name,
+        encrypted=one.encrypted,
         profile_refused=choice.refused,
         quality=[quality_to_message(quality, refused) for quality, refused in gate.results(one.info.root)],
     )

@@ -38,7 +38,6 @@ from kvstore.codecs.states import check_state
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NewBlock
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError, UnavailableError
-from kvstore.files import FileReader
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
 from kvstore.server.gate import Gate
@@ -60,6 +59,7 @@ class StoreRequest:
     restored_tokens: int
     restored_fidelity: int
     profile: str
+    isolated: bool = False  # a tenant with a salt of its own
     states: tuple[LayerState, ...] = ()
 
 
@@ -119,6 +119,7 @@ class StorePath:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
         profile, named = choice.profile, request.profile not in ("", AUTO)
         floor = profile.fidelity if named else FIDELITY_ANY
+        self._encrypt(request)
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
@@ -130,6 +131,12 @@ class StorePath:
         if not self._open(upload):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
+
+    def _encrypt(self, request: StoreRequest) -> None:
+        """Before the first store of a namespace: from then on it is encrypted, if its like are to be."""
+        wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and request.isolated)
+        if wanted and not self._engine.is_encrypted(request.root):
+            self._engine.encrypt(request.root)
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:
         namespace = self._engine.namespace(request.root) or request.namespace
@@ -212,7 +219,8 @@ class StorePath:
             held.callback(self._engine.add_usage, -nbytes)
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             if upload.wants_bytes:
-                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes)
+                veiled = self._engine.is_encrypted(upload.namespace.root)
+                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes, veiled=veiled)
                 held.callback(upload.staging.remove)
             self.uploads.add(upload)
         except BaseException:
@@ -339,7 +347,7 @@ class StorePath:
         runs: list[EncodedRun] = []
         for piece in upload.spliced:
             left = piece.take
-            with FileReader(self._engine.sources([piece])) as reader:
+            with self._engine.reader([piece]) as reader:
                 for run in piece.row.block.runs:
                     if left:
                         shown = min(left, run.shown)
