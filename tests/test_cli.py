@@ -221,6 +221,7 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         "bytes": 10_000_000,
         "all": False,
         "dry_run": True,
+        "shred": False,
     }
     assert invoke("evict", "--older-than", "90s").stdout == "freed 4.0 MB (4000000 bytes) in 3 blocks\n"
     assert client.asked["idle_s"] == 90
