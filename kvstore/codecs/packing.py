@@ -62,8 +62,8 @@ def unpack(words: mx.array, fields: Fields) -> list[mx.array]:
     """uint32 `[..., words]` -> one uint32 array `[..., codes]` a field, lazy."""
     codes, at = [], 0
     for n, bits in fields:
-        whole = len(fields) == 1 and 32 % bits == 0
-        codes.append(_unpack_words(words, n, bits) if whole else _unpack_at(words, at, n, bits))
+        whole = at % 32 == 0 and 32 % bits == 0
+        codes.append(_unpack_words(words[..., at // 32 :], n, bits) if whole else _unpack_at(words, at, n, bits))
         at += n * bits
     return codes
 
@@ -72,6 +72,7 @@ def _unpack_words(words: mx.array, n: int, bits: int) -> mx.array:
     """Codes that no word boundary cuts: each word is spread over its codes."""
     if bits == CODES_TOGETHER:
         return mx.contiguous(words).view(mx.uint8)[..., :n].astype(mx.uint32)
+    words = words[..., : -(-n * bits // 32)]
     codes = (words[..., None] >> mx.arange(0, 32, bits, dtype=mx.uint32)) & ((1 << bits) - 1)
     return codes.reshape(*words.shape[:-1], words.shape[-1] * 32 // bits)[..., :n]
 
