@@ -15,6 +15,14 @@ class InvalidRequestError(KVStoreError):
     """The caller sent something that can never work: bad tokens, shapes, dtypes, sizes, offsets."""
 
 
+class InvalidVectorError(InvalidRequestError):
+    """A vector, a bit width or a count that `kvstore.turboquant` cannot take; `reason` is a word for it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class LayoutMismatchError(InvalidRequestError):
     """The layout sent is not the layout that the namespace was made from."""
 

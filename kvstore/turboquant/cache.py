@@ -1,0 +1,282 @@
+"""The quantized cache of one head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from kvstore.blocks import Recipe
+from kvstore.codecs.turboquant import encode_rows, turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.errors import InvalidVectorError
+from kvstore.turboquant.quantizers import (
+    PackedVectors,
+    Quantizer,
+    QuantStrategy,
+    as_array,
+    checked_vectors,
+    inner_products,
+    weighted_sum,
+)
+
+VALUE_SEED = 2
+HEAD_SEED = 1000
+_PENDING_MAX = 256
+
+Tensors = tuple[mx.array, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheConfig:
+    """How keys and values of `dim` coordinates are kept; values always by MSE.
+
+    `max_tokens`: the oldest leave beyond so many; 0 keeps all. `store_norms`: vectors of any length, at four bytes more
+    for each of them; without it they must be unit vectors.
+    """
+
+    dim: int
+    key_bits: float = 4
+    value_bits: float = 4
+    key_strategy: QuantStrategy = QuantStrategy.PROD
+    seed: int = 42
+    max_tokens: int = 0
+    store_norms: bool = False
+
+    @property
+    def key_recipe(self) -> Recipe:
+        """How keys are packed."""
+        make = turboquant_prod_recipe if self.key_strategy is QuantStrategy.PROD else turboquant_mse_recipe
+        return make(self.key_bits, self.seed, unit=not self.store_norms)
+
+    @property
+    def value_recipe(self) -> Recipe:
+        """How values are packed."""
+        return turboquant_mse_recipe(self.value_bits, self.seed + VALUE_SEED, unit=not self.store_norms)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Bytes as packed, and what float32 would take."""
+
+    num_tokens: int
+    key_bytes: int
+    value_bytes: int
+    baseline_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Keys and values."""
+        return self.key_bytes + self.value_bytes
+
+    @property
+    def compression_ratio(self) -> float:
+        """Baseline over packed; 0 when there is nothing."""
+        return self.baseline_bytes / self.total_bytes if self.total_bytes else 0.0
+
+
+class PackedRows:
+    """Packed vectors in order, the newest last, in tensors that grow. One thread at a time.
+
+    Appended tensors wait in a list and are joined when somebody reads: a push for each token copies nothing.
+    """
+
+    def __init__(self, quantizer: Quantizer, max_rows: int) -> None:
+        self.quantizer = quantizer
+        self._max_rows = max_rows
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._waiting = [encode_rows(mx.zeros((0, self.quantizer.dim), self.quantizer.dtype), self.quantizer.form)]
+        self.n_rows = 0
+
+    def extend(self, tensors: Tensors) -> None:
+        """Append evaluated tensors `[n, ...]`; the oldest rows beyond the limit leave."""
+        self._waiting.append(tensors)
+        self.n_rows += tensors[0].shape[0]
+        if self._max_rows and self.n_rows > self._max_rows:
+            self.n_rows = self._max_rows
+        if len(self._waiting) > _PENDING_MAX:
+            self.tensors()
+
+    def tensors(self) -> Tensors:
+        """All rows `[n_rows, ...]`, evaluated."""
+        if len(self._waiting) > 1:
+            joined = tuple(mx.concatenate(list(same)) for same in zip(*self._waiting, strict=True))
+            drop = joined[0].shape[0] - self.n_rows
+            self._waiting = [tuple(mx.contiguous(tensor[drop:]) for tensor in joined) if drop else joined]
+            mx.eval(*self._waiting[0])
+        return self._waiting[0]
+
+
+class QuantizedKVCache:
+    """Packed keys and values of one head, and attention over them. One thread at a time.
+
+    What is appended must be unit vectors unless `config.store_norms`. An append happens whole or not at all. Appending
+    tokens one by one gives, bit for bit, what appending them together gives.
+    """
+
+    def __init__(self, config: KVCacheConfig, quantizers: tuple[Quantizer, Quantizer] | None = None) -> None:
+        """`quantizers`: of keys and values, if not those that `config` names.
+
+        InvalidVectorError (dimension, bits, seed, length) for what cannot be.
+        """
+        if config.max_tokens < 0:
+            raise InvalidVectorError("length", f"a window of {config.max_tokens} tokens")
+        keys, values = quantizers or (
+            Quantizer(config.key_recipe, config.dim),
+            Quantizer(config.value_recipe, config.dim),
+        )
+        self.config = config
+        self._keys = PackedRows(keys, config.max_tokens)
+        self._values = PackedRows(values, config.max_tokens)
+
+    @classmethod
+    def from_packed(
+        cls, keys: PackedVectors, values: PackedVectors, dims: tuple[int, int], max_tokens: int = 0
+    ) -> QuantizedKVCache:
+        """A cache over packed keys and values `[n]` of `dims` coordinates, whatever their recipes; they are not copied.
+
+        Further vectors are packed in the same way. InvalidVectorError (length) unless there are as many of both.
+        """
+        quantizers = (_quantizer(keys, dims[0]), _quantizer(values, dims[1]))
+        form = quantizers[0].form
+        config = KVCacheConfig(
+            dims[0],
+            fractional_bits(keys.recipe),
+            fractional_bits(values.recipe),
+            QuantStrategy.PROD if form.prod else QuantStrategy.MSE,
+            form.seed,
+            max_tokens,
+            not form.unit,
+        )
+        cache = cls(config, quantizers)
+        cache.commit((keys.tensors, values.tensors))
+        return cache
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held."""
+        return self._keys.n_rows
+
+    def append(self, keys: Any, values: Any) -> None:
+        """Keys `[n, dim]` and values `[n, dim]`, n may be 0. InvalidVectorError, and nothing changed, otherwise."""
+        self.commit(self.prepare(keys, values))
+
+    def push_token(self, key: Any, value: Any) -> None:
+        """One key `[dim]` and one value `[dim]`."""
+        one = [_one(vector) for vector in (key, value)]
+        self.append(*one)
+
+    def prepare(self, keys: Any, values: Any) -> tuple[Tensors, Tensors]:
+        """Check and pack, without appending: what `commit` takes. InvalidVectorError for vectors that cannot be."""
+        rows = [_rows(part, each.quantizer) for part, each in ((keys, self._keys), (values, self._values))]
+        if rows[0].shape[0] != rows[1].shape[0]:
+            raise InvalidVectorError("length", f"{rows[0].shape[0]} keys and {rows[1].shape[0]} values")
+        keys, values = (
+            each.quantizer.quantize(part) for part, each in zip(rows, (self._keys, self._values), strict=True)
+        )
+        return keys.tensors, values.tensors
+
+    def commit(self, packed: tuple[Tensors, Tensors]) -> None:
+        """Append what `prepare` made."""
+        keys, values = packed
+        if keys[0].shape[0] != values[0].shape[0]:
+            raise InvalidVectorError("length", f"{keys[0].shape[0]} keys and {values[0].shape[0]} values")
+        self._keys.extend(keys)
+        self._values.extend(values)
+
+    def attention_scores(self, query: Any) -> mx.array:
+        """float32 `[num_tokens]`: inner products of `query` `[dim]` with the keys, on their codes."""
+        form = self._keys.quantizer.form
+        return inner_products(self._keys.tensors(), form, _query(query, form.width))
+
+    def attention_output(self, query: Any, temperature: float = 0.0) -> mx.array:
+        """float32 `[dim]`: values weighted by softmax(temperature * scores); zero when the cache is empty.
+
+        A temperature of 0 or less stands for 1 / sqrt(dim).
+        """
+        form = self._values.quantizer.form
+        scores = self.attention_scores(query)
+        if not self.num_tokens:
+            return mx.zeros((form.width,))
+        factor = temperature if temperature > 0 else 1.0 / math.sqrt(self.config.dim)
+        return weighted_sum(self._values.tensors(), form, mx.softmax(scores * factor))
+
+    def reconstruct_keys(self) -> mx.array:
+        """float32 `[num_tokens, dim]`, decoded."""
+        return self._keys.quantizer.dequantize(self.packed_keys)
+
+    def reconstruct_values(self) -> mx.array:
+        """float32 `[num_tokens, dim]`, decoded."""
+        return self._values.quantizer.dequantize(self.packed_values)
+
+    @property
+    def packed_keys(self) -> PackedVectors:
+        """The keys as they are kept."""
+        return PackedVectors(self._keys.quantizer.recipe, self._keys.tensors())
+
+    @property
+    def packed_values(self) -> PackedVectors:
+        """The values as they are kept."""
+        return PackedVectors(self._values.quantizer.recipe, self._values.tensors())
+
+    def stats(self) -> CacheStats:
+        """Tokens and bytes."""
+        widths = self._keys.quantizer.dim + self._values.quantizer.dim
+        return CacheStats(
+            self.num_tokens, self.packed_keys.nbytes, self.packed_values.nbytes, self.num_tokens * widths * 4
+        )
+
+    def clear(self) -> None:
+        """Drop all tokens."""
+        self._keys.clear()
+        self._values.clear()
+
+
+def fractional_bits(recipe: Recipe) -> float:
+    """Bits a value, in eighths."""
+    return recipe.param("bits") + dict(recipe.params).get("eighths", 0) / 8
+
+
+def _quantizer(packed: PackedVectors, dim: int) -> Quantizer:
+    """What packs further vectors in the same way."""
+    return Quantizer(packed.recipe, dim, packed.tensors[1].dtype if len(packed.tensors) > 1 else mx.float32)
+
+
+def _one(vector: Any) -> mx.array:
+    array = as_array(vector)
+    if array.ndim != 1:
+        raise InvalidVectorError("dimension", f"one vector is expected, got {tuple(array.shape)}")
+    return array[None]
+
+
+def _rows(vectors: Any, quantizer: Quantizer) -> mx.array:
+    """`[n, dim]`; an empty list is no rows."""
+    array = as_array(vectors)
+    if array.size == 0:
+        return mx.zeros((0, quantizer.dim))
+    if array.ndim != 2 or array.shape[1] != quantizer.dim:
+        raise InvalidVectorError("dimension", f"vectors {tuple(array.shape)}, expected [n, {quantizer.dim}]")
+    return array
+
+
+def _query(query: Any, width: int) -> mx.array:
+    """float32 `[width]` of any length; InvalidVectorError (dimension, non_finite) otherwise."""
+    rows = checked_vectors(query, width, unit=False)
+    if rows.ndim != 1:
+        raise InvalidVectorError("dimension", f"one query of {width} numbers, got {tuple(rows.shape)}")
+    return rows
+
+
+def merged_stats(all_stats: Sequence[CacheStats]) -> CacheStats:
+    """Bytes of all heads together, tokens of the first."""
+    return CacheStats(
+        all_stats[0].num_tokens,
+        sum(stats.key_bytes for stats in all_stats),
+        sum(stats.value_bytes for stats in all_stats),
+        sum(stats.baseline_bytes for stats in all_stats),
+    )

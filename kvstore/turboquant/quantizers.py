@@ -1,0 +1,176 @@
+"""Vectors <-> packed vectors, and inner products with them that decode nothing.
+
+<query, R^-1 y> = <R query, y>: the query is rotated once, and its product with the levels of the codes is what the
+product with the decoded vector would be. Decoding costs an inverse rotation for every vector more.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from kvstore.blocks import Recipe
+from kvstore.codecs.codebooks import BITS_MAX
+from kvstore.codecs.turboquant import (
+    EIGHTHS,
+    PROD,
+    SEED_MAX,
+    RowFormat,
+    decode_rows,
+    encode_rows,
+    levels_and_signs,
+    rotate,
+    rotate_back,
+    row_format,
+    scales_of,
+    turboquant_mse_recipe,
+    turboquant_prod_recipe,
+)
+from kvstore.errors import CorruptDataError, InvalidVectorError
+
+# How far from 1 the length of a unit vector may be: rows that come out of float16 or bfloat16 are not closer.
+UNIT_TOLERANCE = 1e-2
+
+
+class QuantStrategy(enum.Enum):
+    """MSE: least squared error. PROD: inner products without bias, one bit of each value for the residual's sign."""
+
+    MSE = "mse"
+    PROD = "prod"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedVectors:
+    """`tensors`: codes uint32 `[..., words]` and, where the recipe has them, scales `[..., 1 or 2]`."""
+
+    recipe: Recipe
+    tensors: tuple[mx.array, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def as_array(vectors: Any) -> mx.array:
+    """What mx.array makes of it; InvalidVectorError (dimension) for ragged lists and what is no number."""
+    try:
+        return vectors if isinstance(vectors, mx.array) else mx.array(vectors)
+    except (TypeError, ValueError) as error:
+        raise InvalidVectorError("dimension", f"not an array of vectors: {error}") from error
+
+
+def checked_vectors(vectors: Any, dim: int, unit: bool) -> mx.array:
+    """float32 `[..., dim]`, evaluated; InvalidVectorError (dimension, non_finite, zero, not_unit) for anything else.
+
+    With `unit` every vector must have length 1; else any finite one will do.
+    """
+    array = as_array(vectors)
+    if array.ndim == 0 or array.shape[-1] != dim:
+        raise InvalidVectorError("dimension", f"vectors of shape {tuple(array.shape)}, expected [..., {dim}]")
+    rows = array.astype(mx.float32)
+    if not rows.size:
+        return rows
+    lengths = mx.linalg.norm(rows, axis=-1)
+    shortest, longest = mx.min(lengths), mx.max(lengths)
+    finite = mx.all(mx.isfinite(rows))
+    mx.eval(rows, shortest, longest, finite)
+    if not finite.item():
+        raise InvalidVectorError("non_finite", "a vector holds an infinity or NaN")
+    if unit and shortest.item() == 0:
+        raise InvalidVectorError("zero", "a vector is zero, and has no direction")
+    if unit and max(abs(shortest.item() - 1), abs(longest.item() - 1)) > UNIT_TOLERANCE:
+        raise InvalidVectorError(
+            "not_unit", f"unit vectors are required, got lengths from {shortest.item():.4g} to {longest.item():.4g}"
+        )
+    return rows
+
+
+class Quantizer:
+    """What both quantizers do; `recipe` says how vectors are packed. Any thread; results belong to it."""
+
+    def __init__(self, recipe: Recipe, dim: int, dtype: mx.Dtype = mx.float32) -> None:
+        """`dtype`: of the scales, and to which vectors are rounded. InvalidVectorError (bits, dimension, seed)."""
+        self.recipe = recipe
+        self.dim = dim
+        self.dtype = dtype
+        try:
+            self.form: RowFormat = row_format(recipe, dim)
+        except CorruptDataError as error:
+            raise InvalidVectorError(_wrong_with(recipe), f"{dim} dimensions: {error}") from error
+
+    def quantize(self, vectors: Any) -> PackedVectors:
+        """`[..., dim]`, an array of any float dtype or what mx.array takes -> packed vectors `[...]`, evaluated."""
+        rows = checked_vectors(vectors, self.dim, self.form.unit)
+        packed = encode_rows(rows.astype(self.dtype), self.form)
+        mx.eval(*packed)
+        return PackedVectors(self.recipe, packed)
+
+    def dequantize(self, packed: PackedVectors) -> mx.array:
+        """float32 `[..., dim]`."""
+        self._check(packed)
+        return decode_rows(packed.tensors, self.form)
+
+    def estimate_inner_products(self, packed: PackedVectors, query: Any) -> mx.array:
+        """float32 `[...]`: of each packed vector with `query` `[dim]`, which may have any length."""
+        self._check(packed)
+        rotated = checked_vectors(query, self.dim, unit=False)
+        if rotated.ndim != 1:
+            raise InvalidVectorError("dimension", f"one query of {self.dim} numbers, got {tuple(rotated.shape)}")
+        return inner_products(packed.tensors, self.form, rotated)
+
+    def _check(self, packed: PackedVectors) -> None:
+        if packed.recipe != self.recipe:
+            raise InvalidVectorError("recipe", f"vectors packed as {packed.recipe}, not {self.recipe}")
+
+
+def _wrong_with(recipe: Recipe) -> str:
+    """Which parameter no format has; the dimension if it is none of them."""
+    values = dict(recipe.params)
+    least = 2 if recipe.name == PROD else 1
+    if not least <= values["bits"] + values.get("eighths", 0) / EIGHTHS <= BITS_MAX:
+        return "bits"
+    return "dimension" if 0 <= values.get("seed", 0) <= SEED_MAX else "seed"
+
+
+class TurboQuantMSE(Quantizer):
+    """`bits` / 8 bytes a coordinate of a unit vector, 1 to 8 bits; `dim`: a multiple of 8 from 16 to 8192.
+
+    `haar`: a dense random rotation instead of the Hadamard one: d multiplications a value, for comparison.
+    """
+
+    def __init__(self, dim: int, bits: float, seed: int = 42, *, haar: bool = False) -> None:
+        super().__init__(turboquant_mse_recipe(bits, seed, haar=haar, unit=True), dim)
+
+
+class TurboQuantProd(Quantizer):
+    """As `TurboQuantMSE`, 2 to 8 bits and four bytes more a vector, for inner products without bias."""
+
+    def __init__(self, dim: int, bits: float, seed: int = 42, *, haar: bool = False) -> None:
+        super().__init__(turboquant_prod_recipe(bits, seed, haar=haar, unit=True), dim)
+
+
+def inner_products(tensors: Sequence[mx.array], form: RowFormat, query: mx.array) -> mx.array:
+    """float32 `[...]` of packed vectors with float32 `query` `[width]`, lazy."""
+    levels, signs = levels_and_signs(tensors[0], form)
+    a, g = scales_of(tensors, form)
+    rotated = rotate(query, form)
+    products = (levels * rotated).sum(-1, keepdims=True) * a
+    if signs is not None and g is not None:
+        products = products + (signs * rotate(rotated, form, residual=True)).sum(-1, keepdims=True) * g
+    return products[..., 0]
+
+
+def weighted_sum(tensors: Sequence[mx.array], form: RowFormat, weights: mx.array) -> mx.array:
+    """float32 `[width]`: the sum of packed vectors `[n]`, each times its weight `[n]`, lazy. Rotates the sum alone."""
+    levels, signs = levels_and_signs(tensors[0], form)
+    a, g = scales_of(tensors, form)
+    column = weights[:, None]
+    total = (levels * (column * a)).sum(0)
+    if signs is not None and g is not None:
+        total = total + rotate_back((signs * (column * g)).sum(0), form, residual=True)
+    return rotate_back(total, form)
