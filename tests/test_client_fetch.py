@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
-from kvstore.client.results import Hit
+from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
+from kvstore.codecs import device
+from kvstore.errors import CorruptDataError, UnavailableError
+from kvstore.integrations import mlx_lm as kv
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import assert_rows, make_layout, make_namespace
 
@@ -288,3 +293,83 @@ def test_an_interrupt_is_not_swallowed(session: Session, monkeypatch: pytest.Mon
     monkeypatch.setattr("kvstore.client.fetcher.assemble_layer", interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.fetch(TOKENS)
+
+
+@pytest.mark.parametrize("transport", ["path", "stream"])
+def test_layers_come_one_by_one_and_are_those_of_these_tokens(session: Session, transport: str) -> None:
+    """The same rows as of a fetch, and only when the last was read does the session believe that the store has them."""
+    hit = session.fetch_layers(TOKENS, transport)  # type: ignore[arg-type]
+    assert isinstance(hit, LayerHit)
+    assert (hit.n_tokens, hit.reason) == (601, Reason.OK)
+    packed = pack_tokens(TOKENS[:601])
+    layers = [next(hit.layers)]
+    assert session._held.held_tokens(packed) == 0
+    layers += hit.layers
+    assert session._held.held_tokens(packed) == 601
+    assert_rows(layers, LAYOUT, TOKENS[:-1])  # type: ignore[arg-type]
+    assert (session.stats.hits, session.stats.hit_tokens) == (1, 601)
+
+
+def test_a_layer_that_does_not_verify_raises_in_the_middle(daemon: FakeDaemon, session: Session) -> None:
+    """The layers before it were sound; the caller and the daemon hear of the damage."""
+    path = Path(daemon.blocks[1].source.path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # the values of the last layer
+    path.write_bytes(data)
+    hit = session.fetch_layers(TOKENS, "path")
+    assert isinstance(hit, LayerHit)
+    assert [next(hit.layers).n_tokens for _ in range(2)] == [601, 601]
+    with pytest.raises(CorruptDataError):
+        next(hit.layers)
+    assert session._held.held_tokens(pack_tokens(TOKENS[:601])) == 0
+    assert session.flush(5)
+    assert daemon.reports == [daemon.blocks[1].key]
+
+
+@pytest.mark.parametrize(("fault", "error"), [("flip_midway", CorruptDataError), ("die_midway", UnavailableError)])
+def test_a_stream_of_layers_that_goes_wrong_raises(
+    daemon: FakeDaemon, session: Session, fault: str, error: type[Exception]
+) -> None:
+    """After the layers that came; what is raised is kvstore's, not gRPC's."""
+    daemon.faults = {fault}
+    hit = session.fetch_layers(TOKENS, "stream")
+    assert isinstance(hit, LayerHit)
+    assert next(hit.layers).n_tokens == 601
+    with pytest.raises(error):
+        list(hit.layers)
+
+
+def test_layers_that_nobody_takes_end_their_fetch(daemon: FakeDaemon, session: Session) -> None:
+    """Dropping them gives descriptors and call back; the next fetch is none the worse."""
+    before = len(os.listdir("/dev/fd"))
+    hit = session.fetch_layers(TOKENS, "path")
+    assert isinstance(hit, LayerHit)
+    next(hit.layers)
+    del hit
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
+    assert session.fetch(TOKENS)
+
+
+def test_no_layers_without_a_prefix(session: Session) -> None:
+    """A miss with its reason, as from a fetch, and never an exception."""
+    assert session.fetch_layers([9, 9, 9]).reason is Reason.UNKNOWN_PREFIX
+    assert session.fetch_layers([1.5]).reason is Reason.INVALID  # type: ignore[list-item]
+    assert session.fetch_layers(TOKENS, "boat").reason is Reason.INVALID  # type: ignore[arg-type]
+    assert session.stats.misses.total() == 3
+
+
+def test_the_engines_first_append_copies_nothing(session: Session) -> None:
+    """A restored mlx-lm cache takes the rest of the prompt into the buffers that the fetch filled: same address."""
+    hit = hit_of(session.fetch(TOKENS, "packed", "path"))
+    caches = kv.restore(hit.layers)
+    arrays = [array for cache in caches for array in (cache.keys, cache.values)]
+    mx.eval(*arrays)
+    before = [device.to_bytes(array).ctypes.data for array in arrays]
+    del hit, arrays
+    for cache in caches:
+        rows = mx.ones((1, 2, 200, 64), mx.bfloat16)
+        mx.eval(*cache.update_and_fetch(rows, rows))
+    arrays = [array for cache in caches for array in (cache.keys, cache.values)]
+    mx.eval(*arrays)
+    assert [device.to_bytes(array).ctypes.data for array in arrays] == before

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, cast
 
 import grpc
 
@@ -40,6 +40,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "dense"]
 Transport = Literal["auto", "path", "stream"]
+Layer: TypeAlias = KVLayer | StateLayer
 
 # launchd gives a process 256 files. All fetches of a process share this many; one that finds none free reads with few.
 _FILES = ByteBudget(OPEN_FILES_MAX)
@@ -126,14 +127,17 @@ class Fetcher:
         )
         return reply
 
+    def _attempt(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> _Attempt:
+        started = time.monotonic()
+        deadline = Deadline(deadlines.total_ms / 1e3)
+        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
+        return _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
+
     def fetch(
         self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines, caller: Caller
     ) -> Hit | Miss:
         """The longest usable prefix of packed `tokens`. Raises any KVStoreError, grpc.RpcError, OSError."""
-        started = time.monotonic()
-        deadline = Deadline(deadlines.total_ms / 1e3)
-        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
-        attempt = _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
+        attempt = self._attempt(tokens, deadlines, caller)
         if representation == "dense":
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
         try:
@@ -143,6 +147,44 @@ class Fetcher:
             if representation == "packed":
                 raise
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
+
+    def open(self, tokens: bytes, transport: Transport, deadlines: Deadlines) -> tuple[Plan, Iterator[Layer]]:
+        """(plan, layers) of the same, packed; a layer is read when it is asked for, and the plan is never shortened.
+
+        Raises as `fetch`, and so do the layers; the deadline runs on between them. Dropping them ends the fetch.
+        """
+        attempt = self._attempt(tokens, deadlines, Caller())
+        if transport == "path" or (transport == "auto" and self._path_usable):
+            try:
+                return _opened(self._one_by_one(attempt, pb.TRANSPORT_PATH))
+            except CorruptDataError:  # files that cannot be opened from here may well come by stream
+                if transport == "path":
+                    raise
+        return _opened(self._one_by_one(attempt, pb.TRANSPORT_STREAM))
+
+    def _one_by_one(self, attempt: _Attempt, transport: pb.Transport) -> Iterator[Plan | Layer]:
+        """The plan, then its layers in order."""
+        request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense=False)
+        with self._call(attempt, request, transport) as (messages, call):
+            plan = _plan(messages, request)
+            if not plan.files:
+                yield plan
+                try:
+                    yield from self._from_stream(attempt, plan, messages, call) if plan.n_tokens else ()
+                except _DamagedError as damaged:
+                    raise CorruptDataError(str(damaged.__cause__)) from damaged
+                return
+            with _file_reader(plan) as reader:
+                if reader.open_all():
+                    call.cancel()
+                yield plan
+                try:
+                    for index in range(len(self._namespace.layout.layers)):
+                        yield self._layer(attempt, plan, index, reader)
+                except BlockCorruptError as error:
+                    with suppress(_DamagedError, _PathUnusableError):
+                        self._shorter(plan, error)  # tells the daemon
+                    raise
 
     def _packed(self, attempt: _Attempt, transport: Transport) -> Hit | Miss:
         if transport == "path" or (transport == "auto" and self._path_usable):
@@ -308,6 +350,13 @@ class _Attempt:
 def arrays_of(layer: KVLayer | StateLayer) -> list[Any]:
     """All arrays of a layer."""
     return [*layer.keys, *layer.values] if isinstance(layer, KVLayer) else [array for _, array in layer.arrays]
+
+
+def _opened(answer: Iterator[Plan | Layer]) -> tuple[Plan, Iterator[Layer]]:
+    """What `_one_by_one` yields first, and the rest."""
+    plan = next(answer)
+    assert isinstance(plan, Plan)
+    return plan, cast(Iterator[Layer], answer)
 
 
 def _watched(call: Iterator[Message], watchdog: Watchdog, stall_s: float) -> Iterator[Message]:

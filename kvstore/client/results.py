@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore import errors
@@ -45,6 +46,20 @@ class Hit:
     reason: Reason
     fidelity: int
     source: HitSource
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerHit:
+    """A hit whose layers are still to be read: `layers` gives them once, in the layout's order, on the caller's thread.
+
+    Each is verified and usable before the next is read. A KVStoreError on the way ends it: then the whole prefix is to
+    be computed, and what was computed with the layers before is to be thrown away.
+    """
+
+    n_tokens: int
+    layers: Iterator[KVLayer | StateLayer] = field(repr=False)
+    reason: Reason
+    fidelity: int
 
 
 @dataclass(frozen=True, slots=True)

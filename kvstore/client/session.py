@@ -21,7 +21,7 @@ from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
 from kvstore.client.fetcher import Caller, Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
-from kvstore.client.results import Hit, Match, Miss, StoreResult, parse_reason, reason_of
+from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.sender import Sender
 from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
@@ -89,14 +89,14 @@ class SessionStats:
         self.stored_bytes = 0
         self.not_captured_tokens = 0
 
-    def fetched(self, answer: Hit | Miss) -> None:
+    def fetched(self, answer: Hit | LayerHit | Miss) -> None:
         """Count a fetch."""
         with self._lock:
-            if isinstance(answer, Hit):
+            if isinstance(answer, Miss):
+                self.misses[answer.reason.value] += 1
+            else:
                 self.hits += 1
                 self.hit_tokens += answer.n_tokens
-            else:
-                self.misses[answer.reason.value] += 1
 
     def stored(self, result: StoreResult, n_tokens: int = 0) -> None:
         """Count the end of a store of `n_tokens`."""
@@ -220,6 +220,45 @@ class Session:
         if answer.reason in _ABSENT:
             self._held.forget(tokens, answer.n_tokens)
         return answer
+
+    def fetch_layers(self, tokens: Iterable[int] | bytes, transport: Transport = "auto") -> LayerHit | Miss:
+        """As `fetch`, packed, for callers that can start a prefill over: layers one by one, as they are asked for.
+
+        Until the first layer nothing is raised; while they are read, a KVStoreError is: CorruptDataError for bytes that
+        do not verify, DeadlineError, UnavailableError. The session's time limits run on between the layers.
+        """
+        answer: LayerHit | Miss
+        try:
+            packed = pack_tokens(tokens)
+            answer = self._fetch_layers(packed, transport)
+        except KVStoreError as error:
+            log.info("fetch_layers: %s", error)
+            answer = Miss(reason_of(error), str(error))
+        except Exception:
+            log.exception("fetch_layers failed")
+            answer = Miss(Reason.INTERNAL, "see the log")
+        self.stats.fetched(answer)
+        return answer
+
+    def _fetch_layers(self, tokens: bytes, transport: Transport) -> LayerHit | Miss:
+        if transport not in get_args(Transport):
+            raise InvalidRequestError(f"no such transport: {transport}")
+        if refusal := self._refusal(tokens):
+            return Miss(refusal)
+        with self._connection.attempt():
+            plan, layers = self._fetcher.open(tokens, transport, self.options.deadlines)
+        if plan.reason in _ABSENT:
+            self._held.forget(tokens, plan.n_tokens)
+        if not plan.n_tokens:
+            return Miss(plan.reason)
+        found = tokens[: plan.n_tokens * TOKEN_BYTES]
+        self._restored.remember(found, plan.fidelity)
+        return LayerHit(plan.n_tokens, self._one_by_one(found, layers), plan.reason, plan.fidelity)
+
+    def _one_by_one(self, found: bytes, layers: Iterator[KVLayer | StateLayer]) -> Iterator[KVLayer | StateLayer]:
+        with self._connection.attempt():
+            yield from layers
+        self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
 
     def store(
         self,

@@ -14,6 +14,7 @@ cuts after decoding, so its segment begins or ends there too. Segments are then 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -123,17 +124,24 @@ def _stacks_of(run: Run, layer: int) -> Iterator[tuple[Stack, int]]:
 
 def _segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[HitBlock]) -> list[_Segment]:
     """Segments of one part of a layer. BlockCorruptError when a run does not hold what the layout says it must."""
-    segments: list[_Segment] = []
+    groups: list[list[_Segment]] = []
     for source, run, used in _used_runs(blocks):
         stack, position = _find_stack(run, source, part_name, layer)
         one = _segment(source, run, used, stack, position, _checked_tensors(stack, part, source))
-        last = segments[-1] if segments else None
+        last = groups[-1][-1] if groups else None
         if last and last.recipe == one.recipe and last.lead + last.shown == last.held and not one.lead:
-            spans = (*last.spans, replace(one.spans[0], at=last.held))
-            segments[-1] = replace(last, spans=spans, held=last.held + one.held, shown=last.shown + used)
+            groups[-1].append(one)
         else:
-            segments.append(one)
-    return segments
+            groups.append([one])
+    return [_joined(group) for group in groups]
+
+
+def _joined(group: Sequence[_Segment]) -> _Segment:
+    """Neighbours as one segment, their spans one after the other. Only the first has a lead."""
+    at = itertools.accumulate((one.held for one in group), initial=0)
+    spans = tuple(replace(one.spans[0], at=start) for one, start in zip(group, at, strict=False))
+    held, shown = sum(one.held for one in group), sum(one.shown for one in group)
+    return replace(group[0], spans=spans, held=held, shown=shown)
 
 
 def _segment(source: int, run: Run, used: int, stack: Stack, position: int, tensors: tuple[Tensor, ...]) -> _Segment:

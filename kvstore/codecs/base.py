@@ -62,12 +62,16 @@ class ByteCodec(Protocol):
 
 
 _CODECS: dict[tuple[str, int], Codec] = {}
+# Apart, since asking a codec whether it is one of these takes 10 us, and a fetch asks for every run of every layer.
+_PACKERS: dict[tuple[str, int], ByteCodec] = {}
 
 
 def register(codec: Codec) -> None:
     """Let recipes of this name and version be read by `codec`. Codec modules do this once, when they are imported."""
     assert (codec.name, codec.version) not in _CODECS
     _CODECS[codec.name, codec.version] = codec
+    if isinstance(codec, ByteCodec):
+        _PACKERS[codec.name, codec.version] = codec
 
 
 def codecs() -> tuple[Codec, ...]:
@@ -85,8 +89,8 @@ def codec_of(recipe: Recipe) -> Codec:
 
 def packer_of(recipe: Recipe) -> ByteCodec | None:
     """The codec that packed the bytes of this recipe; None where they are as arrays have them."""
-    codec = codec_of(recipe)
-    return codec if isinstance(codec, ByteCodec) else None
+    codec_of(recipe)
+    return _PACKERS.get((recipe.name, recipe.version))
 
 
 def check_runs(runs: Iterable[Run]) -> None:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 
 from kvstore.blocks import ITEM_BYTES
+from kvstore.codecs.device import expect_writes
 from kvstore.errors import KVStoreError
 
 
@@ -94,6 +95,7 @@ class VirtualFile(io.RawIOBase):
             try:
                 nbytes, fill = self._fills[start]
                 assert view.nbytes == nbytes, "MLX reads a tensor at once"
+                expect_writes(view)
                 fill(view)
                 self._filled.add(start)
             except (KVStoreError, OSError) as error:
