@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -281,3 +283,46 @@ def test_only_large_buffers_are_advised_and_only_within_their_own_pages(monkeypa
     assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0
     assert inner.ctypes.data <= address < address + nbytes <= inner.ctypes.data + inner.nbytes
     assert nbytes > inner.nbytes - 2 * mmap.PAGESIZE
+
+
+def test_memory_is_not_given_back_while_a_file_object_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU mx.clear_cache waits for the load, and the load for Python's lock, which clear_cache keeps."""
+    cleared: list[int] = []
+    monkeypatch.setattr(device, "_clear_cache", lambda: cleared.append(1))
+    with device.loading():
+        device.release_memory()
+        with device.loading():
+            device.release_memory()
+        device.release_memory()
+        assert not cleared
+    device.release_memory()
+    assert cleared == [1]
+
+
+DEADLOCK = """
+import io, sys, threading, time
+import mlx.core as mx
+from kvstore.codecs import device
+from kvstore.codecs.virtual import VirtualFile
+
+def slow(view):
+    time.sleep(0.3)
+    view[:] = bytes(len(view))
+
+file = VirtualFile()
+file.add("a", "F32", (4,), slow)
+thread = threading.Thread(target=file.load)
+thread.start()
+while thread.is_alive():
+    mx.eval(mx.ones(1 << 20) + 1)  # something to give back
+    device.release_memory()
+    time.sleep(0.01)
+device.release_memory()
+print("done")
+"""
+
+
+def test_a_load_and_giving_memory_back_do_not_wait_for_each_other() -> None:
+    """In a process of its own, which would hang."""
+    done = subprocess.run([sys.executable, "-c", DEADLOCK], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "done\n"

@@ -10,8 +10,10 @@ array -> bytes  through the buffer protocol as plain bytes, which ignores the el
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -62,9 +64,33 @@ def set_limits(gpu_memory_bytes: int) -> None:
     mx.set_cache_limit(gpu_memory_bytes // 4)
 
 
+_clear_cache = mx.clear_cache
+_loading = threading.Lock()
+_loads = 0
+
+
+@contextlib.contextmanager
+def loading() -> Iterator[None]:
+    """Around `mx.load` of a file object; any number at once. See `release_memory`."""
+    global _loads
+    with _loading:
+        _loads += 1
+    try:
+        yield
+    finally:
+        with _loading:
+            _loads -= 1
+
+
 def release_memory() -> None:
-    """Give memory that MLX keeps for reuse back to the system."""
-    mx.clear_cache()
+    """Give memory that MLX keeps for reuse back to the system; not while a file object is being loaded. Any thread.
+
+    Without a GPU `mx.clear_cache` waits for the streams of all threads and keeps Python's lock meanwhile, for which a
+    load from a file object waits in turn: for ever.
+    """
+    with _loading:
+        if not _loads:
+            _clear_cache()
 
 
 def evaluate(arrays: Sequence[mx.array]) -> None:

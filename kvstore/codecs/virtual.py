@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 
 from kvstore.blocks import ITEM_BYTES
-from kvstore.codecs.device import expect_writes
+from kvstore.codecs.device import expect_writes, loading
 from kvstore.errors import KVStoreError
 
 
@@ -54,7 +54,8 @@ class VirtualFile(io.RawIOBase):
             return {}
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
-        arrays = mx.load(cast(BinaryIO, self), format="safetensors")
+        with loading():
+            arrays = mx.load(cast(BinaryIO, self), format="safetensors")
         if self._error is not None:
             raise self._error
         if self._filled != self._fills.keys() or not isinstance(arrays, dict):

@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
 from kvstore.bounds import ByteBudget
+from kvstore.codecs import device
 from kvstore.integrations.models import Found, ModelKey
 from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.integrations.segments import Prefill, SegmentedGenerator
@@ -188,7 +190,9 @@ def _has_images(request: Any) -> bool:
 def generator() -> type[SegmentedGenerator]:
     """The class to put in place of the server's generator: without prefetching where that has another shape."""
     given = list(inspect.signature(ResponseGenerator.generate).parameters)
-    if given == ["self", "request", "generation_args", "progress_callback"]:
-        return PrefetchingGenerator
-    log.warning("this mlx_lm.server takes requests in another way; fetches are made on its generation thread")
-    return SegmentedGenerator
+    if given != ["self", "request", "generation_args", "progress_callback"]:
+        log.warning("this mlx_lm.server takes requests in another way; fetches are made on its generation thread")
+        return SegmentedGenerator
+    # The server clears MLX's cache while it generates, which must not meet a load on another thread.
+    setattr(mx, "clear_cache", device.release_memory)  # noqa: B010  # mypy refuses the plain assignment
+    return PrefetchingGenerator

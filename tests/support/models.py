@@ -75,6 +75,27 @@ def write_tiny(folder: Path, name: str = "llama", dtype: mx.Dtype = mx.float32, 
     return folder
 
 
+def write_llama(folder: Path, layers: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, seed: int = 0) -> Path:
+    """A random model with KV of this shape, and as little of everything else as there can be."""
+    folder.mkdir(parents=True)
+    config = {
+        **TOPOLOGIES["llama"].config,
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    module = importlib.import_module("mlx_lm.models.llama")
+    mx.random.seed(seed)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    weights = tree_map(lambda one: one.astype(dtype), model.parameters())
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(weights)), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in TOKENIZER_FILES:
+        shutil.copy(SMALL_LM / file, folder)
+    return folder
+
+
 def expand_small_lm(folder: Path) -> Path:
     """The small trained model with plain bfloat16 weights (22 MB), as a folder that `mlx_lm.load` reads."""
     folder.mkdir(parents=True)
