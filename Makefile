@@ -1,7 +1,7 @@
 # make demo   two model servers sharing one store, on a small trained model
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
-# make bench  what 8 bits cost, by kind of model: the table in README.md
+# make bench  what 8 bits cost, by kind of model: the table in README.md; TurboQuant beside mx.quantize
 # make faults  kills, power cuts, damage and failing disks at length; as root on Linux, a quarter of an hour
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
@@ -53,6 +53,7 @@ compat: $(INSTALLED_VLLM)
 
 bench: $(INSTALLED)
 	@$(BIN)/python tests/bench/topologies.py
+	@$(BIN)/python tests/bench/turboquant.py
 
 faults: $(INSTALLED)
 	@$(BIN)/python -m tests.faults
