@@ -63,9 +63,7 @@ def bench_codecs(dim: int, n: int, dtype: str) -> None:
     part = PartSpec(8, dim, dtype)
     peer = mx.quantize(array, group_size=64, bits=BITS)
     mx.eval(array, *peer)
-    print(
-        f"\n{n} unit vectors of {dim}, {dtype}: error and bytes of one; time x mx.quantize, x mx.dequantize (4 bits, g64)"
-    )
+    print(f"\n{n} unit vectors of {dim}, {dtype}: error, bytes; time x mx.quantize, x mx.dequantize (4 bits, g64)")
     for name, target in RECIPES.items():
         codec = codec_of(target)
         recipe = codec.fit(target, part)
