@@ -90,8 +90,10 @@ class Directory:
                 continue
 
     def quarantined(self) -> list[Path]:
-        """Files in quarantine, oldest first."""
-        return sorted(self.quarantine.iterdir(), key=lambda path: path.lstat().st_mtime_ns)
+        """Files in quarantine, oldest first; none when somebody has deleted the folder."""
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(self.quarantine.iterdir(), key=lambda path: path.lstat().st_mtime_ns)
+        return []
 
     def quarantine_bytes(self) -> int:
         """What quarantine costs on disk."""

@@ -60,7 +60,7 @@ from kvstore.engine.rows import Row
 from kvstore.engine.sealed import SealedReader, SealedSource
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
-from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
+from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 
@@ -129,7 +129,7 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Write the access order, mark the stop as clean, give the directory back. Idempotent."""
+        """Write the access order, mark the stop as clean if it is, give the directory back. Idempotent."""
         with self._state.lock:
             if self._closed:
                 return
@@ -137,9 +137,12 @@ class Engine:
             try:
                 self._state.end_all_leases()
                 self._state.flush_touches()
+                if not self._state.sync:
+                    self._state.sync_blobs()
                 self._state.index.sync()
                 left = digest(self._state.index.path / "data.mdb")
-                self._hold.write(clean=True, durability=self._state.options.durability, index=left)
+                clean = self._state.is_in_step()
+                self._hold.write(clean=clean, durability=self._state.options.durability, index=left)
             finally:
                 self._state.index.close()
                 self._hold.close()
@@ -337,11 +340,20 @@ class Engine:
         return self._room.evict(selection, dry_run)
 
     def maintain(self) -> None:
-        """To be called every second or so: write the access order when due, keep to budget and floor."""
-        if self._state.touches_due():
-            self._state.flush_touches()
-        self._room.make(0)
-        self._state.ballast.lay()
+        """To be called every second or so: write the access order when due, keep to budget and floor.
+
+        When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
+        """
+        state = self._state
+        try:
+            if state.touches_due():
+                state.flush_touches()
+            self._room.make(0)
+            state.ballast.lay()
+            if state.counts.disk_error and state.can_write():
+                state.counts.disk_error = ""
+        except (KVStoreError, OSError) as error:
+            state.counts.disk_error = str(error)
 
     # -- care ---------------------------------------------------------------------------------------------------
 
@@ -399,4 +411,9 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
-        return survey.stats(self._state, self._room.free_bytes())
+        try:
+            free_bytes = self._room.free_bytes()
+        except OSError as error:
+            self._state.counts.disk_error = f"the data directory cannot be reached: {error}"
+            free_bytes = 0
+        return survey.stats(self._state, free_bytes)

@@ -34,7 +34,7 @@ class Room:
         with state.lock:
             try:
                 return self._is_in_budget(nbytes, keep) and self._is_above_floor(nbytes, keep)
-            except StoreFullError as error:
+            except (StoreFullError, OSError) as error:
                 state.counts.disk_error = str(error)
                 return False
 

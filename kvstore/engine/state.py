@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from kvstore.blocks import TOKEN_BYTES, Reason
-from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
+from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
 from kvstore.engine.check import Site
 from kvstore.engine.directory import Directory
 from kvstore.engine.index import Edit, Index
@@ -92,13 +93,52 @@ class State:
             for root in self.namespaces.keys() - usage.keys():
                 del self.namespaces[root]
             self.ledger.set("blobs", sum(use.disk_bytes for use in usage.values()))
-            self.ledger.set("index", self.index.disk_bytes())
+            self._measure_index()
 
     def measure(self) -> None:
         """Take the counters from index and disk."""
         self.ledger.set("blobs", sum(use.disk_bytes for use in self.usage.values()))
-        self.ledger.set("index", self.index.disk_bytes())
-        self.ledger.set("quarantine", self.directory.quarantine_bytes())
+        self._measure_index()
+        with contextlib.suppress(OSError):
+            self.ledger.set("quarantine", self.directory.quarantine_bytes())
+
+    def _measure_index(self) -> None:
+        # What was measured last stands while the folder cannot be read.
+        with contextlib.suppress(OSError):
+            self.ledger.set("index", self.index.disk_bytes())
+
+    def sync_blobs(self) -> None:
+        """Sync every blob and folder: an orderly stop vouches for them, also where no store did. Raises OSError."""
+        folders = set()
+        for number, entry in self.directory.blob_files():
+            folders.add(number)
+            fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self.fs.fsync(fd)
+            finally:
+                os.close(fd)
+        for path in [*map(self.directory.folder, folders), self.directory.blobs]:
+            self.fs.fsync_dir(str(path))
+
+    def is_in_step(self) -> bool:
+        """Whether there are as many files as rows: what could not be unlinked is left to the next start."""
+        with self.index.view() as view:
+            return sum(1 for _ in self.directory.blob_files()) == view.count()
+
+    def can_write(self) -> bool:
+        """Whether the disk takes a file, synced, and lets it go again."""
+        path = str(self.directory.staging / "probe")
+        try:
+            fd = self.fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self.fs.write(fd, memoryview(bytes(DISK_BLOCK_BYTES)))
+                self.fs.fsync(fd)
+            finally:
+                os.close(fd)
+                self.fs.unlink(path)
+        except OSError:
+            return False
+        return True
 
     def now(self) -> int:
         """Wall clock in microseconds, always later: idle times survive restarts, the order survives a set clock."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import astuple, replace
+from pathlib import Path
 
 from kvstore.engine.nouns import BlockInfo, EngineStats, NamespaceUsage
 from kvstore.engine.state import State
@@ -54,7 +55,7 @@ def stats(state: State, free_bytes: int) -> EngineStats:
         index_bytes=ledger.get("index"),
         staging_bytes=ledger.get("staging"),
         quarantine_bytes=ledger.get("quarantine"),
-        quarantined=len(os.listdir(state.directory.quarantine)),
+        quarantined=_count(state.directory.quarantine),
         written_bytes=state.counts.written_bytes,
         evicted_blocks=state.counts.evicted_blocks,
         degraded=state.counts.degraded,
@@ -63,3 +64,11 @@ def stats(state: State, free_bytes: int) -> EngineStats:
         checkpoint_bytes=sum(use.checkpoint_bytes for use in usage.values()),
         checkpoint_share_bytes=state.options.checkpoint_share_bytes,
     )
+
+
+def _count(folder: Path) -> int:
+    """How many files; none when the folder cannot be read, which `degraded` is about."""
+    try:
+        return len(os.listdir(folder))
+    except OSError:
+        return 0

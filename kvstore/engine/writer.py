@@ -22,8 +22,8 @@ from kvstore.engine.state import State
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.keys import NamespaceInfo
 
-# Errors of a disk that is full, or behaves so; they pass when there is room again.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# Errors of a disk that is full, or of a process that is short of descriptors; they pass.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass
@@ -158,10 +158,10 @@ class Writer:
             self._state.fs.fsync_dir(str(self._state.directory.blobs))
 
     def _demand_full(self, error: OSError | StoreFullError) -> None:
-        """Note that the disk is full; DirectoryError if the error is about something else."""
+        """Note that the disk refuses writes; DirectoryError if the error is about something else than room."""
+        self._state.counts.disk_error = f"the disk refused a write: {error}"
         if isinstance(error, OSError) and error.errno not in _FULL:
             raise DirectoryError(f"cannot write to {self._state.directory.root}: {error}") from error
-        self._state.counts.disk_error = f"the disk refused a write: {error}"
 
     def _commit(self, batch: _Batch) -> _Settled:
         """One directory sync and one index commit for everything that was written."""

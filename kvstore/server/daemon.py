@@ -51,6 +51,9 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 log = logging.getLogger(__name__)
 
 REAP_EVERY_S = 1.0
+# A health service of its own: not SERVING while the disk refuses writes, when what is stored is served all the same.
+WRITES = "kvstore.writes"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
 # Of malloc.h: from what size on memory comes straight from the system, and how much of what is freed is kept.
@@ -116,11 +119,11 @@ class Daemon:
         await server.start()
         if config.address.path:
             close_socket_to_others(Path(config.address.path))
-        for name in ("", *services):
-            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        for name in ("", *services, WRITES):
+            await health.set(name, SERVING)
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
-        reaper = asyncio.create_task(self._reap(store, engine, workers))
+        reaper = asyncio.create_task(self._reap(store, engine, workers, health))
         await self._stop.wait()
         self._state = "draining"
         log.info("draining")
@@ -134,14 +137,21 @@ class Daemon:
             store.give_up()
         store.uploads.end_all()
 
-    async def _reap(self, store: StorePath, engine: Engine, workers: Workers) -> None:
+    async def _reap(self, store: StorePath, engine: Engine, workers: Workers, health: HealthServicer) -> None:
         while True:
             await asyncio.sleep(REAP_EVERY_S)
             config = self._config
-            reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
-            for upload in await workers.admin(*reap):
-                log.warning("gave up an upload of %d tokens that nothing, or too little, arrived for", upload.n_tokens)
             await workers.admin(engine.maintain)
+            degraded = (await workers.admin(engine.stats)).degraded
+            await health.set(WRITES, NOT_SERVING if degraded else SERVING)
+            try:
+                reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
+                for upload in await workers.admin(*reap):
+                    log.warning(
+                        "gave up an upload of %d tokens that nothing, or too little, arrived for", upload.n_tokens
+                    )
+            except OSError as error:
+                log.warning("an upload that was given up could not be removed: %s", error)
 
 
 def serve(config: Config) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.faults import cuts, damage, kills
+from tests.faults import cuts, damage, disk, kills
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
@@ -68,9 +68,38 @@ def run_indexes(folder: Path, share: Share[tuple[str, str, damage.Change]]) -> l
     return [tally]
 
 
+def run_errors(folder: Path, share: Share[tuple[str, kills.Point]]) -> list[Tally]:
+    """Every call of every script, those that read too, with every error that it may meet."""
+    tally = Tally(
+        "EIO, ENOSPC, EROFS",
+        "at every call that changes the disk, and every fourth that reads (strace inject)",
+        "by itself, or at the next start",
+    )
+    harness = disk.Errors(folder / "errors")
+    found = [
+        (error, point)
+        for error, scripts in disk.ERRORS.items()
+        for script in scripts
+        for point in (*harness.points(script), *harness.points(script, calls=disk.READS)[::4])
+    ]
+    for error, point in share(found):
+        tally.note((error, point), harness.strike_error(point, error))
+    return [tally]
+
+
+def run_full(folder: Path, share: Share[tuple[int, bool]]) -> list[Tally]:
+    """Every number of blocks and of inodes that a store may find left."""
+    tally = Tally("full disk", "tmpfs with so many blocks or inodes left", "by itself, once there is room")
+    for free, inodes in share([*((free, False) for free in range(40)), *((free, True) for free in range(20))]):
+        tally.note((free, inodes), disk.full_disk(folder / f"{free} {inodes}", free, inodes))
+    return [tally]
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
+    "errors": (kills.missing, run_errors),
+    "full": (cuts.missing, run_full),
     "blobs": (lambda: "", run_blobs),
     "indexes": (lambda: "", run_indexes),
 }

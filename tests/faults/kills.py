@@ -58,11 +58,14 @@ class Kills:
         self._folder = folder
         folder.mkdir(exist_ok=True)
 
-    def points(self, script: str, bug: str = "") -> list[Point]:
-        """Every point of a script, from its first line on: what came before was Python that starts."""
+    def points(self, script: str, bug: str = "", calls: str = CHANGES) -> list[Point]:
+        """Every point of a script, from its first line on: what came before was Python that starts.
+
+        `calls` are those that change the disk, unless it is said otherwise; then reads count too.
+        """
         data_dir, acks = self._fresh(script)
         trace = self._folder / "trace"
-        self._run(script, data_dir, acks, bug, ["-o", str(trace), "-e", f"trace={CHANGES}"])
+        self._run(script, data_dir, acks, bug, ["-o", str(trace), "-e", f"trace={calls},write"])
         made: Counter[str] = Counter()
         points: list[Point] = []
         started = False
@@ -71,7 +74,7 @@ class Kills:
             if found is None:
                 continue
             made[found[1]] += 1
-            if started and not _READS.match(line):
+            if started and (calls is not CHANGES or not _READS.match(line)):
                 points.append(Point(script, found[1], made[found[1]]))
             started = started or "begin 0" in line
         return points
@@ -98,10 +101,12 @@ class Kills:
         acks = self._folder / f"{data_dir.name}.acks"
         return data_dir, acks
 
-    def _run(self, script: str, data_dir: Path, acks: Path, bug: str, strace: Sequence[str]) -> int:
+    def _run(
+        self, script: str, data_dir: Path, acks: Path, bug: str, strace: Sequence[str], is_quiet: bool = False
+    ) -> int:
         program = [sys.executable, "-m", "tests.faults.workload", script, str(data_dir), str(acks), bug]
         environ = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
         ran = subprocess.run(["strace", *strace, *program], cwd=ROOT, env=environ, capture_output=True, check=False)
-        if ran.returncode not in (0, -signal.SIGKILL):
+        if ran.returncode not in (0, -signal.SIGKILL) and not is_quiet:
             sys.stderr.write(ran.stderr.decode(errors="replace")[-2000:])
         return ran.returncode

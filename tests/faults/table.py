@@ -30,7 +30,7 @@ class Tally:
         self.runs += 1
         self.wrong += any(each.startswith("wrong bytes") for each in found)
         self.lost += any(each.startswith("lost") for each in found)
-        self.crashes += any(each.startswith(("crash", "the next start")) for each in found)
+        self.crashes += any(each.startswith(("crash", "refused, the next start", "the next start")) for each in found)
         self.others += [f"{what}: {each}" for each in found]
 
     def cells(self) -> tuple[str, ...]:

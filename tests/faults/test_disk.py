@@ -1,0 +1,141 @@
+"""Failing disks: full, out of inodes, errors at any call, read-only, no descriptors, gone; and clocks that jump."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kvstore.blocks import Reason
+from kvstore.engine import Engine, Selection
+from kvstore.errors import KVStoreError
+from tests.faults import cuts, disk, kills
+from tests.faults.table import spread
+from tests.faults.workload import GROWN, KEPT, NS
+from tests.support.engine import demand_sound, find, options, put
+
+DAY_S = 86_400.0
+needs_mounts = pytest.mark.skipif(bool(cuts.missing()), reason=f"NOT RUN: {cuts.missing()}")
+needs_strace = pytest.mark.skipif(bool(kills.missing()), reason=f"NOT RUN: {kills.missing()}")
+
+
+@needs_mounts
+@pytest.mark.parametrize("inodes", [False, True])
+def test_a_full_disk_costs_the_store_and_nothing_else(tmp_path: Path, inodes: bool) -> None:
+    """From no room at all to room for all of it; then room again, and it goes on by itself."""
+    frees = range(8) if inodes else range(0, 24, 3)
+    assert [wrong for free in frees for wrong in disk.full_disk(tmp_path / str(free), free, inodes)] == []
+
+
+@needs_strace
+@pytest.mark.parametrize(
+    ("error", "script"), [(error, script) for error in disk.ERRORS for script in disk.ERRORS[error]]
+)
+def test_an_error_at_any_call_breaks_no_promise(tmp_path: Path, error: str, script: str) -> None:
+    """At calls that write and at calls that read."""
+    harness = disk.Errors(tmp_path / "errors")
+    points = [*spread(harness.points(script), 4), *spread(harness.points(script, calls=disk.READS), 3)]
+    assert [wrong for point in points for wrong in harness.strike_error(point, error)] == []
+
+
+@needs_mounts
+def test_a_file_system_that_turns_read_only_is_read_on(tmp_path: Path) -> None:
+    """As ext4 does after an error of its own: hits stay hits, stores are refused, `degraded` says why."""
+    with read_only_later(tmp_path) as (data_dir, turn):
+        engine = Engine.open(data_dir, options())
+        put(engine, NS, KEPT)
+        turn()
+        assert put(engine, NS, GROWN).reason is Reason.STORE_FULL
+        engine.maintain()
+        assert "ead-only" in engine.stats().degraded
+        assert find(engine, NS, KEPT).n_tokens == len(KEPT)
+        engine.touch(find(engine, NS, KEPT).slices)
+        with pytest.raises((KVStoreError, OSError)):
+            engine.evict(Selection(all=True))
+        with pytest.raises((KVStoreError, OSError)):
+            engine.close()
+
+
+@contextmanager
+def read_only_later(tmp_path: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """(a data directory on an ext4, how to make it find an error)."""
+    image, mount = tmp_path / "image", tmp_path / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(mount)], check=True)
+    loop = subprocess.run(["losetup", "-j", str(image)], capture_output=True, text=True, check=True).stdout
+    trigger = Path("/sys/fs/ext4", loop.split(":")[0].removeprefix("/dev/"), "trigger_fs_error")
+    try:
+        yield mount / "data", lambda: [trigger.write_text("1"), None][1]
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_without_descriptors_stores_wait_and_nothing_is_condemned(tmp_path: Path) -> None:
+    """A blob that cannot be opened for want of a descriptor is not damaged; later all is as before."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, KEPT)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        opened = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(opened), hard))
+        try:
+            reason = put(engine, NS, GROWN).reason
+            engine.maintain()
+            degraded = engine.stats().degraded
+            row = engine.match(NS.root, b"".join(token.to_bytes(8, "little") for token in KEPT)).slices[0].row
+            with pytest.raises(KVStoreError):
+                engine.recheck(row.key)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for fd in opened:
+                os.close(fd)
+        assert (reason, bool(degraded)) == (Reason.STORE_FULL, True)
+        engine.maintain()
+        assert engine.stats().degraded == "" and engine.stats().quarantined == 0
+        assert put(engine, NS, GROWN).reason is Reason.OK
+        demand_sound(engine)
+
+
+def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: Path) -> None:
+    """Nothing crashes; a new start has an empty directory."""
+    engine = Engine.open(tmp_path / "data", options(free_floor_bytes=1))
+    put(engine, NS, KEPT)
+    match = find(engine, NS, KEPT)
+    shutil.rmtree(tmp_path / "data")
+    assert engine.first_missing(match.slices) == 0
+    assert put(engine, NS, GROWN).reason is Reason.STORE_FULL
+    engine.maintain()
+    assert engine.stats().degraded
+    assert engine.recheck(match.slices[0].row.key)
+    assert engine.match(NS.root, b"").n_tokens == 0
+    engine.close()
+    with Engine.open(tmp_path / "data", options()) as again:
+        assert put(again, NS, GROWN).reason is Reason.OK
+        demand_sound(again)
+
+
+@pytest.mark.parametrize("jump", [-3 * DAY_S, 3 * DAY_S])
+def test_a_clock_that_jumps_days_changes_no_answer_and_no_order(tmp_path: Path, jump: float) -> None:
+    """Use after the jump is later than use before it, whatever the clock says, also over a restart."""
+    now = [1_800_000_000.0]
+    sequences = [[number, *range(40)] for number in range(6)]
+    with Engine.open(tmp_path / "data", options(), clock=lambda: now[0]) as engine:
+        for tokens in sequences[:3]:
+            put(engine, NS, tokens)
+        now[0] += jump
+        for tokens in sequences[3:]:
+            put(engine, NS, tokens)
+        engine.touch(find(engine, NS, sequences[0]).slices)
+    with Engine.open(tmp_path / "data", options(), clock=lambda: now[0]) as engine:
+        engine.evict(Selection(bytes=1))
+        assert [find(engine, NS, tokens).n_tokens for tokens in sequences[:2]] == [41, 0]
+        assert engine.evict(Selection(idle_s=4 * DAY_S), dry_run=True).blocks == 0
+        demand_sound(engine)
