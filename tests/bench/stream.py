@@ -4,14 +4,17 @@
 
 All ways take turns, round by round; the table has the median, P90 and maximum of each and two ratios of medians. The
 daemon and the bare server are processes of their own on a unix socket. The bare stream: grpc.aio, 1 MiB messages that
-exist beforehand, no serializer, a client that drops what it gets; its upload likewise, written to a file by nobody.
-A fetch lasts from the request to layers that are verified, restored with head-room and evaluated in this process.
+exist beforehand, no serializer, a client that drops what it gets ("kept": keeps it, so that the bytes need memory of
+their own, as those of a fetch do). Its upload likewise, written by nobody. A fetch lasts from the request to layers
+that are verified, restored with head-room and evaluated in this process. `--store` measures uploads instead: handing
+over the bytes, without planning and commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import os
 import shutil
@@ -29,9 +32,10 @@ import grpc.aio
 import mlx.core as mx
 import numpy as np
 
-from kvstore.client.client import connect
+from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
+from kvstore.client.uploader import Uploader
 from kvstore.config import Config
 from kvstore.keys import Namespace
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
@@ -77,6 +81,10 @@ class Bare:
         """Receive so many bytes."""
         for _ in self._channel.unary_stream("/bare/Down")(str(-(-nbytes // CHUNK)).encode()):
             pass
+
+    def kept(self, nbytes: int) -> None:
+        """Receive so many bytes, all of which are there in the end."""
+        list(self._channel.unary_stream("/bare/Down")(str(-(-nbytes // CHUNK)).encode()))
 
     def up(self, nbytes: int) -> None:
         """Send so many bytes."""
@@ -129,15 +137,12 @@ def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
     return took
 
 
-def upload_by_stream(client: Any, base: Namespace, layers: list[KVLayer], tokens: list[int]) -> Iterator[float]:
+def upload_by_stream(client: Client, base: Namespace, layers: list[KVLayer], tokens: list[int]) -> Iterator[float]:
     """Seconds that handing over the bytes of a store by stream takes, for store after store of new tokens."""
-    from kvstore.client.uploader import Uploader
-
     handed_over: list[float] = []
     original = Uploader._hand_over
 
     def timed(self: Any, job: Any, begun: Any) -> None:
-        self._path_usable = False
         started = time.perf_counter()
         original(self, job, begun)
         handed_over.append(time.perf_counter() - started)
@@ -156,63 +161,71 @@ def upload_by_stream(client: Any, base: Namespace, layers: list[KVLayer], tokens
         yield sum(handed_over)
 
 
+def namespace_of(name: str, layout: Layout) -> Namespace:
+    """A namespace of its own for each way of keeping KV."""
+    return Namespace(weights=name.encode().ljust(32), layout=layout, dtype="bfloat16", engine="bench")
+
+
+def fetches(client: Client, bare: Bare, layout: Layout, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every way to fetch, and of the bare streams."""
+    n_tokens = options.seq_len
+    nbytes, tokens = n_tokens * layout.token_bytes, list(range(n_tokens + 1))
+    layers = random_layers(layout, n_tokens)
+    sessions = {}
+    for profile in ("raw", "affine8"):
+        sessions[profile] = client.session(namespace_of(profile, layout), profile, **PATIENT)
+        result = sessions[profile].store(tokens[:-1], layers, wait=True, timeout_s=300)
+        assert result.durable, result
+    ways = {"bare stream": lambda: bare.down(nbytes), "bare stream, kept": lambda: bare.kept(nbytes)}
+    for name, profile, representation, transport in (
+        ("raw, stream", "raw", "packed", "stream"),
+        ("raw, path", "raw", "packed", "path"),
+        ("8-bit packed, path", "affine8", "packed", "path"),
+        ("8-bit packed, stream", "affine8", "packed", "stream"),
+        ("8-bit dense, stream", "affine8", "dense", "stream"),
+    ):
+        ways[name] = functools.partial(fetch, sessions[profile], tokens, representation, transport)
+    chosen = options.only.split(";") if options.only else list(ways)
+    return measure({name: ways[name] for name in chosen}, options.rounds)
+
+
+def stores(client: Client, bare: Bare, layout: Layout, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of handing over a store's bytes by stream, and of bare uploads."""
+    layers = random_layers(layout, options.seq_len)
+    tokens = list(range(options.seq_len))
+    uploads = upload_by_stream(client, namespace_of("upload", layout), layers, tokens)
+    took: dict[str, list[float]] = {"bare upload": [], "upload": []}
+    for number in range(options.rounds + 1):
+        started = time.perf_counter()
+        bare.up(options.seq_len * layout.token_bytes)
+        bare_s, upload_s = time.perf_counter() - started, next(uploads)
+        if number:
+            took["bare upload"].append(bare_s)
+            took["upload"].append(upload_s)
+    return took
+
+
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure; the report as a dictionary."""
     part = PartSpec(options.kv_heads, options.head_dim, "BF16")
     layout = Layout(tuple(LayerSpec(part, part) for _ in range(options.layers)))
-    n_tokens = options.seq_len
-    tokens = list(range(n_tokens + 1))
-    nbytes = n_tokens * layout.token_bytes
     directory = Path(tempfile.mkdtemp(prefix="kvs-bench-", dir=options.dir))
     daemon = DaemonProcess(directory / "data", budget_bytes="64GB")
     bare = Bare(directory)
     try:
         daemon.start()
-        config = Config(listen=daemon.listen, min_prefix_tokens=1)
-        with connect(config=config) as client:
-            layers = random_layers(layout, n_tokens)
-            sessions = {}
-            for profile in ("raw", "affine8"):
-                namespace = Namespace(
-                    weights=profile.encode().ljust(32), adapter=b"", layout=layout, dtype="bfloat16", engine="bench"
-                )
-                sessions[profile] = client.session(namespace, profile, **PATIENT)
-                result = sessions[profile].store(tokens[:-1], layers, wait=True, timeout_s=300)
-                assert result.durable, result
-            ways: dict[str, Callable[[], None]] = {
-                "bare stream": lambda: bare.down(nbytes),
-                "raw, stream": lambda: fetch(sessions["raw"], tokens, "packed", "stream"),
-                "raw, path": lambda: fetch(sessions["raw"], tokens, "packed", "path"),
-                "8-bit packed, path": lambda: fetch(sessions["affine8"], tokens, "packed", "path"),
-                "8-bit packed, stream": lambda: fetch(sessions["affine8"], tokens, "packed", "stream"),
-                "8-bit dense, stream": lambda: fetch(sessions["affine8"], tokens, "dense", "stream"),
-            }
-            if options.only:
-                ways = {name: way for name, way in ways.items() if name in options.only.split(";")}
-            if options.store:
-                base = Namespace(weights=b"u" * 32, adapter=b"", layout=layout, dtype="bfloat16", engine="bench")
-                uploads = upload_by_stream(client, base, layers, tokens[:-1])
-                took = {"bare upload": [], "upload": []}
-                for number in range(options.rounds + 1):
-                    started = time.perf_counter()
-                    bare.up(nbytes)
-                    seconds = time.perf_counter() - started
-                    if number:
-                        took["bare upload"].append(seconds)
-                        took["upload"].append(next(uploads))
-                    else:
-                        next(uploads)
-            else:
-                took = measure(ways, options.rounds)
+        with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client:
+            took = (stores if options.store else fetches)(client, bare, layout, options)
     finally:
         bare.close()
         daemon.kill()
         shutil.rmtree(directory, ignore_errors=True)
-    return {"bytes": nbytes, "rounds": options.rounds, "seconds": took}
+    return {"bytes": options.seq_len * layout.token_bytes, "rounds": options.rounds, "seconds": took}
 
 
 RATIOS = (
     ("raw, stream", "bare stream", 1.25),
+    ("raw, stream", "bare stream, kept", None),
     ("8-bit dense, stream", "8-bit packed, path", 1.6),
     ("upload", "bare upload", None),
 )
