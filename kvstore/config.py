@@ -124,9 +124,9 @@ class Config:
     )
     profile: str = _key(
         values.profile,
-        "How KV is kept: exact, safe, balanced, compact, tiny; raw, affine8; or keys and values: channel4:affine4.",
+        "How KV is kept: auto (the smallest that passed `kvstore calibrate`, else safe), exact, safe, balanced, compact, tiny.",
         "profile",
-        default="affine8",
+        default="auto",
     )
     min_quantize_tokens: int = _key(
         values.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256

@@ -21,7 +21,7 @@ class Quality:
     """Cold against restored, over `positions` next-token distributions of `prefixes` prefixes.
 
     `kl_mean`, `kl_p99` and `nll_delta` in nats, `top1` as a share, `needle_cold` and `needle_restored` the shares of
-    planted tokens that were recalled, `bits_per_value` with everything counted, speeds in bytes of raw KV a second.
+    planted tokens that were recalled, `bits_per_value` without headers, speeds in bytes of raw KV a second.
     """
 
     profile: str

@@ -41,11 +41,10 @@ class Shape:
     def namespace(self, name: str) -> Namespace:
         """A namespace of its own for each name."""
         return Namespace(
-            weights=b"kvstore bench",
+            weights=f"kvstore bench {name}".encode(),
             layout=self.layout,
             dtype=DTYPES[self.dtype][0],
             engine="bench 1",
-            salt=name.encode(),
             alias=f"bench {name}",
         )
 

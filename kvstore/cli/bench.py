@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -175,7 +176,7 @@ def concurrency(workers: int, **options: Any) -> None:
 @command.command("ttft")
 @click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--seq-len", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of the prompt.")
-@click.option("--profile", default="affine8", show_default=True, help="How the KV is kept.")
+@click.option("--profile", default="safe", show_default=True, help="How the KV is kept.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Rounds that count.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), metavar="FILE", help="Also draw an SVG.")
 @common_options
@@ -184,3 +185,47 @@ def ttft(model_path: str, seq_len: int, profile: str, **options: Any) -> None:
     refuse_address(options)
     bench = importlib.import_module("kvstore.bench.ttft")
     show(options, lambda: bench.run(model_path, seq_len, options["rounds"], profile))
+
+
+@command.command("quality")
+@click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
+@click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text, or token ids as .npy.")
+@click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
+@click.option("--prefixes", type=click.IntRange(2), default=40, show_default=True, help="Prefixes to measure.")
+@click.option("--shortest", type=click.IntRange(64), default=300, show_default=True, help="Tokens of the shortest.")
+@click.option("--longest", type=click.IntRange(64), default=900, show_default=True, help="Tokens of the longest.")
+@click.option("--hard-keys", is_flag=True, help="Give keys outlier channels, as large models have, first.")
+@common_options
+def quality(
+    model_path: str,
+    prompt_files: tuple[str, ...],
+    profiles: tuple[str, ...],
+    prefixes: int,
+    shortest: int,
+    longest: int,
+    hard_keys: bool,
+    **options: Any,
+) -> None:
+    """What every profile costs on a model: the table of the README.
+
+    The model computes in float32 and KV is kept in bfloat16, cold and restored: codecs show, and not the rounding of
+    the computation. `kvstore calibrate` measures the same with a model as it is, and tells the daemon.
+    """
+    refuse_address(options)
+    from kvstore.bench.quality import AFFINE, harden, load_float32, tokens_of
+    from kvstore.cli.calibrate import check_names, measured, print_quality, text_of
+    from kvstore.codecs.profiles import PROFILES
+    from kvstore.integrations.calibrate import Calibration, windows
+
+    names = list(profiles or (*PROFILES, *AFFINE))
+    check_names(names)
+    model, tokenizer = load_float32(model_path)
+    if hard_keys:
+        harden(model)
+    tokens = tokens_of(tokenizer, prompt_files, text_of)
+    calibration = Calibration(model, windows(tokens, prefixes, shortest, longest), kv_dtype="BF16")
+    results = measured(calibration, calibration.namespace(), names, prefixes, quiet=options["as_json"])
+    if options["as_json"]:
+        print_json({"hard_keys": hard_keys, "results": [asdict(one) for one in results]})
+        return
+    print_quality(results)

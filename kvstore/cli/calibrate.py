@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -15,6 +15,8 @@ from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from kvstore.integrations.calibrate import Calibration
+    from kvstore.keys import Namespace
     from kvstore.quality import Quality
 
 TEXT_TOKENS_MAX = 400_000
@@ -51,29 +53,21 @@ def command(
     """
     from mlx_lm.utils import load
 
-    from kvstore.bench.scratch import ScratchDaemon
-    from kvstore.codecs.profiles import LOSSY, parse_profile
+    from kvstore.codecs.profiles import LOSSY
     from kvstore.integrations import mlx_lm as kv
-    from kvstore.integrations.calibrate import PATIENT_MS, Calibration, windows
+    from kvstore.integrations.calibrate import Calibration, windows
 
     config = client_config(address, config_path)
     names = list(profiles or LOSSY)
-    for name in names:
-        parse_profile(name)
+    check_names(names)
     if not dry_run:
         with connected(config) as client:
             client.stats()  # nobody should wait for minutes to hear that no daemon is there
     model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
-    tokens = tokenizer.encode(_text(prompt_files))[:TEXT_TOKENS_MAX]
+    tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
     calibration = Calibration(model, windows(tokens, prefixes, shortest, longest))
     namespace = kv.namespace(model_path, model=model, adapter_path=adapter_path)
-    with ScratchDaemon(durability="none") as scratch, scratch.client() as client:
-        sessions = {
-            name: client.session(replace(namespace, salt=name.encode()), name, total_ms=PATIENT_MS, stall_ms=PATIENT_MS)
-            for name in names
-        }
-        with click.progressbar(length=prefixes, label="prefixes", file=sys.stderr, hidden=as_json) as bar:
-            results = calibration.measure(sessions, lambda _: bar.update(1))
+    results = measured(calibration, namespace, names, prefixes, quiet=as_json)
     refused = [""] * len(results) if dry_run else _record(config, namespace, results)
     if as_json:
         rows = [{**asdict(one), "refused": why} for one, why in zip(results, refused, strict=True)]
@@ -82,7 +76,34 @@ def command(
     print_quality(results, refused)
 
 
-def _text(paths: Sequence[str]) -> str:
+def check_names(names: Sequence[str]) -> None:
+    """ConfigError unless all are profiles."""
+    from kvstore.codecs.profiles import parse_profile
+
+    for name in names:
+        parse_profile(name)
+
+
+def measured(
+    calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, quiet: bool
+) -> list[Quality]:
+    """The results of these profiles, by way of a daemon of one's own; a bar on stderr unless `quiet`."""
+    from kvstore.bench.scratch import ScratchDaemon
+    from kvstore.integrations.calibrate import PATIENT_MS
+
+    with ScratchDaemon(durability="none") as scratch, scratch.client() as client:
+        sessions = {
+            name: client.session(
+                replace(namespace, engine=f"calibrate {name}"), name, total_ms=PATIENT_MS, stall_ms=PATIENT_MS
+            )
+            for name in names
+        }
+        with click.progressbar(length=prefixes, label="prefixes", file=sys.stderr, hidden=quiet) as bar:
+            return calibration.measure(sessions, lambda _: bar.update(1))
+
+
+def text_of(paths: Sequence[str]) -> str:
+    """What these files hold, or without any the documentation of Python."""
     if not paths:
         from pydoc_data.topics import topics
 
@@ -93,13 +114,13 @@ def _text(paths: Sequence[str]) -> str:
         raise InvalidRequestError(f"a prompt file cannot be read: {error}") from error
 
 
-def _record(config: Config, namespace: Any, results: Sequence[Quality]) -> list[str]:
+def _record(config: Config, namespace: Namespace, results: Sequence[Quality]) -> list[str]:
     with connected(config) as client:
         return [client.record_quality(namespace, one)["refused"] for one in results]
 
 
-def print_quality(results: Sequence[Quality], refused: Sequence[str]) -> None:
-    """The table of results, in the order given; then why profiles are refused."""
+def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> None:
+    """The table of results, in the order given; then why profiles are refused, if that was asked."""
     rows = [
         (
             one.profile,
@@ -111,12 +132,12 @@ def print_quality(results: Sequence[Quality], refused: Sequence[str]) -> None:
             f"{one.needle_restored:.1%} of {one.needle_cold:.1%}",
             f"{one.encode_bytes_per_s / 1e6:.0f}",
             f"{one.decode_bytes_per_s / 1e6:.0f}",
-            "no" if why else "yes",
+            *(["no" if why else "yes"] if refused else []),
         )
-        for one, why in zip(results, refused, strict=True)
+        for one, why in zip(results, refused or [""] * len(results), strict=True)
     ]
-    columns = ("profile", "bits", "KL", "KL P99", "top-1", "NLL", "needle", "store MB/s", "decode MB/s", "used")
-    print_table(columns, rows, numbers=" nnnnnnnn")
-    for one, why in zip(results, refused, strict=True):
+    columns = ("profile", "bits", "KL", "KL P99", "top-1", "NLL", "needle", "store MB/s", "decode MB/s")
+    print_table((*columns, "used") if refused else columns, rows, numbers=" nnnnnnnn")
+    for one, why in zip(results, refused, strict=False):
         if why:
             click.echo(f"{one.profile}: {why}")

@@ -106,6 +106,11 @@ def dtype_name(array: mx.array) -> str:
     return known
 
 
+def dtype_of(name: str) -> mx.Dtype:
+    """The dtype of a safetensors name."""
+    return _MX_DTYPES[name]
+
+
 def to_array(rows: Bytes, dtype: str) -> mx.array:
     """Bytes `[..., row_bytes]` as an array `[..., width]` of `dtype`. Copies; any thread, the array is its thread's."""
     carrier = _CARRIERS[ITEM_BYTES[dtype]]

@@ -39,8 +39,8 @@ MIN_TOKENS_MAX = 1 << 20
 # Shipped profiles, the best first.
 PROFILES = {
     "exact": "lossless",
-    "safe": "affine8",
-    "balanced": "channel5:rotated-affine6",
+    "safe": "channel8:turboquant-mse8",
+    "balanced": "channel6:turboquant-mse6",
     "compact": "channel4:turboquant-mse4",
     "tiny": "channel3:turboquant-mse3",
 }

@@ -9,7 +9,8 @@ incomplete groups, tails, thresholds, the dtype that decoding rounds to.
     NLL         how much less likely the text itself became, nats a token
     needle      a passage from inside the prefix is begun again; share of its further tokens that come out most likely,
                 after the cold and after the restored prefix
-    bits        bytes of the blobs, headers included, for each value of KV
+    bits        what is kept for each value of KV: codes, scales, norms, and what waits unquantized at the end; without
+                the headers of blobs, which weigh by the token
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from kvstore.client.results import Miss
 from kvstore.client.session import Session
-from kvstore.codecs.device import dtype_name
+from kvstore.codecs.device import dtype_name, dtype_of
 from kvstore.codecs.profiles import parse_profile
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.caches import capture, restore
+from kvstore.keys import Namespace
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
 from kvstore.quality import Quality
 
@@ -134,16 +136,17 @@ class Calibration:
     and KV in bfloat16 the codec shows, and not the rounding of the computation. None: as the model has it.
     """
 
-    def __init__(self, model: Any, of: Sequence[Window], tree: str = "", kv_dtype: mx.Dtype | None = None) -> None:
+    def __init__(self, model: Any, of: Sequence[Window], tree: str = "", kv_dtype: str | None = None) -> None:
         self._model = model
         self._windows = of
         self._tree = tree
-        self._kv_dtype = kv_dtype
+        self._kv_dtype = dtype_of(kv_dtype) if kv_dtype else None
 
-    def layout(self) -> Layout:
-        """The layout under which the KV of this calibration is stored."""
+    def namespace(self) -> Namespace:
+        """A namespace for measuring only, of the layout under which this calibration stores."""
         layers = self._prefill(self._windows[0].prefix[:2])
-        return Layout(tuple(layer.spec for layer in layers), self._tree)
+        layout = Layout(tuple(layer.spec for layer in layers), self._tree)
+        return Namespace(weights=b"calibration", layout=layout)
 
     def measure(self, sessions: Mapping[str, Session], tell: Callable[[int], None] = lambda _: None) -> list[Quality]:
         """Run all windows through every session, by profile. `tell` hears the number of each window that is done.
@@ -185,7 +188,7 @@ class Calibration:
         started = time.perf_counter()
         mx.eval(arrays)
         tally.decode_s += time.perf_counter() - started
-        tally.stored_bytes += stored.new_bytes
+        tally.stored_bytes += hit.source.nbytes - sum(array.nbytes for layer in layers for array in _states(layer))
         kv = [layer for layer in layers if isinstance(layer, KVLayer)]
         tally.values += sum(array.size for layer in kv for array in _arrays(layer))
         tally.raw_bytes += sum(array.nbytes for layer in kv for array in _arrays(layer))
@@ -209,6 +212,11 @@ def _arrays(layer: KVLayer | StateLayer) -> Iterator[mx.array]:
             yield from layer.part(part)
     else:
         yield from (array for _, array in layer.arrays)
+
+
+def _states(layer: KVLayer | StateLayer) -> Iterator[mx.array]:
+    """Arrays that are kept as they are, in a checkpoint."""
+    return iter(()) if isinstance(layer, KVLayer) else _arrays(layer)
 
 
 def _cut(layer: KVLayer | StateLayer, dtype: mx.Dtype | None) -> KVLayer | StateLayer:

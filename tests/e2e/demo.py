@@ -34,7 +34,7 @@ from tests.support.daemon import DaemonProcess
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.servers import NO_MEMORY, PLAIN, Answer, ServerProcess, start_all, wait_until
 
-PROFILES = ("raw", "affine8")
+PROFILES = ("exact", "safe")
 AGREEMENT_MIN = 0.97
 STORED_TIMEOUT_S = 20.0
 
@@ -168,7 +168,7 @@ class Act:
             if not row.is_hit:
                 got, wanted = row.answer.cached_tokens, row.cached_tokens_min
                 found.append(f"{where}: {got} cached tokens, at least {wanted} should be")
-            if self.profile == "raw" and not row.same_text:
+            if self.profile == "exact" and not row.same_text:
                 found.append(f"{where}: {row.answer.text!r} is not the cold text {row.cold.text!r}")
         if self.agreement < AGREEMENT_MIN:
             found.append(f"{self.profile}: top-1 agreement is {self.agreement:.1%}, under {AGREEMENT_MIN:.0%}")
@@ -333,7 +333,7 @@ class Demo:
 
 # -- what a person reads ----------------------------------------------------------------------------------------------
 
-_TITLES = {"raw": "The store kept raw", "affine8": "The store at its default, 8 bits (affine8)"}
+_TITLES = {"exact": "The store kept without loss", "safe": "The store at its default, 8 bits (safe)"}
 _SOURCES = {"": "nothing", "memory": "A's memory", "store": "the store"}
 
 

@@ -1,0 +1,65 @@
+"""What `kvstore bench quality` measures on: a model in float32, perhaps with the keys that make codecs fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_map
+from mlx_lm.utils import dequantize_model, load
+
+from kvstore.errors import InvalidRequestError
+
+# What caches did before: per token, groups of 64 values, keys and values alike.
+AFFINE = ("affine8", "affine6", "affine4", "affine3")
+
+# RoPE pairs (i, i + half the width) of every key head, and what they are multiplied by; queries by the inverse.
+OUTLIERS = {1: 8.0, 9: 32.0, 20: 16.0, 30: 8.0}
+
+
+def load_float32(model_path: str) -> tuple[Any, Any]:
+    """A model with plain float32 weights, and its tokenizer."""
+    model, tokenizer = load(model_path)[:2]
+    model = dequantize_model(model)
+    model.update(
+        tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())
+    )
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def tokens_of(tokenizer: Any, paths: Sequence[str], text_of: Callable[[Sequence[str]], str]) -> list[int]:
+    """Token ids out of .npy files and of text."""
+    arrays = [path for path in paths if path.endswith(".npy")]
+    ids = [int(token) for path in arrays for token in np.load(path, allow_pickle=False).reshape(-1)]
+    texts = [path for path in paths if path not in arrays]
+    return ids + (list(tokenizer.encode(text_of(texts))) if texts or not paths else [])
+
+
+def harden(model: Any) -> None:
+    """Scale a few channels of all keys by powers of two, and of the queries that read them by the inverse.
+
+    The function of the model is unchanged, bit for bit but for overflow: its keys get the outlier channels that large
+    models have. InvalidRequestError for a model that does not rotate halves of heads of 64 and more.
+    """
+    for layer in model.layers:
+        attention: Any = getattr(layer, "self_attn", None)
+        if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "rope", "n_heads", "n_kv_heads")):
+            raise InvalidRequestError("hard keys need attention with q_proj, k_proj and rotary positions")
+        width = attention.k_proj.weight.shape[0] // attention.n_kv_heads
+        if attention.rope.traditional or width < 2 * (max(OUTLIERS) + 1):
+            raise InvalidRequestError("hard keys need heads of 64 or more that are rotated by halves")
+        scale = np.ones(width, np.float32)
+        for pair, factor in OUTLIERS.items():
+            scale[[pair, pair + width // 2]] = factor
+        for projection, factors in (
+            (attention.k_proj, np.tile(scale, attention.n_kv_heads)),
+            (attention.q_proj, np.tile(1 / scale, attention.n_heads)),
+        ):
+            for name in ("weight", "bias"):
+                if name in projection:
+                    rows = projection[name]
+                    projection[name] = rows * mx.array(factors).reshape(-1, *([1] * (rows.ndim - 1)))
+    mx.eval(model.parameters())
