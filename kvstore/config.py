@@ -124,7 +124,7 @@ class Config:
     )
     profile: str = _key(
         values.profile,
-        "How KV is kept: auto (the smallest that passed `kvstore calibrate`, else safe), exact, safe, balanced, compact, tiny.",
+        "How KV is kept: exact, safe, balanced, compact, tiny, or auto: the smallest that was calibrated and passed.",
         "profile",
         default="auto",
     )
