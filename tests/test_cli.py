@@ -358,7 +358,7 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     assert json.loads(result.stdout)["listen"] == f"unix:{os.getcwd()}/k.sock"
     (config,) = served
     assert config.data_dir == Path.cwd() / "data"
-    assert (config.budget_bytes, config.insecure_tcp, config.profile) == (10**10, True, "affine8")
+    assert (config.budget_bytes, config.insecure_tcp, config.profile) == (10**10, True, "auto")
     assert config.source("budget_bytes") == "--budget-bytes"
     assert client.address == ""
     assert invoke("serve", "--min-quantize-tokens", "-1").exit_code == 2

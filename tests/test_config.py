@@ -42,7 +42,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.budget_bytes, config.free_floor_bytes) == (0, 0)
     assert config.listen.startswith("unix:/")
     assert config.listen.endswith("/.kvstore/kvstore.sock")
-    assert (config.profile, config.min_quantize_tokens, config.durability) == ("affine8", 256, "commit")
+    assert (config.profile, config.min_quantize_tokens, config.durability) == ("auto", 256, "commit")
     assert (config.fetch_connect_ms, config.fetch_stall_ms, config.fetch_total_ms) == (50, 500, 5000)
     assert config.memory_bytes == 512 * MIB
     assert {config.source(key) for key in KEYS} == {"default"}

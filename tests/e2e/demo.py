@@ -1,8 +1,8 @@
 """`make demo`: two model servers share one store, and all of it survives SIGKILL.
 
-Plays the same seven chat requests twice, with the store kept raw and at the default 8 bits, against two stock
+Plays the same seven chat requests twice, with the store kept without loss and at its default, against two stock
 `mlx_lm.server` processes started by `kvstore run`. Everything lives in a temporary directory. Exit code 1 when a hit
-that should be there is missing, when a text differs at raw, or when 8 bits agree with a cold run too rarely.
+that should be there is missing, when a text differs without loss, or when the default agrees with a cold run too rarely.
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ def main() -> int:
         return 1
     shutil.rmtree(folder)
     took_s = time.monotonic() - started
-    console.print(f"\nEvery hit is there, and every text at raw is the cold one. {took_s:.0f} s.", style="green")
+    console.print(f"\nEvery hit is there, and every text without loss is the cold one. {took_s:.0f} s.", style="green")
     return 0
 
 

@@ -272,7 +272,7 @@ def test_check_repair_rebuilds_a_lost_index_when_no_daemon_runs(tmp_path: Path) 
         shutil.rmtree(daemon.data_dir / "index")
         found = answered(daemon, "check", code=4)
         assert found["offline"] is True
-        assert sorted({one["kind"] for one in found["findings"]}) == ["stray_blob"]
+        assert sorted({one["kind"] for one in found["findings"]}) == ["row"]
         repaired = answered(daemon, "check", "--repair", code=4)
         assert repaired["repaired"] == 3
         assert answered(daemon, "check")["findings"] == []

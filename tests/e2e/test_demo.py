@@ -40,7 +40,7 @@ def test_a_play_is_without_fault_and_can_be_read(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_as_it_should_be_is_no_failure() -> None:
-    """At raw and at 8 bits, where a text may differ."""
+    """Kept without loss and at 8 bits, where a text may differ."""
     other_text = replace(ROW, answer=replace(WARM, text="other"))
     assert act().failures() == act("safe").failures() == act("safe", other_text).failures() == []
 
@@ -57,6 +57,6 @@ def test_what_is_as_it_should_be_is_no_failure() -> None:
     ],
 )
 def test_what_is_not_fails_the_demo(broken: Act, said: str) -> None:
-    """A missing hit, another text at raw, a reference that had help, too little agreement, nothing compared."""
+    """A missing hit, another text without loss, a reference that had help, too little agreement, nothing compared."""
     (failure,) = broken.failures()
     assert said in failure
