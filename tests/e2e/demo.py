@@ -2,7 +2,8 @@
 
 Plays the same seven chat requests twice, with the store kept without loss and at its default, against two stock
 `mlx_lm.server` processes started by `kvstore run`. Everything lives in a temporary directory. Exit code 1 when a hit
-that should be there is missing, when a text differs without loss, or when the default agrees with a cold run too rarely.
+that should be there is missing, when a text differs without loss, or when the default agrees with a cold run too
+rarely.
 """
 
 from __future__ import annotations
