@@ -168,6 +168,15 @@ class Config:
     upload_idle_s: int = _key(
         values.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
     )
+    scrub_bytes_per_s: int = _key(
+        values.size(),
+        "Bytes a second that are read to verify blobs nobody asked for. 0: none.",
+        "size",
+        default=4 * MIB,
+    )
+    scrub_interval_days: int = _key(
+        values.whole(1), "How many days after all blobs were verified they are verified again.", "count", default=7
+    )
     fetch_connect_ms: int = _key(
         values.whole(1), "A worker's fetch gives up when there is no connection after this.", "milliseconds", default=50
     )

@@ -16,6 +16,7 @@ from kvstore.cli.common import (
     print_table,
     size_text,
     span_text,
+    time_text,
 )
 
 
@@ -78,6 +79,7 @@ def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
         ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
         ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),
         ("quarantined", f"{disk['quarantined']:,}"),
+        ("verified", f"{time_text(int(disk.get('scrubbed_s', 0)))}, {disk.get('damaged', 0):,} damaged since start"),
     ]
 
 

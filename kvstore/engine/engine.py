@@ -57,6 +57,7 @@ from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
+from kvstore.engine.scrub import Scrub
 from kvstore.engine.sealed import SealedReader, SealedSource
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
@@ -98,6 +99,7 @@ class Engine:
         self._room = Room(state)
         self._writer = Writer(state, self._room)
         self.quality = QualityFiles(state.directory.quality, state.fs, sync=state.options.durability != "none")
+        self._scrub = Scrub(state, self.recheck)
         self._closed = False
 
     @classmethod
@@ -137,6 +139,7 @@ class Engine:
             try:
                 self._state.end_all_leases()
                 self._state.flush_touches()
+                self._scrub.save()
                 if not self._state.sync:
                     self._state.sync_blobs()
                 self._state.index.sync()
@@ -340,7 +343,7 @@ class Engine:
         return self._room.evict(selection, dry_run)
 
     def maintain(self) -> None:
-        """To be called every second or so: write the access order when due, keep to budget and floor.
+        """To be called every second or so: write the access order when due, keep to budget and floor, scrub a little.
 
         When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
         """
@@ -352,6 +355,7 @@ class Engine:
             state.ballast.lay()
             if state.counts.disk_error and state.can_write():
                 state.counts.disk_error = ""
+            self._scrub.step()
         except (KVStoreError, OSError) as error:
             state.counts.disk_error = str(error)
 
@@ -416,4 +420,6 @@ class Engine:
         except OSError as error:
             self._state.counts.disk_error = f"the data directory cannot be reached: {error}"
             free_bytes = 0
-        return survey.stats(self._state, free_bytes)
+        return replace(
+            survey.stats(self._state, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged
+        )

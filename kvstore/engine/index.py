@@ -117,6 +117,11 @@ class View:
                 return
             yield parse_row(key, open_row(key, value, self.ring))
 
+    def row_from(self, key: bytes) -> Row | None:
+        """The first row whose key is `key` or comes after it."""
+        found = next(self._from("rows", key), None)
+        return None if found is None else self.row(found[0])
+
     def children(self, parent: bytes, code: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """(entry, key) of a parent's children from where `code` would stand: onwards, or backwards below it."""
         for entry, key in self._from("children", parent + code, reverse):

@@ -26,6 +26,7 @@ class EngineOptions:
     that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
     `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces.
+    A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
     """
 
     budget_bytes: int
@@ -40,6 +41,8 @@ class EngineOptions:
     checkpoints_max: int = 8
     checkpoint_share_percent: int = 20
     ballast_bytes: int = 1 << 20
+    scrub_bytes_per_s: int = 0
+    scrub_interval_s: float = 7 * 86_400.0
     master_key: bytes = field(default=b"", repr=False)
 
     def __post_init__(self) -> None:
@@ -193,7 +196,8 @@ class EngineStats:
 
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine. `blobs` are
     blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, which may be up to `checkpoint_share_bytes`.
-    `degraded` says why nothing is written at present; empty when all is well.
+    `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
+    of the scrub ended, seconds since 1970, 0 if never; `damaged` counts the blobs that it condemned since the start.
     """
 
     used_bytes: int
@@ -214,3 +218,5 @@ class EngineStats:
     checkpoints: int = 0
     checkpoint_bytes: int = 0
     checkpoint_share_bytes: int = 0
+    scrubbed_s: int = 0
+    damaged: int = 0

@@ -184,6 +184,8 @@ def engine_options(config: Config) -> EngineOptions:
         checkpoints_max=config.checkpoints_max,
         checkpoint_share_percent=config.checkpoint_share_percent,
         socket=config.listen,
+        scrub_bytes_per_s=config.scrub_bytes_per_s,
+        scrub_interval_s=config.scrub_interval_days * 86_400.0,
         master_key=load_master_key(config),
     )
 

@@ -70,6 +70,8 @@ class Counters:
                 quarantined=disk.quarantined,
                 checkpoints=disk.checkpoints,
                 checkpoint_bytes=disk.checkpoint_bytes,
+                scrubbed_s=disk.scrubbed_s,
+                damaged=disk.damaged,
             ),
             tokens=pb.TokenStats(stored=tokens_stored, served=get("tokens_served", 0)),
             requests=pb.RequestStats(

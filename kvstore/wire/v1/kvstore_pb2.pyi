@@ -330,7 +330,7 @@ class DaemonStats(_message.Message):
     def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class DiskStats(_message.Message):
-    __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined", "checkpoints", "checkpoint_bytes")
+    __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined", "checkpoints", "checkpoint_bytes", "scrubbed_s", "damaged")
     USED_BYTES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +339,8 @@ class DiskStats(_message.Message):
     QUARANTINED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SCRUBBED_S_FIELD_NUMBER: _ClassVar[int]
+    DAMAGED_FIELD_NUMBER: _ClassVar[int]
     used_bytes: int
     budget_bytes: int
     free_bytes: int
@@ -347,7 +349,9 @@ class DiskStats(_message.Message):
     quarantined: int
     checkpoints: int
     checkpoint_bytes: int
-    def __init__(self, used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., free_floor_bytes: _Optional[int] = ..., blobs: _Optional[int] = ..., quarantined: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ...) -> None: ...
+    scrubbed_s: int
+    damaged: int
+    def __init__(self, used_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., free_floor_bytes: _Optional[int] = ..., blobs: _Optional[int] = ..., quarantined: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., scrubbed_s: _Optional[int] = ..., damaged: _Optional[int] = ...) -> None: ...
 
 class TokenStats(_message.Message):
     __slots__ = ("stored", "served")
