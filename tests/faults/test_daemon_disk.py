@@ -1,0 +1,148 @@
+"""A whole daemon on a disk that fails: hits stay hits, it says what is wrong, and goes on by itself afterwards."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from kvstore.client.client import Client, connect
+from kvstore.config import Config
+from tests.faults import cuts, disk
+from tests.support.daemon import DaemonProcess
+from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=2, heads=2, width=64)
+NAMESPACE = make_namespace(LAYOUT)
+PATIENT: dict[str, Any] = {"connect_ms": 10_000, "stall_ms": 20_000, "total_ms": 30_000}
+KEPT, MORE = list(range(600)), list(range(5000, 6500))
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(daemon: DaemonProcess, service: str) -> int:
+    """What the daemon says of a service."""
+    with grpc.insecure_channel(daemon.listen) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+
+
+def client_of(daemon: DaemonProcess) -> Client:
+    """A client that knows nothing yet."""
+    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1))
+
+
+def stored(daemon: DaemonProcess, tokens: list[int]) -> bool:
+    """Store; whether it was acknowledged as durable."""
+    with client_of(daemon) as client:
+        return bool(client.session(NAMESPACE, **PATIENT).store(tokens, make_layers(LAYOUT, tokens), wait=True).durable)
+
+
+def fetched(daemon: DaemonProcess, tokens: list[int]) -> int:
+    """Fetch by stream and compare; how many tokens came."""
+    with client_of(daemon) as client:
+        hit = client.session(NAMESPACE, **PATIENT).fetch([*tokens, 1], "packed", "stream")
+    if hit:
+        assert_rows(hit.layers, LAYOUT, tokens[: hit.n_tokens])
+    return hit.n_tokens if hit else 0
+
+
+def state(daemon: DaemonProcess) -> str:
+    """As `kvstore stats` tells it."""
+    with client_of(daemon) as client:
+        return str(client.stats()["daemon"]["state"])
+
+
+def eventually(answer: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Wait until the answer is true."""
+    give_up_at = time.monotonic() + timeout_s
+    while not answer():
+        assert time.monotonic() < give_up_at
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """One that keeps everything raw, with something in it."""
+    with DaemonProcess(tmp_path / "data", profile="raw") as running:
+        assert stored(running, KEPT)
+        yield running
+
+
+@pytest.mark.skipif(bool(cuts.missing()), reason=f"NOT RUN: {cuts.missing()}")
+def test_a_full_disk_is_said_and_passes(tmp_path: Path) -> None:
+    """In stats and in the health of writes; hits go on all the while."""
+    with (
+        disk.mounted(tmp_path / "volume", "size=12m") as data_dir,
+        DaemonProcess(data_dir, profile="raw", budget_bytes="1GB") as daemon,
+    ):
+        assert stored(daemon, KEPT) and health(daemon, "kvstore.writes") == SERVING
+        disk.fill(tmp_path / "volume", 40)
+        assert not stored(daemon, MORE)
+        eventually(lambda: state(daemon) == "degraded")
+        eventually(lambda: health(daemon, "kvstore.writes") == NOT_SERVING)
+        assert health(daemon, "") == SERVING and fetched(daemon, KEPT) in (0, 256, 512, 600)
+        (tmp_path / "volume" / "filler").unlink()
+        eventually(lambda: state(daemon) == "serving" and health(daemon, "kvstore.writes") == SERVING)
+        assert stored(daemon, MORE) and fetched(daemon, MORE) == len(MORE)
+        daemon.kill()
+
+
+def test_a_deleted_directory_is_survived_and_a_restart_begins_anew(daemon: DaemonProcess) -> None:
+    """Misses, no crash; the health of writes says so."""
+    shutil.rmtree(daemon.data_dir)
+    assert fetched(daemon, KEPT) == 0 and not stored(daemon, MORE)
+    eventually(lambda: state(daemon) == "degraded")
+    eventually(lambda: health(daemon, "kvstore.writes") == NOT_SERVING)
+    assert fetched(daemon, KEPT) == 0
+    assert daemon.stop() == 0, daemon.log_text()
+    assert "Traceback" not in daemon.log_text()
+    daemon.start()
+    assert stored(daemon, KEPT) and fetched(daemon, KEPT) == len(KEPT)
+
+
+def test_a_daemon_without_descriptors_condemns_nothing_and_goes_on_later(daemon: DaemonProcess) -> None:
+    """What it cannot open for want of a descriptor is not damaged."""
+    assert daemon.process is not None
+    pid = daemon.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    with client_of(daemon) as client:
+        session = client.session(NAMESPACE, **PATIENT)
+        assert session.match([*KEPT, 1]).n_tokens == len(KEPT)
+        opened = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (opened, hard))
+        for _ in range(3):
+            hit = session.fetch([*KEPT, 1], "packed", "stream")
+            if hit:
+                assert_rows(hit.layers, LAYOUT, KEPT[: hit.n_tokens])
+            session.store(MORE, make_layers(LAYOUT, MORE), wait=True)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    assert daemon.process.poll() is None
+    eventually(lambda: state(daemon) == "serving")
+    assert fetched(daemon, KEPT) == len(KEPT)
+    assert stored(daemon, MORE) and fetched(daemon, MORE) == len(MORE)
+    with client_of(daemon) as client:
+        assert client.check()["findings"] == [] and client.stats()["disk"]["quarantined"] == 0
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_a_damaged_index_is_rebuilt_at_the_next_start(daemon: DaemonProcess, how: str) -> None:
+    """Whether or not the last stop was orderly; the damaged one is kept for a look."""
+    daemon.stop() if how == "stop" else daemon.kill()
+    path = daemon.data_dir / "index" / "data.mdb"
+    data = bytearray(path.read_bytes())
+    for at in range(2 * 4096, len(data), 4096):
+        data[at + 12 : at + 16] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    daemon.start()
+    assert "is damaged" in daemon.log_text()
+    assert fetched(daemon, KEPT) == len(KEPT)
+    assert [file.suffix for file in daemon.files("quarantine")] == [".mdb"]
+    with client_of(daemon) as client:
+        assert client.check()["findings"] == []
