@@ -2,9 +2,9 @@
 
     python tests/bench/decode.py [--profile raw] [--rounds 8]
 
-The small trained model decodes, and every other round begins with a sequence of `--mib` for the store, as servers do at
-the end of an answer. What is copied on the decoding thread is not part of the comparison (`kvstore bench store` has it);
-all that follows is: the session's thread, and the daemon, on the same cores. Rounds with and without alternate.
+The small trained model decodes, and every other round begins with a sequence of `--mib` for the store, as servers do
+at the end of an answer. What is copied on the decoding thread is not part of the comparison (`kvstore bench store` has
+it); all that follows is: the session's thread, and the daemon, on the same cores. Rounds with and without alternate.
 """
 
 from __future__ import annotations
