@@ -245,7 +245,7 @@ class Session:
             raise InvalidRequestError(f"no such transport: {transport}")
         if refusal := self._refusal(tokens):
             return Miss(refusal)
-        with self._connection.attempt():
+        with self._resting(), self._connection.attempt():
             plan, layers = self._fetcher.open(tokens, transport, self.options.deadlines)
         if plan.reason in _ABSENT:
             self._held.forget(tokens, plan.n_tokens)
