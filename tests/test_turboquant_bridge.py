@@ -23,6 +23,7 @@ from kvstore.turboquant import KVCacheConfig, MultiHeadKVCache, QuantStrategy, b
 from tests.support.daemon import DaemonProcess
 from tests.support.stored import random_payload, seal_runs, streamed
 
+HEADS = 4
 WEIGHTS = b"weights of a model"
 CONFIG = KVCacheConfig(64, key_bits=3.5, value_bits=4, seed=7)
 TOKENS = list(range(1000, 1300))
@@ -37,12 +38,12 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 
 def caches(n_tokens: int, config: KVCacheConfig = CONFIG) -> list[MultiHeadKVCache]:
-    """Two layers of three heads."""
+    """Two layers of four heads: 32 words of values a token, which another profile could quantize again."""
     made = []
     for layer in range(2):
-        rows = np.random.default_rng(layer).normal(size=(2, 3, n_tokens, 64)).astype(np.float32)
+        rows = np.random.default_rng(layer).normal(size=(2, HEADS, n_tokens, 64)).astype(np.float32)
         rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-        cache = MultiHeadKVCache(config, 3)
+        cache = MultiHeadKVCache(config, HEADS)
         cache.append_all(rows[0], rows[1])
         made.append(cache)
     return made
@@ -66,13 +67,25 @@ def test_a_cache_comes_back_from_the_store_bit_for_bit(daemon: DaemonProcess) ->
         result = save(client, stored, TOKENS, WEIGHTS)
         assert (result.reason, result.durable, result.stored_tokens) == (Reason.OK, True, 300)
         for tokens, n_tokens in ((TOKENS, 300), ([*TOKENS[:270], 5, 6], 270)):
-            loaded = load(client, CONFIG, (2, 3), tokens, WEIGHTS)
+            loaded = load(client, CONFIG, (2, HEADS), tokens, WEIGHTS)
             assert loaded is not None and [cache.num_tokens for cache in loaded] == [n_tokens] * 2
             for got, expected in zip(loaded, stored, strict=True):
                 assert held(got, n_tokens) == held(expected, n_tokens)
-        assert load(client, CONFIG, (2, 3), TOKENS, b"other weights") is None
-        assert load(client, KVCacheConfig(64, 3.5, 4, seed=8), (2, 3), TOKENS, WEIGHTS) is None
-        assert load(client, KVCacheConfig(64, 3.5, 4, QuantStrategy.MSE, 7), (2, 3), TOKENS, WEIGHTS) is None
+        assert load(client, CONFIG, (2, HEADS), TOKENS, b"other weights") is None
+        assert load(client, KVCacheConfig(64, 3.5, 4, seed=8), (2, HEADS), TOKENS, WEIGHTS) is None
+        assert load(client, KVCacheConfig(64, 3.5, 4, QuantStrategy.MSE, 7), (2, HEADS), TOKENS, WEIGHTS) is None
+
+
+def test_caches_with_norms_and_prefixes_of_one_token_come_back_too(daemon: DaemonProcess) -> None:
+    """Scales travel beside the codes."""
+    config = KVCacheConfig(64, store_norms=True)
+    stored = caches(9, config)
+    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **PATIENT)) as client:  # type: ignore[arg-type]
+        assert save(client, stored, TOKENS[:9], WEIGHTS).durable
+        for n_tokens in (9, 1):
+            loaded = load(client, config, (2, HEADS), TOKENS[:n_tokens], WEIGHTS)
+            assert loaded is not None
+            assert [held(c, n_tokens) for c in loaded] == [held(c, n_tokens) for c in stored]
 
 
 def test_a_cache_whose_window_has_moved_on_is_not_saved() -> None:
