@@ -87,14 +87,13 @@ class ChannelCodec:
 
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
         """codes, scales, biases -> [L, H, T, D] in the dtype of the scales."""
-        bits, (layers, heads, groups, width) = recipe.param("bits"), tensors[1].shape
+        codes, scales, biases = tensors
+        bits, (layers, heads, groups, width) = recipe.param("bits"), scales.shape
         if not groups:
-            return mx.zeros((layers, heads, 0, width), tensors[1].dtype)
-        rows = (layers, heads, groups, width)
-        # mx.contiguous: see `affine`.
-        codes, scales, biases = (mx.contiguous(t.reshape(*rows, t.shape[-1] // width)) for t in tensors)
-        wide = (scales.astype(mx.float32), biases.astype(mx.float32))
-        columns = mx.dequantize(codes, *wide, group_size=GROUP_TOKENS, bits=bits).astype(scales.dtype)
+            return mx.zeros((layers, heads, 0, width), scales.dtype)
+        words = codes.reshape(layers, heads, groups, width, codes.shape[-1] // width)
+        step, base = (t.astype(mx.float32)[..., None] for t in (scales, biases))
+        columns = (packing.unpack(words, ((GROUP_TOKENS, bits),))[0] * step + base).astype(scales.dtype)
         return mx.contiguous(columns.transpose(0, 1, 2, 4, 3)).reshape(layers, heads, groups * GROUP_TOKENS, width)
 
 
