@@ -9,13 +9,15 @@
                                             min512                sequences shorter than this are not quantized
 
 Words: raw; lossless; affine, rotated-affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and
-turboquant-prod with 2 to 8, in eighths (turboquant-mse3.5). affine and rotated-affine may have 32, 64 or 128 values a
-scale. What is not quantized (short sequences, tokens that came out of the store, values that are not finite, the tokens
-after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
+turboquant-prod with 2 to 8, in eighths (turboquant-mse3.5); turboquant-log: mse with scales in 8 bits. affine and
+rotated-affine may have 32, 64 or 128 values a scale. What is not quantized (short sequences, tokens that came out of
+the store, values that are not finite, the tokens after the last whole group) is lossless, except after a single word of
+raw or affine: then it is raw.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,8 +43,8 @@ PROFILES = {
     "exact": "lossless",
     "safe": "channel8:turboquant-mse8",
     "balanced": "channel6:turboquant-mse6",
-    "compact": "channel4:turboquant-mse4",
-    "tiny": "channel3:turboquant-mse3",
+    "compact": "channel4:turboquant-log4",
+    "tiny": "channel3:turboquant-log3",
 }
 AUTO = "auto"
 LOSSY = tuple(PROFILES)[1:]
@@ -168,6 +170,7 @@ WORDS: dict[str, Word] = {
     "rotated-affine": _affine(rotated_affine_recipe),
     "channel": _channel,
     "turboquant-mse": _turboquant(turboquant_mse_recipe, 1),
+    "turboquant-log": _turboquant(functools.partial(turboquant_mse_recipe, log=True), 1),
     "turboquant-prod": _turboquant(turboquant_prod_recipe, 2),
 }
 _WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3}(?:\.[0-9]{1,3})?)?(?:-g([0-9]{1,4}))?")

@@ -8,9 +8,13 @@ bits, eighths   The first w = 8 * ((d * eighths + 32) // 64) of the rotated coor
 seed            of the rotation (`rotation.py`); 0 if absent. The residual's rotation has seed + 1.
 haar = 1        the dense rotation instead of the Hadamard one
 unit = 1        rows are float32 unit vectors: no norm is stored
+log = 1         scales in 8 bits (turboquant-mse, not with unit=1): 16 of them weigh much in a short row of few bits
 
 tensors         codes   U32 [words]: levels of the w coordinates, of the others, signs (prod), as `packing.py` says
                 scales  in the part's dtype [a] or, prod, [a, g]; with unit=1 none or, prod, F32 [g]
+                        log=1: U8 [c], a = 2 ^ ((c - 128) / 12) as float32, 0 for c = 0: twelve steps an octave, so a is
+                        3 % off at most. c = round(12 log2 a) + 128, 0 when that is below 1; 255 says that a is over
+                        the range, and is never stored
 
 encode          y = R x; z = y * sqrt(d / <y, y>) (unit=1: y * sqrt(d)); the codes of z are those of `codebooks.py`, and
                 q their levels; a = <y, q> / <q, q>: the best scale for these codes.
@@ -30,11 +34,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from kvstore.blocks import RAW, Recipe, Tensor
 from kvstore.codecs import packing, rotation
 from kvstore.codecs.base import register
 from kvstore.codecs.codebooks import BINS, BINS_PER_UNIT, BITS_MAX, codebook
+from kvstore.codecs.device import dtype_of
 from kvstore.errors import CorruptDataError
 from kvstore.layers import PartSpec
 
@@ -47,22 +53,30 @@ COMPARED_BITS_MAX = 4  # one comparison a boundary is cheaper than the tables up
 LEVEL_REACH = 5.0  # no level is further out
 SEED_MAX = (1 << 48) - 1
 _RMS_MIN = 2.0**-62  # rows whose squares are no numbers of float32: their codes say little more than signs
-_DEFAULTS = {"bits": -1, "eighths": 0, "seed": 0, "haar": 0, "unit": 0}
+_DEFAULTS = {"bits": -1, "eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0}
+_LOG_STEPS = 12
+_LOG_ONE = 128
+_LOG_OVER = 255
+# What the codes of a scale say, as float32.
+_OCTAVES = (np.arange(1.0, 256.0) - _LOG_ONE) / _LOG_STEPS
+LOG_SCALES = np.concatenate([[0.0], np.exp2(_OCTAVES)]).astype(np.float32)
 
 
-def turboquant_mse_recipe(bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False) -> Recipe:
+def turboquant_mse_recipe(
+    bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False, log: bool = False
+) -> Recipe:
     """1 to 8 bits a value, in eighths; least squared error."""
-    return _recipe(MSE, bits, seed, haar, unit)
+    return _recipe(MSE, bits, seed, haar, unit, log)
 
 
 def turboquant_prod_recipe(bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False) -> Recipe:
     """2 to 8 bits a value, in eighths; inner products with decoded rows have no bias, at more variance than mse."""
-    return _recipe(PROD, bits, seed, haar, unit)
+    return _recipe(PROD, bits, seed, haar, unit, log=False)
 
 
-def _recipe(name: str, bits: float, seed: int, haar: bool, unit: bool) -> Recipe:
+def _recipe(name: str, bits: float, seed: int, haar: bool, unit: bool, log: bool) -> Recipe:
     whole, eighths = divmod(round(bits * EIGHTHS), EIGHTHS)
-    values = {"bits": whole, "eighths": eighths, "seed": seed, "haar": int(haar), "unit": int(unit)}
+    values = {"bits": whole, "eighths": eighths, "seed": seed, "haar": int(haar), "unit": int(unit), "log": int(log)}
     return Recipe(name, 1, tuple((key, value) for key, value in values.items() if key == "bits" or value))
 
 
@@ -76,6 +90,7 @@ class RowFormat:
     seed: int
     haar: bool
     unit: bool
+    log: bool
     prod: bool
 
     @property
@@ -101,11 +116,13 @@ def row_format(recipe: Recipe, width: int) -> RowFormat:
     values = _DEFAULTS | dict(recipe.params)
     bits, eighths = values["bits"], values["eighths"]
     prod = recipe.name == PROD
-    known = values.keys() == _DEFAULTS.keys() and {values["haar"], values["unit"]} <= {0, 1}
+    known = values.keys() == _DEFAULTS.keys() and {values["haar"], values["unit"], values["log"]} <= {0, 1}
+    known = known and not (values["log"] and (prod or values["unit"]))
     in_range = 1 + prod <= bits and bits * EIGHTHS + eighths <= BITS_MAX * EIGHTHS and 0 <= eighths < EIGHTHS
     if not known or not in_range or not 0 <= values["seed"] <= SEED_MAX or not _is_rotated(width):
         raise CorruptDataError(f"recipe {recipe} cannot describe rows of {width}")
-    return RowFormat(width, bits, eighths, values["seed"], bool(values["haar"]), bool(values["unit"]), prod)
+    haar, unit, log = (bool(values[name]) for name in ("haar", "unit", "log"))
+    return RowFormat(width, bits, eighths, values["seed"], haar, unit, log, prod)
 
 
 def _is_rotated(width: int) -> bool:
@@ -154,7 +171,8 @@ def _encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
     a: mx.array | float = 1.0 / math.sqrt(form.width)
     if not form.unit:
         best = (y * q).sum(-1, keepdims=True) / mx.square(q).sum(-1, keepdims=True)
-        scales.append(mx.where(mx.isfinite(rms), best, mx.nan).astype(rows.dtype))
+        best = mx.where(mx.isfinite(rms), best, mx.nan)
+        scales.append(_log_codes(best) if form.log else best.astype(rows.dtype))
         a = scales[0].astype(mx.float32)
     if form.prod:
         u = rotate(y - a * q, form, residual=True)
@@ -163,6 +181,13 @@ def _encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
         g = mx.square(u).sum(-1, keepdims=True) / mx.maximum(size, mx.finfo(mx.float32).smallest_normal)
         scales.append(g.astype(mx.float32 if form.unit else rows.dtype))
     return packing.pack(codes, form.fields), mx.concatenate(scales, axis=-1)
+
+
+def _log_codes(scales: mx.array) -> mx.array:
+    """The codes of LOG_SCALES that are nearest, uint8."""
+    steps = mx.round(mx.log2(mx.maximum(scales, mx.finfo(mx.float32).smallest_normal)) * _LOG_STEPS) + _LOG_ONE
+    codes = mx.where(steps >= 1, mx.minimum(steps, _LOG_OVER), 0)
+    return mx.where(mx.isfinite(scales), codes, _LOG_OVER).astype(mx.uint8)
 
 
 def _split(z: mx.array, form: RowFormat) -> list[tuple[mx.array, int]]:
@@ -208,6 +233,8 @@ def levels_and_signs(words: mx.array, form: RowFormat) -> tuple[mx.array, mx.arr
 
 def scales_of(tensors: Sequence[mx.array], form: RowFormat) -> tuple[mx.array | float, mx.array | None]:
     """a and, prod, g of packed rows: float32 `[..., 1]`."""
+    if form.log:
+        return _look_up(mx.array(LOG_SCALES), tensors[1].astype(mx.uint32)), None
     scales = tensors[1].astype(mx.float32) if form.scales else None
     a = 1.0 / math.sqrt(form.width) if form.unit or scales is None else scales[..., :1]
     return a, scales[..., -1:] if form.prod and scales is not None else None
@@ -244,7 +271,8 @@ class TurboQuantCodec:
         if part.bits or (form.unit and part.dtype != "F32"):
             raise CorruptDataError(f"recipe {recipe} cannot describe rows of {part.dtype} with {part.bits} bits")
         codes = Tensor("codes", "U32", part.heads, packing.words_of(form.fields))
-        return (codes, Tensor("scales", part.dtype, part.heads, form.scales)) if form.scales else (codes,)
+        dtype = "U8" if form.log else part.dtype
+        return (codes, Tensor("scales", dtype, part.heads, form.scales)) if form.scales else (codes,)
 
     def fidelity(self, recipe: Recipe) -> int:
         """Hundredths of a bit: 350 for 3.5 bits."""
@@ -262,6 +290,11 @@ class TurboQuantCodec:
         if len(tensors) == 1:
             return mx.array(True)
         width = tensors[0].shape[-1] * 32 // recipe.param("bits")
+        if tensors[1].dtype == mx.uint8:
+            # Of no dtype: within the range of the narrowest.
+            codes = tensors[1].astype(mx.uint32)
+            reach = _look_up(mx.array(LOG_SCALES), codes) * LEVEL_REACH * math.sqrt(width)
+            return mx.all((codes < _LOG_OVER) & (reach <= float(mx.finfo(mx.float16).max)))
         reach = mx.abs(tensors[1].astype(mx.float32)).sum(-1) * LEVEL_REACH * math.sqrt(width)
         inside = float(mx.finfo(mx.float32).max) / width
         return mx.all(reach <= min(float(mx.finfo(tensors[1].dtype).max), inside))
@@ -269,7 +302,7 @@ class TurboQuantCodec:
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
         """The tensors -> [L, H, T, D] in the part's dtype."""
         rows = decode_rows([mx.contiguous(tensor) for tensor in tensors], row_format(recipe, part.width))
-        return rows.astype(tensors[-1].dtype) if len(tensors) > 1 else rows
+        return rows.astype(dtype_of(part.dtype))
 
 
 register(TurboQuantCodec(MSE))

@@ -34,6 +34,7 @@ RECIPES = [
     *(turboquant_mse_recipe(bits) for bits in (1, 2, 3, 3.5, 4, 5.25, 8)),
     *(turboquant_prod_recipe(bits, seed=7) for bits in (2, 3.5, 8)),
     turboquant_mse_recipe(4, haar=True),
+    *(turboquant_mse_recipe(bits, log=True) for bits in (3, 4)),
 ]
 DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (64, 80, 96, 128, 192, 576)

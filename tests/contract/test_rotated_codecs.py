@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import RAW, Recipe
@@ -91,6 +91,29 @@ def test_turboquant_is_what_its_format_says(
     assert_decoded(codec.decode(encoded, recipe, part), model.decode(tensors), part.dtype)
 
 
+@settings(max_examples=40, deadline=None)
+@given(**shapes, bits=st.integers(1, 8), exponent=st.integers(-6, 6))
+def test_scales_in_8_bits_are_the_nearest_of_twelve_steps_an_octave(
+    part: PartSpec, tokens: int, seed: int, bits: int, exponent: int
+) -> None:
+    """The codes beside them are those of a scale in full; out of range they are not trusted."""
+    recipe, full = turboquant_mse_recipe(bits, log=True), turboquant_mse_recipe(bits)
+    codec, model = codec_of(recipe), reference.TurboQuant(recipe, part.width, part.dtype)
+    array, _ = make_rows(seed, part, tokens)
+    array = (array.astype(mx.float32) * 10.0**exponent).astype(array.dtype)
+    assume(mx.all(mx.isfinite(array)).item())  # the store path keeps the others as they are
+    rows = np.array(array.astype(mx.float32))
+    encoded = codec.encode(array, recipe)
+    tensors, (expected, _) = as_numpy(encoded), model.encode(rows)
+    assert mx.array_equal(encoded[0], codec.encode(array, full)[0]).item()
+    steps = np.abs(tensors[1].astype(np.int64) - expected[1].astype(np.int64))
+    assert (steps <= 1).all() and (steps > 0).mean() < 0.2  # halfway between two steps, rounding decides
+    assert encoded[1].dtype == mx.uint8
+    if codec.trusted(encoded, recipe).item():
+        assert (tensors[1] < 255).all()
+        assert_decoded(codec.decode(encoded, recipe, part), model.decode(tensors), part.dtype)
+
+
 @settings(max_examples=60, deadline=None)
 @given(**shapes, bits=st.sampled_from(BITS), group=st.sampled_from([32, 64, 128]))
 def test_rotated_affine_is_what_its_format_says(part: PartSpec, tokens: int, seed: int, bits: int, group: int) -> None:
@@ -118,8 +141,13 @@ def test_rotated_affine_is_what_its_format_says(part: PartSpec, tokens: int, see
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
 @pytest.mark.parametrize(
     "recipe",
-    [rotated_affine_recipe(4, 64), turboquant_mse_recipe(4), turboquant_prod_recipe(4)],
-    ids=lambda recipe: recipe.name,
+    [
+        rotated_affine_recipe(4, 64),
+        turboquant_mse_recipe(4),
+        turboquant_mse_recipe(4, log=True),
+        turboquant_prod_recipe(4),
+    ],
+    ids=str,
 )
 def test_rows_too_long_for_their_dtype_are_not_trusted(recipe: Recipe, dtype: str) -> None:
     """All values finite, yet their norm, or what is decoded, need not be."""
@@ -135,12 +163,17 @@ def test_rows_too_long_for_their_dtype_are_not_trusted(recipe: Recipe, dtype: st
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 1 << 16), dtype=st.sampled_from(sorted(MX)), exponent=st.floats(-6, 30), kind=st.integers(0, 2)
+    seed=st.integers(0, 1 << 16), dtype=st.sampled_from(sorted(MX)), exponent=st.floats(-6, 30), kind=st.integers(0, 3)
 )
 def test_what_is_trusted_decodes_to_finite_values(seed: int, dtype: str, exponent: float, kind: int) -> None:
     """Whatever the scale of the values."""
     part = PartSpec(1, 128, dtype)
-    recipe = (rotated_affine_recipe(3, 64), turboquant_mse_recipe(3), turboquant_prod_recipe(3))[kind]
+    recipe = (
+        rotated_affine_recipe(3, 64),
+        turboquant_mse_recipe(3),
+        turboquant_prod_recipe(3),
+        turboquant_mse_recipe(3, log=True),
+    )[kind]
     rows = np.random.default_rng(seed).normal(size=(1, 1, 3, 128)) * 10**exponent
     array = mx.array(np.clip(rows, -3e38, 3e38).astype(np.float32)).astype(MX[dtype])
     if mx.all(mx.isfinite(array)).item():
@@ -165,7 +198,14 @@ def test_encoding_many_rows_takes_little_memory_beside_them(recipe: Recipe) -> N
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
-    "recipe", [rotated_affine_recipe(8, 64), turboquant_mse_recipe(8), turboquant_prod_recipe(8)], ids=str
+    "recipe",
+    [
+        rotated_affine_recipe(8, 64),
+        turboquant_mse_recipe(8),
+        turboquant_mse_recipe(8, log=True),
+        turboquant_prod_recipe(8),
+    ],
+    ids=str,
 )
 def test_values_that_are_not_finite_are_never_trusted(recipe: Recipe, value: float) -> None:
     """The store path keeps such rows raw before it comes to this; nothing may read out of a table's bounds either."""
@@ -191,6 +231,8 @@ def test_values_that_are_not_finite_are_never_trusted(recipe: Recipe, value: flo
         (turboquant_mse_recipe(4), 100, "F32"),
         (turboquant_mse_recipe(4), 65_536, "F32"),
         (turboquant_mse_recipe(4, unit=True), 128, "BF16"),
+        (turboquant_mse_recipe(4, unit=True, log=True), 128, "F32"),
+        (Recipe("turboquant-prod", 1, (("bits", 4), ("log", 1))), 128, "F32"),
         (rotated_affine_recipe(8, 64, seed=-1), 128, "F32"),
         (rotated_affine_recipe(7, 64), 128, "F32"),
         (rotated_affine_recipe(8, 64), 96, "F32"),

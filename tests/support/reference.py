@@ -113,11 +113,19 @@ class Channel:
         return values.reshape(*values.shape[:-3], -1, values.shape[-1])
 
 
+def log_codes(scales: Array) -> Array:
+    """Scales as the nearest of twelve steps an octave around 2^0 = 128, in one byte; 0 is zero."""
+    with np.errstate(divide="ignore"):
+        steps = np.round(np.log2(scales.astype(np.float64)) * 12) + 128
+    return np.where(steps >= 1, np.minimum(steps, 255), 0).astype(np.uint8)
+
+
 class TurboQuant:
     """turboquant-mse and turboquant-prod for rows of one width."""
 
     def __init__(self, recipe: Recipe, width: int, dtype: str) -> None:
-        values = {"eighths": 0, "seed": 0, "haar": 0, "unit": 0, **dict(recipe.params)}
+        values = {"eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0, **dict(recipe.params)}
+        self.log = values["log"]
         self.prod = recipe.name == "turboquant-prod"
         self.width, self.seed, self.haar = width, values["seed"], values["haar"]
         self.unit, self.round = values["unit"], ROUND[dtype]
@@ -158,7 +166,8 @@ class TurboQuant:
         a: Array = np.full((*rows.shape[:-1], 1), 1 / math.sqrt(self.width), np.float32)
         scales = []
         if not self.unit:
-            a = self.round((y * q).sum(-1, keepdims=True) / (q * q).sum(-1, keepdims=True))
+            a = (y * q).sum(-1, keepdims=True) / (q * q).sum(-1, keepdims=True)
+            a = log_codes(a) if self.log else self.round(a)
             scales.append(a)
         if self.prod:
             u = self.turn(y - a * q, 1)
@@ -176,7 +185,10 @@ class TurboQuant:
         codes = codes_of(tensors[0], fields)
         pairs = zip(codes, self.fields, strict=False)
         q = np.concatenate([codebook(self.width, bits).levels[c] for c, (_, bits) in pairs], -1)
-        y = q * (np.float32(1 / math.sqrt(self.width)) if self.unit else tensors[1][..., :1])
+        scales = tensors[1][..., :1] if len(tensors) > 1 else np.float32(1 / math.sqrt(self.width))
+        if self.log:
+            scales = np.where(scales > 0, np.exp2((scales.astype(np.float64) - 128) / 12), 0).astype(np.float32)
+        y = q * (np.float32(1 / math.sqrt(self.width)) if self.unit else scales)
         if self.prod:
             y = y + self.turn((2.0 * codes[-1] - 1.0).astype(np.float32) * tensors[1][..., -1:], 1, back=True)
         return self.turn(y, back=True)
