@@ -130,6 +130,7 @@ class Daemon:
         await health.enter_graceful_shutdown()
         reaper.cancel()
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
+        service.end_leases()
         grace = asyncio.get_running_loop().time() + config.grace_s
         await server.stop(config.grace_s)
         if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
@@ -159,6 +160,7 @@ def serve(config: Config) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
+    logging.getLogger("grpc._cython.cygrpc").addFilter(no_cancellation)
     os.umask(0o077)
     raise_file_limit()
     keep_freed_memory()
@@ -173,6 +175,11 @@ def serve(config: Config) -> int:
 
     asyncio.run(main())
     return 0
+
+
+def no_cancellation(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC is worth a line: a traceback to say that the stop ended a call is not."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def engine_options(config: Config) -> EngineOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._counters = counters
         self._config = config
         self._same_host = same_host
+        self._stopping = asyncio.Event()
         self._commits: set[asyncio.Task[Any]] = set()
 
     @property
@@ -86,13 +88,18 @@ class KVStoreService(rpc.KVStoreServicer):
             await write_within(context, message, self._config.stream_stall_s)
             if way == "path":
                 self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
-                await asyncio.sleep(self._config.lease_s)
+                await self._lease()
             else:
                 await self._stream(plan, plan.namespace.layout, way, context)
         finally:
             plan.release()
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
+
+    async def _lease(self) -> None:
+        """As long as the worker stays, at most `lease_s`; a stop ends it, since nothing is evicted after that."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), self._config.lease_s)
 
     async def _planned(self, request: pb.FetchRequest, root: bytes, way: Way) -> FetchPlan:
         planning = asyncio.ensure_future(
@@ -263,6 +270,10 @@ class KVStoreService(rpc.KVStoreServicer):
         if len(request.key) != KEY_BYTES:
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")
         return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
+
+    def end_leases(self) -> None:
+        """Let go of what waits for workers; called once, when the daemon is told to stop."""
+        self._stopping.set()
 
     async def drain(self, grace_s: float) -> bool:
         """Wait for commits that were accepted; whether all ended within `grace_s`."""
