@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tests.faults import cuts, damage, disk, kills
+from tests.faults import cuts, damage, disk, hostile, kills
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
@@ -95,6 +95,15 @@ def run_full(folder: Path, share: Share[tuple[int, bool]]) -> list[Tally]:
     return [tally]
 
 
+def run_hostile(folder: Path, share: Share[int]) -> list[Tally]:
+    """Calls of a hostile worker, a few at once."""
+    tally = Tally("hostile calls", f"{hostile.ATTACKS} attacks at random, {hostile.THREADS} at once", "none is needed")
+    report = hostile.run(folder, len(share(range(hostile.CALLS))))
+    tally.runs, tally.wrong, tally.others = report.calls, report.wrong, report.faults
+    tally.crashes = sum(fault == hostile.ENDED for fault in report.faults)
+    return [tally]
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
@@ -102,6 +111,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]
     "full": (cuts.missing, run_full),
     "blobs": (lambda: "", run_blobs),
     "indexes": (lambda: "", run_indexes),
+    "hostile": (lambda: "", run_hostile),
 }
 
 
