@@ -186,6 +186,12 @@ class Config:
     fetch_total_ms: int = _key(
         values.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
     )
+    slow_hits: bool = _key(
+        values.switch,
+        "Servers take what is stored also where computing it is expected to be faster.",
+        "switch",
+        default=False,
+    )
     checkpoints_max: int = _key(
         values.whole(1),
         "Most checkpoints kept along one sequence, for models with sliding-window or recurrent layers.",

@@ -16,6 +16,7 @@ from mlx_lm import server as mlx_lm_server
 from mlx_lm.utils import load_tokenizer
 
 from kvstore.bounds import ByteBudget
+from kvstore.config import Config
 from kvstore.integrations import prefetch, segments
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
@@ -240,6 +241,16 @@ def test_prompts_are_measured_and_the_store_is_told(start: Any) -> None:
     said = start.client.only.said[-1]
     assert said["prefill_tokens_per_s"] == pytest.approx(100.0)
     assert said["evaluate"]
+
+
+def test_who_wants_slow_hits_does_not_say_how_fast_it_computes(start: Any) -> None:
+    """Then the store gives all that it has."""
+    ask(start(), LONG)
+    start.client.config = Config(slow_hits=True)
+    other = start()
+    other.prompt_cache.speed.add(other.model_provider.model_key, 1000, 10.0)
+    ask(other, LONG)
+    assert start.client.only.said[-1]["prefill_tokens_per_s"] == 0.0
 
 
 def test_bytes_fetched_ahead_are_bounded_and_one_hit_always_fits() -> None:

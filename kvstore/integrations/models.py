@@ -229,6 +229,8 @@ class ModelStore:
 
         `reserve(nbytes)` is asked before anything is read, and may refuse.
         """
+        if self._client.config.slow_hits:
+            prefill_tokens_per_s = 0.0
         wanted = covered + GAIN_TOKENS_MIN if covered else 1
         if len(tokens) - 1 < wanted:
             return None
