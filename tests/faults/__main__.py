@@ -16,7 +16,7 @@ from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
 
 Item = TypeVar("Item")
-FLIPS_BLOB, FLIPS_PAGE = 36, 25
+FLIPS_BLOB, FLIPS_PAGE = 90, 6
 Share = Callable[[Sequence[Item]], list[Item]]
 
 
@@ -72,7 +72,7 @@ def run_errors(folder: Path, share: Share[tuple[str, kills.Point]]) -> list[Tall
     """Every call of every script, those that read too, with every error that it may meet."""
     tally = Tally(
         "EIO, ENOSPC, EROFS",
-        "at every call that changes the disk, and every fourth that reads (strace inject)",
+        "at every call that changes the disk, and every 16th that reads (strace inject)",
         "by itself, or at the next start",
     )
     harness = disk.Errors(folder / "errors")
@@ -80,7 +80,7 @@ def run_errors(folder: Path, share: Share[tuple[str, kills.Point]]) -> list[Tall
         (error, point)
         for error, scripts in disk.ERRORS.items()
         for script in scripts
-        for point in (*harness.points(script), *harness.points(script, calls=disk.READS)[::4])
+        for point in (*harness.points(script), *harness.points(script, calls=disk.READS)[::16])
     ]
     for error, point in share(found):
         tally.note((error, point), harness.strike_error(point, error))
