@@ -32,7 +32,7 @@ class Errors(kills.Kills):
         data_dir, acks = self._fresh(point.script)
         inject = f"inject={point.call}:error={error}:when={point.number}"
         strace = ["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject]
-        code = self._run(point.script, data_dir, acks, "", strace, is_quiet=True)
+        code = self._run(point.script, data_dir, acks, "", strace)
         try:
             crashed = [f"crash: the script ended with {code}"] if code not in (0, 1) else []
             broken = broken_promises(point.script, data_dir, acks)

@@ -14,14 +14,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.workload import SCRIPTS, broken_promises
+from tests.faults.workload import SCRIPTS, broken_promises, run
 
-ROOT = Path(__file__).parents[2]
 CHANGES = (
     "?open,openat,?creat,close,write,pwrite64,writev,pwritev,fsync,fdatasync,msync,?rename,renameat,renameat2,?unlink,"
     "unlinkat,?mkdir,mkdirat,?rmdir,ftruncate,truncate,fchmod,?chmod,fchmodat,fallocate,flock,?link,linkat"
@@ -59,24 +60,22 @@ class Kills:
         folder.mkdir(exist_ok=True)
 
     def points(self, script: str, bug: str = "", calls: str = CHANGES) -> list[Point]:
-        """Every point of a script, from its first line on: what came before was Python that starts.
+        """Every point of a script.
 
         `calls` are those that change the disk, unless it is said otherwise; then reads count too.
         """
         data_dir, acks = self._fresh(script)
         trace = self._folder / "trace"
-        self._run(script, data_dir, acks, bug, ["-o", str(trace), "-e", f"trace={calls},write"])
+        self._run(script, data_dir, acks, bug, ["-o", str(trace), "-e", f"trace={calls}"])
         made: Counter[str] = Counter()
         points: list[Point] = []
-        started = False
         for line in trace.read_text(errors="replace").splitlines():
             found = _CALL.match(line)
             if found is None:
                 continue
             made[found[1]] += 1
-            if started and (calls is not CHANGES or not _READS.match(line)):
+            if calls is not CHANGES or not _READS.match(line):
                 points.append(Point(script, found[1], made[found[1]]))
-            started = started or "begin 0" in line
         return points
 
     def strike(self, point: Point, bug: str = "") -> list[str]:
@@ -101,12 +100,29 @@ class Kills:
         acks = self._folder / f"{data_dir.name}.acks"
         return data_dir, acks
 
-    def _run(
-        self, script: str, data_dir: Path, acks: Path, bug: str, strace: Sequence[str], is_quiet: bool = False
-    ) -> int:
-        program = [sys.executable, "-m", "tests.faults.workload", script, str(data_dir), str(acks), bug]
-        environ = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-        ran = subprocess.run(["strace", *strace, *program], cwd=ROOT, env=environ, capture_output=True, check=False)
-        if ran.returncode not in (0, -signal.SIGKILL) and not is_quiet:
-            sys.stderr.write(ran.stderr.decode(errors="replace")[-2000:])
-        return ran.returncode
+    def _run(self, script: str, data_dir: Path, acks: Path, bug: str, strace: Sequence[str]) -> int:
+        """Run a script in a child of this process, under strace from its first line on; the child's exit code.
+
+        A fork has Python and the engine in memory already: six times faster than a process of its own.
+        """
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.dup2(os.open(self._folder / "said", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+                os.kill(os.getpid(), signal.SIGSTOP)
+                run(script, data_dir, acks, bug)
+                code = 0
+            finally:
+                if code:
+                    traceback.print_exc()
+                os._exit(code)
+        os.waitpid(child, os.WUNTRACED)
+        with subprocess.Popen(["strace", "-qq", "-p", str(child), *strace], stderr=subprocess.DEVNULL) as tracer:
+            while f"TracerPid:\t{tracer.pid}\n" not in Path(f"/proc/{child}/status").read_text():
+                if tracer.poll() is not None:
+                    os.kill(child, signal.SIGKILL)
+                    raise RuntimeError("strace did not attach")
+                time.sleep(0.001)
+            os.kill(child, signal.SIGCONT)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

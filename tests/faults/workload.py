@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,7 +268,3 @@ def _demand_order(engine: Engine) -> None:
     rows = {info.path for info in engine.list_blocks(limit=1 << 30)}
     files = blob_paths(engine.staging_dir.parent)
     assert files == rows, f"{len(files - rows)} files without a row"
-
-
-if __name__ == "__main__":
-    run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "")
