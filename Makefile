@@ -1,7 +1,7 @@
 # make demo   two model servers sharing one store, on a small trained model
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
-# make bench  what 8 bits cost, by kind of model: the table in README.md; TurboQuant beside mx.quantize
+# make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
 # make faults  kills, power cuts, damage and failing disks at length; as root on Linux, a quarter of an hour
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
@@ -51,9 +51,15 @@ test-oldest: $(INSTALLED_OLDEST)
 compat: $(INSTALLED_VLLM)
 	@$(VENV_VLLM)/bin/python -m pytest -p no:cacheprovider tests/compat
 
+# Alone on the machine. BENCH narrows the sizes, as in: make bench BENCH='--seq-len 2048 --rounds 3'
 bench: $(INSTALLED)
 	@$(BIN)/python tests/bench/topologies.py
 	@$(BIN)/python tests/bench/turboquant.py
+	@$(BIN)/kvstore bench match --rows 1000,100000,1000000
+	@for verb in transport fetch store concurrency; do $(BIN)/kvstore bench $$verb $(BENCH) || exit 1; done
+	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
+	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
+	@$(BIN)/python tests/bench/peers.py
 
 faults: $(INSTALLED)
 	@$(BIN)/python -m tests.faults
