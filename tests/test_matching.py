@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.bench.bulk import load_rows, sequence_tokens
+from kvstore.bench.bulk import call_clean, load_rows, sequence_tokens
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run, Stack, Tensor
 from kvstore.engine import Engine, Match, Row, nouns, rows
 from kvstore.engine.index import View
@@ -124,6 +124,7 @@ def test_rows_loaded_in_bulk_are_rows_like_others(tmp_path: Path) -> None:
                 assert all(len(part.row.block.runs) == 1 for part in match.slices)
         put(engine, NS, [1, 2, 3])
         assert find(engine, NS, [1, 2, 3]).slices[0].row.seq > 3 * BLOCKS
+    call_clean(tmp_path / "data")
     with Engine.open(tmp_path / "data", options()) as engine:
         assert engine.stats().blobs == 3 * BLOCKS + 1
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from kvstore.bench.bare import Bare, bare_server
-from kvstore.bench.bulk import load_rows, sequence_tokens
+from kvstore.bench.bulk import call_clean, load_rows, sequence_tokens
 from kvstore.bench.cases import BenchError, Case, Report, measure
 from kvstore.bench.rig import patient
 from kvstore.bench.scratch import ScratchDaemon
@@ -49,6 +49,8 @@ def run(shape: Shape, rounds: int, row_counts: Sequence[int]) -> Report:
         warm_ups = max(len(index.prompts) for index in indexes)
         with contextlib.ExitStack() as opened:
             in_engine = measure(engine_cases(indexes, opened), rounds, warm_ups)
+        for index in indexes:
+            call_clean(index.daemon.folder / "data")
         bare = stack.enter_context(bare_server())
         over_rpc = measure(rpc_cases(indexes, stack, bare), rounds, warm_ups)
         starts = [Case(f"open to serving, {index.name}", functools.partial(restart, index.daemon)) for index in indexes]
@@ -116,6 +118,7 @@ def demand(n_tokens: int, expected: int) -> None:
 def restart(daemon: ScratchDaemon) -> float:
     """Stop it and start it again; seconds until it serves, interpreter and imports among them."""
     daemon.stop()
+    call_clean(daemon.folder / "data")
     return daemon.start()
 
 
