@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import subprocess
 import sys
 import threading
@@ -260,29 +258,6 @@ def test_what_is_captured_of_a_buffer_that_is_itself_a_slice_or_transposed_is_ri
     mx.eval(keys, values)
     layers = [KVLayer(layout.layers[0], (keys,), (values,), 40)]
     assert piece_bytes(Capture(layers, 5, 40), layout, Piece(7, 31)) == expected_piece(layout, layers, Piece(7, 31))
-
-
-def test_only_large_buffers_are_advised_and_only_within_their_own_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that the buffer shares with something else is left alone."""
-    calls: list[tuple[int, int, int]] = []
-
-    class Libc:
-        def madvise(self, address: ctypes.c_void_p, nbytes: ctypes.c_size_t, advice: int) -> int:
-            calls.append((address.value or 0, nbytes.value, advice))
-            return -1
-
-    monkeypatch.setattr(device, "_LIBC", Libc())
-    monkeypatch.setattr(device, "_ADVICE", 14)
-    memory = np.empty(device._ADVISED_BYTES + 3 * mmap.PAGESIZE, np.uint8)
-    device.expect_writes(memory[: device._ADVISED_BYTES - 1].data)
-    assert calls == []
-    inner = memory[1 : device._ADVISED_BYTES + mmap.PAGESIZE]
-    device.expect_writes(inner.data)
-    ((address, nbytes, advice),) = calls
-    assert advice == 14
-    assert address % mmap.PAGESIZE == nbytes % mmap.PAGESIZE == 0
-    assert inner.ctypes.data <= address < address + nbytes <= inner.ctypes.data + inner.nbytes
-    assert nbytes > inner.nbytes - 2 * mmap.PAGESIZE
 
 
 def test_memory_is_not_given_back_while_a_file_object_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

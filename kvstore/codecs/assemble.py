@@ -3,7 +3,9 @@
 A layer is read by one `mx.load` of a virtual file (`virtual.py`), which gathers the bytes from the blocks straight into
 MLX's buffer, on two threads. Against mx.load of one file of equal capacity, into fresh memory, that costs 1.1-1.3x
 (1 GiB) or 1.3-1.7x (256 MiB); mx.load of every block and concatenating 4.3-5.3x, preadv into numpy and mx.array
-2.3-2.9x. Only decoding may be lazy: when `assemble_layer` returns, every byte was read and verified.
+2.3-2.9x. Rejected: asking Linux for pages of 2 MiB, faster than mx.load at times and, on a virtual machine whose host
+takes free memory back, several times as slow. Only decoding may be lazy: when `assemble_layer` returns, every byte was
+read and verified.
 
 Plan first: `_segments` says from the runs alone which ranges are needed and where their rows go. Neighbouring runs of
 one recipe share a segment: one tensor of the virtual file each, and one decode; what a byte codec packed is unpacked on

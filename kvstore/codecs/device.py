@@ -11,8 +11,6 @@ array -> bytes  through the buffer protocol as plain bytes, which ignores the el
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -47,10 +45,6 @@ _CARRIERS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.int64}
 # All bits of the exponent, as an integer of the element's size: set in infinities and NaNs only.
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
 _FINITE_SPAN = 1 << 18
-
-_LIBC = ctypes.CDLL(None)
-_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
-_ADVISED_BYTES = 4 << 20
 
 
 def name() -> str:
@@ -147,20 +141,6 @@ def all_finite(rows: Bytes, dtype: str) -> bool:
         if int((flat[at : at + _FINITE_SPAN] & exponent).max()) == exponent:
             return False
     return True
-
-
-def expect_writes(buffer: memoryview) -> None:
-    """Advise that a large buffer of MLX's is about to be filled: Linux then gives fresh memory in pages of 2 MiB.
-
-    As numpy does for its own arrays and MLX does not; 1 GiB in pages of 4 KiB is 260,000 faults, most of the time that
-    reading it takes. Elsewhere, and for small buffers, nothing. It is advice: a refusal changes nothing.
-    """
-    if _ADVICE is None or buffer.nbytes < _ADVISED_BYTES:
-        return
-    address = np.frombuffer(buffer, np.uint8).ctypes.data
-    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = (address + buffer.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _ADVICE)
 
 
 class Capture:
