@@ -229,3 +229,77 @@ def quality(
         print_json({"hard_keys": hard_keys, "results": [asdict(one) for one in results]})
         return
     print_quality(results)
+
+
+@command.command("codec")
+@click.option("--layers", type=click.IntRange(1), default=32, show_default=True, help="Cache layers.")
+@click.option("--seq-len", "seq_lens", default="512", show_default=True, metavar="N,N", help="Tokens; or a sweep.")
+@click.option("--heads", type=click.IntRange(1), default=32, show_default=True, help="Heads of keys and values.")
+@click.option("--head-dim", "head_dims", default="128", show_default=True, metavar="N,N", help="Width; or a sweep.")
+@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Rounds; times are the best.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False), metavar="FILE", help="Also draw an SVG.")
+@common_options
+def codec(
+    layers: int,
+    seq_lens: str,
+    heads: int,
+    head_dims: str,
+    dtype: str,
+    profiles: tuple[str, ...],
+    rounds: int,
+    plot_path: str | None,
+    **options: Any,
+) -> None:
+    """What profiles make of synthetic KV: bytes, errors, time and memory, everything evaluated."""
+    refuse_address(options)
+    if plot_path:
+        importlib.import_module("kvstore.bench.plot").demand_matplotlib()
+    bench = importlib.import_module("kvstore.bench.codec")
+    shapes = [
+        bench.CodecShape(layers, seq_len, heads, head_dim, dtype)
+        for seq_len in _numbers(seq_lens, "--seq-len")
+        for head_dim in _numbers(head_dims, "--head-dim")
+    ]
+    rows = bench.measure_codecs(shapes, profiles or bench.NAMES, rounds)
+    if plot_path:
+        bench.plot_codecs(rows, Path(plot_path))
+    if options["as_json"]:
+        print_json({"layers": layers, "heads": heads, "dtype": dtype, "rows": bench.as_fields(rows)})
+        return
+    cells = [
+        (
+            row.profile,
+            str(row.seq_len),
+            str(row.head_dim),
+            f"{row.nbytes / 1e6:.1f}",
+            f"{row.of_dtype:.3f}",
+            f"{row.of_float32:.3f}",
+            f"{row.mean_error:.2%}",
+            f"{row.max_error:.2f}",
+            time_text(row.encode_s),
+            time_text(row.decode_s),
+            f"{row.encode_peak_bytes / 1e6:.0f}",
+            f"{row.decode_peak_bytes / 1e6:.0f}",
+        )
+        for row in rows
+    ]
+    columns = ("profile", "tokens", "width", "MB", f"of {dtype}", "of float32", "mean error", "max error")
+    print_table(
+        (*columns, "quantize", "dequantize", "peak MB", "peak MB back"),
+        cells,
+        title=f"{layers} layers, {heads} heads; errors of the root mean square",
+        numbers=" nnnnnnnnnnn",
+    )
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """Whole numbers with commas between them; a usage error otherwise."""
+    try:
+        numbers = [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: whole numbers with commas between them", param_hint=option) from error
+    if min(numbers) < 1:
+        raise click.BadParameter(f"{text!r}: at least 1", param_hint=option)
+    return numbers
