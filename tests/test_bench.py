@@ -19,6 +19,7 @@ from kvstore.bench.scratch import ScratchDaemon
 from kvstore.bench.shape import Shape, arrays_of, load, save
 from kvstore.cli.app import cli
 from kvstore.cli.bench import command
+from kvstore.codecs.profiles import PROFILES
 from kvstore.errors import ConfigError, UnavailableError
 from tests.support.models import write_tiny
 
@@ -203,7 +204,9 @@ def test_people_get_a_table() -> None:
     assert " x bare gRPC stream" in text
 
 
-@pytest.mark.parametrize("verb", [verb for verb in command.commands if verb not in ("match", "ttft")])
+@pytest.mark.parametrize(
+    "verb", [verb for verb in command.commands if verb not in ("match", "ttft", "codec", "quality")]
+)
 def test_a_daemon_in_use_is_not_written_to(verb: str) -> None:
     """A usage error before anything is started."""
     result = invoke(verb, *TINY, "--address", "unix:/nowhere")
@@ -233,5 +236,32 @@ def test_every_sub_verb_has_help_and_the_common_options() -> None:
     assert isinstance(command, click.Group)
     for verb, sub in command.commands.items():
         flags = {flag for param in sub.params for flag in param.opts}
-        assert {"--json", "--address", "--config", "--rounds", "--plot"} <= flags, verb
+        assert {"--json", "--address", "--config"} <= flags, verb
+        assert {"--rounds", "--plot"} <= flags or verb == "quality", "every other one is timed"
         assert sub.help
+
+
+def test_codec_tells_bytes_errors_and_times_of_every_profile() -> None:
+    """Over sweeps too; what loses nothing has no error, and fewer bits have more of it."""
+    found = answer_rows(
+        "--layers", "1", "--heads", "2", "--head-dim", "64,128", "--seq-len", "300", "--dtype", "bfloat16"
+    )
+    assert {row["head_dim"] for row in found} == {64, 128}
+    rows = {row["profile"]: row for row in found if row["head_dim"] == 128}
+    assert {"raw", "affine8", "affine4", *PROFILES} == set(rows)
+    assert rows["raw"]["of_dtype"] == 1 and rows["raw"]["of_float32"] == 0.5
+    for name in ("raw", "exact"):
+        assert rows[name]["max_error"] == 0
+    errors = [rows[name]["mean_error"] for name in ("exact", "safe", "balanced", "compact", "tiny")]
+    assert errors == sorted(errors)
+    sizes = [rows[name]["nbytes"] for name in ("exact", "safe", "balanced", "compact", "tiny")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(row["encode_s"] > 0 and row["decode_s"] > 0 and row["decode_peak_bytes"] > 0 for row in found)
+
+
+def answer_rows(*args: str) -> list[dict[str, Any]]:
+    """The rows of `bench codec --json`."""
+    result = invoke("codec", *args, "--json")
+    assert result.exit_code == 0, (result.output, result.exception)
+    rows: list[dict[str, Any]] = json.loads(result.stdout)["rows"]
+    return rows

@@ -108,14 +108,17 @@ def test_a_daemon_killed_in_the_middle_of_a_stream_costs_a_miss(
     daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch, representation: Any
 ) -> None:
     """Half a sequence is of no use, and is not passed off as a shorter one."""
-    stored(client)
-    session = client.session(NAMESPACE, **LIMITS)
+    deep = make_layout(layers=64)  # far more than what is under way between the two
+    whole = make_namespace(deep, "deep")
+    patient = client.session(whole, **PATIENT)
+    assert patient.store(TOKENS, make_layers(deep, TOKENS), wait=True).durable
+    session = client.session(whole, **LIMITS)
     break_after(monkeypatch, fetcher, "assemble_layer", daemon.kill)
     with at_most(WITHIN_S):
         miss = session.fetch(TOKENS, representation, "stream")
     assert not miss and miss.reason in (Reason.UNAVAILABLE, Reason.DEADLINE)
     daemon.start()
-    eventually(lambda: session.fetch(TOKENS, representation, "stream"))
+    eventually(lambda: patient.fetch(TOKENS, representation, "stream"))
 
 
 def test_a_daemon_killed_in_the_middle_of_reading_files_is_not_missed(

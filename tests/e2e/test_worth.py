@@ -100,12 +100,12 @@ def test_a_disk_that_becomes_slow_costs_less_than_the_prefill_and_a_fast_one_is_
 def test_a_fast_tiny_model_is_not_made_to_wait(client: Client) -> None:
     """The daemon says no to 2,048 tokens at a million tokens/s; at ten million it is not even asked."""
     session = client.session(make_namespace(LAYOUT), **PATIENT)  # type: ignore[arg-type]
-    answer = fetch(session, speed=5e5)
-    assert (bool(answer), answer.reason) == (False, Reason.SLOWER_THAN_PREFILL)
+    # Half of what it predicts is 2 ms: a busy machine may not even hear the daemon's no by then.
+    assert fetch(session, speed=5e5).reason in (Reason.SLOWER_THAN_PREFILL, Reason.DEADLINE)
+    assert session.match([*TOKENS, 1], 5e5).reason is Reason.SLOWER_THAN_PREFILL
     before = client.stats()["requests"]["fetch"]
     assert fetch(session, speed=1e7).reason is Reason.SLOWER_THAN_PREFILL
     assert client.stats()["requests"]["fetch"] == before
-    assert client.stats()["miss_reasons"] == {"slower_than_prefill": 1}
 
 
 def test_a_stream_is_measured_by_the_daemon(client: Client) -> None:

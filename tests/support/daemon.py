@@ -28,6 +28,8 @@ SMALL = {
     # Tests name profiles to test codecs with; the gate has tests of its own.
     "profile": "affine8",
     "quality_gate": "false",
+    # A scrub that comes first would find the damage that a test is about.
+    "scrub_bytes_per_s": "0",
 }
 
 
