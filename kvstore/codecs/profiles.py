@@ -42,9 +42,9 @@ MIN_TOKENS_MAX = 1 << 20
 PROFILES = {
     "exact": "lossless",
     "safe": "channel8:turboquant-mse8",
-    "balanced": "channel6:turboquant-mse6",
+    "balanced": "channel6:turboquant-log6",
     "compact": "channel4:turboquant-log4",
-    "tiny": "channel3:turboquant-log3",
+    "tiny": "channel3:turboquant-log2.875",
 }
 AUTO = "auto"
 LOSSY = tuple(PROFILES)[1:]
