@@ -38,7 +38,7 @@ from kvstore.layers import KVLayer, StateLayer
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
-Representation = Literal["auto", "packed", "dense"]
+Representation = Literal["auto", "packed", "quantized", "dense"]
 Transport = Literal["auto", "path", "stream"]
 Layer: TypeAlias = KVLayer | StateLayer
 
@@ -71,12 +71,13 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, and whether it wants
-    every layer evaluated, so that the arrays may be viewed on any thread."""
+    """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, whether it wants every
+    layer evaluated, so that the arrays may be viewed on any thread, and whether it attends to quantized layers."""
 
     prefill_tokens_per_s: float = 0.0
     covered_tokens: int = 0
     evaluate: bool = False
+    keep_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Fetcher:
             return self._packed(attempt, transport)
         except UnknownFormatError:
             # The daemon may be newer than this build and decode what this one cannot.
-            if representation == "packed":
+            if representation in ("packed", "quantized"):
                 raise
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
 
@@ -303,7 +304,7 @@ class Fetcher:
             layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader)
         else:
             headroom = self._options.headroom_tokens
-            layer = assemble_layer(layout, index, plan.blocks, reader, headroom_tokens=headroom, verify=True)
+            layer = assemble_layer(layout, index, plan.blocks, reader, headroom, keep_codes=attempt.caller.keep_codes)
         if attempt.caller.evaluate:
             started = time.monotonic()
             arrays = arrays_of(layer)

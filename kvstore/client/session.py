@@ -174,7 +174,9 @@ class Session:
         """KV of the longest usable prefix of `tokens`, at most all but the last; a falsy Miss when there is none.
 
         Every byte of a hit is read and verified; decoding may be lazy, so evaluate on this thread. `representation`:
-        "packed" (decoded here), "dense" (by the daemon), "auto" (packed, unless only the daemon can decode it).
+        "packed" (decoded here), "quantized" (packed, but layers that are affine throughout stay codes, which mlx-lm
+        attends to as they are; their specs say so), "dense" (decoded by the daemon), "auto" (packed, unless only the
+        daemon can decode it).
         `transport`: "path" (files), "stream", "auto" (path if the daemon is on this host and lets us). `total_ms`: a
         tighter limit for this call. `prefill_tokens_per_s`: how fast the caller computes, 0 if it does not know; a
         prefix that costs more than it saves is then left out (SLOWER_THAN_PREFILL), and the call takes at most half of
@@ -183,7 +185,7 @@ class Session:
         """
         try:
             packed = pack_tokens(tokens)
-            caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate)
+            caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate, representation == "quantized")
             answer = self._fetch(packed, representation, transport, total_ms, caller)
         except KVStoreError as error:
             log.info("fetch: %s", error)

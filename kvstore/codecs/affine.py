@@ -43,10 +43,13 @@ def reaches(scales: mx.array, biases: mx.array, bits: int) -> mx.array:
     return mx.all(worst <= limit)
 
 
+AFFINE = "affine"
+
+
 class AffineCodec:
     """See `base.Codec`. Parameters: bits, group, and fold=1 where heads are folded."""
 
-    name = "affine"
+    name = AFFINE
     version = 1
     group_tokens = 1
 

@@ -25,11 +25,12 @@ import mlx.core as mx
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
 from kvstore.codecs import device
+from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of, verify_range
 from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import Range, RangeReader
-from kvstore.layers import PARTS, KVLayer, Layout, PartSpec
+from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 
 __all__ = [
     "BlockCorruptError",
@@ -265,12 +266,14 @@ def assemble_layer(
     reader: RangeReader,
     headroom_tokens: int = BLOCK_TOKENS,
     verify: bool = True,
+    keep_codes: bool = False,
 ) -> KVLayer:
     """One kv layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
 
-    Everything is read when this returns; decoding may still be lazy, so evaluate on this thread. Raises
-    BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or misdescribed data,
-    UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails.
+    `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a quantized cache, as codes,
+    scales and biases, under a spec that says so. Everything is read when this returns; decoding may still be lazy, so
+    evaluate on this thread. Raises BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or
+    misdescribed data, UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails.
     """
     spec = layout.layers[layer]
     assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
@@ -278,8 +281,24 @@ def assemble_layer(
     capacity = -(-(n_tokens + headroom_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
     plan = {part: _segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
     loaded = _load(plan, capacity - n_tokens, _Filler(reader, verify))
+    if keep_codes and (quantized := _quantized_spec(spec, plan)):
+        keys, values = (tuple(loaded[part][0]) for part in PARTS)
+        return KVLayer(quantized, keys, values, n_tokens)
     parts = {part: _decoded(spec.part(part), segments, loaded[part], capacity) for part, segments in plan.items()}
     return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
+
+
+def _quantized_spec(spec: LayerSpec, plan: dict[str, list[_Segment]]) -> LayerSpec | None:
+    """The layer as mlx-lm's quantized cache has it; None where keys and values are not such codes, and alike."""
+    recipes = {segment.recipe for segments in plan.values() for segment in segments}
+    recipe = next(iter(recipes))
+    once = len(plan) == len(PARTS) and all(len(segments) == 1 for segments in plan.values())
+    if len(recipes) != 1 or not once or recipe.name != AFFINE or is_folded(recipe):
+        return None
+    bits, group = recipe.param("bits"), recipe.param("group")
+    return replace(
+        spec, keys=replace(spec.keys, bits=bits, group=group), values=replace(spec.values, bits=bits, group=group)
+    )
 
 
 def packed_layer(
