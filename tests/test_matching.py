@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,13 +30,19 @@ def loaded(folder: Path, n_rows: int) -> Engine:
 def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Keys of the rows that are looked up, as it happens."""
     seen: list[bytes] = []
-    value = View.value
+    make = View.__init__
 
-    def watched(view: View, key: bytes) -> bytes | None:
-        seen.append(key)
-        return value(view, key)
+    def watched(view: View, txn: Any, *rest: Any) -> None:
+        make(view, txn, *rest)
 
-    monkeypatch.setattr(View, "value", watched)
+        def stored(key: bytes) -> bytes | None:
+            seen.append(key)
+            found: bytes | None = txn.get(key)
+            return found
+
+        view.stored = stored
+
+    monkeypatch.setattr(View, "__init__", watched)
     return seen
 
 

@@ -42,7 +42,7 @@ def run(shape: Shape, rounds: int, row_counts: Sequence[int]) -> Report:
     with contextlib.ExitStack() as stack:
         indexes = []
         for n_rows in row_counts:
-            daemon = ScratchDaemon(budget_bytes=UNLIMITED_BYTES)
+            daemon = ScratchDaemon(budget_bytes=UNLIMITED_BYTES, scrub_bytes_per_s=0)
             stack.push(daemon.__exit__)
             whole = load_rows(daemon.folder / "data", shape.namespace(PROFILE), n_rows, blocks)
             indexes.append(_Index(shape, n_rows, daemon, _prompts(shape, whole)))

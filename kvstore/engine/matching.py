@@ -63,9 +63,13 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
     while at + _BLOCK_BYTES <= end:
         chunk = tokens[at : at + _BLOCK_BYTES]
         key = block_key(parent, chunk)
-        value = view.value(key)
-        if value is None or not value.startswith(chunk, TOKENS_AT):
+        value = view.stored(key)
+        if value is None:
             break
+        if not value.startswith(chunk, TOKENS_AT):
+            value = view.value(key)  # it may be encrypted
+            if value is None or not value.startswith(chunk, TOKENS_AT):
+                break
         if fidelity_min and fidelity_of(value) < fidelity_min:
             break
         rows.append((key, value, BLOCK_TOKENS))
