@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import os
 import stat
 import threading
@@ -15,7 +16,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.errors import CorruptDataError
 
@@ -24,6 +28,9 @@ OPEN_FILES_MAX = 64
 # The limits of one preadv: IOV_MAX, and on macOS no more than INT_MAX bytes.
 VECTORS_MAX = 1024
 READ_BYTES_MAX = 1 << 30
+
+Bytes: TypeAlias = bytes | bytearray | memoryview
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Range(NamedTuple):
@@ -135,10 +142,15 @@ class FileReader:
 
 
 class BufferReader:
-    """Reads ranges of received bytes: `buffer` holds the payload ranges `ranges`, one after the other."""
+    """Reads ranges of received bytes. Any thread may read.
 
-    def __init__(self, buffer: bytes | bytearray | memoryview, ranges: Iterable[Range]) -> None:
-        self._view = memoryview(buffer).cast("B")
+    `parts` hold the payload ranges `ranges`, one after the other; ranges need not begin and end where parts do. They
+    are read where they arrived, and numpy copies them without the interpreter's lock.
+    """
+
+    def __init__(self, parts: Iterable[Bytes], ranges: Iterable[Range]) -> None:
+        self._parts = [np.frombuffer(part, np.uint8) for part in parts if len(part)]
+        self._ends = list(itertools.accumulate(map(len, self._parts)))
         self._starts: dict[int, list[tuple[int, int, int]]] = {}
         position = 0
         for source, offset, nbytes in ranges:
@@ -149,24 +161,29 @@ class BufferReader:
 
     def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
         """See `RangeReader.readinto`. A read may cross ranges that are neighbours in the payload."""
+        chunk = _NOTHING
         for view in views:
-            target = view.cast("B") if view.nbytes else view
-            done = 0
-            while done < target.nbytes:
-                chunk = self._chunk(source, offset, target.nbytes - done)
-                target[done : done + len(chunk)] = chunk
-                done += len(chunk)
-                offset += len(chunk)
+            target = np.frombuffer(view, np.uint8) if view.nbytes else _NOTHING
+            while len(target):
+                if not len(chunk):
+                    chunk = self._chunk(source, offset)
+                count = min(len(chunk), len(target))
+                np.copyto(target[:count], chunk[:count])
+                target, chunk = target[count:], chunk[count:]
+                offset += count
 
-    def _chunk(self, source: int, offset: int, limit: int) -> memoryview:
+    def _chunk(self, source: int, offset: int) -> npt.NDArray[np.uint8]:
+        """Bytes from `offset` on, to the end of their range or part."""
         entries = self._starts.get(source, [])
         at = bisect.bisect_right(entries, (offset, 1 << 62, 0)) - 1
         if at >= 0:
             start, nbytes, position = entries[at]
             inside = offset - start
-            chunk = self._view[position + inside : position + min(nbytes, inside + limit)]
-            if inside < nbytes and len(chunk):
-                return chunk
+            number = bisect.bisect_right(self._ends, position + inside)
+            if inside < nbytes and number < len(self._parts):
+                part, end = self._parts[number], self._ends[number]
+                begin = position + inside - (end - len(part))
+                return part[begin : begin + nbytes - inside]
         raise CorruptDataError(f"the bytes at offset {offset} of block {source} did not arrive")
 
 

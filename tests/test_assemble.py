@@ -396,7 +396,7 @@ def test_a_dense_answer_assembles_to_the_same_layer(name: str) -> None:
         data = b"".join(dense_bytes(decoded))
         ranges = layer_ranges(dense, layer)
         assert len(data) == sum(r.nbytes for r in ranges) == case.n_tokens * layout.layer_token_bytes(layer)
-        case.check(layer, assemble_layer(layout, layer, dense, BufferReader(data, ranges)), 256)
+        case.check(layer, assemble_layer(layout, layer, dense, BufferReader([data], ranges)), 256)
 
 
 def test_ranges_of_a_dense_answer_cover_it_once() -> None:

@@ -43,7 +43,7 @@ SOURCE = 7
 
 def payload_reader(states: tuple[LayerState, ...], payload: bytes) -> BufferReader:
     """The payload of a checkpoint as source SOURCE."""
-    return BufferReader(payload, [Range(SOURCE, 0, len(payload))])
+    return BufferReader([payload], [Range(SOURCE, 0, len(payload))])
 
 
 def one_state(arrays: dict[str, mx.array], numbers: tuple[tuple[str, int], ...] = ()) -> StateLayer:
@@ -87,7 +87,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, by_file: bool) -> None:
     with FileReader([write_source(tmp_path / "c", payload)]) as files:
         for state in states:
             ranges = state_ranges(state, SOURCE)
-            streamed = BufferReader(b"".join(payload[r.offset : r.offset + r.nbytes] for r in ranges), ranges)
+            streamed = BufferReader([payload[r.offset : r.offset + r.nbytes] for r in ranges], ranges)
             source, reader = (0, files) if by_file else (SOURCE, streamed)
             got = assemble_state(LAYOUT, state, len(TOKENS), source, reader)
             assert_state(got, cache[state.layer])

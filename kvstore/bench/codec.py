@@ -178,7 +178,7 @@ def _reader(blocks: Sequence[Sealed]) -> tuple[BufferReader, list[HitBlock]]:
     payloads = [b"".join(block.payload) for block in blocks]
     ranges = [Range(source, 0, len(payload)) for source, payload in enumerate(payloads)]
     hit = [HitBlock(block.block.runs, block.block.n_tokens) for block in blocks]
-    return BufferReader(b"".join(payloads), ranges), hit
+    return BufferReader(payloads, ranges), hit
 
 
 def as_fields(rows: Sequence[CodecRow]) -> list[dict[str, Any]]:

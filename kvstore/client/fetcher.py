@@ -277,9 +277,8 @@ class Fetcher:
         sizes = [nbytes for _, nbytes in expected]
         with Receiver(messages, sizes, self._budget, call.cancel, attempt.deadline.left_s) as receiver:
             for index, (ranges, _) in enumerate(expected):
-                reader = BufferReader(receiver.take(index), ranges)
                 try:
-                    yield self._layer(attempt, plan, index, reader)
+                    yield self._layer(attempt, plan, index, BufferReader(receiver.take(), ranges))
                 except BlockCorruptError as error:
                     if plan.keys[error.source]:
                         self._report(plan.keys[error.source], str(error))

@@ -62,7 +62,7 @@ def _gathered(layer: int, group: Sequence[HitBlock], first: int, reader: RangeRe
         except CorruptDataError as error:
             raise BlockCorruptError(str(error), first + source) from error
         at += nbytes
-    return BufferReader(buffer, ranges)
+    return BufferReader([buffer], ranges)
 
 
 def _decode(

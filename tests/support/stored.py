@@ -47,7 +47,7 @@ def streamed(blocks: Sequence[HitBlock], payloads: Sequence[bytes], layer: int) 
     """One layer of a hit as it arrives by stream: the stored ranges, one after the other."""
     ranges = layer_ranges(blocks, layer)
     data = b"".join(payloads[r.source][r.offset : r.offset + r.nbytes] for r in ranges)
-    return BufferReader(data, ranges)
+    return BufferReader([data], ranges)
 
 
 def random_payload(rng: np.random.Generator, dtype: str, n_values: int) -> bytes:
