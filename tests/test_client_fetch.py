@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -347,7 +348,10 @@ def test_layers_that_nobody_takes_end_their_fetch(daemon: FakeDaemon, session: S
     next(hit.layers)
     del hit
     gc.collect()
-    assert len(os.listdir("/dev/fd")) == before
+    give_up_at = time.monotonic() + 10
+    while len(os.listdir("/dev/fd")) > before and time.monotonic() < give_up_at:
+        time.sleep(0.02)  # gRPC opens and closes descriptors of its own in this process
+    assert len(os.listdir("/dev/fd")) <= before
     assert session.fetch(TOKENS)
 
 

@@ -65,7 +65,7 @@ class SessionOptions:
     min_prefix_tokens: int = 32
     headroom_tokens: int = BLOCK_TOKENS
     deadlines: Deadlines = Deadlines()
-    store_block_ms: int = 2000
+    store_block_ms: int = 0
     same_host: bool = False
 
 
