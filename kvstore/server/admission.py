@@ -5,8 +5,9 @@
     pace    a message that is awaited, or a reply that is not taken, ends the call after `stream_stall_s`
 
 What is over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, and costs nothing more. A call that is ended
-for its pace has its handler cancelled: lease, files, memory and upload are free at once. gRPC itself keeps the dead
-stream until the caller goes away or its deadline passes; `connection_calls_max` bounds how many.
+for its pace has its handler cancelled: lease, files, memory and upload are free at once. An upload is told so, with
+DEADLINE_EXCEEDED. A caller that sends no request, or takes no reply, has no use for a status: gRPC itself keeps the
+dead stream until it goes away or its deadline passes; `connection_calls_max` bounds how many.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore.bounds import ByteBudget
 from kvstore.config import Config
-from kvstore.errors import InvalidRequestError, KVStoreError, LimitError
+from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
 from kvstore.server.edge import Context, abort
 
 RETRY_S = 0.2
@@ -74,18 +75,29 @@ class Pace:
         self._stall_s = stall_s
         self._task = asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
+        self._fired = False
 
     def start(self) -> None:
         """The caller has the word."""
         self.stop()
         if self._task is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._task.cancel)
+            self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._fire, self._task)
 
     def stop(self) -> None:
         """The caller did its part."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _fire(self, task: asyncio.Task[Any]) -> None:
+        self._fired = True
+        task.cancel()
+
+    def caught(self) -> DeadlineError | None:
+        """For the handler, when it is cancelled: what to end the call with. None: it was somebody else's doing."""
+        if not self._fired or self._task is None or self._task.uncancel():
+            return None
+        return DeadlineError(f"nothing came for {self._stall_s:g} s")
 
 
 class _Call:
@@ -163,7 +175,13 @@ class _Call:
 
     def _receiving(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def receive(requests: AsyncIterator[Any], context: Context) -> Any:
-            return await behaviour(self._paced(requests), context)
+            try:
+                return await behaviour(self._paced(requests), context)
+            except asyncio.CancelledError:
+                late = self._pace.caught()
+                if late is not None:
+                    await abort(context, late)
+                raise
 
         return receive
 

@@ -199,6 +199,26 @@ def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Pat
         peer.channel.close()
 
 
+@pytest.mark.parametrize("n_chunks", [0, 1])
+def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
+    peer: Peer, daemon: DaemonProcess, n_chunks: int
+) -> None:
+    """Before its first bytes and after them; what it had is free."""
+    upload_id = peer.kvstore.BeginStore(peer.begin()).upload_id
+    ended = threading.Event()
+
+    def paused() -> Iterator[pb.UploadChunk]:
+        for _ in range(n_chunks):
+            yield pb.UploadChunk(upload_id=upload_id, data=bytes(1000))
+        ended.wait(30)
+
+    upload = peer.kvstore.Upload.future(paused())
+    error = upload.exception(timeout=15)
+    ended.set()
+    assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "nothing came for 1 s")
+    wait_until(lambda: not daemon.files("staging"), 10, lambda: "the upload is still there")
+
+
 def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: DaemonProcess) -> None:
     """Its lease and its files are free after stream_stall_s; `_lives_on` counts them."""
     calls = [peer.fetch() for _ in range(8)]
