@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES
+from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import Layout
 from kvstore.records import unpack_record
@@ -92,6 +92,10 @@ class NamespaceInfo:
         if not isinstance(fields, list) or len(fields) != 8 or fields[0] != 1:
             raise CorruptDataError("not a namespace record of a known version")
         _, root, weights, adapter, layout, dtype, engine, alias = fields
+        if not all(isinstance(one, bytes) for one in (root, weights, adapter, layout)) or len(root) != KEY_BYTES:
+            raise CorruptDataError("namespace record: digests are bytes")
+        if not all(isinstance(name, str) for name in (dtype, engine, alias)):
+            raise CorruptDataError("namespace record: names are text")
         try:
             return cls(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
         except (InvalidRequestError, TypeError) as error:

@@ -252,7 +252,7 @@ def _record(text: bytes) -> bytes:
             raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads up to {FORMAT_VERSION}")
         record = base64.b64decode(metadata["record"], validate=True)
         check = metadata["check"]
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, binascii.Error) as error:
         raise CorruptDataError(f"blob header: {error!r}") from error
     if xxhash.xxh3_64_hexdigest(record) != check:
         raise CorruptDataError("blob header: the record does not match its checksum")

@@ -22,6 +22,7 @@ from types import TracebackType
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from kvstore.blocks import KEY_BYTES
 from kvstore.engine.format import LENGTH_BYTES
 from kvstore.engine.keyring import TAG_BYTES, KeyRing, NamespaceKey
 from kvstore.errors import CorruptDataError, NotFoundError, UnknownFormatError
@@ -205,11 +206,14 @@ def _parse_header(header: bytes) -> tuple[bytes, bytes, int]:
         metadata = json.loads(header[LENGTH_BYTES:])["__metadata__"]
         version, inner_bytes = int(metadata["version"]), int(metadata["bytes"])
         root, block, salt = (bytes.fromhex(metadata[name]) for name in ("root", "key", "salt"))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, RecursionError) as error:
         raise CorruptDataError(f"sealed blob: {error!r}") from error
     if version > FORMAT_VERSION:
         raise UnknownFormatError(f"an encrypted blob of version {version}; this kvstore reads up to {FORMAT_VERSION}")
-    if not 0 < inner_bytes < 1 << 48 or len(salt) != SALT_BYTES or _header(root, block, salt, inner_bytes) != header:
+    sizes = (len(root), len(block), len(salt))
+    if sizes != (KEY_BYTES, KEY_BYTES, SALT_BYTES) or not 0 < inner_bytes < 1 << 48:
+        raise CorruptDataError("sealed blob: keys, salt or size out of range")
+    if _header(root, block, salt, inner_bytes) != header:
         raise CorruptDataError("sealed blob: the header is not in its canonical form")
     return root, block, inner_bytes
 

@@ -7,10 +7,11 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from tests.faults import cuts, damage, disk, hostile, kills
+from tests.faults import cuts, damage, disk, fuzz, hostile, kills
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
@@ -104,6 +105,17 @@ def run_hostile(folder: Path, share: Share[int]) -> list[Tally]:
     return [tally]
 
 
+def run_fuzz(folder: Path, share: Share[str], seconds: int) -> list[Tally]:
+    """Every parser of foreign bytes, each for its part of the time."""
+    tally = Tally("bytes made up", "coverage-guided fuzzing of parsers (atheris)", "a typed error")
+    names = share(fuzz.TARGETS)
+    for name in names:
+        runs, found = fuzz.fuzz(name, folder, max(1, seconds // len(names)))
+        tally.note(name, found)
+        tally.runs += runs - 1
+    return [tally]
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
@@ -142,21 +154,23 @@ def prove(folder: Path) -> bool:
 def main() -> int:
     """Run, print, and say by the exit code whether every promise was kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, bugs; all if none is named")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, fuzz, bugs; all if none is named")
     parser.add_argument("--slice", default="0/1", help="K/N: only every N-th run, from the K-th on")
+    parser.add_argument("--seconds", type=int, default=300, help="how long fuzz takes")
     parser.add_argument("--results", type=Path, help="append the rows here, and print what is there in all")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     first, step = map(int, arguments.slice.split("/"))
+    sections = {**SECTIONS, "fuzz": (fuzz.missing, partial(run_fuzz, seconds=arguments.seconds))}
     tallies: list[Tally] = []
     right = True
     with tempfile.TemporaryDirectory(prefix="kvstore-faults-") as name:
         folder = Path(name)
-        for section in arguments.sections or (*SECTIONS, "bugs"):
+        for section in arguments.sections or (*sections, "bugs"):
             if section == "bugs":
                 right = prove(folder) and right
                 continue
-            missing, run = SECTIONS[section]
+            missing, run = sections[section]
             if why := missing():
                 print(f"NOT RUN: {section}: {why}", file=sys.stderr)
                 right = False
