@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +198,22 @@ def test_ttft_restores_the_prompt_of_a_model(tmp_path: Path) -> None:
     assert found["cases"].keys() == {"cold", "with the store", "after a restart"}
     assert found["facts"]["tokens restored / prompt"] == pytest.approx(299 / 300)
     assert "no model" in invoke("ttft", "--model", str(tmp_path / "none")).stderr
+
+
+def test_a_bench_that_is_told_to_end_takes_its_daemon_along(tmp_path: Path) -> None:
+    """SIGTERM in the middle of it: no process and no directory is left."""
+    environ = {**os.environ, "TMPDIR": str(tmp_path / "t")}
+    command_line = [sys.executable, "-m", "kvstore", "bench", "transport", *TINY, "--rounds", "100000"]
+    with subprocess.Popen(command_line, env=environ, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "t").glob("kvs-*/plain.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        [lock] = (tmp_path / "t").glob("kvs-*/s.lock")
+        daemon_pid = int(lock.read_text())
+        process.terminate()
+    assert process.returncode == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(daemon_pid, 0)
 
 
 def test_people_get_a_table() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kvstore.cli.app import EXIT_FAILURE
 from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
 
 if TYPE_CHECKING:
@@ -23,12 +26,16 @@ MATCH_TOKENS = 32_000
 
 
 @click.group("bench")
-def command() -> None:
+@click.pass_context
+def command(ctx: click.Context) -> None:
     """Measure the store on this machine, each case beside a ceiling measured in the same run.
 
     Every sub-verb starts a daemon of its own on a temporary directory, in the file system that TMPDIR is on; none
     touches the store that you use. Cases take turns, round by round, and ratios are between medians.
     """
+    # So that the daemon and its directory go when this process is told to.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILURE))
+    ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
 
 
 def bench_options(seq_len: int = 8192, rounds: int = 5) -> Callable[[F], F]:
