@@ -10,14 +10,13 @@
 
 Words: raw; lossless; affine, rotated-affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and
 turboquant-prod with 2 to 8, in eighths (turboquant-mse3.5); turboquant-log: mse with scales in 8 bits. affine and
-rotated-affine may have 32, 64 or 128 values a scale. What is not quantized (short sequences, tokens that came out of
-the store, values that are not finite, the tokens after the last whole group) is lossless, except after a single word of
-raw or affine: then it is raw.
+rotated-affine may have 32, 64 or 128 values a scale; turboquant-mse and -log may have -g128: narrow heads share one
+for 128 values. What is not quantized (short sequences, tokens out of the store, values that are not finite,
+the tokens after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
 """
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,9 +41,9 @@ MIN_TOKENS_MAX = 1 << 20
 PROFILES = {
     "exact": "lossless",
     "safe": "channel8:turboquant-mse8",
-    "balanced": "channel6:turboquant-log6",
-    "compact": "channel4:turboquant-log4",
-    "tiny": "channel3:turboquant-log2.875",
+    "balanced": "channel6:turboquant-mse6-g128",
+    "compact": "channel4:turboquant-log4-g128",
+    "tiny": "channel3:turboquant-log3-g128",
 }
 AUTO = "auto"
 LOSSY = tuple(PROFILES)[1:]
@@ -146,15 +145,26 @@ def _channel(bits: str, group: str) -> Recipe | None:
     return channel_recipe(int(bits)) if bits.isdigit() and int(bits) in BITS and not group else None
 
 
-def _turboquant(make: Callable[[float], Recipe], bits_min: int) -> Word:
-    """turboquant-mse4, turboquant-mse3.5."""
+def _mse(log: bool) -> Word:
+    """turboquant-mse4, turboquant-mse3.5, turboquant-log3-g128."""
 
     def parse(bits: str, group: str) -> Recipe | None:
-        number = float(bits or 0)
-        fits = not group and bits_min <= number <= BITS_MAX and number * EIGHTHS == int(number * EIGHTHS)
-        return make(number) if fits else None
+        if group not in ("", "128") or not _is_width(bits, 1):
+            return None
+        return turboquant_mse_recipe(float(bits), log=log, together=int(group or 0))
 
     return parse
+
+
+def _prod(bits: str, group: str) -> Recipe | None:
+    """turboquant-prod4."""
+    return turboquant_prod_recipe(float(bits)) if not group and _is_width(bits, 2) else None
+
+
+def _is_width(bits: str, least: int) -> bool:
+    """Whether so many bits can be, in eighths."""
+    number = float(bits or 0)
+    return least <= number <= BITS_MAX and number * EIGHTHS == int(number * EIGHTHS)
 
 
 def _plain(recipe: Recipe) -> Word:
@@ -169,9 +179,9 @@ WORDS: dict[str, Word] = {
     "affine": _affine(affine_recipe),
     "rotated-affine": _affine(rotated_affine_recipe),
     "channel": _channel,
-    "turboquant-mse": _turboquant(turboquant_mse_recipe, 1),
-    "turboquant-log": _turboquant(functools.partial(turboquant_mse_recipe, log=True), 1),
-    "turboquant-prod": _turboquant(turboquant_prod_recipe, 2),
+    "turboquant-mse": _mse(log=False),
+    "turboquant-log": _mse(log=True),
+    "turboquant-prod": _prod,
 }
 _WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3}(?:\.[0-9]{1,3})?)?(?:-g([0-9]{1,4}))?")
 

@@ -1,12 +1,13 @@
 """TurboQuant: rows rotated at random, then each coordinate quantized with the codebook that is best for all of them.
 
-A row x of width d is one token of one head. Formats, version 1, by recipe parameters:
+A row x of width d is one token of one head, or of `fold` neighbouring heads. Formats, version 1, by recipe parameters:
 
 bits, eighths   The first w = 8 * ((d * eighths + 32) // 64) of the rotated coordinates have one bit more than `bits`:
                 3 bits and 4 eighths are 3.5 bits a value. turboquant-mse has 1 to 8 bits, turboquant-prod 2 to 8
                 (`bits` counts the sign bit of the residual; its levels have one bit less).
 seed            of the rotation (`rotation.py`); 0 if absent. The residual's rotation has seed + 1.
 haar = 1        the dense rotation instead of the Hadamard one
+fold            so many heads share a row and its scale, where heads are narrow; 1 if absent
 unit = 1        rows are float32 unit vectors: no norm is stored
 log = 1         scales in 8 bits (turboquant-mse, not with unit=1): 16 of them weigh much in a short row of few bits
 
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -52,8 +53,11 @@ VALUES_TOGETHER = 1 << 19
 COMPARED_BITS_MAX = 4  # one comparison a boundary is cheaper than the tables up to here, on a CPU
 LEVEL_REACH = 5.0  # no level is further out
 SEED_MAX = (1 << 48) - 1
+FOLD_MAX = 16
 _RMS_MIN = 2.0**-62  # rows whose squares are no numbers of float32: their codes say little more than signs
-_DEFAULTS = {"bits": -1, "eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0}
+_DEFAULTS = {"bits": -1, "eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0, "fold": 1}
+# Of a target only: how many values a scale should have at least; `fit` makes a fold of it.
+_TOGETHER = "together"
 _LOG_STEPS = 12
 _LOG_ONE = 128
 _LOG_OVER = 255
@@ -63,10 +67,11 @@ LOG_SCALES = np.concatenate([[0.0], np.exp2(_OCTAVES)]).astype(np.float32)
 
 
 def turboquant_mse_recipe(
-    bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False, log: bool = False
+    bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False, log: bool = False, together: int = 0
 ) -> Recipe:
-    """1 to 8 bits a value, in eighths; least squared error."""
-    return _recipe(MSE, bits, seed, haar, unit, log)
+    """1 to 8 bits a value, in eighths; least squared error. `together`: heads narrower than this share a scale."""
+    recipe = _recipe(MSE, bits, seed, haar, unit, log)
+    return replace(recipe, params=(*recipe.params, (_TOGETHER, together))) if together else recipe
 
 
 def turboquant_prod_recipe(bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False) -> Recipe:
@@ -117,7 +122,7 @@ def row_format(recipe: Recipe, width: int) -> RowFormat:
     bits, eighths = values["bits"], values["eighths"]
     prod = recipe.name == PROD
     known = values.keys() == _DEFAULTS.keys() and {values["haar"], values["unit"], values["log"]} <= {0, 1}
-    known = known and not (values["log"] and (prod or values["unit"]))
+    known = known and not (values["log"] and (prod or values["unit"])) and 0 < values["fold"] <= FOLD_MAX
     in_range = 1 + prod <= bits and bits * EIGHTHS + eighths <= BITS_MAX * EIGHTHS and 0 <= eighths < EIGHTHS
     if not known or not in_range or not 0 <= values["seed"] <= SEED_MAX or not _is_rotated(width):
         raise CorruptDataError(f"recipe {recipe} cannot describe rows of {width}")
@@ -250,6 +255,29 @@ def decode_rows(tensors: Sequence[mx.array], form: RowFormat) -> mx.array:
     return rotate_back(y, form)
 
 
+def fold_of(recipe: Recipe) -> int:
+    """How many heads share a row."""
+    return dict(recipe.params).get("fold", 1)
+
+
+def folded(array: mx.array, fold: int) -> mx.array:
+    """[L, H, T, D] -> [L, H / fold, T, fold * D]."""
+    if fold == 1:
+        return array
+    layers, heads, tokens, width = array.shape
+    grouped = array.reshape(layers, heads // fold, fold, tokens, width).transpose(0, 1, 3, 2, 4)
+    return mx.contiguous(grouped).reshape(layers, heads // fold, tokens, fold * width)
+
+
+def unfolded(rows: mx.array, fold: int) -> mx.array:
+    """The inverse of `folded`."""
+    if fold == 1:
+        return rows
+    layers, heads, tokens, width = rows.shape
+    grouped = rows.reshape(layers, heads, tokens, fold, width // fold).transpose(0, 1, 3, 2, 4)
+    return mx.contiguous(grouped).reshape(layers, heads * fold, tokens, width // fold)
+
+
 class TurboQuantCodec:
     """See `base.Codec`. Widths that are no multiple of 8, or under 16, stay raw."""
 
@@ -263,16 +291,23 @@ class TurboQuantCodec:
         """The target itself, or RAW."""
         unit = ("unit", 1) in target.params
         fits = _is_rotated(part.width) and not part.bits and (part.dtype == "F32" or not unit)
-        return target if fits else RAW
+        if not fits:
+            return RAW
+        together = dict(target.params).get(_TOGETHER, 0)
+        fold = next((n for n in range(FOLD_MAX, 1, -1) if n * part.width == together and part.heads % n == 0), 1)
+        params = tuple((key, value) for key, value in target.params if key != _TOGETHER)
+        return replace(target, params=(*params, ("fold", fold)) if fold > 1 else params)
 
     def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
         """codes, and scales where there are any."""
-        form = row_format(recipe, part.width)
-        if part.bits or (form.unit and part.dtype != "F32"):
-            raise CorruptDataError(f"recipe {recipe} cannot describe rows of {part.dtype} with {part.bits} bits")
-        codes = Tensor("codes", "U32", part.heads, packing.words_of(form.fields))
+        fold = fold_of(recipe)
+        form = row_format(recipe, part.width * fold)
+        if part.bits or (form.unit and part.dtype != "F32") or part.heads % fold:
+            raise CorruptDataError(f"recipe {recipe} cannot describe {part}")
+        heads = part.heads // fold
+        codes = Tensor("codes", "U32", heads, packing.words_of(form.fields))
         dtype = "U8" if form.log else part.dtype
-        return (codes, Tensor("scales", dtype, part.heads, form.scales)) if form.scales else (codes,)
+        return (codes, Tensor("scales", dtype, heads, form.scales)) if form.scales else (codes,)
 
     def fidelity(self, recipe: Recipe) -> int:
         """Hundredths of a bit: 350 for 3.5 bits."""
@@ -280,7 +315,8 @@ class TurboQuantCodec:
 
     def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
         """[L, H, T, D] -> the tensors."""
-        return encode_rows(array, row_format(recipe, array.shape[-1]))
+        rows = folded(array, fold_of(recipe))
+        return encode_rows(rows, row_format(recipe, rows.shape[-1]))
 
     def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
         """No decoded value can leave its dtype: a rotated row is no longer than sqrt(d) times what its scales reach.
@@ -301,8 +337,10 @@ class TurboQuantCodec:
 
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
         """The tensors -> [L, H, T, D] in the part's dtype."""
-        rows = decode_rows([mx.contiguous(tensor) for tensor in tensors], row_format(recipe, part.width))
-        return rows.astype(dtype_of(part.dtype))
+        fold = fold_of(recipe)
+        form = row_format(recipe, part.width * fold)
+        rows = decode_rows([mx.contiguous(tensor) for tensor in tensors], form).astype(dtype_of(part.dtype))
+        return unfolded(rows, fold)
 
 
 register(TurboQuantCodec(MSE))

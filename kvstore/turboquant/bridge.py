@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from kvstore.blocks import Recipe, pack_tokens, unpack_tokens
 from kvstore.codecs.assemble import HitBlock, packed_layer
-from kvstore.codecs.turboquant import MSE, PROD
+from kvstore.codecs.turboquant import MSE, PROD, fold_of
 from kvstore.errors import InvalidRequestError
 from kvstore.files import RangeReader
 from kvstore.keys import Namespace
@@ -126,6 +126,8 @@ def _only(segments: Sequence[tuple[Recipe, list[mx.array]]], name: str) -> Packe
     recipes = [recipe for recipe, _ in segments]
     if len(segments) != 1 or recipes[0].name not in (MSE, PROD):
         raise InvalidRequestError(f"{name} are kept as {', '.join(map(str, recipes))}, not by one turboquant recipe")
+    if fold_of(recipes[0]) > 1:
+        raise InvalidRequestError(f"heads of {name} share scales, and cannot be attended to one by one")
     return PackedVectors(recipes[0], tuple(segments[0][1]))
 
 

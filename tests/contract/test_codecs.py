@@ -35,6 +35,7 @@ RECIPES = [
     *(turboquant_prod_recipe(bits, seed=7) for bits in (2, 3.5, 8)),
     turboquant_mse_recipe(4, haar=True),
     *(turboquant_mse_recipe(bits, log=True) for bits in (3, 4)),
+    turboquant_mse_recipe(6, together=128),
 ]
 DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (64, 80, 96, 128, 192, 576)

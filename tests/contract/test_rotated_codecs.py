@@ -92,6 +92,44 @@ def test_turboquant_is_what_its_format_says(
 
 
 @settings(max_examples=40, deadline=None)
+@given(
+    width=st.sampled_from([16, 32, 64]),
+    copies=st.integers(1, 2),
+    tokens=st.integers(0, 5),
+    seed=st.integers(0, 1 << 16),
+    log=st.booleans(),
+    dtype=st.sampled_from(sorted(MX)),
+)
+def test_narrow_heads_that_share_a_scale_are_rows_of_128_values(
+    width: int, copies: int, tokens: int, seed: int, log: bool, dtype: str
+) -> None:
+    """Neighbouring heads, one after the other; what decodes is each head again."""
+    fold = 128 // width
+    part = PartSpec(fold * copies, width, dtype)
+    target = turboquant_mse_recipe(4, log=log, together=128)
+    codec = codec_of(target)
+    recipe = codec.fit(target, part)
+    assert recipe == Recipe("turboquant-mse", 1, (*turboquant_mse_recipe(4, log=log).params, ("fold", fold)))
+    array, _ = make_rows(seed, part, tokens)
+    wide = mx.concatenate([array[:, at::fold] for at in range(fold)], axis=-1)
+    plain, whole = turboquant_mse_recipe(4, log=log), PartSpec(copies, 128, dtype)
+    encoded = codec.encode(array, recipe)
+    for got, expected in zip(encoded, codec.encode(wide, plain), strict=True):
+        assert mx.array_equal(got, expected).item()
+    assert [(t.heads, t.width) for t in codec.tensors(part, recipe)] == [(copies, t.shape[-1]) for t in encoded]
+    decoded, expected = codec.decode(encoded, recipe, part), codec.decode(encoded, plain, whole)
+    for at in range(fold):
+        assert mx.array_equal(decoded[:, at::fold], expected[..., at * width : (at + 1) * width]).item()
+
+
+@pytest.mark.parametrize("part", [PartSpec(3, 64, "BF16"), PartSpec(2, 96, "BF16"), PartSpec(2, 128, "BF16")], ids=str)
+def test_heads_that_do_not_make_128_values_keep_scales_of_their_own(part: PartSpec) -> None:
+    """An odd head, or a wide one."""
+    target = turboquant_mse_recipe(4, together=128)
+    assert codec_of(target).fit(target, part) == turboquant_mse_recipe(4)
+
+
+@settings(max_examples=40, deadline=None)
 @given(**shapes, bits=st.integers(1, 8), exponent=st.integers(-6, 6))
 def test_scales_in_8_bits_are_the_nearest_of_twelve_steps_an_octave(
     part: PartSpec, tokens: int, seed: int, bits: int, exponent: int
@@ -233,6 +271,10 @@ def test_values_that_are_not_finite_are_never_trusted(recipe: Recipe, value: flo
         (turboquant_mse_recipe(4, unit=True), 128, "BF16"),
         (turboquant_mse_recipe(4, unit=True, log=True), 128, "F32"),
         (Recipe("turboquant-prod", 1, (("bits", 4), ("log", 1))), 128, "F32"),
+        (Recipe("turboquant-mse", 1, (("bits", 4), ("fold", 0))), 64, "F32"),
+        (Recipe("turboquant-mse", 1, (("bits", 4), ("fold", 3))), 64, "F32"),
+        (Recipe("turboquant-mse", 1, (("bits", 4), ("fold", 1 << 20))), 64, "F32"),
+        (turboquant_mse_recipe(4, together=128), 64, "F32"),
         (rotated_affine_recipe(8, 64, seed=-1), 128, "F32"),
         (rotated_affine_recipe(7, 64), 128, "F32"),
         (rotated_affine_recipe(8, 64), 96, "F32"),
@@ -266,5 +308,8 @@ def test_golden_rotated_bytes_stay_readable(case: dict[str, Any]) -> None:
     if recipe.name == "rotated-affine":
         formula = reference.RotatedAffine(recipe, part.dtype).decode(as_numpy(tensors), part.heads)
     else:
-        formula = reference.TurboQuant(recipe, part.width, part.dtype).decode(as_numpy(tensors))
+        fold = dict(recipe.params).get("fold", 1)
+        wide = reference.TurboQuant(recipe, part.width * fold, part.dtype).decode(as_numpy(tensors))
+        split = wide.reshape(1, part.heads // fold, case["tokens"], fold, part.width)
+        formula = split.transpose(0, 1, 3, 2, 4).reshape(expected.shape)
     assert_decoded(mx.array(formula), expected, part.dtype)
