@@ -187,6 +187,25 @@ def test_a_dropped_key_makes_all_of_it_a_miss_at_once_and_for_good(tmp_path: Pat
         assert engine.check().findings == []
 
 
+def test_a_checkpoint_whose_key_was_dropped_is_no_checkpoint(tmp_path: Path) -> None:
+    """Also at the end of a full block, where it has no tokens of its own that could differ."""
+    ns, tokens = namespace("secret", HYBRID), CANARY[:512]
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        engine.encrypt(ns.root)
+        put(engine, ns, tokens)
+        put_checkpoint(engine, ns, tokens)
+        assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is not None
+        engine.shred(ns.root)
+        assert engine.encrypt(ns.root)
+        put(engine, ns, tokens)
+        assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is None
+        assert engine.match(ns.root, pack_tokens(tokens), exact=True).n_tokens == 0
+        put_checkpoint(engine, ns, tokens)
+        match = engine.match(ns.root, pack_tokens(tokens), exact=True)
+        assert match.checkpoint is not None
+        demand_right(engine, match, pack_tokens(tokens))
+
+
 def test_a_store_that_was_under_way_when_the_key_was_dropped_leaves_nothing(tmp_path: Path) -> None:
     """Neither a plain row nor a file."""
     with opened(tmp_path) as engine:

@@ -12,7 +12,7 @@ import pytest
 from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.codecs.device import Capture
 from kvstore.config import Config
-from kvstore.engine import Engine, EngineOptions
+from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.errors import LimitError, NotFoundError, UnavailableError
 from kvstore.layers import KVLayer
 from kvstore.server.fetch import FetchPath
@@ -32,7 +32,7 @@ class Rig:
     def __init__(self, folder: Path, **settings: object) -> None:
         quiet = {"profile": "affine8", "quality_gate": False, **settings}
         self.config = Config(data_dir=folder, min_prefix_tokens=1, **quiet)  # type: ignore[arg-type]
-        self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
+        self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30, master_key=bytes(range(32))))
         self.lane = Lane()
         self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)
         self.fetch = FetchPath(self.engine, self.lane, self.config)
@@ -51,7 +51,10 @@ class Rig:
         assert upload.staging is not None
         capture = Capture(layers, upload.start, upload.n_tokens)
         views = [view for piece in upload.pieces for view in capture.piece_views(LAYOUT, piece)]
-        upload.staging.path.write_bytes(b"".join(views))
+        if upload.encrypted:
+            upload.staging.append(views)
+        else:
+            upload.staging.path.write_bytes(b"".join(views))
 
     def store(self, tokens: list[int], wrong_from: int | None = None, **details: object) -> StoreOutcome:
         """A whole store; rows from `wrong_from` on are those of a model that read a lossy prefix."""
@@ -205,3 +208,21 @@ def test_a_commit_that_the_stop_cannot_wait_for_leaves_nothing(rig: Rig) -> None
         rig.path.commit(rig.path.uploads.claim(plan.upload.upload_id))
     assert rig.engine.stats().blobs == 0
     assert list(rig.engine.staging_dir.iterdir()) == []
+
+
+def test_an_upload_that_was_encrypted_is_never_stored_plain(tmp_path: Path) -> None:
+    """The key is dropped while it is under way: nothing of it is kept, and what comes next is encrypted again."""
+    rig = Rig(tmp_path / "data", profile="raw", encrypt="all", encryption_key=tmp_path / "key")
+    rig.store(TOKENS[:256])
+    uploads = [rig.begin(tokens) for tokens in (TOKENS[:400], TOKENS[300:600])]
+    for plan, tokens in zip(uploads, (TOKENS[:400], TOKENS[300:600]), strict=True):
+        rig.hand_over(plan, make_layers(LAYOUT, tokens))
+    assert rig.engine.shred(NAMESPACE.root) == 1
+    rig.engine.evict(Selection(namespace_prefix=NAMESPACE.root))
+    for plan in uploads:
+        assert plan.upload is not None
+        assert rig.path.commit(plan.upload).stored_tokens == 0
+    assert not rig.engine.stats().blobs
+    rig.store(TOKENS[:300])
+    assert rig.engine.is_encrypted(NAMESPACE.root)
+    rig.close()

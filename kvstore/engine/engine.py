@@ -255,14 +255,15 @@ class Engine:
         """Whether a namespace is encrypted: then nothing of it is handed over by path."""
         return self._state.index.ring.key(root) is not None
 
-    def encrypt(self, root: bytes) -> None:
-        """Encrypt a namespace from now on; one that holds anything plain stays as it is. Durable on return."""
+    def encrypt(self, root: bytes) -> bool:
+        """Encrypt a namespace from now on, durably, unless it holds anything plain; whether it is encrypted then."""
         with self._state.lock:
             with self._state.index.view() as view:
                 _, first = next(view.children(root), (b"", b""))
                 row = view.row(first) if first else None
             if row is None or row.is_sealed:  # all rows of a namespace are of one kind
                 self._state.index.ring.make(root)
+            return self.is_encrypted(root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
@@ -293,15 +294,18 @@ class Engine:
 
     # -- storing ------------------------------------------------------------------------------------------------
 
-    def store(self, namespace_record: bytes, blocks: Iterable[NewBlock], protect: Sequence[bytes] = ()) -> StoreReceipt:
+    def store(
+        self, namespace_record: bytes, blocks: Iterable[NewBlock], protect: Sequence[bytes] = (), sealed: bool = False
+    ) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
+        `sealed`: encrypted or not at all; when the namespace has no key (any more), DEPENDENCY_LOST.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
         for. An exception out of it is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
         no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
         """
-        return self._writer.store(namespace_record, blocks, protect)
+        return self._writer.store(namespace_record, blocks, protect, sealed)
 
     # -- room ---------------------------------------------------------------------------------------------------
 

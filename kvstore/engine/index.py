@@ -153,7 +153,7 @@ class View:
         for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
             tail = tokens[: n_tokens * TOKEN_BYTES]
             row = self.row(checkpoint_key(parent, tail))
-            if row is not None and row.is_checkpoint and row.tokens == tail:
+            if row is not None and row.is_checkpoint and not row.is_sealed and row.tokens == tail:
                 yield row
 
     def tree(self, row: Row) -> list[Row]:

@@ -61,10 +61,12 @@ class Writer:
         self._state = state
         self._room = room
 
-    def store(self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes]) -> StoreReceipt:
+    def store(self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], sealed: bool) -> StoreReceipt:
         """See `Engine.store`."""
         root = NamespaceInfo.from_record(record).root
         batch = _Batch(root, record, set(protect), self._state.index.ring.key(root))
+        if sealed and batch.key is None:
+            return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
             reason = self._write_all(batch, blocks)
             if not batch.entries:

@@ -188,7 +188,7 @@ class KVStoreService(rpc.KVStoreServicer):
         sharing = request.transport == pb.TRANSPORT_PATH and self._may_share_files(
             request.namespace, upload.namespace.root
         )
-        by_path = sharing and upload.staging is not None
+        by_path = sharing and upload.staging is not None and not upload.encrypted
         return pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,

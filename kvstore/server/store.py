@@ -119,9 +119,10 @@ class StorePath:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
         profile, named = choice.profile, request.profile not in ("", AUTO)
         floor = profile.fidelity if named else FIDELITY_ANY
-        self._encrypt(request)
+        encrypted = self._encrypt(request)
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
+        upload.encrypted = encrypted
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
             return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
@@ -132,11 +133,10 @@ class StorePath:
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
 
-    def _encrypt(self, request: StoreRequest) -> None:
-        """Before the first store of a namespace: from then on it is encrypted, if its like are to be."""
+    def _encrypt(self, request: StoreRequest) -> bool:
+        """Before the first store of a namespace: from then on it is encrypted, if its like are to be. Whether it is."""
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and request.isolated)
-        if wanted and not self._engine.is_encrypted(request.root):
-            self._engine.encrypt(request.root)
+        return self._engine.is_encrypted(request.root) or (wanted and self._engine.encrypt(request.root))
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:
         namespace = self._engine.namespace(request.root) or request.namespace
@@ -219,8 +219,7 @@ class StorePath:
             held.callback(self._engine.add_usage, -nbytes)
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             if upload.wants_bytes:
-                veiled = self._engine.is_encrypted(upload.namespace.root)
-                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes, veiled=veiled)
+                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes, veiled=upload.encrypted)
                 held.callback(upload.staging.remove)
             self.uploads.add(upload)
         except BaseException:
@@ -263,7 +262,10 @@ class StorePath:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
             receipt = self._engine.store(
-                upload.namespace_record, self._new_blocks(upload, fidelity), protect=[*upload.keys, *upload.new_keys]
+                upload.namespace_record,
+                self._new_blocks(upload, fidelity),
+                protect=[*upload.keys, *upload.new_keys],
+                sealed=upload.encrypted,
             )
         except CorruptDataError:
             for piece in upload.spliced:

@@ -36,6 +36,7 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
+    encrypted: bool = False  # its bytes are never on disk as they are, whatever becomes of the namespace's key
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
     committing: bool = False
