@@ -140,8 +140,12 @@ def crashed_copy(engine: Engine, target: Path) -> Path:
     return target
 
 
-def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", [1, 2, 4096])
+def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
     """With everything after them; what is whole stays."""
+    monkeypatch.setattr("kvstore.engine.check.SWEEP_ROWS", batch)
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(900)))
         put(engine, NS, [*KEPT[:100], -5])

@@ -8,9 +8,10 @@ looked for.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from kvstore.errors import CorruptDataError, NotFoundError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
 
 FINDINGS_MAX = 1000
+SWEEP_ROWS = 4096
 log = logging.getLogger(__name__)
 
 
@@ -255,11 +257,15 @@ def drop_tree(site: Site, row: Row, quarantine: bool) -> list[Row]:
 def sweep(site: Site) -> None:
     """After an unclean stop under synced commits: unlink files without a row, drop rows without their file."""
     sizes = {entry.path: entry.stat().st_size for _, entry in site.directory.blob_files()}
+    with site.index.view() as view:
+        lost = [row for row in view.rows() if sizes.get(str(site.directory.path(row))) != row.file_bytes]
+        doomed = {row.key: row for gone in lost for row in reversed(view.tree(gone))}
+    # Children before parents, a batch a commit: a million rows do not fit in one transaction.
+    for batch in batched(doomed.values(), SWEEP_ROWS):
+        with site.index.edit() as edit:
+            for row in batch:
+                edit.remove(row)
     with site.index.edit() as edit:
-        lost = [row for row in edit.rows() if sizes.get(str(site.directory.path(row))) != row.file_bytes]
-        for row in lost:
-            if edit.value(row.key) is not None:
-                edit.remove_tree(row)
         edit.reindex()
         edit.set_meta("next_seq", max([edit.meta("next_seq") or 0, *(row.seq + 1 for row in edit.rows())]))
     with site.index.view() as view:
@@ -268,6 +274,12 @@ def sweep(site: Site) -> None:
     unlink_quietly(site.fs, strays)
     if lost or strays:
         log.warning("after an unclean stop: %d rows without a file dropped, %d files unlinked", len(lost), len(strays))
+
+
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of at most `size`."""
+    remaining = iter(rows)
+    return iter(lambda: list(itertools.islice(remaining, size)), [])
 
 
 def rebuild(site: Site) -> CheckReport:
