@@ -11,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from tests.faults import cuts, damage, disk, fuzz, hostile, kills
+from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, soak
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
 
 Item = TypeVar("Item")
 FLIPS_BLOB, FLIPS_PAGE = 90, 6
+HISTORIES = 60
 Share = Callable[[Sequence[Item]], list[Item]]
 
 
@@ -116,6 +117,31 @@ def run_fuzz(folder: Path, share: Share[str], seconds: int) -> list[Tally]:
     return [tally]
 
 
+def run_histories(folder: Path, share: Share[int]) -> list[Tally]:
+    """Random histories of calls against a model; each a few dozen calls."""
+    tally = Tally(
+        "calls that end anywhere", "abort, cancel, forget, kill -9, against a model (Hypothesis)", "by itself"
+    )
+    examples = share(range(HISTORIES))
+    try:
+        calls.run(folder, len(examples), 30)
+    except AssertionError as error:
+        tally.others.append(f"histories: {error}")
+    tally.runs = len(examples)
+    return [tally]
+
+
+def run_soak(folder: Path, share: Share[int], minutes: float) -> list[Tally]:
+    """Workers, kills and a full disk, all at once."""
+    how = f"{soak.WORKERS} workers for {minutes:g} minutes, random kills of them and of the daemon, a full disk"
+    tally = Tally("soak", how, "by itself")
+    report = soak.run(folder, minutes)
+    print(report, file=sys.stderr)
+    tally.note("soak", report.faults)
+    tally.runs = report.calls
+    return [tally]
+
+
 SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
@@ -124,6 +150,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]
     "blobs": (lambda: "", run_blobs),
     "indexes": (lambda: "", run_indexes),
     "hostile": (lambda: "", run_hostile),
+    "histories": (lambda: "", run_histories),
 }
 
 
@@ -154,14 +181,16 @@ def prove(folder: Path) -> bool:
 def main() -> int:
     """Run, print, and say by the exit code whether every promise was kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, fuzz, bugs; all if none is named")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, fuzz, soak, bugs; all if none is named")
     parser.add_argument("--slice", default="0/1", help="K/N: only every N-th run, from the K-th on")
     parser.add_argument("--seconds", type=int, default=300, help="how long fuzz takes")
+    parser.add_argument("--minutes", type=float, default=5, help="how long soak takes")
     parser.add_argument("--results", type=Path, help="append the rows here, and print what is there in all")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     first, step = map(int, arguments.slice.split("/"))
     sections = {**SECTIONS, "fuzz": (fuzz.missing, partial(run_fuzz, seconds=arguments.seconds))}
+    sections["soak"] = (cuts.missing, partial(run_soak, minutes=arguments.minutes))
     tallies: list[Tally] = []
     right = True
     with tempfile.TemporaryDirectory(prefix="kvstore-faults-") as name:
