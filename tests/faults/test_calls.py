@@ -11,4 +11,4 @@ from tests.faults import calls
 
 def test_calls_that_end_anywhere_leave_what_was_acknowledged_and_nothing_else(tmp_path: Path) -> None:
     """Never wrong rows, never an upload, a staged or an open file too many."""
-    calls.run(tmp_path, examples=6, steps=25, phases=(Phase.generate, Phase.shrink))
+    calls.run(tmp_path, examples=12, steps=25, phases=(Phase.generate, Phase.shrink))
