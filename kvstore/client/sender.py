@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from kvstore.priority import give_way
+
 J = TypeVar("J")
 
 ITEMS_MAX = 256
@@ -74,6 +76,7 @@ class Sender(Generic[J]):
         return not thread.is_alive()
 
     def _run(self) -> None:
+        give_way()  # to the threads that decode, in this process and in the others
         while (job := self._take()) is not None:
             try:
                 self._work(job)

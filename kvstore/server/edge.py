@@ -16,6 +16,7 @@ import grpc
 import grpc.aio
 
 from kvstore.errors import KVStoreError
+from kvstore.priority import give_way
 from kvstore.wire.status import to_status, trailing_metadata
 
 T = TypeVar("T")
@@ -31,12 +32,12 @@ DECODE_THREADS = 8
 
 
 class Workers:
-    """The engine's threads: a few that read and plan, one that writes."""
+    """The engine's threads: a few that read and plan, one that writes and gives way to all others."""
 
     def __init__(self) -> None:
         self._read = ThreadPoolExecutor(READ_THREADS, "kvstore-read")
         self._decode = ThreadPoolExecutor(DECODE_THREADS, "kvstore-decode")
-        self._write = ThreadPoolExecutor(1, "kvstore-write")
+        self._write = ThreadPoolExecutor(1, "kvstore-write", give_way)
         self._admin = ThreadPoolExecutor(1, "kvstore-admin")
 
     async def read(self, work: Callable[..., T], *args: object) -> T:

@@ -1,0 +1,72 @@
+"""priority: what nobody waits for runs at a lower priority than what somebody does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from kvstore.client.sender import Sender
+from kvstore.priority import BACKGROUND_NICE, give_way
+from kvstore.server.edge import Workers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the niceness of a thread is what Linux has")
+
+
+def niceness() -> int:
+    """Of the calling thread."""
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+def lowered() -> int:
+    """What the calling thread's niceness would become, from what this process runs at."""
+    return max(niceness(), BACKGROUND_NICE)
+
+
+def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
+    """The sender's thread is nice; the one that submits stays as it was."""
+    before, seen = niceness(), list[int]()
+    sender = Sender[int](lambda _: seen.append(niceness()), lambda _: None)
+    assert sender.submit(1) and sender.flush(10)
+    sender.close(10)
+    assert seen == [lowered()]
+    assert niceness() == before
+
+
+def test_of_the_daemons_threads_only_the_one_that_commits_gives_way() -> None:
+    """Reading, planning and decoding keep their priority: somebody waits for them."""
+
+    async def levels(workers: Workers) -> list[int]:
+        return [await pool(niceness) for pool in (workers.write, workers.read, workers.decode, workers.admin)]
+
+    workers = Workers()
+    try:
+        assert asyncio.run(levels(workers)) == [lowered(), *[niceness()] * 3]
+    finally:
+        workers.close()
+
+
+def test_a_thread_that_is_nicer_already_stays_so() -> None:
+    """A worker that was started with `nice -n 15` is not made to compete harder."""
+    program = (
+        "import os, threading; from kvstore.priority import give_way; give_way(); "
+        "print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))"
+    )
+    command = ["nice", "-n", "15", sys.executable, "-c", program]
+    assert int(subprocess.run(command, check=True, capture_output=True).stdout) >= 15
+
+
+def test_a_system_that_refuses_leaves_the_thread_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error comes out of it: a store goes on at the priority that it has."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    before = niceness()
+    monkeypatch.setattr(os, "setpriority", refuse)
+    give_way()
+    assert niceness() == before
