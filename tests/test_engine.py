@@ -166,6 +166,29 @@ def test_a_block_of_higher_fidelity_replaces_a_lower_one_and_never_the_other_way
     demand_sound(engine)
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_longer_block_takes_the_place_of_tails_that_are_no_better(tmp_path: Path, encrypted: bool) -> None:
+    """A better one stays for those who take nothing less, unless it is so short that it was to be quantized later."""
+    tokens = list(range(400))
+    with Engine.open(tmp_path / "data", options(short_tokens=290, master_key=bytes(range(32)))) as engine:
+        assert not encrypted or engine.encrypt(NS.root)
+        put(engine, NS, tokens[:280])
+        put(engine, NS, tokens[:300], fidelity=800)
+        assert find(engine, NS, tokens, fidelity_min=900).n_tokens == 256
+        put(engine, NS, tokens[:310])
+        put(engine, NS, tokens[:350], fidelity=800)
+        assert find(engine, NS, tokens, fidelity_min=900).n_tokens == 310
+        assert find(engine, NS, tokens, fidelity_min=800).n_tokens == 350
+        put(engine, NS, tokens[:360], fidelity=400)
+        put(engine, NS, tokens[:370], fidelity=400)
+        found = {floor: find(engine, NS, tokens, fidelity_min=floor).n_tokens for floor in (900, 800, 400)}
+        assert found == {900: 310, 800: 350, 400: 370}
+        put(engine, NS, tokens[:380])
+        assert find(engine, NS, tokens, fidelity_min=900).n_tokens == 380
+        assert engine.stats().blobs == 2
+        assert engine.check().findings == []
+
+
 def test_a_match_skips_what_is_below_the_fidelity_asked_for(engine: Engine) -> None:
     """A shorter exact child wins over a longer lossy one, and the reason says so."""
     engine.store(NS.to_record(), [new_block(NS.root, NS.root, 0, pack_tokens([*range(90), -1]), 400)])

@@ -208,11 +208,16 @@ def is_covered(view: View, row: Row) -> bool:
     return best_child(view, row.root, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
 
 
-def replaced_by(view: View, row: Row) -> list[Row]:
-    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails."""
+def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
+    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails.
+
+    A tail of higher fidelity stays, for those who take nothing less, unless it ends before `short_tokens`: so short a
+    sequence is not quantized whoever stores it, and what it is kept as until it grows is no promise.
+    """
     held = view.row(row.key)
     shorter = [] if row.is_checkpoint else _shorter_tails(view, row.root, row.parent, row.tokens)
-    return ([held] if held else []) + shorter
+    given = [old for old in shorter if old.fidelity <= row.fidelity or old.end < short_tokens]
+    return ([held] if held else []) + given
 
 
 def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> list[Row]:

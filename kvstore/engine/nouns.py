@@ -26,6 +26,7 @@ class EngineOptions:
     that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
     `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces.
+    A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
     """
 
@@ -41,6 +42,7 @@ class EngineOptions:
     checkpoints_max: int = 8
     checkpoint_share_percent: int = 20
     ballast_bytes: int = 1 << 20
+    short_tokens: int = 0
     scrub_bytes_per_s: int = 0
     scrub_interval_s: float = 7 * 86_400.0
     master_key: bytes = field(default=b"", repr=False)

@@ -202,7 +202,7 @@ class Writer:
                 break
             if row is not None and not is_covered(edit, row):
                 marked = edit.marked(row.key)
-                for old in replaced_by(edit, row):
+                for old in replaced_by(edit, row, self._state.options.short_tokens):
                     edit.remove(old)
                     settled.replaced.append(old)
                 edit.put(row, stamp, marked)

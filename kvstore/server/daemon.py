@@ -190,6 +190,7 @@ def engine_options(config: Config) -> EngineOptions:
         durability=config.durability,
         checkpoints_max=config.checkpoints_max,
         checkpoint_share_percent=config.checkpoint_share_percent,
+        short_tokens=config.min_quantize_tokens,
         socket=config.listen,
         scrub_bytes_per_s=config.scrub_bytes_per_s,
         scrub_interval_s=config.scrub_interval_days * 86_400.0,
