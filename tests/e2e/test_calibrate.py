@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.calibrate import windows
 from tests.support.daemon import DaemonProcess, run_cli
-from tests.support.models import expand_small_lm, heldout_tokens
+from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens
 from tests.support.sessions import client_of, patient
 
 PLANTED = "affine2"
@@ -117,3 +118,19 @@ def test_windows_cover_the_text_and_are_the_same_every_time() -> None:
         assert window.needle[0] in window.prefix
     with pytest.raises(InvalidRequestError, match="the text has 100 tokens"):
         windows(range(100), 20, 300, 900)
+
+
+@pytest.mark.parametrize("hard_keys", [False, True])
+def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(model: Path, hard_keys: bool) -> None:
+    """On a few prefixes: the table of the README is `bench quality` on many. With outlier channels it is far less."""
+    names = ("exact", "compact", "affine4", "affine8")
+    profiles = [flag for name in names for flag in ("--profile", name)]
+    text = ["--prompt-file", str(SMALL_LM / "heldout_tokens.npy")]
+    command = ["bench", "quality", "--model", str(model), *text, *QUICK, *profiles, "--json"]
+    done = run_cli([*command, "--hard-keys"] if hard_keys else command, dict(os.environ), timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    rows = {row["profile"]: row for row in json.loads(done.stdout)["results"]}
+    assert rows["exact"]["kl_mean"] == 0 and rows["exact"]["bits_per_value"] < 0.7 * 16
+    assert rows["compact"]["bits_per_value"] < 5
+    assert rows["compact"]["kl_mean"] < (0.02 if hard_keys else 0.75) * rows["affine4"]["kl_mean"]
+    assert not hard_keys or rows["compact"]["kl_mean"] < 0.7 * rows["affine8"]["kl_mean"]
