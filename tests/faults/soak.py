@@ -153,9 +153,10 @@ class Soak:
     def run(self, minutes: float) -> Report:
         """All of it."""
         end, rounds = time.monotonic() + minutes * 60, 0
-        with self.daemon:
+        with self.daemon, contextlib.ExitStack() as workers:
             for worker in self.workers:
                 worker.start()
+                workers.callback(worker.kill)  # however this ends
             while time.monotonic() < end and not self.report.faults:
                 rounds += 1
                 self.round(rounds)
