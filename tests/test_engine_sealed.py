@@ -243,3 +243,27 @@ def test_a_namespace_that_holds_plain_blocks_stays_plain(tmp_path: Path) -> None
         assert find(engine, NS, CANARY).n_tokens == 700
     with Engine.open(tmp_path / "data", options()) as engine, pytest.raises(NotFoundError):
         engine.encrypt(PLAIN.root)
+
+
+def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_it(tmp_path: Path) -> None:
+    """Whoever can write to the directory cannot make the store answer with rows of their own."""
+    with Engine.open(tmp_path / "other", options()) as engine:
+        put(engine, NS, CANARY[:256])
+        (planted,) = (engine.path(part.row) for part in find(engine, NS, CANARY[:256]).slices)
+    with opened(tmp_path) as engine:
+        put(engine, PLAIN, CANARY[:256])
+        target = tmp_path / "data" / planted.relative_to(tmp_path / "other")
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        target.write_bytes(planted.read_bytes())
+        kinds = {finding.kind for finding in engine.check(repair=True).findings}
+        assert kinds == {"stray_blob", "corrupt_blob"}
+        assert find(engine, NS, CANARY[:256]).n_tokens == 0
+        assert not target.exists()
+
+
+def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
+    """A namespace may be encrypted before its first store ends."""
+    with opened(tmp_path) as engine:
+        assert engine.shred(NS.root[:4]) == 1
+        assert not engine.is_encrypted(NS.root)
+        assert list((tmp_path / "data" / "keys").iterdir()) == []

@@ -269,7 +269,7 @@ class Engine:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
         with self._state.lock:
             ring = self._state.index.ring
-            roots = [root for root in self._state.namespaces if root.startswith(namespace_prefix) and ring.key(root)]
+            roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
             return len(roots) if dry_run else sum(ring.drop(root) for root in roots)
 
     def first_missing(self, slices: Iterable[Slice]) -> int | None:

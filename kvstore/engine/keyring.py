@@ -101,6 +101,11 @@ class KeyRing:
         return self._keys.get(root)
 
     @property
+    def roots(self) -> list[bytes]:
+        """The namespaces that have a key."""
+        return list(self._keys)
+
+    @property
     def can_make(self) -> bool:
         """Whether there is a master key, without which no namespace can be encrypted."""
         return self._master is not None

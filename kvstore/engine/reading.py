@@ -43,6 +43,8 @@ def read_block(path: Path, verify: bool, ring: KeyRing | None = None) -> tuple[B
         pread, inner_bytes = _inside(fd, info.st_size, ring)
         length = blob_format.header_length(pread(blob_format.LENGTH_BYTES, 0), inner_bytes)
         block = blob_format.parse_header(pread(length, 0), inner_bytes)
+        if inner_bytes == info.st_size and ring is not None and ring.key(block.root):
+            raise CorruptDataError(f"{path}: a plain blob in an encrypted namespace")
         if verify:
             _verify_payload(pread, block, length)
         return block, length, info.st_size
