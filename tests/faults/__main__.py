@@ -46,6 +46,7 @@ def run_blobs(folder: Path, share: Share[tuple[bytes, str, damage.Change]]) -> l
         "damaged blob",
         "bits flipped, cut, zeroed in every region; swapped; other versions",
         "a miss (`corrupt`), quarantine, stored again",
+        can_keep=False,
     )
     blobs = damage.Blobs(folder / "blobs")
     for key, what, change in share(damage.blob_cases(blobs, FLIPS_BLOB)):

@@ -24,6 +24,8 @@ class Tally:
     lost: int = 0
     crashes: int = 0
     others: list[str] = field(default_factory=list)
+    # Of a damaged blob the only copy is gone; that it is stored again is no answer to whether it was lost.
+    can_keep: bool = True
 
     def note(self, what: object, found: Sequence[str]) -> None:
         """Count one run."""
@@ -40,7 +42,7 @@ class Tally:
             self.how,
             f"{self.runs:,}",
             str(self.wrong),
-            str(self.lost),
+            str(self.lost) if self.can_keep else "-",
             str(self.crashes),
             self.recovery,
         )
@@ -55,7 +57,7 @@ def merged(tallies: Iterable[Tally]) -> list[Tally]:
     """Rows of one fault added up, in the order in which they came first."""
     rows: dict[str, Tally] = {}
     for one in tallies:
-        into = rows.setdefault(one.fault, Tally(one.fault, one.how, one.recovery))
+        into = rows.setdefault(one.fault, Tally(one.fault, one.how, one.recovery, can_keep=one.can_keep))
         into.runs += one.runs
         into.wrong += one.wrong
         into.lost += one.lost
