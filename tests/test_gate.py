@@ -169,3 +169,12 @@ def test_a_file_of_another_version_counts_as_no_measurement() -> None:
 def test_a_refusal_is_a_reason_that_workers_know() -> None:
     """It travels as a code like all others."""
     assert Reason("profile_refused") is Reason.PROFILE_REFUSED
+
+
+def test_nothing_is_remembered_of_namespaces_that_were_only_asked_for(files: QualityFiles) -> None:
+    """A worker may name as many as it likes."""
+    guard = gate(files, "compact")
+    for number in range(3000):
+        assert guard.choose(number.to_bytes(32, "big")).refused
+    assert len(guard._warned) <= 1000
+    assert files._known == {}

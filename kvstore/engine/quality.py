@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from pathlib import Path
@@ -14,7 +15,10 @@ log = logging.getLogger(__name__)
 
 
 class QualityFiles:
-    """`<root in hex>.json` in a folder of the data directory, each read once. Any thread may call."""
+    """`<root in hex>.json` in a folder of the data directory, all read at the start. Any thread may call.
+
+    Nothing is remembered of a namespace that was not measured: callers may ask for as many as they can name.
+    """
 
     def __init__(self, folder: Path, fs: Fs, *, sync: bool) -> None:
         self._folder = folder
@@ -24,31 +28,31 @@ class QualityFiles:
         self._known: dict[bytes, dict[str, Quality]] = {}
         for path in folder.glob(f"*{TMP_SUFFIX}"):
             fs.unlink(str(path))
+        for path in folder.glob("*.json"):
+            with contextlib.suppress(ValueError):  # not a name of ours
+                self._known[bytes.fromhex(path.stem)] = self._read(path)
 
     def results(self, root: bytes) -> dict[str, Quality]:
         """Results of a namespace by profile. A file that cannot be read counts as none: everything is measured anew."""
         with self._lock:
-            if root not in self._known:
-                self._known[root] = self._read(root)
-            return dict(self._known[root])
+            return dict(self._known.get(root, {}))
 
     def record(self, root: bytes, quality: Quality) -> None:
         """Keep a result in the place of the profile's last one. Durable on return; OSError if it cannot be written."""
         with self._lock:
-            results = {**self._known.get(root, self._read(root)), quality.profile: quality}
+            results = {**self._known.get(root, {}), quality.profile: quality}
             text = results_to_json(results.values()).encode()
             write_durably(self._fs, str(self._path(root)), [memoryview(text)], self._sync)
             if self._sync:
                 self._fs.fsync_dir(str(self._folder))
             self._known[root] = results
 
-    def _read(self, root: bytes) -> dict[str, Quality]:
+    @staticmethod
+    def _read(path: Path) -> dict[str, Quality]:
         try:
-            return results_from_json(self._path(root).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
+            return results_from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, CorruptDataError) as error:
-            log.warning("%s is not used: %s", self._path(root), error)
+            log.warning("%s is not used: %s", path, error)
             return {}
 
     def _path(self, root: bytes) -> Path:

@@ -19,6 +19,10 @@ from kvstore.quality import Quality, QualityLimits
 log = logging.getLogger(__name__)
 
 
+# So many refusals are logged; whoever asks is told of each.
+WARNED_MAX = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The profile that a store gets, and why it is not the one asked for."""
@@ -99,7 +103,7 @@ class Gate:
 
     def _warn(self, root: bytes, profile: Profile, fault: str) -> None:
         with self._lock:
-            if (root, profile.name) in self._warned:
+            if (root, profile.name) in self._warned or len(self._warned) >= WARNED_MAX:
                 return
             self._warned.add((root, profile.name))
         log.warning("namespace %s: profile %s is refused: %s", root.hex()[:12], profile.name, fault)

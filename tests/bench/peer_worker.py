@@ -7,6 +7,7 @@ one environment.
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ import mlx.core as mx
 SHARED_PERCENT = 90
 
 
-class Peer:
+class Peer(abc.ABC):
     """What a peer can do. `fields`: layers, kv_heads, head_dim, seq_len, and `place`, where it keeps things."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
@@ -72,13 +73,13 @@ class Peer:
         found: list[int] = tokens.tolist()
         return found
 
+    @abc.abstractmethod
     def store(self, number: int) -> float | None:
         """Save sequence `number`, until the peer says that it is done; seconds for which its caller was blocked."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self, number: int) -> Sequence[mx.array]:
         """The arrays of sequence `number`; the caller evaluates them."""
-        raise NotImplementedError
 
 
 class Kvstore(Peer):
