@@ -132,12 +132,15 @@ def run_histories(folder: Path, share: Share[int]) -> list[Tally]:
     return [tally]
 
 
-def run_soak(folder: Path, share: Share[int], minutes: float) -> list[Tally]:
+def run_soak(folder: Path, share: Share[int], minutes: float, leak: str) -> list[Tally]:
     """Workers, kills and a full disk, all at once."""
-    how = f"{soak.WORKERS} workers for {minutes:g} minutes, random kills of them and of the daemon, a full disk"
-    tally = Tally("soak", how, "by itself")
-    report = soak.run(folder, minutes)
+    report = soak.run(folder, minutes, leak)
+    how = (
+        f"{soak.WORKERS} workers for {minutes:g} minutes; {report.worker_kills} kills of them, {report.daemon_kills} "
+        f"of the daemon; disk full {report.full_rounds} times"
+    )
     print(report, file=sys.stderr)
+    tally = Tally("soak", how, f"by itself; {report.growth}")
     tally.note("soak", report.faults)
     tally.runs = report.calls
     return [tally]
@@ -186,12 +189,13 @@ def main() -> int:
     parser.add_argument("--slice", default="0/1", help="K/N: only every N-th run, from the K-th on")
     parser.add_argument("--seconds", type=int, default=300, help="how long fuzz takes")
     parser.add_argument("--minutes", type=float, default=5, help="how long soak takes")
+    parser.add_argument("--leak", choices=soak.LEAKS, default="", help="seed a leak, which soak must find")
     parser.add_argument("--results", type=Path, help="append the rows here, and print what is there in all")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
     first, step = map(int, arguments.slice.split("/"))
     sections = {**SECTIONS, "fuzz": (fuzz.missing, partial(run_fuzz, seconds=arguments.seconds))}
-    sections["soak"] = (cuts.missing, partial(run_soak, minutes=arguments.minutes))
+    sections["soak"] = (cuts.missing, partial(run_soak, minutes=arguments.minutes, leak=arguments.leak))
     tallies: list[Tally] = []
     right = True
     with tempfile.TemporaryDirectory(prefix="kvstore-faults-") as name:

@@ -1,10 +1,12 @@
 """Eight workers on one daemon for as long as you like: `python -m tests.faults soak --minutes M`.
 
 Each worker, a process of its own, stores and fetches prompts at random: most begin like those of others, some are its
-own. Every hit is compared with what follows from its tokens, bit for bit. Workers and the daemon are killed at random;
-after each kill of the daemon what was acknowledged before it must be there. For a part of the time the disk, a tmpfs,
-is full; once it is not, stores must succeed again by themselves. At the end: no damage, nothing staged, no traceback;
-and by how much memory and descriptors of the daemon grew.
+own. Every hit is compared with what follows from its tokens, bit for bit. Workers are killed at random all the time,
+the daemon after each ten minutes of its life, then a few times in a row; after each kill of the daemon what was
+acknowledged before it must be there. For a part of the time the disk, a tmpfs, is full; once it is not, stores must
+succeed again by themselves. Memory and descriptors of the daemon must stay flat in each of the long lives
+(`tests.faults.growth`); with `--leak` it has a leak, to see the soak find it. At the end: no damage, nothing staged, no
+traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from kvstore.client.results import Hit
 from kvstore.config import Config
 from kvstore.errors import KVStoreError
 from tests.faults import disk
+from tests.faults.growth import Growth, Sample, growth_of
 from tests.faults.hostile import resident_bytes, settle
 from tests.support.daemon import DaemonProcess
 from tests.support.sessions import client_of, patient
@@ -39,12 +41,31 @@ LENGTHS = (1, 60, 256, 300, 513)
 CONFIG = {"profile": "raw", "budget_bytes": "24MB", "upload_idle_s": 2, "stream_stall_s": 2}
 DISK = "size=48m"
 FULL_BLOCKS = 16
-# One worker is killed each round. After so many rounds the daemon is, and after so many the disk is full for a few.
-ROUND_S = 3.0
-DAEMON_EVERY = 20
+# In a round the daemon is looked at so often and one worker is killed. Every so many rounds the disk is full for a few.
+ROUND_S, SAMPLES = 3.0, 3
 FULL_EVERY, FULL_ROUNDS = 15, 4
+# So long the daemon lives, for a leak to show; then it is killed so many times, with at most so long a life between.
+LIFE_MIN = 10.0
+KILLS, SHORT_LIFE_S = 5, 4.0
 RECOVERY_S = 30.0
 NOBODY_HAS = 1 << 50
+# What a daemon with a leak does once a second: 1.5 MiB, or 3 descriptors, a minute.
+LEAKS = {
+    "memory": "kept.append(b'1' * (25 << 10))",
+    "files": "kept.append(os.open(os.devnull, os.O_RDONLY)) if next(second) % 20 == 0 else None",
+}
+LEAKING = """
+import itertools, os, sys, threading, time
+from kvstore.cli import main
+kept, second = [], itertools.count()
+def leak():
+    while True:
+        time.sleep(1)
+        {leak}
+threading.Thread(target=leak, daemon=True).start()
+sys.argv = ["kvstore", "serve"]
+main()
+"""
 
 
 @dataclass
@@ -55,21 +76,27 @@ class Report:
     hits: int = 0
     worker_kills: int = 0
     daemon_kills: int = 0
-    full_s: float = 0.0
     full_rounds: int = 0
     faults: list[str] = field(default_factory=list)
-    # (minutes, resident MiB, descriptors) of the daemon in its present life; and what they grew by a minute in each.
-    samples: list[tuple[float, float, int]] = field(default_factory=list)
-    growth: list[tuple[float, float]] = field(default_factory=list)
-    resident: list[float] = field(default_factory=list)  # MiB at the end of each life
+    samples: list[Sample] = field(default_factory=list)  # of the daemon in its present life
+    lives: list[Growth] = field(default_factory=list)  # the long ones
 
     def __str__(self) -> str:
-        memory, files = (statistics.median(column) for column in zip(*self.growth or [(0.0, 0.0)], strict=True))
         return (
             f"{self.calls:,} calls, {self.hits:,} hits verified; {self.worker_kills} workers and {self.daemon_kills} "
-            f"daemons killed; disk full {self.full_rounds} times; in {len(self.growth)} lives the daemon ended at "
-            f"{min(self.resident, default=0):.0f} to {max(self.resident, default=0):.0f} MiB and grew by a median of "
-            f"{memory:+.1f} MiB and {files:+.1f} descriptors a minute"
+            f"daemons killed; disk full {self.full_rounds} times; {self.growth}"
+        )
+
+    @property
+    def growth(self) -> str:
+        """The most that a life of the daemon grew, as the README's table tells it."""
+        if not self.lives:
+            return "no life of the daemon was long enough to tell growth"
+        memory, files = max(one.mib_per_min for one in self.lives), max(one.files_per_min for one in self.lives)
+        shortest, largest = min(one.minutes for one in self.lives), max(one.mib for one in self.lives)
+        return (
+            f"{len(self.lives)} lives of {shortest:.0f} minutes or more, the worst with {memory:+.2f} MiB and "
+            f"{files:+.2f} descriptors a minute, {largest:.0f} MiB at the end"
         )
 
 
@@ -142,42 +169,52 @@ class Worker:
 class Soak:
     """One daemon, its workers, and what happens to them."""
 
-    def __init__(self, folder: Path, data_dir: Path, seed: int = 1) -> None:
+    def __init__(self, folder: Path, data_dir: Path, leak: str = "", seed: int = 1) -> None:
         self.dice = random.Random(seed)
         self.report = Report()
-        self.daemon = DaemonProcess(data_dir, **CONFIG)
+        program = LEAKING.format(leak=LEAKS[leak]) if leak else ""
+        self.daemon = DaemonProcess(data_dir, program=program, **CONFIG)
         self.disk = data_dir.parent
         (folder / "workers").mkdir()
         self.workers = [Worker(self.daemon.listen, number, folder / "workers") for number in range(WORKERS)]
 
     def run(self, minutes: float) -> Report:
         """All of it."""
-        end, rounds = time.monotonic() + minutes * 60, 0
+        lives = max(1, round(minutes / LIFE_MIN))
         with self.daemon, contextlib.ExitStack() as workers:
             for worker in self.workers:
                 worker.start()
                 workers.callback(worker.kill)  # however this ends
-            while time.monotonic() < end and not self.report.faults:
-                rounds += 1
-                self.round(rounds)
+            for _ in range(lives):
+                self.life(minutes / lives * 60)
             self.empty()
             self.finish()
         return self.report
 
+    def life(self, seconds: float) -> None:
+        """A long one of the daemon, and the short ones after it."""
+        end, rounds = time.monotonic() + seconds, 0
+        while time.monotonic() < end and not self.report.faults:
+            rounds += 1
+            self.round(rounds)
+        self.end_life()
+        for _ in range(0 if self.report.faults else KILLS):
+            self.kill_daemon()
+            time.sleep(self.dice.random() * SHORT_LIFE_S)
+
     def round(self, number: int) -> None:
         """A while of work, and what comes over it."""
-        time.sleep(ROUND_S)
-        self.sample()
+        for _ in range(SAMPLES):
+            time.sleep(ROUND_S / SAMPLES)
+            self.sample()
         if number % FULL_EVERY == 0:
             self.report.full_rounds += 1
             with contextlib.suppress(OSError):  # stores took the last of it meanwhile
                 disk.fill(self.disk, FULL_BLOCKS)
         elif number % FULL_EVERY == FULL_ROUNDS:
             self.empty()
-            self.recovers(number)
+            self.recovers()
         self.kill_worker()
-        if number % DAEMON_EVERY == 0:
-            self.kill_daemon()
 
     def sample(self) -> None:
         """Memory and descriptors of the daemon now."""
@@ -186,7 +223,7 @@ class Soak:
             self.report.faults.append(f"crash: the daemon ended with {code}")
             return
         mib = resident_bytes(self.daemon) / 2**20
-        self.report.samples.append((time.monotonic() / 60, mib, descriptors(self.daemon)))
+        self.report.samples.append(Sample(time.monotonic() / 60, mib, descriptors(self.daemon)))
 
     def kill_worker(self) -> None:
         """One at random; another takes its place."""
@@ -198,7 +235,6 @@ class Soak:
 
     def kill_daemon(self) -> None:
         """In the middle of everything. What it acknowledged just before is there in its next life."""
-        self.end_life()
         witness = [-self.report.daemon_kills - 1, *range(500)]
         acknowledged = self.stored(witness)
         self.daemon.kill()
@@ -208,13 +244,10 @@ class Soak:
             self.report.faults.append(f"lost: {len(witness) - found} of {len(witness)} tokens by a kill of the daemon")
 
     def end_life(self) -> None:
-        """What grew, without the first third, in which caches fill."""
-        settled = self.report.samples[len(self.report.samples) // 3 :]
-        if len(settled) > 2:
-            minutes, memory, files = zip(*settled, strict=True)
-            slopes = [statistics.linear_regression(minutes, column).slope for column in (memory, files)]
-            self.report.growth.append((slopes[0], slopes[1]))
-            self.report.resident.append(memory[-1])
+        """What grew in it."""
+        if growth := growth_of(self.report.samples):
+            self.report.lives.append(growth)
+            self.report.faults += growth.faults
         self.report.samples.clear()
 
     # -- what must hold ---------------------------------------------------------------------------------------------
@@ -223,10 +256,11 @@ class Soak:
         """Room on the disk again."""
         (self.disk / "filler").unlink(missing_ok=True)
 
-    def recovers(self, number: int) -> None:
+    def recovers(self) -> None:
         """Stores succeed again, soon and by themselves."""
+        number = 10_000 + self.report.full_rounds
         give_up_at = time.monotonic() + RECOVERY_S
-        while not self.stored([-10_000 - number, *range(300)]):
+        while not self.stored([-number, *range(300)]):
             if time.monotonic() > give_up_at:
                 self.report.faults.append("no store succeeds after the disk was full")
                 return
@@ -251,7 +285,6 @@ class Soak:
         faults = [fault for worker in self.workers if (fault := worker.kill())]
         if not settle(self.daemon):
             faults.append("uploads stay")
-        self.end_life()
         with client_of(self.daemon) as client:
             try:
                 faults += [f"damage: {finding}" for finding in client.check()["findings"]]
@@ -278,10 +311,10 @@ class Soak:
                 self.report.faults.append(reason)
 
 
-def run(folder: Path, minutes: float) -> Report:
-    """A soak on a small disk of its own."""
+def run(folder: Path, minutes: float, leak: str = "") -> Report:
+    """A soak on a small disk of its own; `leak`: with a daemon that leaks so (`LEAKS`)."""
     with disk.mounted(folder / "disk", DISK) as data_dir:
-        return Soak(folder, data_dir).run(minutes)
+        return Soak(folder, data_dir, leak).run(minutes)
 
 
 def descriptors(daemon: DaemonProcess) -> int:
