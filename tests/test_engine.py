@@ -419,15 +419,21 @@ def test_stats_count_what_is_there(engine: Engine) -> None:
     assert stats.used_bytes == stats.stored_bytes + stats.index_bytes
 
 
-def test_the_first_missing_file_of_a_plan_is_named(engine: Engine) -> None:
-    """Gone or of another size."""
+def test_the_first_damaged_file_of_a_plan_is_named(engine: Engine) -> None:
+    """Gone, of another size, or with one bit of its header changed, padding included."""
     put(engine, NS, list(range(700)))
     slices = find(engine, NS, list(range(700))).slices
-    assert engine.first_missing(slices) is None
+    assert engine.first_damaged(slices) is None and engine.first_damaged([]) is None
+    path, size = engine.path(slices[0].row), slices[0].row.payload_offset
+    whole = path.read_bytes()
+    for at in (0, 20, size // 2, size - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1 :])
+        assert engine.first_damaged(slices) == 0
+    path.write_bytes(whole)
     os.truncate(engine.path(slices[2].row), 10)
-    assert engine.first_missing(slices) == 2
+    assert engine.first_damaged(slices) == 2
     engine.path(slices[1].row).unlink()
-    assert engine.first_missing(slices) == 1
+    assert engine.first_damaged(slices) == 1
 
 
 def test_a_closed_engine_refuses_and_closes_twice(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,78 @@ def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UnknownFormatError, match=path.name):
         Engine.open(tmp_path / "data", options())
     assert path.exists()
+
+
+def make_newer(path: Path) -> None:
+    """As a newer kvstore may write it: another number, and something that this one does not know."""
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    header["__metadata__"].update(version="9", novelty="x" * 100)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text = text.ljust(-(-(8 + len(text)) // 64) * 64 - 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[size:])
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online: bool) -> None:
+    """By a fetch, by a report of damage, by the scrub and by a repair; what it stands for is a miss."""
+    engine = Engine.open(tmp_path / "data", options())
+    put(engine, NS, LONG)
+    parts = find(engine, NS, LONG).slices
+    path = engine.path(parts[1].row)
+    make_newer(path)
+    left = path.read_bytes()
+    assert engine.first_damaged(parts) == 1
+    assert not engine.recheck(parts[1].row.key)
+    if not online:
+        engine.close()
+    report = engine.check(repair=True) if online else check_directory(tmp_path / "data", repair=True)
+    assert [(found.kind, found.path) for found in report.findings] == [("unknown_format", str(path))]
+    assert report.repaired == 0
+    if not online:
+        engine = Engine.open(tmp_path / "data", options())
+    assert path.read_bytes() == left and engine.stats().quarantined == 0
+    engine.close()
+
+
+def test_a_blob_that_is_newer_by_its_number_alone_is_damaged(tmp_path: Path) -> None:
+    """A blob is written in the least version that can bear it."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        parts = find(engine, NS, LONG).slices
+        path = engine.path(parts[1].row)
+        path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"9"'))
+        assert engine.first_damaged(parts) == 1 and engine.recheck(parts[1].row.key)
+        assert not path.exists() and engine.stats().quarantined == 1
+
+
+def test_a_start_after_a_kill_leaves_newer_blobs_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a row and without one; what is ours and has no row is unlinked."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        rows = [part.row for part in find(engine, NS, LONG).slices]
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    paths = [tmp_path / "killed" / engine.path(row).relative_to(tmp_path / "data") for row in rows]
+    ours, stray = (paths[0].with_name(f"{bytes(32).hex()}-{seq}.safetensors") for seq in (70, 71))
+    shutil.copyfile(paths[0], ours)
+    shutil.copyfile(paths[0], stray)
+    make_newer(stray)
+    make_newer(paths[3])
+    with Engine.open(tmp_path / "killed", options()) as engine:
+        assert not ours.exists() and stray.exists() and paths[3].exists()
+        assert find(engine, NS, LONG).n_tokens == 768
+        assert engine.stats().quarantined == 0
+        assert "left 2 of a newer format" in caplog.text
+
+
+def test_a_blob_stored_under_another_alias_is_sound(tmp_path: Path) -> None:
+    """Its header has the name of then, the index the name of now."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, replace(NS, alias="then"), LONG[:256])
+        put(engine, replace(NS, alias="now"), LONG)
+        assert engine.first_damaged(find(engine, NS, LONG).slices) is None
+        assert engine.check().findings == []
 
 
 def test_a_rebuild_keeps_the_better_of_two_and_drops_what_cannot_be_reached(tmp_path: Path) -> None:

@@ -223,12 +223,12 @@ def test_a_leased_checkpoint_keeps_its_file(engine: Engine) -> None:
     """Until it is open, like a block's."""
     engine.store(NS.to_record(), with_checkpoints(NS, LONG, [500]))
     [row] = checkpoints(engine)
-    assert engine.first_missing([Slice(row, row.n_tokens)]) is None
+    assert engine.first_damaged([Slice(row, row.n_tokens)]) is None
     with engine.lease([row]):
         engine.evict(Selection(key_prefix=row.key))
         assert engine.path(row).exists() and exact(engine, LONG).n_tokens == 0
     assert not engine.path(row).exists()
-    assert engine.first_missing([Slice(row, row.n_tokens)]) == 0
+    assert engine.first_damaged([Slice(row, row.n_tokens)]) == 0
     demand_sound(engine)
 
 

@@ -261,6 +261,19 @@ def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_
         assert not target.exists()
 
 
+def test_an_encrypted_blob_that_names_another_namespace_or_version_is_damaged(tmp_path: Path) -> None:
+    """The row could be read, so the key is there; and no newer kvstore wrote what opens with our number."""
+    for old, new in ((NS.root.hex().encode(), bytes(32).hex().encode()), (b'"version":"1"', b'"version":"8"')):
+        with opened(tmp_path) as engine:
+            put(engine, NS, CANARY)
+            parts = find(engine, NS, CANARY).slices
+            path = engine.path(parts[1].row)
+            path.write_bytes(path.read_bytes().replace(old, new))
+            assert engine.first_damaged(parts) == 1
+            assert engine.recheck(parts[1].row.key) and not path.exists()
+            assert find(engine, NS, CANARY).reason is Reason.CORRUPT
+
+
 def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
     """A namespace may be encrypted before its first store ends."""
     with opened(tmp_path) as engine:

@@ -3,13 +3,14 @@
 It serves a running engine, the offline check (`kvstore.engine.recovery`), and a start-up that must rebuild the index
 from blob headers (an empty index makes every blob a stray, and sound strays are adopted). `sweep` is the light form for
 a start after an unclean stop under synced commits: what has a row has its bytes, so only strays and missing files are
-looked for.
+looked for. What a newer kvstore wrote is reported and left alone by all of them.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,10 @@ from kvstore.engine.directory import Directory
 from kvstore.engine.index import Edit, Index, Usage, View
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.matching import is_covered, replaced_by
-from kvstore.engine.nouns import CheckReport, Finding
-from kvstore.engine.reading import read_block
+from kvstore.engine.nouns import CheckReport, Finding, Slice
+from kvstore.engine.reading import demand_same, is_misnumbered, read_block, sources_of
 from kvstore.engine.rows import Row, pack_row
-from kvstore.errors import CorruptDataError, NotFoundError, UnknownFormatError
+from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
 
 FINDINGS_MAX = 1000
@@ -58,7 +59,7 @@ class Site:
 def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
     """Read a row's blob whole; CorruptDataError unless it is exactly what the row and its checksums say.
 
-    NotFoundError when it is encrypted and its key was dropped.
+    NotFoundError when it is encrypted and its key was dropped, UnknownFormatError when a newer kvstore wrote it.
     """
     path = directory.path(row)
     if row.is_sealed:
@@ -66,11 +67,16 @@ def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
     try:
         block, payload_offset, file_bytes = read_block(path, verify=True, ring=ring)
     except UnknownFormatError as error:
+        [source] = sources_of(directory, [Slice(row, 0)])
+        if is_misnumbered(source, row, ring.key(row.root)):
+            raise CorruptDataError(f"{path}: {error}") from error
+        raise
+    except NotFoundError as error:
+        # The row could be read, so its key is there: the file names another.
         raise CorruptDataError(f"{path}: {error}") from error
     if (payload_offset, file_bytes) != (row.payload_offset, row.file_bytes):
         raise CorruptDataError(f"{path}: not the size that the index says")
-    if replace(block, namespace=b"") != row.block:
-        raise CorruptDataError(f"{path}: not the block that the index says")
+    demand_same(block, row)
 
 
 class Walk:
@@ -112,6 +118,8 @@ class Walk:
             self.report.bytes += row.file_bytes
             try:
                 verify_row(self._site.directory, row, self._site.index.ring)
+            except UnknownFormatError as error:
+                self._find("unknown_format", path, str(error))
             except NotFoundError as error:
                 self._damaged(row, "shredded", str(error))
             except CorruptDataError as error:
@@ -271,9 +279,23 @@ def sweep(site: Site) -> None:
     with site.index.view() as view:
         named = {str(site.directory.path(row)) for row in view.rows()}
     strays = sizes.keys() - named
-    unlink_quietly(site.fs, strays)
+    newer = {path for path in strays if _is_newer(path, site.index.ring)}
+    unlink_quietly(site.fs, strays - newer)
     if lost or strays:
-        log.warning("after an unclean stop: %d rows without a file dropped, %d files unlinked", len(lost), len(strays))
+        words = "after an unclean stop: dropped %d rows without a file, unlinked %d files, left %d of a newer format"
+        log.warning(words, len(lost), len(strays - newer), len(newer))
+
+
+def _is_newer(path: str, ring: KeyRing) -> bool:
+    """Whether a newer kvstore wrote a blob, or nobody can tell now."""
+    try:
+        if parse_name(os.path.basename(path)):
+            read_block(Path(path), verify=False, ring=ring)
+    except (UnknownFormatError, LimitError):
+        return True
+    except (CorruptDataError, NotFoundError):
+        return False
+    return False
 
 
 def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:

@@ -24,7 +24,6 @@ commits, never while blobs are written or the caller's iterator runs. `match` ta
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from types import TracebackType
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
 from kvstore.engine import survey
-from kvstore.engine.blobs import Fs, blob_name, unlink_quietly
+from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import KeyRing
@@ -54,14 +53,15 @@ from kvstore.engine.nouns import (
 )
 from kvstore.engine.pages import digest
 from kvstore.engine.quality import QualityFiles
+from kvstore.engine.reading import demand_header, open_reader, sources_of
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.scrub import Scrub
-from kvstore.engine.sealed import SealedReader, SealedSource
+from kvstore.engine.sealed import SealedReader
 from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
 from kvstore.engine.writer import Writer
-from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError
+from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 
@@ -234,22 +234,12 @@ class Engine:
 
     def sources(self, slices: Iterable[Slice]) -> list[FileSource]:
         """Where a `FileReader` finds the blocks of a plan."""
-        base = str(self._state.directory.blobs)
-        rows = [part.row for part in slices]
-        return [
-            FileSource(f"{base}/{row.directory:02x}/{blob_name(row.key, row.seq)}", row.payload_offset, row.file_bytes)
-            for row in rows
-        ]
+        return sources_of(self._state.directory, slices)
 
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> FileReader | SealedReader:
         """A reader of the blocks of a plan, all of one namespace; what is encrypted comes out decrypted."""
-        sources = self.sources(slices)
         key = self._state.index.ring.key(slices[0].row.root) if slices else None
-        if key is None:
-            return FileReader(sources, open_max)
-        return SealedReader(
-            [SealedSource(source, key, part.row.key) for source, part in zip(sources, slices, strict=True)], open_max
-        )
+        return open_reader(self.sources(slices), slices, key, open_max)
 
     def is_encrypted(self, root: bytes) -> bool:
         """Whether a namespace is encrypted: then nothing of it is handed over by path."""
@@ -272,14 +262,18 @@ class Engine:
             roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
             return len(roots) if dry_run else sum(ring.drop(root) for root in roots)
 
-    def first_missing(self, slices: Iterable[Slice]) -> int | None:
-        """Index of the first slice whose file is not there with its exact size; one stat each."""
+    def first_damaged(self, slices: Sequence[Slice]) -> int | None:
+        """Index of the first slice whose file is gone, or has not the size and the header that its row makes.
+
+        All of one namespace. What a header leaves, the payload, whoever reads it verifies.
+        """
+        info = self._state.namespaces.get(slices[0].row.root) if slices else None
+        record = info.to_record() if info else b""
+        key = self._state.index.ring.key(info.root) if info else None
         for number, source in enumerate(self.sources(slices)):
             try:
-                size = os.stat(source.path, follow_symlinks=False).st_size
-            except OSError:
-                return number
-            if size != source.file_bytes:
+                demand_header(source, slices[number].row, record, key)
+            except (CorruptDataError, UnknownFormatError):
                 return number
         return None
 
@@ -366,7 +360,10 @@ class Engine:
     # -- care ---------------------------------------------------------------------------------------------------
 
     def recheck(self, key: bytes) -> bool:
-        """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted."""
+        """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
+
+        What a newer kvstore wrote, and what nobody has the key of, cannot be judged, and stays.
+        """
         with self._state.index.view() as view:
             row = view.row(key)
         if row is None:
@@ -374,7 +371,7 @@ class Engine:
         try:
             checking.verify_row(self._state.directory, row, self._state.index.ring)
             return False
-        except NotFoundError:
+        except (NotFoundError, UnknownFormatError):
             return False
         except CorruptDataError as error:
             log.warning("a blob is damaged: %s", error)

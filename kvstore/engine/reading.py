@@ -1,22 +1,32 @@
-"""Reading a blob back whole, plain or encrypted, and verifying it."""
+"""Reading blobs, plain or encrypted: whole and verified, by ranges for a fetch, and the header of one alone."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
 from kvstore.blocks import Block
 from kvstore.engine import format as blob_format
-from kvstore.engine.keyring import KeyRing
-from kvstore.engine.sealed import HEADER_BYTES, is_sealed, open_blob
-from kvstore.errors import CorruptDataError, LimitError, NotFoundError
+from kvstore.engine import sealed
+from kvstore.engine.blobs import blob_name
+from kvstore.engine.directory import Directory
+from kvstore.engine.keyring import KeyRing, NamespaceKey
+from kvstore.engine.nouns import Slice
+from kvstore.engine.rows import Row
+from kvstore.engine.sealed import HEADER_BYTES, SealedReader, SealedSource, is_sealed, open_blob
+from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.files import FileReader, FileSource
+from kvstore.records import block_to_record, record_version
 
 VERIFY_BYTES = 1 << 20
+_VERSION = re.compile(rb'"version":"[0-9]+"')
 
 # Bytes of a blob: how many, from where. Fewer come back at its end.
 Pread = Callable[[int, int], bytes]
@@ -81,3 +91,66 @@ def _verify_payload(pread: Pread, block: Block, payload_offset: int) -> None:
             done += len(data)
         if hasher.intdigest() != checksum:
             raise CorruptDataError(f"blob: bytes {offset} to {offset + length} do not match their checksum")
+
+
+def sources_of(directory: Directory, slices: Iterable[Slice]) -> list[FileSource]:
+    """Where a reader finds the payloads of a plan."""
+    base = str(directory.blobs)
+    rows = [part.row for part in slices]
+    return [
+        FileSource(f"{base}/{row.directory:02x}/{blob_name(row.key, row.seq)}", row.payload_offset, row.file_bytes)
+        for row in rows
+    ]
+
+
+def open_reader(
+    sources: Sequence[FileSource], slices: Sequence[Slice], key: NamespaceKey | None, open_max: int
+) -> FileReader | SealedReader:
+    """A reader of the blocks of a plan, all of one namespace; it decrypts with the key that the namespace may have."""
+    if key is None:
+        return FileReader(sources, open_max)
+    return SealedReader(
+        [SealedSource(source, key, part.row.key) for source, part in zip(sources, slices, strict=True)], open_max
+    )
+
+
+def demand_header(source: FileSource, row: Row, namespace: bytes, key: NamespaceKey | None) -> None:
+    """CorruptDataError unless a file has its exact size and the header that its row makes.
+
+    A fetch takes everything from row and payload, but a blob whose header is damaged is lost to a rebuild. `namespace`:
+    the record that the index has; a blob that was stored under another alias is parsed. UnknownFormatError: see
+    `read_block`.
+    """
+    header = _read_header(source, row, key)
+    block = replace(row.block, namespace=namespace)
+    if blob_format.build_header(block, block_to_record(block)) != header:
+        demand_same(blob_format.parse_header(header, len(header) + blob_format.payload_bytes(block)), row)
+
+
+def demand_same(block: Block, row: Row) -> None:
+    """CorruptDataError unless a blob's block is that of the row."""
+    if replace(block, namespace=b"") != row.block:
+        raise CorruptDataError("not the block that the index says")
+
+
+def is_misnumbered(source: FileSource, row: Row, key: NamespaceKey | None) -> bool:
+    """Whether a blob that says that it is of a newer format is damaged: it is the row's, but for this number.
+
+    A kvstore writes each blob in the least version that can bear it, so none is newer in nothing but its number.
+    """
+    try:
+        if key is not None and sealed.is_misnumbered(source, key):
+            return True
+        number = b'"version":"%d"' % record_version(row.block.runs)
+        header = _VERSION.sub(number, _read_header(source, row, key), count=1)
+        demand_same(blob_format.parse_header(header, len(header) + blob_format.payload_bytes(row.block)), row)
+    except (CorruptDataError, UnknownFormatError):
+        return False
+    return True
+
+
+def _read_header(source: FileSource, row: Row, key: NamespaceKey | None) -> bytes:
+    header = bytearray(row.payload_offset)
+    with open_reader([replace(source, payload_offset=0)], [Slice(row, 0)], key, 1) as reader:
+        reader.readinto(0, 0, [memoryview(header)])
+    return bytes(header)

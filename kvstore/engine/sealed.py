@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,6 +75,20 @@ def open_blob(first: bytes, ring: KeyRing, pread: Callable[[int, int], bytes], f
         data = pread(size, HEADER_BYTES + number * (CHUNK_BYTES + TAG_BYTES))
         out += _opened(cipher, number, data, first)
     return bytes(out)
+
+
+def is_misnumbered(source: FileSource, key: NamespaceKey) -> bool:
+    """Whether an encrypted blob that says that it is of a newer version opens as one of ours: the number is damaged."""
+    stored = bytearray(min(source.file_bytes, HEADER_BYTES + CHUNK_BYTES + TAG_BYTES))
+    with FileReader([replace(source, payload_offset=0)], 1) as reader:
+        reader.readinto(0, 0, [memoryview(stored)])
+    header = re.sub(rb'"version":"[0-9]+"', b'"version":"%d"' % FORMAT_VERSION, bytes(stored[:HEADER_BYTES]), count=1)
+    try:
+        _parse_header(header)
+        _opened(key.blob_cipher(_salt(header)), 0, bytes(stored[HEADER_BYTES:]), header)
+    except (CorruptDataError, UnknownFormatError):
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

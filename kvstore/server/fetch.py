@@ -118,21 +118,21 @@ class FetchPath:
         return match
 
     def plan(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> FetchPlan:
-        """Match again, take a lease and make sure that every file is there; what is not is dropped from the index."""
+        """Match again, take a lease and make sure of every file and its header; what is damaged goes to quarantine."""
         for _ in range(REPLANS_MAX):
             match = self._usable(root, tokens, fidelity_min, offer, first_unreadable)
             namespace = self._engine.namespace(root)
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
-            missing = self._engine.first_missing(match.parts)
-            if missing is None:
+            damaged = self._engine.first_damaged(match.parts)
+            if damaged is None:
                 self._engine.touch(match.parts)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 return replace(plan, fetch_id=self.costs.start(root, offer.way, work_of(match, namespace.layout)))
             plan.release()
-            self._engine.recheck(match.parts[missing].row.key)
+            self._engine.recheck(match.parts[damaged].row.key)
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
     def measured(self, plan: FetchPlan) -> None:
