@@ -1,7 +1,8 @@
 """Damage at rest: blobs flipped, cut, swapped and exchanged in every region; index pages flipped, swapped, lost.
 
-Blobs are read as a client reads them: what the index says, against the checksums that it says. Whatever passes must be
-right; whatever does not is reported as clients report it (`recheck`), and must end in quarantine as a counted miss.
+Blobs are read as a fetch reads them: first what no client looks at, the header (`first_damaged`), then what the index
+says, against the checksums that it says. Whatever passes must be right; whatever does not is reported as clients report
+it (`recheck`). A damaged blob must be in quarantine after the first fetch that meets it, and a miss with a reason.
 A damaged index is opened in a process of its own, since LMDB would take that process with it.
 """
 
@@ -12,7 +13,7 @@ import random
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +22,22 @@ import xxhash
 from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
 from kvstore.engine import Engine, Row, Slice, check_directory
 from kvstore.engine.format import checked_ranges
+from kvstore.engine.keyring import TAG_BYTES
 from kvstore.engine.reading import read_block
+from kvstore.engine.sealed import CHUNK_BYTES, HEADER_BYTES, is_sealed
 from kvstore.errors import CorruptDataError, KVStoreError
-from kvstore.files import FileReader
 from tests.faults.workload import MIXED, NS
 from tests.support.engine import blob_paths, demand_right, namespace, options, put, put_checkpoint, values
 
+# Encrypted, where there is a master key.
+MASTER, SECRET = bytes(range(32)), namespace("secret")
 TOKENS, OTHER, MIXED_TOKENS = list(range(700)), list(range(9000, 9400)), list(range(5000, 5400))
 _TIMEOUT_S = 60
 _PAGE = 4096
 Change = Callable[[bytearray], bytes]
+# (namespace, tokens, whether they are fetched up to a checkpoint)
+FETCHES = ((NS, TOKENS, False), (NS, OTHER, False), (MIXED, MIXED_TOKENS, True))
+SECRET_FETCHES = ((SECRET, TOKENS, False),)
 
 
 def prepare(data_dir: Path) -> None:
@@ -43,7 +50,7 @@ def prepare(data_dir: Path) -> None:
 
 def store_all(engine: Engine) -> None:
     """What is damaged is stored again."""
-    for ns, tokens in ((NS, TOKENS), (NS, OTHER), (MIXED, MIXED_TOKENS)):
+    for ns, tokens, _ in (*FETCHES, *(SECRET_FETCHES if engine.is_encrypted(SECRET.root) else ())):
         assert put(engine, ns, tokens).reason is Reason.OK
     assert put_checkpoint(engine, MIXED, MIXED_TOKENS).reason is Reason.OK
 
@@ -63,6 +70,8 @@ class Region:
 def regions(path: Path) -> list[Region]:
     """Length, JSON, record with tokens and recipes, padding, and every checked range of a blob."""
     data = path.read_bytes()
+    if is_sealed(data):
+        return _sealed_regions(data)
     block, payload_offset, _ = read_block(path, verify=True)
     header = data[:payload_offset]
     record = header.index(b'"record":"') + 10
@@ -80,6 +89,20 @@ def regions(path: Path) -> list[Region]:
         for number, (offset, length, _) in enumerate(checked_ranges(block))
     ]
     return [region for region in found if region.end > region.start]
+
+
+def _sealed_regions(data: bytes) -> list[Region]:
+    """Length, JSON, padding, and every chunk with its tag of an encrypted blob; the first chunks hold the header."""
+    text_end = len(data[:HEADER_BYTES].rstrip(b" "))
+    found = [
+        Region("outer length", 0, 8),
+        Region("outer header", 8, text_end),
+        Region("outer padding", text_end, HEADER_BYTES),
+    ]
+    for at in range(HEADER_BYTES, len(data), CHUNK_BYTES + TAG_BYTES):
+        end = min(at + CHUNK_BYTES + TAG_BYTES, len(data))
+        found += [Region("chunk", at, end - TAG_BYTES), Region("tag", end - TAG_BYTES, end)]
+    return found
 
 
 def _flip(at: int, bit: int) -> Change:
@@ -107,7 +130,8 @@ def blob_changes(path: Path, flips: int, seed: int) -> Iterator[tuple[str, Chang
         yield f"zeros in {region.name}", _replaced(region.start, bytes(region.end - region.start))
     yield "longer", lambda data: bytes(data) + b"\0"
     yield "noise", lambda data: random.Random(seed).randbytes(size)
-    yield "an older version", lambda data: bytes(data).replace(b'"version":"1"', b'"version":"0"')
+    for number in (b"0", b"2", b"9"):
+        yield "another version", lambda data, to=number: bytes(data).replace(b'"version":"1"', b'"version":"%b"' % to)
 
 
 class Blobs:
@@ -115,7 +139,9 @@ class Blobs:
 
     def __init__(self, data_dir: Path) -> None:
         prepare(data_dir)
-        self._engine = Engine.open(data_dir, options(quarantine_files_max=4))
+        self._engine = Engine.open(data_dir, options(quarantine_files_max=4, master_key=MASTER))
+        self._engine.encrypt(SECRET.root)
+        store_all(self._engine)
 
     def close(self) -> None:
         """Stop in order."""
@@ -138,7 +164,7 @@ class Blobs:
         whole = path.read_bytes()
         changed = change(bytearray(whole))
         path.write_bytes(changed)
-        return self._after(row, is_changed=changed != whole)
+        return self._after([row] if changed != whole else [])
 
     def swap(self, key: bytes, other: bytes) -> list[str]:
         """Exchange two files."""
@@ -146,22 +172,24 @@ class Blobs:
         first, second = self._engine.path(one).read_bytes(), self._engine.path(two).read_bytes()
         self._engine.path(one).write_bytes(second)
         self._engine.path(two).write_bytes(first)
-        return self._after(one, is_changed=True)
+        return self._after([one])
 
-    def _after(self, row: Row, is_changed: bool) -> list[str]:
+    def _after(self, damaged: Sequence[Row]) -> list[str]:
         wrong = self._read_all()
-        kinds = {finding.kind for finding in self._engine.check(repair=True).findings}
+        quarantine = self._engine.staging_dir.with_name("quarantine")
         with self._engine._state.index.view() as view:
-            is_held = view.row(row.key) is not None
-        if is_changed and is_held:
-            wrong.append(f"still held: a damaged blob; the check found {kinds}")
-        if is_changed and self._engine.stats().quarantined == 0:
-            wrong.append("not in quarantine")
+            for row in damaged:
+                held = view.row(row.key)
+                if held is not None and held.seq == row.seq:
+                    wrong.append(f"still held after a fetch: {row}")
+                if not (quarantine / self._engine.path(row).name).exists():
+                    wrong.append(f"not in quarantine after a fetch: {row}")
+        self._engine.check(repair=True)
         if found := self._engine.check().findings:
             wrong.append(f"after a repair: {found[0]}")
         store_all(self._engine)
         wrong += self._read_all()
-        for ns, tokens in ((NS, TOKENS), (NS, OTHER), (MIXED, MIXED_TOKENS)):
+        for ns, tokens, _ in (*FETCHES, *SECRET_FETCHES):
             match = self._engine.match(ns.root, pack_tokens(tokens))
             if match.n_tokens != len(tokens):
                 wrong.append(f"stored again, {match.n_tokens} of {len(tokens)} tokens are there")
@@ -171,7 +199,7 @@ class Blobs:
     def _read_all(self) -> list[str]:
         """Fetch every sequence until it can be read; a damaged blob must be told, and then be gone with a reason."""
         wrong: list[str] = []
-        for ns, tokens, exact in ((NS, TOKENS, False), (NS, OTHER, False), (MIXED, MIXED_TOKENS, True)):
+        for ns, tokens, exact in (*FETCHES, *SECRET_FETCHES):
             for _ in range(8):
                 match = self._engine.match(ns.root, pack_tokens(tokens), exact=exact)
                 damaged, served = self._read(match.parts)
@@ -189,9 +217,12 @@ class Blobs:
 
     def _read(self, parts: tuple[Slice, ...]) -> tuple[Row | None, list[str]]:
         """(the first row whose file does not hold, what passed its checksum and is wrong)."""
+        at = self._engine.first_damaged(parts)
+        if at is not None:
+            return parts[at].row, []
         for part in parts:
             try:
-                with FileReader(self._engine.sources([part])) as reader:
+                with self._engine.reader([part]) as reader:
                     for number, (offset, length, checksum) in enumerate(checked_ranges(part.row.block)):
                         got = bytearray(length)
                         reader.readinto(0, offset, [memoryview(got)])
@@ -293,7 +324,7 @@ def _demand_recovered(data_dir: Path, repair: bool) -> list[str]:
         if found := check_directory(data_dir).findings:
             wrong.append(f"after a repair: {found[0]}")
     with Engine.open(data_dir, options()) as engine:
-        for ns, tokens, exact in ((NS, TOKENS, False), (NS, OTHER, False), (MIXED, MIXED_TOKENS, True)):
+        for ns, tokens, exact in FETCHES:
             match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
             try:
                 demand_right(engine, match, pack_tokens(tokens))
