@@ -171,8 +171,8 @@ def test_a_longer_block_takes_the_place_of_tails_that_are_no_better(tmp_path: Pa
     """A better one stays for those who take nothing less, unless it is so short that it was to be quantized later."""
     tokens = list(range(400))
     with Engine.open(tmp_path / "data", options(short_tokens=290, master_key=bytes(range(32)))) as engine:
-        assert not encrypted or engine.encrypt(NS.root)
-        put(engine, NS, tokens[:280])
+        key = engine.encrypt(NS.root) if encrypted else None
+        engine.store(NS.to_record(), sequence(NS, tokens[:280]), encryption=key)
         put(engine, NS, tokens[:300], fidelity=800)
         assert find(engine, NS, tokens, fidelity_min=900).n_tokens == 256
         put(engine, NS, tokens[:310])

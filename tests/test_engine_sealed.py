@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
-from kvstore.engine import Engine, Selection, check_directory
+from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
 from kvstore.engine.keyring import BUCKET_TOKENS
 from kvstore.engine.sealed import HEADER_BYTES
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
@@ -31,6 +33,8 @@ from tests.support.engine import (
 MASTER = bytes(range(32))
 NS = namespace("secret")
 PLAIN = namespace("open")
+# Until its first commit a key is where somebody holds it, as an upload does.
+HELD: list[NamespaceKey | None] = []
 # Token ids that occur nowhere by chance.
 CANARY = [0x5EC2E700 + 7919 * number for number in range(700)]
 
@@ -39,7 +43,7 @@ def opened(path: Path, master: bytes = MASTER) -> Engine:
     """An engine with a master key, in which NS is encrypted."""
     engine = Engine.open(path / "data", options(master_key=master))
     if master:
-        engine.encrypt(NS.root)
+        HELD.append(engine.encrypt(NS.root))
     return engine
 
 
@@ -107,7 +111,7 @@ def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None
     """Their bytes are encrypted like all others."""
     ns = namespace("secret", HYBRID)
     with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
-        engine.encrypt(ns.root)
+        HELD.append(engine.encrypt(ns.root))
         put(engine, ns, CANARY)
         put_checkpoint(engine, ns, CANARY[:600])
         match = engine.match(ns.root, pack_tokens(CANARY), exact=True)
@@ -191,12 +195,12 @@ def test_a_checkpoint_whose_key_was_dropped_is_no_checkpoint(tmp_path: Path) -> 
     """Also at the end of a full block, where it has no tokens of its own that could differ."""
     ns, tokens = namespace("secret", HYBRID), CANARY[:512]
     with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
-        engine.encrypt(ns.root)
+        HELD.append(engine.encrypt(ns.root))
         put(engine, ns, tokens)
         put_checkpoint(engine, ns, tokens)
         assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is not None
         engine.shred(ns.root)
-        assert engine.encrypt(ns.root)
+        HELD.append(engine.encrypt(ns.root))
         put(engine, ns, tokens)
         assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is None
         assert engine.match(ns.root, pack_tokens(tokens), exact=True).n_tokens == 0
@@ -238,7 +242,7 @@ def test_a_namespace_that_holds_plain_blocks_stays_plain(tmp_path: Path) -> None
     """Encryption begins with an empty namespace, so no row of it is ever of the other kind."""
     with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
         put(engine, NS, CANARY)
-        engine.encrypt(NS.root)
+        assert engine.encrypt(NS.root) is None
         assert not engine.is_encrypted(NS.root)
         assert find(engine, NS, CANARY).n_tokens == 700
     with Engine.open(tmp_path / "data", options()) as engine, pytest.raises(NotFoundError):
@@ -280,3 +284,96 @@ def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
         assert engine.shred(NS.root[:4]) == 1
         assert not engine.is_encrypted(NS.root)
         assert list((tmp_path / "data" / "keys").iterdir()) == []
+
+
+def key_files(engine: Engine) -> list[Path]:
+    """What is in keys/, which is counted in any case."""
+    paths = sorted(engine.staging_dir.parent.glob("keys/*"))
+    assert engine._state.ledger.get("keys") == sum(path.stat().st_blocks * 512 for path in paths)
+    return paths
+
+
+def first_bytes(engine: Engine, match: Match) -> bytes:
+    """The beginning of the values of a match."""
+    into = bytearray(4096)
+    with engine.reader(match.slices) as reader:
+        reader.readinto(0, 0, [memoryview(into)])
+    return bytes(into)
+
+
+def test_who_only_asks_leaves_no_key_behind(tmp_path: Path) -> None:
+    """Neither on disk nor, once nobody holds it, in memory; those who hold it share one."""
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        for number in range(100):
+            engine.encrypt(namespace(f"asked {number}").root)
+        gc.collect()
+        assert key_files(engine) == []
+        assert engine._state.index.ring.roots == []
+        key = engine.encrypt(NS.root)
+        assert key is not None and key is engine.encrypt(NS.root)
+        assert key_files(engine) == []
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
+        assert len(key_files(engine)) == 1
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+
+
+def test_the_key_goes_with_the_last_block_of_its_namespace(tmp_path: Path) -> None:
+    """And comes back with the next; uploads and fetches under way keep what they had."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        put(engine, PLAIN, CANARY)
+        match = find(engine, NS, CANARY)
+        there = first_bytes(engine, match)
+        with engine.lease([part.row for part in match.slices]):
+            assert engine.evict(Selection(namespace_prefix=NS.root[:4])).blocks == 3
+            assert key_files(engine) == []
+            HELD.clear()
+            gc.collect()
+            assert first_bytes(engine, match) == there
+            key = engine.encrypt(NS.root)
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).reason is Reason.OK
+        assert len(key_files(engine)) == 1
+        assert find(engine, NS, CANARY).n_tokens == 700
+
+
+def test_an_upload_begun_before_a_shred_is_not_stored_under_a_later_key(tmp_path: Path) -> None:
+    """Nor plain, nor under the old one: also when nothing of the namespace had been written yet."""
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        old = engine.encrypt(NS.root)
+        assert engine.shred(NS.root) == 1
+        new = engine.encrypt(NS.root)
+        assert new is not None and new is not old
+        receipt = engine.store(NS.to_record(), sequence(NS, CANARY), encryption=old)
+        assert (receipt.new_bytes, receipt.reason) == (0, Reason.DEPENDENCY_LOST)
+        assert not blob_paths(tmp_path / "data") and not key_files(engine)
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=new).reason is Reason.OK
+
+
+@pytest.mark.parametrize("at", ["key", "commit"])
+def test_a_crash_before_the_first_commit_leaves_no_key(tmp_path: Path, at: str) -> None:
+    """Whether it comes before the key's file or between that and the index."""
+
+    class Stops(Fs):
+        def rename(self, source: str, target: str) -> None:
+            if at == "key" and target.endswith(".json"):
+                raise KeyboardInterrupt
+            super().rename(source, target)
+
+        def commit(self, commit: Callable[[], None]) -> None:
+            if at == "commit" and any((tmp_path / "data" / "keys").glob("*.json")):
+                raise KeyboardInterrupt
+            super().commit(commit)
+
+    engine = Engine.open(tmp_path / "data", options(master_key=MASTER), fs=Stops())
+    key = engine.encrypt(NS.root)
+    with pytest.raises(KeyboardInterrupt):
+        engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key)
+    assert len(list((tmp_path / "data" / "keys").glob("*.json"))) == (at == "commit")
+    engine._state.index.close()
+    engine._hold.close()
+    with opened(tmp_path) as engine:
+        assert key_files(engine) == []
+        assert find(engine, NS, CANARY).n_tokens == 0
+        assert put(engine, NS, CANARY).reason is Reason.OK
+        assert engine.check().findings == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,4 +226,19 @@ def test_an_upload_that_was_encrypted_is_never_stored_plain(tmp_path: Path) -> N
     assert not rig.engine.stats().blobs
     rig.store(TOKENS[:300])
     assert rig.engine.is_encrypted(NAMESPACE.root)
+    assert len(list(rig.engine.staging_dir.parent.glob("keys/*"))) == 1
+    rig.close()
+
+
+def test_an_upload_that_is_given_up_leaves_no_key(tmp_path: Path) -> None:
+    """A worker that only ever begins cannot fill the directory with keys."""
+    rig = Rig(tmp_path / "data", profile="raw", encrypt="all", encryption_key=tmp_path / "key")
+    plan = rig.begin(TOKENS)
+    assert plan.upload is not None and plan.upload.encrypted
+    assert rig.engine.is_encrypted(NAMESPACE.root)
+    rig.path.uploads.give_up(plan.upload)
+    del plan
+    gc.collect()
+    assert not rig.engine.is_encrypted(NAMESPACE.root)
+    assert list(rig.engine.staging_dir.parent.glob("keys/*")) == []
     rig.close()

@@ -151,7 +151,7 @@ class Storer:
         """(leading tokens that came out of the store, their fidelity).
 
         Of tokens that only the caller knows to be restored, the rank is unknown: at least what the session accepts. It
-        is never 0, which a daemon would read as "not said".
+        is never 0, which is "not said", and refused.
         """
         known, fidelity = self._restored.restored(request.tokens)
         if request.restored_tokens is None or request.restored_tokens <= known:

@@ -1,7 +1,8 @@
 """The durable store: blob files and the LMDB index that names them. Synchronous, one writer, any thread may read."""
 
 from kvstore.engine.blobs import Fs
-from kvstore.engine.engine import Engine, Lease
+from kvstore.engine.engine import Engine
+from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.nouns import (
     BlockInfo,
     CheckReport,
@@ -18,6 +19,7 @@ from kvstore.engine.nouns import (
 )
 from kvstore.engine.recovery import check_directory
 from kvstore.engine.rows import Row
+from kvstore.engine.state import Lease
 
 __all__ = [
     "BlockInfo",
@@ -30,6 +32,7 @@ __all__ = [
     "Fs",
     "Lease",
     "Match",
+    "NamespaceKey",
     "NamespaceUsage",
     "NewBlock",
     "Row",

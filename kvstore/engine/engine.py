@@ -7,8 +7,8 @@ Invariants, each with its tests:
 2. Delete = index commit, then unlink. What a crash leaves between the two is a stray file, never a dangling row.
 3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
 4. A child is evicted before its parent, so every row can be reached from its root.
-5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging and quarantine. It is
-   compared with the budget when the engine opens and before every write.
+5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging, quarantine and keys.
+   It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it is condemned.
 7. Checkpoints are bounded along every chain and in all (`kvstore.engine.retention`), in the commit that adds one.
@@ -36,7 +36,7 @@ from kvstore.engine import survey
 from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
-from kvstore.engine.keyring import KeyRing
+from kvstore.engine.keyring import KeyRing, NamespaceKey
 from kvstore.engine.matching import Exact, Found, longest_exact, longest_prefix
 from kvstore.engine.nouns import (
     BlockInfo,
@@ -59,34 +59,13 @@ from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.scrub import Scrub
 from kvstore.engine.sealed import SealedReader
-from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, State
+from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, Lease, State
 from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 
 log = logging.getLogger(__name__)
-
-
-class Lease:
-    """Keeps the files of some rows from being unlinked while they are being opened. Release it soon; idempotent."""
-
-    def __init__(self, state: State, keys: tuple[bytes, ...]) -> None:
-        self._state = state
-        self._keys = keys
-        state.lease(keys)
-
-    def release(self) -> None:
-        """Let go."""
-        keys, self._keys = self._keys, ()
-        if keys:
-            self._state.end_lease(keys)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.release()
 
 
 class Engine:
@@ -245,22 +224,28 @@ class Engine:
         """Whether a namespace is encrypted: then nothing of it is handed over by path."""
         return self._state.index.ring.key(root) is not None
 
-    def encrypt(self, root: bytes) -> bool:
-        """Encrypt a namespace from now on, durably, unless it holds anything plain; whether it is encrypted then."""
+    def encrypt(self, root: bytes) -> NamespaceKey | None:
+        """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
+
+        Hold it until `store` has it: before the first store it is nowhere else.
+        """
+        ring = self._state.index.ring
         with self._state.lock:
             with self._state.index.view() as view:
                 _, first = next(view.children(root), (b"", b""))
                 row = view.row(first) if first else None
-            if row is None or row.is_sealed:  # all rows of a namespace are of one kind
-                self._state.index.ring.make(root)
-            return self.is_encrypted(root)
+            # All rows of a namespace are of one kind; sealed are those whose key was dropped.
+            is_free = row is None or row.is_sealed
+            return ring.make(root) if is_free else ring.key(root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
         with self._state.lock:
             ring = self._state.index.ring
             roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
-            return len(roots) if dry_run else sum(ring.drop(root) for root in roots)
+            dropped = len(roots) if dry_run else sum(ring.drop(root) for root in roots)
+            self._state.measure_keys()
+            return dropped
 
     def first_damaged(self, slices: Sequence[Slice]) -> int | None:
         """Index of the first slice whose file is gone, or has not the size and the header that its row makes.
@@ -284,22 +269,26 @@ class Engine:
 
     def lease(self, rows: Iterable[Row]) -> Lease:
         """Protect the files of rows until they are open: evicted last, and the files of replaced rows stay for now."""
-        return Lease(self._state, tuple(row.key for row in rows))
+        return Lease(self._state, tuple(rows))
 
     # -- storing ------------------------------------------------------------------------------------------------
 
     def store(
-        self, namespace_record: bytes, blocks: Iterable[NewBlock], protect: Sequence[bytes] = (), sealed: bool = False
+        self,
+        namespace_record: bytes,
+        blocks: Iterable[NewBlock],
+        protect: Sequence[bytes] = (),
+        encryption: NamespaceKey | None = None,
     ) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
-        `sealed`: encrypted or not at all; when the namespace has no key (any more), DEPENDENCY_LOST.
+        `encryption`: with this key or not at all; when it is not the namespace's (any more), DEPENDENCY_LOST.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
         for. An exception out of it is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
         no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
         """
-        return self._writer.store(namespace_record, blocks, protect, sealed)
+        return self._writer.store(namespace_record, blocks, protect, encryption)
 
     # -- room ---------------------------------------------------------------------------------------------------
 

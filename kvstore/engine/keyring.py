@@ -3,6 +3,10 @@
 One data key a namespace, 32 random bytes, in `keys/<root in hex>.json`, wrapped by the master key with the root as AAD.
 The master key is never written. Dropping the file makes everything of the namespace unreadable for good.
 
+Until the first commit of a namespace its key is in memory only, for as long as somebody holds it, and from the commit
+on that takes its last row it is so again: there is a file for each namespace that holds something and for no other.
+Else a worker that only asks could fill the directory with keys.
+
     data key     HKDF-SHA256 of it, by purpose: rows, children, blobs
     row          nonce (12 random bytes), AES-GCM of tokens and runs; AAD: the block's key and the row's fixed fields,
                  which stay readable: sizes, file, parent
@@ -19,6 +23,8 @@ import hmac
 import json
 import os
 import threading
+import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -42,7 +48,9 @@ _SHORT = b"\xd1"
 class NamespaceKey:
     """The subkeys of one namespace. Any thread may use it."""
 
-    def __init__(self, data_key: bytes) -> None:
+    def __init__(self, data_key: bytes, wrapped: bytes) -> None:
+        """`wrapped`: what its file holds."""
+        self.wrapped = wrapped
         self._blobs = _derived(data_key, b"kvstore/blobs/v1")
         self._children = _derived(data_key, b"kvstore/children/v1")
         self._rows = AESGCM(_derived(data_key, b"kvstore/rows/v1"))
@@ -80,7 +88,7 @@ def _derived(key: bytes, purpose: bytes) -> bytes:
 
 
 class KeyRing:
-    """The keys of one data directory. Any thread may ask; `make` and `drop` are for whoever holds the writer's lock."""
+    """The keys of one data directory. Any thread may ask; the others are for whoever holds the writer's lock."""
 
     def __init__(self, folder: Path, fs: Fs, master: bytes = b"", *, sync: bool = True) -> None:
         """Open every wrapped key. `master`: 32 bytes, or none; DirectoryError when it is not the one they need."""
@@ -90,6 +98,7 @@ class KeyRing:
         self._sync = sync
         self._lock = threading.Lock()
         self._keys: dict[bytes, NamespaceKey] = {}
+        self._unwritten: weakref.WeakValueDictionary[bytes, NamespaceKey] = weakref.WeakValueDictionary()
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.endswith(TMP_SUFFIX):
                 fs.unlink(str(path))
@@ -98,53 +107,78 @@ class KeyRing:
 
     def key(self, root: bytes) -> NamespaceKey | None:
         """The key of a namespace; None when it is not encrypted, or its key was dropped."""
-        return self._keys.get(root)
+        # Asked twice, for one that is written between.
+        return self._keys.get(root) or self._unwritten.get(root) or self._keys.get(root)
 
     @property
     def roots(self) -> list[bytes]:
-        """The namespaces that have a key."""
-        return list(self._keys)
+        """The namespaces that have a key, be it in memory only."""
+        return [*self._keys, *self._unwritten.keys()]
 
     @property
-    def can_make(self) -> bool:
-        """Whether there is a master key, without which no namespace can be encrypted."""
-        return self._master is not None
+    def written_roots(self) -> list[bytes]:
+        """The namespaces whose key has a file."""
+        return list(self._keys)
 
-    def make(self, root: bytes) -> None:
-        """Encrypt a namespace from now on. Durable on return. NotFoundError without a master key."""
+    def make(self, root: bytes) -> NamespaceKey:
+        """The key of a namespace, a new one if it has none. A new one is forgotten when nobody holds it any more.
+
+        NotFoundError without a master key.
+        """
         if self._master is None:
             raise NotFoundError("no encryption key is configured")
         with self._lock:
-            if root in self._keys:
+            key = self.key(root)
+            if key is None:
+                data_key, nonce = os.urandom(KEY_BYTES), os.urandom(NONCE_BYTES)
+                wrapped = self._master.encrypt(nonce, data_key, root)
+                words = {"version": FORMAT_VERSION, "nonce": nonce.hex(), "wrapped": wrapped.hex()}
+                key = self._unwritten[root] = NamespaceKey(data_key, json.dumps(words).encode())
+            return key
+
+    def write(self, root: bytes, key: NamespaceKey) -> None:
+        """Make the key of a namespace durable, if it is not and this is the one. Raises OSError."""
+        with self._lock:
+            if self._unwritten.get(root) is not key:
                 return
-            data_key, nonce = os.urandom(KEY_BYTES), os.urandom(NONCE_BYTES)
-            wrapped = self._master.encrypt(nonce, data_key, root)
-            words = {"version": FORMAT_VERSION, "nonce": nonce.hex(), "wrapped": wrapped.hex()}
-            text = json.dumps(words).encode()
-            write_durably(self._fs, str(self._path(root)), [memoryview(text)], self._sync)
+            write_durably(self._fs, str(self._path(root)), [memoryview(key.wrapped)], self._sync)
             self._sync_folder()
-            self._keys[root] = NamespaceKey(data_key)
+            self._keys[root] = key
+            del self._unwritten[root]
+
+    def unwrite(self, roots: Iterable[bytes]) -> None:
+        """Unlink the files of these keys, of which nothing is stored any more: in memory again. Raises OSError."""
+        with self._lock:
+            for root in roots:
+                self._erase(root)
+                self._unwritten[root] = self._keys[root]
+                del self._keys[root]
 
     def drop(self, root: bytes) -> bool:
-        """Forget a namespace's key for good; whether there was one.
-
-        The file is overwritten first. On flash and copy-on-write volumes old blocks may outlive that; what they hold
-        is still wrapped by the master key.
-        """
+        """Forget a namespace's key for good, also one that was not written yet; whether there was one."""
         with self._lock:
-            path = self._path(root)
-            if self._keys.pop(root, None) is None and not path.exists():
+            known = [keys.pop(root, None) for keys in (self._keys, self._unwritten)]
+            if not any(known) and not self._path(root).exists():
                 return False
-            with contextlib.suppress(FileNotFoundError):
-                fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-                self._fs.unlink(str(path))
-            self._sync_folder()
+            self._erase(root)
             return True
+
+    def _erase(self, root: bytes) -> None:
+        """Overwrite the file, and unlink it.
+
+        On flash and copy-on-write volumes old blocks may outlive that; what they hold is still wrapped by the master
+        key.
+        """
+        path = self._path(root)
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            self._fs.unlink(str(path))
+        self._sync_folder()
 
     def _sync_folder(self) -> None:
         if self._sync:
@@ -157,12 +191,13 @@ class KeyRing:
                 "delete that file, and with it all that the namespace holds"
             )
         try:
-            words = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_bytes()
+            words = json.loads(text)
             root = bytes.fromhex(path.stem)
             nonce, wrapped = bytes.fromhex(words["nonce"]), bytes.fromhex(words["wrapped"])
             if words["version"] != FORMAT_VERSION:
                 raise DirectoryError(f"{path} was written by a newer kvstore")
-            self._keys[root] = NamespaceKey(self._master.decrypt(nonce, wrapped, root))
+            self._keys[root] = NamespaceKey(self._master.decrypt(nonce, wrapped, root), text)
         except InvalidTag:
             raise DirectoryError(
                 f"{path} was not made with the configured encryption key: configure the one it was made with, or "

@@ -12,10 +12,11 @@ class Ledger:
     """Bytes on disk by account. Any thread may book; a total is a consistent moment.
 
     blobs: files that rows name; pending: files being written, and what their rows will take; doomed: files without a
-    row that a lease keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged blobs.
+    row that a lease keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged blobs; keys: of
+    encrypted namespaces.
     """
 
-    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine")
+    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "keys")
 
     def __init__(self) -> None:
         self._bytes = dict.fromkeys(self.ACCOUNTS, 0)

@@ -196,8 +196,8 @@ class NamespaceUsage:
 class EngineStats:
     """Counts of now and since the engine was opened. Sizes are bytes on disk.
 
-    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine. `blobs` are
-    blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, which may be up to `checkpoint_share_bytes`.
+    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine + keys.
+    `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
     of the scrub ended, seconds since 1970, 0 if never; `damaged` counts the blobs that it condemned since the start.
     """

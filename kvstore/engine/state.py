@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
@@ -78,6 +79,7 @@ class State:
             self.next_seq = view.meta("next_seq") or 1
             self._stamp = next(view.newest(), (0, b""))[0]
         self._touched_at = self._stamp
+        self._end_keys()
         self.measure()
 
     # -- transactions -------------------------------------------------------------------------------------------
@@ -92,8 +94,29 @@ class State:
             self.usage = usage
             for root in self.namespaces.keys() - usage.keys():
                 del self.namespaces[root]
+            self._end_keys()
             self.ledger.set("blobs", sum(use.disk_bytes for use in usage.values()))
             self._measure_index()
+
+    def _end_keys(self) -> None:
+        """Unlink the keys of namespaces that hold nothing (any more); what refuses to go now goes with a later commit.
+
+        A key that is gone cannot be made again, so rows are asked for, too.
+        """
+        ring = self.index.ring
+        unused = [root for root in ring.written_roots if root not in self.usage]
+        if unused:
+            with self.index.view() as view:
+                unused = [root for root in unused if next(view.children(root), None) is None]
+            try:
+                ring.unwrite(unused)
+            except OSError as error:
+                log.warning("the key of a namespace that holds nothing could not be unlinked: %s", error)
+        self.measure_keys()
+
+    def measure_keys(self) -> None:
+        """Count the files of keys."""
+        self.ledger.set("keys", len(self.index.ring.written_roots) * DISK_BLOCK_BYTES)
 
     def measure(self) -> None:
         """Take the counters from index and disk."""
@@ -274,6 +297,29 @@ class State:
     def _unlink_doomed(self, doomed: list[Row]) -> None:
         self.unlink(doomed)
         self.ledger.add("doomed", -sum(row.disk_bytes for row in doomed))
+
+
+class Lease:
+    """Keeps the files of some rows from being unlinked while they are being opened. Release it soon; idempotent."""
+
+    def __init__(self, state: State, rows: Sequence[Row]) -> None:
+        self._state = state
+        self._keys = tuple(row.key for row in rows)
+        # Who reads them needs it, even if the last row of the namespace goes meanwhile.
+        self._encryption = {state.index.ring.key(root) for root in {row.root for row in rows}}
+        state.lease(self._keys)
+
+    def release(self) -> None:
+        """Let go."""
+        keys, self._keys = self._keys, ()
+        if keys:
+            self._state.end_lease(keys)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
 
 
 def _note(edit: Edit, touches: dict[bytes, int], marks: dict[bytes, int]) -> None:

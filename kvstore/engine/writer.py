@@ -61,11 +61,13 @@ class Writer:
         self._state = state
         self._room = room
 
-    def store(self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], sealed: bool) -> StoreReceipt:
+    def store(
+        self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], encryption: NamespaceKey | None
+    ) -> StoreReceipt:
         """See `Engine.store`."""
         root = NamespaceInfo.from_record(record).root
         batch = _Batch(root, record, set(protect), self._state.index.ring.key(root))
-        if sealed and batch.key is None:
+        if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
             reason = self._write_all(batch, blocks)
@@ -173,6 +175,9 @@ class Writer:
             if written and state.sync:
                 state.fs.fsync_dir(str(state.directory.folder(batch.folder)))
             with state.lock:
+                if written and batch.key is not None:
+                    # Before any row: what a crash leaves between the two is a key of nothing.
+                    state.index.ring.write(batch.root, batch.key)
                 with state.edit(dry_run=not written) as edit:
                     settled = self._settle(edit, batch)
                 self._after_commit(batch, settled)

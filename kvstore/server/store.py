@@ -36,7 +36,7 @@ from kvstore.codecs.profiles import AUTO, Profile
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.codecs.states import check_state
 from kvstore.config import Config
-from kvstore.engine import Engine, Match, NewBlock
+from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError, UnavailableError
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
@@ -119,10 +119,10 @@ class StorePath:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
         profile, named = choice.profile, request.profile not in ("", AUTO)
         floor = profile.fidelity if named else FIDELITY_ANY
-        encrypted = self._encrypt(request)
+        encryption = self._encryption(request)
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
-        upload.encrypted = encrypted
+        upload.encryption = encryption
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
             return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
@@ -133,10 +133,10 @@ class StorePath:
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
 
-    def _encrypt(self, request: StoreRequest) -> bool:
-        """Before the first store of a namespace: from then on it is encrypted, if its like are to be. Whether it is."""
+    def _encryption(self, request: StoreRequest) -> NamespaceKey | None:
+        """The key of an encrypted namespace; before the first store of one that is to be, a new key."""
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and request.isolated)
-        return self._engine.is_encrypted(request.root) or (wanted and self._engine.encrypt(request.root))
+        return self._engine.encrypt(request.root) if wanted or self._engine.is_encrypted(request.root) else None
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:
         namespace = self._engine.namespace(request.root) or request.namespace
@@ -155,6 +155,9 @@ class StorePath:
             raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
         if request.restored_fidelity > FIDELITY_EXACT:
             raise InvalidRequestError(f"no fidelity is higher than {FIDELITY_EXACT}, got {request.restored_fidelity}")
+        if request.restored_tokens and not request.restored_fidelity:
+            # Not said, it would count as first-hand.
+            raise InvalidRequestError("restored_tokens without their restored_fidelity")
 
     def _check_states(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
         if not request.states:
@@ -265,7 +268,7 @@ class StorePath:
                 upload.namespace_record,
                 self._new_blocks(upload, fidelity),
                 protect=[*upload.keys, *upload.new_keys],
-                sealed=upload.encrypted,
+                encryption=upload.encryption,
             )
         except CorruptDataError:
             for piece in upload.spliced:
@@ -385,4 +388,4 @@ class StorePath:
 
 def restored_fidelity(request: StoreRequest) -> int:
     """The rank of what the worker restored, and so at best that of all it computed after it."""
-    return (request.restored_fidelity or FIDELITY_EXACT) if request.restored_tokens else FIDELITY_EXACT
+    return request.restored_fidelity if request.restored_tokens else FIDELITY_EXACT

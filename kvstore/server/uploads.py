@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
 from kvstore.codecs.profiles import Profile
-from kvstore.engine import Slice
+from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import LimitError, NotFoundError
 from kvstore.keys import NamespaceInfo, checkpoint_key
 from kvstore.layers import Layout, Piece
@@ -36,7 +36,8 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
-    encrypted: bool = False  # its bytes are never on disk as they are, whatever becomes of the namespace's key
+    # What it is committed with or not at all. Its bytes are never on disk as they are, whatever becomes of this key.
+    encryption: NamespaceKey | None = None
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
     committing: bool = False
@@ -44,6 +45,11 @@ class Upload:
     touched_s: float = field(default_factory=time.monotonic)
     seen_bytes: int = 0
     release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the namespace is."""
+        return self.encryption is not None
 
     @property
     def layout(self) -> Layout:

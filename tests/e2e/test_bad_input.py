@@ -263,6 +263,11 @@ def test_a_fidelity_beyond_exact_is_refused(peer: Peer) -> None:
     fails(INVALID, lambda: peer.begin(restored_tokens=100, restored_fidelity=(1 << 64) - 1), "fidelity")
 
 
+def test_restored_tokens_of_no_fidelity_are_refused(peer: Peer) -> None:
+    """Not said, it would pass for first-hand."""
+    fails(INVALID, lambda: peer.begin(restored_tokens=100), "restored_fidelity")
+
+
 def test_wanted_tokens_that_were_not_captured_are_a_reason(peer: Peer) -> None:
     """The worker believed them held; now it knows better."""
     reply = peer.begin(captured_from=50)

@@ -95,8 +95,8 @@ class Report:
         memory, files = max(one.mib_per_min for one in self.lives), max(one.files_per_min for one in self.lives)
         shortest, largest = min(one.minutes for one in self.lives), max(one.mib for one in self.lives)
         return (
-            f"{len(self.lives)} lives of {shortest:.0f} minutes or more, the worst with {memory:+.2f} MiB and "
-            f"{files:+.2f} descriptors a minute, {largest:.0f} MiB at the end"
+            f"lives of {shortest:.0f} minutes or more: {len(self.lives)}, at most {memory:+.2f} MiB and {files:+.2f} "
+            f"descriptors a minute, {largest:.0f} MiB at the end"
         )
 
 
