@@ -347,8 +347,12 @@ def shared_rows(case: Case, rounds: int) -> Rows:
 
 
 def memory_rows(case: Case, rounds: int) -> Rows:
-    """The daemon's memory over idle, in MiB, for a profile that it computes."""
-    return [(f"daemon over idle, {way}, MiB", peak, 512) for way, peak in spawn(case, "memory", "affine8").items()]
+    """The daemon's memory over idle, in MiB, for what it only passes on and for what it computes."""
+    return [
+        (f"daemon over idle, {profile}, {way}, MiB", peak, 512)
+        for profile in ("raw", "affine8", "safe")
+        for way, peak in spawn(case, "memory", profile).items()
+    ]
 
 
 PARTS_OF_IT = {"fetch": fetch_rows, "store": store_rows, "shared": shared_rows, "memory": memory_rows}
