@@ -198,6 +198,16 @@ class Tensor:
         """Without where its bytes are, what they add up to, and how long they came out."""
         return replace(self, offset=0, checksums=b"", lengths=())
 
+    def is_like(self, other: Tensor) -> bool:
+        """Whether both hold the same kind of rows, wherever they are."""
+        return (self.name, self.dtype, self.heads, self.width, self.group_tokens) == (
+            other.name,
+            other.dtype,
+            other.heads,
+            other.width,
+            other.group_tokens,
+        )
+
     def checksum(self, position: int) -> int | None:
         """The xxh3_64 of the layer at `position` of the stack, or None where none was recorded."""
         if not self.checksums:

@@ -7,13 +7,12 @@ wrong with a file (gone, shorter, longer, not a regular file) is CorruptDataErro
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, TypeAlias
@@ -92,23 +91,23 @@ class FileReader:
     def open_all(self) -> bool:
         """Open as many sources as allowed, in order; whether that is all of them. CorruptDataError as `readinto`."""
         for source in range(min(len(self._sources), self._open_max)):
-            with self._borrowed(source):
-                pass
+            self._give_back(self._borrow(source))
         return self.all_open
 
     def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
         """See `RangeReader.readinto`. The range must lie inside the file."""
         if not 0 <= source < len(self._sources) or offset < 0:
             raise CorruptDataError(f"no such range: source {source}, offset {offset}")
-        file = self._sources[source]
-        flat = [view.cast("B") for view in views if view.nbytes]
-        if file.payload_offset + offset + sum(map(len, flat)) > file.file_bytes:
+        file, position = self._sources[source], self._sources[source].payload_offset + offset
+        if position + sum(view.nbytes for view in views) > file.file_bytes:
             raise CorruptDataError(f"{file.path}: a range ends beyond the file")
-        with self._borrowed(source) as fd:
-            _read_fully(fd, file.payload_offset + offset, flat, file.path)
+        entry = self._borrow(source)
+        try:
+            _read_fully(entry.fd, position, views, file.path)
+        finally:
+            self._give_back(entry)
 
-    @contextlib.contextmanager
-    def _borrowed(self, source: int) -> Iterator[int]:
+    def _borrow(self, source: int) -> _OpenFile:
         with self._lock:
             entry = self._open.get(source)
             if entry is None:
@@ -116,16 +115,18 @@ class FileReader:
             self._open.move_to_end(source)
             entry.users += 1
             self._shrink(self._open_max)
-        try:
-            yield entry.fd
-        finally:
-            with self._lock:
-                entry.users -= 1
-                self._shrink(self._open_max)
+        return entry
+
+    def _give_back(self, entry: _OpenFile) -> None:
+        with self._lock:
+            entry.users -= 1
+            self._shrink(self._open_max)
 
     def _shrink(self, limit: int) -> None:
         """Close the least recently used files over the limit, except those in use."""
-        idle = [source for source, entry in self._open.items() if not entry.users] if len(self._open) > limit else []
+        if len(self._open) <= limit:
+            return
+        idle = [source for source, entry in self._open.items() if not entry.users]
         for source in idle[: len(self._open) - limit]:
             os.close(self._open.pop(source).fd)
 
@@ -200,28 +201,36 @@ def _open_checked(source: FileSource) -> int:
     return fd
 
 
-def _read_fully(fd: int, position: int, views: list[memoryview], path: str) -> None:
+def _read_fully(fd: int, position: int, views: Sequence[memoryview], path: str) -> None:
     """Fill all views from `position` on, over as many short reads as it takes."""
-    pending = list(reversed(views))
-    while pending:
-        batch: list[memoryview] = []
-        budget = READ_BYTES_MAX
-        while pending and budget and len(batch) < VECTORS_MAX:
-            view = pending.pop()
-            if len(view) > budget:
-                pending.append(view[budget:])
-                view = view[:budget]
-            batch.append(view)
-            budget -= len(view)
+    while views := [view for view in views if view.nbytes]:
         try:
-            got = os.preadv(fd, batch, position)
+            got = os.preadv(fd, _at_once(views), position)
         except OSError as error:
             raise CorruptDataError(f"{path}: {error.strerror}") from error
         if got == 0:
             raise CorruptDataError(f"{path}: the file ended early")
         position += got
-        for index, view in enumerate(batch):
-            if got < len(view):
-                pending.extend(reversed([view[got:], *batch[index + 1 :]]))
-                break
-            got -= len(view)
+        views = _left(views, got)
+
+
+def _at_once(views: Sequence[memoryview]) -> list[memoryview]:
+    """Of these views, as much as one call may fill."""
+    batch: list[memoryview] = []
+    room = READ_BYTES_MAX
+    for view in views[:VECTORS_MAX]:
+        if view.nbytes > room:
+            batch.append(view.cast("B")[:room])
+            break
+        batch.append(view)
+        room -= view.nbytes
+    return batch
+
+
+def _left(views: Sequence[memoryview], got: int) -> list[memoryview]:
+    """What is still to be filled after `got` bytes."""
+    for index, view in enumerate(views):
+        if got < view.nbytes:
+            return [view.cast("B")[got:], *views[index + 1 :]]
+        got -= view.nbytes
+    return []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, common_tokens, pack_tokens
 from kvstore.engine import Engine, Selection
 from kvstore.engine.matching import best_child
-from kvstore.engine.rows import Code, Row, common_bytes
+from kvstore.engine.rows import CODE_BYTES_MAX, Code, Row, common_bytes, token_code
 from kvstore.keys import Namespace
 from tests.support.engine import (
     HYBRID,
@@ -190,6 +190,14 @@ def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], quer
 
 
 TOKENS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(0, 300), max_size=200).map(pack_tokens)
+
+
+@given(st.lists(st.integers(0, (1 << 23) - 1), max_size=200))
+def test_the_code_of_short_tokens_is_that_of_each_one_after_the_other(ids: list[int]) -> None:
+    """Made of all at once it is the same, and so are the ends, up to where both are cut."""
+    code, whole = Code.of(pack_tokens(ids)), b"".join(map(token_code, ids))
+    assert code.data == whole[:CODE_BYTES_MAX]
+    assert list(code.ends) == [end for end in range(3, len(whole) + 1, 3) if end <= CODE_BYTES_MAX]
 
 
 @given(TOKENS, TOKENS)

@@ -16,10 +16,10 @@ cuts after decoding, so its segment begins or ends there too. Segments are then 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -57,11 +57,11 @@ class HitBlock:
     take: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
+class _Span(NamedTuple):
     """Rows of one run in a segment: tokens `[first, last)` of `n_tokens`, whole groups, go to token `at`.
 
-    `ranges` and `checksums` are those of the layer's share of each tensor, which `packer` has packed.
+    `ranges` and `checksums` are those of the layer's share of each tensor, which `packer` has packed. A tuple, since a
+    layer of 8,192 tokens has 64, and a frozen dataclass takes three times as long to make.
     """
 
     source: int
@@ -74,7 +74,7 @@ class _Span:
     packer: ByteCodec | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Segment:
     """Spans of one recipe, raw where they are packed. Of the `held` tokens `shown` are used, after `lead` others.
 
@@ -83,15 +83,19 @@ class _Segment:
 
     recipe: Recipe
     tensors: tuple[Tensor, ...]
-    spans: tuple[_Span, ...]
-    held: int
     lead: int
-    shown: int
+    spans: list[_Span] = field(default_factory=list)
+    held: int = 0
+    shown: int = 0
 
     @property
     def group_tokens(self) -> int:
         """Tokens that only go together."""
         return max(tensor.group_tokens for tensor in self.tensors)
+
+    def takes(self, recipe: Recipe, lead: int) -> bool:
+        """Whether rows of this recipe, that many of them not used, may follow: nothing unused comes in between."""
+        return not lead and self.lead + self.shown == self.held and self.recipe == recipe
 
 
 def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
@@ -127,60 +131,55 @@ def _stacks_of(run: Run, layer: int) -> Iterator[tuple[Stack, int]]:
 
 def _segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[HitBlock]) -> list[_Segment]:
     """Segments of one part of a layer. BlockCorruptError when a run does not hold what the layout says it must."""
-    groups: list[list[_Segment]] = []
+    segments: list[_Segment] = []
     for source, run, used in _used_runs(blocks):
         stack, position = _find_stack(run, source, part_name, layer)
-        one = _segment(source, run, used, stack, position, _checked_tensors(stack, part, source))
-        last = groups[-1][-1] if groups else None
-        if last and last.recipe == one.recipe and last.lead + last.shown == last.held and not one.lead:
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return [_joined(group) for group in groups]
-
-
-def _joined(group: Sequence[_Segment]) -> _Segment:
-    """Neighbours as one segment, their spans one after the other. Only the first has a lead."""
-    at = itertools.accumulate((one.held for one in group), initial=0)
-    spans = tuple(replace(one.spans[0], at=start) for one, start in zip(group, at, strict=False))
-    held, shown = sum(one.held for one in group), sum(one.shown for one in group)
-    return replace(group[0], spans=spans, held=held, shown=shown)
-
-
-def _segment(source: int, run: Run, used: int, stack: Stack, position: int, tensors: tuple[Tensor, ...]) -> _Segment:
-    """One run's segment, with the groups that hold the `used` first of the tokens that it shows."""
-    packer = packer_of(stack.recipe)
-    group = max(tensor.group_tokens for tensor in tensors)
-    first = run.skip // group * group
-    last = -(-(run.skip + used) // group) * group
-    ranges = tuple(tensor.layer_range(position, run.n_tokens) for tensor in stack.tensors)
-    checksums = tuple(tensor.checksum(position) for tensor in stack.tensors)
-    span = _Span(source, run.n_tokens, first, last, 0, ranges, checksums, packer)
-    recipe = stack.recipe if packer is None else RAW
-    return _Segment(recipe, tensors, (span,), last - first, run.skip - first, used)
+        tensors = _checked_tensors(stack, part, source)
+        packer = packer_of(stack.recipe)
+        recipe = stack.recipe if packer is None else RAW
+        # Whole groups, with the `used` first of the tokens that the run shows.
+        group = max([tensor.group_tokens for tensor in tensors])
+        first = run.skip // group * group
+        last = -(-(run.skip + used) // group) * group
+        if not segments or not segments[-1].takes(recipe, run.skip - first):
+            segments.append(_Segment(recipe, tensors, run.skip - first))
+        segment = segments[-1]
+        ranges = tuple([tensor.layer_range(position, run.n_tokens) for tensor in stack.tensors])
+        checksums = tuple([tensor.checksum(position) for tensor in stack.tensors])
+        segment.spans.append(_Span(source, run.n_tokens, first, last, segment.held, ranges, checksums, packer))
+        segment.held += last - first
+        segment.shown += used
+    return segments
 
 
 def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stack, int]:
     """The one stack that holds this part of the layer, and the layer's position in it."""
-    found = [(stack, position) for stack, position in _stacks_of(run, layer) if stack.part == part_name]
+    found = [stack for stack in run.stacks if stack.part == part_name and layer in stack.layers]
     if len(found) != 1:
         raise BlockCorruptError(f"block {source} does not hold the {part_name} of layer {layer} once", source)
-    return found[0]
+    return found[0], found[0].layers.index(layer)
 
 
 def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor, ...]:
     """The stack's tensors without where they are, if they are what its recipe makes of this part."""
-    codec = codec_of(stack.recipe)
-    tensors = tuple(tensor.bare() for tensor in stack.tensors)
     packed = packer_of(stack.recipe) is not None
     try:
-        fits = tensors == codec.tensors(part, stack.recipe)
-        fits = fits and all(bool(tensor.lengths) == packed for tensor in stack.tensors)
+        tensors = _tensors_of(part, stack.recipe)
     except CorruptDataError as error:
         raise BlockCorruptError(f"block {source}: {error}", source) from error
+    fits = len(tensors) == len(stack.tensors) and all(
+        stored.is_like(tensor) and bool(stored.lengths) == packed
+        for stored, tensor in zip(stack.tensors, tensors, strict=True)
+    )
     if not fits:
         raise BlockCorruptError(f"block {source}: tensors do not fit recipe {stack.recipe.name}", source)
     return tensors
+
+
+@functools.lru_cache(256)
+def _tensors_of(part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+    """What a recipe makes of a part. CorruptDataError when it cannot be made of it."""
+    return codec_of(recipe).tensors(part, recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +228,9 @@ class _Filler:
             for number, head in enumerate(heads):
                 begin = number * (skip + shown + rest) + skip
                 head[at : at + shown] = share[begin : begin + shown]
+            return
+        if not skip and not rest:
+            self._read(span, index, [head[at : at + shown] for head in heads])
             return
         scratch = memoryview(bytearray((skip + rest) * len(heads)))
         views: list[memoryview] = []

@@ -57,13 +57,13 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
     """The longest stored prefix of `tokens[:limit_tokens]` whose blocks are all of `fidelity_min` or more."""
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
     parent = root
-    at = 0
     rows: list[Taken] = []
+    stored = view.stored
     # Of the time for a block, hashing and the lookup take most; whatever else stands in this loop shows.
-    while at + _BLOCK_BYTES <= end:
+    for at in range(0, end - _BLOCK_BYTES + 1, _BLOCK_BYTES):
         chunk = tokens[at : at + _BLOCK_BYTES]
         key = block_key(parent, chunk)
-        value = view.stored(key)
+        value = stored(key)
         if value is None:
             break
         if not value.startswith(chunk, TOKENS_AT):
@@ -74,7 +74,7 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
             break
         rows.append((key, value, BLOCK_TOKENS))
         parent = key
-        at += _BLOCK_BYTES
+    at = len(rows) * _BLOCK_BYTES
     best, take, low_take = best_child(view, root, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
     if best is not None:
         rows.append((best.key, best.value, take))

@@ -10,7 +10,7 @@ from pathlib import Path
 from kvstore.blocks import FIDELITY_EXACT, Block, Reason
 from kvstore.engine.format import Buffer
 from kvstore.engine.index import MAP_BYTES
-from kvstore.engine.rows import Row, Taken, fidelity_of, parse_row
+from kvstore.engine.rows import Row, Taken, fidelities_of, parse_row
 from kvstore.errors import ConfigError
 from kvstore.keys import NamespaceInfo
 
@@ -93,7 +93,7 @@ class Match:
     def fidelity(self) -> int:
         """The least rank among blocks and checkpoint."""
         own = FIDELITY_EXACT if self.checkpoint is None else self.checkpoint.fidelity
-        return min([own, *(fidelity_of(value) for _, value, _ in self.rows)])
+        return min([own, *fidelities_of(self.rows)])
 
     @property
     def parts(self) -> tuple[Slice, ...]:

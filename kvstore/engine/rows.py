@@ -32,11 +32,12 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgpack
+import numpy as np
 import xxhash
 
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
@@ -47,8 +48,8 @@ from kvstore.records import runs_from_list, runs_to_list, states_from_list, stat
 
 ROW_VERSION = 2
 _HEAD = struct.Struct("<HHIQQQQQ32s32sHBIB")
-_FIDELITY = struct.Struct("<24xQ")
-_RECIPES = struct.Struct("<115xI")
+_FIDELITY_AT = 24
+_RECIPES_AT = 115
 SEALED_AT = 119
 SEALED = b"\1"
 TOKENS_AT = _HEAD.size
@@ -187,14 +188,17 @@ def recipes_digest(block: Block) -> int:
 
 def fidelity_of(value: bytes) -> int:
     """The fidelity of a row that is not parsed."""
-    fidelity: int = _FIDELITY.unpack_from(value)[0]
-    return fidelity
+    return int.from_bytes(value[_FIDELITY_AT : _FIDELITY_AT + 8], "little")
 
 
-def recipes_of(value: bytes) -> int:
-    """The digest of recipes of a row that is not parsed; 0 when none was taken."""
-    digest: int = _RECIPES.unpack_from(value)[0]
-    return digest
+def fidelities_of(rows: Iterable[Taken]) -> set[int]:
+    """The fidelities of rows that are not parsed. Most are equal, so that numbers are made of few."""
+    return {int.from_bytes(raw, "little") for raw in {value[_FIDELITY_AT : _FIDELITY_AT + 8] for _, value, _ in rows}}
+
+
+def recipes_of(rows: Iterable[Taken]) -> set[int]:
+    """The digests of recipes of rows that are not parsed; 0 of one of which none was taken."""
+    return {int.from_bytes(raw, "little") for raw in {value[_RECIPES_AT : _RECIPES_AT + 4] for _, value, _ in rows}}
 
 
 def parse_row(key: bytes, value: bytes) -> Row:
@@ -255,9 +259,15 @@ class Code:
     @classmethod
     def of(cls, tokens: bytes) -> Code:
         """The code of packed tokens."""
+        count = min(len(tokens) // TOKEN_BYTES, CODE_BYTES_MAX // 3 + 1)
+        numbers = np.frombuffer(tokens, "<i8", count)
+        if count and numbers.min() >= 0 and numbers.max() < _SHORT_TOKEN_LIMIT:
+            # As token_code does it one by one, which takes as long as thirty blocks of a match.
+            short = numbers.astype(">u4").view(np.uint8).reshape(count, 4)[:, 1:].tobytes()
+            whole = min(count, CODE_BYTES_MAX // 3)
+            return cls(short[:CODE_BYTES_MAX], range(3, 3 * whole + 1, 3), whole == len(tokens) // TOKEN_BYTES)
         data = bytearray()
         ends: list[int] = []
-        count = min(len(tokens) // TOKEN_BYTES, CODE_BYTES_MAX // 3 + 1)
         for (token,) in struct.iter_unpack("<q", tokens[: count * TOKEN_BYTES]):
             data += token_code(token)
             if len(data) > CODE_BYTES_MAX:

@@ -149,7 +149,7 @@ class Readable:
 
     def first_unreadable(self, match: Match) -> tuple[int, Reason] | None:
         """As `first_unreadable`, for less: runs are decoded only of rows with recipes that were not seen before."""
-        seen = {recipes_of(value) for _, value, _ in match.rows}
+        seen = recipes_of(match.rows)
         if seen <= self._recipes and match.checkpoint is None:
             return None
         found = first_unreadable(match)

@@ -198,7 +198,7 @@ def _read_row(parsed: rows.Row) -> None:
     assert parsed.end == parsed.start + parsed.n_tokens
     assert len(rows.child_entry(parsed)) <= 511
     rows.fidelity_of(parsed.value)
-    rows.recipes_of(parsed.value)
+    rows.recipes_of([(parsed.key, parsed.value, 0)])
     if not parsed.is_sealed:
         assert parsed.block.n_tokens == parsed.n_tokens
 
