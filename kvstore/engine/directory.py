@@ -118,7 +118,8 @@ class Hold:
 
     def __init__(self, directory: Directory) -> None:
         """Take the lock; DirectoryHeldError naming the holder if another has it."""
-        path = directory.root / "lock"
+        self._directory = directory
+        self._path = path = directory.root / "lock"
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -156,6 +157,21 @@ class Hold:
             words = None
         # A torn write says nothing about how the last holder ran, so the worst is assumed.
         return words if isinstance(words, dict) else {"clean": False, "durability": "none"}
+
+    def is_displaced(self) -> bool:
+        """Whether what was claimed is no longer at its place: deleted, moved, unmounted, in whole or in parts.
+
+        What the names lead to now says nothing about the blobs. False where nobody can tell.
+        """
+        directory = self._directory
+        try:
+            is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
+            parts = (directory.blobs, directory.staging, directory.index / "data.mdb")
+            return is_other or not all(path.exists() for path in parts)
+        except (FileNotFoundError, NotADirectoryError):
+            return True
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Give the directory back."""

@@ -37,7 +37,7 @@ from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import KeyRing, NamespaceKey
-from kvstore.engine.matching import Exact, Found, longest_exact, longest_prefix
+from kvstore.engine.matching import Exact, Found, checkpoint_at, longest_exact, longest_prefix
 from kvstore.engine.nouns import (
     BlockInfo,
     CheckReport,
@@ -63,8 +63,9 @@ from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, Lease, State
 from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
-from kvstore.keys import NamespaceInfo, block_key, chain_keys
+from kvstore.keys import NamespaceInfo, block_key
 
+DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
 
 
@@ -110,24 +111,31 @@ class Engine:
             raise
 
     def close(self) -> None:
-        """Write the access order, mark the stop as clean if it is, give the directory back. Idempotent."""
+        """Write the access order, mark the stop as clean if it is, give the directory back. Idempotent.
+
+        A directory that was displaced is let go as it is, as by a crash.
+        """
         with self._state.lock:
             if self._closed:
                 return
             self._closed = True
             try:
-                self._state.end_all_leases()
-                self._state.flush_touches()
-                self._scrub.save()
-                if not self._state.sync:
-                    self._state.sync_blobs()
-                self._state.index.sync()
-                left = digest(self._state.index.path / "data.mdb")
-                clean = self._state.is_in_step()
-                self._hold.write(clean=clean, durability=self._state.options.durability, index=left)
+                if not self.is_displaced():
+                    self._leave_in_order()
             finally:
                 self._state.index.close()
                 self._hold.close()
+
+    def _leave_in_order(self) -> None:
+        self._state.end_all_leases()
+        self._state.flush_touches()
+        self._scrub.save()
+        if not self._state.sync:
+            self._state.sync_blobs()
+        self._state.index.sync()
+        left = digest(self._state.index.path / "data.mdb")
+        clean = self._state.is_in_step()
+        self._hold.write(clean=clean, durability=self._state.options.durability, index=left)
 
     def __enter__(self) -> Engine:
         return self
@@ -179,11 +187,8 @@ class Engine:
 
     def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
         """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""
-        keys = chain_keys(root, tokens)
-        tail = tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
         with self._state.index.view() as view:
-            found = next(view.checkpoints(keys[-1] if keys else root, tail), None)
-        return found if found is not None and found.tokens == tail else None
+            return checkpoint_at(view, root, tokens)
 
     def mark_divergence(self, row: Row) -> None:
         """Note that a prompt went another way after this checkpoint, so that its chain keeps it. Written like `touch`.
@@ -335,6 +340,9 @@ class Engine:
         When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
         """
         state = self._state
+        state.counts.displaced = DISPLACED if self.is_displaced() else ""
+        if state.counts.displaced:
+            return
         try:
             if state.touches_due():
                 state.flush_touches()
@@ -346,16 +354,20 @@ class Engine:
         except (KVStoreError, OSError) as error:
             state.counts.disk_error = str(error)
 
+    def is_displaced(self) -> bool:
+        """Whether the data directory was deleted or replaced underneath. Then open another engine: none can heal it."""
+        return self._hold.is_displaced()
+
     # -- care ---------------------------------------------------------------------------------------------------
 
     def recheck(self, key: bytes) -> bool:
         """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
 
-        What a newer kvstore wrote, and what nobody has the key of, cannot be judged, and stays.
+        What a newer kvstore wrote, what nobody has the key of and what is in a displaced directory stays.
         """
         with self._state.index.view() as view:
             row = view.row(key)
-        if row is None:
+        if row is None or self.is_displaced():
             return False
         try:
             checking.verify_row(self._state.directory, row, self._state.index.ring)

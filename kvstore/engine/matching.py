@@ -27,7 +27,7 @@ from kvstore.engine.rows import (
     parse_row,
 )
 from kvstore.errors import CorruptDataError
-from kvstore.keys import block_key
+from kvstore.keys import block_key, chain_keys
 
 # Children whose first 157 or so tokens are equal cannot be told apart by their code; so many are looked at.
 SCAN_MAX = 4096
@@ -173,6 +173,14 @@ def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity
             rows = _cut(found.rows, row.end)
             return Exact(rows, row, better, found.n_tokens > row.end or _goes_on(view, rows))
     return Exact((), None, better, False)
+
+
+def checkpoint_at(view: View, root: bytes, tokens: bytes) -> Row | None:
+    """The checkpoint after exactly these packed tokens."""
+    keys = chain_keys(root, tokens)
+    tail = tokens[len(keys) * _BLOCK_BYTES :]
+    found = next(view.checkpoints(keys[-1] if keys else root, tail), None)
+    return found if found is not None and found.tokens == tail else None
 
 
 def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:

@@ -37,11 +37,12 @@ class Counts:
     over_budget: str = ""
     under_floor: str = ""
     disk_error: str = ""
+    displaced: str = ""
 
     @property
     def degraded(self) -> str:
         """Why nothing is written; empty when all is well."""
-        return self.disk_error or self.under_floor or self.over_budget
+        return self.displaced or self.disk_error or self.under_floor or self.over_budget
 
 
 class State:

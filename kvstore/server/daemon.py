@@ -51,6 +51,8 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 log = logging.getLogger(__name__)
 
 REAP_EVERY_S = 1.0
+# A directory that is gone so many times in a row is begun anew; a volume may be away for a moment.
+DISPLACED_MAX = 3
 # A health service of its own: not SERVING while the disk refuses writes, when what is stored is served all the same.
 WRITES = "kvstore.writes"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -71,9 +73,13 @@ class Daemon:
         self._config = config
         self._state = "starting"
         self._stop = asyncio.Event()
+        self._begin_anew = False
 
-    async def run(self) -> None:
-        """Serve until `stop`. Raises DirectoryError and DirectoryHeldError before anything is served."""
+    async def run(self) -> bool:
+        """Serve until `stop`; whether to begin anew, since the data directory was deleted or replaced underneath.
+
+        Raises DirectoryError and DirectoryHeldError before anything is served.
+        """
         config = self._config
         credentials = daemon_credentials(config)
         with contextlib.ExitStack() as stack:
@@ -87,9 +93,11 @@ class Daemon:
             workers = Workers()
             stack.callback(workers.close)
             await self._serve(engine, lane, workers, credentials)
+        return self._begin_anew
 
     def stop(self) -> None:
         """Ask `run` to drain and return; safe from signal handlers of the loop."""
+        self._begin_anew = False
         self._stop.set()
 
     async def _serve(self, engine: Engine, lane: Lane, workers: Workers, credentials: Credentials) -> None:
@@ -139,12 +147,18 @@ class Daemon:
         store.uploads.end_all()
 
     async def _reap(self, store: StorePath, engine: Engine, workers: Workers, health: HealthServicer) -> None:
+        displaced = 0
         while True:
             await asyncio.sleep(REAP_EVERY_S)
             config = self._config
             await workers.admin(engine.maintain)
             degraded = (await workers.admin(engine.stats)).degraded
             await health.set(WRITES, NOT_SERVING if degraded else SERVING)
+            displaced = displaced + 1 if await workers.admin(engine.is_displaced) else 0
+            if displaced >= DISPLACED_MAX:
+                log.error("the data directory %s was deleted or replaced; beginning anew", config.data_dir)
+                self._begin_anew = True
+                self._stop.set()
             try:
                 reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
                 for upload in await workers.admin(*reap):
@@ -167,11 +181,13 @@ def serve(config: Config) -> int:
     check_profile(config.profile)  # a name that the codecs do not know ends the start before anything is touched
 
     async def main() -> None:
-        daemon = Daemon(config)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, daemon.stop)
-        await daemon.run()
+        begin = True
+        while begin:
+            daemon = Daemon(config)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, daemon.stop)
+            begin = await daemon.run()
 
     asyncio.run(main())
     return 0

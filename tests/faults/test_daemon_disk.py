@@ -94,17 +94,57 @@ def test_a_full_disk_is_said_and_passes(tmp_path: Path) -> None:
         daemon.kill()
 
 
-def test_a_deleted_directory_is_survived_and_a_restart_begins_anew(daemon: DaemonProcess) -> None:
-    """Misses, no crash; the health of writes says so."""
-    shutil.rmtree(daemon.data_dir)
-    assert fetched(daemon, KEPT) == 0 and not stored(daemon, MORE)
-    eventually(lambda: state(daemon) == "degraded")
-    eventually(lambda: health(daemon, "kvstore.writes") == NOT_SERVING)
+def _all_of_it(data_dir: Path) -> None:
+    shutil.rmtree(data_dir)
+
+
+def _all_in_it(data_dir: Path) -> None:
+    for path in data_dir.iterdir():
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
+def _another_in_its_place(data_dir: Path) -> None:
+    data_dir.rename(data_dir.with_name("moved"))
+    data_dir.mkdir(mode=0o700)
+
+
+def _blobs(data_dir: Path) -> None:
+    shutil.rmtree(data_dir / "blobs.noindex")
+
+
+@pytest.mark.parametrize("lose", [_all_of_it, _all_in_it, _another_in_its_place, _blobs])
+def test_a_directory_that_is_deleted_under_a_daemon_is_begun_anew(
+    daemon: DaemonProcess, lose: Callable[[Path], None]
+) -> None:
+    """Misses, said in stats and health, and then, by itself and in the same process, an empty store."""
+    assert daemon.process is not None
+    lose(daemon.data_dir)
     assert fetched(daemon, KEPT) == 0
-    assert daemon.stop() == 0, daemon.log_text()
+    eventually(lambda: health(daemon, "kvstore.writes") == NOT_SERVING)
+    assert state(daemon) == "degraded"
+    eventually(lambda: "beginning anew" in daemon.log_text())
+    daemon.wait_serving()
+    eventually(lambda: health(daemon, "kvstore.writes") == SERVING and state(daemon) == "serving")
+    assert fetched(daemon, KEPT) == 0
+    assert stored(daemon, KEPT) and fetched(daemon, KEPT) == len(KEPT)
+    with client_of(daemon) as client:
+        assert client.check()["findings"] == []
+    assert daemon.process.poll() is None and daemon.stop() == 0
     assert "Traceback" not in daemon.log_text()
     daemon.start()
-    assert stored(daemon, KEPT) and fetched(daemon, KEPT) == len(KEPT)
+    assert fetched(daemon, KEPT) == len(KEPT)
+
+
+def test_a_daemon_whose_directory_cannot_be_made_again_ends_with_a_word(tmp_path: Path) -> None:
+    """Its volume is gone, for one: not zero, so that launchd or systemd tries again later."""
+    (tmp_path / "volume").mkdir()
+    with DaemonProcess(tmp_path / "volume" / "data", profile="raw") as daemon:
+        daemon.log_path = tmp_path / "log"
+        daemon.restart()
+        assert daemon.process is not None
+        shutil.rmtree(tmp_path / "volume")
+        assert daemon.process.wait(timeout=60) == 1
+        assert "does not exist: mount the volume" in daemon.log_text() and "Traceback" not in daemon.log_text()
 
 
 def test_a_daemon_without_descriptors_condemns_nothing_and_goes_on_later(daemon: DaemonProcess) -> None:

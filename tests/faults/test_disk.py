@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.blocks import Reason
-from kvstore.engine import Engine, Selection
+from kvstore.engine import Engine, Fs, Selection
 from kvstore.errors import KVStoreError
 from tests.faults import cuts, disk, kills
 from tests.faults.table import spread
@@ -113,12 +113,49 @@ def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: P
     assert engine.first_damaged(match.slices) == 0
     assert put(engine, NS, GROWN).reason is Reason.STORE_FULL
     engine.maintain()
-    assert engine.stats().degraded
-    assert engine.recheck(match.slices[0].row.key)
+    assert engine.is_displaced() and "deleted" in engine.stats().degraded
     assert engine.match(NS.root, b"").n_tokens == 0
     engine.close()
     with Engine.open(tmp_path / "data", options()) as again:
+        assert not again.is_displaced()
         assert put(again, NS, GROWN).reason is Reason.OK
+        demand_sound(again)
+
+
+class Volume(Fs):
+    """One with so many bytes left."""
+
+    free = 1 << 40
+
+    def free_bytes(self, path: str) -> int:
+        return self.free
+
+
+@pytest.mark.parametrize("durability", ["commit", "none"])
+def test_a_directory_that_was_away_for_a_while_has_lost_nothing(tmp_path: Path, durability: str) -> None:
+    """Nothing is condemned for being out of reach, or evicted for the sake of what stands there meanwhile."""
+    volume = Volume()
+    limits = options(durability=durability, free_floor_bytes=1 << 20, scrub_bytes_per_s=1 << 30)
+    engine = Engine.open(tmp_path / "data", limits, fs=volume)
+    put(engine, NS, KEPT)
+    match = find(engine, NS, KEPT)
+    (tmp_path / "data").rename(tmp_path / "away")
+    with Engine.open(tmp_path / "data", options()) as other:
+        put(other, NS, GROWN)
+        volume.free = 0
+        for turn in range(2):
+            engine.maintain()
+            assert engine.stats().degraded and not engine.recheck(match.slices[turn].row.key)
+        demand_sound(other)
+    (tmp_path / "data").rename(tmp_path / "other")
+    (tmp_path / "away").rename(tmp_path / "data")
+    volume.free = 1 << 40
+    engine.maintain()
+    assert engine.stats().degraded == "" and find(engine, NS, KEPT).n_tokens == len(KEPT)
+    (tmp_path / "data").rename(tmp_path / "away")
+    engine.close()
+    with Engine.open(tmp_path / "away", options()) as again:
+        assert find(again, NS, KEPT).n_tokens == len(KEPT)
         demand_sound(again)
 
 
