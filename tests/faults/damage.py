@@ -27,7 +27,7 @@ from kvstore.engine.reading import read_block
 from kvstore.engine.sealed import CHUNK_BYTES, HEADER_BYTES, is_sealed
 from kvstore.errors import CorruptDataError, KVStoreError
 from tests.faults.workload import MIXED, NS
-from tests.support.engine import blob_paths, demand_right, namespace, options, put, put_checkpoint, values
+from tests.support.engine import blob_paths, demand_right, namespace, options, put, put_checkpoint, sequence, values
 
 # Encrypted, where there is a master key.
 MASTER, SECRET = bytes(range(32)), namespace("secret")
@@ -50,7 +50,7 @@ def prepare(data_dir: Path) -> None:
 
 def store_all(engine: Engine) -> None:
     """What is damaged is stored again."""
-    for ns, tokens, _ in (*FETCHES, *(SECRET_FETCHES if engine.is_encrypted(SECRET.root) else ())):
+    for ns, tokens, _ in FETCHES:
         assert put(engine, ns, tokens).reason is Reason.OK
     assert put_checkpoint(engine, MIXED, MIXED_TOKENS).reason is Reason.OK
 
@@ -140,8 +140,7 @@ class Blobs:
     def __init__(self, data_dir: Path) -> None:
         prepare(data_dir)
         self._engine = Engine.open(data_dir, options(quarantine_files_max=4, master_key=MASTER))
-        self._engine.encrypt(SECRET.root)
-        store_all(self._engine)
+        self._store_all()
 
     def close(self) -> None:
         """Stop in order."""
@@ -187,7 +186,7 @@ class Blobs:
         self._engine.check(repair=True)
         if found := self._engine.check().findings:
             wrong.append(f"after a repair: {found[0]}")
-        store_all(self._engine)
+        self._store_all()
         wrong += self._read_all()
         for ns, tokens, _ in (*FETCHES, *SECRET_FETCHES):
             match = self._engine.match(ns.root, pack_tokens(tokens))
@@ -195,6 +194,12 @@ class Blobs:
                 wrong.append(f"stored again, {match.n_tokens} of {len(tokens)} tokens are there")
             demand_right(self._engine, match, pack_tokens(tokens))
         return wrong
+
+    def _store_all(self) -> None:
+        store_all(self._engine)
+        key = self._engine.encrypt(SECRET.root)
+        for ns, tokens, _ in SECRET_FETCHES:
+            assert self._engine.store(ns.to_record(), sequence(ns, tokens), encryption=key).reason is Reason.OK
 
     def _read_all(self) -> list[str]:
         """Fetch every sequence until it can be read; a damaged blob must be told, and then be gone with a reason."""
