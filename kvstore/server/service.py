@@ -29,6 +29,11 @@ from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
+# So many turns of the loop lie between a caller that goes away and the CancelledError of its handler. Once the reply is
+# on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
+# the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
+HEARING_TURNS = 3
+
 
 class KVStoreService(rpc.KVStoreServicer):
     """What inference workers call. All methods run on the event loop."""
@@ -175,8 +180,10 @@ class KVStoreService(rpc.KVStoreServicer):
         planning = asyncio.ensure_future(self._workers.read(self._store.begin, store_request(request)))
         try:
             plan = await asyncio.shield(planning)
+            for _ in range(HEARING_TURNS):
+                await asyncio.sleep(0)
         except asyncio.CancelledError:
-            # Nobody will hear of the upload that the thread goes on to open.
+            # Nobody will hear of the upload that the thread opened, or goes on to open.
             planning.add_done_callback(self._forget)
             raise
         upload = plan.upload

@@ -78,7 +78,7 @@ def test_many_who_wait_for_one_store_do_not_keep_it_from_ending(daemon: DaemonPr
     assert [ended[number].stored_tokens for number in sorted(ended)] == [512] + [562] * 7
 
 
-def begin(stub: rpc.KVStoreStub, tokens: list[int]) -> pb.BeginStoreReply:
+def begin(stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None) -> pb.BeginStoreReply:
     """Plan a store and hand over what it wants."""
     reply: pb.BeginStoreReply = stub.BeginStore(
         pb.BeginStoreRequest(
@@ -86,7 +86,38 @@ def begin(stub: rpc.KVStoreStub, tokens: list[int]) -> pb.BeginStoreReply:
             layout=LAYOUT.record,
             tokens=pack_tokens(tokens),
             transport=pb.TRANSPORT_PATH,
-        )
+        ),
+        timeout=timeout,
     )
     Path(reply.staging_path).write_bytes(bytes(reply.upload_bytes))
     return reply
+
+
+# A busy loop: it plans a store itself, and cannot hear meanwhile of a caller that goes away.
+BUSY = """
+import sys, time
+from kvstore.server.edge import Workers
+from kvstore.cli import main
+read = Workers.read
+async def busy(self, work, *args):
+    if work.__name__ != "begin":
+        return await read(self, work, *args)
+    plan = work(*args)
+    time.sleep(1)
+    return plan
+Workers.read = busy
+sys.argv = ["kvstore", "serve"]
+main()
+"""
+
+
+def test_an_upload_of_which_the_caller_did_not_hear_any_more_is_given_up_at_once(tmp_path: Path) -> None:
+    """It went away when the upload was there and the reply was not: long before the upload would be idle."""
+    daemon = DaemonProcess(tmp_path / "data", program=BUSY, upload_idle_s=600, profile="raw")
+    with daemon, grpc.insecure_channel(daemon.listen) as channel, client_of(daemon) as client:
+        with pytest.raises(grpc.RpcError):
+            begin(rpc.KVStoreStub(channel), list(range(100)), timeout=0.5)
+        wait_until(lambda: client.stats()["requests"]["store"] == 1, 10.0, lambda: "the call has not begun")
+        wait_until(lambda: not daemon.files("staging"), 20.0, lambda: "the upload stays")
+        assert begin(rpc.KVStoreStub(channel), list(range(100)), timeout=60).upload_id
+        assert len(daemon.files("staging")) == 1

@@ -179,7 +179,9 @@ def prove(folder: Path) -> bool:
         rows.append((bug.what, found[KILL] or "not found", found[CUT] or "not found"))
         print(rows[-1], file=sys.stderr, flush=True)
     print(markdown(("seeded bug", "kills", "power cuts"), rows))
-    return right
+    operations = [(bug, calls.first_find(folder / f"calls{number}", bug)) for number, bug in enumerate(calls.BUGS)]
+    print(markdown(("seeded bug", "histories of calls"), [(bug, found or "not found") for bug, found in operations]))
+    return right and all(found for _, found in operations)
 
 
 def main() -> int:
