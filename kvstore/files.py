@@ -191,7 +191,8 @@ class BufferReader:
 def _open_checked(source: FileSource) -> int:
     """Open a blob for reading; CorruptDataError unless it is a regular file of the exact size."""
     try:
-        fd = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # Not blocking: whoever opens a FIFO waits for one who writes to it.
+        fd = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CorruptDataError(f"{source.path}: {error.strerror}") from error
     info = os.fstat(fd)

@@ -98,7 +98,7 @@ class Walk:
 
     def _find(self, kind: str, path: Path | str, detail: str) -> None:
         if len(self.report.findings) < FINDINGS_MAX:
-            self.report.findings.append(Finding(kind, str(path), detail))
+            self.report.findings.append(Finding(kind, _readable(str(path)), _readable(detail)))
 
     def _row(self, key: bytes) -> Row | None:
         with self._site.index.view() as view:
@@ -178,7 +178,7 @@ class Walk:
             self._adopt(sound[at : at + FINDINGS_MAX])
 
     def _is_stray(self, path: Path) -> bool:
-        if path.name.removesuffix(TMP_SUFFIX) in self._site.in_flight() or not path.exists():
+        if path.name.removesuffix(TMP_SUFFIX) in self._site.in_flight() or not os.path.lexists(path):
             return False
         named = parse_name(path.name)
         row = self._row(named[0]) if named else None
@@ -241,6 +241,11 @@ class Walk:
             self.report.repaired += self._repair
 
 
+def _readable(text: str) -> str:
+    """With what is not Unicode, as the name of a file may be, spelled out: findings go over the wire."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _is_reachable(edit: Edit, row: Row) -> bool:
     if row.parent == row.root:
         return row.start == 0
@@ -264,7 +269,7 @@ def drop_tree(site: Site, row: Row, quarantine: bool) -> list[Row]:
 
 def sweep(site: Site) -> None:
     """After an unclean stop under synced commits: unlink files without a row, drop rows without their file."""
-    sizes = {entry.path: entry.stat().st_size for _, entry in site.directory.blob_files()}
+    sizes = {entry.path: entry.stat(follow_symlinks=False).st_size for _, entry in site.directory.blob_files()}
     with site.index.view() as view:
         lost = [row for row in view.rows() if sizes.get(str(site.directory.path(row))) != row.file_bytes]
         doomed = {row.key: row for gone in lost for row in reversed(view.tree(gone))}

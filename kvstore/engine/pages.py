@@ -46,7 +46,7 @@ _THREADS = 2
 def digest(path: Path) -> str:
     """A checksum of the whole file, in hex; "" when there is none. OSError when it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return ""
     try:
@@ -254,7 +254,7 @@ def demand_whole(path: Path) -> None:
     An index that is not there, or has no bytes yet, is whole. About 8 s for a million blocks.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return
     try:

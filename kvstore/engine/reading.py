@@ -41,7 +41,7 @@ def read_block(path: Path, verify: bool, ring: KeyRing | None = None) -> tuple[B
     about the file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise LimitError(f"{path} cannot be opened now: {error.strerror}") from error

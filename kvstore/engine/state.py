@@ -135,6 +135,8 @@ class State:
         """Sync every blob and folder: an orderly stop vouches for them, also where no store did. Raises OSError."""
         folders = set()
         for number, entry in self.directory.blob_files():
+            if not entry.is_file(follow_symlinks=False):
+                continue
             folders.add(number)
             fd = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:

@@ -17,7 +17,7 @@ from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
 from tests.faults.workload import SCRIPTS
 
 Item = TypeVar("Item")
-FLIPS_BLOB, FLIPS_PAGE = 90, 6
+FLIPS_BLOB, FLIPS_PAGE = 60, 6
 HISTORIES = 60
 Share = Callable[[Sequence[Item]], list[Item]]
 
