@@ -140,7 +140,7 @@ def test_reading_happens_outside_the_lane_and_others_come_between(
 
     class Watched(FileReader):
         def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
-            assert threading.current_thread() is not lane._thread
+            assert threading.current_thread() is not lane._fetches._thread
             others.append(lane.submit_fetch(lambda: source).result(10))
             super().readinto(source, offset, views)
 

@@ -1,13 +1,16 @@
-"""The lane: one thread, fetches before stores, nothing waits forever."""
+"""The lane: one thread or two, fetches before stores, nothing waits forever."""
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 
 import pytest
 
 from kvstore.errors import LimitError, UnavailableError
+from kvstore.priority import BACKGROUND_NICE
 from kvstore.server import lane as lane_module
 from kvstore.server.lane import Lane
 
@@ -105,7 +108,7 @@ def test_the_backlog_is_the_pieces_ahead_of_a_fetch(blocked_lane: tuple[Lane, th
     """Stores that just came are not: a fetch goes before them."""
     lane, gate = blocked_lane
     assert lane.backlog_s == 0.0, "no piece has ended yet"
-    lane._piece_s = 0.5
+    lane._fetches._piece_s = 0.5
     assert lane.backlog_s == 0.5
     fetches = [lane.submit_fetch(int) for _ in range(3)]
     lane.submit_store(int)
@@ -115,3 +118,36 @@ def test_the_backlog_is_the_pieces_ahead_of_a_fetch(blocked_lane: tuple[Lane, th
         future.result(10)
     lane.close()
     assert lane.backlog_s == 0.0
+
+
+def test_apart_a_fetch_does_not_wait_for_a_store_which_gives_way() -> None:
+    """Two threads, each prepared once; that of the stores is the one with the lower priority."""
+    prepared: list[int] = []
+    gate, started = threading.Event(), threading.Event()
+    lane = Lane(lambda: prepared.append(threading.get_ident()), apart=True)
+    store = lane.submit_store(lambda: started.set() or (gate.wait(10) and _niceness()))
+    assert started.wait(10)
+    assert lane.backlog_s == 0.0
+    assert lane.submit_fetch(_niceness).result(10) == _niceness()
+    gate.set()
+    assert store.result(10) == max(_niceness(), BACKGROUND_NICE) or sys.platform != "linux"
+    assert len(set(prepared)) == len(prepared) == 2
+    lane.close()
+
+
+def test_apart_nothing_is_given_back_while_the_other_thread_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX would wait for the piece, and the whole daemon with it."""
+    monkeypatch.setattr(lane_module, "IDLE_S", 0.02)
+    gate, released = threading.Event(), threading.Event()
+    lane = Lane(idle=released.set, apart=True)
+    store = lane.submit_store(lambda: gate.wait(10))
+    lane.submit_fetch(int).result(10)
+    assert not released.wait(0.2)
+    gate.set()
+    store.result(10)
+    assert released.wait(10), "whoever ends last gives it back"
+    lane.close()
+
+
+def _niceness() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) if sys.platform == "linux" else 0

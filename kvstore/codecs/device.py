@@ -52,6 +52,12 @@ def name() -> str:
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
+def bears_two_threads() -> bool:
+    """Whether two threads may compute at a time. On Metal they had better not: streams that run side by side while
+    memory is released and taken again can panic the kernel (mlx#3186)."""
+    return name() == "cpu"
+
+
 def set_limits(gpu_memory_bytes: int) -> None:
     """Bound what MLX allocates in this process, and what it keeps for reuse to a quarter of that."""
     mx.set_memory_limit(gpu_memory_bytes)

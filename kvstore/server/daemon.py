@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import logging
 import os
 import resource
@@ -88,7 +89,8 @@ class Daemon:
             engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             await asyncio.to_thread(settle_limits, engine, config)
-            lane = Lane(lambda: device.set_limits(config.gpu_memory_bytes), device.release_memory)
+            limits = functools.partial(device.set_limits, config.gpu_memory_bytes)
+            lane = Lane(limits, device.release_memory, apart=device.bears_two_threads())
             stack.callback(lane.close)
             workers = Workers()
             stack.callback(workers.close)

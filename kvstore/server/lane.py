@@ -1,4 +1,4 @@
-"""The one thread that owns MLX."""
+"""The threads that own MLX: one, or where the device bears it a second one for stores."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from kvstore.errors import LimitError, UnavailableError
+from kvstore.priority import give_way
 
 T = TypeVar("T")
 
@@ -25,15 +26,64 @@ RETRY_S = 0.5
 
 
 class Lane:
-    """Runs pieces of device work one at a time, fetches before stores.
+    """Runs pieces of device work, fetches before stores. Any thread may submit.
 
-    Any thread may submit; pieces run on the lane's own thread, which is the only one that touches the MLX device.
-    Submit work in pieces of about 50 ms: a running piece is never interrupted.
+    On one thread, one piece at a time; with `apart`, where the device bears it, stores have a second thread that gives
+    way to whatever else runs on the machine, and fetches never wait for them. Submit work in pieces of about 50 ms: a
+    running piece is never interrupted.
     """
 
-    def __init__(self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None) -> None:
-        """`start` runs on the lane's thread before the first piece (device limits are set there), `idle` whenever
-        nothing came for `IDLE_S` after some (device memory is given back there)."""
+    def __init__(
+        self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None, *, apart: bool = False
+    ) -> None:
+        """`start` runs on each thread before its first piece (device limits are set there), `idle` whenever nothing
+        came for `IDLE_S` after some (device memory is given back there)."""
+        self._idle = idle
+        release = None if idle is None else self._release
+        self._fetches = _Queue("kvstore-lane", start, release)
+        self._stores = _Queue("kvstore-lane-store", start, release, give_way) if apart else self._fetches
+
+    def submit_fetch(self, work: Callable[[], T]) -> Future[T]:
+        """Queue a piece of a fetch. Raises LimitError when the queue is full, UnavailableError after close."""
+        return self._fetches.submit(work, 0.0)
+
+    def submit_store(self, work: Callable[[], T]) -> Future[T]:
+        """Queue a piece of a store, behind fetches that come within `STORE_HANDICAP_S`."""
+        return self._stores.submit(work, STORE_HANDICAP_S if self._stores is self._fetches else 0.0)
+
+    @property
+    def backlog_s(self) -> float:
+        """About how long a piece of a fetch that came now would wait. Takes no lock; any thread."""
+        return self._fetches.backlog_s
+
+    @property
+    def used(self) -> bool:
+        """Whether any piece has run."""
+        return self._fetches.used or self._stores.used
+
+    def _release(self) -> None:
+        """Call `idle` unless the other thread is at work: MLX would wait for it, and keep Python's lock meanwhile."""
+        if self._idle is not None and not (self._fetches.busy or self._stores.busy):
+            self._idle()
+
+    def close(self) -> None:
+        """Finish running pieces, cancel what waits, end the threads."""
+        self._fetches.close()
+        self._stores.close()
+
+
+class _Queue:
+    """Pieces in the order in which they are due, and the thread that runs them, which owns its arrays."""
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], None] | None,
+        idle: Callable[[], None] | None,
+        begin: Callable[[], None] | None = None,
+    ) -> None:
+        """`begin` runs first of all on the thread, before the device is there: the device's threads come after it."""
+        self._begin = begin
         self._start = start
         self._idle = idle
         self._piece_s = 0.0
@@ -43,24 +93,22 @@ class Lane:
         self._ready = threading.Condition()
         self._closed = False
         self.used = False
-        self._thread = threading.Thread(target=self._run, name="kvstore-lane", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit_fetch(self, work: Callable[[], T]) -> Future[T]:
-        """Queue a piece of a fetch. Raises LimitError when the queue is full, UnavailableError after close."""
-        return self._submit(work, 0.0)
-
-    def submit_store(self, work: Callable[[], T]) -> Future[T]:
-        """Queue a piece of a store, behind fetches that come within `STORE_HANDICAP_S`."""
-        return self._submit(work, STORE_HANDICAP_S)
+    @property
+    def busy(self) -> bool:
+        """Whether a piece runs or waits."""
+        return self._running or bool(self._heap)
 
     @property
     def backlog_s(self) -> float:
-        """About how long a piece of a fetch that came now would wait. Takes no lock; any thread."""
+        """See `Lane.backlog_s`."""
         waiting = self._running + sum(1 for item in tuple(self._heap) if item[0] <= time.monotonic())
         return waiting * self._piece_s
 
-    def _submit(self, work: Callable[[], T], handicap_s: float) -> Future[T]:
+    def submit(self, work: Callable[[], T], handicap_s: float) -> Future[T]:
+        """Queue a piece that is due in `handicap_s`. Raises as `Lane.submit_fetch`."""
         future: Future[T] = Future()
         with self._ready:
             if self._closed:
@@ -83,6 +131,8 @@ class Lane:
         self._thread.join()
 
     def _run(self) -> None:
+        if self._begin is not None:
+            self._begin()
         while (item := self._take()) is not None:
             future, work = item
             if not future.set_running_or_notify_cancel():
