@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -377,3 +379,111 @@ def test_a_crash_before_the_first_commit_leaves_no_key(tmp_path: Path, at: str) 
         assert find(engine, NS, CANARY).n_tokens == 0
         assert put(engine, NS, CANARY).reason is Reason.OK
         assert engine.check().findings == []
+
+
+class Balks(Fs):
+    """While `on`, calls of `refused` that are about keys fail."""
+
+    def __init__(self, *refused: str) -> None:
+        self.refused = refused
+        self.on = False
+
+    def _demand(self, call: str, path: str) -> None:
+        if self.on and call in self.refused and "/keys" in path:
+            raise OSError(errno.EIO, call)
+
+    def rename(self, source: str, target: str) -> None:
+        """As the name says."""
+        self._demand("rename", target)
+        super().rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        """As the name says."""
+        self._demand("unlink", path)
+        super().unlink(path)
+
+    def fsync_dir(self, path: str) -> None:
+        """As the name says."""
+        self._demand("fsync_dir", path)
+        super().fsync_dir(path)
+
+
+@pytest.mark.parametrize("call", ["unlink", "fsync_dir"])
+def test_a_key_that_went_only_in_part_is_written_again(tmp_path: Path, call: str) -> None:
+    """Else what is stored under it next would be gone with the next start: its file is overwritten, or gone."""
+    fs = Balks(call)
+    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+        key = engine.encrypt(NS.root)
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
+        fs.on = True
+        assert engine.evict(Selection(namespace_prefix=NS.root[:4])).blocks == 3
+        fs.on = False
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
+        assert len(key_files(engine)) == 1
+    del key
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+        engine.evict(Selection(namespace_prefix=NS.root[:4]))
+        assert key_files(engine) == []
+
+
+def test_a_key_that_did_not_go_goes_with_a_later_commit(tmp_path: Path) -> None:
+    """Also one that nobody holds any more."""
+    fs = Balks("unlink")
+    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=engine.encrypt(NS.root)).blocks == 3
+        fs.on = True
+        engine.evict(Selection(namespace_prefix=NS.root[:4]))
+        assert len(key_files(engine)) == 1
+        fs.on = False
+        put(engine, PLAIN, CANARY)
+        assert key_files(engine) == []
+
+
+@pytest.mark.parametrize("refused", [("rename", "unlink"), ("fsync_dir",)])
+def test_a_key_that_could_not_be_written_is_written_by_the_next_store(tmp_path: Path, refused: tuple[str, ...]) -> None:
+    """Whatever the first attempt left in the folder."""
+    fs = Balks(*refused)
+    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+        key = engine.encrypt(NS.root)
+        fs.on = True
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).reason is Reason.STORE_FULL
+        fs.on = False
+        assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).reason is Reason.OK
+        assert len(key_files(engine)) == 1
+    del key
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 700
+
+
+def test_a_shred_that_failed_is_done_by_the_next(tmp_path: Path) -> None:
+    """Nobody reads the namespace meanwhile, but its file is there, and a start would take the key from it."""
+    fs = Balks("unlink")
+    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+        receipt = engine.store(NS.to_record(), sequence(NS, CANARY), encryption=engine.encrypt(NS.root))
+        assert receipt.blocks == 3
+        fs.on = True
+        with pytest.raises(OSError, match="unlink"):
+            engine.shred(NS.root)
+        assert find(engine, NS, CANARY).n_tokens == 0
+        assert len(key_files(engine)) == 1
+        fs.on = False
+        assert engine.shred(NS.root) == 1
+        assert key_files(engine) == []
+
+
+def test_an_orderly_stop_vouches_for_keys_that_no_store_synced(tmp_path: Path) -> None:
+    """As for the blobs, of which nothing can be read without them."""
+    synced: list[int] = []
+
+    class Watched(Fs):
+        def fsync(self, fd: int) -> None:
+            """Remember which file it is."""
+            synced.append(os.fstat(fd).st_ino)
+            super().fsync(fd)
+
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, durability="none"), fs=Watched()) as engine:
+        engine.store(NS.to_record(), sequence(NS, CANARY), encryption=engine.encrypt(NS.root))
+        [path] = key_files(engine)
+        assert path.stat().st_ino not in synced
+    assert path.stat().st_ino in synced

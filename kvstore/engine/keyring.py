@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvstore.blocks import TOKEN_BYTES
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, write_durably
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, unlink_quietly, write_durably
 from kvstore.errors import DirectoryError, NotFoundError
 
 KEY_BYTES = 32
@@ -99,6 +99,8 @@ class KeyRing:
         self._lock = threading.Lock()
         self._keys: dict[bytes, NamespaceKey] = {}
         self._unwritten: weakref.WeakValueDictionary[bytes, NamespaceKey] = weakref.WeakValueDictionary()
+        # Whose file may be there, in part, or not: writing or erasing it has not ended well.
+        self._unsure: set[bytes] = set()
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.endswith(TMP_SUFFIX):
                 fs.unlink(str(path))
@@ -112,13 +114,13 @@ class KeyRing:
 
     @property
     def roots(self) -> list[bytes]:
-        """The namespaces that have a key, be it in memory only."""
-        return [*self._keys, *self._unwritten.keys()]
+        """The namespaces that have a key, be it in memory only, or a file that did not go."""
+        return list({*self._keys, *self._unwritten.keys(), *self._unsure})
 
     @property
     def written_roots(self) -> list[bytes]:
-        """The namespaces whose key has a file."""
-        return list(self._keys)
+        """The namespaces whose key has a file, or may have one."""
+        return list({*self._keys, *self._unsure})
 
     def make(self, root: bytes) -> NamespaceKey:
         """The key of a namespace, a new one if it has none. A new one is forgotten when nobody holds it any more.
@@ -139,26 +141,36 @@ class KeyRing:
     def write(self, root: bytes, key: NamespaceKey) -> None:
         """Make the key of a namespace durable, if it is not and this is the one. Raises OSError."""
         with self._lock:
-            if self._unwritten.get(root) is not key:
+            if self.key(root) is not key or (root in self._keys and root not in self._unsure):
                 return
-            write_durably(self._fs, str(self._path(root)), [memoryview(key.wrapped)], self._sync)
-            self._sync_folder()
+            path = str(self._path(root))
+            self._unsure.add(root)
             self._keys[root] = key
-            del self._unwritten[root]
+            self._unwritten.pop(root, None)
+            # What an attempt may have left that could not be cleared away either.
+            unlink_quietly(self._fs, [path + TMP_SUFFIX])
+            write_durably(self._fs, path, [memoryview(key.wrapped)], self._sync)
+            self._sync_folder()
+            self._unsure.discard(root)
 
     def unwrite(self, roots: Iterable[bytes]) -> None:
         """Unlink the files of these keys, of which nothing is stored any more: in memory again. Raises OSError."""
         with self._lock:
             for root in roots:
                 self._erase(root)
-                self._unwritten[root] = self._keys[root]
-                del self._keys[root]
+                key = self._keys.get(root)
+                if key is not None:
+                    self._unwritten[root] = key
+                    del self._keys[root]
 
     def drop(self, root: bytes) -> bool:
-        """Forget a namespace's key for good, also one that was not written yet; whether there was one."""
+        """Forget a namespace's key for good, also one that was not written yet; whether there was one.
+
+        Raises OSError when the file does not go: then it is to be dropped again.
+        """
         with self._lock:
             known = [keys.pop(root, None) for keys in (self._keys, self._unwritten)]
-            if not any(known) and not self._path(root).exists():
+            if not any(known) and root not in self._unsure and not self._path(root).exists():
                 return False
             self._erase(root)
             return True
@@ -170,6 +182,7 @@ class KeyRing:
         key.
         """
         path = self._path(root)
+        self._unsure.add(root)
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
@@ -179,6 +192,19 @@ class KeyRing:
                 os.close(fd)
             self._fs.unlink(str(path))
         self._sync_folder()
+        self._unsure.discard(root)
+
+    def sync(self) -> None:
+        """Sync every file of a key, also where `write` did not; what somebody has deleted cannot be. Raises OSError."""
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            for root in self._keys:
+                fd = os.open(self._path(root), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                try:
+                    self._fs.fsync(fd)
+                finally:
+                    os.close(fd)
+            if self._keys:
+                self._fs.fsync_dir(str(self._folder))
 
     def _sync_folder(self) -> None:
         if self._sync:

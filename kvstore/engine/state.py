@@ -132,7 +132,7 @@ class State:
             self.ledger.set("index", self.index.disk_bytes())
 
     def sync_blobs(self) -> None:
-        """Sync every blob and folder: an orderly stop vouches for them, also where no store did. Raises OSError."""
+        """Sync blobs, keys and folders: an orderly stop vouches for them, also where no store did. Raises OSError."""
         folders = set()
         for number, entry in self.directory.blob_files():
             if not entry.is_file(follow_symlinks=False):
@@ -145,6 +145,7 @@ class State:
                 os.close(fd)
         for path in [*map(self.directory.folder, folders), self.directory.blobs]:
             self.fs.fsync_dir(str(path))
+        self.index.ring.sync()
 
     def is_in_step(self) -> bool:
         """Whether there are as many files as rows: what could not be unlinked is left to the next start."""
