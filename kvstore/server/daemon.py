@@ -164,9 +164,8 @@ class Daemon:
             try:
                 reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
                 for upload in await workers.admin(*reap):
-                    log.warning(
-                        "gave up an upload of %d tokens that nothing, or too little, arrived for", upload.n_tokens
-                    )
+                    words = "gave up upload %s of %d tokens: nothing arrived, or too little"
+                    log.warning(words, upload.upload_id[:8], upload.n_tokens)
             except OSError as error:
                 log.warning("an upload that was given up could not be removed: %s", error)
 

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from hypothesis.errors import Flaky
+
 from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, soak
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
@@ -126,7 +128,7 @@ def run_histories(folder: Path, share: Share[int]) -> list[Tally]:
     examples = share(range(HISTORIES))
     try:
         calls.run(folder, len(examples), 30)
-    except AssertionError as error:
+    except (AssertionError, Flaky) as error:
         tally.others.append(f"histories: {error}")
     tally.runs = len(examples)
     return [tally]
