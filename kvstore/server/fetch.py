@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -15,7 +16,7 @@ from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.codecs.assemble import HitBlock
 from kvstore.codecs.base import check_runs
 from kvstore.config import Config
-from kvstore.engine import Engine, Lease, Match
+from kvstore.engine import Engine, Lease, Match, Row
 from kvstore.engine.rows import recipes_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
@@ -23,6 +24,9 @@ from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
 from kvstore.server.lane import Lane
 
 REPLANS_MAX = 8
+# A block that is not what its row says, and is not condemned either, is read so often before the prefix ends there:
+# what a newer kvstore wrote stays as it is, a process that lacks descriptors may have some the next time.
+READS_MAX = 2
 # Sets of recipes that are remembered as readable; a build writes a handful.
 RECIPES_MAX = 1024
 
@@ -119,8 +123,10 @@ class FetchPath:
 
     def plan(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> FetchPlan:
         """Match again, take a lease and make sure of every file and its header; what is damaged goes to quarantine."""
+        failed: Counter[Row] = Counter()
+        unusable = functools.partial(first_unusable, failed)
         for _ in range(REPLANS_MAX):
-            match = self._usable(root, tokens, fidelity_min, offer, first_unreadable)
+            match = self._usable(root, tokens, fidelity_min, offer, unusable)
             namespace = self._engine.namespace(root)
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
@@ -132,7 +138,9 @@ class FetchPath:
                     self._engine.mark_divergence(match.checkpoint)
                 return replace(plan, fetch_id=self.costs.start(root, offer.way, work_of(match, namespace.layout)))
             plan.release()
-            self._engine.recheck(match.parts[damaged].row.key)
+            row = match.parts[damaged].row
+            if not self._engine.recheck(row.key):
+                failed[row] += 1
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
     def measured(self, plan: FetchPlan) -> None:
@@ -176,3 +184,11 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
         except CorruptDataError:
             return match.n_tokens - 1, Reason.CORRUPT
     return None
+
+
+def first_unusable(failed: Counter[Row], match: Match) -> tuple[int, Reason] | None:
+    """As `first_unreadable`, also for rows whose blobs failed as often as they may."""
+    stuck = next((part.row for part in match.parts if failed[part.row] >= READS_MAX), None) if failed else None
+    if stuck is None:
+        return first_unreadable(match)
+    return (match.n_tokens - 1 if stuck.is_checkpoint else stuck.start), Reason.CORRUPT
