@@ -59,13 +59,12 @@ from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.scrub import Scrub
 from kvstore.engine.sealed import SealedReader
-from kvstore.engine.state import HEAD_BYTES, HEAD_TOKENS, Lease, State
+from kvstore.engine.state import DISPLACED, HEAD_BYTES, HEAD_TOKENS, Lease, State
 from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key
 
-DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +97,7 @@ class Engine:
             ring = KeyRing(directory.keys, fs, options.master_key, sync=options.durability != "none")
             index = recovered_index(directory, hold, options, fs, ring)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
-            engine = cls(State(directory, index, options, fs, clock), hold)
+            engine = cls(State(directory, hold, index, options, fs, clock), hold)
             engine.make_room(0)
             engine._room.keep_share()
             return engine
@@ -246,6 +245,7 @@ class Engine:
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
         with self._state.lock:
+            self._state.demand_place()
             ring = self._state.index.ring
             roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
             dropped = len(roots) if dry_run else sum(ring.drop(root) for root in roots)
@@ -356,7 +356,7 @@ class Engine:
 
     def is_displaced(self) -> bool:
         """Whether the data directory was deleted or replaced underneath. Then open another engine: none can heal it."""
-        return self._hold.is_displaced()
+        return self._state.is_displaced()
 
     # -- care ---------------------------------------------------------------------------------------------------
 
@@ -383,6 +383,7 @@ class Engine:
 
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""
+        self._state.demand_place()
         walk = checking.Walk(self._state.site, repair)
         try:
             walk.run()

@@ -9,7 +9,7 @@ from kvstore.engine.blobs import disk_bytes
 from kvstore.engine.eviction import NO_LIMIT, Sweep, picker
 from kvstore.engine.nouns import EvictReport, Selection
 from kvstore.engine.rows import Row
-from kvstore.engine.state import State
+from kvstore.engine.state import DISPLACED, State
 from kvstore.errors import StoreFullError
 
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
@@ -32,6 +32,9 @@ class Room:
         """Evict until `nbytes` more fit under budget and floor, never `keep`; False when they do not even then."""
         state = self._state
         with state.lock:
+            if state.is_displaced():
+                state.counts.displaced = DISPLACED
+                return False
             try:
                 return self._is_in_budget(nbytes, keep) and self._is_above_floor(nbytes, keep)
             except (StoreFullError, OSError) as error:
@@ -63,6 +66,8 @@ class Room:
         """Remove what is selected, least recently used leaves first; a dry run is the same walk, aborted."""
         state = self._state
         with state.lock:
+            if not dry_run:
+                state.demand_place()
             with state.index.view() as view:
                 pick = picker(view, selection, state.clock())
             work = Sweep(pick, need_bytes=selection.bytes or NO_LIMIT)

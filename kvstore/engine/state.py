@@ -14,17 +14,18 @@ from types import TracebackType
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
 from kvstore.engine.check import Site
-from kvstore.engine.directory import Directory
+from kvstore.engine.directory import Directory, Hold
 from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
 from kvstore.engine.rows import Row
-from kvstore.errors import KVStoreError
+from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import NamespaceInfo, block_key
 
 # A miss is told "evicted" also when only the beginning of what was evicted is asked for.
 HEAD_TOKENS = 16
 HEAD_BYTES = HEAD_TOKENS * TOKEN_BYTES
+DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
 
 
@@ -53,9 +54,10 @@ class State:
     """
 
     def __init__(
-        self, directory: Directory, index: Index, options: EngineOptions, fs: Fs, clock: Callable[[], float]
+        self, directory: Directory, hold: Hold, index: Index, options: EngineOptions, fs: Fs, clock: Callable[[], float]
     ) -> None:
         self.directory = directory
+        self.is_displaced = hold.is_displaced
         self.index = index
         self.options = options
         self.fs = fs
@@ -82,6 +84,11 @@ class State:
         self._touched_at = self._stamp
         self._end_keys()
         self.measure()
+
+    def demand_place(self) -> None:
+        """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""
+        if self.is_displaced():
+            raise DirectoryError(f"{DISPLACED}: {self.directory.root}")
 
     # -- transactions -------------------------------------------------------------------------------------------
 
@@ -288,8 +295,11 @@ class State:
         self.unlink([row for row in rows if row not in doomed] if doomed else rows)
 
     def unlink(self, rows: Iterable[Row]) -> None:
-        """Unlink files of rows that are gone from the index."""
-        for error in unlink_quietly(self.fs, [str(self.directory.path(row)) for row in rows]):
+        """Unlink files of rows that are gone from the index; none of a directory in which they may be another's."""
+        paths = [str(self.directory.path(row)) for row in rows]
+        if not paths or self.is_displaced():
+            return
+        for error in unlink_quietly(self.fs, paths):
             log.warning("a blob could not be unlinked; `check --repair` will find it: %s", error)
 
     def busy_names(self) -> set[str]:

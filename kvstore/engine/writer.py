@@ -175,6 +175,8 @@ class Writer:
             if written and state.sync:
                 state.fs.fsync_dir(str(state.directory.folder(batch.folder)))
             with state.lock:
+                if state.is_displaced():
+                    return _Settled(reason=Reason.STORE_FULL)
                 if written and batch.key is not None:
                     # Before any row: what a crash leaves between the two is a key of nothing.
                     state.index.ring.write(batch.root, batch.key)

@@ -14,13 +14,14 @@ import pytest
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, Fs, Selection
-from kvstore.errors import KVStoreError
+from kvstore.errors import DirectoryError, KVStoreError
 from tests.faults import cuts, disk, kills
 from tests.faults.table import spread
 from tests.faults.workload import GROWN, KEPT, NS
-from tests.support.engine import demand_sound, find, options, put
+from tests.support.engine import demand_sound, find, namespace, options, put, sequence
 
 DAY_S = 86_400.0
+SECRET = namespace("secret")
 needs_mounts = pytest.mark.skipif(bool(cuts.missing()), reason=f"NOT RUN: {cuts.missing()}")
 needs_strace = pytest.mark.skipif(bool(kills.missing()), reason=f"NOT RUN: {kills.missing()}")
 
@@ -157,6 +158,45 @@ def test_a_directory_that_was_away_for_a_while_has_lost_nothing(tmp_path: Path, 
     with Engine.open(tmp_path / "away", options()) as again:
         assert find(again, NS, KEPT).n_tokens == len(KEPT)
         demand_sound(again)
+
+
+def test_nothing_is_changed_in_a_directory_that_took_the_place_of_another(tmp_path: Path) -> None:
+    """Names are of keys and small numbers, so those of a copy, or of what stands behind another link, are the same."""
+    limits = options(master_key=bytes(range(32)))
+    with Engine.open(tmp_path / "first", limits) as first:
+        put(first, NS, KEPT)
+        key = first.encrypt(SECRET.root)
+        first.store(SECRET.to_record(), sequence(SECRET, KEPT), encryption=key)
+    del key
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    shutil.copytree(tmp_path / "first", tmp_path / "reference")
+    (tmp_path / "data").symlink_to(tmp_path / "first")
+    engine = Engine.open(tmp_path / "data", limits)
+    match = find(engine, NS, KEPT)
+    lease = engine.lease([part.row for part in match.slices])
+    engine.evict(Selection(namespace_prefix=NS.root, bytes=1))
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").symlink_to(tmp_path / "second")
+    lease.release()
+    assert put(engine, NS, GROWN).reason is Reason.STORE_FULL and engine.stats().degraded
+    assert not engine.reserve(1)
+    for change in (
+        lambda: engine.evict(Selection(all=True)),
+        lambda: engine.shred(SECRET.root),
+        lambda: engine.check(repair=True),
+    ):
+        with pytest.raises(DirectoryError, match="replaced"):
+            change()
+    engine.limit(1 << 16, 0)
+    engine.close()
+    for path in (tmp_path / "reference").rglob("*"):
+        other = tmp_path / "second" / path.relative_to(tmp_path / "reference")
+        assert path.is_dir() or path.read_bytes() == other.read_bytes()
+    with Engine.open(tmp_path / "second", limits) as engine:
+        demand_sound(engine)
+        assert find(engine, SECRET, KEPT).n_tokens == len(KEPT)
+    with Engine.open(tmp_path / "first", limits) as engine:
+        demand_sound(engine)
 
 
 @pytest.mark.parametrize("jump", [-3 * DAY_S, 3 * DAY_S])
