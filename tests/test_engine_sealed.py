@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -487,3 +488,18 @@ def test_an_orderly_stop_vouches_for_keys_that_no_store_synced(tmp_path: Path) -
         [path] = key_files(engine)
         assert path.stat().st_ino not in synced
     assert path.stat().st_ino in synced
+
+
+def test_nothing_is_stored_once_the_keys_were_deleted_underneath(tmp_path: Path) -> None:
+    """Under a key that is in memory only it would be gone with the next start. Another engine begins anew."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY[:512])
+        shutil.rmtree(tmp_path / "data" / "keys")
+        assert put(engine, NS, CANARY).reason is Reason.STORE_FULL
+        assert engine.is_displaced()
+    HELD.clear()
+    gc.collect()
+    with opened(tmp_path) as engine:
+        assert find(engine, NS, CANARY).n_tokens == 0
+        assert put(engine, NS, CANARY).reason is Reason.OK
+        assert find(engine, NS, CANARY).n_tokens == 700

@@ -166,7 +166,7 @@ class Hold:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            parts = (directory.blobs, directory.staging, directory.index / "data.mdb")
+            parts = (directory.blobs, directory.staging, directory.keys, directory.index / "data.mdb")
             return is_other or not all(path.exists() for path in parts)
         except (FileNotFoundError, NotADirectoryError):
             return True
