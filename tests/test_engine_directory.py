@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
-from kvstore.engine import Engine, directory
+from kvstore.engine import Engine, check_directory, directory
 from kvstore.engine.blobs import Fs
 from kvstore.errors import DirectoryError
-from tests.support.engine import options
+from tests.support.engine import find, namespace, options, put
 
 
 def refused(path: Path) -> str:
@@ -110,3 +111,29 @@ def test_a_refused_start_lets_go_of_the_lock(tmp_path: Path) -> None:
     refused(tmp_path / "data")
     (tmp_path / "data" / "staging").unlink()
     Engine.open(tmp_path / "data", options()).close()
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_blob_folder_that_is_a_link_is_never_followed(tmp_path: Path, clean: bool) -> None:
+    """A start after a kill would unlink what is behind it, a repair would move it to quarantine."""
+    others = tmp_path / "others"
+    others.mkdir()
+    names = ("notes.txt", f"{bytes(32).hex()}-7.safetensors")
+    for name in names:
+        (others / name).write_bytes(b"not ours")
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, namespace(), range(300))
+        free = next(path for number in range(256) if not (path := engine._state.directory.folder(number)).exists())
+        free.symlink_to(others)
+        engine.check(repair=True)
+        assert sorted(path.name for path in others.iterdir()) == sorted(names)
+        if not clean:
+            shutil.copytree(tmp_path / "data", tmp_path / "killed", symlinks=True)
+    data = tmp_path / ("data" if clean else "killed")
+    for opening in (lambda: Engine.open(data, options()), lambda: check_directory(data, repair=True)):
+        with pytest.raises(DirectoryError, match=f"{free.name} is not a directory"):
+            opening()
+    assert sorted(path.name for path in others.iterdir()) == sorted(names)
+    (data / "blobs.noindex" / free.name).unlink()
+    with Engine.open(data, options()) as engine:
+        assert find(engine, namespace(), range(300)).n_tokens == 300

@@ -80,13 +80,16 @@ class Directory:
         return self.folder(row.directory) / blob_name(row.key, row.seq)
 
     def blob_files(self) -> Iterator[tuple[int, os.DirEntry[str]]]:
-        """(folder number, entry) of everything in the blob folders."""
+        """(folder number, entry) of everything in the blob folders; what lies behind a link is not ours to look at."""
         for number in range(256):
+            folder = self.folder(number)
+            if folder.is_symlink():
+                continue
             try:
-                with os.scandir(self.folder(number)) as entries:
+                with os.scandir(folder) as entries:
                     for entry in entries:
                         yield number, entry
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
 
     def quarantined(self) -> list[Path]:
@@ -286,12 +289,20 @@ def _furnish(directory: Directory) -> None:
     for path in folders:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
-        if path.is_symlink() or not path.is_dir():
-            raise DirectoryError(f"{path} is not a directory")
+        _demand_folder(path)
+    # Behind a link, a start or a repair would unlink or move files of others as its own strays.
+    for number in range(256):
+        if os.path.lexists(directory.folder(number)):
+            _demand_folder(directory.folder(number))
     tag = directory.root / "CACHEDIR.TAG"
     if not tag.exists():
         tag.write_bytes(_CACHEDIR_TAG)
         tag.chmod(0o600)
+
+
+def _demand_folder(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        raise DirectoryError(f"{path} is not a directory")
 
 
 def _exclude_from_backups(root: Path) -> None:
