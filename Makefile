@@ -2,7 +2,7 @@
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
-# make faults  kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, half an hour
+# make faults  kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 #

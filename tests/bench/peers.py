@@ -270,6 +270,37 @@ def measure(fields: dict[str, Any], rounds: int, names: set[str]) -> tuple[list[
         return [one.row(nbytes) for one in running], missing
 
 
+# Why a peer may be better than the store in a column. One that is and has no reason here is reported without.
+WHY = {
+    "store_gb_per_s": "the store says so when everything is on disk: bytes go to a staging file, are hashed, written "
+    "again to blobs of 256 tokens each, and synced, files and index",
+    "blocked_ms": "the caller copies what is new, into memory that nobody had touched",
+    "load_cold_gb_per_s": "32 MiB of a block is one file, and every byte is verified before anything is used",
+    "load_hot_gb_per_s": "every byte is verified; 8-bit KV is dequantized, which on a CPU takes longer than reading",
+    "disk_ratio": "blobs have headers, and the index a row for each block",
+    "rss_writer": "the caller's copy lives until the daemon has it, so that the caller need not wait",
+    "rss_reader": "buffers have room for 256 more tokens, so that the engine's first append copies nothing",
+    "rss_server": "there is a daemon, which is what several engines share; files that it has mapped count",
+    "second_ratio": "what is shared is shared in whole blocks of 256 tokens",
+}
+LESS_IS_BETTER = {"blocked_ms", "disk_ratio", "rss_writer", "rss_reader", "rss_server", "second_ratio"}
+
+
+def beaten(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, float, str]]:
+    """(column, the best peer, by how much, why) of every column in which a peer is better than the raw store."""
+    own = next((row for row in rows if row["peer"] == PEERS[0].name), None)
+    peers = [row for row in rows if not row["peer"].startswith("kvstore")]
+    for title, name, form in COLUMNS:
+        found = [row for row in peers if row[name] is not None]
+        if not form or own is None or own[name] is None or not found:
+            continue
+        best = (min if name in LESS_IS_BETTER else max)(found, key=lambda row: row[name])
+        pair = (own[name], best[name]) if name in LESS_IS_BETTER else (best[name], own[name])
+        ratio = pair[0] / pair[1] if pair[1] else float("inf")
+        if ratio > 1:
+            yield title, best["peer"], ratio, WHY.get(name, "no reason is known")
+
+
 COLUMNS = (
     ("peer", "peer", ""),
     ("store GB/s", "store_gb_per_s", ".2f"),
@@ -311,6 +342,8 @@ def main(
     for row in rows:
         table.add_row(*("-" if row[name] is None else format(row[name], form) for _, name, form in COLUMNS))
     Console(width=240, highlight=False).print(table)
+    for title, name, ratio, why in beaten(rows):
+        print(f"{title}: {name} is better, {ratio:.2f} x: {why}")
     for name, why in missing.items():
         print(f"{name}: left out: {why}")
 
