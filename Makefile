@@ -51,7 +51,7 @@ test-oldest: $(INSTALLED_OLDEST)
 compat: $(INSTALLED_VLLM)
 	@$(VENV_VLLM)/bin/python -m pytest -p no:cacheprovider tests/compat
 
-# Alone on the machine. BENCH narrows the sizes, as in: make bench BENCH='--seq-len 2048 --rounds 3'
+# Alone on the machine, an hour. BENCH narrows the sizes of `kvstore bench`, as in: make bench BENCH='--seq-len 2048 --rounds 3'
 bench: $(INSTALLED)
 	@$(BIN)/python tests/bench/topologies.py
 	@$(BIN)/python tests/bench/turboquant.py
@@ -59,7 +59,7 @@ bench: $(INSTALLED)
 	@for verb in transport fetch store concurrency; do $(BIN)/kvstore bench $$verb $(BENCH) || exit 1; done
 	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
 	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
-	@$(BIN)/python tests/bench/peers.py
+	@for name in dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
 faults: $(INSTALLED)
 	@$(BIN)/python -m tests.faults
