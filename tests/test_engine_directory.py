@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,35 @@ def test_a_blob_folder_that_is_a_link_is_never_followed(tmp_path: Path, clean: b
     (data / "blobs.noindex" / free.name).unlink()
     with Engine.open(data, options()) as engine:
         assert find(engine, namespace(), range(300)).n_tokens == 300
+
+
+JUNK: dict[str, Callable[[Path], None]] = {
+    "a folder": Path.mkdir,
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a pipe": os.mkfifo,
+    "nested too deep": lambda path: path.write_text("[" * 4000),
+    "something else": lambda path: path.write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_junk_among_the_keys_is_named_by_start_and_check(tmp_path: Path, what: str) -> None:
+    """It might be a key that matters, so it is neither deleted nor passed over; and nothing waits for it."""
+    settings = options(master_key=bytes(32))
+    Engine.open(tmp_path / "data", settings).close()
+    junk = tmp_path / "data" / "keys" / f"{bytes(32).hex()}.json"
+    JUNK[what](junk)
+    for opening in (
+        lambda: Engine.open(tmp_path / "data", settings),
+        lambda: check_directory(tmp_path / "data", master_key=bytes(32)),
+    ):
+        with pytest.raises(DirectoryError, match=f"{junk.name} cannot be read"):
+            opening()
+    assert os.path.lexists(junk)
+
+
+def test_a_folder_among_the_uploads_is_named_by_the_start(tmp_path: Path) -> None:
+    """Nothing of ours makes folders there."""
+    Engine.open(tmp_path / "data", options()).close()
+    (tmp_path / "data" / "staging" / "folder").mkdir()
+    assert "staging/folder cannot be removed" in refused(tmp_path / "data")

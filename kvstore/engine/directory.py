@@ -108,9 +108,12 @@ class Directory:
             fs.rename(str(path), str(self.quarantine / path.name))
 
     def clean_staging(self, fs: Fs) -> None:
-        """Unlink what an earlier run left behind; it was never acknowledged."""
+        """Unlink what an earlier run left behind; it was never acknowledged. DirectoryError for a folder among it."""
         for path in self.staging.iterdir():
-            fs.unlink(str(path))
+            try:
+                fs.unlink(str(path))
+            except (IsADirectoryError, PermissionError) as error:  # macOS says the second of a folder
+                raise DirectoryError(f"{path} cannot be removed: {error.strerror}") from error
 
 
 class Hold:

@@ -22,6 +22,7 @@ import hashlib
 import hmac
 import json
 import os
+import stat
 import threading
 import weakref
 from collections.abc import Iterable
@@ -39,6 +40,8 @@ from kvstore.errors import DirectoryError, NotFoundError
 KEY_BYTES = 32
 NONCE_BYTES = 12
 TAG_BYTES = 16
+# A file of a key has less than 200.
+_FILE_BYTES_MAX = 4096
 FORMAT_VERSION = 1
 BUCKET_TOKENS = 32
 _BUCKET = b"\xd0"
@@ -103,7 +106,7 @@ class KeyRing:
         self._unsure: set[bytes] = set()
         for path in sorted(folder.iterdir()) if folder.is_dir() else ():
             if path.name.endswith(TMP_SUFFIX):
-                fs.unlink(str(path))
+                unlink_quietly(fs, [str(path)])
             elif path.suffix == ".json":
                 self._load(path)
 
@@ -217,7 +220,10 @@ class KeyRing:
                 "delete that file, and with it all that the namespace holds"
             )
         try:
-            text = path.read_bytes()
+            text = _read(path)
+            if not text.strip(b"\0"):
+                self._fs.unlink(str(path))  # dropped, when the machine stopped before the name was gone
+                return
             words = json.loads(text)
             root = bytes.fromhex(path.stem)
             nonce, wrapped = bytes.fromhex(words["nonce"]), bytes.fromhex(words["wrapped"])
@@ -229,11 +235,19 @@ class KeyRing:
                 f"{path} was not made with the configured encryption key: configure the one it was made with, or "
                 "delete that file, and with it all that the namespace holds"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if not path.stat().st_size or not path.read_bytes().strip(b"\0"):
-                self._fs.unlink(str(path))  # dropped, when the machine stopped before the name was gone
-                return
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DirectoryError(f"{path} cannot be read: {error}") from error
 
     def _path(self, root: bytes) -> Path:
         return self._folder / f"{root.hex()}.json"
+
+
+def _read(path: Path) -> bytes:
+    """A small file; of a link, a folder or a pipe that somebody put there an OSError, or nothing."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError("it is not a file")
+        return os.read(fd, _FILE_BYTES_MAX)
+    finally:
+        os.close(fd)
