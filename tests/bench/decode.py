@@ -5,16 +5,22 @@
 The small trained model decodes, and every other round begins with a sequence of `--mib` for the store, as servers do
 at the end of an answer. What is copied on the decoding thread is not part of the comparison (`kvstore bench store` has
 it); all that follows is: the session's thread, and the daemon, on the same cores. Rounds with and without alternate.
+
+Beside them, in the same run, the ceiling: rounds in which another process copies memory all the time, at the priority
+of the daemon's background threads, and does nothing else. Where cores share a memory bus, that alone is felt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +34,7 @@ from mlx_lm.utils import load
 from kvstore.client.client import connect
 from kvstore.config import Config
 from kvstore.layers import LayerSpec, Layout, PartSpec
+from kvstore.priority import BACKGROUND_NICE
 from tests.support.daemon import DaemonProcess
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.sessions import PATIENT, layers_of, normal_rows
@@ -35,6 +42,28 @@ from tests.support.synthetic import make_namespace
 
 PART = PartSpec(8, 128, "BF16")
 LAYOUT = Layout((LayerSpec(PART, PART),) * 8)  # 32 KiB a token
+COPY = """
+import os, sys
+import numpy as np
+os.nice(int(sys.argv[1]))
+here = np.ones(256 << 20, np.uint8)
+there = here.copy()
+print(flush=True)
+while True:
+    np.copyto(there, here)
+"""
+
+
+@contextlib.contextmanager
+def copying() -> Iterator[None]:
+    """Another process that copies memory meanwhile."""
+    with subprocess.Popen([sys.executable, "-c", COPY, str(BACKGROUND_NICE)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def decode(model: Any, prompt: list[int], seconds: float) -> float:
@@ -66,6 +95,7 @@ def main(profile: str, mib: int, seconds: float, rounds: int) -> None:
             session = client.session(make_namespace(LAYOUT), profile, **PATIENT)  # type: ignore[arg-type]
             rates: dict[bool, list[float]] = {False: [], True: []}
             spans: list[float] = []
+            beside: list[float] = []
             decode(model, prompt, seconds)
             for number in range(2 * rounds):
                 storing = bool(number % 2)
@@ -77,6 +107,8 @@ def main(profile: str, mib: int, seconds: float, rounds: int) -> None:
                 if storing:
                     session.flush()
                     spans.append(time.monotonic() - started)
+                    with copying():
+                        beside.append(decode(model, prompt, seconds))
             client.close()
     with_store, without = (statistics.median(rates[one]) for one in (True, False))
     report = {
@@ -87,6 +119,7 @@ def main(profile: str, mib: int, seconds: float, rounds: int) -> None:
         "store_s": round(statistics.median(spans), 3),
         "tokens_per_s": {"without": round(without, 1), "with": round(with_store, 1)},
         "ratio": round(with_store / without, 3),
+        "beside_copying": round(statistics.median(beside) / without, 3),
     }
     print(json.dumps(report))
 
