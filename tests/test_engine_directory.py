@@ -170,3 +170,31 @@ def test_a_folder_among_the_uploads_is_named_by_the_start(tmp_path: Path) -> Non
     Engine.open(tmp_path / "data", options()).close()
     (tmp_path / "data" / "staging" / "folder").mkdir()
     assert "staging/folder cannot be removed" in refused(tmp_path / "data")
+
+
+def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
+    """It keeps so many files and unlinks older ones: behind a link they would be another's."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(5):
+        (others / str(number)).write_bytes(b"not ours")
+    with Engine.open(tmp_path / "data", options(quarantine_files_max=1)) as engine:
+        put(engine, namespace(), range(300))
+        (tmp_path / "data" / "quarantine").rmdir()
+        (tmp_path / "data" / "quarantine").symlink_to(others)
+        path = next(engine.path(info.row) for info in engine.list_blocks(namespace().root, limit=1))
+        path.write_bytes(b"damaged")
+        engine.check(repair=True)
+        engine.maintain()
+        assert sorted(each.name for each in others.iterdir()) == list("01234")
+        (tmp_path / "data" / "quarantine").unlink()
+
+
+@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "keys", "index"])
+def test_a_directory_with_a_link_in_place_of_a_folder_is_displaced(tmp_path: Path, folder: str) -> None:
+    """Even to the folder itself: nothing is stored, evicted or repaired through it."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert not engine.is_displaced()
+        (tmp_path / "data" / folder).rename(tmp_path / "elsewhere")
+        (tmp_path / "data" / folder).symlink_to(tmp_path / "elsewhere")
+        assert engine.is_displaced()

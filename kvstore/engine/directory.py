@@ -93,8 +93,10 @@ class Directory:
                 continue
 
     def quarantined(self) -> list[Path]:
-        """Files in quarantine, oldest first; none when somebody has deleted the folder."""
+        """Files in quarantine, oldest first; none when somebody has deleted the folder or put a link in its place."""
         with contextlib.suppress(FileNotFoundError):
+            if self.quarantine.is_symlink():
+                return []
             return sorted(self.quarantine.iterdir(), key=lambda path: path.lstat().st_mtime_ns)
         return []
 
@@ -103,8 +105,10 @@ class Directory:
         return sum(path.lstat().st_blocks * 512 for path in self.quarantined())
 
     def put_in_quarantine(self, fs: Fs, path: Path) -> None:
-        """Move a damaged file out of the way; nothing if it is gone already."""
+        """Move a damaged file out of the way; nothing if it is gone already, or would go behind a link."""
         with contextlib.suppress(FileNotFoundError):
+            if self.quarantine.is_symlink():
+                return
             fs.rename(str(path), str(self.quarantine / path.name))
 
     def clean_staging(self, fs: Fs) -> None:
@@ -172,8 +176,10 @@ class Hold:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            parts = (directory.blobs, directory.staging, directory.keys, directory.index / "data.mdb")
-            return is_other or not all(path.exists() for path in parts)
+            folders = (directory.blobs, directory.staging, directory.keys, directory.index)
+            # Not behind links either: what is there is another's to move and to unlink.
+            is_whole = all(stat.S_ISDIR(path.lstat().st_mode) for path in folders)
+            return is_other or not is_whole or not (directory.index / "data.mdb").exists()
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
