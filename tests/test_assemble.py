@@ -16,19 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blocks import ITEM_BYTES, Recipe, Run, Stack
-from kvstore.codecs import assemble, device
-from kvstore.codecs.assemble import (
-    BlockCorruptError,
-    HitBlock,
-    assemble_layer,
-    dense_bytes,
-    dense_runs,
-    layer_ranges,
-)
-from kvstore.codecs.base import codec_of, packer_of
+from kvstore.codecs import device, gather
+from kvstore.codecs.assemble import assemble_layer, dense_bytes, dense_runs
+from kvstore.codecs.base import BlockCorruptError, codec_of, packer_of
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import EncodedRun, pack_run, payload_run, stacks_of
+from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError, UnknownFormatError
 from kvstore.files import BufferReader, FileReader
@@ -46,10 +40,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=[assemble.HELPED_BYTES, 0], ids=["alone", "helped"])
+@pytest.fixture(params=[gather.HELPED_BYTES, 0], ids=["alone", "helped"])
 def helped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors as they are read, and as large ones are: by two threads."""
-    monkeypatch.setattr(assemble, "HELPED_BYTES", request.param)
+    monkeypatch.setattr(gather, "HELPED_BYTES", request.param)
 
 
 class Case:
@@ -150,7 +144,7 @@ run_shapes = st.tuples(
         st.tuples(st.lists(run_shapes, min_size=1, max_size=3), st.integers(0, 119)), min_size=1, max_size=4
     ),
     headroom=st.sampled_from([0, 1, 256]),
-    helped_bytes=st.sampled_from([0, assemble.HELPED_BYTES]),
+    helped_bytes=st.sampled_from([0, gather.HELPED_BYTES]),
 )
 def test_a_hit_is_the_rows_of_its_blocks_one_after_the_other(
     name: str, blocks: list[tuple[list[tuple[int, int, str, int, int]], int]], headroom: int, helped_bytes: int
@@ -164,7 +158,7 @@ def test_a_hit_is_the_rows_of_its_blocks_one_after_the_other(
     for layer in range(len(case.layout.layers)):
         reader = streamed(case.blocks, case.payloads, layer)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(assemble, "HELPED_BYTES", helped_bytes)
+            patch.setattr(gather, "HELPED_BYTES", helped_bytes)
             got = assemble_layer(case.layout, layer, case.blocks, reader, headroom)
         case.check(layer, got, headroom)
 
@@ -340,7 +334,7 @@ def test_a_reader_that_fails_otherwise_is_heard() -> None:
 @pytest.mark.parametrize("error", [OSError("disk"), ZeroDivisionError("defect")])
 def test_what_fails_on_the_second_thread_is_heard(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a failing disk nor a defect there may leave a buffer unfilled unnoticed."""
-    monkeypatch.setattr(assemble, "HELPED_BYTES", 0)
+    monkeypatch.setattr(gather, "HELPED_BYTES", 0)
     failed = threading.Event()
 
     class FailingThere:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
-from kvstore.codecs.assemble import HitBlock, assemble_layer
+from kvstore.codecs.assemble import assemble_layer
+from kvstore.codecs.segments import HitBlock
 from kvstore.engine.format import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,

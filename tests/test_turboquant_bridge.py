@@ -11,10 +11,11 @@ import pytest
 
 from kvstore import Reason, connect
 from kvstore.codecs import device
-from kvstore.codecs.assemble import HitBlock, assemble_layer
+from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import Profile, parse_profile
 from kvstore.codecs.runs import narrow_run, payload_run
+from kvstore.codecs.segments import HitBlock
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.config import Config
 from kvstore.errors import InvalidRequestError

@@ -17,11 +17,12 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
-from kvstore.codecs.assemble import HitBlock, assemble_layer
+from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import dtype_of, flat_bytes
 from kvstore.codecs.encode import encode_runs
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.codecs.runs import pack_run, raw_run
+from kvstore.codecs.segments import HitBlock
 from kvstore.engine.format import Sealed, seal
 from kvstore.errors import ConfigError
 from kvstore.files import BufferReader, Range

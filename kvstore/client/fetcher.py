@@ -29,7 +29,9 @@ from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss
 from kvstore.client.timing import Meter, TimedReader
 from kvstore.codecs import device
-from kvstore.codecs.assemble import BlockCorruptError, assemble_layer, layer_ranges
+from kvstore.codecs.assemble import assemble_layer
+from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.segments import layer_ranges
 from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader

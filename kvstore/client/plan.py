@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.client.results import parse_reason
-from kvstore.codecs.assemble import HitBlock
+from kvstore.codecs.segments import HitBlock
 from kvstore.codecs.states import check_state
 from kvstore.errors import CorruptDataError, LayoutMismatchError
 from kvstore.files import FileSource, Range

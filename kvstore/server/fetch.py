@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
-from kvstore.codecs.assemble import HitBlock
 from kvstore.codecs.base import check_runs
+from kvstore.codecs.segments import HitBlock
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match, Row
 from kvstore.engine.rows import recipes_of

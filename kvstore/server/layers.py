@@ -13,9 +13,10 @@ from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
 
 from kvstore.bounds import ByteBudget
-from kvstore.codecs.assemble import HitBlock, dense_runs, layer_ranges
+from kvstore.codecs.assemble import dense_runs
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
+from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.states import state_ranges
 from kvstore.engine import Engine
 from kvstore.errors import LimitError

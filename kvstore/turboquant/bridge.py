@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from kvstore.blocks import Recipe, pack_tokens, unpack_tokens
-from kvstore.codecs.assemble import HitBlock, packed_layer
+from kvstore.codecs.assemble import packed_layer
+from kvstore.codecs.segments import HitBlock
 from kvstore.codecs.turboquant import MSE, PROD, fold_of
 from kvstore.errors import InvalidRequestError
 from kvstore.files import RangeReader

@@ -37,7 +37,7 @@ from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
-from kvstore.codecs import assemble, device
+from kvstore.codecs import device, gather
 from kvstore.config import Config
 from kvstore.layers import PARTS, KVLayer, Layout, StateLayer
 from tests.support.daemon import DaemonProcess
@@ -170,7 +170,7 @@ def child_read(case: Case, profile: str) -> Measured:
 def child_fetch(case: Case, profile: str, trust: str = "") -> Measured:
     """Request to evaluated cache layers; `read_s` is all but the decoding, which is lazy."""
     if trust:
-        assemble.verify_range = lambda *_: None
+        gather.verify_range = lambda *_: None
     with case.client() as client:
         session = case.session(client, profile)
         assert session.match(case.prompt(1))

@@ -25,11 +25,12 @@ from kvstore.blocks import (
     unpack_tokens,
 )
 from kvstore.client.prefixes import prefix_keys
-from kvstore.codecs.assemble import HitBlock, dense_bytes, dense_runs, layer_ranges
+from kvstore.codecs.assemble import dense_bytes, dense_runs
 from kvstore.codecs.device import Capture
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import payload_run
+from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.states import StateCapture, state_ranges
 from kvstore.config import Config
 from kvstore.files import FileSource

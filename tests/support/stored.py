@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 
 from kvstore.blocks import Run
-from kvstore.codecs.assemble import HitBlock, layer_ranges
 from kvstore.codecs.runs import EncodedRun, stacks_of
+from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.files import BufferReader, FileSource
 
 PAYLOAD_OFFSET = 128

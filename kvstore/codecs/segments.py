@@ -1,0 +1,150 @@
+"""Which stored ranges make a layer of a hit, and where their rows go: plans, from the runs alone.
+
+Neighbouring runs of one recipe share a segment: one tensor of the virtual file each, and one decode; what a byte codec
+packed is unpacked on the way and shares the segments of raw rows. A group codec's rows are whole groups: a hit that
+begins or ends inside one cuts after decoding, so its segment begins or ends there too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from kvstore.blocks import RAW, Recipe, Run, Stack, Tensor
+from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of
+from kvstore.errors import CorruptDataError
+from kvstore.files import Range
+from kvstore.layers import PartSpec
+
+
+@dataclass(frozen=True, slots=True)
+class HitBlock:
+    """A block of a hit: its runs, and how many tokens are used from its first."""
+
+    runs: tuple[Run, ...]
+    take: int
+
+
+class Span(NamedTuple):
+    """Rows of one run in a segment: tokens `[first, last)` of `n_tokens`, whole groups, go to token `at`.
+
+    They are the shares that the layer at `position` has of the tensors of `stack`, which `packer` has packed. A tuple,
+    since a layer of 8,192 tokens has 64, and a frozen dataclass takes three times as long to make.
+    """
+
+    source: int
+    n_tokens: int
+    first: int
+    last: int
+    at: int
+    stack: Stack
+    position: int
+    packer: ByteCodec | None
+
+
+@dataclass(slots=True)
+class Segment:
+    """Spans of one recipe, raw where they are packed. Of the `held` tokens `shown` are used, after `lead` others.
+
+    `tensors` say nothing of places and lengths.
+    """
+
+    recipe: Recipe
+    tensors: tuple[Tensor, ...]
+    lead: int
+    spans: list[Span] = field(default_factory=list)
+    held: int = 0
+    shown: int = 0
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens that only go together."""
+        return max(tensor.group_tokens for tensor in self.tensors)
+
+    def takes(self, recipe: Recipe, lead: int) -> bool:
+        """Whether rows of this recipe, that many of them not used, may follow: nothing unused comes in between."""
+        return not lead and self.lead + self.shown == self.held and self.recipe == recipe
+
+
+def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
+    """What is read for one layer, in the order in which a stream carries it: by block, run, stack, tensor."""
+    return [
+        Range(source, *tensor.layer_range(position, run.n_tokens))
+        for source, run, _ in _used_runs(blocks)
+        for stack, position in _stacks_of(run, layer)
+        for tensor in stack.tensors
+        if tensor.layer_bytes(run.n_tokens)
+    ]
+
+
+def plan_segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[HitBlock]) -> list[Segment]:
+    """Segments of one part of a layer. BlockCorruptError when a run does not hold what the layout says it must."""
+    segments: list[Segment] = []
+    for source, run, used in _used_runs(blocks):
+        stack, position = _find_stack(run, source, part_name, layer)
+        tensors = _checked_tensors(stack, part, source)
+        packer = packer_of(stack.recipe)
+        recipe = stack.recipe if packer is None else RAW
+        # Whole groups, with the `used` first of the tokens that the run shows.
+        group = max([tensor.group_tokens for tensor in tensors])
+        first = run.skip // group * group
+        last = -(-(run.skip + used) // group) * group
+        if not segments or not segments[-1].takes(recipe, run.skip - first):
+            segments.append(Segment(recipe, tensors, run.skip - first))
+        segment = segments[-1]
+        segment.spans.append(Span(source, run.n_tokens, first, last, segment.held, stack, position, packer))
+        segment.held += last - first
+        segment.shown += used
+    return segments
+
+
+def _used_runs(blocks: Sequence[HitBlock]) -> Iterator[tuple[int, Run, int]]:
+    """(block number, run, how many of its shown tokens are used) of every run that is used at all."""
+    for source, block in enumerate(blocks):
+        left = block.take
+        for run in block.runs:
+            if left <= 0:
+                break
+            yield source, run, min(run.shown, left)
+            left -= run.shown
+        if left > 0:
+            raise BlockCorruptError(f"block {source} shows {left} tokens less than its plan takes", source)
+
+
+def _stacks_of(run: Run, layer: int) -> Iterator[tuple[Stack, int]]:
+    """Stacks that hold the layer, and its position in them."""
+    for stack in run.stacks:
+        if layer in stack.layers:
+            yield stack, stack.layers.index(layer)
+
+
+def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stack, int]:
+    """The one stack that holds this part of the layer, and the layer's position in it."""
+    found = [stack for stack in run.stacks if stack.part == part_name and layer in stack.layers]
+    if len(found) != 1:
+        raise BlockCorruptError(f"block {source} does not hold the {part_name} of layer {layer} once", source)
+    return found[0], found[0].layers.index(layer)
+
+
+def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor, ...]:
+    """The stack's tensors without where they are, if they are what its recipe makes of this part."""
+    packed = packer_of(stack.recipe) is not None
+    try:
+        tensors = _tensors_of(part, stack.recipe)
+    except CorruptDataError as error:
+        raise BlockCorruptError(f"block {source}: {error}", source) from error
+    fits = len(tensors) == len(stack.tensors) and all(
+        stored.is_like(tensor) and bool(stored.lengths) == packed
+        for stored, tensor in zip(stack.tensors, tensors, strict=True)
+    )
+    if not fits:
+        raise BlockCorruptError(f"block {source}: tensors do not fit recipe {stack.recipe.name}", source)
+    return tensors
+
+
+@functools.lru_cache(256)
+def _tensors_of(part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+    """What a recipe makes of a part. CorruptDataError when it cannot be made of it."""
+    return codec_of(recipe).tensors(part, recipe)
