@@ -161,6 +161,19 @@ def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(
         demand_sound(engine)
 
 
+def test_a_kill_during_the_first_store_of_all_leaves_no_damage_behind(tmp_path: Path) -> None:
+    """An empty index beside a file is made anew; the blob that was being written is none, so it just goes."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        copy = crashed_copy(engine, tmp_path / "copy")
+    folder = copy / "blobs.noindex" / "00"
+    folder.mkdir(mode=0o700)
+    (folder / f"{'0' * 64}-1.safetensors.tmp").write_bytes(b"")
+    with Engine.open(copy, options()) as engine:
+        assert engine.stats().quarantined == 0
+        demand_sound(engine)
+    assert list(folder.iterdir()) == []
+
+
 def test_without_syncs_an_unclean_stop_verifies_every_blob(tmp_path: Path) -> None:
     """Torn blobs go to quarantine, the index is made anew from the rest."""
     with Engine.open(tmp_path / "data", options(durability="none")) as engine:

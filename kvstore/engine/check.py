@@ -160,6 +160,9 @@ class Walk:
             if not self._repair:
                 continue
             self.report.repaired += 1
+            if _is_unfinished(path):
+                unlink_quietly(self._site.fs, [str(path)])
+                continue
             try:
                 block, payload_offset, file_bytes = self._read_stray(path)
             except UnknownFormatError as error:
@@ -244,6 +247,12 @@ class Walk:
 def _readable(text: str) -> str:
     """With what is not Unicode, as the name of a file may be, spelled out: findings go over the wire."""
     return text.encode(errors="backslashreplace").decode()
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether this is a blob that was being written at a kill: nobody was told of it, and nobody need look at it."""
+    named = parse_name(path.name.removesuffix(TMP_SUFFIX))
+    return path.name.endswith(TMP_SUFFIX) and named is not None and path.is_file() and not path.is_symlink()
 
 
 def _is_reachable(edit: Edit, row: Row) -> bool:
