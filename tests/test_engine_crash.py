@@ -14,6 +14,7 @@ from kvstore.blocks import Reason, pack_tokens
 from kvstore.engine import Engine, Selection
 from kvstore.engine.directory import Hold
 from kvstore.errors import DirectoryError, KVStoreError
+from kvstore.keys import chain_keys
 from tests.support.engine import (
     RecordingFs,
     Stopped,
@@ -109,6 +110,28 @@ def test_an_error_at_any_call_loses_and_leaks_nothing(tmp_path: Path, code: int)
         demand_sound(engine)
         engine.close()
         demand_nothing_lost(data_dir)
+
+
+@pytest.mark.parametrize("refused", range(5))
+def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path: Path, refused: int) -> None:
+    """What came before it is acknowledged; the later ones may have been written by then, or be on their way."""
+
+    class Refusing(RecordingFs):
+        """Has no room for one of the files when it is synced."""
+
+        def fsync(self, fd: int) -> None:
+            if Path(self._paths[fd]).name.startswith(keys[refused].hex()):
+                raise OSError(errno.ENOSPC, "no room")
+            super().fsync(fd)
+
+    keys = chain_keys(NS.root, pack_tokens(range(5 * 256)))
+    with Engine.open(tmp_path / "data", options(), Refusing()) as engine:
+        receipt = put(engine, NS, list(range(5 * 256)))
+        assert (receipt.blocks, receipt.reason) == (refused, Reason.STORE_FULL)
+        assert find(engine, NS, list(range(5 * 256))).n_tokens == 256 * refused
+        assert len(blob_paths(tmp_path / "data")) == refused
+        assert engine.stats().pending_bytes == 0 and engine.stats().degraded
+        demand_sound(engine)
 
 
 def test_a_start_that_stops_at_any_call_can_be_repeated(tmp_path: Path) -> None:

@@ -90,32 +90,52 @@ def parse_name(name: str) -> tuple[bytes, int] | None:
 
 
 def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) -> None:
-    """The one way a blob comes to be: tmp, length check, fsync, rename. The caller syncs the directory.
+    """The one way a file comes to be: tmp, length check, fsync, rename. The caller syncs the directory.
 
     After an exception neither the tmp file nor `path` exists, as far as the disk still lets itself be changed.
-    `sync=False` leaves the fsync out. Raises OSError.
+    `sync=False` leaves the fsync out. Raises OSError. Of a blob the writer does the two halves on two threads.
     """
+    land(fs, path, write_unsynced(fs, path, parts), sync)
+
+
+def write_unsynced(fs: Fs, path: str, parts: Sequence[memoryview]) -> int:
+    """The first half: the tmp file, written in full. Its descriptor, for `land`."""
     tmp = path + TMP_SUFFIX
     fd = fs.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
+        os.fchmod(fd, 0o600)
+        if hasattr(fcntl, "F_NOCACHE"):
+            # The page cache belongs to the weights of the model that runs beside us.
+            fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        for part in parts:
+            _write_all(fs, fd, part)
+        if os.fstat(fd).st_size != sum(map(len, parts)):
+            raise OSError(f"{tmp}: the file is shorter than what was written to it")
+    except BaseException:
+        os.close(fd)
+        _drop(fs, tmp)
+        raise
+    return fd
+
+
+def land(fs: Fs, path: str, fd: int, sync: bool) -> None:
+    """The second half: sync the tmp file, and give it its name. Closes the descriptor."""
+    tmp = path + TMP_SUFFIX
+    try:
         try:
-            os.fchmod(fd, 0o600)
-            if hasattr(fcntl, "F_NOCACHE"):
-                # The page cache belongs to the weights of the model that runs beside us.
-                fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-            for part in parts:
-                _write_all(fs, fd, part)
-            if os.fstat(fd).st_size != sum(map(len, parts)):
-                raise OSError(f"{tmp}: the file is shorter than what was written to it")
             if sync:
                 fs.fsync(fd)
         finally:
             os.close(fd)
         fs.rename(tmp, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            fs.unlink(tmp)
+        _drop(fs, tmp)
         raise
+
+
+def _drop(fs: Fs, tmp: str) -> None:
+    with contextlib.suppress(OSError):
+        fs.unlink(tmp)
 
 
 def _write_all(fs: Fs, fd: int, part: memoryview) -> None:

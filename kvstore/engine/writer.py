@@ -1,14 +1,21 @@
-"""STORE: blocks of one request become files, then, in one index commit, rows."""
+"""STORE: blocks of one request become files, then, in one index commit, rows.
+
+While the disk syncs a file, the next ones are made and written: a few at most, so that little is lost of a disk that
+refuses, and before the commit all of them have landed.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from kvstore.blocks import BLOCK_TOKENS, Block, Reason
-from kvstore.engine.blobs import blob_name, disk_bytes, write_durably
+from kvstore.engine.blobs import blob_name, disk_bytes, land, write_unsynced
 from kvstore.engine.format import Sealed, seal
 from kvstore.engine.index import Edit
 from kvstore.engine.keyring import NamespaceKey
@@ -26,20 +33,30 @@ from kvstore.keys import NamespaceInfo
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
 
 
+# Files of one request that wait to be synced; of more the disk gets no faster.
+UNSYNCED_MAX = 2
+# Requests whose files are synced at once.
+SYNCING_MAX = 2
+
+# Key, parent, row of the file written, or None if it is held already.
+_Entry: TypeAlias = tuple[bytes, bytes, Row | None]
+
+
 @dataclass
 class _Batch:
-    """One request on its way. `entries`: (key, parent, row of the file written, or None if held already)."""
+    """One request on its way. `entries` have their files, those of `landing` are being synced or wait for that."""
 
     root: bytes
     record: bytes
     keep: set[bytes]
     key: NamespaceKey | None
     folder: int = -1
-    entries: list[tuple[bytes, bytes, Row | None]] = field(default_factory=list)
+    entries: list[_Entry] = field(default_factory=list)
+    landing: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """Rows of the files that were written."""
+        """Rows of the files that have landed."""
         return [row for _, _, row in self.entries if row is not None]
 
 
@@ -60,6 +77,11 @@ class Writer:
     def __init__(self, state: State, room: Room) -> None:
         self._state = state
         self._room = room
+        self._syncing = ThreadPoolExecutor(SYNCING_MAX, "kvstore-sync")
+
+    def close(self) -> None:
+        """End the threads. No store may be under way."""
+        self._syncing.shutdown()
 
     def store(
         self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], encryption: NamespaceKey | None
@@ -83,24 +105,47 @@ class Writer:
             self._discard(batch)
 
     def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
-        """Write files until the blocks end or something stops them."""
+        """Write files until the blocks end or something stops them; those before it have landed."""
+        reason = Reason.OK
         for new in blocks:
             block = new.block
             if not self._has_parent(batch, block):
-                return Reason.DEPENDENCY_LOST
+                reason = Reason.DEPENDENCY_LOST
+                break
             with self._state.index.view() as view:
                 held = view.row(block.key)
-            row = None
+            row = landed = None
             if held is None or held.is_sealed or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._state.clock())
                 sealed = seal(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
-                row = self._write(batch, sealed)
-                if row is None:
-                    return Reason.STORE_FULL
-            batch.entries.append((block.key, block.parent, row))
+                written = self._write(batch, sealed)
+                if written is None:
+                    reason = Reason.STORE_FULL
+                    break
+                row, landed = written
+            batch.landing.append(((block.key, block.parent, row), landed))
             if not block.is_checkpoint:
                 batch.ends[block.key] = block.end
-        return Reason.OK
+            if not self._land(batch, UNSYNCED_MAX):
+                return Reason.STORE_FULL
+        return reason if self._land(batch, 0) else Reason.STORE_FULL
+
+    def _land(self, batch: _Batch, most: int) -> bool:
+        """Wait until no more than so many files are to be synced; False when the disk refuses one, the first in order.
+
+        What comes after that one has lost its parent: it is discarded with it.
+        """
+        while len(batch.landing) > most:
+            entry, landed = batch.landing[0]
+            try:
+                if landed is not None:
+                    landed.result()
+            except OSError as error:
+                self._demand_full(error)
+                return False
+            batch.landing.popleft()
+            batch.entries.append(entry)
+        return True
 
     def _has_parent(self, batch: _Batch, block: Block) -> bool:
         """Whether the parent is in the index or this request. InvalidRequestError if the block does not continue it."""
@@ -120,8 +165,8 @@ class Writer:
             raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
         return True
 
-    def _write(self, batch: _Batch, sealed: Sealed) -> Row | None:
-        """Make room for a blob and write it; None when there is no room."""
+    def _write(self, batch: _Batch, sealed: Sealed) -> tuple[Row, Future[None] | None] | None:
+        """Make room for a blob, write it and have it synced (None: it need not be); None when there is no room."""
         state = self._state
         key = sealed.block.key
         file_bytes = sealed_bytes(sealed.file_bytes) if batch.key else sealed.file_bytes
@@ -143,14 +188,18 @@ class Writer:
             parts = (memoryview(sealed.header), *sealed.payload)
             if batch.key:
                 parts = tuple(seal_blob(batch.key, batch.root, key, parts))
-            write_durably(state.fs, str(state.directory.path(row)), parts, state.sync)
+            path = str(state.directory.path(row))
+            fd = write_unsynced(state.fs, path, parts)
+            if state.sync:
+                return row, self._syncing.submit(land, state.fs, path, fd, True)
+            land(state.fs, path, fd, False)
         except BaseException as error:
             self._end_flight(row)
             if not isinstance(error, OSError):
                 raise
             self._demand_full(error)
             return None
-        return row
+        return row, None
 
     def _make_folder(self, number: int) -> None:
         path = self._state.directory.folder(number)
@@ -253,7 +302,9 @@ class Writer:
     def _discard(self, batch: _Batch) -> None:
         """Unlink what a request wrote and no row names. A commit that failed may have happened: the index decides."""
         state = self._state
-        for row in batch.rows():
+        wait([landed for _, landed in batch.landing if landed is not None])
+        rows = batch.rows() + [row for (_, _, row), _ in batch.landing if row is not None]
+        for row in rows:
             with state.lock:
                 if blob_name(row.key, row.seq) not in state.in_flight:
                     continue

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,56 +176,63 @@ class Stopped(BaseException):
 
 
 class RecordingFs(Fs):
-    """Counts and names every call; at call number `at` does `strike`, which may raise."""
+    """Counts and names every call; at call number `at` does `strike`, which may raise. One call at a time."""
 
     def __init__(self, at: int = -1, strike: Callable[[], None] | None = None) -> None:
         self.calls: list[tuple[str, str]] = []
         self._at = at
         self._strike = strike
+        self._paths: dict[int, str] = {}
+        self._one = threading.RLock()
         self.dead = False
 
-    def _note(self, name: str, what: object = "") -> None:
-        if self.dead:
-            raise Stopped
-        self.calls.append((name, os.path.basename(str(what))))
-        if len(self.calls) - 1 == self._at and self._strike is not None:
-            self._strike()
+    @contextlib.contextmanager
+    def _noted(self, name: str, what: object = "") -> Iterator[None]:
+        with self._one:
+            if self.dead:
+                raise Stopped
+            self.calls.append((name, os.path.basename(str(what))))
+            if len(self.calls) - 1 == self._at and self._strike is not None:
+                self._strike()
+            yield
 
     def open(self, path: str, flags: int, mode: int) -> int:
-        self._note("open", path)
-        return super().open(path, flags, mode)
+        with self._noted("open", path):
+            fd = super().open(path, flags, mode)
+            self._paths[fd] = path
+            return fd
 
     def write(self, fd: int, data: memoryview) -> int:
-        self._note("write")
-        return super().write(fd, data[: len(data) // 2] if len(data) > 4096 else data)
+        with self._noted("write"):
+            return super().write(fd, data[: len(data) // 2] if len(data) > 4096 else data)
 
     def fsync(self, fd: int) -> None:
-        self._note("fsync")
-        super().fsync(fd)
+        with self._noted("fsync", self._paths.get(fd, "")):
+            super().fsync(fd)
 
     def rename(self, source: str, target: str) -> None:
-        self._note("rename", target)
-        super().rename(source, target)
+        with self._noted("rename", target):
+            super().rename(source, target)
 
     def unlink(self, path: str) -> None:
-        self._note("unlink", path)
-        super().unlink(path)
+        with self._noted("unlink", path):
+            super().unlink(path)
 
     def mkdir(self, path: str) -> None:
-        self._note("mkdir", path)
-        super().mkdir(path)
+        with self._noted("mkdir", path):
+            super().mkdir(path)
 
     def fsync_dir(self, path: str) -> None:
-        self._note("fsync_dir", path)
-        super().fsync_dir(path)
+        with self._noted("fsync_dir", path):
+            super().fsync_dir(path)
 
     def flush_drive(self, path: str) -> None:
-        self._note("flush_drive", path)
-        super().flush_drive(path)
+        with self._noted("flush_drive", path):
+            super().flush_drive(path)
 
     def commit(self, commit: Callable[[], None]) -> None:
-        self._note("commit")
-        super().commit(commit)
+        with self._noted("commit"):
+            super().commit(commit)
 
 
 class StoppingFs(RecordingFs):
