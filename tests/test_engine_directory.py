@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blocks import Reason
 from kvstore.engine import Engine, check_directory, directory
 from kvstore.engine.blobs import Fs
 from kvstore.errors import DirectoryError
-from tests.support.engine import find, namespace, options, put
+from tests.support.engine import blob_paths, find, namespace, options, put
 
 
 def refused(path: Path) -> str:
@@ -198,3 +199,31 @@ def test_a_directory_with_a_link_in_place_of_a_folder_is_displaced(tmp_path: Pat
         (tmp_path / "data" / folder).rename(tmp_path / "elsewhere")
         (tmp_path / "data" / folder).symlink_to(tmp_path / "elsewhere")
         assert engine.is_displaced()
+
+
+class Swapped(Fs):
+    """Puts another directory in the place of ours, when told to, as soon as the index has committed."""
+
+    data_dir: Path | None = None
+
+    def commit(self, commit: Callable[[], None]) -> None:
+        commit()
+        if self.data_dir is not None:
+            self.data_dir.rename(self.data_dir.with_name("ours"))
+            shutil.copytree(self.data_dir.with_name("ours"), self.data_dir)
+
+
+@pytest.mark.parametrize("durability", ["commit", "full", "none"])
+def test_a_store_whose_directory_is_replaced_before_the_reply_is_not_acknowledged(
+    tmp_path: Path, durability: str
+) -> None:
+    """Its rows went with the old one; in the new one nothing is touched."""
+    fs = Swapped()
+    with Engine.open(tmp_path / "data", options(durability=durability), fs=fs) as engine:
+        put(engine, namespace(), range(300))
+        before = blob_paths(tmp_path / "data")
+        fs.data_dir = tmp_path / "data"
+        receipt = put(engine, namespace(), range(1000))
+        fs.data_dir = None
+        assert (receipt.reason, receipt.blocks, receipt.new_bytes) == (Reason.STORE_FULL, 0, 0)
+        assert engine.is_displaced() and before < blob_paths(tmp_path / "data")

@@ -235,6 +235,9 @@ class Writer:
             if settled.kept and state.options.durability == "full":
                 # After the commit: blobs and index went to the drive in this order, and now both leave its cache.
                 state.fs.flush_drive(str(state.index.path / "data.mdb"))
+            # Again, and last: what a directory took with it that was displaced meanwhile must not be acknowledged.
+            if state.is_displaced():
+                return _Settled(reason=Reason.STORE_FULL)
         except (OSError, StoreFullError) as error:
             self._demand_full(error)
             return _Settled(reason=Reason.STORE_FULL)
