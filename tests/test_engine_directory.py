@@ -13,6 +13,7 @@ import pytest
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, check_directory, directory
 from kvstore.engine.blobs import Fs
+from kvstore.engine.recovery import set_index_aside
 from kvstore.errors import DirectoryError
 from tests.support.engine import blob_paths, find, namespace, options, put
 
@@ -173,6 +174,88 @@ def test_a_folder_among_the_uploads_is_named_by_the_start(tmp_path: Path) -> Non
     assert "staging/folder cannot be removed" in refused(tmp_path / "data")
 
 
+def damage(path: Path) -> None:
+    """Another file in its place, so that links to it keep what they had."""
+    path.unlink()
+    path.write_bytes(b"damaged")
+
+
+def condemned_by_a_fetch(engine: Engine) -> Path:
+    """A damaged blob that is read again."""
+    [*_, part] = find(engine, namespace(), range(300)).slices
+    damage(engine.path(part.row))
+    engine.recheck(part.row.key)
+    return engine.path(part.row)
+
+
+def condemned_by_a_repair(engine: Engine) -> Path:
+    """A damaged blob with a row."""
+    [*_, part] = find(engine, namespace(), range(300)).slices
+    damage(engine.path(part.row))
+    engine.check(repair=True)
+    return engine.path(part.row)
+
+
+def condemned_without_a_row(engine: Engine) -> Path:
+    """Somebody's file among the blobs."""
+    [part, *_] = find(engine, namespace(), range(300)).slices
+    stray = engine.path(part.row).with_name("stray")
+    stray.write_bytes(b"damaged")
+    engine.check(repair=True)
+    return stray
+
+
+CONDEMNED = [condemned_by_a_fetch, condemned_by_a_repair, condemned_without_a_row]
+
+
+@pytest.mark.parametrize("condemned", CONDEMNED)
+def test_a_quarantine_that_was_deleted_is_made_again(tmp_path: Path, condemned: Callable[[Engine], Path]) -> None:
+    """Closed to others, when there is something to put in it; until then nothing is amiss."""
+    quarantine = tmp_path / "data" / "quarantine"
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, namespace(), range(300))
+        quarantine.rmdir()
+        assert not engine.is_displaced() and put(engine, namespace(), range(600)).reason is Reason.OK
+        path = condemned(engine)
+        assert not path.exists() and [each.name for each in quarantine.iterdir()] == [path.name]
+        assert stat.S_IMODE(quarantine.stat().st_mode) == 0o700
+        assert engine.check().findings == []
+
+
+def test_a_quarantine_that_is_deleted_before_an_index_is_set_aside_is_made_again(tmp_path: Path) -> None:
+    """A start makes it, and somebody may be as quick."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, namespace(), range(300))
+    quarantine, index = tmp_path / "data" / "quarantine", tmp_path / "data" / "index" / "data.mdb"
+    quarantine.rmdir()
+    set_index_aside(directory.Directory(tmp_path / "data"), Fs())
+    assert not index.exists() and [each.suffix for each in quarantine.iterdir()] == [".mdb"]
+
+
+@pytest.mark.parametrize("condemned", CONDEMNED)
+def test_what_no_quarantine_takes_loses_its_row_and_is_said(
+    tmp_path: Path,
+    condemned: Callable[[Engine], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A link that appears under way: nothing goes behind it, and a repair does not claim to have put it right."""
+    others = tmp_path / "others"
+    others.mkdir()
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, namespace(), range(300))
+        (tmp_path / "data" / "quarantine").rmdir()
+        (tmp_path / "data" / "quarantine").symlink_to(others)
+        monkeypatch.setattr(engine._state, "is_displaced", lambda: False)
+        path = condemned(engine)
+        assert "could not be put in quarantine" in caplog.text and list(others.iterdir()) == []
+        assert path.read_bytes() == b"damaged"
+        report = engine.check(repair=True)
+        assert {found.path for found in report.findings} == {str(path)} and report.repaired == 0
+        (tmp_path / "data" / "quarantine").unlink()
+        assert engine.check(repair=True).repaired == 1 and engine.check().findings == []
+
+
 def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
     """It keeps so many files and unlinks older ones: behind a link they would be another's."""
     others = tmp_path / "others"
@@ -185,13 +268,14 @@ def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
         (tmp_path / "data" / "quarantine").symlink_to(others)
         path = next(engine.path(info.row) for info in engine.list_blocks(namespace().root, limit=1))
         path.write_bytes(b"damaged")
-        engine.check(repair=True)
+        with pytest.raises(DirectoryError, match="deleted or replaced"):
+            engine.check(repair=True)
         engine.maintain()
-        assert sorted(each.name for each in others.iterdir()) == list("01234")
+        assert sorted(each.name for each in others.iterdir()) == list("01234") and path.exists()
         (tmp_path / "data" / "quarantine").unlink()
 
 
-@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "keys", "index"])
+@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "keys", "index", "quarantine"])
 def test_a_directory_with_a_link_in_place_of_a_folder_is_displaced(tmp_path: Path, folder: str) -> None:
     """Even to the folder itself: nothing is stored, evicted or repaired through it."""
     with Engine.open(tmp_path / "data", options()) as engine:

@@ -25,7 +25,7 @@ from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import CheckReport, Finding, Slice
 from kvstore.engine.reading import demand_same, is_misnumbered, read_block, sources_of
 from kvstore.engine.rows import Row, pack_row
-from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.errors import CorruptDataError, DirectoryError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
 
 FINDINGS_MAX = 1000
@@ -54,6 +54,18 @@ class Site:
     lock: threading.RLock = field(default_factory=threading.RLock)
     in_flight: Callable[[], Container[str]] = _none_in_flight
     adopted: Callable[[int], None] = _no_counter
+
+    def condemn(self, path: Path) -> bool:
+        """Put a damaged file in quarantine; whether that went well. Else it stays without a row, and the log says why.
+
+        Its row goes all the same: damage that is served as a miss again and again helps nobody.
+        """
+        try:
+            self.directory.put_in_quarantine(self.fs, path)
+        except (DirectoryError, OSError) as error:
+            log.warning("a damaged blob could not be put in quarantine; `check --repair` will find it: %s", error)
+            return False
+        return True
 
 
 def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
@@ -173,7 +185,7 @@ class Walk:
                 unlink_quietly(self._site.fs, [str(path)])
             except CorruptDataError as error:
                 self._find("corrupt_blob", path, str(error))
-                self._site.directory.put_in_quarantine(self._site.fs, path)
+                self.report.repaired -= not self._site.condemn(path)
             else:
                 sound.append((block, number, path, payload_offset, file_bytes))
         sound.sort(key=lambda each: (each[0].start, -each[0].fidelity, -count_tokens(each[0].tokens), each[2].name))
@@ -270,7 +282,7 @@ def drop_tree(site: Site, row: Row, quarantine: bool) -> list[Row]:
             removed = edit.remove_tree(current) if current and current.seq == row.seq else []
         for gone in removed:
             if quarantine and gone.key == row.key:
-                site.directory.put_in_quarantine(site.fs, site.directory.path(gone))
+                site.condemn(site.directory.path(gone))
             else:
                 unlink_quietly(site.fs, [str(site.directory.path(gone))])
         return removed

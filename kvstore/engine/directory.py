@@ -104,12 +104,16 @@ class Directory:
         """What quarantine costs on disk."""
         return sum(path.lstat().st_blocks * 512 for path in self.quarantined())
 
-    def put_in_quarantine(self, fs: Fs, path: Path) -> None:
-        """Move a damaged file out of the way; nothing if it is gone already, or would go behind a link."""
+    def put_in_quarantine(self, fs: Fs, path: Path, name: str = "") -> None:
+        """Move a damaged file out of the way, under another name if given; nothing if it is gone already.
+
+        Somebody may have deleted the folder: then it is made again. DirectoryError when something else is in its place.
+        """
+        with contextlib.suppress(FileExistsError):
+            fs.mkdir(str(self.quarantine))
+        _demand_folder(self.quarantine)
         with contextlib.suppress(FileNotFoundError):
-            if self.quarantine.is_symlink():
-                return
-            fs.rename(str(path), str(self.quarantine / path.name))
+            fs.rename(str(path), str(self.quarantine / (name or path.name)))
 
     def clean_staging(self, fs: Fs) -> None:
         """Unlink what an earlier run left behind; it was never acknowledged. DirectoryError for a folder among it."""
@@ -176,7 +180,10 @@ class Hold:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            folders = (directory.blobs, directory.staging, directory.keys, directory.index)
+            folders = [directory.blobs, directory.staging, directory.keys, directory.index]
+            # Nothing that is served is in quarantine: where it is missing, it is made again when it is needed.
+            if os.path.lexists(directory.quarantine):
+                folders.append(directory.quarantine)
             # Not behind links either: what is there is another's to move and to unlink.
             is_whole = all(stat.S_ISDIR(path.lstat().st_mode) for path in folders)
             return is_other or not is_whole or not (directory.index / "data.mdb").exists()

@@ -122,7 +122,7 @@ def set_index_aside(directory: Directory, fs: Fs) -> None:
     """Move a damaged index to quarantine. It must not be open."""
     path = directory.index / "data.mdb"
     if path.exists():
-        fs.rename(str(path), str(directory.quarantine / f"index-{time.time_ns()}.mdb"))
+        directory.put_in_quarantine(fs, path, f"index-{time.time_ns()}.mdb")
     unlink_quietly(fs, [str(directory.index / "lock.mdb")])
 
 
