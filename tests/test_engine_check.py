@@ -27,7 +27,7 @@ from tests.support.engine import (
     put,
 )
 
-NS = namespace()
+NS, OTHER = namespace(), namespace("other")
 LONG = list(range(900))
 
 
@@ -273,6 +273,66 @@ def test_a_start_after_a_kill_leaves_newer_blobs_alone(tmp_path: Path, caplog: p
         assert find(engine, NS, LONG).n_tokens == 768
         assert engine.stats().quarantined == 0
         assert "left 2 of a newer format" in caplog.text
+
+
+def store_and_evict(engine: Engine) -> None:
+    """What is evicted again was there; whatever else has the same names goes with it."""
+    put(engine, NS, LONG)
+    assert find(engine, NS, LONG).n_tokens == len(LONG)
+    engine.evict(Selection(namespace_prefix=NS.root))
+
+
+@pytest.mark.parametrize("how", ["a start after a kill", "a repair", "an offline repair"])
+def test_no_blob_gets_the_name_of_one_that_a_newer_kvstore_wrote(tmp_path: Path, how: str) -> None:
+    """It has no row, so nobody else counts its number; the same prompt, stored again, would take its place."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, OTHER, LONG)
+        put(engine, NS, LONG)
+        paths = paths_of(engine)
+        # The numbers that come next.
+        newer = [path.with_name(f"{path.name[:64]}-{at + 9}.safetensors") for at, path in enumerate(paths)]
+        for path, copy in zip(paths, newer, strict=True):
+            shutil.copyfile(path, copy)
+            make_newer(copy)
+        engine.evict(Selection(namespace_prefix=NS.root))
+        assert engine._state.next_seq == 9
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+        if how == "a repair":
+            engine.check(repair=True)
+            store_and_evict(engine)
+            shutil.rmtree(tmp_path / "killed")
+            shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    if how == "an offline repair":
+        check_directory(tmp_path / "killed", repair=True)
+    if how != "a repair":
+        with Engine.open(tmp_path / "killed", options()) as engine:
+            store_and_evict(engine)
+    for path in newer:
+        assert b'"version":"9"' in (tmp_path / "killed" / path.relative_to(tmp_path / "data")).read_bytes()
+
+
+@pytest.mark.parametrize("number", ["007", str(1 << 62), str((1 << 64) - 1), "9" * 20])
+@pytest.mark.parametrize("how", ["a start after a kill", "a rebuild", "a repair"])
+def test_a_number_that_no_kvstore_gives_is_no_name_of_a_blob(tmp_path: Path, number: str, how: str) -> None:
+    """Sound as it is, it would use up the numbers of all that comes after it, or not be found under its row's name."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        row = find(engine, NS, LONG).slices[-1].row
+        planted = engine.path(row).with_name(f"{row.key.hex()}-{number}.safetensors")
+        engine.path(row).rename(planted)
+        if how == "a repair":
+            engine.check(repair=True)
+        elif how == "a start after a kill":
+            shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    data = tmp_path / ("killed" if how == "a start after a kill" else "data")
+    if how == "a rebuild":
+        shutil.rmtree(data / "index")
+    with Engine.open(data, options()) as engine:
+        put(engine, OTHER, LONG)
+        assert (find(engine, NS, LONG).n_tokens, find(engine, OTHER, LONG).n_tokens) == (768, len(LONG))
+        demand_sound(engine)
+        assert engine._state.next_seq < 100
+    assert not (data / planted.relative_to(tmp_path / "data")).exists()
 
 
 def test_a_blob_stored_under_another_alias_is_sound(tmp_path: Path) -> None:

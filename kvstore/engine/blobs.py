@@ -15,7 +15,7 @@ SUFFIX = ".safetensors"
 TMP_SUFFIX = ".tmp"
 # What a file costs on disk is counted in blocks of this size: APFS and ext4 both allocate 4 KiB units.
 DISK_BLOCK_BYTES = 4096
-_NAME = re.compile(r"([0-9a-f]{64})-([0-9]{1,20})\.safetensors")
+_NAME = re.compile(r"([0-9a-f]{64})-(0|[1-9][0-9]{0,18})\.safetensors")
 
 
 class Fs:

@@ -30,6 +30,8 @@ from kvstore.keys import NamespaceInfo
 
 FINDINGS_MAX = 1000
 SWEEP_ROWS = 4096
+# No store counts so far. A file that somebody named so would use up the numbers of all that come after it.
+SEQ_END = 1 << 62
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def _no_counter(seq: int) -> None:
 class Site:
     """What a walk works on. `in_flight` names files that have no row for a good reason; ask it under `lock`.
 
-    `adopted` is told, under `lock`, the seq of every file that gets a row, so that no other file gets it.
+    `adopted` is told, under `lock`, the seq of every file that gets a row or stays without one: no other file gets it.
     """
 
     directory: Directory
@@ -164,6 +166,7 @@ class Walk:
     def _check_strays(self, strays: list[tuple[int, Path]]) -> None:
         """Files without a row. A repair adopts what is sound and reachable, parents first, and unlinks the rest."""
         sound: list[tuple[Block, int, Path, int, int]] = []
+        newer: list[Path] = []
         for number, path in strays:
             with self._site.lock:
                 if not self._is_stray(path):
@@ -180,6 +183,7 @@ class Walk:
             except UnknownFormatError as error:
                 self.report.repaired -= 1
                 self._find("unknown_format", path, str(error))
+                newer.append(path)
             except NotFoundError as error:
                 self._find("shredded", path, str(error))
                 unlink_quietly(self._site.fs, [str(path)])
@@ -191,6 +195,16 @@ class Walk:
         sound.sort(key=lambda each: (each[0].start, -each[0].fidelity, -count_tokens(each[0].tokens), each[2].name))
         for at in range(0, len(sound), FINDINGS_MAX):
             self._adopt(sound[at : at + FINDINGS_MAX])
+        self._leave(newer)
+
+    def _leave(self, newer: list[Path]) -> None:
+        """Of blobs that stay without a row: none of ours gets the name of one, and with it its place."""
+        seqs = [_seq_of(path) for path in newer]
+        if seqs:
+            with self._site.lock:
+                with self._site.index.edit() as edit:
+                    _skip_seqs(edit, seqs)
+                self._site.adopted(max(seqs))
 
     def _is_stray(self, path: Path) -> bool:
         if path.name.removesuffix(TMP_SUFFIX) in self._site.in_flight() or not os.path.lexists(path):
@@ -200,7 +214,7 @@ class Walk:
         return row is None or self._site.directory.path(row) != path
 
     def _read_stray(self, path: Path) -> tuple[Block, int, int]:
-        named = parse_name(path.name)
+        named = _named_by_us(path)
         if named is None:
             raise CorruptDataError("not a name of a blob")
         block, payload_offset, file_bytes = read_block(path, verify=True, ring=self._site.index.ring)
@@ -215,8 +229,7 @@ class Walk:
         with self._site.lock:
             with self._site.index.edit() as edit:
                 for block, number, path, payload_offset, file_bytes in sound:
-                    named = parse_name(path.name)
-                    seq = named[1] if named else 0
+                    seq = _seq_of(path)
                     row = pack_row(replace(block, namespace=b""), number, seq, payload_offset, file_bytes)
                     if not _is_reachable(edit, row) or is_covered(edit, row):
                         unwanted.append(path)
@@ -226,7 +239,7 @@ class Walk:
                         unwanted.append(self._site.directory.path(old))
                     edit.put(row, path.stat().st_mtime_ns // 1000)
                     edit.put_namespace(block.root, block.namespace)
-                    edit.set_meta("next_seq", max(edit.meta("next_seq") or 0, seq + 1))
+                    _skip_seqs(edit, [seq])
                     self._site.adopted(seq)
             unlink_quietly(self._site.fs, map(str, unwanted))
 
@@ -254,6 +267,22 @@ class Walk:
         if len(set(counts.values())) > 1:
             self._find("row", self._site.index.path, f"rows and their order do not agree: {counts}")
             self.report.repaired += self._repair
+
+
+def _named_by_us(path: Path | str) -> tuple[bytes, int] | None:
+    """(key, seq) of a name that a kvstore may have given."""
+    named = parse_name(os.path.basename(path))
+    return named if named and named[1] < SEQ_END else None
+
+
+def _seq_of(path: Path | str) -> int:
+    named = _named_by_us(path)
+    return named[1] if named else 0
+
+
+def _skip_seqs(edit: Edit, seqs: Iterable[int]) -> None:
+    """Files have these numbers: later ones get others."""
+    edit.set_meta("next_seq", max([edit.meta("next_seq") or 0, *(seq + 1 for seq in seqs)]))
 
 
 def _readable(text: str) -> str:
@@ -299,23 +328,27 @@ def sweep(site: Site) -> None:
         with site.index.edit() as edit:
             for row in batch:
                 edit.remove(row)
+    strays = sizes.keys() - _named(site)
+    newer = {path for path in strays if _is_newer(path, site.index.ring)}
     with site.index.edit() as edit:
         edit.reindex()
-        edit.set_meta("next_seq", max([edit.meta("next_seq") or 0, *(row.seq + 1 for row in edit.rows())]))
-    with site.index.view() as view:
-        named = {str(site.directory.path(row)) for row in view.rows()}
-    strays = sizes.keys() - named
-    newer = {path for path in strays if _is_newer(path, site.index.ring)}
+        _skip_seqs(edit, [row.seq for row in edit.rows()] + [_seq_of(path) for path in newer])
     unlink_quietly(site.fs, strays - newer)
     if lost or strays:
         words = "after an unclean stop: dropped %d rows without a file, unlinked %d files, left %d of a newer format"
         log.warning(words, len(lost), len(strays - newer), len(newer))
 
 
+def _named(site: Site) -> set[str]:
+    """The files that rows name."""
+    with site.index.view() as view:
+        return {str(site.directory.path(row)) for row in view.rows()}
+
+
 def _is_newer(path: str, ring: KeyRing) -> bool:
     """Whether a newer kvstore wrote a blob, or nobody can tell now."""
     try:
-        if parse_name(os.path.basename(path)):
+        if _named_by_us(path):
             read_block(Path(path), verify=False, ring=ring)
     except (UnknownFormatError, LimitError):
         return True
