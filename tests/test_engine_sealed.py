@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -503,3 +504,65 @@ def test_nothing_is_stored_once_the_keys_were_deleted_underneath(tmp_path: Path)
         assert find(engine, NS, CANARY).n_tokens == 0
         assert put(engine, NS, CANARY).reason is Reason.OK
         assert find(engine, NS, CANARY).n_tokens == 700
+
+
+def set_version(path: Path, version: bytes) -> None:
+    """As a newer kvstore may write an encrypted blob, or back."""
+    path.write_bytes(re.sub(rb'"version":"[0-9]"', b'"version":"%s"' % version, path.read_bytes(), count=1))
+
+
+def newer_blobs_without_rows(path: Path) -> list[Path]:
+    """A directory whose index was lost, repaired without a daemon: the blobs of NS are of a newer version."""
+    with opened(path) as engine:
+        put(engine, PLAIN, CANARY)
+        before = blob_paths(path / "data")
+        put(engine, NS, CANARY)
+        newer = sorted(blob_paths(path / "data") - before)
+    for blob in newer:
+        set_version(blob, b"9")
+    shutil.rmtree(path / "data" / "index")
+    report = check_directory(path / "data", repair=True, master_key=MASTER)
+    assert sum(finding.kind == "unknown_format" for finding in report.findings) == len(newer) == 3
+    HELD.clear()
+    gc.collect()
+    return newer
+
+
+def test_the_key_of_blobs_that_only_a_newer_kvstore_reads_stays(tmp_path: Path) -> None:
+    """Through starts, commits and an eviction of everything: that kvstore finds what it stored."""
+    newer = newer_blobs_without_rows(tmp_path)
+    for _ in range(2):
+        with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+            assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
+            assert find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
+            # Beside them something of the same namespace that is evicted again, with its last row.
+            engine.store(NS.to_record(), sequence(NS, CANARY[:300]), encryption=engine.encrypt(NS.root))
+            engine.evict(Selection(namespace_prefix=NS.root))
+            assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
+    for blob in newer:
+        set_version(blob, b"1")
+    shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert find(engine, NS, CANARY).n_tokens == len(CANARY)
+
+
+def test_keys_that_no_newer_blob_can_need_go_as_ever(tmp_path: Path) -> None:
+    """Those that are made beside such blobs with their last row, the blobs' own at the first start without them."""
+    newer = newer_blobs_without_rows(tmp_path)
+    later = namespace("later")
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        engine.store(later.to_record(), sequence(later, CANARY), encryption=engine.encrypt(later.root))
+        assert len(key_files(engine)) == 2
+        engine.evict(Selection(namespace_prefix=later.root))
+        assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
+    for blob in newer:
+        blob.unlink()
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert key_files(engine) == [] and find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
+
+
+def test_a_shred_takes_the_key_of_newer_blobs_too(tmp_path: Path) -> None:
+    """Whoever asks for that wants nobody to read them again."""
+    newer_blobs_without_rows(tmp_path)
+    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        assert engine.shred(NS.root) == 1 and key_files(engine) == []

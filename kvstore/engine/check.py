@@ -339,6 +339,21 @@ def sweep(site: Site) -> None:
         log.warning(words, len(lost), len(strays - newer), len(newer))
 
 
+def keys_to_keep(site: Site) -> frozenset[bytes]:
+    """Namespaces whose keys stay although no row is left: all there are now, while a newer kvstore's blobs lie about.
+
+    Those have no row and are left alone, but without their key they were lost; of which namespace they are, only that
+    kvstore can tell for sure. A key that is made from now on cannot be theirs, and goes with the last row as ever.
+    """
+    ring = site.index.ring
+    with site.index.view() as view:
+        # After nearly every stop there are as many files as rows, and no file has to be looked into.
+        if not ring.written_roots or sum(1 for _ in site.directory.blob_files()) == view.count():
+            return frozenset()
+    strays = {entry.path for _, entry in site.directory.blob_files()} - _named(site)
+    return frozenset(ring.written_roots if any(_is_newer(path, ring) for path in strays) else ())
+
+
 def _named(site: Site) -> set[str]:
     """The files that rows name."""
     with site.index.view() as view:

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
-from kvstore.engine.check import Site
+from kvstore.engine.check import Site, keys_to_keep
 from kvstore.engine.directory import Directory, Hold
 from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Ledger
@@ -82,6 +82,7 @@ class State:
             self.next_seq = view.meta("next_seq") or 1
             self._stamp = next(view.newest(), (0, b""))[0]
         self._touched_at = self._stamp
+        self._kept_keys = keys_to_keep(self.site)
         self._end_keys()
         self.measure()
 
@@ -109,10 +110,10 @@ class State:
     def _end_keys(self) -> None:
         """Unlink the keys of namespaces that hold nothing (any more); what refuses to go now goes with a later commit.
 
-        A key that is gone cannot be made again, so rows are asked for, too.
+        A key that is gone cannot be made again, so rows are asked for, too, and blobs that this kvstore cannot read.
         """
         ring = self.index.ring
-        unused = [root for root in ring.written_roots if root not in self.usage]
+        unused = [root for root in ring.written_roots if root not in self.usage and root not in self._kept_keys]
         if unused:
             with self.index.view() as view:
                 unused = [root for root in unused if next(view.children(root), None) is None]
