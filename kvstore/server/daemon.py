@@ -1,7 +1,7 @@
 """Start, serve, drain, stop. One daemon owns one data directory and one address.
 
-Order of start: file limit, data directory (lock first), engine, socket, services, health SERVING. Order of stop: health
-NOT_SERVING, no new calls, accepted commits finish within the grace period, engine closed, socket removed.
+Order of start: file limit, data directory (volume, then lock), engine, socket, services, health SERVING. Order of stop:
+health NOT_SERVING, no new calls, accepted commits finish within the grace period, engine closed, socket removed.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from kvstore.server.masterkey import load_master_key
 from kvstore.server.service import KVStoreService
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
+from kvstore.server.volumes import Place, demand_volume, remember_volume
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -70,8 +71,10 @@ TCP_IDLE_MS = 300_000
 class Daemon:
     """The running daemon: owns engine, lane, workers and the gRPC server. Made and used on the event loop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, place: Place | None = None) -> None:
+        """`place`: where the data directory is, when it is begun anew; known of every daemon that has served."""
         self._config = config
+        self.place = place
         self._state = "starting"
         self._stop = asyncio.Event()
         self._begin_anew = False
@@ -86,8 +89,10 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
             # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
+            await asyncio.to_thread(demand_volume, config, self.place)
             engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
+            self.place = await asyncio.to_thread(remember_volume, config)
             await asyncio.to_thread(settle_limits, engine, config)
             limits = functools.partial(device.set_limits, config.gpu_memory_bytes)
             lane = Lane(limits, device.release_memory, apart=device.bears_two_threads())
@@ -183,12 +188,12 @@ def serve(config: Config) -> int:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        begin = True
+        begin, place = True, None
         while begin:
-            daemon = Daemon(config)
+            daemon = Daemon(config, place)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, daemon.stop)
-            begin = await daemon.run()
+            begin, place = await daemon.run(), daemon.place
 
     asyncio.run(main())
     return 0

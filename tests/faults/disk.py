@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -46,12 +47,23 @@ class Errors(kills.Kills):
 @contextmanager
 def mounted(folder: Path, *options: str) -> Iterator[Path]:
     """A tmpfs with these options; its directory for data."""
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(("mode=0700", *options)), "tmpfs", str(folder)], check=True)
+    folder.mkdir(mode=0o700)
+    mount(folder, *options)
     try:
         yield folder / "data"
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        if os.path.ismount(folder):
+            unmount(folder)
+
+
+def mount(folder: Path, *options: str) -> None:
+    """A tmpfs with these options on a folder."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(("mode=0700", *options)), "tmpfs", str(folder)], check=True)
+
+
+def unmount(folder: Path) -> None:
+    """Although somebody may use it."""
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def fill(folder: Path, free_blocks: int) -> None:

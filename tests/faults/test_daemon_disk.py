@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
 from tests.faults import cuts, disk
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -145,6 +145,31 @@ def test_a_daemon_whose_directory_cannot_be_made_again_ends_with_a_word(tmp_path
         shutil.rmtree(tmp_path / "volume")
         assert daemon.process.wait(timeout=60) == 1
         assert "does not exist: mount the volume" in daemon.log_text() and "Traceback" not in daemon.log_text()
+
+
+@pytest.mark.skipif(bool(cuts.missing()), reason=f"NOT RUN: {cuts.missing()}")
+@pytest.mark.parametrize("data_dir", ["volume/data", "volume"])
+def test_beneath_a_volume_that_is_unmounted_nothing_is_made(tmp_path: Path, data_dir: str) -> None:
+    """Neither by the running daemon, nor by what starts it again, nor by `check`; connected again, it is used again."""
+    volume = tmp_path / "volume"
+    daemon = DaemonProcess(tmp_path / data_dir, profile="raw")
+    daemon.log_path = tmp_path / "log"
+    with disk.mounted(volume), daemon:
+        assert stored(daemon, KEPT) and daemon.process is not None
+        disk.unmount(volume)
+        assert daemon.process.wait(timeout=60) == 1
+        said = daemon.log_text().splitlines()[-1]
+        assert f"the volume {volume}, which the data directory {daemon.data_dir} was on, is no longer there" in said
+        assert "Traceback" not in daemon.log_text()
+        for command in (["serve"], ["check"], ["check", "--repair"]):
+            ended = run_cli(command, daemon.environ())
+            assert ended.returncode == 1 and f"the volume {volume}, " in ended.stderr
+            assert "is not mounted: connect it" in ended.stderr and "Traceback" not in ended.stderr
+        assert list(volume.iterdir()) == []
+        disk.mount(volume)
+        daemon.start()
+        assert stored(daemon, KEPT) and fetched(daemon, KEPT) == len(KEPT)
+        assert daemon.stop() == 0
 
 
 def test_a_daemon_without_descriptors_condemns_nothing_and_goes_on_later(daemon: DaemonProcess) -> None:
