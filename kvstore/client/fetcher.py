@@ -15,20 +15,20 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import grpc
 
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.bounds import ByteBudget
+from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
 from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss
-from kvstore.client.timing import Meter, TimedReader
-from kvstore.codecs import device
+from kvstore.client.timing import TimedReader
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.segments import layer_ranges
@@ -36,13 +36,11 @@ from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
 from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, StateLayer
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "quantized", "dense"]
 Transport = Literal["auto", "path", "stream"]
-Layer: TypeAlias = KVLayer | StateLayer
 
 # launchd gives a process 256 files. All fetches of a process share this many; one that finds none free reads with few.
 _FILES = ByteBudget(OPEN_FILES_MAX)
@@ -69,17 +67,6 @@ class _DamagedError(Exception):
         super().__init__(reason.value)
         self.sound_tokens = sound_tokens
         self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Caller:
-    """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, whether it wants every
-    layer evaluated, so that the arrays may be viewed on any thread, and whether it attends to quantized layers."""
-
-    prefill_tokens_per_s: float = 0.0
-    covered_tokens: int = 0
-    evaluate: bool = False
-    keep_codes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,11 +117,11 @@ class Fetcher:
         )
         return reply
 
-    def _attempt(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> _Attempt:
+    def _attempt(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> Attempt:
         started = time.monotonic()
         deadline = Deadline(deadlines.total_ms / 1e3)
         self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
-        return _Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
+        return Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
 
     def fetch(
         self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines, caller: Caller
@@ -165,7 +152,7 @@ class Fetcher:
                     raise
         return _opened(self._one_by_one(attempt, pb.TRANSPORT_STREAM))
 
-    def _one_by_one(self, attempt: _Attempt, transport: pb.Transport) -> Iterator[Plan | Layer]:
+    def _one_by_one(self, attempt: Attempt, transport: pb.Transport) -> Iterator[Plan | Layer]:
         """The plan, then its layers in order."""
         request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense=False)
         with self._call(attempt, request, transport) as (messages, call):
@@ -189,7 +176,7 @@ class Fetcher:
                         self._shorter(plan, error)  # tells the daemon
                     raise
 
-    def _packed(self, attempt: _Attempt, transport: Transport) -> Hit | Miss:
+    def _packed(self, attempt: Attempt, transport: Transport) -> Hit | Miss:
         if transport == "path" or (transport == "auto" and self._path_usable):
             try:
                 return self._once(attempt, pb.TRANSPORT_PATH, dense=False)
@@ -203,7 +190,7 @@ class Fetcher:
                 return answer
         return self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
 
-    def _once(self, attempt: _Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
+    def _once(self, attempt: Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
         """One Fetch call, and a second one for the position before damage that the first met in a plan with states."""
         try:
             return self._ask(attempt, transport, dense=dense)
@@ -219,7 +206,7 @@ class Fetcher:
             return Miss(second.reason)
         return replace(answer, reason=reason)
 
-    def _ask(self, attempt: _Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
+    def _ask(self, attempt: Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
         """One Fetch call. A daemon that was asked for paths but gives none streams in the same call."""
         request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense)
         with self._call(attempt, request, transport) as (messages, call):
@@ -230,27 +217,27 @@ class Fetcher:
             try:
                 if by_path:
                     return self._from_files(attempt, plan, call)
-                layers = tuple(self._from_stream(attempt, plan, messages, call))
+                layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call)))
             finally:
                 if plan.fetch_id:
                     self._connection.tell(attempt.meter.report(plan.fetch_id, by_path=by_path))
         return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
 
-    def _from_files(self, attempt: _Attempt, plan: Plan, call: Any) -> Hit | Miss:
+    def _from_files(self, attempt: Attempt, plan: Plan, call: Any) -> Hit | Miss:
         """Read from files. At a block that is damaged or gone, start over with the blocks before it.
 
         Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
         A plan with states cannot be cut: _DamagedError.
         """
+        n_layers = len(self._namespace.layout.layers)
         with _file_reader(plan) as reader:
             with suppress(CorruptDataError):  # reading finds out which block it is
                 if reader.open_all():
                     call.cancel()  # every file is open: the lease has done its work
             while plan.n_tokens >= max(1, self._options.min_prefix_tokens):
                 try:
-                    layers = tuple(
-                        self._layer(attempt, plan, index, reader) for index in range(len(self._namespace.layout.layers))
-                    )
+                    read = (self._layer(attempt, plan, index, reader) for index in range(n_layers))
+                    layers = tuple(attempt.decoded(read))
                 except BlockCorruptError as error:
                     plan = self._shorter(plan, error)
                 except DeadlineError as error:  # the disk is slow; of the daemon that says nothing
@@ -271,9 +258,7 @@ class Fetcher:
             raise _DamagedError(plan.tokens_without(error.source), reason) from error
         return plan.first(error.source, reason)
 
-    def _from_stream(
-        self, attempt: _Attempt, plan: Plan, messages: Iterator[Message], call: Any
-    ) -> Iterator[KVLayer | StateLayer]:
+    def _from_stream(self, attempt: Attempt, plan: Plan, messages: Iterator[Message], call: Any) -> Iterator[Layer]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
         expected = [self._expected(plan, index) for index in range(len(self._namespace.layout.layers))]
         sizes = [nbytes for _, nbytes in expected]
@@ -297,26 +282,21 @@ class Fetcher:
         ranges = layer_ranges(plan.blocks, index)
         return ranges, layer_bytes(plan.blocks, ranges, spec)
 
-    def _layer(self, attempt: _Attempt, plan: Plan, index: int, reader: RangeReader) -> KVLayer | StateLayer:
+    def _layer(self, attempt: Attempt, plan: Plan, index: int, reader: RangeReader) -> Layer:
         layout = self._namespace.layout
         reader = TimedReader(reader, attempt.meter, attempt.deadline)
-        layer: KVLayer | StateLayer
+        layer: Layer
         if layout.layers[index].is_exact:
             layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader)
         else:
             headroom = self._options.headroom_tokens
             layer = assemble_layer(layout, index, plan.blocks, reader, headroom, keep_codes=attempt.caller.keep_codes)
-        if attempt.caller.evaluate:
-            started = time.monotonic()
-            arrays = arrays_of(layer)
-            device.evaluate(arrays)
-            attempt.meter.decoded(sum(array.nbytes for array in arrays), time.monotonic() - started)
-        attempt.deadline.check()
+        attempt.begin(layer)
         return layer
 
     @contextmanager
     def _call(
-        self, attempt: _Attempt, request: Request, transport: pb.Transport
+        self, attempt: Attempt, request: Request, transport: pb.Transport
     ) -> Iterator[tuple[Iterator[Message], Any]]:
         """An open Fetch call and its messages; each wait is watched, and the call ends with the block."""
         attempt.deadline.check()
@@ -335,23 +315,6 @@ class Fetcher:
                 yield _watched(call, watchdog, attempt.stall_s), call
         finally:
             call.cancel()
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    """One fetch: its tokens, its time limits, who asks, and what it took so far."""
-
-    tokens: bytes
-    stall_s: float
-    deadline: Deadline
-    started: float
-    caller: Caller
-    meter: Meter = field(default_factory=Meter)
-
-
-def arrays_of(layer: KVLayer | StateLayer) -> list[Any]:
-    """All arrays of a layer."""
-    return [*layer.keys, *layer.values] if isinstance(layer, KVLayer) else [array for _, array in layer.arrays]
 
 
 def _opened(answer: Iterator[Plan | Layer]) -> tuple[Plan, Iterator[Layer]]:
@@ -378,9 +341,7 @@ def _plan(messages: Iterator[Message], request: Request) -> Plan:
     return parse_plan(first.plan, request)
 
 
-def _hit(
-    attempt: _Attempt, plan: Plan, layers: tuple[KVLayer | StateLayer, ...], transport: str, representation: str
-) -> Hit:
+def _hit(attempt: Attempt, plan: Plan, layers: tuple[Layer, ...], transport: str, representation: str) -> Hit:
     elapsed_s = time.monotonic() - attempt.started
     source = HitSource(transport, representation, len(plan.blocks), plan.nbytes, elapsed_s)
     return Hit(plan.n_tokens, layers, plan.reason, plan.fidelity, source)

@@ -17,9 +17,10 @@ from typing import Self, get_args
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
 from kvstore.bounds import ByteBudget
+from kvstore.client.attempt import Caller
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
-from kvstore.client.fetcher import Caller, Fetcher, FetchOptions, Representation, Transport
+from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.sender import Sender

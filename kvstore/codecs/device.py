@@ -93,6 +93,28 @@ def release_memory() -> None:
             _clear_cache()
 
 
+_streams = threading.local()
+
+
+def load_stream() -> mx.Stream | None:
+    """The stream on which this thread loads files: not that on which it computes, so that both go on at a time.
+
+    MLX loads on the CPU. Without a GPU that takes a second stream there; like the first it belongs to this thread, and
+    stays with MLX for ever.
+    """
+    if name() == "gpu":
+        return None
+    if not hasattr(_streams, "load"):
+        _streams.load = mx.new_stream(mx.cpu)
+    stream: mx.Stream = _streams.load
+    return stream
+
+
+def begin(arrays: Sequence[mx.array]) -> None:
+    """Begin to compute lazy arrays, and do not wait for them. Only the thread that made them may do this."""
+    mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
+
+
 def evaluate(arrays: Sequence[mx.array]) -> None:
     """Compute lazy arrays now. Only the thread that made them may do this; afterwards any thread may read them."""
     mx.eval(*arrays)

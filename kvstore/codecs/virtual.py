@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, cast
 import mlx.core as mx
 
 from kvstore.blocks import ITEM_BYTES
-from kvstore.codecs.device import loading
+from kvstore.codecs.device import load_stream, loading
 from kvstore.errors import KVStoreError
 
 
@@ -55,7 +55,7 @@ class VirtualFile(io.RawIOBase):
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
         with loading():
-            arrays = mx.load(cast(BinaryIO, self), format="safetensors")
+            arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=load_stream())
         if self._error is not None:
             raise self._error
         if self._filled != self._fills.keys() or not isinstance(arrays, dict):
