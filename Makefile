@@ -14,6 +14,7 @@ VENV_OLDEST := .venv-oldest
 VENV_VLLM := .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 INSTALLED_PROTO := $(VENV_PROTO)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
@@ -61,7 +62,7 @@ bench: $(INSTALLED)
 	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
 	@for name in dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
-faults: $(INSTALLED)
+faults: $(INSTALLED_FUZZ)
 	@$(BIN)/python -m tests.faults
 
 lint: $(INSTALLED) proto-check
@@ -84,6 +85,10 @@ venv: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(FIND_PYTHON); echo "making $(VENV) with $$p" >&2; "$$p" -m venv $(VENV); }
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint]'
+	@touch $@
+
+$(INSTALLED_FUZZ): $(INSTALLED)
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,fuzz]'
 	@touch $@
 
 $(INSTALLED_PROTO): Makefile
