@@ -223,6 +223,32 @@ def make_newer(path: Path) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + data[size:])
 
 
+@pytest.mark.parametrize("others", [0, 3])
+def test_what_stands_behind_a_newer_blob_outlives_an_index_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
+) -> None:
+    """The start refuses, however much else is found, and deletes nothing: the newer kvstore finds all of it."""
+    monkeypatch.setattr("kvstore.engine.check.FINDINGS_MAX", 2)
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, LONG)
+        for number in range(others):
+            put(engine, NS, [-1 - number, *LONG[:300]])
+        newer, *behind = [engine.path(part.row) for part in find(engine, NS, LONG).slices[1:]]
+    before = newer.read_bytes()
+    make_newer(newer)
+    shutil.rmtree(tmp_path / "data" / "index")
+    for _ in range(2):
+        with pytest.raises(UnknownFormatError, match=newer.name):
+            Engine.open(tmp_path / "data", options())
+    check_directory(tmp_path / "data", repair=True)
+    assert all(path.exists() for path in behind)
+    newer.write_bytes(before)
+    shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert find(engine, NS, LONG).n_tokens == len(LONG)
+        demand_sound(engine)
+
+
 @pytest.mark.parametrize("online", [True, False])
 def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online: bool) -> None:
     """By a fetch, by a report of damage, by the scrub and by a repair; what it stands for is a miss."""

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,25 @@ def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path:
         assert find(engine, NS, list(range(5 * 256))).n_tokens == 256 * refused
         assert len(blob_paths(tmp_path / "data")) == refused
         assert engine.stats().pending_bytes == 0 and engine.stats().degraded
+        demand_sound(engine)
+
+
+def test_a_store_for_which_no_thread_can_be_started_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the number of processes is limited: it is full, nothing of it turns up later, and the next one goes."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Engine.open(tmp_path / "data", options()) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            assert put(engine, NS, KEPT).reason is Reason.STORE_FULL
+        assert engine.stats().pending_bytes == 0 and "new thread" in engine.stats().degraded
+        assert blob_paths(tmp_path / "data") == set()
+        assert put(engine, NS, KEPT).reason is Reason.OK
+        assert len(blob_paths(tmp_path / "data")) == 2
         demand_sound(engine)
 
 

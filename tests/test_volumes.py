@@ -127,6 +127,8 @@ def test_a_daemon_that_begins_anew_does_so_on_its_device_or_not_at_all(
         demand_volume(config, on_boot)
     on_volume = place_of(config.data_dir)
     demand_volume(config, on_volume)
+    mounts.at[tmp_path / "volume"] = 3  # plugged in again
+    demand_volume(config, on_volume)
     del mounts.at[tmp_path / "volume"]
     with pytest.raises(DirectoryError, match=f"the volume {tmp_path}/volume, .* is no longer there: connect it"):
         demand_volume(config, on_volume)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -258,7 +258,9 @@ class Fetcher:
             raise _DamagedError(plan.tokens_without(error.source), reason) from error
         return plan.first(error.source, reason)
 
-    def _from_stream(self, attempt: Attempt, plan: Plan, messages: Iterator[Message], call: Any) -> Iterator[Layer]:
+    def _from_stream(
+        self, attempt: Attempt, plan: Plan, messages: Iterator[Message], call: Any
+    ) -> Generator[Layer, None, None]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
         expected = [self._expected(plan, index) for index in range(len(self._namespace.layout.layers))]
         sizes = [nbytes for _, nbytes in expected]

@@ -96,23 +96,21 @@ def release_memory() -> None:
 _streams = threading.local()
 
 
-def load_stream() -> mx.Stream | None:
-    """The stream on which this thread loads files: not that on which it computes, so that both go on at a time.
-
-    MLX loads on the CPU. Without a GPU that takes a second stream there; like the first it belongs to this thread, and
-    stays with MLX for ever.
-    """
-    if name() == "gpu":
-        return None
-    if not hasattr(_streams, "load"):
-        _streams.load = mx.new_stream(mx.cpu)
-    stream: mx.Stream = _streams.load
-    return stream
-
-
 def begin(arrays: Sequence[mx.array]) -> None:
-    """Begin to compute lazy arrays, and do not wait for them. Only the thread that made them may do this."""
+    """Begin to compute lazy arrays; waits only for some of what was begun before, of which MLX bounds the number.
+
+    Only the thread that made them may do this. Without a GPU what it loads from then on has a stream of its own, so
+    that it need not wait for what is computed; like every stream of a thread MLX keeps it for ever.
+    """
+    if name() == "cpu" and not hasattr(_streams, "load"):
+        _streams.load = mx.new_stream(mx.cpu)
     mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
+
+
+def load_stream() -> mx.Stream | None:
+    """The stream on which this thread loads files; None is that of MLX, on the CPU."""
+    stream: mx.Stream | None = getattr(_streams, "load", None)
+    return stream
 
 
 def evaluate(arrays: Sequence[mx.array]) -> None:

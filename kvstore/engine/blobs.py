@@ -133,6 +133,12 @@ def land(fs: Fs, path: str, fd: int, sync: bool) -> None:
         raise
 
 
+def abandon(fs: Fs, path: str, fd: int) -> None:
+    """In place of the second half: close the tmp file and unlink it."""
+    os.close(fd)
+    _drop(fs, path + TMP_SUFFIX)
+
+
 def _drop(fs: Fs, tmp: str) -> None:
     with contextlib.suppress(OSError):
         fs.unlink(tmp)

@@ -101,6 +101,7 @@ class Walk:
         self._repair = repair
         self.report = CheckReport()
         self.removed: list[Row] = []
+        self.newer: list[tuple[Path, str]] = []
 
     def run(self) -> CheckReport:
         """Files against rows, rows against files, strays, totals. CorruptDataError when the index cannot be read."""
@@ -166,7 +167,6 @@ class Walk:
     def _check_strays(self, strays: list[tuple[int, Path]]) -> None:
         """Files without a row. A repair adopts what is sound and reachable, parents first, and unlinks the rest."""
         sound: list[tuple[Block, int, Path, int, int]] = []
-        newer: list[Path] = []
         for number, path in strays:
             with self._site.lock:
                 if not self._is_stray(path):
@@ -183,7 +183,7 @@ class Walk:
             except UnknownFormatError as error:
                 self.report.repaired -= 1
                 self._find("unknown_format", path, str(error))
-                newer.append(path)
+                self.newer.append((path, str(error)))
             except NotFoundError as error:
                 self._find("shredded", path, str(error))
                 unlink_quietly(self._site.fs, [str(path)])
@@ -195,11 +195,11 @@ class Walk:
         sound.sort(key=lambda each: (each[0].start, -each[0].fidelity, -count_tokens(each[0].tokens), each[2].name))
         for at in range(0, len(sound), FINDINGS_MAX):
             self._adopt(sound[at : at + FINDINGS_MAX])
-        self._leave(newer)
+        self._leave([path for path, _ in self.newer])
 
-    def _leave(self, newer: list[Path]) -> None:
+    def _leave(self, paths: list[Path]) -> None:
         """Of blobs that stay without a row: none of ours gets the name of one, and with it its place."""
-        seqs = [_seq_of(path) for path in newer]
+        seqs = [_seq_of(path) for path in paths]
         if seqs:
             with self._site.lock:
                 with self._site.index.edit() as edit:
@@ -226,12 +226,16 @@ class Walk:
 
     def _adopt(self, sound: list[tuple[Block, int, Path, int, int]]) -> None:
         unwanted: list[Path] = []
+        orphans: list[Path] = []
         with self._site.lock:
             with self._site.index.edit() as edit:
                 for block, number, path, payload_offset, file_bytes in sound:
                     seq = _seq_of(path)
                     row = pack_row(replace(block, namespace=b""), number, seq, payload_offset, file_bytes)
-                    if not _is_reachable(edit, row) or is_covered(edit, row):
+                    if not _is_reachable(edit, row):
+                        orphans.append(path)
+                        continue
+                    if is_covered(edit, row):
                         unwanted.append(path)
                         continue
                     for old in replaced_by(edit, row):
@@ -241,7 +245,11 @@ class Walk:
                     edit.put_namespace(block.root, block.namespace)
                     _skip_seqs(edit, [seq])
                     self._site.adopted(seq)
-            unlink_quietly(self._site.fs, map(str, unwanted))
+            # The block before one of these may be a newer kvstore's, which will find them.
+            unlink_quietly(self._site.fs, map(str, unwanted if self.newer else unwanted + orphans))
+        if self.newer:
+            self.report.repaired -= len(orphans)
+            self._leave(orphans)
 
     def _check_totals(self) -> None:
         """Whether what is kept beside the rows agrees with them."""
@@ -382,9 +390,9 @@ def rebuild(site: Site) -> CheckReport:
     """Make the index anew from blob headers, verifying every checksum. UnknownFormatError for a newer blob."""
     with site.index.edit() as edit:
         edit.clear()
-    report = Walk(site, repair=True).run()
-    for finding in report.findings:
-        if finding.kind == "unknown_format":
-            raise UnknownFormatError(f"{finding.path}: {finding.detail}")
+    walk = Walk(site, repair=True)
+    report = walk.run()
+    for path, detail in walk.newer:
+        raise UnknownFormatError(f"{path}: {detail}")
     log.warning("the index was rebuilt from %d blobs", report.blobs)
     return report

@@ -122,7 +122,6 @@ class Engine:
                 if not self.is_displaced():
                     self._leave_in_order()
             finally:
-                self._writer.close()
                 self._state.index.close()
                 self._hold.close()
 

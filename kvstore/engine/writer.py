@@ -10,12 +10,12 @@ import contextlib
 import errno
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from kvstore.blocks import BLOCK_TOKENS, Block, Reason
-from kvstore.engine.blobs import blob_name, disk_bytes, land, write_unsynced
+from kvstore.engine.blobs import abandon, blob_name, disk_bytes, land, write_unsynced
 from kvstore.engine.format import Sealed, seal
 from kvstore.engine.index import Edit
 from kvstore.engine.keyring import NamespaceKey
@@ -29,14 +29,11 @@ from kvstore.engine.state import State
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.keys import NamespaceInfo
 
-# Errors of a disk that is full, or of a process that is short of descriptors; they pass.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE)
+# Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
-
-# Files of one request that wait to be synced; of more the disk gets no faster.
+# Files of one request that are synced or wait for that; of more the disk gets no faster.
 UNSYNCED_MAX = 2
-# Requests whose files are synced at once.
-SYNCING_MAX = 2
 
 # Key, parent, row of the file written, or None if it is held already.
 _Entry: TypeAlias = tuple[bytes, bytes, Row | None]
@@ -44,12 +41,16 @@ _Entry: TypeAlias = tuple[bytes, bytes, Row | None]
 
 @dataclass
 class _Batch:
-    """One request on its way. `entries` have their files, those of `landing` are being synced or wait for that."""
+    """One request on its way. `entries` have their files, those of `landing` are being synced or wait for that.
+
+    `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores.
+    """
 
     root: bytes
     record: bytes
     keep: set[bytes]
     key: NamespaceKey | None
+    syncing: ThreadPoolExecutor
     folder: int = -1
     entries: list[_Entry] = field(default_factory=list)
     landing: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
@@ -77,18 +78,14 @@ class Writer:
     def __init__(self, state: State, room: Room) -> None:
         self._state = state
         self._room = room
-        self._syncing = ThreadPoolExecutor(SYNCING_MAX, "kvstore-sync")
-
-    def close(self) -> None:
-        """End the threads. No store may be under way."""
-        self._syncing.shutdown()
 
     def store(
         self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], encryption: NamespaceKey | None
     ) -> StoreReceipt:
         """See `Engine.store`."""
         root = NamespaceInfo.from_record(record).root
-        batch = _Batch(root, record, set(protect), self._state.index.ring.key(root))
+        syncing = ThreadPoolExecutor(1, "kvstore-sync")
+        batch = _Batch(root, record, set(protect), self._state.index.ring.key(root), syncing)
         if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
@@ -102,6 +99,7 @@ class Writer:
             lasting = [row for row in settled.kept if row not in settled.evicted]
             return StoreReceipt(settled.blocks, sum(row.disk_bytes for row in lasting), why)
         finally:
+            syncing.shutdown()
             self._discard(batch)
 
     def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
@@ -191,7 +189,7 @@ class Writer:
             path = str(state.directory.path(row))
             fd = write_unsynced(state.fs, path, parts)
             if state.sync:
-                return row, self._syncing.submit(land, state.fs, path, fd, True)
+                return row, self._land_later(batch, path, fd)
             land(state.fs, path, fd, False)
         except BaseException as error:
             self._end_flight(row)
@@ -200,6 +198,15 @@ class Writer:
             self._demand_full(error)
             return None
         return row, None
+
+    def _land_later(self, batch: _Batch, path: str, fd: int) -> Future[None]:
+        """Have a file synced on the thread of the request. OSError when there can be no thread, which passes."""
+        try:
+            return batch.syncing.submit(land, self._state.fs, path, fd, True)
+        except RuntimeError as error:
+            # The first of a request. What was queued all the same nobody will ever run.
+            abandon(self._state.fs, path, fd)
+            raise OSError(errno.EAGAIN, str(error)) from error
 
     def _make_folder(self, number: int) -> None:
         path = self._state.directory.folder(number)
@@ -305,7 +312,6 @@ class Writer:
     def _discard(self, batch: _Batch) -> None:
         """Unlink what a request wrote and no row names. A commit that failed may have happened: the index decides."""
         state = self._state
-        wait([landed for _, landed in batch.landing if landed is not None])
         rows = batch.rows() + [row for (_, _, row), _ in batch.landing if row is not None]
         for row in rows:
             with state.lock:

@@ -55,13 +55,15 @@ def _device(path: Path) -> int:
 def demand_volume(config: Config, began: Place | None = None) -> None:
     """DirectoryError when the volume of the data directory is not mounted now. `began`: where this process had it."""
     data_dir = config.data_dir
-    if began is not None and place_of(data_dir).device != began.device:
+    here = place_of(data_dir)
+    # One that was plugged in again may have another number at the same place.
+    if began is not None and here.device != began.device and here.volume != began.volume:
         raise DirectoryError(
             f"the volume {began.volume}, which the data directory {data_dir} was on, is no longer there: connect it"
         )
     record = _record_path(config)
     volume = _read(record).get(str(data_dir)) if record else None
-    if volume is not None and not os.path.ismount(volume):
+    if volume is not None and not _is_mounted(volume):
         raise DirectoryError(
             f"the volume {volume}, which the data directory {data_dir} was on, is not mounted: connect it, or, if the "
             f"data directory shall be on another, delete {record}"
@@ -91,6 +93,12 @@ def _record_path(config: Config) -> Path | None:
     return Path(socket).with_name(RECORD) if socket else None
 
 
+def _is_mounted(volume: str) -> bool:
+    with contextlib.suppress(OSError):
+        os.stat(f"{volume}/.")  # has automatic mounts made
+    return os.path.ismount(volume)
+
+
 def _read(record: Path) -> dict[str, str]:
     if not os.path.lexists(record):
         return {}
@@ -106,7 +114,7 @@ def _read(record: Path) -> dict[str, str]:
 
 
 def _note(record: Path, data_dir: str, volume: str | None) -> None:
-    """Change one entry; those of directories that were deleted from a volume which is mounted go."""
+    """Change one entry; those of directories that were deleted from the same volume go. Others may be long away."""
     folder = record.parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     demand_private_directory(folder, "listen on a socket in one of your own")
@@ -115,7 +123,7 @@ def _note(record: Path, data_dir: str, volume: str | None) -> None:
         noted = {
             path: mount
             for path, mount in known.items()
-            if path != data_dir and (os.path.lexists(path) or not os.path.ismount(mount))
+            if path != data_dir and (mount != volume or os.path.lexists(path))
         }
         if volume is not None:
             noted[data_dir] = volume
