@@ -2,7 +2,8 @@
 
     python tests/bench/stream.py [--layers 32 --kv-heads 8 --head-dim 128 --seq-len 8192 --rounds 5] [--json]
 
-All ways take turns, round by round; the table has the median, P90 and maximum of each and two ratios of medians. The
+All ways take turns, round by round; the table has the median, P90 and maximum of each, the processor's time that all
+processes together took (no way can be faster than that by the number of cores), and ratios of medians. The
 daemon and the bare server are processes of their own on a unix socket. The bare stream: grpc.aio, 1 MiB messages that
 exist beforehand, no serializer, a client that drops what it gets ("kept": keeps it, so that the bytes need memory of
 their own, as those of a fetch do). Its upload likewise, written by nobody. A fetch lasts from the request to layers
@@ -77,6 +78,11 @@ class Bare:
         grpc.channel_ready_future(self._channel).result(30)
         self._chunk = os.urandom(CHUNK)
 
+    @property
+    def pid(self) -> int:
+        """Of the server."""
+        return self._process.pid
+
     def down(self, nbytes: int) -> None:
         """Receive so many bytes."""
         for _ in self._channel.unary_stream("/bare/Down")(str(-(-nbytes // CHUNK)).encode()):
@@ -125,16 +131,29 @@ def fetch(session: Session, tokens: list[int], representation: str, transport: s
     mx.eval([layer.keys + layer.values for layer in hit.layers])  # type: ignore[union-attr]
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round; one round before them does not count."""
-    took: dict[str, list[float]] = {name: [] for name in ways}
+Took = dict[str, list[tuple[float, float]]]  # of every way in every round: seconds, and the processor's
+
+
+def measure(ways: dict[str, Callable[[], None]], rounds: int, processor_s: Callable[[], float]) -> Took:
+    """What every way took in every round; one round before them does not count."""
+    took: Took = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            worked, started = processor_s(), time.perf_counter()
             way()
             if number:
-                took[name].append(time.perf_counter() - started)
+                took[name].append((time.perf_counter() - started, processor_s() - worked))
     return took
+
+
+def processor_s_of(*pids: int) -> float:
+    """Seconds of the processor that processes have taken so far; 0 where there is no /proc."""
+    ticks = 0
+    for pid in pids:
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.exists():
+            ticks += sum(map(int, stat.read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def upload_by_stream(client: Client, base: Namespace, layers: list[KVLayer], tokens: list[int]) -> Iterator[float]:
@@ -166,8 +185,10 @@ def namespace_of(name: str, layout: Layout) -> Namespace:
     return Namespace(weights=name.encode().ljust(32), layout=layout, dtype="bfloat16", engine="bench")
 
 
-def fetches(client: Client, bare: Bare, layout: Layout, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every way to fetch, and of the bare streams."""
+def fetches(
+    client: Client, bare: Bare, layout: Layout, options: argparse.Namespace, processor_s: Callable[[], float]
+) -> Took:
+    """What every way to fetch takes, and the bare streams."""
     n_tokens = options.seq_len
     nbytes, tokens = n_tokens * layout.token_bytes, list(range(n_tokens + 1))
     layers = random_layers(layout, n_tokens)
@@ -186,22 +207,24 @@ def fetches(client: Client, bare: Bare, layout: Layout, options: argparse.Namesp
     ):
         ways[name] = functools.partial(fetch, sessions[profile], tokens, representation, transport)
     chosen = options.only.split(";") if options.only else list(ways)
-    return measure({name: ways[name] for name in chosen}, options.rounds)
+    return measure({name: ways[name] for name in chosen}, options.rounds, processor_s)
 
 
-def stores(client: Client, bare: Bare, layout: Layout, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of handing over a store's bytes by stream, and of bare uploads."""
+def stores(
+    client: Client, bare: Bare, layout: Layout, options: argparse.Namespace, processor_s: Callable[[], float]
+) -> Took:
+    """Seconds of handing over a store's bytes by stream, and of bare uploads; of the processor only for these."""
     layers = random_layers(layout, options.seq_len)
     tokens = list(range(options.seq_len))
     uploads = upload_by_stream(client, namespace_of("upload", layout), layers, tokens)
-    took: dict[str, list[float]] = {"bare upload": [], "upload": []}
+    took: Took = {"bare upload": [], "upload": []}
     for number in range(options.rounds + 1):
-        started = time.perf_counter()
+        worked, started = processor_s(), time.perf_counter()
         bare.up(options.seq_len * layout.token_bytes)
-        bare_s, upload_s = time.perf_counter() - started, next(uploads)
+        bare_s, worked_s, upload_s = time.perf_counter() - started, processor_s() - worked, next(uploads)
         if number:
-            took["bare upload"].append(bare_s)
-            took["upload"].append(upload_s)
+            took["bare upload"].append((bare_s, worked_s))
+            took["upload"].append((upload_s, 0.0))
     return took
 
 
@@ -214,13 +237,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     bare = Bare(directory)
     try:
         daemon.start()
+        assert daemon.process is not None
+        processor_s = functools.partial(processor_s_of, os.getpid(), daemon.process.pid, bare.pid)
         with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client:
-            took = (stores if options.store else fetches)(client, bare, layout, options)
+            took = (stores if options.store else fetches)(client, bare, layout, options, processor_s)
     finally:
         bare.close()
         daemon.kill()
         shutil.rmtree(directory, ignore_errors=True)
-    return {"bytes": options.seq_len * layout.token_bytes, "rounds": options.rounds, "seconds": took}
+    seconds, processor = ({name: [each[i] for each in rounds] for name, rounds in took.items()} for i in range(2))
+    nbytes = options.seq_len * layout.token_bytes
+    return {"bytes": nbytes, "rounds": options.rounds, "seconds": seconds, "processor_s": processor}
 
 
 RATIOS = (
@@ -235,10 +262,12 @@ def show(report: dict[str, Any]) -> None:
     """Print the table."""
     took = report["seconds"]
     print(f"{report['bytes'] / 2**20:.0f} MiB of KV, {report['rounds']} interleaved rounds")
-    print(f"{'':24} {'P50 s':>8} {'P90 s':>8} {'max s':>8} {'GB/s':>6}")
+    print(f"{'':24} {'P50 s':>8} {'P90 s':>8} {'max s':>8} {'CPU s':>8} {'GB/s':>6}")
     for name, seconds in took.items():
         middle, high = statistics.median(seconds), sorted(seconds)[int(0.9 * (len(seconds) - 1))]
-        print(f"{name:24} {middle:8.3f} {high:8.3f} {max(seconds):8.3f} {report['bytes'] / middle / 1e9:6.2f}")
+        worked = statistics.median(report["processor_s"][name])
+        rate = report["bytes"] / middle / 1e9
+        print(f"{name:24} {middle:8.3f} {high:8.3f} {max(seconds):8.3f} {worked:8.2f} {rate:6.2f}")
     for name, base, target in RATIOS:
         if name in took and base in took:
             ratio = statistics.median(took[name]) / statistics.median(took[base])
@@ -264,7 +293,7 @@ def main() -> None:
         return
     report = run(options)
     if options.json:
-        print(json.dumps({"schema": 1, **report}))
+        print(json.dumps({"schema": 2, **report}))
     else:
         show(report)
 
