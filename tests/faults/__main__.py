@@ -27,9 +27,15 @@ Share = Callable[[Sequence[Item]], list[Item]]
 def run_kills(folder: Path, share: Share[kills.Point]) -> list[Tally]:
     """Every point at which a kill leaves another disk."""
     harness = kills.Kills(folder)
-    tally = Tally("SIGKILL", "at every call that changes the disk (strace inject)", "at the next start")
+    tally = Tally(
+        "SIGKILL",
+        "at every call that changes the disk (strace inject), and at every point of the `Fs` seam",
+        "at the next start",
+    )
     for point in share([point for script in SCRIPTS for point in harness.points(script)]):
         tally.note(point, harness.strike(point))
+    for point in share([point for script in SCRIPTS for point in harness.seam_points(script)]):
+        tally.note(point, harness.strike_seam(point))
     return [tally]
 
 

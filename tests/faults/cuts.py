@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvstore.engine import Fs
 from tests.faults import workload
+from tests.faults.seam import PointFs, Points
 from tests.faults.workload import SCRIPTS, broken_promises
 
 _SHUTDOWN = 0x8004587D  # EXT4_IOC_SHUTDOWN
@@ -51,27 +51,6 @@ def _call(*command: str) -> None:
     ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": _path()}, check=False)
     if ran.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}: {ran.stderr.strip()}")
-
-
-class PointFs(Fs):
-    """Passes every call on, and tells `at` of each before and after it."""
-
-    def __init__(self, inner: Fs, at: Callable[[], None]) -> None:
-        self._inner = inner
-        self._at = at
-
-    def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name == "free_bytes":
-            return object.__getattribute__(self, name)
-        inner, at = object.__getattribute__(self, "_inner"), object.__getattribute__(self, "_at")
-
-        def call(*arguments: Any) -> Any:
-            at()
-            result = getattr(inner, name)(*arguments)
-            at()
-            return result
-
-        return call
 
 
 @dataclass(frozen=True)
@@ -116,28 +95,25 @@ class Cuts:
             self._unmount()
 
     def _run(self, script: str, bug: str, number: int, counter: Path) -> None:
-        passed = 0
         power = os.open(self._mount, os.O_RDONLY | os.O_DIRECTORY)
 
-        def at() -> None:
-            nonlocal passed
-            if passed == number:
-                fcntl.ioctl(power, _SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
-                os._exit(_CUT)
-            passed += 1
+        def cut() -> None:
+            fcntl.ioctl(power, _SHUTDOWN, struct.pack("I", _NO_LOG_FLUSH))
+            os._exit(_CUT)
 
+        points = Points(number, cut)
         real = os.write
 
         def write(fd: int, data: Any) -> int:
             done = real(fd, data)
             if bytes(data[:4]) == b"done":
-                at()
+                points.at()
             return done
 
         workload.os.write = write  # type: ignore[attr-defined]
         acks = self._folder / "acks"
-        workload.run(script, self._mount / "data", acks, bug, lambda fs: PointFs(fs, at))
-        counter.write_text(str(passed))
+        workload.run(script, self._mount / "data", acks, bug, lambda fs: PointFs(fs, points.at))
+        counter.write_text(str(points.passed))
 
     @staticmethod
     def _fork(work: Callable[[], None]) -> int:

@@ -27,6 +27,16 @@ def test_a_kill_at_any_call_breaks_no_promise(tmp_path: Path, script: str) -> No
     assert [wrong for point in spread(points, KILLS_EACH) for wrong in harness.strike(point)] == []
 
 
+@needs_kills
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_kill_while_files_are_synced_beside_others_breaks_no_promise(tmp_path: Path, script: str) -> None:
+    """The same with the threads that the engine has: one file is being written and two wait for the disk."""
+    harness = kills.Kills(tmp_path / "kills")
+    points = harness.seam_points(script)
+    assert len(points) >= 20 or script == "repair offline"
+    assert [wrong for point in spread(points, KILLS_EACH) for wrong in harness.strike_seam(point)] == []
+
+
 @needs_cuts
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_power_cut_at_any_point_breaks_no_promise(tmp_path: Path, script: str) -> None:
