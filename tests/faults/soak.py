@@ -49,6 +49,7 @@ LIFE_MIN = 10.0
 KILLS, SHORT_LIFE_S = 5, 4.0
 RECOVERY_S = 30.0
 NOBODY_HAS = 1 << 50
+TRACEBACK_CHARACTERS = 4000
 # What a daemon with a leak does once a second: 1.5 MiB, or 3 descriptors, a minute.
 LEAKS = {
     "memory": "kept.append(b'1' * (25 << 10))",
@@ -290,8 +291,9 @@ class Soak:
                 faults += [f"damage: {finding}" for finding in client.check()["findings"]]
             except KVStoreError as error:
                 faults.append(f"no check: {error!r}")
-        if "Traceback" in self.daemon.log_text():
-            faults.append("the log has a traceback")
+        _, traceback, text = self.daemon.log_text().partition("Traceback")
+        if traceback:
+            faults.append(f"the log has a traceback: {text[:TRACEBACK_CHARACTERS]}")
         for worker in self.workers:
             self.read(worker)
         if self.daemon.stop() != 0:
