@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,27 @@ def test_a_deleted_index_is_rebuilt_at_start(tmp_path: Path) -> None:
         assert {info.alias for info in engine.namespaces()} == {"weights", "b"}
         assert put(engine, NS, list(range(700))).reason is Reason.OK
         demand_sound(engine)
+
+
+def test_an_access_order_that_finds_no_room_is_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A full disk is nothing that a traceback explains; what was noted is lost, and that is all."""
+
+    class Full(RecordingFs):
+        """No commit goes through once `dead` is set."""
+
+        def commit(self, commit: Callable[[], None]) -> None:
+            if self.dead:
+                raise OSError(errno.ENOSPC, "no room")
+            super().commit(commit)
+
+    fs = Full()
+    with Engine.open(tmp_path / "data", options(touches_max=1), fs) as engine:
+        put(engine, NS, KEPT)
+        fs.dead = True
+        engine.touch(find(engine, NS, KEPT).slices)
+        fs.dead = False
+        assert find(engine, NS, KEPT).n_tokens == 300
+    [line] = [record for record in caplog.records if "access order" in record.message]
+    assert "no room" in line.message and line.exc_info is None

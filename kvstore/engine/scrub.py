@@ -72,8 +72,8 @@ class Scrub:
             with state.lock, state.edit() as edit:
                 edit.set_meta(NEXT, self._next)
                 edit.set_meta(DONE_S, self.done_s)
-        except (KVStoreError, OSError):
-            log.warning("where the scrub is could not be written", exc_info=True)
+        except (KVStoreError, OSError) as error:
+            log.warning("where the scrub is could not be written: %s", error)
 
     def _is_due(self) -> bool:
         """Whether the last pass is older than the interval; a clock that was set back makes it due, too."""

@@ -229,8 +229,8 @@ class State:
         try:
             with self.lock, self.edit() as edit:
                 self.write_touches(edit)
-        except (KVStoreError, OSError):
-            log.warning("the access order could not be written", exc_info=True)
+        except (KVStoreError, OSError) as error:
+            log.warning("the access order could not be written: %s", error)
 
     # -- what was lost ------------------------------------------------------------------------------------------
 
