@@ -17,8 +17,8 @@ Durability: `commit` (default) syncs blobs, directory and index commit; `full` a
 each request; `none` syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
 
 Threads: any thread may call anything. One lock serialises writers of the index; it is held for making room and for
-commits, never while blobs are written or the caller's iterator runs. `match` takes no lock but LMDB's read transaction;
-`lease` and `touch` take one that is never held over I/O.
+commits, never while blobs are written or the caller's iterator runs. A store has its files synced on a thread that ends
+with it. `match` takes no lock but LMDB's read transaction; `lease` and `touch` take one that is never held over I/O.
 """
 
 from __future__ import annotations
