@@ -392,7 +392,8 @@ def rebuild(site: Site) -> CheckReport:
         edit.clear()
     walk = Walk(site, repair=True)
     report = walk.run()
-    for path, detail in walk.newer:
+    if walk.newer:
+        path, detail = walk.newer[0]
         raise UnknownFormatError(f"{path}: {detail}")
     log.warning("the index was rebuilt from %d blobs", report.blobs)
     return report
