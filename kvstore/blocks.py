@@ -61,6 +61,7 @@ class Reason(enum.StrEnum):
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
     DENIED = "denied"
+    UNTRUSTED = "untrusted"
     CIRCUIT_OPEN = "circuit_open"
     UNKNOWN_RECIPE = "unknown_recipe"
     IDENTITY_PENDING = "identity_pending"

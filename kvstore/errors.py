@@ -58,6 +58,10 @@ class ScopeError(CredentialsError):
     """The daemon knows who asks, and that they may not do this."""
 
 
+class UntrustedError(KVStoreError):
+    """The socket, a directory above it, or the process that listens belongs to another user. Nothing was sent to it."""
+
+
 class UnavailableError(KVStoreError):
     """The daemon cannot be reached, is starting, or is draining."""
 

@@ -14,9 +14,7 @@ from kvstore.blocks import FIDELITY_EXACT, Reason, unpack_tokens
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
-from kvstore.client.uploader import write_staged
 from kvstore.codecs.device import Capture
-from kvstore.errors import KVStoreError
 from kvstore.layers import KVLayer, cut_pieces
 from tests.support.fake_daemon import FakeDaemon, FakeUpload
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -304,21 +302,6 @@ def test_a_staging_file_out_of_reach_makes_the_bytes_go_by_stream(
     more = [*TOKENS, 1]
     assert session.store(more, make_layers(LAYOUT, more), wait=True).durable
     assert [upload.request.transport for upload in daemon.uploads] == [1, 2, 2]
-
-
-def test_a_staging_file_gets_exactly_the_bytes_announced(tmp_path: Path) -> None:
-    """Over any number of views and short writes; a difference is an error, a missing file too."""
-    path = tmp_path / "staging"
-    path.touch()
-    views = [memoryview(bytes([number % 256]) * (number % 5)) for number in range(3000)]
-    write_staged(str(path), iter(views), sum(map(len, views)))
-    assert path.read_bytes() == b"".join(views)
-    with pytest.raises(KVStoreError, match="3 bytes captured where 4 are wanted"):
-        write_staged(str(path), iter([memoryview(b"abc")]), 4)
-    with pytest.raises(FileNotFoundError):
-        write_staged(str(tmp_path / "none"), iter([]), 0)
-    with pytest.raises(OSError):
-        write_staged(str(tmp_path), iter([]), 0)
 
 
 def test_waiting_for_a_store_ends_at_its_timeout(daemon: FakeDaemon, session: Session) -> None:

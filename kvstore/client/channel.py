@@ -10,6 +10,7 @@ import grpc
 
 from kvstore.access import BEARER, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
 from kvstore.client.breaker import CircuitBreaker
+from kvstore.client.trust import GuardingInterceptor, SocketGuard
 from kvstore.config import Config
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import channel_options
@@ -88,18 +89,27 @@ class Connection:
         self.address = config.address
         self.breaker = CircuitBreaker()
         credentials = load_credentials(config)
+        self._guard = SocketGuard(config.address.path) if config.address.path else None
         self._channel = open_channel(config, credentials)
+        if self._guard is not None:
+            self._channel = grpc.intercept_channel(self._channel, GuardingInterceptor(self._guard))
         self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
         self._answered = False
         self.kvstore: Any = kvstore_stub(presenting(self._channel, credentials, Scope.WORKER))
         self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))
+
+    @property
+    def daemon(self) -> object:
+        """Tells one daemon on the unix socket from the next."""
+        return self._guard.identity if self._guard is not None else None
 
     def warm_up(self) -> None:
         """Start to connect, without waiting: the first fetch then finds the connection made."""
         self._health.future(b"", timeout=WARM_UP_S).add_done_callback(self._warmed_up)
 
     def _warmed_up(self, call: Any) -> None:
-        self._answered = call.code() not in _NOT_THERE
+        # INTERNAL is what gRPC says of a call that the guard did not let go out.
+        self._answered = call.code() not in (*_NOT_THERE, grpc.StatusCode.INTERNAL)
 
     def ensure(self, timeout_s: float) -> None:
         """Return when the daemon is known to answer; UnavailableError when it does not within `timeout_s`."""

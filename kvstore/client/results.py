@@ -96,6 +96,7 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.StoreFullError, Reason.STORE_FULL),
     (errors.LimitError, Reason.QUEUE_FULL),
     (errors.CredentialsError, Reason.DENIED),
+    (errors.UntrustedError, Reason.UNTRUSTED),
     (errors.UnavailableError, Reason.UNAVAILABLE),
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +17,7 @@ from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.results import StoreResult, parse_reason
+from kvstore.client.staged import write_staged
 from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
 from kvstore.keys import Namespace
 from kvstore.layers import cut_pieces
@@ -29,8 +28,6 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 if TYPE_CHECKING:
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
-
-VECTORS_MAX = 1024  # IOV_MAX on Linux and macOS
 
 # Nobody waits for these but the background thread, so they only have to end.
 CONNECT_S = 1.0
@@ -93,6 +90,7 @@ class Uploader:
         self._message = namespace_to_message(namespace)
         self._profile = profile
         self._path_usable = same_host
+        self._staging: tuple[object, str] | None = None  # which daemon, the directory that it named
         self._call: Any = None
         self._cancelled = False
         self._complained = False
@@ -131,6 +129,19 @@ class Uploader:
         job.release()
         return self._commit(begun.upload_id)
 
+    def _staging_dir(self) -> str:
+        """The directory that the daemon named for staging files; empty where bytes do not go by path.
+
+        Asked once for each daemon, so a later reply cannot name another.
+        """
+        if not self._path_usable:
+            return ""
+        daemon = self._connection.daemon
+        if self._staging is None or self._staging[0] != daemon:
+            reply: pb.HelloReply = self._unary("Hello", pb.HelloRequest(), BEGIN_S)
+            self._staging = daemon, reply.staging_dir
+        return self._staging[1]
+
     def _complain(self, detail: str) -> None:
         """Say once in the log why the daemon does not keep what the session asked for."""
         if detail and not self._complained:
@@ -146,7 +157,7 @@ class Uploader:
             restored_tokens=job.restored_tokens,
             restored_fidelity=job.restored_fidelity,
             profile=self._profile,
-            transport=pb.TRANSPORT_PATH if self._path_usable else pb.TRANSPORT_STREAM,
+            transport=pb.TRANSPORT_PATH if self._staging_dir() else pb.TRANSPORT_STREAM,
             states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
@@ -167,7 +178,7 @@ class Uploader:
             return
         try:
             if begun.staging_path:
-                write_staged(begun.staging_path, self._views(job, begun), begun.upload_bytes)
+                write_staged(self._staging_dir(), begun.staging_path, self._views(job, begun), begun.upload_bytes)
             else:
                 timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
                 self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
@@ -228,39 +239,6 @@ class Uploader:
         request = pb.AbortStoreRequest(upload_id=upload_id)
         with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed
             self._connection.kvstore.AbortStore(request, timeout=ABORT_S)
-
-
-def write_staged(path: str, views: Iterator[memoryview], nbytes: int) -> None:
-    """Write exactly `nbytes` to the staging file that the daemon made. OSError as the system gives it."""
-    fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise KVStoreError("the staging file is not a regular file")
-        written = 0
-        batch: list[memoryview] = []
-        for view in views:
-            batch.append(view)
-            if len(batch) == VECTORS_MAX:
-                written += _write_all(fd, batch)
-                batch = []
-        written += _write_all(fd, batch)
-    finally:
-        os.close(fd)
-    if written != nbytes:
-        raise KVStoreError(f"{written} bytes captured where {nbytes} are wanted")
-
-
-def _write_all(fd: int, views: list[memoryview]) -> int:
-    """Write all views, over as many short writes as it takes; their bytes."""
-    pending = [view for view in views if view.nbytes]
-    total = sum(view.nbytes for view in pending)
-    while pending:
-        count = os.writev(fd, pending)
-        while pending and count >= pending[0].nbytes:
-            count -= pending.pop(0).nbytes
-        if count:
-            pending[0] = pending[0][count:]
-    return total
 
 
 def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[bytes]:

@@ -69,6 +69,10 @@ class KVStoreService(rpc.KVStoreServicer):
         return self._config.durability != "none"
 
     @unary
+    async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
+        return pb.HelloReply(staging_dir=str(self._engine.staging_dir) if self._same_host else "")
+
+    @unary
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         root = convert.root_from_message(request.namespace)

@@ -92,6 +92,8 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self.fetches: list[pb.FetchRequest] = []
         self.uploads: list[FakeUpload] = []
         self.reports: list[bytes] = []
+        self.calls: list[Any] = []  # Hello, Match, Fetch and BeginStore, as they came
+        self.staging_lie = ""  # the file that it asks a worker to write to, in place of its own
         self.by_path = True
         self.cancelled = threading.Event()
         self._released = threading.Event()
@@ -164,8 +166,16 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
 
     # -- fetch ---------------------------------------------------------------------------------------------------
 
+    def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
+        """Name the directory of staging files."""
+        self._hang("hang")
+        self.calls.append(request)
+        nowhere = "/nowhere" if self._fault("staging_elsewhere") else ""
+        return pb.HelloReply(staging_dir=f"{self.directory}{nowhere}")
+
     def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         """How much is held."""
+        self.calls.append(request)
         self._hang("hang")
         n_tokens, _ = self._usable(request.tokens)
         return pb.MatchReply(n_tokens=n_tokens, reason="ok" if n_tokens else "unknown_prefix", fidelity=FIDELITY_EXACT)
@@ -179,6 +189,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.FetchReply]:
         """A plan, then the lease or the bytes."""
+        self.calls.append(request)
         self.fetches.append(request)
         context.add_callback(self.cancelled.set)
         self._hang("hang")
@@ -311,6 +322,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
 
     def BeginStore(self, request: pb.BeginStoreRequest, context: Any) -> pb.BeginStoreReply:
         """Want everything that is not held."""
+        self.calls.append(request)
         self._hang("hang")
         self._hang("hang_begin")
         n_tokens, held = count_tokens(request.tokens), common_tokens(self.tokens, request.tokens)
@@ -336,11 +348,13 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             reply.upload_bytes += sum(state.nbytes for state in states_from_bytes(request.states))
         if self._fault("wants_states_unasked"):
             reply.wants_states = True
-        if request.transport == pb.TRANSPORT_PATH and self.by_path:
+        if (request.transport == pb.TRANSPORT_PATH and self.by_path) or self._fault("staging_unasked"):
             reply.staging_path = str(self.directory / f"staging-{reply.upload_id}")
             Path(reply.staging_path).touch()
             if self._fault("staging_elsewhere"):
                 reply.staging_path = str(self.directory / "nowhere" / reply.upload_id)
+            if self.staging_lie:
+                reply.staging_path = self.staging_lie
             if self._fault("staging_link"):
                 link = self.directory / f"link-{reply.upload_id}"
                 link.symlink_to(reply.staging_path)

@@ -47,6 +47,16 @@ class Namespace(_message.Message):
     alias: str
     def __init__(self, weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., salt: _Optional[bytes] = ..., alias: _Optional[str] = ...) -> None: ...
 
+class HelloRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HelloReply(_message.Message):
+    __slots__ = ("staging_dir",)
+    STAGING_DIR_FIELD_NUMBER: _ClassVar[int]
+    staging_dir: str
+    def __init__(self, staging_dir: _Optional[str] = ...) -> None: ...
+
 class MatchRequest(_message.Message):
     __slots__ = ("namespace", "tokens", "fidelity_min", "prefill_tokens_per_s", "covered_tokens")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
