@@ -30,7 +30,7 @@ def test_what_is_packed_is_the_bit_string_of_the_format(fields: list[tuple[int, 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_mlx_packs_its_codes_in_the_same_way(bits: int) -> None:
-    """So rotated-affine may be read by mx.dequantize."""
+    """So packed codes of one field may be read by mx.dequantize."""
     codes = mx.array(np.random.default_rng(bits).integers(0, 1 << bits, (3, 64)).astype(np.uint8))
     read = mx.dequantize(pack([codes], ((64, bits),)), mx.ones((3, 2)), mx.zeros((3, 2)), group_size=32, bits=bits)
     np.testing.assert_array_equal(np.array(read), np.array(codes))

@@ -12,7 +12,6 @@ from kvstore.codecs.affine import affine_recipe
 from kvstore.codecs.channel import channel_recipe
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.codecs.profiles import PROFILES, WORDS, Profile, check_profile, parse_profile
-from kvstore.codecs.rotated import rotated_affine_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.errors import ConfigError
 from kvstore.layers import PartSpec
@@ -31,8 +30,7 @@ PART = PartSpec(8, 128, "BF16")
         ("channel4:affine4-g128", channel_recipe(4), affine_recipe(4, 128), LOSSLESS),
         ("affine8:affine4", affine_recipe(8, 64), affine_recipe(4, 64), LOSSLESS),
         ("lossless:raw", LOSSLESS, RAW, LOSSLESS),
-        ("rotated-affine6-g32", rotated_affine_recipe(6, 32), rotated_affine_recipe(6, 32), LOSSLESS),
-        ("turboquant-prod3:turboquant-mse3.5", turboquant_prod_recipe(3), turboquant_mse_recipe(3.5), LOSSLESS),
+        ("turboquant-prod3:turboquant-mse3", turboquant_prod_recipe(3), turboquant_mse_recipe(3), LOSSLESS),
     ],
 )
 def test_a_name_is_one_word_or_keys_and_values(name: str, keys: Recipe, values: Recipe, rest: Recipe) -> None:

@@ -38,9 +38,9 @@ def unit_vectors(n: int, dim: int, seed: int = 0) -> Array:
     return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def rel_mse(dim: int, bits: float, **options: Any) -> float:
+def rel_mse(dim: int, bits: int) -> float:
     """Mean squared error of 3,000 unit vectors."""
-    vectors, quantizer = unit_vectors(3000, dim), TurboQuantMSE(dim, bits, **options)
+    vectors, quantizer = unit_vectors(3000, dim), TurboQuantMSE(dim, bits)
     decoded = np.array(quantizer.dequantize(quantizer.quantize(vectors)))
     return float(((decoded - vectors) ** 2).sum(-1).mean())
 
@@ -50,17 +50,6 @@ def rel_mse(dim: int, bits: float, **options: Any) -> float:
 def test_the_squared_error_of_mse_is_as_small_as_theory_says(dim: int, slack: float, bits: int) -> None:
     """Lloyd-Max on the exact marginal; a wrong rotation, codebook or scale shows here."""
     assert rel_mse(dim, bits) <= MSE_MAX[bits] * slack
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_the_haar_rotation_is_no_better_for_random_vectors(bits: int) -> None:
-    """Its point is vectors that are not: the Hadamard rotation is cheaper and as good."""
-    assert rel_mse(128, bits, haar=True) == pytest.approx(rel_mse(128, bits), rel=0.02)
-
-
-def test_a_fractional_width_is_the_mean_of_its_neighbours() -> None:
-    """Half of the coordinates at 4 bits and half at 3."""
-    assert rel_mse(128, 3.5) == pytest.approx((rel_mse(128, 3) + rel_mse(128, 4)) / 2, rel=0.03)
 
 
 @pytest.mark.parametrize("bits", VARIANCE_MAX)
@@ -125,7 +114,7 @@ UNIT = unit_vectors(3, 64)
     [
         ("bits", lambda: TurboQuantMSE(64, 0)),
         ("bits", lambda: TurboQuantMSE(64, 9)),
-        ("bits", lambda: TurboQuantMSE(64, 8.5)),
+        ("bits", lambda: TurboQuantMSE(64, 3.5)),
         ("bits", lambda: TurboQuantProd(64, 1)),
         ("bits", lambda: QuantizedKVCache(KVCacheConfig(64, key_bits=1))),
         ("dimension", lambda: TurboQuantMSE(0, 4)),

@@ -26,7 +26,7 @@ from tests.support.stored import random_payload, seal_runs, streamed
 
 HEADS = 4
 WEIGHTS = b"weights of a model"
-CONFIG = KVCacheConfig(64, key_bits=3.5, value_bits=4, seed=7)
+CONFIG = KVCacheConfig(64, key_bits=3, value_bits=4, seed=7)
 TOKENS = list(range(1000, 1300))
 PATIENT = {"fetch_connect_ms": 5000, "fetch_stall_ms": 10_000, "fetch_total_ms": 30_000}
 
@@ -73,8 +73,8 @@ def test_a_cache_comes_back_from_the_store_bit_for_bit(daemon: DaemonProcess) ->
             for got, expected in zip(loaded, stored, strict=True):
                 assert held(got, n_tokens) == held(expected, n_tokens)
         assert load(client, CONFIG, (2, HEADS), TOKENS, b"other weights") is None
-        assert load(client, KVCacheConfig(64, 3.5, 4, seed=8), (2, HEADS), TOKENS, WEIGHTS) is None
-        assert load(client, KVCacheConfig(64, 3.5, 4, QuantStrategy.MSE, 7), (2, HEADS), TOKENS, WEIGHTS) is None
+        assert load(client, KVCacheConfig(64, 3, 4, seed=8), (2, HEADS), TOKENS, WEIGHTS) is None
+        assert load(client, KVCacheConfig(64, 3, 4, QuantStrategy.MSE, 7), (2, HEADS), TOKENS, WEIGHTS) is None
 
 
 def test_caches_with_norms_and_prefixes_of_one_token_come_back_too(daemon: DaemonProcess) -> None:
@@ -108,7 +108,7 @@ def stored_blocks(layout: Layout, profile: Profile) -> tuple[list[HitBlock], lis
     return blocks, payloads
 
 
-@pytest.mark.parametrize("key_recipe", [turboquant_prod_recipe(4), turboquant_mse_recipe(3.5, 9)], ids=str)
+@pytest.mark.parametrize("key_recipe", [turboquant_prod_recipe(4), turboquant_mse_recipe(3, 9)], ids=str)
 def test_stored_blocks_become_a_cache_without_decoding(key_recipe: object) -> None:
     """Its reconstruction is what a fetch decodes, and attention on its codes is attention over that."""
     layout = Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),) * 2)

@@ -8,11 +8,11 @@
                                             rest=raw              what is not quantized: raw or lossless
                                             min512                sequences shorter than this are not quantized
 
-Words: raw; lossless; affine, rotated-affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and
-turboquant-prod with 2 to 8, in eighths (turboquant-mse3.5); turboquant-log: mse with scales in 8 bits. affine and
-rotated-affine may have 32, 64 or 128 values a scale; turboquant-mse and -log may have -g128: narrow heads share one
-for 128 values. What is not quantized (short sequences, tokens out of the store, values that are not finite,
-the tokens after the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
+Words: raw; lossless; affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and turboquant-prod
+with 2 to 8; turboquant-log: mse with scales in 8 bits. affine may have 32, 64 or 128 values a scale; turboquant-mse and
+-log may have -g128: narrow heads share one for 128 values. What is not quantized (short sequences, tokens out of the
+store, values that are not finite, the tokens after the last whole group) is lossless, except after a single word of raw
+or affine: then it is raw.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from kvstore.codecs.base import codec_of
 from kvstore.codecs.channel import channel_recipe
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.lossless import LOSSLESS
-from kvstore.codecs.rotated import rotated_affine_recipe
-from kvstore.codecs.turboquant import EIGHTHS, turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.errors import ConfigError
 from kvstore.layers import PartSpec
 
@@ -130,41 +129,31 @@ class _UnknownWordError(Exception):
 Word = Callable[[str, str], "Recipe | None"]
 
 
-def _affine(make: Callable[[int, int], Recipe]) -> Word:
+def _affine(bits: str, group: str) -> Recipe | None:
     """affine8, affine4-g32."""
-
-    def parse(bits: str, group: str) -> Recipe | None:
-        size = int(group or GROUP_DEFAULT)
-        return make(int(bits), size) if bits.isdigit() and int(bits) in BITS and size in GROUPS else None
-
-    return parse
+    size = int(group or GROUP_DEFAULT)
+    return affine_recipe(int(bits), size) if int(bits or 0) in BITS and size in GROUPS else None
 
 
 def _channel(bits: str, group: str) -> Recipe | None:
     """channel4; its groups are of tokens and of one size."""
-    return channel_recipe(int(bits)) if bits.isdigit() and int(bits) in BITS and not group else None
+    return channel_recipe(int(bits)) if int(bits or 0) in BITS and not group else None
 
 
 def _mse(log: bool) -> Word:
-    """turboquant-mse4, turboquant-mse3.5, turboquant-log3-g128."""
+    """turboquant-mse4, turboquant-log3-g128."""
 
     def parse(bits: str, group: str) -> Recipe | None:
-        if group not in ("", "128") or not _is_width(bits, 1):
+        if group not in ("", "128") or not 1 <= int(bits or 0) <= BITS_MAX:
             return None
-        return turboquant_mse_recipe(float(bits), log=log, together=int(group or 0))
+        return turboquant_mse_recipe(int(bits), log=log, together=int(group or 0))
 
     return parse
 
 
 def _prod(bits: str, group: str) -> Recipe | None:
     """turboquant-prod4."""
-    return turboquant_prod_recipe(float(bits)) if not group and _is_width(bits, 2) else None
-
-
-def _is_width(bits: str, least: int) -> bool:
-    """Whether so many bits can be, in eighths."""
-    number = float(bits or 0)
-    return least <= number <= BITS_MAX and number * EIGHTHS == int(number * EIGHTHS)
+    return turboquant_prod_recipe(int(bits)) if not group and 2 <= int(bits or 0) <= BITS_MAX else None
 
 
 def _plain(recipe: Recipe) -> Word:
@@ -176,14 +165,13 @@ def _plain(recipe: Recipe) -> Word:
 WORDS: dict[str, Word] = {
     "raw": _plain(RAW),
     "lossless": _plain(LOSSLESS),
-    "affine": _affine(affine_recipe),
-    "rotated-affine": _affine(rotated_affine_recipe),
+    "affine": _affine,
     "channel": _channel,
     "turboquant-mse": _mse(log=False),
     "turboquant-log": _mse(log=True),
     "turboquant-prod": _prod,
 }
-_WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3}(?:\.[0-9]{1,3})?)?(?:-g([0-9]{1,4}))?")
+_WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3})?(?:-g([0-9]{1,4}))?")
 
 
 def _recipe(word: str) -> Recipe:

@@ -9,17 +9,14 @@ signs              bit i of stream "signs <pass> <width>", least significant bit
 hadamard  Let m be the largest power of two <= width. A pass multiplies all coordinates by its signs, then replaces m of
           them by their Walsh-Hadamard transform (natural order, divided by sqrt(m)): the first m in passes 0 and 2, the
           last m in pass 1. One pass where the width is m, else three. Rejected: a block of m and smaller ones for the
-          rest (rows whose last fifth is 5 times the rest have 1.7 times the error of `haar` at widths 96 and 576);
-          two passes (1.15 times at 96); the transforms that MLX has for 12 * 2^k, since there is none for 576.
-haar      Orthonormalized rows of normal numbers, in double precision, rounded to float32. Dense: d multiplications a
-          value, and MLX's matrix product is slow on a CPU; rotations here are `hadamard` unless asked otherwise.
+          rest (at widths 96 and 576, rows whose last fifth is 5 times the rest then have 1.7 times the error of a dense
+          random rotation); two passes (1.15 times at 96); MLX's transforms for 12 * 2^k: there is none for 576.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +26,6 @@ import numpy.typing as npt
 WIDTH_ROTATED_MAX = 8192
 
 Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 
 def stream(tag: str, seed: int, n_bytes: int) -> bytes:
@@ -75,46 +71,3 @@ def _transform(rows: mx.array, first: int, last: int) -> mx.array:
         return mx.hadamard_transform(rows)
     middle = mx.hadamard_transform(mx.contiguous(rows[..., first:last]))
     return mx.concatenate([rows[..., :first], middle, rows[..., last:]], axis=-1)
-
-
-@functools.lru_cache(maxsize=16)
-def haar_matrix(width: int, seed: int) -> Floats:
-    """`[width, width]`, orthonormal rows: multiply a row by it to rotate, by its transpose to rotate back.
-
-    Modified Gram-Schmidt. Sums run in a fixed order, one addition at a time over whole vectors: a BLAS, or numpy's own
-    sums, would add in an order that depends on the processor. 128: 40 ms, 576: 1 s, once.
-    """
-    columns = _normals(f"haar {width}", seed, width * width).reshape(width, width)  # [coordinate, row]
-    for row in range(width):
-        v = columns[:, row] / math.sqrt(math.fsum(columns[:, row] ** 2))
-        columns[:, row] = v
-        dots = np.zeros(width - row - 1)
-        for coordinate in range(width):
-            dots += columns[coordinate, row + 1 :] * v[coordinate]
-        columns[:, row + 1 :] -= v[:, None] * dots
-    return np.ascontiguousarray(columns.T).astype(np.float32)
-
-
-def _normals(tag: str, seed: int, count: int) -> Doubles:
-    """Normal numbers by Marsaglia's polar method; the logarithm is ours, since that of libm differs by system."""
-    n = count + 64  # pairs to try: 0.785 of them are inside the circle, and each gives two numbers
-    words = np.frombuffer(stream(tag, seed, 16 * n), "<u8").reshape(n, 2)
-    u = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-52 - 1.0
-    s = u[:, 0] * u[:, 0] + u[:, 1] * u[:, 1]
-    inside = s < 1.0
-    u, s = u[inside], s[inside]
-    normals = (u * np.sqrt(-2.0 * _log(s) / s)[:, None]).reshape(-1)
-    assert normals.size >= count
-    return normals[:count].copy()
-
-
-def _log(x: Doubles) -> Doubles:
-    """Natural logarithm of positive numbers by its series, to 1e-15."""
-    mantissa, exponent = np.frexp(x)
-    t = (mantissa - 1.0) / (mantissa + 1.0)
-    square, power, total = t * t, t.copy(), np.zeros_like(t)
-    for k in range(1, 34, 2):
-        total += power / k
-        power *= square
-    log: Doubles = 2.0 * total + exponent * math.log(2.0)
-    return log

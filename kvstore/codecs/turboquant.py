@@ -2,16 +2,14 @@
 
 A row x of width d is one token of one head, or of `fold` neighbouring heads. Formats, version 1, by recipe parameters:
 
-bits, eighths   The first w = 8 * ((d * eighths + 32) // 64) of the rotated coordinates have one bit more than `bits`:
-                3 bits and 4 eighths are 3.5 bits a value. turboquant-mse has 1 to 8 bits, turboquant-prod 2 to 8
-                (`bits` counts the sign bit of the residual; its levels have one bit less).
+bits            a value: turboquant-mse has 1 to 8, turboquant-prod 2 to 8 (the sign bit of the residual counts; its
+                levels have one bit less)
 seed            of the rotation (`rotation.py`); 0 if absent. The residual's rotation has seed + 1.
-haar = 1        the dense rotation instead of the Hadamard one
 fold            so many heads share a row and its scale, where heads are narrow; 1 if absent
 unit = 1        rows are float32 unit vectors: no norm is stored
 log = 1         scales in 8 bits (turboquant-mse, not with unit=1): 16 of them weigh much in a short row of few bits
 
-tensors         codes   U32 [words]: levels of the w coordinates, of the others, signs (prod), as `packing.py` says
+tensors         codes   U32 [words]: levels, then signs (prod), as `packing.py` says
                 scales  in the part's dtype [a] or, prod, [a, g]; with unit=1 none or, prod, F32 [g]
                         log=1: U8 [c], a = 2 ^ ((c - 128) / 12) as float32, 0 for c = 0: twelve steps an octave, so a is
                         3 % off at most. c = round(12 log2 a) + 128, 0 when that is below 1; 255 says that a is over
@@ -47,7 +45,6 @@ from kvstore.layers import PartSpec
 
 MSE = "turboquant-mse"
 PROD = "turboquant-prod"
-EIGHTHS = 8
 WIDTH_MIN = 16
 VALUES_TOGETHER = 1 << 19
 COMPARED_BITS_MAX = 4  # one comparison a boundary is cheaper than the tables up to here, on a CPU
@@ -55,7 +52,7 @@ LEVEL_REACH = 5.0  # no level is further out
 SEED_MAX = (1 << 48) - 1
 FOLD_MAX = 16
 _RMS_MIN = 2.0**-62  # rows whose squares are no numbers of float32: their codes say little more than signs
-_DEFAULTS = {"bits": -1, "eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0, "fold": 1}
+_DEFAULTS = {"bits": -1, "seed": 0, "unit": 0, "log": 0, "fold": 1}
 # Of a target only: how many values a scale should have at least; `fit` makes a fold of it.
 _TOGETHER = "together"
 _LOG_STEPS = 12
@@ -67,21 +64,20 @@ LOG_SCALES = np.concatenate([[0.0], np.exp2(_OCTAVES)]).astype(np.float32)
 
 
 def turboquant_mse_recipe(
-    bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False, log: bool = False, together: int = 0
+    bits: int, seed: int = 0, *, unit: bool = False, log: bool = False, together: int = 0
 ) -> Recipe:
-    """1 to 8 bits a value, in eighths; least squared error. `together`: heads narrower than this share a scale."""
-    recipe = _recipe(MSE, bits, seed, haar, unit, log)
+    """1 to 8 bits a value; least squared error. `together`: heads narrower than this share a scale."""
+    recipe = _recipe(MSE, bits, seed, unit, log)
     return replace(recipe, params=(*recipe.params, (_TOGETHER, together))) if together else recipe
 
 
-def turboquant_prod_recipe(bits: float, seed: int = 0, *, haar: bool = False, unit: bool = False) -> Recipe:
-    """2 to 8 bits a value, in eighths; inner products with decoded rows have no bias, at more variance than mse."""
-    return _recipe(PROD, bits, seed, haar, unit, log=False)
+def turboquant_prod_recipe(bits: int, seed: int = 0, *, unit: bool = False) -> Recipe:
+    """2 to 8 bits a value; inner products with decoded rows have no bias, at more variance than mse."""
+    return _recipe(PROD, bits, seed, unit, log=False)
 
 
-def _recipe(name: str, bits: float, seed: int, haar: bool, unit: bool, log: bool) -> Recipe:
-    whole, eighths = divmod(round(bits * EIGHTHS), EIGHTHS)
-    values = {"bits": whole, "eighths": eighths, "seed": seed, "haar": int(haar), "unit": int(unit), "log": int(log)}
+def _recipe(name: str, bits: int, seed: int, unit: bool, log: bool) -> Recipe:
+    values = {"bits": bits, "seed": seed, "unit": int(unit), "log": int(log)}
     return Recipe(name, 1, tuple((key, value) for key, value in values.items() if key == "bits" or value))
 
 
@@ -91,24 +87,21 @@ class RowFormat:
 
     width: int
     bits: int
-    eighths: int
     seed: int
-    haar: bool
     unit: bool
     log: bool
     prod: bool
 
     @property
-    def level_fields(self) -> packing.Fields:
-        """(coordinates, bits) of the levels."""
-        bits = self.bits - self.prod
-        wide = 8 * ((self.width * self.eighths + 32) // 64)
-        return tuple((n, b) for n, b in ((wide, bits + 1), (self.width - wide, bits)) if n)
+    def level_bits(self) -> int:
+        """Bits of a level."""
+        return self.bits - self.prod
 
     @property
     def fields(self) -> packing.Fields:
         """(codes, bits) of all that a row of `codes` holds."""
-        return (*self.level_fields, (self.width, 1)) if self.prod else self.level_fields
+        levels = (self.width, self.level_bits)
+        return (levels, (self.width, 1)) if self.prod else (levels,)
 
     @property
     def scales(self) -> int:
@@ -119,15 +112,14 @@ class RowFormat:
 def row_format(recipe: Recipe, width: int) -> RowFormat:
     """CorruptDataError unless the recipe can describe rows of `width`."""
     values = _DEFAULTS | dict(recipe.params)
-    bits, eighths = values["bits"], values["eighths"]
+    bits = values["bits"]
     prod = recipe.name == PROD
-    known = values.keys() == _DEFAULTS.keys() and {values["haar"], values["unit"], values["log"]} <= {0, 1}
+    known = values.keys() == _DEFAULTS.keys() and {values["unit"], values["log"]} <= {0, 1}
     known = known and not (values["log"] and (prod or values["unit"])) and 0 < values["fold"] <= FOLD_MAX
-    in_range = 1 + prod <= bits and bits * EIGHTHS + eighths <= BITS_MAX * EIGHTHS and 0 <= eighths < EIGHTHS
+    in_range = bits in range(1 + prod, BITS_MAX + 1)
     if not known or not in_range or not 0 <= values["seed"] <= SEED_MAX or not _is_rotated(width):
         raise CorruptDataError(f"recipe {recipe} cannot describe rows of {width}")
-    haar, unit, log = (bool(values[name]) for name in ("haar", "unit", "log"))
-    return RowFormat(width, bits, eighths, values["seed"], haar, unit, log, prod)
+    return RowFormat(width, bits, values["seed"], bool(values["unit"]), bool(values["log"]), prod)
 
 
 def _is_rotated(width: int) -> bool:
@@ -136,14 +128,12 @@ def _is_rotated(width: int) -> bool:
 
 def rotate(rows: mx.array, form: RowFormat, residual: bool = False) -> mx.array:
     """R, or R' of the residual: float32 `[..., width]`."""
-    seed = form.seed + residual
-    return rows @ mx.array(rotation.haar_matrix(form.width, seed)).T if form.haar else rotation.rotate(rows, seed)
+    return rotation.rotate(rows, form.seed + residual)
 
 
 def rotate_back(rows: mx.array, form: RowFormat, residual: bool = False) -> mx.array:
     """The inverse of `rotate`."""
-    seed = form.seed + residual
-    return rows @ mx.array(rotation.haar_matrix(form.width, seed)) if form.haar else rotation.rotate_back(rows, seed)
+    return rotation.rotate_back(rows, form.seed + residual)
 
 
 def encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
@@ -168,10 +158,10 @@ def _encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
     else:
         rms = mx.sqrt(mx.mean(mx.square(y), axis=-1, keepdims=True))
         z = y * (1.0 / mx.maximum(rms, _RMS_MIN))
-    codes = [_nearest(part, form.width, bits) for part, bits in _split(z, form)]
+    codes = [_nearest(z, form.width, form.level_bits)]
     if form.unit and not form.prod:
         return (packing.pack(codes, form.fields),)
-    q = _levels(codes, form)
+    q = _levels(codes[0], form)
     scales = []
     a: mx.array | float = 1.0 / math.sqrt(form.width)
     if not form.unit:
@@ -195,12 +185,6 @@ def _log_codes(scales: mx.array) -> mx.array:
     return mx.where(mx.isfinite(scales), codes, _LOG_OVER).astype(mx.uint8)
 
 
-def _split(z: mx.array, form: RowFormat) -> list[tuple[mx.array, int]]:
-    """The coordinates of each field of levels, and its bits."""
-    (first, bits), *rest = form.level_fields
-    return [(z[..., :first], bits), (z[..., first:], rest[0][1])] if rest else [(z, bits)]
-
-
 def _nearest(z: mx.array, width: int, bits: int) -> mx.array:
     """The codes of `codebooks.py`, uint8."""
     book = codebook(width, bits)
@@ -220,19 +204,15 @@ def _look_up(table: mx.array, indices: mx.array) -> mx.array:
     return mx.take_along_axis(mx.broadcast_to(table, (*indices.shape[:-1], table.size)), indices, axis=-1)
 
 
-def _levels(codes: Sequence[mx.array], form: RowFormat) -> mx.array:
+def _levels(codes: mx.array, form: RowFormat) -> mx.array:
     """The levels that codes name, float32 `[..., width]`, in units of 1 / sqrt(width)."""
-    parts = [
-        _look_up(mx.array(codebook(form.width, bits).levels), field)
-        for field, (_, bits) in zip(codes, form.level_fields, strict=False)
-    ]
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    return _look_up(mx.array(codebook(form.width, form.level_bits).levels), codes)
 
 
 def levels_and_signs(words: mx.array, form: RowFormat) -> tuple[mx.array, mx.array | None]:
     """q and, prod, s of packed rows: float32 `[..., width]`."""
     codes = packing.unpack(words, form.fields)
-    q = _levels(codes, form)
+    q = _levels(codes[0], form)
     return q, codes[-1].astype(mx.float32) * 2.0 - 1.0 if form.prod else None
 
 
@@ -310,8 +290,8 @@ class TurboQuantCodec:
         return (codes, Tensor("scales", dtype, heads, form.scales)) if form.scales else (codes,)
 
     def fidelity(self, recipe: Recipe) -> int:
-        """Hundredths of a bit: 350 for 3.5 bits."""
-        return 100 * recipe.param("bits") + 100 * dict(recipe.params).get("eighths", 0) // EIGHTHS
+        """Hundredths of a bit: 400 for 4 bits."""
+        return 100 * recipe.param("bits")
 
     def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
         """[L, H, T, D] -> the tensors."""

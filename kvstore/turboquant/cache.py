@@ -38,8 +38,8 @@ class KVCacheConfig:
     """
 
     dim: int
-    key_bits: float = 4
-    value_bits: float = 4
+    key_bits: int = 4
+    value_bits: int = 4
     key_strategy: QuantStrategy = QuantStrategy.PROD
     seed: int = 42
     max_tokens: int = 0
@@ -146,8 +146,8 @@ class QuantizedKVCache:
         form = quantizers[0].form
         config = KVCacheConfig(
             dims[0],
-            fractional_bits(keys.recipe),
-            fractional_bits(values.recipe),
+            keys.recipe.param("bits"),
+            values.recipe.param("bits"),
             QuantStrategy.PROD if form.prod else QuantStrategy.MSE,
             form.seed,
             max_tokens,
@@ -235,11 +235,6 @@ class QuantizedKVCache:
         """Drop all tokens."""
         self._keys.clear()
         self._values.clear()
-
-
-def fractional_bits(recipe: Recipe) -> float:
-    """Bits a value, in eighths."""
-    return recipe.param("bits") + dict(recipe.params).get("eighths", 0) / 8
 
 
 def _quantizer(packed: PackedVectors, dim: int) -> Quantizer:

@@ -16,7 +16,6 @@ import mlx.core as mx
 from kvstore.blocks import Recipe
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.turboquant import (
-    EIGHTHS,
     PROD,
     SEED_MAX,
     RowFormat,
@@ -132,26 +131,23 @@ def _wrong_with(recipe: Recipe) -> str:
     """Which parameter no format has; the dimension if it is none of them."""
     values = dict(recipe.params)
     least = 2 if recipe.name == PROD else 1
-    if not least <= values["bits"] + values.get("eighths", 0) / EIGHTHS <= BITS_MAX:
+    if values["bits"] not in range(least, BITS_MAX + 1):
         return "bits"
     return "dimension" if 0 <= values.get("seed", 0) <= SEED_MAX else "seed"
 
 
 class TurboQuantMSE(Quantizer):
-    """`bits` / 8 bytes a coordinate of a unit vector, 1 to 8 bits; `dim`: a multiple of 8 from 16 to 8192.
+    """`bits` / 8 bytes a coordinate of a unit vector, 1 to 8 bits; `dim`: a multiple of 8 from 16 to 8192."""
 
-    `haar`: a dense random rotation instead of the Hadamard one: d multiplications a value, for comparison.
-    """
-
-    def __init__(self, dim: int, bits: float, seed: int = 42, *, haar: bool = False) -> None:
-        super().__init__(turboquant_mse_recipe(bits, seed, haar=haar, unit=True), dim)
+    def __init__(self, dim: int, bits: int, seed: int = 42) -> None:
+        super().__init__(turboquant_mse_recipe(bits, seed, unit=True), dim)
 
 
 class TurboQuantProd(Quantizer):
     """As `TurboQuantMSE`, 2 to 8 bits and four bytes more a vector, for inner products without bias."""
 
-    def __init__(self, dim: int, bits: float, seed: int = 42, *, haar: bool = False) -> None:
-        super().__init__(turboquant_prod_recipe(bits, seed, haar=haar, unit=True), dim)
+    def __init__(self, dim: int, bits: int, seed: int = 42) -> None:
+        super().__init__(turboquant_prod_recipe(bits, seed, unit=True), dim)
 
 
 def inner_products(tensors: Sequence[mx.array], form: RowFormat, query: mx.array) -> mx.array:

@@ -20,7 +20,6 @@ import numpy as np
 from kvstore.blocks import RAW, Recipe
 from kvstore.codecs.affine import affine_recipe
 from kvstore.codecs.base import codec_of
-from kvstore.codecs.rotated import rotated_affine_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.layers import PartSpec
 from kvstore.turboquant import KVCacheConfig, QuantizedKVCache, QuantStrategy
@@ -30,16 +29,13 @@ KEYS = 8192
 BITS = 4
 RECIPES = {
     "affine 4": affine_recipe(BITS, 64),
-    "rotated-affine 4": rotated_affine_recipe(BITS, 64),
     "turboquant-mse 2": turboquant_mse_recipe(2),
     "turboquant-mse 3": turboquant_mse_recipe(3),
-    "turboquant-mse 3.5": turboquant_mse_recipe(3.5),
     "turboquant-mse 4": turboquant_mse_recipe(4),
     "turboquant-mse 4, unit": turboquant_mse_recipe(4, unit=True),
     "turboquant-mse 8": turboquant_mse_recipe(8),
     "turboquant-prod 4": turboquant_prod_recipe(4),
     "affine 8": affine_recipe(8, 64),
-    "rotated-affine 8": rotated_affine_recipe(8, 64),
 }
 
 

@@ -18,7 +18,6 @@ from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.base import Codec, check_runs, codec_of, codecs
 from kvstore.codecs.channel import channel_recipe
 from kvstore.codecs.lossless import LOSSLESS
-from kvstore.codecs.rotated import rotated_affine_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.errors import CorruptDataError, UnknownFormatError
 from kvstore.layers import PartSpec
@@ -30,10 +29,8 @@ RECIPES = [
     LOSSLESS,
     *(affine_recipe(bits, group) for bits in BITS for group in GROUPS),
     *(channel_recipe(bits) for bits in BITS),
-    *(rotated_affine_recipe(bits, 64) for bits in BITS),
-    *(turboquant_mse_recipe(bits) for bits in (1, 2, 3, 3.5, 4, 5.25, 8)),
-    *(turboquant_prod_recipe(bits, seed=7) for bits in (2, 3.5, 8)),
-    turboquant_mse_recipe(4, haar=True),
+    *(turboquant_mse_recipe(bits) for bits in (1, 2, 3, 4, 5, 8)),
+    *(turboquant_prod_recipe(bits, seed=7) for bits in (2, 4, 8)),
     *(turboquant_mse_recipe(bits, log=True) for bits in (3, 4)),
     turboquant_mse_recipe(6, together=128),
 ]

@@ -278,8 +278,8 @@ def _replies() -> list[bytes]:
 
 
 def _profiles() -> list[bytes]:
-    named = ["exact", "tiny", "raw", "affine4-g32", "channel4:turboquant-mse3.5,edge2=affine8:raw,sinks4,min512"]
-    return [name.encode() for name in [*named, "rotated-affine6-g128:lossless,rest=raw"]]
+    named = ["exact", "tiny", "raw", "affine4-g32", "channel4:turboquant-mse3,edge2=affine8:raw,sinks4,min512"]
+    return [name.encode() for name in [*named, "channel6:lossless,rest=raw"]]
 
 
 def _tokens() -> list[bytes]:

@@ -1,6 +1,6 @@
-"""The byte formats of channel and of the rotated codecs again, in numpy, without MLX or the codecs' own code.
+"""The byte formats of channel and turboquant again, in numpy, without MLX or the codecs' own code.
 
-Only the codebooks and the dense rotation are taken from the codecs; golden values hold those.
+Only the codebooks are taken from the codecs; golden values hold those.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 
 from kvstore.blocks import Recipe
 from kvstore.codecs.codebooks import codebook
-from kvstore.codecs.rotation import haar_matrix
 
 Array = np.ndarray[Any, Any]
 
@@ -124,35 +123,25 @@ class TurboQuant:
     """turboquant-mse and turboquant-prod for rows of one width."""
 
     def __init__(self, recipe: Recipe, width: int, dtype: str) -> None:
-        values = {"eighths": 0, "seed": 0, "haar": 0, "unit": 0, "log": 0, **dict(recipe.params)}
+        values = {"seed": 0, "unit": 0, "log": 0, **dict(recipe.params)}
         self.log = values["log"]
         self.prod = recipe.name == "turboquant-prod"
-        self.width, self.seed, self.haar = width, values["seed"], values["haar"]
+        self.width, self.seed = width, values["seed"]
         self.unit, self.round = values["unit"], ROUND[dtype]
-        wide = 8 * ((width * values["eighths"] + 32) // 64)
-        bits = values["bits"] - self.prod
-        self.fields = [(n, b) for n, b in ((wide, bits + 1), (width - wide, bits)) if n]
+        self.bits = values["bits"] - self.prod
+        self.fields = [(width, self.bits), (width, 1)] if self.prod else [(width, self.bits)]
 
     def turn(self, rows: Array, residual: int = 0, back: bool = False) -> Array:
         """R, R' or their inverses."""
-        if not self.haar:
-            return rotate(rows, self.seed + residual, back)
-        matrix = haar_matrix(self.width, self.seed + residual)
-        return rows.astype(np.float32) @ (matrix if back else matrix.T)
+        return rotate(rows, self.seed + residual, back)
 
-    def nearest(self, z: Array) -> tuple[list[Array], Array, Array]:
-        """(codes of each field, their levels, distance of each value to the nearest boundary)."""
-        codes, levels, gaps, at = [], [], [], 0
-        for n, bits in self.fields:
-            book, part = codebook(self.width, bits), z[..., at : at + n]
-            bounds = (book.levels[1:] + book.levels[:-1]) / 2
-            k = np.searchsorted(bounds[len(bounds) // 2 + 1 :], np.abs(part), side="left")
-            half = len(book.levels) // 2
-            codes.append(np.where(part < 0, half - 1 - k, half + k))
-            levels.append(book.levels[codes[-1]])
-            gaps.append(np.abs(part[..., None] - bounds).min(-1))
-            at += n
-        return codes, np.concatenate(levels, -1), np.concatenate(gaps, -1)
+    def nearest(self, z: Array) -> tuple[Array, Array, Array]:
+        """(codes, their levels, distance of each value to the nearest boundary)."""
+        levels = codebook(self.width, self.bits).levels
+        bounds, half = (levels[1:] + levels[:-1]) / 2, len(levels) // 2
+        k = np.searchsorted(bounds[half:], np.abs(z), side="left")
+        codes = np.where(z < 0, half - 1 - k, half + k)
+        return codes, levels[codes], np.abs(z[..., None] - bounds).min(-1)
 
     def encode(self, rows: Array) -> tuple[list[Array], Array]:
         """(tensors, distance of what was coded to the nearest boundary: of levels, then of signs)."""
@@ -162,7 +151,7 @@ class TurboQuant:
             rms = np.sqrt(np.mean(y * y, -1, keepdims=True, dtype=np.float32))
             scale = np.float32(1.0) / np.maximum(rms, np.float32(2.0**-62))
         codes, q, gaps = self.nearest(y * scale)
-        fields = [(c, b) for c, (_, b) in zip(codes, self.fields, strict=True)]
+        fields = [(codes, self.bits)]
         a: Array = np.full((*rows.shape[:-1], 1), 1 / math.sqrt(self.width), np.float32)
         scales = []
         if not self.unit:
@@ -181,10 +170,8 @@ class TurboQuant:
 
     def decode(self, tensors: list[Array]) -> Array:
         """float32 rows; `tensors`: uint32 words, float32 scales."""
-        fields = [*self.fields, (self.width, 1)] if self.prod else self.fields
-        codes = codes_of(tensors[0], fields)
-        pairs = zip(codes, self.fields, strict=False)
-        q = np.concatenate([codebook(self.width, bits).levels[c] for c, (_, bits) in pairs], -1)
+        codes = codes_of(tensors[0], self.fields)
+        q = codebook(self.width, self.bits).levels[codes[0]]
         scales = tensors[1][..., :1] if len(tensors) > 1 else np.float32(1 / math.sqrt(self.width))
         if self.log:
             scales = np.where(scales > 0, np.exp2((scales.astype(np.float64) - 128) / 12), 0).astype(np.float32)
@@ -192,39 +179,3 @@ class TurboQuant:
         if self.prod:
             y = y + self.turn((2.0 * codes[-1] - 1.0).astype(np.float32) * tensors[1][..., -1:], 1, back=True)
         return self.turn(y, back=True)
-
-
-class RotatedAffine:
-    """rotated-affine for `[layers, heads, tokens, width]`."""
-
-    def __init__(self, recipe: Recipe, dtype: str) -> None:
-        values = {"seed": 0, "fold": 0, **dict(recipe.params)}
-        self.bits, self.group, self.seed, self.fold = (values[k] for k in ("bits", "group", "seed", "fold"))
-        self.round = ROUND[dtype]
-
-    def encode(self, rows: Array) -> tuple[list[Array], Array]:
-        """(codes, scales, biases; distance of each value to the nearest half step)."""
-        y = rotate(rows, self.seed)
-        if self.fold:
-            y = y.transpose(0, 2, 1, 3).reshape(y.shape[0], 1, y.shape[2], y.shape[1] * y.shape[3])
-        groups = y.reshape(*y.shape[:-1], y.shape[-1] // self.group, self.group)
-        low, high = groups.min(-1), groups.max(-1)
-        if self.bits == 2:
-            reach = np.float32(1.494) * np.sqrt(np.mean(groups * groups, -1, dtype=np.float32))
-            low, high = np.maximum(low, -reach), np.minimum(high, reach)
-        last = np.float32(2**self.bits - 1)
-        scales, biases = self.round((high - low) / last), self.round(low)
-        inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
-        steps = (groups - biases[..., None]) * inverse[..., None] + np.float32(0.5)
-        codes = np.clip(steps, 0, last + np.float32(0.5)).astype(np.int64).reshape(y.shape)
-        gaps = np.abs(steps - np.round(steps)).reshape(y.shape)
-        return [words([(codes, self.bits)]), scales, biases], gaps
-
-    def decode(self, tensors: list[Array], heads: int) -> Array:
-        """float32 rows; `tensors`: uint32 words, float32 scales and biases."""
-        n = tensors[1].shape[-1] * self.group
-        codes = codes_of(tensors[0], [(n, self.bits)])[0].astype(np.float32)
-        y = codes * np.repeat(tensors[1], self.group, -1) + np.repeat(tensors[2], self.group, -1)
-        if self.fold:
-            y = y.reshape(y.shape[0], y.shape[2], heads, n // heads).transpose(0, 2, 1, 3)
-        return rotate(y, self.seed, back=True)
