@@ -25,7 +25,7 @@ GRPCIO_TOOLS := 1.76.0
 # The cache layers of mlx-lm changed between these and the versions that constraints.txt pins.
 OLDEST_MLX_LM := 0.31.3
 OLDEST_MLX := 0.31.2
-LAYER_SUITE := tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
+LAYER_SUITE := tests/test_fingerprint.py tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
 
 # vllm-mlx pins mlx-lm < 0.32. Of its dependencies torch decides the size: this version has a build for CPUs alone.
 VLLM_MLX := 0.6.0
