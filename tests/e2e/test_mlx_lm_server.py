@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -87,3 +89,33 @@ def test_with_no_daemon_or_a_hung_one_the_server_answers(model: Path, system: st
         assert (same.text, same.cached_tokens) == (absent.text, absent.prompt_tokens - 1), "from memory"
         assert server.stop() == 0, server.log_text()
     daemon.kill()
+
+
+CHAT = [{"role": "user", "content": "Hello"}]
+BAD_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/completions", {"prompt": ["a"]}),
+    ("/v1/completions", {"prompt": "", "seed": 1}),
+    ("/v1/chat/completions", {"messages": []}),
+    ("/v1/chat/completions", {"messages": CHAT, "chat_template_kwargs": {"chat_template": ""}}),
+    ("/v1/chat/completions", {"messages": CHAT, "stop": 5}),
+    ("/v1/chat/completions", {"messages": CHAT, "temperature": 1.0, "top_k": 1000000}),
+    ("/v1/chat/completions", {"messages": CHAT, "logit_bias": {"100000": 1}}),
+)
+
+
+def test_requests_that_end_the_stock_servers_thread_are_bad_requests(model: Path, tmp_path: Path) -> None:
+    """Each gets a 400, and an answer that was being written goes on."""
+    environ = DaemonProcess(tmp_path / "data", profile="raw").environ()  # no daemon: nothing of this needs one
+    with ServerProcess(model, tmp_path / "server.log", environ) as server:
+        answers: list[Any] = []
+        writing = threading.Thread(target=lambda: answers.append(server.chat(CHAT, max_tokens=200, logit_bias={})))
+        writing.start()
+        statuses = [server.status_of(path, body) for path, body in BAD_REQUESTS]
+        writing.join()
+        assert statuses == [400] * len(BAD_REQUESTS), server.log_text()
+        assert answers and answers[0].completion_tokens > 0
+        assert server.chat(CHAT).completion_tokens > 0
+        assert server.status_of("/v1/completions", {"prompt": "x", "model": "/no/such/model"}) == 404, "as ever"
+        assert "generation thread died" not in server.log_text()
+        assert server.stop() == 0, server.log_text()

@@ -124,6 +124,12 @@ class ServerProcess:
         cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
         return Answer(text, usage["prompt_tokens"], cached, usage["completion_tokens"], first_s or total_s, total_s)
 
+    def status_of(self, path: str, body: Mapping[str, Any]) -> int:
+        """The HTTP status that a request gets."""
+        with closing(http.client.HTTPConnection(HOST, self.port, timeout=ANSWER_TIMEOUT_S)) as connection:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            return connection.getresponse().status
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self.process is not None
