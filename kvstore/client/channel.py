@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -94,6 +95,8 @@ class Connection:
         if self._guard is not None:
             self._channel = grpc.intercept_channel(self._channel, GuardingInterceptor(self._guard))
         self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
+        weakref.finalize(self, self._channel.close).atexit = False
         self._answered = False
         self.kvstore: Any = kvstore_stub(presenting(self._channel, credentials, Scope.WORKER))
         self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))

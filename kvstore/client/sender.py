@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -29,6 +30,7 @@ class Sender(Generic[J]):
         self._jobs: deque[J] = deque()
         self._busy = False
         self._closed = False
+        self._give_up_at = math.inf
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -75,11 +77,21 @@ class Sender(Generic[J]):
         thread.join(timeout_s)
         return not thread.is_alive()
 
+    def retire(self, within_s: float) -> None:
+        """Take nothing more; the thread ends by itself when the queue is empty, and begins no job after `within_s`.
+
+        Does not wait: for owners that are gone. A job that is under way then ends at its own limits.
+        """
+        with self._changed:
+            self._closed = True
+            self._give_up_at = time.monotonic() + within_s
+            self._changed.notify_all()
+
     def _run(self) -> None:
         give_way()  # to the threads that decode, in this process and in the others
         while (job := self._take()) is not None:
             try:
-                self._work(job)
+                (self._work if time.monotonic() < self._give_up_at else self._drop)(job)
             finally:
                 del job  # what it captured must not live until the next one comes
                 with self._changed:

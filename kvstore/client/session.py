@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
-from collections import Counter
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,12 +17,13 @@ from typing import Self, get_args
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
 from kvstore.bounds import ByteBudget
 from kvstore.client.attempt import Caller
+from kvstore.client.background import Background
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
-from kvstore.client.sender import Sender
+from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
@@ -33,9 +33,7 @@ from kvstore.layers import KVLayer, StateLayer
 log = logging.getLogger(__name__)
 
 STORE_WAIT_S = 60.0
-STORE_TRIES_MAX = 5
 CLOSE_S = 5.0
-JOIN_S = 2.0
 # Less than a call to the daemon takes.
 ASK_MS = 1.0
 
@@ -70,44 +68,6 @@ class SessionOptions:
     same_host: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A block that did not verify, to be told to the daemon in the background."""
-
-    key: bytes
-    detail: str
-
-
-class SessionStats:
-    """Plain counters of one session. Any thread may count; reading takes no lock."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.hits = 0
-        self.hit_tokens = 0
-        self.misses: Counter[str] = Counter()  # by reason
-        self.stores: Counter[str] = Counter()  # by reason, "ok" among them; one for each piece that was sent
-        self.stored_bytes = 0
-        self.not_captured_tokens = 0
-
-    def fetched(self, answer: Hit | LayerHit | Miss) -> None:
-        """Count a fetch."""
-        with self._lock:
-            if isinstance(answer, Miss):
-                self.misses[answer.reason.value] += 1
-            else:
-                self.hits += 1
-                self.hit_tokens += answer.n_tokens
-
-    def stored(self, result: StoreResult, n_tokens: int = 0) -> None:
-        """Count the end of a store of `n_tokens`."""
-        with self._lock:
-            self.stores[result.reason.value] += 1
-            self.stored_bytes += result.new_bytes
-            if result.reason is Reason.NOT_CAPTURED:
-                self.not_captured_tokens += max(0, n_tokens - result.stored_tokens)
-
-
 def prefill_share_ms(caller: Caller, n_tokens: int) -> float:
     """How long a fetch may take: half of what computing the prompt would, without a limit where that is not known."""
     if not caller.prefill_tokens_per_s:
@@ -120,8 +80,8 @@ class Session:
 
     `fetch` works on the caller's thread, and what it returns belongs to that thread. `store` copies tokens out of the
     caller's arrays on the caller's thread, which must own them; everything after that happens on the session's one
-    background thread, a daemon thread. Captured arrays, and what a stream
-    is received into, count against the client's `memory_bytes`.
+    background thread, a daemon thread. Captured arrays, and what a stream is received into, count against the client's
+    `memory_bytes`. Dropped without `close`, a session stores what was queued for some seconds and ends its thread.
     """
 
     def __init__(
@@ -132,16 +92,16 @@ class Session:
         self.stats = SessionStats()
         self._connection = connection
         self._rest_until_s = 0.0
-        self._closing = threading.Event()
         self._held = HeldPrefixes(namespace.root)
         self._restored = RestoredPrefixes(namespace.root)
-        self._sender: Sender[StoreJob | Report] = Sender(self._work, self._drop)
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
-        self._storer = Storer(namespace, budget, self._held, self._restored, self._sender.submit)
+        self._background = Background(connection, self._uploader, self._held, self.stats)
+        self._storer = Storer(namespace, budget, self._held, self._restored, self._background.submit)
         fetch_options = FetchOptions(
             options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
         )
-        self._fetcher = Fetcher(connection, namespace, fetch_options, budget, self._report)
+        self._fetcher = Fetcher(connection, namespace, fetch_options, budget, self._background.report)
+        weakref.finalize(self, self._background.retire).atexit = False  # an exit never waits for the store
 
     def match(self, tokens: Iterable[int] | bytes, prefill_tokens_per_s: float = 0.0, covered_tokens: int = 0) -> Match:
         """How much of `tokens` a fetch would return now, by asking the index only. Speed and tokens as in `fetch`."""
@@ -300,7 +260,7 @@ class Session:
         restored_tokens: int | None,
         timeout_s: float,
     ) -> StoreResult:
-        if self._sender.closed:
+        if self._background.closed:
             raise UnavailableError("the session is closed")
         if self._connection.breaker.is_open:
             return self._refused(Reason.CIRCUIT_OPEN)
@@ -332,15 +292,11 @@ class Session:
 
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
-        return self._sender.flush(timeout_s)
+        return self._background.flush(timeout_s)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
-        self._sender.flush(timeout_s)
-        self._closing.set()
-        self._uploader.cancel()
-        if not self._sender.close(JOIN_S):
-            log.warning("the background thread did not end within %.0f s", JOIN_S)
+        self._background.close(timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -352,7 +308,7 @@ class Session:
         """Why a prompt is not worth asking about, if so. Takes the breaker's trial when there is one."""
         if count_tokens(tokens) < 2:
             return Reason.BELOW_THRESHOLD
-        if self._sender.closed:
+        if self._background.closed:
             return Reason.UNAVAILABLE
         if time.monotonic() < self._rest_until_s:
             return Reason.QUEUE_FULL
@@ -366,56 +322,3 @@ class Session:
         except LimitError as error:
             self._rest_until_s = time.monotonic() + error.retry_s
             raise
-
-    def _report(self, key: bytes, detail: str) -> None:
-        self._sender.submit(Report(key, detail))
-
-    def _work(self, job: StoreJob | Report) -> None:
-        """One job on the background thread; the other edge at which trouble ends."""
-        result = StoreResult(reason=Reason.INTERNAL)
-        try:
-            if not self._connection.breaker.allow():
-                result = StoreResult(reason=Reason.CIRCUIT_OPEN)
-            elif isinstance(job, Report):
-                with self._connection.attempt():
-                    self._uploader.report(job.key, job.detail)
-            else:
-                result = self._store_patiently(job)
-                self._learn(job, result)
-        except KVStoreError as error:
-            log.info("background: %s", error)
-            result = StoreResult(reason=reason_of(error))
-        except Exception:
-            log.exception("background work failed")
-        finally:
-            if isinstance(job, StoreJob):
-                self._end(job, result)
-
-    def _store_patiently(self, job: StoreJob) -> StoreResult:
-        """Store on the background thread; what a busy daemon refuses is offered again when it says, a few times."""
-        for _ in range(STORE_TRIES_MAX - 1):
-            try:
-                with self._connection.attempt():
-                    return self._uploader.store(job)
-            except LimitError as error:
-                if not error.retry_s or self._closing.wait(error.retry_s):
-                    raise
-        with self._connection.attempt():
-            return self._uploader.store(job)
-
-    def _learn(self, job: StoreJob, result: StoreResult) -> None:
-        """The daemon's final word says what it holds of the sequence, and so what it does not."""
-        whole = result.stored_tokens >= job.end
-        held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        self._held.forget(job.tokens, held)
-        checkpoint = whole and bool(job.checkpoint) and result.reason in (Reason.OK, Reason.ALREADY_STORED)
-        self._held.hold(job.tokens[: held * TOKEN_BYTES], checkpoint=checkpoint)
-
-    def _end(self, job: StoreJob, result: StoreResult) -> None:
-        self.stats.stored(result, job.end)
-        job.finish(result)
-
-    def _drop(self, job: StoreJob | Report) -> None:
-        """A job that the end of the session leaves undone."""
-        if isinstance(job, StoreJob):
-            self._end(job, StoreResult(reason=Reason.UNAVAILABLE))

@@ -1,0 +1,126 @@
+"""What a session does behind its caller: stores and reports, one after the other, on one thread.
+
+The thread knows the parts of the session and never the session itself. So a session that is dropped without `close` is
+gone at once, and its thread ends when what was queued is stored, or after a few seconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
+from kvstore.client.channel import Connection
+from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.results import StoreResult, reason_of
+from kvstore.client.sender import Sender
+from kvstore.client.stats import SessionStats
+from kvstore.client.uploader import StoreJob, Uploader
+from kvstore.errors import KVStoreError, LimitError
+
+log = logging.getLogger(__name__)
+
+STORE_TRIES_MAX = 5
+JOIN_S = 2.0
+# How long the thread of a session that was dropped may still begin to store what was queued.
+RETIRE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A block that did not verify, to be told to the daemon in the background."""
+
+    key: bytes
+    detail: str
+
+
+class Background:
+    """The background half of one session. Any thread may call; `_work` and what it calls run on the one thread."""
+
+    def __init__(self, connection: Connection, uploader: Uploader, held: HeldPrefixes, stats: SessionStats) -> None:
+        self._connection = connection
+        self._uploader = uploader
+        self._held = held
+        self._stats = stats
+        self._closing = threading.Event()
+        self._sender: Sender[StoreJob | Report] = Sender(self._work, self._drop)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._sender.closed
+
+    def submit(self, job: StoreJob) -> bool:
+        """Queue a store; False when the queue is full or closed."""
+        return self._sender.submit(job)
+
+    def report(self, key: bytes, detail: str) -> None:
+        """Tell the daemon of a block that did not verify, some time. Does not wait; lost when the queue is full."""
+        self._sender.submit(Report(key, detail))
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until everything that is queued has ended, one way or the other; whether it has."""
+        return self._sender.flush(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
+        self._sender.flush(timeout_s)
+        self._closing.set()
+        self._uploader.cancel()
+        if not self._sender.close(JOIN_S):
+            log.warning("the background thread did not end within %.0f s", JOIN_S)
+
+    def retire(self) -> None:
+        """The session is gone. Neither waits nor fails: the garbage collector calls this, on any thread."""
+        self._sender.retire(RETIRE_S)
+
+    def _work(self, job: StoreJob | Report) -> None:
+        """One job on the background thread; the other edge at which trouble ends."""
+        result = StoreResult(reason=Reason.INTERNAL)
+        try:
+            if not self._connection.breaker.allow():
+                result = StoreResult(reason=Reason.CIRCUIT_OPEN)
+            elif isinstance(job, Report):
+                with self._connection.attempt():
+                    self._uploader.report(job.key, job.detail)
+            else:
+                result = self._store_patiently(job)
+                self._learn(job, result)
+        except KVStoreError as error:
+            log.info("background: %s", error)
+            result = StoreResult(reason=reason_of(error))
+        except Exception:
+            log.exception("background work failed")
+        finally:
+            if isinstance(job, StoreJob):
+                self._end(job, result)
+
+    def _store_patiently(self, job: StoreJob) -> StoreResult:
+        """Store on the background thread; what a busy daemon refuses is offered again when it says, a few times."""
+        for _ in range(STORE_TRIES_MAX - 1):
+            try:
+                with self._connection.attempt():
+                    return self._uploader.store(job)
+            except LimitError as error:
+                if not error.retry_s or self.closed or self._closing.wait(error.retry_s):
+                    raise
+        with self._connection.attempt():
+            return self._uploader.store(job)
+
+    def _learn(self, job: StoreJob, result: StoreResult) -> None:
+        """The daemon's final word says what it holds of the sequence, and so what it does not."""
+        whole = result.stored_tokens >= job.end
+        held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        self._held.forget(job.tokens, held)
+        checkpoint = whole and bool(job.checkpoint) and result.reason in (Reason.OK, Reason.ALREADY_STORED)
+        self._held.hold(job.tokens[: held * TOKEN_BYTES], checkpoint=checkpoint)
+
+    def _end(self, job: StoreJob, result: StoreResult) -> None:
+        self._stats.stored(result, job.end)
+        job.finish(result)
+
+    def _drop(self, job: StoreJob | Report) -> None:
+        """A job that the end of the session leaves undone."""
+        if isinstance(job, StoreJob):
+            self._end(job, StoreResult(reason=Reason.UNAVAILABLE))
