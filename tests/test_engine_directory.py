@@ -31,7 +31,17 @@ def test_a_fresh_directory_is_made_private_and_tagged(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "data").stat().st_mode) == 0o700
     assert (tmp_path / "data" / "CACHEDIR.TAG").read_bytes().startswith(b"Signature: 8a477f597d28d172789f06886806bc55")
     names = {path.name for path in (tmp_path / "data").iterdir()}
-    assert names == {"CACHEDIR.TAG", "blobs.noindex", "index", "lock", "quarantine", "quality", "keys", "staging"}
+    assert names == {
+        "CACHEDIR.TAG",
+        "blobs.noindex",
+        "index",
+        "lock",
+        "quarantine",
+        "quality",
+        "keys",
+        "settings",
+        "staging",
+    }
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o750, 0o701, 0o777])

@@ -16,7 +16,7 @@ import numpy as np
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, Stack
 from kvstore.engine.blobs import Fs
 from kvstore.engine.directory import claim
-from kvstore.engine.index import Index
+from kvstore.engine.index import REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.pages import digest
 from kvstore.engine.rows import Row, pack_row
@@ -49,6 +49,7 @@ def load_rows(data_dir: Path, namespace: Namespace, n_rows: int, sequence_blocks
                         edit.put(row, row.seq)
                     edit.put_namespace(namespace.root, namespace.to_record())
                     edit.set_meta("next_seq", batch[-1].seq + 1)
+                    edit.set_meta(REBUILDING, 0)
             index.sync()
         finally:
             index.close()

@@ -395,5 +395,6 @@ def rebuild(site: Site) -> CheckReport:
     if walk.newer:
         path, detail = walk.newer[0]
         raise UnknownFormatError(f"{path}: {detail}")
-    log.warning("the index was rebuilt from %d blobs", report.blobs)
+    if report.blobs:
+        log.warning("the index was rebuilt from %d blobs", report.blobs)
     return report

@@ -67,6 +67,11 @@ class Directory:
         return self.root / "keys"
 
     @property
+    def settings(self) -> Path:
+        """What no blob says and every rebuild of the index must obey: `kvstore.engine.tombstones`."""
+        return self.root / "settings"
+
+    @property
     def quality(self) -> Path:
         """What profiles were measured to cost, a file a namespace."""
         return self.root / "quality"
@@ -180,7 +185,7 @@ class Hold:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            folders = [directory.blobs, directory.staging, directory.keys, directory.index]
+            folders = [directory.blobs, directory.staging, directory.settings, directory.keys, directory.index]
             # Nothing that is served is in quarantine: where it is missing, it is made again when it is needed.
             if os.path.lexists(directory.quarantine):
                 folders.append(directory.quarantine)
@@ -300,6 +305,7 @@ def _furnish(directory: Directory) -> None:
         directory.staging,
         directory.quarantine,
         directory.quality,
+        directory.settings,
         directory.keys,
     )
     for path in folders:

@@ -4,7 +4,9 @@ Invariants, each with its tests:
 
 1. A row never names a blob that is not complete. Write = tmp, length check, fsync, rename, fsync of the directory, then
    one index commit for the whole request; only then is the request durable.
-2. Delete = index commit, then unlink. What a crash leaves between the two is a stray file, never a dangling row.
+2. Delete = index commit, then unlink, then the folders synced; only then is an eviction acknowledged. What a crash
+   leaves in between is a stray file, never a dangling row. A deleted file that stays on the disk, for a reader or
+   because the disk keeps it, has a tombstone (`kvstore.engine.tombstones`), so that no rebuild brings it back.
 3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
 4. A child is evicted before its parent, so every row can be reached from its root.
 5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging, quarantine and keys.
@@ -23,6 +25,7 @@ with it. `match` takes no lock but LMDB's read transaction; `lease` and `touch` 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +35,7 @@ from types import TracebackType
 
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
-from kvstore.engine import survey
+from kvstore.engine import encryption, survey
 from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
@@ -53,13 +56,14 @@ from kvstore.engine.nouns import (
 )
 from kvstore.engine.pages import digest
 from kvstore.engine.quality import QualityFiles
-from kvstore.engine.reading import demand_header, open_reader, sources_of
+from kvstore.engine.reading import first_damaged, open_reader, sources_of
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
 from kvstore.engine.scrub import Scrub
 from kvstore.engine.sealed import SealedReader
 from kvstore.engine.state import DISPLACED, HEAD_BYTES, HEAD_TOKENS, Lease, State
+from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
@@ -95,9 +99,10 @@ class Engine:
         try:
             directory.clean_staging(fs)
             ring = KeyRing(directory.keys, fs, options.master_key, sync=options.durability != "none")
-            index = recovered_index(directory, hold, options, fs, ring)
+            tombstones = Tombstones(directory, fs, sync=options.durability != "none")
+            index = recovered_index(directory, hold, options, fs, ring, tombstones)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
-            engine = cls(State(directory, hold, index, options, fs, clock), hold)
+            engine = cls(State(directory, hold, index, options, fs, clock, tombstones), hold)
             engine.make_room(0)
             engine._room.keep_share()
             return engine
@@ -127,6 +132,7 @@ class Engine:
 
     def _leave_in_order(self) -> None:
         self._state.end_all_leases()
+        self._state.settle_deletions()
         self._state.flush_touches()
         self._scrub.save()
         if not self._state.sync:
@@ -233,39 +239,18 @@ class Engine:
 
         Hold it until `store` has it: before the first store it is nowhere else.
         """
-        ring = self._state.index.ring
-        with self._state.lock:
-            with self._state.index.view() as view:
-                _, first = next(view.children(root), (b"", b""))
-                row = view.row(first) if first else None
-            # All rows of a namespace are of one kind; sealed are those whose key was dropped.
-            is_free = row is None or row.is_sealed
-            return ring.make(root) if is_free else ring.key(root)
+        return encryption.encrypt(self._state, root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
-        with self._state.lock:
-            self._state.demand_place()
-            ring = self._state.index.ring
-            roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
-            dropped = len(roots) if dry_run else sum(ring.drop(root) for root in roots)
-            self._state.measure_keys()
-            return dropped
+        return encryption.shred(self._state, namespace_prefix, dry_run)
 
     def first_damaged(self, slices: Sequence[Slice]) -> int | None:
-        """Index of the first slice whose file is gone, or has not the size and the header that its row makes.
-
-        All of one namespace. What a header leaves, the payload, whoever reads it verifies.
-        """
+        """See `kvstore.engine.reading.first_damaged`. All of one namespace."""
         info = self._state.namespaces.get(slices[0].row.root) if slices else None
         record = info.to_record() if info else b""
         key = self._state.index.ring.key(info.root) if info else None
-        for number, source in enumerate(self.sources(slices)):
-            try:
-                demand_header(source, slices[number].row, record, key)
-            except (CorruptDataError, UnknownFormatError):
-                return number
-        return None
+        return first_damaged(self.sources(slices), slices, record, key)
 
     def touch(self, slices: Iterable[Slice]) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
@@ -331,7 +316,10 @@ class Engine:
         return self._room.reserve(nbytes)
 
     def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
-        """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing."""
+        """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing.
+
+        What it reports stays deleted, whatever happens afterwards. DirectoryError when the disk does not confirm that.
+        """
         return self._room.evict(selection, dry_run)
 
     def maintain(self) -> None:
@@ -346,6 +334,7 @@ class Engine:
         try:
             if state.touches_due():
                 state.flush_touches()
+            state.settle_deletions()
             self._room.make(0)
             state.ballast.lay()
             if state.counts.disk_error and state.can_write():
@@ -384,6 +373,9 @@ class Engine:
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""
         self._state.demand_place()
+        if repair:
+            with contextlib.suppress(OSError):  # `maintain` will tell
+                self._state.settle_deletions()
         walk = checking.Walk(self._state.site, repair)
         try:
             walk.run()

@@ -18,13 +18,17 @@ ROWS_MAX = 1024
 
 @dataclass
 class Sweep:
-    """One pass over the access order, which may take several transactions. `keep`: keys that stay whatever happens."""
+    """One pass over the access order, which may take several transactions. `keep`: keys that stay whatever happens.
+
+    `removed_bytes` are those of the rows removed; `kept_bytes` of them are in files that could not go yet.
+    """
 
     pick: Pick
     keep: Container[bytes] = frozenset()
     need_bytes: int = NO_LIMIT
     checkpoints_only: bool = False
-    freed_bytes: int = 0
+    removed_bytes: int = 0
+    kept_bytes: int = 0
     blocks: int = 0
     done: bool = False
     _after: bytes = field(default=b"")
@@ -32,9 +36,9 @@ class Sweep:
 
     def step(self, edit: Edit) -> list[Row]:
         """Remove the rows of up to ROWS_MAX picked leaves; `done` once the need is met or the order is at its end."""
-        self._before = (self.freed_bytes, self.blocks, self._after)
+        self._before = (self.removed_bytes, self.blocks, self._after)
         removed: list[Row] = []
-        while self.freed_bytes < self.need_bytes and len(removed) < ROWS_MAX:
+        while self.removed_bytes < self.need_bytes and len(removed) < ROWS_MAX:
             found = next(edit.order(self._after, self.checkpoints_only), None)
             if found is None:
                 break
@@ -49,15 +53,20 @@ class Sweep:
                 continue
             edit.remove(row)
             removed.append(row)
-            self.freed_bytes += row.disk_bytes
+            self.removed_bytes += row.disk_bytes
         self.blocks += len(removed)
         self.done = len(removed) < ROWS_MAX
         return removed
 
     def rewind(self) -> None:
         """As if the last step had not been made: its transaction was not committed."""
-        self.freed_bytes, self.blocks, self._after = self._before
+        self.removed_bytes, self.blocks, self._after = self._before
         self.done = False
+
+    @property
+    def freed_bytes(self) -> int:
+        """What left the disk."""
+        return self.removed_bytes - self.kept_bytes
 
 
 def picker(view: View, selection: Selection, now_s: float) -> Pick:

@@ -9,7 +9,7 @@ Databases:
                 prompt was last seen to diverge after it, 0 if never
     namespaces  root -> namespace record, xxh3_64 of it
     usage       root -> blocks, tokens, bytes on disk, checkpoints, their bytes; kept with every commit
-    meta        format version, next seq, whether it is being made anew
+    meta        format version, next seq, whether it is being rebuilt
 
 Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
 `Edit` at a time, which the engine's writer lock sees to.
@@ -46,6 +46,9 @@ from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, Store
 from kvstore.keys import checkpoint_key
 
 INDEX_VERSION = 2
+# Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
+# An index that was emptied does not have it, so that what outlived an eviction does not return.
+REBUILDING = "rebuilding"
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
 _DATABASES = ("rows", "children", "order", "checkpoints", "access", "namespaces", "usage", "meta")
@@ -390,7 +393,8 @@ class Index:
                 )
             self.was_older = 0 < version < INDEX_VERSION
             if not version:
-                txn.put(b"version", with_number_check("version", INDEX_VERSION), db=meta)
+                for name, number in (("version", INDEX_VERSION), (REBUILDING, 1)):
+                    txn.put(name.encode(), with_number_check(name, number), db=meta)
         return {name: self._env.open_db(name.encode()) for name in _DATABASES}
 
     @contextlib.contextmanager

@@ -12,11 +12,11 @@ class Ledger:
     """Bytes on disk by account. Any thread may book; a total is a consistent moment.
 
     blobs: files that rows name; pending: files being written, and what their rows will take; doomed: files without a
-    row that a lease keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged blobs; keys: of
-    encrypted namespaces.
+    row that a lease or the disk keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged
+    blobs; keys: of encrypted namespaces; settings: tombstones.
     """
 
-    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "keys")
+    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "keys", "settings")
 
     def __init__(self) -> None:
         self._bytes = dict.fromkeys(self.ACCOUNTS, 0)

@@ -139,10 +139,14 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class EvictReport:
-    """What was removed, or would be: blocks, checkpoints among them, and bytes on disk."""
+    """What was removed, or would be: blocks, checkpoints among them, and bytes on disk.
+
+    `kept_bytes` are deleted, too, but still on the disk: readers have the files open, or the disk did not let them go.
+    """
 
     blocks: int
     freed_bytes: int
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

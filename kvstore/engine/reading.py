@@ -127,6 +127,21 @@ def demand_header(source: FileSource, row: Row, namespace: bytes, key: Namespace
         demand_same(blob_format.parse_header(header, len(header) + blob_format.payload_bytes(block)), row)
 
 
+def first_damaged(
+    sources: Sequence[FileSource], slices: Sequence[Slice], namespace: bytes, key: NamespaceKey | None
+) -> int | None:
+    """Index of the first slice whose file is gone, or has not the size and the header that its row makes.
+
+    What a header leaves, the payload, the reader of the slice verifies.
+    """
+    for number, source in enumerate(sources):
+        try:
+            demand_header(source, slices[number].row, namespace, key)
+        except (CorruptDataError, UnknownFormatError):
+            return number
+    return None
+
+
 def demand_same(block: Block, row: Row) -> None:
     """CorruptDataError unless a blob's block is that of the row."""
     if replace(block, namespace=b"") != row.block:

@@ -10,58 +10,76 @@ from pathlib import Path
 from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.check import Site, Walk, rebuild, sweep
 from kvstore.engine.directory import Directory, Hold, claim
-from kvstore.engine.index import INDEX_VERSION, MAP_BYTES, Index
+from kvstore.engine.index import INDEX_VERSION, MAP_BYTES, REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.nouns import CheckReport, EngineOptions, Finding
 from kvstore.engine.pages import demand_whole, digest
+from kvstore.engine.tombstones import Tombstones
 from kvstore.errors import CorruptDataError, StoreFullError
 
-REBUILDING = "rebuilding"
 log = logging.getLogger(__name__)
 
 
-def recovered_index(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing) -> Index:
-    """Open the index and, unless the last stop was clean, put it in step; on a full disk the ballast makes room."""
+def recovered_index(
+    directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing, tombstones: Tombstones
+) -> Index:
+    """Open the index and, unless the last stop was clean, put it in step; on a full disk the ballast makes room.
+
+    What was deleted and is still on the disk is unlinked first, so that no rebuild finds it.
+    """
     try:
-        return _in_step(directory, hold, options, fs, ring)
+        tombstones.settle()
+    except OSError as error:
+        log.warning("deleted files are still on the disk; the next upkeep tries again: %s", error)
+    try:
+        return _in_step(directory, hold, options, fs, ring, tombstones)
     except StoreFullError:
         if not Ballast(directory.ballast, 0).drop():
             raise
-        return _in_step(directory, hold, options, fs, ring)
+        return _in_step(directory, hold, options, fs, ring, tombstones)
 
 
-def _in_step(directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing) -> Index:
+def _in_step(
+    directory: Directory, hold: Hold, options: EngineOptions, fs: Fs, ring: KeyRing, tombstones: Tombstones
+) -> Index:
     sync = options.durability != "none"
     try:
         index = open_vouched(directory, hold, fs, ring, sync, options.map_bytes)
     except CorruptDataError as error:
-        return _anew(directory, fs, options, ring, error)
-    site = Site(directory, index, fs)
+        return _anew(directory, fs, options, ring, tombstones, error)
+    site = Site(directory, index, fs, in_flight=tombstones.names)
     try:
         with index.view() as view:
-            empty, rebuilding = not view.count(), view.meta(REBUILDING)
+            rebuilding = view.meta(REBUILDING)
         unsynced = not hold.previous.get("clean") and hold.previous.get("durability") == "none"
-        if unsynced or rebuilding or index.was_older or (empty and any(directory.blob_files())):
+        if unsynced or rebuilding or index.was_older:
             make_anew(site)
         elif index.was_short or not hold.previous.get("clean"):
             sweep(site)
         return index
     except CorruptDataError as error:
         index.close()
-        return _anew(directory, fs, options, ring, error)
+        return _anew(directory, fs, options, ring, tombstones, error)
     except BaseException:
         index.close()
         raise
 
 
-def _anew(directory: Directory, fs: Fs, options: EngineOptions, ring: KeyRing, why: CorruptDataError) -> Index:
+def _anew(
+    directory: Directory,
+    fs: Fs,
+    options: EngineOptions,
+    ring: KeyRing,
+    tombstones: Tombstones,
+    why: CorruptDataError,
+) -> Index:
     """An index from blob headers alone; the old one is closed."""
     log.warning("the index is damaged; it goes to quarantine and is made anew from the blobs: %s", why)
     set_index_aside(directory, fs)
     index = Index(directory.index, fs, ring, options.durability != "none", options.map_bytes)
     try:
-        make_anew(Site(directory, index, fs))
+        make_anew(Site(directory, index, fs, in_flight=tombstones.names))
     except BaseException:
         index.close()
         raise
@@ -137,25 +155,27 @@ def check_directory(data_dir: Path, repair: bool = False, master_key: bytes = b"
     with hold:
         fs = Fs()
         ring = KeyRing(directory.keys, fs, master_key)
+        tombstones = Tombstones(directory, fs)
+        if repair:
+            tombstones.settle()
         try:
-            return _check_offline(open_vouched(directory, hold, fs, ring, True, MAP_BYTES), directory, hold, repair)
+            index = open_vouched(directory, hold, fs, ring, True, MAP_BYTES)
+            return _check_offline(index, directory, hold, tombstones, repair)
         except CorruptDataError as error:
             found = Finding("row", str(directory.index), str(error))
         if not repair:
             return CheckReport(findings=[found])
         set_index_aside(directory, fs)
         index = Index(directory.index, fs, ring, True, MAP_BYTES)
-        with index.edit() as edit:
-            edit.set_meta(REBUILDING, 1)
-        report = _check_offline(index, directory, hold, repair)
+        report = _check_offline(index, directory, hold, tombstones, repair)
         report.findings.insert(0, found)
         report.repaired += 1
         return report
 
 
-def _check_offline(index: Index, directory: Directory, hold: Hold, repair: bool) -> CheckReport:
+def _check_offline(index: Index, directory: Directory, hold: Hold, tombstones: Tombstones, repair: bool) -> CheckReport:
     try:
-        report = Walk(Site(directory, index, Fs()), repair).run()
+        report = Walk(Site(directory, index, Fs(), in_flight=tombstones.names), repair).run()
         if repair:
             _settle(index)
             index.sync()

@@ -10,7 +10,7 @@ from kvstore.engine.eviction import NO_LIMIT, Sweep, picker
 from kvstore.engine.nouns import EvictReport, Selection
 from kvstore.engine.rows import Row
 from kvstore.engine.state import DISPLACED, State
-from kvstore.errors import StoreFullError
+from kvstore.errors import DirectoryError, StoreFullError
 
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
@@ -47,8 +47,11 @@ class Room:
         with state.lock:
             held = sum(use.checkpoint_bytes for use in state.usage.values())
             over = held - state.options.checkpoint_share_bytes
-            if over > 0:
-                self._run(Sweep(lambda row, stamp: True, state.leased(), over, checkpoints_only=True))
+            try:
+                if over > 0:
+                    self._run(Sweep(lambda row, stamp: True, state.leased(), over, checkpoints_only=True))
+            except (StoreFullError, OSError) as error:
+                state.counts.disk_error = str(error)
 
     def book_staging(self, nbytes: int) -> None:
         """Count staged bytes, or with a negative number the end of them."""
@@ -72,13 +75,13 @@ class Room:
                 pick = picker(view, selection, state.clock())
             work = Sweep(pick, need_bytes=selection.bytes or NO_LIMIT)
             if not dry_run:
-                self._run(work)
+                self._run_acknowledged(work)
             else:
                 with state.edit(dry_run=True) as edit:
                     state.read_touches(edit)
                     while not work.done:
                         work.step(edit)
-            return EvictReport(work.blocks, work.freed_bytes)
+            return EvictReport(work.blocks, work.freed_bytes, work.kept_bytes)
 
     def _is_in_budget(self, nbytes: int, keep: AbstractSet[bytes]) -> bool:
         ledger, budget = self._state.ledger, self._state.options.budget_bytes
@@ -129,8 +132,15 @@ class Room:
             freed += work.freed_bytes
         return freed
 
+    def _run_acknowledged(self, work: Sweep) -> None:
+        """As `_run`; DirectoryError unless the disk confirms all of it, and what was unlinked before."""
+        try:
+            self._run(work)
+        except OSError as error:
+            raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
+
     def _run(self, work: Sweep, spare_leased: bool = True) -> None:
-        """Index commit, then unlink, a bounded number of rows at a time."""
+        """Index commit, then unlink, a bounded number of rows at a time; in the end sync what was unlinked."""
         state = self._state
         while not work.done:
             try:
@@ -143,11 +153,9 @@ class Room:
                 removed = self._step(work)
             state.counts.evicted_blocks += len(removed)
             state.remember_lost(removed, Reason.EVICTED)
-            if spare_leased:
-                state.unlink_unless_leased(removed)
-            else:
-                state.unlink(removed)
+            work.kept_bytes += state.delete_files(removed, spare_leased)
         state.ballast.lay()
+        state.sync_deletions()
 
     def _step(self, work: Sweep) -> list[Row]:
         with self._state.edit() as edit:

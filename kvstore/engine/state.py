@@ -19,6 +19,7 @@ from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
 from kvstore.engine.rows import Row
+from kvstore.engine.tombstones import Tombstones
 from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import NamespaceInfo, block_key
 
@@ -54,7 +55,14 @@ class State:
     """
 
     def __init__(
-        self, directory: Directory, hold: Hold, index: Index, options: EngineOptions, fs: Fs, clock: Callable[[], float]
+        self,
+        directory: Directory,
+        hold: Hold,
+        index: Index,
+        options: EngineOptions,
+        fs: Fs,
+        clock: Callable[[], float],
+        tombstones: Tombstones,
     ) -> None:
         self.directory = directory
         self.is_displaced = hold.is_displaced
@@ -62,6 +70,7 @@ class State:
         self.options = options
         self.fs = fs
         self.clock = clock
+        self.tombstones = tombstones
         self.sync = options.durability != "none"
         self.lock = threading.RLock()
         self.ledger = Ledger()
@@ -73,13 +82,15 @@ class State:
         self._memory = threading.Lock()
         self._leases: Counter[bytes] = Counter()
         self._doomed: dict[bytes, list[Row]] = {}
+        self._unsynced: set[int] = set()  # folders from which files went
+        self._stuck: list[Row] = []  # files that the disk did not let go
         self._touches: dict[bytes, int] = {}
         self._marks: dict[bytes, int] = {}
         self._lost: OrderedDict[bytes, Reason] = OrderedDict()
         with index.view() as view:
             self.usage = view.usage()
             self.namespaces = {root: NamespaceInfo.from_record(r) for root, r in view.namespaces().items()}
-            self.next_seq = view.meta("next_seq") or 1
+            self.next_seq = max(view.meta("next_seq") or 1, tombstones.next_seq())
             self._stamp = next(view.newest(), (0, b""))[0]
         self._touched_at = self._stamp
         self._kept_keys = keys_to_keep(self.site)
@@ -285,33 +296,98 @@ class State:
         with self._memory:
             return frozenset(self._leases)
 
-    def unlink_unless_leased(self, rows: list[Row]) -> None:
-        """Unlink files of rows that are gone from the index; leased ones when the lease ends."""
+    def delete_files(self, rows: Sequence[Row], spare_leased: bool = True) -> int:
+        """Unlink the files of rows that are gone from the index; how many bytes stay on the disk for now.
+
+        With `spare_leased` files with a lease stay until it ends; others stay when the disk does not let them go. What
+        stays gets a tombstone. Raises OSError when the disk takes none; then nobody may be told that it was deleted.
+        """
         with self._memory:
-            doomed = [row for row in rows if row.key in self._leases]
-            for row in doomed:
+            leased = [row for row in rows if spare_leased and row.key in self._leases]
+            for row in leased:
                 self._doomed.setdefault(row.key, []).append(row)
             # Before the lock goes: a lease that ends now takes the same bytes off again.
-            self.ledger.add("doomed", sum(row.disk_bytes for row in doomed))
-        self.unlink([row for row in rows if row not in doomed] if doomed else rows)
+            self.ledger.add("doomed", sum(row.disk_bytes for row in leased))
+        spared = {(row.key, row.seq) for row in leased}
+        stuck = self.unlink([row for row in rows if (row.key, row.seq) not in spared])
+        self.ledger.add("doomed", sum(row.disk_bytes for row in stuck))
+        with self._memory:
+            self._unsynced.update(row.directory for row in rows)
+            self._stuck += stuck
+        if not leased and not stuck:
+            return 0
+        try:
+            self.tombstones.add(self.directory.path(row) for row in (*leased, *stuck))
+        except OSError as error:
+            log.warning("no tombstone could be written, so readers lose the files that were deleted: %s", error)
+            self._end_doomed([row for row in leased if not self.unlink([row])])
+            leased = [row for row in leased if os.path.lexists(self.directory.path(row))]
+            if leased or stuck:
+                raise
+        self.ledger.set("settings", self.tombstones.disk_bytes())
+        return sum(row.disk_bytes for row in (*leased, *stuck))
 
-    def unlink(self, rows: Iterable[Row]) -> None:
-        """Unlink files of rows that are gone from the index; none of a directory in which they may be another's."""
-        paths = [str(self.directory.path(row)) for row in rows]
-        if not paths or self.is_displaced():
-            return
-        for error in unlink_quietly(self.fs, paths):
-            log.warning("a blob could not be unlinked; `check --repair` will find it: %s", error)
+    def unlink(self, rows: Iterable[Row]) -> list[Row]:
+        """Unlink files of rows that are gone from the index, none of a directory in which they may be another's.
+
+        Returns the rows whose file the disk did not let go.
+        """
+        stuck = []
+        for row in () if self.is_displaced() else rows:
+            for error in unlink_quietly(self.fs, [str(self.directory.path(row))]):
+                log.warning("a deleted blob could not be unlinked, and will be later: %s", error)
+                stuck.append(row)
+        return stuck
+
+    def sync_deletions(self) -> None:
+        """Sync the folders from which files went: then no crash brings one back. Raises OSError; then call it again."""
+        with self._memory:
+            folders, self._unsynced = self._unsynced, set()
+        try:
+            for number in folders if self.sync else ():
+                with contextlib.suppress(FileNotFoundError):
+                    self.fs.fsync_dir(str(self.directory.folder(number)))
+        except BaseException:
+            with self._memory:
+                self._unsynced |= folders
+            raise
+
+    def settle_deletions(self) -> None:
+        """Sync what was unlinked, unlink what could not be before, and drop the tombstones of what is gone.
+
+        Raises OSError.
+        """
+        self.sync_deletions()
+        with self._memory:
+            busy = [row for rows in self._doomed.values() for row in rows]
+        self.tombstones.settle(self.directory.path(row) for row in busy)
+        self.ledger.set("settings", self.tombstones.disk_bytes())
+        with self._memory:
+            gone = [row for row in self._stuck if not os.path.lexists(self.directory.path(row))]
+            self._stuck = [row for row in self._stuck if row not in gone]
+            self.ledger.add("doomed", -sum(row.disk_bytes for row in gone))
 
     def busy_names(self) -> set[str]:
         """Names of files that have no row for a good reason. Hold `lock`."""
         with self._memory:
             doomed = {blob_name(row.key, row.seq) for rows in self._doomed.values() for row in rows}
-        return self.in_flight.keys() | doomed
+        return self.in_flight.keys() | doomed | self.tombstones.names()
+
+    def _end_doomed(self, rows: Sequence[Row]) -> None:
+        """Forget files that were kept for a lease: they are gone."""
+        with self._memory:
+            for row in rows:
+                kept = self._doomed.get(row.key, [])
+                if row in kept:
+                    kept.remove(row)
+                    self.ledger.add("doomed", -row.disk_bytes)
 
     def _unlink_doomed(self, doomed: list[Row]) -> None:
-        self.unlink(doomed)
-        self.ledger.add("doomed", -sum(row.disk_bytes for row in doomed))
+        stuck = self.unlink(doomed)
+        with self._memory:
+            self._stuck += stuck
+            self._unsynced.update(row.directory for row in doomed)
+            self.ledger.add("doomed", -sum(row.disk_bytes for row in doomed if row not in stuck))
 
 
 class Lease:

@@ -302,7 +302,7 @@ class Writer:
         # A request may hold one key twice: what it replaced of its own is unlinked with what was not kept.
         own = {(row.key, row.seq) for row in settled.kept}
         gone = [row for row in settled.replaced if (row.key, row.seq) not in own]
-        state.unlink_unless_leased(gone + settled.evicted)
+        state.delete_files(gone + settled.evicted)
 
     def _end_flight(self, row: Row) -> None:
         with self._state.lock:

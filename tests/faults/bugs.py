@@ -10,7 +10,9 @@ from unittest import mock
 
 from kvstore.engine import Fs
 from kvstore.engine.directory import Directory, Hold
-from kvstore.engine.index import Index
+from kvstore.engine.index import REBUILDING, Index, View
+from kvstore.engine.state import State
+from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.writer import Writer
 
 Patch = Callable[[Callable[[], None]], "contextlib.AbstractContextManager[Fs]"]
@@ -90,6 +92,23 @@ def _staging_kept(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs
     return _patched(Directory, "clean_staging", lambda self, fs: None)
 
 
+def _acknowledged_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
+    return _patched(State, "sync_deletions", lambda self: None)
+
+
+def _no_tombstones(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
+    return _patched(Tombstones, "add", lambda self, files: None)
+
+
+def _emptied_is_lost(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
+    meta = View.meta
+
+    def says_rebuilding(self: View, name: str) -> int | None:
+        return meta(self, name) or int(name == REBUILDING and not self.count())
+
+    return _patched(View, "meta", says_rebuilding)
+
+
 @dataclass(frozen=True)
 class Bug:
     """`found_by`: the harnesses that find it. `script` and `calls`: where a kill shows it, to keep the proof short."""
@@ -122,6 +141,25 @@ BUGS = {
         frozenset({KILL, CUT}),
     ),
     "clean too early": Bug("a running store is marked as stopped in order", _clean_too_early, frozenset({KILL, CUT})),
+    "deletion unsynced": Bug(
+        "an eviction is acknowledged before its unlinks are synced",
+        _acknowledged_unsynced,
+        frozenset({CUT}),
+        script="evict last",
+    ),
+    "no tombstones": Bug(
+        "files that a reader still needs get no tombstone",
+        _no_tombstones,
+        frozenset({KILL, CUT}),
+        script="evict all",
+        calls=("openat", "write", "fdatasync"),
+    ),
+    "emptied is lost": Bug(
+        "an index that was emptied is taken for one that was lost",
+        _emptied_is_lost,
+        frozenset({KILL, CUT}),
+        script="evict all",
+    ),
     "staging kept": Bug("a start leaves uploads behind", _staging_kept, frozenset({KILL, CUT}), script="start"),
 }
 

@@ -78,7 +78,8 @@ Lease.release = lambda self: None
 """,
     "a lease keeps nothing": """
 from kvstore.engine.state import State
-State.unlink_unless_leased = State.unlink
+delete = State.delete_files
+State.delete_files = lambda self, rows, spare_leased=True: delete(self, rows, False)
 """,
 }
 BROKEN = """

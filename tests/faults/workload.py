@@ -2,8 +2,8 @@
 
 A script runs in a process that will not live to its end. Before and after each step it writes a line to a file that is
 outside of what is at stake. The verifier reads the lines, opens the directory, and demands: what was acknowledged as
-durable, and not given up since, is there bit for bit; nothing else that is served is wrong; nothing is left over; the
-store goes on.
+durable, and not given up since, is there bit for bit; what was acknowledged as deleted is not, also when the index is
+lost on top of it; nothing else that is served is wrong; nothing is left over; the store goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.blocks import Reason, pack_tokens
-from kvstore.engine import Engine, Fs, Selection, check_directory
+from kvstore.engine import Engine, Fs, Lease, Selection, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
 from tests.support.engine import (
@@ -54,15 +54,17 @@ class World:
     fs: Fs
     durability: str = "commit"
     engine: Engine = field(init=False)
+    lease: Lease = field(init=False)
 
 
 @dataclass(frozen=True)
 class Step:
-    """`owes` is owed from its end; `drops` is not owed from its beginning."""
+    """`owes` is owed from its end; `drops` is not owed from its beginning; from its end `deletes` must not return."""
 
     act: Callable[[World], object]
     owes: tuple[str, ...] = ()
     drops: tuple[str, ...] = ()
+    deletes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,29 @@ def _evict_namespace(world: World) -> None:
     world.engine.evict(Selection(namespace_prefix=MIXED.root))
 
 
+def _evict_by(selection: Selection) -> Callable[[World], object]:
+    return lambda world: world.engine.evict(selection)
+
+
+def _evict_leased(world: World) -> None:
+    """Everything, while a reader needs the files of one sequence; it lets go in a later step."""
+    rows = [part.row for part in world.engine.match(NS.root, pack_tokens(EVICTED)).slices]
+    world.lease = world.engine.lease(rows)
+    world.engine.evict(Selection(all=True))
+
+
+def _let_go(world: World) -> None:
+    world.lease.release()
+    world.engine.maintain()
+
+
+def _shrink(world: World) -> None:
+    """A budget under which nothing stays, and the old one again."""
+    budget_bytes = world.engine.budget_bytes
+    world.engine.limit(0, 0)
+    world.engine.limit(budget_bytes, 0)
+
+
 def _fresh(data_dir: Path) -> None:
     with Engine.open(data_dir, options()) as engine:
         # Free pages in the index, so that a commit need not make its file grow: growth would sync more than was asked.
@@ -109,6 +134,12 @@ def _fresh(data_dir: Path) -> None:
             put(engine, namespace("filler"), range(number * 1000, number * 1000 + 600))
         engine.evict(Selection(all=True))
         for name in ("kept", "evicted", "held"):
+            _put(engine, name)
+
+
+def _holding(data_dir: Path, *names: str) -> None:
+    with Engine.open(data_dir, options()) as engine:
+        for name in names:
             _put(engine, name)
 
 
@@ -168,9 +199,28 @@ SCRIPTS = {
         _fresh,
         (
             _OPEN,
-            Step(_evict, drops=("evicted",)),
+            Step(_evict, drops=("evicted",), deletes=("evicted",)),
             Step(_store("new"), ("new",)),
-            Step(_evict_namespace, drops=("held",)),
+            Step(_evict_namespace, drops=("held",), deletes=("held",)),
+            _CLOSE,
+        ),
+        _FRESH,
+    ),
+    "evict last": Script(
+        lambda data_dir: _holding(data_dir, "evicted"),
+        (_OPEN, Step(_evict_by(Selection(all=True)), drops=("evicted",), deletes=("evicted",)), _CLOSE),
+        ("evicted",),
+    ),
+    "evict all": Script(
+        _fresh,
+        (
+            _OPEN,
+            Step(_evict_leased, drops=_FRESH, deletes=_FRESH),
+            Step(_store("new"), ("new",)),
+            Step(_let_go),
+            Step(_evict_by(Selection(idle_s=1e-6)), drops=("new",), deletes=("new",)),
+            Step(_store("turn"), ("turn",)),
+            Step(_shrink, drops=("turn",), deletes=("turn",)),
             _CLOSE,
         ),
         _FRESH,
@@ -217,13 +267,42 @@ def debts(name: str, acks: Path) -> set[str]:
     return owed if script.durability != "none" else set()
 
 
+def deleted(name: str, acks: Path) -> set[str]:
+    """What was acknowledged as deleted in these lines. No script stores it again."""
+    lines = acks.read_text().splitlines() if acks.exists() else []
+    done = [int(line.split()[1]) for line in lines if line.startswith("done")]
+    return {each for number in done for each in SCRIPTS[name].steps[number].deletes}
+
+
 def broken_promises(name: str, data_dir: Path, acks: Path, bug: str = "") -> list[str]:
     """What is wrong with a directory after a script was cut off; empty when every promise was kept.
 
     The start that follows is part of what is tested: with a seeded bug it has that too.
     """
     with seeded(bug, lambda: None) as fs:
-        return _broken_promises(name, data_dir, acks, fs)
+        return _returned(name, data_dir, acks, fs) + _broken_promises(name, data_dir, acks, fs)
+
+
+def _returned(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]:
+    """What was deleted and comes back when the index is lost, too, and made from the files."""
+    gone = deleted(name, acks)
+    if not gone:
+        return []
+    copy = data_dir.with_name(data_dir.name + ".lost")
+    shutil.copytree(data_dir, copy)
+    try:
+        (copy / "index" / "data.mdb").unlink(missing_ok=True)
+        with Engine.open(copy, options(), fs) as engine:
+            return [f"returned without an index: {each}" for each in sorted(gone) if _tokens_found(engine, each)]
+    except (KVStoreError, OSError) as error:
+        return [f"refused, a start without an index: {type(error).__name__} {error}"]
+    finally:
+        shutil.rmtree(copy)
+
+
+def _tokens_found(engine: Engine, name: str) -> int:
+    ns, tokens, exact = SEQUENCES[name]
+    return engine.match(ns.root, pack_tokens(tokens), exact=exact).n_tokens
 
 
 def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]:
@@ -239,7 +318,7 @@ def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]
             # Whoever read this would have been told: no wrong bytes, but wrong all the same.
             wrong.append(f"refused, {what}: {type(error).__name__} {error}".split("\n")[0])
 
-    owed = debts(name, acks)
+    owed, gone = debts(name, acks), deleted(name, acks)
     with promised("the next start"), Engine.open(data_dir, options(), fs) as engine:
         with promised("left over in staging"):
             assert not list((data_dir / "staging").iterdir())
@@ -253,6 +332,8 @@ def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]
             match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
             with promised(f"wrong bytes: {each}"):
                 demand_right(engine, match, pack_tokens(tokens))
+            if each in gone and match.n_tokens:
+                wrong.append(f"returned: {each}, {match.n_tokens} tokens")
             if each in owed and match.n_tokens != len(tokens):
                 wrong.append(f"lost: {each}, {match.n_tokens} of {len(tokens)} tokens")
         with promised("goes on"):
