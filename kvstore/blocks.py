@@ -65,6 +65,7 @@ class Reason(enum.StrEnum):
     CIRCUIT_OPEN = "circuit_open"
     UNKNOWN_RECIPE = "unknown_recipe"
     IDENTITY_PENDING = "identity_pending"
+    IDENTITY_CHANGED = "identity_changed"
     UNSUPPORTED_LAYER = "unsupported_layer"
     OFFSET_MISMATCH = "offset_mismatch"
     QUEUE_FULL = "queue_full"

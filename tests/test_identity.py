@@ -246,7 +246,8 @@ def test_a_namespace_takes_its_layout_from_a_cache_a_model_or_the_folder(
 def test_a_draft_model_belongs_to_the_identity(digests: WeightsDigest, tmp_path: Path) -> None:
     """Its layers lie in the same cache."""
     one, draft, other = (folder(tmp_path / name, name.encode()) for name in ("one", "draft", "other"))
-    ids = [models.identify(digests, [one, None, third], timeout_s=WAIT_S) for third in (None, draft, other)]
+    pins = [[digests.pin(one), None, digests.pin(third) if third else None] for third in (None, draft, other)]
+    ids = [models.identify(three, timeout_s=WAIT_S) for three in pins]
     assert all(ids)
     assert len({identity.weights for identity in ids if identity}) == 3
 
@@ -255,5 +256,5 @@ def test_no_folder_of_a_model_may_be_unknown(digests: WeightsDigest, tmp_path: P
     """An adapter without a digest leaves the model without an identity."""
     one, empty = folder(tmp_path / "one"), tmp_path / "empty"
     empty.mkdir()
-    assert models.identify(digests, [one, empty, None], timeout_s=WAIT_S) is None
-    assert models.identify(digests, [None, None, None], timeout_s=WAIT_S) is None
+    assert models.identify([digests.pin(one), digests.pin(empty), None], timeout_s=WAIT_S) is None
+    assert models.identify([None, None, None], timeout_s=WAIT_S) is None

@@ -50,13 +50,24 @@ class FileState:
     sha256: str = ""
 
 
-@dataclass
-class _Pin:
+@dataclass(eq=False)
+class Pin:
     """A folder held at one state. `done` is set when the digest is known, or cannot be (then it stays None)."""
 
+    path: str
     files: tuple[FileState, ...]
     done: threading.Event = field(default_factory=threading.Event)
     digest: bytes | None = None
+
+    @property
+    def state(self) -> tuple[str, tuple[FileState, ...]]:
+        """What was looked at; known at once, and equal for a folder that did not change."""
+        return self.path, self.files
+
+    def wait(self, timeout_s: float | None = None) -> bytes | None:
+        """The digest, after waiting for it for at most `timeout_s` (None: as long as it takes); None if unknown."""
+        self.done.wait(timeout_s)
+        return self.digest
 
 
 class WeightsDigest:
@@ -68,19 +79,22 @@ class WeightsDigest:
 
     def __init__(self, cache_path: Path | None = None) -> None:
         self._cache = _HashCache(cache_path or Path(platformdirs.user_cache_dir("kvstore", appauthor=False)))
-        self._pins: dict[str, _Pin] = {}
+        self._pins: dict[str, Pin] = {}
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
 
-    def pin(self, folder: str | Path) -> None:
-        """Look at the folder as it is now. Starts to hash unless that state is already known or under way."""
+    def pin(self, folder: str | Path) -> Pin:
+        """Look at the folder as it is now. Starts to hash unless that state is already known or under way.
+
+        The pin keeps the digest of this state, whatever the folder holds and whoever pins it later.
+        """
         path = os.path.realpath(folder)
         files = _look(path)
         with self._lock:
             known = self._pins.get(path)
             if known and known.files == files and (known.digest or not known.done.is_set()):
-                return
-            pin = self._pins[path] = _Pin(files)
+                return known
+            pin = self._pins[path] = Pin(path, files)
         if not any(file.name.endswith(".safetensors") for file in files):
             log.warning("%s has no safetensors files; the store is not used for it", path)
             pin.done.set()
@@ -89,6 +103,7 @@ class WeightsDigest:
         else:
             log.info("hashing the weights in %s; the store is bypassed until that is done", path)
             threading.Thread(target=self._work, args=(path, pin), name="kvstore-identity", daemon=True).start()
+        return pin
 
     def get(self, folder: str | Path) -> bytes | None:
         """The digest of the folder as pinned (now, if it was not), None while unknown. Does not wait."""
@@ -96,17 +111,15 @@ class WeightsDigest:
 
     def wait(self, folder: str | Path, timeout_s: float | None = None) -> bytes | None:
         """Like `get`, after waiting for the hash for at most `timeout_s` (None: as long as it takes)."""
-        pin = self._pin_of(folder)
-        pin.done.wait(timeout_s)
-        return pin.digest
+        return self._pin_of(folder).wait(timeout_s)
 
-    def _pin_of(self, folder: str | Path) -> _Pin:
+    def _pin_of(self, folder: str | Path) -> Pin:
         path = os.path.realpath(folder)
         if path not in self._pins:
             self.pin(path)
         return self._pins[path]
 
-    def _work(self, path: str, pin: _Pin) -> None:
+    def _work(self, path: str, pin: Pin) -> None:
         try:
             with self._hashing:
                 digest = hashlib.sha256(_TAG)

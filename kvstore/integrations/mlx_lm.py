@@ -18,6 +18,7 @@ from mlx_lm.utils import load_model
 from kvstore.client import connect
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.caches import capture, layout, probe, quantized, restore
+from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore, alias_of, identify, model_folder
 from kvstore.integrations.prompt_cache import PromptCache
@@ -58,7 +59,8 @@ def namespace(
     if folders[0] is None or (adapter_path and folders[1] is None):
         raise InvalidRequestError(f"there is no such folder: {adapter_path if folders[0] else model_path}")
     known = digests or WeightsDigest()
-    identity = identify(known, folders, salt=salt, alias=alias or alias_of(model_path), timeout_s=timeout_s)
+    pins = [known.pin(folder) if folder else None for folder in folders]
+    identity = identify(pins, salt=salt, alias=alias or alias_of(model_path), timeout_s=timeout_s)
     if identity is None:
         raise InvalidRequestError(f"no identity for {model_path}: see the log for the cause")
     if cache and all(getattr(layer, "keys", ()) is not None for layer in cache):
@@ -100,8 +102,7 @@ class PrefixStore:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the identity of the model is known; whether it is."""
-        folders = [model_folder(path) if path else None for path in self._key]
-        return identify(self._store.digests, folders, timeout_s=timeout_s) is not None
+        return identify(self._store.epoch(self._key).pins, timeout_s=timeout_s) is not None
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was stored so far is durable or dropped; False after `timeout_s`."""
@@ -133,6 +134,7 @@ class Prefix:
         self._key = key
         self._model = model
         self._tokens = [int(token) for token in tokens]
+        self._epoch: Epoch | None = None  # known on entry
         self.cache: list[Any] = []
         self.rest: list[int] = []
 
@@ -141,7 +143,8 @@ class Prefix:
         self._tokens.extend(int(token) for token in tokens)
 
     def __enter__(self) -> Self:
-        found = self._store.fetch(self._key, self._layouts(), self._tokens)
+        self._epoch = self._store.epoch(self._key, self._model)
+        found = self._store.fetch(self._key, self._layouts(), self._tokens, epoch=self._epoch)
         self.cache, n_tokens = found or (make_prompt_cache(self._model), 0)
         self.rest = self._tokens[n_tokens:]
         return self
@@ -149,8 +152,12 @@ class Prefix:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, GeneratorExit):
-            self._store.store(self._key, self._tokens, self.cache)
+        if kind is not None and not issubclass(kind, GeneratorExit):
+            return
+        if self._epoch == self._store.epoch(self._key, self._model):
+            self._store.store(self._key, self._tokens, self.cache, epoch=self._epoch)
+        else:
+            self._store.count_changed(self._key)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.cache, self.rest))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import CacheLayer, capture, layout, restore, token_count
-from kvstore.integrations.identity import WeightsDigest
+from kvstore.integrations.epochs import Epoch
+from kvstore.integrations.fingerprint import fingerprint
+from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
 
@@ -108,22 +111,21 @@ def _around_images(session: Session, tokens: Sequence[int]) -> Sequence[int]:
 
 
 def identify(
-    digests: WeightsDigest,
-    folders: Sequence[Path | None],
+    pins: Sequence[Pin | None],
     *,
     salt: bytes = b"",
     alias: str = "",
     timeout_s: float | None = 0.0,
 ) -> Identity | None:
-    """The identity of a model from the folders of (model, adapter, draft model), the last two None if not there.
+    """The identity of a model from the pins of (model, adapter, draft model), the last two None if not there.
 
     None while a digest is unknown; waits at most `timeout_s` for each, None: as long as it takes. The layers of a draft
     model lie in the same cache and were computed by its weights, so these belong to the identity.
     """
-    digest = {folder: digests.wait(folder, timeout_s) for folder in folders if folder}
-    if None in digest.values():
+    found = [pin.wait(timeout_s) if pin else b"" for pin in pins]
+    if None in found:
         return None
-    weights, adapter, draft = ((digest[folder] if folder else None) or b"" for folder in folders)
+    weights, adapter, draft = (digest or b"" for digest in found)
     if draft:
         weights = hashlib.sha256(_DRAFT_TAG + weights + draft).digest()
     return Identity(weights, adapter, salt, alias) if weights else None
@@ -136,6 +138,7 @@ class Found:
     layers: Sequence[CacheLayer]
     tree: str
     n_tokens: int
+    epoch: Epoch
 
     def restored(self) -> tuple[list[Any], int]:
         """A cache of them, and the tokens that it holds. On the thread that will use it."""
@@ -145,6 +148,33 @@ class Found:
 def _nbytes(session: Session, n_tokens: int) -> int:
     """Bytes of so many tokens of a cache; window and state layers are not known before they are read."""
     return n_tokens * session.namespace.layout.token_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """Models that were seen in memory, which are not kept alive, and their epoch."""
+
+    key: ModelKey
+    models: tuple[weakref.ref[Any], ...]
+    epoch: Epoch
+
+    @property
+    def is_alive(self) -> bool:
+        return all(model() is not None for model in self.models)
+
+    @property
+    def paths(self) -> list[str]:
+        return _paths(self.key)
+
+    def is_of(self, key: ModelKey, models: Sequence[Any]) -> bool:
+        """Whether these are the models; without any, whether this is their key."""
+        if key != self.key or not models:
+            return key == self.key
+        return len(models) == len(self.models) and all(a is b() for a, b in zip(models, self.models, strict=True))
+
+
+def _paths(key: ModelKey) -> list[str]:
+    return [path for path in key if path]
 
 
 class ModelStore:
@@ -169,29 +199,69 @@ class ModelStore:
         self._profile = profile
         self._salt = salt
         self._engine = engine
-        self._folders: dict[str, Path] = {}
+        self._pins: dict[str, Pin] = {}
+        self._announced: set[str] = set()  # pinned since a model was last seen in memory
+        self._loaded: list[_Loaded] = []
         self._sessions: dict[Namespace, Session] = {}
         self._refusals: set[str] = set()
         self._lock = threading.RLock()
 
     def pin(self, *paths: str | None) -> None:
-        """Note what folders (or Hugging Face ids) hold now: call it when they are loaded. See `WeightsDigest.pin`."""
-        for path in paths:
-            if path and (folder := model_folder(path)):
-                self._folders[path] = folder
-                self.digests.pin(folder)
+        """Note what folders (or Hugging Face ids) hold now: call it when they are loaded. See `WeightsDigest.pin`.
 
-    def session(self, key: ModelKey, of: Layout) -> Session | None:
-        """The session for a model and a layout, made when first asked for; None while the identity is unknown."""
+        If that is not what they held before, models of these paths are in a new epoch. Any thread.
+        """
         with self._lock:
-            return self._session(key, of)
+            for path in paths:
+                if path and (folder := model_folder(path)):
+                    self._announced.add(path)
+                    before, pin = self._pins.get(path), self.digests.pin(folder)
+                    self._pins[path] = pin
+                    if before is not None and before.state != pin.state:
+                        self._loaded = [one for one in self._loaded if path not in one.paths]
 
-    def _session(self, key: ModelKey, of: Layout) -> Session | None:
-        self.pin(*(path for path in key if path and path not in self._folders))
+    def epoch(self, key: ModelKey, *models: Any) -> Epoch:
+        """The epoch of a model: its folders as they were pinned (now, if they never were) and what is in memory.
+
+        `models`: the loaded model, and its draft model; on the thread that owns them. Other objects than were seen
+        before were loaded since: if nobody pinned their folders then, they are pinned now. Without `models` the epoch
+        of those that were seen last; any thread.
+        """
+        with self._lock:
+            self._loaded = [one for one in self._loaded if one.is_alive]
+            known = next((one for one in reversed(self._loaded) if one.is_of(key, models)), None)
+            if known is not None:
+                return known.epoch
+            paths = _paths(key)
+            known_paths = self._announced if models else self._pins.keys()
+            self.pin(*(path for path in paths if path not in known_paths))
+            pins = tuple(self._pins.get(path) if path else None for path in key)
+            missing = tuple(path for path in paths if path not in self._pins)
+            states = tuple(pin.state if pin else None for pin in pins)
+            mark = fingerprint(*models) if models else None
+            made = Epoch(pins, states, mark, missing)
+            if mark is not None:
+                self._announced.difference_update(paths)
+                self._loaded.append(_Loaded(key, tuple(weakref.ref(model) for model in models), made))
+            return made
+
+    def count_changed(self, key: ModelKey) -> None:
+        """Count, and say, that a cache was begun in another epoch than that in which it came back. Any thread."""
+        self._count(Reason.IDENTITY_CHANGED)
+        log.warning("%s changed while a cache of it was filled; that cache is not kept", alias_of(str(key[0])))
+
+    def session(self, key: ModelKey, of: Layout, epoch: Epoch | None = None) -> Session | None:
+        """The session for a model in an epoch (None: as it is now) and a layout, made when first asked for.
+
+        None while the identity is unknown.
+        """
+        with self._lock:
+            return self._session(key, of, self.epoch(key) if epoch is None else epoch)
+
+    def _session(self, key: ModelKey, of: Layout, epoch: Epoch) -> Session | None:
         identity = None
-        if all(path is None or path in self._folders for path in key):
-            folders = [self._folders[path] if path else None for path in key]
-            identity = identify(self.digests, folders, salt=self._salt, alias=alias_of(str(key[0])))
+        if not epoch.unknown:
+            identity = identify(epoch.pins, salt=self._salt, alias=alias_of(str(key[0])))
         if identity is None:
             self._count(Reason.IDENTITY_PENDING)
             return None
@@ -207,13 +277,14 @@ class ModelStore:
         tokens: Sequence[int],
         covered: int = 0,
         prefill_tokens_per_s: float = 0.0,
+        epoch: Epoch | None = None,
     ) -> tuple[list[Any], int] | None:
         """A cache for the longest stored prefix of `tokens` in any of the layouts, and its length in tokens.
 
         None when there is none, or not one of `GAIN_TOKENS_MIN` more than the `covered` tokens that the caller has, or
-        when a caller of that speed (0: not known) would lose by it.
+        when a caller of that speed (0: not known) would lose by it. `epoch`: of the model; None: as it is now.
         """
-        found = self.find(key, layouts, tokens, covered, prefill_tokens_per_s)
+        found = self.find(key, layouts, tokens, covered, prefill_tokens_per_s, epoch=epoch)
         return None if found is None else found.restored()
 
     def find(
@@ -224,6 +295,7 @@ class ModelStore:
         covered: int = 0,
         prefill_tokens_per_s: float = 0.0,
         reserve: Callable[[int], bool] | None = None,
+        epoch: Epoch | None = None,
     ) -> Found | None:
         """As `fetch`, for any thread: every layer is evaluated, and cache layers can be made of them on another.
 
@@ -235,7 +307,8 @@ class ModelStore:
         if len(tokens) - 1 < wanted:
             return None
         try:
-            sessions = [session for one in layouts if (session := self.session(key, one))]
+            epoch = self.epoch(key) if epoch is None else epoch
+            sessions = [session for one in layouts if (session := self.session(key, one, epoch))]
             if covered or len(sessions) > 1 or reserve is not None:
                 # Matching asks the index only; what would be thrown away is not read.
                 lengths = {
@@ -253,13 +326,23 @@ class ModelStore:
                     evaluate=reserve is not None,
                 )
                 if isinstance(hit, Hit) and hit.n_tokens >= wanted and not _splits_image(tokens, hit.n_tokens):
-                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens)
+                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch)
         except KVStoreError as error:
             self.refuse(error)
         return None
 
-    def store(self, key: ModelKey, tokens: Sequence[int], cache: Sequence[Any], *, exactly: bool = False) -> None:
+    def store(
+        self,
+        key: ModelKey,
+        tokens: Sequence[int],
+        cache: Sequence[Any],
+        *,
+        exactly: bool = False,
+        epoch: Epoch | None = None,
+    ) -> None:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
+
+        `epoch`: in which the cache was begun; None: that of the model now.
 
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
         how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
@@ -269,7 +352,7 @@ class ModelStore:
             if held is None and not exactly:
                 raise InvalidRequestError("no layer knows how many tokens it holds; nothing of this sequence is stored")
             layers = capture(cache, len(tokens) if held is None else min(held, len(tokens)))
-            if session := self.session(key, layout(cache)):
+            if session := self.session(key, layout(cache), epoch):
                 session.store(tokens, layers)
         except KVStoreError as error:
             self.refuse(error)

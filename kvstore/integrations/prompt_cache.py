@@ -18,6 +18,7 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 from kvstore.client import connect
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
+from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, Found, ModelKey, ModelStore
 from kvstore.integrations.speed import PrefillSpeed
 from kvstore.layers import Layout
@@ -48,6 +49,9 @@ class PromptCache(LRUPromptCache):
     `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
     flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted. Several server
     processes working as one (`is_distributed`) must all see the same hits, so these use the tier in memory alone.
+
+    Entries in memory stand under (model key, epoch), so that a model that was loaded again from other files meets none
+    of those before. A cache that was begun before that and comes back after it is dropped, and counted.
     """
 
     def __init__(
@@ -65,16 +69,19 @@ class PromptCache(LRUPromptCache):
         self._learned: dict[ModelKey, list[Layout]] = {}
         self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
         self._expected: Expected | None = None
+        self._in_flight = InFlight()
         self.speed = PrefillSpeed()
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """(cache of a prefix of `tokens`, the tokens left to feed: at least one), from memory or the store."""
+        epoch = self._epoch(model)
         wanted = tokens[: self.limit(model)]
-        cache, rest = self._from_memory(model, wanted)
+        cache, rest = self._from_memory(model, epoch, wanted)
         covered = len(wanted) - len(rest)
-        if self._enabled and (found := self._from_store(model, tokens, wanted, covered)):
+        if self._enabled and (found := self._from_store(model, epoch, tokens, wanted, covered)):
             cache, covered = found
             log.info("prefix of %d of %d tokens from the store", covered, len(tokens))
+        self._in_flight.begin(model, tokens, epoch, cache)
         return cache, tokens[covered:]
 
     def find(self, model: ModelKey, tokens: list[int], reserve: Callable[[int], bool]) -> Found | None:
@@ -82,9 +89,10 @@ class PromptCache(LRUPromptCache):
         loaded, layouts = self._probed
         if not self._enabled or loaded() is None or self._provider.model_key != model:
             return None
+        epoch = self._store.epoch(model)
         wanted = tokens[: self._limit(layouts)]
-        covered = self._in_memory(model, wanted, cuttable=all(not one.exact_layers for one in layouts))
-        return self._store.find(model, layouts, wanted, covered, self.speed.get(model), reserve)
+        covered = self._in_memory((model, epoch), wanted, cuttable=all(not one.exact_layers for one in layouts))
+        return self._store.find(model, layouts, wanted, covered, self.speed.get(model), reserve, epoch)
 
     def expect(self, expected: Expected | None) -> None:
         """The next prompt was looked up already: take what was found, and ask the store for nothing else."""
@@ -96,16 +104,21 @@ class PromptCache(LRUPromptCache):
         """Keep the cache in memory and store what is new of it.
 
         The stock class believes that the cache holds all of `tokens`. With a draft model it holds fewer, and a later
-        hit would skip tokens; so tokens and layers are cut to what both have.
+        hit would skip tokens; so tokens and layers are cut to what both have. A cache that another state of the model
+        began is left out.
         """
+        epoch = self._epoch(model)
+        if not self._in_flight.accepts(model, tokens, epoch, prompt_cache):
+            self._store.count_changed(model)
+            return
         n_tokens = align(prompt_cache, len(tokens))
         if n_tokens == 0:
             return
         held = tokens if n_tokens is None else tokens[:n_tokens]
-        super().insert_cache(model, held, prompt_cache, cache_type=cache_type)
+        super().insert_cache((model, epoch), held, prompt_cache, cache_type=cache_type)
         if self._enabled:
             self._learn(model, prompt_cache)
-            self._store.store(model, held, prompt_cache, exactly=True)
+            self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
 
     def needs_checkpoints(self, model: ModelKey) -> bool:
         """Whether caches of the model can be continued only from where they were kept. False while that is unknown."""
@@ -136,47 +149,57 @@ class PromptCache(LRUPromptCache):
         """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""
         self._store.close(timeout_s)
 
+    def _epoch(self, model: ModelKey) -> Epoch | None:
+        """Which state of the model is in memory. None, as for the stock class, where the store is not used."""
+        if not self._enabled:
+            return None
+        provider = self._provider
+        if getattr(provider, "model_key", None) != model:
+            return self._store.epoch(model)
+        return self._store.epoch(model, *(one for one in (provider.model, provider.draft_model) if one is not None))
+
     def _from_store(
-        self, model: ModelKey, tokens: list[int], wanted: list[int], covered: int
+        self, model: ModelKey, epoch: Epoch | None, tokens: list[int], wanted: list[int], covered: int
     ) -> tuple[list[Any], int] | None:
         """What was fetched ahead if the prompt was looked up, else what the store has now."""
         expected, self._expected = self._expected, None
-        if expected is None or expected[:2] != (model, tokens):
-            return self._store.fetch(model, self._layouts(model), wanted, covered, self.speed.get(model))
-        found = expected[2]
+        found = None if expected is None else expected[2]
+        if expected is None or expected[:2] != (model, tokens) or (found is not None and found.epoch != epoch):
+            return self._store.fetch(model, self._layouts(model), wanted, covered, self.speed.get(model), epoch)
         # Memory may have learned more of it since then.
         worth = found is not None and found.n_tokens >= (covered + GAIN_TOKENS_MIN if covered else 1)
         return found.restored() if found is not None and worth else None
 
-    def _in_memory(self, model: ModelKey, tokens: list[int], *, cuttable: bool) -> int:
+    def _in_memory(self, place: tuple[ModelKey, Epoch], tokens: list[int], *, cuttable: bool) -> int:
         """About how many leading tokens memory has. Any thread: it only looks up one key after the other."""
-        node, depth, held = self._trie._trie.get(model), 0, 0  # noqa: SLF001  # its own search walks all branches
+        node, depth, held = self._trie._trie.get(place), 0, 0  # noqa: SLF001  # its own search walks all branches
         while node is not None and depth < len(tokens) - 1:
             node = node.get(tokens[depth])
             depth += node is not None
             held = depth if node is not None and "__value__" in node else held
         return depth if cuttable else held
 
-    def _from_memory(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+    def _from_memory(self, model: Any, epoch: Epoch | None, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        place = (model, epoch)
         if tokens and any("chunk" in dict(spec.params) for one in self._layouts(model) for spec in one.layers):
-            return self._as_kept(model, tokens)
-        cache, rest = super().fetch_nearest_cache(model, tokens)
+            return self._as_kept(place, tokens)
+        cache, rest = super().fetch_nearest_cache(place, tokens)
         if cache is None or rest or not tokens:
             return cache, rest
         # An exact hit leaves nothing to feed, which ends the server's generation thread.
         if can_trim_prompt_cache(cache):
             trim_prompt_cache(cache, 1)
             return cache, tokens[-1:]
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
+        cache, rest = super().fetch_nearest_cache(place, tokens[:-1])
         return cache, [*rest, tokens[-1]]
 
-    def _as_kept(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+    def _as_kept(self, place: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """From memory, uncut: chunked windows say that they can be trimmed, and then compute something else."""
-        found = self._trie.search(model, tokens[:-1])
+        found = self._trie.search(place, tokens[:-1])
         held = found.shorter if found.exact is None else found.exact
         if not held:
             return None, tokens
-        return super().fetch_nearest_cache(model, held)[0], tokens[len(held) :]
+        return super().fetch_nearest_cache(place, held)[0], tokens[len(held) :]
 
     def _layouts(self, model: ModelKey) -> Sequence[Layout]:
         """Layouts in which this server could continue a cache of this model, the preferred first."""

@@ -32,6 +32,7 @@ from vllm_mlx.utils import tokenizer
 from kvstore.client import connect
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import layout, probe, quantized, token_count
+from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore, model_folder
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
@@ -79,16 +80,25 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._leaves_one = leaves_one
         self._speed = PrefillSpeed()
         self._known_layouts: list[Layout] | None = None
+        self._in_flight = InFlight()
+        self._epoch = self._look()
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
 
     def fetch(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """(cache of a prefix of `tokens` or None, the tokens left to feed), from memory or the store."""
+        self._enter_epoch()
+        cache, rest = self._found(tokens)
+        self._in_flight.begin(self._key, tokens, self._epoch, cache)
+        return cache, rest
+
+    def _found(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = self._from_memory(tokens) if self._leaves_one else super().fetch(tokens)
         if self._key is None or len(tokens) < self._config.min_prefix_tokens:
             return cache, rest
         covered = 0 if cache is None else len(tokens) - len(rest)
-        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, self._speed.get(self._key))
+        speed = self._speed.get(self._key)
+        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, speed, self._epoch)
         self._speed.started(self._key, tokens, found[1] if found else covered)
         if found is None:
             return cache, rest
@@ -102,7 +112,14 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         return expand(restored), tokens[n_tokens:]
 
     def commit_prepared(self, entry: Any, evict_prefixes: bool = True, **options: Any) -> bool:
-        """Take an entry into memory and store what is new of it; `store` and both schedulers end here."""
+        """Take an entry into memory and store what is new of it; `store` and both schedulers end here.
+
+        An entry that another state of the model began is taken nowhere.
+        """
+        self._enter_epoch()
+        if self._key is not None and not self._in_flight.accepts(self._key, entry.tokens, self._epoch, entry.cache):
+            self._tier.count_changed(self._key)
+            return False
         committed: bool = super().commit_prepared(entry, evict_prefixes, **options)
         if committed and self._key is not None:
             self._speed.reached(self._key, entry.tokens)
@@ -116,6 +133,17 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
     def load_from_disk(self, cache_dir: str) -> int:
         """Nothing; see `save_to_disk`."""
         return 0
+
+    def _look(self) -> Epoch | None:
+        """The epoch of the model; None while it is not known where it came from, or when it is gone."""
+        model = self._model()
+        return None if self._key is None or model is None else self._tier.epoch(self._key, model)
+
+    def _enter_epoch(self) -> None:
+        """Drop what is in memory if the model is not any more in the epoch that computed it."""
+        if (epoch := self._look()) != self._epoch:
+            self._epoch = epoch
+            self.clear()
 
     def _from_memory(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = super().fetch(tokens[:-1])
@@ -145,7 +173,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         except KVStoreError as error:
             self._tier.refuse(error)
             return
-        self._tier.store(key, entry.tokens, layers)
+        self._tier.store(key, entry.tokens, layers, epoch=self._epoch)
 
     def _layouts(self) -> list[Layout]:
         """The layout of what is stored, then others that can be fetched. Traces the model when first asked."""
@@ -209,13 +237,16 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
     @functools.wraps(stock_load)
     def load(path: str, *args: Any, model_id: str | None = None, **options: Any) -> Any:
         loaded = _pinned(text, path, lambda: stock_load(path, *args, model_id=model_id, **options))
-        models.add(loaded[0], _name(path, model_id))
+        models.add(loaded[0], name := _name(path, model_id))
+        text.epoch((name, None, None), loaded[0])
         return loaded
 
     @functools.wraps(stock_load_vision)
     def load_vision(model: Any) -> None:
         _pinned(vision, model.model_name, lambda: stock_load_vision(model))
-        models.add(getattr(model.model, "language_model", model.model), model.model_name)
+        computes = getattr(model.model, "language_model", model.model)
+        models.add(computes, model.model_name)
+        vision.epoch((model.model_name, None, None), computes)
 
     tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
 

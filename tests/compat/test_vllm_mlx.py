@@ -11,16 +11,22 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load, load_tokenizer
 from vllm_mlx import scheduler
 from vllm_mlx.request import Request, SamplingParams
 
+from kvstore.blocks import Reason
 from kvstore.client import connect
+from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.vllm_mlx import Models, PrefixCache, engine_version
 from tests.support.daemon import DaemonProcess
+from tests.support.fake_store import FakeClient
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
 from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_environ, free_port, wait_until
 
@@ -189,3 +195,47 @@ def test_layers_of_every_kind_continue_as_cold(name: str, tmp_path: Path, monkey
         found = answer(second, longer, 4)
         assert (found.output_token_ids, found.cached_tokens) == (expected, FOUND[name]), "from the store"
         store.close()
+
+
+def filled(model: Any, tokens: list[int]) -> list[Any]:
+    """The model's cache after `tokens`."""
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([tokens]), cache=cache))
+    return cache
+
+
+def test_what_was_begun_before_the_files_changed_is_kept_nowhere(tmp_path: Path) -> None:
+    """The tier in memory forgets what the old weights computed, and what comes back of it is refused and counted."""
+    path = write_tiny(tmp_path / "model")
+    model, _ = load(str(path))
+    client, digests, tokens = FakeClient(), WeightsDigest(tmp_path / "cache"), heldout_tokens()[:100]
+    store, models = ModelStore(client, digests), Models()  # type: ignore[arg-type]
+    models.add(model, str(path))
+    store.pin(str(path))
+    assert digests.wait(path, 30.0)
+    cache = PrefixCache(model, store=store, models=models)
+    assert cache.fetch(tokens)[0] is None
+    assert cache.store(tokens, filled(model, tokens))
+    assert cache.fetch([*tokens, 7])[0] is not None
+    assert cache.fetch(heldout_tokens()[200:300])[0] is None
+    path.rename(tmp_path / "before")
+    write_tiny(path, seed=1)
+    store.pin(str(path))
+    assert digests.wait(path, 30.0)
+    assert not cache.store(heldout_tokens()[200:300], filled(model, heldout_tokens()[200:300]))
+    assert (store.reasons, client.refusals) == ({Reason.IDENTITY_CHANGED: 1}, [Reason.IDENTITY_CHANGED])
+    assert cache.fetch([*tokens, 7])[0] is None, "from memory, or from the namespace of the new files"
+    assert [len(session.stored) for session in client.sessions.values()] == [1, 0]
+
+
+def test_unchanged_files_keep_what_is_in_memory(tmp_path: Path) -> None:
+    """The files are looked at again when the model is loaded again, and nothing was replaced."""
+    path = write_tiny(tmp_path / "model")
+    model, _ = load(str(path))
+    store, models = ModelStore(FakeClient(), WeightsDigest(tmp_path / "cache")), Models()  # type: ignore[arg-type]
+    models.add(model, str(path))
+    store.pin(str(path))
+    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:100]
+    assert cache.store(tokens, filled(model, tokens))
+    store.pin(str(path))
+    assert cache.fetch([*tokens, 7])[1] == [7]

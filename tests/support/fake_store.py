@@ -85,10 +85,12 @@ class FakeClient:
     def __init__(self) -> None:
         self.config = Config()
         self.sessions: dict[bytes, FakeSession] = {}
+        self.refusals: list[Reason] = []
         self.closed = False
 
     def count_refusal(self, reason: Reason) -> None:
         """The daemon would count it."""
+        self.refusals.append(reason)
 
     def session(self, namespace: Namespace, profile: str | None = None) -> FakeSession:
         """The one session of a namespace."""
