@@ -208,7 +208,7 @@ def test_what_was_begun_before_the_files_changed_is_kept_nowhere(tmp_path: Path)
     """The tier in memory forgets what the old weights computed, and what comes back of it is refused and counted."""
     path = write_tiny(tmp_path / "model")
     model, _ = load(str(path))
-    client, digests, tokens = FakeClient(), WeightsDigest(tmp_path / "cache"), heldout_tokens()[:100]
+    client, digests, tokens = FakeClient(), WeightsDigest(tmp_path / "cache"), heldout_tokens()[:200]
     store, models = ModelStore(client, digests), Models()  # type: ignore[arg-type]
     models.add(model, str(path))
     store.pin(str(path))
@@ -217,12 +217,12 @@ def test_what_was_begun_before_the_files_changed_is_kept_nowhere(tmp_path: Path)
     assert cache.fetch(tokens)[0] is None
     assert cache.store(tokens, filled(model, tokens))
     assert cache.fetch([*tokens, 7])[0] is not None
-    assert cache.fetch(heldout_tokens()[200:300])[0] is None
+    assert cache.fetch(heldout_tokens()[200:400])[0] is None
     path.rename(tmp_path / "before")
     write_tiny(path, seed=1)
     store.pin(str(path))
     assert digests.wait(path, 30.0)
-    assert not cache.store(heldout_tokens()[200:300], filled(model, heldout_tokens()[200:300]))
+    assert not cache.store(heldout_tokens()[200:400], filled(model, heldout_tokens()[200:400]))
     assert (store.reasons, client.refusals) == ({Reason.IDENTITY_CHANGED: 1}, [Reason.IDENTITY_CHANGED])
     assert cache.fetch([*tokens, 7])[0] is None, "from memory, or from the namespace of the new files"
     assert [len(session.stored) for session in client.sessions.values()] == [1, 0]
@@ -235,7 +235,7 @@ def test_unchanged_files_keep_what_is_in_memory(tmp_path: Path) -> None:
     store, models = ModelStore(FakeClient(), WeightsDigest(tmp_path / "cache")), Models()  # type: ignore[arg-type]
     models.add(model, str(path))
     store.pin(str(path))
-    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:100]
+    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:200]
     assert cache.store(tokens, filled(model, tokens))
     store.pin(str(path))
     assert cache.fetch([*tokens, 7])[1] == [7]
