@@ -33,7 +33,8 @@ class Rig:
     def __init__(self, folder: Path, **settings: object) -> None:
         quiet = {"profile": "affine8", "quality_gate": False, **settings}
         self.config = Config(data_dir=folder, min_prefix_tokens=1, **quiet)  # type: ignore[arg-type]
-        self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30, master_key=bytes(range(32))))
+        options = EngineOptions(1 << 30, durability=self.config.durability, master_key=bytes(range(32)))
+        self.engine = Engine.open(folder, options)
         self.lane = Lane()
         self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)
         self.fetch = FetchPath(self.engine, self.lane, self.config)

@@ -280,6 +280,10 @@ class Engine:
         """
         return self._writer.store(namespace_record, blocks, protect, encryption)
 
+    def await_durable(self) -> bool:
+        """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""
+        return self._state.drive.confirm()
+
     # -- room ---------------------------------------------------------------------------------------------------
 
     @property

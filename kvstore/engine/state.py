@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -15,6 +16,7 @@ from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
 from kvstore.engine.check import Site, keys_to_keep
 from kvstore.engine.directory import Directory, Hold
+from kvstore.engine.drive import DriveCache
 from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
@@ -73,6 +75,8 @@ class State:
         self.tombstones = tombstones
         self.sync = options.durability != "none"
         self.lock = threading.RLock()
+        flush = functools.partial(fs.flush_drive, str(index.path / "data.mdb"))
+        self.drive = DriveCache(flush if options.durability == "full" else None)
         self.ledger = Ledger()
         self.ballast = Ballast(directory.ballast, min(options.ballast_bytes, options.budget_bytes // 64))
         self.ballast.lay()
@@ -347,6 +351,10 @@ class State:
             for number in folders if self.sync else ():
                 with contextlib.suppress(FileNotFoundError):
                     self.fs.fsync_dir(str(self.directory.folder(number)))
+            if folders:
+                self.drive.begin()
+                self.drive.end()
+                self.drive.wait()
         except BaseException:
             with self._memory:
                 self._unsynced |= folders

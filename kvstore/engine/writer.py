@@ -236,12 +236,16 @@ class Writer:
                 if written and batch.key is not None:
                     # Before any row: what a crash leaves between the two is a key of nothing.
                     state.index.ring.write(batch.root, batch.key)
-                with state.edit(dry_run=not written) as edit:
-                    settled = self._settle(edit, batch)
+                state.drive.begin()
+                try:
+                    with state.edit(dry_run=not written) as edit:
+                        settled = self._settle(edit, batch)
+                finally:
+                    state.drive.end()
                 self._after_commit(batch, settled)
-            if settled.kept and state.options.durability == "full":
-                # After the commit: blobs and index went to the drive in this order, and now both leave its cache.
-                state.fs.flush_drive(str(state.index.path / "data.mdb"))
+            # After the commit: blobs and index went to the drive in this order, and now both leave its cache. Also when
+            # nothing was written: what is held may be another request's whose commit is as young.
+            state.drive.wait()
             # Again, and last: what a directory took with it that was displaced meanwhile must not be acknowledged.
             if state.is_displaced():
                 return _Settled(reason=Reason.STORE_FULL)

@@ -194,7 +194,10 @@ class KVStoreService(rpc.KVStoreServicer):
         if upload is None:
             self._counters.stored(plan.reason)
             return pb.BeginStoreReply(
-                reason=plan.reason, held_tokens=plan.held_tokens, durable=self._durable, detail=plan.detail
+                reason=plan.reason,
+                held_tokens=plan.held_tokens,
+                durable=self._durable and plan.reason is Reason.ALREADY_STORED,
+                detail=plan.detail,
             )
         sharing = request.transport == pb.TRANSPORT_PATH and self._may_share_files(
             request.namespace, upload.namespace.root
@@ -258,7 +261,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._counters.stored(outcome.reason)
         return pb.CommitStoreReply(
             done=True,
-            durable=self._durable,
+            durable=self._durable and outcome.durable,
             stored_tokens=outcome.stored_tokens,
             new_bytes=outcome.new_bytes,
             reason=outcome.reason,

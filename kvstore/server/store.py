@@ -75,11 +75,12 @@ class StorePlan:
 
 @dataclass(frozen=True)
 class StoreOutcome:
-    """The end of a store: leading tokens now in the store, bytes written for them, why not more."""
+    """The end of a store: leading tokens now in the store, bytes written for them, why not more, whether they last."""
 
     stored_tokens: int
     new_bytes: int
     reason: Reason
+    durable: bool
 
 
 class StorePath:
@@ -125,7 +126,8 @@ class StorePath:
         upload.encryption = encryption
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
-            return StorePlan(None, n_tokens, Reason.ALREADY_STORED)
+            durable = self._engine.await_durable()
+            return StorePlan(None, n_tokens, Reason.ALREADY_STORED if durable else Reason.STORE_FULL)
         if upload.pieces and request.captured_from > upload.start:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
         self._engine.touch(held.slices)
@@ -257,7 +259,8 @@ class StorePath:
                 if row is None or row.fidelity < floor:
                     reason = Reason.DEPENDENCY_LOST
             self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
-            return StoreOutcome(after.n_tokens, new_bytes, reason)
+            # Part of it may be what another upload committed a moment ago.
+            return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
         finally:
             self.uploads.end(upload)
 
