@@ -133,7 +133,7 @@ class Config:
     )
     quality_gate: bool = _key(
         values.switch,
-        "Use a lossy profile only on models on which `kvstore calibrate` found it good enough; safe needs none.",
+        "Refuse profiles that `kvstore calibrate` measured as too lossy; auto takes only what was measured and passed.",
         "switch",
         default=True,
     )
@@ -150,8 +150,8 @@ class Config:
     quality_nll_delta_max: float = _key(
         values.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
     )
-    quality_needle_loss_max: float = _key(
-        values.number, "Share of planted tokens that a restored prefix may no longer recall.", "share", default=0.05
+    quality_answer_loss_max: float = _key(
+        values.number, "Loss that answers of arithmetic in the prefix may gain, a token.", "nats", default=0.02
     )
     min_prefix_tokens: int = _key(
         values.whole(1),

@@ -1,4 +1,4 @@
-"""The gate: a lossy profile is used on a model only after it was measured on it, and was good enough."""
+"""The gate: what was measured as too lossy is refused, what was never measured is used by name only."""
 
 from __future__ import annotations
 
@@ -8,32 +8,43 @@ from pathlib import Path
 import pytest
 
 from kvstore.blocks import Reason
-from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.plausible import expected_bits, fault_of
+from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile
 from kvstore.config import Config
 from kvstore.engine.blobs import Fs
 from kvstore.engine.quality import QualityFiles
-from kvstore.errors import CorruptDataError
-from kvstore.quality import Quality, QualityLimits, results_from_json, results_to_json
+from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.keys import Namespace
+from kvstore.layers import LayerSpec, Layout, PartSpec
+from kvstore.quality import Calibrated, Quality, QualityLimits
 from kvstore.server.gate import Gate
 
-ROOT = bytes(32)
-OTHER = bytes(31) + b"\1"
+LAYOUT = Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),) * 4)
+SPACE = Namespace(weights=b"one", layout=LAYOUT, engine="mlx-lm", alias="small").info
+OTHER = Namespace(weights=b"two", layout=LAYOUT, engine="mlx-lm").info.root
+ROOT = SPACE.root
 
 
-def quality(profile: str, bits: float = 4.5, **changes: object) -> Quality:
-    """A result that passes the default limits, except where changed."""
+def quality(profile: str, **changes: object) -> Quality:
+    """A result that passes the default limits, with the bits that the profile comes to, except where changed."""
+    expected = expected_bits(parse_profile(profile), LAYOUT)
     good = Quality(
         profile=profile,
         spec=parse_profile(profile).spec,
         prefixes=24,
+        tokens=24 * 600,
+        threshold_tokens=0,
         positions=1152,
         kl_mean=1e-4,
         kl_p99=1e-3,
         top1=0.995,
         nll_delta=1e-4,
-        needle_cold=0.5,
-        needle_restored=0.5,
-        bits_per_value=bits,
+        answers=400,
+        answer_cold=0.5,
+        answer_restored=0.5,
+        answer_wrong=4.0,
+        answer_loss=0.01,
+        bits_per_value=expected.most * 1.01,
         encode_bytes_per_s=1e8,
         decode_bytes_per_s=2e8,
         created_s=1_700_000_000,
@@ -67,18 +78,61 @@ def test_safe_and_what_loses_nothing_need_no_measurement(files: QualityFiles, na
     assert not choice.refused
 
 
-def test_a_lossy_profile_without_a_measurement_is_refused_and_safe_stands_in(files: QualityFiles) -> None:
-    """Configured or asked for, the message names the command that would change it."""
-    for choice in (gate(files, "compact").choose(ROOT), gate(files).choose(ROOT, "compact")):
-        assert choice.profile.name == "safe"
-        assert "compact" in choice.refused
-        assert "kvstore calibrate" in choice.refused
+def test_a_profile_that_was_named_and_never_measured_is_used_and_warned_of_once(
+    files: QualityFiles, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Configured or asked for; the message names the command that would measure it, and stats list it."""
+    for guard, asked in ((gate(files, "affine4"), ""), (gate(files), "affine4")):
+        caplog.clear()
+        assert guard.unmeasured(ROOT) == []
+        for _ in range(3):
+            choice = guard.choose(ROOT, asked)
+            assert (choice.profile.name, choice.refused) == ("affine4", "")
+            assert "kvstore calibrate --model PATH --profile affine4" in choice.warning
+        assert len(caplog.records) == 1 and "affine4" in caplog.text
+        assert guard.unmeasured(ROOT) == ["affine4"]
+        assert guard.unmeasured(OTHER) == []
+
+
+def test_auto_never_takes_what_was_not_measured(files: QualityFiles) -> None:
+    """Not even after a session named it."""
+    guard = gate(files)
+    guard.choose(ROOT, "affine4")
+    assert guard.choose(ROOT).profile.name == "safe"
+
+
+def test_a_measurement_takes_a_profile_off_the_list_of_unmeasured_ones(files: QualityFiles) -> None:
+    """From then on its numbers decide."""
+    guard = gate(files)
+    guard.choose(ROOT, "affine4")
+    assert guard.record(SPACE, quality("affine4")) == ""
+    assert guard.unmeasured(ROOT) == []
+    assert guard.choose(ROOT, "affine4").warning == ""
+
+
+@pytest.mark.parametrize("name", ["affine2-g64", "affine2,min512", "affine2:affine2,rest=raw"])
+def test_a_refused_profile_is_refused_under_every_name(files: QualityFiles, name: str) -> None:
+    """It is the recipes that failed: another name, or a threshold, does not make them an unmeasured profile."""
+    guard = gate(files)
+    guard.record(SPACE, quality("affine2", kl_mean=0.8, kl_p99=3.0))
+    choice = guard.choose(ROOT, name)
+    assert "mean KL 0.8 is over 0.01" in choice.refused
+    assert choice.profile.name == "safe"
+    assert guard.unmeasured(ROOT) == []
+
+
+def test_safe_that_was_measured_and_failed_gives_way_to_exact(files: QualityFiles) -> None:
+    """What stands in for everything else is judged by its numbers too."""
+    guard = gate(files)
+    guard.record(SPACE, quality("safe", kl_mean=0.8, kl_p99=3.0))
+    assert guard.choose(ROOT).profile.name == "exact"
+    assert "mean KL" in guard.choose(ROOT, "safe").refused
 
 
 def test_a_measured_profile_that_passes_is_used_in_its_namespace_only(files: QualityFiles) -> None:
     """Another model has to be measured itself."""
-    guard = gate(files, "compact")
-    assert guard.record(ROOT, quality("compact")) == ""
+    guard = gate(files)
+    assert guard.record(SPACE, quality("compact")) == ""
     assert guard.choose(ROOT).profile.name == "compact"
     assert guard.choose(OTHER).profile.name == "safe"
 
@@ -86,12 +140,12 @@ def test_a_measured_profile_that_passes_is_used_in_its_namespace_only(files: Qua
 def test_a_bad_profile_is_refused_with_its_numbers_and_auto_takes_the_next(files: QualityFiles) -> None:
     """The smallest of those that pass, not the smallest."""
     guard = gate(files)
-    bad = quality("affine2", bits=2.5, kl_mean=0.8, top1=0.61)
-    refused = guard.record(ROOT, bad)
+    bad = quality("affine2", kl_mean=0.8, kl_p99=3.0, top1=0.61)
+    refused = guard.record(SPACE, bad)
     assert "mean KL 0.8 is over 0.01" in refused
     assert "39.00%" in refused
-    guard.record(ROOT, quality("tiny", bits=3.5))
-    guard.record(ROOT, quality("compact", bits=4.5))
+    guard.record(SPACE, quality("tiny"))
+    guard.record(SPACE, quality("compact"))
     assert guard.choose(ROOT).profile.name == "tiny"
     choice = guard.choose(ROOT, "affine2")
     assert choice.profile.name == "tiny"
@@ -105,14 +159,14 @@ def test_a_bad_profile_is_refused_with_its_numbers_and_auto_takes_the_next(files
         {"kl_p99": 0.11},
         {"top1": 0.94},
         {"nll_delta": 0.011},
-        {"needle_restored": 0.4},
+        {"answer_loss": 0.03},
         {"kl_mean": float("nan")},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_limit_refuses_by_itself(files: QualityFiles, changes: dict[str, float]) -> None:
     """One number over its limit is enough, and what is not a number passes nothing."""
-    limits = QualityLimits(0.01, 0.1, 0.95, 0.01, 0.05)
+    limits = QualityLimits(0.01, 0.1, 0.95, 0.01, 0.02)
     assert limits.fault(quality("compact")) == ""
     assert "is over" in limits.fault(quality("compact", **changes))
 
@@ -120,8 +174,8 @@ def test_every_limit_refuses_by_itself(files: QualityFiles, changes: dict[str, f
 def test_a_profile_whose_recipes_changed_counts_as_not_measured(files: QualityFiles) -> None:
     """The result is about other bytes."""
     guard = gate(files, "compact")
-    guard.record(ROOT, quality("compact", spec="something else"))
-    assert "not measured" in guard.choose(ROOT).refused
+    files.record(ROOT, quality("compact", spec="something else"))
+    assert "not measured" in guard.choose(ROOT).warning
     assert gate(files).choose(ROOT).profile.name == "safe"
 
 
@@ -151,19 +205,19 @@ def test_results_survive_and_the_last_one_of_a_profile_counts(tmp_path: Path) ->
     assert set(QualityFiles(tmp_path, Fs(), sync=True).results(ROOT)) == {"compact", "tiny", "balanced"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1}', '{"version": 1, "results": [{"profile": "x"}]}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 2, "results": [{"profile": "x"}]}'])
 def test_a_damaged_file_counts_as_no_measurement(tmp_path: Path, text: str) -> None:
     """Everything is measured anew; nothing fails."""
     (tmp_path / f"{ROOT.hex()}.json").write_text(text)
     assert QualityFiles(tmp_path, Fs(), sync=True).results(ROOT) == {}
     with pytest.raises(CorruptDataError):
-        results_from_json(text)
+        Calibrated.from_json(text)
 
 
 def test_a_file_of_another_version_counts_as_no_measurement() -> None:
     """It may mean something else by its numbers."""
-    text = results_to_json([quality("compact")]).replace('"version": 1', '"version": 2')
-    assert results_from_json(text) == {}
+    text = Calibrated(results={"compact": quality("compact")}).to_json().replace('"version": 2', '"version": 3')
+    assert Calibrated.from_json(text) == Calibrated()
 
 
 def test_a_refusal_is_a_reason_that_workers_know() -> None:
@@ -175,6 +229,98 @@ def test_nothing_is_remembered_of_namespaces_that_were_only_asked_for(files: Qua
     """A worker may name as many as it likes."""
     guard = gate(files, "compact")
     for number in range(3000):
-        assert guard.choose(number.to_bytes(32, "big")).refused
+        assert guard.choose(number.to_bytes(32, "big")).warning
     assert len(guard._warned) <= 1000
     assert files._known == {}
+
+
+IMPOSSIBLE = {
+    "bits of lossless KV": {"bits_per_value": 10.5},
+    "too few bits": {"bits_per_value": 1.0},
+    "with the threshold on": {"threshold_tokens": 256},
+    "no positions": {"positions": 0},
+    "few positions": {"positions": 96},
+    "no tokens": {"tokens": 0},
+    "prefixes of less than a few groups": {"tokens": 24 * 100},
+    "no answers": {"answers": 0},
+    "negative KL": {"kl_mean": -1e-3},
+    "negative percentile": {"kl_p99": -1e-3},
+    "KL that is no number": {"kl_mean": float("nan")},
+    "infinite KL": {"kl_p99": float("inf")},
+    "KL over its percentile": {"kl_mean": 50.0, "kl_p99": 1e-6},
+    "more than all agree": {"top1": 1.5},
+    "infinite loss": {"nll_delta": float("inf")},
+    "a loss below zero": {"answer_restored": -1.0},
+    "a loss that is less than the difference": {"answer_restored": 0.6},
+    "a speed below zero": {"decode_bytes_per_s": -1.0},
+    "other recipes": {"spec": "something else"},
+    "no such profile": {"profile": "psychic1"},
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_a_result_that_no_measurement_gives_is_not_recorded(files: QualityFiles, case: str) -> None:
+    """Whoever sends it: a worker may be old, broken or hostile. What was recorded before stays."""
+    guard = gate(files)
+    before = quality("tiny", kl_mean=0.8, kl_p99=3.0)
+    guard.record(SPACE, before)
+    bad = replace(quality("tiny"), **IMPOSSIBLE[case])  # type: ignore[arg-type]  # fields by name
+    assert fault_of(bad, LAYOUT)
+    with pytest.raises(InvalidRequestError, match="is not taken"):
+        guard.record(SPACE, bad)
+    assert files.results(ROOT) == {"tiny": before}
+    assert "mean KL" in guard.choose(ROOT, "tiny").refused
+
+
+@pytest.mark.parametrize("name", [*PROFILES, "raw", "affine4", "channel4:affine4,edge2=affine8,sinks4,min512"])
+def test_what_a_profile_comes_to_is_within_its_bits(name: str) -> None:
+    """At either end: all in whole groups, and as much waiting for the rest of a group as can."""
+    expected = expected_bits(parse_profile(name), LAYOUT)
+    assert 0 < expected.least <= expected.most <= expected.raw == 16
+    assert fault_of(quality(name), LAYOUT) == ""
+    assert expected.lossy != parse_profile(name).is_exact
+    if name in LOSSY:
+        assert expected.least == expected.most
+
+
+def test_a_layout_that_a_profile_does_not_quantize_cannot_be_measured() -> None:
+    """The engine quantizes it itself: whatever came back says nothing about the profile."""
+    kept = PartSpec(2, 64, "BF16", bits=8, group=64)
+    layout = Layout((LayerSpec(kept, kept),))
+    assert "nothing of this layout is quantized" in fault_of(quality("compact"), layout)
+
+
+def test_a_file_with_an_impossible_result_counts_as_no_measurement(tmp_path: Path) -> None:
+    """Also when somebody edited it."""
+    text = Calibrated(results={"compact": quality("compact")}).to_json()
+    (tmp_path / f"{ROOT.hex()}.json").write_text(text.replace('"positions": 1152', '"positions": 0'))
+    assert QualityFiles(tmp_path, Fs(), sync=True).results(ROOT) == {}
+
+
+def test_results_are_listed_and_forgotten_by_namespace_and_profile(files: QualityFiles, tmp_path: Path) -> None:
+    """Also of models that nothing is stored of; the last one takes its file along, and nothing returns."""
+    guard = gate(files)
+    other = Namespace(weights=b"two", layout=LAYOUT).info
+    for space, name in ((SPACE, "compact"), (SPACE, "tiny"), (other, "compact")):
+        guard.record(space, quality(name))
+    listed = {root: (one.alias, list(one.results)) for root, one, _ in guard.all_calibrated(b"")}
+    assert listed == {ROOT: ("small", ["compact", "tiny"]), other.root: ("", ["compact"])}
+    assert guard.forget(ROOT[:4], "tiny") == 1
+    assert guard.forget(ROOT[:4], "tiny") == 0
+    assert guard.choose(ROOT).profile.name == "compact"
+    assert guard.forget(ROOT[:4], "") == 1
+    assert guard.choose(ROOT).profile.name == "safe"
+    assert guard.forget(b"", "") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert QualityFiles(tmp_path, Fs(), sync=True).all() == {}
+
+
+def test_an_answer_probe_that_a_model_cannot_solve_says_so_and_damage_counts_all_the_same() -> None:
+    """Right answers as likely as others: the model guesses."""
+    limits = QualityLimits(0.01, 0.1, 0.95, 0.01, 0.02)
+    guessing = quality("compact", answer_cold=3.91, answer_restored=3.91, answer_wrong=3.94)
+    assert not guessing.answers_tell and quality("compact").answers_tell
+    assert limits.fault(guessing) == ""
+    assert "loss on answers 0.12 is over 0.02" in limits.fault(
+        replace(guessing, answer_restored=4.03, answer_loss=0.12)
+    )

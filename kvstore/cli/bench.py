@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvstore.cli.app import EXIT_FAILURE
+from kvstore.cli.calibrate import LENGTH, PREFIXES
 from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
+from kvstore.errors import KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.bench.cases import Report
@@ -198,9 +200,9 @@ def ttft(model_path: str, seq_len: int, profile: str, **options: Any) -> None:
 @click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text, or token ids as .npy.")
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
-@click.option("--prefixes", type=click.IntRange(2), default=40, show_default=True, help="Prefixes to measure.")
-@click.option("--shortest", type=click.IntRange(64), default=300, show_default=True, help="Tokens of the shortest.")
-@click.option("--longest", type=click.IntRange(64), default=900, show_default=True, help="Tokens of the longest.")
+@click.option("--prefixes", type=PREFIXES, default=40, show_default=True, help="Prefixes to measure.")
+@click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
+@click.option("--longest", type=LENGTH, default=900, show_default=True, help="Tokens of the longest.")
 @click.option("--hard-keys", is_flag=True, help="Give keys outlier channels, as large models have, first.")
 @common_options
 def quality(
@@ -220,7 +222,8 @@ def quality(
     """
     refuse_address(options)
     from kvstore.bench.quality import AFFINE, harden, load_float32, tokens_of
-    from kvstore.cli.calibrate import check_names, measured, print_quality, text_of
+    from kvstore.cli.calibrate import check_names, measured, plain_encode, print_quality, text_of
+    from kvstore.codecs.plausible import fault_of
     from kvstore.codecs.profiles import PROFILES
     from kvstore.integrations.calibrate import Calibration, windows
 
@@ -230,8 +233,13 @@ def quality(
     if hard_keys:
         harden(model)
     tokens = tokens_of(tokenizer, prompt_files, text_of)
-    calibration = Calibration(model, windows(tokens, prefixes, shortest, longest), kv_dtype="BF16")
-    results = measured(calibration, calibration.namespace(), names, prefixes, quiet=options["as_json"])
+    of = windows(tokens, prefixes, shortest, longest, plain_encode(tokenizer))
+    calibration = Calibration(model, of, kv_dtype="BF16")
+    namespace = calibration.namespace()
+    results = measured(calibration, namespace, names, prefixes, quiet=options["as_json"])
+    invalid = [f"{one.profile}: {why}" for one in results if (why := fault_of(one, namespace.layout))]
+    if invalid:
+        raise KVStoreError(f"these say nothing: {'; '.join(invalid)}")
     if options["as_json"]:
         print_json({"hard_keys": hard_keys, "results": [asdict(one) for one in results]})
         return

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.common import client_config, common_options, connected, print_json, print_table
+from kvstore.cli.common import (
+    ID_DIGITS,
+    client_config,
+    common_options,
+    connected,
+    id_option,
+    note,
+    print_json,
+    print_table,
+    time_text,
+)
 from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
 
@@ -20,20 +30,36 @@ if TYPE_CHECKING:
     from kvstore.quality import Quality
 
 TEXT_TOKENS_MAX = 400_000
+# Three continuations are the least that give enough positions; a prefix holds the problems of the probe, and whole
+# groups of tokens must outweigh what waits for the rest of one.
+PREFIXES = click.IntRange(3)
+LENGTH = click.IntRange(256)
+
+
+def forget_option(text: str) -> bytes:
+    """The leading bytes of namespace ids; none for `all`."""
+    return b"" if text == "all" else id_option(text)
 
 
 @click.command("calibrate")
-@click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
+@click.option("--model", "model_path", metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--adapter-path", metavar="PATH", help="LoRA adapter, as the server is given it.")
 @click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text like yours; may be repeated.")
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
-@click.option("--prefixes", type=click.IntRange(2), default=24, show_default=True, help="Prefixes to measure.")
-@click.option("--shortest", type=click.IntRange(64), default=300, show_default=True, help="Tokens of the shortest.")
-@click.option("--longest", type=click.IntRange(64), default=900, show_default=True, help="Tokens of the longest.")
+@click.option("--prefixes", type=PREFIXES, default=24, show_default=True, help="Prefixes to measure.")
+@click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
+@click.option("--longest", type=LENGTH, default=900, show_default=True, help="Tokens of the longest.")
 @click.option("--dry-run", is_flag=True, help="Measure only; tell the daemon nothing.")
+@click.option("--list", "listing", is_flag=True, help="Show what was measured and recorded; measure nothing.")
+@click.option(
+    "--forget",
+    type=forget_option,
+    metavar="ID|all",
+    help="Drop the results of the namespaces whose id starts so, or of all; with --profile only of these.",
+)
 @common_options
 def command(
-    model_path: str,
+    model_path: str | None,
     adapter_path: str | None,
     prompt_files: Sequence[str],
     profiles: Sequence[str],
@@ -41,39 +67,139 @@ def command(
     shortest: int,
     longest: int,
     dry_run: bool,
+    listing: bool,
+    forget: bytes | None,
     address: str | None,
     config_path: str | None,
     as_json: bool,
 ) -> None:
     """Continue text after cold and after restored prefixes, and record per profile how far they are apart.
 
-    The model is loaded here; a daemon of its own, in a temporary directory, keeps the prefixes. The results go to the
-    daemon at --address: from then on it refuses profiles that break the limits of its configuration (quality_*), and
-    profile "auto" takes the smallest that passes. Without --prompt-file the text is Python's own documentation.
+    The model is loaded here; a daemon of its own, in a temporary directory, keeps the prefixes, quantized whatever
+    their length. The results go to the daemon at --address: from then on it refuses profiles that break the limits of
+    its configuration (quality_*), and profile "auto" takes the smallest that passes. Without --prompt-file the text is
+    Python's own documentation. Results stay when the store is emptied: see --list and --forget.
     """
+    if [model_path is not None, listing, forget is not None].count(True) != 1:
+        raise click.UsageError("give one of --model PATH, --list and --forget")
+    config = client_config(address, config_path)
+    check_names(profiles)
+    if listing:
+        _list(config, as_json)
+    elif forget is not None:
+        _forget(config, forget, profiles, as_json)
+    else:
+        assert model_path is not None
+        windows_asked = (prefixes, shortest, longest)
+        _measure(config, model_path, adapter_path, prompt_files, profiles, windows_asked, dry_run, as_json)
+
+
+def _measure(
+    config: Config,
+    model_path: str,
+    adapter_path: str | None,
+    prompt_files: Sequence[str],
+    profiles: Sequence[str],
+    windows_asked: tuple[int, int, int],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     from mlx_lm.utils import load
 
     from kvstore.codecs.profiles import LOSSY
     from kvstore.integrations import mlx_lm as kv
     from kvstore.integrations.calibrate import Calibration, windows
 
-    config = client_config(address, config_path)
-    names = list(profiles or LOSSY)
-    check_names(names)
     if not dry_run:
         with connected(config) as client:
             client.stats()  # nobody should wait for minutes to hear that no daemon is there
     model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
     tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
-    calibration = Calibration(model, windows(tokens, prefixes, shortest, longest))
+    calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
     namespace = kv.namespace(model_path, model=model, adapter_path=adapter_path)
-    results = measured(calibration, namespace, names, prefixes, quiet=as_json)
-    refused = [""] * len(results) if dry_run else _record(config, namespace, results)
+    results = measured(calibration, namespace, list(profiles or LOSSY), windows_asked[0], quiet=as_json)
+    verdicts = _verdicts(config, namespace, results, dry_run)
     if as_json:
-        rows = [{**asdict(one), "refused": why} for one, why in zip(results, refused, strict=True)]
+        rows = [
+            {**asdict(one), "answers_tell": one.answers_tell, "invalid": said.invalid, "refused": said.refused}
+            for one, said in zip(results, verdicts, strict=True)
+        ]
         print_json({"recorded": not dry_run, "results": rows})
+    else:
+        print_quality(results, [said.invalid or said.refused for said in verdicts])
+    if any(said.invalid for said in verdicts):
+        raise click.exceptions.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`invalid`: why the result says nothing and is not recorded; `refused`: why the profile will not be used."""
+
+    invalid: str = ""
+    refused: str = ""
+
+
+def _verdicts(config: Config, namespace: Namespace, results: Sequence[Quality], dry_run: bool) -> list[Verdict]:
+    """What becomes of each result. A dry run judges by the limits of the configuration that is in force here."""
+    from kvstore.codecs.plausible import fault_of
+    from kvstore.server.gate import limits_of
+
+    verdicts = [Verdict(invalid=fault_of(one, namespace.layout)) for one in results]
+    if dry_run:
+        limits = limits_of(config)
+        return [
+            said if said.invalid else Verdict(refused=limits.fault(one))
+            for one, said in zip(results, verdicts, strict=True)
+        ]
+    with connected(config) as client:
+        return [
+            said if said.invalid else Verdict(refused=client.record_quality(namespace, one)["refused"])
+            for one, said in zip(results, verdicts, strict=True)
+        ]
+
+
+def _list(config: Config, as_json: bool) -> None:
+    with connected(config) as client:
+        found = client.list_quality()
+    if as_json:
+        print_json(found)
         return
-    print_quality(results, refused)
+    rows = [
+        (
+            space["id"][:ID_DIGITS],
+            space["alias"] or "-",
+            one["profile"],
+            f"{one['bits_per_value']:.2f}",
+            f"{one['kl_mean']:.1e}",
+            f"{one['top1']:.1%}",
+            f"{one['positions']:,}",
+            time_text(one["created_s"]),
+            "no" if one["refused"] else "yes",
+        )
+        for space in found["namespaces"]
+        for one in space["quality"]
+    ]
+    if not rows:
+        note("nothing was measured; run: kvstore calibrate --model PATH")
+        return
+    columns = ("namespace", "alias", "profile", "bits", "KL", "top-1", "positions", "measured", "used")
+    print_table(columns, rows, numbers="   nnnn")
+
+
+def _forget(config: Config, prefix: bytes, profiles: Sequence[str], as_json: bool) -> None:
+    with connected(config) as client:
+        forgotten = sum(
+            client.forget_quality(prefix, profile, all=not prefix)["results"] for profile in profiles or ("",)
+        )
+    if as_json:
+        print_json({"forgotten": forgotten})
+        return
+    click.echo(f"forgot {forgotten} results")
+
+
+def plain_encode(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text to tokens as it stands inside a longer text: without a token that begins one."""
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -87,14 +213,21 @@ def check_names(names: Sequence[str]) -> None:
 def measured(
     calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, quiet: bool
 ) -> list[Quality]:
-    """The results of these profiles, by way of a daemon of one's own; a bar on stderr unless `quiet`."""
+    """The results of these profiles, by way of a temporary daemon; a bar on stderr unless `quiet`.
+
+    That daemon quantizes sequences of any length, also under the names of profiles that do not.
+    """
     from kvstore.bench.scratch import ScratchDaemon
+    from kvstore.codecs.profiles import without_threshold
     from kvstore.integrations.calibrate import PATIENT_MS
 
-    with ScratchDaemon(durability="none") as scratch, scratch.client() as client:
+    with ScratchDaemon(durability="none", min_quantize_tokens=0) as scratch, scratch.client() as client:
         sessions = {
             name: client.session(
-                replace(namespace, engine=f"calibrate {name}"), name, total_ms=PATIENT_MS, stall_ms=PATIENT_MS
+                replace(namespace, engine=f"calibrate {name}"),
+                without_threshold(name),
+                total_ms=PATIENT_MS,
+                stall_ms=PATIENT_MS,
             )
             for name in names
         }
@@ -114,11 +247,6 @@ def text_of(paths: Sequence[str]) -> str:
         raise InvalidRequestError(f"a prompt file cannot be read: {error}") from error
 
 
-def _record(config: Config, namespace: Namespace, results: Sequence[Quality]) -> list[str]:
-    with connected(config) as client:
-        return [client.record_quality(namespace, one)["refused"] for one in results]
-
-
 def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> None:
     """The table of results, in the order given; then why profiles are refused, if that was asked."""
     rows = [
@@ -129,15 +257,21 @@ def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> No
             f"{one.kl_p99:.1e}",
             f"{one.top1:.1%}",
             f"{one.nll_delta:+.1e}",
-            f"{one.needle_restored:.1%} of {one.needle_cold:.1%}",
+            f"{one.answer_loss:+.1e} on {one.answer_cold:.2f}{'' if one.answers_tell else ' (guesses)'}",
             f"{one.encode_bytes_per_s / 1e6:.0f}",
             f"{one.decode_bytes_per_s / 1e6:.0f}",
             *(["no" if why else "yes"] if refused else []),
         )
         for one, why in zip(results, refused or [""] * len(results), strict=True)
     ]
-    columns = ("profile", "bits", "KL", "KL P99", "top-1", "NLL", "needle", "store MB/s", "decode MB/s")
+    columns = ("profile", "bits", "KL", "KL P99", "top-1", "NLL", "answers", "store MB/s", "decode MB/s")
     print_table((*columns, "used") if refused else columns, rows, numbers=" nnnnnnnn")
     for one, why in zip(results, refused, strict=False):
         if why:
             click.echo(f"{one.profile}: {why}")
+    for one in results[:1]:
+        if not one.answers_tell:
+            click.echo(
+                f"answers: the model does not solve the problems (loss {one.answer_cold:.2f} nats a token on the right "
+                f"answers, {one.answer_wrong:.2f} on others), so a loss near 0 says nothing for a profile"
+            )

@@ -59,6 +59,9 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
     ]
     columns = ("namespace", "alias", "tokens", "blocks", "on disk", "of raw", "engine", "layers")
     print_table(columns, cells, numbers="  nnnn")
+    for row in rows:
+        for profile in row["unmeasured"]:
+            click.echo(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")
 
 
 def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:

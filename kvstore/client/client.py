@@ -154,9 +154,22 @@ class Client:
     def record_quality(self, namespace: Namespace, quality: Quality) -> dict[str, Any]:
         """Let the daemon keep what a profile costs on a model, and decide by it; `refused` says why not to use it."""
         request = pb.RecordQualityRequest(
-            namespace=namespace_to_message(namespace), quality=quality_to_message(quality)
+            namespace=namespace_to_message(namespace),
+            quality=quality_to_message(quality),
+            layout=namespace.layout.record,
         )
         return self._ask(self._connection.admin.RecordQuality, request, QUICK_S)
+
+    def list_quality(self, namespace_prefix: bytes = b"") -> dict[str, Any]:
+        """What `record_quality` was told, by namespace, also of models that nothing is stored of."""
+        request = pb.ListQualityRequest(namespace_prefix=namespace_prefix)
+        return self._ask(self._connection.admin.ListQuality, request, QUICK_S)
+
+    def forget_quality(self, namespace_prefix: bytes = b"", profile: str = "", all: bool = False) -> dict[str, Any]:
+        """Drop results in these namespaces, of one profile or of all; `all` must be set when no namespace is named."""
+        _check(bool(namespace_prefix) != all, "forgetting takes a namespace, or all=True")
+        request = pb.ForgetQualityRequest(namespace_prefix=namespace_prefix, profile=profile, all=all)
+        return self._ask(self._connection.admin.ForgetQuality, request, QUICK_S)
 
     def _ask(self, method: Callable[..., Any], request: Any, timeout_s: float) -> dict[str, Any]:
         with self._connection.attempt():

@@ -124,9 +124,10 @@ class Uploader:
             self._hand_over(job, begun)
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
-            self._complain(begun.detail)
+            self._complain("nothing is stored", begun.detail)
             return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
         job.release()
+        self._complain("stored", begun.detail)
         return self._commit(begun.upload_id)
 
     def _staging_dir(self) -> str:
@@ -142,11 +143,11 @@ class Uploader:
             self._staging = daemon, reply.staging_dir
         return self._staging[1]
 
-    def _complain(self, detail: str) -> None:
-        """Say once in the log why the daemon does not keep what the session asked for."""
+    def _complain(self, what: str, detail: str) -> None:
+        """Say once in the log what the daemon has to say about what the session asked for."""
         if detail and not self._complained:
             self._complained = True
-            log.warning("nothing is stored: %s", detail)
+            log.warning("%s: %s", what, detail)
 
     def _begin(self, job: StoreJob) -> pb.BeginStoreReply:
         request = pb.BeginStoreRequest(

@@ -116,6 +116,11 @@ def parse_profile(name: str) -> Profile:
     return profile
 
 
+def without_threshold(name: str) -> str:
+    """The name of the same profile that quantizes sequences of any length: without its `min` option."""
+    return ",".join(option for option in name.split(",") if not re.fullmatch(r"min\d+", option))
+
+
 def check_profile(name: str) -> None:
     """ConfigError unless it is `auto` or the name of a profile."""
     if name != AUTO:

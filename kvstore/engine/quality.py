@@ -9,9 +9,11 @@ from pathlib import Path
 
 from kvstore.engine.blobs import TMP_SUFFIX, Fs, write_durably
 from kvstore.errors import CorruptDataError
-from kvstore.quality import Quality, results_from_json, results_to_json
+from kvstore.quality import Calibrated, Quality
 
 log = logging.getLogger(__name__)
+
+_NOTHING = Calibrated()
 
 
 class QualityFiles:
@@ -25,7 +27,7 @@ class QualityFiles:
         self._fs = fs
         self._sync = sync
         self._lock = threading.Lock()
-        self._known: dict[bytes, dict[str, Quality]] = {}
+        self._known: dict[bytes, Calibrated] = {}
         for path in folder.glob(f"*{TMP_SUFFIX}"):
             fs.unlink(str(path))
         for path in folder.glob("*.json"):
@@ -33,27 +35,53 @@ class QualityFiles:
                 self._known[bytes.fromhex(path.stem)] = self._read(path)
 
     def results(self, root: bytes) -> dict[str, Quality]:
-        """Results of a namespace by profile. A file that cannot be read counts as none: everything is measured anew."""
+        """Results of a namespace by profile. A file that cannot be read counts as none."""
         with self._lock:
-            return dict(self._known.get(root, {}))
+            return dict(self._known.get(root, _NOTHING).results)
 
-    def record(self, root: bytes, quality: Quality) -> None:
+    def all(self, prefix: bytes = b"") -> dict[bytes, Calibrated]:
+        """What was measured in every namespace whose root starts with `prefix`."""
+        with self._lock:
+            return {root: one for root, one in sorted(self._known.items()) if one.results and root.startswith(prefix)}
+
+    def record(self, root: bytes, quality: Quality, alias: str = "", engine: str = "") -> None:
         """Keep a result in the place of the profile's last one. Durable on return; OSError if it cannot be written."""
         with self._lock:
-            results = {**self._known.get(root, {}), quality.profile: quality}
-            text = results_to_json(results.values()).encode()
-            write_durably(self._fs, str(self._path(root)), [memoryview(text)], self._sync)
-            if self._sync:
-                self._fs.fsync_dir(str(self._folder))
-            self._known[root] = results
+            before = self._known.get(root, _NOTHING)
+            self._write(root, Calibrated(alias, engine, before.results).with_result(quality))
+
+    def forget(self, prefix: bytes, profile: str = "") -> int:
+        """Drop the results of `profile` (empty: of all) in namespaces whose root starts with `prefix`; how many.
+
+        Durable on return; OSError if it cannot be written.
+        """
+        forgotten = 0
+        with self._lock:
+            for root, before in list(self._known.items()):
+                after = before.without(profile)
+                if root.startswith(prefix) and len(after.results) < len(before.results):
+                    self._write(root, after)
+                    forgotten += len(before.results) - len(after.results)
+        return forgotten
+
+    def _write(self, root: bytes, calibrated: Calibrated) -> None:
+        """Replace a namespace's file, or remove it when nothing is left. The caller holds the lock."""
+        path = self._folder / f"{root.hex()}.json"
+        if calibrated.results:
+            write_durably(self._fs, str(path), [memoryview(calibrated.to_json().encode())], self._sync)
+        else:
+            self._fs.unlink(str(path))
+        if self._sync:
+            self._fs.fsync_dir(str(self._folder))
+        if calibrated.results:
+            self._known[root] = calibrated
+        else:
+            del self._known[root]
 
     @staticmethod
-    def _read(path: Path) -> dict[str, Quality]:
+    def _read(path: Path) -> Calibrated:
         try:
-            return results_from_json(path.read_text(encoding="utf-8"))
+            return Calibrated.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, CorruptDataError) as error:
             log.warning("%s is not used: %s", path, error)
-            return {}
-
-    def _path(self, root: bytes) -> Path:
-        return self._folder / f"{root.hex()}.json"
+            return _NOTHING

@@ -2,15 +2,18 @@
 
 For every window of text the model prefills a prefix once. The cache is stored by a daemon that keeps it in the profile,
 fetched again, and both caches are continued with the same next tokens. So everything counts that a user would meet:
-incomplete groups, tails, thresholds, the dtype that decoding rounds to.
+incomplete groups, tails, the dtype that decoding rounds to.
 
     KL          of the next-token distributions, restored against cold, in nats: mean and 99th percentile of positions
     top-1       share of positions where the most likely token is the same
     NLL         how much less likely the text itself became, nats a token
-    needle      a passage from inside the prefix is begun again; share of its further tokens that come out most likely,
-                after the cold and after the restored prefix
+    answers     loss on the answers of arithmetic of several steps that stands in the prefix (`arithmetic.py`), nats a
+                token, after the cold and after the restored prefix
     bits        what is kept for each value of KV: codes, scales, norms, and what waits unquantized at the end; without
                 the headers of blobs, which weigh by the token
+
+Sequences of any length are quantized while measuring: a threshold would keep short prefixes unquantized, and the result
+would be that of lossless KV. `kvstore.codecs.plausible` refuses such results by their bits.
 """
 
 from __future__ import annotations
@@ -30,17 +33,16 @@ from kvstore.client.session import Session
 from kvstore.codecs.device import dtype_name, dtype_of
 from kvstore.codecs.profiles import parse_profile
 from kvstore.errors import InvalidRequestError, KVStoreError
+from kvstore.integrations.arithmetic import Encode, Problems, problems
 from kvstore.integrations.caches import capture, restore
 from kvstore.keys import Namespace
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
-from kvstore.quality import Quality
+from kvstore.quality import KL_MAX, Quality
 
 Layers = list[KVLayer | StateLayer]
 LogProbs = npt.NDArray[np.float32]
 
 NEXT_TOKENS = 48
-NEEDLE_TOKENS = 16
-NEEDLE_GIVEN = 8
 PREFILL_STEP = 512
 # A fetch is waited for as long as it takes: what is measured is what comes back.
 PATIENT_MS = 120_000
@@ -48,32 +50,39 @@ PATIENT_MS = 120_000
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A prefix, what follows it in the text, and a passage from inside it."""
+    """A prefix of text with problems in its midst, what follows it in the text, and the problems."""
 
     prefix: tuple[int, ...]
     following: tuple[int, ...]
-    needle: tuple[int, ...]
+    problems: Problems
 
 
-def windows(tokens: Sequence[int], count: int, shortest: int, longest: int) -> list[Window]:
+def windows(tokens: Sequence[int], count: int, shortest: int, longest: int, encode: Encode) -> list[Window]:
     """`count` windows spread over the text, prefixes of `shortest` to `longest` tokens, the same for every call.
 
-    They overlap where the text is short. InvalidRequestError when it does not hold one.
+    They overlap where the text is short. `encode`: text to tokens, without special ones. InvalidRequestError when the
+    text does not hold one, or a prefix of `shortest` no problems.
     """
-    longest = min(longest, len(tokens) - NEXT_TOKENS)
-    if longest < max(shortest, 2 * NEEDLE_TOKENS):
-        raise InvalidRequestError(
-            f"the text has {len(tokens)} tokens; {shortest + NEXT_TOKENS} are the least: give more --prompt-file"
-        )
     found = []
     for number in range(count):
+        asked = problems(number, encode)
+        least = shortest - len(asked.statement)
+        most = min(longest - len(asked.statement), len(tokens) - NEXT_TOKENS)
+        if least < 0:
+            raise InvalidRequestError(
+                f"the problems in a prefix have {len(asked.statement)} tokens: give a --shortest of as many or more"
+            )
+        if most < least:
+            raise InvalidRequestError(
+                f"the text has {len(tokens)} tokens; {least + NEXT_TOKENS} are the least: give more --prompt-file"
+            )
         # Lengths and places by two irrational steps: evenly spread, never in step with block or group boundaries.
-        length = shortest + int((number * 0.6180339887) % 1 * (longest - shortest + 1))
+        length = least + int((number * 0.6180339887) % 1 * (most - least + 1))
         room = len(tokens) - length - NEXT_TOKENS
         start = int((number * 0.7548776662) % 1 * (room + 1))
         text = tuple(tokens[start : start + length + NEXT_TOKENS])
-        at = int((number * 0.5698402910) % 1 * (length // 2))
-        found.append(Window(text[:length], text[length:], text[at : at + NEEDLE_TOKENS]))
+        at = int((number * 0.5698402910) % 1 * (length // 2 + 1))
+        found.append(Window((*text[:at], *asked.statement, *text[at:length]), text[length:], asked))
     return found
 
 
@@ -81,12 +90,15 @@ def windows(tokens: Sequence[int], count: int, shortest: int, longest: int) -> l
 class Tally:
     """Sums over windows. `values`: numbers of KV values stored, `stored_bytes` what they took."""
 
+    tokens: int = 0
     kl: list[float] = field(default_factory=list)
     same: int = 0
     nll_delta: float = 0.0
-    needle_cold: int = 0
-    needle_restored: int = 0
-    needles: int = 0
+    answers: int = 0
+    answer_cold: float = 0.0
+    answer_restored: float = 0.0
+    answer_wrong: float = 0.0
+    answer_loss: float = 0.0
     values: int = 0
     stored_bytes: int = 0
     raw_bytes: int = 0
@@ -95,18 +107,29 @@ class Tally:
 
     def compare(self, cold: LogProbs, restored: LogProbs, text: Sequence[int]) -> None:
         """Add the positions of one continuation: `[tokens, vocabulary]` each, `text` what really came next."""
-        self.kl += (np.exp(cold) * (cold - restored)).sum(axis=-1).clip(0).tolist()
-        self.same += int((cold.argmax(-1) == restored.argmax(-1)).sum())
-        rows = np.arange(len(text) - 1)
-        self.nll_delta += float((cold[rows, text[1:]] - restored[rows, text[1:]]).sum())
+        chance = np.exp(cold)
+        # A token that cannot come adds nothing, whatever the restored cache makes of it.
+        terms = np.where(chance > 0, chance * (cold - restored), 0.0)
+        kl = np.nan_to_num(terms.sum(axis=-1), nan=KL_MAX, posinf=KL_MAX).clip(0, KL_MAX)
+        self.kl += kl.tolist()
+        known = np.isfinite(restored).any(axis=-1) & ~np.isnan(restored).any(axis=-1)
+        self.same += int(((cold.argmax(-1) == restored.argmax(-1)) & known).sum())
+        scored = range(1, len(text))
+        self.nll_delta += float((_losses(restored, text, scored) - _losses(cold, text, scored)).sum())
 
-    def recall(self, cold: LogProbs, restored: LogProbs, needle: Sequence[int]) -> None:
-        """Add one passage that was begun again: only what comes after the part that was given counts."""
-        asked = np.array(needle[NEEDLE_GIVEN:])
-        rows = slice(NEEDLE_GIVEN - 1, len(needle) - 1)
-        self.needle_cold += int((cold[rows].argmax(-1) == asked).sum())
-        self.needle_restored += int((restored[rows].argmax(-1) == asked).sum())
-        self.needles += len(asked)
+    def ask(self, cold: LogProbs, wrong: LogProbs, restored: LogProbs, asked: Problems) -> None:
+        """Add one window's answers: after the cold prefix the right and the wrong ones, after the restored the right.
+
+        Right and wrong answers may differ in tokens: the loss on the wrong ones counts as if they were as many.
+        """
+        right, other = asked.right, asked.wrong
+        self.answers += len(right.scored)
+        before, after = (_losses(logprobs, right.tokens, right.scored) for logprobs in (cold, restored))
+        self.answer_cold += float(before.sum())
+        self.answer_restored += float(after.sum())
+        # A guess that happens to become likelier must not outweigh an answer that was lost.
+        self.answer_loss += float((after - before).clip(0).sum())
+        self.answer_wrong += float(_losses(wrong, other.tokens, other.scored).mean()) * len(right.scored)
 
     def quality(self, profile: str, spec: str, prefixes: int) -> Quality:
         """The result."""
@@ -115,18 +138,30 @@ class Tally:
             profile=profile,
             spec=spec,
             prefixes=prefixes,
+            tokens=self.tokens,
+            threshold_tokens=0,
             positions=positions,
             kl_mean=float(np.mean(self.kl)),
             kl_p99=float(np.percentile(self.kl, 99)),
             top1=self.same / positions,
             nll_delta=self.nll_delta / positions,
-            needle_cold=self.needle_cold / self.needles,
-            needle_restored=self.needle_restored / self.needles,
+            answers=self.answers,
+            answer_cold=self.answer_cold / self.answers,
+            answer_restored=self.answer_restored / self.answers,
+            answer_wrong=self.answer_wrong / self.answers,
+            answer_loss=self.answer_loss / self.answers,
             bits_per_value=8 * self.stored_bytes / self.values,
             encode_bytes_per_s=self.raw_bytes / self.store_s,
             decode_bytes_per_s=self.raw_bytes / self.decode_s,
             created_s=int(time.time()),
         )
+
+
+def _losses(logprobs: LogProbs, tokens: Sequence[int], scored: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Nats that each `tokens[i]` of `scored` costs after `logprobs[i - 1]`; what is not finite costs KL_MAX."""
+    rows = np.array(scored)
+    chosen = -logprobs[rows - 1, np.array(tokens)[rows]].astype(np.float64)
+    return np.nan_to_num(chosen, nan=KL_MAX, posinf=KL_MAX).clip(max=KL_MAX)
 
 
 class Calibration:
@@ -151,18 +186,24 @@ class Calibration:
     def measure(self, sessions: Mapping[str, Session], tell: Callable[[int], None] = lambda _: None) -> list[Quality]:
         """Run all windows through every session, by profile. `tell` hears the number of each window that is done.
 
-        No two sessions may share a namespace. KVStoreError when a prefix does not come back whole: the answer would
-        say nothing.
+        No two sessions may share a namespace, and their daemon must have no threshold below which nothing is
+        quantized. KVStoreError when a prefix does not come back whole, or the cold model gives no probabilities: the
+        answer would say nothing.
         """
         tallies = {profile: Tally() for profile in sessions}
         for number, window in enumerate(self._windows):
             cold = self._prefill(window.prefix)
-            text, needle = (self._continue(cold, tokens) for tokens in (window.following, window.needle))
+            asked = window.problems
+            text, right, wrong = (
+                self._continue(cold, tokens) for tokens in (window.following, asked.right.tokens, asked.wrong.tokens)
+            )
+            if any(np.isnan(logprobs).any() for logprobs in (text, right, wrong)):
+                raise KVStoreError("the model gives no probabilities (NaN) after a prefix that was not stored")
             for profile, session in sessions.items():
                 tally = tallies[profile]
                 warm = self._through(session, window, cold, tally)
                 tally.compare(text, self._continue(warm, window.following), window.following)
-                tally.recall(needle, self._continue(warm, window.needle), window.needle)
+                tally.ask(right, wrong, self._continue(warm, asked.right.tokens), asked)
             tell(number)
         specs = {profile: parse_profile(profile).spec for profile in sessions}
         return [tally.quality(profile, specs[profile], len(self._windows)) for profile, tally in tallies.items()]
@@ -188,6 +229,7 @@ class Calibration:
         started = time.perf_counter()
         mx.eval(arrays)
         tally.decode_s += time.perf_counter() - started
+        tally.tokens += hit.n_tokens
         tally.stored_bytes += hit.source.nbytes - sum(array.nbytes for layer in layers for array in _states(layer))
         kv = [layer for layer in layers if isinstance(layer, KVLayer)]
         tally.values += sum(array.size for layer in kv for array in _arrays(layer))

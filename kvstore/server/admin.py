@@ -9,7 +9,7 @@ from kvstore.engine import BlockInfo, Engine, Selection
 from kvstore.errors import InvalidRequestError
 from kvstore.server.edge import Context, Workers, unary
 from kvstore.server.lane import Lane
-from kvstore.server.stats import Counters, namespace_message
+from kvstore.server.stats import Counters, namespace_message, quality_messages
 from kvstore.server.store import StorePath
 from kvstore.wire import convert
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -97,9 +97,27 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def RecordQuality(self, request: pb.RecordQualityRequest, context: Context) -> pb.RecordQualityReply:
-        root = convert.root_from_message(request.namespace)
+        namespace = convert.namespace_from_message(request.namespace, request.layout)
+        if namespace is None:
+            raise InvalidRequestError("a measurement comes with the layout of what was measured")
         quality = convert.quality_from_message(request.quality)
-        return pb.RecordQualityReply(refused=await self._workers.admin(self._store.gate.record, root, quality))
+        return pb.RecordQualityReply(refused=await self._workers.admin(self._store.gate.record, namespace, quality))
+
+    @unary
+    async def ListQuality(self, request: pb.ListQualityRequest, context: Context) -> pb.ListQualityReply:
+        found = await self._workers.admin(self._store.gate.all_calibrated, request.namespace_prefix)
+        rows = [
+            pb.NamespaceQuality(id=root, alias=one.alias, engine=one.engine, quality=quality_messages(judged))
+            for root, one, judged in found
+        ]
+        return pb.ListQualityReply(namespaces=rows)
+
+    @unary
+    async def ForgetQuality(self, request: pb.ForgetQualityRequest, context: Context) -> pb.ForgetQualityReply:
+        if bool(request.namespace_prefix) == request.all:
+            raise InvalidRequestError("forgetting takes a namespace, or all")
+        forgotten = await self._workers.admin(self._store.gate.forget, request.namespace_prefix, request.profile)
+        return pb.ForgetQualityReply(results=forgotten)
 
 
 def block_message(info: BlockInfo) -> pb.BlockInfo:

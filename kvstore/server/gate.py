@@ -1,34 +1,53 @@
-"""The gate: which profile a store gets. A lossy profile is used on a model only after it was measured on it.
+"""The gate: which profile a store gets.
 
-`kvstore calibrate` measures and records (`kvstore.quality`). Until then a namespace is kept in `safe`. Profiles whose
-recorded result breaks the configured limits are refused with the numbers; `auto` takes the smallest that passes.
+`kvstore calibrate` measures and records (`kvstore.quality`). A profile whose recorded result breaks the configured
+limits is refused with the numbers, under every name that it has. One that was named, in the configuration or by a
+session, and never measured is used, warned of once and listed in `stats`. `auto` takes the smallest that was measured
+and passed: `safe` without any.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from kvstore.codecs.plausible import fault_of
 from kvstore.codecs.profiles import AUTO, UNMEASURED, Profile, parse_profile
 from kvstore.config import Config
 from kvstore.engine.quality import QualityFiles
-from kvstore.errors import ConfigError
-from kvstore.quality import Quality, QualityLimits
+from kvstore.errors import ConfigError, InvalidRequestError
+from kvstore.keys import NamespaceInfo
+from kvstore.quality import Calibrated, Quality, QualityLimits
 
 log = logging.getLogger(__name__)
 
 
-# So many refusals are logged; whoever asks is told of each.
+# As many pairs of namespace and profile are logged and listed; every caller is told of each.
 WARNED_MAX = 1000
+
+NOT_MEASURED = "it was not measured on this model; run: kvstore calibrate --model PATH --profile "
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The profile that a store gets, and why it is not the one asked for."""
+    """The profile that a store gets, why it is not the one asked for, and what its caller should be warned of."""
 
     profile: Profile
     refused: str = ""
+    warning: str = ""
+
+
+def limits_of(config: Config) -> QualityLimits:
+    """The limits that the configuration sets."""
+    return QualityLimits(
+        kl_mean_max=config.quality_kl_mean_max,
+        kl_p99_max=config.quality_kl_p99_max,
+        top1_min=config.quality_top1_min,
+        nll_delta_max=config.quality_nll_delta_max,
+        answer_loss_max=config.quality_answer_loss_max,
+    )
 
 
 class Gate:
@@ -39,13 +58,7 @@ class Gate:
         self._files = files
         self._enabled = config.quality_gate
         self._default = config.profile
-        self._limits = QualityLimits(
-            kl_mean_max=config.quality_kl_mean_max,
-            kl_p99_max=config.quality_kl_p99_max,
-            top1_min=config.quality_top1_min,
-            nll_delta_max=config.quality_nll_delta_max,
-            needle_loss_max=config.quality_needle_loss_max,
-        )
+        self._limits = limits_of(config)
         self._lock = threading.Lock()
         self._warned: set[tuple[bytes, str]] = set()
 
@@ -60,50 +73,91 @@ class Gate:
             return Choice(self._smallest(root))
         profile = parse_profile(name)
         fault = self.fault(root, profile)
-        if not fault:
+        if fault:
+            self._warn(root, profile, "is refused", fault)
+            return Choice(self._smallest(root), refused=f"profile {name} is refused for this model: {fault}")
+        if not self._needs_measurement(root, profile):
             return Choice(profile)
-        self._warn(root, profile, fault)
-        return Choice(self._smallest(root), f"profile {name} is refused for this model: {fault}")
+        why = f"{NOT_MEASURED}{name}"
+        self._warn(root, profile, "is used as asked for", why)
+        return Choice(profile, warning=f"profile {name} is used as asked for: {why}")
 
     def fault(self, root: bytes, profile: Profile) -> str:
-        """Why a profile may not be used in a namespace; empty when it may."""
-        if not self._enabled or profile.is_exact or profile.name in UNMEASURED:
+        """Why a profile may not be used in a namespace: it was measured and failed. Empty when it may."""
+        if not self._enabled or profile.is_exact:
             return ""
-        quality = self._files.results(root).get(profile.name)
-        if quality is None or quality.spec != profile.spec:
-            return "it was not measured on it; run: kvstore calibrate --model PATH"
-        return self._limits.fault(quality)
+        quality = self._result(root, profile)
+        return self._limits.fault(quality) if quality else ""
 
-    def results(self, root: bytes) -> list[tuple[Quality, str]]:
+    def calibrated(self, root: bytes) -> list[tuple[Quality, str]]:
         """What was measured in a namespace, and why each may not be used."""
-        return [(quality, self._limits.fault(quality)) for _, quality in sorted(self._files.results(root).items())]
+        return self._judged(self._files.results(root).values())
 
-    def record(self, root: bytes, quality: Quality) -> str:
-        """Keep a result; why the profile is refused by it, or nothing. Blocks on disk."""
-        self._files.record(root, quality)
+    def all_calibrated(self, prefix: bytes) -> list[tuple[bytes, Calibrated, list[tuple[Quality, str]]]]:
+        """The same for every namespace whose root starts with `prefix`."""
+        found = self._files.all(prefix).items()
+        return [(root, one, self._judged(one.results.values())) for root, one in found]
+
+    def unmeasured(self, root: bytes) -> list[str]:
+        """Profiles that were named for this namespace since the daemon started, and used without a measurement."""
+        with self._lock:
+            names = sorted(name for where, name in self._warned if where == root)
+        return [name for name in names if self._needs_measurement(root, parse_profile(name))]
+
+    def record(self, namespace: NamespaceInfo, quality: Quality) -> str:
+        """Keep a result; why the profile is refused by it, or nothing. Blocks on disk.
+
+        InvalidRequestError for what cannot be a measurement of this profile on this layout.
+        """
+        fault = fault_of(quality, namespace.layout)
+        if fault:
+            raise InvalidRequestError(f"the result for {quality.profile} is not taken: {fault}")
+        self._files.record(namespace.root, quality, namespace.alias, namespace.engine)
+        with self._lock:
+            self._warned = {pair for pair in self._warned if pair[0] != namespace.root}
         return self._limits.fault(quality)
+
+    def forget(self, prefix: bytes, profile: str) -> int:
+        """Drop results, of all profiles when `profile` is empty; how many. Blocks on disk."""
+        return self._files.forget(prefix, profile)
+
+    def _judged(self, results: Iterable[Quality]) -> list[tuple[Quality, str]]:
+        return [(one, self._limits.fault(one)) for one in sorted(results, key=lambda one: one.profile)]
+
+    def _result(self, root: bytes, profile: Profile) -> Quality | None:
+        """The measurement of these recipes, under whatever name."""
+        return next((one for one in self._files.results(root).values() if one.spec == profile.spec), None)
+
+    def _needs_measurement(self, root: bytes, profile: Profile) -> bool:
+        """Whether using the profile is its user's risk."""
+        trusted = not self._enabled or profile.is_exact or profile.spec in _TRUSTED
+        return not trusted and self._result(root, profile) is None
 
     def _smallest(self, root: bytes) -> Profile:
-        """Of what was measured and passes the one with the fewest bits; `safe` without any."""
+        """Of what was measured and passes the one with the fewest bits; `safe` without any, unless that failed."""
         passing = [
             (quality.bits_per_value, name)
             for name, quality in self._files.results(root).items()
-            if self._is_known(name) and not self.fault(root, parse_profile(name))
+            if self._is_known(name, quality.spec) and not self._limits.fault(quality)
         ]
-        return parse_profile(min(passing)[1] if passing else UNMEASURED[0])
+        if passing:
+            return parse_profile(min(passing)[1])
+        return next(profile for profile in map(parse_profile, UNMEASURED) if not self.fault(root, profile))
 
     @staticmethod
-    def _is_known(name: str) -> bool:
-        """Whether this build still has a profile that was measured once."""
+    def _is_known(name: str, spec: str) -> bool:
+        """Whether this build still has a profile that was measured once, made of the same recipes."""
         try:
-            parse_profile(name)
+            return parse_profile(name).spec == spec
         except ConfigError:
             return False
-        return True
 
-    def _warn(self, root: bytes, profile: Profile, fault: str) -> None:
+    def _warn(self, root: bytes, profile: Profile, what: str, why: str) -> None:
         with self._lock:
             if (root, profile.name) in self._warned or len(self._warned) >= WARNED_MAX:
                 return
             self._warned.add((root, profile.name))
-        log.warning("namespace %s: profile %s is refused: %s", root.hex()[:12], profile.name, fault)
+        log.warning("namespace %s: profile %s %s: %s", root.hex()[:12], profile.name, what, why)
+
+
+_TRUSTED = frozenset(parse_profile(name).spec for name in UNMEASURED)

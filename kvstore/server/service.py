@@ -12,8 +12,7 @@ from kvstore.blocks import KEY_BYTES, LayerState, Reason
 from kvstore.bounds import ByteBudget
 from kvstore.config import Config
 from kvstore.engine import Engine, Row
-from kvstore.errors import CorruptDataError, InvalidRequestError, LayoutMismatchError
-from kvstore.keys import NamespaceInfo
+from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import Layout
 from kvstore.server import uploads
 from kvstore.server.costs import Offer, Timing, Way
@@ -212,6 +211,7 @@ class KVStoreService(rpc.KVStoreServicer):
             reason=plan.reason,
             held_tokens=plan.held_tokens,
             wants_states=bool(upload.states),
+            detail=plan.detail,
         )
 
     def _forget(self, planning: asyncio.Future[StorePlan]) -> None:
@@ -314,25 +314,15 @@ def timing_of(message: pb.FetchTiming) -> Timing:
 
 def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
-    root = convert.root_from_message(message.namespace)
-    identity = message.namespace
-    namespace: NamespaceInfo | None = None
-    if message.layout:
-        layout = Layout.from_record(message.layout)
-        if layout.digest != identity.layout_digest:
-            raise LayoutMismatchError("the layout sent is not the one that the namespace is bound to")
-        namespace = NamespaceInfo(
-            root, identity.weights, identity.adapter, layout, identity.dtype, identity.engine, identity.alias
-        )
     return StoreRequest(
-        root=root,
-        namespace=namespace,
+        root=convert.root_from_message(message.namespace),
+        namespace=convert.namespace_from_message(message.namespace, message.layout),
         tokens=message.tokens,
         captured_from=message.captured_from,
         restored_tokens=message.restored_tokens,
         restored_fidelity=message.restored_fidelity,
         profile=message.profile,
-        isolated=bool(identity.salt),
+        isolated=bool(message.namespace.salt),
         states=states_of(message),
     )
 

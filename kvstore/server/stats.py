@@ -6,9 +6,11 @@ import os
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, NamespaceUsage
+from kvstore.quality import Quality
 from kvstore.server.gate import Gate
 from kvstore.wire.convert import quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -112,5 +114,11 @@ def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
         profile=choice.profile.name,
         encrypted=one.encrypted,
         profile_refused=choice.refused,
-        quality=[quality_to_message(quality, refused) for quality, refused in gate.results(one.info.root)],
+        quality=quality_messages(gate.calibrated(one.info.root)),
+        unmeasured=gate.unmeasured(one.info.root),
     )
+
+
+def quality_messages(judged: Iterable[tuple[Quality, str]]) -> list[pb.Quality]:
+    """Results and why each may not be used."""
+    return [quality_to_message(quality, refused) for quality, refused in judged]

@@ -133,7 +133,7 @@ class StorePath:
         self._engine.touch(held.slices)
         if not self._open(upload):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
-        return StorePlan(upload, min(upload.start, n_tokens), Reason.OK)
+        return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
 
     def _encryption(self, request: StoreRequest) -> NamespaceKey | None:
         """The key of an encrypted namespace; before the first store of one that is to be, a new key."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
@@ -11,8 +10,9 @@ import msgpack
 from google.protobuf.message import Message
 
 from kvstore.blocks import KEY_BYTES, LayerState, Run
-from kvstore.errors import InvalidRequestError
-from kvstore.keys import FIELD_BYTES_MAX, Namespace, root_key
+from kvstore.errors import InvalidRequestError, LayoutMismatchError
+from kvstore.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
+from kvstore.layers import Layout
 from kvstore.quality import Quality
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -59,6 +59,20 @@ def root_from_message(message: pb.Namespace) -> bytes:
     return root_key(
         message.weights, message.adapter, message.layout_digest, message.dtype, message.engine, message.salt
     )
+
+
+def namespace_from_message(message: pb.Namespace, layout_record: bytes) -> NamespaceInfo | None:
+    """The namespace of an identity with the layout that came with it; None when none came.
+
+    InvalidRequestError when a field is missing or out of range, LayoutMismatchError when the layout is another one.
+    """
+    root = root_from_message(message)
+    if not layout_record:
+        return None
+    layout = Layout.from_record(layout_record)
+    if layout.digest != message.layout_digest:
+        raise LayoutMismatchError("the layout sent is not the one that the namespace is bound to")
+    return NamespaceInfo(root, message.weights, message.adapter, layout, message.dtype, message.engine, message.alias)
 
 
 def runs_to_bytes(runs: Sequence[Run]) -> bytes:
@@ -109,10 +123,10 @@ def quality_to_message(quality: Quality, refused: str = "") -> pb.Quality:
 
 
 def quality_from_message(message: pb.Quality) -> Quality:
-    """The measurement that a caller sent; InvalidRequestError when a number is not finite or a name is no name."""
-    values = {field.name: getattr(message, field.name) for field in fields(Quality)}
+    """The measurement that a caller sent; InvalidRequestError when its numbers are impossible or a name is no name."""
     if not message.profile or len(message.profile) + len(message.spec) > FIELD_BYTES_MAX:
         raise InvalidRequestError("a measurement names the profile that was measured")
-    if not all(math.isfinite(value) for value in values.values() if isinstance(value, float)):
-        raise InvalidRequestError("a measurement has finite numbers")
-    return Quality(**values)
+    quality = Quality(**{field.name: getattr(message, field.name) for field in fields(Quality)})
+    if quality.impossible:
+        raise InvalidRequestError(f"the result for {quality.profile} is not taken: {quality.impossible}")
+    return quality

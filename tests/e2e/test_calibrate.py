@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load, load_tokenizer
 
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations import mlx_lm as kv
-from kvstore.integrations.calibrate import windows
+from kvstore.integrations.arithmetic import Answers, problems
+from kvstore.integrations.calibrate import Tally, windows
+from kvstore.quality import Quality
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens
 from tests.support.sessions import client_of, patient
 
-PLANTED = "affine2"
+# With a threshold over all prefixes that are measured: measured under it, this would be lossless KV.
+PLANTED = "affine2,min512"
 QUICK = ("--prefixes", "3", "--shortest", "256", "--longest", "320")
 
 
@@ -51,7 +57,7 @@ def results(daemon: DaemonProcess, model: Path, text: Path) -> dict[str, dict[st
     """What one calibration of a planted bad profile and a good one said."""
     profiles = [flag for name in (PLANTED, "balanced") for flag in ("--profile", name)]
     command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, *profiles, "--json"]
-    done = run_cli(command, daemon.environ(), timeout_s=200)
+    done = run_cli(command, daemon.environ(), timeout_s=500)
     assert done.returncode == 0, done.stderr
     return {row["profile"]: row for row in json.loads(done.stdout)["results"]}
 
@@ -67,6 +73,7 @@ def test_a_planted_bad_profile_is_refused_with_its_numbers(
     """In the answer of the command, in stats, and to a session that asks for it."""
     planted = results[PLANTED]
     assert f"mean KL {planted['kl_mean']:.2g} is over 0.01" in planted["refused"]
+    assert 2 < planted["bits_per_value"] < 3 and planted["threshold_tokens"] == 0
     assert results["balanced"]["refused"] == ""
     assert results["balanced"]["kl_mean"] < planted["kl_mean"] / 10
     assert results["balanced"]["positions"] == 3 * 48
@@ -80,9 +87,58 @@ def test_a_planted_bad_profile_is_refused_with_its_numbers(
         assert (stored.reason, stored.stored_tokens) == ("profile_refused", 0)
         auto = patient(client, namespace_of(model))
         assert auto.store(tokens, kv.capture(cache), wait=True).stored_tokens == 300
+        named = patient(client, namespace_of(model), "affine4")
+        assert named.store(tokens, kv.capture(cache), wait=True).stored_tokens == 300
         (row,) = client.stats()["namespaces"]
+        assert row["unmeasured"] == ["affine4"]  # named and never measured: stored, and listed
+        assert daemon.log_text().count("profile affine4 is used as asked for") == 1
         assert row["profile"] == "balanced"  # the smaller one does not pass, so auto takes the next
         assert {one["profile"]: bool(one["refused"]) for one in row["quality"]} == {PLANTED: True, "balanced": False}
+
+
+def test_the_probe_tells_the_worst_profile_and_that_this_model_guesses(results: dict[str, dict[str, Any]]) -> None:
+    """The loss on answers rises with 2 bits and not with 6; the small model solves nothing, and the result says so."""
+    loss = {name: row["answer_loss"] for name, row in results.items()}
+    assert loss[PLANTED] > 0.02 > 5 * loss["balanced"]
+    assert "loss on answers" in results[PLANTED]["refused"]
+    assert all(row["answers"] >= 3 * 16 and row["answers_tell"] is False for row in results.values())
+
+
+def test_a_forged_result_is_not_taken_by_the_daemon(
+    results: dict[str, dict[str, Any]], daemon: DaemonProcess, model: Path
+) -> None:
+    """Bits of lossless KV, no positions, negative KL: the profile stays refused by what was measured."""
+    names = [field.name for field in fields(Quality)]
+    measured = Quality(**{name: results[PLANTED][name] for name in names})
+    good = replace(
+        measured,
+        kl_mean=0.0,
+        kl_p99=0.0,
+        top1=1.0,
+        nll_delta=0.0,
+        answer_restored=measured.answer_cold,
+        answer_loss=0.0,
+    )
+    forged = ({"bits_per_value": 10.5}, {"positions": 0}, {"kl_mean": -1.0}, {"kl_mean": math.nan})
+    with client_of(daemon) as client:
+        for changes in forged:
+            with pytest.raises(InvalidRequestError, match="is not taken"):
+                client.record_quality(namespace_of(model), replace(good, **changes))  # type: ignore[arg-type]
+        (space,) = client.list_quality()["namespaces"]
+        (row,) = [one for one in space["quality"] if one["profile"] == PLANTED]
+    assert row["kl_mean"] == measured.kl_mean and "mean KL" in row["refused"]
+
+
+def test_a_dry_run_shows_what_the_limits_refuse(daemon: DaemonProcess, model: Path, text: Path) -> None:
+    """As `used no`, with the numbers; nothing is recorded."""
+    command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, "--profile", "affine3"]
+    done = run_cli([*command, "--dry-run"], daemon.environ() | {"KVSTORE_QUALITY_KL_MEAN_MAX": "0"}, timeout_s=400)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("affine3 ")]
+    assert line.split()[-1] == "no"
+    assert "affine3: mean KL" in done.stdout
+    with client_of(daemon) as client:
+        assert all(one["profile"] != "affine3" for row in client.list_quality()["namespaces"] for one in row["quality"])
 
 
 def test_results_survive_a_restart_and_an_index_that_is_rebuilt(
@@ -99,25 +155,83 @@ def test_results_survive_a_restart_and_an_index_that_is_rebuilt(
     assert (daemon.data_dir / "quality" / f"{namespace_of(model).root.hex()}.json").exists()
 
 
+def test_results_are_listed_and_forgotten_though_nothing_is_stored(
+    results: dict[str, dict[str, Any]], daemon: DaemonProcess, model: Path
+) -> None:
+    """Emptying the store keeps them; forgetting one makes the profile an unmeasured one again."""
+    assert run_cli(["evict", "--all"], daemon.environ()).returncode == 0
+    listed = run_cli(["calibrate", "--list"], daemon.environ())
+    root = namespace_of(model).root.hex()
+    rows = {line.split()[2]: line.split()[-1] for line in listed.stdout.splitlines() if line.startswith(root[:8])}
+    assert rows == {PLANTED: "no", "balanced": "yes"}
+    forgotten = run_cli(["calibrate", "--forget", root[:8], "--profile", PLANTED, "--json"], daemon.environ())
+    assert json.loads(forgotten.stdout)["forgotten"] == 1
+    assert run_cli(["calibrate", "--forget", "all"], daemon.environ()).stdout == "forgot 1 results\n"
+    with client_of(daemon) as client:
+        assert client.list_quality()["namespaces"] == []
+    assert run_cli(["calibrate", "--list", "--model", str(model)], daemon.environ()).returncode == 2
+
+
 def test_without_a_daemon_the_command_says_so_before_it_measures(model: Path, tmp_path: Path) -> None:
     """Exit status 3 at once."""
     done = run_cli(["calibrate", "--model", str(model), "--address", f"unix:{tmp_path}/none"], {"PATH": ""})
     assert done.returncode == 3
 
 
+def characters(text: str) -> list[int]:
+    """A tokenizer with negative tokens, so that the text's own stand out."""
+    return [-ord(sign) for sign in text]
+
+
 def test_windows_cover_the_text_and_are_the_same_every_time() -> None:
-    """Lengths and places are spread; a text that is too short is named."""
-    found = windows(range(5000), 20, 300, 900)
-    assert found == windows(range(5000), 20, 300, 900)
+    """Lengths and places are spread, problems stand inside; a text that is too short is named."""
+    found = windows(range(5000), 20, 300, 900, characters)
+    assert found == windows(range(5000), 20, 300, 900, characters)
     lengths = {len(window.prefix) for window in found}
     assert len(lengths) > 15
     assert min(lengths) < 400 < 800 < max(lengths)
-    assert len({window.prefix[0] for window in found}) > 15
+    assert len({max(window.prefix) for window in found}) > 15
     for window in found:
-        assert window.following[0] == window.prefix[-1] + 1
-        assert window.needle[0] in window.prefix
+        text = [token for token in window.prefix if token >= 0]
+        assert text == list(range(text[0], window.following[0]))
+        asked = "".join(chr(-token) for token in window.prefix if token < 0)
+        assert asked == "".join(chr(-token) for token in window.problems.statement)
     with pytest.raises(InvalidRequestError, match="the text has 100 tokens"):
-        windows(range(100), 20, 300, 900)
+        windows(range(100), 20, 300, 900, characters)
+    with pytest.raises(InvalidRequestError, match="shortest"):
+        windows(range(5000), 20, 64, 900, characters)
+
+
+def test_the_answers_of_the_probe_are_those_of_its_problems() -> None:
+    """Python solves them; the wrong ones are answers to other problems under the same names."""
+    for number in range(20):
+        asked = problems(number, characters)
+        solved: dict[str, int] = {}
+        exec("".join(chr(-token) for token in asked.statement), {}, solved)  # noqa: S102  # our own lines
+        assert all(0 <= value <= 99 for value in solved.values()) and len(solved) == 16
+        told = {one: read_answers(one) for one in (asked.right, asked.wrong)}
+        assert told[asked.right] == solved
+        assert told[asked.wrong].keys() == solved.keys() and told[asked.wrong] != solved
+        scored = "".join(chr(-asked.right.tokens[at]) for at in asked.right.scored)
+        assert scored.split() == [str(value) for value in solved.values()]
+
+
+def read_answers(answers: Answers) -> dict[str, int]:
+    """Names and values as the tokens tell them."""
+    lines = "".join(chr(-token) for token in answers.tokens).split("\n")
+    return {line.split(" = ")[0]: int(line.split(" = ")[1]) for line in lines if line}
+
+
+def test_a_restored_cache_that_gives_no_probabilities_is_the_worst_there_is() -> None:
+    """NaN neither passes nor hides: it counts as the largest KL and as disagreement."""
+    tally = Tally()
+    cold = np.log(np.full((4, 8), 1 / 8, np.float32))
+    restored = cold.copy()
+    restored[2] = np.nan
+    tally.compare(cold, restored, [0, 1, 2, 3])
+    assert tally.kl == [0, 0, 100, 0]
+    assert tally.same == 3
+    assert tally.nll_delta == pytest.approx(100 - np.log(8))
 
 
 @pytest.mark.parametrize("hard_keys", [False, True])
@@ -127,10 +241,11 @@ def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(model: Path, har
     profiles = [flag for name in names for flag in ("--profile", name)]
     text = ["--prompt-file", str(SMALL_LM / "heldout_tokens.npy")]
     command = ["bench", "quality", "--model", str(model), *text, *QUICK, *profiles, "--json"]
-    done = run_cli([*command, "--hard-keys"] if hard_keys else command, dict(os.environ), timeout_s=200)
+    done = run_cli([*command, "--hard-keys"] if hard_keys else command, dict(os.environ), timeout_s=500)
     assert done.returncode == 0, done.stderr
     rows = {row["profile"]: row for row in json.loads(done.stdout)["results"]}
     assert rows["exact"]["kl_mean"] == 0 and rows["exact"]["bits_per_value"] < 0.7 * 16
+    assert rows["exact"]["answer_loss"] == 0 < rows["affine4"]["answer_loss"]
     assert rows["compact"]["bits_per_value"] < 5
     assert rows["compact"]["kl_mean"] < (0.02 if hard_keys else 0.75) * rows["affine4"]["kl_mean"]
     assert not hard_keys or rows["compact"]["kl_mean"] < 0.7 * rows["affine8"]["kl_mean"]

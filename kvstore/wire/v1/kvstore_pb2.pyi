@@ -400,7 +400,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "unmeasured")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -416,6 +416,7 @@ class NamespaceStats(_message.Message):
     PROFILE_REFUSED_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -431,10 +432,11 @@ class NamespaceStats(_message.Message):
     profile_refused: str
     quality: _containers.RepeatedCompositeFieldContainer[Quality]
     encrypted: bool
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ...) -> None: ...
+    unmeasured: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Quality(_message.Message):
-    __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "needle_cold", "needle_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused")
+    __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
@@ -443,13 +445,18 @@ class Quality(_message.Message):
     KL_P99_FIELD_NUMBER: _ClassVar[int]
     TOP1_FIELD_NUMBER: _ClassVar[int]
     NLL_DELTA_FIELD_NUMBER: _ClassVar[int]
-    NEEDLE_COLD_FIELD_NUMBER: _ClassVar[int]
-    NEEDLE_RESTORED_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_COLD_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_RESTORED_FIELD_NUMBER: _ClassVar[int]
     BITS_PER_VALUE_FIELD_NUMBER: _ClassVar[int]
     ENCODE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     CREATED_S_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_WRONG_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LOSS_FIELD_NUMBER: _ClassVar[int]
     profile: str
     spec: str
     prefixes: int
@@ -458,28 +465,75 @@ class Quality(_message.Message):
     kl_p99: float
     top1: float
     nll_delta: float
-    needle_cold: float
-    needle_restored: float
+    answer_cold: float
+    answer_restored: float
     bits_per_value: float
     encode_bytes_per_s: float
     decode_bytes_per_s: float
     created_s: int
     refused: str
-    def __init__(self, profile: _Optional[str] = ..., spec: _Optional[str] = ..., prefixes: _Optional[int] = ..., positions: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_p99: _Optional[float] = ..., top1: _Optional[float] = ..., nll_delta: _Optional[float] = ..., needle_cold: _Optional[float] = ..., needle_restored: _Optional[float] = ..., bits_per_value: _Optional[float] = ..., encode_bytes_per_s: _Optional[float] = ..., decode_bytes_per_s: _Optional[float] = ..., created_s: _Optional[int] = ..., refused: _Optional[str] = ...) -> None: ...
+    tokens: int
+    threshold_tokens: int
+    answers: int
+    answer_wrong: float
+    answer_loss: float
+    def __init__(self, profile: _Optional[str] = ..., spec: _Optional[str] = ..., prefixes: _Optional[int] = ..., positions: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_p99: _Optional[float] = ..., top1: _Optional[float] = ..., nll_delta: _Optional[float] = ..., answer_cold: _Optional[float] = ..., answer_restored: _Optional[float] = ..., bits_per_value: _Optional[float] = ..., encode_bytes_per_s: _Optional[float] = ..., decode_bytes_per_s: _Optional[float] = ..., created_s: _Optional[int] = ..., refused: _Optional[str] = ..., tokens: _Optional[int] = ..., threshold_tokens: _Optional[int] = ..., answers: _Optional[int] = ..., answer_wrong: _Optional[float] = ..., answer_loss: _Optional[float] = ...) -> None: ...
 
 class RecordQualityRequest(_message.Message):
-    __slots__ = ("namespace", "quality")
+    __slots__ = ("namespace", "quality", "layout")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     quality: Quality
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ...) -> None: ...
+    layout: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., quality: _Optional[_Union[Quality, _Mapping]] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class RecordQualityReply(_message.Message):
     __slots__ = ("refused",)
     REFUSED_FIELD_NUMBER: _ClassVar[int]
     refused: str
     def __init__(self, refused: _Optional[str] = ...) -> None: ...
+
+class ListQualityRequest(_message.Message):
+    __slots__ = ("namespace_prefix",)
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    def __init__(self, namespace_prefix: _Optional[bytes] = ...) -> None: ...
+
+class ListQualityReply(_message.Message):
+    __slots__ = ("namespaces",)
+    NAMESPACES_FIELD_NUMBER: _ClassVar[int]
+    namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceQuality]
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceQuality, _Mapping]]] = ...) -> None: ...
+
+class NamespaceQuality(_message.Message):
+    __slots__ = ("id", "alias", "engine", "quality")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    id: bytes
+    alias: str
+    engine: str
+    quality: _containers.RepeatedCompositeFieldContainer[Quality]
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., engine: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ...) -> None: ...
+
+class ForgetQualityRequest(_message.Message):
+    __slots__ = ("namespace_prefix", "profile", "all")
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    profile: str
+    all: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., profile: _Optional[str] = ..., all: bool = ...) -> None: ...
+
+class ForgetQualityReply(_message.Message):
+    __slots__ = ("results",)
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    results: int
+    def __init__(self, results: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
     __slots__ = ("namespace_prefix", "limit")

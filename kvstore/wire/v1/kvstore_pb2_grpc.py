@@ -454,6 +454,16 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.FromString,
                 _registered_method=True)
+        self.ListQuality = channel.unary_unary(
+                '/kvstore.v1.Admin/ListQuality',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityReply.FromString,
+                _registered_method=True)
+        self.ForgetQuality = channel.unary_unary(
+                '/kvstore.v1.Admin/ForgetQuality',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -502,6 +512,20 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQuality(self, request, context):
+        """ListQuality names what was measured, also of models that nothing is stored of.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForgetQuality(self, request, context):
+        """ForgetQuality drops results: the profile counts as never measured again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -534,6 +558,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.RecordQuality,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.SerializeToString,
+            ),
+            'ListQuality': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQuality,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityReply.SerializeToString,
+            ),
+            'ForgetQuality': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetQuality,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -699,6 +733,60 @@ class Admin(object):
             '/kvstore.v1.Admin/RecordQuality',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.RecordQualityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQuality(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/ListQuality',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListQualityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetQuality(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/ForgetQuality',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
             options,
             channel_credentials,
             insecure,

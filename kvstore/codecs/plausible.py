@@ -1,0 +1,90 @@
+"""Whether a measurement can be of the profile it names: the bits that a layout kept in a profile must come to.
+
+Sequences that were never quantized (too short for the threshold or for a group of tokens) measure as lossless KV. Their
+bits give them away: whole groups take exactly what the recipes say, and only the rest of a group, and the sinks, may
+wait unquantized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore.blocks import RAW
+from kvstore.codecs.base import codec_of, packer_of
+from kvstore.codecs.profiles import Profile, parse_profile
+from kvstore.errors import ConfigError
+from kvstore.layers import PARTS, Layout
+from kvstore.quality import Quality
+
+# Most of what is measured must be quantized: a third may wait for the rest of its group.
+WAITING_SHARE_MAX = 1 / 3
+# Lossless bytes are not shorter than this part of raw ones, and not longer than raw ones by more than SLACK.
+PACKED_SHARE_MIN = 0.02
+SLACK = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedBits:
+    """Bits a value of a layout in a profile: once all is quantized, at least and at most; and unquantized.
+
+    `lossy`: whether anything is quantized at all. `group_tokens`: tokens that are encoded together.
+    """
+
+    least: float
+    most: float
+    raw: float
+    lossy: bool
+    group_tokens: int
+
+
+def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
+    """What the recipes come to; KV layers only, as a measurement counts them. A layout without any has 0 bits."""
+    values, least, most, raw, group = 0, 0.0, 0.0, 0.0, 1
+    lossy = False
+    for index, layer in enumerate(layout.layers):
+        for name in PARTS if not layer.is_exact else ():
+            part = layer.part(name)
+            plain = part.tensors()
+            recipe = profile.recipe(name, part, index, len(layout.layers))
+            codec = codec_of(recipe)
+            raw_bits = sum(8.0 * tensor.layer_bytes(1) for tensor in plain)
+            values += sum(tensor.heads * tensor.width for tensor in plain)
+            raw += raw_bits
+            if not plain or recipe == RAW or packer_of(recipe) is not None:
+                least += raw_bits * PACKED_SHARE_MIN
+                most += raw_bits
+                continue
+            lossy = True
+            size = codec.group_tokens
+            kept = sum(8.0 * tensor.layer_bytes(size) for tensor in codec.tensors(part, recipe)) / size
+            least, most, group = least + kept, most + kept, max(group, size)
+    values = max(values, 1)
+    return ExpectedBits(least / values, most / values, raw / values, lossy, group)
+
+
+def fault_of(quality: Quality, layout: Layout) -> str:
+    """Why a result cannot be a measurement of its profile on this layout; empty when it can be."""
+    if quality.impossible:
+        return quality.impossible
+    try:
+        profile = parse_profile(quality.profile)
+    except ConfigError as error:
+        return str(error)
+    if quality.spec != profile.spec:
+        return f"{quality.profile} was measured as {quality.spec}, and is {profile.spec} here"
+    expected = expected_bits(profile, layout)
+    if not expected.raw or (not expected.lossy and not profile.is_exact):
+        return "nothing of this layout is quantized by it"
+    waiting = quality.prefixes * (expected.group_tokens - 1 + profile.sinks) / quality.tokens
+    if not profile.is_exact and waiting > WAITING_SHARE_MAX:
+        return (
+            f"{quality.prefixes} prefixes of {quality.tokens} tokens leave up to {waiting:.0%} of them waiting for the "
+            f"rest of a group of {expected.group_tokens}: measure longer ones"
+        )
+    most = min(expected.raw, expected.most + waiting * expected.raw) * (1 + SLACK)
+    if not expected.least * (1 - SLACK) <= quality.bits_per_value <= most:
+        return (
+            f"{quality.bits_per_value:.2f} bits a value are not what the profile keeps "
+            f"({expected.least:.2f} to {most:.2f}): it was measured on KV that was not quantized by it"
+        )
+    return ""
