@@ -161,7 +161,8 @@ def _losses(logprobs: LogProbs, tokens: Sequence[int], scored: Sequence[int]) ->
     """Nats that each `tokens[i]` of `scored` costs after `logprobs[i - 1]`; what is not finite costs KL_MAX."""
     rows = np.array(scored)
     chosen = -logprobs[rows - 1, np.array(tokens)[rows]].astype(np.float64)
-    return np.nan_to_num(chosen, nan=KL_MAX, posinf=KL_MAX).clip(max=KL_MAX)
+    losses: npt.NDArray[np.float64] = np.nan_to_num(chosen, nan=KL_MAX, posinf=KL_MAX).clip(max=KL_MAX)
+    return losses
 
 
 class Calibration:
