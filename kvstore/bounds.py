@@ -46,9 +46,15 @@ class ByteBudget:
                 left_s = give_up_at - time.monotonic()
                 if left_s <= 0:
                     return False
-                self._freed.wait(left_s)
+                self._freed.wait(min(left_s, threading.TIMEOUT_MAX))
             self._used_bytes += nbytes
             return True
+
+    def charge(self, nbytes: int) -> None:
+        """Count bytes that are held already, whether or not there is room; acquiring then waits until there is."""
+        _check(nbytes)
+        with self._freed:
+            self._used_bytes += nbytes
 
     def release(self, nbytes: int) -> None:
         """Give back what was acquired. ValueError when it is more than is held: that is a bug of the caller."""

@@ -66,8 +66,20 @@ class UnavailableError(KVStoreError):
     """The daemon cannot be reached, is starting, or is draining."""
 
 
+class UnansweredError(UnavailableError):
+    """Nothing was asked of the daemon, since it is not known to answer."""
+
+
+class CircuitOpenError(UnansweredError):
+    """The daemon has failed several times; until it answers in the background nothing is asked of it."""
+
+
 class DeadlineError(KVStoreError):
     """The time that the caller allowed has passed."""
+
+
+class ReadDeadlineError(DeadlineError):
+    """Files did not give their bytes in time. That is the disk's doing and says nothing about the daemon."""
 
 
 class CorruptDataError(KVStoreError):

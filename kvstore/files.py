@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, TypeAlias
@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.errors import CorruptDataError
+from kvstore.errors import CorruptDataError, ReadDeadlineError
 
 # launchd gives a process 256 files, and several workers may read at once.
 OPEN_FILES_MAX = 64
@@ -76,10 +76,19 @@ class FileReader:
     keeps its file open whatever others do.
     """
 
-    def __init__(self, sources: Sequence[FileSource], open_max: int = OPEN_FILES_MAX) -> None:
+    def __init__(
+        self,
+        sources: Sequence[FileSource],
+        open_max: int = OPEN_FILES_MAX,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`closed` is called once when all files are closed, on the thread that closes the last."""
         self._sources = tuple(sources)
         self._open_max = max(1, open_max)
+        self._on_closed = closed
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._busy: list[int] = []  # sources that are being opened or read now, once for each thread
+        self._closing = False
         self._lock = threading.Lock()
 
     @property
@@ -91,7 +100,7 @@ class FileReader:
     def open_all(self) -> bool:
         """Open as many sources as allowed, in order; whether that is all of them. CorruptDataError as `readinto`."""
         for source in range(min(len(self._sources), self._open_max)):
-            self._give_back(self._borrow(source))
+            self._give_back(source, self._borrow(source))
         return self.all_open
 
     def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
@@ -105,41 +114,89 @@ class FileReader:
         try:
             _read_fully(entry.fd, position, views, file.path)
         finally:
-            self._give_back(entry)
+            self._give_back(source, entry)
 
     def _borrow(self, source: int) -> _OpenFile:
+        """The open file of a source. Opening may block, so it holds no lock."""
+        with self._lock:
+            if self._closing:
+                raise ReadDeadlineError("the fetch that this read belongs to has ended")
+            self._busy.append(source)
+            entry = self._open.get(source)
+            if entry is not None:
+                entry.users += 1
+                self._open.move_to_end(source)
+                return entry
+        try:
+            fd = _open_checked(self._sources[source])
+        except BaseException:
+            self._give_back(source, None)
+            raise
+        spare: list[int] = []
         with self._lock:
             entry = self._open.get(source)
             if entry is None:
-                entry = self._open[source] = _OpenFile(_open_checked(self._sources[source]))
-            self._open.move_to_end(source)
+                entry = self._open[source] = _OpenFile(fd)
+            else:
+                spare.append(fd)  # another thread has opened it meanwhile
             entry.users += 1
-            self._shrink(self._open_max)
+            self._open.move_to_end(source)
+            spare += self._taken(self._open_max)
+        _close(spare)
         return entry
 
-    def _give_back(self, entry: _OpenFile) -> None:
+    def _give_back(self, source: int, entry: _OpenFile | None) -> None:
         with self._lock:
-            entry.users -= 1
-            self._shrink(self._open_max)
+            if entry is not None:
+                entry.users -= 1
+            self._busy.remove(source)
+            spare = self._taken(0 if self._closing else self._open_max)
+            over = self._closing and not self._busy
+        _close(spare)
+        if over:
+            _ABANDONED.discard(self)
+            self._on_closed()
 
-    def _shrink(self, limit: int) -> None:
-        """Close the least recently used files over the limit, except those in use."""
+    def _taken(self, limit: int) -> list[int]:
+        """Descriptors of the least recently used files over the limit, except those in use; to be closed."""
         if len(self._open) <= limit:
-            return
+            return []
         idle = [source for source, entry in self._open.items() if not entry.users]
-        for source in idle[: len(self._open) - limit]:
-            os.close(self._open.pop(source).fd)
+        return [self._open.pop(source).fd for source in idle[: len(self._open) - limit]]
+
+    def busy_paths(self) -> set[str]:
+        """Files that are being opened or read now."""
+        with self._lock:
+            return {self._sources[source].path for source in self._busy}
 
     def close(self) -> None:
-        """Close all files. No read may be in progress."""
+        """Close all files. Never waits for a read: the last one that was abandoned closes them when it returns."""
         with self._lock:
-            self._shrink(0)
+            if self._closing:
+                return
+            self._closing = True
+            busy = bool(self._busy)
+            spare = [] if busy else self._taken(0)
+            if busy:
+                _ABANDONED.add(self)
+        _close(spare)
+        if not busy:
+            self._on_closed()
 
     def __enter__(self) -> FileReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+# Readers that were closed while a read had not returned; under no lock, since adding and removing are atomic.
+_ABANDONED: set[FileReader] = set()
+
+
+def unreadable_paths() -> set[str]:
+    """Files that this process waits for although nobody wants their bytes any more: a read has not returned."""
+    return {path for reader in list(_ABANDONED) for path in reader.busy_paths()} if _ABANDONED else set()
 
 
 class BufferReader:
@@ -186,6 +243,11 @@ class BufferReader:
                 begin = position + inside - (end - len(part))
                 return part[begin : begin + nbytes - inside]
         raise CorruptDataError(f"the bytes at offset {offset} of block {source} did not arrive")
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _open_checked(source: FileSource) -> int:

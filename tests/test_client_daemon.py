@@ -151,7 +151,10 @@ def test_a_stopped_daemon_costs_the_stall_limit_and_no_more(daemon: DaemonProces
             started = time.monotonic()
             assert [quick.fetch(TOKENS).reason for _ in range(4)][2:] == [Reason.CIRCUIT_OPEN] * 2
             assert time.monotonic() - started < 2 * 0.05 + 0.4
-            assert quick.store([*TOKENS, 1], make_layers(LAYOUT, [*TOKENS, 1])).reason is Reason.CIRCUIT_OPEN
+            started = time.monotonic()
+            answer = quick.store([*TOKENS, 1], make_layers(LAYOUT, [*TOKENS, 1]))
+            assert answer.reason in (Reason.OK, Reason.UNAVAILABLE)
+            assert time.monotonic() - started < 0.4
         finally:
             daemon.signal(signal.SIGCONT)
         give_up_at = time.monotonic() + 10

@@ -79,8 +79,8 @@ class Background:
         """One job on the background thread; the other edge at which trouble ends."""
         result = StoreResult(reason=Reason.INTERNAL)
         try:
-            if not self._connection.breaker.allow():
-                result = StoreResult(reason=Reason.CIRCUIT_OPEN)
+            if (away := self._connection.health.absence()) is not None:
+                result = StoreResult(reason=reason_of(away))
             elif isinstance(job, Report):
                 with self._connection.attempt():
                     self._uploader.report(job.key, job.detail)

@@ -15,6 +15,7 @@ T = TypeVar("T")
 FAILURES_MAX = 3
 OPEN_S = 1.0
 OPEN_S_MAX = 30.0
+TRIAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +92,11 @@ class Watchdog:
 
 
 class CircuitBreaker:
-    """Refuses calls to a daemon that failed `failures_max` times in a row, for 1, 2, 4 .. 30 s. Any thread may call.
+    """Refuses calls to a daemon that answers, but failed `failures_max` of them in a row: for 1, 2, 4 .. 30 s.
 
-    When the time is over one call is let through as a trial. Its success closes the circuit, its failure doubles the
-    time; a trial that never reports its end is followed by another after the same time.
+    When the time is over one call is let through as a trial, and another each second until one of them has ended. A
+    success closes the circuit, the failure of a trial doubles the time. Whether the daemon is there at all is not asked
+    here: see `health.py`. Any thread may call.
     """
 
     def __init__(
@@ -121,14 +123,14 @@ class CircuitBreaker:
             return self._failures >= self._failures_max and self._clock() < self._open_until
 
     def allow(self) -> bool:
-        """Whether a call may be made. True after a time of refusal takes the one trial."""
+        """Whether a call may be made. True after a time of refusal takes the trial."""
         with self._lock:
             if self._failures < self._failures_max:
                 return True
             if self._clock() < self._open_until:
                 return False
             self._trial = True
-            self._open_until = self._clock() + self._open_s
+            self._open_until = self._clock() + min(self._open_s, TRIAL_S)
             return True
 
     def succeeded(self) -> None:
@@ -138,8 +140,15 @@ class CircuitBreaker:
             self._trial = False
             self._open_s = self._open_s_first
 
+    def undecided(self) -> None:
+        """A call has ended in a way that says nothing about the daemon: where it was a trial, the next one is, too."""
+        with self._lock:
+            if self._trial:
+                self._trial = False
+                self._open_until = self._clock()
+
     def failed(self) -> None:
-        """The daemon could not be reached, or not in time.
+        """The daemon did not answer a call, or not in time.
 
         Calls that were under way when the circuit opened fail late and together; only a trial's failure doubles.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,9 +12,17 @@ import grpc
 
 from kvstore.access import BEARER, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
 from kvstore.client.breaker import CircuitBreaker
+from kvstore.client.health import NOT_THERE, Health
 from kvstore.client.trust import GuardingInterceptor, SocketGuard
 from kvstore.config import Config
-from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
+from kvstore.errors import (
+    DeadlineError,
+    KVStoreError,
+    ReadDeadlineError,
+    UnansweredError,
+    UnavailableError,
+    UntrustedError,
+)
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
 from kvstore.wire.status import from_rpc_error
@@ -28,10 +37,8 @@ RECONNECT_OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
-WARM_UP_S = 5.0
+REPORT_S = 5.0
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
-
-_NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
 class _CallDetails(grpc.ClientCallDetails):  # type: ignore[misc]  # grpcio has no types
@@ -77,8 +84,17 @@ def presenting(channel: Any, credentials: Credentials, scope: Scope) -> Any:
     return grpc.intercept_channel(channel, _Presenter(secret)) if secret else channel
 
 
+def _unanswered(config: Config, error: Any) -> KVStoreError:
+    """What the failure of a health check means. The guard's own errors say it themselves."""
+    if isinstance(error, UntrustedError):
+        return error
+    if isinstance(error, UnavailableError):
+        return UnansweredError(str(error))
+    return UnansweredError(f"no daemon answers at {config.address.target}")
+
+
 class Connection:
-    """A channel to one daemon. Any thread may call; several sessions share it, and with it the circuit breaker.
+    """A channel to one daemon. Any thread may call; several sessions share it, and with it health and circuit breaker.
 
     Whether there is a connection is asked with a health check, since only an answer tells a daemon from a socket that a
     stopped process still holds. (Watching the channel's state was rejected: it costs a thread that polls five times a
@@ -87,6 +103,7 @@ class Connection:
 
     def __init__(self, config: Config) -> None:
         """Raises ConfigError or DirectoryError for keys and tokens that cannot be used; never waits for a daemon."""
+        self._config = config
         self.address = config.address
         self.breaker = CircuitBreaker()
         credentials = load_credentials(config)
@@ -94,10 +111,11 @@ class Connection:
         self._channel = open_channel(config, credentials)
         if self._guard is not None:
             self._channel = grpc.intercept_channel(self._channel, GuardingInterceptor(self._guard))
-        self._health = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        # What failed before it was away is no measure of the daemon.
+        self.health = Health(self._check, functools.partial(_unanswered, config), self.breaker.succeeded)
         # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
         weakref.finalize(self, self._channel.close).atexit = False
-        self._answered = False
         self.kvstore: Any = kvstore_stub(presenting(self._channel, credentials, Scope.WORKER))
         self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))
 
@@ -108,22 +126,20 @@ class Connection:
 
     def warm_up(self) -> None:
         """Start to connect, without waiting: the first fetch then finds the connection made."""
-        self._health.future(b"", timeout=WARM_UP_S).add_done_callback(self._warmed_up)
-
-    def _warmed_up(self, call: Any) -> None:
-        # INTERNAL is what gRPC says of a call that the guard did not let go out.
-        self._answered = call.code() not in (*_NOT_THERE, grpc.StatusCode.INTERNAL)
+        self.health.ask()
 
     def ensure(self, timeout_s: float) -> None:
-        """Return when the daemon is known to answer; UnavailableError when it does not within `timeout_s`."""
-        if self._answered:
+        """Ask until `timeout_s` whether the daemon answers: for callers who have that time. UnansweredError if not."""
+        if self.health.is_up:
             return
         try:
-            self._health(b"", timeout=timeout_s)
-        except grpc.RpcError as error:
-            if error.code() in _NOT_THERE:
-                raise UnavailableError(f"no daemon answers at {self.address.target}") from error
-        self._answered = True
+            self._check(b"", timeout=timeout_s)
+        except (grpc.RpcError, KVStoreError) as error:
+            if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
+                failed = _unanswered(self._config, error)
+                self.health.failed(failed)
+                raise failed from error
+        self.health.answered()
 
     @contextmanager
     def attempt(self, *, hurried: bool = False) -> Iterator[None]:
@@ -137,11 +153,15 @@ class Connection:
                 yield
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from error
+        except (UnansweredError, ReadDeadlineError):
+            self.breaker.undecided()
+            raise
         except (UnavailableError, DeadlineError) as error:
             if hurried and isinstance(error, DeadlineError):
+                self.breaker.undecided()
                 raise
-            self._answered = False
             self.breaker.failed()
+            self.health.lost()
             raise
         except KVStoreError:
             self.breaker.succeeded()
@@ -153,8 +173,9 @@ class Connection:
         if not self.breaker.is_open:
             with suppress(ValueError):  # the channel is closed
                 # The callback holds the call: gRPC cancels one that nobody holds any more.
-                self.kvstore.Report.future(report, timeout=WARM_UP_S).add_done_callback(lambda call: None)
+                self.kvstore.Report.future(report, timeout=REPORT_S).add_done_callback(lambda call: None)
 
     def close(self) -> None:
         """End the channel and every call on it."""
+        self.health.close()
         self._channel.close()

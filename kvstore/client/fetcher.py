@@ -11,6 +11,7 @@ of `Fetcher.fetch`; the session turns them into misses.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -26,6 +27,7 @@ from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
+from kvstore.client.reads import FileReads
 from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss
 from kvstore.client.timing import TimedReader
@@ -33,8 +35,8 @@ from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.segments import layer_ranges
 from kvstore.codecs.states import assemble_state, state_ranges
-from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
-from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
+from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
+from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
 from kvstore.keys import Namespace
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -104,7 +106,7 @@ class Fetcher:
     def match(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> pb.MatchReply:
         """Ask how much a fetch would give. Raises UnavailableError, DeadlineError, or what the daemon answers."""
         deadline = Deadline(deadlines.total_ms / 1e3)
-        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
+        self._connection.health.look(min(deadlines.connect_ms / 1e3, deadline.left_s))
         request = pb.MatchRequest(
             namespace=self._message,
             tokens=tokens,
@@ -120,7 +122,7 @@ class Fetcher:
     def _attempt(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> Attempt:
         started = time.monotonic()
         deadline = Deadline(deadlines.total_ms / 1e3)
-        self._connection.ensure(min(deadlines.connect_ms / 1e3, deadline.left_s))
+        self._connection.health.look(min(deadlines.connect_ms / 1e3, deadline.left_s))
         return Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
 
     def fetch(
@@ -165,15 +167,17 @@ class Fetcher:
                     raise CorruptDataError(str(damaged.__cause__)) from damaged
                 return
             with _file_reader(plan) as reader:
-                if reader.open_all():
+                reads = FileReads(attempt.deadline, self._budget)
+                _demand_readable(plan)
+                if reads.run(reader.open_all):
                     call.cancel()
                 yield plan
                 try:
                     for index in range(len(self._namespace.layout.layers)):
-                        yield self._layer(attempt, plan, index, reader)
+                        yield self._layer(attempt, plan, index, reader, reads)
                 except BlockCorruptError as error:
                     with suppress(_DamagedError, _PathUnusableError):
-                        self._shorter(plan, error)  # tells the daemon
+                        self._shorter(plan, error, reads)  # tells the daemon
                     raise
 
     def _packed(self, attempt: Attempt, transport: Transport) -> Hit | Miss:
@@ -229,27 +233,32 @@ class Fetcher:
         Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
         A plan with states cannot be cut: _DamagedError.
         """
-        n_layers = len(self._namespace.layout.layers)
-        with _file_reader(plan) as reader:
-            with suppress(CorruptDataError):  # reading finds out which block it is
-                if reader.open_all():
-                    call.cancel()  # every file is open: the lease has done its work
-            while plan.n_tokens >= max(1, self._options.min_prefix_tokens):
-                try:
-                    read = (self._layer(attempt, plan, index, reader) for index in range(n_layers))
-                    layers = tuple(attempt.decoded(read))
-                except BlockCorruptError as error:
-                    plan = self._shorter(plan, error)
-                except DeadlineError as error:  # the disk is slow; of the daemon that says nothing
-                    return Miss(Reason.DEADLINE, str(error))
-                else:
-                    return _hit(attempt, plan, layers, "path", "packed")
+        reads = FileReads(attempt.deadline, self._budget)
+        try:
+            plan = _before_unreadable(plan)
+            with _file_reader(plan) as reader:
+                with suppress(CorruptDataError):  # reading finds out which block it is
+                    if reads.run(reader.open_all):
+                        call.cancel()  # every file is open: the lease has done its work
+                while plan.n_tokens >= max(1, self._options.min_prefix_tokens):
+                    try:
+                        return self._read(attempt, plan, reader, reads)
+                    except BlockCorruptError as error:
+                        plan = self._shorter(plan, error, reads)
+        except DeadlineError as error:  # the disk is slow; of the daemon that says nothing
+            return Miss(Reason.DEADLINE, str(error))
         return Miss(Reason.BELOW_THRESHOLD if plan.reason is Reason.OK else plan.reason)
 
-    def _shorter(self, plan: Plan, error: BlockCorruptError) -> Plan:
+    def _read(self, attempt: Attempt, plan: Plan, reader: FileReader, reads: FileReads) -> Hit:
+        n_layers = len(self._namespace.layout.layers)
+        layers = (self._layer(attempt, plan, index, reader, reads) for index in range(n_layers))
+        return _hit(attempt, plan, tuple(attempt.decoded(layers)), "path", "packed")
+
+    def _shorter(self, plan: Plan, error: BlockCorruptError, reads: FileReads) -> Plan:
         code = _errno(error)
         # The first block goes last: where even that is not to be seen, the paths mean nothing to us.
-        elsewhere = code == errno.ENOENT and not os.path.exists(plan.files[0].path)
+        first = plan.files[0].path
+        elsewhere = code == errno.ENOENT and not reads.run(lambda: os.path.exists(first))
         if code in _NO_DESCRIPTORS or code in _REFUSED or elsewhere:
             raise _PathUnusableError(error, for_good=code not in _NO_DESCRIPTORS) from error
         self._report(plan.keys[error.source], str(error))
@@ -284,15 +293,18 @@ class Fetcher:
         ranges = layer_ranges(plan.blocks, index)
         return ranges, layer_bytes(plan.blocks, ranges, spec)
 
-    def _layer(self, attempt: Attempt, plan: Plan, index: int, reader: RangeReader) -> Layer:
+    def _layer(
+        self, attempt: Attempt, plan: Plan, index: int, reader: RangeReader, reads: FileReads | None = None
+    ) -> Layer:
         layout = self._namespace.layout
         reader = TimedReader(reader, attempt.meter, attempt.deadline)
         layer: Layer
         if layout.layers[index].is_exact:
-            layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader)
+            layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads)
         else:
             headroom = self._options.headroom_tokens
-            layer = assemble_layer(layout, index, plan.blocks, reader, headroom, keep_codes=attempt.caller.keep_codes)
+            codes = attempt.caller.keep_codes
+            layer = assemble_layer(layout, index, plan.blocks, reader, headroom, keep_codes=codes, reads=reads)
         attempt.begin(layer)
         return layer
 
@@ -351,14 +363,34 @@ def _hit(attempt: Attempt, plan: Plan, layers: tuple[Layer, ...], transport: str
 
 @contextmanager
 def _file_reader(plan: Plan) -> Iterator[FileReader]:
-    """A reader with a share of the process's open files."""
+    """A reader with a share of the process's open files, which a read that is abandoned keeps until it returns."""
     wanted = min(len(plan.files), OPEN_FILES_MAX)
     granted = wanted if _FILES.try_acquire(wanted) else 0
-    try:
-        with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN) as reader:
-            yield reader
-    finally:
-        _FILES.release(granted)
+    closed = functools.partial(_FILES.release, granted)
+    with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
+        yield reader
+
+
+def _unreadable(plan: Plan) -> int | None:
+    """The first source of a plan whose file a read of this process waits for in vain."""
+    held = unreadable_paths()
+    return next((number for number, file in enumerate(plan.files) if file.path in held), None) if held else None
+
+
+def _demand_readable(plan: Plan) -> None:
+    """ReadDeadlineError if a file of the plan is one of those: waiting for it too would take another thread."""
+    if (number := _unreadable(plan)) is not None:
+        raise ReadDeadlineError(f"an earlier read of {plan.files[number].path} has not returned")
+
+
+def _before_unreadable(plan: Plan) -> Plan:
+    """The plan without what such a file has and what comes after it. ReadDeadlineError where it cannot be cut."""
+    number = _unreadable(plan)
+    if number is None:
+        return plan
+    if plan.states or not number:
+        _demand_readable(plan)
+    return plan.first(number, Reason.DEADLINE)
 
 
 def _errno(error: BaseException) -> int | None:

@@ -97,6 +97,7 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.LimitError, Reason.QUEUE_FULL),
     (errors.CredentialsError, Reason.DENIED),
     (errors.UntrustedError, Reason.UNTRUSTED),
+    (errors.CircuitOpenError, Reason.CIRCUIT_OPEN),
     (errors.UnavailableError, Reason.UNAVAILABLE),
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),

@@ -262,8 +262,8 @@ class Session:
     ) -> StoreResult:
         if self._background.closed:
             raise UnavailableError("the session is closed")
-        if self._connection.breaker.is_open:
-            return self._refused(Reason.CIRCUIT_OPEN)
+        if (away := self._connection.health.absence()) is not None:
+            return self._refused(reason_of(away))
         n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
         if not n_tokens:
             return self._refused(reason)

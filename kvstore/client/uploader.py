@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvstore.codecs.states import StateCapture
 
 # Nobody waits for these but the background thread, so they only have to end.
-CONNECT_S = 1.0
+CONNECT_S = 5.0
 BEGIN_S = 10.0
 ACCEPTED_S = 10.0
 DONE_S = 60.0

@@ -26,7 +26,7 @@ from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.base import codec_of
 from kvstore.codecs.gather import Filler
 from kvstore.codecs.segments import HitBlock, Segment, plan_segments
-from kvstore.codecs.virtual import VirtualFile
+from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.errors import InvalidRequestError
 from kvstore.files import RangeReader
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
@@ -40,20 +40,22 @@ def assemble_layer(
     headroom_tokens: int = BLOCK_TOKENS,
     verify: bool = True,
     keep_codes: bool = False,
+    reads: Reads | None = None,
 ) -> KVLayer:
     """One kv layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
 
     `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a quantized cache, as codes,
     scales and biases, under a spec that says so. Everything is read when this returns; decoding may still be lazy, so
     evaluate on this thread. Raises BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or
-    misdescribed data, UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails.
+    misdescribed data, UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails, and what
+    `reads` raises.
     """
     spec = layout.layers[layer]
     assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
     n_tokens = sum(block.take for block in blocks)
     capacity = -(-(n_tokens + headroom_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
     plan = {part: plan_segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
-    loaded = _load(plan, capacity - n_tokens, Filler(reader, verify))
+    loaded = _load(plan, capacity - n_tokens, Filler(reader, verify), reads)
     if keep_codes and (quantized := _quantized_spec(spec, plan)):
         keys, values = (tuple(loaded[part][0]) for part in PARTS)
         return KVLayer(quantized, keys, values, n_tokens)
@@ -93,9 +95,11 @@ def packed_layer(
     }
 
 
-def _load(plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler) -> dict[str, list[list[mx.array]]]:
+def _load(
+    plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler, reads: Reads | None = None
+) -> dict[str, list[list[mx.array]]]:
     """The tensors of every segment of every part, with `spare_tokens` rows of zeros behind the last."""
-    file = VirtualFile()
+    file = VirtualFile(reads)
     for part, segments in plan.items():
         for number, segment in enumerate(segments):
             spare = spare_tokens if number == len(segments) - 1 and segment.group_tokens == 1 else 0

@@ -8,7 +8,6 @@ calls; it took exactly as long.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,11 +19,11 @@ from kvstore.codecs.device import Bytes
 from kvstore.codecs.segments import Segment, Span
 from kvstore.errors import CorruptDataError
 from kvstore.files import RangeReader
+from kvstore.readers import READERS
 
 # Tensors of this size and more are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.
 # Starting a thread for each read instead of keeping some ate that gain. They do not survive a fork; nor does MLX.
 HELPED_BYTES = 1 << 20
-_HELPERS = ThreadPoolExecutor(2, "kvstore-read")
 
 
 class _Place(NamedTuple):
@@ -63,11 +62,12 @@ class Filler:
         if len(spans) == 1 or sum(place.tensor.layer_bytes(span.n_tokens) for span in spans) < HELPED_BYTES:
             fill()
             return
-        helper = _HELPERS.submit(fill)
+        helper = READERS.start(fill)
         try:
             fill()
         finally:
-            wait([helper])
+            if not READERS.cancel(helper):
+                helper.wait()
         helper.result()
 
     def _fill_span(self, place: _Place, span: Span) -> None:

@@ -15,7 +15,7 @@ from kvstore.blocks import LayerState, StateArray
 from kvstore.codecs import device
 from kvstore.codecs.base import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.virtual import VirtualFile
+from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import Range, RangeReader
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
@@ -100,15 +100,17 @@ def state_ranges(state: LayerState, source: int) -> list[Range]:
     return [Range(source, array.offset, array.nbytes) for array in state.arrays if array.nbytes]
 
 
-def assemble_state(layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader) -> StateLayer:
+def assemble_state(
+    layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
+) -> StateLayer:
     """One window or state layer after `n_tokens` tokens, in arrays of its own.
 
     Everything is read, verified and evaluated when this returns; the arrays are the calling thread's. Raises
-    BlockCorruptError with `source` for damaged or missing bytes, OSError if the disk fails.
+    BlockCorruptError with `source` for damaged or missing bytes, OSError if the disk fails, what `reads` raises.
     """
     spec = layout.layers[state.layer]
     assert spec.is_exact, "kv layers come from blocks: see assemble.py"
-    file = VirtualFile()
+    file = VirtualFile(reads)
     for number, array in enumerate(state.arrays):
         if array.nbytes:
             file.add(str(number), array.dtype, array.shape or (1,), functools.partial(_fill, reader, source, array))

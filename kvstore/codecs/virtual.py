@@ -35,6 +35,7 @@ class VirtualFile(io.RawIOBase):
         self._filled: set[int] = set()
         self._header: dict[str, dict[str, Any]] = {}
         self._fills: dict[int, tuple[int, Callable[[memoryview], None]]] = {}
+        self._small: dict[int, bytearray] = {}
         self._size = 0
         self._head = b""
         self._thread = threading.local()
@@ -61,6 +62,12 @@ class VirtualFile(io.RawIOBase):
         if self._filled != self._fills.keys() or not isinstance(arrays, dict):
             raise RuntimeError("MLX did not read every tensor of a layer")
         return arrays
+
+    def _read_small(self) -> None:
+        small = {start: bytearray(nbytes) for start, (nbytes, _) in self._fills.items() if nbytes <= SMALL_BYTES}
+        for start, buffer in small.items():
+            self._fills[start][1](memoryview(buffer))
+        self._small = small
 
     def readable(self) -> bool:
         """MLX asks."""

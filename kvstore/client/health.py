@@ -1,0 +1,161 @@
+"""Whether the daemon answers: asked in the background, with seconds for it; a fetch only looks at the answer."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from kvstore.errors import CircuitOpenError, KVStoreError, UnansweredError
+
+ASK_S = 5.0
+# While it is away it is asked for again for so long after the last call that wanted it, then by the next call only.
+WANTED_S = 60.0
+# Looks in vain, after which a miss says that nothing is asked any more.
+VAIN_MAX = 3
+# A patient question that ends sooner than this was not patient: the next call asks, lest it be asked all the time.
+PATIENT_S_MIN = 0.2
+# How long a question may be open before stores are refused, which have to copy KV first.
+OPEN_S_MAX = 1.0
+
+NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class Health:
+    """What is known of one daemon. Any thread may call; answers come on a thread of gRPC's.
+
+    A health check is asked when a session is made, after every failure, and then again and again while calls want the
+    daemon. `check` is gRPC's method for it. Checks take turns: one that fails at once, with the cause, when there is no
+    connection, and a patient one that gRPC sends when it has made one. None takes a thread. An answer that takes longer
+    than a fetch may wait is a miss for that fetch, and no failure: the next one finds it.
+    """
+
+    def __init__(
+        self, check: Any, failed: Callable[[Any], KVStoreError], came_back: Callable[[], object] = lambda: None
+    ) -> None:
+        """`failed(error)`: what the error of a check means. `came_back()` is called when an answer ends an absence."""
+        self.check = check
+        self._failed = failed
+        self._came_back = came_back
+        self._changed = threading.Condition()
+        self._up = False
+        self._down: KVStoreError | None = None  # why the last check failed; None while that is not known
+        self._asked_s: float | None = None  # since when a question is open
+        self._wanted_s = 0.0
+        self._vain = 0  # calls that failed and looks in vain
+        self._closed = False
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the daemon has answered, and nothing failed since."""
+        return self._up
+
+    def absence(self) -> KVStoreError | None:
+        """Why stores should not count on the daemon: a check has failed, or is open for long. Keeps asking."""
+        if self.is_up:
+            return None
+        self.ask()
+        with self._changed:
+            if self._up or not self._is_late():
+                return None
+            return self._down or UnansweredError("the daemon does not answer")
+
+    def _is_late(self) -> bool:
+        late = self._asked_s is not None and time.monotonic() - self._asked_s > OPEN_S_MAX
+        return late or self._down is not None
+
+    def look(self, timeout_s: float) -> None:
+        """Return if the daemon is known to answer. UnansweredError or UntrustedError if not, within `timeout_s`.
+
+        That time counts from when the question was asked, so that many who look wait for it once.
+        """
+        if self.is_up:
+            return
+        self.ask()
+        with self._changed:
+            self._changed.wait_for(self._is_decided, self._wait_s(timeout_s))
+            if self._up:
+                return
+            self._vain += 1
+            down = self._down or UnansweredError("the daemon has not answered yet")
+            if self._vain > VAIN_MAX and type(down) is UnansweredError:
+                down = CircuitOpenError(f"asked in the background only: {down}")
+            raise type(down)(str(down))  # not the one that others raise, too
+
+    def _is_decided(self) -> bool:
+        return self._up or self._down is not None
+
+    def _wait_s(self, timeout_s: float) -> float:
+        return 0.0 if self._asked_s is None else max(0.0, self._asked_s + timeout_s - time.monotonic())
+
+    def answered(self) -> None:
+        """The daemon has answered a call."""
+        if self._up:
+            return
+        with self._changed:
+            back = self._is_late()
+            self._up, self._down, self._vain = True, None, 0
+            self._changed.notify_all()
+        if back:
+            self._came_back()
+
+    def lost(self) -> None:
+        """A call has failed, or has not been answered in time: ask."""
+        with self._changed:
+            self._up = False
+            self._vain += 1
+        self.ask()
+
+    def failed(self, error: KVStoreError) -> None:
+        """A check has failed."""
+        with self._changed:
+            self._up, self._down = False, error
+            self._changed.notify_all()
+
+    def ask(self) -> None:
+        """Have a question open, unless the answer is known. Does not wait."""
+        now_s = time.monotonic()
+        with self._changed:
+            self._wanted_s = now_s
+            if self._up or self._asked_s is not None or self._closed:
+                return
+            self._asked_s, self._down = now_s, None
+        self._begin(patient=False)
+
+    def _begin(self, *, patient: bool) -> None:
+        with suppress(ValueError):  # the channel is closed
+            # Not a method of ours: a client that nobody holds must not live for an answer.
+            ended = functools.partial(_ended, weakref.ref(self), patient, time.monotonic())
+            self.check.future(b"", timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
+
+    def end(self, call: Any, begun_s: float, *, patient: bool) -> None:
+        """A question has ended, with an answer or without."""
+        error = call.exception()
+        there = not isinstance(error, KVStoreError) and call.code() not in NOT_THERE
+        hasty = patient and time.monotonic() - begun_s < PATIENT_S_MIN
+        with self._changed:
+            again = not (there or hasty or self._up or self._closed) and time.monotonic() - self._wanted_s < WANTED_S
+            if not again:
+                self._asked_s = None
+        if there:
+            self.answered()
+        elif not patient:
+            self.failed(self._failed(error))
+        if again:
+            self._begin(patient=not patient)
+
+    def close(self) -> None:
+        """Ask nothing more."""
+        with self._changed:
+            self._closed = True
+
+
+def _ended(of: weakref.ref[Health], patient: bool, begun_s: float, call: Any) -> None:
+    if (health := of()) is not None:
+        health.end(call, begun_s, patient=patient)

@@ -1,0 +1,50 @@
+"""The reads of one fetch by path: on threads that may be left behind, waited for until the fetch's deadline."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+from kvstore.bounds import ByteBudget
+from kvstore.client.breaker import Deadline
+from kvstore.readers import READERS, Job
+
+T = TypeVar("T")
+
+
+class FileReads:
+    """Runs what opens and reads files on the process's reader threads. Of the thread that fetches, and MLX's for it.
+
+    A read that does not return in time is abandoned. It may still write to its buffers, which are MLX's: they live on,
+    and count against `budget`, until it returns.
+    """
+
+    def __init__(self, deadline: Deadline, budget: ByteBudget) -> None:
+        self._deadline = deadline
+        self._budget = budget
+        self._left: list[Job] = []
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline.left_s
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run `work` and wait for it. ReadDeadlineError at the deadline, or at once where no thread can read."""
+        return READERS.run(work, self._deadline.left_s, self._left.append)
+
+    def keep(self, memory: object, nbytes: int) -> None:
+        """Hold `memory` of `nbytes` until the reads that were abandoned so far have returned."""
+        for job in self._left:
+            self._budget.charge(nbytes)
+            READERS.when_ended(job, functools.partial(self._returned, [memory], nbytes))
+
+    def _returned(self, kept: list[object], nbytes: int) -> None:
+        kept.clear()
+        self._budget.release(nbytes)
+
+    def settle(self) -> None:
+        """Wait until all reads have returned."""
+        for job in self._left:
+            job.wait()
