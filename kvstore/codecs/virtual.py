@@ -6,18 +6,46 @@ copy, where preadv into numpy and `mx.array` are two at half the speed. From a f
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
 import threading
 from collections.abc import Callable
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Protocol, cast
 
 import mlx.core as mx
 
 from kvstore.blocks import ITEM_BYTES
+from kvstore.bounds import ByteBudget
 from kvstore.codecs.device import load_stream, loading
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, ReadDeadlineError
+
+# MLX loads with four threads, and tensors of one file wait for each other there. Loads that would wait in MLX wait here
+# instead, where a deadline ends it: four threads may be held by files whose reads do not return.
+_MLX_THREADS = ByteBudget(4)
+
+
+# Handing a read to another thread and back takes about as long as copying this much. So what is smaller is read at once
+# for all tensors of a file, and copied.
+SMALL_BYTES = 256 << 10
+
+
+class Reads(Protocol):
+    """How the bytes of a file are read where a read may not return in time: see `kvstore.client.reads`."""
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that are left for all reads."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do what reads. ReadDeadlineError when it does not end in time, and then it may still be running."""
+
+    def keep(self, memory: object, nbytes: int) -> None:
+        """The memory that reads write to. It must live, and is counted, until the last of them has returned."""
+
+    def settle(self) -> None:
+        """Return when no read is running any more, however long that takes."""
 
 
 class VirtualFile(io.RawIOBase):
@@ -29,8 +57,10 @@ class VirtualFile(io.RawIOBase):
     raises it; and whatever else happens, `load` returns nothing unless every tensor was filled.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reads: Reads | None = None) -> None:
+        """Without `reads` tensors are filled on MLX's threads, for as long as it takes."""
         super().__init__()
+        self._reads = reads
         self._error: KVStoreError | OSError | None = None
         self._filled: set[int] = set()
         self._header: dict[str, dict[str, Any]] = {}
@@ -55,12 +85,29 @@ class VirtualFile(io.RawIOBase):
             return {}
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
-        with loading():
-            arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=load_stream())
+        threads = min(len(self._fills), _MLX_THREADS.limit_bytes)
+        if not _MLX_THREADS.acquire(threads, math.inf if self._reads is None else self._reads.left_s):
+            raise ReadDeadlineError("other reads hold the threads with which MLX loads")
+        try:
+            arrays = self._load()
+        finally:
+            _MLX_THREADS.release(threads)
         if self._error is not None:
             raise self._error
         if self._filled != self._fills.keys() or not isinstance(arrays, dict):
             raise RuntimeError("MLX did not read every tensor of a layer")
+        return arrays
+
+    def _load(self) -> object:
+        try:
+            with loading():
+                arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=load_stream())
+            if self._error is not None and self._reads is not None:
+                self._reads.keep(arrays, self._size)
+        except BaseException:
+            if self._reads is not None:  # MLX may have taken its buffers back
+                self._reads.settle()
+            raise
         return arrays
 
     def _read_small(self) -> None:
@@ -103,7 +150,14 @@ class VirtualFile(io.RawIOBase):
             try:
                 nbytes, fill = self._fills[start]
                 assert view.nbytes == nbytes, "MLX reads a tensor at once"
-                fill(view)
+                if self._reads is None:
+                    fill(view)
+                elif nbytes <= SMALL_BYTES:
+                    if not self._small:
+                        self._reads.run(self._read_small)
+                    view[:] = self._small[start]
+                else:
+                    self._reads.run(functools.partial(fill, view))
                 self._filled.add(start)
             except (KVStoreError, OSError) as error:
                 self._error = error
