@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore import turboquant
 from kvstore.errors import InvalidRequestError
 from kvstore.turboquant import (
     InvalidVectorError,
@@ -118,7 +119,21 @@ UNIT = unit_vectors(3, 64)
         ("bits", lambda: TurboQuantProd(64, 1)),
         ("bits", lambda: QuantizedKVCache(KVCacheConfig(64, key_bits=1))),
         ("dimension", lambda: TurboQuantMSE(0, 4)),
-        ("dimension", lambda: TurboQuantMSE(100, 4)),
+        ("dimension", lambda: TurboQuantMSE(1, 4)),
+        ("dimension", lambda: TurboQuantMSE(8193, 4)),
+        ("dimension", lambda: TurboQuantMSE(10, 4).dequantize(TurboQuantMSE(16, 4).quantize(unit_vectors(3, 16)))),
+        ("temperature", lambda: filled().attention_output(UNIT[0], math.inf)),
+        ("temperature", lambda: filled().attention_output(UNIT[0], -math.inf)),
+        ("temperature", lambda: filled().attention_output(UNIT[0], math.nan)),
+        ("temperature", lambda: filled().attention_output(UNIT[0], 1e39)),
+        ("temperature", lambda: filled().attention_output(UNIT[0], None)),
+        ("temperature", lambda: QuantizedKVCache(KVCacheConfig(64)).attention_output(UNIT[0], math.inf)),
+        ("temperature", lambda: MultiHeadKVCache(KVCacheConfig(64), 3).attention_output_all(UNIT, math.inf)),
+        ("temperature", lambda: MultiHeadKVCache(KVCacheConfig(64), 3).concat_outputs(UNIT, math.nan)),
+        ("config", lambda: KVCacheConfig.from_dict({"dim": 64, "key_strategy": "best"})),
+        ("config", lambda: KVCacheConfig.from_dict({"dim": "64"})),
+        ("config", lambda: KVCacheConfig.from_dict({"dim": 64, "colour": 1})),
+        ("config", lambda: KVCacheConfig.from_dict({})),
         ("seed", lambda: TurboQuantMSE(64, 4, -1)),
         ("dimension", lambda: TurboQuantMSE(64, 4).quantize(unit_vectors(3, 32))),
         ("dimension", lambda: TurboQuantMSE(64, 4).quantize([[1.0], [1.0, 2.0]])),
@@ -191,7 +206,8 @@ def test_an_empty_cache_has_no_scores_and_a_zero_output() -> None:
     assert cache.attention_scores(UNIT[0]).shape == (0,)
     assert np.array_equal(np.array(cache.attention_output(UNIT[0])), np.zeros(64))
     assert cache.reconstruct_keys().shape == cache.reconstruct_values().shape == (0, 64)
-    assert cache.stats() == turboquant.CacheStats(0, 0, 0, 0) and cache.stats().compression_ratio == 0
+    assert cache.stats().num_tokens == cache.stats().total_bytes == cache.stats().baseline_bytes == 0
+    assert cache.stats().compression_ratio == 0
 
 
 def test_appending_nothing_changes_nothing() -> None:
@@ -308,3 +324,71 @@ def test_with_norms_vectors_of_any_length_are_kept() -> None:
     assert np.array_equal(decoded[0], np.zeros(64))
     errors = ((decoded - keys) ** 2).sum(-1)[1:] / (keys**2).sum(-1)[1:]
     assert errors.mean() < 0.0095
+
+
+@pytest.mark.parametrize("strategy", QuantStrategy)
+@pytest.mark.parametrize("dim", [2, 3, 5, 7, 8, 9, 12, 17, 80, 100])
+def test_every_dimension_from_two_is_packed_and_its_bits_are_counted(dim: int, strategy: QuantStrategy) -> None:
+    """Decoded near what came in, attention over it as over what is decoded, and bytes as they are."""
+    cache = QuantizedKVCache(KVCacheConfig(dim, 8, 8, strategy))
+    keys, values = unit_vectors(50, dim, seed=1), unit_vectors(50, dim, seed=2)
+    cache.append(keys, values)
+    decoded = np.array(cache.reconstruct_keys())
+    assert decoded.shape == (50, dim)
+    assert ((decoded - keys) ** 2).sum(-1).mean() < 1e-3
+    query = np.random.default_rng(5).normal(size=dim).astype(np.float32)
+    scores = np.array(cache.attention_scores(query))
+    np.testing.assert_allclose(scores, decoded @ query, atol=1e-5)
+    weights = np.exp(scores - scores.max())
+    expected = weights / weights.sum() @ np.array(cache.reconstruct_values())
+    np.testing.assert_allclose(np.array(cache.attention_output(query, 1.0)), expected, atol=1e-5)
+    stats = cache.stats()
+    assert stats.key_bytes == sum(tensor.nbytes for tensor in cache.packed_keys.tensors)
+    assert stats.key_bits_packed == pytest.approx(8 * stats.key_bytes / (50 * dim))
+    assert stats.value_bits_packed == pytest.approx(8 * stats.value_bytes / (50 * dim))
+    assert stats.value_bits_packed >= 8 == stats.value_bits
+    assert stats.baseline_bytes == 50 * 2 * dim * 4
+
+
+def test_a_large_temperature_takes_the_best_token() -> None:
+    """Without an overflow on the way."""
+    cache = filled(20)
+    query = unit_vectors(20, 64, seed=1)[7] * 30
+    output = np.array(cache.attention_output(query, 3e38))
+    best = int(np.array(cache.attention_scores(query)).argmax())
+    np.testing.assert_allclose(output, np.array(cache.reconstruct_values())[best], atol=1e-6)
+
+
+def test_config_and_strategy_go_through_json() -> None:
+    """As plain text and numbers, and back."""
+    config = KVCacheConfig(80, 3, 2, QuantStrategy.MSE, 7, 100, True)
+    text = json.dumps(config.to_dict())
+    assert json.loads(text)["key_strategy"] == "mse" == json.loads(json.dumps(QuantStrategy.MSE))
+    assert KVCacheConfig.from_dict(json.loads(text)) == config
+    assert KVCacheConfig.from_dict({"dim": 64}) == KVCacheConfig(64)
+    assert isinstance(KVCacheConfig.from_dict(json.loads(text)).key_strategy, QuantStrategy)
+
+
+def test_statistics_say_how_a_cache_is_kept_and_go_through_json() -> None:
+    """Dimension, bits and strategy of one head; number and size of heads, and each by itself, of many."""
+    one = json.loads(json.dumps(filled(10, value_bits=2).stats().to_dict()))
+    assert (one["dim"], one["key_bits"], one["value_bits"], one["key_strategy"]) == (64, 4, 2, "prod")
+    assert (one["num_tokens"], one["key_bytes"], one["total_bytes"]) == (10, 360, 520)
+    assert (one["key_bits_packed"], one["value_bits_packed"]) == (4.5, 2.0)
+    cache = MultiHeadKVCache(KVCacheConfig(64), 3)
+    cache.append_all(*[unit_vectors(15, 64, seed).reshape(3, 5, 64) for seed in (1, 2)])
+    many = json.loads(json.dumps(cache.stats().to_dict()))
+    assert (many["num_heads"], many["head_dim"], many["num_tokens"]) == (3, 64, 5)
+    assert [head["num_tokens"] for head in many["heads"]] == [5, 5, 5]
+    assert many["total_bytes"] == sum(head["total_bytes"] for head in many["heads"])
+    assert many["compression_ratio"] == pytest.approx(many["heads"][0]["compression_ratio"])
+
+
+def test_caches_configs_and_quantizers_say_what_they_are() -> None:
+    """In a log or at a prompt."""
+    cache = filled(20, value_bits=3)
+    assert repr(cache) == "QuantizedKVCache(dim=64, num_tokens=20, key_bits=4, value_bits=3, key_strategy='prod')"
+    many = repr(MultiHeadKVCache(KVCacheConfig(64), 3))
+    assert many.startswith("MultiHeadKVCache(num_heads=3, head_dim=64, heads[0]=QuantizedKVCache(dim=64, num_tokens=0")
+    assert "dim=64" in repr(KVCacheConfig(64)) and "mse" in repr(QuantStrategy.MSE)
+    assert "dim=64" in repr(TurboQuantMSE(64, 4)) and "nbytes=96" in repr(TurboQuantMSE(64, 4).quantize(UNIT))

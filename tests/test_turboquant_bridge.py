@@ -20,7 +20,7 @@ from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_rec
 from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
 from kvstore.layers import LayerSpec, Layout, PartSpec
-from kvstore.turboquant import KVCacheConfig, MultiHeadKVCache, QuantStrategy, blocks_to_cache, load, save
+from kvstore.turboquant import KVCacheConfig, MultiHeadKVCache, QuantStrategy, blocks_to_cache, bridge, load, save
 from tests.support.daemon import DaemonProcess
 from tests.support.stored import random_payload, seal_runs, streamed
 
@@ -145,3 +145,15 @@ def test_blocks_of_another_codec_are_refused(name: str) -> None:
     blocks = [HitBlock(sealed, 64)]
     with pytest.raises(InvalidRequestError, match=r"raw|affine|groups"):
         blocks_to_cache(layout, 0, blocks, streamed(blocks, [data], 0))
+
+
+def test_caches_of_dimensions_that_are_packed_alike_do_not_meet_in_the_store() -> None:
+    """Rows of 10 coordinates are as wide as those of 16: their namespaces tell them apart."""
+    caches = [MultiHeadKVCache(KVCacheConfig(dim), 2) for dim in (10, 16)]
+    layers = [bridge.cache_to_layer(cache) for cache in caches]
+    assert layers[0].spec == layers[1].spec
+    spaces = [
+        bridge._namespace([bridge._recipes(cache)], [layer], WEIGHTS, b"")
+        for cache, layer in zip(caches, layers, strict=True)
+    ]
+    assert spaces[0].root != spaces[1].root

@@ -12,7 +12,7 @@ by one thread at a time.
 from kvstore.errors import InvalidVectorError
 from kvstore.turboquant.bridge import blocks_to_cache, load, save
 from kvstore.turboquant.cache import CacheStats, KVCacheConfig, QuantizedKVCache
-from kvstore.turboquant.heads import MultiHeadKVCache
+from kvstore.turboquant.heads import MultiHeadKVCache, MultiHeadStats
 from kvstore.turboquant.quantizers import PackedVectors, QuantStrategy, TurboQuantMSE, TurboQuantProd
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "InvalidVectorError",
     "KVCacheConfig",
     "MultiHeadKVCache",
+    "MultiHeadStats",
     "PackedVectors",
     "QuantStrategy",
     "QuantizedKVCache",

@@ -107,9 +107,9 @@ def blocks_to_cache(
     """
     spec = layout.layers[layer]
     parts = packed_layer(layout, layer, blocks, reader)
-    keys, values = (_only(parts.get(name, []), name) for name in ("keys", "values"))
-    mx.eval(keys.tensors, values.tensors)
     dims = (spec.keys.width, spec.values.width)
+    keys, values = (_only(parts.get(name, []), name, dim) for name, dim in zip(("keys", "values"), dims, strict=True))
+    mx.eval(keys.tensors, values.tensors)
     if spec.keys.heads != spec.values.heads:
         raise InvalidRequestError(
             f"layer {layer} has {spec.keys.heads} heads of keys and {spec.values.heads} of values"
@@ -122,18 +122,18 @@ def blocks_to_cache(
     )
 
 
-def _only(segments: Sequence[tuple[Recipe, list[mx.array]]], name: str) -> PackedVectors:
+def _only(segments: Sequence[tuple[Recipe, list[mx.array]]], name: str, dim: int) -> PackedVectors:
     """The one segment of a part, if turboquant packed it."""
     recipes = [recipe for recipe, _ in segments]
     if len(segments) != 1 or recipes[0].name not in (MSE, PROD):
         raise InvalidRequestError(f"{name} are kept as {', '.join(map(str, recipes))}, not by one turboquant recipe")
     if fold_of(recipes[0]) > 1:
         raise InvalidRequestError(f"heads of {name} share scales, and cannot be attended to one by one")
-    return PackedVectors(recipes[0], tuple(segments[0][1]))
+    return PackedVectors(recipes[0], tuple(segments[0][1]), dim)
 
 
 def _head(packed: PackedVectors, index: int) -> PackedVectors:
-    return PackedVectors(packed.recipe, tuple(tensor[0, index] for tensor in packed.tensors))
+    return PackedVectors(packed.recipe, tuple(tensor[0, index] for tensor in packed.tensors), packed.dim)
 
 
 def _joined(packed: PackedVectors) -> mx.array:
@@ -153,17 +153,20 @@ def _split(rows: mx.array, like: PackedVectors) -> tuple[mx.array, ...]:
     return tuple(tensors)
 
 
-def _recipes(cache: MultiHeadKVCache) -> tuple[Recipe, Recipe, int]:
-    """Recipes of the first head, and the seed of the last: between them they tell the seeds of all."""
+def _recipes(cache: MultiHeadKVCache) -> tuple[Recipe, Recipe, int, int]:
+    """Recipes of the first head, the seed of the last, which tells those of all, and the dimension.
+
+    Packed rows of some dimensions are equally wide, so the layout does not tell these apart.
+    """
     first, last = cache.head(0), cache.head(cache.num_heads - 1)
-    return first.packed_keys.recipe, first.packed_values.recipe, last.config.seed
+    return first.packed_keys.recipe, first.packed_values.recipe, last.config.seed, first.config.dim
 
 
 def _namespace(
-    recipes: Sequence[tuple[Recipe, Recipe, int]], layers: Sequence[KVLayer], weights: bytes, salt: bytes
+    recipes: Sequence[tuple[Recipe, Recipe, int, int]], layers: Sequence[KVLayer], weights: bytes, salt: bytes
 ) -> Namespace:
     """Equal only for caches that were packed in the same way."""
     distinct = dict.fromkeys(recipes)
-    packing = " ".join(f"{keys}/{values}/{seed}" for keys, values, seed in distinct)
+    packing = " ".join(f"{keys}/{values}/{seed}/{dim}" for keys, values, seed, dim in distinct)
     layout = Layout(tuple(layer.spec for layer in layers))
     return Namespace(weights, layout, dtype="F32", engine=f"{ENGINE} {packing}", salt=salt, alias="turboquant")

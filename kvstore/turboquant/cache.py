@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import mlx.core as mx
@@ -56,12 +56,41 @@ class KVCacheConfig:
         """How values are packed."""
         return turboquant_mse_recipe(self.value_bits, self.seed + VALUE_SEED, unit=not self.store_norms)
 
+    def to_dict(self) -> dict[str, Any]:
+        """What json takes, and `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> KVCacheConfig:
+        """The config that these fields describe, defaults for those left out; InvalidVectorError (config) otherwise."""
+        try:
+            given = cls(**values)
+            strategy = QuantStrategy(given.key_strategy)
+        except (TypeError, ValueError) as error:
+            raise InvalidVectorError("config", f"not a cache configuration: {error}") from error
+        for one in fields(cls):
+            value = getattr(given, one.name)
+            wanted = {"int": int, "bool": bool}.get(str(one.type))
+            if wanted is not None and type(value) is not wanted:
+                raise InvalidVectorError("config", f"{one.name} is {value!r}, expected {one.type}")
+        return replace(given, key_strategy=strategy)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Bytes as packed, and what float32 would take."""
+    """What a cache of one head holds: bytes as packed, and what float32 would take.
 
+    `key_bits` and `value_bits` as configured; `key_bits_packed` and `value_bits_packed` are the bits that a coordinate
+    takes with everything: scales, and the zeros that rows are filled up with.
+    """
+
+    dim: int
     num_tokens: int
+    key_strategy: QuantStrategy
+    key_bits: int
+    value_bits: int
+    key_bits_packed: float
+    value_bits_packed: float
     key_bytes: int
     value_bytes: int
     baseline_bytes: int
@@ -75,6 +104,10 @@ class CacheStats:
     def compression_ratio(self) -> float:
         """Baseline over packed; 0 when there is nothing."""
         return self.baseline_bytes / self.total_bytes if self.total_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, the derived ones too, as json takes them."""
+        return {**asdict(self), "total_bytes": self.total_bytes, "compression_ratio": self.compression_ratio}
 
 
 class PackedRows:
@@ -90,7 +123,8 @@ class PackedRows:
 
     def clear(self) -> None:
         """Drop all."""
-        self._waiting = [encode_rows(mx.zeros((0, self.quantizer.dim), self.quantizer.dtype), self.quantizer.form)]
+        nothing = mx.zeros((0, self.quantizer.form.width), self.quantizer.dtype)
+        self._waiting = [encode_rows(nothing, self.quantizer.form)]
         self.n_rows = 0
 
     def extend(self, tensors: Tensors) -> None:
@@ -101,6 +135,16 @@ class PackedRows:
             self.n_rows = self._max_rows
         if len(self._waiting) > _PENDING_MAX:
             self.tensors()
+
+    @property
+    def bits(self) -> float:
+        """Bits a coordinate as packed, with everything."""
+        return sum(8.0 * tensor.shape[-1] * tensor.itemsize for tensor in self._waiting[0]) / self.quantizer.dim
+
+    @property
+    def packed(self) -> PackedVectors:
+        """All rows with what packed them."""
+        return PackedVectors(self.quantizer.recipe, self.tensors(), self.quantizer.dim)
 
     def tensors(self) -> Tensors:
         """All rows `[n_rows, ...]`, evaluated."""
@@ -191,20 +235,23 @@ class QuantizedKVCache:
 
     def attention_scores(self, query: Any) -> mx.array:
         """float32 `[num_tokens]`: inner products of `query` `[dim]` with the keys, on their codes."""
-        form = self._keys.quantizer.form
-        return inner_products(self._keys.tensors(), form, _query(query, form.width))
+        quantizer = self._keys.quantizer
+        return inner_products(self._keys.tensors(), quantizer.form, quantizer.padded(_query(query, quantizer.dim)))
 
     def attention_output(self, query: Any, temperature: float = 0.0) -> mx.array:
         """float32 `[dim]`: values weighted by softmax(temperature * scores); zero when the cache is empty.
 
-        A temperature of 0 or less stands for 1 / sqrt(dim).
+        A temperature of 0 or less stands for 1 / sqrt(dim). InvalidVectorError (temperature) for what is no finite
+        number of float32.
         """
-        form = self._values.quantizer.form
+        factor = checked_temperature(temperature) or 1.0 / math.sqrt(self.config.dim)
+        quantizer = self._values.quantizer
         scores = self.attention_scores(query)
         if not self.num_tokens:
-            return mx.zeros((form.width,))
-        factor = temperature if temperature > 0 else 1.0 / math.sqrt(self.config.dim)
-        return weighted_sum(self._values.tensors(), form, mx.softmax(scores * factor))
+            return mx.zeros((quantizer.dim,))
+        # The largest score is taken off first: its product with a large temperature would be infinite.
+        weights = mx.softmax((scores - mx.max(scores)) * factor)
+        return quantizer.cut(weighted_sum(self._values.tensors(), quantizer.form, weights))
 
     def reconstruct_keys(self) -> mx.array:
         """float32 `[num_tokens, dim]`, decoded."""
@@ -217,19 +264,33 @@ class QuantizedKVCache:
     @property
     def packed_keys(self) -> PackedVectors:
         """The keys as they are kept."""
-        return PackedVectors(self._keys.quantizer.recipe, self._keys.tensors())
+        return self._keys.packed
 
     @property
     def packed_values(self) -> PackedVectors:
         """The values as they are kept."""
-        return PackedVectors(self._values.quantizer.recipe, self._values.tensors())
+        return self._values.packed
 
     def stats(self) -> CacheStats:
-        """Tokens and bytes."""
-        widths = self._keys.quantizer.dim + self._values.quantizer.dim
+        """Dimension, bits, tokens and bytes."""
+        keys, values, config = self._keys, self._values, self.config
         return CacheStats(
-            self.num_tokens, self.packed_keys.nbytes, self.packed_values.nbytes, self.num_tokens * widths * 4
+            dim=config.dim,
+            num_tokens=self.num_tokens,
+            key_strategy=config.key_strategy,
+            key_bits=config.key_bits,
+            value_bits=config.value_bits,
+            key_bits_packed=keys.bits,
+            value_bits_packed=values.bits,
+            key_bytes=self.packed_keys.nbytes,
+            value_bytes=self.packed_values.nbytes,
+            baseline_bytes=self.num_tokens * (keys.quantizer.dim + values.quantizer.dim) * 4,
         )
+
+    def __repr__(self) -> str:
+        config = self.config
+        bits = f"key_bits={config.key_bits}, value_bits={config.value_bits}, key_strategy={str(config.key_strategy)!r}"
+        return f"QuantizedKVCache(dim={config.dim}, num_tokens={self.num_tokens}, {bits})"
 
     def clear(self) -> None:
         """Drop all tokens."""
@@ -267,11 +328,12 @@ def _query(query: Any, width: int) -> mx.array:
     return rows
 
 
-def merged_stats(all_stats: Sequence[CacheStats]) -> CacheStats:
-    """Bytes of all heads together, tokens of the first."""
-    return CacheStats(
-        all_stats[0].num_tokens,
-        sum(stats.key_bytes for stats in all_stats),
-        sum(stats.value_bytes for stats in all_stats),
-        sum(stats.baseline_bytes for stats in all_stats),
-    )
+def checked_temperature(temperature: float) -> float:
+    """The factor of scores, 0 where it is left to the cache; InvalidVectorError (temperature) for no finite number."""
+    try:
+        factor = float(temperature)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidVectorError("temperature", f"not a number: {temperature!r}") from error
+    if not abs(factor) <= mx.finfo(mx.float32).max:
+        raise InvalidVectorError("temperature", f"a temperature is a finite number of float32, got {temperature!r}")
+    return max(factor, 0.0)

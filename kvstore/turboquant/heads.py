@@ -3,13 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from kvstore.errors import InvalidVectorError
-from kvstore.turboquant.cache import HEAD_SEED, CacheStats, KVCacheConfig, QuantizedKVCache, merged_stats
+from kvstore.turboquant.cache import HEAD_SEED, CacheStats, KVCacheConfig, QuantizedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class MultiHeadStats:
+    """What the heads of a cache hold: of each, and bytes of all together."""
+
+    heads: tuple[CacheStats, ...]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads."""
+        return len(self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates of a key of one head."""
+        return self.heads[0].dim
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that every head holds."""
+        return self.heads[0].num_tokens
+
+    @property
+    def key_bytes(self) -> int:
+        """Bytes of all keys."""
+        return sum(head.key_bytes for head in self.heads)
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of all values."""
+        return sum(head.value_bytes for head in self.heads)
+
+    @property
+    def total_bytes(self) -> int:
+        """Keys and values."""
+        return self.key_bytes + self.value_bytes
+
+    @property
+    def baseline_bytes(self) -> int:
+        """What float32 would take."""
+        return sum(head.baseline_bytes for head in self.heads)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Baseline over packed; 0 when there is nothing."""
+        return self.baseline_bytes / self.total_bytes if self.total_bytes else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, and those of each head, as json takes them."""
+        names = ("num_heads", "head_dim", "num_tokens", "key_bytes", "value_bytes", "total_bytes", "baseline_bytes")
+        totals = {name: getattr(self, name) for name in (*names, "compression_ratio")}
+        return {**totals, "heads": [head.to_dict() for head in self.heads]}
 
 
 class MultiHeadKVCache:
@@ -41,9 +94,17 @@ class MultiHeadKVCache:
         return len(self.heads)
 
     @property
+    def head_dim(self) -> int:
+        """Coordinates of a key of one head."""
+        return self.heads[0].config.dim
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that every head holds."""
         return self.heads[0].num_tokens
+
+    def __repr__(self) -> str:
+        return f"MultiHeadKVCache(num_heads={self.num_heads}, head_dim={self.head_dim}, heads[0]={self.heads[0]!r})"
 
     def head(self, index: int) -> QuantizedKVCache:
         """The cache of one head; InvalidVectorError (heads) when there is none."""
@@ -86,9 +147,9 @@ class MultiHeadKVCache:
         """For each head float32 `[num_tokens, dim]`."""
         return [head.reconstruct_values() for head in self.heads]
 
-    def stats(self) -> CacheStats:
-        """Bytes of all heads."""
-        return merged_stats([head.stats() for head in self.heads])
+    def stats(self) -> MultiHeadStats:
+        """What every head holds, and all together."""
+        return MultiHeadStats(tuple(head.stats() for head in self.heads))
 
     def clear(self) -> None:
         """Drop all tokens of all heads."""

@@ -2,6 +2,9 @@
 
 <query, R^-1 y> = <R query, y>: the query is rotated once, and its product with the levels of the codes is what the
 product with the decoded vector would be. Decoding costs an inverse rotation for every vector more.
+
+Packed rows have a multiple of 8 coordinates, 16 at least. Vectors of any other dimension from 2 are packed with zeros
+after them, which changes neither lengths nor inner products; every count of bits is of what is packed.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import mlx.core as mx
 
 from kvstore.blocks import Recipe
 from kvstore.codecs.codebooks import BITS_MAX
+from kvstore.codecs.packing import CODES_TOGETHER
 from kvstore.codecs.turboquant import (
     PROD,
     SEED_MAX,
+    WIDTH_MIN,
     RowFormat,
     decode_rows,
     encode_rows,
@@ -33,9 +38,11 @@ from kvstore.errors import CorruptDataError, InvalidVectorError
 
 # How far from 1 the length of a unit vector may be: rows that come out of float16 or bfloat16 are not closer.
 UNIT_TOLERANCE = 1e-2
+# A vector of one coordinate is a sign.
+DIM_MIN = 2
 
 
-class QuantStrategy(enum.Enum):
+class QuantStrategy(enum.StrEnum):
     """MSE: least squared error. PROD: inner products without bias, one bit of each value for the residual's sign."""
 
     MSE = "mse"
@@ -48,6 +55,11 @@ class PackedVectors:
 
     recipe: Recipe
     tensors: tuple[mx.array, ...]
+    dim: int
+
+    def __repr__(self) -> str:
+        shape = list(self.tensors[0].shape[:-1])
+        return f"PackedVectors({self.recipe}, dim={self.dim}, shape={shape}, nbytes={self.nbytes})"
 
     @property
     def nbytes(self) -> int:
@@ -98,21 +110,21 @@ class Quantizer:
         self.dim = dim
         self.dtype = dtype
         try:
-            self.form: RowFormat = row_format(recipe, dim)
+            self.form: RowFormat = row_format(recipe, packed_width(dim))
         except CorruptDataError as error:
             raise InvalidVectorError(_wrong_with(recipe), f"{dim} dimensions: {error}") from error
 
     def quantize(self, vectors: Any) -> PackedVectors:
         """`[..., dim]`, an array of any float dtype or what mx.array takes -> packed vectors `[...]`, evaluated."""
         rows = checked_vectors(vectors, self.dim, self.form.unit)
-        packed = encode_rows(rows.astype(self.dtype), self.form)
+        packed = encode_rows(self.padded(rows).astype(self.dtype), self.form)
         mx.eval(*packed)
-        return PackedVectors(self.recipe, packed)
+        return PackedVectors(self.recipe, packed, self.dim)
 
     def dequantize(self, packed: PackedVectors) -> mx.array:
         """float32 `[..., dim]`."""
         self._check(packed)
-        return decode_rows(packed.tensors, self.form)
+        return self.cut(decode_rows(packed.tensors, self.form))
 
     def estimate_inner_products(self, packed: PackedVectors, query: Any) -> mx.array:
         """float32 `[...]`: of each packed vector with `query` `[dim]`, which may have any length."""
@@ -120,11 +132,32 @@ class Quantizer:
         rotated = checked_vectors(query, self.dim, unit=False)
         if rotated.ndim != 1:
             raise InvalidVectorError("dimension", f"one query of {self.dim} numbers, got {tuple(rotated.shape)}")
-        return inner_products(packed.tensors, self.form, rotated)
+        return inner_products(packed.tensors, self.form, self.padded(rotated))
+
+    def padded(self, rows: mx.array) -> mx.array:
+        """`[..., dim]` -> `[..., form.width]`, as rows are packed."""
+        missing = self.form.width - self.dim
+        return mx.concatenate([rows, mx.zeros((*rows.shape[:-1], missing), rows.dtype)], axis=-1) if missing else rows
+
+    def cut(self, rows: mx.array) -> mx.array:
+        """The inverse of `padded`."""
+        return rows[..., : self.dim] if rows.shape[-1] > self.dim else rows
 
     def _check(self, packed: PackedVectors) -> None:
         if packed.recipe != self.recipe:
             raise InvalidVectorError("recipe", f"vectors packed as {packed.recipe}, not {self.recipe}")
+        if packed.dim != self.dim:
+            raise InvalidVectorError("dimension", f"vectors of {packed.dim} coordinates, not {self.dim}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.recipe}, dim={self.dim})"
+
+
+def packed_width(dim: int) -> int:
+    """Coordinates of a packed row: `dim` where rows can have so many, else the next width that they can have."""
+    if dim < DIM_MIN:
+        return dim  # no vector has so few, and no row format either
+    return max(WIDTH_MIN, -(-dim // CODES_TOGETHER) * CODES_TOGETHER)
 
 
 def _wrong_with(recipe: Recipe) -> str:
@@ -137,7 +170,10 @@ def _wrong_with(recipe: Recipe) -> str:
 
 
 class TurboQuantMSE(Quantizer):
-    """`bits` / 8 bytes a coordinate of a unit vector, 1 to 8 bits; `dim`: a multiple of 8 from 16 to 8192."""
+    """`bits` / 8 bytes a coordinate of a unit vector, 1 to 8 bits; `dim`: 2 to 8192.
+
+    Dimensions that are no multiple of 8, and those under 16, take the bytes of the next one that is.
+    """
 
     def __init__(self, dim: int, bits: int, seed: int = 42) -> None:
         super().__init__(turboquant_mse_recipe(bits, seed, unit=True), dim)
