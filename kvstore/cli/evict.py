@@ -74,4 +74,6 @@ def command(
         print_json({"dry_run": dry_run, **report})
         return
     freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
-    click.echo(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks")
+    kept = report.get("kept_bytes", 0)
+    later = f"; {size_text(kept)} more when readers let go" if kept else ""
+    click.echo(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks{later}")

@@ -37,6 +37,10 @@ def command(address: str | None, config_path: str | None, as_json: bool) -> None
         if reasons:
             ordered = sorted(reasons.items(), key=lambda item: -item[1])
             print_facts(title, [(reason, str(count)) for reason, count in ordered])
+    evicted = stats.get("evictions", {})
+    if evicted:
+        cells = [(cause, f"{one['blocks']:,} blocks, {size_text(one['bytes'])}") for cause, one in evicted.items()]
+        print_facts("evicted since start, by cause", cells)
     print_namespaces(stats["namespaces"])
 
 

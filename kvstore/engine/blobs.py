@@ -72,6 +72,11 @@ class Fs:
         info = os.statvfs(path)
         return info.f_bavail * info.f_frsize
 
+    def free_names(self, path: str) -> int:
+        """Files that this user may still create on the volume; many where it does not count them."""
+        info = os.statvfs(path)
+        return info.f_favail if info.f_files else 1 << 32
+
 
 def disk_bytes(file_bytes: int) -> int:
     """What a file of this size costs on disk."""

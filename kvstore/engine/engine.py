@@ -36,7 +36,7 @@ from types import TracebackType
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
 from kvstore.engine import encryption, survey
-from kvstore.engine.blobs import Fs, unlink_quietly
+from kvstore.engine.blobs import Fs
 from kvstore.engine.directory import Hold, claim
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import KeyRing, NamespaceKey
@@ -60,7 +60,7 @@ from kvstore.engine.reading import first_damaged, open_reader, sources_of
 from kvstore.engine.recovery import recovered_index
 from kvstore.engine.room import Room
 from kvstore.engine.rows import Row
-from kvstore.engine.scrub import Scrub
+from kvstore.engine.scrub import Scrub, after_repair
 from kvstore.engine.sealed import SealedReader
 from kvstore.engine.state import DISPLACED, HEAD_BYTES, HEAD_TOKENS, Lease, State
 from kvstore.engine.tombstones import Tombstones
@@ -103,8 +103,7 @@ class Engine:
             index = recovered_index(directory, hold, options, fs, ring, tombstones)
             hold.write(clean=False, durability=options.durability, socket=options.socket)
             engine = cls(State(directory, hold, index, options, fs, clock, tombstones), hold)
-            engine.make_room(0)
-            engine._room.keep_share()
+            engine._keep_to_limits()
             return engine
         except BaseException as error:
             if index is not None:
@@ -133,6 +132,7 @@ class Engine:
     def _leave_in_order(self) -> None:
         self._state.end_all_leases()
         self._state.settle_deletions()
+        self._state.evictions.tell()
         self._state.flush_touches()
         self._scrub.save()
         if not self._state.sync:
@@ -304,8 +304,18 @@ class Engine:
     def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
         """Keep to these limits from now on, and at once."""
         self._state.options = replace(self._state.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
+        self._keep_to_limits()
+
+    def _keep_to_limits(self) -> None:
+        self._room.announce()
         self._room.make(0)
         self._room.keep_share()
+        self._state.evictions.tell()
+
+    @property
+    def degraded(self) -> str:
+        """Why nothing is stored at present; empty when all is well."""
+        return self._state.counts.degraded
 
     def make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
@@ -340,6 +350,7 @@ class Engine:
                 state.flush_touches()
             state.settle_deletions()
             self._room.make(0)
+            state.evictions.tell()
             state.ballast.lay()
             if state.counts.disk_error and state.can_write():
                 state.counts.disk_error = ""
@@ -371,7 +382,7 @@ class Engine:
             log.warning("a blob is damaged: %s", error)
         with self._state.lock:
             removed = checking.drop_tree(self._state.site, row, quarantine=True)
-            self._after_repair(removed)
+            after_repair(self._state, removed)
         return bool(removed)
 
     def check(self, repair: bool = False) -> CheckReport:
@@ -387,20 +398,8 @@ class Engine:
             advice = f"{error}; stop the daemon and run: kvstore check --repair"
             walk.report.findings.append(Finding("row", str(self._state.index.path), advice))
         with self._state.lock:
-            self._after_repair(walk.removed)
+            after_repair(self._state, walk.removed)
         return walk.report
-
-    def _after_repair(self, removed: list[Row]) -> None:
-        """Rows changed behind the counters: take them anew, and keep quarantine in its bounds. Holds the lock."""
-        state = self._state
-        state.remember_lost(removed, Reason.CORRUPT)
-        for path in state.directory.quarantined()[: -state.options.quarantine_files_max]:
-            unlink_quietly(state.fs, [str(path)])
-        with state.index.view() as view:
-            state.usage = view.usage()
-            for root, record in view.namespaces().items():
-                state.namespaces.setdefault(root, NamespaceInfo.from_record(record))
-        state.measure()
 
     # -- looking ------------------------------------------------------------------------------------------------
 

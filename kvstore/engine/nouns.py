@@ -202,6 +202,7 @@ class EngineStats:
 
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine + keys.
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
+    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.evictions`).
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
     of the scrub ended, seconds since 1970, 0 if never; `damaged` counts the blobs that it condemned since the start.
     """
@@ -218,7 +219,7 @@ class EngineStats:
     quarantine_bytes: int
     quarantined: int
     written_bytes: int
-    evicted_blocks: int
+    evictions: dict[str, tuple[int, int]]
     degraded: str
     namespaces: tuple[NamespaceUsage, ...]
     checkpoints: int = 0
@@ -226,3 +227,8 @@ class EngineStats:
     checkpoint_share_bytes: int = 0
     scrubbed_s: int = 0
     damaged: int = 0
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks deleted since the start, whatever the cause."""
+        return sum(blocks for blocks, _ in self.evictions.values())

@@ -11,8 +11,13 @@ import logging
 import time
 from collections.abc import Callable
 
+from kvstore.blocks import Reason
+from kvstore.engine.blobs import unlink_quietly
+from kvstore.engine.evictions import REPAIR
+from kvstore.engine.rows import Row
 from kvstore.engine.state import State
 from kvstore.errors import KVStoreError
+from kvstore.keys import NamespaceInfo
 
 # Beside the rows: the first 8 bytes of the next key as a number, 0 between passes; when the last pass ended.
 NEXT, DONE_S = "scrub_next", "scrub_done_s"
@@ -85,3 +90,16 @@ class Scrub:
         self._has_moved = True
         log.info("every blob was read; %d damaged since the start", self.damaged)
         self.save()
+
+
+def after_repair(state: State, removed: list[Row]) -> None:
+    """Rows changed behind the counters: take them again, and keep quarantine in its bounds. Hold the lock."""
+    state.evictions.note(REPAIR, removed)
+    state.remember_lost(removed, Reason.CORRUPT)
+    for path in state.directory.quarantined()[: -state.options.quarantine_files_max]:
+        unlink_quietly(state.fs, [str(path)])
+    with state.index.view() as view:
+        state.usage = view.usage()
+        for root, record in view.namespaces().items():
+            state.namespaces.setdefault(root, NamespaceInfo.from_record(record))
+    state.measure()

@@ -17,6 +17,7 @@ from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
 from kvstore.engine.check import Site, keys_to_keep
 from kvstore.engine.directory import Directory, Hold
 from kvstore.engine.drive import DriveCache
+from kvstore.engine.evictions import Evictions
 from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
@@ -37,7 +38,6 @@ class Counts:
     """Plain counters since the engine was opened, and why nothing is written at present. Changed under the lock."""
 
     written_bytes: int = 0
-    evicted_blocks: int = 0
     over_budget: str = ""
     under_floor: str = ""
     disk_error: str = ""
@@ -81,6 +81,7 @@ class State:
         self.ballast = Ballast(directory.ballast, min(options.ballast_bytes, options.budget_bytes // 64))
         self.ballast.lay()
         self.counts = Counts()
+        self.evictions = Evictions()
         self.in_flight: dict[str, int] = {}
         self.site = Site(directory, index, fs, self.lock, self.busy_names, self.skip_seq)
         self._memory = threading.Lock()

@@ -57,7 +57,7 @@ def stats(state: State, free_bytes: int) -> EngineStats:
         quarantine_bytes=ledger.get("quarantine"),
         quarantined=_count(state.directory.quarantine),
         written_bytes=state.counts.written_bytes,
-        evicted_blocks=state.counts.evicted_blocks,
+        evictions=state.evictions.totals(),
         degraded=state.counts.degraded,
         namespaces=spaces,
         checkpoints=sum(use.checkpoints for use in usage.values()),

@@ -16,6 +16,7 @@ from typing import TypeAlias
 
 from kvstore.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.engine.blobs import abandon, blob_name, disk_bytes, land, write_unsynced
+from kvstore.engine.evictions import CHAIN
 from kvstore.engine.format import Sealed, seal
 from kvstore.engine.index import Edit
 from kvstore.engine.keyring import NamespaceKey
@@ -302,7 +303,7 @@ class Writer:
             self._end_flight(row)
             state.counts.written_bytes += row.disk_bytes
             state.forget_lost(row.key)
-        state.counts.evicted_blocks += len(settled.evicted)
+        state.evictions.note(CHAIN, settled.evicted)
         # A request may hold one key twice: what it replaced of its own is unlinked with what was not kept.
         own = {(row.key, row.seq) for row in settled.kept}
         gone = [row for row in settled.replaced if (row.key, row.seq) not in own]

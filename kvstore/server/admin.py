@@ -85,7 +85,7 @@ class AdminService(rpc.AdminServicer):
                 raise InvalidRequestError("shredding takes a namespace")
             await self._workers.admin(self._engine.shred, request.namespace_prefix, request.dry_run)
         report = await self._workers.admin(self._engine.evict, selection, request.dry_run)
-        return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes)
+        return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
 
     @unary
     async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:

@@ -86,6 +86,9 @@ class Counters:
             ),
             miss_reasons=misses,
             store_reasons=stores,
+            evictions={
+                cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
+            },
             bytes=pb.ByteStats(
                 logical=sum(one.tokens * one.info.layout.token_bytes for one in disk.namespaces),
                 stored=disk.stored_bytes,

@@ -132,7 +132,7 @@ class StorePath:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
         self._engine.touch(held.slices)
         if not self._open(upload):
-            return StorePlan(None, held.n_tokens, Reason.STORE_FULL)
+            return StorePlan(None, held.n_tokens, Reason.STORE_FULL, self._engine.degraded)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
 
     def _encryption(self, request: StoreRequest) -> NamespaceKey | None:

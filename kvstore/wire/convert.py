@@ -105,7 +105,7 @@ def message_to_dict(message: Message) -> dict[str, Any]:
 def _field(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
-        return dict(sorted(value.items()))
+        return {key: _scalar(one) for key, one in sorted(value.items())}
     if field.is_repeated:
         return [_scalar(item) for item in value]
     return _scalar(value)

@@ -1,0 +1,58 @@
+"""What was deleted and why: counters by cause, and the log lines of evictions that no user asked for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from kvstore.engine.rows import Row
+
+ASKED, BUDGET, FLOOR, SHARE, CHAIN, REPAIR = "asked", "budget", "floor", "share", "chain", "repair"
+_WHY = {
+    BUDGET: "the budget was reached",
+    FLOOR: "the volume had less free space than the floor",
+    SHARE: "checkpoints took more than their share of the budget",
+    CHAIN: "sequences had more checkpoints than are kept",
+    REPAIR: "blobs were damaged or missing",
+}
+log = logging.getLogger(__name__)
+
+
+class Evictions:
+    """Blocks and bytes deleted since the start, by cause. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+        self._told_bytes: Counter[str] = Counter()
+
+    def note(self, cause: str, rows: Sequence[Row]) -> None:
+        """Count rows that were removed."""
+        if rows:
+            with self._lock:
+                self._blocks[cause] += len(rows)
+                self._bytes[cause] += sum(row.disk_bytes for row in rows)
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """(blocks, bytes on disk) by cause; causes that did not occur are left out."""
+        with self._lock:
+            return {cause: (blocks, self._bytes[cause]) for cause, blocks in self._blocks.items()}
+
+    def tell(self) -> None:
+        """Log one line for each cause since the last call; what a user asked for is not logged."""
+        with self._lock:
+            new = {cause: self._blocks[cause] - self._told[cause] for cause in _WHY}
+            nbytes = {cause: self._bytes[cause] - self._told_bytes[cause] for cause in _WHY}
+            self._told, self._told_bytes = self._blocks.copy(), self._bytes.copy()
+        for cause, blocks in new.items():
+            if blocks:
+                log.info("evicted %d blocks, %s (%s): %s", blocks, gigabytes(nbytes[cause]), cause, _WHY[cause])
+
+
+def gigabytes(nbytes: int) -> str:
+    """A size for people, in GB."""
+    return f"{nbytes / 1e9:.2f} GB"
