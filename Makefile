@@ -1,6 +1,7 @@
 # make demo   two model servers sharing one store, on a small trained model
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
-# make compat the integration of vllm-mlx, in an environment of its own: several minutes and GB the first time
+# make compat mlx-lm's own tests with the store plugged in; the integration of vllm-mlx, in an environment of its own:
+#             several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
 # make faults  kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
@@ -27,6 +28,11 @@ OLDEST_MLX_LM := 0.31.3
 OLDEST_MLX := 0.31.2
 LAYER_SUITE := tests/test_fingerprint.py tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
 
+# Whose own tests of its server run with our prompt cache in place of the stock one: the version in constraints.txt, from
+# its source distribution.
+MLX_LM := 0.32.2
+MLX_LM_TESTS := .upstream/mlx_lm-$(MLX_LM)/tests
+
 # vllm-mlx pins mlx-lm < 0.32. Of its dependencies torch decides the size: this version has a build for CPUs alone.
 VLLM_MLX := 0.6.0
 VLLM_TORCH := 2.13.0
@@ -38,7 +44,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest compat bench faults lint proto proto-check venv clean
+.PHONY: demo test test-oldest compat compat-mlx-lm compat-vllm bench faults lint proto proto-check venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -49,7 +55,13 @@ test: $(INSTALLED) test-oldest
 test-oldest: $(INSTALLED_OLDEST)
 	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)
 
-compat: $(INSTALLED_VLLM)
+compat: compat-mlx-lm compat-vllm
+
+compat-mlx-lm: $(INSTALLED) $(MLX_LM_TESTS)/test_server.py
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt requests
+	@$(BIN)/python -m tests.compat.mlx_lm_upstream $(MLX_LM_TESTS)
+
+compat-vllm: $(INSTALLED_VLLM)
 	@$(VENV_VLLM)/bin/python -m pytest -p no:cacheprovider tests/compat
 
 # Alone on the machine, an hour. BENCH narrows the sizes of `kvstore bench`, as in: make bench BENCH='--seq-len 2048 --rounds 3'
@@ -104,6 +116,12 @@ $(INSTALLED_OLDEST): pyproject.toml constraints.txt Makefile
 	@$(VENV_OLDEST)/bin/python $(PIP_INSTALL) -c $(VENV_OLDEST)/constraints.txt -e '.[test]'
 	@touch $@
 
+$(MLX_LM_TESTS)/test_server.py: | $(INSTALLED)
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet download --no-deps --no-binary :all: \
+		--dest .upstream mlx-lm==$(MLX_LM)
+	@tar -xzf .upstream/mlx_lm-$(MLX_LM).tar.gz -C .upstream
+	@touch $@
+
 # torchvision is for pictures, which no test has; as PyPI has it, it does not load with a torch that is for CPUs alone.
 $(INSTALLED_VLLM): pyproject.toml Makefile
 	@test -x $(VENV_VLLM)/bin/python || { $(FIND_PYTHON); echo "making $(VENV_VLLM) with $$p" >&2; "$$p" -m venv $(VENV_VLLM); }
@@ -112,4 +130,4 @@ $(INSTALLED_VLLM): pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) .upstream build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -75,6 +75,12 @@ def test_a_store_hands_over_exactly_the_bytes_of_its_tokens(
     assert session.stats.stores == {"ok": 1}
 
 
+def test_layers_may_be_a_generator(daemon: FakeDaemon, session: Session) -> None:
+    """As in `store(tokens, (convert(layer) for layer in cache))`; it is gone through once."""
+    assert session.store(iter(TOKENS), (layer for layer in LAYERS), wait=True).stored_tokens == 700
+    assert daemon.uploads[0].data == raw_bytes(TOKENS, 0, 700)
+
+
 def test_a_large_upload_by_stream_goes_in_messages_of_one_mebibyte(daemon: FakeDaemon, session: Session) -> None:
     """Never over the message limit, whatever the sizes of the ranges."""
     daemon.by_path = False

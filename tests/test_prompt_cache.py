@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import shutil
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import (
     ArraysCache,
+    CacheList,
     ChunkedKVCache,
     KVCache,
     QuantizedKVCache,
@@ -31,6 +33,7 @@ from kvstore.integrations.run import plug_in, run
 from kvstore.keys import Namespace
 from tests.support.fake_store import FakeClient, FakeSession
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
+from tests.support.tiny_configs import VOCAB
 
 TOKENS = heldout_tokens()
 
@@ -598,6 +601,144 @@ def test_the_launcher_replaces_three_names_and_passes_everything_on(
     host, port, handler, cache = calls[1]
     assert (host, port, handler, cache.max_size, cache.max_bytes) == ("127.0.0.1", 1, "mine", 7, 12345)
     assert isinstance(cache, PromptCache)
+
+
+ODD_KEYS: list[Any] = [
+    ("a", None),
+    ("a", None, None, "four"),
+    (None, None, None),
+    (1, 2, 3),
+    None,
+    7,
+    "a name",
+    frozenset({1}),
+    ("\udcff", None, None),
+    ("\ud800", "\0", None),
+    ("x" * 5000, None, None),
+    ("/proc/1/root/model", None, None),
+]
+
+
+@pytest.mark.parametrize("provided", [False, True], ids=["alone", "with a provider"])
+def test_whatever_tells_models_apart_is_served_from_memory(
+    provided: bool, client: FakeClient, digests: WeightsDigest, model: Any
+) -> None:
+    """Engines use keys of any shape; without an identity nothing is stored, and that is counted."""
+    layers = filled(model, TOKENS[:50])
+    for key in ODD_KEYS:
+        store = ModelStore(client, digests)  # type: ignore[arg-type]
+        cache = PromptCache(store=store, provider=Provider(key, model) if provided else None)
+        assert cache.fetch_nearest_cache(key, TOKENS[:50]) == (None, TOKENS[:50])
+        cache.insert_cache(key, TOKENS[:50], layers)
+        found, rest = cache.fetch_nearest_cache(key, TOKENS[:70])
+        assert found is not None and rest == TOKENS[50:70]
+        assert not cache.needs_checkpoints(key)
+        assert store.reasons, key
+    assert not client.sessions
+
+
+def test_a_provider_that_has_loaded_nothing_yet_or_no_longer_is_no_trouble(make: Any, model: Any) -> None:
+    """The stock provider forgets its model when it stops, and its key is None then."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    assert cache.fetch_nearest_cache(make.key, TOKENS[:150])[0] is not None
+    cache._provider.model_key = cache._provider.model = None
+    for key in (None, make.key):
+        assert cache.fetch_nearest_cache(key, TOKENS[500:550]) == (None, TOKENS[500:550])
+
+
+def test_layers_and_tokens_may_be_anything_that_can_be_gone_through(make: Any, model: Any) -> None:
+    """Once: they are kept in memory and stored."""
+    cache = make()
+    cache.insert_cache(make.key, iter(TOKENS[:100]), iter(filled(model, TOKENS[:100])))
+    for tokens in (tuple(TOKENS[:150]), iter(TOKENS[:150]), mx.array(TOKENS[:150])):
+        for reader in (cache, make()):
+            found, rest = reader.fetch_nearest_cache(make.key, tokens if reader is cache else TOKENS[:150])
+            assert rest == TOKENS[100:150]
+            check_continuation(model, TOKENS[:150], found, rest)
+    captured = kv.capture(iter(filled(model, TOKENS[:20])))
+    assert {layer.n_tokens for layer in captured} == {20}
+    assert kv.layout(iter(filled(model, TOKENS[:20]))) == kv.layout(filled(model, TOKENS[:20]))
+
+
+def test_layers_that_nobody_can_make_sense_of_stay_in_memory(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Offsets that are no numbers, lists without layers: what we make of them is logged, and the engine goes on."""
+
+    class Broken(KVCache):  # type: ignore[misc]
+        nbytes = 1
+
+        @property
+        def offset(self) -> int:
+            raise OSError("broken")
+
+        @offset.setter
+        def offset(self, value: int) -> None:
+            pass
+
+    cache = make()
+    for index, layers in enumerate(([CacheList()], [Broken()], [])):
+        cache.insert_cache(make.key, TOKENS[index : index + 50], layers)
+        assert cache.fetch_nearest_cache(make.key, TOKENS[index : index + 60])[0] is not None
+    assert cache._store.reasons.total()
+
+
+def test_a_model_with_a_name_that_is_not_unicode_is_stored(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any, tmp_path: Path
+) -> None:
+    """A file name is bytes; what people are shown has a question mark in it."""
+    folder = tmp_path / "\udcffmodel"
+    folder.symlink_to(folders["one"])
+    shutil.copytree(folders["one"], tmp_path / "\udcfecopy")
+    for path, alias in ((folder, "one"), (tmp_path / "\udcfecopy", "?copy")):
+        key = (str(path), None, None)
+        assert digests.wait(path, 30.0)
+        cache = PromptCache(store=ModelStore(client, digests), provider=Provider(key, model))  # type: ignore[arg-type]
+        cache.insert_cache(key, TOKENS[:100], filled(model, TOKENS[:100]))
+        assert client.only.namespace.alias == alias
+        client.sessions.clear()
+
+
+def test_a_prefix_of_a_purely_recurrent_model_is_covered_on_the_next_turn(
+    prefixes: kv.PrefixStore, client: FakeClient
+) -> None:
+    """Its layers do not count, so the prompt is fed, and stored, where its position is known; nothing else is."""
+    model = exact_model("mamba")
+    tokens = [token % VOCAB for token in TOKENS]
+    with prefixes.prefix(model, tokens[:50]) as (cache, rest):
+        assert rest == tokens[49:50]
+        check_exact(model, tokens[:50], cache, rest)
+        feed(model, cache, tokens[900:910])  # without a name
+    prefix = prefixes.prefix(model, tokens[:80])
+    with prefix as (cache, rest):
+        assert rest == tokens[79:80]
+        check_exact(model, tokens[:80], cache, rest)
+        prefix.extend(tokens[80:90])  # never fed
+    assert [len(stored) for stored, _ in client.only.stored] == [49, 79]
+    with prefixes.prefix(model, tokens[:80]) as (cache, rest):
+        assert rest == tokens[79:80]
+        check_exact(model, tokens[:80], cache, rest)
+    assert len(client.only.stored) == 2, "all of it was there"
+    assert not prefixes._store.reasons
+
+
+def test_a_prefix_store_of_no_model_says_so(tmp_path: Path, folders: dict[str, str], client: FakeClient) -> None:
+    """At once; an id may still be downloaded."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in ("/no/such/model", "model", "", "./no/model", str(empty), f"{folders['one']}/config.json", "x" * 5000):
+        with pytest.raises(InvalidRequestError, match="folder"):
+            kv.PrefixStore(path)
+    for adapter in ("/no/such/adapter", str(empty)):
+        with pytest.raises(InvalidRequestError, match="folder"):
+            kv.PrefixStore(folders["one"], adapter_path=adapter)
+
+
+def test_a_prefix_store_may_be_made_before_its_model_is_downloaded(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, digests: WeightsDigest
+) -> None:
+    """It has no identity until then."""
+    monkeypatch.setattr(kv, "connect", lambda address: client)
+    assert not kv.PrefixStore("nobody/has-this-model", digests=digests).wait(0.1)
 
 
 def test_only_known_servers_are_started() -> None:

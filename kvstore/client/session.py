@@ -226,7 +226,7 @@ class Session:
     def store(
         self,
         tokens: Iterable[int] | bytes,
-        layers: Sequence[KVLayer | StateLayer],
+        layers: Iterable[KVLayer | StateLayer],
         wait: bool = False,
         restored_tokens: int | None = None,
         timeout_s: float = STORE_WAIT_S,
@@ -240,7 +240,7 @@ class Session:
         `restored_tokens`: so many leading tokens came out of the store; None: as this session's own hits say.
         """
         try:
-            result = self._store(pack_tokens(tokens), layers, wait, restored_tokens, timeout_s)
+            result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
         except KVStoreError as error:
             log.info("store: %s", error)
             result = StoreResult(reason=reason_of(error))

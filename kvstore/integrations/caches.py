@@ -40,7 +40,7 @@ _BATCH_ADVICE = "it holds several sequences: call extract(i) on every layer and 
 _OTHER_ADVICE = "nothing of this sequence is stored"
 
 
-def capture(cache: Sequence[Any], n_tokens: int | None = None) -> list[CacheLayer]:
+def capture(cache: Iterable[Any], n_tokens: int | None = None) -> list[CacheLayer]:
     """The layers of a cache of one sequence, nested ones depth first, without copying. Lazy arrays stay lazy.
 
     `n_tokens`: how many tokens are meant; needed where no layer knows how many it holds (recurrent layers do not).
@@ -49,6 +49,7 @@ def capture(cache: Sequence[Any], n_tokens: int | None = None) -> list[CacheLaye
     UnsupportedLayerError names the class of a layer that cannot be stored; InvalidRequestError for an empty layer, more
     than one sequence, arrays that do not fit their offset, and layers that disagree on how many tokens they hold.
     """
+    cache = list(cache)
     leaves, _ = _flatten(cache)
     _check_classes(leaves)
     _check_filled(leaves)
@@ -81,8 +82,9 @@ def restore(layers: Iterable[CacheLayer], tree: str = "") -> list[Any]:
     return levels[0]
 
 
-def layout(cache: Sequence[Any]) -> Layout:
+def layout(cache: Iterable[Any]) -> Layout:
     """The layout of a cache that holds at least one token; raises what `capture` raises."""
+    cache = list(cache)
     leaves, tree = _flatten(cache)
     _check_classes(leaves)
     _check_filled(leaves)

@@ -8,22 +8,27 @@ kv.PromptCache                                              drop-in for mlx_lm.s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kvstore.client import connect
 from kvstore.errors import InvalidRequestError, KVStoreError
-from kvstore.integrations.caches import capture, layout, probe, quantized, restore
+from kvstore.integrations.caches import capture, layout, probe, quantized, restore, token_count
 from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore, alias_of, identify, model_folder
 from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
+
+# As the engine's own prefill.
+PREFILL_STEP_TOKENS = 2048
 
 __all__ = [
     "Prefix",
@@ -68,12 +73,24 @@ def namespace(
     return identity.namespace(probe(load_model(folders[0], lazy=True)[0] if model is None else model))
 
 
+def _check_folder(path_or_repo: str, needed: str) -> None:
+    """InvalidRequestError unless this is a folder with that file, or the id of what may still be downloaded."""
+    folder = model_folder(path_or_repo)
+    if folder is None:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_repo) and not path_or_repo.startswith("."):
+            return
+        raise InvalidRequestError(f"there is no such folder: {path_or_repo}")
+    if not (folder / needed).is_file():
+        raise InvalidRequestError(f"not a folder with {needed}: {path_or_repo}")
+
+
 class PrefixStore:
     """The store for one model in a program that generates by itself.
 
     Make it before or right after the model is loaded: its identity is that of the folder at this time, and until large
     weights are hashed (see `wait`) nothing is fetched or stored. Use it on the thread that owns the caches; `flush` and
-    `close` may be called from any. Nothing raises because of the store.
+    `close` may be called from any. InvalidRequestError when the folder does not exist or has no model in it (a Hugging
+    Face id may be downloaded later); nothing raises because of the store.
 
         with PrefixStore(path) as store:
             prefix = store.prefix(model, tokens)
@@ -92,6 +109,9 @@ class PrefixStore:
         salt: bytes = b"",
         digests: WeightsDigest | None = None,
     ) -> None:
+        _check_folder(model_path, "config.json")
+        if adapter_path is not None:
+            _check_folder(adapter_path, "adapter_config.json")
         self._key: ModelKey = (model_path, adapter_path, None)
         self._store = ModelStore(connect(address), digests, profile=profile, salt=salt)
         self._store.pin(*self._key)
@@ -125,6 +145,10 @@ class Prefix:
     A cache knows how many tokens it holds, not which. On exit the store gets those that are named: the prompt's, and
     what was generated if you `extend` it; more in the cache is cut off. Layers that disagree (a forward pass was broken
     off) are not stored, nor is anything when the block raises; leaving a generator early is not that.
+
+    Layers of purely recurrent models (mamba, rwkv7) do not know how many tokens they hold, so what they hold at the end
+    cannot be checked against the names. Of these models the prompt is fed on entry, all but its last token, and stored
+    at once; what is generated is not.
     """
 
     def __init__(self, store: ModelStore, key: ModelKey, model: Any, tokens: Sequence[int]) -> None:
@@ -135,6 +159,7 @@ class Prefix:
         self._model = model
         self._tokens = [int(token) for token in tokens]
         self._epoch: Epoch | None = None  # known on entry
+        self._counts = True
         self.cache: list[Any] = []
         self.rest: list[int] = []
 
@@ -147,12 +172,25 @@ class Prefix:
         found = self._store.fetch(self._key, self._layouts(), self._tokens, epoch=self._epoch)
         self.cache, n_tokens = found or (make_prompt_cache(self._model), 0)
         self.rest = self._tokens[n_tokens:]
+        with self._store.guard():
+            self._counts = token_count(self.cache) is not None
+        if not self._counts and len(self.rest) > 1:
+            self._feed()
         return self
+
+    def _feed(self) -> None:
+        """Feed all but the last token, in the engine's pieces, and store them: here the position is known."""
+        fed = len(self._tokens) - 1
+        for start in range(fed - len(self.rest) + 1, fed, PREFILL_STEP_TOKENS):
+            self._model(mx.array([self._tokens[start : min(start + PREFILL_STEP_TOKENS, fed)]]), cache=self.cache)
+            mx.eval([layer.state for layer in self.cache])
+        self._store.store(self._key, self._tokens[:fed], self.cache, exactly=True, epoch=self._epoch)
+        self.rest = self._tokens[fed:]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and not issubclass(kind, GeneratorExit):
+        if not self._counts or (kind is not None and not issubclass(kind, GeneratorExit)):
             return
         if self._epoch == self._store.epoch(self._key, self._model):
             self._store.store(self._key, self._tokens, self.cache, epoch=self._epoch)

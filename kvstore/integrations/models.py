@@ -11,7 +11,8 @@ import logging
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,18 +48,30 @@ def engine_version() -> str:
 
 def model_folder(path_or_repo: str) -> Path | None:
     """The local folder of a path or Hugging Face id; None when there is none (yet). Never downloads."""
-    if (folder := Path(path_or_repo)).exists():
-        return folder
     try:
+        if (folder := Path(path_or_repo)).exists():
+            return folder
         return Path(hf_repo_to_path(path_or_repo))
-    except (OSError, ValueError):  # not downloaded, or downloaded in part; not an id
+    except (OSError, ValueError):  # not to be looked at; not downloaded, or downloaded in part; not an id
         return None
 
 
 def alias_of(path_or_repo: str) -> str:
-    """What people call a model: the name of its folder, or its Hugging Face id."""
+    """What people call a model: its folder's name, or its Hugging Face id. What is not Unicode becomes "?"."""
     path = Path(path_or_repo)
-    return path.resolve().name if path.exists() else path_or_repo
+    name = path.resolve().name if path.exists() else path_or_repo
+    return name.encode(errors="replace").decode()
+
+
+def names_files(key: object) -> bool:
+    """Whether a model key says where the model's files are: (path or id, adapter or None, draft model or None).
+
+    Engines use anything that can be hashed to tell models apart. Of another shape it says nothing of the weights.
+    """
+    if not isinstance(key, tuple) or len(key) != 3:
+        return False
+    model, *others = key
+    return isinstance(model, str) and all(part is None or isinstance(part, str) for part in others)
 
 
 @dataclass(frozen=True)
@@ -174,7 +187,7 @@ class _Loaded:
 
 
 def _paths(key: ModelKey) -> list[str]:
-    return [path for path in key if path]
+    return [path for path in key if path] if names_files(key) else []
 
 
 class ModelStore:
@@ -235,7 +248,7 @@ class ModelStore:
             paths = _paths(key)
             known_paths = self._announced if models else self._pins.keys()
             self.pin(*(path for path in paths if path not in known_paths))
-            pins = tuple(self._pins.get(path) if path else None for path in key)
+            pins = tuple(self._pins.get(path) if path else None for path in key) if names_files(key) else ()
             missing = tuple(path for path in paths if path not in self._pins)
             states = tuple(pin.state if pin else None for pin in pins)
             mark = fingerprint(*models) if models else None
@@ -248,7 +261,8 @@ class ModelStore:
     def count_changed(self, key: ModelKey) -> None:
         """Count, and say, that a cache was begun in another epoch than that in which it came back. Any thread."""
         self._count(Reason.IDENTITY_CHANGED)
-        log.warning("%s changed while a cache of it was filled; that cache is not kept", alias_of(str(key[0])))
+        name = alias_of(key[0] or "") if names_files(key) else repr(key)
+        log.warning("%s changed while a cache of it was filled; that cache is not kept", name)
 
     def session(self, key: ModelKey, of: Layout, epoch: Epoch | None = None) -> Session | None:
         """The session for a model in an epoch (None: as it is now) and a layout, made when first asked for.
@@ -259,6 +273,9 @@ class ModelStore:
             return self._session(key, of, self.epoch(key) if epoch is None else epoch)
 
     def _session(self, key: ModelKey, of: Layout, epoch: Epoch) -> Session | None:
+        if not names_files(key):
+            self._count(Reason.IDENTITY)
+            return None
         identity = None
         if not epoch.unknown:
             identity = identify(epoch.pins, salt=self._salt, alias=alias_of(str(key[0])))
@@ -335,7 +352,7 @@ class ModelStore:
         self,
         key: ModelKey,
         tokens: Sequence[int],
-        cache: Sequence[Any],
+        cache: Iterable[Any],
         *,
         exactly: bool = False,
         epoch: Epoch | None = None,
@@ -348,6 +365,7 @@ class ModelStore:
         how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
         """
         try:
+            cache = list(cache)
             held = token_count(cache)
             if held is None and not exactly:
                 raise InvalidRequestError("no layer knows how many tokens it holds; nothing of this sequence is stored")
@@ -356,6 +374,17 @@ class ModelStore:
                 session.store(tokens, layers)
         except KVStoreError as error:
             self.refuse(error)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """The edge at which trouble with what an engine handed over ends: it is counted and said, never raised."""
+        try:
+            yield
+        except KVStoreError as error:
+            self.refuse(error)
+        except Exception:
+            log.exception("the store is not used for this sequence")
+            self._count(Reason.INTERNAL)
 
     def refuse(self, error: KVStoreError) -> None:
         """Count what the store could not be used for, and say each kind once."""

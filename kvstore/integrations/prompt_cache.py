@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
@@ -39,6 +39,11 @@ def default_memory_bytes() -> int:
 
 
 Expected = tuple[ModelKey, list[int], Found | None]
+
+
+def _as_list(tokens: Any) -> list[int]:
+    """Tokens as the stock class wants them: an array's elements would be arrays."""
+    return tokens if isinstance(tokens, list) else list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
 
 
 class PromptCache(LRUPromptCache):
@@ -72,8 +77,9 @@ class PromptCache(LRUPromptCache):
         self._in_flight = InFlight()
         self.speed = PrefillSpeed()
 
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+    def fetch_nearest_cache(self, model: Any, tokens: Iterable[int]) -> tuple[list[Any] | None, list[int]]:
         """(cache of a prefix of `tokens`, the tokens left to feed: at least one), from memory or the store."""
+        tokens = _as_list(tokens)
         epoch = self._epoch(model)
         wanted = tokens[: self.limit(model)]
         cache, rest = self._from_memory(model, epoch, wanted)
@@ -99,7 +105,7 @@ class PromptCache(LRUPromptCache):
         self._expected = expected
 
     def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], *, cache_type: str = "assistant"
+        self, model: Any, tokens: Iterable[int], prompt_cache: Iterable[Any], *, cache_type: str = "assistant"
     ) -> None:
         """Keep the cache in memory and store what is new of it.
 
@@ -107,18 +113,22 @@ class PromptCache(LRUPromptCache):
         hit would skip tokens; so tokens and layers are cut to what both have. A cache that another state of the model
         began is left out.
         """
+        tokens, prompt_cache = _as_list(tokens), list(prompt_cache)
         epoch = self._epoch(model)
         if not self._in_flight.accepts(model, tokens, epoch, prompt_cache):
             self._store.count_changed(model)
             return
-        n_tokens = align(prompt_cache, len(tokens))
+        n_tokens = None
+        with self._store.guard():
+            n_tokens = align(prompt_cache, len(tokens))
         if n_tokens == 0:
             return
         held = tokens if n_tokens is None else tokens[:n_tokens]
         super().insert_cache((model, epoch), held, prompt_cache, cache_type=cache_type)
         if self._enabled:
-            self._learn(model, prompt_cache)
-            self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
+            with self._store.guard():
+                self._learn(model, prompt_cache)
+                self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
 
     def needs_checkpoints(self, model: ModelKey) -> bool:
         """Whether caches of the model can be continued only from where they were kept. False while that is unknown."""
@@ -153,10 +163,15 @@ class PromptCache(LRUPromptCache):
         """Which state of the model is in memory. None, as for the stock class, where the store is not used."""
         if not self._enabled:
             return None
-        provider = self._provider
-        if getattr(provider, "model_key", None) != model:
-            return self._store.epoch(model)
-        return self._store.epoch(model, *(one for one in (provider.model, provider.draft_model) if one is not None))
+        return self._store.epoch(model, *(self._models() if self._is_loaded(model) else ()))
+
+    def _is_loaded(self, model: ModelKey) -> bool:
+        """Whether the provider has this model in memory. One that has loaded nothing has None for key and model."""
+        return getattr(self._provider, "model", None) is not None and bool(self._provider.model_key == model)
+
+    def _models(self) -> list[Any]:
+        found = [getattr(self._provider, name, None) for name in ("model", "draft_model")]
+        return [model for model in found if model is not None]
 
     def _from_store(
         self, model: ModelKey, epoch: Epoch | None, tokens: list[int], wanted: list[int], covered: int
@@ -203,7 +218,7 @@ class PromptCache(LRUPromptCache):
 
     def _layouts(self, model: ModelKey) -> Sequence[Layout]:
         """Layouts in which this server could continue a cache of this model, the preferred first."""
-        if getattr(self._provider, "model_key", None) == model:
+        if self._is_loaded(model):
             loaded, known = self._probed
             if loaded() is not self._provider.model:
                 known = self._probe()
@@ -214,7 +229,7 @@ class PromptCache(LRUPromptCache):
     def _probe(self) -> list[Layout]:
         provider = self._provider
         try:
-            plain = probe(*(model for model in (provider.model, provider.draft_model) if model is not None))
+            plain = probe(*self._models())
             bits = getattr(provider.cli_args, "kv_bits", None)
             # Only with --kv-bits: a quantized cache cannot join a batch, and nobody asked for its error.
             return [quantized(plain, bits, provider.cli_args.kv_group_size), plain] if bits else [plain]
