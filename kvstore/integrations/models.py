@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 ModelKey = tuple[str | None, str | None, str | None]
 
 _DRAFT_TAG = b"kvstore/draft/v1\0"
+# What layers of foreign classes may raise when they are looked at.
+_ENGINE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # Leaving a cache that is in memory for one that must be read pays only when it saves this much of a prefill.
 GAIN_TOKENS_MIN = 32
 
@@ -382,7 +384,7 @@ class ModelStore:
             yield
         except KVStoreError as error:
             self.refuse(error)
-        except Exception:
+        except _ENGINE_ERRORS:
             log.exception("the store is not used for this sequence")
             self._count(Reason.INTERNAL)
 
