@@ -24,6 +24,7 @@ _ROOT_TAG = b"kvstore/root/v1\0"
 _BLOCK_TAG = b"kvstore/block/v1\0"
 _CHECKPOINT_TAG = b"kvstore/checkpoint/v1\0"
 FIELD_BYTES_MAX = 4096
+RECORD_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class NamespaceInfo:
 
     def to_record(self) -> bytes:
         """msgpack for index and blob headers."""
-        fields = [1, self.root, self.weights, self.adapter, self.layout.record, self.dtype, self.engine, self.alias]
+        digests = (self.root, self.weights, self.adapter, self.layout.record)
+        fields = [RECORD_VERSION, *digests, self.dtype, self.engine, self.alias]
         packed: bytes = msgpack.packb(fields)
         return packed
 
@@ -89,7 +91,7 @@ class NamespaceInfo:
     def from_record(cls, record: bytes) -> NamespaceInfo:
         """Parse `to_record`; CorruptDataError when it is not one."""
         fields: Any = unpack_record(record)
-        if not isinstance(fields, list) or len(fields) != 8 or fields[0] != 1:
+        if not isinstance(fields, list) or len(fields) != 8 or fields[0] != RECORD_VERSION:
             raise CorruptDataError("not a namespace record of a known version")
         _, root, weights, adapter, layout, dtype, engine, alias = fields
         if not all(isinstance(one, bytes) for one in (root, weights, adapter, layout)) or len(root) != KEY_BYTES:

@@ -1,8 +1,8 @@
 """The engine-neutral schema of cache layers, and the byte order in which raw KV travels.
 
 A `Layout` says what one token's KV is: for every layer a kind, and for its keys and values the head count, the width,
-the dtype and, where the engine itself keeps them quantized, bits and group size. It is part of a namespace's identity.
-Kind strings are ours, never class names of an engine:
+the dtype and, where the engine itself keeps them quantized, bits and group size; for the arrays of state layers which
+shapes they may have. It is part of a namespace's identity. Kind strings are ours, never class names of an engine:
 
     kv      sliceable at any token; travels and is stored in blocks
     window  the last rows of a sliding or chunked window; valid at its exact token count, stored in checkpoints
@@ -20,17 +20,25 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, RAW, Stack, Tensor
+from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, StateArray, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.records import unpack_record
+from kvstore.records import DIMENSIONS_MAX, unpack_record
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LAYERS_MAX = 4096
 HEADS_MAX = 4096
 WIDTH_MAX = 65_536
-PARAMS_MAX = 16
-KINDS = ("kv", "window", "state")
+ARRAYS_MAX = 256
+# No axis of an MLX array is longer.
+SIZE_MAX = (1 << 31) - 1
 PARTS = ("keys", "values")
+
+# Kinds of layers, and which parameters each may have, in this order. `rules` has a rule for each of window and state.
+FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "kv": ((),),
+    "window": (("size", "keep"), ("chunk",)),
+    "state": (("slots",), ("compressed", "ratio")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +83,60 @@ class PartSpec:
             raise InvalidRequestError("a group size without bits")
 
 
-# The part of a layer that has none: state layers, whose arrays a checkpoint describes.
+# The part of a layer that has none: state layers, whose arrays have rules of their own.
 NO_PART = PartSpec(1, 0, "F32")
 
 
 @dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """The shape rule of one array of a window or state layer: what it is, whatever the token count.
+
+    All sizes of `shape` are fixed but that of `axis`, if that is not negative: it has 0 to `rows_max` rows, with a
+    `rows_max` of 0 as many as there are tokens. An `optional` array need not be there.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int = -1
+    rows_max: int = 0
+    optional: bool = False
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError unless every field is in range."""
+        if not self.name.isidentifier() or self.dtype not in ITEM_BYTES or len(self.shape) > DIMENSIONS_MAX:
+            raise InvalidRequestError(f"no array can be {self.name!r}, {self.dtype!r}, {len(self.shape)} dimensions")
+        sizes = (*self.shape, self.rows_max)
+        if not all(0 <= size <= SIZE_MAX for size in sizes) or not -1 <= self.axis < len(self.shape):
+            raise InvalidRequestError(f"sizes of array {self.name} out of range")
+        if self.shape[self.axis] if self.axis >= 0 else self.rows_max:
+            raise InvalidRequestError(f"array {self.name}: a growing axis has size 0 in the rule, a fixed one no bound")
+
+    def check(self, array: StateArray, n_tokens: int) -> None:
+        """Raise CorruptDataError unless `array` may stand in a layer after `n_tokens` tokens."""
+        fixed = [size if axis != self.axis else 0 for axis, size in enumerate(array.shape)]
+        if array.dtype != self.dtype or tuple(fixed) != self.shape:
+            raise CorruptDataError(f"{self.name}: {array.dtype} {list(array.shape)} is not {self}")
+        if self.axis >= 0 and array.shape[self.axis] > (self.rows_max or n_tokens):
+            raise CorruptDataError(f"{self.name}: {array.shape[self.axis]} rows after {n_tokens} tokens; it is {self}")
+
+    def __str__(self) -> str:
+        rows = f"0..{self.rows_max or 'tokens'}"
+        return f"{self.dtype} [{', '.join(rows if i == self.axis else str(n) for i, n in enumerate(self.shape))}]"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One cache layer. `params`: what else must be equal, as (name, whole number): window size, pinned rows, slots."""
+    """One cache layer. `params`: what else must be equal, as (name, whole number), see `FORMS`.
+
+    `arrays` are the rules of a state layer's arrays; those of a window follow from `keys` and `values`.
+    """
 
     keys: PartSpec
     values: PartSpec
     kind: str = "kv"
     params: tuple[tuple[str, int], ...] = ()
+    arrays: tuple[ArraySpec, ...] = ()
 
     @property
     def is_exact(self) -> bool:
@@ -95,14 +145,28 @@ class LayerSpec:
 
     def validate(self) -> None:
         """Raise InvalidRequestError unless the layer can be stored."""
-        if self.kind not in KINDS:
-            raise InvalidRequestError(f"unknown layer kind {self.kind!r}")
+        names = tuple(name for name, _ in self.params)
+        if names not in FORMS.get(self.kind, ()) or not all(0 <= value <= SIZE_MAX for _, value in self.params):
+            raise InvalidRequestError(f"no layer of kind {self.kind!r} has parameters {self.params}")
+        if names and not self.params[0][1]:
+            raise InvalidRequestError(f"a layer whose {names[0]} is 0")
+        if self.kind == "window" and self.param("keep") >= self.params[0][1]:
+            raise InvalidRequestError("a window that keeps all of its rows")
         self.keys.validate()
         self.values.validate()
-        if len(self.params) > PARAMS_MAX or not all(name.isidentifier() and value >= 0 for name, value in self.params):
-            raise InvalidRequestError("bad layer parameters")
-        if self.kind == "kv" and (self.params or not (self.keys.width or self.values.width)):
-            raise InvalidRequestError("a kv layer has keys or values and no parameters")
+        widths, bits = self.keys.width or self.values.width, self.keys.bits or self.values.bits
+        if bool(widths) != (self.kind != "state") or (bits and self.is_exact):
+            raise InvalidRequestError("kv layers and windows have keys or values, only those of kv may be quantized")
+        if bool(self.arrays) != (self.kind == "state") or len(self.arrays) > ARRAYS_MAX:
+            raise InvalidRequestError(f"a state layer has rules for 1 to {ARRAYS_MAX} arrays, other layers have none")
+        if len({array.name for array in self.arrays}) != len(self.arrays):
+            raise InvalidRequestError("two rules for one array")
+        for array in self.arrays:
+            array.validate()
+
+    def param(self, name: str) -> int:
+        """A parameter; 0 where the layer has no such parameter."""
+        return next((value for key, value in self.params if key == name), 0)
 
     def part(self, name: str) -> PartSpec:
         """The spec of "keys" or "values"."""
@@ -162,7 +226,7 @@ class Layout:
         index = {layer: i for i, layer in enumerate(distinct)}
         packed: bytes = msgpack.packb(
             [
-                [[s.kind, _part_list(s.keys), _part_list(s.values), [list(p) for p in s.params]] for s in distinct],
+                [_spec_list(spec) for spec in distinct],
                 [index[s] for s in self.layers],
                 self.tree,
             ]
@@ -172,7 +236,7 @@ class Layout:
     @functools.cached_property
     def digest(self) -> bytes:
         """SHA-256 of the record: what a namespace is bound to."""
-        return hashlib.sha256(b"kvstore/layout/v1\0" + self.record).digest()
+        return hashlib.sha256(b"kvstore/layout/v2\0" + self.record).digest()
 
     @classmethod
     def from_record(cls, record: bytes) -> Layout:
@@ -182,14 +246,19 @@ class Layout:
             if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
                 raise InvalidRequestError("too many layers")
             specs = [
-                LayerSpec(_part(keys), _part(values), str(kind), _params(params))
-                for kind, keys, values, params in distinct
+                LayerSpec(_part(keys), _part(values), str(kind), _params(params), tuple(_array(*one) for one in arrays))
+                for kind, keys, values, params, arrays in distinct
             ]
             layout = cls(tuple(specs[_index(i, len(specs))] for i in order), str(tree))
             layout.validate()
         except (CorruptDataError, TypeError, ValueError) as error:
             raise InvalidRequestError(f"not a layout: {error}") from error
         return layout
+
+
+def _spec_list(spec: LayerSpec) -> list[Any]:
+    arrays = [[a.name, a.dtype, list(a.shape), a.axis, a.rows_max, a.optional] for a in spec.arrays]
+    return [spec.kind, _part_list(spec.keys), _part_list(spec.values), [list(p) for p in spec.params], arrays]
 
 
 def _part_list(part: PartSpec) -> list[Any]:
@@ -218,6 +287,14 @@ def _params(pairs: Any) -> tuple[tuple[str, int], ...]:
     if any(not isinstance(name, str) or type(value) is not int for name, value in pairs):
         raise ValueError("layer parameters are names and whole numbers")
     return tuple((name, value) for name, value in pairs)
+
+
+def _array(name: Any, dtype: Any, shape: Any, axis: Any, rows_max: Any, optional: Any) -> ArraySpec:
+    if not isinstance(name, str) or not isinstance(dtype, str) or not isinstance(optional, bool):
+        raise ValueError("the rule of an array is name, dtype, shape, axis, bound and whether it is optional")
+    if any(type(number) is not int for number in (*shape, axis, rows_max)):
+        raise ValueError("the sizes of an array are whole numbers")
+    return ArraySpec(name, dtype, tuple(shape), axis, rows_max, optional)
 
 
 def _index(value: Any, limit: int) -> int:
@@ -286,7 +363,8 @@ class KVLayer:
 class StateLayer:
     """A window or state layer after exactly `n_tokens` tokens, in the hands of whoever owns its arrays.
 
-    `arrays` by name, of any shape; an empty slot of the engine's is simply not there. `numbers`: what belongs to them.
+    `arrays` by name; an empty slot of the engine's is simply not there. `numbers`: what belongs to them. `rules` says
+    which arrays and numbers a layer may have.
     """
 
     spec: LayerSpec

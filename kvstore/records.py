@@ -29,8 +29,8 @@ from kvstore.blocks import (
 )
 from kvstore.errors import CorruptDataError
 
-# 2 has tensors with lengths or groups of tokens. What needs neither is written as 1, as it always was.
-RECORD_VERSION = 2
+# The one version of blocks and blobs. A reader refuses every other.
+RECORD_VERSION = 3
 
 # Limits of one record, checked on every parse.
 RUNS_MAX = BLOCK_TOKENS
@@ -43,7 +43,7 @@ NUMBERS_MAX = 32
 def block_to_record(block: Block) -> bytes:
     """The record of a block, as it stands in the header of its blob."""
     fields = (
-        record_version(block.runs),
+        RECORD_VERSION,
         block.root,
         block.parent,
         block.key,
@@ -62,7 +62,7 @@ def block_to_record(block: Block) -> bytes:
 def block_from_record(record: bytes) -> Block:
     """Parse and validate a record; CorruptDataError on anything that is not one."""
     fields = unpack_record(record)
-    if not isinstance(fields, list) or len(fields) != 11 or fields[0] not in range(1, RECORD_VERSION + 1):
+    if not isinstance(fields, list) or len(fields) != 11 or fields[0] != RECORD_VERSION:
         raise CorruptDataError("not a block record of a known version")
     _, root, parent, key, start, tokens, fidelity, created_s, namespace, runs, states = fields
     for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
@@ -84,15 +84,7 @@ def block_from_record(record: bytes) -> Block:
         states_from_list(states),
     )
     block.demand_whole()
-    if fields[0] != record_version(block.runs):
-        raise CorruptDataError("a block record of another version than its tensors need")
     return block
-
-
-def record_version(runs: Sequence[Run]) -> int:
-    """The least version in which these runs can be written, so that a reader that does not know them says so."""
-    tensors = (tensor for run in runs for stack in run.stacks for tensor in stack.tensors)
-    return RECORD_VERSION if any(tensor.lengths or tensor.group_tokens > 1 for tensor in tensors) else 1
 
 
 def unpack_record(record: bytes) -> Any:

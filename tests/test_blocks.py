@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from kvstore.blocks import FIDELITY_EXACT, RAW, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
-from kvstore.records import block_from_record, block_to_record
+from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
+from kvstore.records import RECORD_VERSION, block_from_record, block_to_record
 
 AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
 KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))
@@ -59,14 +59,14 @@ def of_tensors(n_tokens: int, *tensors: Tensor) -> Block:
     return replace(BLOCK, runs=(Run(n_tokens, 1, 3, 800, (stack,)),))
 
 
-def test_packed_and_grouped_tensors_have_a_version_of_their_own() -> None:
-    """Records without them are written as they always were; records with them cannot be misread by older builds."""
-    for block in (of_tensors(5, PACKED), of_tensors(128, GROUPED, replace(PACKED, offset=512))):
-        assert block_from_record(block_to_record(block)) == block
-        assert msgpack.unpackb(block_to_record(block))[0] == 2
-    assert msgpack.unpackb(block_to_record(BLOCK))[0] == 1
-    with pytest.raises(CorruptDataError, match="version"):
-        block_from_record(block_to_record(BLOCK).replace(b"\x9b\x01", b"\x9b\x02", 1))
+def test_a_record_has_one_version_with_and_without_packed_and_grouped_tensors() -> None:
+    """Another version is refused."""
+    for block in (BLOCK, of_tensors(5, PACKED), of_tensors(128, GROUPED, replace(PACKED, offset=512))):
+        record = block_to_record(block)
+        assert block_from_record(record) == block
+        assert msgpack.unpackb(record)[0] == RECORD_VERSION
+        with pytest.raises(CorruptDataError, match="version"):
+            block_from_record(record.replace(b"\x9b" + bytes([RECORD_VERSION]), b"\x9b\x02", 1))
     assert PACKED.layer_range(1, 5) == (1340, 1)
     assert PACKED.stored_bytes(2, 5) == 701
     assert (GROUPED.rows(128), GROUPED.layer_bytes(128), GROUPED.layer_range(1, 128)) == (2, 512, (512, 512))
@@ -148,6 +148,22 @@ def test_a_layout_record_comes_back_equal_and_small() -> None:
         LayerSpec(PartSpec(2, 64, "BF16", 0, 64), PartSpec(2, 64, "BF16")),
         LayerSpec(PartSpec(1 << 40, 64, "BF16"), PartSpec(2, 64, "BF16")),
         LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "attention"),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "window"),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "window", (("size", 8),)),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "window", (("size", 8), ("keep", 8))),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), "window", (("chunk", 0),)),
+        LayerSpec(PartSpec(2, 64, "BF16", 8, 64), PartSpec(2, 64, "BF16"), "window", (("chunk", 8),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1,)),) * 2),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F64", (1,)),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a b", "F32", (1,)),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1,) * 9),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1, -1)),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1 << 31,)),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1, 3), 1),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1, 0), 2),)),
+        LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (ArraySpec("a", "F32", (1, 3), -1, 5),)),
+        LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16"), arrays=(ArraySpec("a", "F32", (1,)),)),
     ],
 )
 def test_a_layout_that_cannot_be_stored_is_refused(layer: LayerSpec) -> None:
@@ -219,7 +235,8 @@ def test_exact_layers_travel_in_checkpoints_not_in_blocks() -> None:
     """Window and state layers have no bytes a token."""
     part = PartSpec(2, 64, "BF16")
     window = LayerSpec(part, part, "window", (("size", 32), ("keep", 0)))
-    state = LayerSpec(NO_PART, NO_PART, "state", (("slots", 2),))
+    rules = (ArraySpec("slot0", "F32", (1, 3, 8)), ArraySpec("slot1", "I64", (1, 0), 1, optional=True))
+    state = LayerSpec(NO_PART, NO_PART, "state", (("slots", 2),), rules)
     layout = Layout((LayerSpec(part, part), window, state), ".(..)")
     layout.validate()
     assert Layout.from_record(layout.record) == layout

@@ -15,7 +15,7 @@ from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 from kvstore.codecs.device import Capture
 from kvstore.codecs.states import describe
-from kvstore.layers import KVLayer, StateLayer, cut_pieces
+from kvstore.layers import KVLayer, Layout, StateLayer, cut_pieces
 from kvstore.wire.convert import states_from_bytes
 from tests.support.checkpoints import (
     assert_cache,
@@ -23,6 +23,7 @@ from tests.support.checkpoints import (
     make_cache,
     pure_layout,
     state_bytes,
+    state_spec,
 )
 from tests.support.fake_daemon import FakeDaemon, FakeUpload
 from tests.support.synthetic import make_layout, make_namespace
@@ -224,18 +225,17 @@ def test_of_a_sequence_in_pieces_only_the_last_has_the_checkpoint(daemon: FakeDa
     assert daemon.uploads[-1].data == raw_bytes(cache, 3584, 4000) + state_bytes(cache)
 
 
-def large_cache(tokens: list[int], nbytes: int) -> list[KVLayer | StateLayer]:
-    """A cache whose last layer has an array of this size."""
+def large_cache(daemon: FakeDaemon, tokens: list[int], nbytes: int) -> list[KVLayer | StateLayer]:
+    """A cache whose last layer has an array of this size; the daemon's namespace is from then on of such caches."""
     cache = make_cache(LAYOUT, tokens)
-    last = cache[-1]
-    assert isinstance(last, StateLayer)
-    array = mx.zeros(nbytes, mx.uint8)
-    return [*cache[:-1], StateLayer(last.spec, (("slot0", array),), (), last.n_tokens)]
+    spec = state_spec([("slot0", "U8", (nbytes,))])
+    daemon.namespace = make_namespace(Layout((*LAYOUT.layers[:-1], spec), LAYOUT.tree))
+    return [*cache[:-1], StateLayer(spec, (("slot0", mx.zeros(nbytes, mx.uint8)),), (), len(tokens))]
 
 
 def test_a_checkpoint_that_does_not_fit_beside_the_last_piece_goes_by_itself(daemon: FakeDaemon) -> None:
     """Its bytes count against the same bound."""
-    cache = large_cache(TOKENS, 1_000_000)
+    cache = large_cache(daemon, TOKENS, 1_000_000)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
         assert session.store(TOKENS, cache, wait=True).durable
@@ -247,9 +247,10 @@ def test_a_checkpoint_that_does_not_fit_beside_the_last_piece_goes_by_itself(dae
 
 def test_a_checkpoint_over_the_bound_is_dropped_and_counted(daemon: FakeDaemon) -> None:
     """The tokens are stored all the same."""
+    cache = large_cache(daemon, TOKENS, 1 << 21)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
-        result = session.store(TOKENS, large_cache(TOKENS, 1 << 21), wait=True)
+        result = session.store(TOKENS, cache, wait=True)
         assert (result.stored_tokens, result.reason) == (602, Reason.QUEUE_FULL)
         assert client._budget.used_bytes == 0
     assert not any(offered(upload) for upload in daemon.uploads)
@@ -307,8 +308,9 @@ def test_a_cache_of_states_alone_is_stored_and_fetched(daemon: FakeDaemon) -> No
 
 def test_states_without_a_byte_are_a_checkpoint_too(daemon: FakeDaemon) -> None:
     """Nothing is uploaded for it, by neither way; the store is committed."""
-    daemon.namespace = make_namespace(PURE)
-    cache = [StateLayer(spec, (), (("marker", 5),), 3) for spec in PURE.layers]
+    layout = Layout((state_spec([("slot0", "F16", (1, 0, 16))]),) * 3)
+    daemon.namespace = make_namespace(layout)
+    cache = [StateLayer(spec, (("slot0", mx.zeros((1, 0, 16), mx.float16)),), (), 3) for spec in layout.layers]
     with Client(daemon.config()) as client:
         session = client.session(daemon.namespace, **SLOW)
         for by_path in (True, False):

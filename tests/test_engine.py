@@ -383,14 +383,15 @@ def test_staging_is_emptied_at_start(tmp_path: Path) -> None:
         assert list(engine.staging_dir.iterdir()) == []
 
 
-def test_an_index_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
-    """Nothing is deleted; the older engine simply does not open it."""
+@pytest.mark.parametrize(("version", "advice"), [(9, "use the newer kvstore"), (2, "delete this data directory")])
+def test_an_index_of_another_version_is_refused_and_left_alone(tmp_path: Path, version: int, advice: str) -> None:
+    """Nothing is deleted; the message says what to do."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(300)))
         with engine._state.index.edit() as edit:
-            edit.set_meta("version", 3)
+            edit.set_meta("version", version)
     files = blob_paths(tmp_path / "data")
-    with pytest.raises(UnknownFormatError, match="version 3"):
+    with pytest.raises(UnknownFormatError, match=f"version {version}.*{advice}"):
         Engine.open(tmp_path / "data", options())
     assert blob_paths(tmp_path / "data") == files
 

@@ -12,6 +12,7 @@ import pytest
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, Selection, check_directory
+from kvstore.engine.format import FORMAT_VERSION
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
 from tests.support.engine import (
@@ -201,7 +202,7 @@ def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         path = paths_of(engine)[3]
-    data = path.read_bytes().replace(b'"version":"1"', b'"version":"9"')
+    data = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"9"')
     path.write_bytes(data)
     shutil.rmtree(tmp_path / "data" / "index")
     kinds = {finding.kind for finding in check_directory(tmp_path / "data", repair=True).findings}
@@ -272,12 +273,12 @@ def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online:
 
 
 def test_a_blob_that_is_newer_by_its_number_alone_is_damaged(tmp_path: Path) -> None:
-    """A blob is written in the least version that can bear it."""
+    """No version is newer in nothing but its number."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         parts = find(engine, NS, LONG).slices
         path = engine.path(parts[1].row)
-        path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"9"'))
+        path.write_bytes(path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"9"'))
         assert engine.first_damaged(parts) == 1 and engine.recheck(parts[1].row.key)
         assert not path.exists() and engine.stats().quarantined == 1
 

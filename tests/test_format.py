@@ -33,9 +33,9 @@ from kvstore.records import block_to_record
 from tests.support.engine import RECURRENT, namespace, new_block
 from tests.support.stored import streamed
 
-GOLDEN = Path(__file__).parent / "golden" / "block-v1.safetensors"
-GOLDEN_2 = GOLDEN.with_name("block-v2.safetensors")
-GOLDEN_CHECKPOINT = GOLDEN.with_name("checkpoint-v1.safetensors")
+GOLDEN = Path(__file__).parent / "golden" / "block-v3.safetensors"
+GOLDEN_PACKED = GOLDEN.with_name("packed-v3.safetensors")
+GOLDEN_CHECKPOINT = GOLDEN.with_name("checkpoint-v3.safetensors")
 
 
 def sealed_golden() -> Sealed:
@@ -101,17 +101,17 @@ def test_the_golden_checkpoint_reads_back() -> None:
     assert block.is_checkpoint and block.end == 258
 
 
-def test_the_golden_blob_of_version_2_reads_back(tmp_path: Path) -> None:
+def test_the_packed_golden_blob_reads_back(tmp_path: Path) -> None:
     """Packed tensors and groups of tokens; made once, so that nothing depends on the zstd that made its frames."""
-    block, payload_offset, file_bytes = read_block(GOLDEN_2, verify=True)
-    payload = GOLDEN_2.read_bytes()[payload_offset:]
+    block, payload_offset, file_bytes = read_block(GOLDEN_PACKED, verify=True)
+    payload = GOLDEN_PACKED.read_bytes()[payload_offset:]
     ranges = [(at, length) for at, length, _ in checked_ranges(block)]
     assert [at for at, _ in ranges] == [sum(n for _, n in ranges[:i]) for i in range(len(ranges))]
     assert sum(length for _, length in ranges) == file_bytes - payload_offset
     tensors = [(run, stack, tensor) for run in block.runs for stack in run.stacks for tensor in stack.tensors]
     buffers = [payload[t.offset : t.offset + t.stored_bytes(len(s.layers), r.n_tokens)] for r, s, t in tensors]
-    assert file_of(seal(block, buffers)) == GOLDEN_2.read_bytes()
-    (tmp_path / "a").write_bytes(GOLDEN_2.read_bytes().replace(b'"BF16"', b'"F16" '))
+    assert file_of(seal(block, buffers)) == GOLDEN_PACKED.read_bytes()
+    (tmp_path / "a").write_bytes(GOLDEN_PACKED.read_bytes().replace(b'"BF16"', b'"F16" '))
     shapes = {name: (str(array.dtype), array.shape) for name, array in load_file(tmp_path / "a").items()}
     assert shapes["r1.s0.keys.codes"] == ("uint32", (2, 1, 2, 48))
     assert shapes["r1.s0.keys.scales"] == ("float16", (2, 1, 2, 6))
@@ -120,12 +120,12 @@ def test_the_golden_blob_of_version_2_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_golden_blob_of_version_2_decodes_to_what_it_was(layer: int) -> None:
+def test_the_packed_golden_blob_decodes_to_what_it_was(layer: int) -> None:
     """Lossless: the very bits. Channel: by the formula of the format, without MLX, and near to what was encoded."""
-    block, payload_offset, _ = read_block(GOLDEN_2, verify=True)
+    block, payload_offset, _ = read_block(GOLDEN_PACKED, verify=True)
     part = PartSpec(1, 6, "BF16")
     layout = Layout((LayerSpec(part, part),) * 2)
-    payload = GOLDEN_2.read_bytes()[payload_offset:]
+    payload = GOLDEN_PACKED.read_bytes()[payload_offset:]
     hit = [HitBlock(block.runs, block.n_tokens)]
     got = assemble_layer(layout, layer, hit, streamed(hit, [payload], layer), 0)
     keys, values = (np.array(a[0, 0, :133].astype(mx.float32)) for a in (*got.keys, *got.values))
@@ -198,7 +198,7 @@ def test_a_changed_header_is_never_read(states: bool, at: int, patch: bytes) -> 
         parse_header(changed, sealed.file_bytes)
 
 
-@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_2, GOLDEN_CHECKPOINT])
+@pytest.mark.parametrize("golden", [GOLDEN, GOLDEN_PACKED, GOLDEN_CHECKPOINT])
 def test_a_changed_payload_does_not_verify(tmp_path: Path, golden: Path) -> None:
     """One flipped bit anywhere in the payload is found."""
     data = bytearray(golden.read_bytes())

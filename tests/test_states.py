@@ -18,7 +18,7 @@ from kvstore.codecs.device import Capture, dtype_name
 from kvstore.codecs.states import StateCapture, assemble_state, describe, state_ranges
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.files import BufferReader, FileReader, Range
-from kvstore.layers import NO_PART, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
+from kvstore.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
 from kvstore.records import states_from_list, states_to_list
 from tests.support.checkpoints import (
     STATE_ARRAYS,
@@ -47,8 +47,9 @@ def payload_reader(states: tuple[LayerState, ...], payload: bytes) -> BufferRead
 
 
 def one_state(arrays: dict[str, mx.array], numbers: tuple[tuple[str, int], ...] = ()) -> StateLayer:
-    """A state layer of these arrays."""
-    return StateLayer(state_spec(), tuple(arrays.items()), numbers, 10)
+    """A state layer of these arrays, whose spec says nothing else."""
+    rules = [(name, dtype_name(array), tuple(array.shape)) for name, array in arrays.items()]
+    return StateLayer(state_spec(rules), tuple(arrays.items()), numbers, 10)
 
 
 def test_a_description_says_what_each_layer_holds() -> None:
@@ -61,7 +62,7 @@ def test_a_description_says_what_each_layer_holds() -> None:
         ("keys", "BF16", (1, 2, 32, 64)),
         ("values", "BF16", (1, 2, 32, 64)),
     ]
-    assert window.numbers == (("index", 32), ("offset", 50))
+    assert window.numbers == (("index", 32),)
     assert tuple((a.name, a.dtype, a.shape) for a in first.arrays) == STATE_ARRAYS
     assert sum(state.nbytes for state in states) == len(state_bytes(cache))
     assert states_from_list(states_to_list(states)) == states
@@ -104,8 +105,9 @@ def test_every_dtype_that_may_be_stored_comes_back_as_it_was(dtype: str) -> None
 
 
 def test_a_layer_whose_slots_are_all_empty_is_a_layer_too() -> None:
-    """Before the first token a recurrent cache has no arrays; nothing is read for it."""
-    layer = one_state({}, (("marker", -3),))
+    """Where every array is optional none need be there; nothing is read for it."""
+    rule = ArraySpec("slot0", "F32", (1, 3), optional=True)
+    layer = StateLayer(LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (rule,)), (), (), 10)
     states, payload = seal_states(StateCapture([layer]))
     assert payload == b""
     assert_state(assemble_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, b"")), layer)
@@ -161,10 +163,10 @@ def test_captures_of_mlx_lm_caches_hold_still_while_they_are_used() -> None:
         StateLayer(
             window_spec(PartSpec(2, 64, "BF16")),
             (("keys", rotating.keys), ("values", rotating.values)),
-            (("offset", rotating.offset),),
+            (("index", rotating._idx),),
             40,
         ),
-        StateLayer(state_spec(), (("slot0", recurrent[0]),), (), 40),
+        StateLayer(state_spec([("slot0", "F32", (1, 3, 8))]), (("slot0", recurrent[0]),), (), 40),
     ]
     wanted = state_bytes(cache)
     capture = StateCapture(cache)
@@ -189,24 +191,42 @@ def test_a_capture_keeps_no_memory_of_the_engine() -> None:
 
 GOOD = mx.zeros((1, 2, 8, 64), mx.bfloat16)
 WINDOW = window_spec(PartSpec(2, 64, "BF16"))
+ONE = state_spec([("a", "BF16", (1, 2, 8, 64))])
+
+
+def ring(*arrays: tuple[str, mx.array], index: int = 8) -> StateLayer:
+    """A window after eight tokens."""
+    return StateLayer(WINDOW, arrays, (("index", index),), 8)
+
+
 BAD_LAYERS = {
-    "complex": one_state({"a": mx.zeros(3, mx.complex64)}),
-    "one name twice": StateLayer(state_spec(), (("a", GOOD), ("a", GOOD)), (), 10),
+    "complex": StateLayer(ONE, (("a", mx.zeros(3, mx.complex64)),), (), 10),
+    "one name twice": StateLayer(ONE, (("a", GOOD), ("a", GOOD)), (), 10),
+    "no array": StateLayer(ONE, (), (), 10),
+    "another array": StateLayer(ONE, (("a", GOOD), ("b", GOOD)), (), 10),
+    "another shape": StateLayer(ONE, (("a", GOOD[:, :, :7]),), (), 10),
+    "another rank": StateLayer(ONE, (("a", GOOD[0]),), (), 10),
+    "another dtype": StateLayer(ONE, (("a", GOOD.astype(mx.float32)),), (), 10),
     "a name that is none": one_state({"a b": GOOD}),
     "nine dimensions": one_state({"a": mx.zeros((1,) * 9)}),
-    "too large a number": one_state({}, (("n", 1 << 62),)),
-    "too many numbers": one_state({}, tuple((f"n{i}", i) for i in range(33))),
-    "a window of other heads": StateLayer(WINDOW, (("keys", GOOD[:, :1]), ("values", GOOD)), (), 10),
-    "a window of another width": StateLayer(WINDOW, (("keys", GOOD), ("values", GOOD[..., :32])), (), 10),
-    "a window of another dtype": StateLayer(WINDOW, (("keys", GOOD.astype(mx.float16)),), (), 10),
-    "a window of two sequences": StateLayer(WINDOW, (("keys", mx.concatenate([GOOD, GOOD])),), (), 10),
-    "a window without heads": StateLayer(WINDOW, (("keys", GOOD[0]),), (), 10),
+    "too large a number": one_state({"a": GOOD}, (("n", 1 << 62),)),
+    "too many numbers": one_state({"a": GOOD}, tuple((f"n{i}", i) for i in range(33))),
+    "a number of its own": one_state({"a": GOOD}, (("index", 1),)),
+    "a window of other heads": ring(("keys", GOOD[:, :1]), ("values", GOOD)),
+    "a window of another width": ring(("keys", GOOD), ("values", GOOD[..., :32])),
+    "a window of another dtype": ring(("keys", GOOD.astype(mx.float16)), ("values", GOOD)),
+    "a window of two sequences": ring(("keys", mx.concatenate([GOOD, GOOD])), ("values", GOOD)),
+    "a window without heads": ring(("keys", GOOD[0]), ("values", GOOD)),
+    "a window without values": ring(("keys", GOOD)),
+    "a window of fewer rows": ring(("keys", GOOD[:, :, 1:]), ("values", GOOD[:, :, 1:])),
+    "a window with an index of its own": ring(("keys", GOOD), ("values", GOOD), index=9),
 }
 
 
 @pytest.mark.parametrize("name", BAD_LAYERS)
 def test_layers_that_cannot_be_stored_are_refused(name: str) -> None:
     """Before anything is copied, and by the same rules that a reader applies."""
+    StateCapture([ring(("keys", GOOD), ("values", GOOD)), StateLayer(ONE, (("a", GOOD),), (), 10)])
     with pytest.raises(UnsupportedLayerError if name == "complex" else InvalidRequestError):
         StateCapture([BAD_LAYERS[name]])
 

@@ -38,6 +38,7 @@ from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
 from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
 from kvstore.keys import Namespace
+from kvstore.rules import check_states
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -159,13 +160,14 @@ class Fetcher:
         request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense=False)
         with self._call(attempt, request, transport) as (messages, call):
             plan = _plan(messages, request)
-            if not plan.files:
-                yield plan
-                try:
+            try:
+                self._check_rules(plan)
+                if not plan.files:
+                    yield plan
                     yield from self._from_stream(attempt, plan, messages, call) if plan.n_tokens else ()
-                except _DamagedError as damaged:
-                    raise CorruptDataError(str(damaged.__cause__)) from damaged
-                return
+                    return
+            except _DamagedError as damaged:
+                raise CorruptDataError(str(damaged.__cause__)) from damaged
             with _file_reader(plan) as reader:
                 reads = FileReads(attempt.deadline, self._budget)
                 _demand_readable(plan)
@@ -217,6 +219,7 @@ class Fetcher:
             plan = _plan(messages, request)
             if not plan.n_tokens:
                 return Miss(plan.reason)
+            self._check_rules(plan)
             by_path = transport == pb.TRANSPORT_PATH and bool(plan.files)
             try:
                 if by_path:
@@ -226,6 +229,17 @@ class Fetcher:
                 if plan.fetch_id:
                     self._connection.tell(attempt.meter.report(plan.fetch_id, by_path=by_path))
         return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
+
+    def _check_rules(self, plan: Plan) -> None:
+        """Report the checkpoint and raise _DamagedError unless an engine can go on from it: see `kvstore.rules`."""
+        if not plan.states:
+            return
+        try:
+            check_states(self._namespace.layout, plan.states, plan.n_tokens)
+        except CorruptDataError as error:
+            if plan.keys[plan.state_source]:
+                self._report(plan.keys[plan.state_source], str(error))
+            raise _DamagedError(plan.tokens_without(plan.state_source), Reason.CORRUPT) from error
 
     def _from_files(self, attempt: Attempt, plan: Plan, call: Any) -> Hit | Miss:
         """Read from files. At a block that is damaged or gone, start over with the blocks before it.

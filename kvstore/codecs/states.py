@@ -18,51 +18,30 @@ from kvstore.codecs.device import Bytes
 from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.files import Range, RangeReader
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
+from kvstore.layers import KVLayer, Layout, StateLayer
 from kvstore.records import states_from_list, states_to_list
+from kvstore.rules import check_state
 
 
 def describe(layers: Sequence[KVLayer | StateLayer]) -> tuple[LayerState, ...]:
     """What the window and state layers of a whole cache hold, in order; without offsets and checksums.
 
-    Reads shapes and dtypes only. InvalidRequestError for what cannot be stored or is not what the layer's spec says,
+    Reads shapes and dtypes only. InvalidRequestError for what cannot be stored or breaks a rule of its layer's spec,
     UnsupportedLayerError for a dtype that is never stored.
     """
-    states = tuple(
-        LayerState(
-            index,
-            layer.numbers,
-            tuple(StateArray(name, device.dtype_name(array), tuple(array.shape)) for name, array in layer.arrays),
-        )
-        for index, layer in enumerate(layers)
-        if isinstance(layer, StateLayer)
-    )
+    return tuple(describe_layer(layer, index) for index, layer in enumerate(layers) if isinstance(layer, StateLayer))
+
+
+def describe_layer(layer: StateLayer, index: int = 0) -> LayerState:
+    """As `describe`, of one layer."""
+    arrays = ((name, device.dtype_name(array), tuple(array.shape)) for name, array in layer.arrays)
+    state = LayerState(index, layer.numbers, tuple(StateArray(*one) for one in arrays))
     try:
-        states_from_list(states_to_list(states))  # what the other side will insist on
-        for state in states:
-            check_state(layers[state.layer].spec, state)
+        states_from_list(states_to_list([state]))  # what the other side will insist on
+        check_state(layer.spec, state, layer.n_tokens)
     except CorruptDataError as error:
         raise InvalidRequestError(f"a layer that cannot be stored: {error}") from error
-    return states
-
-
-def check_state(spec: LayerSpec, state: LayerState) -> None:
-    """CorruptDataError unless these can be the arrays of such a layer.
-
-    Their names differ; keys and values of a window are `[1, heads, rows, width]` as the spec has it.
-    """
-    if len({array.name for array in state.arrays}) != len(state.arrays):
-        raise CorruptDataError(f"layer {state.layer} has two arrays of one name")
-    for array in state.arrays:
-        if spec.kind != "window" or array.name not in PARTS:
-            continue
-        part = spec.part(array.name)
-        batch, heads, _, width = array.shape if len(array.shape) == 4 else (0, 0, 0, 0)
-        if (batch, heads, width, array.dtype) != (1, part.heads, part.width, part.dtype):
-            raise CorruptDataError(
-                f"layer {state.layer} {array.name}: {array.dtype} {list(array.shape)} is not "
-                f"{part.dtype} [1, {part.heads}, rows, {part.width}]"
-            )
+    return state
 
 
 class StateCapture:

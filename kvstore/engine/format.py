@@ -9,7 +9,7 @@ A blob is a safetensors file of our format:
                       arrays in the order of layers and arrays
     8 + N + P         end of file, exactly
 
-    header JSON     "__metadata__"  {"format": "kvstore-block", "version": "1" or "2",
+    header JSON     "__metadata__"  {"format": "kvstore-block", "version": "3",
                                      "record": base64 of the block's msgpack record, "check": its xxh3_64 in hex}
                     "r{run}.s{stack}.{part}.{name}"  {"dtype", "shape": [layers, heads, rows, width], "data_offsets"}
                                                      or, each layer's share packed by a byte codec, "U8", [bytes]
@@ -19,8 +19,7 @@ A blob is a safetensors file of our format:
 The record (`kvstore.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
 (tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
 that any safetensors reader can look inside. The header is canonical: a reader builds it again from the record and
-compares bytes, so nothing can hide in it. Version 2 has packed tensors, or rows that stand for groups of tokens; a
-block without them is written as version 1, so its bytes are what they always were.
+compares bytes, so nothing can hide in it.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ import xxhash
 from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
-from kvstore.records import TENSORS_MAX, block_from_record, block_to_record, record_version
+from kvstore.records import RECORD_VERSION, TENSORS_MAX, block_from_record, block_to_record
 
 FORMAT = "kvstore-block"
-FORMAT_VERSION = 2
+FORMAT_VERSION = RECORD_VERSION
 HEADER_BYTES_MAX = 1 << 20
 LENGTH_BYTES = 8
 ALIGN_BYTES = 64
@@ -203,7 +202,7 @@ def build_header(block: Block, record: bytes) -> bytes:
     """Length and padded JSON. InvalidRequestError when over HEADER_BYTES_MAX."""
     metadata = {
         "format": FORMAT,
-        "version": str(record_version(block.runs)),
+        "version": str(FORMAT_VERSION),
         "record": base64.b64encode(record).decode("ascii"),
         "check": xxhash.xxh3_64_hexdigest(record),
     }
@@ -248,8 +247,8 @@ def _record(text: bytes) -> bytes:
         name, version = metadata["format"], int(metadata["version"])
         if name != FORMAT:
             raise CorruptDataError("not a kvstore blob")
-        if version > FORMAT_VERSION:
-            raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads up to {FORMAT_VERSION}")
+        if version != FORMAT_VERSION:
+            raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads {FORMAT_VERSION}")
         record = base64.b64decode(metadata["record"], validate=True)
         check = metadata["check"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, binascii.Error) as error:

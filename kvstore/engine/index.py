@@ -45,7 +45,7 @@ from kvstore.engine.values import number_of, with_check, with_number_check, with
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.
 REBUILDING = "rebuilding"
@@ -386,12 +386,12 @@ class Index:
         meta = self._env.open_db(b"meta")
         with self._env.begin(write=True) as txn:
             version = number_of("version", txn.get(b"version", db=meta)) or 0
-            if version > INDEX_VERSION:
+            if version and version != INDEX_VERSION:
+                advice = "use the newer kvstore, or another" if version > INDEX_VERSION else "delete this"
                 raise UnknownFormatError(
-                    f"{self.path} has format version {version}; this kvstore reads up to {INDEX_VERSION}: "
-                    "use the newer kvstore, or another data directory"
+                    f"{self.path} has format version {version}; this kvstore reads {INDEX_VERSION}: "
+                    f"{advice} data directory"
                 )
-            self.was_older = 0 < version < INDEX_VERSION
             if not version:
                 for name, number in (("version", INDEX_VERSION), (REBUILDING, 1)):
                     txn.put(name.encode(), with_number_check(name, number), db=meta)

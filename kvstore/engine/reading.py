@@ -23,7 +23,7 @@ from kvstore.engine.rows import Row
 from kvstore.engine.sealed import HEADER_BYTES, SealedReader, SealedSource, is_sealed, open_blob
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.files import FileReader, FileSource
-from kvstore.records import block_to_record, record_version
+from kvstore.records import RECORD_VERSION, block_to_record
 
 VERIFY_BYTES = 1 << 20
 _VERSION = re.compile(rb'"version":"[0-9]+"')
@@ -151,12 +151,12 @@ def demand_same(block: Block, row: Row) -> None:
 def is_misnumbered(source: FileSource, row: Row, key: NamespaceKey | None) -> bool:
     """Whether a blob that says that it is of a newer format is damaged: it is the row's, but for this number.
 
-    A kvstore writes each blob in the least version that can bear it, so none is newer in nothing but its number.
+    No version is newer in nothing but its number.
     """
     try:
         if key is not None and sealed.is_misnumbered(source, key):
             return True
-        number = b'"version":"%d"' % record_version(row.block.runs)
+        number = b'"version":"%d"' % RECORD_VERSION
         header = _VERSION.sub(number, _read_header(source, row, key), count=1)
         demand_same(blob_format.parse_header(header, len(header) + blob_format.payload_bytes(row.block)), row)
     except (CorruptDataError, UnknownFormatError):

@@ -53,7 +53,7 @@ def _in_step(
         with index.view() as view:
             rebuilding = view.meta(REBUILDING)
         unsynced = not hold.previous.get("clean") and hold.previous.get("durability") == "none"
-        if unsynced or rebuilding or index.was_older:
+        if unsynced or rebuilding:
             make_anew(site)
         elif index.was_short or not hold.previous.get("clean"):
             sweep(site)
@@ -97,7 +97,7 @@ def open_vouched(directory: Directory, hold: Hold, fs: Fs, ring: KeyRing, sync: 
     try:
         with index.view() as view:
             # What the engine reads first, read once here, where damage leads to a rebuild.
-            _ = view.usage(), None if index.was_older else view.namespaces(), next(view.newest(), None)
+            _ = view.usage(), view.namespaces(), next(view.newest(), None)
     except BaseException:
         index.close()
         raise

@@ -22,18 +22,23 @@ import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from kvstore.codecs.device import dtype_name
+from kvstore.codecs.states import describe
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations.exact_caches import (
     EXACT_CLASSES,
+    WINDOW_CLASSES,
     capture_exact,
     check_rows,
     is_cuttable,
     part_spec,
     restore_exact,
 )
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 
 CacheLayer = KVLayer | StateLayer
+
+# Tokens that are traced, one time after the other, until a cache shows its shapes.
+TRACED_TOKENS = (7, 120, 900)
 
 _MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 _BATCH_ADVICE = "it holds several sequences: call extract(i) on every layer and store each sequence by itself"
@@ -66,9 +71,12 @@ def restore(layers: Iterable[CacheLayer], tree: str = "") -> list[Any]:
     """Cache layers for the engine that continue after `n_tokens`, head-room included; nested as `Layout.tree` says.
 
     To append without a copy the engine must be the only holder of the buffers: let go of `layers` afterwards.
+    InvalidRequestError for layers that the engine could not go on from, UnsupportedLayerError for those that this
+    mlx-lm has no cache for.
     """
     given = list(layers)
     Layout(tuple(layer.spec for layer in given), tree).validate()
+    _check_restorable(given)
     restored = iter([_restore_layer(layer) for layer in given])
     levels: list[list[Any]] = [[]]
     for sign in tree or "." * len(given):
@@ -80,6 +88,29 @@ def restore(layers: Iterable[CacheLayer], tree: str = "") -> list[Any]:
         else:
             levels[-1].append(next(restored))
     return levels[0]
+
+
+def _check_restorable(layers: Sequence[CacheLayer]) -> None:
+    """Raise InvalidRequestError unless the layers are what their specs say, all after the same tokens."""
+    if len({layer.n_tokens for layer in layers}) != 1 or layers[0].n_tokens < 1:
+        raise InvalidRequestError("layers after different numbers of tokens, or none, are not one cache")
+    describe(layers)
+    for layer in layers:
+        if isinstance(layer, KVLayer):
+            for name in PARTS:
+                _check_part(layer, name)
+
+
+def _check_part(layer: KVLayer, name: str) -> None:
+    tensors, arrays = layer.spec.part(name).tensors(), layer.part(name)
+    if len(tensors) != len(arrays):
+        raise InvalidRequestError(f"{len(arrays)} arrays of {name} instead of {len(tensors)}")
+    for tensor, array in zip(tensors, arrays, strict=True):
+        batch, heads, rows, width = array.shape if array.ndim == 4 else (0, 0, 0, 0)
+        if (batch, heads, width, dtype_name(array)) != (1, tensor.heads, tensor.width, tensor.dtype):
+            raise InvalidRequestError(f"{tensor.name} of {name} are not what the layout says: {tuple(array.shape)}")
+        if rows < layer.n_tokens:
+            raise InvalidRequestError(f"{layer.n_tokens} tokens do not fit in {rows} rows")
 
 
 def layout(cache: Iterable[Any]) -> Layout:
@@ -100,15 +131,38 @@ def probe(*models: Any, max_kv_size: int | None = None) -> Layout:
 
     `max_kv_size`: as for make_prompt_cache; models that make their own caches ignore it.
 
-    A new cache has no shapes, and what a configuration says of heads and dtype need not be what the model does. So one
-    token is traced through the model; its graph gives shapes and dtypes and is dropped without being evaluated.
+    A new cache has no shapes, and what a configuration says of heads and dtype need not be what the model does. So some
+    tokens are traced through the model; the graph gives shapes and dtypes and is dropped without being evaluated.
+    UnsupportedLayerError for a model whose layout depends on how many tokens there are.
     """
-    layers: list[Any] = []
-    for model in models:
-        cache = stock.make_prompt_cache(model, max_kv_size)
-        model(mx.array([[0]]), cache=cache)
-        layers += cache
-    return layout(layers)
+    probed = [layout(_traced(model, stock.make_prompt_cache(model, max_kv_size))) for model in models]
+    layers = tuple(layer for one in probed for layer in one.layers)
+    tree = "".join(one.tree or "." * len(one.layers) for one in probed)
+    return Layout(layers, tree if "(" in tree else "")
+
+
+def _traced(model: Any, cache: list[Any]) -> list[Any]:
+    """The cache after as many tokens as it takes to see every shape: one where nothing but keys and values is kept."""
+    _trace(model, cache, 1)
+    if all(type(layer) in _CAPTURE or type(layer) in WINDOW_CLASSES for layer in _leaves(cache)):
+        return cache
+    for count in TRACED_TOKENS:
+        try:
+            before = layout(cache)
+        except UnsupportedLayerError:
+            raise
+        except InvalidRequestError:  # a layer may not show all of its arrays before it has more tokens
+            _trace(model, cache, count)
+            continue
+        _trace(model, cache, 1)
+        if layout(cache) != before:
+            raise UnsupportedLayerError("the shapes of its state change with the number of tokens")
+        break
+    return cache
+
+
+def _trace(model: Any, cache: list[Any], n_tokens: int) -> None:
+    model(mx.array([[0] * n_tokens]), cache=cache)
 
 
 def quantized(plain: Layout, bits: int, group: int) -> Layout:
@@ -279,9 +333,6 @@ def _restore_layer(layer: CacheLayer) -> Any:
     kind = (layer.spec.kind, bool(layer.spec.keys.bits))
     if kind not in _RESTORE:
         raise UnsupportedLayerError(f"mlx-lm has no cache for keys and values of kind {layer.spec.kind!r}")
-    for array in (*layer.keys, *layer.values):
-        if array.shape[2] < layer.n_tokens:
-            raise InvalidRequestError(f"{layer.n_tokens} tokens do not fit in {array.shape[2]} rows")
     return _RESTORE[kind](layer)
 
 

@@ -4,7 +4,7 @@
     RotatingKVCache   window  size, keep  keys, values                           index
     ChunkedKVCache    window  chunk       keys, values                           start, capacity
     ArraysCache       state   slots       slot0, slot1 ..; left_padding, lengths
-    LayerCache        state   compressed  window, compress_kv, index_k, pending_kv, pending_gate
+    LayerCache        state   compressed, ratio   window, compress_kv, index_k, pending_kv, pending_gate
 
 RotatingKVCache is a ring: `keep` pinned rows, then the others; the next token goes to row `index`. A prefill of several
 tokens leaves more rows than `size`; before its next token the engine itself drops all but the first `keep` and the last
@@ -16,21 +16,26 @@ ChunkedKVCache says that it can be trimmed, and is wrong. mlx-lm 0.31 moves its 
 of by the rows that are in use, so the buffer's size (`capacity`) belongs to its state.
 
 LayerCache is that of deepseek_v41 in mlx-lm 0.32: a sliding window beside compressed latents. `compressed` is the size
-of the window; how many rows the other arrays have follows from the token count.
+of the window, `ratio` how many tokens make one latent (0 in layers that use those of another); how many rows the arrays
+have follows from the token count. Before its first latent a layer does not show its shapes, and is not stored.
+
+The layout has a rule for every array, the same at every token count. In an ArraysCache an array of floats has one shape
+for ever, and token ids `[1, rows]` grow with the first tokens; `caches.probe` finds out when a model does otherwise.
+Whether a layer that is captured or restored obeys `kvstore.rules` is checked by `codecs.states.describe`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from kvstore.codecs.device import dtype_name
+from kvstore.codecs.states import describe_layer
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import NO_PART, LayerSpec, PartSpec, StateLayer
+from kvstore.layers import NO_PART, ArraySpec, LayerSpec, PartSpec, StateLayer
 
 try:
     from mlx_lm.models import deepseek_v41
@@ -41,7 +46,9 @@ except ImportError:  # mlx-lm 0.31
 
 _SLOT = "slot"
 _PADDING = ("left_padding", "lengths")
+_PADDING_RULES = tuple(ArraySpec(name, "I32", (1,), optional=True) for name in _PADDING)
 _COMPRESSED = ("window", "compress_kv", "index_k", "pending_kv", "pending_gate")
+_LATENTS = ("compress_kv", "index_k")
 
 
 def capture_exact(layer: Any, n_tokens: int) -> StateLayer:
@@ -49,7 +56,10 @@ def capture_exact(layer: Any, n_tokens: int) -> StateLayer:
 
     InvalidRequestError when it is empty, holds several sequences, or its numbers do not fit its arrays.
     """
-    return _CAPTURE[type(layer)](layer, n_tokens)
+    captured = _CAPTURE[type(layer)](layer, n_tokens)
+    if captured.spec.kind == "window":
+        describe_layer(captured)
+    return captured
 
 
 def restore_exact(layer: StateLayer) -> Any:
@@ -76,26 +86,13 @@ def check_rows(array: mx.array) -> None:
         raise InvalidRequestError(f"not one sequence: shape {tuple(array.shape)}, not [1, H, T, D]")
 
 
-def _check_ring(rows: int, offset: int, index: int, size: int, keep: int) -> None:
-    """Raise InvalidRequestError unless a ring can have this state.
-
-    Others come about when a ring was trimmed after it had wrapped; the engine itself would go on wrongly.
-    """
-    if rows > size:
-        fits = index == rows <= offset
-    elif offset <= rows:
-        fits = index == offset
-    else:
-        fits = rows == size and keep < index <= size
-    if not fits or not 0 <= keep < size or offset <= 0:
-        raise InvalidRequestError(f"no ring of {size} ({keep} kept) has {rows} rows and index {index} after {offset}")
-
-
 def _capture_rotating(layer: Any, n_tokens: int) -> StateLayer:
     size, keep, index = layer.max_size, layer.keep, layer._idx  # noqa: SLF001 - part of the state, and never renamed
     rows = layer.keys.shape[2]
-    _check_ring(rows, n_tokens, index, size, keep)
     dropped = max(0, rows - size)
+    if dropped and index != rows:
+        # It was trimmed after it had wrapped, and the engine itself would go on wrongly.
+        raise InvalidRequestError(f"no ring of {size} ({keep} kept) has {rows} rows and index {index}")
     arrays = [_drop(a, keep, dropped) if dropped else a[:, :, :n_tokens] for a in (layer.keys, layer.values)]
     spec = _window_spec(layer, ("size", size), ("keep", keep))
     return StateLayer(spec, _named(("keys", "values"), arrays), (("index", index - dropped),), n_tokens)
@@ -111,9 +108,7 @@ def _restore_rotating(layer: StateLayer) -> Any:
     params = dict(layer.spec.params)
     made: Any = stock.RotatingKVCache(max_size=params["size"], keep=params["keep"])
     made.keys, made.values = _window_arrays(layer)
-    index = _number(layer, "index")
-    _check_ring(made.keys.shape[2], layer.n_tokens, index, made.max_size, made.keep)
-    made.offset, made._idx = layer.n_tokens, index  # noqa: SLF001
+    made.offset, made._idx = layer.n_tokens, dict(layer.numbers)["index"]  # noqa: SLF001
     return made
 
 
@@ -129,12 +124,11 @@ def _capture_chunked(layer: Any, n_tokens: int) -> StateLayer:
 
 
 def _restore_chunked(layer: StateLayer) -> Any:
-    made: Any = stock.ChunkedKVCache(dict(layer.spec.params)["chunk"])
+    made: Any = stock.ChunkedKVCache(layer.spec.param("chunk"))
     keys, values = _window_arrays(layer)
-    made.offset, made.start_position = layer.n_tokens, _number(layer, "start")
-    slack = _number(layer, "capacity") - keys.shape[2]
-    if slack < 0 or made.start_position < 0 or made.offset - made.start_position != keys.shape[2]:
-        raise InvalidRequestError(f"{keys.shape[2]} rows are not those before token {made.offset} of a chunked window")
+    numbers = dict(layer.numbers)
+    made.offset, made.start_position = layer.n_tokens, numbers["start"]
+    slack = numbers["capacity"] - keys.shape[2]
     made.keys, made.values = (mx.pad(a, [(0, 0), (0, 0), (0, slack), (0, 0)]) if slack else a for a in (keys, values))
     return made
 
@@ -148,27 +142,27 @@ def _window_spec(layer: Any, *params: tuple[str, int]) -> LayerSpec:
 
 
 def _window_arrays(layer: StateLayer) -> list[mx.array]:
-    """Keys and values as the spec describes them, each an object of its own."""
+    """Keys and values, each an object of its own."""
     arrays = dict(layer.arrays)
-    if set(arrays) != {"keys", "values"}:
-        raise InvalidRequestError(f"a window has keys and values, not {', '.join(sorted(arrays))}")
-    for name, array in arrays.items():
-        check_rows(array)
-        if part_spec(array) != layer.spec.part(name):
-            raise InvalidRequestError(f"{name} of a window are not what the layout says")
-    if arrays["keys"].shape[2] != arrays["values"].shape[2]:
-        raise InvalidRequestError("keys and values have different numbers of rows")
     return [arrays["keys"][:], arrays["values"][:]]
 
 
 def _capture_arrays(layer: Any, n_tokens: int) -> StateLayer:
     slots = _named((f"{_SLOT}{i}" for i in range(len(layer.cache))), layer.cache)
-    padding = _named(_PADDING, [getattr(layer, name, None) for name in _PADDING])
-    return StateLayer(_state_spec(slots, "slots", len(layer.cache)), slots + padding, (), n_tokens)
+    padding = _named(_PADDING, [getattr(layer, name, None) for name in _PADDING], required=False)
+    rules = (*(_slot_rule(name, array) for name, array in slots), *_PADDING_RULES)
+    spec = LayerSpec(NO_PART, NO_PART, "state", (("slots", len(layer.cache)),), rules)
+    return StateLayer(spec, slots + padding, (), n_tokens)
+
+
+def _slot_rule(name: str, array: mx.array) -> ArraySpec:
+    dtype, shape = dtype_name(array), tuple(array.shape)
+    is_ids = mx.issubdtype(array.dtype, mx.integer) and array.ndim == 2
+    return ArraySpec(name, dtype, (1, 0), 1) if is_ids else ArraySpec(name, dtype, shape)
 
 
 def _restore_arrays(layer: StateLayer) -> Any:
-    slots = dict(layer.spec.params)["slots"]
+    slots = layer.spec.param("slots")
     made: Any = stock.ArraysCache(slots)
     arrays = dict(layer.arrays)
     made.cache = [_taken(arrays, f"{_SLOT}{i}") for i in range(slots)]
@@ -179,13 +173,24 @@ def _restore_arrays(layer: StateLayer) -> Any:
 
 def _capture_compressed(layer: Any, n_tokens: int) -> StateLayer:
     arrays = _named(_COMPRESSED, [getattr(layer, name) for name in _COMPRESSED])
-    return StateLayer(_state_spec(arrays, "compressed", layer.window_size), arrays, (), n_tokens)
+    rows = {name: array.shape[1] for name, array in arrays if array.ndim == 3}
+    if "pending_kv" in rows and not rows.get("compress_kv"):
+        raise InvalidRequestError("it has too few tokens: no group of them has been compressed yet")
+    latents = rows.get("compress_kv", 0)
+    ratio = (n_tokens - rows.get("pending_kv", 0)) // latents if latents else 0
+    bounds = {"window": layer.window_size, "pending_kv": ratio - 1, "pending_gate": ratio - 1}
+    rules = tuple(
+        ArraySpec(name, dtype_name(array), (1, 0, array.shape[-1]), 1, bounds.get(name, 0), name in _LATENTS)
+        for name, array in arrays
+    )
+    params = (("compressed", layer.window_size), ("ratio", ratio))
+    return StateLayer(LayerSpec(NO_PART, NO_PART, "state", params, rules), arrays, (), n_tokens)
 
 
 def _restore_compressed(layer: StateLayer) -> Any:
     if _COMPRESSED_CACHE is None:
         raise UnsupportedLayerError("this mlx-lm has no cache for compressed latents")
-    made: Any = _COMPRESSED_CACHE(dict(layer.spec.params)["compressed"])
+    made: Any = _COMPRESSED_CACHE(layer.spec.param("compressed"))
     arrays = dict(layer.arrays)
     for name in _COMPRESSED:
         setattr(made, name, _taken(arrays, name))
@@ -194,30 +199,21 @@ def _restore_compressed(layer: StateLayer) -> Any:
     return made
 
 
-def _named(names: Iterable[str], arrays: Iterable[mx.array | None]) -> tuple[tuple[str, mx.array], ...]:
+def _named(
+    names: Iterable[str], arrays: Iterable[mx.array | None], *, required: bool = True
+) -> tuple[tuple[str, mx.array], ...]:
     """Those arrays that are there, each as an object of its own, if they are of one sequence and a dtype to be stored.
 
-    The first axis of every array counts sequences.
+    The first axis of every array counts sequences. `required`: raise InvalidRequestError when there is none.
     """
     found = tuple((name, array) for name, array in zip(names, arrays, strict=True) if array is not None)
     for name, array in found:
         if array.ndim == 0 or array.shape[0] != 1:
             raise InvalidRequestError(f"{name} is not of one sequence: shape {tuple(array.shape)}")
         dtype_name(array)
-    return tuple((name, array[:]) for name, array in found)
-
-
-def _state_spec(arrays: tuple[tuple[str, mx.array], ...], param: str, value: int) -> LayerSpec:
-    """The spec of a state layer. Shapes are not in it, since some grow with the first tokens.
-
-    Dtypes are, of the first and the last array of floats (convolution and recurrent state): else the states of a model
-    without kv layers could be mixed up with those of the same model loaded in another dtype.
-    """
-    if not arrays:
+    if not found and required:
         raise InvalidRequestError("it is empty; there is nothing to store")
-    floats = [dtype_name(array) for _, array in arrays if mx.issubdtype(array.dtype, mx.floating)] or [NO_PART.dtype]
-    keys, values = (replace(NO_PART, dtype=dtype) for dtype in (floats[0], floats[-1]))
-    return LayerSpec(keys, values, "state", ((param, value),))
+    return tuple((name, array[:]) for name, array in found)
 
 
 def _taken(arrays: dict[str, mx.array], name: str) -> mx.array | None:
@@ -228,13 +224,6 @@ def _taken(arrays: dict[str, mx.array], name: str) -> mx.array | None:
 def _check_nothing_left(arrays: dict[str, mx.array]) -> None:
     if arrays:
         raise InvalidRequestError(f"arrays that the layer has no place for: {', '.join(sorted(arrays))}")
-
-
-def _number(layer: StateLayer, name: str) -> int:
-    numbers = dict(layer.numbers)
-    if name not in numbers:
-        raise InvalidRequestError(f"a {layer.spec.kind} layer without its {name}")
-    return numbers[name]
 
 
 _CAPTURE: dict[type, Callable[[Any, int], StateLayer]] = {
@@ -254,3 +243,4 @@ _RESTORE: dict[tuple[str, str], Callable[[StateLayer], Any]] = {
 }
 
 EXACT_CLASSES = frozenset(_CAPTURE)
+WINDOW_CLASSES = frozenset({stock.RotatingKVCache, stock.ChunkedKVCache})

@@ -34,12 +34,12 @@ from kvstore.codecs import device
 from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.profiles import AUTO, Profile
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
-from kvstore.codecs.states import check_state
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError, UnavailableError
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
+from kvstore.rules import check_states
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
@@ -164,11 +164,8 @@ class StorePath:
     def _check_states(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
         if not request.states:
             return
-        if tuple(state.layer for state in request.states) != namespace.layout.exact_layers:
-            raise InvalidRequestError("a checkpoint has every window and state layer of the layout, and no other")
         try:
-            for state in request.states:
-                check_state(namespace.layout.layers[state.layer], state)
+            check_states(namespace.layout, request.states, count_tokens(request.tokens))
         except CorruptDataError as error:
             raise InvalidRequestError(f"states: {error}") from error
         nbytes = sum(state.nbytes for state in request.states)

@@ -186,7 +186,7 @@ def test_a_layout_that_is_not_the_namespaces_is_refused(peer: Peer) -> None:
     [
         (record(keys=(1, 64, "I8", 0, 0)), "dtype 'I8'"),
         (record(keys=(1, 64, ["BF16"], 0, 0)), "whole numbers"),
-        (record(kind="rotating"), "unknown layer kind 'rotating'"),
+        (record(kind="rotating"), "no layer of kind 'rotating'"),
         (record(keys=(2.5, 64, "BF16", 0, 0)), "whole numbers"),
         (record(keys=(2, 64.0, "BF16", 0, 0)), "whole numbers"),
         (record(keys=(True, 64, "BF16", 0, 0)), "whole numbers"),
@@ -199,15 +199,15 @@ def test_a_layout_that_is_not_the_namespaces_is_refused(peer: Peer) -> None:
         (record(keys=(1, 64)), "not a layout"),
         (record(keys="BF16"), "not a layout"),
         (msgpack.packb([[], [], ""]), "1 to 4096 layers"),
-        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [7], ""]), "not a layout"),
-        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [0] * 5000, ""]), "too many"),
-        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], []]], [0], "(..)"]), "nesting"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [], []]], [7], ""]), "not a layout"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [], []]], [0] * 5000, ""]), "too many"),
+        (msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [], []]], [0], "(..)"]), "nesting"),
         (
-            msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [["size", 1]]]], [0], ""]),
-            "no parameters",
+            msgpack.packb([[["kv", [1, 64, "BF16", 0, 0], [1, 64, "BF16", 0, 0], [["size", 1]], []]], [0], ""]),
+            "has parameters",
         ),
         (
-            msgpack.packb([[["state", [1, 0, "F32", 0, 0], [1, 0, "F32", 0, 0], [["x", 1.5]]]], [0], ""]),
+            msgpack.packb([[["state", [1, 0, "F32", 0, 0], [1, 0, "F32", 0, 0], [["x", 1.5]], []]], [0], ""]),
             "whole numbers",
         ),
         (msgpack.packb({"layers": 3}), "not a layout"),
@@ -225,7 +225,7 @@ def test_a_hostile_layout_is_refused(peer: Peer, hostile: bytes, words: str) -> 
 def test_a_layout_too_large_for_the_store_is_a_reason_and_evicts_nothing(peer: Peer) -> None:
     """A terabyte a token is legal; no budget has room for it."""
     part = (4096, 65_536, "F32", 0, 0)
-    reply = peer.begin(**named(msgpack.packb([[["kv", part, part, []]], [0] * 4096, ""])))
+    reply = peer.begin(**named(msgpack.packb([[["kv", part, part, [], []]], [0] * 4096, ""])))
     assert (reply.upload_id, reply.reason) == ("", Reason.STORE_FULL)
 
 

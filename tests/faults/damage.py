@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import traceback
@@ -131,7 +132,10 @@ def blob_changes(path: Path, flips: int, seed: int) -> Iterator[tuple[str, Chang
     yield "longer", lambda data: bytes(data) + b"\0"
     yield "noise", lambda data: random.Random(seed).randbytes(size)
     for number in (b"0", b"2", b"9"):
-        yield "another version", lambda data, to=number: bytes(data).replace(b'"version":"1"', b'"version":"%b"' % to)
+        yield (
+            "another version",
+            lambda data, to=number: re.sub(rb'"version":"[0-9]"', b'"version":"%b"' % to, bytes(data)),
+        )
 
 
 class Blobs:

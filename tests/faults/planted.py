@@ -56,7 +56,7 @@ class Prompt:
         return replace(self.sealed.block, runs=tuple(runs))
 
 
-def forged(record: bytes, entries: dict[str, Any], payload: bytes, version: str = "1") -> bytes:
+def forged(record: bytes, entries: dict[str, Any], payload: bytes, version: str = str(FORMAT_VERSION)) -> bytes:
     """A file with a right checksum over whatever record, and whatever table."""
     check, text64 = xxhash.xxh3_64_hexdigest(record), base64.b64encode(record).decode()
     metadata = {"format": "kvstore-block", "version": version, "record": text64, "check": check}

@@ -13,7 +13,7 @@ from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState
 from kvstore.codecs import device
 from kvstore.codecs.states import StateCapture
 from kvstore.keys import chain_keys, checkpoint_key
-from kvstore.layers import NO_PART, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+from kvstore.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 from tests.support.synthetic import make_layers, prefix_seeds
 
 WINDOW_ROWS = 32
@@ -31,14 +31,14 @@ STATE_ARRAYS: tuple[tuple[str, str, tuple[int, ...]], ...] = (
 )
 
 
-def state_spec() -> LayerSpec:
-    """A recurrent layer."""
-    return LayerSpec(NO_PART, NO_PART, "state", (("slots", 9),))
+def state_spec(arrays: Sequence[tuple[str, str, tuple[int, ...]]] = STATE_ARRAYS) -> LayerSpec:
+    """A recurrent layer of arrays that never change their shapes."""
+    return LayerSpec(NO_PART, NO_PART, "state", (("slots", 9),), tuple(ArraySpec(*one) for one in arrays))
 
 
 def window_spec(part: PartSpec) -> LayerSpec:
     """A sliding window of WINDOW_ROWS rows."""
-    return LayerSpec(part, part, "window", (("keep", 0), ("size", WINDOW_ROWS)))
+    return LayerSpec(part, part, "window", (("size", WINDOW_ROWS), ("keep", 0)))
 
 
 def hybrid_layout() -> Layout:
@@ -67,13 +67,13 @@ def make_state(spec: LayerSpec, tokens: Sequence[int], layer: int) -> StateLayer
     rng = np.random.default_rng([seed, layer])
     if spec.kind == "state":
         arrays = tuple((name, random_array(rng, dtype, shape)) for name, dtype, shape in STATE_ARRAYS)
-        return StateLayer(spec, arrays, (("marker", -seed - layer),), len(tokens))
+        return StateLayer(spec, arrays, (), len(tokens))
     rows = min(len(tokens), WINDOW_ROWS)
     arrays = tuple(
         (name, random_array(rng, spec.part(name).dtype, (1, spec.part(name).heads, rows, spec.part(name).width)))
         for name in ("keys", "values")
     )
-    return StateLayer(spec, arrays, (("index", rows), ("offset", len(tokens))), len(tokens))
+    return StateLayer(spec, arrays, (("index", rows),), len(tokens))
 
 
 def make_cache(layout: Layout, tokens: Sequence[int], states_at: int | None = None) -> list[KVLayer | StateLayer]:

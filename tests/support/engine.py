@@ -26,12 +26,18 @@ from kvstore.blocks import (
 )
 from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
 from kvstore.keys import Namespace, block_key, chain_keys, checkpoint_key
-from kvstore.layers import NO_PART, LayerSpec, Layout, PartSpec
+from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec
 
 LAYOUT = Layout((LayerSpec(PartSpec(1, 2, "F32"), PartSpec(1, 2, "F32")),) * 2)
 
 # A recurrent layer beside a plain one, and nothing but recurrent layers.
-STATE = LayerSpec(NO_PART, NO_PART, "state", (("slots", 3),))
+# The first array has as many numbers as a test wants.
+ARRAYS = (
+    ArraySpec("slot0", "F32", (1, 0), 1, 1 << 30),
+    ArraySpec("slot1", "I64", (0, 4)),
+    ArraySpec("slot2", "BOOL", ()),
+)
+STATE = LayerSpec(NO_PART, NO_PART, "state", (("slots", 3),), ARRAYS)
 HYBRID = Layout((STATE, LAYOUT.layers[0]))
 RECURRENT = Layout((STATE, STATE))
 
@@ -84,8 +90,9 @@ def checkpoint(
     keys = chain_keys(ns.root, packed)
     start = len(keys) * BLOCK_TOKENS
     parent, tail = keys[-1] if keys else ns.root, packed[start * TOKEN_BYTES :]
-    arrays = (StateArray("s0", "F32", (1, n_floats)), StateArray("s1", "I64", (0, 4)), StateArray("s2", "BOOL", ()))
-    states = tuple(LayerState(layer, (("left", -3),), arrays) for layer in ns.layout.exact_layers)
+    shapes = ((1, n_floats), (0, 4), ())
+    arrays = tuple(StateArray(rule.name, rule.dtype, shape) for rule, shape in zip(ARRAYS, shapes, strict=True))
+    states = tuple(LayerState(layer, (), arrays) for layer in ns.layout.exact_layers)
     key = checkpoint_key(parent, tail)
     block = Block(ns.root, parent, key, start, tail, fidelity, (), states=states)
     buffers = [

@@ -1,0 +1,116 @@
+"""What a window or state layer may hold after so many tokens. Pure functions that daemon and worker share.
+
+The daemon refuses a checkpoint that breaks a rule before it is acknowledged, and again before it plans with one; the
+worker asks again before an engine gets the layers, and a capture before anything is sent. A ring with a wrong index, or
+a recurrent state of another shape, would end the engine's thread at the next forward pass.
+
+    params            numbers          what must hold after n tokens
+    size, keep        index            min(n, size) rows; the next token goes to row `index`: n until the ring is full,
+                                       then any row after the `keep` pinned ones, `size` itself before the first turn
+    chunk             start, capacity  the rows from token `start` on, in a buffer of `capacity`
+    slots             -                the arrays as the layout says
+    compressed, ratio -                a window of min(n, compressed) rows; n // ratio latents and index keys; of the
+                                       group that is still open n % ratio rows
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from kvstore.blocks import LayerState, StateArray
+from kvstore.errors import CorruptDataError
+from kvstore.layers import PARTS, ArraySpec, LayerSpec, Layout
+
+# A chunked window's buffer grows by the tokens that come, rounded up to 256; a cut of a few tokens leaves it as it is.
+CAPACITY_SLACK = 1024
+
+Numbers = Mapping[str, int]
+Arrays = Mapping[str, StateArray]
+
+
+def check_states(layout: Layout, states: Sequence[LayerState], n_tokens: int) -> None:
+    """Raise CorruptDataError unless these can be all window and state layers of a cache after `n_tokens` tokens."""
+    if tuple(state.layer for state in states) != layout.exact_layers:
+        raise CorruptDataError("a checkpoint has every window and state layer of the layout, and no other")
+    for state in states:
+        try:
+            check_state(layout.layers[state.layer], state, n_tokens)
+        except CorruptDataError as error:
+            raise CorruptDataError(f"layer {state.layer} after {n_tokens} tokens: {error}") from error
+
+
+def check_state(spec: LayerSpec, state: LayerState, n_tokens: int) -> None:
+    """Raise CorruptDataError unless this can be such a layer after `n_tokens` tokens, for an engine to go on from."""
+    numbers, arrays = dict(state.numbers), {array.name: array for array in state.arrays}
+    wanted, rule = _RULES[spec.kind, spec.params[0][0]]
+    if len(numbers) != len(state.numbers) or set(numbers) != wanted:
+        raise CorruptDataError(f"numbers {sorted(numbers)} instead of {sorted(wanted)}")
+    _check_arrays(array_rules(spec), state.arrays, n_tokens)
+    rule(spec, arrays, numbers, n_tokens)
+
+
+def array_rules(spec: LayerSpec) -> tuple[ArraySpec, ...]:
+    """The rules of a layer's arrays; a window's follow from its keys and values."""
+    if spec.kind != "window":
+        return spec.arrays
+    parts = ((name, spec.part(name)) for name in PARTS)
+    return tuple(
+        ArraySpec(name, part.dtype, (1, part.heads, 0, part.width), 2, spec.param("size")) for name, part in parts
+    )
+
+
+def _check_arrays(rules: Sequence[ArraySpec], arrays: Sequence[StateArray], n_tokens: int) -> None:
+    by_name = {array.name: array for array in arrays}
+    required = {rule.name for rule in rules if not rule.optional}
+    if len(by_name) != len(arrays) or not required <= by_name.keys() <= {rule.name for rule in rules}:
+        raise CorruptDataError(f"arrays {[array.name for array in arrays]} instead of {[rule.name for rule in rules]}")
+    for rule in rules:
+        if rule.name in by_name:
+            rule.check(by_name[rule.name], n_tokens)
+
+
+def _rows(arrays: Arrays, names: Sequence[str], axis: int, wanted: int) -> None:
+    """Raise CorruptDataError unless all of these arrays have `wanted` rows; one that is not there has none."""
+    found = [arrays[name].shape[axis] if name in arrays else 0 for name in names]
+    if any(count != wanted for count in found):
+        raise CorruptDataError(f"{found} rows of {', '.join(names)} instead of {wanted}")
+
+
+def _check_ring(spec: LayerSpec, arrays: Arrays, numbers: Numbers, n_tokens: int) -> None:
+    size, keep, index = spec.param("size"), spec.param("keep"), numbers["index"]
+    _rows(arrays, PARTS, 2, min(n_tokens, size))
+    if not (index == n_tokens if n_tokens <= size else keep < index <= size):
+        raise CorruptDataError(f"no ring of {size} ({keep} kept) has index {index}")
+
+
+def _check_chunked(spec: LayerSpec, arrays: Arrays, numbers: Numbers, n_tokens: int) -> None:
+    start, capacity = numbers["start"], numbers["capacity"]
+    if not 0 <= start < n_tokens:
+        raise CorruptDataError(f"no chunked window starts at token {start}")
+    rows = n_tokens - start
+    _rows(arrays, PARTS, 2, rows)
+    if not rows <= capacity <= 2 * n_tokens + CAPACITY_SLACK:
+        raise CorruptDataError(f"no chunked window has {rows} rows in a buffer of {capacity}")
+
+
+def _check_slots(spec: LayerSpec, arrays: Arrays, numbers: Numbers, n_tokens: int) -> None:
+    """Nothing but the arrays themselves."""
+
+
+def _check_compressed(spec: LayerSpec, arrays: Arrays, numbers: Numbers, n_tokens: int) -> None:
+    ratio, known = spec.param("ratio"), {rule.name for rule in spec.arrays}
+    _rows(arrays, ["window"], 1, min(n_tokens, spec.param("compressed")))
+    if ratio:
+        _rows(arrays, [name for name in ("compress_kv", "index_k") if name in known], 1, n_tokens // ratio)
+        _rows(arrays, [name for name in ("pending_kv", "pending_gate") if name in known], 1, n_tokens % ratio)
+
+
+_Rule = Callable[[LayerSpec, Arrays, Numbers, int], None]
+
+# By kind of layer and its first parameter: which numbers belong to it, and what must hold of them and the arrays.
+_RULES: dict[tuple[str, str], tuple[frozenset[str], _Rule]] = {
+    ("window", "size"): (frozenset({"index"}), _check_ring),
+    ("window", "chunk"): (frozenset({"start", "capacity"}), _check_chunked),
+    ("state", "slots"): (frozenset(), _check_slots),
+    ("state", "compressed"): (frozenset(), _check_compressed),
+}
