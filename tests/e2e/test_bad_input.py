@@ -154,7 +154,7 @@ def identity(**fields: Any) -> pb.Namespace:
 
 def record(keys: Any = (1, 64, "BF16", 0, 0), values: Any = (1, 64, "BF16", 0, 0), kind: Any = "kv") -> bytes:
     """A layout record of one layer, of whatever is given."""
-    packed: bytes = msgpack.packb([[[kind, keys, values, []]], [0], ""])
+    packed: bytes = msgpack.packb([[[kind, keys, values, [], []]], [0], ""])
     return packed
 
 

@@ -132,10 +132,11 @@ def blob_changes(path: Path, flips: int, seed: int) -> Iterator[tuple[str, Chang
     yield "longer", lambda data: bytes(data) + b"\0"
     yield "noise", lambda data: random.Random(seed).randbytes(size)
     for number in (b"0", b"2", b"9"):
-        yield (
-            "another version",
-            lambda data, to=number: re.sub(rb'"version":"[0-9]"', b'"version":"%b"' % to, bytes(data)),
-        )
+        yield "another version", lambda data, to=number: _renumbered(data, to)
+
+
+def _renumbered(data: bytearray, version: bytes) -> bytes:
+    return re.sub(rb'"version":"[0-9]"', b'"version":"' + version + b'"', bytes(data))
 
 
 class Blobs:

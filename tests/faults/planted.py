@@ -21,7 +21,7 @@ import zstandard
 from kvstore.blocks import Block, Stack, Tensor, pack_tokens
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.engine.blobs import blob_name
-from kvstore.engine.format import seal, table
+from kvstore.engine.format import FORMAT_VERSION, seal, table
 from kvstore.keys import Namespace
 from kvstore.records import block_to_record
 from tests.support.engine import new_block
