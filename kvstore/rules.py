@@ -1,8 +1,9 @@
 """What a window or state layer may hold after so many tokens. Pure functions that daemon and worker share.
 
-The daemon refuses a checkpoint that breaks a rule before it is acknowledged, and again before it plans with one; the
-worker asks again before an engine gets the layers, and a capture before anything is sent. A ring with a wrong index, or
-a recurrent state of another shape, would end the engine's thread at the next forward pass.
+A ring with a wrong index, or a state of another shape, would end the thread of the engine that goes on from it.
+So the worker checks what it captures, the daemon what it is sent, before it acknowledges it, and what it plans to hand
+over, and the worker what it is handed. Scrub, `check` and rebuilds check every blob: one that breaks a rule is damaged,
+whatever its checksums say.
 
     params            numbers          what must hold after n tokens
     size, keep        index            min(n, size) rows; the next token goes to row `index`: n until the ring is full,
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from kvstore.blocks import LayerState, StateArray
+from kvstore.blocks import Block, LayerState, Run, StateArray
 from kvstore.errors import CorruptDataError
 from kvstore.layers import PARTS, ArraySpec, LayerSpec, Layout
 
@@ -26,6 +27,29 @@ CAPACITY_SLACK = 1024
 
 Numbers = Mapping[str, int]
 Arrays = Mapping[str, StateArray]
+
+
+def check_block(layout: Layout, block: Block) -> None:
+    """Raise CorruptDataError unless an engine could go on from what a block says it holds.
+
+    Of a block of KV: every part of every kv layer once, and nothing else. Whether tensors fit their recipes only the
+    codecs know.
+    """
+    if block.is_checkpoint:
+        check_states(layout, block.states, block.end)
+    for run in block.runs:
+        _check_run(layout, run)
+
+
+def _check_run(layout: Layout, run: Run) -> None:
+    wanted = [
+        (name, index)
+        for name in PARTS
+        for index, spec in enumerate(layout.layers)
+        if spec.part(name).width and not spec.is_exact
+    ]
+    if sorted((stack.part, index) for stack in run.stacks for index in stack.layers) != wanted:
+        raise CorruptDataError("a run does not hold every layer of the layout once")
 
 
 def check_states(layout: Layout, states: Sequence[LayerState], n_tokens: int) -> None:

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvstore.blocks import RAW, Recipe, Run, Stack, Tensor
+from kvstore import rules
+from kvstore.blocks import RAW, Block, Recipe, Run, Stack, Tensor
 from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of
 from kvstore.errors import CorruptDataError
 from kvstore.files import Range
-from kvstore.layers import PartSpec
+from kvstore.layers import Layout, PartSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,15 @@ class Segment:
     def takes(self, recipe: Recipe, lead: int) -> bool:
         """Whether rows of this recipe, that many of them not used, may follow: nothing unused comes in between."""
         return not lead and self.lead + self.shown == self.held and self.recipe == recipe
+
+
+def check_block(layout: Layout, block: Block) -> None:
+    """As `rules.check_block`, also for the tensors of each recipe. UnknownFormatError for a recipe not known here."""
+    rules.check_block(layout, block)
+    for run in block.runs:
+        for stack in run.stacks:
+            for part in {layout.layers[index].part(stack.part) for index in stack.layers}:
+                _checked_tensors(stack, part, 0)
 
 
 def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:

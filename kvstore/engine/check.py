@@ -8,6 +8,8 @@ looked for. What a newer kvstore wrote is reported and left alone by all of them
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -15,6 +17,7 @@ import threading
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeAlias
 
 from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
 from kvstore.engine.blobs import TMP_SUFFIX, Fs, parse_name, unlink_quietly
@@ -27,12 +30,17 @@ from kvstore.engine.reading import demand_same, is_misnumbered, read_block, sour
 from kvstore.engine.rows import Row, pack_row
 from kvstore.errors import CorruptDataError, DirectoryError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
+from kvstore.layers import Layout
+from kvstore.rules import check_block
 
 FINDINGS_MAX = 1000
 SWEEP_ROWS = 4096
 # No store counts so far. A file that somebody named so would use up the numbers of all that come after it.
 SEQ_END = 1 << 62
 log = logging.getLogger(__name__)
+
+
+Rule: TypeAlias = Callable[[Layout, Block], None]
 
 
 def _none_in_flight() -> Container[str]:
@@ -47,6 +55,8 @@ def _no_counter(seq: int) -> None:
 class Site:
     """What a walk works on. `in_flight` names files that have no row for a good reason; ask it under `lock`.
 
+    `rule` raises CorruptDataError for a block that no engine could go on from, though all its checksums are right.
+
     `adopted` is told, under `lock`, the seq of every file that gets a row or stays without one: no other file gets it.
     """
 
@@ -56,6 +66,7 @@ class Site:
     lock: threading.RLock = field(default_factory=threading.RLock)
     in_flight: Callable[[], Container[str]] = _none_in_flight
     adopted: Callable[[int], None] = _no_counter
+    rule: Rule = check_block
 
     def condemn(self, path: Path) -> bool:
         """Put a damaged file in quarantine; whether that went well. Else it stays without a row, and the log says why.
@@ -70,11 +81,12 @@ class Site:
         return True
 
 
-def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
-    """Read a row's blob whole; CorruptDataError unless it is exactly what the row and its checksums say.
+def verify_row(site: Site, row: Row) -> None:
+    """Read a row's blob whole; CorruptDataError unless it is exactly what row, checksums and the rule say.
 
     NotFoundError when it is encrypted and its key was dropped, UnknownFormatError when a newer kvstore wrote it.
     """
+    directory, ring = site.directory, site.index.ring
     path = directory.path(row)
     if row.is_sealed:
         raise NotFoundError(f"{path}: the key that it was encrypted with was dropped")
@@ -91,6 +103,18 @@ def verify_row(directory: Directory, row: Row, ring: KeyRing) -> None:
     if (payload_offset, file_bytes) != (row.payload_offset, row.file_bytes):
         raise CorruptDataError(f"{path}: not the size that the index says")
     demand_same(block, row)
+    _demand_rule(site, block)
+
+
+def _demand_rule(site: Site, block: Block) -> None:
+    """CorruptDataError for a block that breaks the rule. One in a recipe that only a newer kvstore knows is left."""
+    with contextlib.suppress(UnknownFormatError):
+        site.rule(_layout_of(block.namespace), block)
+
+
+@functools.lru_cache(64)
+def _layout_of(namespace: bytes) -> Layout:
+    return NamespaceInfo.from_record(namespace).layout
 
 
 class Walk:
@@ -132,7 +156,7 @@ class Walk:
             self.report.blobs += 1
             self.report.bytes += row.file_bytes
             try:
-                verify_row(self._site.directory, row, self._site.index.ring)
+                verify_row(self._site, row)
             except UnknownFormatError as error:
                 self._find("unknown_format", path, str(error))
             except NotFoundError as error:
@@ -222,6 +246,7 @@ class Walk:
         self.report.bytes += file_bytes
         if block.key != named[0] or NamespaceInfo.from_record(block.namespace).root != block.root:
             raise CorruptDataError("the blob is not what its name or namespace says")
+        _demand_rule(self._site, block)
         return block, payload_offset, file_bytes
 
     def _adopt(self, sound: list[tuple[Block, int, Path, int, int]]) -> None:

@@ -248,9 +248,8 @@ class Engine:
     def first_damaged(self, slices: Sequence[Slice]) -> int | None:
         """See `kvstore.engine.reading.first_damaged`. All of one namespace."""
         info = self._state.namespaces.get(slices[0].row.root) if slices else None
-        record = info.to_record() if info else b""
         key = self._state.index.ring.key(info.root) if info else None
-        return first_damaged(self.sources(slices), slices, record, key)
+        return first_damaged(self.sources(slices), slices, info, key)
 
     def touch(self, slices: Iterable[Slice]) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
@@ -374,7 +373,7 @@ class Engine:
         if row is None or self.is_displaced():
             return False
         try:
-            checking.verify_row(self._state.directory, row, self._state.index.ring)
+            checking.verify_row(self._state.site, row)
             return False
         except (NotFoundError, UnknownFormatError):
             return False

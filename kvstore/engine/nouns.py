@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from kvstore.engine.index import MAP_BYTES
 from kvstore.engine.rows import Row, Taken, fidelities_of, parse_row
 from kvstore.errors import ConfigError
 from kvstore.keys import NamespaceInfo
+from kvstore.layers import Layout
+from kvstore.rules import check_block
 
 DURABILITIES = ("commit", "full", "none")
 
@@ -27,6 +29,7 @@ class EngineOptions:
     `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
+    `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
     """
 
@@ -46,6 +49,7 @@ class EngineOptions:
     scrub_bytes_per_s: int = 0
     scrub_interval_s: float = 7 * 86_400.0
     master_key: bytes = field(default=b"", repr=False)
+    rule: Callable[[Layout, Block], None] = field(default=check_block, repr=False)
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

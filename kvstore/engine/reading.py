@@ -23,7 +23,9 @@ from kvstore.engine.rows import Row
 from kvstore.engine.sealed import HEADER_BYTES, SealedReader, SealedSource, is_sealed, open_blob
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.files import FileReader, FileSource
+from kvstore.keys import NamespaceInfo
 from kvstore.records import RECORD_VERSION, block_to_record
+from kvstore.rules import check_states
 
 VERIFY_BYTES = 1 << 20
 _VERSION = re.compile(rb'"version":"[0-9]+"')
@@ -128,15 +130,20 @@ def demand_header(source: FileSource, row: Row, namespace: bytes, key: Namespace
 
 
 def first_damaged(
-    sources: Sequence[FileSource], slices: Sequence[Slice], namespace: bytes, key: NamespaceKey | None
+    sources: Sequence[FileSource], slices: Sequence[Slice], namespace: NamespaceInfo | None, key: NamespaceKey | None
 ) -> int | None:
-    """Index of the first slice whose file is gone, or has not the size and the header that its row makes.
+    """Index of the first slice whose file is gone, has not the size and the header that its row makes, or is of a
+    checkpoint that breaks a rule.
 
-    What a header leaves, the payload, the reader of the slice verifies.
+    What a header leaves, the payload and the tensors of a block, the reader of the slice verifies.
     """
+    record = namespace.to_record() if namespace else b""
     for number, source in enumerate(sources):
+        row = slices[number].row
         try:
-            demand_header(source, slices[number].row, namespace, key)
+            demand_header(source, row, record, key)
+            if row.is_checkpoint and namespace is not None:
+                check_states(namespace.layout, row.block.states, row.block.end)
         except (CorruptDataError, UnknownFormatError):
             return number
     return None

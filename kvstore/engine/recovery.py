@@ -48,7 +48,7 @@ def _in_step(
         index = open_vouched(directory, hold, fs, ring, sync, options.map_bytes)
     except CorruptDataError as error:
         return _anew(directory, fs, options, ring, tombstones, error)
-    site = Site(directory, index, fs, in_flight=tombstones.names)
+    site = Site(directory, index, fs, in_flight=tombstones.names, rule=options.rule)
     try:
         with index.view() as view:
             rebuilding = view.meta(REBUILDING)
@@ -79,7 +79,7 @@ def _anew(
     set_index_aside(directory, fs)
     index = Index(directory.index, fs, ring, options.durability != "none", options.map_bytes)
     try:
-        make_anew(Site(directory, index, fs, in_flight=tombstones.names))
+        make_anew(Site(directory, index, fs, in_flight=tombstones.names, rule=options.rule))
     except BaseException:
         index.close()
         raise

@@ -83,7 +83,7 @@ class State:
         self.counts = Counts()
         self.evictions = Evictions()
         self.in_flight: dict[str, int] = {}
-        self.site = Site(directory, index, fs, self.lock, self.busy_names, self.skip_seq)
+        self.site = Site(directory, index, fs, self.lock, self.busy_names, self.skip_seq, options.rule)
         self._memory = threading.Lock()
         self._leases: Counter[bytes] = Counter()
         self._doomed: dict[bytes, list[Row]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from kvstore.blocks import KEY_BYTES, LayerState, Reason
@@ -180,9 +180,12 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
-        planning = asyncio.ensure_future(self._workers.read(self._store.begin, store_request(request)))
+        with self._counting_invalid():
+            asked = store_request(request)
+        planning = asyncio.ensure_future(self._workers.read(self._store.begin, asked))
         try:
-            plan = await asyncio.shield(planning)
+            with self._counting_invalid():
+                plan = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -213,6 +216,15 @@ class KVStoreService(rpc.KVStoreServicer):
             wants_states=bool(upload.states),
             detail=plan.detail,
         )
+
+    @contextlib.contextmanager
+    def _counting_invalid(self) -> Iterator[None]:
+        """Count a store that is refused for what it says."""
+        try:
+            yield
+        except InvalidRequestError:
+            self._counters.stored(Reason.INVALID)
+            raise
 
     def _forget(self, planning: asyncio.Future[StorePlan]) -> None:
         """Give up the upload of a plan that nobody waits for any more."""

@@ -343,7 +343,10 @@ class StorePath:
         offset = upload.pieces_bytes
         for state in upload.states:
             for array in state.arrays:
-                buffers.append(upload.staging.read(offset, array.nbytes))
+                data = upload.staging.read(offset, array.nbytes)
+                if array.dtype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+                    raise InvalidRequestError(f"array {array.name} of layer {state.layer} is not of booleans")
+                buffers.append(data)
                 offset += array.nbytes
         return NewBlock(block, buffers)
 
