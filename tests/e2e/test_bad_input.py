@@ -140,7 +140,7 @@ def fails(code: grpc.StatusCode, call: Callable[[], Any], *words: str) -> None:
 def named(record: bytes) -> dict[str, Any]:
     """BeginStore fields for a namespace that is honestly bound to this layout record."""
     message = namespace_to_message(NAMESPACE)
-    message.layout_digest = hashlib.sha256(b"kvstore/layout/v1\0" + record).digest()
+    message.layout_digest = hashlib.sha256(b"kvstore/layout/v2\0" + record).digest()
     return {"namespace": message, "layout": record}
 
 
