@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
+from kvstore.client.prefixes import checkpoint_after
 from kvstore.client.results import parse_reason
 from kvstore.codecs.segments import HitBlock
 from kvstore.errors import CorruptDataError, LayoutMismatchError
 from kvstore.files import FileSource, Range
-from kvstore.keys import Namespace, chain_keys, checkpoint_key
+from kvstore.keys import Namespace, chain_keys
 from kvstore.layers import LayerSpec
 from kvstore.wire.convert import runs_from_bytes, states_from_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -154,9 +155,7 @@ def _check_checkpoint(plan: Plan, request: Request) -> None:
         return
     _check_ranges(plan.states)
     tokens = request.tokens[: plan.n_tokens * TOKEN_BYTES]
-    keys = chain_keys(request.namespace.root, tokens)
-    parent = keys[-1] if keys else request.namespace.root
-    if plan.keys[plan.state_source] != checkpoint_key(parent, tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]):
+    if plan.keys[plan.state_source] != checkpoint_after(request.namespace.root, tokens):
         raise CorruptDataError("the checkpoint of a plan is not of this prompt")
 
 

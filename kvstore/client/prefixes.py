@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
-from kvstore.keys import block_key, chain_keys
+from kvstore.keys import block_key, chain_keys, checkpoint_key
 
 HELD_MAX = 65_536
 CHECKPOINTS_MAX = 1024
@@ -22,6 +22,12 @@ def prefix_keys(root: bytes, tokens: bytes) -> list[bytes]:
     if tail:
         keys.append(block_key(keys[-1] if keys else root, tail))
     return keys
+
+
+def checkpoint_after(root: bytes, tokens: bytes) -> bytes:
+    """The key of the checkpoint after packed `tokens`."""
+    keys = chain_keys(root, tokens)
+    return checkpoint_key(keys[-1] if keys else root, tokens[len(keys) * _BLOCK_BYTES :])
 
 
 class HeldPrefixes:

@@ -21,7 +21,7 @@ from kvstore.client.background import Background
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
-from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
+from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes, checkpoint_after, prefix_keys
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
@@ -289,6 +289,18 @@ class Session:
     @staticmethod
     def _await(job: StoreJob, deadline: Deadline) -> StoreResult:
         return job.result if job.done.wait(deadline.left_s) else StoreResult(reason=Reason.DEADLINE)
+
+    def reject(self, tokens: Iterable[int] | bytes, detail: str) -> None:
+        """The caller could not use a hit of exactly `tokens`: nothing of them is believed to be held any more.
+
+        In the background the daemon is told to check the end of them. Raises InvalidRequestError for tokens that are
+        none.
+        """
+        packed = pack_tokens(tokens)
+        self._held.forget(packed)
+        self._background.report(prefix_keys(self.namespace.root, packed)[-1], detail)
+        if self.namespace.layout.exact_layers:
+            self._background.report(checkpoint_after(self.namespace.root, packed), detail)
 
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""

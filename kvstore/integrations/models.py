@@ -6,6 +6,7 @@ trouble with "nothing fetched" or "nothing stored" and counts why; generation go
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import threading
@@ -25,10 +26,11 @@ from kvstore.client import Client
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
-from kvstore.integrations.caches import CacheLayer, capture, layout, restore, token_count
+from kvstore.integrations.caches import capture, layout, token_count
 from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.fingerprint import fingerprint
 from kvstore.integrations.identity import Pin, WeightsDigest
+from kvstore.integrations.restoring import Finish, Found
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
 
@@ -144,20 +146,6 @@ def identify(
     if draft:
         weights = hashlib.sha256(_DRAFT_TAG + weights + draft).digest()
     return Identity(weights, adapter, salt, alias) if weights else None
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Layers that came out of the store, and how many tokens they hold."""
-
-    layers: Sequence[CacheLayer]
-    tree: str
-    n_tokens: int
-    epoch: Epoch
-
-    def restored(self) -> tuple[list[Any], int]:
-        """A cache of them, and the tokens that it holds. On the thread that will use it."""
-        return restore(self.layers, self.tree), self.n_tokens
 
 
 def _nbytes(session: Session, n_tokens: int) -> int:
@@ -297,14 +285,16 @@ class ModelStore:
         covered: int = 0,
         prefill_tokens_per_s: float = 0.0,
         epoch: Epoch | None = None,
+        finish: Finish = list,
     ) -> tuple[list[Any], int] | None:
         """A cache for the longest stored prefix of `tokens` in any of the layouts, and its length in tokens.
 
         None when there is none, or not one of `GAIN_TOKENS_MIN` more than the `covered` tokens that the caller has, or
         when a caller of that speed (0: not known) would lose by it. `epoch`: of the model; None: as it is now.
+        `finish`: what else is done to a restored cache; what it raises is a miss too.
         """
         found = self.find(key, layouts, tokens, covered, prefill_tokens_per_s, epoch=epoch)
-        return None if found is None else found.restored()
+        return None if found is None else found.restored(finish)
 
     def find(
         self,
@@ -345,7 +335,8 @@ class ModelStore:
                     evaluate=reserve is not None,
                 )
                 if isinstance(hit, Hit) and hit.n_tokens >= wanted and not _splits_image(tokens, hit.n_tokens):
-                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch)
+                    unusable = functools.partial(self._unusable, session, tokens[: hit.n_tokens])
+                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch, unusable)
         except KVStoreError as error:
             self.refuse(error)
         return None
@@ -387,6 +378,11 @@ class ModelStore:
         except _ENGINE_ERRORS:
             log.exception("the store is not used for this sequence")
             self._count(Reason.INTERNAL)
+
+    def _unusable(self, session: Session, tokens: Sequence[int], error: Exception) -> None:
+        """No cache could be made of a hit: count it, have the daemon check it, and believe none of it to be held."""
+        self._count(Reason.CORRUPT)
+        session.reject(tokens, str(error))
 
     def refuse(self, error: KVStoreError) -> None:
         """Count what the store could not be used for, and say each kind once."""

@@ -28,8 +28,9 @@ from mlx_lm.server import ResponseGenerator
 
 from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
-from kvstore.integrations.models import Found, ModelKey
+from kvstore.integrations.models import ModelKey
 from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.restoring import Found
 from kvstore.integrations.segments import Prefill, SegmentedGenerator
 from kvstore.integrations.speed import Progress
 

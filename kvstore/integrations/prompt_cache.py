@@ -19,7 +19,8 @@ from kvstore.client import connect
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
-from kvstore.integrations.models import GAIN_TOKENS_MIN, Found, ModelKey, ModelStore
+from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
+from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
 from kvstore.layers import Layout
 

@@ -98,7 +98,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             return cache, rest
         covered = 0 if cache is None else len(tokens) - len(rest)
         speed = self._speed.get(self._key)
-        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, speed, self._epoch)
+        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, speed, self._epoch, expand)
         self._speed.started(self._key, tokens, found[1] if found else covered)
         if found is None:
             return cache, rest
@@ -109,7 +109,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._stats.tokens_saved += n_tokens - covered
         self._last_match_type, self._last_matched_key = "prefix", tuple(tokens[:n_tokens])
         log.info("prefix of %d of %d tokens from the store", n_tokens, len(tokens))
-        return expand(restored), tokens[n_tokens:]
+        return restored, tokens[n_tokens:]
 
     def commit_prepared(self, entry: Any, evict_prefixes: bool = True, **options: Any) -> bool:
         """Take an entry into memory and store what is new of it; `store` and both schedulers end here.
