@@ -173,6 +173,24 @@ def test_a_prompt_that_memory_has_is_not_fetched(start: Any) -> None:
     assert not Watched.threads
 
 
+def test_a_prompt_that_leaves_memory_while_its_request_waits_is_fetched_then(start: Any) -> None:
+    """When it was prepared memory had it, so nothing was fetched; other inserts pushed it out before its turn."""
+    cold = ask(start(), LONG)[0]
+    generator = start()
+    ask(generator, LONG)
+    request = request_of(LONG)
+    prepare = functools.partial(generator._prepare, arguments_of(), generator.model_provider.model_key)
+    Watched.threads.clear()
+    generator._prefetcher.prepare(request, prepare)
+    assert not Watched.threads, "memory has it"
+    generator.prompt_cache.trim_to(n_sequences=0)  # as ten other inserts do
+    context, answer = super(PrefetchingGenerator, generator).generate(request, arguments_of())
+    assert [one.token for one in answer] == cold
+    assert context.prompt_cache_count > 100
+    assert len(Watched.threads) == 1
+    assert is_empty(generator)
+
+
 def test_what_nobody_collects_is_dropped(start: Any) -> None:
     """A request whose client has gone before its turn."""
     ask(start(), LONG)

@@ -9,8 +9,8 @@ cache layers of them. In the server that is
     _tokenize   what the generation thread calls: takes what was prepared for this request, if anything was
 
 Nothing is prepared for a model that is not loaded, prompts with images, or servers that work as one. A request that was
-prepared in vain (no hit, out of time) is not fetched for again. Work is done by a few threads that stay: each thread
-that evaluates has a stream of MLX's for ever.
+prepared in vain (no hit, out of time) is not fetched for again, unless memory has less of it than it had then. Work is
+done by a few threads that stay: each thread that evaluates has a stream of MLX's for ever.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlx_lm.server import ResponseGenerator
 from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
 from kvstore.integrations.models import ModelKey
-from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.prompt_cache import Expected, PromptCache
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.segments import Prefill, SegmentedGenerator
 from kvstore.integrations.speed import Progress
@@ -47,6 +47,7 @@ class Prepared:
         self.request = request  # kept, so that its id is nobody else's
         self.origin: tuple[ModelKey | None, Any] = (None, None)  # model and tokenizer
         self.tokenized: tuple[tuple[Any, ...], Prefill | None] | None = None
+        self.covered = 0  # tokens that memory had when the store was asked
         self._budget = budget
         self._lock = threading.Lock()
         self._found: Found | None = None
@@ -161,7 +162,9 @@ class PrefetchingGenerator(SegmentedGenerator):
         found: Found | None = None
         cache: Any = self.prompt_cache
         try:
-            found = cache.find(key, tokenized[0][0], lambda nbytes: prepared.reserve(nbytes, seconds))
+            prompt = tokenized[0][0]
+            prepared.covered = cache.covered(key, prompt)
+            found = cache.find(key, prompt, prepared.covered, lambda nbytes: prepared.reserve(nbytes, seconds))
         finally:
             prepared.finish(found)
 
@@ -175,11 +178,12 @@ class PrefetchingGenerator(SegmentedGenerator):
         if prepared is None or prepared.tokenized is None or prepared.origin != (key, tokenizer):
             with self._tokenizing:
                 tokenized = self._segmented(tokenizer, request, args)
-            found = None
+            if prepared is not None and prepared.tokenized is not None:
+                prepared = None  # for another model: nobody has looked for this one's
         else:
             tokenized = prepared.tokenized
         result = self._begin(tokenized)
-        cache.expect(None if prepared is None else (key, result[0], found))
+        cache.expect(None if prepared is None else Expected(key, result[0], found, prepared.covered))
         return result
 
 

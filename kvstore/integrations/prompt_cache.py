@@ -11,6 +11,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
@@ -39,7 +40,23 @@ def default_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MEMORY_SHARE
 
 
-Expected = tuple[ModelKey, list[int], Found | None]
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What was found out about a prompt before its turn: in the store, and how many tokens of it memory had then."""
+
+    model: ModelKey
+    tokens: list[int]
+    found: Found | None
+    covered: int
+
+    def holds(self, model: ModelKey, epoch: Epoch | None, tokens: list[int], covered: int) -> bool:
+        """Whether it still says what to do about a prompt of which memory has `covered` tokens now.
+
+        Not if it was answered with nothing because memory had more: entries leave memory while a request waits.
+        """
+        if (self.model, self.tokens) != (model, tokens):
+            return False
+        return covered >= self.covered if self.found is None else self.found.epoch == epoch
 
 
 def _as_list(tokens: Any) -> list[int]:
@@ -91,18 +108,26 @@ class PromptCache(LRUPromptCache):
         self._in_flight.begin(model, tokens, epoch, cache)
         return cache, tokens[covered:]
 
-    def find(self, model: ModelKey, tokens: list[int], reserve: Callable[[int], bool]) -> Found | None:
+    def covered(self, model: ModelKey, tokens: list[int]) -> int:
+        """About how many leading tokens of a prompt memory has, for `find`. Any thread; 0 for a model not loaded."""
+        loaded, layouts = self._probed
+        if not self._enabled or loaded() is None or self._provider.model_key != model:
+            return 0
+        wanted = tokens[: self._limit(layouts)]
+        cuttable = all(not one.exact_layers for one in layouts)
+        return self._in_memory((model, self._store.epoch(model)), wanted, cuttable=cuttable)
+
+    def find(self, model: ModelKey, tokens: list[int], covered: int, reserve: Callable[[int], bool]) -> Found | None:
         """What the store has of a prompt beyond what memory has, for `expect`. Any thread; a model that is loaded."""
         loaded, layouts = self._probed
         if not self._enabled or loaded() is None or self._provider.model_key != model:
             return None
         epoch = self._store.epoch(model)
         wanted = tokens[: self._limit(layouts)]
-        covered = self._in_memory((model, epoch), wanted, cuttable=all(not one.exact_layers for one in layouts))
         return self._store.find(model, layouts, wanted, covered, self.speed.get(model), reserve, epoch)
 
     def expect(self, expected: Expected | None) -> None:
-        """The next prompt was looked up already: take what was found, and ask the store for nothing else."""
+        """The next prompt was looked up already: take what was found, and ask the store only if memory has less now."""
         self._expected = expected
 
     def insert_cache(
@@ -179,10 +204,10 @@ class PromptCache(LRUPromptCache):
     ) -> tuple[list[Any], int] | None:
         """What was fetched ahead if the prompt was looked up, else what the store has now."""
         expected, self._expected = self._expected, None
-        found = None if expected is None else expected[2]
-        if expected is None or expected[:2] != (model, tokens) or (found is not None and found.epoch != epoch):
+        if expected is None or not expected.holds(model, epoch, tokens, covered):
             return self._store.fetch(model, self._layouts(model), wanted, covered, self.speed.get(model), epoch)
         # Memory may have learned more of it since then.
+        found = expected.found
         worth = found is not None and found.n_tokens >= (covered + GAIN_TOKENS_MIN if covered else 1)
         return found.restored() if found is not None and worth else None
 

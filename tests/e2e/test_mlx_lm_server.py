@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,27 @@ BAD_REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", {"messages": CHAT, "temperature": 1.0, "top_k": 1000000}),
     ("/v1/chat/completions", {"messages": CHAT, "logit_bias": {"100000": 1}}),
 )
+
+
+CHATS, TURNS = 6, 5
+
+
+def test_no_chat_of_six_at_once_loses_its_prefix(model: Path, system: str, tmp_path: Path) -> None:
+    """The store has all of them; memory keeps two sequences, which others push out while a request waits."""
+    prompts = [chat(f"{index} {system}"[:1200], "Tell me more.") for index in range(CHATS)]
+    patient = {"fetch_connect_ms": 20_000, "fetch_stall_ms": 20_000, "fetch_total_ms": 60_000}
+    with DaemonProcess(tmp_path / "data", profile="raw", **patient) as daemon:
+        with ServerProcess(model, tmp_path / "one.log", daemon.environ()) as one:
+            for messages in prompts:
+                one.chat(messages, max_tokens=2)
+            assert one.stop() == 0, one.log_text()
+        flags = ("--prompt-cache-size", "2", "--decode-concurrency", "2", "--prompt-concurrency", "2")
+        with ServerProcess(model, tmp_path / "other.log", daemon.environ(), flags=flags) as other:
+            with ThreadPoolExecutor(CHATS) as threads:
+                answers = list(threads.map(lambda messages: other.chat(messages, max_tokens=4), prompts * TURNS))
+            assert len(answers) == CHATS * TURNS
+            assert [one.prompt_tokens - one.cached_tokens for one in answers] == [1] * len(answers)
+            assert other.stop() == 0, other.log_text()
 
 
 def test_requests_that_end_the_stock_servers_thread_are_bad_requests(model: Path, tmp_path: Path) -> None:
