@@ -72,6 +72,7 @@ class Reason(enum.StrEnum):
     NOT_CAPTURED = "not_captured"
     DEPENDENCY_LOST = "dependency_lost"
     STORE_FULL = "store_full"
+    KEY_MISSING = "key_missing"
     INVALID = "invalid"
     PROFILE_REFUSED = "profile_refused"
     ALREADY_STORED = "already_stored"

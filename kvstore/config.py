@@ -39,6 +39,11 @@ def _default_data_dir() -> Path:
     return Path(platformdirs.user_data_dir("kvstore", appauthor=False))
 
 
+def keys_home(config: Config) -> Path:
+    """Where the wrapped keys of every data directory lie, a folder each."""
+    return Path(config.keys_dir or Path(platformdirs.user_state_dir("kvstore", appauthor=False)) / "keys")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting of kvstore. Values are parsed and checked on construction; ConfigError names the key.
@@ -93,6 +98,12 @@ class Config:
         values.secret,
         "The key for that: a file of 64 hex digits, 0600, or keychain:NAME. Without it what is encrypted is lost.",
         "file",
+        default="",
+    )
+    keys_dir: str = _key(
+        values.file,
+        "Where their wrapped keys lie, outside data_dir, 0700. Empty: the user's state directory. Not for backups.",
+        "path",
         default="",
     )
     budget_bytes: int = _key(

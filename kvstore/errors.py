@@ -31,6 +31,10 @@ class UnsupportedLayerError(InvalidRequestError):
     """A cache layer of a class that kvstore does not know; nothing is guessed about it."""
 
 
+class KeyMissingError(KVStoreError):
+    """The keys of what is stored encrypted are not where they should be."""
+
+
 class NotFoundError(KVStoreError):
     """A namespace, upload or block that the daemon does not know (any more)."""
 

@@ -34,11 +34,11 @@ def test_a_fresh_directory_is_made_private_and_tagged(tmp_path: Path) -> None:
     assert names == {
         "CACHEDIR.TAG",
         "blobs.noindex",
+        "id",
         "index",
         "lock",
         "quarantine",
         "quality",
-        "keys",
         "settings",
         "staging",
     }
@@ -166,7 +166,9 @@ def test_junk_among_the_keys_is_named_by_start_and_check(tmp_path: Path, what: s
     """It might be a key that matters, so it is neither deleted nor passed over; and nothing waits for it."""
     settings = options(master_key=bytes(32))
     Engine.open(tmp_path / "data", settings).close()
-    junk = tmp_path / "data" / "keys" / f"{bytes(32).hex()}.json"
+    keys = tmp_path / "data.keys" / (tmp_path / "data" / "id").read_text()
+    keys.mkdir(mode=0o700, parents=True)
+    junk = keys / f"{bytes(32).hex()}.json"
     JUNK[what](junk)
     for opening in (
         lambda: Engine.open(tmp_path / "data", settings),
@@ -285,7 +287,7 @@ def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
         (tmp_path / "data" / "quarantine").unlink()
 
 
-@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "keys", "index", "quarantine"])
+@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "settings", "index", "quarantine"])
 def test_a_directory_with_a_link_in_place_of_a_folder_is_displaced(tmp_path: Path, folder: str) -> None:
     """Even to the folder itself: nothing is stored, evicted or repaired through it."""
     with Engine.open(tmp_path / "data", options()) as engine:

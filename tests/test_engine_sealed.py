@@ -45,7 +45,7 @@ CANARY = [0x5EC2E700 + 7919 * number for number in range(700)]
 
 def opened(path: Path, master: bytes = MASTER) -> Engine:
     """An engine with a master key, in which NS is encrypted."""
-    engine = Engine.open(path / "data", options(master_key=master))
+    engine = Engine.open(path / "data", options(master_key=master, keys_dir=path / "keys"))
     if master:
         HELD.append(engine.encrypt(NS.root))
     return engine
@@ -114,7 +114,7 @@ def test_a_hit_is_at_most_31_tokens_shorter_than_in_a_plain_namespace(
 def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None:
     """Their bytes are encrypted like all others."""
     ns = namespace("secret", HYBRID)
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         HELD.append(engine.encrypt(ns.root))
         put(engine, ns, CANARY)
         put_checkpoint(engine, ns, CANARY[:600])
@@ -164,7 +164,7 @@ def test_a_lost_index_is_rebuilt_from_encrypted_blobs(tmp_path: Path) -> None:
         put(engine, NS, CANARY)
     for file in (tmp_path / "data" / "index").iterdir():
         file.unlink()
-    assert check_directory(tmp_path / "data", repair=True, master_key=MASTER).blobs == 3
+    assert check_directory(tmp_path / "data", repair=True, master_key=MASTER, keys_dir=tmp_path / "keys").blobs == 3
     with opened(tmp_path) as engine:
         assert find(engine, NS, CANARY).n_tokens == 700
     assert pack_tokens(CANARY)[:8] not in bytes_at_rest(tmp_path / "data")
@@ -198,7 +198,7 @@ def test_a_dropped_key_makes_all_of_it_a_miss_at_once_and_for_good(tmp_path: Pat
 def test_a_checkpoint_whose_key_was_dropped_is_no_checkpoint(tmp_path: Path) -> None:
     """Also at the end of a full block, where it has no tokens of its own that could differ."""
     ns, tokens = namespace("secret", HYBRID), CANARY[:512]
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         HELD.append(engine.encrypt(ns.root))
         put(engine, ns, tokens)
         put_checkpoint(engine, ns, tokens)
@@ -237,14 +237,14 @@ def test_a_directory_with_encrypted_namespaces_needs_their_master_key(tmp_path: 
         put(engine, NS, CANARY)
     for master in (b"", bytes(32)):
         with pytest.raises(DirectoryError, match="encryption key"):
-            Engine.open(tmp_path / "data", options(master_key=master))
+            Engine.open(tmp_path / "data", options(master_key=master, keys_dir=tmp_path / "keys"))
     with opened(tmp_path) as engine:
         assert find(engine, NS, CANARY).n_tokens == 700
 
 
 def test_a_namespace_that_holds_plain_blocks_stays_plain(tmp_path: Path) -> None:
     """Encryption begins with an empty namespace, so no row of it is ever of the other kind."""
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         put(engine, NS, CANARY)
         assert engine.encrypt(NS.root) is None
         assert not engine.is_encrypted(NS.root)
@@ -287,14 +287,12 @@ def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
     with opened(tmp_path) as engine:
         assert engine.shred(NS.root[:4]) == 1
         assert not engine.is_encrypted(NS.root)
-        assert list((tmp_path / "data" / "keys").iterdir()) == []
+        assert list((tmp_path / "keys").rglob("*.json")) == []
 
 
 def key_files(engine: Engine) -> list[Path]:
-    """What is in keys/, which is counted in any case."""
-    paths = sorted(engine.staging_dir.parent.glob("keys/*"))
-    assert engine._state.ledger.get("keys") == sum(path.stat().st_blocks * 512 for path in paths)
-    return paths
+    """What is in the folder of keys."""
+    return sorted(engine._state.directory.keys.glob("*"))
 
 
 def first_bytes(engine: Engine, match: Match) -> bytes:
@@ -307,7 +305,7 @@ def first_bytes(engine: Engine, match: Match) -> bytes:
 
 def test_who_only_asks_leaves_no_key_behind(tmp_path: Path) -> None:
     """Neither on disk nor, once nobody holds it, in memory; those who hold it share one."""
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         for number in range(100):
             engine.encrypt(namespace(f"asked {number}").root)
         gc.collect()
@@ -318,7 +316,7 @@ def test_who_only_asks_leaves_no_key_behind(tmp_path: Path) -> None:
         assert key_files(engine) == []
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
         assert len(key_files(engine)) == 1
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert find(engine, NS, CANARY).n_tokens == 700
 
 
@@ -343,7 +341,7 @@ def test_the_key_goes_with_the_last_block_of_its_namespace(tmp_path: Path) -> No
 
 def test_an_upload_begun_before_a_shred_is_not_stored_under_a_later_key(tmp_path: Path) -> None:
     """Nor plain, nor under the old one: also when nothing of the namespace had been written yet."""
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         old = engine.encrypt(NS.root)
         assert engine.shred(NS.root) == 1
         new = engine.encrypt(NS.root)
@@ -365,15 +363,15 @@ def test_a_crash_before_the_first_commit_leaves_no_key(tmp_path: Path, at: str) 
             super().rename(source, target)
 
         def commit(self, commit: Callable[[], None]) -> None:
-            if at == "commit" and any((tmp_path / "data" / "keys").glob("*.json")):
+            if at == "commit" and any((tmp_path / "keys").rglob("*.json")):
                 raise KeyboardInterrupt
             super().commit(commit)
 
-    engine = Engine.open(tmp_path / "data", options(master_key=MASTER), fs=Stops())
+    engine = Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys"), fs=Stops())
     key = engine.encrypt(NS.root)
     with pytest.raises(KeyboardInterrupt):
         engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key)
-    assert len(list((tmp_path / "data" / "keys").glob("*.json"))) == (at == "commit")
+    assert len(list((tmp_path / "keys").rglob("*.json"))) == (at == "commit")
     engine._state.index.close()
     engine._hold.close()
     with opened(tmp_path) as engine:
@@ -414,7 +412,7 @@ class Balks(Fs):
 def test_a_key_that_went_only_in_part_is_written_again(tmp_path: Path, call: str) -> None:
     """Else what is stored under it next would be gone with the next start: its file is overwritten, or gone."""
     fs = Balks(call)
-    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys"), fs=fs) as engine:
         key = engine.encrypt(NS.root)
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
         fs.on = True
@@ -423,7 +421,7 @@ def test_a_key_that_went_only_in_part_is_written_again(tmp_path: Path, call: str
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).blocks == 3
         assert len(key_files(engine)) == 1
     del key
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert find(engine, NS, CANARY).n_tokens == 700
         engine.evict(Selection(namespace_prefix=NS.root[:4]))
         assert key_files(engine) == []
@@ -432,7 +430,7 @@ def test_a_key_that_went_only_in_part_is_written_again(tmp_path: Path, call: str
 def test_a_key_that_did_not_go_goes_with_a_later_commit(tmp_path: Path) -> None:
     """Also one that nobody holds any more."""
     fs = Balks("unlink")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys"), fs=fs) as engine:
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=engine.encrypt(NS.root)).blocks == 3
         fs.on = True
         engine.evict(Selection(namespace_prefix=NS.root[:4]))
@@ -446,7 +444,7 @@ def test_a_key_that_did_not_go_goes_with_a_later_commit(tmp_path: Path) -> None:
 def test_a_key_that_could_not_be_written_is_written_by_the_next_store(tmp_path: Path, refused: tuple[str, ...]) -> None:
     """Whatever the first attempt left in the folder."""
     fs = Balks(*refused)
-    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys"), fs=fs) as engine:
         key = engine.encrypt(NS.root)
         fs.on = True
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).reason is Reason.STORE_FULL
@@ -454,14 +452,14 @@ def test_a_key_that_could_not_be_written_is_written_by_the_next_store(tmp_path: 
         assert engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key).reason is Reason.OK
         assert len(key_files(engine)) == 1
     del key
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert find(engine, NS, CANARY).n_tokens == 700
 
 
 def test_a_shred_that_failed_is_done_by_the_next(tmp_path: Path) -> None:
     """Nobody reads the namespace meanwhile, but its file is there, and a start would take the key from it."""
     fs = Balks("unlink")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER), fs=fs) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys"), fs=fs) as engine:
         receipt = engine.store(NS.to_record(), sequence(NS, CANARY), encryption=engine.encrypt(NS.root))
         assert receipt.blocks == 3
         fs.on = True
@@ -492,15 +490,19 @@ def test_an_orderly_stop_vouches_for_keys_that_no_store_synced(tmp_path: Path) -
 
 
 def test_nothing_is_stored_once_the_keys_were_deleted_underneath(tmp_path: Path) -> None:
-    """Under a key that is in memory only it would be gone with the next start. Another engine begins anew."""
+    """Under a key that is in memory only it would be gone with the next start. After an eviction it goes on."""
     with opened(tmp_path) as engine:
         put(engine, NS, CANARY[:512])
-        shutil.rmtree(tmp_path / "data" / "keys")
+        shutil.rmtree(tmp_path / "keys")
         assert put(engine, NS, CANARY).reason is Reason.STORE_FULL
         assert engine.is_displaced()
     HELD.clear()
     gc.collect()
-    with opened(tmp_path) as engine:
+    with opened(tmp_path, b"") as engine:
+        assert engine.match(NS.root, pack_tokens(CANARY)).reason is Reason.KEY_MISSING
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
+        engine.evict(Selection(namespace_prefix=NS.root))
+        HELD.append(engine.encrypt(NS.root))
         assert find(engine, NS, CANARY).n_tokens == 0
         assert put(engine, NS, CANARY).reason is Reason.OK
         assert find(engine, NS, CANARY).n_tokens == 700
@@ -532,7 +534,7 @@ def test_the_key_of_blobs_that_only_a_newer_kvstore_reads_stays(tmp_path: Path) 
     """Through starts, commits and an eviction of everything: that kvstore finds what it stored."""
     newer = newer_blobs_without_rows(tmp_path)
     for _ in range(2):
-        with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+        with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
             assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
             assert find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
             # Beside them something of the same namespace that is evicted again, with its last row.
@@ -542,7 +544,7 @@ def test_the_key_of_blobs_that_only_a_newer_kvstore_reads_stays(tmp_path: Path) 
     for blob in newer:
         set_version(blob, b"1")
     shutil.rmtree(tmp_path / "data" / "index")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert find(engine, NS, CANARY).n_tokens == len(CANARY)
 
 
@@ -550,19 +552,19 @@ def test_keys_that_no_newer_blob_can_need_go_as_ever(tmp_path: Path) -> None:
     """Those that are made beside such blobs with their last row, the blobs' own at the first start without them."""
     newer = newer_blobs_without_rows(tmp_path)
     later = namespace("later")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         engine.store(later.to_record(), sequence(later, CANARY), encryption=engine.encrypt(later.root))
         assert len(key_files(engine)) == 2
         engine.evict(Selection(namespace_prefix=later.root))
         assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
     for blob in newer:
         blob.unlink()
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert key_files(engine) == [] and find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
 
 
 def test_a_shred_takes_the_key_of_newer_blobs_too(tmp_path: Path) -> None:
     """Whoever asks for that wants nobody to read them again."""
     newer_blobs_without_rows(tmp_path)
-    with Engine.open(tmp_path / "data", options(master_key=MASTER)) as engine:
+    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         assert engine.shred(NS.root) == 1 and key_files(engine) == []

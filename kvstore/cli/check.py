@@ -9,7 +9,7 @@ import click
 
 from kvstore.cli.app import EXIT_DAMAGE
 from kvstore.cli.common import absolute_address, common_options, connected, note, print_json, print_table, size_text
-from kvstore.config import Config, load_config
+from kvstore.config import Config, keys_home, load_config
 from kvstore.errors import DirectoryError, UnavailableError
 
 
@@ -53,7 +53,7 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
     from kvstore.engine import check_directory
     from kvstore.server.masterkey import load_master_key
 
-    found = check_directory(config.data_dir, repair, load_master_key(config))
+    found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config))
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
     return {"offline": True, **counts, "findings": findings}

@@ -9,6 +9,8 @@ import contextlib
 import fcntl
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 
 SUFFIX = ".safetensors"
@@ -167,3 +169,10 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
         except OSError as error:
             errors.append(error)
     return errors
+
+
+def exclude_from_backups(folder: str) -> None:
+    """Time Machine need not carry a cache. Best effort: only macOS has it."""
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["/usr/bin/tmutil", "addexclusion", folder], capture_output=True, timeout=10, check=False)

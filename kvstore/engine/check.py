@@ -28,7 +28,13 @@ from kvstore.engine.matching import is_covered, replaced_by
 from kvstore.engine.nouns import CheckReport, Finding, Slice
 from kvstore.engine.reading import demand_same, is_misnumbered, read_block, sources_of
 from kvstore.engine.rows import Row, pack_row
-from kvstore.errors import CorruptDataError, DirectoryError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.errors import (
+    CorruptDataError,
+    DirectoryError,
+    LimitError,
+    NotFoundError,
+    UnknownFormatError,
+)
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
 from kvstore.rules import check_block
@@ -89,7 +95,9 @@ def verify_row(site: Site, row: Row) -> None:
     directory, ring = site.directory, site.index.ring
     path = directory.path(row)
     if row.is_sealed:
-        raise NotFoundError(f"{path}: the key that it was encrypted with was dropped")
+        raise NotFoundError(
+            f"{path}: the key that it was encrypted with {'was dropped' if ring.has_folder else 'is missing'}"
+        )
     try:
         block, payload_offset, file_bytes = read_block(path, verify=True, ring=ring)
     except UnknownFormatError as error:
@@ -126,6 +134,7 @@ class Walk:
         self.report = CheckReport()
         self.removed: list[Row] = []
         self.newer: list[tuple[Path, str]] = []
+        self._keyless: list[Path] = []
 
     def run(self) -> CheckReport:
         """Files against rows, rows against files, strays, totals. CorruptDataError when the index cannot be read."""
@@ -160,7 +169,10 @@ class Walk:
             except UnknownFormatError as error:
                 self._find("unknown_format", path, str(error))
             except NotFoundError as error:
-                self._damaged(row, "shredded", str(error))
+                if self._site.index.ring.has_folder:
+                    self._damaged(row, "shredded", str(error))
+                else:
+                    self._find("key_missing", path, str(error))
             except CorruptDataError as error:
                 self._damaged(row, "corrupt_blob", str(error))
         return strays
@@ -209,8 +221,13 @@ class Walk:
                 self._find("unknown_format", path, str(error))
                 self.newer.append((path, str(error)))
             except NotFoundError as error:
-                self._find("shredded", path, str(error))
-                unlink_quietly(self._site.fs, [str(path)])
+                if self._site.index.ring.has_folder:
+                    self._find("shredded", path, str(error))
+                    unlink_quietly(self._site.fs, [str(path)])
+                else:
+                    self.report.repaired -= 1
+                    self._find("key_missing", path, str(error))
+                    self._keyless.append(path)
             except CorruptDataError as error:
                 self._find("corrupt_blob", path, str(error))
                 self.report.repaired -= not self._site.condemn(path)
@@ -219,7 +236,7 @@ class Walk:
         sound.sort(key=lambda each: (each[0].start, -each[0].fidelity, -count_tokens(each[0].tokens), each[2].name))
         for at in range(0, len(sound), FINDINGS_MAX):
             self._adopt(sound[at : at + FINDINGS_MAX])
-        self._leave([path for path, _ in self.newer])
+        self._leave([*self._keyless, *(path for path, _ in self.newer)])
 
     def _leave(self, paths: list[Path]) -> None:
         """Of blobs that stay without a row: none of ours gets the name of one, and with it its place."""
@@ -238,7 +255,7 @@ class Walk:
         return row is None or self._site.directory.path(row) != path
 
     def _read_stray(self, path: Path) -> tuple[Block, int, int]:
-        named = _named_by_us(path)
+        named = named_by_us(path)
         if named is None:
             raise CorruptDataError("not a name of a blob")
         block, payload_offset, file_bytes = read_block(path, verify=True, ring=self._site.index.ring)
@@ -302,14 +319,14 @@ class Walk:
             self.report.repaired += self._repair
 
 
-def _named_by_us(path: Path | str) -> tuple[bytes, int] | None:
+def named_by_us(path: Path | str) -> tuple[bytes, int] | None:
     """(key, seq) of a name that a kvstore may have given."""
     named = parse_name(os.path.basename(path))
     return named if named and named[1] < SEQ_END else None
 
 
 def _seq_of(path: Path | str) -> int:
-    named = _named_by_us(path)
+    named = named_by_us(path)
     return named[1] if named else 0
 
 
@@ -361,8 +378,8 @@ def sweep(site: Site) -> None:
         with site.index.edit() as edit:
             for row in batch:
                 edit.remove(row)
-    strays = sizes.keys() - _named(site)
-    newer = {path for path in strays if _is_newer(path, site.index.ring)}
+    strays = sizes.keys() - named_files(site)
+    newer = {path for path in strays if is_newer(path, site.index.ring)}
     with site.index.edit() as edit:
         edit.reindex()
         _skip_seqs(edit, [row.seq for row in edit.rows()] + [_seq_of(path) for path in newer])
@@ -372,31 +389,16 @@ def sweep(site: Site) -> None:
         log.warning(words, len(lost), len(strays - newer), len(newer))
 
 
-def keys_to_keep(site: Site) -> frozenset[bytes]:
-    """Namespaces whose keys stay although no row is left: all there are now, while a newer kvstore's blobs lie about.
-
-    Those have no row and are left alone, but without their key they were lost; of which namespace they are, only that
-    kvstore can tell for sure. A key that is made from now on cannot be theirs, and goes with the last row as ever.
-    """
-    ring = site.index.ring
-    with site.index.view() as view:
-        # After nearly every stop there are as many files as rows, and no file has to be looked into.
-        if not ring.written_roots or sum(1 for _ in site.directory.blob_files()) == view.count():
-            return frozenset()
-    strays = {entry.path for _, entry in site.directory.blob_files()} - _named(site)
-    return frozenset(ring.written_roots if any(_is_newer(path, ring) for path in strays) else ())
-
-
-def _named(site: Site) -> set[str]:
+def named_files(site: Site) -> set[str]:
     """The files that rows name."""
     with site.index.view() as view:
         return {str(site.directory.path(row)) for row in view.rows()}
 
 
-def _is_newer(path: str, ring: KeyRing) -> bool:
+def is_newer(path: str, ring: KeyRing) -> bool:
     """Whether a newer kvstore wrote a blob, or nobody can tell now."""
     try:
-        if _named_by_us(path):
+        if named_by_us(path):
             read_block(Path(path), verify=False, ring=ring)
     except (UnknownFormatError, LimitError):
         return True

@@ -11,8 +11,6 @@ import fcntl
 import json
 import os
 import stat
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.engine.blobs import Fs, blob_name
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, blob_name, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryError, DirectoryHeldError
 
@@ -32,9 +30,10 @@ _LOCK_BYTES_MAX = 4096
 
 @dataclass(frozen=True)
 class Directory:
-    """Names inside a data directory."""
+    """Names inside a data directory, and where its keys are: outside."""
 
     root: Path
+    keys_dir: Path | None = None
 
     @property
     def index(self) -> Path:
@@ -63,8 +62,12 @@ class Directory:
 
     @property
     def keys(self) -> Path:
-        """Wrapped keys of encrypted namespaces."""
-        return self.root / "keys"
+        """Wrapped keys of encrypted namespaces, so that no copy of the data directory holds them.
+
+        A folder in `keys_dir` (without one, in `<name>.keys` beside the data directory), named by the directory's id.
+        """
+        home = self.keys_dir or self.root.with_name(f"{self.root.name}.keys")
+        return home / (self.root / "id").read_text().strip()
 
     @property
     def settings(self) -> Path:
@@ -185,7 +188,7 @@ class Hold:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            folders = [directory.blobs, directory.staging, directory.settings, directory.keys, directory.index]
+            folders = [directory.blobs, directory.staging, directory.settings, directory.index]
             # Nothing that is served is in quarantine: where it is missing, it is made again when it is needed.
             if os.path.lexists(directory.quarantine):
                 folders.append(directory.quarantine)
@@ -208,7 +211,7 @@ class Hold:
         self.close()
 
 
-def claim(data_dir: Path) -> tuple[Directory, Hold]:
+def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Hold]:
     """Check or create the data directory, take its lock, then make what belongs in it.
 
     Raises DirectoryError naming cause and fix, DirectoryHeldError when another process holds it.
@@ -216,14 +219,14 @@ def claim(data_dir: Path) -> tuple[Directory, Hold]:
     root = Path(os.path.abspath(data_dir))
     try:
         created = _admit(root)
-        directory = Directory(root)
+        directory = Directory(root, keys_dir)
         hold = Hold(directory)
     except OSError as error:
         raise DirectoryError(f"the data directory {root} cannot be used: {error}") from error
     try:
         _furnish(directory)
         if created:
-            _exclude_from_backups(root)
+            exclude_from_backups(str(root))
     except OSError as error:
         hold.close()
         raise DirectoryError(f"the data directory {root} cannot be used: {error}") from error
@@ -306,7 +309,6 @@ def _furnish(directory: Directory) -> None:
         directory.quarantine,
         directory.quality,
         directory.settings,
-        directory.keys,
     )
     for path in folders:
         with contextlib.suppress(FileExistsError):
@@ -316,6 +318,11 @@ def _furnish(directory: Directory) -> None:
     for number in range(256):
         if os.path.lexists(directory.folder(number)):
             _demand_folder(directory.folder(number))
+    name = directory.root / "id"
+    if not name.exists():
+        unlink_quietly(fs, [f"{name}{TMP_SUFFIX}"])
+        write_durably(fs, str(name), [memoryview(os.urandom(16).hex().encode())], sync=True)
+        fs.fsync_dir(str(directory.root))
     tag = directory.root / "CACHEDIR.TAG"
     if not tag.exists():
         tag.write_bytes(_CACHEDIR_TAG)
@@ -325,10 +332,3 @@ def _furnish(directory: Directory) -> None:
 def _demand_folder(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         raise DirectoryError(f"{path} is not a directory")
-
-
-def _exclude_from_backups(root: Path) -> None:
-    """Time Machine need not carry a cache. Best effort: only macOS has it."""
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(["/usr/bin/tmutil", "addexclusion", str(root)], capture_output=True, timeout=10, check=False)

@@ -94,7 +94,7 @@ class Engine:
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
         fs = fs or Fs()
-        directory, hold = claim(data_dir)
+        directory, hold = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
             directory.clean_staging(fs)
@@ -172,6 +172,8 @@ class Engine:
         for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
         limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
+        if encryption.is_key_missing(self._state, root):
+            return Match(0, Reason.KEY_MISSING)
         if limit and root not in self._state.namespaces:
             why = self._why(Found((), 0, 0, root, False), tokens, limit)
             return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
@@ -232,10 +234,12 @@ class Engine:
 
     def is_encrypted(self, root: bytes) -> bool:
         """Whether a namespace is encrypted: then nothing of it is handed over by path."""
-        return self._state.index.ring.key(root) is not None
+        return encryption.is_encrypted(self._state, root)
 
     def encrypt(self, root: bytes) -> NamespaceKey | None:
         """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
+
+        KeyMissingError while the keys of what is stored are missing.
 
         Hold it until `store` has it: before the first store it is nowhere else.
         """

@@ -266,12 +266,15 @@ class Edit(View):
         places = [
             (row.key, self.stamp(row.key) or row.created_s * 1_000_000, self.marked(row.key)) for row in self.rows()
         ]
+        # Without its key an encrypted row cannot say where it stands among its siblings; it stays where it stood.
+        sealed = {row.key for row in self.rows() if row.is_sealed}
+        entries = {key: entry for entry, key in self._from("children", b"") if key in sealed} if sealed else {}
         for name in ("children", "order", "checkpoints", "access", "usage"):
             self._txn.drop(self._db[name], delete=False)
         for key, stamp, marked in places:
             row = self.row(key)
             if row is not None:
-                self._link(row, stamp, marked)
+                self._link(row, stamp, marked, entries.get(key))
         for root in self.namespaces().keys() - self.usage().keys():
             self._txn.delete(root, db=self._db["namespaces"])
 
@@ -281,8 +284,8 @@ class Edit(View):
             if name != "meta":
                 self._txn.drop(self._db[name], delete=False)
 
-    def _link(self, row: Row, stamp: int, marked: int) -> None:
-        self._txn.put(self._new_entry(row), row.key, db=self._db["children"])
+    def _link(self, row: Row, stamp: int, marked: int, entry: bytes | None = None) -> None:
+        self._txn.put(entry or child_entry(row, self.ring.key(row.root)), row.key, db=self._db["children"])
         placed = stamp.to_bytes(8, "big") + min(row.depth, _DEPTH_MAX).to_bytes(4, "big")
         self._place(row.key, placed + (marked.to_bytes(8, "big") if row.is_checkpoint else b""))
         self._count(row, +1)
@@ -291,16 +294,13 @@ class Edit(View):
         key = self.ring.key(row.root)
         return row.value if key is None or row.is_sealed else seal_row(row, key)
 
-    def _new_entry(self, row: Row) -> bytes:
-        return child_entry(row, self.ring.key(row.root))
-
     def _entry_of(self, row: Row) -> bytes:
         """Where the row stands among its parent's children; without its key that can only be looked for."""
         if row.is_sealed and not row.is_checkpoint:
             for entry, key in self.children(row.parent):
                 if key == row.key:
                     return entry
-        return self._new_entry(row)
+        return child_entry(row, self.ring.key(row.root))
 
     def _place(self, key: bytes, placed: bytes) -> None:
         self._txn.put(key, placed, db=self._db["access"])

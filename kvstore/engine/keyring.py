@@ -1,7 +1,9 @@
 """Keys of encrypted namespaces, and what they do to rows: AES-256-GCM with what must not change bound as AAD.
 
-One data key a namespace, 32 random bytes, in `keys/<root in hex>.json`, wrapped by the master key with the root as AAD.
-The master key is never written. Dropping the file makes everything of the namespace unreadable for good.
+One data key a namespace, 32 random bytes, in `<root in hex>.json`, wrapped by the master key with the root as AAD.
+These files lie outside the data directory, so that copies of it hold none. The master key is never written.
+Dropping the file makes everything of the namespace unreadable for good, copies too. The folder is made with the first
+key. Where it is missing beside encrypted blobs, it was lost or left behind, and no new key is made in its place.
 
 Until the first commit of a namespace its key is in memory only, for as long as somebody holds it, and from the commit
 on that takes its last row it is so again: there is a file for each namespace that holds something and for no other.
@@ -34,8 +36,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kvstore.blocks import TOKEN_BYTES
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, unlink_quietly, write_durably
-from kvstore.errors import DirectoryError, NotFoundError
+from kvstore.engine.blobs import TMP_SUFFIX, Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.errors import DirectoryError, KeyMissingError, NotFoundError
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -104,7 +106,11 @@ class KeyRing:
         self._unwritten: weakref.WeakValueDictionary[bytes, NamespaceKey] = weakref.WeakValueDictionary()
         # Whose file may be there, in part, or not: writing or erasing it has not ended well.
         self._unsure: set[bytes] = set()
-        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        self.has_folder = folder.is_dir()
+        self.is_missing = False  # set by whoever finds encrypted blobs and no folder
+        if self.has_folder:
+            _demand_private(folder)
+        for path in sorted(folder.iterdir()) if self.has_folder else ():
             if path.name.endswith(TMP_SUFFIX):
                 unlink_quietly(fs, [str(path)])
             elif path.suffix == ".json":
@@ -128,8 +134,10 @@ class KeyRing:
     def make(self, root: bytes) -> NamespaceKey:
         """The key of a namespace, a new one if it has none. A new one is forgotten when nobody holds it any more.
 
-        NotFoundError without a master key.
+        NotFoundError without a master key, KeyMissingError while the folder of keys is missing.
         """
+        if self.is_missing:
+            raise KeyMissingError(f"the keys of what is stored encrypted are missing: restore {self._folder}")
         if self._master is None:
             raise NotFoundError("no encryption key is configured")
         with self._lock:
@@ -146,6 +154,7 @@ class KeyRing:
         with self._lock:
             if self.key(root) is not key or (root in self._keys and root not in self._unsure):
                 return
+            self._make_folder()
             path = str(self._path(root))
             self._unsure.add(root)
             self._keys[root] = key
@@ -194,8 +203,25 @@ class KeyRing:
             finally:
                 os.close(fd)
             self._fs.unlink(str(path))
-        self._sync_folder()
+        if self.has_folder:
+            self._sync_folder()
         self._unsure.discard(root)
+
+    def is_gone(self) -> bool:
+        """Whether the folder was deleted or replaced since it was seen."""
+        return self.has_folder and (self._folder.is_symlink() or not self._folder.is_dir())
+
+    def _make_folder(self) -> None:
+        if self.has_folder:
+            return
+        for folder in (self._folder.parent, self._folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self._fs.mkdir(str(folder))
+                exclude_from_backups(str(folder))
+            if self._sync:
+                self._fs.fsync_dir(str(folder.parent))
+        self.has_folder = True
 
     def sync(self) -> None:
         """Sync every file of a key, also where `write` did not; what somebody has deleted cannot be. Raises OSError."""
@@ -240,6 +266,12 @@ class KeyRing:
 
     def _path(self, root: bytes) -> Path:
         return self._folder / f"{root.hex()}.json"
+
+
+def _demand_private(folder: Path) -> None:
+    info = folder.lstat()
+    if stat.S_IMODE(info.st_mode) & 0o077 or info.st_uid != os.geteuid():
+        raise DirectoryError(f"{folder} holds keys and can be reached by other users: run: chmod 700 {folder}")
 
 
 def _read(path: Path) -> bytes:

@@ -13,10 +13,10 @@ class Ledger:
 
     blobs: files that rows name; pending: files being written, and what their rows will take; doomed: files without a
     row that a lease or the disk keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged
-    blobs; keys: of encrypted namespaces; settings: tombstones.
+    blobs; settings: tombstones.
     """
 
-    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "keys", "settings")
+    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "settings")
 
     def __init__(self) -> None:
         self._bytes = dict.fromkeys(self.ACCOUNTS, 0)

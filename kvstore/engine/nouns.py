@@ -27,7 +27,8 @@ class EngineOptions:
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
     that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
     `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
-    the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces.
+    the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
+    lie in `keys_dir` (None: beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
     `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
@@ -50,6 +51,7 @@ class EngineOptions:
     scrub_interval_s: float = 7 * 86_400.0
     master_key: bytes = field(default=b"", repr=False)
     rule: Callable[[Layout, Block], None] = field(default=check_block, repr=False)
+    keys_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

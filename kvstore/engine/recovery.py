@@ -144,14 +144,16 @@ def set_index_aside(directory: Directory, fs: Fs) -> None:
     unlink_quietly(fs, [str(directory.index / "lock.mdb")])
 
 
-def check_directory(data_dir: Path, repair: bool = False, master_key: bytes = b"") -> CheckReport:
+def check_directory(
+    data_dir: Path, repair: bool = False, master_key: bytes = b"", keys_dir: Path | None = None
+) -> CheckReport:
     """Check a data directory that no daemon holds. DirectoryHeldError if one does.
 
     A repair leaves it as an orderly stop would.
     """
     if not os.path.isdir(data_dir):
         return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
-    directory, hold = claim(data_dir)
+    directory, hold = claim(data_dir, keys_dir)
     with hold:
         fs = Fs()
         ring = KeyRing(directory.keys, fs, master_key)

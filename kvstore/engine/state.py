@@ -14,11 +14,12 @@ from types import TracebackType
 
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.engine.blobs import DISK_BLOCK_BYTES, Fs, blob_name, unlink_quietly
-from kvstore.engine.check import Site, keys_to_keep
+from kvstore.engine.check import Site
 from kvstore.engine.directory import Directory, Hold
 from kvstore.engine.drive import DriveCache
 from kvstore.engine.evictions import Evictions
 from kvstore.engine.index import Edit, Index
+from kvstore.engine.key_files import find_missing_keys, keys_to_keep
 from kvstore.engine.ledger import Ballast, Ledger
 from kvstore.engine.nouns import EngineOptions, Slice
 from kvstore.engine.rows import Row
@@ -67,7 +68,7 @@ class State:
         tombstones: Tombstones,
     ) -> None:
         self.directory = directory
-        self.is_displaced = hold.is_displaced
+        self._hold = hold
         self.index = index
         self.options = options
         self.fs = fs
@@ -98,9 +99,14 @@ class State:
             self.next_seq = max(view.meta("next_seq") or 1, tombstones.next_seq())
             self._stamp = next(view.newest(), (0, b""))[0]
         self._touched_at = self._stamp
+        find_missing_keys(self.site)
         self._kept_keys = keys_to_keep(self.site)
         self._end_keys()
         self.measure()
+
+    def is_displaced(self) -> bool:
+        """Whether the data directory, or the folder of its keys, was deleted or replaced underneath."""
+        return self._hold.is_displaced() or self.index.ring.is_gone()
 
     def demand_place(self) -> None:
         """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""
@@ -137,11 +143,6 @@ class State:
                 ring.unwrite(unused)
             except OSError as error:
                 log.warning("the key of a namespace that holds nothing could not be unlinked: %s", error)
-        self.measure_keys()
-
-    def measure_keys(self) -> None:
-        """Count the files of keys."""
-        self.ledger.set("keys", len(self.index.ring.written_roots) * DISK_BLOCK_BYTES)
 
     def measure(self) -> None:
         """Take the counters from index and disk."""

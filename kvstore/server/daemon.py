@@ -30,7 +30,7 @@ from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
 from kvstore.codecs.profiles import check_profile
 from kvstore.codecs.segments import check_block
-from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
+from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, keys_home
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.private import demand_private_directory
@@ -219,6 +219,7 @@ def engine_options(config: Config) -> EngineOptions:
         scrub_interval_s=config.scrub_interval_days * 86_400.0,
         master_key=load_master_key(config),
         rule=check_block,
+        keys_dir=keys_home(config),
     )
 
 

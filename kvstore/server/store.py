@@ -36,7 +36,14 @@ from kvstore.codecs.profiles import AUTO, Profile
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
 from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
-from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError, NotFoundError, UnavailableError
+from kvstore.errors import (
+    CorruptDataError,
+    InvalidRequestError,
+    KeyMissingError,
+    LimitError,
+    NotFoundError,
+    UnavailableError,
+)
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
 from kvstore.rules import check_states
@@ -120,7 +127,10 @@ class StorePath:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
         profile, named = choice.profile, request.profile not in ("", AUTO)
         floor = profile.fidelity if named else FIDELITY_ANY
-        encryption = self._encryption(request)
+        try:
+            encryption = self._encryption(request)
+        except KeyMissingError as error:
+            return StorePlan(None, 0, Reason.KEY_MISSING, str(error))
         held = self._engine.match(request.root, request.tokens, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
         upload.encryption = encryption

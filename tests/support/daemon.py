@@ -42,6 +42,7 @@ class DaemonProcess:
     def __init__(self, data_dir: Path, listen: str | None = None, program: str = "", **config: object) -> None:
         self._command = ["-c", program] if program else ["-m", "kvstore", "serve"]
         self.data_dir = data_dir
+        self.keys_dir = data_dir.with_name(f"{data_dir.name}.keys")
         # A short directory of its own: a socket path has 103 bytes, pytest's directories are long.
         self._socket_dir = tempfile.mkdtemp(prefix="kvs-")
         self.listen = listen or f"unix:{self._socket_dir}/s"
@@ -55,6 +56,7 @@ class DaemonProcess:
         """The environment of the daemon, and of clients that should find it."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
         named = {f"KVSTORE_{key.upper()}": value for key, value in self.config.items()}
+        clean["KVSTORE_KEYS_DIR"] = str(self.keys_dir)
         return {**clean, **named, "KVSTORE_DATA_DIR": str(self.data_dir), "KVSTORE_LISTEN": self.listen}
 
     def start(self, wait: bool = True, **config: object) -> DaemonProcess:
