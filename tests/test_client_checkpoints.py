@@ -210,15 +210,19 @@ def test_a_checkpoint_evicted_with_its_tokens_is_captured_again(daemon: FakeDaem
     )
 
 
+@pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("by_path", [True, False])
-def test_of_a_sequence_in_pieces_only_the_last_has_the_checkpoint(daemon: FakeDaemon, by_path: bool) -> None:
-    """The states belong to the end, and memory stays within the bound."""
+def test_of_a_sequence_in_pieces_only_the_last_has_the_checkpoint(
+    daemon: FakeDaemon, by_path: bool, wait: bool
+) -> None:
+    """The states belong to the end, and memory stays within the bound; so too when the caller does not wait."""
     daemon.by_path = by_path
     tokens = list(range(4000))
     cache = make_cache(LAYOUT, tokens)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
-        assert session.store(tokens, cache, wait=True).durable
+        assert session.store(tokens, cache, wait=wait).reason is Reason.OK
+        assert session.flush(30)
         assert client._budget.used_bytes == 0
     assert [upload.reply.end for upload in daemon.uploads] == [*range(512, 4000, 512), 4000]
     assert [offered(upload) for upload in daemon.uploads] == [False] * 7 + [True]

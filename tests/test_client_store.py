@@ -11,6 +11,7 @@ import mlx.core as mx
 import pytest
 
 from kvstore.blocks import FIDELITY_EXACT, Reason, unpack_tokens
+from kvstore.client import storer
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
@@ -208,20 +209,52 @@ def test_a_sequence_over_the_budget_goes_in_pieces(daemon: FakeDaemon, by_path: 
 
 
 def test_pieces_without_waiting_hold_the_caller_up_no_longer_than_allowed(daemon: FakeDaemon) -> None:
-    """What does not fit by then is dropped; the next store goes on from there."""
+    """What does not fit by then is copied later, whatever the caller does with its arrays: all of it in one store."""
     daemon.faults = {"hang_begin"}
     tokens = list(range(4000))
     layers = make_layers(LAYOUT, tokens)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW, store_block_ms=200)
         started = time.monotonic()
-        assert session.store(tokens, layers).reason is Reason.QUEUE_FULL
+        assert session.store(tokens, layers).reason is Reason.OK
         assert time.monotonic() - started < 2
+        for array in (array for layer in layers for part in ("keys", "values") for array in layer.part(part)):
+            array[...] = 0
+            mx.eval(array)
         daemon.faults = set()
         daemon._released.set()
-        assert session.flush(10)
-        assert session.store(tokens, layers, wait=True).stored_tokens == 4000
-        assert daemon.uploads[-1].request.captured_from >= 1024
+        assert session.flush(30)
+        assert session.stats.stores == {"ok": 8}
+        assert client._budget.used_bytes == 0
+    assert [upload.reply.end for upload in daemon.uploads] == [*range(512, 4000, 512), 4000]
+    for upload in daemon.uploads:
+        assert upload.data == raw_bytes(tokens, upload.reply.start, upload.reply.end)
+
+
+@pytest.mark.parametrize("cause", ["another", "time", "close", "refused"])
+def test_the_rest_of_a_large_sequence_is_let_go(
+    daemon: FakeDaemon, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the next large one, after a while, at the end of the session, or when the pieces before it are not stored."""
+    daemon.faults = {"store_full"} if cause == "refused" else {"hang_begin"}
+    monkeypatch.setattr(storer, "REST_S", 0.0 if cause == "time" else 60.0)
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        tokens = list(range(4000))
+        layers = make_layers(LAYOUT, tokens)
+        assert session.store(tokens, layers).reason is Reason.OK
+        if cause == "another":
+            other = list(range(4000, 8000))
+            session.store(other, make_layers(LAYOUT, other))
+        if cause == "close":
+            session.close(0.1)
+        if cause != "refused":
+            daemon._released.set()
+        assert session.flush(30)
+        assert client._budget.used_bytes == 0
+        assert session._storer._rest is None or session._storer._rest.request is None
+        assert session.stats.stores.total() > 1
+        assert session.stats.stores["ok"] < 8 or cause == "another"
 
 
 def test_a_piece_that_is_refused_ends_the_store(daemon: FakeDaemon) -> None:

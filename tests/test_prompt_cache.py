@@ -491,11 +491,58 @@ def test_memory_is_bounded_in_bytes_unless_the_user_says_otherwise(make: Any, mo
     """The stock cache counts sequences only."""
     assert make().max_bytes == prompt_cache_module.default_memory_bytes() < 1 << 50
     assert PromptCache(max_bytes=0, store=make()._store).max_bytes == 0
-    cache = make()
-    cache.max_bytes = 1
+    cache = PromptCache(max_bytes=1, store=make()._store)
     cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
     assert len(cache) == 0
     assert len(cache.fetch_nearest_cache(make.key, TOKENS[:150])[1]) == 50, "from the store"
+
+
+class Sized:
+    """A layer of so many bytes; nothing else is looked at. The store does not know its class."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+    def is_trimmable(self) -> bool:
+        """So that it is kept as it is."""
+        return False
+
+
+def sized(cache: PromptCache) -> list[int]:
+    """The sizes of what memory keeps, by age."""
+    entries = [cache._trie.get(*place) for lru in cache._lru._lrus.values() for place in lru]
+    assert sum(entry.nbytes for entry in entries) == cache.nbytes
+    return sorted(entry.nbytes for entry in entries)
+
+
+@pytest.mark.parametrize("kind", ["assistant", "system"])
+def test_one_sequence_that_does_not_fit_pushes_out_no_other(
+    kind: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock loop empties the tier for it. Ours keeps the newest beside the others; a strict one leaves it out."""
+    monkeypatch.setattr(ModelStore, "store", lambda *_, **__: True)
+    usual, strict = make(), PromptCache(max_bytes=100, store=make()._store)
+    usual.max_bytes = 100
+    for cache in (usual, strict):
+        for index, nbytes in enumerate((40, 50, 300)):
+            cache.insert_cache(make.key, [index, 1], [Sized(nbytes)], cache_type="user" if index == 1 else kind)
+    assert (sized(usual), sized(strict)) == ([40, 50, 300], [40, 50])
+    for cache in (usual, strict):
+        cache.insert_cache(make.key, [7, 7], [Sized(200)], cache_type=kind)
+    assert (sized(usual), sized(strict)) == ([40, 50, 200], [40, 50]), "one that does not fit at a time"
+    for cache in (usual, strict):
+        cache.insert_cache(make.key, [8, 8], [Sized(60)], cache_type=kind)
+    assert 60 in sized(usual) and usual.nbytes <= 100
+    assert 60 in sized(strict) and strict.nbytes <= 100
+
+
+def test_what_the_store_does_not_take_is_kept_as_the_stock_server_keeps_it(make: Any) -> None:
+    """Without a daemon, or for layers that cannot be stored, memory is all there is: a number of sequences."""
+    cache = make()
+    cache.max_bytes = 100
+    for index in range(12):
+        cache.insert_cache(make.key, [index, 1], [Sized(90)])
+    assert sized(cache) == [90] * 10
 
 
 @pytest.fixture

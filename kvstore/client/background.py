@@ -16,6 +16,7 @@ from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.results import StoreResult, reason_of
 from kvstore.client.sender import Sender
 from kvstore.client.stats import SessionStats
+from kvstore.client.storer import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.errors import KVStoreError, LimitError
 
@@ -44,15 +45,15 @@ class Background:
         self._held = held
         self._stats = stats
         self._closing = threading.Event()
-        self._sender: Sender[StoreJob | Report] = Sender(self._work, self._drop)
+        self._sender: Sender[StoreJob | Report | Rest] = Sender(self._work, self._drop)
 
     @property
     def closed(self) -> bool:
         """Whether nothing is taken any more."""
         return self._sender.closed
 
-    def submit(self, job: StoreJob) -> bool:
-        """Queue a store; False when the queue is full or closed."""
+    def submit(self, job: StoreJob | Rest) -> bool:
+        """Queue a store, or what is left of one; False when the queue is full or closed."""
         return self._sender.submit(job)
 
     def report(self, key: bytes, detail: str) -> None:
@@ -75,11 +76,13 @@ class Background:
         """The session is gone. Neither waits nor fails: the garbage collector calls this, on any thread."""
         self._sender.retire(RETIRE_S)
 
-    def _work(self, job: StoreJob | Report) -> None:
+    def _work(self, job: StoreJob | Report | Rest) -> None:
         """One job on the background thread; the other edge at which trouble ends."""
         result = StoreResult(reason=Reason.INTERNAL)
         try:
-            if (away := self._connection.health.absence()) is not None:
+            if isinstance(job, Rest):
+                self._go_on(job)
+            elif (away := self._connection.health.absence()) is not None:
                 result = StoreResult(reason=reason_of(away))
             elif isinstance(job, Report):
                 with self._connection.attempt():
@@ -95,6 +98,16 @@ class Background:
         finally:
             if isinstance(job, StoreJob):
                 self._end(job, result)
+
+    def _go_on(self, rest: Rest) -> None:
+        """Copy and store a piece of the rest of a large sequence; what is left then goes to the end of the queue."""
+        job = rest.next_job()
+        if job is None:
+            self._drop(rest)
+            return
+        self._work(job)
+        if job.result.reason not in KV_STORED or (rest.request is not None and not self._sender.submit(rest)):
+            rest.let_go()
 
     def _store_patiently(self, job: StoreJob) -> StoreResult:
         """Store on the background thread; what a busy daemon refuses is offered again when it says, a few times."""
@@ -120,7 +133,10 @@ class Background:
         self._stats.stored(result, job.end)
         job.finish(result)
 
-    def _drop(self, job: StoreJob | Report) -> None:
-        """A job that the end of the session leaves undone."""
+    def _drop(self, job: StoreJob | Report | Rest) -> None:
+        """A job that the end of the session, or a lack of room, leaves undone."""
         if isinstance(job, StoreJob):
             self._end(job, StoreResult(reason=Reason.UNAVAILABLE))
+        elif isinstance(job, Rest):
+            job.let_go()
+            self._stats.stored(StoreResult(reason=Reason.QUEUE_FULL))

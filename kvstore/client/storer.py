@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.bounds import ByteBudget
@@ -11,14 +12,18 @@ from kvstore.client.breaker import Deadline
 from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
 from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
-from kvstore.codecs.device import Capture
+from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
 from kvstore.errors import InvalidRequestError
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
-_KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
+KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
+
+# How long the rest of a sequence is kept for the background thread to copy, and how long that waits for room.
+REST_S = 60.0
+ROOM_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,59 @@ class StoreRequest:
     fidelity_min: int
 
 
+class Rest:
+    """What of a sequence larger than the budget is still to be copied, by views of the caller's evaluated arrays.
+
+    The background thread copies it piece by piece (`next_job`) as there is room. While it is held, an engine that
+    writes into these arrays gets a copy of them: that costs one copy and its memory, so a rest is let go after
+    `REST_S`, or for the next one of its session.
+    """
+
+    def __init__(self, storer: Storer, request: StoreRequest, start: int, after: StoreJob | None) -> None:
+        self.start = start
+        self._after = after
+        self.request: StoreRequest | None = replace(request, layers=[_own(layer) for layer in request.layers])
+        self._storer = storer
+        self._give_up_at_s = time.monotonic() + REST_S
+
+    def next_job(self) -> StoreJob | None:
+        """Copy the next piece; None when it was let go, there is no room, or what it builds on was not stored."""
+        request, left_s = self.request, self._give_up_at_s - time.monotonic()
+        after, self._after = self._after, None
+        if request is None or left_s <= 0 or (after is not None and after.result.reason not in KV_STORED):
+            return None
+        found = self._storer.next_piece(request, self.start, min(ROOM_S, left_s))
+        if found is None:
+            return None
+        job, is_last = found
+        self.start = job.end
+        if is_last:
+            self.request = None
+        return job
+
+    def let_go(self) -> None:
+        """Hold nothing any more. Any thread."""
+        self.request = None
+
+
+def _own(layer: KVLayer | StateLayer) -> KVLayer | StateLayer:
+    """The layer with evaluated arrays of its own over the same buffers: the caller may write into its own ones."""
+    if isinstance(layer, KVLayer):
+        own: KVLayer | StateLayer = replace(
+            layer, keys=tuple(a[:] for a in layer.keys), values=tuple(a[:] for a in layer.values)
+        )
+        arrays = [*own.part("keys"), *own.part("values")] if isinstance(own, KVLayer) else []
+    else:
+        own = replace(
+            layer, arrays=tuple((name, array[:] if array.ndim else array[...]) for name, array in layer.arrays)
+        )
+        arrays = [array for _, array in own.arrays]
+    evaluate(arrays)
+    return own
+
+
 class Storer:
-    """Turns stores into jobs. Stateless but for what it is given; each call works on its caller's thread."""
+    """Turns stores into jobs. It keeps nothing but the latest `Rest`; each call works on its caller's thread."""
 
     def __init__(
         self,
@@ -40,13 +96,14 @@ class Storer:
         budget: ByteBudget,
         held: HeldPrefixes,
         restored: RestoredPrefixes,
-        submit: Callable[[StoreJob], bool],
+        submit: Callable[[StoreJob | Rest], bool],
     ) -> None:
         self._layout = namespace.layout
         self._budget = budget
         self._held = held
         self._restored = restored
         self._submit = submit
+        self._rest: Rest | None = None
 
     def storable(self, layers: Sequence[KVLayer | StateLayer], n_tokens: int) -> tuple[int, Reason]:
         """(leading tokens whose KV the layers hold, why none). InvalidRequestError for layers of another layout.
@@ -71,8 +128,8 @@ class Storer:
 
         A sequence that fits the budget is queued or refused at once. A larger one goes in pieces of half the budget,
         each stored on its own, so that one is captured while the one before is sent; between pieces the caller waits
-        for room until the deadline. What is left then is dropped: the next store goes on from there. The checkpoint
-        goes with the last piece, or by itself where that has no room for it.
+        for room until the deadline. What is left then is copied by the background thread (`Rest`) unless the caller
+        asked to `wait`. The checkpoint goes with the last piece, or by itself where that has no room for it.
         """
         n_tokens = count_tokens(request.tokens)
         start = self._held.held_tokens(request.tokens)
@@ -84,8 +141,9 @@ class Storer:
             with_states = state_bytes is not None and number == len(ends)
             nbytes = (end - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
             if not self._budget.acquire(nbytes, timeout_s):
-                return jobs, Reason.QUEUE_FULL
-            if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in _KV_STORED:
+                later = len(ends) > 1 and not wait and self._leave(request, start, jobs[-1] if jobs else None)
+                return jobs, reason if later else Reason.QUEUE_FULL
+            if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in KV_STORED:
                 self._budget.release(nbytes)  # the pieces before this one are not there to build on
                 return jobs, jobs[-1].result.reason
             job = self._job(request, start, end, nbytes, with_states=with_states)
@@ -95,6 +153,24 @@ class Storer:
             jobs.append(job)
             start = end
         return jobs, reason
+
+    def _leave(self, request: StoreRequest, start: int, after: StoreJob | None) -> bool:
+        """Have the background thread copy what follows `start`; whether it was queued."""
+        if self._rest is not None:
+            self._rest.let_go()
+        self._rest = Rest(self, request, start, after)
+        return self._submit(self._rest)
+
+    def next_piece(self, request: StoreRequest, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
+        """(the next piece from `start`, whether it is the last); None without room. On the background thread."""
+        state_bytes, _ = self._checkpoint(request)
+        n_tokens = count_tokens(request.tokens)
+        ends = self._pieces(start, n_tokens, state_bytes or 0) if start < n_tokens else [n_tokens]
+        with_states = state_bytes is not None and len(ends) == 1
+        nbytes = (ends[0] - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
+        if not self._budget.acquire(nbytes, timeout_s):
+            return None
+        return self._job(request, start, ends[0], nbytes, with_states=with_states), len(ends) == 1
 
     def _checkpoint(self, request: StoreRequest) -> tuple[int | None, Reason]:
         """(bytes of the checkpoint at the end of the tokens, or None to offer none; why the layers have none there).
@@ -118,6 +194,10 @@ class Storer:
         token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
         if (n_tokens - start) * token_bytes + state_bytes <= limit_bytes:
             return [n_tokens]
+        return self._pieces(start, n_tokens, state_bytes)
+
+    def _pieces(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
+        token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
         step = max(1, limit_bytes // 2 // max(1, BLOCK_TOKENS * token_bytes)) * BLOCK_TOKENS
         first = start // BLOCK_TOKENS * BLOCK_TOKENS + step
         ends = [*range(first, n_tokens, step), n_tokens]
@@ -172,5 +252,5 @@ def combine(results: Sequence[StoreResult], reason: Reason) -> StoreResult:
         stored_tokens=max((one.stored_tokens for one in results), default=0),
         new_bytes=sum(one.new_bytes for one in results),
         reason=bad,
-        durable=bool(results) and bad in _KV_STORED and all(one.durable for one in results),
+        durable=bool(results) and bad in KV_STORED and all(one.durable for one in results),
     )

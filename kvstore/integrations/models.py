@@ -349,8 +349,10 @@ class ModelStore:
         *,
         exactly: bool = False,
         epoch: Epoch | None = None,
-    ) -> None:
+    ) -> bool:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
+
+        Whether the store took it: it was queued, or is there.
 
         `epoch`: in which the cache was begun; None: that of the model now.
 
@@ -364,9 +366,10 @@ class ModelStore:
                 raise InvalidRequestError("no layer knows how many tokens it holds; nothing of this sequence is stored")
             layers = capture(cache, len(tokens) if held is None else min(held, len(tokens)))
             if session := self.session(key, layout(cache), epoch):
-                session.store(tokens, layers)
+                return session.store(tokens, layers).reason in (Reason.OK, Reason.ALREADY_STORED)
         except KVStoreError as error:
             self.refuse(error)
+        return False
 
     @contextmanager
     def guard(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # What tracing foreign model code may raise; such a model is served without the store until something was inserted.
 MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _MEMORY_SHARE = 8
+_UNBOUNDED = 1 << 63
 
 
 def default_memory_bytes() -> int:
@@ -73,6 +74,10 @@ class PromptCache(LRUPromptCache):
     flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted. Several server
     processes working as one (`is_distributed`) must all see the same hits, so these use the tier in memory alone.
 
+    `max_bytes` bounds the tier in memory strictly. Without it the bound is `default_memory_bytes`, and the newest
+    sequence is kept beside it if it is larger. For what the store does not take (no daemon, no identity) the bound of
+    the stock class holds: `max_size` sequences of any size. No sequence that does not fit pushes out others.
+
     Entries in memory stand under (model key, epoch), so that a model that was loaded again from other files meets none
     of those before. A cache that was begun before that and comes back after it is dropped, and counted.
     """
@@ -86,6 +91,7 @@ class PromptCache(LRUPromptCache):
         provider: Any = None,
     ) -> None:
         super().__init__(max_size, default_memory_bytes() if max_bytes is None else max_bytes)
+        self._is_strict = max_bytes is not None
         self._store = store or ModelStore(connect())
         self._provider = provider
         self._enabled = not getattr(provider, "is_distributed", False)
@@ -150,11 +156,50 @@ class PromptCache(LRUPromptCache):
         if n_tokens == 0:
             return
         held = tokens if n_tokens is None else tokens[:n_tokens]
-        super().insert_cache((model, epoch), held, prompt_cache, cache_type=cache_type)
+        stored = False
         if self._enabled:
             with self._store.guard():
                 self._learn(model, prompt_cache)
-                self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
+                stored = self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
+        self._keep((model, epoch), held, prompt_cache, cache_type, bounded=stored or self._is_strict)
+
+    def _keep(
+        self, place: tuple[Any, Any], tokens: list[int], layers: list[Any], cache_type: str, *, bounded: bool
+    ) -> None:
+        """Insert as the stock class does, but for the bytes: its loop would empty the tier for one large sequence."""
+        nbytes, bound = sum(layer.nbytes for layer in layers), self.max_bytes
+        if self._is_strict and nbytes > bound:
+            return
+        self.max_bytes = _UNBOUNDED
+        try:
+            super().insert_cache(place, tokens, layers, cache_type=cache_type)
+        finally:
+            self.max_bytes = bound
+        if bounded:
+            self._shrink((place, tokens), bound, nbytes)
+
+    def _shrink(self, newest: tuple[Any, list[int]], bound: int, nbytes: int) -> None:
+        """Drop what was used least recently until the others fit beside the newest, of `nbytes`, or without it."""
+        if nbytes > bound:  # beside the bound, in place of the one before that was
+            for place, tokens in [entry for lru in self._lru._lrus.values() for entry in lru]:  # noqa: SLF001
+                if (place, tokens) != newest and self._trie.get(place, tokens).nbytes > bound:
+                    self._lru.remove(place, tokens)
+                    self._forget(place, tokens)
+            bound += nbytes
+        spared = None
+        while self._n_bytes > bound and len(self):
+            place, tokens = self._lru.pop()
+            if (place, tokens) == newest:
+                spared = self._trie.get(place, tokens).cache_type
+            else:
+                self._forget(place, tokens)
+        if spared is not None:
+            self._lru.push(*newest, spared)
+
+    def _forget(self, place: Any, tokens: list[int]) -> None:
+        entry = self._trie.pop(place, tokens)
+        self._n_bytes -= entry.nbytes
+        self._n_bytes_by_type[entry.cache_type] -= entry.nbytes
 
     def needs_checkpoints(self, model: ModelKey) -> bool:
         """Whether caches of the model can be continued only from where they were kept. False while that is unknown."""
