@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -88,16 +90,66 @@ def test_the_configuration_is_part_of_it_but_not_how_it_is_written(digests: Weig
     assert digests.wait(one, WAIT_S) == digests.wait(spaced, WAIT_S) != digests.wait(other, WAIT_S)
 
 
-def test_a_snapshot_is_known_without_reading_its_weights(
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether it holds, sooner or later."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_snapshot_is_known_before_its_weights_are_read(
     digests: WeightsDigest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blob names are the hashes; and a plain copy of the files is the same model."""
     plain = folder(tmp_path / "plain", b"abc" * 50, layers=3)
     expected = digests.wait(plain, WAIT_S)
-    read = count_hashes(monkeypatch)
+    gate, stock = threading.Event(), hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *args: gate.wait(WAIT_S) and stock(*args))
     assert digests.get(snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3)) == expected
-    assert digests.get(snapshot(tmp_path / "hub", b"xyz" * 50, "r2", layers=3)) != expected
-    assert read == []
+    assert digests.get(snapshot(tmp_path / "hub", b"xyz" * 50, "r2", layers=3)) not in (expected, None)
+    gate.set()
+
+
+def test_a_blob_is_read_once_to_check_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the background, and in no later process."""
+    monkeypatch.setattr(identity, "SETTLED_S", 0.0)
+    files = snapshot(tmp_path / "hub", b"abc" * 50, "r1")
+    read = count_hashes(monkeypatch)
+    known = WeightsDigest(tmp_path / "cache").get(files)
+    assert until(lambda: (tmp_path / "cache" / "identity.json").exists())
+    assert WeightsDigest(tmp_path / "cache").get(files) == known is not None
+    assert len(read) == 1
+
+
+def test_a_blob_overwritten_through_its_link_loses_the_identity(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Its name still says the old hash. Loaded again, the folder is what it holds."""
+    files = snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3)
+    (files / "model.safetensors").write_bytes(b"xyz" * 50)
+    believed = digests.get(files)
+    assert until(lambda: digests.get(files) is None), "withdrawn"
+    digests.pin(files)
+    plain = folder(tmp_path / "plain", b"xyz" * 50, layers=3)
+    assert digests.wait(files, WAIT_S) == digests.wait(plain, WAIT_S) not in (believed, None)
+
+
+def test_a_mapped_file_edited_while_dirty_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times stay until the kernel has written the page back, so a hash of that time is neither kept nor reused."""
+    model = folder(tmp_path / "model", b"a" * 8192)
+    before, running = WeightsDigest(tmp_path / "cache"), WeightsDigest(tmp_path / "cache")
+    now = time.time_ns
+    with (model / "model.safetensors").open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
+        mapped[0] = ord("b")
+        monkeypatch.setattr(time, "time_ns", lambda: now() + 10 * 10**9)  # ten seconds later
+        old = [one.wait(model, WAIT_S) for one in (before, running)]
+        signature = os.stat(model / "model.safetensors").st_mtime_ns
+        mapped[0] = ord("c")
+        if os.stat(model / "model.safetensors").st_mtime_ns != signature:
+            pytest.skip("this file system shows every write")
+        running.pin(model)  # as when it is loaded again
+        new = [one.wait(model, WAIT_S) for one in (running, WeightsDigest(tmp_path / "cache"))]
+    assert new == [WeightsDigest(tmp_path / "none").wait(model, WAIT_S)] * 2
+    assert not set(new) & {*old, None}
 
 
 def test_a_blob_name_is_believed_only_in_a_blobs_folder(digests: WeightsDigest, tmp_path: Path) -> None:
@@ -123,6 +175,35 @@ def test_an_adapter_folder_is_its_adapter_and_nothing_beside_it(digests: Weights
     assert WeightsDigest(tmp_path / "cache").wait(adapter, WAIT_S) == before
     (adapter / "adapter_config.json").write_text('{"rank": 16}')
     assert WeightsDigest(tmp_path / "cache").wait(adapter, WAIT_S) != before
+
+
+def test_the_settings_of_an_adapter_count_beside_a_configuration_too(digests: WeightsDigest, tmp_path: Path) -> None:
+    """Training may leave the model's config.json in the adapter's folder. Equal weights, another scale."""
+    adapters = []
+    for scale in (2.0, 40.0):
+        adapters.append(folder(tmp_path / f"scale-{scale}", layers=3))
+        (adapters[-1] / "adapters.safetensors").write_bytes(b"lora" * 10)
+        (adapters[-1] / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"scale": scale}}))
+    assert digests.wait(adapters[0], WAIT_S) != digests.wait(adapters[1], WAIT_S)
+
+
+@pytest.mark.parametrize("edited", ["sub/x.py", "sub/helper.py", "../outside.py"])
+def test_python_files_of_a_model_count_wherever_they_lie(tmp_path: Path, edited: str) -> None:
+    """The one that the configuration names, and those beside it, which it may import."""
+    named = edited.replace("helper", "x")
+    model = folder(tmp_path / "model", model_file=named)
+    (model / "sub").mkdir()
+    for name in {edited, named}:
+        (model / name).write_text("WINDOW = 1")
+    before = WeightsDigest(tmp_path / "cache").wait(model, WAIT_S)
+    (model / edited).write_text("WINDOW = 2")
+    assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) not in (before, None)
+
+
+@pytest.mark.parametrize("named", ["absent.py", "absent/x.py", 7, None, ["x.py"], "\0"])
+def test_a_model_file_that_is_not_there_is_no_trouble(digests: WeightsDigest, tmp_path: Path, named: object) -> None:
+    """The engine refuses to load it; that is not the store's to say."""
+    assert digests.wait(folder(tmp_path / "model", model_file=named), WAIT_S)
 
 
 def test_a_hash_is_remembered_across_processes_for_an_unchanged_file(

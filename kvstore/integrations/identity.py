@@ -4,10 +4,14 @@ Names decide nothing: two fine-tunes of one base have the same shapes and often 
 
     SHA-256(tag, for each file in order of name: (name, length-prefixed; SHA-256 of its content))
 
-over the weight shards (`*.safetensors`), `config.json` in canonical form, and what else changes the computation. In a
-Hugging Face snapshot a shard is a link to a blob that is named by its own SHA-256: nothing is read. Elsewhere hashing
-60 to 400 GB takes minutes, so each shard's hash is kept in a small file of the user's cache directory, under the
-shard's path, inode, size and times, and until all are known there is no digest: the store is bypassed.
+over the weight shards (`*.safetensors`), `config.json` in canonical form, and what else changes the computation: the
+settings of an adapter, and Python files, also the one that the configuration names, wherever it lies. In a Hugging Face
+snapshot a shard is a link to a blob that is named by its own SHA-256. The name is believed at first, and checked once
+in the background; a blob that was overwritten loses the folder its identity. Elsewhere hashing 60 to 400 GB takes
+minutes, so each shard's hash is kept in a small file of the user's cache directory, under the shard's path, inode, size
+and times, and until all are known there is no digest: the store is bypassed.
+
+Files are half of an identity. The other half is the fingerprint of the model in memory, which no file can replace.
 """
 
 from __future__ import annotations
@@ -21,21 +25,28 @@ import stat
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
+from kvstore.priority import give_way
+
 log = logging.getLogger(__name__)
 
 _TAG = b"kvstore/model/v1\0"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CACHE_SCHEMA = 1
-_CONFIGS = ("config.json", "hf_quant_config.json")
+_CONFIGS = ("config.json", "hf_quant_config.json", "adapter_config.json")
 CACHE_ENTRIES_MAX = 4096
-# Times have a granularity, 2 s at worst (FAT): a file that changed this recently may change again without showing it.
-SETTLED_S = 3.0
+# A file that changed this recently may change again without showing it. Times have a granularity, 2 s at worst (FAT);
+# and a page of a mapped file that is dirty takes further writes unseen until the kernel has written it back, by default
+# within 35 s on Linux and 30 s on macOS.
+SETTLED_S = 60.0
+# A folder that was known a moment ago is hashed again while the caller waits, if it is no larger than this: 0.1 s.
+AT_ONCE_BYTES_MAX = 32 << 20
 
 Signature = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns
 
@@ -49,6 +60,10 @@ class FileState:
     signature: Signature
     sha256: str = ""
 
+    def is_settled(self, at_ns: int) -> bool:
+        """Whether every change after `at_ns` shows in the signature."""
+        return at_ns - max(self.signature[2:]) >= SETTLED_S * 1e9
+
 
 @dataclass(eq=False)
 class Pin:
@@ -58,6 +73,7 @@ class Pin:
     files: tuple[FileState, ...]
     done: threading.Event = field(default_factory=threading.Event)
     digest: bytes | None = None
+    settled: bool = False  # whether any change since it was hashed would show
 
     @property
     def state(self) -> tuple[str, tuple[FileState, ...]]:
@@ -74,7 +90,8 @@ class WeightsDigest:
     """Digests of model and adapter folders. Any thread may call; hashing happens on a background thread, one at a time.
 
     A digest belongs to the state in which a folder was pinned: pin it when the model is loaded. If a file changes
-    before it is hashed there is no digest, so weights in memory never get the identity of what replaced them on disk.
+    before it is hashed there is no digest, so weights in memory never get the identity of what replaced them on disk. A
+    digest may be withdrawn again: ask for it each time.
     """
 
     def __init__(self, cache_path: Path | None = None) -> None:
@@ -82,6 +99,8 @@ class WeightsDigest:
         self._pins: dict[str, Pin] = {}
         self._lock = threading.Lock()
         self._hashing = threading.Lock()
+        self._checking = threading.Lock()
+        self._read: dict[tuple[str, Signature], str] = {}  # hashes of blobs that were believed by name
 
     def pin(self, folder: str | Path) -> Pin:
         """Look at the folder as it is now. Starts to hash unless that state is already known or under way.
@@ -92,13 +111,15 @@ class WeightsDigest:
         files = _look(path)
         with self._lock:
             known = self._pins.get(path)
-            if known and known.files == files and (known.digest or not known.done.is_set()):
+            if known and known.files == files and (known.settled or not known.done.is_set()):
                 return known
             pin = self._pins[path] = Pin(path, files)
         if not any(file.name.endswith(".safetensors") for file in files):
             log.warning("%s has no safetensors files; the store is not used for it", path)
             pin.done.set()
-        elif all(file.sha256 or self._cache.get(file) for file in files if file.name.endswith(".safetensors")):
+        elif known and known.files == files and sum(file.signature[1] for file in files) <= AT_ONCE_BYTES_MAX:
+            self._work(path, pin)
+        elif all(self._known(file) for file in files if file.name.endswith(".safetensors")):
             self._work(path, pin)  # only small files are read
         else:
             log.info("hashing the weights in %s; the store is bypassed until that is done", path)
@@ -120,6 +141,7 @@ class WeightsDigest:
         return self._pins[path]
 
     def _work(self, path: str, pin: Pin) -> None:
+        started_ns = time.time_ns()
         try:
             with self._hashing:
                 digest = hashlib.sha256(_TAG)
@@ -128,15 +150,45 @@ class WeightsDigest:
                     digest.update(len(name).to_bytes(4, "little") + name + self._hash(file))
             if _look(path) != pin.files:
                 raise _ChangedError(f"{path} changed while it was hashed")
+            pin.settled = all(file.is_settled(started_ns) for file in pin.files)
             pin.digest = digest.digest()
         except (OSError, ValueError) as error:
             log.warning("no identity for %s, so the store is not used for it: %s", path, error)
         finally:
             pin.done.set()
+        unread = [file for file in pin.files if pin.digest and file.sha256 and not self._proven(file)]
+        if unread:
+            args = (path, pin, unread)
+            threading.Thread(target=self._check, args=args, name="kvstore-identity-check", daemon=True).start()
+
+    def _check(self, path: str, pin: Pin, files: Sequence[FileState]) -> None:
+        """Read blobs that were believed by name, and withdraw the digest if one is not what its name says."""
+        give_way()
+        for file in files:
+            try:
+                with self._checking:
+                    found = self._proven(file) or self._read_hash(file)
+            except (OSError, ValueError) as error:
+                log.info("%s was not checked: %s", file.path, error)
+                continue
+            self._read[file.path, file.signature] = found
+            if found != file.sha256:
+                pin.digest, pin.settled = None, False
+                log.error("%s is not what its name says; the store is not used for %s", file.path, path)
+                return
+
+    def _proven(self, file: FileState) -> str:
+        """The SHA-256 in hex of this state of the file as it was read once, "" if it was not."""
+        return self._read.get((file.path, file.signature)) or self._cache.get(file)
+
+    def _known(self, file: FileState) -> str:
+        return self._proven(file) or file.sha256
 
     def _hash(self, file: FileState) -> bytes:
-        if known := file.sha256 or self._cache.get(file):
-            return bytes.fromhex(known)
+        return bytes.fromhex(self._known(file) or self._read_hash(file))
+
+    def _read_hash(self, file: FileState) -> str:
+        """The SHA-256 in hex of what the file holds, remembered for weights. ValueError if the file has changed."""
         started_ns = time.time_ns()
         with Path(file.path).open("rb") as stream:
             before = _signature(os.fstat(stream.fileno()))
@@ -149,7 +201,7 @@ class WeightsDigest:
             raise _ChangedError(f"{file.path} changed after the model was loaded")
         if file.name.endswith(".safetensors"):
             self._cache.put(file, found.hexdigest(), started_ns)
-        return found.digest()
+        return found.hexdigest()
 
 
 class _ChangedError(ValueError):
@@ -164,17 +216,29 @@ def _look(folder: str) -> tuple[FileState, ...]:
         return ()
     if "config.json" in names:
         chosen = [n for n in names if n.endswith((".safetensors", ".py")) or n in _CONFIGS]
+        chosen = sorted({*chosen, *_model_code(folder)})
     else:
         # Training leaves numbered checkpoints beside the adapter; they are not loaded.
         chosen = [n for n in names if n in ("adapters.safetensors", "adapter_config.json")]
     return tuple(state for name in chosen if (state := _file_state(folder, name)))
 
 
-def _file_state(folder: str, name: str) -> FileState | None:
-    real = os.path.realpath(os.path.join(folder, name))
+def _model_code(folder: str) -> list[str]:
+    """Names, from `folder`, of the Python file that the configuration names as the model, and of those beside it."""
     try:
+        named = json.loads((Path(folder) / "config.json").read_bytes())["model_file"]
+        beside = os.path.dirname(named)
+        found = [os.path.join(beside, one) for one in os.listdir(os.path.join(folder, beside)) if one.endswith(".py")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # none is named, or what is named is not there; a configuration that is not JSON fails later
+    return [*found, named]
+
+
+def _file_state(folder: str, name: str) -> FileState | None:
+    try:
+        real = os.path.realpath(os.path.join(folder, name))
         status = os.stat(real)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return None
     if not stat.S_ISREG(status.st_mode):
         return None
@@ -209,7 +273,7 @@ class _HashCache:
 
         Failing to record is no failure.
         """
-        if started_ns - max(file.signature[2:]) < SETTLED_S * 1e9:
+        if not file.is_settled(started_ns):
             return
         with self._lock:
             entries = self._read()
