@@ -85,6 +85,8 @@ class Rig:
         assert self.digests.wait(self.one.path, WAIT_S)
         if self.provider is not None:
             self.provider.model = self.one.model
+        else:
+            store.epoch(self.one.key, self.one.model)  # there is no other way to see it
 
     def load(self) -> None:
         """The server loads the model again."""

@@ -253,7 +253,9 @@ def test_layouts_are_learned_from_inserts_without_a_provider(
 ) -> None:
     """A plain drop-in knows no model before the first insert."""
     key = (folders["one"], None, None)
-    cache = PromptCache(max_size=1, store=ModelStore(client, digests))  # type: ignore[arg-type]
+    store = ModelStore(client, digests)  # type: ignore[arg-type]
+    store.epoch(key, model)
+    cache = PromptCache(max_size=1, store=store)
     assert cache.fetch_nearest_cache(key, TOKENS[:100]) == (None, TOKENS[:100])
     cache.insert_cache(key, TOKENS[:100], filled(model, TOKENS[:100]))
     cache.insert_cache(key, TOKENS[900:1000], filled(model, TOKENS[900:1000]))  # the first one leaves memory

@@ -116,7 +116,7 @@ def _measure(
     model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
     tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
     calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
-    namespace = kv.namespace(model_path, model=model, adapter_path=adapter_path)
+    namespace = kv.namespace(model, model_path, adapter_path=adapter_path)
     results = measured(calibration, namespace, list(profiles or LOSSY), windows_asked[0], quiet=as_json)
     verdicts = _verdicts(config, namespace, results, dry_run)
     if as_json:

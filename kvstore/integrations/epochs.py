@@ -39,6 +39,11 @@ class Epoch:
     fingerprint: bytes | None = None
     unknown: tuple[str, ...] = ()
 
+    def became(self, later: Epoch) -> bool:
+        """Whether one model object can have been in this epoch, and then in `later`: weights that were loaded lazily
+        have no fingerprint before their first use."""
+        return self.states == later.states and self.fingerprint in (None, later.fingerprint)
+
 
 class Begun:
     """A cache that an engine fills: its prompt, and the epoch in which it was begun."""

@@ -56,6 +56,22 @@ def fingerprint(*models: Any) -> bytes | None:
     return digest.digest()
 
 
+def stamp(*models: Any) -> int:
+    """A number that changes when parameters or public attributes of the models are replaced in memory.
+
+    Cheap, and of this process only: it compares which objects are there, never what they hold. Any thread.
+    """
+    return hash(tuple(_ids(model) for model in models))
+
+
+def _ids(value: Any) -> Any:
+    if value is None or isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (Module, list, tuple)):
+        return tuple(_ids(child) for _, child in _children(value))
+    return id(value)
+
+
 class _Tree:
     """Walks modules and what they hold. `arrays`: the parameters met so far, in the order of their lines."""
 

@@ -74,6 +74,7 @@ class Pin:
     done: threading.Event = field(default_factory=threading.Event)
     digest: bytes | None = None
     settled: bool = False  # whether any change since it was hashed would show
+    withdrawn: bool = False  # it is not what was loaded, or not what it said: there is no digest, now or later
 
     @property
     def state(self) -> tuple[str, tuple[FileState, ...]]:
@@ -83,7 +84,18 @@ class Pin:
     def wait(self, timeout_s: float | None = None) -> bytes | None:
         """The digest, after waiting for it for at most `timeout_s` (None: as long as it takes); None if unknown."""
         self.done.wait(timeout_s)
-        return self.digest
+        return None if self.withdrawn else self.digest
+
+    def confirm(self) -> None:
+        """Look again after a model was loaded from the folder: if it was replaced meanwhile, what was read is unknown,
+        and the digest is withdrawn."""
+        if _look(self.path) != self.files:
+            self.withdraw(f"{self.path} was replaced while it was loaded; load it again")
+
+    def withdraw(self, why: str) -> None:
+        """There is no digest from now on. Any thread."""
+        self.withdrawn = True
+        log.warning("the store is not used: %s", why)
 
 
 class WeightsDigest:
@@ -111,13 +123,14 @@ class WeightsDigest:
         files = _look(path)
         with self._lock:
             known = self._pins.get(path)
-            if known and known.files == files and (known.settled or not known.done.is_set()):
+            is_known = known and known.files == files and not known.withdrawn
+            if known and is_known and (known.settled or not known.done.is_set()):
                 return known
             pin = self._pins[path] = Pin(path, files)
         if not any(file.name.endswith(".safetensors") for file in files):
             log.warning("%s has no safetensors files; the store is not used for it", path)
             pin.done.set()
-        elif known and known.files == files and sum(file.signature[1] for file in files) <= AT_ONCE_BYTES_MAX:
+        elif is_known and sum(file.signature[1] for file in files) <= AT_ONCE_BYTES_MAX:
             self._work(path, pin)
         elif all(self._known(file) for file in files if file.name.endswith(".safetensors")):
             self._work(path, pin)  # only small files are read
@@ -128,7 +141,7 @@ class WeightsDigest:
 
     def get(self, folder: str | Path) -> bytes | None:
         """The digest of the folder as pinned (now, if it was not), None while unknown. Does not wait."""
-        return self._pin_of(folder).digest
+        return self._pin_of(folder).wait(0.0)
 
     def wait(self, folder: str | Path, timeout_s: float | None = None) -> bytes | None:
         """Like `get`, after waiting for the hash for at most `timeout_s` (None: as long as it takes)."""
@@ -173,8 +186,7 @@ class WeightsDigest:
                 continue
             self._read[file.path, file.signature] = found
             if found != file.sha256:
-                pin.digest, pin.settled = None, False
-                log.error("%s is not what its name says; the store is not used for %s", file.path, path)
+                pin.withdraw(f"{file.path} is not what its name says; load {path} again")
                 return
 
     def _proven(self, file: FileState) -> str:

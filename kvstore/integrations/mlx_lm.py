@@ -1,7 +1,7 @@
 """kvstore for mlx-lm: `from kvstore.integrations import mlx_lm as kv`.
 
 layers = kv.capture(cache); cache = kv.restore(layers)      engine-neutral <-> cache layers, bit-exact
-namespace = kv.namespace(model_path, model=model)           identity of a model folder, and its layout
+namespace = kv.namespace(model, model_path)                 identity of a loaded model, and its layout
 store = kv.PrefixStore(model_path)                          for your own generation loop
 kv.PromptCache                                              drop-in for mlx_lm.server.LRUPromptCache
 """
@@ -15,12 +15,13 @@ from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model
 
+from kvstore.blocks import Reason
 from kvstore.client import connect
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.caches import capture, layout, probe, quantized, restore, token_count
 from kvstore.integrations.epochs import Epoch
+from kvstore.integrations.fingerprint import fingerprint
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore, alias_of, identify, model_folder
 from kvstore.integrations.prompt_cache import PromptCache
@@ -44,33 +45,38 @@ __all__ = [
 
 
 def namespace(
+    model: Any,
     model_path: str,
     cache: Sequence[Any] | None = None,
     *,
-    model: Any = None,
     adapter_path: str | None = None,
     salt: bytes = b"",
     alias: str | None = None,
     digests: WeightsDigest | None = None,
     timeout_s: float | None = None,
 ) -> Namespace:
-    """The namespace of a model folder (or downloaded Hugging Face id). Waits for its hash, at most `timeout_s`.
+    """The namespace of a loaded model and the folder (or downloaded Hugging Face id) that it was loaded from.
 
-    The layout is that of `cache` if it holds tokens, else of what `model` makes. A new cache has no shapes: without a
-    model the folder is then loaded lazily, which reads headers but no weights. InvalidRequestError when the folder is
-    not there, is not a model, changes meanwhile, or takes longer than `timeout_s`.
+    Waits for the folder's hash, at most `timeout_s`. The layout is that of `cache` if it holds tokens, else of what the
+    model makes. Call it on the thread that owns the model. InvalidRequestError when the folder is not there, is not a
+    model, changes meanwhile, or takes longer than `timeout_s`; and, `identity_pending`, when the weights of the model
+    are not evaluated, or there is only a path: that does not say what computes.
     """
     folders = [model_folder(path) if path else None for path in (model_path, adapter_path, None)]
     if folders[0] is None or (adapter_path and folders[1] is None):
         raise InvalidRequestError(f"there is no such folder: {adapter_path if folders[0] else model_path}")
     known = digests or WeightsDigest()
     pins = [known.pin(folder) if folder else None for folder in folders]
-    identity = identify(pins, salt=salt, alias=alias or alias_of(model_path), timeout_s=timeout_s)
+    if (mark := fingerprint(model)) is None:
+        raise InvalidRequestError(
+            f"{Reason.IDENTITY_PENDING}: a model with evaluated weights is needed; load {model_path} without lazy=True"
+        )
+    identity = identify(pins, mark, salt=salt, alias=alias or alias_of(model_path), timeout_s=timeout_s)
     if identity is None:
         raise InvalidRequestError(f"no identity for {model_path}: see the log for the cause")
     if cache and all(getattr(layer, "keys", ()) is not None for layer in cache):
         return identity.namespace(layout(cache))
-    return identity.namespace(probe(load_model(folders[0], lazy=True)[0] if model is None else model))
+    return identity.namespace(probe(model))
 
 
 def _check_folder(path_or_repo: str, needed: str) -> None:
@@ -121,8 +127,9 @@ class PrefixStore:
         return Prefix(self._store, self._key, model, tokens)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the identity of the model is known; whether it is."""
-        return identify(self._store.epoch(self._key).pins, timeout_s=timeout_s) is not None
+        """Wait until the folders of the model are hashed; whether they are."""
+        epoch = self._store.epoch(self._key)
+        return not epoch.unknown and all(pin is None or pin.wait(timeout_s) for pin in epoch.pins)
 
     def flush(self, timeout_s: float = 60.0) -> bool:
         """Wait until what was stored so far is durable or dropped; False after `timeout_s`."""
@@ -192,8 +199,9 @@ class Prefix:
     ) -> None:
         if not self._counts or (kind is not None and not issubclass(kind, GeneratorExit)):
             return
-        if self._epoch == self._store.epoch(self._key, self._model):
-            self._store.store(self._key, self._tokens, self.cache, epoch=self._epoch)
+        now = self._store.epoch(self._key, self._model)
+        if self._epoch is None or self._epoch.became(now):
+            self._store.store(self._key, self._tokens, self.cache, epoch=now)
         else:
             self._store.count_changed(self._key)
 

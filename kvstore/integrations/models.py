@@ -28,7 +28,7 @@ from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import capture, layout, token_count
 from kvstore.integrations.epochs import Epoch
-from kvstore.integrations.fingerprint import fingerprint
+from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.restoring import Finish, Found
 from kvstore.keys import Namespace
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 ModelKey = tuple[str | None, str | None, str | None]
 
-_DRAFT_TAG = b"kvstore/draft/v1\0"
+_WEIGHTS_TAG = b"kvstore/weights/v2\0"
 # What layers of foreign classes may raise when they are looked at.
 _ENGINE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # Leaving a cache that is in memory for one that must be read pays only when it saves this much of a prefill.
@@ -129,23 +129,26 @@ def _around_images(session: Session, tokens: Sequence[int]) -> Sequence[int]:
 
 def identify(
     pins: Sequence[Pin | None],
+    fingerprint: bytes | None,
     *,
     salt: bytes = b"",
     alias: str = "",
     timeout_s: float | None = 0.0,
 ) -> Identity | None:
-    """The identity of a model from the pins of (model, adapter, draft model), the last two None if not there.
+    """The identity of a model from the pins of (model, adapter, draft model), the last two None if not there, and the
+    fingerprint of what they became in memory.
 
-    None while a digest is unknown; waits at most `timeout_s` for each, None: as long as it takes. The layers of a draft
-    model lie in the same cache and were computed by its weights, so these belong to the identity.
+    None while a digest or the fingerprint is unknown: files alone do not say what computes. Waits at most `timeout_s`
+    for each digest, None: as long as it takes. The layers of a draft model lie in the same cache and were computed by
+    its weights, so these belong to the identity.
     """
-    found = [pin.wait(timeout_s) if pin else b"" for pin in pins]
-    if None in found:
+    digests = [pin.wait(timeout_s) if pin else b"" for pin in pins]
+    found = [digest for digest in digests if digest is not None]
+    if fingerprint is None or len(found) < len(pins) or not found[0]:
         return None
-    weights, adapter, draft = (digest or b"" for digest in found)
-    if draft:
-        weights = hashlib.sha256(_DRAFT_TAG + weights + draft).digest()
-    return Identity(weights, adapter, salt, alias) if weights else None
+    model, adapter, draft = found
+    weights = hashlib.sha256(_WEIGHTS_TAG + model + len(draft).to_bytes(1, "little") + draft + fingerprint).digest()
+    return Identity(weights, adapter, salt, alias)
 
 
 def _nbytes(session: Session, n_tokens: int) -> int:
@@ -159,6 +162,7 @@ class _Loaded:
 
     key: ModelKey
     models: tuple[weakref.ref[Any], ...]
+    stamp: int
     epoch: Epoch
 
     @property
@@ -170,10 +174,12 @@ class _Loaded:
         return _paths(self.key)
 
     def is_of(self, key: ModelKey, models: Sequence[Any]) -> bool:
-        """Whether these are the models; without any, whether this is their key."""
+        """Whether these are the models, as they were; without any, whether this is their key."""
         if key != self.key or not models:
             return key == self.key
-        return len(models) == len(self.models) and all(a is b() for a, b in zip(models, self.models, strict=True))
+        if len(models) != len(self.models) or any(a is not b() for a, b in zip(models, self.models, strict=True)):
+            return False
+        return stamp(*models) == self.stamp
 
 
 def _paths(key: ModelKey) -> list[str]:
@@ -223,6 +229,21 @@ class ModelStore:
                     if before is not None and before.state != pin.state:
                         self._loaded = [one for one in self._loaded if path not in one.paths]
 
+    @contextmanager
+    def loading(self, *names: str | None) -> Iterator[None]:
+        """Around loading a model from these folders or Hugging Face ids: pins them. Any thread.
+
+        Folders before they are read; one that is replaced meanwhile has no identity. Ids after, since loading may first
+        download a newer revision; their files are named by content.
+        """
+        folders = [name for name in names if name and Path(name).exists()]
+        self.pin(*folders)
+        pins = [self._pins[name] for name in folders]
+        yield
+        for pin in pins:
+            pin.confirm()
+        self.pin(*(name for name in names if name not in folders))
+
     def epoch(self, key: ModelKey, *models: Any) -> Epoch:
         """The epoch of a model: its folders as they were pinned (now, if they never were) and what is in memory.
 
@@ -245,7 +266,8 @@ class ModelStore:
             made = Epoch(pins, states, mark, missing)
             if mark is not None:
                 self._announced.difference_update(paths)
-                self._loaded.append(_Loaded(key, tuple(weakref.ref(model) for model in models), made))
+                seen = tuple(weakref.ref(model) for model in models)
+                self._loaded.append(_Loaded(key, seen, stamp(*models), made))
             return made
 
     def count_changed(self, key: ModelKey) -> None:
@@ -268,7 +290,7 @@ class ModelStore:
             return None
         identity = None
         if not epoch.unknown:
-            identity = identify(epoch.pins, salt=self._salt, alias=alias_of(str(key[0])))
+            identity = identify(epoch.pins, epoch.fingerprint, salt=self._salt, alias=alias_of(str(key[0])))
         if identity is None:
             self._count(Reason.IDENTITY_PENDING)
             return None

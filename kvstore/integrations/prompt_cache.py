@@ -71,8 +71,11 @@ class PromptCache(LRUPromptCache):
     `speed` says how fast prompts are computed, as far as somebody has measured it.
 
     `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
-    flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted. Several server
-    processes working as one (`is_distributed`) must all see the same hits, so these use the tier in memory alone.
+    flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted, and the store
+    must be shown each model that was loaded, by `store.epoch(key, model)`: until then its identity is pending.
+
+    Several server processes working as one (`is_distributed`) must all see the same hits, so these use the tier in
+    memory alone.
 
     `max_bytes` bounds the tier in memory strictly. Without it the bound is `default_memory_bytes`, and the newest
     sequence is kept beside it if it is larger. For what the store does not take (no daemon, no identity) the bound of

@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -99,13 +98,8 @@ def plug_in(server: Any, store: Any) -> None:
     @functools.wraps(stock_load)
     def load(path: str, *args: Any, **options: Any) -> Any:
         names = [str(name) for name in (path, options.get("adapter_path")) if name]
-        # Folders before they are read: if files are replaced meanwhile there is no identity. Hugging Face ids after,
-        # since loading may first download a newer revision; their files are named by content.
-        folders = [name for name in names if Path(name).exists()]
-        store.pin(*folders)
-        loaded = stock_load(path, *args, **options)
-        store.pin(*(name for name in names if name not in folders))
-        return loaded
+        with store.loading(*names):
+            return stock_load(path, *args, **options)
 
     @functools.wraps(stock_run)
     def run_with_store(host: str, port: int, model_provider: Any, *args: Any, **options: Any) -> Any:

@@ -19,7 +19,6 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -236,30 +235,21 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
 
     @functools.wraps(stock_load)
     def load(path: str, *args: Any, model_id: str | None = None, **options: Any) -> Any:
-        loaded = _pinned(text, path, lambda: stock_load(path, *args, model_id=model_id, **options))
+        with text.loading(path):
+            loaded = stock_load(path, *args, model_id=model_id, **options)
         models.add(loaded[0], name := _name(path, model_id))
         text.epoch((name, None, None), loaded[0])
         return loaded
 
     @functools.wraps(stock_load_vision)
     def load_vision(model: Any) -> None:
-        _pinned(vision, model.model_name, lambda: stock_load_vision(model))
+        with vision.loading(model.model_name):
+            stock_load_vision(model)
         computes = getattr(model.model, "language_model", model.model)
         models.add(computes, model.model_name)
         vision.epoch((model.model_name, None, None), computes)
 
     tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
-
-
-def _pinned(store: ModelStore, path: str, load: Callable[[], Any]) -> Any:
-    """Folders are pinned before they are read: if files are replaced meanwhile there is no identity. Hugging Face ids
-    after, since loading may first download a newer revision; their files are named by content."""
-    if is_folder := Path(path).exists():
-        store.pin(path)
-    loaded = load()
-    if not is_folder:
-        store.pin(path)
-    return loaded
 
 
 def _name(path: str, model_id: str | None) -> str:

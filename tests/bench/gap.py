@@ -143,7 +143,7 @@ def fill(folder: Path, daemon: DaemonProcess, prompt: str) -> tuple[int, int]:
     model, tokenizer = load(str(folder))[:2]
     tokens = tokenizer.encode(prompt)
     client = connect(config=Config(listen=daemon.listen, memory_bytes=4 << 30))
-    namespace = kv.namespace(str(folder), model=model)
+    namespace = kv.namespace(model, str(folder))
     session = client.session(namespace, "raw", **PATIENT)  # type: ignore[arg-type]
     layers = layers_of(namespace.layout, normal_rows(namespace.layout, len(tokens)), len(tokens))
     result = session.store(tokens, layers, wait=True)

@@ -191,7 +191,7 @@ class Model:
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self.folder = folder
         self.model, self.tokenizer = load(str(folder))[:2]
-        self.namespace = kv.namespace(str(folder), model=self.model, digests=WeightsDigest(cache_dir))
+        self.namespace = kv.namespace(self.model, str(folder), digests=WeightsDigest(cache_dir))
         self.prompts = [self._tokens(messages(number)) for number in range(len(QUESTIONS))]
 
     def _tokens(self, chat: list[dict[str, str]]) -> list[int]:

@@ -64,7 +64,7 @@ def results(daemon: DaemonProcess, model: Path, text: Path) -> dict[str, dict[st
 
 def namespace_of(model: Path) -> Any:
     """The namespace under which a server would store."""
-    return kv.namespace(str(model), model=load(str(model))[0])
+    return kv.namespace(load(str(model))[0], str(model))
 
 
 def test_a_planted_bad_profile_is_refused_with_its_numbers(

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm import server as stock
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
 import kvstore
 from kvstore.integrations import mlx_lm as kv
@@ -85,7 +85,7 @@ class Model:
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self.folder = folder
         self._tokenizer = load_tokenizer(folder)
-        self.namespace: Namespace = kv.namespace(str(folder), digests=WeightsDigest(cache_dir))
+        self.namespace: Namespace = kv.namespace(load_model(folder)[0], str(folder), digests=WeightsDigest(cache_dir))
 
     def tokens(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt that a server makes of a chat."""
