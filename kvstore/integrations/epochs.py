@@ -18,6 +18,7 @@ from typing import Any
 
 from kvstore.blocks import pack_tokens
 from kvstore.errors import InvalidRequestError
+from kvstore.integrations.fingerprint import stamp
 from kvstore.integrations.identity import FileState, Pin
 
 IN_FLIGHT_MAX = 1024
@@ -43,6 +44,32 @@ class Epoch:
         """Whether one model object can have been in this epoch, and then in `later`: weights that were loaded lazily
         have no fingerprint before their first use."""
         return self.states == later.states and self.fingerprint in (None, later.fingerprint)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Models that were seen in memory, which are not kept alive, and their epoch."""
+
+    key: tuple[str | None, ...]
+    models: tuple[weakref.ref[Any], ...]
+    stamp: int
+    epoch: Epoch
+
+    @property
+    def is_alive(self) -> bool:
+        return all(model() is not None for model in self.models)
+
+    @property
+    def paths(self) -> list[str]:
+        return [path for path in self.key if path]
+
+    def is_of(self, key: tuple[str | None, ...], models: Sequence[Any]) -> bool:
+        """Whether these are the models, as they were; without any, whether this is their key."""
+        if key != self.key or not models:
+            return key == self.key
+        if len(models) != len(self.models) or any(a is not b() for a, b in zip(models, self.models, strict=True)):
+            return False
+        return stamp(*models) == self.stamp
 
 
 class Begun:

@@ -27,7 +27,7 @@ from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import capture, layout, token_count
-from kvstore.integrations.epochs import Epoch
+from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.restoring import Finish, Found
@@ -156,32 +156,6 @@ def _nbytes(session: Session, n_tokens: int) -> int:
     return n_tokens * session.namespace.layout.token_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    """Models that were seen in memory, which are not kept alive, and their epoch."""
-
-    key: ModelKey
-    models: tuple[weakref.ref[Any], ...]
-    stamp: int
-    epoch: Epoch
-
-    @property
-    def is_alive(self) -> bool:
-        return all(model() is not None for model in self.models)
-
-    @property
-    def paths(self) -> list[str]:
-        return _paths(self.key)
-
-    def is_of(self, key: ModelKey, models: Sequence[Any]) -> bool:
-        """Whether these are the models, as they were; without any, whether this is their key."""
-        if key != self.key or not models:
-            return key == self.key
-        if len(models) != len(self.models) or any(a is not b() for a, b in zip(models, self.models, strict=True)):
-            return False
-        return stamp(*models) == self.stamp
-
-
 def _paths(key: ModelKey) -> list[str]:
     return [path for path in key if path] if names_files(key) else []
 
@@ -210,7 +184,7 @@ class ModelStore:
         self._engine = engine
         self._pins: dict[str, Pin] = {}
         self._announced: set[str] = set()  # pinned since a model was last seen in memory
-        self._loaded: list[_Loaded] = []
+        self._loaded: list[Loaded] = []
         self._sessions: dict[Namespace, Session] = {}
         self._refusals: set[str] = set()
         self._lock = threading.RLock()
@@ -267,7 +241,7 @@ class ModelStore:
             if mark is not None:
                 self._announced.difference_update(paths)
                 seen = tuple(weakref.ref(model) for model in models)
-                self._loaded.append(_Loaded(key, seen, stamp(*models), made))
+                self._loaded.append(Loaded(key, seen, stamp(*models), made))
             return made
 
     def count_changed(self, key: ModelKey) -> None:
