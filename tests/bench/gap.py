@@ -36,7 +36,7 @@ from mlx_lm.utils import load, load_tokenizer
 from kvstore.client.client import connect
 from kvstore.config import Config
 from kvstore.integrations import mlx_lm as kv
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
 from tests.support.models import heldout_tokens, write_llama
 from tests.support.servers import HOST, ServerProcess
 from tests.support.sessions import PATIENT, layers_of, normal_rows
@@ -134,7 +134,7 @@ def measure(folder: Path, daemon: DaemonProcess, prompt: str, read_s: float, *, 
         writing.stop()
         server.kill()
     sent, first, cached = spans[0]
-    deadline_s = Config().fetch_total_ms / 1e3
+    deadline_s = int(daemon.config["fetch_total_ms"]) / 1e3
     return Gaps(prefetch, nbytes, deadline_s, usual_s, step_s, worst_s, first - sent, cached)
 
 
@@ -169,7 +169,8 @@ def main(layers: int, kv_heads: int, head_dim: int, tokens: int, restore_s: floa
     with tempfile.TemporaryDirectory(prefix="kvstore-gap-") as scratch:
         folder = write_llama(Path(scratch) / "model", layers, kv_heads, head_dim, mx.bfloat16)
         prompt = prompt_of(folder, tokens)
-        with DaemonProcess(Path(scratch) / "data", profile="raw", budget_bytes="8GB") as daemon:
+        shipped = {key: getattr(Config(), key) for key in OPEN_DEADLINES}
+        with DaemonProcess(Path(scratch) / "data", profile="raw", budget_bytes="8GB", **shipped) as daemon:
             n_tokens, nbytes = fill(folder, daemon, prompt)
             reads = 2 * layers * -(-n_tokens // 256)
             for prefetch in (True, False):

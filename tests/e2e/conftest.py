@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from kvstore.client.client import Client
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
 from tests.support.sessions import client_of
+
+
+@pytest.fixture(scope="package", autouse=True)
+def open_deadlines() -> Iterator[None]:
+    """Clients that are configured by the environment have time, in this process and in those that it starts."""
+    named = {f"KVSTORE_{key.upper()}": str(value) for key, value in OPEN_DEADLINES.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in named.items():
+            if key not in os.environ:
+                patch.setenv(key, value)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.servers import free_port, wait_until
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -83,7 +83,9 @@ def as_worker(tls: Path) -> dict[str, Any]:
 def connecting(daemon: DaemonProcess, tls: Path, **config: Any) -> Client:
     """A client that trusts the CA, with what else is given."""
     return connect(
-        config=Config(listen=daemon.listen, min_prefix_tokens=1, **{"tls_ca": str(tls / "ca.pem"), **config})
+        config=Config(
+            listen=daemon.listen, min_prefix_tokens=1, **{**OPEN_DEADLINES, "tls_ca": str(tls / "ca.pem"), **config}
+        )
     )
 
 

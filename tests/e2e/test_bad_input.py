@@ -25,7 +25,7 @@ from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
@@ -76,7 +76,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 @pytest.fixture(scope="module")
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     """A well-behaved client, which has stored HELD."""
-    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client:
+    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client:
         assert client.session(NAMESPACE, **SLOW).store(HELD, make_layers(LAYOUT, HELD), wait=True).durable
         yield client
 
@@ -528,7 +528,7 @@ def test_token_ids_at_the_ends_of_64_bits_are_stored_and_found(tmp_path: Path, t
     """Vision placeholders are negative and exceed 32 bits."""
     with (
         DaemonProcess(tmp_path / "data", profile="raw") as daemon,
-        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client,
+        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client,
     ):
         session = client.session(NAMESPACE, **SLOW)
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
@@ -542,7 +542,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
     """Where the configuration does not ask for more."""
     with (
         DaemonProcess(tmp_path / "data", profile="raw") as daemon,
-        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client,
+        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client,
     ):
         session = client.session(NAMESPACE, **SLOW)
         assert session.store([9], make_layers(LAYOUT, [9]), wait=True).stored_tokens == 1

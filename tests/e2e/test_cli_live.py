@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import KEYS, Config
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
@@ -31,7 +31,7 @@ SERVICES = {"kvstore.v1.KVStore", "kvstore.v1.Admin", "grpc.health.v1.Health"}
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client of this daemon."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES))
 
 
 def fill(daemon: DaemonProcess) -> None:

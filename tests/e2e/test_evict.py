@@ -13,7 +13,7 @@ import pytest
 from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -44,7 +44,7 @@ def daemon(running: DaemonProcess) -> DaemonProcess:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client of this daemon."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES))
 
 
 def evict(daemon: DaemonProcess, *arguments: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from tests.bench.gap import fill, measure, prompt_of
 from tests.support.daemon import DaemonProcess
 from tests.support.models import write_llama
 
-RESTORE_S = 2.0
+# Long beside a step of a model on a busy machine.
+RESTORE_S = 8.0
 
 
 def test_the_worst_gap_between_two_tokens_is_far_below_what_restoring_takes(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_workers_go_on_through_restarts_and_hit_again(tmp_path: Path) -> None:
         def work(number: int) -> None:
             try:
                 with client_of(daemon) as client:
-                    session = client.session(NAMESPACE, total_ms=20_000, stall_ms=5000)
+                    session = client.session(NAMESPACE)
                     for turn in itertools.count():
                         if stop.is_set():
                             return

@@ -157,11 +157,12 @@ def test_a_foreign_tenants_hit_is_a_miss_like_any_other(daemon: DaemonProcess) -
             assert stored.reason is Reason.OK
             assert session.fetch(PROMPT) == session.fetch([*never, 1])
         times: dict[int, list[float]] = {0: [], 1: []}
-        for round_ in range(120):
+        for round_ in range(400):
             which = round_ % 2
             started = time.perf_counter()
             own.match(PROMPT if which else [*never, 1])
             times[which].append(time.perf_counter() - started)
-    # Both walk one lookup and no further: medians differ by noise. A hit's walk takes three lookups and more.
-    assert statistics.median(times[1]) / statistics.median(times[0]) < 1.5
-    assert statistics.median(times[0]) / statistics.median(times[1]) < 1.5
+    # Both walk one lookup and no further. A hit's walk takes three lookups and more. The fastest tenth: other work on
+    # the machine only ever adds.
+    fast = [statistics.quantiles(taken, n=10)[0] for taken in times.values()]
+    assert max(fast) / min(fast) < 1.5

@@ -94,7 +94,7 @@ class Server:
         """All that it wrote."""
         return self._log.read_text(errors="replace")
 
-    def wait(self, timeout_s: float = 60.0) -> Server:
+    def wait(self, timeout_s: float = 180.0) -> Server:
         """Return once it answers; AssertionError with its log when it ends or takes too long."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline and self._process.poll() is None:
@@ -107,7 +107,7 @@ class Server:
         raise AssertionError(self.log_text())
 
     def _request(self, method: str, path: str, body: Any) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             connection.request(method, path, json.dumps(body) if body else None, {"Content-Type": "application/json"})
             return json.loads(connection.getresponse().read() or b"null")
@@ -125,7 +125,7 @@ class Server:
     def stop(self) -> None:
         """SIGTERM, and wait: what is queued for the store is sent before the process ends."""
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=120)
 
     def __enter__(self) -> Server:
         return self.wait()
