@@ -23,6 +23,8 @@ TOKEN_CHARACTERS_MIN = 32
 # The common name of a client certificate that may use admin verbs. Any other that the CA signed is a worker's.
 ADMIN_NAME = "kvstore-admin"
 METADATA_KEY = "authorization"
+# Under this key a client sends a random name of its own with each call, so that the daemon can count clients.
+CLIENT_KEY = "kvstore-client"
 BEARER = "Bearer "
 
 

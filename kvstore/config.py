@@ -230,7 +230,12 @@ class Config:
     )
     calls_max: int = _key(values.whole(1), "Most calls under way, all workers together.", "count", default=256)
     connection_calls_max: int = _key(values.whole(1), "Most calls under way on one connection.", "count", default=64)
-    connections_max: int = _key(values.whole(1), "Most connections to the daemon.", "count", default=256)
+    connections_max: int = _key(
+        values.whole(1),
+        "Most clients at work at once; connections are dropped at four times that.",
+        "count",
+        default=256,
+    )
     grace_s: int = _key(
         values.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
     )

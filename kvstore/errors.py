@@ -42,12 +42,14 @@ class NotFoundError(KVStoreError):
 class LimitError(KVStoreError):
     """A documented limit on size, count or memory would be exceeded.
 
-    `retry_s`: trying again may work after so many seconds; 0 when it is the request itself that is too large.
+    `retry_s`: trying again may work after so many seconds; 0 when it is the request itself that is too large. `limit`:
+    the configuration's key that sets it, by which refusals are counted; empty for what is no key's.
     """
 
-    def __init__(self, message: str = "", retry_s: float = 0.0) -> None:
+    def __init__(self, message: str = "", retry_s: float = 0.0, limit: str = "") -> None:
         super().__init__(message)
         self.retry_s = retry_s
+        self.limit = limit
 
 
 class StoreFullError(LimitError):

@@ -15,7 +15,9 @@ from pathlib import Path
 
 # sun_path has 104 bytes on macOS (108 on Linux), one of them the closing NUL. The smaller limit holds everywhere, so
 # that a configuration that works on one machine works on the other.
-SOCKET_PATH_BYTES_MAX = 103
+# Beside the socket there is one for admins, whose name is longer.
+ADMIN_SUFFIX = ".admin"
+SOCKET_PATH_BYTES_MAX = 103 - len(ADMIN_SUFFIX)
 
 GB = 1000**3
 MIB = 1 << 20
@@ -141,6 +143,11 @@ class Address:
     port: int = 0
 
     @property
+    def admin_path(self) -> str:
+        """The unix socket on which admin verbs always find a place; empty over TCP."""
+        return self.path and self.path + ADMIN_SUFFIX
+
+    @property
     def target(self) -> str:
         """The form that gRPC takes, for servers and channels alike."""
         if self.path:
@@ -157,7 +164,7 @@ def parse_address(value: object) -> Address:
         size = len(os.fsencode(path))
         if "\0" in path or size > SOCKET_PATH_BYTES_MAX:
             raise ValueError(
-                f"the socket path has {size} bytes, more than the {SOCKET_PATH_BYTES_MAX} that macOS can take; "
+                f"the socket path has {size} bytes, more than the {SOCKET_PATH_BYTES_MAX} that fit on macOS; "
                 "choose a shorter one, such as unix:~/.kvstore/kvstore.sock"
             )
         return Address(path=path)

@@ -33,7 +33,12 @@ def command(address: str | None, config_path: str | None, as_json: bool) -> None
     print_facts("daemon", _daemon(stats["daemon"], config.listen))
     print_facts("disk", _disk(stats["disk"]))
     print_facts("since start", _traffic(stats))
-    for title, reasons in (("misses", stats["miss_reasons"]), ("stores cut short", stats.get("store_reasons", {}))):
+    print_facts("under way", _load(stats.get("load") or {}))
+    for title, reasons in (
+        ("misses", stats["miss_reasons"]),
+        ("stores cut short", stats.get("store_reasons", {})),
+        ("limits reached", stats.get("refusals", {})),
+    ):
         if reasons:
             ordered = sorted(reasons.items(), key=lambda item: -item[1])
             print_facts(title, [(reason, str(count)) for reason, count in ordered])
@@ -75,6 +80,14 @@ def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:
         ("address", listen),
         ("version", f"{daemon['version']}, pid {daemon['pid']}, up {span_text(daemon['uptime_s'])}"),
         ("device", daemon["device"]),
+    ]
+
+
+def _load(load: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{load[name]:,} of {load[name + '_max']:,}")
+        for name in ("clients", "connections", "calls", "uploads")
+        if name in load
     ]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import secrets
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from kvstore.access import BEARER, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
+from kvstore.access import BEARER, CLIENT_KEY, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
 from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.health import NOT_THERE, Health
 from kvstore.client.trust import GuardingInterceptor, SocketGuard
@@ -58,13 +60,16 @@ class _Presenter(
     grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
 ):
-    """Sends a token with every call. gRPC's own call credentials would be one token for all of a channel."""
+    """Sends the client's name, and a token if there is one, with every call.
 
-    def __init__(self, secret: str) -> None:
-        self._metadata = (METADATA_KEY, BEARER + secret)
+    gRPC's own call credentials would be one token for all of a channel.
+    """
+
+    def __init__(self, name: str, secret: str) -> None:
+        self._metadata = [(CLIENT_KEY, name), *([(METADATA_KEY, BEARER + secret)] if secret else [])]
 
     def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(_CallDetails(details, [*(details.metadata or ()), self._metadata]), request)
+        return continuation(_CallDetails(details, [*(details.metadata or ()), *self._metadata]), request)
 
     intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _intercept
 
@@ -78,10 +83,24 @@ def open_channel(config: Config, credentials: Credentials) -> Any:
     return grpc.secure_channel(config.address.target, tls, options=options)
 
 
-def presenting(channel: Any, credentials: Credentials, scope: Scope) -> Any:
-    """The channel, with the token for `scope` on every call if there is one."""
-    secret = token_to_present(credentials.tokens, scope)
-    return grpc.intercept_channel(channel, _Presenter(secret)) if secret else channel
+def presenting(channel: Any, name: str, credentials: Credentials, scope: Scope) -> Any:
+    """The channel, with the client's name on every call, and the token for `scope` if there is one."""
+    return grpc.intercept_channel(channel, _Presenter(name, token_to_present(credentials.tokens, scope)))
+
+
+def _guarded(channel: Any, guard: SocketGuard | None) -> Any:
+    return channel if guard is None else grpc.intercept_channel(channel, GuardingInterceptor(guard))
+
+
+def _admin_channel(config: Config, credentials: Credentials, name: str, worker_channel: Any) -> tuple[Any, Any]:
+    """(channel, stub of the admin verbs): over the admin socket where there is one, else as workers do."""
+    path, channel = config.address.admin_path, worker_channel
+    if path and os.path.exists(path):
+        channel = grpc.insecure_channel(
+            f"unix:{path}", options=[*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
+        )
+        channel = _guarded(channel, SocketGuard(path))
+    return channel, rpc.AdminStub(presenting(channel, name, credentials, Scope.ADMIN))
 
 
 def _unanswered(config: Config, error: Any) -> KVStoreError:
@@ -108,16 +127,15 @@ class Connection:
         self.breaker = CircuitBreaker()
         credentials = load_credentials(config)
         self._guard = SocketGuard(config.address.path) if config.address.path else None
-        self._channel = open_channel(config, credentials)
-        if self._guard is not None:
-            self._channel = grpc.intercept_channel(self._channel, GuardingInterceptor(self._guard))
+        self._channel = _guarded(open_channel(config, credentials), self._guard)
         self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
         # What failed before it was away is no measure of the daemon.
         self.health = Health(self._check, functools.partial(_unanswered, config), self.breaker.succeeded)
         # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
         weakref.finalize(self, self._channel.close).atexit = False
-        self.kvstore: Any = kvstore_stub(presenting(self._channel, credentials, Scope.WORKER))
-        self.admin: Any = rpc.AdminStub(presenting(self._channel, credentials, Scope.ADMIN))
+        name = secrets.token_hex(8)
+        self.kvstore: Any = kvstore_stub(presenting(self._channel, name, credentials, Scope.WORKER))
+        self._open_admin = functools.partial(_admin_channel, config, credentials, name, self._channel)
 
     @property
     def daemon(self) -> object:
@@ -140,6 +158,25 @@ class Connection:
                 self.health.failed(failed)
                 raise failed from error
         self.health.answered()
+
+    @contextmanager
+    def admin(self, timeout_s: float) -> Iterator[Any]:
+        """The stub of the admin verbs, once the daemon is known to answer; UnansweredError when it does not in time.
+
+        Opened for each use, for people: on a unix socket it has an address of its own, which is free when all
+        connections of workers are taken.
+        """
+        channel, stub = self._open_admin()
+        try:
+            try:
+                channel.unary_unary(HEALTH_METHOD)(b"", timeout=timeout_s)
+            except (grpc.RpcError, KVStoreError) as error:
+                if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
+                    raise _unanswered(self._config, error) from error
+            yield stub
+        finally:
+            if channel is not self._channel:
+                channel.close()
 
     @contextmanager
     def attempt(self, *, hurried: bool = False) -> Iterator[None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -106,18 +105,18 @@ class Client:
 
     def stats(self) -> dict[str, Any]:
         """Counters of the daemon since it started and the state of its disk, as `kvstore stats --json` prints them."""
-        return self._ask(self._connection.admin.Stats, pb.StatsRequest(), QUICK_S)
+        return self._ask("Stats", pb.StatsRequest(), QUICK_S)
 
     def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT) -> dict[str, Any]:
         """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first."""
         _check(limit > 0, "a limit must be at least 1")
         request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit)
-        return self._ask(self._connection.admin.List, request, QUICK_S)
+        return self._ask("List", request, QUICK_S)
 
     def show(self, key_prefix: bytes) -> dict[str, Any]:
         """Everything recorded about the blocks whose key starts with `key_prefix`."""
         _check(bool(key_prefix), "a key prefix has at least one byte")
-        return self._ask(self._connection.admin.Show, pb.ShowRequest(key_prefix=key_prefix), QUICK_S)
+        return self._ask("Show", pb.ShowRequest(key_prefix=key_prefix), QUICK_S)
 
     def evict(
         self,
@@ -145,11 +144,11 @@ class Client:
             dry_run=dry_run,
             shred=shred,
         )
-        return self._ask(self._connection.admin.Evict, request, EVICT_S)
+        return self._ask("Evict", request, EVICT_S)
 
     def check(self, repair: bool = False) -> dict[str, Any]:
         """Verify every blob against its checksums and the index."""
-        return self._ask(self._connection.admin.Check, pb.CheckRequest(repair=repair), CHECK_S)
+        return self._ask("Check", pb.CheckRequest(repair=repair), CHECK_S)
 
     def record_quality(self, namespace: Namespace, quality: Quality) -> dict[str, Any]:
         """Let the daemon keep what a profile costs on a model, and decide by it; `refused` says why not to use it."""
@@ -158,23 +157,22 @@ class Client:
             quality=quality_to_message(quality),
             layout=namespace.layout.record,
         )
-        return self._ask(self._connection.admin.RecordQuality, request, QUICK_S)
+        return self._ask("RecordQuality", request, QUICK_S)
 
     def list_quality(self, namespace_prefix: bytes = b"") -> dict[str, Any]:
         """What `record_quality` was told, by namespace, also of models that nothing is stored of."""
         request = pb.ListQualityRequest(namespace_prefix=namespace_prefix)
-        return self._ask(self._connection.admin.ListQuality, request, QUICK_S)
+        return self._ask("ListQuality", request, QUICK_S)
 
     def forget_quality(self, namespace_prefix: bytes = b"", profile: str = "", all: bool = False) -> dict[str, Any]:
         """Drop results in these namespaces, of one profile or of all; `all` must be set when no namespace is named."""
         _check(bool(namespace_prefix) != all, "forgetting takes a namespace, or all=True")
         request = pb.ForgetQualityRequest(namespace_prefix=namespace_prefix, profile=profile, all=all)
-        return self._ask(self._connection.admin.ForgetQuality, request, QUICK_S)
+        return self._ask("ForgetQuality", request, QUICK_S)
 
-    def _ask(self, method: Callable[..., Any], request: Any, timeout_s: float) -> dict[str, Any]:
-        with self._connection.attempt():
-            self._connection.ensure(CONNECT_S)
-            return {"schema": SCHEMA, **message_to_dict(method(request, timeout=timeout_s))}
+    def _ask(self, verb: str, request: Any, timeout_s: float) -> dict[str, Any]:
+        with self._connection.attempt(), self._connection.admin(CONNECT_S) as admin:
+            return {"schema": SCHEMA, **message_to_dict(getattr(admin, verb)(request, timeout=timeout_s))}
 
     def close(self, timeout_s: float | None = None) -> None:
         """Close all sessions, each within `timeout_s` (see `Session.close`), then the connection."""

@@ -32,22 +32,26 @@ class AdminService(rpc.AdminServicer):
         counters: Counters,
         state: Callable[[], str],
         device: Callable[[], str],
+        load: Callable[[], pb.LoadStats],
     ) -> None:
         self._engine = engine
         self._store = store
         self._lane = lane
         self._workers = workers
         self._counters = counters
+        self.refusals = counters.refusals
         self._state = state
         self._device = device
+        self._load = load
 
     @unary
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
-        return await self._workers.admin(self._stats)
+        return await self._workers.admin(self._stats, self._load())
 
-    def _stats(self) -> pb.StatsReply:
+    def _stats(self, load: pb.LoadStats) -> pb.StatsReply:
         return self._counters.reply(
             self._engine,
+            load,
             version=__version__,
             state=self._state(),
             device=self._device() if self._lane.used else "idle",

@@ -1,13 +1,16 @@
 """How much is let in at once, and how long a caller may take: every call passes here before its message is read.
 
+    clients at most `connections_max` that called lately
     count   at most `calls_max` calls under way; as many again of those that carry on with an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
     pace    a message that is awaited, or a reply that is not taken, ends the call after `stream_stall_s`
 
-What is over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, and costs nothing more. A call that is ended
-for its pace has its handler cancelled: lease, files, memory and upload are free at once. An upload is told so, with
-DEADLINE_EXCEEDED. A caller that sends no request, or takes no reply, has no use for a status: gRPC itself keeps the
-dead stream until it goes away or its deadline passes; `connection_calls_max` bounds how many.
+Admin verbs and health checks take no part in these: people can always ask a busy daemon what is wrong with it. What is
+over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged, and costs nothing more.
+
+A call that is ended for its pace has its handler cancelled: lease, files, memory and upload are free at once. An upload
+is told so, with DEADLINE_EXCEEDED. A caller that sends no request, or takes no reply, has no use for a status: gRPC
+itself keeps the dead stream until it goes away or its deadline passes; `connection_calls_max` bounds how many.
 """
 
 from __future__ import annotations
@@ -23,10 +26,19 @@ from google.protobuf.message import DecodeError
 from kvstore.bounds import ByteBudget
 from kvstore.config import Config
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
+from kvstore.server import callers
+from kvstore.server.callers import Callers, caller_name
 from kvstore.server.edge import Context, abort
+from kvstore.server.refusals import Refusals
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 RETRY_S = 0.2
 MEMORY_SHARE = 4
+# Admin verbs and health checks have places of their own, and messages that need no account.
+ADMIN_CALLS_MAX = 64
+ADMIN_MESSAGE_BYTES_MAX = 64 << 10
+_BEGINS, _CARRIES_ON, _ADMIN = range(3)
+_ADMIN_PREFIXES = ("/grpc.health.v1.Health/Check", f"/{pb.DESCRIPTOR.services_by_name['Admin'].full_name}/")
 # Of an upload that has its place already: refusing these would keep that place taken, and they keep nobody else out.
 _CARRYING_ON = ("/Upload", "/CommitStore", "/AbortStore")
 
@@ -34,11 +46,15 @@ _CARRYING_ON = ("/Upload", "/CommitStore", "/AbortStore")
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
     """Counts calls and the bytes of their messages, and ends those that dawdle. Lives on the event loop."""
 
-    def __init__(self, config: Config) -> None:
-        self._calls_max = config.calls_max
+    def __init__(self, config: Config, refusals: Refusals) -> None:
+        self._calls_max = (config.calls_max, config.calls_max, ADMIN_CALLS_MAX)
+        self._connection_calls_max = config.connection_calls_max
+        self._connections_max = config.connections_max
+        self._refusals = refusals
+        self.callers = Callers(config.connections_max)
         self._stall_s = float(config.stream_stall_s)
         self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.message_bytes_max))
-        self.calls = [0, 0]  # that begin something, that carry on with an upload
+        self.calls = [0, 0, 0]  # that begin something, that carry on with an upload, of admins
 
     @property
     def message_bytes(self) -> int:
@@ -50,10 +66,33 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         handler = await continuation(details)
         if handler is None:
             return None
-        kind = int(details.method.endswith(_CARRYING_ON))
-        if self.calls[kind] >= self._calls_max:
-            return refusing(LimitError(f"{self._calls_max} calls are under way; try again later", RETRY_S))
-        return _Call(self, kind).admitted(handler)
+        kind = kind_of(details.method)
+        if self.calls[kind] >= self._calls_max[kind]:
+            words = f"{self._calls_max[kind]} calls are under way; try again later"
+            return self.refusing(LimitError(words, RETRY_S, "calls_max"))
+        name = "" if kind == _ADMIN else caller_name(details.invocation_metadata)
+        if kind != _ADMIN and not self._enter(name, anyway=kind == _CARRIES_ON):
+            words = f"{self._connections_max} clients are at work; try again later"
+            return self.refusing(LimitError(words, callers.RETRY_S, "connections_max"))
+        return _Call(self, kind, name).admitted(handler)
+
+    def _enter(self, name: str, *, anyway: bool) -> bool:
+        calls = self.callers.enter(name, anyway=anyway)
+        if calls == self._connection_calls_max and name:
+            words = f"one client has {calls} calls under way; gRPC holds back what it calls beyond them"
+            self._refusals.reached("connection_calls_max", words)
+        return calls > 0
+
+    def refusing(self, error: LimitError) -> Any:
+        """A handler that ends a call for a limit; counted."""
+        self._refusals.add(error)
+        return refusing(error)
+
+    async def refuse(self, context: Context, error: KVStoreError) -> None:
+        """End a call whose message was refused; counted where that is for a limit. Does not return."""
+        if isinstance(error, LimitError):
+            self._refusals.add(error)
+        await abort(context, error)
 
     def take(self, nbytes: int) -> bool:
         """Take a message's bytes into account; False when there are too many already."""
@@ -103,9 +142,10 @@ class Pace:
 class _Call:
     """One admitted call: what it holds, given back when its handler ends. gRPC runs all of it in one task."""
 
-    def __init__(self, admission: Admission, kind: int) -> None:
+    def __init__(self, admission: Admission, kind: int, caller: str) -> None:
         self._admission = admission
         self._kind = kind
+        self._caller = caller
         self._pace = admission.pace()
         self._held = 0
         self._refusal: KVStoreError | None = None
@@ -133,10 +173,12 @@ class _Call:
         """A message has come: parsed, or None with a refusal that the handler's wrapper finds."""
         self._pace.stop()
         self._let_go()
-        if not self._admission.take(len(raw)):
-            self._refusal = LimitError("the messages of other calls take all the memory for them", RETRY_S)
+        free = self._kind == _ADMIN and len(raw) <= ADMIN_MESSAGE_BYTES_MAX
+        if not free and not self._admission.take(len(raw)):
+            words = "the messages of other calls take all the memory for them"
+            self._refusal = LimitError(words, RETRY_S, "memory_bytes")
             return None
-        self._held = len(raw)
+        self._held = 0 if free else len(raw)
         try:
             return parse(raw)
         except DecodeError:
@@ -151,11 +193,13 @@ class _Call:
         self._pace.stop()
         self._let_go()
         self._admission.calls[self._kind] -= 1
+        if self._kind != _ADMIN:
+            self._admission.callers.leave(self._caller)
 
     def _answering(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def answer(request: Any, context: Context) -> Any:
             if self._refusal:
-                await abort(context, self._refusal)
+                await self._admission.refuse(context, self._refusal)
             reply = await behaviour(request, context)
             self._pace.start()
             return reply
@@ -165,7 +209,7 @@ class _Call:
     def _streaming(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
             if self._refusal:
-                await abort(context, self._refusal)
+                await self._admission.refuse(context, self._refusal)
             async for reply in behaviour(request, context):
                 self._pace.start()
                 yield reply
@@ -193,6 +237,13 @@ class _Call:
             self._let_go()
             self._pace.start()
         self._pace.stop()
+
+
+def kind_of(method: str) -> int:
+    """Which of the places a method takes."""
+    if method.startswith(_ADMIN_PREFIXES):
+        return _ADMIN
+    return _CARRIES_ON if method.endswith(_CARRYING_ON) else _BEGINS
 
 
 def refusing(error: KVStoreError) -> Any:

@@ -37,6 +37,7 @@ from kvstore.private import demand_private_directory
 from kvstore.server.access import daemon_credentials, guards, tls_credentials
 from kvstore.server.admin import AdminService
 from kvstore.server.admission import Admission
+from kvstore.server.callers import Sockets
 from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
@@ -66,7 +67,7 @@ M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
 # A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
 HANDSHAKE_MS = 10_000
-TCP_IDLE_MS = 300_000
+IDLE_MS = 300_000
 
 
 class Daemon:
@@ -117,12 +118,30 @@ class Daemon:
         counters = Counters()
         same_host = bool(config.address.path)
         service = KVStoreService(engine, store, fetch, layers, buffers, workers, counters, config, same_host=same_host)
-        admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name)
+        admission = Admission(config, counters.refusals)
+        sockets = Sockets(config, counters.refusals)
+
+        def load() -> pb.LoadStats:
+            return pb.LoadStats(
+                clients=admission.callers.count(),
+                clients_max=config.connections_max,
+                connections=sockets.connections,
+                connections_max=sockets.connections_max,
+                calls=sum(admission.calls[:2]),
+                calls_max=config.calls_max,
+                uploads=store.uploads.count(),
+                uploads_max=config.uploads_max,
+            )
+
+        admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name, load)
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
-            options=[*channel_options(config.message_bytes_max), *connection_options(config)],
-            interceptors=[*guards(credentials), Admission(config)],
+            options=[
+                *channel_options(config.message_bytes_max),
+                *connection_options(config, sockets.connections_max),
+            ],
+            interceptors=[*guards(credentials), admission],
         )
         add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
@@ -133,13 +152,14 @@ class Daemon:
             reflection.enable_server_reflection(names, server)
         bind(server, config, credentials)
         await server.start()
-        if config.address.path:
-            close_socket_to_others(Path(config.address.path))
+        for path in socket_paths(config):
+            close_socket_to_others(path)
         for name in ("", *services, WRITES):
             await health.set(name, SERVING)
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
-        reaper = asyncio.create_task(self._reap(store, engine, workers, health))
+        await workers.admin(sockets.begin)
+        reaper = asyncio.create_task(self._reap(store, engine, workers, health, sockets))
         await self._stop.wait()
         self._state = "draining"
         log.info("draining")
@@ -154,11 +174,14 @@ class Daemon:
             store.give_up()
         store.uploads.end_all()
 
-    async def _reap(self, store: StorePath, engine: Engine, workers: Workers, health: HealthServicer) -> None:
+    async def _reap(
+        self, store: StorePath, engine: Engine, workers: Workers, health: HealthServicer, sockets: Sockets
+    ) -> None:
         displaced = 0
         while True:
             await asyncio.sleep(REAP_EVERY_S)
             config = self._config
+            await workers.admin(sockets.look)
             await workers.admin(engine.maintain)
             degraded = (await workers.admin(engine.stats)).degraded
             await health.set(WRITES, NOT_SERVING if degraded else SERVING)
@@ -235,26 +258,35 @@ def settle_limits(engine: Engine, config: Config) -> None:
     )
 
 
-def connection_options(config: Config) -> list[tuple[str, int]]:
-    """gRPC's own limits on connections and on the calls of each."""
-    options = [
+def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:
+    """gRPC's own limits on connections to each address and on the calls of each connection."""
+    return [
         ("grpc.max_concurrent_streams", config.connection_calls_max),
-        ("grpc.max_allowed_incoming_connections", config.connections_max),
+        ("grpc.max_allowed_incoming_connections", connections_max),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
     ]
-    return options if config.address.path else [*options, ("grpc.max_connection_idle_ms", TCP_IDLE_MS)]
+
+
+def socket_paths(config: Config) -> list[Path]:
+    """The unix sockets of an address: that of workers, and that on which admins always find a place."""
+    address = config.address
+    return [Path(address.path), Path(address.admin_path)] if address.path else []
 
 
 def bind(server: grpc.aio.Server, config: Config, credentials: Credentials) -> None:
-    """Bind the address, with TLS where there is a certificate; DirectoryError names an address that is taken."""
+    """Bind the address and, beside a unix socket, the one for admins. With TLS where there is a certificate.
+
+    DirectoryError names an address that is taken.
+    """
     tls = tls_credentials(credentials)
-    target = config.address.target
-    try:
-        port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)
-    except RuntimeError as error:
-        raise DirectoryError(f"cannot listen on {config.listen}: {error}") from error
-    if not port:
-        raise DirectoryError(f"cannot listen on {config.listen}: the address is taken")
+    for target in [f"unix:{path}" for path in socket_paths(config)] or [config.address.target]:
+        try:
+            port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)
+        except RuntimeError as error:
+            raise DirectoryError(f"cannot listen on {target}: {error}") from error
+        if not port:
+            raise DirectoryError(f"cannot listen on {target}: the address is taken")
 
 
 def close_socket_to_others(path: Path) -> None:
@@ -267,7 +299,7 @@ def close_socket_to_others(path: Path) -> None:
 
 @contextlib.contextmanager
 def listening_place(config: Config) -> Iterator[None]:
-    """Make the socket's directory safe, hold its lock, remove a stale socket file, and clean up in the end.
+    """Make the socket's directory safe, hold its lock, remove stale socket files, and clean up in the end.
 
     gRPC would bind over the socket of a running daemon without a word, so a lock beside it decides. Raises
     DirectoryHeldError when another daemon listens there, DirectoryError when the directory is open to others.
@@ -293,12 +325,14 @@ def listening_place(config: Config) -> Iterator[None]:
             raise DirectoryHeldError(f"another daemon (pid {holder}) listens on {config.listen}") from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        if path.is_socket():
-            path.unlink()
-        elif path.exists() or path.is_symlink():
-            raise DirectoryError(f"{path} is in the way and is not a socket; remove it or listen elsewhere")
+        for one in socket_paths(config):
+            if one.is_socket():
+                one.unlink()
+            elif one.exists() or one.is_symlink():
+                raise DirectoryError(f"{one} is in the way and is not a socket; remove it or listen elsewhere")
         yield
-        path.unlink(missing_ok=True)
+        for one in socket_paths(config):
+            one.unlink(missing_ok=True)
     finally:
         os.close(fd)
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 
-from kvstore.errors import KVStoreError
+from kvstore.errors import KVStoreError, LimitError
 from kvstore.priority import give_way
 from kvstore.wire.status import to_status, trailing_metadata
 
@@ -67,7 +67,9 @@ async def abort(context: Context, error: KVStoreError) -> None:
     await _end(context, to_status(error), str(error), trailing_metadata(error))
 
 
-async def _abort(context: Context, name: str, error: Exception) -> None:
+async def _abort(service: Any, context: Context, name: str, error: Exception) -> None:
+    if isinstance(error, LimitError):
+        service.refusals.add(error)
     if isinstance(error, KVStoreError):
         await abort(context, error)
     log.error("%s failed", name, exc_info=error)
@@ -83,7 +85,10 @@ async def _end(context: Context, code: Any, details: str, metadata: Any) -> None
 
 
 def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any, Any, Context], Awaitable[T]]:
-    """The RPC edge of a unary handler: every error becomes a status, none a traceback on the wire."""
+    """The RPC edge of a unary handler: every error becomes a status, none a traceback on the wire.
+
+    A service has `refusals`, which count what a limit refused.
+    """
 
     @functools.wraps(handler)
     async def edge(self: Any, request: Any, context: Context) -> T:
@@ -92,7 +97,7 @@ def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
         except Exception as error:
-            await _abort(context, handler.__name__, error)
+            await _abort(self, context, handler.__name__, error)
             raise
 
     return edge
@@ -111,7 +116,7 @@ def streaming(
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:
-            await _abort(context, handler.__name__, error)
+            await _abort(self, context, handler.__name__, error)
             raise
 
     return edge

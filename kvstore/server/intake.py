@@ -74,7 +74,8 @@ class Intake:
         give_up_at = time.monotonic() + self._idle_s
         while not self._budget.try_acquire(nbytes):
             if nbytes > self._budget.limit_bytes or time.monotonic() >= give_up_at:
-                raise LimitError(f"memory_bytes = {self._budget.limit_bytes} of buffers are in use; try again later")
+                words = f"memory_bytes = {self._budget.limit_bytes} of buffers are in use; try again later"
+                raise LimitError(words, limit="memory_bytes")
             await self._write()  # what this upload holds itself
             await asyncio.sleep(ROOM_EVERY_S)
 

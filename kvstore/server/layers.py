@@ -109,7 +109,7 @@ class LayerFrames:
         """
         if not self._buffers.try_acquire(nbytes):
             limit = self._buffers.limit_bytes
-            raise LimitError(f"memory_bytes = {limit} of buffers are in use; try again later", RETRY_S)
+            raise LimitError(f"memory_bytes = {limit} of buffers are in use; try again later", RETRY_S, "memory_bytes")
         try:
             yield
         finally:

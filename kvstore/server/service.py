@@ -57,6 +57,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._buffers = buffers
         self._workers = workers
         self._counters = counters
+        self.refusals = counters.refusals
         self._config = config
         self._same_host = same_host
         self._stopping = asyncio.Event()

@@ -12,6 +12,7 @@ from kvstore.blocks import Reason
 from kvstore.engine import Engine, NamespaceUsage
 from kvstore.quality import Quality
 from kvstore.server.gate import Gate
+from kvstore.server.refusals import Refusals
 from kvstore.wire.convert import quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -20,6 +21,7 @@ class Counters:
     """What happened since start. Any thread may count."""
 
     def __init__(self) -> None:
+        self.refusals = Refusals()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._miss_reasons: Counter[str] = Counter()
@@ -47,7 +49,15 @@ class Counters:
                 self._store_reasons[reason.value] += 1
 
     def reply(
-        self, engine: Engine, *, version: str, state: str, device: str, gate: Gate, tokens_stored: int
+        self,
+        engine: Engine,
+        load: pb.LoadStats,
+        *,
+        version: str,
+        state: str,
+        device: str,
+        gate: Gate,
+        tokens_stored: int,
     ) -> pb.StatsReply:
         """The Stats reply. Reads the index: call it on a worker thread."""
         disk = engine.stats()
@@ -89,6 +99,8 @@ class Counters:
             evictions={
                 cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
             },
+            refusals=self.refusals.counts(),
+            load=load,
             bytes=pb.ByteStats(
                 logical=sum(one.tokens * one.info.layout.token_bytes for one in disk.namespaces),
                 stored=disk.stored_bytes,

@@ -162,7 +162,8 @@ class StorePath:
         if not n_tokens:
             raise InvalidRequestError("no tokens to store")
         if n_tokens > self._config.tokens_max:
-            raise LimitError(f"{n_tokens} tokens are more than tokens_max = {self._config.tokens_max}")
+            words = f"{n_tokens} tokens are more than tokens_max = {self._config.tokens_max}"
+            raise LimitError(words, limit="tokens_max")
         if request.captured_from > n_tokens or request.restored_tokens > n_tokens:
             raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
         if request.restored_fidelity > FIDELITY_EXACT:
@@ -180,7 +181,8 @@ class StorePath:
             raise InvalidRequestError(f"states: {error}") from error
         nbytes = sum(state.nbytes for state in request.states)
         if nbytes > self._config.memory_bytes:
-            raise LimitError(f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}")
+            words = f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}"
+            raise LimitError(words, limit="memory_bytes")
 
     def _plan(
         self, request: StoreRequest, namespace: NamespaceInfo, profile: Profile, floor: int, held: Match
@@ -220,7 +222,8 @@ class StorePath:
         if nbytes > self._staged.limit_bytes:
             return False
         if not self._staged.try_acquire(nbytes):
-            raise LimitError(f"{self._staged.limit_bytes} bytes of uploads are under way; try again later", RETRY_S)
+            words = f"{self._staged.limit_bytes} bytes of uploads are under way; try again later"
+            raise LimitError(words, RETRY_S, "staging_bytes")
         held = contextlib.ExitStack()
         upload.release = held.close
         try:

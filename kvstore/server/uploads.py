@@ -121,7 +121,7 @@ class Uploads:
         """List the upload; LimitError when too many are under way."""
         with self._lock:
             if len(self._by_id) >= self._uploads_max:
-                raise LimitError(f"{self._uploads_max} uploads are under way; try again later", RETRY_S)
+                raise LimitError(f"{self._uploads_max} uploads are under way; try again later", RETRY_S, "uploads_max")
             self._by_id[upload.upload_id] = upload
             for key in upload.new_keys:
                 self._by_key.setdefault(key, upload.upload_id)
@@ -161,6 +161,11 @@ class Uploads:
         with self._lock:
             upload_id = self._by_key.get(key)
             return upload_id if upload_id and self._by_id[upload_id].fidelity >= fidelity_min else None
+
+    def count(self) -> int:
+        """Uploads under way."""
+        with self._lock:
+            return len(self._by_id)
 
     def any_listed(self, upload_ids: Sequence[str]) -> bool:
         """Whether any of those uploads is still under way."""

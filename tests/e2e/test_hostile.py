@@ -16,6 +16,7 @@ from kvstore.client.client import Client
 from kvstore.config import Config
 from kvstore.errors import LimitError
 from kvstore.server.admission import Admission
+from kvstore.server.refusals import Refusals
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import DETAILS_KEY, RETRY_INFO, from_rpc_error, trailing_metadata
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -240,10 +241,11 @@ def test_messages_over_the_daemons_memory_are_refused_with_a_time(peer: Peer, cl
 
 def test_admission_counts_to_zero_again(daemon: DaemonProcess) -> None:
     """What is taken is given back, and more than there is is not taken."""
-    admission = Admission(Config(memory_bytes="64MiB", message_bytes_max="32MiB"))  # type: ignore[arg-type]
+    config = Config(memory_bytes="64MiB", message_bytes_max="32MiB")  # type: ignore[arg-type]
+    admission = Admission(config, Refusals())
     assert admission.take(20 << 20) and not admission.take(20 << 20)
     admission.give_back(20 << 20)
-    assert (admission.message_bytes, admission.calls) == (0, [0, 0])
+    assert (admission.message_bytes, admission.calls) == (0, [0, 0, 0])
 
 
 def test_a_refusal_says_in_the_words_of_grpc_when_to_try_again() -> None:

@@ -49,7 +49,7 @@ class DaemonProcess:
         self._command = ["-c", program] if program else ["-m", "kvstore", "serve"]
         self.data_dir = data_dir
         self.keys_dir = data_dir.with_name(f"{data_dir.name}.keys")
-        # A short directory of its own: a socket path has 103 bytes, pytest's directories are long.
+        # A short directory of its own: a socket path has 97 bytes, pytest's directories are long.
         self._socket_dir = tempfile.mkdtemp(prefix="kvs-")
         self.listen = listen or f"unix:{self._socket_dir}/s"
         # TCP with neither TLS nor tokens, where a test does not say otherwise.

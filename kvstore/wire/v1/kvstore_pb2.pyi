@@ -290,7 +290,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -312,6 +312,13 @@ class StatsReply(_message.Message):
         key: str
         value: Evicted
         def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Evicted, _Mapping]] = ...) -> None: ...
+    class RefusalsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     DISK_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +328,8 @@ class StatsReply(_message.Message):
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     STORE_REASONS_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -330,7 +339,9 @@ class StatsReply(_message.Message):
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
     store_reasons: _containers.ScalarMap[str, int]
     evictions: _containers.MessageMap[str, Evicted]
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ...) -> None: ...
+    refusals: _containers.ScalarMap[str, int]
+    load: LoadStats
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ...) -> None: ...
 
 class Evicted(_message.Message):
     __slots__ = ("blocks", "bytes")
@@ -339,6 +350,26 @@ class Evicted(_message.Message):
     blocks: int
     bytes: int
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class LoadStats(_message.Message):
+    __slots__ = ("clients", "clients_max", "connections", "connections_max", "calls", "calls_max", "uploads", "uploads_max")
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_MAX_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
+    CONNECTIONS_MAX_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    CALLS_MAX_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    UPLOADS_MAX_FIELD_NUMBER: _ClassVar[int]
+    clients: int
+    clients_max: int
+    connections: int
+    connections_max: int
+    calls: int
+    calls_max: int
+    uploads: int
+    uploads_max: int
+    def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ...) -> None: ...
 
 class DaemonStats(_message.Message):
     __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail")

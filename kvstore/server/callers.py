@@ -1,0 +1,106 @@
+"""Who calls: clients by the names that they give themselves, and the connections that the process holds.
+
+gRPC does not tell a handler which connection a call came on, and a connection without a call reaches no handler at all.
+So a client sends a random name with each call; those that called lately are counted, and one too many is refused in
+words. Connections that nobody uses show only among the sockets of the process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kvstore.access import CLIENT_KEY
+from kvstore.config import Config
+from kvstore.server.refusals import Refusals
+
+# A client keeps its place so long after its last call: clients that ask all the time do not take turns.
+KEEP_S = 5.0
+RETRY_S = 2.0
+NAME_CHARACTERS_MAX = 64
+# gRPC's own limit on connections, over `connections_max`.
+GRPC_FACTOR = 4
+GRPC_MORE = 16
+
+
+class Callers:
+    """The clients that called lately, at most `callers_max`. Lives on the event loop."""
+
+    def __init__(self, callers_max: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._callers_max = callers_max
+        self._clock = clock
+        self._calls: dict[str, int] = {}
+        self._last_s: dict[str, float] = {}
+
+    def count(self) -> int:
+        """Clients with a place now."""
+        self._forget()
+        return len(self._calls)
+
+    def enter(self, name: str, *, anyway: bool = False) -> int:
+        """Begin a call of a client: how many it has under way then, 0 when there is no place for it.
+
+        `anyway`: of one that carries on with what it has begun.
+        """
+        if name not in self._calls and len(self._calls) >= self._callers_max:
+            self._forget()
+            if len(self._calls) >= self._callers_max and not anyway:
+                return 0
+        self._calls[name] = self._calls.get(name, 0) + 1
+        return self._calls[name]
+
+    def leave(self, name: str) -> None:
+        """A call has ended."""
+        self._calls[name] -= 1
+        self._last_s[name] = self._clock()
+
+    def _forget(self) -> None:
+        """Give up the places of those that have not called lately."""
+        since_s = self._clock() - KEEP_S
+        for name in [one for one, calls in self._calls.items() if not calls and self._last_s[one] < since_s]:
+            del self._calls[name], self._last_s[name]
+
+
+def caller_name(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    """The name that came with a call. All that give none count as one client."""
+    names = [value for key, value in metadata or () if key == CLIENT_KEY and isinstance(value, str)]
+    return names[0][:NAME_CHARACTERS_MAX] if names else ""
+
+
+def open_sockets() -> int:
+    """Sockets of this process. Reads the file system: not for the event loop."""
+    count = 0
+    for name in os.listdir("/dev/fd"):
+        try:
+            count += stat.S_ISSOCK(Path(f"/dev/fd/{name}").stat().st_mode)
+        except OSError:  # closed meanwhile, or the descriptor of this listing
+            continue
+    return count
+
+
+class Sockets:
+    """Connections of the process, counted now and then. `begin` and `look` read the file system: a worker thread's."""
+
+    def __init__(self, config: Config, refusals: Refusals) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        # Where gRPC drops a connection without a word: well above ours, below the descriptors.
+        wanted = min(GRPC_FACTOR * config.connections_max, soft // 2)
+        self.connections_max = max(config.connections_max + GRPC_MORE, wanted)
+        self.connections = 0
+        self._refusals = refusals
+        self._own = 0
+
+    def begin(self) -> None:
+        """Nobody is connected yet: what sockets there are, are the daemon's own."""
+        self._own = open_sockets()
+
+    def look(self) -> None:
+        """Count again; at gRPC's own limit, say so, since gRPC does not."""
+        self.connections = max(0, open_sockets() - self._own)
+        if self.connections >= self.connections_max:
+            words = f"{self.connections} connections are open, and gRPC drops new ones; idle ones end by themselves"
+            self._refusals.reached("connections", words)
