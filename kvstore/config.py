@@ -232,7 +232,7 @@ class Config:
     connection_calls_max: int = _key(values.whole(1), "Most calls under way on one connection.", "count", default=64)
     connections_max: int = _key(
         values.whole(1),
-        "Most clients at work at once; connections are dropped at four times that.",
+        "Most clients at work at once; four times as many connections.",
         "count",
         default=256,
     )

@@ -153,8 +153,9 @@ def test_what_cannot_be_is_ignored_and_memory_is_bounded(costs: Costs, monkeypat
     monkeypatch.setattr(costs_module, "NAMESPACES_MAX", 4)
     monkeypatch.setattr(costs_module, "ANSWERED_MAX", 8)
     before_s = costs.seconds(ROOT, "path", LARGE)
-    costs.measured(77, Timing(1, 1.0))
-    costs.end(77)
+    costs.measured("77", Timing(1, 1.0))
+    costs.reported("77", Timing(1, 1.0), "")
+    costs.end("77")
     for seconds in (math.nan, math.inf, -1.0):
         costs.measured(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, seconds))
         costs.measured(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, 0.0, 5, seconds))
@@ -164,6 +165,50 @@ def test_what_cannot_be_is_ignored_and_memory_is_bounded(costs: Costs, monkeypat
     for one in list(costs._answered):
         costs.end(one)
     assert costs.seconds(ROOT, "path", LARGE) == before_s
+
+
+def test_a_report_is_taken_from_the_caller_of_the_fetch_alone_and_once(costs: Costs, clock: Clock) -> None:
+    """Another's, a guess and a second one change nothing; ids are random."""
+    before_s = costs.seconds(ROOT, "path", LARGE)
+    ids = [costs.start(ROOT, "path", LARGE, "mine") for _ in range(3)]
+    assert len({len(one) for one in ids}) == 1 and len(ids[0]) == 32
+    clock.now_s += 50.0
+    slow = Timing(LARGE.read_bytes, 50.0)
+    for one in ids:
+        costs.reported(one, slow, "another")
+        costs.reported(one, slow, "")
+        costs.end(one)
+    assert costs.seconds(ROOT, "path", LARGE) == before_s
+    costs.reported(ids[0], slow, "mine")
+    after_s = costs.seconds(ROOT, "path", LARGE)
+    assert after_s > 10 * before_s
+    costs.reported(ids[0], slow, "mine")
+    assert costs.seconds(ROOT, "path", LARGE) == after_s
+
+
+def test_no_report_is_believed_beyond_the_time_that_passed(costs: Costs, clock: Clock) -> None:
+    """A fetch that was answered a second ago took no minute; one of yesterday is not reported today."""
+    mine = costs.start(ROOT, "path", LARGE, "mine")
+    honest = costs.start(OTHER, "path", LARGE, "mine")
+    clock.now_s += 1.0
+    costs.reported(mine, Timing(LARGE.read_bytes, 1e6, LARGE.decode_bytes, 1e6), "mine")
+    costs.reported(honest, Timing(LARGE.read_bytes, 1.0), "mine")
+    assert costs.seconds(ROOT, "path", LARGE) <= costs.seconds(OTHER, "path", LARGE) * 1.01
+    before_s = costs.seconds(ROOT, "path", LARGE)
+    late = costs.start(ROOT, "path", LARGE, "mine")
+    clock.now_s += costs_module.REPORT_S_MAX + 1
+    costs.reported(late, Timing(LARGE.read_bytes, 61.0), "mine")
+    assert costs.seconds(ROOT, "path", LARGE) <= before_s
+
+
+def test_of_a_stream_a_worker_reports_the_decoding_alone(costs: Costs, clock: Clock) -> None:
+    """The daemon has measured the rest."""
+    before_s = costs.seconds(ROOT, "stream", LARGE)
+    mine = costs.start(ROOT, "stream", LARGE, "mine")
+    costs.end(mine)
+    clock.now_s += 50.0
+    costs.reported(mine, Timing(LARGE.read_bytes, 50.0), "mine")
+    assert costs.seconds(ROOT, "stream", LARGE) == before_s
 
 
 @pytest.mark.parametrize("speed", [math.nan, math.inf, -1.0])

@@ -37,7 +37,7 @@ class Plan:
     keys: tuple[bytes, ...] = ()
     files: tuple[FileSource, ...] = ()
     states: tuple[LayerState, ...] = ()
-    fetch_id: int = 0
+    fetch_id: str = ""
 
     @property
     def state_source(self) -> int:

@@ -31,7 +31,7 @@ class Meter:
         self._decoded_bytes += nbytes
         self._decode_s += seconds
 
-    def report(self, fetch_id: int, *, by_path: bool) -> pb.ReportRequest:
+    def report(self, fetch_id: str, *, by_path: bool) -> pb.ReportRequest:
         """The fetch so far as a message. Of a stream the daemon has measured the reading itself."""
         timing = pb.FetchTiming(fetch_id=fetch_id, decoded_bytes=self._decoded_bytes, decode_s=self._decode_s)
         if by_path:

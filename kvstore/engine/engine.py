@@ -328,6 +328,10 @@ class Engine:
         """Count the size of a staged file, or, with the same number negative, its end."""
         self._room.book_staging(nbytes)
 
+    def could_reserve(self, nbytes: int) -> bool:
+        """Whether `reserve` may find room for so many staged bytes. Evicts nothing."""
+        return self._room.could_reserve(nbytes)
+
     def reserve(self, nbytes: int) -> bool:
         """`make_room` and `add_usage` in one step; False, and nothing counted, when there is no room."""
         return self._room.reserve(nbytes)

@@ -72,6 +72,23 @@ class Room:
             self.book_staging(nbytes)
             return True
 
+    def could_reserve(self, nbytes: int) -> bool:
+        """Whether `reserve` may find room, by evicting or not; nothing is evicted to find out."""
+        state = self._state
+        with state.lock:
+            if state.is_displaced():
+                return False
+            ledger, options = state.ledger, state.options
+            need = disk_bytes(nbytes)
+            if ledger.fixed + need + _COMMIT_BYTES > options.budget_bytes:
+                return False
+            try:
+                spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
+            except OSError as error:
+                state.counts.disk_error = str(error)
+                return False
+            return spare >= need or (not state.counts.under_floor and spare + ledger.get("blobs") >= need)
+
     def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
         """Remove what is selected, least recently used leaves first; a dry run is the same walk, aborted."""
         state = self._state

@@ -15,17 +15,20 @@ line through decayed sums was rejected: where all hits have one size it says not
 Measured times are those of one fetch alone: they are divided by the fetches that were active, and multiplied by those
 that are when they are asked for. What was found to be slow fades, so that it is tried again: a namespace from which
 nothing is restored measures nothing.
+
+A worker may report what only it can see, once, of a fetch of its own, and no more time than has passed here since the
+reply: what it says is believed for other callers of the namespace too.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
+import secrets
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from kvstore.blocks import RAW, Reason
@@ -55,6 +58,8 @@ HALF_LIFE_S = 60.0
 
 NAMESPACES_MAX = 256
 ANSWERED_MAX = 1024
+# No honest report comes later than this.
+REPORT_S_MAX = 60.0
 # A fetch by path that nobody reports the end of counts as active for so many times what was expected of it.
 OVERDUE = 3.0
 
@@ -169,12 +174,17 @@ class _Way:
 
 @dataclass(slots=True)
 class _Answered:
-    """A fetch that was answered: what it is, how many there were with it, and until when it counts as active."""
+    """A fetch that was answered: whose it is, what it is, how many there were with it, when it was asked for, and until
+    when it counts as active. `reported`: its caller has had its say."""
 
+    caller: str
+    by_path: bool
     way: _Way
     work: Work
     crowd: int
+    asked_s: float
     active_until_s: float
+    reported: bool = False
 
 
 class Costs:
@@ -190,8 +200,7 @@ class Costs:
         self._clock = clock
         self._lock = threading.Lock()
         self._ways: OrderedDict[tuple[bytes, Way], _Way] = OrderedDict()
-        self._answered: OrderedDict[int, _Answered] = OrderedDict()
-        self._ids = itertools.count(1)
+        self._answered: OrderedDict[str, _Answered] = OrderedDict()
 
     def seconds(self, root: bytes, way: Way, work: Work) -> float:
         """How long a fetch that came now would take."""
@@ -203,24 +212,53 @@ class Costs:
         waiting = self._backlog_s() if way == "dense" and work.decode_bytes else 0.0
         return fixed + (reading + decoding) * (1 + self._others()) + waiting
 
-    def start(self, root: bytes, way: Way, work: Work) -> int:
-        """Count a fetch as active; the id under which it is measured and ended."""
+    def now_s(self) -> float:
+        """The clock that fetches are timed by."""
+        return self._clock()
+
+    def start(self, root: bytes, way: Way, work: Work, caller: str = "", asked_s: float | None = None) -> str:
+        """Count a fetch as active; the id under which it is measured and ended, which nobody can guess.
+
+        `asked_s`: when its call came, None: just now.
+        """
         with self._lock:
-            known = self._way(root, way)
-            until_s = self._clock() + OVERDUE * self._seconds(known, way, work)
-            fetch_id = next(self._ids)
-            self._answered[fetch_id] = _Answered(known, work, 1 + self._others(), until_s)
+            known, now_s = self._way(root, way), self._clock()
+            until_s = now_s + OVERDUE * self._seconds(known, way, work)
+            fetch_id = secrets.token_hex(16)
+            crowd = 1 + self._others()
+            self._answered[fetch_id] = _Answered(
+                caller, way == "path", known, work, crowd, now_s if asked_s is None else asked_s, until_s
+            )
             while len(self._answered) > ANSWERED_MAX:
                 self._answered.popitem(last=False)
             return fetch_id
 
-    def end(self, fetch_id: int) -> None:
+    def end(self, fetch_id: str) -> None:
         """The fetch is over; it may still be measured. Ids that are not known are ignored."""
         with self._lock:
             if fetch_id in self._answered:
                 self._answered[fetch_id].active_until_s = 0.0
 
-    def measured(self, fetch_id: int, timing: Timing) -> None:
+    def reported(self, fetch_id: str, timing: Timing, caller: str) -> None:
+        """What a caller says that its fetch took. Once, and not of another's.
+
+        No more is believed than the time from its call until now. Of a stream only the decoding: its reading was
+        measured here.
+        """
+        with self._lock:
+            active = self._answered.get(fetch_id)
+            if active is None or active.caller != caller or active.reported:
+                return
+            active.reported = True
+            passed_s, said_s = self._clock() - active.asked_s, timing.read_s + timing.decode_s
+            if passed_s > REPORT_S_MAX or not timing.is_sound:
+                return
+            share = min(1.0, passed_s / said_s) if said_s else 1.0
+            read_s = timing.read_s * share if active.by_path else 0.0
+            timing = replace(timing, read_s=read_s, decode_s=timing.decode_s * share)
+        self.measured(fetch_id, timing)
+
+    def measured(self, fetch_id: str, timing: Timing) -> None:
         """Learn from what a fetch took, and end it. Ids that are not known, and times that cannot be, are ignored."""
         with self._lock:
             active = self._answered.get(fetch_id)

@@ -129,7 +129,7 @@ class Daemon:
                 connections_max=sockets.connections_max,
                 calls=sum(admission.calls[:2]),
                 calls_max=config.calls_max,
-                uploads=store.uploads.count(),
+                uploads=len(store.uploads.under_way()),
                 uploads_max=config.uploads_max,
             )
 
@@ -182,6 +182,7 @@ class Daemon:
             await asyncio.sleep(REAP_EVERY_S)
             config = self._config
             await workers.admin(sockets.look)
+            await workers.admin(store.uploads.keep_up)
             await workers.admin(engine.maintain)
             degraded = (await workers.admin(engine.stats)).degraded
             await health.set(WRITES, NOT_SERVING if degraded else SERVING)

@@ -63,7 +63,7 @@ class FetchPlan:
     namespace: NamespaceInfo | None
     match: Match
     lease: Lease | None
-    fetch_id: int = 0
+    fetch_id: str = ""
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
@@ -121,8 +121,14 @@ class FetchPath:
             return Match(0, Reason.BELOW_THRESHOLD)
         return match
 
-    def plan(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> FetchPlan:
-        """Match again, take a lease and make sure of every file and its header; what is damaged goes to quarantine."""
+    def plan(
+        self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = ""
+    ) -> FetchPlan:
+        """Match again, take a lease and make sure of every file and its header; what is damaged goes to quarantine.
+
+        `caller`: who may report what it took.
+        """
+        asked_s = self.costs.now_s()
         failed: Counter[Row] = Counter()
         unusable = functools.partial(first_unusable, failed)
         for _ in range(REPLANS_MAX):
@@ -136,7 +142,8 @@ class FetchPath:
                 self._engine.touch(match.parts)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
-                return replace(plan, fetch_id=self.costs.start(root, offer.way, work_of(match, namespace.layout)))
+                work = work_of(match, namespace.layout)
+                return replace(plan, fetch_id=self.costs.start(root, offer.way, work, caller, asked_s))
             plan.release()
             row = match.parts[damaged].row
             if not self._engine.recheck(row.key):

@@ -15,6 +15,7 @@ from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import Layout
 from kvstore.server import uploads
+from kvstore.server.callers import caller_name
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.edge import Context, Workers, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
@@ -87,7 +88,7 @@ class KVStoreService(rpc.KVStoreServicer):
         way = self._way(
             request.namespace, root, request.transport, dense=request.representation == pb.REPRESENTATION_DENSE
         )
-        plan = await self._planned(request, root, way)
+        plan = await self._planned(request, root, way, caller_name(context.invocation_metadata()))
         try:
             self._counters.fetched(plan.match.n_tokens, plan.match.reason)
             if plan.namespace is None:
@@ -110,10 +111,9 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.lease_s)
 
-    async def _planned(self, request: pb.FetchRequest, root: bytes, way: Way) -> FetchPlan:
-        planning = asyncio.ensure_future(
-            self._workers.read(self._fetch.plan, root, request.tokens, request.fidelity_min, offer_of(request, way))
-        )
+    async def _planned(self, request: pb.FetchRequest, root: bytes, way: Way, caller: str) -> FetchPlan:
+        wanted = (root, request.tokens, request.fidelity_min, offer_of(request, way), caller)
+        planning = asyncio.ensure_future(self._workers.read(self._fetch.plan, *wanted))
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
@@ -182,7 +182,7 @@ class KVStoreService(rpc.KVStoreServicer):
     async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
         with self._counting_invalid():
-            asked = store_request(request)
+            asked = store_request(request, caller_name(context.invocation_metadata()))
         planning = asyncio.ensure_future(self._workers.read(self._store.begin, asked))
         try:
             with self._counting_invalid():
@@ -289,7 +289,8 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
         if request.HasField("timing"):
-            self._fetch.costs.measured(request.timing.fetch_id, timing_of(request.timing))
+            caller = caller_name(context.invocation_metadata())
+            self._fetch.costs.reported(request.timing.fetch_id, timing_of(request.timing), caller)
             return pb.ReportReply()
         if request.reason and not request.key:
             self._counters.stored(known_reason(request.reason))
@@ -325,7 +326,7 @@ def timing_of(message: pb.FetchTiming) -> Timing:
     return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
 
 
-def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
+def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
     return StoreRequest(
         root=convert.root_from_message(message.namespace),
@@ -336,6 +337,7 @@ def store_request(message: pb.BeginStoreRequest) -> StoreRequest:
         restored_fidelity=message.restored_fidelity,
         profile=message.profile,
         isolated=bool(message.namespace.salt),
+        caller=caller,
         states=states_of(message),
     )
 

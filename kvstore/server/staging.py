@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -41,13 +41,23 @@ class Veil:
 class StagingFile:
     """One staging file of `nbytes`. One thread at a time fills or reads it; any thread may remove it.
 
-    `veiled`: what is in it is not readable on disk; then only `append` may fill it.
+    `veiled`: what is in it is not readable on disk; then only `append` may fill it. `cover(nbytes)` makes room on disk
+    for the first `nbytes`, before they are written.
     """
 
-    def __init__(self, directory: Path, name: str, nbytes: int, *, veiled: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        nbytes: int,
+        *,
+        veiled: bool = False,
+        cover: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:
         self.path = directory / name
         self.nbytes = nbytes
         self._veil = Veil() if veiled else None
+        self._cover = cover
         self.received_bytes = 0
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         with _room():
@@ -60,9 +70,10 @@ class StagingFile:
         """Write the next bytes of a streamed upload.
 
         Raises InvalidRequestError when there are more than were announced, NotFoundError when the upload was given up,
-        StoreFullError when the volume is full.
+        StoreFullError when there is no room for them.
         """
         pending = [memoryview(part) for part in parts if len(part)]
+        self._cover(min(self.nbytes, self.received_bytes + sum(map(len, pending))))
         with self._lock, _room():
             if self._write_fd < 0:
                 raise NotFoundError("the upload was given up")

@@ -42,17 +42,22 @@ from kvstore.errors import (
     KeyMissingError,
     LimitError,
     NotFoundError,
+    StoreFullError,
     UnavailableError,
 )
 from kvstore.keys import NamespaceInfo, block_key, chain_keys
 from kvstore.layers import Piece, cut_pieces
 from kvstore.rules import check_states
+from kvstore.server.booking import Booking, Shares
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
 from kvstore.server.uploads import RETRY_S, Upload, Uploads, block_range, checkpoint_place
 
 T = TypeVar("T")
+
+# Of the bytes that all uploads may have, this part is one client's, where it has more than one upload.
+CALLER_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class StoreRequest:
     restored_fidelity: int
     profile: str
     isolated: bool = False  # a tenant with a salt of its own
+    caller: str = ""  # the name that the client gives itself
     states: tuple[LayerState, ...] = ()
 
 
@@ -101,6 +107,7 @@ class StorePath:
         self.gate = Gate(engine.quality, config)
         self.uploads = Uploads(config.uploads_max)
         self._staged = ByteBudget(config.staging_bytes or engine.budget_bytes // 2)
+        self._shares = Shares(self._staged.limit_bytes // CALLER_SHARE)
         self._given_up = False
         self.tokens_stored = 0
 
@@ -141,7 +148,7 @@ class StorePath:
         if upload.pieces and request.captured_from > upload.start:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
         self._engine.touch(held.slices)
-        if not self._open(upload):
+        if not self._open(upload, request.caller):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL, self._engine.degraded)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
 
@@ -216,25 +223,29 @@ class StorePath:
             awaits_checkpoint=not held_states and sender is not None,
         )
 
-    def _open(self, upload: Upload) -> bool:
-        """List the upload and make its staging file; False when the budget has no room for it."""
+    def _open(self, upload: Upload, caller: str) -> bool:
+        """List the upload and make its staging file; False when there can be no room for it. Evicts nothing yet."""
         nbytes = upload.upload_bytes
-        if nbytes > self._staged.limit_bytes:
+        if nbytes > self._staged.limit_bytes or not self._engine.could_reserve(nbytes):
             return False
-        if not self._staged.try_acquire(nbytes):
-            words = f"{self._staged.limit_bytes} bytes of uploads are under way; try again later"
-            raise LimitError(words, RETRY_S, "staging_bytes")
+        words = "bytes of uploads are under way; try again later"
+        if not self._shares.try_acquire(caller, nbytes):
+            raise LimitError(f"{self._shares.share_bytes} {words} (one client's share)", RETRY_S, "staging_bytes")
         held = contextlib.ExitStack()
         upload.release = held.close
+        held.callback(self._shares.release, caller, nbytes)
         try:
+            if not self._staged.try_acquire(nbytes):
+                raise LimitError(f"{self._staged.limit_bytes} {words}", RETRY_S, "staging_bytes")
             held.callback(self._staged.release, nbytes)
-            if not self._engine.reserve(nbytes):
-                held.close()
-                return False
-            held.callback(self._engine.add_usage, -nbytes)
+            booking = Booking(self._engine, nbytes)
+            upload.cover = booking.cover
+            held.callback(booking.end)
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             if upload.wants_bytes:
-                upload.staging = StagingFile(self._staging_dir, upload.upload_id, nbytes, veiled=upload.encrypted)
+                upload.staging = StagingFile(
+                    self._staging_dir, upload.upload_id, nbytes, veiled=upload.encrypted, cover=upload.cover
+                )
                 held.callback(upload.staging.remove)
             self.uploads.add(upload)
         except BaseException:
@@ -252,6 +263,7 @@ class StorePath:
         try:
             if upload.staging is not None:
                 upload.staging.seal()
+                upload.cover(upload.upload_bytes)
             root, floor = upload.namespace.root, self._floor(upload)
             needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
             before = self._engine.match(root, upload.tokens, floor, needed)
@@ -271,6 +283,8 @@ class StorePath:
             self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
             # Part of it may be what another upload committed a moment ago.
             return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
+        except StoreFullError:
+            return StoreOutcome(0, 0, Reason.STORE_FULL, durable=False)
         finally:
             self.uploads.end(upload)
 
@@ -280,13 +294,15 @@ class StorePath:
             receipt = self._engine.store(
                 upload.namespace_record,
                 self._new_blocks(upload, fidelity),
-                protect=[*upload.keys, *upload.new_keys],
+                # A block that is spliced may be another sequence's tail: nothing here may make room for what needs it.
+                protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
                 encryption=upload.encryption,
             )
         except CorruptDataError:
+            evicted = [piece for piece in upload.spliced if not self._engine.show(piece.row.key)]
             for piece in upload.spliced:
                 self._engine.recheck(piece.row.key)
-            return 0, Reason.CORRUPT
+            return 0, Reason.EVICTED if evicted else Reason.CORRUPT
         return receipt.new_bytes, receipt.reason
 
     def _floor(self, upload: Upload) -> int:

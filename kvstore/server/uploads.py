@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -11,10 +12,12 @@ from dataclasses import dataclass, field
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
 from kvstore.codecs.profiles import Profile
 from kvstore.engine import NamespaceKey, Slice
-from kvstore.errors import LimitError, NotFoundError
+from kvstore.errors import LimitError, NotFoundError, StoreFullError
 from kvstore.keys import NamespaceInfo, checkpoint_key
 from kvstore.layers import Layout, Piece
 from kvstore.server.staging import StagingFile
+
+log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
 
@@ -45,6 +48,7 @@ class Upload:
     touched_s: float = field(default_factory=time.monotonic)
     seen_bytes: int = 0
     release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
+    cover: Callable[[int], None] = lambda nbytes: None  # makes room on disk for so many leading bytes; see `Booking`
 
     @property
     def encrypted(self) -> bool:
@@ -162,10 +166,24 @@ class Uploads:
             upload_id = self._by_key.get(key)
             return upload_id if upload_id and self._by_id[upload_id].fidelity >= fidelity_min else None
 
-    def count(self) -> int:
-        """Uploads under way."""
+    def under_way(self) -> list[Upload]:
+        """All uploads that are listed now."""
         with self._lock:
-            return len(self._by_id)
+            return list(self._by_id.values())
+
+    def keep_up(self) -> None:
+        """Make room for what workers wrote to their staging files by themselves. To be called every second or so.
+
+        An upload for which there is none is given up: the budget holds whichever way bytes come.
+        """
+        for upload in self.under_way():
+            if upload.staging is None or upload.committing:
+                continue
+            try:
+                upload.cover(upload.staging.progress())
+            except (StoreFullError, NotFoundError) as error:
+                log.warning("gave up upload %s of %d tokens: %s", upload.upload_id[:8], upload.n_tokens, error)
+                self.give_up(upload)
 
     def any_listed(self, upload_ids: Sequence[str]) -> bool:
         """Whether any of those uploads is still under way."""
@@ -206,9 +224,7 @@ class Uploads:
 
     def end_all(self) -> None:
         """Give up everything, at shutdown. A commit that is still running ends its upload itself."""
-        with self._lock:
-            uploads = list(self._by_id.values())
-        for upload in uploads:
+        for upload in self.under_way():
             self.give_up(upload)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from kvstore.access import CLIENT_KEY
 from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.config import Config
@@ -133,7 +134,8 @@ def test_uploads_together_claim_half_of_the_budget_at_most(peer: Peer, client: C
     def claim_on() -> None:
         while len(opened) < 40:
             tokens = pack_tokens(range(len(opened) * 10**7, len(opened) * 10**7 + 6000))
-            opened.append(peer.kvstore.BeginStore(peer.begin(tokens=tokens)).upload_id)
+            named = ((CLIENT_KEY, f"client {len(opened)}"),)
+            opened.append(peer.kvstore.BeginStore(peer.begin(tokens=tokens), metadata=named).upload_id)
 
     with pytest.raises(grpc.RpcError) as refused:
         claim_on()
@@ -149,7 +151,10 @@ def test_uploads_together_claim_half_of_the_budget_at_most(peer: Peer, client: C
 def test_a_worker_waits_for_a_place_instead_of_losing_its_store(peer: Peer, client: Client) -> None:
     """While all the places are claimed by uploads that nothing arrives for; these end by themselves."""
     tokens = [pack_tokens(range(n * 10**7, n * 10**7 + 6000)) for n in range(5, 18)]
-    claims = [peer.kvstore.BeginStore.future(peer.begin(tokens=one)) for one in tokens]
+    claims = [
+        peer.kvstore.BeginStore.future(peer.begin(tokens=one), metadata=((CLIENT_KEY, f"client {number}"),))
+        for number, one in enumerate(tokens)
+    ]
     assert any(claim.exception() for claim in claims)
     mine = list(range(50_000, 56_000))
     result = patient(client, NAMESPACE).store(mine, make_layers(LAYOUT, mine), wait=True)

@@ -203,7 +203,7 @@ def test_uploads_and_their_bytes_are_bounded_and_counted(daemon: DaemonProcess, 
     """`uploads_max` of any size, `staging_bytes` of any number."""
     opened = []
     with reaching(daemon, "uploads_max"):
-        calls = [worker.begin(start * 10**6) for start in range(3)]
+        calls = [worker.begin(start * 10**6, 200) for start in range(3)]
         assert [call.exception() is None for call in calls].count(True) == 2
         opened = [call.result().upload_id for call in calls if call.exception() is None]
         assert error_of(next(call for call in calls if call.exception())).retry_s > 0

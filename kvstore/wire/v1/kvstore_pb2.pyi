@@ -122,8 +122,8 @@ class FetchPlan(_message.Message):
     layout: bytes
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSlice]
     checkpoint: StateSlice
-    fetch_id: int
-    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ..., fetch_id: _Optional[int] = ...) -> None: ...
+    fetch_id: str
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ..., fetch_id: _Optional[str] = ...) -> None: ...
 
 class StateSlice(_message.Message):
     __slots__ = ("key", "states", "path", "payload_offset", "file_bytes")
@@ -272,12 +272,12 @@ class FetchTiming(_message.Message):
     READ_S_FIELD_NUMBER: _ClassVar[int]
     DECODED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
-    fetch_id: int
+    fetch_id: str
     read_bytes: int
     read_s: float
     decoded_bytes: int
     decode_s: float
-    def __init__(self, fetch_id: _Optional[int] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., decoded_bytes: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, fetch_id: _Optional[str] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., decoded_bytes: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("quarantined",)
