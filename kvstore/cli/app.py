@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from kvstore import __version__, errors
+from kvstore.keys import plain_text
 
 # verb -> where it is and its line in `kvstore --help`, so that help and dispatch import no verb but the one asked for.
 VERBS = {
@@ -87,7 +88,7 @@ class Verbs(click.Group):
 
 
 def _complain(message: str) -> None:
-    click.echo(f"kvstore: {' '.join(message.split())}", err=True)
+    click.echo(f"kvstore: {plain_text(' '.join(message.split()))}", err=True)
 
 
 def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:

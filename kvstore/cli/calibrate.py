@@ -19,6 +19,7 @@ from kvstore.cli.common import (
     note,
     print_json,
     print_table,
+    say,
     time_text,
 )
 from kvstore.config import Config
@@ -194,7 +195,7 @@ def _forget(config: Config, prefix: bytes, profiles: Sequence[str], as_json: boo
     if as_json:
         print_json({"forgotten": forgotten})
         return
-    click.echo(f"forgot {forgotten} results")
+    say(f"forgot {forgotten} results")
 
 
 def plain_encode(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -268,10 +269,10 @@ def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> No
     print_table((*columns, "used") if refused else columns, rows, numbers=" nnnnnnnn")
     for one, why in zip(results, refused, strict=False):
         if why:
-            click.echo(f"{one.profile}: {why}")
+            say(f"{one.profile}: {why}")
     for one in results[:1]:
         if not one.answers_tell:
-            click.echo(
+            say(
                 f"answers: the model does not solve the problems (loss {one.answer_cold:.2f} nats a token on the right "
                 f"answers, {one.answer_wrong:.2f} on others), so a loss near 0 says nothing for a profile"
             )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kvstore.cli.app import EXIT_DAMAGE
-from kvstore.cli.common import absolute_address, common_options, connected, note, print_json, print_table, size_text
+from kvstore.cli.common import absolute_address, common_options, connected, note, print_json, print_table, say, size_text
 from kvstore.config import Config, keys_home, load_config
 from kvstore.errors import DirectoryError, UnavailableError
 
@@ -65,6 +65,6 @@ def _print(report: dict[str, Any], repair: bool) -> None:
         print_table(("finding", "file", "detail"), [(one["kind"], one["path"], one["detail"]) for one in findings])
     verdict = "no damage" if not findings else f"{len(findings)} findings"
     mended = f", {report['repaired']} put right" if repair else ""
-    click.echo(f"{verdict} in {report['blobs']:,} blobs, {size_text(report['bytes'])} read{mended}")
+    say(f"{verdict} in {report['blobs']:,} blobs, {size_text(report['bytes'])} read{mended}")
     if findings and not repair:
         note("`kvstore check --repair` puts right what can be")

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvstore.config import Config, load_config, parse_size
+from kvstore.keys import plain_text
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -93,16 +95,19 @@ def id_option(text: str) -> bytes:
 
 def print_json(fields: dict[str, Any]) -> None:
     """One JSON object on stdout, its schema first; what comes from the daemon brings its own."""
-    click.echo(json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
+    text = json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False)
+    # JSON escapes only what is below a space; a terminal also obeys others.
+    click.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", numbers: str = "") -> None:
     """A table for people on stdout; columns whose letter in `numbers` is `n` are set to the right."""
-    table = Table(box=None, title=title or None, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
+    heading = _cell(title) if title else None
+    table = Table(box=None, title=heading, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if numbers[index : index + 1] == "n" else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row))
     console().print(table)
 
 
@@ -112,15 +117,25 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in facts:
-        grid.add_row(f"  {name}", value)
+        grid.add_row(_cell(f"  {name}"), _cell(value))
     out = console()
-    out.print(f"[bold]{title}[/bold]")
+    out.print(_cell(title, "bold"))
     out.print(grid)
+
+
+def _cell(text: str, style: str = "") -> Text:
+    """Text for a terminal as it stands: neither its escapes nor rich's markup. What workers say ends up here."""
+    return Text(plain_text(text), style=style)
+
+
+def say(message: str) -> None:
+    """A line for people on stdout."""
+    click.echo(plain_text(message))
 
 
 def note(message: str) -> None:
     """A line for people beside the answer, on stderr."""
-    click.echo(f"kvstore: {message}", err=True)
+    click.echo(f"kvstore: {plain_text(message)}", err=True)
 
 
 def console() -> Console:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvstore.cli.common import client_config, common_options, print_json, print_table
+from kvstore.cli.common import client_config, common_options, print_json, print_table, say
 from kvstore.config import ENV_CONFIG, KEYS, default_config_path
 
 
@@ -36,7 +36,7 @@ def show(address: str | None, config_path: str | None, as_json: bool) -> None:
         }
         print_json({"file": str(file), "file_found": file.exists(), "keys": keys})
         return
-    click.echo(f"{file}{'' if file.exists() else ' (no such file)'}")
+    say(f"{file}{'' if file.exists() else ' (no such file)'}")
     print_table(
         ("key", "value", "from", "meaning"),
         [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in KEYS.items()],

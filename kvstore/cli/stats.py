@@ -14,6 +14,7 @@ from kvstore.cli.common import (
     print_facts,
     print_json,
     print_table,
+    say,
     size_text,
     span_text,
     time_text,
@@ -70,7 +71,7 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
     print_table(columns, cells, numbers="  nnnn")
     for row in rows:
         for profile in row["unmeasured"]:
-            click.echo(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")
+            say(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")
 
 
 def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:

@@ -84,6 +84,15 @@ async def _end(context: Context, code: Any, details: str, metadata: Any) -> None
         raise asyncio.CancelledError from None
 
 
+def gone() -> asyncio.CancelledError:
+    """What a handler ends with when gRPC could not write for it, since its caller is gone.
+
+    gRPC may not have noticed yet that the call was cancelled, as every fetch by path is when its files are open. A
+    status would be one more thing that it cannot send, and each such failure is a traceback in the log.
+    """
+    return asyncio.CancelledError()
+
+
 def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any, Any, Context], Awaitable[T]]:
     """The RPC edge of a unary handler: every error becomes a status, none a traceback on the wire.
 
@@ -96,6 +105,8 @@ def unary(handler: Callable[[Any, Any, Context], Awaitable[T]]) -> Callable[[Any
             return await handler(self, request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
+        except grpc.aio.InternalError:
+            raise gone() from None
         except Exception as error:
             await _abort(self, context, handler.__name__, error)
             raise
@@ -115,6 +126,8 @@ def streaming(
                 yield reply
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
+        except grpc.aio.InternalError:
+            raise gone() from None
         except Exception as error:
             await _abort(self, context, handler.__name__, error)
             raise

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from kvstore.blocks import KEY_BYTES, LayerState, Run
 from kvstore.errors import InvalidRequestError, LayoutMismatchError
-from kvstore.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
+from kvstore.keys import FIELD_BYTES_MAX, NAME_CHARACTERS_MAX, Namespace, NamespaceInfo, plain_text, root_key
 from kvstore.layers import Layout
 from kvstore.quality import Quality
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
@@ -56,6 +56,10 @@ def root_from_message(message: pb.Namespace) -> bytes:
         raise InvalidRequestError(f"a namespace field is longer than {FIELD_BYTES_MAX} bytes")
     if len(message.engine) + len(message.dtype) + len(message.alias) > FIELD_BYTES_MAX:
         raise InvalidRequestError(f"the names of a namespace are longer than {FIELD_BYTES_MAX} characters")
+    for name, value in (("engine", message.engine), ("dtype", message.dtype)):
+        if plain_text(value, NAME_CHARACTERS_MAX) != value:
+            words = f"{name}: {plain_text(value, NAME_CHARACTERS_MAX)} is longer than {NAME_CHARACTERS_MAX} characters"
+            raise InvalidRequestError(f"{words}, or has characters that are not for reading")
     return root_key(
         message.weights, message.adapter, message.layout_digest, message.dtype, message.engine, message.salt
     )
@@ -72,7 +76,8 @@ def namespace_from_message(message: pb.Namespace, layout_record: bytes) -> Names
     layout = Layout.from_record(layout_record)
     if layout.digest != message.layout_digest:
         raise LayoutMismatchError("the layout sent is not the one that the namespace is bound to")
-    return NamespaceInfo(root, message.weights, message.adapter, layout, message.dtype, message.engine, message.alias)
+    alias = plain_text(message.alias, NAME_CHARACTERS_MAX)  # for people alone, so it is not worth a refusal
+    return NamespaceInfo(root, message.weights, message.adapter, layout, message.dtype, message.engine, alias)
 
 
 def runs_to_bytes(runs: Sequence[Run]) -> bytes:
