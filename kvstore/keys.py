@@ -10,7 +10,6 @@ they never decide: token bytes are compared on every hit.
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,6 @@ _BLOCK_TAG = b"kvstore/block/v1\0"
 _CHECKPOINT_TAG = b"kvstore/checkpoint/v1\0"
 FIELD_BYTES_MAX = 4096
 RECORD_VERSION = 2
-# Names that people see: longer ones are cut, or refused where they are part of the identity.
-NAME_CHARACTERS_MAX = 200
 
 
 @dataclass(frozen=True)
@@ -105,21 +102,6 @@ class NamespaceInfo:
             return cls(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
         except (InvalidRequestError, TypeError) as error:
             raise CorruptDataError(f"namespace record: {error}") from error
-
-
-def plain_text(text: str, characters_max: int = 0) -> str:
-    """Text that a terminal only shows: what moves its cursor, colours or reorders becomes an escape, such as \\x1b.
-
-    Unicode's control, format, surrogate, private and unassigned characters, and its line and paragraph separators.
-    Longer text than `characters_max` is cut; 0: none is.
-    """
-    if not text.isprintable():
-        text = "".join(one if _is_plain(one) else ascii(one)[1:-1] for one in text)
-    return text if not characters_max or len(text) <= characters_max else text[: characters_max - 1] + "…"
-
-
-def _is_plain(character: str) -> bool:
-    return not (unicodedata.category(character).startswith("C") or character in "\u2028\u2029")
 
 
 def root_key(weights: bytes, adapter: bytes, layout_digest: bytes, dtype: str, engine: str, salt: bytes) -> bytes:

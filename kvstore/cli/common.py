@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.config import Config, load_config, parse_size
-from kvstore.keys import plain_text
+from kvstore.text import plain_text
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client

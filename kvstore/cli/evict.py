@@ -11,6 +11,7 @@ from kvstore.cli.common import (
     connected,
     id_option,
     print_json,
+    say,
     size_option,
     size_text,
 )
@@ -76,4 +77,4 @@ def command(
     freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
     kept = report.get("kept_bytes", 0)
     later = f"; {size_text(kept)} more when readers let go" if kept else ""
-    click.echo(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks{later}")
+    say(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks{later}")

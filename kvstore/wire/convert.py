@@ -11,10 +11,11 @@ from google.protobuf.message import Message
 
 from kvstore.blocks import KEY_BYTES, LayerState, Run
 from kvstore.errors import InvalidRequestError, LayoutMismatchError
-from kvstore.keys import FIELD_BYTES_MAX, NAME_CHARACTERS_MAX, Namespace, NamespaceInfo, plain_text, root_key
+from kvstore.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
 from kvstore.layers import Layout
 from kvstore.quality import Quality
 from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
+from kvstore.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Channel and server options that both ends need. Messages are bounded by the caller's limit, proxies never apply to a

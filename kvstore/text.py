@@ -1,0 +1,23 @@
+"""Text that came from elsewhere, made fit for a terminal, a log or a table."""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Names that people see: longer ones are cut, or refused where they are part of the identity.
+NAME_CHARACTERS_MAX = 200
+
+
+def plain_text(text: str, characters_max: int = 0) -> str:
+    """Text that a terminal only shows: what moves its cursor, colours or reorders becomes an escape, such as \\x1b.
+
+    Unicode's control, format, surrogate, private and unassigned characters, and its line and paragraph separators.
+    Longer text than `characters_max` is cut; 0: none is.
+    """
+    if not text.isprintable():
+        text = "".join(one if _is_plain(one) else ascii(one)[1:-1] for one in text)
+    return text if not characters_max or len(text) <= characters_max else text[: characters_max - 1] + "…"
+
+
+def _is_plain(character: str) -> bool:
+    return not (unicodedata.category(character).startswith("C") or character in "\u2028\u2029")
