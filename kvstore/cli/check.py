@@ -8,7 +8,16 @@ from typing import Any
 import click
 
 from kvstore.cli.app import EXIT_DAMAGE
-from kvstore.cli.common import absolute_address, common_options, connected, note, print_json, print_table, say, size_text
+from kvstore.cli.common import (
+    absolute_address,
+    common_options,
+    connected,
+    note,
+    print_json,
+    print_table,
+    say,
+    size_text,
+)
 from kvstore.config import Config, keys_home, load_config
 from kvstore.errors import DirectoryError, UnavailableError
 
