@@ -1,17 +1,15 @@
-"""What a session remembers of prefixes: which the store holds, and which KV in the worker's hands came out of it."""
+"""What a session remembers of prefixes that the store holds."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
 from kvstore.keys import block_key, chain_keys, checkpoint_key
 
 HELD_MAX = 65_536
 CHECKPOINTS_MAX = 1024
-RESTORED_BLOCKS_MAX = 65_536
-RESTORED_ENDS_MAX = 4096
 _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 
@@ -100,67 +98,3 @@ class HeldPrefixes:
             self._keys.popitem(last=False)
         while len(self._checkpoints) > self._checkpoints_max:
             self._checkpoints.popitem(last=False)
-
-
-class RestoredPrefixes:
-    """How much of a sequence's KV came out of the store, and at which fidelity. Any thread may call.
-
-    Remembers every hit by its full blocks' keys, and the tokens of each of its blocks under the key before it, so that
-    a cache which was trimmed back into a hit and then went another way is still recognised. What is forgotten first is
-    the least recently used; a session that forgets costs a second quantization, one that remembers a hit which the
-    worker never used costs raw bytes.
-    """
-
-    def __init__(self, root: bytes, blocks_max: int = RESTORED_BLOCKS_MAX, ends_max: int = RESTORED_ENDS_MAX) -> None:
-        self._root = root
-        self._blocks_max = blocks_max
-        self._ends_max = ends_max
-        self._blocks: OrderedDict[bytes, int] = OrderedDict()
-        self._ends: OrderedDict[tuple[bytes, bytes], int] = OrderedDict()
-        self._ends_of: dict[bytes, set[bytes]] = {}
-        self._lock = threading.Lock()
-
-    def remember(self, tokens: bytes, fidelity: int) -> None:
-        """A hit gave the KV of exactly `tokens`."""
-        parent = self._root
-        with self._lock:
-            for at in range(0, len(tokens), _BLOCK_BYTES):
-                block = tokens[at : at + _BLOCK_BYTES]
-                self._remember_end(parent, block, fidelity)
-                if len(block) == _BLOCK_BYTES:
-                    parent = block_key(parent, block)
-                    self._blocks[parent] = min(fidelity, self._blocks.get(parent, FIDELITY_EXACT))
-                    self._blocks.move_to_end(parent)
-            while len(self._blocks) > self._blocks_max:
-                self._blocks.popitem(last=False)
-
-    def _remember_end(self, parent: bytes, block: bytes, fidelity: int) -> None:
-        end = (parent, block)
-        self._ends[end] = min(fidelity, self._ends.get(end, FIDELITY_EXACT))
-        self._ends.move_to_end(end)
-        self._ends_of.setdefault(parent, set()).add(block)
-        while len(self._ends) > self._ends_max:
-            (old_parent, old_block), _ = self._ends.popitem(last=False)
-            self._ends_of[old_parent].discard(old_block)
-            if not self._ends_of[old_parent]:
-                del self._ends_of[old_parent]
-
-    def restored(self, tokens: bytes) -> tuple[int, int]:
-        """(leading tokens of `tokens` that came out of the store, the least fidelity among them).
-
-        Nobody says from which hit the worker's KV is. So the longest counts for the tokens, and for the fidelity every
-        hit that shares any: after an exact one a shorter one of lower rank may have taken its place.
-        """
-        parent, n_tokens, fidelity = self._root, 0, FIDELITY_EXACT
-        with self._lock:
-            for at in range(0, len(tokens), _BLOCK_BYTES):
-                block = tokens[at : at + _BLOCK_BYTES]
-                ends = [(common_tokens(end, block), self._ends[parent, end]) for end in self._ends_of.get(parent, ())]
-                fidelity = min([fidelity, *(rank for shared, rank in ends if shared)])
-                key = block_key(parent, block)
-                if key not in self._blocks:
-                    return n_tokens + max((shared for shared, _ in ends), default=0), fidelity
-                fidelity = min(fidelity, self._blocks[key])
-                self._blocks.move_to_end(key)
-                parent, n_tokens = key, n_tokens + BLOCK_TOKENS
-        return n_tokens, fidelity

@@ -16,12 +16,13 @@ from typing import Self, get_args
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
 from kvstore.bounds import ByteBudget
+from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.channel import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
-from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes, checkpoint_after, prefix_keys
+from kvstore.client.prefixes import HeldPrefixes, checkpoint_after, prefix_keys
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
@@ -93,10 +94,11 @@ class Session:
         self._connection = connection
         self._rest_until_s = 0.0
         self._held = HeldPrefixes(namespace.root)
-        self._restored = RestoredPrefixes(namespace.root)
+        self._provenance = provenance.PROCESS
+        self._weights = provenance.weights_of(namespace)
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
         self._background = Background(connection, self._uploader, self._held, self.stats)
-        self._storer = Storer(namespace, budget, self._held, self._restored, self._background.submit)
+        self._storer = Storer(namespace, budget, self._held, self._provenance, self._background.submit)
         fetch_options = FetchOptions(
             options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
         )
@@ -179,7 +181,9 @@ class Session:
         if answer.n_tokens:
             found = tokens[: answer.n_tokens * TOKEN_BYTES]
             self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
-            self._restored.remember(found, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT)
+            self._provenance.remember(
+                self._weights, found, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT
+            )
         if answer.reason in _ABSENT:
             self._held.forget(tokens, answer.n_tokens)
         return answer
@@ -215,7 +219,7 @@ class Session:
         if not plan.n_tokens:
             return Miss(plan.reason)
         found = tokens[: plan.n_tokens * TOKEN_BYTES]
-        self._restored.remember(found, plan.fidelity)
+        self._provenance.remember(self._weights, found, plan.fidelity)
         return LayerHit(plan.n_tokens, self._one_by_one(found, layers), plan.reason, plan.fidelity)
 
     def _one_by_one(self, found: bytes, layers: Iterator[KVLayer | StateLayer]) -> Iterator[KVLayer | StateLayer]:
@@ -237,7 +241,7 @@ class Session:
         state layers make a checkpoint if they are at exactly that offset; if not, the rest is stored and the reason is
         NO_CHECKPOINT. Without `wait` the answer is OK when that is queued; with it, the daemon's final word, or
         DEADLINE after `timeout_s`.
-        `restored_tokens`: so many leading tokens came out of the store; None: as this session's own hits say.
+        `restored_tokens`: so many leading tokens came out of the store; None: as all hits of this process say.
         """
         try:
             result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)

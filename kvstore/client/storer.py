@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
 from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadline
-from kvstore.client.prefixes import HeldPrefixes, RestoredPrefixes
+from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.provenance import Provenance, weights_of
 from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture, evaluate
@@ -95,13 +96,14 @@ class Storer:
         namespace: Namespace,
         budget: ByteBudget,
         held: HeldPrefixes,
-        restored: RestoredPrefixes,
+        provenance: Provenance,
         submit: Callable[[StoreJob | Rest], bool],
     ) -> None:
         self._layout = namespace.layout
         self._budget = budget
         self._held = held
-        self._restored = restored
+        self._provenance = provenance
+        self._weights = weights_of(namespace)
         self._submit = submit
         self._rest: Rest | None = None
 
@@ -230,14 +232,15 @@ class Storer:
     def _restored_part(self, request: StoreRequest) -> tuple[int, int]:
         """(leading tokens that came out of the store, their fidelity).
 
-        Of tokens that only the caller knows to be restored, the rank is unknown: at least what the session accepts. It
-        is never 0, which is "not said", and refused.
+        Of tokens that only the caller knows to be restored, the rank is unknown: the least that the session accepts or
+        that any hit had. It is never 0, which is "not said", and refused.
         """
-        known, fidelity = self._restored.restored(request.tokens)
+        known, fidelity = self._provenance.restored(self._weights, request.tokens)
         if request.restored_tokens is None or request.restored_tokens <= known:
             given = known if request.restored_tokens is None else max(0, request.restored_tokens)
             return given, max(1, fidelity)
-        return request.restored_tokens, max(1, min(fidelity, request.fidelity_min))
+        lowest = self._provenance.lowest(self._weights)
+        return request.restored_tokens, max(1, min(fidelity, lowest, request.fidelity_min))
 
 
 def combine(results: Sequence[StoreResult], reason: Reason) -> StoreResult:
