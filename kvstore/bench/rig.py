@@ -35,7 +35,9 @@ class Rig:
     def put(self, profile: str, number: int = 0) -> StoreResult:
         """Store sequence `number` and wait until it is durable."""
         with self.session(profile) as session:
-            return demand_stored(self.shape, session.store(self.shape.tokens(number), self.shape.kv(), wait=True))
+            return demand_stored(
+                self.shape, session.store(self.shape.tokens(number), self.shape.kv(), wait=True, restored_tokens=0)
+            )
 
 
 def patient(client: Client, shape: Shape, profile: str) -> Session:

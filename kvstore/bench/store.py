@@ -60,7 +60,7 @@ class _Stores:
         session, shape = self.made.session(profile), self.made.shape
 
         def store() -> None:
-            result = session.store(shape.tokens(next(self.numbers)), self.layers, wait=wait)
+            result = session.store(shape.tokens(next(self.numbers)), self.layers, wait=wait, restored_tokens=0)
             if wait:
                 self.facts[f"{name}: bytes on disk / raw"] = demand_stored(shape, result).new_bytes / shape.nbytes
             elif result.reason is not Reason.OK:
@@ -77,12 +77,12 @@ class _Stores:
         def first() -> None:
             self.empty()
             now[0] = next(self.numbers)
-            demand_stored(shape, session.store(shape.tokens(now[0]), self.layers, wait=True))
+            demand_stored(shape, session.store(shape.tokens(now[0]), self.layers, wait=True, restored_tokens=0))
 
         def second() -> None:
             rest = sequence_tokens(next(self.numbers), shape.seq_len + 1 - shared)
             tokens = shape.tokens(now[0])[: shared * TOKEN_BYTES] + rest
-            result = demand_stored(shape, session.store(tokens, self.layers, wait=True))
+            result = demand_stored(shape, session.store(tokens, self.layers, wait=True, restored_tokens=0))
             new_bytes = (shape.seq_len - shared) * shape.layout.token_bytes
             self.facts["second conversation: bytes on disk / bytes that are new"] = result.new_bytes / new_bytes
 

@@ -218,7 +218,7 @@ class Calibration:
     def _through(self, session: Session, window: Window, layers: Layers, tally: Tally) -> Layers:
         """The layers as the store gives them back."""
         started = time.perf_counter()
-        stored = session.store(window.prefix, layers, wait=True)
+        stored = session.store(window.prefix, layers, wait=True, restored_tokens=0)
         tally.store_s += time.perf_counter() - started
         hit = session.fetch([*window.prefix, window.following[0]])
         if isinstance(hit, Miss) or hit.n_tokens != len(window.prefix):

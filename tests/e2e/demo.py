@@ -316,7 +316,7 @@ class Demo:
         """Teacher forcing: the same held-out tokens after a prefix from the store as after a cold one."""
         with stage.session(self.model) as session:
             for window in self._windows:
-                session.store(window.tokens[:PREFIX_TOKENS], window.layers, wait=True)
+                session.store(window.tokens[:PREFIX_TOKENS], window.layers, wait=True, restored_tokens=0)
         stage.daemon.kill()
         stage.daemon.start()
         with stage.session(self.model) as session:
