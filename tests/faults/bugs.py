@@ -10,7 +10,7 @@ from unittest import mock
 
 from kvstore.engine import Fs
 from kvstore.engine.directory import Directory, Hold
-from kvstore.engine.index import REBUILDING, Index, View
+from kvstore.engine.index import Index
 from kvstore.engine.state import State
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.writer import Writer
@@ -100,15 +100,6 @@ def _no_tombstones(_: Callable[[], None]) -> contextlib.AbstractContextManager[F
     return _patched(Tombstones, "add", lambda self, files: None)
 
 
-def _emptied_is_lost(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
-    meta = View.meta
-
-    def says_rebuilding(self: View, name: str) -> int | None:
-        return meta(self, name) or int(name == REBUILDING and not self.count())
-
-    return _patched(View, "meta", says_rebuilding)
-
-
 @dataclass(frozen=True)
 class Bug:
     """`found_by`: the harnesses that find it. `script` and `calls`: where a kill shows it, to keep the proof short."""
@@ -153,12 +144,6 @@ BUGS = {
         frozenset({KILL, CUT}),
         script="evict all",
         calls=("openat", "write", "fdatasync"),
-    ),
-    "emptied is lost": Bug(
-        "an index that was emptied is taken for one that was lost",
-        _emptied_is_lost,
-        frozenset({KILL, CUT}),
-        script="evict all",
     ),
     "staging kept": Bug("a start leaves uploads behind", _staging_kept, frozenset({KILL, CUT}), script="start"),
 }
