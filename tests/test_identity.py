@@ -23,6 +23,7 @@ from kvstore.blocks import Reason
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations import identity, models
 from kvstore.integrations import mlx_lm as kv
+from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.identity import WeightsDigest
 from tests.support.fake_store import FakeClient
 from tests.support.models import build_tiny, write_tiny
@@ -323,7 +324,7 @@ def test_a_namespace_takes_its_layout_from_a_cache_or_a_model(digests: WeightsDi
     assert len({space.root for space in spaces}) == 1
     assert spaces[0].dtype == "BF16"
     assert spaces[0].alias == "model"
-    assert spaces[0].engine == models.engine_version()
+    assert spaces[0].engine == engine_of("mlx-lm", model)
     with pytest.raises(InvalidRequestError, match="no such folder"):
         kv.namespace(model, str(tmp_path / "absent"))
 

@@ -33,12 +33,14 @@ class Epoch:
 
     `pins`: the folders of (model, adapter, draft model), None where there is none; their digests may arrive later.
     `unknown`: names without a folder. `fingerprint`: of the models in memory, None if no model is at hand.
+    `engine`: the code that computes them, as a namespace names it.
     """
 
     pins: tuple[Pin | None, ...] = field(compare=False)
     states: tuple[tuple[str, tuple[FileState, ...]] | None, ...]
     fingerprint: bytes | None = None
     unknown: tuple[str, ...] = ()
+    engine: str = field(default="", compare=False)
 
     def became(self, later: Epoch) -> bool:
         """Whether one model object can have been in this epoch, and then in `later`: weights that were loaded lazily

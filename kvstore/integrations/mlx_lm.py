@@ -20,10 +20,11 @@ from kvstore.blocks import Reason
 from kvstore.client import connect
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.caches import capture, layout, probe, quantized, restore, token_count
+from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.fingerprint import fingerprint
 from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import ModelKey, ModelStore, alias_of, identify, model_folder
+from kvstore.integrations.models import ENGINE, ModelKey, ModelStore, alias_of, identify, model_folder
 from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
@@ -75,8 +76,8 @@ def namespace(
     if identity is None:
         raise InvalidRequestError(f"no identity for {model_path}: see the log for the cause")
     if cache and all(getattr(layer, "keys", ()) is not None for layer in cache):
-        return identity.namespace(layout(cache))
-    return identity.namespace(probe(model))
+        return identity.namespace(layout(cache), engine_of(ENGINE, model))
+    return identity.namespace(probe(model), engine_of(ENGINE, model))
 
 
 def _check_folder(path_or_repo: str, needed: str) -> None:

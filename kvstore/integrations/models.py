@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx_lm
 from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.blocks import Reason
@@ -27,6 +26,7 @@ from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import capture, layout, token_count
+from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
@@ -38,16 +38,12 @@ log = logging.getLogger(__name__)
 
 ModelKey = tuple[str | None, str | None, str | None]
 
+ENGINE = "mlx-lm"
 _WEIGHTS_TAG = b"kvstore/weights/v2\0"
 # What layers of foreign classes may raise when they are looked at.
 _ENGINE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # Leaving a cache that is in memory for one that must be read pays only when it saves this much of a prefill.
 GAIN_TOKENS_MIN = 32
-
-
-def engine_version() -> str:
-    """The engine as a namespace names it: numerics and layouts differ between minor versions of mlx-lm."""
-    return "mlx-lm " + ".".join(mlx_lm.__version__.split(".")[:2])
 
 
 def model_folder(path_or_repo: str) -> Path | None:
@@ -87,15 +83,15 @@ class Identity:
     salt: bytes
     alias: str
 
-    def namespace(self, layout: Layout, engine: str | None = None) -> Namespace:
-        """The namespace of these weights' KV in one layout, computed by `engine`, None: mlx-lm as it is installed."""
+    def namespace(self, layout: Layout, engine: str) -> Namespace:
+        """The namespace of these weights' KV in one layout, computed by `engine` (see `engine_of`)."""
         parts = [spec.part(name) for spec in layout.layers for name in ("keys", "values")]
         return Namespace(
             weights=self.weights,
             adapter=self.adapter,
             layout=layout,
             dtype="+".join(sorted({part.dtype for part in parts if part.width})),
-            engine=engine or engine_version(),
+            engine=engine,
             salt=self.salt,
             alias=self.alias,
         )
@@ -181,7 +177,7 @@ class ModelStore:
         self._client = client
         self._profile = profile
         self._salt = salt
-        self._engine = engine
+        self._engine = engine or ENGINE
         self._pins: dict[str, Pin] = {}
         self._announced: set[str] = set()  # pinned since a model was last seen in memory
         self._loaded: list[Loaded] = []
@@ -237,7 +233,7 @@ class ModelStore:
             missing = tuple(path for path in paths if path not in self._pins)
             states = tuple(pin.state if pin else None for pin in pins)
             mark = fingerprint(*models) if models else None
-            made = Epoch(pins, states, mark, missing)
+            made = Epoch(pins, states, mark, missing, engine_of(self._engine, *models) if mark else "")
             if mark is not None:
                 self._announced.difference_update(paths)
                 seen = tuple(weakref.ref(model) for model in models)
@@ -268,7 +264,7 @@ class ModelStore:
         if identity is None:
             self._count(Reason.IDENTITY_PENDING)
             return None
-        namespace = identity.namespace(of, self._engine)
+        namespace = identity.namespace(of, epoch.engine)
         if namespace not in self._sessions:
             self._sessions[namespace] = self._client.session(namespace, self._profile)
         return self._sessions[namespace]
