@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ import pytest
 
 from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.client.client import Client
+from kvstore.client.prefixes import prefix_keys
 from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 from kvstore.codecs.device import Capture
@@ -463,6 +465,30 @@ def test_a_second_damage_is_a_miss(holding: FakeDaemon, session: Session, transp
     assert len(holding.fetches) == 2
     assert session.flush(5)
     assert holding.reports == [holding.checkpoints[601].key, holding.checkpoints[580].key]
+
+
+@pytest.mark.parametrize("transport", ["path", "stream"])
+def test_a_checkpoint_that_breaks_a_rule_is_damaged(holding: FakeDaemon, session: Session, transport: str) -> None:
+    """Its bytes are what their checksums say; the next lower one is fetched, and the daemon is told."""
+    held = holding.checkpoints[601]
+    window, *others = held.states
+    held.states = (replace(window, numbers=(("index", 12345),)), *others)
+    hit = hit_of(session.fetch(TOKENS, "packed", transport))
+    assert (hit.n_tokens, hit.reason) == (580, Reason.CORRUPT)
+    assert_cache(hit.layers, LAYOUT, TOKENS[:580])
+    assert session.flush(5)
+    assert holding.reports == [held.key]
+
+
+def test_a_rejected_hit_is_reported_and_no_longer_believed_to_be_held(holding: FakeDaemon, session: Session) -> None:
+    """The end of its blocks, and its checkpoint; then it is stored again."""
+    assert hit_of(session.fetch(TOKENS)).n_tokens == 601
+    found = pack_tokens(TOKENS[:601])
+    assert session._held.holds_checkpoint(found) and session._held.held_tokens(found) == 601
+    session.reject(TOKENS[:601], "no such layer")
+    assert not session._held.holds_checkpoint(found) and not session._held.held_tokens(found)
+    assert session.flush(5)
+    assert holding.reports == [prefix_keys(holding.namespace.root, found)[-1], holding.checkpoints[601].key]
 
 
 @pytest.mark.parametrize("representation", ["packed", "dense"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,48 @@ def test_a_leased_checkpoint_keeps_its_file(engine: Engine) -> None:
     assert not engine.path(row).exists()
     assert engine.first_damaged([Slice(row, row.n_tokens)]) == 0
     demand_sound(engine)
+
+
+def broken(tokens: list[int]) -> NewBlock:
+    """A checkpoint whose first layer has an array of another shape than the layout says; its checksums are right."""
+    made = checkpoint(NS, tokens)
+    first, *others = made.block.states
+    array = replace(first.arrays[0], shape=(1, 2, 3))
+    states = (replace(first, arrays=(array, *first.arrays[1:])), *others)
+    return NewBlock(replace(made.block, states=states), made.buffers)
+
+
+def stored_broken(path: Path) -> Path:
+    """A directory with a sound checkpoint and then a broken one, as no daemon writes it; the latter's file."""
+    with Engine.open(path / "data", options()) as engine:
+        engine.store(NS.to_record(), [*with_checkpoints(NS, LONG, [300]), broken(LONG)])
+        [file] = [engine.path(row) for row in checkpoints(engine) if row.end == 600]
+        return file
+
+
+@pytest.mark.parametrize("how", ["report", "check", "offline", "rebuild", "scrub"])
+def test_a_checkpoint_that_breaks_a_rule_goes_to_quarantine(tmp_path: Path, how: str) -> None:
+    """Though every checksum is right: by a report, a check, a rebuild of the index, the scrub."""
+    file = stored_broken(tmp_path)
+    if how == "offline":
+        found = [one.kind for one in check_directory(tmp_path / "data", repair=True).findings]
+        assert found == ["corrupt_blob"]
+    if how == "rebuild":
+        shutil.rmtree(tmp_path / "data" / "index")
+    scrub = {"scrub_bytes_per_s": 1 << 30, "scrub_interval_s": 0.0} if how == "scrub" else {}
+    with Engine.open(tmp_path / "data", options(**scrub)) as engine:
+        row = next((row for row in checkpoints(engine) if row.end == 600), None)
+        if how == "report":
+            assert row is not None and engine.first_damaged([Slice(row, row.n_tokens)]) == 0
+            assert engine.recheck(row.key)
+        if how == "check":
+            assert [one.kind for one in engine.check(repair=True).findings] == ["corrupt_blob"]
+        if how == "scrub":
+            time.sleep(0.01)
+            engine.maintain()
+        assert not file.exists() and engine.stats().quarantined == 1
+        assert exact(engine, LONG).n_tokens == 300
+        demand_sound(engine)
 
 
 def test_stats_tell_checkpoints_from_blocks(engine: Engine) -> None:

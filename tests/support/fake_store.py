@@ -34,6 +34,7 @@ class FakeSession:
         self.stored: list[tuple[list[int], list[KVLayer | StateLayer]]] = []
         self.fetches = 0
         self.said: list[dict[str, float]] = []
+        self.rejected: list[list[int]] = []
 
     def _best(self, tokens: Sequence[int]) -> tuple[int, Layers]:
         best: tuple[int, Layers] = (0, [])
@@ -73,6 +74,10 @@ class FakeSession:
         mx.eval([a for one in layers for a in _arrays(one)])  # whoever fetches them may be another thread
         self.stored.append((list(tokens[:offset]), list(layers)))
         return StoreResult()
+
+    def reject(self, tokens: Sequence[int], detail: str) -> None:
+        """Note that a hit could not be used."""
+        self.rejected.append(list(tokens))
 
     def flush(self, timeout_s: float) -> bool:
         """Nothing is queued."""
