@@ -99,7 +99,7 @@ def test_a_planted_bad_profile_is_refused_with_its_numbers(
 def test_the_probe_tells_the_worst_profile_and_that_this_model_guesses(results: dict[str, dict[str, Any]]) -> None:
     """The loss on answers rises with 2 bits and not with 6; the small model solves nothing, and the result says so."""
     loss = {name: row["answer_loss"] for name, row in results.items()}
-    assert loss[PLANTED] > 0.02 > 5 * loss["balanced"]
+    assert loss[PLANTED] > 0.02 > 3 * loss["balanced"]
     assert "loss on answers" in results[PLANTED]["refused"]
     assert all(row["answers"] >= 3 * 16 and row["answers_tell"] is False for row in results.values())
 
