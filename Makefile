@@ -72,7 +72,7 @@ bench: $(INSTALLED)
 	@for verb in transport fetch store concurrency; do $(BIN)/kvstore bench $$verb $(BENCH) || exit 1; done
 	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
 	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
-	@for name in dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
+	@for name in fingerprint dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
 faults: $(INSTALLED_FUZZ)
 	@$(BIN)/python -m tests.faults
