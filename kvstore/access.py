@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvstore.certificates import Validity, check_authorities, check_pair, warn_of_end
 from kvstore.config import Config
 from kvstore.errors import ConfigError
 from kvstore.private import read_private
@@ -52,17 +53,27 @@ class Credentials:
     key: bytes = b""
     ca: bytes = b""
     tokens: tuple[Token, ...] = ()
+    validities: tuple[Validity, ...] = ()
 
 
 def load_credentials(config: Config) -> Credentials:
     """Read what the configuration names. DirectoryError for a file that is missing or open to others, ConfigError for
-    one that is not what it should be. Nothing is read for a unix socket."""
+    one that is not what it should be. What has expired, or soon will, is logged. Nothing is read for a unix socket."""
     if config.address.path:
         return Credentials()
+    chain, ca = _public("tls_cert", config.tls_cert), _public("tls_ca", config.tls_ca)
+    key = read_private(config.tls_key) if config.tls_key else b""
+    validities = []
+    if chain and key:
+        validities.append(check_pair(config.tls_cert, chain, config.tls_key, key))
+    if ca:
+        validities.append(check_authorities(config.tls_ca, ca))
+    warn_of_end(tuple(validities))
     return Credentials(
-        chain=_public("tls_cert", config.tls_cert),
-        key=read_private(config.tls_key) if config.tls_key else b"",
-        ca=_public("tls_ca", config.tls_ca),
+        chain=chain,
+        key=key,
+        ca=ca,
+        validities=tuple(validities),
         tokens=parse_tokens(read_private(config.token_file), config.token_file) if config.token_file else (),
     )
 

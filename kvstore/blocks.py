@@ -63,6 +63,8 @@ class Reason(enum.StrEnum):
     DENIED = "denied"
     UNTRUSTED = "untrusted"
     CIRCUIT_OPEN = "circuit_open"
+    FORKED = "forked"
+    TLS = "tls"
     UNKNOWN_RECIPE = "unknown_recipe"
     IDENTITY_PENDING = "identity_pending"
     IDENTITY_CHANGED = "identity_changed"

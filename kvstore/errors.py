@@ -76,6 +76,14 @@ class UnansweredError(UnavailableError):
     """Nothing was asked of the daemon, since it is not known to answer."""
 
 
+class ForkedError(UnansweredError):
+    """This process was forked from one that had connected; gRPC does not survive that, so nothing is asked."""
+
+
+class TLSError(UnansweredError):
+    """There is no secure connection: a certificate is not valid now, not for this host, or not signed by our CA."""
+
+
 class CircuitOpenError(UnansweredError):
     """The daemon has failed several times; until it answers in the background nothing is asked of it."""
 

@@ -29,7 +29,8 @@ from kvstore.errors import DirectoryError, UnavailableError
 def command(repair: bool, data_dir: str | None, address: str | None, config_path: str | None, as_json: bool) -> int:
     """Verify every blob against its checksums and the index.
 
-    Asks the daemon; if none runs, takes the directory's lock and checks offline. Exit status 4 says that damage was
+    Asks the daemon; if none runs on this host, takes the directory's lock and checks offline, but never in the place of
+    a daemon that was named by host and port: there, use --data-dir. Exit status 4 says that damage was
     found, whether or not it was repaired.
     """
     if data_dir is not None and address is not None:
@@ -37,7 +38,7 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
     if data_dir is not None:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
     config = load_config({"listen": absolute_address(address), "data_dir": data_dir}, config_path)
-    report = _check(config, repair, online=data_dir is None, offline=address is None)
+    report = _check(config, repair, online=data_dir is None, offline=address is None and bool(config.address.path))
     if as_json:
         print_json(report)
     else:

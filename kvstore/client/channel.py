@@ -19,12 +19,15 @@ from kvstore.client.trust import GuardingInterceptor, SocketGuard
 from kvstore.config import Config
 from kvstore.errors import (
     DeadlineError,
+    ForkedError,
     KVStoreError,
     ReadDeadlineError,
+    TLSError,
     UnansweredError,
     UnavailableError,
     UntrustedError,
 )
+from kvstore.process import FORKED, connecting, is_forked, unless_forked
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
 from kvstore.wire.status import from_rpc_error
@@ -41,6 +44,10 @@ RECONNECT_OPTIONS = [
 ]
 REPORT_S = 5.0
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
+
+
+# What gRPC says where TLS is the trouble, in lower case.
+_TLS_WORDS = ("ssl", "tls handshake", "certificate", "hostname verification")
 
 
 class _CallDetails(grpc.ClientCallDetails):  # type: ignore[misc]  # grpcio has no types
@@ -109,7 +116,19 @@ def _unanswered(config: Config, error: Any) -> KVStoreError:
         return error
     if isinstance(error, UnavailableError):
         return UnansweredError(str(error))
-    return UnansweredError(f"no daemon answers at {config.address.target}")
+    if config.address.path or not config.tls:
+        return UnansweredError(f"no daemon answers at {config.address.target}")
+    details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
+    if any(word in details.lower() for word in _TLS_WORDS):
+        return TLSError(f"no secure connection to {config.address.target}: {details}")
+    return UnansweredError(f"no daemon answers at {config.address.target}: {details}")
+
+
+class _Forked:
+    """In the place of a stub where no call can be made."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ForkedError(FORKED)
 
 
 class Connection:
@@ -125,17 +144,25 @@ class Connection:
         self._config = config
         self.address = config.address
         self.breaker = CircuitBreaker()
-        credentials = load_credentials(config)
         self._guard = SocketGuard(config.address.path) if config.address.path else None
-        self._channel = _guarded(open_channel(config, credentials), self._guard)
-        self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        credentials = load_credentials(config)
+        connecting()
         # What failed before it was away is no measure of the daemon.
-        self.health = Health(self._check, functools.partial(_unanswered, config), self.breaker.succeeded)
+        self.health = Health(None, functools.partial(_unanswered, config), self.breaker.succeeded)
+        self._channel: Any = None
+        self.kvstore: Any = _Forked()
+        if not is_forked():
+            self._open(credentials)
+
+    def _open(self, credentials: Credentials) -> None:
+        self._channel = _guarded(open_channel(self._config, credentials), self._guard)
         # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
-        weakref.finalize(self, self._channel.close).atexit = False
+        weakref.finalize(self, unless_forked, self._channel.close).atexit = False
+        self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        self.health.check = self._check
         name = secrets.token_hex(8)
-        self.kvstore: Any = kvstore_stub(presenting(self._channel, name, credentials, Scope.WORKER))
-        self._open_admin = functools.partial(_admin_channel, config, credentials, name, self._channel)
+        self.kvstore = kvstore_stub(presenting(self._channel, name, credentials, Scope.WORKER))
+        self._open_admin = functools.partial(_admin_channel, self._config, credentials, name, self._channel)
 
     @property
     def daemon(self) -> object:
@@ -144,6 +171,8 @@ class Connection:
 
     def warm_up(self) -> None:
         """Start to connect, without waiting: the first fetch then finds the connection made."""
+        if is_forked():
+            return
         self.health.ask()
 
     def ensure(self, timeout_s: float) -> None:
@@ -207,12 +236,14 @@ class Connection:
 
     def tell(self, report: pb.ReportRequest) -> None:
         """Send a report without waiting; it is lost when no daemon is there."""
-        if not self.breaker.is_open:
+        if not (is_forked() or self.breaker.is_open):
             with suppress(ValueError):  # the channel is closed
                 # The callback holds the call: gRPC cancels one that nobody holds any more.
                 self.kvstore.Report.future(report, timeout=REPORT_S).add_done_callback(lambda call: None)
 
     def close(self) -> None:
         """End the channel and every call on it."""
+        if is_forked():
+            return
         self.health.close()
         self._channel.close()

@@ -11,7 +11,8 @@ from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadlines
 from kvstore.client.channel import Connection
 from kvstore.config import Config, load_config
-from kvstore.errors import InvalidRequestError
+from kvstore.errors import ForkedError, InvalidRequestError
+from kvstore.process import FORKED, is_forked
 from kvstore.wire.convert import message_to_dict, namespace_to_message, quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -171,11 +172,15 @@ class Client:
         return self._ask("ForgetQuality", request, QUICK_S)
 
     def _ask(self, verb: str, request: Any, timeout_s: float) -> dict[str, Any]:
+        if is_forked():
+            raise ForkedError(FORKED)
         with self._connection.attempt(), self._connection.admin(CONNECT_S) as admin:
             return {"schema": SCHEMA, **message_to_dict(getattr(admin, verb)(request, timeout=timeout_s))}
 
     def close(self, timeout_s: float | None = None) -> None:
         """Close all sessions, each within `timeout_s` (see `Session.close`), then the connection."""
+        if is_forked():
+            return
         for session in list(self._sessions):
             if timeout_s is None:
                 session.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 import weakref
@@ -12,7 +13,9 @@ from typing import Any
 
 import grpc
 
-from kvstore.errors import CircuitOpenError, KVStoreError, UnansweredError
+from kvstore.errors import CircuitOpenError, KVStoreError, TLSError, UnansweredError
+
+log = logging.getLogger(__name__)
 
 ASK_S = 5.0
 # While it is away it is asked for again for so long after the last call that wanted it, then by the next call only.
@@ -50,6 +53,7 @@ class Health:
         self._wanted_s = 0.0
         self._vain = 0  # calls that failed and looks in vain
         self._closed = False
+        self._said = ""
 
     @property
     def is_up(self) -> bool:
@@ -113,7 +117,11 @@ class Health:
         self.ask()
 
     def failed(self, error: KVStoreError) -> None:
-        """A check has failed."""
+        """A check has failed. What keeps people from using the store is said in the log, once until it changes."""
+        said = str(error)
+        if isinstance(error, TLSError) and said != self._said:
+            self._said = said
+            log.warning("the store is not used: %s", said)
         with self._changed:
             self._up, self._down = False, error
             self._changed.notify_all()

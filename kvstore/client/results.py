@@ -98,6 +98,8 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.CredentialsError, Reason.DENIED),
     (errors.UntrustedError, Reason.UNTRUSTED),
     (errors.CircuitOpenError, Reason.CIRCUIT_OPEN),
+    (errors.ForkedError, Reason.FORKED),
+    (errors.TLSError, Reason.TLS),
     (errors.UnavailableError, Reason.UNAVAILABLE),
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),

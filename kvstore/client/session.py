@@ -30,6 +30,7 @@ from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
+from kvstore.process import FORKED, is_forked, unless_forked
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +104,14 @@ class Session:
             options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
         )
         self._fetcher = Fetcher(connection, namespace, fetch_options, budget, self._background.report)
-        weakref.finalize(self, self._background.retire).atexit = False  # an exit never waits for the store
+        weakref.finalize(
+            self, unless_forked, self._background.retire
+        ).atexit = False  # an exit never waits for the store
 
     def match(self, tokens: Iterable[int] | bytes, prefill_tokens_per_s: float = 0.0, covered_tokens: int = 0) -> Match:
         """How much of `tokens` a fetch would return now, by asking the index only. Speed and tokens as in `fetch`."""
+        if is_forked():
+            return Match(0, Reason.FORKED)
         try:
             packed = pack_tokens(tokens)
             if refusal := self._refusal(packed):
@@ -146,6 +151,8 @@ class Session:
         what the prefill would. `covered_tokens`: leading tokens that the caller has anyway. `evaluate`: also decode
         every layer here and now, so that any thread may view the arrays.
         """
+        if is_forked():
+            return Miss(Reason.FORKED, FORKED)
         try:
             packed = pack_tokens(tokens)
             caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate, representation == "quantized")
@@ -194,6 +201,8 @@ class Session:
         Until the first layer nothing is raised; while they are read, a KVStoreError is: CorruptDataError for bytes that
         do not verify, DeadlineError, UnavailableError. The session's time limits run on between the layers.
         """
+        if is_forked():
+            return Miss(Reason.FORKED, FORKED)
         answer: LayerHit | Miss
         try:
             packed = pack_tokens(tokens)
@@ -243,6 +252,8 @@ class Session:
         DEADLINE after `timeout_s`.
         `restored_tokens`: so many leading tokens came out of the store; None: as all hits of this process say.
         """
+        if is_forked():
+            return StoreResult(reason=Reason.FORKED)
         try:
             result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
         except KVStoreError as error:
@@ -308,11 +319,12 @@ class Session:
 
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
-        return self._background.flush(timeout_s)
+        return not is_forked() and self._background.flush(timeout_s)
 
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
-        self._background.close(timeout_s)
+        if not is_forked():
+            self._background.close(timeout_s)
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,7 @@ from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.restoring import Finish, Found
 from kvstore.keys import Namespace
 from kvstore.layers import Layout
+from kvstore.process import is_forked
 
 log = logging.getLogger(__name__)
 
@@ -302,6 +303,8 @@ class ModelStore:
 
         `reserve(nbytes)` is asked before anything is read, and may refuse.
         """
+        if is_forked():
+            return None
         if self._client.config.slow_hits:
             prefill_tokens_per_s = 0.0
         wanted = covered + GAIN_TOKENS_MIN if covered else 1
@@ -351,6 +354,8 @@ class ModelStore:
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
         how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
         """
+        if is_forked():
+            return None
         try:
             cache = list(cache)
             held = token_count(cache)
@@ -391,6 +396,8 @@ class ModelStore:
             log.warning("the store is not used: %s", error)
 
     def _count(self, reason: Reason) -> None:
+        if is_forked():
+            return
         with self._lock:
             self.reasons[reason] += 1
         self._client.count_refusal(reason)

@@ -18,6 +18,7 @@ from kvstore.access import (
     load_credentials,
     scope_of_token,
 )
+from kvstore.certificates import demand_valid
 from kvstore.config import Config
 from kvstore.errors import ConfigError, CredentialsError, KVStoreError, ScopeError
 from kvstore.server.admission import refusing
@@ -33,7 +34,8 @@ _SCOPES = (
 
 
 def daemon_credentials(config: Config) -> Credentials:
-    """What the daemon needs for its address. ConfigError when strangers could connect, or the files are not a pair.
+    """What the daemon needs for its address. ConfigError when strangers could connect, or the files are not a pair or
+    not valid now.
 
     Raises DirectoryError for keys or tokens that others can read.
     """
@@ -45,7 +47,9 @@ def daemon_credentials(config: Config) -> Credentials:
                 f"listen: on {config.listen} the daemon must know who connects; set token_file, or tls_ca to ask for "
                 "certificates; `kvstore cert` makes both"
             )
-    return load_credentials(config)
+    credentials = load_credentials(config)
+    demand_valid(credentials.validities)
+    return credentials
 
 
 def tls_credentials(credentials: Credentials) -> Any:

@@ -1,0 +1,30 @@
+"""Whether this process was forked from one that had connected: gRPC, MLX and our threads do not live on in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+FORKED = (
+    "this process was forked from one that uses kvstore, and neither gRPC nor MLX survives a fork: start workers with "
+    "multiprocessing's `spawn`, or connect only after the fork"
+)
+_connected_in: int | None = None  # the process that connected first, here or in what this one was forked from
+
+
+def connecting() -> None:
+    """A connection is made in this process. Only the first counts: in a child of it another cannot work."""
+    global _connected_in
+    if _connected_in is None:
+        _connected_in = os.getpid()
+
+
+def is_forked() -> bool:
+    """Whether nothing may be asked here, not even for a lock that another thread held at the fork. Takes none."""
+    return _connected_in is not None and _connected_in != os.getpid()
+
+
+def unless_forked(call: Callable[[], object]) -> None:
+    """Make a call that would wait for a thread or a lock of the process that this one was forked from."""
+    if not is_forked():
+        call()

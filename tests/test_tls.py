@@ -1,0 +1,135 @@
+"""Certificates that are not valid now, not for this host, not of our CA, or not of this key: said so, in words."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography import x509
+
+from kvstore.access import load_credentials
+from kvstore.blocks import Reason
+from kvstore.cli import cert
+from kvstore.cli.cert import Pair, make_ca, make_pair
+from kvstore.client.client import Client
+from kvstore.config import Config
+from kvstore.errors import ConfigError, TLSError
+from kvstore.server.access import daemon_credentials
+from tests.support.daemon import run_cli
+from tests.support.synthetic import make_layout, make_namespace
+
+HOST = "127.0.0.1"
+CA = make_ca(100)
+PATIENT = {"connect_ms": 20_000, "stall_ms": 20_000}
+
+
+def from_to(monkeypatch: pytest.MonkeyPatch, begin_days: int, end_days: int, host: str = HOST, ca: Pair = CA) -> Pair:
+    """A server's pair that is valid from then till then."""
+
+    def builder(subject: x509.Name, issuer: x509.Name, key: object, days: int) -> x509.CertificateBuilder:
+        now, serial = datetime.datetime.now(datetime.UTC), x509.random_serial_number()
+        begin, end = (now + datetime.timedelta(days=days, minutes=1) for days in (begin_days, end_days))
+        return x509.CertificateBuilder(issuer, subject, key.public_key(), serial, begin, end)  # type: ignore[attr-defined]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cert, "_builder", builder)
+        return make_pair(ca, "daemon", 1, (host,))
+
+
+def written(folder: Path, pair: Pair, ca: Pair = CA) -> dict[str, str]:
+    """A configuration of these files."""
+    files = {"tls_cert": pair.pem, "tls_key": pair.key_pem, "tls_ca": ca.pem}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(0o600)
+    return {name: str(folder / name) for name in files}
+
+
+@pytest.fixture
+def port_of() -> Iterator[object]:
+    """Servers that do nothing but TLS."""
+    servers = []
+
+    def serve(pair: Pair) -> int:
+        server = grpc.server(ThreadPoolExecutor(1))
+        servers.append(server)
+        port = server.add_secure_port(f"{HOST}:0", grpc.ssl_server_credentials([(pair.key_pem, pair.pem)]))
+        server.start()
+        return int(port)
+
+    yield serve
+    for server in servers:
+        server.stop(0).wait()
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ({"begin_days": -9, "end_days": -1}, "expired"),
+        ({"begin_days": 1, "end_days": 9}, "not yet valid"),
+        ({"begin_days": -1, "end_days": 9, "host": "elsewhere.example"}, "Hostname"),
+        ({"begin_days": -1, "end_days": 9, "ca": make_ca(9)}, "issuer"),
+    ],
+)
+def test_trouble_with_tls_has_a_reason_and_words_of_its_own(
+    pair: dict[str, object],
+    words: str,
+    port_of: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In misses, in what admin verbs raise, and once in the log."""
+    port = port_of(from_to(monkeypatch, **pair))  # type: ignore[operator, arg-type]
+    (tmp_path / "ca").write_bytes(CA.pem)
+    with Client(Config(listen=f"{HOST}:{port}", tls_ca=str(tmp_path / "ca"))) as client:
+        session = client.session(make_namespace(make_layout()), **PATIENT)
+        for _ in range(5):
+            answer = session.fetch(list(range(100)))
+            assert (answer.reason, words in answer.detail) == (Reason.TLS, True), answer  # type: ignore[union-attr]
+        with pytest.raises(TLSError, match=words):
+            client.stats()
+    assert [record.levelname for record in caplog.records if words in record.message].count("WARNING") == 1
+
+
+def test_files_that_are_not_a_pair_are_errors_of_the_configuration(tmp_path: Path) -> None:
+    """They name the setting; a daemon does not start with them, and `connect` raises."""
+    pair = make_pair(CA, "daemon", 9, (HOST,))
+    files = written(tmp_path, Pair(pair.certificate, make_pair(CA, "other", 9, (HOST,)).key))
+    with pytest.raises(ConfigError, match=r"tls_key: .*is not the key"):
+        load_credentials(Config(listen=f"{HOST}:1", **files))
+    files = written(tmp_path, pair)
+    for name in files:
+        before = Path(files[name]).read_bytes()
+        Path(files[name]).write_bytes(b"-----BEGIN NOTHING-----\n")
+        with pytest.raises(ConfigError, match=name):
+            Client(Config(listen=f"{HOST}:1", **files))
+        Path(files[name]).write_bytes(before)
+    load_credentials(Config(listen=f"{HOST}:1", **files))
+
+
+def test_the_end_of_a_certificate_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A month ahead as a warning; after it a daemon does not start, and before it neither."""
+    config = Config(listen=f"{HOST}:1", **written(tmp_path, from_to(monkeypatch, -1, 20)))
+    with caplog.at_level(logging.WARNING):
+        daemon_credentials(config)
+    assert "expires in 20 days" in caplog.text
+    for days, words in (((-9, -1), "has expired"), ((1, 9), "is not valid before")):
+        written(tmp_path, from_to(monkeypatch, *days))
+        with pytest.raises(ConfigError, match=words):
+            daemon_credentials(config)
+        load_credentials(config)  # a client goes on, without the store
+
+
+def test_check_never_takes_the_local_directory_for_a_daemon_elsewhere(tmp_path: Path) -> None:
+    """Exit status 3, as of a daemon that cannot be reached."""
+    environ = {"PATH": "", "HOME": str(tmp_path), "KVSTORE_LISTEN": f"{HOST}:1", "KVSTORE_INSECURE_TCP": "true"}
+    run = run_cli(["check"], {**environ, "KVSTORE_DATA_DIR": str(tmp_path / "data")})
+    assert (run.returncode, "offline" in run.stderr) == (3, False), run.stderr
