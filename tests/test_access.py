@@ -115,7 +115,8 @@ def test_a_wrong_token_file_names_the_line_and_never_the_token(line: str, words:
 
 def test_tokens_and_credentials_do_not_show_when_printed(tmp_path: Path) -> None:
     """Whatever prints them, a log or a traceback."""
-    config = Config(listen="h:1", tls_ca=str(secret_file(tmp_path)), token_file=str(tmp_path / "secret"))
+    (tmp_path / "ca").write_bytes(cert.make_ca(9).pem)
+    config = Config(listen="h:1", tls_ca=str(tmp_path / "ca"), token_file=str(secret_file(tmp_path)))
     assert A not in repr(TOKENS) + repr(load_credentials(config))
 
 
@@ -178,13 +179,16 @@ def test_refusals_have_a_status_and_a_reason_of_their_own() -> None:
 
 def test_a_daemon_on_tcp_must_know_itself_and_who_connects(tmp_path: Path) -> None:
     """Unless the switch says that it need not; on a unix socket the files are not even read."""
-    pair = {"tls_cert": str(tmp_path / "secret"), "tls_key": str(secret_file(tmp_path))}
+    made = cert.make_pair(cert.make_ca(9), "daemon", 9, ("h",))
+    pair = {"tls_cert": str(tmp_path / "cert"), "tls_key": str(tmp_path / "key")}
+    for name, data in (("cert", made.pem), ("key", made.key_pem)):
+        write_private(tmp_path / name, data)
     with pytest.raises(ConfigError, match="has no certificate"):
         daemon_credentials(Config(listen="h:1", tls_ca="/ca.pem"))
     with pytest.raises(ConfigError, match="must know who connects"):
         daemon_credentials(Config(listen="h:1", **pair))  # type: ignore[arg-type]
     assert daemon_credentials(Config(listen="h:1", insecure_tcp=True)).chain == b""
-    assert daemon_credentials(Config(listen="h:1", **pair, token_file=pair["tls_key"])).tokens  # type: ignore[arg-type]
+    assert daemon_credentials(Config(listen="h:1", **pair, token_file=str(secret_file(tmp_path)))).tokens  # type: ignore[arg-type]
     assert daemon_credentials(Config(token_file="/nowhere")).tokens == ()
     with pytest.raises(ConfigError, match="tls_ca: cannot read /nowhere"):
         daemon_credentials(Config(listen="h:1", **pair, tls_ca="/nowhere"))  # type: ignore[arg-type]
