@@ -355,7 +355,7 @@ class ModelStore:
         how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
         """
         if is_forked():
-            return None
+            return False
         try:
             cache = list(cache)
             held = token_count(cache)
