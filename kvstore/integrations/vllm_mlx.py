@@ -23,18 +23,25 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
-from vllm_mlx import cli, mllm_batch_generator, scheduler
-from vllm_mlx.memory_cache import MemoryAwarePrefixCache, _QuantizedCacheWrapper
+from vllm_mlx import cli, engine_core, mllm_batch_generator, scheduler
+from vllm_mlx.memory_cache import (
+    MemoryAwarePrefixCache,
+    _quantize_cache,
+    _QuantizedCacheWrapper,
+    _trim_to_offset,
+)
 from vllm_mlx.models import mllm
 from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
 from kvstore.errors import KVStoreError, UnsupportedLayerError
+from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import ModelKey, ModelStore, model_folder
+from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, model_folder
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
+from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
 from kvstore.layers import Layout
 
@@ -81,6 +88,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._known_layouts: list[Layout] | None = None
         self._in_flight = InFlight()
         self._epoch = self._look()
+        self._ahead = Ahead(store.memory_bytes)
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
 
@@ -91,13 +99,42 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._in_flight.begin(self._key, tokens, self._epoch, cache)
         return cache, rest
 
+    def look_ahead(self, tokens: list[int], seconds: float) -> None:
+        """Fetch from the store what memory does not have of a prompt, for a `fetch` that comes within `seconds`.
+
+        Any thread that may wait: the scheduler's must not, since every stream would wait with it.
+        """
+        key, layouts, epoch = self._key, self._known_layouts, self._epoch
+        if key is None or not layouts or epoch is None or len(tokens) < self._config.min_prefix_tokens:
+            return
+        cuttable = all(not one.exact_layers for one in layouts)
+        with self._memory_lock:
+            covered = in_sorted(self._sorted_keys, tokens[:-1], cuttable=cuttable)
+        prepared = self._ahead.begin(tokens, covered)
+        found: Found | None = None
+        reserve = functools.partial(prepared.reserve, timeout_s=seconds)
+        try:
+            found = self._tier.find(key, layouts, tokens, covered, self._speed.get(key), reserve, epoch)
+        finally:
+            prepared.finish(found)
+
+    def _from_store(self, tokens: list[int], covered: int) -> tuple[list[Any], int] | None:
+        """What was fetched ahead for this prompt, or what the store has now if nobody looked or memory has lost it."""
+        assert self._key is not None
+        looked, found, covered_then = self._ahead.take(tokens)
+        if found is not None and found.epoch == self._epoch:
+            return found.restored(expand) if found.n_tokens >= (covered + GAIN_TOKENS_MIN if covered else 1) else None
+        if looked and covered >= covered_then:
+            return None
+        speed = self._speed.get(self._key)
+        return self._tier.fetch(self._key, self._layouts(), tokens, covered, speed, self._epoch, expand)
+
     def _found(self, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         cache, rest = self._from_memory(tokens) if self._leaves_one else super().fetch(tokens)
         if self._key is None or len(tokens) < self._config.min_prefix_tokens:
             return cache, rest
         covered = 0 if cache is None else len(tokens) - len(rest)
-        speed = self._speed.get(self._key)
-        found = self._tier.fetch(self._key, self._layouts(), tokens, covered, speed, self._epoch, expand)
+        found = self._from_store(tokens, covered)
         self._speed.started(self._key, tokens, found[1] if found else covered)
         if found is None:
             return cache, rest
@@ -110,6 +147,29 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         log.info("prefix of %d of %d tokens from the store", n_tokens, len(tokens))
         return restored, tokens[n_tokens:]
 
+    def prepare_store(self, tokens: list[int], cache: list[Any], *auxiliary: Any, **named: Any) -> Any:
+        """As the stock one. What it will not keep, since it is larger than memory's bound, is stored all the same."""
+        entry = super().prepare_store(tokens, cache, *auxiliary, **named)
+        if entry is None and cache and self._key is not None and len(tokens) >= self._config.min_prefix_tokens:
+            self._offer_unkept(self._key, tokens, cache)
+        return entry
+
+    def _offer_unkept(self, key: ModelKey, tokens: list[int], cache: list[Any]) -> None:
+        self._enter_epoch()
+        if not self._in_flight.accepts(key, tokens, self._epoch, cache):
+            self._tier.count_changed(key)
+            return
+        config = self._config
+        try:
+            layers = _trim_to_offset(cache)
+            if config.kv_quantize and len(tokens) >= config.kv_min_quantize_tokens:
+                layers = _quantize_cache(layers, config.kv_bits, config.kv_group_size)
+        except MODEL_ERRORS as error:
+            self._tier.refuse(UnsupportedLayerError(f"a cache that vllm-mlx cannot prepare: {error}"))
+            return
+        self._speed.reached(key, tokens)
+        self._offer(key, tokens, layers)
+
     def commit_prepared(self, entry: Any, evict_prefixes: bool = True, **options: Any) -> bool:
         """Take an entry into memory and store what is new of it; `store` and both schedulers end here.
 
@@ -120,10 +180,15 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             self._tier.count_changed(self._key)
             return False
         committed: bool = super().commit_prepared(entry, evict_prefixes, **options)
-        if committed and self._key is not None:
+        if (committed or entry.memory_bytes > self._max_memory) and self._key is not None:
             self._speed.reached(self._key, entry.tokens)
-            self._offer(self._key, entry)
+            self._offer(self._key, entry.tokens, entry.cache)
         return committed
+
+    @property
+    def fetch_total_s(self) -> float:
+        """The longest that a fetch may take."""
+        return self._tier.fetch_total_s
 
     def save_to_disk(self, cache_dir: str) -> bool:
         """Nothing: the store has it. The stock files give one prompt the KV of another after a second round."""
@@ -160,19 +225,19 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._last_match_type = "prefix"
         return cache, tokens[covered if held is None else held :]
 
-    def _offer(self, key: ModelKey, entry: Any) -> None:
-        may_be_expanded = self._config.kv_quantize and len(entry.tokens) < self._config.kv_min_quantize_tokens
+    def _offer(self, key: ModelKey, tokens: Sequence[int], cache: Sequence[Any]) -> None:
+        may_be_expanded = self._config.kv_quantize and len(tokens) < self._config.kv_min_quantize_tokens
         if may_be_expanded or not self._layouts():
             return
         try:
-            layers = [_with_codes(layer) for layer in entry.cache]
+            layers = [_with_codes(layer) for layer in cache]
             made = layout(layers)
             if made != self._layouts()[0]:
                 raise UnsupportedLayerError("a cache that is not laid out as those that the model makes")
         except KVStoreError as error:
             self._tier.refuse(error)
             return
-        self._tier.store(key, entry.tokens, layers, epoch=self._epoch)
+        self._tier.store(key, tokens, layers, epoch=self._epoch)
 
     def _layouts(self) -> list[Layout]:
         """The layout of what is stored, then others that can be fetched. Traces the model when first asked."""
@@ -249,6 +314,7 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
         models.add(computes, model.model_name)
         vision.epoch((model.model_name, None, None), computes)
 
+    engine_core.EngineCore.add_request = ahead_of_turn(engine_core.EngineCore.add_request)
     tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
 
 

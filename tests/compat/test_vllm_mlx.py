@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import http.client
 import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from vllm_mlx.request import Request, SamplingParams
 
 from kvstore.blocks import Reason
 from kvstore.client import connect
+from kvstore.integrations.ahead import ahead_of_turn
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.vllm_mlx import Models, PrefixCache, engine_version
@@ -239,3 +243,85 @@ def test_unchanged_files_keep_what_is_in_memory(tmp_path: Path) -> None:
     assert cache.store(tokens, filled(model, tokens))
     store.pin(str(path))
     assert cache.fetch([*tokens, 7])[1] == [7]
+
+
+def looked_after(tmp_path: Path) -> tuple[Any, FakeClient, ModelStore, Models]:
+    """A model whose identity is known to a store over a fake client."""
+    path = write_tiny(tmp_path / "model")
+    model, _ = load(str(path))
+    client, digests = FakeClient(), WeightsDigest(tmp_path / "cache")
+    store, models = ModelStore(client, digests), Models()  # type: ignore[arg-type]
+    models.add(model, str(path))
+    store.pin(str(path))
+    assert digests.wait(path, 30.0)
+    return model, client, store, models
+
+
+def test_a_prompt_that_is_larger_than_memory_is_stored_all_the_same(tmp_path: Path) -> None:
+    """Memory refuses it, the store has it: the longest prompts gain most."""
+    model, client, store, models = looked_after(tmp_path)
+    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:200]
+    cache._max_memory = 1000
+    assert cache.fetch(tokens)[0] is None
+    assert not cache.store(tokens, filled(model, tokens))
+    assert len(client.only.stored) == 1
+    found, rest = cache.fetch([*tokens, 7])
+    assert found is not None and rest == [7]
+
+
+def test_a_prompt_is_looked_up_before_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found ahead is used, and where nothing was found, or not in time, the scheduler's thread asks nobody."""
+    model, client, store, models = looked_after(tmp_path)
+    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:200]
+    assert cache.fetch(tokens)[0] is None
+    assert cache.store(tokens, filled(model, tokens))
+    cache.clear()
+    longer = [*tokens, 7]
+    with ThreadPoolExecutor(1) as other:
+        other.submit(cache.look_ahead, longer, 30.0).result(60)
+    monkeypatch.setattr(client.only, "fetch", lambda *_, **__: pytest.fail("asked on the scheduler's thread"))
+    monkeypatch.setattr(client.only, "match", lambda *_, **__: pytest.fail("asked on the scheduler's thread"))
+    found, rest = cache.fetch(longer)
+    assert found is not None and rest == [7]
+    cache._ahead.begin(longer, 0)  # the store has not answered yet
+    assert cache.fetch(longer)[0] is None
+    assert cache._ahead._budget.used_bytes == 0
+
+
+def test_a_daemon_that_hangs_does_not_hold_up_the_streams_of_others(tmp_path: Path) -> None:
+    """The engine's own request waits; the thread that computes for all goes on meanwhile."""
+    asked, release = threading.Event(), threading.Event()
+
+    class Cache:
+        fetch_total_s = 60.0
+
+        def look_ahead(self, tokens: list[int], seconds: float) -> None:
+            asked.set()
+            assert release.wait(seconds)
+
+    class Tokenizer:
+        def encode(self, prompt: str) -> list[int]:
+            return [ord(letter) for letter in prompt]
+
+    class Scheduler:
+        memory_aware_cache, tokenizer = Cache(), Tokenizer()
+
+    class Core:
+        scheduler = Scheduler()
+        _external_generation_worker = ThreadPoolExecutor(1)
+
+        async def add_request(self, prompt: Any, more: int = 0) -> tuple[Any, int]:
+            return prompt, more
+
+    async def run() -> tuple[Any, int]:
+        core = Core()
+        adding = asyncio.ensure_future(ahead_of_turn(Core.add_request)(core, "ab", more=1))
+        while not asked.is_set():
+            await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        assert await loop.run_in_executor(core._external_generation_worker, lambda: 7) == 7, "a step of a stream"
+        assert not adding.done()
+        release.set()
+        return await adding
+
+    assert asyncio.run(run()) == ([97, 98], 1)
