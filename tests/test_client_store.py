@@ -76,6 +76,29 @@ def test_a_store_hands_over_exactly_the_bytes_of_its_tokens(
     assert session.stats.stores == {"ok": 1}
 
 
+def test_a_daemon_that_stores_nothing_is_a_warning_once_and_its_end_a_line(
+    daemon: FakeDaemon, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the worker's log, for all sessions of its client together; the daemon's own words say why."""
+    caplog.set_level("INFO", "kvstore.client.notices")
+
+    def said() -> list[tuple[str, bool]]:
+        found = [record for record in caplog.records if record.name == "kvstore.client.notices"]
+        return [(record.levelname, "floor is 20.00 GB" in record.getMessage()) for record in found]
+
+    sessions = [client.session(daemon.namespace, **SLOW) for _ in range(2)]
+    for round_ in range(2):
+        daemon.faults.add("under_floor")
+        for session in (*sessions, *sessions):
+            assert session.store(TOKENS, LAYERS, wait=True).reason is Reason.STORE_FULL
+        assert said() == [("WARNING", True), ("INFO", False)] * round_ + [("WARNING", True)]
+        daemon.faults.clear()
+        daemon.tokens = b""
+        for session in sessions:
+            assert session.store([-round_ - 1, *TOKENS[1:]], LAYERS, wait=True).stored_tokens == 700
+        assert said() == [("WARNING", True), ("INFO", False)] * (round_ + 1)
+
+
 def test_layers_may_be_a_generator(daemon: FakeDaemon, session: Session) -> None:
     """As in `store(tokens, (convert(layer) for layer in cache))`; it is gone through once."""
     assert session.store(iter(TOKENS), (layer for layer in LAYERS), wait=True).stored_tokens == 700

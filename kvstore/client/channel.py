@@ -15,6 +15,7 @@ import grpc
 from kvstore.access import BEARER, CLIENT_KEY, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
 from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.health import NOT_THERE, Health
+from kvstore.client.notices import WritesNotice
 from kvstore.client.trust import GuardingInterceptor, SocketGuard
 from kvstore.config import Config
 from kvstore.errors import (
@@ -144,6 +145,7 @@ class Connection:
         self._config = config
         self.address = config.address
         self.breaker = CircuitBreaker()
+        self.writes = WritesNotice()
         self._guard = SocketGuard(config.address.path) if config.address.path else None
         credentials = load_credentials(config)
         connecting()

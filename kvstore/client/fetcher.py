@@ -168,7 +168,7 @@ class Fetcher:
                     return
             except _DamagedError as damaged:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
-            with _file_reader(plan) as reader:
+            with _ending(call), _file_reader(plan) as reader:
                 reads = FileReads(attempt.deadline, self._budget)
                 _demand_readable(plan)
                 if reads.run(reader.open_all):
@@ -223,7 +223,8 @@ class Fetcher:
             by_path = transport == pb.TRANSPORT_PATH and bool(plan.files)
             try:
                 if by_path:
-                    return self._from_files(attempt, plan, call)
+                    with _ending(call):
+                        return self._from_files(attempt, plan, call)
                 layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call)))
             finally:
                 if plan.fetch_id:
@@ -326,7 +327,12 @@ class Fetcher:
     def _call(
         self, attempt: Attempt, request: Request, transport: pb.Transport
     ) -> Iterator[tuple[Iterator[Message], Any]]:
-        """An open Fetch call and its messages; each wait is watched, and the call ends with the block."""
+        """An open Fetch call and its messages; each wait is watched. An error in the block cancels the call.
+
+        A block that ends well after a miss or a whole stream leaves the call alone: the daemon is ending it, and a
+        cancel that crosses its status is an error in the daemon's log. By path the daemon waits until the caller
+        cancels, so the block has to.
+        """
         attempt.deadline.check()
         message = pb.FetchRequest(
             namespace=self._message,
@@ -341,8 +347,20 @@ class Fetcher:
         try:
             with Watchdog(call.cancel, attempt.stall_s) as watchdog:
                 yield _watched(call, watchdog, attempt.stall_s), call
-        finally:
+        except BaseException:
             call.cancel()
+            raise
+        # The callback holds the call until the daemon's status is there: gRPC cancels one that nobody holds any more.
+        call.add_done_callback(lambda call: None)
+
+
+@contextmanager
+def _ending(call: Any) -> Iterator[None]:
+    """Cancel a fetch by path when the block ends, however it does: its lease lives as long as the call."""
+    try:
+        yield
+    finally:
+        call.cancel()
 
 
 def _opened(answer: Iterator[Plan | Layer]) -> tuple[Plan, Iterator[Layer]]:

@@ -21,7 +21,8 @@ PART_BYTES_MIN = 16 << 10
 
 
 class Receiver:
-    """The bytes of layer after layer, `sizes` of them. One thread makes it and takes layers; `cancel` ends the stream.
+    """The bytes of layer after layer, `sizes` of them. One thread makes it and takes layers; `cancel` ends the stream
+    when the block ends before all of it is received.
 
     Messages are kept as gRPC hands them out: collecting a layer in one buffer first took 0.3 of a fetch. They count
     against `budget`, as two layers; where it has room for one only, receiving and what the caller does take turns.
@@ -47,7 +48,7 @@ class Receiver:
         self._held_bytes = count * largest
         self._room = threading.Semaphore(count)
         self._received: queue.SimpleQueue[list[Bytes] | BaseException] = queue.SimpleQueue()
-        self._taken = self._left = False
+        self._taken = self._left = self._whole = False
         self._thread = threading.Thread(target=self._run, name="kvstore-receive", daemon=True)
 
     def __enter__(self) -> Self:
@@ -56,7 +57,8 @@ class Receiver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._left = True
-        self._cancel()
+        if not self._whole:
+            self._cancel()
         self._room.release()
         self._thread.join()
         self._budget.release(self._held_bytes)
@@ -80,8 +82,11 @@ class Receiver:
                 self._room.acquire()
                 if self._left:
                     return
-                self._received.put(receive(self._messages, layer, nbytes))
-            next(self._messages, None)  # a call that is cancelled before its end is no measure of anything
+                received = receive(self._messages, layer, nbytes)
+                self._whole = (
+                    layer == len(self._sizes) - 1
+                )  # before the layer is there to be taken, and the caller leaves
+                self._received.put(received)
         except BaseException as error:  # noqa: BLE001  # handed to whoever takes the layer
             self._received.put(error)
 

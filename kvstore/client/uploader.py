@@ -124,9 +124,13 @@ class Uploader:
             self._hand_over(job, begun)
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
-            self._complain("nothing is stored", begun.detail)
+            if reason is not Reason.STORE_FULL:
+                self._complain("nothing is stored", begun.detail)
+            elif begun.detail:  # else it has no room for this one store
+                self._connection.writes.refused(begun.detail)
             return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
         job.release()
+        self._connection.writes.taken()
         self._complain("stored", begun.detail)
         return self._commit(begun.upload_id)
 

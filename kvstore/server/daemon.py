@@ -62,6 +62,7 @@ WRITES = "kvstore.writes"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
+GRPC_LOGGER, BATCH_FAILED = "grpc._cython.cygrpc", 'Failed "execute_batch"'
 # Of malloc.h: from what size on memory comes straight from the system, and how much of what is freed is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
@@ -205,7 +206,7 @@ def serve(config: Config) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
-    logging.getLogger("grpc._cython.cygrpc").addFilter(no_cancellation)
+    logging.getLogger(GRPC_LOGGER).addFilter(not_of_the_gone)
     os.umask(0o077)
     raise_file_limit()
     keep_freed_memory()
@@ -224,9 +225,20 @@ def serve(config: Config) -> int:
     return 0
 
 
-def no_cancellation(record: logging.LogRecord) -> bool:
-    """Whether a record of gRPC is worth a line: a traceback to say that the stop ended a call is not."""
-    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+def not_of_the_gone(record: logging.LogRecord) -> bool:
+    """Whether a record of gRPC is worth a line; a traceback to say that a call's caller is gone is not.
+
+    A stop, a deadline, or a cancel that crosses the status of a handler: gRPC raises CancelledError, or says that a
+    batch of operations failed, when it was under way before gRPC knew of the end. A batch that gRPC would not even
+    begin is a mistake of ours, and has other words.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    is_gone = isinstance(error, asyncio.CancelledError) or (
+        isinstance(error, grpc.aio.InternalError) and str(error).startswith(BATCH_FAILED)
+    )
+    if is_gone:
+        log.debug("the caller is gone: %s", record.getMessage())
+    return not is_gone
 
 
 def engine_options(config: Config) -> EngineOptions:

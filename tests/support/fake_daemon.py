@@ -326,8 +326,8 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self._hang("hang")
         self._hang("hang_begin")
         n_tokens, held = count_tokens(request.tokens), common_tokens(self.tokens, request.tokens)
-        if self._fault("begin_full"):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
+        if (refusal := self._refusal(held, context)) is not None:
+            return refusal
         wants_states = bool(request.states) and request.tokens not in self.known_checkpoints
         if held == n_tokens and not wants_states:
             return pb.BeginStoreReply(reason="already_stored", held_tokens=held, durable=True)
@@ -363,6 +363,14 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             reply.upload_bytes += 1
         self.uploads.append(FakeUpload(request, reply))
         return reply
+
+    def _refusal(self, held: int, context: Any) -> pb.BeginStoreReply | None:
+        if self._fault("begin_full"):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
+        if self._fault("under_floor"):
+            why = "1.00 GB are free, the floor is 20.00 GB"
+            return pb.BeginStoreReply(reason="store_full", held_tokens=held, detail=why)
+        return None
 
     def _upload(self, upload_id: str) -> FakeUpload:
         return next(one for one in self.uploads if one.reply.upload_id == upload_id)
