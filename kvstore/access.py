@@ -8,16 +8,21 @@ token in its file. A client sends the least that does: an admin token for admin 
 
 from __future__ import annotations
 
+import datetime
 import enum
+import functools
 import hashlib
 import hmac
-from collections.abc import Sequence
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.certificates import Validity, check_authorities, check_pair, warn_of_end
 from kvstore.config import Config
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, DirectoryError
 from kvstore.private import read_private
 
 TOKEN_CHARACTERS_MIN = 32
@@ -27,6 +32,10 @@ METADATA_KEY = "authorization"
 # Under this key a client sends a random name of its own with each call, so that the daemon can count clients.
 CLIENT_KEY = "kvstore-client"
 BEARER = "Bearer "
+FILE_KEYS = ("token_file", "tls_cert", "tls_key", "tls_ca")
+TELL_END_EVERY = datetime.timedelta(days=1)
+
+log = logging.getLogger(__name__)
 
 
 class Scope(enum.IntEnum):
@@ -76,6 +85,89 @@ def load_credentials(config: Config) -> Credentials:
         validities=tuple(validities),
         tokens=parse_tokens(read_private(config.token_file), config.token_file) if config.token_file else (),
     )
+
+
+def _utc_now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+class CredentialFiles:
+    """The files of one end's credentials, read again when they have changed. Any thread may call.
+
+    A change that cannot be used (half written, open to others, no pair) leaves in force what was read before, until the
+    files change once more. What is said of a change is one line in the log.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        load: Callable[[Config], Credentials] = load_credentials,
+        clock: Callable[[], datetime.datetime] = _utc_now,
+    ) -> None:
+        """Reads the files; raises what `load` raises."""
+        self._paths = {key: path for key in FILE_KEYS if (path := getattr(config, key))}
+        if config.address.path:
+            self._paths = {}
+        self._load = functools.partial(load, config)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._seen = self._look()  # before they are read: what changes meanwhile is found by the next look
+        self._complaint = ""
+        self.current = self._load()
+        self._told = clock()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no files are configured, so that nothing ever changes."""
+        return not self._paths
+
+    def _look(self) -> dict[str, tuple[int, ...]]:
+        """What tells one state of each file from the next; empty for one that is not there."""
+        seen: dict[str, tuple[int, ...]] = {}
+        for key, path in self._paths.items():
+            try:
+                info = os.stat(path)
+            except OSError:
+                seen[key] = ()
+                continue
+            seen[key] = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+        return seen
+
+    def renew(self) -> bool:
+        """Look at the files, and read them if they have changed; whether `current` is another now. Reads from disks."""
+        with self._lock:
+            seen, before = self._look(), self._seen
+            if seen == before:
+                self._complain()
+                return False
+            self._seen, self._complaint = seen, ""
+            changed = ", ".join(key for key in seen if seen[key] != before[key])
+            try:
+                credentials = self._load()
+            except (ConfigError, DirectoryError) as error:
+                # Files that belong together change one after the other: said if they are the same at the next look.
+                self._complaint = (
+                    f"{changed} changed and cannot be used, so what was read before stays in force: {error}"
+                )
+                return False
+            self._told = self._clock()
+            if credentials == self.current:
+                return False
+            self.current = credentials
+            log.info("%s changed, and is in force as it is now", changed)
+            return True
+
+    def _complain(self) -> None:
+        if self._complaint:
+            log.warning("%s", self._complaint)
+            self._complaint = ""
+
+    def tell_end(self) -> None:
+        """Once a day log what has expired or soon will. Reads nothing, so it may be called often."""
+        if not self.current.validities or self._clock() - self._told < TELL_END_EVERY:
+            return
+        self._told = self._clock()
+        warn_of_end(self.current.validities)
 
 
 def _public(key: str, path: str) -> bytes:

@@ -13,6 +13,7 @@ from kvstore.access import (
     ADMIN_NAME,
     BEARER,
     METADATA_KEY,
+    CredentialFiles,
     Scope,
     Token,
     load_credentials,
@@ -210,3 +211,29 @@ def test_cert_signs_what_each_end_is_for_and_nothing_else() -> None:
     assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.7"]
     purposes = [c.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value for c in (server, admin)]
     assert [purpose._name for (purpose,) in purposes] == ["serverAuth", "clientAuth"]
+
+
+def test_a_changed_file_that_cannot_be_used_leaves_the_last_one_in_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once if it stays so, not while it is being written; each change that holds is one line."""
+    caplog.set_level("INFO", "kvstore.access")
+    path = secret_file(tmp_path)
+    files = CredentialFiles(Config(listen="h:1", insecure_tcp=True, token_file=str(path)))
+    assert not files.renew() and not caplog.records
+    path.write_bytes(b"worker ")
+    assert not files.renew() and not caplog.records
+    path.write_bytes(b"worker " + W.encode())
+    assert files.renew() and [token.secret for token in files.current.tokens] == [W]
+    path.write_bytes(b"worker " + A.encode())
+    path.chmod(0o644)
+    for _ in range(5):
+        assert not files.renew() and [token.secret for token in files.current.tokens] == [W]
+    path.unlink()
+    for _ in range(5):
+        assert not files.renew() and [token.secret for token in files.current.tokens] == [W]
+    write_private(path, b"worker " + W.encode())
+    assert not files.renew(), "what it says has not changed"
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in said] == ["INFO", "WARNING", "WARNING"]
+    assert "chmod 600" in said[1][1] and "No such file" in said[2][1] and W not in str(said) and A not in str(said)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from cryptography import x509
 
-from kvstore.access import load_credentials
+from kvstore.access import CredentialFiles, load_credentials
 from kvstore.blocks import Reason
 from kvstore.cli import cert
 from kvstore.cli.cert import Pair, make_ca, make_pair
@@ -126,6 +126,39 @@ def test_the_end_of_a_certificate_is_announced(
         with pytest.raises(ConfigError, match=words):
             daemon_credentials(config)
         load_credentials(config)  # a client goes on, without the store
+
+
+def test_the_end_of_a_certificate_is_announced_daily(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not only at start, which may be long ago; a new certificate ends it."""
+    config = Config(listen=f"{HOST}:1", **written(tmp_path, from_to(monkeypatch, -1, 20)))
+    now = [datetime.datetime.now(datetime.UTC)]
+    files = CredentialFiles(config, daemon_credentials, lambda: now[0])
+    for hours, lines in ((0, 1), (23, 1), (2, 2), (1, 2), (24, 3)):
+        now[0] += datetime.timedelta(hours=hours)
+        for _ in range(3):
+            files.tell_end()
+        assert caplog.text.count("expires in") == lines
+    written(tmp_path, from_to(monkeypatch, -1, 300))
+    assert files.renew()
+    now[0] += datetime.timedelta(hours=25)
+    files.tell_end()
+    assert caplog.text.count("expires in") == 3
+
+
+def test_a_client_announces_the_end_of_its_certificate_daily(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With whatever it asks of the daemon next; nothing runs for it."""
+    with Client(Config(listen=f"{HOST}:1", **written(tmp_path, from_to(monkeypatch, -1, 20)))) as client:
+        session = client.session(make_namespace(make_layout()))
+        files = client._connection._files
+        for lines in (2, 3):
+            files._told -= datetime.timedelta(days=1, seconds=1)
+            for _ in range(3):
+                session.fetch(list(range(100)))
+            assert caplog.text.count("expires in") == lines
 
 
 def test_check_never_takes_the_local_directory_for_a_daemon_elsewhere(tmp_path: Path) -> None:

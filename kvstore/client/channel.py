@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import secrets
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,13 +14,22 @@ from typing import Any
 
 import grpc
 
-from kvstore.access import BEARER, CLIENT_KEY, METADATA_KEY, Credentials, Scope, load_credentials, token_to_present
+from kvstore.access import (
+    BEARER,
+    CLIENT_KEY,
+    METADATA_KEY,
+    CredentialFiles,
+    Credentials,
+    Scope,
+    token_to_present,
+)
 from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.health import NOT_THERE, Health
 from kvstore.client.notices import WritesNotice
 from kvstore.client.trust import GuardingInterceptor, SocketGuard
 from kvstore.config import Config
 from kvstore.errors import (
+    CredentialsError,
     DeadlineError,
     ForkedError,
     KVStoreError,
@@ -44,6 +55,8 @@ RECONNECT_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 REPORT_S = 5.0
+# After trouble the files of credentials are looked at, at most this often.
+LOOK_EVERY_S = 1.0
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 
@@ -70,14 +83,20 @@ class _Presenter(
 ):
     """Sends the client's name, and a token if there is one, with every call.
 
-    gRPC's own call credentials would be one token for all of a channel.
+    gRPC's own call credentials would be one token for all of a channel. The token is looked up for each call, so that
+    one that was read again is sent from the next call on.
     """
 
-    def __init__(self, name: str, secret: str) -> None:
-        self._metadata = [(CLIENT_KEY, name), *([(METADATA_KEY, BEARER + secret)] if secret else [])]
+    def __init__(self, name: str, files: CredentialFiles, scope: Scope) -> None:
+        self._name = name
+        self._files = files
+        self._scope = scope
 
     def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(_CallDetails(details, [*(details.metadata or ()), *self._metadata]), request)
+        metadata = [*(details.metadata or ()), (CLIENT_KEY, self._name)]
+        if secret := token_to_present(self._files.current.tokens, self._scope):
+            metadata.append((METADATA_KEY, BEARER + secret))
+        return continuation(_CallDetails(details, metadata), request)
 
     intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _intercept
 
@@ -91,16 +110,16 @@ def open_channel(config: Config, credentials: Credentials) -> Any:
     return grpc.secure_channel(config.address.target, tls, options=options)
 
 
-def presenting(channel: Any, name: str, credentials: Credentials, scope: Scope) -> Any:
+def presenting(channel: Any, name: str, files: CredentialFiles, scope: Scope) -> Any:
     """The channel, with the client's name on every call, and the token for `scope` if there is one."""
-    return grpc.intercept_channel(channel, _Presenter(name, token_to_present(credentials.tokens, scope)))
+    return grpc.intercept_channel(channel, _Presenter(name, files, scope))
 
 
 def _guarded(channel: Any, guard: SocketGuard | None) -> Any:
     return channel if guard is None else grpc.intercept_channel(channel, GuardingInterceptor(guard))
 
 
-def _admin_channel(config: Config, credentials: Credentials, name: str, worker_channel: Any) -> tuple[Any, Any]:
+def _admin_channel(config: Config, files: CredentialFiles, name: str, worker_channel: Any) -> tuple[Any, Any]:
     """(channel, stub of the admin verbs): over the admin socket where there is one, else as workers do."""
     path, channel = config.address.admin_path, worker_channel
     if path and os.path.exists(path):
@@ -108,7 +127,7 @@ def _admin_channel(config: Config, credentials: Credentials, name: str, worker_c
             f"unix:{path}", options=[*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
         )
         channel = _guarded(channel, SocketGuard(path))
-    return channel, rpc.AdminStub(presenting(channel, name, credentials, Scope.ADMIN))
+    return channel, rpc.AdminStub(presenting(channel, name, files, Scope.ADMIN))
 
 
 def _unanswered(config: Config, error: Any) -> KVStoreError:
@@ -125,6 +144,13 @@ def _unanswered(config: Config, error: Any) -> KVStoreError:
     return UnansweredError(f"no daemon answers at {config.address.target}: {details}")
 
 
+def _heard(of: weakref.ref[Connection], config: Config, error: Any) -> KVStoreError:
+    """What the failure of a health check means; files that have changed may be what ends it."""
+    if (connection := of()) is not None:
+        connection.renew()
+    return _unanswered(config, error)
+
+
 class _Forked:
     """In the place of a stub where no call can be made."""
 
@@ -138,6 +164,9 @@ class Connection:
     Whether there is a connection is asked with a health check, since only an answer tells a daemon from a socket that a
     stopped process still holds. (Watching the channel's state was rejected: it costs a thread that polls five times a
     second, and that thread dies noisily when the channel is closed.)
+
+    Tokens, keys and CAs are read again when a call was refused or the daemon does not answer, if their files have
+    changed since: on a thread for it, as no call may wait for a disk. With other keys or CAs there is another channel.
     """
 
     def __init__(self, config: Config) -> None:
@@ -147,24 +176,57 @@ class Connection:
         self.breaker = CircuitBreaker()
         self.writes = WritesNotice()
         self._guard = SocketGuard(config.address.path) if config.address.path else None
-        credentials = load_credentials(config)
+        self._files = CredentialFiles(config)
+        self._looking = threading.Lock()
+        self._looked_s = -LOOK_EVERY_S
+        self._name = secrets.token_hex(8)
         connecting()
         # What failed before it was away is no measure of the daemon.
-        self.health = Health(None, functools.partial(_unanswered, config), self.breaker.succeeded)
+        heard = functools.partial(_heard, weakref.ref(self), config)
+        self.health = Health(None, heard, self.breaker.succeeded)
         self._channel: Any = None
+        self._closed = False
+        self._closers: list[Any] = []
         self.kvstore: Any = _Forked()
         if not is_forked():
-            self._open(credentials)
+            self._open()
+            self.health.check = self._check
 
-    def _open(self, credentials: Credentials) -> None:
-        self._channel = _guarded(open_channel(self._config, credentials), self._guard)
+    def _open(self) -> None:
+        """Make a channel with the credentials as they are now. Never waits for a daemon."""
+        self._channel = _guarded(open_channel(self._config, self._files.current), self._guard)
         # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
-        weakref.finalize(self, unless_forked, self._channel.close).atexit = False
+        closer = weakref.finalize(self, unless_forked, self._channel.close)
+        closer.atexit = False
+        # Calls may just be made over the channel before this one; the one before that has none any more.
+        for old in self._closers[:-1]:
+            old()
+        self._closers = [*self._closers[-1:], closer]
         self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
-        self.health.check = self._check
-        name = secrets.token_hex(8)
-        self.kvstore = kvstore_stub(presenting(self._channel, name, credentials, Scope.WORKER))
-        self._open_admin = functools.partial(_admin_channel, self._config, credentials, name, self._channel)
+        self.kvstore = kvstore_stub(presenting(self._channel, self._name, self._files, Scope.WORKER))
+
+    def renew(self) -> None:
+        """After trouble: read tokens, keys and CAs again if their files have changed. Any thread; does not wait."""
+        if self._files.is_empty or is_forked() or time.monotonic() < self._looked_s + LOOK_EVERY_S:
+            return
+        if self._looking.acquire(blocking=False):
+            try:
+                threading.Thread(target=self._renew, name="kvstore-credentials", daemon=True).start()
+            except RuntimeError:  # no thread is to be had now; there will be more trouble
+                self._looking.release()
+
+    def _renew(self) -> None:
+        try:
+            self._looked_s = time.monotonic()
+            before = self._files.current
+            if not self._files.renew():
+                return
+            now = self._files.current
+            if (now.chain, now.key, now.ca) != (before.chain, before.key, before.ca) and not self._closed:
+                self._open()
+                self.health.begin_anew(self._check)
+        finally:
+            self._looking.release()
 
     @property
     def daemon(self) -> object:
@@ -185,7 +247,7 @@ class Connection:
             self._check(b"", timeout=timeout_s)
         except (grpc.RpcError, KVStoreError) as error:
             if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
-                failed = _unanswered(self._config, error)
+                failed = _heard(weakref.ref(self), self._config, error)
                 self.health.failed(failed)
                 raise failed from error
         self.health.answered()
@@ -197,16 +259,17 @@ class Connection:
         Opened for each use, for people: on a unix socket it has an address of its own, which is free when all
         connections of workers are taken.
         """
-        channel, stub = self._open_admin()
+        workers_channel = self._channel
+        channel, stub = _admin_channel(self._config, self._files, self._name, workers_channel)
         try:
             try:
                 channel.unary_unary(HEALTH_METHOD)(b"", timeout=timeout_s)
             except (grpc.RpcError, KVStoreError) as error:
                 if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
-                    raise _unanswered(self._config, error) from error
+                    raise _heard(weakref.ref(self), self._config, error) from error
             yield stub
         finally:
-            if channel is not self._channel:
+            if channel is not workers_channel:
                 channel.close()
 
     @contextmanager
@@ -216,6 +279,7 @@ class Connection:
         `hurried`: the caller has so little time that running out of it says nothing about the daemon. gRPC's errors
         come out as kvstore's. Anything else that is raised says nothing about the daemon.
         """
+        self._files.tell_end()
         try:
             try:
                 yield
@@ -231,7 +295,9 @@ class Connection:
             self.breaker.failed()
             self.health.lost()
             raise
-        except KVStoreError:
+        except KVStoreError as error:
+            if isinstance(error, CredentialsError):
+                self.renew()
             self.breaker.succeeded()
             raise
         self.breaker.succeeded()
@@ -247,5 +313,7 @@ class Connection:
         """End the channel and every call on it."""
         if is_forked():
             return
+        self._closed = True
         self.health.close()
-        self._channel.close()
+        for closer in self._closers:
+            closer()

@@ -23,7 +23,7 @@ import grpc
 
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.bounds import ByteBudget
-from kvstore.client.attempt import Attempt, Caller, Layer
+from kvstore.client.attempt import Attempt, Caller, Layer, ending
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.channel import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
@@ -168,7 +168,7 @@ class Fetcher:
                     return
             except _DamagedError as damaged:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
-            with _ending(call), _file_reader(plan) as reader:
+            with ending(call), _file_reader(plan) as reader:
                 reads = FileReads(attempt.deadline, self._budget)
                 _demand_readable(plan)
                 if reads.run(reader.open_all):
@@ -223,7 +223,7 @@ class Fetcher:
             by_path = transport == pb.TRANSPORT_PATH and bool(plan.files)
             try:
                 if by_path:
-                    with _ending(call):
+                    with ending(call):
                         return self._from_files(attempt, plan, call)
                 layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call)))
             finally:
@@ -352,15 +352,6 @@ class Fetcher:
             raise
         # The callback holds the call until the daemon's status is there: gRPC cancels one that nobody holds any more.
         call.add_done_callback(lambda call: None)
-
-
-@contextmanager
-def _ending(call: Any) -> Iterator[None]:
-    """Cancel a fetch by path when the block ends, however it does: its lease lives as long as the call."""
-    try:
-        yield
-    finally:
-        call.cancel()
 
 
 def _opened(answer: Iterator[Plan | Layer]) -> tuple[Plan, Iterator[Layer]]:

@@ -137,13 +137,23 @@ class Health:
         self._begin(patient=False)
 
     def _begin(self, *, patient: bool) -> None:
+        check = self.check
         with suppress(ValueError):  # the channel is closed
             # Not a method of ours: a client that nobody holds must not live for an answer.
-            ended = functools.partial(_ended, weakref.ref(self), patient, time.monotonic())
-            self.check.future(b"", timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
+            ended = functools.partial(_ended, weakref.ref(self), check, patient, time.monotonic())
+            check.future(b"", timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
 
-    def end(self, call: Any, begun_s: float, *, patient: bool) -> None:
+    def begin_anew(self, check: Any) -> None:
+        """Ask by the check of another channel; what becomes of a question over the old one counts no more."""
+        with self._changed:
+            self.check, self._up, self._vain = check, False, 0
+            self._asked_s = self._wanted_s = time.monotonic()
+        self._begin(patient=False)
+
+    def end(self, check: Any, call: Any, begun_s: float, *, patient: bool) -> None:
         """A question has ended, with an answer or without."""
+        if check is not self.check:
+            return
         error = call.exception()
         there = not isinstance(error, KVStoreError) and call.code() not in NOT_THERE
         hasty = patient and time.monotonic() - begun_s < PATIENT_S_MIN
@@ -164,6 +174,6 @@ class Health:
             self._closed = True
 
 
-def _ended(of: weakref.ref[Health], patient: bool, begun_s: float, call: Any) -> None:
+def _ended(of: weakref.ref[Health], check: Any, patient: bool, begun_s: float, call: Any) -> None:
     if (health := of()) is not None:
-        health.end(call, begun_s, patient=patient)
+        health.end(check, call, begun_s, patient=patient)

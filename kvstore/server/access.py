@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from kvstore.access import (
     ADMIN_NAME,
     BEARER,
     METADATA_KEY,
+    CredentialFiles,
     Credentials,
     Scope,
     Token,
@@ -31,6 +33,8 @@ _SCOPES = (
     ("/grpc.health.v1.Health/", Scope.WORKER),
     (f"/{pb.DESCRIPTOR.services_by_name['KVStore'].full_name}/", Scope.WORKER),
 )
+
+LOOK_EVERY_S = 1.0
 
 
 def daemon_credentials(config: Config) -> Credentials:
@@ -52,17 +56,47 @@ def daemon_credentials(config: Config) -> Credentials:
     return credentials
 
 
-def tls_credentials(credentials: Credentials) -> Any:
-    """gRPC's server credentials, None without a certificate. With a CA, clients must show a certificate of it."""
-    if not credentials.chain:
+def tls_credentials(files: CredentialFiles) -> Any:
+    """gRPC's server credentials, None without a certificate. With a CA, clients must show a certificate of it.
+
+    gRPC asks before each handshake, so a changed certificate or CA holds from the next connection on.
+    """
+    offered = files.current
+    if not offered.chain:
         return None
+
+    def changed() -> Any:
+        nonlocal offered
+        if files.current is offered:
+            return None
+        offered = files.current
+        return _certificates(offered)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificates(offered), changed, require_client_authentication=bool(offered.ca)
+    )
+
+
+def _certificates(credentials: Credentials) -> Any:
     pairs = [(credentials.key, credentials.chain)]
-    return grpc.ssl_server_credentials(pairs, credentials.ca or None, require_client_auth=bool(credentials.ca))
+    return grpc.ssl_server_certificate_configuration(pairs, credentials.ca or None)
 
 
-def guards(credentials: Credentials) -> list[grpc.aio.ServerInterceptor]:
+async def keep_up(files: CredentialFiles) -> None:
+    """Read tokens, keys and CAs again when their files change, and tell daily when certificates end. Never returns.
+
+    Looked at all the time rather than at a token that is refused: one that was taken out of the file is to be refused
+    soon, too, and strangers must not make the daemon read files.
+    """
+    while not files.is_empty:
+        await asyncio.sleep(LOOK_EVERY_S)
+        await asyncio.to_thread(files.renew)
+        files.tell_end()
+
+
+def guards(files: CredentialFiles) -> list[grpc.aio.ServerInterceptor]:
     """The guard of the address, where there is one: tokens decide if there are any, else certificates."""
-    return [Guard(credentials.tokens)] if credentials.tokens or credentials.ca else []
+    return [Guard(files)] if files.current.tokens or files.current.ca else []
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
@@ -72,20 +106,20 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no 
     With certificates alone, who has none was refused by TLS; the name in it tells an admin's from a worker's.
     """
 
-    def __init__(self, tokens: Sequence[Token]) -> None:
-        self._tokens = tuple(tokens)
+    def __init__(self, files: CredentialFiles) -> None:
+        self._files = files
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """gRPC asks here for the handler of each call."""
         needed = scope_of_method(details.method)
-        if self._tokens:
-            error = self._refusal(details, needed)
+        if tokens := self._files.current.tokens:
+            error = self._refusal(details, needed, tokens)
             return await continuation(details) if error is None else refusing(error)
         handler = await continuation(details)
         return for_admins(handler) if needed is Scope.ADMIN and handler is not None else handler
 
-    def _refusal(self, details: Any, needed: Scope) -> KVStoreError | None:
-        given = scope_of_token(bearer(details.invocation_metadata), self._tokens) if needed else Scope.NOTHING
+    def _refusal(self, details: Any, needed: Scope, tokens: Sequence[Token]) -> KVStoreError | None:
+        given = scope_of_token(bearer(details.invocation_metadata), tokens) if needed else Scope.NOTHING
         if given >= needed:
             return None
         if given is Scope.NOTHING:

@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from kvstore.access import Credentials
+from kvstore.access import CredentialFiles
 from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
 from kvstore.codecs.profiles import check_profile
@@ -34,7 +34,7 @@ from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.private import demand_private_directory
-from kvstore.server.access import daemon_credentials, guards, tls_credentials
+from kvstore.server.access import daemon_credentials, guards, keep_up, tls_credentials
 from kvstore.server.admin import AdminService
 from kvstore.server.admission import Admission
 from kvstore.server.callers import Sockets
@@ -88,7 +88,7 @@ class Daemon:
         Raises DirectoryError and DirectoryHeldError before anything is served.
         """
         config = self._config
-        credentials = daemon_credentials(config)
+        files = CredentialFiles(config, daemon_credentials)
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
             # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
@@ -102,7 +102,7 @@ class Daemon:
             stack.callback(lane.close)
             workers = Workers()
             stack.callback(workers.close)
-            await self._serve(engine, lane, workers, credentials)
+            await self._serve(engine, lane, workers, files)
         return self._begin_anew
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ class Daemon:
         self._begin_anew = False
         self._stop.set()
 
-    async def _serve(self, engine: Engine, lane: Lane, workers: Workers, credentials: Credentials) -> None:
+    async def _serve(self, engine: Engine, lane: Lane, workers: Workers, files: CredentialFiles) -> None:
         config = self._config
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
@@ -142,7 +142,7 @@ class Daemon:
                 *channel_options(config.message_bytes_max),
                 *connection_options(config, sockets.connections_max),
             ],
-            interceptors=[*guards(credentials), admission],
+            interceptors=[*guards(files), admission],
         )
         add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
@@ -151,7 +151,7 @@ class Daemon:
         if config.address.path:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, server)
-        bind(server, config, credentials)
+        bind(server, config, files)
         await server.start()
         for path in socket_paths(config):
             close_socket_to_others(path)
@@ -161,11 +161,13 @@ class Daemon:
         log.info("serving %s on %s", config.data_dir, config.listen)
         await workers.admin(sockets.begin)
         reaper = asyncio.create_task(self._reap(store, engine, workers, health, sockets))
+        keeper = asyncio.create_task(keep_up(files))
         await self._stop.wait()
         self._state = "draining"
         log.info("draining")
         await health.enter_graceful_shutdown()
         reaper.cancel()
+        keeper.cancel()
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
         service.end_leases()
         grace = asyncio.get_running_loop().time() + config.grace_s
@@ -287,12 +289,12 @@ def socket_paths(config: Config) -> list[Path]:
     return [Path(address.path), Path(address.admin_path)] if address.path else []
 
 
-def bind(server: grpc.aio.Server, config: Config, credentials: Credentials) -> None:
+def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> None:
     """Bind the address and, beside a unix socket, the one for admins. With TLS where there is a certificate.
 
     DirectoryError names an address that is taken.
     """
-    tls = tls_credentials(credentials)
+    tls = tls_credentials(files)
     for target in [f"unix:{path}" for path in socket_paths(config)] or [config.address.target]:
         try:
             port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)

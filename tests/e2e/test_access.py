@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,6 +239,84 @@ def test_the_command_line_takes_its_keys_from_the_configuration(by_token: Daemon
     assert run_cli(["stats", "--json"], environ).returncode == 0
     refused = run_cli(["evict", "--all"], {**environ, "KVSTORE_TOKEN_FILE": str(tls / "worker.token")})
     assert refused.returncode == 1 and refused.stderr == "kvstore: this takes an admin's token\n"
+
+
+def replace(path: Path, text: str) -> None:
+    """New content under an old name, at once, as tools that rotate secrets write."""
+    new = path.with_suffix(".new")
+    new.touch(mode=0o600)
+    new.write_text(text)
+    new.rename(path)
+
+
+def reason_of(client: Client) -> Reason:
+    """How a fetch of what was stored ends."""
+    return client.session(NAMESPACE, "raw", **SLOW).fetch(TOKENS).reason  # type: ignore[arg-type]
+
+
+def eventually(client: Client, reason: Reason, daemon: DaemonProcess) -> None:
+    """Until fetches end so."""
+    wait_until(lambda: reason_of(client) is reason, 60, daemon.log_text)
+
+
+@pytest.mark.parametrize("first", ["daemon", "client"])
+def test_tokens_change_while_daemon_and_client_live(
+    tmp_path_factory: pytest.TempPathFactory, tls: Path, tmp_path: Path, first: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In either order; the old token is refused, and each side says once that it has read its file again."""
+    caplog.set_level("INFO", "kvstore.access")
+    theirs, mine = tmp_path / "daemon.tokens", tmp_path / "client.tokens"
+    old, new = (f"worker {letter * 40}\nadmin {letter.upper() * 40}\n" for letter in "on")
+    for path in (theirs, mine, tmp_path / "old.tokens"):
+        replace(path, old)
+    with (
+        started(serving(tmp_path_factory, tls, token_file=theirs), tls) as daemon,
+        connecting(daemon, tls, token_file=str(mine)) as client,
+        connecting(daemon, tls, token_file=str(tmp_path / "old.tokens")) as late,
+    ):
+        roundtrip(client)
+        roundtrip(late)
+        replace(theirs if first == "daemon" else mine, new)
+        if first == "daemon":
+            eventually(client, Reason.DENIED, daemon)
+        replace(mine if first == "daemon" else theirs, new)
+        eventually(late, Reason.DENIED, daemon)
+        eventually(client, Reason.OK, daemon)
+        roundtrip(client)
+        assert client.stats()["disk"]["blobs"] == 2
+        assert reason_of(late) is Reason.DENIED
+        assert daemon.log_text().count("token_file changed") == 1
+    assert [record.message for record in caplog.records if "changed" in record.message] == [
+        "token_file changed, and is in force as it is now"
+    ]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_certificates_and_their_ca_change_while_daemon_and_client_live(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, restarted: bool
+) -> None:
+    """Both know each other by the new CA from the next connection on, and those who have the old one only are out."""
+    folder, old = tmp_path / "tls", tmp_path / "old"
+    arguments = ["cert", "--dir", str(folder), "--host", "localhost", "--host", "127.0.0.1"]
+    assert run_cli(arguments, os.environ).returncode == 0
+    shutil.copytree(folder, old)
+    daemon = serving(tmp_path_factory, folder, tls_ca=folder / "ca.pem")
+    with (
+        started(daemon, folder),
+        connecting(daemon, folder, **as_worker(folder)) as client,
+        connecting(daemon, folder, **as_worker(folder)) as late,  # which connects for the first time below
+        connecting(daemon, old, **as_worker(old)) as outsider,
+    ):
+        roundtrip(client)
+        assert run_cli([*arguments, "--force"], os.environ).returncode == 0
+        wait_until(lambda: "in force as it is now" in daemon.log_text(), 60, daemon.log_text)
+        if restarted:
+            assert daemon.stop() == 0, daemon.log_text()
+            daemon.start(wait=False)  # whose health is asked in plain text
+        eventually(late, Reason.OK, daemon)
+        eventually(client, Reason.OK, daemon)
+        assert not outsider.session(NAMESPACE, **SLOW).fetch(TOKENS)  # type: ignore[arg-type]
+        roundtrip(client)
 
 
 # Runs the real thing with loading of foreign code made fatal: unpickling anywhere, marshal anywhere but in Python's own
