@@ -177,9 +177,14 @@ def check_directory(
 
 def _check_offline(index: Index, directory: Directory, hold: Hold, tombstones: Tombstones, repair: bool) -> CheckReport:
     try:
-        report = Walk(Site(directory, index, Fs(), in_flight=tombstones.names), repair).run()
+        walk = Walk(Site(directory, index, Fs(), in_flight=tombstones.names), repair)
+        report = walk.run()
         if repair:
-            _settle(index)
+            # With nothing but blobs of another format there is still no index of them: a start refuses them again.
+            with index.view() as view:
+                nothing_known = bool(walk.newer) and not view.count()
+            if not nothing_known:
+                _settle(index)
             index.sync()
             # Rows and blobs agree now, whatever the last holder promised of them.
             hold.write(clean=True, durability="commit", index=digest(directory.index / "data.mdb"))
