@@ -344,7 +344,7 @@ def test_what_fails_on_the_second_thread_is_heard(error: Exception, monkeypatch:
             if threading.current_thread().name.startswith("kvstore-read"):
                 failed.set()
                 raise error
-            assert failed.wait(10)
+            assert failed.wait(60)
 
     layout = LAYOUTS["plain"]
     runs, _ = seal_runs([make_run(layout, 4, 1, "raw")])

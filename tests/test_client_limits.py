@@ -90,7 +90,7 @@ def test_a_stream_that_stalls_is_cancelled(daemon: FakeDaemon, representation: s
         answer, took_s = timed(lambda: session.fetch(TOKENS, representation, "stream"))  # type: ignore[arg-type]
         assert answer.reason is Reason.DEADLINE  # type: ignore[attr-defined]
         assert took_s < 0.2 + SLACK_S
-        assert daemon.cancelled.wait(5)
+        assert daemon.cancelled.wait(60)
 
 
 @pytest.mark.parametrize("transport", ["path", "stream"])
@@ -121,7 +121,7 @@ def test_a_restarted_daemon_is_found_again(daemon: FakeDaemon) -> None:
         for _ in range(4):
             assert not session.fetch(TOKENS)
         daemon.start()
-        give_up_at = time.monotonic() + 5
+        give_up_at = time.monotonic() + 120
         while not session.fetch(TOKENS):
             assert time.monotonic() < give_up_at
             time.sleep(0.05)

@@ -245,12 +245,12 @@ def test_blocks_are_pulled_one_at_a_time_and_nobody_waits_for_them(engine: Engin
         first, second = sequence(NS, list(range(300)))
         yield first
         hanging.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         yield second
 
     thread = threading.Thread(target=engine.store, args=(NS.to_record(), blocks()))
     thread.start()
-    assert hanging.wait(20)
+    assert hanging.wait(60)
     assert find(engine, NS, [1]).reason is Reason.IDENTITY
     put(engine, OTHER, list(range(10)))
     assert find(engine, OTHER, list(range(10))).n_tokens == 10
@@ -270,9 +270,9 @@ def test_two_stores_of_the_same_blocks_at_once_leave_one_file_each(engine: Engin
     def blocks() -> Iterator[NewBlock]:
         made = sequence(NS, list(range(600)))
         yield made[0]
-        barrier.wait(20)
+        barrier.wait(60)
         yield from made[1:]
-        barrier.wait(20)
+        barrier.wait(60)
 
     def store() -> None:
         receipts.append(engine.store(NS.to_record(), blocks()))

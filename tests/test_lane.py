@@ -20,7 +20,7 @@ def blocked_lane() -> tuple[Lane, threading.Event]:
     """A lane whose first piece waits for the event."""
     lane, gate, started = Lane(), threading.Event(), threading.Event()
     lane.submit_fetch(lambda: started.set() or gate.wait())
-    started.wait(10)
+    started.wait(60)
     return lane, gate
 
 
@@ -31,7 +31,7 @@ def test_fetches_go_before_stores_that_came_first(blocked_lane: tuple[Lane, thre
     futures = [lane.submit_store(lambda: order.append("store")), lane.submit_fetch(lambda: order.append("fetch"))]
     gate.set()
     for future in futures:
-        future.result(10)
+        future.result(60)
     assert order == ["fetch", "store"]
     lane.close()
 
@@ -47,7 +47,7 @@ def test_an_old_store_goes_before_a_new_fetch(
     time.sleep(0.05)
     second = lane.submit_fetch(lambda: order.append("fetch"))
     gate.set()
-    first.result(10), second.result(10)
+    first.result(60), second.result(10)
     assert order == ["store", "fetch"]
     lane.close()
 
@@ -57,7 +57,7 @@ def test_all_work_runs_on_one_thread_that_was_prepared_once() -> None:
     starts: list[int] = []
     lane = Lane(lambda: starts.append(threading.get_ident()))
     assert not lane.used and not starts
-    threads = {lane.submit_fetch(threading.get_ident).result(10) for _ in range(5)}
+    threads = {lane.submit_fetch(threading.get_ident).result(60) for _ in range(5)}
     assert threads == set(starts) and len(starts) == 1 and lane.used
     lane.close()
 
@@ -66,8 +66,8 @@ def test_an_error_reaches_the_caller_and_the_lane_lives_on() -> None:
     """One bad block must not stop the daemon's device work."""
     lane = Lane()
     with pytest.raises(ZeroDivisionError):
-        lane.submit_fetch(lambda: 1 // 0).result(10)
-    assert lane.submit_fetch(lambda: 2).result(10) == 2
+        lane.submit_fetch(lambda: 1 // 0).result(60)
+    assert lane.submit_fetch(lambda: 2).result(60) == 2
     lane.close()
 
 
@@ -95,8 +95,8 @@ def test_what_mlx_keeps_goes_back_once_when_nothing_comes(monkeypatch: pytest.Mo
     time.sleep(0.1)
     assert not released
     for count in (1, 2):
-        thread = lane.submit_fetch(threading.get_ident).result(10)
-        deadline = time.monotonic() + 10
+        thread = lane.submit_fetch(threading.get_ident).result(60)
+        deadline = time.monotonic() + 120
         while len(released) < count and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.1)
@@ -115,7 +115,7 @@ def test_the_backlog_is_the_pieces_ahead_of_a_fetch(blocked_lane: tuple[Lane, th
     assert lane.backlog_s == 2.0
     gate.set()
     for future in fetches:
-        future.result(10)
+        future.result(60)
     lane.close()
     assert lane.backlog_s == 0.0
 
@@ -125,12 +125,12 @@ def test_apart_a_fetch_does_not_wait_for_a_store_which_gives_way() -> None:
     prepared: list[int] = []
     gate, started = threading.Event(), threading.Event()
     lane = Lane(lambda: prepared.append(threading.get_ident()), apart=True)
-    store = lane.submit_store(lambda: started.set() or (gate.wait(10) and _niceness()))
-    assert started.wait(10)
+    store = lane.submit_store(lambda: started.set() or (gate.wait(60) and _niceness()))
+    assert started.wait(60)
     assert lane.backlog_s == 0.0
-    assert lane.submit_fetch(_niceness).result(10) == _niceness()
+    assert lane.submit_fetch(_niceness).result(60) == _niceness()
     gate.set()
-    assert store.result(10) == max(_niceness(), BACKGROUND_NICE) or sys.platform != "linux"
+    assert store.result(60) == max(_niceness(), BACKGROUND_NICE) or sys.platform != "linux"
     assert len(set(prepared)) == len(prepared) == 2
     lane.close()
 
@@ -140,12 +140,12 @@ def test_apart_nothing_is_given_back_while_the_other_thread_works(monkeypatch: p
     monkeypatch.setattr(lane_module, "IDLE_S", 0.02)
     gate, released = threading.Event(), threading.Event()
     lane = Lane(idle=released.set, apart=True)
-    store = lane.submit_store(lambda: gate.wait(10))
-    lane.submit_fetch(int).result(10)
+    store = lane.submit_store(lambda: gate.wait(60))
+    lane.submit_fetch(int).result(60)
     assert not released.wait(0.2)
     gate.set()
-    store.result(10)
-    assert released.wait(10), "whoever ends last gives it back"
+    store.result(60)
+    assert released.wait(60), "whoever ends last gives it back"
     lane.close()
 
 

@@ -83,7 +83,7 @@ def test_a_caller_that_leaves_ends_the_stream() -> None:
 
     def stream() -> Iterator[Message]:
         yield part(0, bytes(LAYER_BYTES))
-        cancelled.wait(10)
+        cancelled.wait(60)
         raise CorruptDataError("cancelled")
 
     budget = ByteBudget(2 * LAYER_BYTES)

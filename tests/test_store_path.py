@@ -243,3 +243,24 @@ def test_an_upload_that_is_given_up_leaves_no_key(tmp_path: Path) -> None:
     assert not rig.engine.is_encrypted(NAMESPACE.root)
     assert list(rig.engine.staging_dir.parent.glob("keys/*")) == []
     rig.close()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_splice_source_that_was_evicted_is_named_evicted_not_corrupt(rig: Rig, damaged: bool) -> None:
+    """A store builds on a tail that makes room, or breaks, while the upload is under way: the answer tells which."""
+    rig.store(TOKENS[:490])
+    plan = rig.begin(TOKENS[:499])
+    assert plan.upload is not None
+    [piece] = plan.upload.spliced
+    rig.hand_over(plan, make_layers(LAYOUT, TOKENS[:499]))
+    path = rig.engine.path(piece.row)
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    else:
+        # The budget wins over the lease of the upload. The tail is the only leaf, and large enough for what is asked.
+        rig.engine.limit(rig.engine.used_bytes - 1, 0)
+        rig.engine.limit(1 << 30, 0)
+        assert not path.exists()
+    outcome = rig.path.commit(rig.path.uploads.claim(plan.upload.upload_id))
+    assert outcome.reason is (Reason.CORRUPT if damaged else Reason.EVICTED)
+    assert rig.engine.stats().quarantined == damaged

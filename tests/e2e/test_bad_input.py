@@ -371,7 +371,7 @@ def test_an_upload_cancelled_halfway_leaves_nothing(peer: Peer, daemon: DaemonPr
     def half() -> Iterator[pb.UploadChunk]:
         yield pb.UploadChunk(upload_id=reply.upload_id, data=bytes(10_000))
         wait_until(lambda: any(path.stat().st_size == 10_000 for path in daemon.files("staging")))
-        called.wait(10)
+        called.wait(60)
         call.cancel()
         wait_until(lambda: not daemon.files("staging"))
 

@@ -194,14 +194,14 @@ def test_health_and_reflection_answer_on_the_socket(daemon: DaemonProcess) -> No
     with grpc.insecure_channel(daemon.listen) as channel:
         health: Any = health_pb2_grpc.HealthStub(channel)
         for name in ("", "kvstore.v1.KVStore", "kvstore.v1.Admin"):
-            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)
+            reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60)
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
         reflection: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
         ask = reflection_pb2.ServerReflectionRequest(list_services="")
-        (listed,) = reflection.ServerReflectionInfo(iter([ask]), timeout=10)
+        (listed,) = reflection.ServerReflectionInfo(iter([ask]), timeout=60)
         assert {service.name for service in listed.list_services_response.service} >= SERVICES
         ask = reflection_pb2.ServerReflectionRequest(file_containing_symbol="kvstore.v1.KVStore")
-        (found,) = reflection.ServerReflectionInfo(iter([ask]), timeout=10)
+        (found,) = reflection.ServerReflectionInfo(iter([ask]), timeout=60)
         assert found.file_descriptor_response.file_descriptor_proto
 
 

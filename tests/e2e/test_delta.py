@@ -274,12 +274,12 @@ def test_two_workers_that_store_one_prefix_at_once_write_it_once(client: Client,
 
     def commit_late(upload_id: str) -> object:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(60)
         return commit(upload_id)
 
     first._uploader._commit = commit_late  # type: ignore[assignment, method-assign]
     assert first.store(TOKENS[:700], layers_of(LAYOUT, rows, 700)).reason is Reason.OK
-    assert begun.wait(30)
+    assert begun.wait(60)
     with client_of(shared_daemon) as other:
         second = patient(other, namespace)
         asked = watch_uploads(second)
@@ -363,7 +363,7 @@ def test_a_worker_that_dies_halfway_leaves_others_told(client: Client, shared_da
 
 def until(done: object) -> None:
     """Wait for something that happens in another process."""
-    give_up_at = time.monotonic() + 30
+    give_up_at = time.monotonic() + 120
     while not done():  # type: ignore[operator]
         assert time.monotonic() < give_up_at
         time.sleep(0.02)

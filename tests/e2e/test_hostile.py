@@ -199,7 +199,7 @@ def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Pat
                 time.sleep(0.1)
                 yield pb.UploadChunk(data=b"x")
 
-        code, words = code_of(lambda: peer.kvstore.Upload(trickle(), timeout=30))
+        code, words = code_of(lambda: peer.kvstore.Upload(trickle(), timeout=120))
         assert (code, words) == (grpc.StatusCode.NOT_FOUND, "the upload was given up")
         assert not daemon.files("staging")
         peer.channel.close()
@@ -216,10 +216,10 @@ def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
     def paused() -> Iterator[pb.UploadChunk]:
         for _ in range(n_chunks):
             yield pb.UploadChunk(upload_id=upload_id, data=bytes(1000))
-        ended.wait(30)
+        ended.wait(60)
 
     upload = peer.kvstore.Upload.future(paused())
-    error = upload.exception(timeout=15)
+    error = upload.exception(timeout=60)
     ended.set()
     assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "nothing came for 1 s")
     wait_until(lambda: not daemon.files("staging"), 10, lambda: "the upload is still there")

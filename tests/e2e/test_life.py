@@ -21,7 +21,7 @@ from kvstore.client.results import Miss
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -172,7 +172,7 @@ def test_a_stop_says_so_takes_nothing_new_and_ends_within_its_grace(tmp_path: Pa
                 answer = client.session(NAMESPACE, connect_ms=2000).fetch(EXACT)
                 assert answer.reason in (Reason.UNAVAILABLE, Reason.DEADLINE, Reason.CIRCUIT_OPEN), answer
             assert daemon.process is not None
-            assert daemon.process.wait(timeout=30) == 0, daemon.log_text()
+            assert daemon.process.wait(STOP_TIMEOUT_S) == 0, daemon.log_text()
         assert daemon.files("staging") == []
         daemon.start()
         assert "unclean" not in daemon.log_text() and own_tracebacks(daemon) == []

@@ -84,7 +84,7 @@ class Worker:
             layout=LAYOUT.record,
             tokens=pack_tokens(range(start, start + n_tokens)),
         )
-        return self.kvstore.BeginStore.future(request, wait_for_ready=True, timeout=30)
+        return self.kvstore.BeginStore.future(request, wait_for_ready=True, timeout=60)
 
     def silent_upload(self, stop: threading.Event) -> Any:
         """An upload of which nothing comes."""
@@ -153,7 +153,7 @@ def test_a_client_too_many_is_refused_in_words_and_gets_a_place_later(daemon: Da
         with client_of(daemon) as late:
             session = patient(late, NAMESPACE)
             answers = []
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while not answers or answers[-1].reason is Reason.UNKNOWN_PREFIX:
                 assert time.monotonic() < deadline
                 assert all(one.fetch(TOKENS).reason is Reason.UNKNOWN_PREFIX for one in sessions)

@@ -29,7 +29,7 @@ from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.codecs.profiles import parse_profile
 from kvstore.layers import PARTS
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import START_TIMEOUT_S, DaemonProcess
 from tests.support.groups import Computed, encoded_once
 from tests.support.sessions import WAYS, Rows, affine_rows, client_of, cut, hit_rows, join, layers_of, patient
 from tests.support.synthetic import make_layout, make_namespace, prefix_seeds
@@ -263,7 +263,7 @@ class Histories(RuleBasedStateMachine):
 
 def until_connected(sessions: Iterable[Session]) -> None:
     """Old connections find the new daemon; that this takes them a moment is another test's."""
-    give_up_at = time.monotonic() + 30
+    give_up_at = time.monotonic() + START_TIMEOUT_S
     for session in sessions:
         while session.match([1, 2, 3]).reason in (Reason.UNAVAILABLE, Reason.CIRCUIT_OPEN, Reason.DEADLINE):
             assert time.monotonic() < give_up_at

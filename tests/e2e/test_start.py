@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.config import SOCKET_PATH_BYTES_MAX, automatic_budget_bytes, automatic_floor_bytes
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -36,7 +36,7 @@ def short_dir() -> Iterator[Path]:
 
 def refused(daemon: DaemonProcess, code: int) -> str:
     """Run the daemon, which must end by itself with `code` and one line of explanation: that line."""
-    ended = run_cli(["serve"], daemon.environ(), timeout_s=30)
+    ended = run_cli(["serve"], daemon.environ())
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stderr.splitlines()[-1]
@@ -264,7 +264,7 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
     """Before the directory is touched, and without a stack trace."""
     daemon = DaemonProcess(tmp_path / "data", **{"insecure_tcp": "false", key: value})
     environ = {**daemon.environ(), f"KVSTORE_{key.upper()}": value}
-    ended = run_cli(["serve"], environ, timeout_s=30)
+    ended = run_cli(["serve"], environ)
     assert ended.returncode == 2, ended.stderr
     assert named in ended.stderr and "Traceback" not in ended.stderr
     assert not (tmp_path / "data").exists()
@@ -276,7 +276,7 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
     with DaemonProcess(tmp_path / "data") as daemon:
         assert daemon.process is not None
         daemon.signal(number)
-        assert daemon.process.wait(timeout=30) == 0, daemon.log_text()
+        assert daemon.process.wait(STOP_TIMEOUT_S) == 0, daemon.log_text()
         daemon.start()
         assert "unclean" not in daemon.log_text()
         assert stat.S_IMODE(daemon.data_dir.stat().st_mode) == 0o700

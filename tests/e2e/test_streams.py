@@ -167,7 +167,7 @@ def test_an_upload_that_stops_is_given_up(daemon: DaemonProcess, stub: Any) -> N
         yield upload_frame(begun.upload_id, [bytes(1000)])
         time.sleep(4 * STALL_S)
 
-    upload = stub.Upload.future(chunks(), timeout=30)
+    upload = stub.Upload.future(chunks(), timeout=60)
     assert within(3.0, lambda: len(daemon.files("staging")) == 1)
     assert within(STALL_S + 2.0, lambda: daemon.files("staging") == [])
     upload.cancel()

@@ -13,7 +13,7 @@ import pytest
 from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -101,7 +101,7 @@ def test_a_restart_reads_what_was_encrypted_and_another_key_is_refused(daemon: D
     key_file.write_text("11" * 32)
     daemon.start(wait=False)
     assert daemon.process is not None
-    assert daemon.process.wait(30) == 1
+    assert daemon.process.wait(STOP_TIMEOUT_S) == 1
     assert "encryption key" in daemon.log_text()
     key_file.write_text("7b" * 32)
     daemon.start()
@@ -127,6 +127,20 @@ def test_shredding_makes_a_copy_of_the_directory_worthless(daemon: DaemonProcess
             path.write_bytes(old)
         assert not patient(client, TENANT).fetch(PROMPT)
     assert run_cli(["evict", "--shred", "--all"], daemon.environ()).returncode == 2
+
+
+def test_shredding_a_plain_namespace_is_a_usage_error_that_removes_nothing(tmp_path: Path) -> None:
+    """It has no key to drop: exit 2 with the reason, and the blocks are served as before. A dry run says so too."""
+    plain = make_namespace(LAYOUT, "plain")
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon, client_of(daemon) as client:
+        assert patient(client, plain).store(CANARY, make_layers(LAYOUT, CANARY), wait=True).durable
+        blobs = daemon.blobs()
+        for extra in ([], ["--dry-run"]):
+            ended = run_cli(["evict", "--shred", "--namespace", plain.root.hex()[:12], *extra], daemon.environ())
+            assert (ended.returncode, ended.stdout) == (2, "")
+            assert "not encrypted" in ended.stderr and "Traceback" not in ended.stderr
+        assert daemon.blobs() == blobs and len(blobs) == 3
+        assert patient(client, plain).fetch(PROMPT).n_tokens == 600
 
 
 @pytest.mark.parametrize("encrypt", ["off", "tenants"])

@@ -83,7 +83,7 @@ def test_a_disk_that_becomes_slow_costs_less_than_the_prefill_and_a_fast_one_is_
     answer, took_s = timed(lambda: fetch(session))
     assert (bool(answer), answer.reason) == (False, Reason.DEADLINE)
     assert took_s < PREFILL_S, "and not the time of all reads"
-    report = time.monotonic() + 30  # is on its way
+    report = time.monotonic() + 120  # is on its way
     while session.match([*TOKENS, 1], SPEED) and time.monotonic() < report:
         time.sleep(0.05)
     before = disk.reads

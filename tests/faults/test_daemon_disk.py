@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
 from tests.faults import cuts, disk
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -30,7 +30,7 @@ def health(daemon: DaemonProcess, service: str) -> int:
     """What the daemon says of a service."""
     with grpc.insecure_channel(daemon.listen) as channel:
         request = health_pb2.HealthCheckRequest(service=service)
-        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=60).status)
 
 
 def client_of(daemon: DaemonProcess) -> Client:
@@ -143,7 +143,7 @@ def test_a_daemon_whose_directory_cannot_be_made_again_ends_with_a_word(tmp_path
         daemon.restart()
         assert daemon.process is not None
         shutil.rmtree(tmp_path / "volume")
-        assert daemon.process.wait(timeout=60) == 1
+        assert daemon.process.wait(STOP_TIMEOUT_S) == 1
         assert "does not exist: mount the volume" in daemon.log_text() and "Traceback" not in daemon.log_text()
 
 
@@ -157,7 +157,7 @@ def test_beneath_a_volume_that_is_unmounted_nothing_is_made(tmp_path: Path, data
     with disk.mounted(volume), daemon:
         assert stored(daemon, KEPT) and daemon.process is not None
         disk.unmount(volume)
-        assert daemon.process.wait(timeout=60) == 1
+        assert daemon.process.wait(STOP_TIMEOUT_S) == 1
         said = daemon.log_text().splitlines()[-1]
         assert f"the volume {volume}, which the data directory {daemon.data_dir} was on, is no longer there" in said
         assert "Traceback" not in daemon.log_text()

@@ -22,6 +22,7 @@ HOST = "127.0.0.1"
 START_TIMEOUT_S = 180.0
 ANSWER_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 120.0
+PATIENCE_S = 120.0
 
 WITH_STORE = ("-m", "kvstore", "run", "mlx_lm.server")
 PLAIN = ("-m", "mlx_lm", "server")
@@ -170,8 +171,8 @@ def start_all(*servers: ServerProcess) -> None:
 
 
 def wait_until(done: Callable[[], bool], timeout_s: float, failure: Callable[[], str]) -> None:
-    """Return when `done()`; AssertionError with the text of `failure()` after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
+    """Return when `done()`; AssertionError with the text of `failure()` after `timeout_s`, longer on a busy machine."""
+    deadline = time.monotonic() + max(timeout_s, PATIENCE_S)
     while not done():
         if time.monotonic() > deadline:
             raise AssertionError(failure())
