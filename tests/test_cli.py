@@ -274,8 +274,8 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
     finding = SimpleNamespace(kind="stray_blob", path="/data/y", detail="no row")
     asked: list[tuple[Path, bool]] = []
 
-    def check_directory(data_dir: Path, repair: bool, master_key: bytes) -> SimpleNamespace:
-        assert not master_key
+    def check_directory(data_dir: Path, repair: bool, master_key: bytes, keys_dir: Path) -> SimpleNamespace:
+        assert not master_key and keys_dir != data_dir
         asked.append((data_dir, repair))
         return SimpleNamespace(blobs=1, bytes=2, repaired=0, findings=[finding])
 

@@ -193,7 +193,7 @@ def test_a_shorter_prefix_below_the_minimum_is_a_miss(daemon: FakeDaemon) -> Non
 def test_a_hit_below_the_minimum_is_a_miss_that_says_so(daemon: FakeDaemon) -> None:
     """The daemon's own minimum may be lower; "ok" is no reason for a miss."""
     with Client(daemon.config(min_prefix_tokens=10_000)) as client:
-        answer = client.session(daemon.namespace).fetch(TOKENS)
+        answer = client.session(daemon.namespace, **SLOW).fetch(TOKENS)
     assert (answer.n_tokens, answer.reason) == (0, Reason.BELOW_THRESHOLD)
 
 

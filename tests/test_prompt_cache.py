@@ -493,7 +493,8 @@ def test_memory_is_bounded_in_bytes_unless_the_user_says_otherwise(make: Any, mo
     """The stock cache counts sequences only."""
     assert make().max_bytes == prompt_cache_module.default_memory_bytes() < 1 << 50
     assert PromptCache(max_bytes=0, store=make()._store).max_bytes == 0
-    cache = PromptCache(max_bytes=1, store=make()._store)
+    cache = make()
+    cache = PromptCache(max_bytes=1, store=cache._store, provider=cache._provider)
     cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
     assert len(cache) == 0
     assert len(cache.fetch_nearest_cache(make.key, TOKENS[:150])[1]) == 50, "from the store"

@@ -554,7 +554,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
 def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
     """By path and by stream, begun or not; one that a commit comes for in time is not."""
     with (
-        DaemonProcess(tmp_path / "data", profile="raw", upload_idle_s=1) as daemon,
+        DaemonProcess(tmp_path / "data", profile="raw", upload_idle_s=5) as daemon,
         connect(daemon.listen) as client,
     ):
         peer = Peer(daemon)
@@ -564,6 +564,8 @@ def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
             for at, transport in ((1000, pb.TRANSPORT_PATH), (2000, pb.TRANSPORT_STREAM))
         ]
         Path(begun[0].staging_path).write_bytes(bytes(100))
+        assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # room is made as bytes arrive
+        peer.upload(begun[1].upload_id, [begun[1].upload_bytes])
         assert client.stats()["disk"]["used_bytes"] > used
         wait_until(lambda: not daemon.files("staging"), timeout_s=20)
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # pages of the index, which never shrinks
