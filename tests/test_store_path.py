@@ -69,6 +69,10 @@ class Rig:
         """How many leading tokens a session that takes exact data only is given."""
         return self.fetch.match(NAMESPACE.root, pack_tokens([*tokens, 0]), FIDELITY_EXACT).n_tokens
 
+    def key_files(self) -> list[Path]:
+        """Files of namespace keys."""
+        return list(self.engine.staging_dir.parent.with_name("data.keys").rglob("*.json"))
+
     def close(self) -> None:
         """Stop."""
         self.lane.close()
@@ -227,7 +231,7 @@ def test_an_upload_that_was_encrypted_is_never_stored_plain(tmp_path: Path) -> N
     assert not rig.engine.stats().blobs
     rig.store(TOKENS[:300])
     assert rig.engine.is_encrypted(NAMESPACE.root)
-    assert len(list(rig.engine.staging_dir.parent.glob("keys/*"))) == 1
+    assert len(rig.key_files()) == 1
     rig.close()
 
 
@@ -241,7 +245,7 @@ def test_an_upload_that_is_given_up_leaves_no_key(tmp_path: Path) -> None:
     del plan
     gc.collect()
     assert not rig.engine.is_encrypted(NAMESPACE.root)
-    assert list(rig.engine.staging_dir.parent.glob("keys/*")) == []
+    assert rig.key_files() == []
     rig.close()
 
 
