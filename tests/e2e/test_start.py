@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -286,8 +285,6 @@ def test_a_stopped_daemon_still_holds_its_directory(tmp_path: Path) -> None:
     """SIGSTOP is not an end: the second must not go ahead."""
     with DaemonProcess(tmp_path / "data") as first:
         first.signal(signal.SIGSTOP)
-        started = time.monotonic()
         assert "is held by" in refused(DaemonProcess(tmp_path / "data"), 5)
-        assert time.monotonic() - started < 30
         first.signal(signal.SIGCONT)
         roundtrip(first)
