@@ -76,6 +76,28 @@ def test_a_missing_folder_of_keys_is_key_missing_and_never_a_new_key(tmp_path: P
         assert find(engine, SECRET, PROMPT).n_tokens == len(PROMPT)
 
 
+@pytest.mark.parametrize("repaired", [False, True])
+def test_a_kill_while_the_keys_are_missing_costs_nothing(tmp_path: Path, repaired: bool) -> None:
+    """With the index lost too, the encrypted blobs have no row; they are left alone, and served when the keys are back."""
+    with opened(tmp_path) as engine:
+        fill(engine)
+        blobs = blob_paths(tmp_path / "data")
+    shutil.move(tmp_path / "keys", tmp_path / "elsewhere")
+    (tmp_path / "data" / "index" / "data.mdb").unlink()
+    with opened(tmp_path):
+        shutil.copytree(tmp_path / "data", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "data")
+    shutil.move(tmp_path / "killed", tmp_path / "data")
+    with opened(tmp_path):
+        assert blob_paths(tmp_path / "data") == blobs
+    if repaired:
+        check_directory(tmp_path / "data", repair=True, master_key=MASTER, keys_dir=tmp_path / "keys")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "keys")
+    with opened(tmp_path) as engine:
+        assert find(engine, SECRET, PROMPT).n_tokens == len(PROMPT)
+        assert find(engine, PLAIN, PROMPT[:300]).n_tokens == 300
+
+
 def test_a_store_that_was_moved_finds_its_keys(tmp_path: Path) -> None:
     """They go by the id in the directory, not by its path; the folder is 0700 and made with the first key."""
     with opened(tmp_path) as engine:

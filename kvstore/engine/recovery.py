@@ -11,6 +11,7 @@ from kvstore.engine.blobs import Fs, unlink_quietly
 from kvstore.engine.check import Site, Walk, rebuild, sweep
 from kvstore.engine.directory import Directory, Hold, claim
 from kvstore.engine.index import INDEX_VERSION, MAP_BYTES, REBUILDING, Index
+from kvstore.engine.key_files import find_missing_keys
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.nouns import CheckReport, EngineOptions, Finding
@@ -120,12 +121,15 @@ def _vouch(path: Path, hold: Hold) -> None:
 def make_anew(site: Site) -> CheckReport:
     """Fill the index from blob headers, and say so in it meanwhile: a start that finds the word begins again.
 
-    Without the word, a start after a kill in the middle would take every blob that has no row yet for a stray.
+    Without the word, a start after a kill in the middle would take every blob that has no row yet for a stray. It stays
+    while keys are missing: the blobs that need them get their rows when the keys are back.
     """
     with site.index.edit() as edit:
         edit.set_meta(REBUILDING, 1)
     report = rebuild(site)
-    _settle(site.index)
+    find_missing_keys(site)
+    if not site.index.ring.is_missing:
+        _settle(site.index)
     return report
 
 
@@ -177,13 +181,15 @@ def check_directory(
 
 def _check_offline(index: Index, directory: Directory, hold: Hold, tombstones: Tombstones, repair: bool) -> CheckReport:
     try:
-        walk = Walk(Site(directory, index, Fs(), in_flight=tombstones.names), repair)
+        site = Site(directory, index, Fs(), in_flight=tombstones.names)
+        walk = Walk(site, repair)
         report = walk.run()
         if repair:
+            find_missing_keys(site)
             # With nothing but blobs of another format there is still no index of them: a start refuses them again.
             with index.view() as view:
                 nothing_known = bool(walk.newer) and not view.count()
-            if not nothing_known:
+            if not (nothing_known or index.ring.is_missing):
                 _settle(index)
             index.sync()
             # Rows and blobs agree now, whatever the last holder promised of them.
