@@ -33,6 +33,8 @@ NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(1200))
 LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": 1, "upload_idle_s": 2, "memory_bytes": "8MiB"}
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
+# Of calls that the daemon answers: so that one that it forgets is an error with a name.
+ANSWER_S = 240.0
 
 
 class Peer:
@@ -166,7 +168,9 @@ def test_a_worker_waits_for_a_place_instead_of_losing_its_store(peer: Peer, clie
 def test_a_cancelled_begin_leaves_no_upload(peer: Peer, daemon: DaemonProcess) -> None:
     """Whenever the cancellation comes. At once while it is planned; if the reply was on its way, when it is idle."""
     for number in range(60):
-        call = peer.kvstore.BeginStore.future(peer.begin(tokens=pack_tokens([number] * 4000)))
+        # What is left to be idle fits: all of it together under the limit, and each under its own client's share.
+        request, named = peer.begin(tokens=pack_tokens([number] * 1000)), ((CLIENT_KEY, f"client {number}"),)
+        call = peer.kvstore.BeginStore.future(request, metadata=named)
         time.sleep(number * 0.0002)
         if not call.cancel():
             peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=call.result().upload_id))
@@ -238,8 +242,8 @@ def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: 
 def test_messages_over_the_daemons_memory_are_refused_with_a_time(peer: Peer, client: Client) -> None:
     """All calls together; one that is alone gets in."""
     big = pb.MatchRequest(namespace=namespace_to_message(NAMESPACE), tokens=bytes(30 << 20))
-    assert peer.kvstore.Match(big).reason == Reason.UNKNOWN_PREFIX
-    calls = [peer.kvstore.Match.future(big) for _ in range(8)]
+    assert peer.kvstore.Match(big, timeout=ANSWER_S).reason == Reason.UNKNOWN_PREFIX
+    calls = [peer.kvstore.Match.future(big, timeout=ANSWER_S) for _ in range(8)]
     errors = [from_rpc_error(call.exception()) for call in calls if call.exception() is not None]
     assert all(isinstance(error, LimitError) and error.retry_s > 0 for error in errors), errors
 
