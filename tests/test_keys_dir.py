@@ -78,7 +78,7 @@ def test_a_missing_folder_of_keys_is_key_missing_and_never_a_new_key(tmp_path: P
 
 @pytest.mark.parametrize("repaired", [False, True])
 def test_a_kill_while_the_keys_are_missing_costs_nothing(tmp_path: Path, repaired: bool) -> None:
-    """With the index lost too, the encrypted blobs have no row; they are left alone, and served when the keys are back."""
+    """With the index lost too, the encrypted blobs have no row; they stay, and are served when the keys are back."""
     with opened(tmp_path) as engine:
         fill(engine)
         blobs = blob_paths(tmp_path / "data")
