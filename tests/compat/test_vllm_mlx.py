@@ -25,6 +25,7 @@ from vllm_mlx.request import Request, SamplingParams
 
 from kvstore.blocks import Reason
 from kvstore.client import connect
+from kvstore.integrations import vllm_mlx as integration
 from kvstore.integrations.ahead import ahead_of_turn
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
@@ -34,7 +35,9 @@ from tests.support.fake_store import FakeClient
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
 from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_environ, free_port, wait_until
 
-START_TIMEOUT_S = 120.0
+# A start takes 15 s of a core, most of it imports; several servers start in one test, on machines that do other work.
+START_TIMEOUT_S = 600.0
+pytestmark = pytest.mark.timeout(2400)
 STOCK = ("-m", "vllm_mlx.cli")
 WITH_STORE = ("-m", "kvstore", "run", "vllm-mlx")
 FLAGS = {
@@ -325,3 +328,23 @@ def test_a_daemon_that_hangs_does_not_hold_up_the_streams_of_others(tmp_path: Pa
         return await adding
 
     assert asyncio.run(run()) == ([97, 98], 1)
+
+
+def test_layers_that_raise_when_they_are_looked_at_are_kept_in_memory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler stores on its one thread: what foreign layers raise is counted there, and ends no request."""
+    path = write_tiny(tmp_path / "model")
+    model, _ = load(str(path))
+    client = FakeClient()
+    store, models = ModelStore(client, WeightsDigest(tmp_path / "cache")), Models()  # type: ignore[arg-type]
+    models.add(model, str(path))
+    cache, tokens = PrefixCache(model, store=store, models=models), heldout_tokens()[:200]
+
+    def broken(layers: list[Any]) -> Any:
+        raise AttributeError("no such layer")
+
+    monkeypatch.setattr(integration, "layout", broken)
+    assert cache.store(tokens, filled(model, tokens))
+    assert (store.reasons, client.sessions) == ({Reason.INTERNAL: 1}, {})
+    assert cache.fetch([*tokens, 7])[1] == [7]

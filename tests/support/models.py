@@ -20,6 +20,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import dequantize_model, load_model
 
+from tests.support.tiny_configs import SERVED_VOCAB
 from tests.support.topologies import TOPOLOGIES
 
 SMALL_LM = Path(__file__).parent.parent / "models" / "small-lm"
@@ -32,7 +33,10 @@ def build_tiny(name: str = "llama", dtype: mx.Dtype = mx.float32, seed: int = 0)
     Some models begin with zeros where trained ones have convolutions, mixing factors or biases, and then do not look at
     a part of their cache; so what is all zeros gets small random values.
     """
-    config = TOPOLOGIES[name].config
+    return _build(TOPOLOGIES[name].config, dtype, seed)
+
+
+def _build(config: dict[str, Any], dtype: mx.Dtype, seed: int) -> Any:
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
@@ -65,14 +69,25 @@ def fill(name: str, model: Any, tokens: Sequence[int]) -> list[Any]:
 
 
 def write_tiny(folder: Path, name: str = "llama", dtype: mx.Dtype = mx.float32, seed: int = 0) -> Path:
-    """A tiny model as a folder that `mlx_lm.load` reads."""
+    """A tiny model as a folder that `mlx_lm.load` reads, with rows for all tokens of the tokenizer beside it.
+
+    MLX does not check token ids: one without a row is read from foreign memory, which is NaN or the end of the process.
+    """
     folder.mkdir(parents=True)
-    weights = dict(tree_flatten(build_tiny(name, dtype, seed).parameters()))
+    config = _with_vocabulary(TOPOLOGIES[name].config)
+    weights = dict(tree_flatten(_build(config, dtype, seed).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(TOPOLOGIES[name].config))
+    (folder / "config.json").write_text(json.dumps(config))
     for file in TOKENIZER_FILES:
         shutil.copy(SMALL_LM / file, folder)
     return folder
+
+
+def _with_vocabulary(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the vocabulary of the tokenizer, wherever it names the size of one."""
+    sizes = {name: SERVED_VOCAB for name in ("vocab_size", "vocab_size_per_layer_input") if name in config}
+    nested = {name: _with_vocabulary(value) for name, value in config.items() if isinstance(value, dict)}
+    return {**config, **nested, **sizes}
 
 
 def write_llama(folder: Path, layers: int, kv_heads: int, head_dim: int, dtype: mx.Dtype, seed: int = 0) -> Path:

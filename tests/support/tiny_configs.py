@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# The tokenizer of the small model fits into the four models that tests serve; the others are only called.
+# The tokenizer of the small model has SERVED_VOCAB tokens, and so have these models when they are written to a folder.
+# Four have as many when they are called, too.
 SERVED_VOCAB = 4096
 VOCAB = 512
 
