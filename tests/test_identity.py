@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 import pytest
@@ -24,7 +25,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.integrations import identity, models
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.engine_code import engine_of
-from kvstore.integrations.identity import WeightsDigest
+from kvstore.integrations.identity import Pin, WeightsDigest
 from tests.support.fake_store import FakeClient
 from tests.support.models import build_tiny, write_tiny
 
@@ -227,6 +228,39 @@ def test_a_hash_is_remembered_across_processes_for_an_unchanged_file(
     settle(model)
     assert WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) != before
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("process", ["the same", "another"])
+def test_a_model_that_is_known_does_not_wait_for_one_that_is_being_hashed(
+    process: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large weights take minutes; a server that turns to a model it knows has that one's digest at once."""
+    # In the same process a folder written a moment ago is hashed again; another process has its hash on record.
+    monkeypatch.setattr(identity, "SETTLED_S", 60.0 if process == "the same" else 0.0)
+    digests = WeightsDigest(tmp_path / "cache")
+    known, large = folder(tmp_path / "known"), folder(tmp_path / "large", b"other weights")
+    expected = digests.wait(known, WAIT_S)
+    if process == "another":
+        digests = WeightsDigest(tmp_path / "cache")
+    stock, begun, go = hashlib.file_digest, threading.Event(), threading.Event()
+
+    def slow(stream: BinaryIO, name: str) -> object:
+        if stream.name.startswith(str(large)):
+            begun.set()
+            go.wait(WAIT_S)
+        return stock(stream, name)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    digests.pin(large)
+    assert begun.wait(WAIT_S)
+    pins: list[Pin] = []
+    engine = threading.Thread(target=lambda: pins.append(digests.pin(known)), daemon=True)
+    engine.start()
+    engine.join(WAIT_S / 3)
+    waited = engine.is_alive()
+    go.set()
+    assert digests.wait(large, WAIT_S)
+    assert not waited and pins[0].digest == expected
 
 
 def test_a_file_written_a_moment_ago_is_hashed_but_not_remembered(

@@ -136,7 +136,7 @@ class WeightsDigest:
             self._work(path, pin)  # only small files are read
         else:
             log.info("hashing the weights in %s; the store is bypassed until that is done", path)
-            threading.Thread(target=self._work, args=(path, pin), name="kvstore-identity", daemon=True).start()
+            threading.Thread(target=self._work_in_turn, args=(path, pin), name="kvstore-identity", daemon=True).start()
         return pin
 
     def get(self, folder: str | Path) -> bytes | None:
@@ -153,14 +153,18 @@ class WeightsDigest:
             self.pin(path)
         return self._pins[path]
 
+    def _work_in_turn(self, path: str, pin: Pin) -> None:
+        with self._hashing:
+            self._work(path, pin)
+
     def _work(self, path: str, pin: Pin) -> None:
+        """Hash what is not known of the files. An engine's thread may call it: it waits for no other folder's hash."""
         started_ns = time.time_ns()
         try:
-            with self._hashing:
-                digest = hashlib.sha256(_TAG)
-                for file in pin.files:
-                    name = file.name.encode()
-                    digest.update(len(name).to_bytes(4, "little") + name + self._hash(file))
+            digest = hashlib.sha256(_TAG)
+            for file in pin.files:
+                name = file.name.encode()
+                digest.update(len(name).to_bytes(4, "little") + name + self._hash(file))
             if _look(path) != pin.files:
                 raise _ChangedError(f"{path} changed while it was hashed")
             pin.settled = all(file.is_settled(started_ns) for file in pin.files)
