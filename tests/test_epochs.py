@@ -361,3 +361,24 @@ def test_models_do_not_see_each_others_prompts() -> None:
     table.begin("one", [1, 2, 3], epoch(1), None)
     assert table.accepts("other", [1, 2, 3], epoch(2), [])
     assert not table.accepts("one", [1, 2, 3], epoch(2), [])
+
+
+def test_a_model_that_cannot_be_looked_at_is_served_from_memory(
+    client: FakeClient, digests: WeightsDigest, one: Model
+) -> None:
+    """A weight that another thread left unevaluated raises on this one: the engine goes on without the store."""
+    kept = filled(one.model, P)
+
+    def touch() -> None:
+        norm = one.model.model.norm
+        norm.weight = norm.weight + 1
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    toucher.join()
+    store = ModelStore(client, digests)  # type: ignore[arg-type]
+    cache = PromptCache(store=store, provider=Provider(one.key, one.model))
+    assert cache.fetch_nearest_cache(one.key, P) == (None, P)
+    cache.insert_cache(one.key, P, kept)
+    assert cache.fetch_nearest_cache(one.key, [*P, 7])[1] == [7]
+    assert store.reasons[Reason.INTERNAL] and not client.sessions

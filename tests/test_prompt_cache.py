@@ -264,6 +264,47 @@ def test_layouts_are_learned_from_inserts_without_a_provider(
     check_continuation(model, TOKENS[:120], found, rest)
 
 
+class Generator:
+    """The stock server's generator as the cache sees it: it has cache and provider, and shows the cache neither."""
+
+    def __init__(self, provider: Any, prompt_cache: PromptCache) -> None:
+        self.model_provider, self.prompt_cache = provider, prompt_cache
+
+    def serve(self, model: Any, tokens: list[int]) -> list[int]:
+        """Look a prompt up, compute it and insert it; the tokens that were left to feed."""
+        key = self.model_provider.model_key
+        cache, rest = self.prompt_cache.fetch_nearest_cache(key, tokens)
+        cache = make_prompt_cache(model) if cache is None else cache
+        feed(model, cache, rest)
+        self.prompt_cache.insert_cache(key, tokens, cache)
+        return rest
+
+
+def test_in_the_stock_servers_place_it_finds_the_models_by_itself(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any
+) -> None:
+    """`mlx_lm.server.LRUPromptCache = kv.PromptCache`, and nothing else: prompts are stored, and found by others."""
+    provider = Provider((folders["one"], None, None), model)
+    for rest in (TOKENS[:100], TOKENS[99:100]):
+        cache = PromptCache(10, store=ModelStore(client, digests))  # type: ignore[arg-type]
+        assert Generator(provider, cache).serve(model, TOKENS[:100]) == rest
+        assert not cache._store.reasons
+    assert len(client.only.stored[0][0]) == 100
+
+
+def test_a_plain_drop_in_of_servers_that_work_as_one_stays_in_memory(
+    client: FakeClient, digests: WeightsDigest, folders: dict[str, str], model: Any
+) -> None:
+    """They must all see the same hits, and it is from the generator alone that it knows of them."""
+    provider = Provider((folders["one"], None, None), model)
+    provider.is_distributed = True
+    cache = PromptCache(10, store=ModelStore(client, digests))  # type: ignore[arg-type]
+    generator = Generator(provider, cache)
+    generator.serve(model, TOKENS[:100])
+    assert generator.serve(model, TOKENS[:120]) == TOKENS[100:120]
+    assert not client.sessions
+
+
 class StrangeCache(KVCache):  # type: ignore[misc]
     """A class that nobody has looked at."""
 

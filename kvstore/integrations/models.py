@@ -153,8 +153,8 @@ def _nbytes(session: Session, n_tokens: int) -> int:
     return n_tokens * session.namespace.layout.token_bytes
 
 
-def _paths(key: ModelKey) -> list[str]:
-    return [path for path in key if path] if names_files(key) else []
+def _paths(key: ModelKey) -> tuple[str, ...]:
+    return tuple(path for path in key if path) if names_files(key) else ()
 
 
 class ModelStore:
@@ -220,8 +220,15 @@ class ModelStore:
 
         `models`: the loaded model, and its draft model; on the thread that owns them. Other objects than were seen
         before were loaded since: if nobody pinned their folders then, they are pinned now. Without `models` the epoch
-        of those that were seen last; any thread.
+        of those that were seen last; any thread. Models that cannot be looked at have one without an identity.
         """
+        try:
+            return self._epoch(key, models)
+        except _ENGINE_ERRORS as error:
+            self.refuse(KVStoreError(f"{key!r} cannot be looked at: {error}"))
+            return Epoch((), (), unknown=_paths(key) or (repr(key),))
+
+    def _epoch(self, key: ModelKey, models: Sequence[Any]) -> Epoch:
         with self._lock:
             self._loaded = [one for one in self._loaded if one.is_alive]
             known = next((one for one in reversed(self._loaded) if one.is_of(key, models)), None)

@@ -7,6 +7,7 @@ thread on any exception: so nothing is raised here because of the store, and the
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import weakref
@@ -65,14 +66,27 @@ def _as_list(tokens: Any) -> list[int]:
     return tokens if isinstance(tokens, list) else list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
 
 
+def _provider_of(cache: Any) -> Any:
+    """The provider of the ResponseGenerator that has the cache and shows it none; None if none has it.
+
+    The garbage collector knows who refers to an object; it looks at all that there are, some 50 ms for a million.
+    """
+    for holder in gc.get_referrers(cache):
+        held = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        if held.get("prompt_cache") is cache and "model_provider" in held:
+            return held["model_provider"]
+    return None
+
+
 class PromptCache(LRUPromptCache):
     """Drop-in for `mlx_lm.server.LRUPromptCache`. Methods are called on the generation thread, unless they say any.
 
     `speed` says how fast prompts are computed, as far as somebody has measured it.
 
     `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
-    flags whether the engine quantizes its caches. Without it layouts are learned from what is inserted, and the store
-    must be shown each model that was loaded, by `store.epoch(key, model)`: until then its identity is pending.
+    flags whether the engine quantizes its caches. Without it, that of the server's ResponseGenerator is taken when this
+    first calls. In a program that has neither, layouts are learned from what is inserted, and the store must be shown
+    each model that was loaded, by `store.epoch(key, model)`: until then its identity is pending.
 
     Several server processes working as one (`is_distributed`) must all see the same hits, so these use the tier in
     memory alone.
@@ -96,8 +110,8 @@ class PromptCache(LRUPromptCache):
         super().__init__(max_size, default_memory_bytes() if max_bytes is None else max_bytes)
         self._is_strict = max_bytes is not None
         self._store = store or ModelStore(connect())
-        self._provider = provider
-        self._enabled = not getattr(provider, "is_distributed", False)
+        self._is_placed = provider is not None
+        self._serve(provider)
         self._learned: dict[ModelKey, list[Layout]] = {}
         self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
         self._expected: Expected | None = None
@@ -233,8 +247,15 @@ class PromptCache(LRUPromptCache):
         """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""
         self._store.close(timeout_s)
 
+    def _serve(self, provider: Any) -> None:
+        self._provider = provider
+        self._enabled = not getattr(provider, "is_distributed", False)
+
     def _epoch(self, model: ModelKey) -> Epoch | None:
         """Which state of the model is in memory. None, as for the stock class, where the store is not used."""
+        if not self._is_placed:
+            self._is_placed = True
+            self._serve(_provider_of(self))
         if not self._enabled:
             return None
         return self._store.epoch(model, *(self._models() if self._is_loaded(model) else ()))

@@ -34,6 +34,7 @@ from vllm_mlx.models import mllm
 from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
+from kvstore.codecs import device
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
@@ -114,7 +115,8 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         found: Found | None = None
         reserve = functools.partial(prepared.reserve, timeout_s=seconds)
         try:
-            found = self._tier.find(key, layouts, tokens, covered, self._speed.get(key), reserve, epoch)
+            with self._tier.guard():
+                found = self._tier.find(key, layouts, tokens, covered, self._speed.get(key), reserve, epoch)
         finally:
             prepared.finish(found)
 
@@ -229,15 +231,11 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         may_be_expanded = self._config.kv_quantize and len(tokens) < self._config.kv_min_quantize_tokens
         if may_be_expanded or not self._layouts():
             return
-        try:
+        with self._tier.guard():
             layers = [_with_codes(layer) for layer in cache]
-            made = layout(layers)
-            if made != self._layouts()[0]:
+            if layout(layers) != self._layouts()[0]:
                 raise UnsupportedLayerError("a cache that is not laid out as those that the model makes")
-        except KVStoreError as error:
-            self._tier.refuse(error)
-            return
-        self._tier.store(key, tokens, layers, epoch=self._epoch)
+            self._tier.store(key, tokens, layers, epoch=self._epoch)
 
     def _layouts(self) -> list[Layout]:
         """The layout of what is stored, then others that can be fetched. Traces the model when first asked."""
@@ -314,6 +312,8 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
         models.add(computes, model.model_name)
         vision.epoch((model.model_name, None, None), computes)
 
+    # The schedulers clear MLX's cache while they compute, which must not meet a load on another thread.
+    mx.clear_cache = device.release_memory
     engine_core.EngineCore.add_request = ahead_of_turn(engine_core.EngineCore.add_request)
     tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
 

@@ -20,11 +20,14 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load, load_tokenizer
-from vllm_mlx import scheduler
+from vllm_mlx import engine_core, mllm_batch_generator, scheduler
+from vllm_mlx.models import mllm
 from vllm_mlx.request import Request, SamplingParams
+from vllm_mlx.utils import tokenizer
 
 from kvstore.blocks import Reason
 from kvstore.client import connect
+from kvstore.codecs import device
 from kvstore.integrations import vllm_mlx as integration
 from kvstore.integrations.ahead import ahead_of_turn
 from kvstore.integrations.identity import WeightsDigest
@@ -348,3 +351,25 @@ def test_layers_that_raise_when_they_are_looked_at_are_kept_in_memory_alone(
     assert cache.store(tokens, filled(model, tokens))
     assert (store.reasons, client.sessions) == ({Reason.INTERNAL: 1}, {})
     assert cache.fetch([*tokens, 7])[1] == [7]
+
+
+def test_a_scheduler_clears_the_cache_of_mlx_beside_no_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are loaded on other threads: without a GPU the stock call would wait for them, and they for it."""
+    _, _, store, _ = looked_after(tmp_path)
+    for owner, name in (
+        (mx, "clear_cache"),
+        (scheduler, "MemoryAwarePrefixCache"),
+        (mllm_batch_generator, "MemoryAwarePrefixCache"),
+        (engine_core.EngineCore, "add_request"),
+        (tokenizer, "load_model_with_fallback"),
+        (mllm.MLXMultimodalLM, "load"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # and back to this at the end
+    integration.plug_in(store, store)
+    cleared: list[int] = []
+    monkeypatch.setattr(device, "_clear_cache", lambda: cleared.append(1))
+    with device.loading():
+        scheduler.mx.clear_cache()
+        assert not cleared
+    scheduler.mx.clear_cache()
+    assert cleared

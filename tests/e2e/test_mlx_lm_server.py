@@ -14,9 +14,11 @@ from mlx_lm.utils import load_tokenizer
 
 from tests.support.daemon import DaemonProcess
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
-from tests.support.servers import NO_MEMORY, PLAIN, ServerProcess, clean_environ
+from tests.support.servers import NO_MEMORY, PLAIN, ServerProcess, clean_environ, wait_until
 
 QUESTIONS = ("What is a cache?", "How are tokens stored?")
+IN_PLACE = "from mlx_lm import server; from kvstore.integrations.mlx_lm import *; server.LRUPromptCache = PromptCache; "
+DROP_IN = ("-c", IN_PLACE + "server.main()")
 FLAGS = {
     "batched": (),
     "quantized": ("--kv-bits", "8", "--quantized-kv-start", "100"),
@@ -74,6 +76,20 @@ def test_what_one_server_prefilled_another_takes_from_the_store(
             again = other.chat(chat(system, QUESTIONS[1]), seed=1)
             assert again.cached_tokens == again.prompt_tokens - 1
             assert other.stop() == 0, other.log_text()
+
+
+def test_a_server_with_only_the_class_replaced_stores_and_hits(model: Path, system: str, tmp_path: Path) -> None:
+    """`PromptCache` in place of the stock class, in a program of one's own: it is told of no model."""
+    messages = chat(system, QUESTIONS[0])
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        with ServerProcess(model, tmp_path / "one.log", daemon.environ(), launcher=DROP_IN) as one:
+            cold = one.chat(messages)
+            # Again, since the first may have come back before the weights were hashed.
+            wait_until(lambda: bool(daemon.blobs() or (one.chat(messages) and daemon.blobs())), 60.0, one.log_text)
+        other = ServerProcess(model, tmp_path / "other.log", daemon.environ(), launcher=DROP_IN, flags=NO_MEMORY)
+        with other:
+            wait_until(lambda: other.chat(messages).cached_tokens == cold.prompt_tokens - 1, 60.0, other.log_text)
+            assert other.chat(messages).text == cold.text
 
 
 def test_with_no_daemon_or_a_hung_one_the_server_answers(model: Path, system: str, tmp_path: Path) -> None:
