@@ -61,7 +61,9 @@ class Edges:
             assert all(layer.keys is None for layer in cache) == (len(rest) == len(PROMPT))
             return len(PROMPT) - len(rest)
         # As vllm-mlx asks, which expands codes afterwards.
-        found = self.store.fetch(key, [kv.probe(self.model)], PROMPT, finish=self.finish)
+        store = self.store
+        store.epoch(key, self.model)
+        found = store.fetch(key, [kv.probe(self.model)], PROMPT, finish=self.finish)
         return 0 if found is None else found[1]
 
     def finish(self, cache: list[Any]) -> list[Any]:
