@@ -26,6 +26,7 @@ from tests.support.agent import SYSTEM, with_template
 from tests.support.fake_store import FakeClient, FakeSession
 from tests.support.generators import Loaded, arguments_of, request_of
 from tests.support.models import build_tiny, write_tiny
+from tests.support.servers import wait_until
 
 LONG = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Count the files."}]
 OTHER = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Say how many there are."}]
@@ -163,10 +164,17 @@ def test_out_of_time_a_request_is_served_without_and_not_fetched_for_again(start
     assert is_empty(generator)
 
 
+def await_kept(generator: Any) -> None:
+    """Return when memory has the whole of an answered request, which is a moment after its last token."""
+    lrus = generator.prompt_cache._lru._lrus
+    wait_until(lambda: any(len(tokens) > 100 for _, tokens in list(lrus["assistant"])), WAIT_S, lambda: str(lrus))
+
+
 def test_a_prompt_that_memory_has_is_not_fetched(start: Any) -> None:
     """Asking the index is all."""
     generator = start()
     ask(generator, LONG)
+    await_kept(generator)
     Watched.threads.clear()
     _, cached = ask(generator, LONG)
     assert cached > 100
@@ -178,6 +186,7 @@ def test_a_prompt_that_leaves_memory_while_its_request_waits_is_fetched_then(sta
     cold = ask(start(), LONG)[0]
     generator = start()
     ask(generator, LONG)
+    await_kept(generator)
     request = request_of(LONG)
     prepare = functools.partial(generator._prepare, arguments_of(), generator.model_provider.model_key)
     Watched.threads.clear()
