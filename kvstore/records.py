@@ -1,16 +1,20 @@
 """The serial form of blocks: msgpack, validated on every parse, since a header is outside input whoever wrote it.
 
 A whole block stands in its blob's header (`block_to_record`). Index rows and fetch replies carry its runs or states
-(`runs_to_list`, `states_to_list`) beside fields of their own.
+(`runs_to_record`, `states_to_list`) beside fields of their own.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgpack
+import xxhash
 
 from kvstore.blocks import (
     BLOCK_TOKENS,
@@ -29,21 +33,23 @@ from kvstore.blocks import (
 )
 from kvstore.errors import CorruptDataError
 
-# The one version of blocks and blobs. A reader refuses every other.
-RECORD_VERSION = 3
+# Tokens held, skipped and shown, whether checksums follow, fidelity, template.
+_RUN = struct.Struct("<HHHHQ16s")
 
 # Limits of one record, checked on every parse.
 RUNS_MAX = BLOCK_TOKENS
 STACKS_MAX = 1024
 TENSORS_MAX = 4096
+SHARES_MAX = 1 << 16
+TEMPLATES_MAX = 4096
 DIMENSIONS_MAX = 8
 NUMBERS_MAX = 32
 
 
 def block_to_record(block: Block) -> bytes:
     """The record of a block, as it stands in the header of its blob."""
+    runs, templates = runs_to_record(block.runs)
     fields = (
-        RECORD_VERSION,
         block.root,
         block.parent,
         block.key,
@@ -52,7 +58,8 @@ def block_to_record(block: Block) -> bytes:
         block.fidelity,
         block.created_s,
         block.namespace,
-        runs_to_list(block.runs),
+        list(templates.values()),
+        runs,
         states_to_list(block.states),
     )
     packed: bytes = msgpack.packb(fields)
@@ -62,14 +69,14 @@ def block_to_record(block: Block) -> bytes:
 def block_from_record(record: bytes) -> Block:
     """Parse and validate a record; CorruptDataError on anything that is not one."""
     fields = unpack_record(record)
-    if not isinstance(fields, list) or len(fields) != 11 or fields[0] != RECORD_VERSION:
-        raise CorruptDataError("not a block record of a known version")
-    _, root, parent, key, start, tokens, fidelity, created_s, namespace, runs, states = fields
+    if not isinstance(fields, list) or len(fields) != 11:
+        raise CorruptDataError("not a block record")
+    root, parent, key, start, tokens, fidelity, created_s, namespace, templates, runs, states = fields
     for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
         if not isinstance(value, bytes) or len(value) != size:
             raise CorruptDataError(f"block record: bad {name}")
-    if not isinstance(tokens, bytes) or len(tokens) % TOKEN_BYTES or not isinstance(namespace, bytes):
-        raise CorruptDataError("block record: bad tokens or namespace")
+    if not all(isinstance(one, bytes) for one in (tokens, namespace, runs)) or len(tokens) % TOKEN_BYTES:
+        raise CorruptDataError("block record: bad tokens, namespace or runs")
     whole = (_whole(start, "start"), _whole(fidelity, "fidelity"), _whole(created_s, "created_s"))
     block = Block(
         root,
@@ -78,13 +85,20 @@ def block_from_record(record: bytes) -> Block:
         whole[0],
         tokens,
         whole[1],
-        runs_from_list(runs),
+        runs_from_record(runs, templates_by_id(templates)),
         whole[2],
         namespace,
         states_from_list(states),
     )
     block.demand_whole()
     return block
+
+
+def templates_by_id(records: Any) -> dict[bytes, bytes]:
+    """Template records by their ids; CorruptDataError when they are none."""
+    if not isinstance(records, list) or len(records) > RUNS_MAX or not all(isinstance(one, bytes) for one in records):
+        raise CorruptDataError("not a list of templates")
+    return {parse_template(record).id: record for record in records}
 
 
 def unpack_record(record: bytes) -> Any:
@@ -95,61 +109,122 @@ def unpack_record(record: bytes) -> Any:
         raise CorruptDataError(f"not a record: {error}") from error
 
 
-def runs_to_list(runs: Sequence[Run]) -> list[Any]:
-    """Runs as plain lists, for msgpack."""
-    return [
-        [
-            run.n_tokens,
-            run.skip,
-            run.shown,
-            run.fidelity,
-            [
-                [
-                    stack.part,
-                    list(stack.layers),
-                    [stack.recipe.name, stack.recipe.version, [list(p) for p in stack.recipe.params]],
-                    [_tensor_list(tensor) for tensor in stack.tensors],
-                ]
-                for stack in run.stacks
-            ],
-        ]
-        for run in runs
-    ]
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What runs of one kind have in common: parts, layers, recipes and the geometry of their tensors.
+
+    `record` is its serial form, `id` the xxh3_128 of that. `stacks` have tensors without offset, checksums or lengths;
+    `packed` says of each tensor, in order, whether a byte codec packed its shares.
+    """
+
+    id: bytes
+    record: bytes
+    stacks: tuple[Stack, ...]
+    packed: tuple[bool, ...]
 
 
-def _tensor_list(tensor: Tensor) -> list[Any]:
-    fields = [tensor.name, tensor.dtype, tensor.heads, tensor.width, tensor.offset, tensor.checksums]
-    if tensor.lengths or tensor.group_tokens > 1:
-        fields += [list(tensor.lengths), tensor.group_tokens]
-    return fields
-
-
-def runs_from_list(value: Any) -> tuple[Run, ...]:
-    """Parse and validate what `runs_to_list` wrote; CorruptDataError otherwise."""
+@lru_cache(maxsize=TEMPLATES_MAX)
+def parse_template(record: bytes) -> Template:
+    """Parse and validate; CorruptDataError otherwise."""
+    fields = unpack_record(record)
     try:
-        if len(value) > RUNS_MAX:
-            raise CorruptDataError("too many runs")
-        return tuple(_run(*fields) for fields in value)
-    except (TypeError, ValueError) as error:
-        raise CorruptDataError(f"not a list of runs: {error}") from error
+        if len(fields) > STACKS_MAX:
+            raise CorruptDataError("too many stacks")
+        stacks = tuple(_stack(*stack) for stack in fields)
+        packed = tuple(_flag(tensor[5]) for stack in fields for tensor in stack[3])
+    except (TypeError, ValueError, IndexError) as error:
+        raise CorruptDataError(f"not a template of runs: {error}") from error
+    if len(packed) > TENSORS_MAX or sum(len(stack.layers) * len(stack.tensors) for stack in stacks) > SHARES_MAX:
+        raise CorruptDataError("a template with too many tensors")
+    return Template(xxhash.xxh3_128_digest(record), record, stacks, packed)
 
 
-def _run(n_tokens: Any, skip: Any, shown: Any, fidelity: Any, stacks: Any) -> Run:
-    if len(stacks) > STACKS_MAX:
-        raise CorruptDataError("too many stacks")
-    n = _whole(n_tokens, "n_tokens")
-    run = Run(
-        n,
-        _whole(skip, "skip"),
-        _whole(shown, "shown"),
-        _whole(fidelity, "fidelity"),
-        tuple(_stack(*fields) for fields in stacks),
-    )
-    if run.skip + run.shown > n or not run.shown:
-        raise CorruptDataError("a run shows tokens that it does not hold")
-    for tensor in (tensor for stack in run.stacks for tensor in stack.tensors):
-        _check_rows(tensor, n)
-    return run
+def template_of(run: Run) -> Template:
+    """The template of a run."""
+    fields = [
+        [
+            stack.part,
+            list(stack.layers),
+            [stack.recipe.name, stack.recipe.version, [list(pair) for pair in stack.recipe.params]],
+            [[t.name, t.dtype, t.heads, t.width, t.group_tokens, bool(t.lengths)] for t in stack.tensors],
+        ]
+        for stack in run.stacks
+    ]
+    return parse_template(msgpack.packb(fields))
+
+
+def runs_to_record(runs: Sequence[Run]) -> tuple[bytes, dict[bytes, bytes]]:
+    """(runs without their templates, records of these by id).
+
+    Of each run: _RUN, then for each tensor its checksums (8 bytes a layer, if the run has any) and, where it is packed,
+    its lengths (4 bytes a layer). Offsets follow: tensors lie one after the other, run by run.
+    """
+    parts: list[bytes] = []
+    templates: dict[bytes, bytes] = {}
+    for run in runs:
+        template = template_of(run)
+        templates[template.id] = template.record
+        tensors = [tensor for stack in run.stacks for tensor in stack.tensors]
+        checked = int(any(tensor.checksums for tensor in tensors))
+        parts.append(_RUN.pack(run.n_tokens, run.skip, run.shown, checked, run.fidelity, template.id))
+        for tensor in tensors:
+            parts += [tensor.checksums, struct.pack(f"<{len(tensor.lengths)}I", *tensor.lengths)]
+    return b"".join(parts), templates
+
+
+def runs_from_record(data: bytes, templates: Mapping[bytes, bytes]) -> tuple[Run, ...]:
+    """Parse and validate what `runs_to_record` wrote; CorruptDataError otherwise, also when a template is missing."""
+    runs: list[Run] = []
+    at = offset = tensors = 0
+    while at < len(data):
+        if len(data) - at < _RUN.size or len(runs) == RUNS_MAX:
+            raise CorruptDataError("runs are cut short, or too many")
+        n_tokens, skip, shown, checked, fidelity, template_id = _RUN.unpack_from(data, at)
+        record = templates.get(template_id)
+        if record is None:
+            raise CorruptDataError("a run whose template is not there")
+        if checked > 1 or skip + shown > n_tokens or not shown:
+            raise CorruptDataError("a run shows tokens that it does not hold")
+        template = parse_template(record)
+        tensors += len(template.packed)
+        if tensors > TENSORS_MAX:
+            raise CorruptDataError("runs with too many tensors")
+        stacks, at, offset = _placed_stacks(data, at + _RUN.size, template, n_tokens, checked, offset)
+        runs.append(Run(n_tokens, skip, shown, fidelity, stacks))
+    return tuple(runs)
+
+
+def template_ids(data: bytes, templates: Mapping[bytes, bytes]) -> set[bytes]:
+    """The templates that runs name. `data` is what `runs_to_record` wrote; CorruptDataError otherwise."""
+    return {template_of(run).id for run in runs_from_record(data, templates)}
+
+
+def _placed_stacks(
+    data: bytes, at: int, template: Template, n_tokens: int, checked: int, offset: int
+) -> tuple[tuple[Stack, ...], int, int]:
+    """(the stacks of a run with places and checksums, where the next run begins, and where its payload does)."""
+    stacks: list[Stack] = []
+    packed = iter(template.packed)
+    for stack in template.stacks:
+        n_layers = len(stack.layers)
+        tensors: list[Tensor] = []
+        for bare in stack.tensors:
+            sums = data[at : at + 8 * n_layers * checked]
+            at += 8 * n_layers * checked
+            lengths: tuple[int, ...] = ()
+            if next(packed):
+                if len(data) - at < 4 * n_layers:
+                    raise CorruptDataError("runs are cut short")
+                lengths = struct.unpack_from(f"<{n_layers}I", data, at)
+                at += 4 * n_layers
+            tensor = Tensor(bare.name, bare.dtype, bare.heads, bare.width, offset, sums, lengths, bare.group_tokens)
+            _check_rows(tensor, n_tokens)
+            tensors.append(tensor)
+            offset += tensor.stored_bytes(n_layers, n_tokens)
+        stacks.append(Stack(stack.part, stack.layers, stack.recipe, tuple(tensors)))
+    if at > len(data):
+        raise CorruptDataError("runs are cut short")
+    return tuple(stacks), at, offset
 
 
 def _check_rows(tensor: Tensor, n_tokens: int) -> None:
@@ -171,30 +246,18 @@ def _stack(part: Any, layers: Any, recipe: Any, tensors: Any) -> Stack:
         raise CorruptDataError("bad recipe")
     pairs = tuple((str(k), _whole(v, "recipe parameter")) for k, v in params)
     indices = tuple(_whole(layer, "layer") for layer in layers)
-    parsed = tuple(_tensor(len(indices), *fields) for fields in tensors)
+    parsed = tuple(_tensor(*fields) for fields in tensors)
     return Stack(part, indices, Recipe(name, _whole(version, "recipe version"), pairs), parsed)
 
 
-def _tensor(
-    n_layers: int,
-    name: Any,
-    dtype: Any,
-    heads: Any,
-    width: Any,
-    offset: Any,
-    checksums: Any,
-    lengths: Any = (),
-    group_tokens: Any = 1,
-) -> Tensor:
+def _tensor(name: Any, dtype: Any, heads: Any, width: Any, group_tokens: Any, packed: Any) -> Tensor:
     if dtype not in ITEM_BYTES or not isinstance(name, str) or not name.isidentifier():
         raise CorruptDataError("bad tensor")
-    if not isinstance(checksums, bytes) or len(checksums) not in (0, 8 * n_layers):
-        raise CorruptDataError("bad checksums")
-    sizes, group = tuple(_whole(length, "length") for length in lengths), _whole(group_tokens, "group_tokens")
-    if len(sizes) not in (0, n_layers) or not group:
-        raise CorruptDataError("bad lengths or groups")
-    whole = (_whole(heads, "heads"), _whole(width, "width"), _whole(offset, "offset"))
-    return Tensor(name, dtype, *whole, checksums, sizes, group)
+    group = _whole(group_tokens, "group_tokens")
+    _flag(packed)
+    if not group:
+        raise CorruptDataError("bad groups")
+    return Tensor(name, dtype, _whole(heads, "heads"), _whole(width, "width"), group_tokens=group)
 
 
 def states_to_list(states: Sequence[LayerState]) -> list[Any]:
@@ -247,6 +310,12 @@ def _name(value: Any) -> str:
 def _signed(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 62) < value < 1 << 62:
         raise CorruptDataError("not a whole number")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise CorruptDataError("not a flag")
     return value
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.blobs.ranges import BufferReader, FileReader
 from kvstore.blocks import ITEM_BYTES, Recipe, Run, Stack
 from kvstore.codecs import device, gather
 from kvstore.codecs.assemble import assemble_layer, dense_bytes, dense_runs
@@ -25,7 +26,6 @@ from kvstore.codecs.runs import EncodedRun, pack_run, payload_run, stacks_of
 from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.virtual import VirtualFile
 from kvstore.errors import CorruptDataError, UnknownFormatError
-from kvstore.files import BufferReader, FileReader
 from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
 from tests.support.stored import random_payload, seal_runs, streamed, write_source
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvstore.blobs.ranges import FileReader, FileSource
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import payload_run
 from kvstore.codecs.segments import HitBlock
-from kvstore.files import FileReader, FileSource
 from kvstore.layers import LayerSpec, Layout, PartSpec
 from kvstore.server import decode
 from kvstore.server.decode import decode_piece, pieces

@@ -12,7 +12,17 @@ import pytest
 from kvstore.blocks import pack_tokens
 from kvstore.engine import Engine, Fs, Selection, check_directory
 from kvstore.errors import DirectoryError
-from tests.support.engine import HYBRID, RecordingFs, blob_paths, find, namespace, options, put, put_checkpoint
+from tests.support.engine import (
+    HYBRID,
+    RecordingFs,
+    blob_path,
+    blob_paths,
+    find,
+    namespace,
+    options,
+    put,
+    put_checkpoint,
+)
 
 NS, OTHER = namespace(), namespace("other", HYBRID)
 PROMPT = list(range(1000))
@@ -242,7 +252,7 @@ def test_what_the_engine_deletes_by_itself_under_a_lease_does_not_return(tmp_pat
         tail = engine.match(OTHER.root, pack_tokens(PROMPT[:600])).slices[-1].row
         assert match.checkpoint is not None
         row = tail if how == "replaced" else match.checkpoint
-        path = engine.path(row)
+        path = blob_path(engine, row)
         with engine.lease([row]):
             if how == "replaced":
                 put(engine, OTHER, PROMPT[:700])

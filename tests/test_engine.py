@@ -26,9 +26,11 @@ from kvstore.errors import (
 from kvstore.keys import chain_keys
 from tests.support.engine import (
     RecordingFs,
+    blob_path,
     blob_paths,
     demand_right,
     demand_sound,
+    disk_usage,
     find,
     namespace,
     new_block,
@@ -310,9 +312,11 @@ def test_write_order_is_files_then_folder_then_row(tmp_path: Path) -> None:
         put(engine, NS, list(range(600)))
         calls = [call for call in fs.calls if call[0] != "write"]
     names = [name for name, _ in calls]
-    assert names[:2] == ["mkdir", "fsync_dir"] and names[-3:] == ["fsync_dir", "commit", "flush_drive"]
-    files = [what for name, what in calls if name == "rename"]
-    assert len(files) == 3 and len(calls) == 2 + 3 * 3 + 3
+    assert names[:2] == ["mkdir", "fsync_dir"]
+    # The folder, then the namespace's identity, once, then the commit.
+    assert names[-7:] == ["fsync_dir", "unlink", "open", "fsync", "rename", "commit", "flush_drive"]
+    *files, identity = [what for name, what in calls if name == "rename"]
+    assert identity == "identity.json" and len(files) == 3 and len(calls) == 2 + 3 * 3 + 7
     # While one is synced, the next is written; each keeps its own order.
     for file in files:
         steps = [calls.index(step) for step in (("open", f"{file}.tmp"), ("fsync", f"{file}.tmp"), ("rename", file))]
@@ -359,11 +363,11 @@ def test_files_are_private_under_any_umask(tmp_path: Path) -> None:
 
 
 def test_names_of_blobs_say_what_they_hold(engine: Engine) -> None:
-    """Key and seq in the name, one folder for one request."""
+    """Key and number in the name, one folder for one namespace."""
     put(engine, NS, list(range(600)))
     keys = chain_keys(NS.root, pack_tokens(list(range(600))))
     paths = blob_paths(engine.staging_dir.parent)
-    assert {path.parent.name for path in paths} == {keys[0].hex()[:2]}
+    assert {path.parent.name for path in paths} == {NS.root.hex()}
     assert {path.name.split("-")[0] for path in paths} >= {key.hex() for key in keys}
 
 
@@ -383,15 +387,14 @@ def test_staging_is_emptied_at_start(tmp_path: Path) -> None:
         assert list(engine.staging_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize(("version", "advice"), [(9, "use the newer kvstore"), (2, "delete this data directory")])
-def test_an_index_of_another_version_is_refused_and_left_alone(tmp_path: Path, version: int, advice: str) -> None:
-    """Nothing is deleted; the message says what to do."""
+def test_an_index_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    """Nothing is deleted; the older engine simply does not open it."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(300)))
-        with engine._state.index.edit() as edit:
-            edit.set_meta("version", version)
+        with engine._shared.index.edit() as edit:
+            edit.set_meta("version", 4)
     files = blob_paths(tmp_path / "data")
-    with pytest.raises(UnknownFormatError, match=f"version {version}.*{advice}"):
+    with pytest.raises(UnknownFormatError, match="version 4"):
         Engine.open(tmp_path / "data", options())
     assert blob_paths(tmp_path / "data") == files
 
@@ -404,10 +407,10 @@ def test_list_and_show_tell_about_rows(engine: Engine) -> None:
     listed = engine.list_blocks()
     assert len(listed) == 3 and len(engine.list_blocks(NS.root[:4])) == 2 and len(engine.list_blocks(limit=1)) == 1
     [one] = engine.show(listed[0].row.key[:6])
-    assert one.row == listed[0].row and one.path.exists() and one.accessed_s > 1_700_000_000
+    assert one.row == listed[0].row and Path(one.path).exists() and one.accessed_s > 1_700_000_000
     assert engine.show(b"") and engine.show(bytes(32)) == []
     assert isinstance(one.row.block, Block) and one.row.block.namespace == b""
-    assert one.row.n_tokens == one.row.block.n_tokens and one.row.runs_record
+    assert one.row.n_tokens == one.row.block.n_tokens and one.row.described
 
 
 def test_stats_count_what_is_there(engine: Engine) -> None:
@@ -420,24 +423,18 @@ def test_stats_count_what_is_there(engine: Engine) -> None:
     assert (by_alias["weights"].blocks, by_alias["weights"].tokens) == (2, 300)
     assert by_alias["other weights"].logical_bytes == 10 * NS.layout.token_bytes
     assert stats.stored_bytes == sum(one.disk_bytes for one in stats.namespaces)
-    assert stats.used_bytes == stats.stored_bytes + stats.index_bytes
+    assert stats.stored_bytes + stats.index_bytes < stats.used_bytes == disk_usage(engine.staging_dir.parent)
 
 
-def test_the_first_damaged_file_of_a_plan_is_named(engine: Engine) -> None:
-    """Gone, of another size, or with one bit of its header changed, padding included."""
+def test_the_first_unusable_file_of_a_plan_is_named(engine: Engine) -> None:
+    """Gone, or of another size; what its bytes are, the reader verifies."""
     put(engine, NS, list(range(700)))
     slices = find(engine, NS, list(range(700))).slices
-    assert engine.first_damaged(slices) is None and engine.first_damaged([]) is None
-    path, size = engine.path(slices[0].row), slices[0].row.payload_offset
-    whole = path.read_bytes()
-    for at in (0, 20, size // 2, size - 1):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 2]) + whole[at + 1 :])
-        assert engine.first_damaged(slices) == 0
-    path.write_bytes(whole)
-    os.truncate(engine.path(slices[2].row), 10)
-    assert engine.first_damaged(slices) == 2
-    engine.path(slices[1].row).unlink()
-    assert engine.first_damaged(slices) == 1
+    assert engine.first_unusable(slices) is None and engine.first_unusable([]) is None
+    os.truncate(blob_path(engine, slices[2].row), 10)
+    assert engine.first_unusable(slices) == 2
+    blob_path(engine, slices[1].row).unlink()
+    assert engine.first_unusable(slices) == 1
 
 
 def test_a_closed_engine_refuses_and_closes_twice(tmp_path: Path) -> None:
@@ -462,7 +459,7 @@ def test_a_damaged_row_is_corrupt_and_not_an_accident(engine: Engine) -> None:
     put(engine, NS, list(range(10)))
     [info] = engine.list_blocks()
     for cut in (0, 50, 119, 130, len(info.row.value) - 1):
-        with engine._state.index.edit() as edit:
+        with engine._shared.index.edit() as edit:
             edit._txn.put(info.row.key, info.row.value[:cut], db=edit._db["rows"])
         with pytest.raises(CorruptDataError):
             [part.row.block for part in engine.match(NS.root, pack_tokens(range(10))).slices]

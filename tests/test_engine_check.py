@@ -12,13 +12,13 @@ import pytest
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, Selection, check_directory
-from kvstore.engine.format import FORMAT_VERSION
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
 from tests.support.engine import (
     RecordingFs,
     Stopped,
     StoppingFs,
+    blob_path,
     blob_paths,
     demand_sound,
     disk_usage,
@@ -41,7 +41,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 def paths_of(engine: Engine, tokens: list[int] = LONG) -> list[Path]:
     """The files of a sequence."""
-    return [engine.path(part.row) for part in engine.match(NS.root, pack_tokens(tokens)).slices]
+    return [blob_path(engine, part.row) for part in engine.match(NS.root, pack_tokens(tokens)).slices]
 
 
 def test_a_damaged_blob_is_quarantined_with_what_comes_after_it(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_damaged_blob_is_quarantined_with_what_comes_after_it(tmp_path: Path) 
         put(engine, NS, LONG)
         rows = [part.row for part in find(engine, NS, LONG).slices]
         assert not engine.recheck(rows[1].key) and not engine.recheck(bytes(32))
-        flip(engine.path(rows[1]))
+        flip(blob_path(engine, rows[1]))
         assert engine.recheck(rows[1].key)
         assert not engine.recheck(rows[1].key)
         match = find(engine, NS, LONG)
@@ -67,7 +67,7 @@ def test_every_kind_of_damage_is_found_by_a_recheck(tmp_path: Path, how: str) ->
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         row = find(engine, NS, LONG).slices[3].row
-        path = engine.path(row)
+        path = blob_path(engine, row)
         if how == "header":
             flip(path, 100)
         elif how == "short":
@@ -87,7 +87,7 @@ def test_quarantine_is_bounded_and_counted(tmp_path: Path) -> None:
         for name in range(6):
             put(engine, NS, [name] * 20)
             row = find(engine, NS, [name] * 20).slices[0].row
-            flip(engine.path(row))
+            flip(blob_path(engine, row))
             assert engine.recheck(row.key)
         assert engine.stats().quarantined == 3
         assert engine.used_bytes == disk_usage(tmp_path / "data")
@@ -109,28 +109,27 @@ def damage_stray(engine: Engine) -> None:
 
 def damage_row(engine: Engine) -> None:
     row = engine.match(NS.root, pack_tokens(LONG)).slices[2].row
-    with engine._state.index.edit() as edit:
-        edit.remove(row)
+    with engine._shared.index.edit() as edit:
+        edit._txn.delete(row.key, db=edit._db["rows"])
 
 
-def damage_counters(engine: Engine) -> None:
-    with engine._state.index.edit() as edit:
-        edit._txn.drop(edit._db["usage"], delete=False)
+def damage_table(engine: Engine) -> None:
+    with engine._shared.index.edit() as edit:
+        edit.table.resize(engine.match(NS.root, pack_tokens(LONG)).slices[1].row.key, 12345)
 
 
-def damage_order(engine: Engine) -> None:
-    with engine._state.index.edit() as edit:
-        edit._txn.drop(edit._db["order"], delete=False)
-        edit._txn.drop(edit._db["access"], delete=False)
+def damage_children(engine: Engine) -> None:
+    with engine._shared.index.edit() as edit:
+        edit._txn.drop(edit._db["children"], delete=False)
 
 
 DAMAGES: list[tuple[Callable[[Engine], None], set[str], int]] = [
     (damage_missing, {"missing_blob"}, 512),
     (damage_corrupt, {"corrupt_blob"}, 512),
     (damage_stray, {"stray_blob", "corrupt_blob"}, 900),
-    (damage_row, {"stray_blob", "missing_parent", "size"}, 768),
-    (damage_counters, {"size"}, 900),
-    (damage_order, {"row"}, 900),
+    (damage_row, {"stray_blob", "missing_parent", "row"}, 768),
+    (damage_table, {"row"}, 900),
+    (damage_children, {"row"}, 900),
 ]
 
 
@@ -202,7 +201,7 @@ def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         path = paths_of(engine)[3]
-    data = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"9"')
+    data = path.read_bytes().replace(b'"version":"1"', b'"version":"9"')
     path.write_bytes(data)
     shutil.rmtree(tmp_path / "data" / "index")
     kinds = {finding.kind for finding in check_directory(tmp_path / "data", repair=True).findings}
@@ -234,7 +233,7 @@ def test_what_stands_behind_a_newer_blob_outlives_an_index_that_is_lost(
         put(engine, NS, LONG)
         for number in range(others):
             put(engine, NS, [-1 - number, *LONG[:300]])
-        newer, *behind = [engine.path(part.row) for part in find(engine, NS, LONG).slices[1:]]
+        newer, *behind = [blob_path(engine, part.row) for part in find(engine, NS, LONG).slices[1:]]
     before = newer.read_bytes()
     make_newer(newer)
     shutil.rmtree(tmp_path / "data" / "index")
@@ -256,10 +255,10 @@ def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online:
     engine = Engine.open(tmp_path / "data", options())
     put(engine, NS, LONG)
     parts = find(engine, NS, LONG).slices
-    path = engine.path(parts[1].row)
+    path = blob_path(engine, parts[1].row)
     make_newer(path)
     left = path.read_bytes()
-    assert engine.first_damaged(parts) == 1
+    assert engine.first_unusable(parts) == 1
     assert not engine.recheck(parts[1].row.key)
     if not online:
         engine.close()
@@ -273,13 +272,13 @@ def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online:
 
 
 def test_a_blob_that_is_newer_by_its_number_alone_is_damaged(tmp_path: Path) -> None:
-    """No version is newer in nothing but its number."""
+    """A blob is written in the least version that can bear it."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         parts = find(engine, NS, LONG).slices
-        path = engine.path(parts[1].row)
-        path.write_bytes(path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"9"'))
-        assert engine.first_damaged(parts) == 1 and engine.recheck(parts[1].row.key)
+        path = blob_path(engine, parts[1].row)
+        path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"9"'))
+        assert engine.first_unusable(parts) == 1 and engine.recheck(parts[1].row.key)
         assert not path.exists() and engine.stats().quarantined == 1
 
 
@@ -289,7 +288,7 @@ def test_a_start_after_a_kill_leaves_newer_blobs_alone(tmp_path: Path, caplog: p
         put(engine, NS, LONG)
         rows = [part.row for part in find(engine, NS, LONG).slices]
         shutil.copytree(tmp_path / "data", tmp_path / "killed")
-    paths = [tmp_path / "killed" / engine.path(row).relative_to(tmp_path / "data") for row in rows]
+    paths = [tmp_path / "killed" / blob_path(engine, row).relative_to(tmp_path / "data") for row in rows]
     ours, stray = (paths[0].with_name(f"{bytes(32).hex()}-{seq}.safetensors") for seq in (70, 71))
     shutil.copyfile(paths[0], ours)
     shutil.copyfile(paths[0], stray)
@@ -322,7 +321,7 @@ def test_no_blob_gets_the_name_of_one_that_a_newer_kvstore_wrote(tmp_path: Path,
             shutil.copyfile(path, copy)
             make_newer(copy)
         engine.evict(Selection(namespace_prefix=NS.root))
-        assert engine._state.next_seq == 9
+        assert engine._shared.next_number == 9
         shutil.copytree(tmp_path / "data", tmp_path / "killed")
         if how == "a repair":
             engine.check(repair=True)
@@ -345,8 +344,8 @@ def test_a_number_that_no_kvstore_gives_is_no_name_of_a_blob(tmp_path: Path, num
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         row = find(engine, NS, LONG).slices[-1].row
-        planted = engine.path(row).with_name(f"{row.key.hex()}-{number}.safetensors")
-        engine.path(row).rename(planted)
+        planted = blob_path(engine, row).with_name(f"{row.key.hex()}-{number}.safetensors")
+        blob_path(engine, row).rename(planted)
         if how == "a repair":
             engine.check(repair=True)
         elif how == "a start after a kill":
@@ -358,7 +357,7 @@ def test_a_number_that_no_kvstore_gives_is_no_name_of_a_blob(tmp_path: Path, num
         put(engine, OTHER, LONG)
         assert (find(engine, NS, LONG).n_tokens, find(engine, OTHER, LONG).n_tokens) == (768, len(LONG))
         demand_sound(engine)
-        assert engine._state.next_seq < 100
+        assert engine._shared.next_number < 100
     assert not (data / planted.relative_to(tmp_path / "data")).exists()
 
 
@@ -367,7 +366,7 @@ def test_a_blob_stored_under_another_alias_is_sound(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, replace(NS, alias="then"), LONG[:256])
         put(engine, replace(NS, alias="now"), LONG)
-        assert engine.first_damaged(find(engine, NS, LONG).slices) is None
+        assert engine.first_unusable(find(engine, NS, LONG).slices) is None
         assert engine.check().findings == []
 
 
@@ -386,7 +385,7 @@ def test_a_rebuild_keeps_the_better_of_two_and_drops_what_cannot_be_reached(tmp_
     with Engine.open(tmp_path / "data", options()) as engine:
         match = find(engine, NS, LONG)
         assert (match.n_tokens, match.fidelity) == (256, 900)
-        assert not engine.path(orphan).exists()
+        assert not blob_path(engine, orphan).exists()
         demand_sound(engine)
 
 
@@ -409,12 +408,12 @@ def test_a_stray_that_a_live_engine_adopts_never_shares_its_number(tmp_path: Pat
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         row = find(engine, NS, LONG).slices[3].row
-        path = engine.path(row)
-        path.rename(path.with_name(path.name.replace(f"-{row.seq}.", "-70.")))
+        path = blob_path(engine, row)
+        path.rename(path.with_name(path.name.replace(f"-{row.number}.", "-70.")))
         engine.check(repair=True)
-        assert find(engine, NS, LONG).slices[3].row.seq == 70
+        assert find(engine, NS, LONG).slices[3].row.number == 70
         put(engine, NS, [7, *LONG])
-        assert min(part.row.seq for part in find(engine, NS, [7, *LONG]).slices) > 70
+        assert min(part.row.number for part in find(engine, NS, [7, *LONG]).slices) > 70
         demand_sound(engine)
 
 

@@ -22,6 +22,7 @@ from tests.support.engine import (
     RecordingFs,
     Stopped,
     StoppingFs,
+    blob_path,
     checkpoint,
     demand_sound,
     disk_usage,
@@ -149,7 +150,7 @@ def test_the_better_checkpoint_of_a_position_stays(engine: Engine) -> None:
         engine.mark_divergence(row)
     assert row.fidelity == 900
     put_checkpoint(engine, NS, LONG[:300])
-    with engine._state.index.view() as view:
+    with engine._shared.index.view() as view:
         assert view.marked(row.key) > 0
     demand_sound(engine)
 
@@ -224,12 +225,12 @@ def test_a_leased_checkpoint_keeps_its_file(engine: Engine) -> None:
     """Until it is open, like a block's."""
     engine.store(NS.to_record(), with_checkpoints(NS, LONG, [500]))
     [row] = checkpoints(engine)
-    assert engine.first_damaged([Slice(row, row.n_tokens)]) is None
+    assert engine.first_unusable([Slice(row, row.n_tokens)]) is None
     with engine.lease([row]):
         engine.evict(Selection(key_prefix=row.key))
-        assert engine.path(row).exists() and exact(engine, LONG).n_tokens == 0
-    assert not engine.path(row).exists()
-    assert engine.first_damaged([Slice(row, row.n_tokens)]) == 0
+        assert blob_path(engine, row).exists() and exact(engine, LONG).n_tokens == 0
+    assert not blob_path(engine, row).exists()
+    assert engine.first_unusable([Slice(row, row.n_tokens)]) == 0
     demand_sound(engine)
 
 
@@ -332,14 +333,14 @@ def test_a_damaged_checkpoint_is_quarantined_alone(engine: Engine) -> None:
     engine.store(NS.to_record(), with_checkpoints(NS, LONG, [300, 550]))
     row = exact(engine, LONG).checkpoint
     assert row is not None
-    data = bytearray(engine.path(row).read_bytes())
+    data = bytearray(blob_path(engine, row).read_bytes())
     data[-1] ^= 1
-    engine.path(row).write_bytes(data)
+    blob_path(engine, row).write_bytes(data)
     assert [finding.kind for finding in engine.check().findings] == ["corrupt_blob"]
     assert engine.recheck(row.key) and engine.stats().quarantined == 1
     assert find(engine, NS, LONG).n_tokens == 600 and exact(engine, LONG).n_tokens == 300
     first = find(engine, NS, LONG).slices[0].row
-    engine.path(first).write_bytes(b"")
+    blob_path(engine, first).write_bytes(b"")
     assert engine.recheck(first.key)
     assert engine.list_blocks() == [] and engine.stats().checkpoint_bytes == 0
     demand_sound(engine)
@@ -357,7 +358,7 @@ def test_a_rebuild_brings_checkpoints_back(tmp_path: Path) -> None:
         assert {info.row.key: info.row.value for info in engine.list_blocks()} == before
         assert exact(engine, LONG).n_tokens == 550 and exact(engine, LONG, BARE).n_tokens == 300
         demand_sound(engine)
-        engine.path(lost).unlink()
+        blob_path(engine, lost).unlink()
     shutil.rmtree(tmp_path / "data" / "index")
     assert check_directory(tmp_path / "data", repair=True).repaired
     with Engine.open(tmp_path / "data", options()) as engine:
@@ -374,10 +375,10 @@ def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None
         engine.mark_divergence(marked)
         engine.mark_divergence(find(engine, NS, LONG).slices[0].row)
     with Engine.open(tmp_path / "data", options()) as engine:
-        with engine._state.index.edit() as edit:
+        with engine._shared.index.edit() as edit:
             edit._txn.drop(edit._db["checkpoints"], delete=False)
         assert {finding.kind for finding in engine.check(repair=True).findings} == {"row"}
-        with engine._state.index.view() as view:
+        with engine._shared.index.view() as view:
             assert [bool(view.marked(row.key)) for row in view.rows()].count(True) == 1
             assert view.marked(marked.key) and view.count("checkpoints") == 2
         demand_sound(engine)
@@ -448,7 +449,7 @@ def test_however_many_siblings_a_checkpoint_has_it_is_found(tmp_path: Path) -> N
         for first in (0, 150, 299):
             assert exact(engine, [first, *range(60)]).n_tokens == 41
         assert exact(engine, [300, *range(60)]).n_tokens == 0
-        with engine._state.index.view() as view:
+        with engine._shared.index.view() as view:
             assert list(view.checkpoint_tails(NS.root, BLOCK_TOKENS - 1)) == [41]
             entries = [entry for entry, _ in view.children(NS.root) if entry[KEY_BYTES:].startswith(CHECKPOINT_MARK)]
         assert len(entries) == 300 and {entry[KEY_BYTES:-8] for entry in entries} == {checkpoint_code(41)}

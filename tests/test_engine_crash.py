@@ -14,13 +14,14 @@ import pytest
 
 from kvstore.blocks import Reason, pack_tokens
 from kvstore.engine import Engine, Selection
-from kvstore.engine.directory import Hold
+from kvstore.engine.directory import DirectoryLock
 from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import chain_keys
 from tests.support.engine import (
     RecordingFs,
     Stopped,
     StoppingFs,
+    blob_path,
     blob_paths,
     demand_sound,
     find,
@@ -189,11 +190,11 @@ def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
     """With everything after them; what is whole stays."""
-    monkeypatch.setattr("kvstore.engine.check.SWEEP_ROWS", batch)
+    monkeypatch.setattr("kvstore.engine.recover.SWEEP_ROWS", batch)
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(900)))
         put(engine, NS, [*KEPT[:100], -5])
-        lost = engine.path(find(engine, NS, list(range(900))).slices[1].row)
+        lost = blob_path(engine, find(engine, NS, list(range(900))).slices[1].row)
         copy = crashed_copy(engine, tmp_path / "copy")
     (copy / lost.relative_to(tmp_path / "data")).unlink()
     (copy / "blobs.noindex" / "00").mkdir(exist_ok=True, mode=0o700)
@@ -222,7 +223,7 @@ def test_without_syncs_an_unclean_stop_verifies_every_blob(tmp_path: Path) -> No
     """Torn blobs go to quarantine, the index is made anew from the rest."""
     with Engine.open(tmp_path / "data", options(durability="none")) as engine:
         put(engine, NS, list(range(900)))
-        torn = engine.path(find(engine, NS, list(range(900))).slices[2].row)
+        torn = blob_path(engine, find(engine, NS, list(range(900))).slices[2].row)
         copy = crashed_copy(engine, tmp_path / "copy")
     path = copy / torn.relative_to(tmp_path / "data")
     data = bytearray(path.read_bytes())
@@ -238,7 +239,7 @@ def test_a_clean_stop_is_trusted_and_an_unreadable_lock_file_is_not(tmp_path: Pa
     """After a clean stop nothing is read; words that cannot be read mean the worst."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(300)))
-        path = engine.path(find(engine, NS, list(range(300))).slices[0].row)
+        path = blob_path(engine, find(engine, NS, list(range(300))).slices[0].row)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -257,7 +258,7 @@ def test_a_lock_file_says_how_the_last_holder_ended(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options(durability="full")) as engine:
         copy = crashed_copy(engine, tmp_path / "copy")
     for root in (copy, tmp_path / "data"):
-        with Hold(engine._state.directory.__class__(root)) as hold:
+        with DirectoryLock(engine._shared.directory.__class__(root)) as hold:
             seen.append((hold.previous["clean"], hold.previous["durability"]))
     assert seen == [(False, "full"), (True, "full")]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.fs import Fs
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, check_directory, directory
-from kvstore.engine.blobs import Fs
-from kvstore.engine.recovery import set_index_aside
+from kvstore.engine.recover import set_index_aside
 from kvstore.errors import DirectoryError
-from tests.support.engine import blob_paths, find, namespace, options, put
+from tests.support.engine import blob_path, blob_paths, find, namespace, options, put
 
 
 def refused(path: Path) -> str:
@@ -136,7 +136,7 @@ def test_a_blob_folder_that_is_a_link_is_never_followed(tmp_path: Path, clean: b
         (others / name).write_bytes(b"not ours")
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, namespace(), range(300))
-        free = next(path for number in range(256) if not (path := engine._state.directory.folder(number)).exists())
+        free = next(path for number in range(256) if not (path := engine._shared.directory.folder(number)).exists())
         free.symlink_to(others)
         engine.check(repair=True)
         assert sorted(path.name for path in others.iterdir()) == sorted(names)
@@ -195,23 +195,23 @@ def damage(path: Path) -> None:
 def condemned_by_a_fetch(engine: Engine) -> Path:
     """A damaged blob that is read again."""
     [*_, part] = find(engine, namespace(), range(300)).slices
-    damage(engine.path(part.row))
+    damage(blob_path(engine, part.row))
     engine.recheck(part.row.key)
-    return engine.path(part.row)
+    return blob_path(engine, part.row)
 
 
 def condemned_by_a_repair(engine: Engine) -> Path:
     """A damaged blob with a row."""
     [*_, part] = find(engine, namespace(), range(300)).slices
-    damage(engine.path(part.row))
+    damage(blob_path(engine, part.row))
     engine.check(repair=True)
-    return engine.path(part.row)
+    return blob_path(engine, part.row)
 
 
 def condemned_without_a_row(engine: Engine) -> Path:
     """Somebody's file among the blobs."""
     [part, *_] = find(engine, namespace(), range(300)).slices
-    stray = engine.path(part.row).with_name("stray")
+    stray = blob_path(engine, part.row).with_name("stray")
     stray.write_bytes(b"damaged")
     engine.check(repair=True)
     return stray
@@ -278,7 +278,7 @@ def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
         put(engine, namespace(), range(300))
         (tmp_path / "data" / "quarantine").rmdir()
         (tmp_path / "data" / "quarantine").symlink_to(others)
-        path = next(engine.path(info.row) for info in engine.list_blocks(namespace().root, limit=1))
+        path = next(blob_path(engine, info.row) for info in engine.list_blocks(namespace().root, limit=1))
         path.write_bytes(b"damaged")
         with pytest.raises(DirectoryError, match="deleted or replaced"):
             engine.check(repair=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, common_tokens, pack_tokens
 from kvstore.engine import Engine, Selection
-from kvstore.engine.matching import best_child
+from kvstore.engine.match import best_child
 from kvstore.engine.rows import CODE_BYTES_MAX, Code, Row, common_bytes, token_code
 from kvstore.keys import Namespace
 from tests.support.engine import (
@@ -182,7 +182,7 @@ def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], quer
         kept = [info.row.tokens for info in engine.list_blocks()]
         packed = {pack_tokens(tail) for tail in tails}
         assert set(kept) == {a for a in packed if not any(a != b and b.startswith(a) for b in packed)}
-        with engine._state.index.view() as view:
+        with engine._shared.index.view() as view:
             for query in map(pack_tokens, queries):
                 _, take, low = best_child(view, NS.root, NS.root, query, 0)
                 assert take == max((common_tokens(query, each) for each in kept), default=0)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, Match
-from kvstore.engine.retention import chain_of, spare
+from kvstore.engine.checkpoints import chain_of, spare
 from tests.support.engine import HYBRID, checkpoint, demand_sound, find, namespace, options, put_checkpoint, sequence
 
 NS = namespace("hybrid", HYBRID)
@@ -117,7 +117,7 @@ def test_other_chains_are_left_alone(engine: Engine) -> None:
         tokens = [*SYSTEM, -name, *range(1500)]
         store(engine, tokens, [300, *range(400, 1600, 100)])
     assert ends_of(engine).count(300) == 1 and len(ends_of(engine)) == 1 + 4 * (KEEP - 1)
-    with engine._state.index.view() as view:
+    with engine._shared.index.view() as view:
         last = engine.match(NS.root, sequence_bytes([*SYSTEM, -2, *range(1500)]), exact=True).checkpoint
         assert last is not None and last.end == 1500
         chain = chain_of(view, last)

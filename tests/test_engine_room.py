@@ -14,6 +14,7 @@ from kvstore.errors import InvalidRequestError, StoreFullError
 from kvstore.keys import Namespace
 from tests.support.engine import (
     RecordingFs,
+    blob_path,
     blob_paths,
     demand_sound,
     disk_usage,
@@ -217,13 +218,13 @@ def test_leased_blocks_go_last_and_then_they_go(tmp_path: Path) -> None:
         fill(engine, range(4))
         first = find(engine, NS, [0] * 256).slices[0].row
         lease = engine.lease([first])
-        options_before = engine._state.options
+        options_before = engine._shared.options
         object.__setattr__(options_before, "budget_bytes", engine.used_bytes - 1)
         engine.maintain()
         assert first_tokens(engine) == {0, 2, 3}
         object.__setattr__(options_before, "budget_bytes", engine.stats().index_bytes)
         engine.maintain()
-        assert first_tokens(engine) == set() and not engine.path(first).exists()
+        assert first_tokens(engine) == set() and not blob_path(engine, first).exists()
         lease.release()
         demand_sound(engine)
 
@@ -235,10 +236,10 @@ def test_the_file_of_a_replaced_row_stays_while_it_is_leased(tmp_path: Path) -> 
         row = find(engine, NS, list(range(50))).slices[0].row
         with engine.lease([row]), engine.lease([row]):
             put(engine, NS, list(range(60)))
-            assert engine.path(row).exists()
+            assert blob_path(engine, row).exists()
             assert engine.used_bytes == disk_usage(tmp_path / "data")
             assert engine.check(repair=True).findings == []
-        assert not engine.path(row).exists()
+        assert not blob_path(engine, row).exists()
         demand_sound(engine)
 
 
@@ -343,7 +344,7 @@ def test_what_was_evicted_is_remembered_within_bounds(tmp_path: Path) -> None:
         fill(engine, range(10, 20))
         engine.evict(Selection(all=True))
         assert find(engine, NS, list(range(100))).reason is Reason.IDENTITY
-        assert len(engine._state._lost) <= 8
+        assert len(engine._shared._lost) <= 8
         put(engine, NS, list(range(100)))
         assert find(engine, NS, list(range(100))).reason is Reason.OK
 

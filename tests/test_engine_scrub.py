@@ -9,7 +9,7 @@ import pytest
 from kvstore.blocks import Reason
 from kvstore.engine import Engine
 from kvstore.engine import scrub as scrubbing
-from tests.support.engine import demand_sound, find, namespace, options, put
+from tests.support.engine import blob_path, demand_sound, find, namespace, options, put
 
 NS = namespace()
 SEQUENCES = [[number, *range(300)] for number in range(5)]
@@ -45,7 +45,7 @@ def test_damage_is_found_without_a_fetch_and_the_pass_has_a_date(tmp_path: Path,
     with Engine.open(tmp_path / "data", options(**FAST), clock=clock) as engine:
         for tokens in SEQUENCES:
             put(engine, NS, tokens)
-        flip(engine.path(find(engine, NS, SEQUENCES[2]).slices[1].row))
+        flip(blob_path(engine, find(engine, NS, SEQUENCES[2]).slices[1].row))
         assert engine.stats().scrubbed_s == 0
         clock.now += 1
         engine.maintain()
@@ -106,7 +106,7 @@ def test_without_a_rate_nothing_is_read(tmp_path: Path, clock: Clock) -> None:
     """Off is off."""
     with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
         put(engine, NS, SEQUENCES[0])
-        flip(engine.path(find(engine, NS, SEQUENCES[0]).slices[0].row))
+        flip(blob_path(engine, find(engine, NS, SEQUENCES[0]).slices[0].row))
         clock.now += 100
         engine.maintain()
         assert (engine.stats().scrubbed_s, engine.stats().damaged) == (0, 0)

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvstore.engine.sealed import HEADER_BYTES
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
 from kvstore.engine.keyring import BUCKET_TOKENS
-from kvstore.engine.sealed import HEADER_BYTES
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
 from tests.support.engine import (
     HYBRID,

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, Fs, Selection
-from tests.support.engine import HYBRID, find, namespace, options, put, put_checkpoint
+from tests.support.engine import HYBRID, blob_path, find, namespace, options, put, put_checkpoint
 
 NS, OTHER = namespace(), namespace("other", HYBRID)
 
@@ -86,7 +86,7 @@ def test_every_cause_has_its_counter(tmp_path: Path) -> None:
         put_checkpoint(engine, OTHER, range(520))
         put_checkpoint(engine, OTHER, range(560))
         row = find(engine, OTHER, range(600)).slices[-1].row
-        path = engine.path(row)
+        path = blob_path(engine, row)
         path.write_bytes(path.read_bytes()[:-1] + b"?")
         engine.recheck(row.key)
         volume.free = 0

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import files
+from kvstore.blobs.ranges import BufferReader, FileReader, FileSource, Range
 from kvstore.errors import CorruptDataError
-from kvstore.files import BufferReader, FileReader, FileSource, Range
 
 
 def written(path: Path, data: bytes, payload_offset: int = 0) -> FileSource:

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from kvstore.engine.reading import read_block
 from safetensors.numpy import load_file
 
-from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
-from kvstore.codecs.assemble import assemble_layer
-from kvstore.codecs.segments import HitBlock
-from kvstore.engine.format import (
+from kvstore.blobs.format import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,
     Sealed,
@@ -25,7 +23,9 @@ from kvstore.engine.format import (
     parse_header,
     seal,
 )
-from kvstore.engine.reading import read_block
+from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
+from kvstore.codecs.assemble import assemble_layer
+from kvstore.codecs.segments import HitBlock
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
 from kvstore.layers import LayerSpec, Layout, PartSpec

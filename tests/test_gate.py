@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.fs import Fs
 from kvstore.blocks import Reason
 from kvstore.codecs.plausible import expected_bits, fault_of
 from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile
 from kvstore.config import Config
-from kvstore.engine.blobs import Fs
 from kvstore.engine.quality import QualityFiles
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.keys import Namespace

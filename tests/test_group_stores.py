@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.blobs.ranges import FileReader
 from kvstore.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import Capture
 from kvstore.codecs.profiles import parse_profile
 from kvstore.config import Config
 from kvstore.engine import Engine, EngineOptions, Selection
-from kvstore.files import FileReader
 from kvstore.layers import PARTS, KVLayer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane

@@ -130,7 +130,7 @@ def test_rows_loaded_in_bulk_are_rows_like_others(tmp_path: Path) -> None:
                 assert match.n_tokens == n_tokens
                 assert all(len(part.row.block.runs) == 1 for part in match.slices)
         put(engine, NS, [1, 2, 3])
-        assert find(engine, NS, [1, 2, 3]).slices[0].row.seq > 3 * BLOCKS
+        assert find(engine, NS, [1, 2, 3]).slices[0].row.number > 3 * BLOCKS
     call_clean(tmp_path / "data")
     with Engine.open(tmp_path / "data", options()) as engine:
         assert engine.stats().blobs == 3 * BLOCKS + 1

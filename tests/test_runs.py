@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvstore.blobs.ranges import FileReader
 from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW
 from kvstore.codecs import device, encode
 from kvstore.codecs.affine import affine_recipe
@@ -20,7 +21,6 @@ from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, payload_run, raw_run
 from kvstore.errors import ConfigError, InvalidRequestError
-from kvstore.files import FileReader
 from kvstore.layers import LayerSpec, Layout, PartSpec, raw_ranges
 from tests.support.stored import random_payload, seal_runs, write_source
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kvstore import files
+from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
 from kvstore.blocks import Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client import reads
@@ -21,7 +22,6 @@ from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.codecs import virtual
 from kvstore.errors import DeadlineError, ReadDeadlineError
-from kvstore.files import FileReader, FileSource, unreadable_paths
 from kvstore.readers import READERS, Readers
 from tests.support.checkpoints import hybrid_layout
 from tests.support.fake_daemon import FakeDaemon

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
+from kvstore.blobs.ranges import BufferReader, FileReader, Range
 from kvstore.blocks import ITEM_BYTES, LayerState
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.device import Capture, dtype_name
 from kvstore.codecs.states import StateCapture, assemble_state, describe, state_ranges
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.files import BufferReader, FileReader, Range
 from kvstore.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
 from kvstore.records import states_from_list, states_to_list
 from tests.support.checkpoints import (

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kvstore.blobs.base import disk_bytes
+from kvstore.blobs.fs import Fs
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, Stack
-from kvstore.engine.blobs import Fs
+from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.directory import claim
 from kvstore.engine.index import REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
@@ -45,10 +47,10 @@ def load_rows(data_dir: Path, namespace: Namespace, n_rows: int, sequence_blocks
         try:
             for batch in iter(lambda: list(itertools.islice(rows, COMMIT_ROWS)), []):
                 with index.edit() as edit:
-                    for row in batch:
-                        edit.put(row, row.seq)
                     edit.put_namespace(namespace.root, namespace.to_record())
-                    edit.set_meta("next_seq", batch[-1].seq + 1)
+                    for row in batch:
+                        edit.put(row, disk_bytes(row.blob_bytes))
+                    edit.set_meta(NEXT_NUMBER, batch[-1].number + 1)
                     edit.set_meta(REBUILDING, 0)
             index.sync()
         finally:
@@ -77,7 +79,7 @@ def _rows(namespace: Namespace, n_rows: int, sequence_blocks: int) -> Iterator[R
             chunk = tokens[number * step : (number + 1) * step]
             key = block_key(parent, chunk)
             block = Block(namespace.root, parent, key, number * BLOCK_TOKENS, chunk, FIDELITY_EXACT, (run,), seq)
-            yield pack_row(block, seq % 256, seq, 4096, 4096 + run.nbytes())
+            yield pack_row(block, seq, 4096, 4096 + run.nbytes())
             parent = key
 
 

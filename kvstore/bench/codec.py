@@ -16,6 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from kvstore.blobs.format import ReadyBlob, make_ready
+from kvstore.blobs.ranges import BufferReader, Range
 from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import dtype_of, flat_bytes
@@ -23,9 +25,7 @@ from kvstore.codecs.encode import encode_runs
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.codecs.runs import pack_run, raw_run
 from kvstore.codecs.segments import HitBlock
-from kvstore.engine.format import Sealed, seal
 from kvstore.errors import ConfigError
-from kvstore.files import BufferReader, Range
 from kvstore.keys import block_key
 from kvstore.layers import LayerSpec, Layout, PartSpec
 
@@ -154,12 +154,12 @@ def _layer(shape: CodecShape, number: int) -> list[mx.array]:
     return made
 
 
-def _encoded(layout: Layout, arrays: Sequence[mx.array], profile: Profile) -> list[Sealed]:
+def _encoded(layout: Layout, arrays: Sequence[mx.array], profile: Profile) -> list[ReadyBlob]:
     """The blocks of one layer as the store would write them."""
     n_tokens = arrays[0].shape[2]
     tokens = pack_tokens(range(n_tokens))
     root = parent = bytes(32)
-    blocks: list[Sealed] = []
+    blocks: list[ReadyBlob] = []
     for start in range(0, n_tokens, BLOCK_TOKENS):
         end = min(start + BLOCK_TOKENS, n_tokens)
         rows = [mx.contiguous(array[:, :, start:end]) for array in arrays]
@@ -170,12 +170,12 @@ def _encoded(layout: Layout, arrays: Sequence[mx.array], profile: Profile) -> li
         fidelity = min(run.run.fidelity for run in encoded)
         key = block_key(parent, own)
         block = Block(root, parent, key, start, own, fidelity, tuple(run.run for run in encoded))
-        blocks.append(seal(block, [buffer for run in encoded for buffer in run.buffers]))
+        blocks.append(make_ready(block, [buffer for run in encoded for buffer in run.buffers]))
         parent = key
     return blocks
 
 
-def _reader(blocks: Sequence[Sealed]) -> tuple[BufferReader, list[HitBlock]]:
+def _reader(blocks: Sequence[ReadyBlob]) -> tuple[BufferReader, list[HitBlock]]:
     payloads = [b"".join(block.payload) for block in blocks]
     ranges = [Range(source, 0, len(payload)) for source, payload in enumerate(payloads)]
     hit = [HitBlock(block.block.runs, block.block.n_tokens) for block in blocks]

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 
 import grpc
 
+from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
 from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.bounds import ByteBudget
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
@@ -36,7 +37,6 @@ from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.segments import layer_ranges
 from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
-from kvstore.files import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
 from kvstore.keys import Namespace
 from kvstore.rules import check_states
 from kvstore.wire.convert import namespace_to_message

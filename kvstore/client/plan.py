@@ -7,15 +7,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from kvstore.blobs.ranges import FileSource, Range
 from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.client.prefixes import checkpoint_after
 from kvstore.client.results import parse_reason
 from kvstore.codecs.segments import HitBlock
 from kvstore.errors import CorruptDataError, LayoutMismatchError
-from kvstore.files import FileSource, Range
 from kvstore.keys import Namespace, chain_keys
 from kvstore.layers import LayerSpec
-from kvstore.wire.convert import runs_from_bytes, states_from_bytes
+from kvstore.records import runs_from_record, templates_by_id
+from kvstore.wire.convert import states_from_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # The windows of the largest models of today come to about 1.2 GiB.
@@ -95,7 +96,8 @@ def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
         return Plan(0, reason, 0)
     if message.layout != request.namespace.layout.record:
         raise LayoutMismatchError("the daemon's layout of this namespace is not the session's")
-    blocks = tuple(HitBlock(runs_from_bytes(one.runs), one.n_tokens) for one in message.blocks)
+    templates = templates_by_id(list(message.templates))
+    blocks = tuple(HitBlock(runs_from_record(one.runs, templates), one.n_tokens) for one in message.blocks)
     sources: list[pb.BlockSlice | pb.StateSlice] = list(message.blocks)
     if message.HasField("checkpoint"):
         sources.append(message.checkpoint)

@@ -6,8 +6,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from kvstore.blobs.ranges import RangeReader
 from kvstore.client.breaker import Deadline
-from kvstore.files import RangeReader
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from kvstore.blobs.ranges import RangeReader
 from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
 from kvstore.codecs import device
 from kvstore.codecs.affine import AFFINE, is_folded
@@ -28,7 +29,6 @@ from kvstore.codecs.gather import Filler
 from kvstore.codecs.segments import HitBlock, Segment, plan_segments
 from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.errors import InvalidRequestError
-from kvstore.files import RangeReader
 from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 
 

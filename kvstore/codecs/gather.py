@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvstore.blobs.ranges import RangeReader
 from kvstore.blocks import ITEM_BYTES, Tensor
 from kvstore.codecs.base import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.segments import Segment, Span
 from kvstore.errors import CorruptDataError
-from kvstore.files import RangeReader
 from kvstore.readers import READERS
 
 # Tensors of this size and more are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.

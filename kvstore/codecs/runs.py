@@ -12,12 +12,12 @@ from math import lcm
 
 import numpy as np
 
+from kvstore.blobs.ranges import RangeReader
 from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
 from kvstore.codecs.base import BlockCorruptError, packer_of, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.files import RangeReader
 from kvstore.layers import Layout
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore import rules
+from kvstore.blobs.ranges import Range
 from kvstore.blocks import RAW, Block, Recipe, Run, Stack, Tensor
 from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of
 from kvstore.errors import CorruptDataError
-from kvstore.files import Range
 from kvstore.layers import Layout, PartSpec
 
 

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
+from kvstore.blobs.ranges import Range, RangeReader
 from kvstore.blocks import LayerState, StateArray
 from kvstore.codecs import device
 from kvstore.codecs.base import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.files import Range, RangeReader
 from kvstore.layers import KVLayer, Layout, StateLayer
 from kvstore.records import states_from_list, states_to_list
 from kvstore.rules import check_state

@@ -1,9 +1,12 @@
 """The durable store: blob files and the LMDB index that names them. Synchronous, one writer, any thread may read."""
 
-from kvstore.engine.blobs import Fs
+from kvstore.blobs.fs import Fs
+from kvstore.engine.deletions import Lease
 from kvstore.engine.engine import Engine
 from kvstore.engine.keyring import NamespaceKey
-from kvstore.engine.nouns import (
+from kvstore.engine.recover import check_directory
+from kvstore.engine.rows import Row
+from kvstore.engine.types import (
     BlockInfo,
     CheckReport,
     EngineOptions,
@@ -17,9 +20,6 @@ from kvstore.engine.nouns import (
     Slice,
     StoreReceipt,
 )
-from kvstore.engine.recovery import check_directory
-from kvstore.engine.rows import Row
-from kvstore.engine.state import Lease
 
 __all__ = [
     "BlockInfo",

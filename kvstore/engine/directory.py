@@ -12,14 +12,13 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, blob_name, exclude_from_backups, unlink_quietly, write_durably
-from kvstore.engine.rows import Row
+from kvstore.blobs.base import TMP_SUFFIX
+from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.errors import DirectoryError, DirectoryHeldError
 
 # Where macOS mounts volumes; a name below it without a volume is a plain folder on the boot disk.
@@ -47,7 +46,7 @@ class Directory:
 
     @property
     def blobs(self) -> Path:
-        """256 folders of blob files; the suffix keeps Spotlight out."""
+        """Blobs, a folder a namespace; the suffix keeps Spotlight out."""
         return self.root / "blobs.noindex"
 
     @property
@@ -79,27 +78,6 @@ class Directory:
         """What profiles were measured to cost, a file a namespace."""
         return self.root / "quality"
 
-    def folder(self, number: int) -> Path:
-        """The folder of blobs with this number."""
-        return self.blobs / f"{number:02x}"
-
-    def path(self, row: Row) -> Path:
-        """The file of a row."""
-        return self.folder(row.directory) / blob_name(row.key, row.seq)
-
-    def blob_files(self) -> Iterator[tuple[int, os.DirEntry[str]]]:
-        """(folder number, entry) of everything in the blob folders; what lies behind a link is not ours to look at."""
-        for number in range(256):
-            folder = self.folder(number)
-            if folder.is_symlink():
-                continue
-            try:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        yield number, entry
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-
     def quarantined(self) -> list[Path]:
         """Files in quarantine, oldest first; none when somebody has deleted the folder or put a link in its place."""
         with contextlib.suppress(FileNotFoundError):
@@ -111,6 +89,12 @@ class Directory:
     def quarantine_bytes(self) -> int:
         """What quarantine costs on disk."""
         return sum(path.lstat().st_blocks * 512 for path in self.quarantined())
+
+    def own_bytes(self) -> int:
+        """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
+        own = [self.root, self.index, self.staging, self.quarantine, self.settings, self.quality]
+        own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG"]
+        return sum(path.lstat().st_blocks * 512 for path in own if path.exists())
 
     def put_in_quarantine(self, fs: Fs, path: Path, name: str = "") -> None:
         """Move a damaged file out of the way, under another name if given; nothing if it is gone already.
@@ -132,7 +116,7 @@ class Directory:
                 raise DirectoryError(f"{path} cannot be removed: {error.strerror}") from error
 
 
-class Hold:
+class DirectoryLock:
     """The lock on a data directory, held until `close`. Says to others who holds it; remembers how the last one ended.
 
     `previous` is what the last holder wrote: {} for a fresh directory, `clean` true after an orderly stop.
@@ -204,14 +188,14 @@ class Hold:
         """Give the directory back."""
         os.close(self._fd)
 
-    def __enter__(self) -> Hold:
+    def __enter__(self) -> DirectoryLock:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
 
-def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Hold]:
+def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, DirectoryLock]:
     """Check or create the data directory, take its lock, then make what belongs in it.
 
     Raises DirectoryError naming cause and fix, DirectoryHeldError when another process holds it.
@@ -220,7 +204,7 @@ def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Hold
     try:
         created = _admit(root)
         directory = Directory(root, keys_dir)
-        hold = Hold(directory)
+        hold = DirectoryLock(directory)
     except OSError as error:
         raise DirectoryError(f"the data directory {root} cannot be used: {error}") from error
     try:
@@ -314,10 +298,6 @@ def _furnish(directory: Directory) -> None:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
         _demand_folder(path)
-    # Behind a link, a start or a repair would unlink or move files of others as its own strays.
-    for number in range(256):
-        if os.path.lexists(directory.folder(number)):
-            _demand_folder(directory.folder(number))
     name = directory.root / "id"
     if not name.exists():
         unlink_quietly(fs, [f"{name}{TMP_SUFFIX}"])

@@ -1,22 +1,22 @@
-"""The engine: a data directory of blob files and the index that names them.
+"""The engine: blobs, and the index that names them.
 
 Invariants, each with its tests:
 
-1. A row never names a blob that is not complete. Write = tmp, length check, fsync, rename, fsync of the directory, then
+1. A row never names a blob that is not complete. Write = tmp, length check, fsync, rename, fsync of the folder, then
    one index commit for the whole request; only then is the request durable.
 2. Delete = index commit, then unlink, then the folders synced; only then is an eviction acknowledged. What a crash
-   leaves in between is a stray file, never a dangling row. A deleted file that stays on the disk, for a reader or
+   leaves in between is a stray blob, never a dangling row. A deleted blob that stays on the disk, for a reader or
    because the disk keeps it, has a tombstone (`kvstore.engine.tombstones`), so that no rebuild brings it back.
 3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
 4. A child is evicted before its parent, so every row can be reached from its root.
 5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging, quarantine and keys.
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
-   blob is verified here before it is condemned.
-7. Checkpoints are bounded along every chain and in all (`kvstore.engine.retention`), in the commit that adds one.
+   blob is verified here before it goes to quarantine.
+7. Checkpoints are bounded along every chain and in all (`kvstore.engine.checkpoints`), in the commit that adds one.
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
-each request; `none` syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
+each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
 
 Threads: any thread may call anything. One lock serialises writers of the index; it is held for making room and for
 commits, never while blobs are written or the caller's iterator runs. A store has its files synced on a thread that ends
@@ -33,15 +33,26 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
+from kvstore.blobs.base import BlobId, BlobReader
+from kvstore.blobs.fs import Fs
+from kvstore.blobs.ranges import OPEN_FILES_MAX
+from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
-from kvstore.engine import encryption, survey
-from kvstore.engine.blobs import Fs
-from kvstore.engine.directory import Hold, claim
+from kvstore.engine import encryption, listing
+from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES, Lease
+from kvstore.engine.directory import DirectoryLock, claim
+from kvstore.engine.evict import Evictor
 from kvstore.engine.index import Index
-from kvstore.engine.keyring import KeyRing, NamespaceKey
-from kvstore.engine.matching import Exact, Found, checkpoint_at, longest_exact, longest_prefix
-from kvstore.engine.nouns import (
+from kvstore.engine.keyring import NamespaceKey
+from kvstore.engine.match import Exact, Found, checkpoint_at, longest_exact, longest_prefix
+from kvstore.engine.pages import digest
+from kvstore.engine.quality import QualityFiles
+from kvstore.engine.recover import Place, recovered_index
+from kvstore.engine.rows import Row
+from kvstore.engine.scrub import Scrub, after_repair
+from kvstore.engine.shared import DISPLACED, Shared
+from kvstore.engine.store import Writer
+from kvstore.engine.types import (
     BlockInfo,
     CheckReport,
     EngineOptions,
@@ -54,20 +65,10 @@ from kvstore.engine.nouns import (
     Slice,
     StoreReceipt,
 )
-from kvstore.engine.pages import digest
-from kvstore.engine.quality import QualityFiles
-from kvstore.engine.reading import first_damaged, open_reader, sources_of
-from kvstore.engine.recovery import recovered_index
-from kvstore.engine.room import Room
-from kvstore.engine.rows import Row
-from kvstore.engine.scrub import Scrub, after_repair
-from kvstore.engine.sealed import SealedReader
-from kvstore.engine.state import DISPLACED, HEAD_BYTES, HEAD_TOKENS, Lease, State
-from kvstore.engine.tombstones import Tombstones
-from kvstore.engine.writer import Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
-from kvstore.files import OPEN_FILES_MAX, FileReader, FileSource
 from kvstore.keys import NamespaceInfo, block_key
+from kvstore.records import template_ids
+from kvstore.rules import check_states
 
 log = logging.getLogger(__name__)
 
@@ -75,14 +76,14 @@ log = logging.getLogger(__name__)
 class Engine:
     """See the module. Make one with `Engine.open`."""
 
-    def __init__(self, state: State, hold: Hold) -> None:
+    def __init__(self, shared: Shared, held: DirectoryLock) -> None:
         """Not for callers: `open` is."""
-        self._state = state
-        self._hold = hold
-        self._room = Room(state)
-        self._writer = Writer(state, self._room)
-        self.quality = QualityFiles(state.directory.quality, state.fs, sync=state.options.durability != "none")
-        self._scrub = Scrub(state, self.recheck)
+        self._shared = shared
+        self._held = held
+        self._evictor = Evictor(shared)
+        self._writer = Writer(shared, self._evictor)
+        self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
+        self._scrub = Scrub(shared, self.recheck)
         self._closed = False
 
     @classmethod
@@ -94,21 +95,22 @@ class Engine:
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
         fs = fs or Fs()
-        directory, hold = claim(data_dir, options.keys_dir)
+        directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
             directory.clean_staging(fs)
-            ring = KeyRing(directory.keys, fs, options.master_key, sync=options.durability != "none")
-            tombstones = Tombstones(directory, fs, sync=options.durability != "none")
-            index = recovered_index(directory, hold, options, fs, ring, tombstones)
-            hold.write(clean=False, durability=options.durability, socket=options.socket)
-            engine = cls(State(directory, hold, index, options, fs, clock, tombstones), hold)
+            place = Place(directory, held, options, fs)
+            index = recovered_index(place)
+            held.write(clean=False, durability=options.durability, socket=options.socket)
+            shared = Shared(directory, held, index, place.blobs, place.tombstones, options, fs, clock)
+            encryption.find_missing_keys(shared.site)
+            engine = cls(shared, held)
             engine._keep_to_limits()
             return engine
         except BaseException as error:
             if index is not None:
                 index.close()
-            hold.close()
+            held.close()
             if isinstance(error, OSError):
                 raise DirectoryError(f"the data directory {directory.root} cannot be used: {error}") from error
             raise
@@ -118,7 +120,7 @@ class Engine:
 
         A directory that was displaced is let go as it is, as by a crash.
         """
-        with self._state.lock:
+        with self._shared.lock:
             if self._closed:
                 return
             self._closed = True
@@ -126,21 +128,19 @@ class Engine:
                 if not self.is_displaced():
                     self._leave_in_order()
             finally:
-                self._state.index.close()
-                self._hold.close()
+                self._shared.index.close()
+                self._held.close()
 
     def _leave_in_order(self) -> None:
-        self._state.end_all_leases()
-        self._state.settle_deletions()
-        self._state.evictions.tell()
-        self._state.flush_touches()
+        shared = self._shared
+        shared.evictions.tell()
+        shared.deletions.end_all_leases()
+        shared.deletions.settle()
+        shared.flush_uses()
         self._scrub.save()
-        if not self._state.sync:
-            self._state.sync_blobs()
-        self._state.index.sync()
-        left = digest(self._state.index.path / "data.mdb")
-        clean = self._state.is_in_step()
-        self._hold.write(clean=clean, durability=self._state.options.durability, index=left)
+        shared.index.sync()
+        left = digest(shared.index.path / "data.mdb")
+        self._held.write(clean=shared.is_in_step(), durability=shared.options.durability, index=left)
 
     def __enter__(self) -> Engine:
         return self
@@ -148,15 +148,15 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    # -- finding ------------------------------------------------------------------------------------------------
+    # -- finding --------------------------------------------------------------------------------------------------
 
     def namespace(self, root: bytes) -> NamespaceInfo | None:
         """What is known of a namespace; None if nothing is stored in it."""
-        return self._state.namespaces.get(root)
+        return self._shared.namespaces.get(root)
 
     def namespaces(self) -> list[NamespaceInfo]:
         """All namespaces."""
-        return list(self._state.namespaces.values())
+        return list(self._shared.namespaces.values())
 
     def match(
         self,
@@ -172,17 +172,18 @@ class Engine:
         for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
         limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
-        if encryption.is_key_missing(self._state, root):
-            return Match(0, Reason.KEY_MISSING)
-        if limit and root not in self._state.namespaces:
+        if limit and root not in self._shared.namespaces:
             why = self._why(Found((), 0, 0, root, False), tokens, limit)
             return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
-        with self._state.index.view() as view:
+        if encryption.is_key_missing(self._shared, root):
+            return Match(0, Reason.KEY_MISSING)
+        with self._shared.index.view() as view:
             found = longest_prefix(view, root, tokens, limit, fidelity_min)
             cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None
-        if cut is not None:
-            return self._exact(found, cut, tokens, limit)
-        return Match(found.n_tokens, self._why(found, tokens, limit), found.rows)
+            templates = view.templates
+        if cut is None:
+            return Match(found.n_tokens, self._why(found, tokens, limit), found.rows, templates=templates)
+        return replace(self._exact(found, cut, tokens, limit), templates=templates)
 
     def _exact(self, found: Found, cut: Exact, tokens: bytes, limit: int) -> Match:
         """A match that ends at a checkpoint, or nothing for want of one."""
@@ -194,7 +195,7 @@ class Engine:
 
     def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
         """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""
-        with self._state.index.view() as view:
+        with self._shared.index.view() as view:
             return checkpoint_at(view, root, tokens)
 
     def mark_divergence(self, row: Row) -> None:
@@ -202,8 +203,8 @@ class Engine:
 
         To be called when a fetch used the checkpoint of a match that says `diverged`.
         """
-        if self._state.mark(row.key):
-            self._state.flush_touches()
+        if self._shared.uses.mark(row.key):
+            self._shared.flush_uses()
 
     def _why(self, found: Found, tokens: bytes, limit: int) -> Reason:
         """Why a match gives no more."""
@@ -212,59 +213,79 @@ class Engine:
         if found.better:
             return Reason.FIDELITY
         rest = tokens[found.full * TOKEN_BYTES : min(limit, found.full + BLOCK_TOKENS) * TOKEN_BYTES]
-        heads = [rest] if found.n_tokens - found.full >= HEAD_TOKENS else [rest, rest[:HEAD_BYTES]]
+        heads = [rest] if found.n_tokens - found.full >= HEAD_TOKENS else [rest, rest[:HEAD_TOKENS_BYTES]]
         for head in heads:
-            reason = self._state.why_lost(block_key(found.parent, head))
+            reason = self._shared.lost.why(block_key(found.parent, head))
             if reason is not None:
                 return reason
         return Reason.UNKNOWN_PREFIX
 
-    def path(self, row: Row) -> Path:
-        """The file of a row."""
-        return self._state.directory.path(row)
+    def path(self, row: Row) -> str | None:
+        """The file of a row's blob; None where only this process can read it: then its bytes are streamed."""
+        return self._shared.blobs.path(row.blob)
 
-    def sources(self, slices: Iterable[Slice]) -> list[FileSource]:
-        """Where a `FileReader` finds the blocks of a plan."""
-        return sources_of(self._state.directory, slices)
+    def has_paths(self, root: bytes) -> bool:
+        """Whether the blobs of a namespace have files that others can read."""
+        return self._shared.blobs.path(BlobId(root, bytes(KEY_BYTES), 0)) is not None
 
-    def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> FileReader | SealedReader:
-        """A reader of the blocks of a plan, all of one namespace; what is encrypted comes out decrypted."""
-        key = self._state.index.ring.key(slices[0].row.root) if slices else None
-        return open_reader(self.sources(slices), slices, key, open_max)
+    @staticmethod
+    def templates(match: Match) -> dict[bytes, bytes]:
+        """The templates that the runs of a match name, by id. Rows with one digest name the same ones."""
+        some = {part.row.templates_digest: part.row for part in match.slices}
+        names = {name for row in some.values() for name in template_ids(row.described, match.templates)}
+        return {name: match.templates[name] for name in names}
+
+    def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
+        """A reader of the blocks of a plan, all of one namespace."""
+        return self._shared.blobs.reader([part.row.source for part in slices], open_max)
+
+    def first_unusable(self, slices: Sequence[Slice]) -> int | None:
+        """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule.
+
+        Everything else that a fetch takes is verified with the checksums of the row, by the reader of the bytes.
+        """
+        for number, part in enumerate(slices):
+            row = part.row
+            if self._shared.blobs.size(row.blob) != row.blob_bytes:
+                return number
+            if row.is_checkpoint and (info := self._shared.namespaces.get(row.root)) is not None:
+                try:
+                    check_states(info.layout, row.block.states, row.block.end)
+                except CorruptDataError:
+                    return number
+        return None
+
+    def touch(self, slices: Iterable[Slice]) -> None:
+        """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
+        if self._shared.uses.touch(slices):
+            self._shared.flush_uses()
+
+    def lease(self, rows: Iterable[Row]) -> Lease:
+        """Protect the blobs of rows until they are open: evicted last, and those of replaced rows stay for now."""
+        return self._shared.deletions.lease(tuple(rows), self._shared.index.ring)
+
+    # -- encryption -----------------------------------------------------------------------------------------------
 
     def is_encrypted(self, root: bytes) -> bool:
-        """Whether a namespace is encrypted: then nothing of it is handed over by path."""
-        return encryption.is_encrypted(self._state, root)
+        """Whether a namespace is encrypted."""
+        return encryption.is_encrypted(self._shared, root)
 
     def encrypt(self, root: bytes) -> NamespaceKey | None:
         """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
 
-        KeyMissingError while the keys of what is stored are missing.
-
-        Hold it until `store` has it: before the first store it is nowhere else.
+        Hold it until `store` has it: before the first store it is nowhere else. KeyMissingError while the keys of what
+        is stored are missing.
         """
-        return encryption.encrypt(self._state, root)
+        return encryption.encrypt(self._shared, root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
-        """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards."""
-        return encryption.shred(self._state, namespace_prefix, dry_run)
+        """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards.
 
-    def first_damaged(self, slices: Sequence[Slice]) -> int | None:
-        """See `kvstore.engine.reading.first_damaged`. All of one namespace."""
-        info = self._state.namespaces.get(slices[0].row.root) if slices else None
-        key = self._state.index.ring.key(info.root) if info else None
-        return first_damaged(self.sources(slices), slices, info, key)
+        InvalidRequestError, having done nothing, when one of them is not encrypted, or there is none.
+        """
+        return encryption.shred(self._shared, namespace_prefix, dry_run)
 
-    def touch(self, slices: Iterable[Slice]) -> None:
-        """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
-        if self._state.touch(slices):
-            self._state.flush_touches()
-
-    def lease(self, rows: Iterable[Row]) -> Lease:
-        """Protect the files of rows until they are open: evicted last, and the files of replaced rows stay for now."""
-        return Lease(self._state, tuple(rows))
-
-    # -- storing ------------------------------------------------------------------------------------------------
+    # -- storing --------------------------------------------------------------------------------------------------
 
     def store(
         self,
@@ -285,146 +306,149 @@ class Engine:
 
     def await_durable(self) -> bool:
         """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""
-        return self._state.drive.confirm()
+        return self._shared.drive.confirm()
 
-    # -- room ---------------------------------------------------------------------------------------------------
+    # -- room -----------------------------------------------------------------------------------------------------
 
     @property
     def staging_dir(self) -> Path:
         """Where uploads wait; emptied when the engine opens. Count them with `add_usage`."""
-        return self._state.directory.staging
+        return self._shared.directory.staging
 
     @property
     def used_bytes(self) -> int:
         """What the data directory costs on disk."""
-        return self._state.ledger.total
+        return self._shared.ledger.total
 
     @property
     def budget_bytes(self) -> int:
         """Most bytes that it may cost."""
-        return self._state.options.budget_bytes
+        return self._shared.options.budget_bytes
 
     def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
         """Keep to these limits from now on, and at once."""
-        self._state.options = replace(self._state.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
+        shared = self._shared
+        shared.options = replace(shared.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
         self._keep_to_limits()
 
     def _keep_to_limits(self) -> None:
-        self._room.announce()
-        self._room.make(0)
-        self._room.keep_share()
-        self._state.evictions.tell()
+        self._evictor.announce()
+        self._evictor.make_room(0)
+        self._evictor.keep_checkpoint_share()
+        self._shared.evictions.tell()
 
     @property
     def degraded(self) -> str:
         """Why nothing is stored at present; empty when all is well."""
-        return self._state.counts.degraded
+        return self._shared.health.degraded
 
     def make_room(self, nbytes: int) -> bool:
         """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
-        return self._room.make(nbytes)
+        return self._evictor.make_room(nbytes)
 
     def add_usage(self, nbytes: int) -> None:
         """Count the size of a staged file, or, with the same number negative, its end."""
-        self._room.book_staging(nbytes)
+        self._evictor.book_staging(nbytes)
 
     def could_reserve(self, nbytes: int) -> bool:
         """Whether `reserve` may find room for so many staged bytes. Evicts nothing."""
-        return self._room.could_reserve(nbytes)
+        return self._evictor.could_reserve(nbytes)
 
     def reserve(self, nbytes: int) -> bool:
         """`make_room` and `add_usage` in one step; False, and nothing counted, when there is no room."""
-        return self._room.reserve(nbytes)
+        return self._evictor.reserve(nbytes)
 
     def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
         """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing.
 
         What it reports stays deleted, whatever happens afterwards. DirectoryError when the disk does not confirm that.
         """
-        return self._room.evict(selection, dry_run)
+        return self._evictor.evict(selection, dry_run)
 
     def maintain(self) -> None:
         """To be called every second or so: write the access order when due, keep to budget and floor, scrub a little.
 
         When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
         """
-        state = self._state
-        state.counts.displaced = DISPLACED if self.is_displaced() else ""
-        if state.counts.displaced:
+        shared = self._shared
+        shared.health.displaced = DISPLACED if self.is_displaced() else ""
+        if shared.health.displaced:
             return
         try:
-            if state.touches_due():
-                state.flush_touches()
-            state.settle_deletions()
-            self._room.make(0)
-            state.evictions.tell()
-            state.ballast.lay()
-            if state.counts.disk_error and state.can_write():
-                state.counts.disk_error = ""
+            if shared.uses.due():
+                shared.flush_uses()
+            shared.deletions.settle()
+            self._evictor.make_room(0)
+            shared.evictions.tell()
+            shared.ballast.lay()
+            if shared.health.disk_error and shared.can_write():
+                shared.health.disk_error = ""
             self._scrub.step()
         except (KVStoreError, OSError) as error:
-            state.counts.disk_error = str(error)
+            shared.health.disk_error = str(error)
 
     def is_displaced(self) -> bool:
         """Whether the data directory was deleted or replaced underneath. Then open another engine: none can heal it."""
-        return self._state.is_displaced()
+        return self._shared.is_displaced()
 
-    # -- care ---------------------------------------------------------------------------------------------------
+    # -- care -----------------------------------------------------------------------------------------------------
 
     def recheck(self, key: bytes) -> bool:
         """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
 
-        What a newer kvstore wrote, what nobody has the key of and what is in a displaced directory stays.
+        What is of another format version, what has no key and what is in a displaced directory stays.
         """
-        with self._state.index.view() as view:
+        shared = self._shared
+        with shared.index.view() as view:
             row = view.row(key)
         if row is None or self.is_displaced():
             return False
         try:
-            checking.verify_row(self._state.site, row)
+            checking.verify_row(shared.site, row)
             return False
         except (NotFoundError, UnknownFormatError):
             return False
         except CorruptDataError as error:
             log.warning("a blob is damaged: %s", error)
-        with self._state.lock:
-            removed = checking.drop_tree(self._state.site, row, quarantine=True)
-            after_repair(self._state, removed)
+        with shared.lock:
+            removed = checking.drop_tree(shared.site, row, keep_blob=True)
+            after_repair(shared, removed)
         return bool(removed)
 
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""
-        self._state.demand_place()
+        shared = self._shared
+        shared.demand_place()
         if repair:
             with contextlib.suppress(OSError):  # `maintain` will tell
-                self._state.settle_deletions()
-        walk = checking.Walk(self._state.site, repair)
+                shared.deletions.settle()
+        walk = checking.Walk(shared.site, repair)
         try:
             walk.run()
         except CorruptDataError as error:
             advice = f"{error}; stop the daemon and run: kvstore check --repair"
-            walk.report.findings.append(Finding("row", str(self._state.index.path), advice))
-        with self._state.lock:
-            after_repair(self._state, walk.removed)
+            walk.report.findings.append(Finding("row", str(shared.index.path), advice))
+        with shared.lock:
+            after_repair(shared, walk.removed)
         return walk.report
 
-    # -- looking ------------------------------------------------------------------------------------------------
+    # -- looking --------------------------------------------------------------------------------------------------
 
     def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
         """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-        return survey.list_blocks(self._state, namespace_prefix, limit)
+        return listing.list_blocks(self._shared, namespace_prefix, limit)
 
     def show(self, key_prefix: bytes) -> list[BlockInfo]:
         """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-        return survey.show(self._state, key_prefix)
+        return listing.show(self._shared, key_prefix)
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
         try:
-            free_bytes = self._room.free_bytes()
+            free_bytes = self._evictor.free_bytes()
         except OSError as error:
-            self._state.counts.disk_error = f"the data directory cannot be reached: {error}"
+            self._shared.health.disk_error = f"the data directory cannot be reached: {error}"
             free_bytes = 0
         return replace(
-            survey.stats(self._state, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged
+            listing.stats(self._shared, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged
         )

@@ -5,9 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
-
-from kvstore.engine.rows import Row
 
 ASKED, BUDGET, FLOOR, SHARE, CHAIN, REPAIR = "asked", "budget", "floor", "share", "chain", "repair"
 _WHY = {
@@ -30,12 +27,12 @@ class Evictions:
         self._told: Counter[str] = Counter()
         self._told_bytes: Counter[str] = Counter()
 
-    def note(self, cause: str, rows: Sequence[Row]) -> None:
-        """Count rows that were removed."""
-        if rows:
+    def note(self, cause: str, blocks: int, nbytes: int) -> None:
+        """Count blocks that were removed, and what they cost on disk."""
+        if blocks:
             with self._lock:
-                self._blocks[cause] += len(rows)
-                self._bytes[cause] += sum(row.disk_bytes for row in rows)
+                self._blocks[cause] += blocks
+                self._bytes[cause] += nbytes
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """(blocks, bytes on disk) by cause; causes that did not occur are left out."""

@@ -1,18 +1,15 @@
-"""The LMDB index: rows, namespaces, children, access order, usage. The only module that knows LMDB.
+"""The LMDB index: rows, children, and the table of `kvstore.engine.retain`. The only module that knows LMDB.
 
 Databases:
     rows        key -> row value (`kvstore.engine.rows`)
-    children    parent, code of leading tokens, seq -> key
-    order       stamp, inverted depth, key -> nothing: the order of eviction, children before parents
-    checkpoints the entries of `order` that are of checkpoints
-    access      key -> stamp and depth, i.e. where the row stands in `order`; of a checkpoint also its mark: when a
-                prompt was last seen to diverge after it, 0 if never
-    namespaces  root -> namespace record, xxh3_64 of it
-    usage       root -> blocks, tokens, bytes on disk, checkpoints, their bytes; kept with every commit
-    meta        format version, next seq, whether it is being rebuilt
+    children    entry (`kvstore.engine.rows`) -> key
+    retain      number of a chunk -> the chunk of the table, xxh3_64 of it
+    templates   id -> what runs have in common (`kvstore.records`)
+    namespaces  root -> number in the table, namespace record, xxh3_64 of both
+    meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
 Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
-`Edit` at a time, which the engine's writer lock sees to.
+`Edit` at a time, which the engine's lock sees to; the table, too, is for the holder of that lock.
 """
 
 from __future__ import annotations
@@ -20,60 +17,49 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import struct
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lmdb
+import xxhash
 
-from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, count_tokens
-from kvstore.engine.blobs import Fs
+from kvstore.blobs.format import FORMAT_VERSION
+from kvstore.blobs.fs import Fs
+from kvstore.blocks import TOKEN_BYTES, count_tokens
 from kvstore.engine.keyring import KeyRing
+from kvstore.engine.retain import CHECKPOINT, Table
 from kvstore.engine.rows import (
     CHECKPOINT_MARK,
-    SEALED_AT,
+    ENCRYPTED,
+    ENCRYPTED_AT,
+    HEAD_BYTES,
     Row,
-    checkpoint_code,
-    child_entry,
-    open_row,
+    Templates,
+    checkpoint_prefix,
+    child_entries,
+    decrypt_row,
+    encrypt_row,
     parse_row,
-    seal_row,
 )
-from kvstore.engine.values import number_of, with_check, with_number_check, without_check
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
-INDEX_VERSION = 3
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.
 REBUILDING = "rebuilding"
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
-_DATABASES = ("rows", "children", "order", "checkpoints", "access", "namespaces", "usage", "meta")
-_USAGE = struct.Struct("<QQQQQ")
-_DEPTH_MAX = 0xFFFFFFFF
-# Of an access entry: stamp and depth, which every row has.
-_PLACE_BYTES = 12
+_DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
+_CHECK_BYTES = 8
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one namespace, or all, hold. Blocks and tokens are without checkpoints, the bytes on disk with them."""
+class Space(NamedTuple):
+    """A namespace in the index: its number in the table, and its record."""
 
-    blocks: int = 0
-    tokens: int = 0
-    disk_bytes: int = 0
-    checkpoints: int = 0
-    checkpoint_bytes: int = 0
-
-    def plus(self, row: Row, sign: int) -> Usage:
-        """With one row more (+1) or less (-1)."""
-        nbytes = sign * row.disk_bytes
-        one = (0, 0, nbytes, sign, nbytes) if row.is_checkpoint else (sign, sign * row.n_tokens, nbytes, 0, 0)
-        return Usage(*(max(0, a + b) for a, b in zip(astuple(self), one, strict=True)))
+    number: int
+    record: bytes
 
 
 @contextlib.contextmanager
@@ -93,58 +79,80 @@ def translated() -> Iterator[None]:
         raise DirectoryError(f"the index cannot be used: {error}") from error
 
 
+def with_check(key: bytes, value: bytes) -> bytes:
+    """`value`, then its xxh3_64 seeded with the first 8 bytes of the key."""
+    check = xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little"))
+    return value + check.to_bytes(_CHECK_BYTES, "little")
+
+
+def without_check(key: bytes, stored: bytes) -> bytes:
+    """What `with_check` was given; CorruptDataError when it was changed or is another key's."""
+    value = stored[:-_CHECK_BYTES]
+    if with_check(key, value) != stored:
+        raise CorruptDataError("index: a value does not match its checksum")
+    return value
+
+
 class View:
     """A snapshot of the index, for the thread that opened it."""
 
-    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing) -> None:
+    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing, templates: Templates) -> None:
         self._txn = txn
         self._db = databases
         self.ring = ring
+        self.templates = templates
         # A row's bytes as they stand, by key. Rows are a transaction's default database: to name it costs a third.
         self.stored: Callable[[bytes], bytes | None] = txn.get
 
     def value(self, key: bytes) -> bytes | None:
         """A row's bytes, unparsed, decrypted where they are encrypted and can be."""
         found = self.stored(key)
-        if found is None or len(found) <= SEALED_AT or not found[SEALED_AT]:
+        if found is None or found[ENCRYPTED_AT : ENCRYPTED_AT + 1] != ENCRYPTED:
             return found
-        return open_row(key, found, self.ring)
+        return decrypt_row(key, found, self.ring)
 
     def row(self, key: bytes) -> Row | None:
         """The row of a key."""
         found = self.value(key)
-        return None if found is None else parse_row(key, found)
+        return None if found is None else parse_row(key, found, self.templates)
 
     def rows(self, prefix: bytes = b"") -> Iterator[Row]:
         """All rows whose key starts with `prefix`, in key order."""
         for key, value in self._from("rows", prefix):
             if not key.startswith(prefix):
                 return
-            yield parse_row(key, open_row(key, value, self.ring))
+            yield parse_row(key, decrypt_row(key, value, self.ring), self.templates)
 
     def row_from(self, key: bytes) -> Row | None:
         """The first row whose key is `key` or comes after it."""
         found = next(self._from("rows", key), None)
         return None if found is None else self.row(found[0])
 
-    def children(self, parent: bytes, code: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        """(entry, key) of a parent's children from where `code` would stand: onwards, or backwards below it."""
-        for entry, key in self._from("children", parent + code, reverse):
-            if entry[:KEY_BYTES] != parent:
+    def entries(self, prefix: bytes, start: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """(entry, key) of the children whose entry begins so, from where `prefix + start` would stand.
+
+        Onwards, or backwards from just below it.
+        """
+        for entry, key in self._from("children", prefix + start, reverse):
+            if not entry.startswith(prefix):
                 return
             yield entry, key
 
-    def has_children(self, key: bytes) -> bool:
-        """Whether any row names `key` as its parent."""
-        return next(self.children(key), None) is not None
+    def children(self, parent: bytes) -> Iterator[bytes]:
+        """Keys of all children of a parent, each once: blocks, then checkpoints."""
+        for prefix in (parent + bytes(1 + HEAD_BYTES), parent + CHECKPOINT_MARK):
+            for _, key in self.entries(prefix):
+                yield key
 
     def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
         """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
+        prefix = parent + CHECKPOINT_MARK
         while at_most >= 0:
-            below = next(self.children(parent, checkpoint_code(at_most + 1), reverse=True), None)
-            if below is None or not below[0].startswith(CHECKPOINT_MARK, KEY_BYTES):
+            start = checkpoint_prefix(parent, at_most + 1)[len(prefix) :]
+            below = next(self.entries(prefix, start, reverse=True), None)
+            if below is None:
                 return
-            found = int.from_bytes(below[0][KEY_BYTES + 1 : KEY_BYTES + 3], "big")
+            found = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
             yield found
             at_most = found - 1
 
@@ -156,48 +164,34 @@ class View:
         for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
             tail = tokens[: n_tokens * TOKEN_BYTES]
             row = self.row(checkpoint_key(parent, tail))
-            if row is not None and row.is_checkpoint and not row.is_sealed and row.tokens == tail:
+            if row is not None and row.is_checkpoint and not row.is_key_missing and row.tokens == tail:
                 yield row
 
     def tree(self, row: Row) -> list[Row]:
         """A row and all its descendants, parents first."""
         seen = [row]
         for parent in seen:
-            keys = [key for _, key in self.children(parent.key)]
-            seen.extend(child for key in keys if (child := self.row(key)) is not None)
+            seen.extend(child for key in self.children(parent.key) if (child := self.row(key)) is not None)
         return seen
 
-    def order(self, after: bytes = b"", checkpoints_only: bool = False) -> Iterator[tuple[bytes, int, bytes]]:
-        """(entry, stamp, key), least recently used first, from just after the entry `after`."""
-        for entry, _ in self._from("checkpoints" if checkpoints_only else "order", after + b"\0" if after else b""):
-            yield entry, int.from_bytes(entry[:8], "big"), entry[12:]
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """The table, for `Table.load`. CorruptDataError when a chunk was changed."""
+        for number, stored in self._from("retain", b""):
+            yield int.from_bytes(number, "big"), without_check(number, stored)
 
-    def newest(self) -> Iterator[tuple[int, bytes]]:
-        """(stamp, key), most recently used first."""
-        for entry, _ in self._from("order", b"\xff" * 12, reverse=True):
-            yield int.from_bytes(entry[:8], "big"), entry[12:]
+    def namespaces(self) -> dict[bytes, Space]:
+        """Every namespace by its root. CorruptDataError when one was changed."""
+        found = {root: without_check(root, stored) for root, stored in self._from("namespaces", b"")}
+        return {root: Space(int.from_bytes(value[:4], "little"), value[4:]) for root, value in found.items()}
 
-    def stamp(self, key: bytes) -> int:
-        """When the row was last used, microseconds since 1970; 0 if it is not in the order."""
-        found = self._txn.get(key, db=self._db["access"])
-        return int.from_bytes(found[:8], "big") if found else 0
-
-    def marked(self, key: bytes) -> int:
-        """When a prompt was last seen to diverge after this checkpoint; 0 if never, or if it is none."""
-        found = self._txn.get(key, db=self._db["access"])
-        return int.from_bytes(found[_PLACE_BYTES:], "big") if found else 0
-
-    def usage(self) -> dict[bytes, Usage]:
-        """Usage of every namespace."""
-        return {root: Usage(*_USAGE.unpack(value)) for root, value in self._from("usage", b"")}
-
-    def namespaces(self) -> dict[bytes, bytes]:
-        """Record of every namespace. CorruptDataError when one was changed."""
-        return {root: without_check(root, stored) for root, stored in self._from("namespaces", b"")}
+    def read_templates(self) -> dict[bytes, bytes]:
+        """Every template by its id. CorruptDataError when one was changed."""
+        return {name: without_check(name, stored) for name, stored in self._from("templates", b"")}
 
     def meta(self, name: str) -> int | None:
         """A number kept beside the rows. CorruptDataError when it was changed."""
-        return number_of(name, self._txn.get(name.encode(), db=self._db["meta"]))
+        stored = self._txn.get(name.encode(), db=self._db["meta"])
+        return None if stored is None else int.from_bytes(without_check(name.encode(), stored), "little")
 
     def count(self, database: str = "rows") -> int:
         """How many entries a database has."""
@@ -217,20 +211,55 @@ class View:
 class Edit(View):
     """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
 
-    def put(self, row: Row, stamp: int, marked: int = 0) -> None:
-        """Add a row, whose key must be free; a checkpoint perhaps with the mark of the one that it replaces."""
-        if not self._txn.put(row.key, self._stored(row), db=self._db["rows"], overwrite=False):
+    def __init__(self, txn: Any, databases: dict[str, Any], index: Index) -> None:
+        super().__init__(txn, databases, index.ring, index.templates)
+        self._index = index
+        self.table = index.table
+
+    def put(self, row: Row, nbytes: int) -> None:
+        """Add a row, whose key must be free, its parent's row there and its namespace known; `nbytes` on disk."""
+        key = self.ring.key(row.root)
+        value = row.value if key is None or row.is_key_missing else encrypt_row(row, key)
+        if not self._txn.put(row.key, value, db=self._db["rows"], overwrite=False):
             raise KVStoreError("index: this key has a row already")
-        self._link(row, stamp, marked)
+        self._put_templates(row)
+        for entry in child_entries(row, key):
+            self._txn.put(entry, row.key, db=self._db["children"])
+        self._add(row, nbytes)
+
+    def _add(self, row: Row, nbytes: int) -> None:
+        self.table.add(
+            row.key,
+            row.parent if row.parent in self.table else None,
+            self._index.spaces[row.root].number,
+            depth=row.depth,
+            nbytes=nbytes,
+            n_tokens=row.n_tokens,
+            flags=CHECKPOINT if row.is_checkpoint else 0,
+        )
+
+    def replace(self, old: Row, new: Row, nbytes: int) -> None:
+        """Put a row in the place of one with the same key; children stay. `nbytes` on disk."""
+        key = self.ring.key(new.root)
+        self._txn.put(new.key, new.value if key is None else encrypt_row(new, key), db=self._db["rows"])
+        self._put_templates(new)
+        for entry in self._entries_of(old):
+            self._txn.delete(entry, db=self._db["children"])
+        for entry in child_entries(new, key):
+            self._txn.put(entry, new.key, db=self._db["children"])
+        self.table.resize(new.key, nbytes)
+
+    def _put_templates(self, row: Row) -> None:
+        for name in row.templates.keys() - self._index.templates.keys():
+            self._txn.put(name, with_check(name, row.templates[name]), db=self._db["templates"])
+            self._index.templates[name] = row.templates[name]
 
     def remove(self, row: Row) -> None:
-        """Delete a row and everything that points to it. Its children, if any, stay: see `remove_tree`."""
+        """Delete a row, which has no children, and everything that points to it."""
         self._txn.delete(row.key, db=self._db["rows"])
-        self._txn.delete(self._entry_of(row), db=self._db["children"])
-        placed = self._txn.pop(row.key, db=self._db["access"])
-        if placed:
-            self._unplace(row.key, placed)
-        self._count(row, -1)
+        for entry in self._entries_of(row):
+            self._txn.delete(entry, db=self._db["children"])
+        self.table.remove(row.key)
 
     def remove_tree(self, row: Row) -> list[Row]:
         """Delete a row and all its descendants; returns them, children before parents."""
@@ -239,112 +268,78 @@ class Edit(View):
             self.remove(each)
         return rows
 
-    def touch(self, key: bytes, stamp: int) -> None:
-        """Move a row to `stamp` in the access order, never backwards. A key without a row is ignored."""
-        placed = self._txn.get(key, db=self._db["access"])
-        if placed is None or int.from_bytes(placed[:8], "big") >= stamp:
-            return
-        self._unplace(key, placed)
-        self._place(key, stamp.to_bytes(8, "big") + placed[8:])
-
-    def mark(self, key: bytes, stamp: int) -> None:
-        """Note that a prompt diverged after a checkpoint. A key that is of none is ignored."""
-        placed = self._txn.get(key, db=self._db["access"])
-        if placed is not None and len(placed) > _PLACE_BYTES:
-            self._txn.put(key, placed[:_PLACE_BYTES] + stamp.to_bytes(8, "big"), db=self._db["access"])
-
     def put_namespace(self, root: bytes, record: bytes) -> None:
-        """Remember a namespace. It is forgotten with its last row."""
-        self._txn.put(root, with_check(root, record), db=self._db["namespaces"])
+        """Remember a namespace, before its first row. It is forgotten with its last."""
+        known = self._index.spaces.get(root)
+        if known is None:
+            used = {space.number for space in self._index.spaces.values()}
+            known = Space(next(number for number in range(len(used) + 1) if number not in used), record)
+            self._index.spaces[root] = known
+            value = known.number.to_bytes(4, "little") + record
+            self._txn.put(root, with_check(root, value), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
         """Keep a number beside the rows."""
-        self._txn.put(name.encode(), with_number_check(name, value), db=self._db["meta"])
+        key = name.encode()
+        self._txn.put(key, with_check(key, value.to_bytes(8, "little")), db=self._db["meta"])
 
-    def reindex(self) -> None:
-        """Make children, order, access and usage anew from the rows; stamps and marks are kept where there are any."""
-        places = [
-            (row.key, self.stamp(row.key) or row.created_s * 1_000_000, self.marked(row.key)) for row in self.rows()
-        ]
+    def reindex(self, cost: Callable[[Row], int]) -> None:
+        """Make children and table again from the rows; what the table knew of their use stays. `cost`: bytes on disk.
+
+        A row whose parent is not there counts as the first of a chain: a check drops it.
+        """
+        before, rows = self.table, sorted(self.rows(), key=lambda row: row.depth)
         # Without its key an encrypted row cannot say where it stands among its siblings; it stays where it stood.
-        sealed = {row.key for row in self.rows() if row.is_sealed}
-        entries = {key: entry for entry, key in self._from("children", b"") if key in sealed} if sealed else {}
-        for name in ("children", "order", "checkpoints", "access", "usage"):
+        kept = {row.key: self._entries_of(row) for row in rows if row.is_key_missing}
+        for name in ("children", "retain"):
             self._txn.drop(self._db[name], delete=False)
-        for key, stamp, marked in places:
-            row = self.row(key)
-            if row is not None:
-                self._link(row, stamp, marked, entries.get(key))
-        for root in self.namespaces().keys() - self.usage().keys():
-            self._txn.delete(root, db=self._db["namespaces"])
+        self._index.table = self.table = Table()
+        for row in rows:
+            for entry in kept.get(row.key) or child_entries(row, self.ring.key(row.root)):
+                self._txn.put(entry, row.key, db=self._db["children"])
+            self._add(row, cost(row))
+            self.table.take(row.key, before)
 
     def clear(self) -> None:
-        """Delete everything but the format version."""
+        """Delete everything but the numbers of `meta`."""
         for name in _DATABASES:
             if name != "meta":
                 self._txn.drop(self._db[name], delete=False)
+        self._index.forget()
+        self.table = self._index.table
 
-    def _link(self, row: Row, stamp: int, marked: int, entry: bytes | None = None) -> None:
-        self._txn.put(entry or child_entry(row, self.ring.key(row.root)), row.key, db=self._db["children"])
-        placed = stamp.to_bytes(8, "big") + min(row.depth, _DEPTH_MAX).to_bytes(4, "big")
-        self._place(row.key, placed + (marked.to_bytes(8, "big") if row.is_checkpoint else b""))
-        self._count(row, +1)
-
-    def _stored(self, row: Row) -> bytes:
-        key = self.ring.key(row.root)
-        return row.value if key is None or row.is_sealed else seal_row(row, key)
-
-    def _entry_of(self, row: Row) -> bytes:
-        """Where the row stands among its parent's children; without its key that can only be looked for."""
-        if row.is_sealed and not row.is_checkpoint:
-            for entry, key in self.children(row.parent):
-                if key == row.key:
-                    return entry
-        return child_entry(row, self.ring.key(row.root))
-
-    def _place(self, key: bytes, placed: bytes) -> None:
-        self._txn.put(key, placed, db=self._db["access"])
-        for name in _orders(placed):
-            self._txn.put(_order_entry(placed, key), b"", db=self._db[name])
-
-    def _unplace(self, key: bytes, placed: bytes) -> None:
-        for name in _orders(placed):
-            self._txn.delete(_order_entry(placed, key), db=self._db[name])
-
-    def _count(self, row: Row, sign: int) -> None:
-        found = self._txn.get(row.root, db=self._db["usage"])
-        self._set_usage(row.root, (Usage(*_USAGE.unpack(found)) if found else Usage()).plus(row, sign))
-
-    def _set_usage(self, root: bytes, usage: Usage) -> None:
-        if usage == Usage():
-            self._txn.delete(root, db=self._db["usage"])
+    def save(self) -> None:
+        """Write what changed of the table, and forget the namespaces that hold nothing any more."""
+        held = set(self.table.namespaces)
+        for root in [root for root, space in self._index.spaces.items() if space.number not in held]:
             self._txn.delete(root, db=self._db["namespaces"])
-            return
-        packed = _USAGE.pack(*astuple(usage))
-        self._txn.put(root, packed, db=self._db["usage"])
+            del self._index.spaces[root]
+        for number, data in self.table.changed().items():
+            name = number.to_bytes(4, "big")
+            self._txn.put(name, with_check(name, data), db=self._db["retain"])
 
-
-def _order_entry(placed: bytes, key: bytes) -> bytes:
-    """Stamp, then deepest first, then key."""
-    return placed[:8] + (_DEPTH_MAX - int.from_bytes(placed[8:_PLACE_BYTES], "big")).to_bytes(4, "big") + key
-
-
-def _orders(placed: bytes) -> tuple[str, ...]:
-    """The databases in which a row stands in the order of use."""
-    return ("order", "checkpoints") if len(placed) > _PLACE_BYTES else ("order",)
+    def _entries_of(self, row: Row) -> list[bytes]:
+        """Where the row stands among its parent's children; without its key that can only be looked for."""
+        if row.is_key_missing and not row.is_checkpoint:
+            return [entry for entry, key in self.entries(row.parent) if key == row.key]
+        return child_entries(row, self.ring.key(row.root))
 
 
 class Index:
-    """The environment. Open it only while holding the data directory's lock: LMDB's own locks are not relied on."""
+    """The environment. Open it only while holding the data directory's lock: LMDB's own locks are not relied on.
+
+    `table`, `spaces` (namespaces by root) and `templates` are what the last commit left, in memory.
+    """
 
     def __init__(self, path: Path, fs: Fs, ring: KeyRing, sync: bool = True, map_bytes: int = MAP_BYTES) -> None:
-        """Open or create. UnknownFormatError for a newer version, CorruptDataError when LMDB cannot read it.
+        """Open or create. UnknownFormatError for another version, CorruptDataError when it cannot be read.
 
         `sync=False` (durability none): commits are not flushed; a crash of the machine may leave anything.
         """
         self.path = path
         self.ring = ring
         self._fs = fs
+        self.forget()
         with translated():
             self._env = lmdb.open(
                 str(path),
@@ -364,15 +359,33 @@ class Index:
                     os.chmod(path / name, 0o600)
                 self.was_short = self._fill_up()
                 self._databases = self._open_databases()
+                self._load()
             except BaseException:
                 self._env.close()
                 raise
+
+    def forget(self) -> None:
+        """As if nothing had been stored."""
+        self.table = Table()
+        self.spaces: dict[bytes, Space] = {}
+        self.templates: dict[bytes, bytes] = {}
+
+    def _load(self) -> None:
+        """Read what is kept in memory. CorruptDataError when the table and the rows do not have as many blobs."""
+        with self.view() as view:
+            self.templates, self.spaces = view.read_templates(), view.namespaces()
+            self.table = Table.load(view.chunks())
+            rows = view.count()
+        numbers = [space.number for space in self.spaces.values()]
+        known = set(numbers)
+        if len(self.table) != rows or not known.issuperset(self.table.namespaces) or len(known) < len(numbers):
+            raise CorruptDataError("the index's table of blobs is not that of its rows")
 
     def _fill_up(self) -> bool:
         """Whether the file ended before its last page; then it is extended, sparsely.
 
         LMDB reads through a map, where a page beyond the end of the file kills the process. A page of zeros is an
-        error instead, or, where it was never written because it is free, nobody's business.
+        error instead, or, where it was never written because it is free, is read by nothing.
         """
         info, page_bytes = self._env.info(), self._env.stat()["psize"]
         wanted = (info["last_pgno"] + 1) * page_bytes
@@ -385,35 +398,37 @@ class Index:
     def _open_databases(self) -> dict[str, Any]:
         meta = self._env.open_db(b"meta")
         with self._env.begin(write=True) as txn:
-            version = number_of("version", txn.get(b"version", db=meta)) or 0
-            if version and version != INDEX_VERSION:
-                advice = "use the newer kvstore, or another" if version > INDEX_VERSION else "delete this"
+            stored = txn.get(b"version", db=meta)
+            if stored is None:
+                for name, number in ((b"version", FORMAT_VERSION), (REBUILDING.encode(), 1)):
+                    txn.put(name, with_check(name, number.to_bytes(8, "little")), db=meta)
+            elif (version := int.from_bytes(without_check(b"version", stored), "little")) != FORMAT_VERSION:
                 raise UnknownFormatError(
-                    f"{self.path} has format version {version}; this kvstore reads {INDEX_VERSION}: "
-                    f"{advice} data directory"
+                    f"{self.path} has format version {version}; this kvstore reads {FORMAT_VERSION}: "
+                    "use the kvstore that wrote it, or another data directory"
                 )
-            if not version:
-                for name, number in (("version", INDEX_VERSION), (REBUILDING, 1)):
-                    txn.put(name.encode(), with_number_check(name, number), db=meta)
         return {name: self._env.open_db(name.encode()) for name in _DATABASES}
 
     @contextlib.contextmanager
     def view(self) -> Iterator[View]:
         """A read transaction."""
         with translated(), self._env.begin(self._databases["rows"]) as txn:
-            yield View(txn, self._databases, self.ring)
+            yield View(txn, self._databases, self.ring, self.templates)
 
     @contextlib.contextmanager
-    def edit(self, dry_run: bool = False) -> Iterator[Edit]:
-        """A write transaction, committed at the end unless the body raises or `dry_run` is set."""
+    def edit(self) -> Iterator[Edit]:
+        """A write transaction, committed at the end unless the body raises. Hold the engine's lock."""
         with translated():
             txn = self._env.begin(self._databases["rows"], write=True)
+            edit = Edit(txn, self._databases, self)
             try:
-                yield Edit(txn, self._databases, self.ring)
-                if not dry_run:
-                    self._fs.commit(txn.commit)
-            finally:
+                yield edit
+                edit.save()
+                self._fs.commit(txn.commit)
+            except BaseException:
                 txn.abort()
+                self._load()  # a commit that failed may have happened
+                raise
 
     def disk_bytes(self) -> int:
         """What the index's files cost on disk. The data file never shrinks."""

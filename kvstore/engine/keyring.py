@@ -12,8 +12,8 @@ Else a worker that only asks could fill the directory with keys.
     data key     HKDF-SHA256 of it, by purpose: rows, children, blobs
     row          nonce (12 random bytes), AES-GCM of tokens and runs; AAD: the block's key and the row's fixed fields,
                  which stay readable: sizes, file, parent
-    children     0xD0 and 8 bytes of HMAC over the first 32 tokens, or 0xD1 when there are fewer: no order that tells of
-                 tokens, so where prompts diverge up to 31 tokens are not found
+    children     8 bytes of HMAC over the first 32, 64 .. tokens: no order that tells of tokens, so up to 31 tokens may
+                 not be found where prompts diverge
     blob         `kvstore.engine.sealed`
 """
 
@@ -35,8 +35,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from kvstore.blocks import TOKEN_BYTES
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.blobs.base import TMP_SUFFIX
+from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.errors import DirectoryError, KeyMissingError, NotFoundError
 
 KEY_BYTES = 32
@@ -45,9 +45,6 @@ TAG_BYTES = 16
 # A file of a key has less than 200.
 _FILE_BYTES_MAX = 4096
 FORMAT_VERSION = 1
-BUCKET_TOKENS = 32
-_BUCKET = b"\xd0"
-_SHORT = b"\xd1"
 
 
 class NamespaceKey:
@@ -72,16 +69,9 @@ class NamespaceKey:
         except (InvalidTag, ValueError):
             return None
 
-    def child_code(self, tokens: bytes) -> bytes:
-        """Under which a block of these packed tokens stands among its parent's children."""
-        head = tokens[: BUCKET_TOKENS * TOKEN_BYTES]
-        if len(head) < BUCKET_TOKENS * TOKEN_BYTES:
-            return _SHORT
-        return _BUCKET + hmac.digest(self._children, head, "sha256")[:8]
-
-    def child_codes(self, tokens: bytes) -> tuple[bytes, ...]:
-        """Under which blocks stand that may share leading tokens with these."""
-        return tuple(dict.fromkeys((self.child_code(tokens), _SHORT)))
+    def child_head(self, tokens: bytes) -> bytes:
+        """By which a child with these leading packed tokens is found: 8 bytes that tell nothing of them."""
+        return hmac.digest(self._children, tokens, "sha256")[:8]
 
     def blob_cipher(self, salt: bytes) -> AESGCM:
         """The cipher of one blob: no two share a key, so its chunks may count their nonces."""
@@ -97,7 +87,7 @@ class KeyRing:
 
     def __init__(self, folder: Path, fs: Fs, master: bytes = b"", *, sync: bool = True) -> None:
         """Open every wrapped key. `master`: 32 bytes, or none; DirectoryError when it is not the one they need."""
-        self._folder = folder
+        self.folder = folder
         self._fs = fs
         self._master = AESGCM(master) if master else None
         self._sync = sync
@@ -137,7 +127,7 @@ class KeyRing:
         NotFoundError without a master key, KeyMissingError while the folder of keys is missing.
         """
         if self.is_missing:
-            raise KeyMissingError(f"the keys of what is stored encrypted are missing: restore {self._folder}")
+            raise KeyMissingError(f"the keys of what is stored encrypted are missing: restore {self.folder}")
         if self._master is None:
             raise NotFoundError("no encryption key is configured")
         with self._lock:
@@ -209,12 +199,12 @@ class KeyRing:
 
     def is_gone(self) -> bool:
         """Whether the folder was deleted or replaced since it was seen."""
-        return self.has_folder and (self._folder.is_symlink() or not self._folder.is_dir())
+        return self.has_folder and (self.folder.is_symlink() or not self.folder.is_dir())
 
     def _make_folder(self) -> None:
         if self.has_folder:
             return
-        for folder in (self._folder.parent, self._folder):
+        for folder in (self.folder.parent, self.folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 self._fs.mkdir(str(folder))
@@ -233,11 +223,11 @@ class KeyRing:
                 finally:
                     os.close(fd)
             if self._keys:
-                self._fs.fsync_dir(str(self._folder))
+                self._fs.fsync_dir(str(self.folder))
 
     def _sync_folder(self) -> None:
         if self._sync:
-            self._fs.fsync_dir(str(self._folder))
+            self._fs.fsync_dir(str(self.folder))
 
     def _load(self, path: Path) -> None:
         if self._master is None:
@@ -265,7 +255,7 @@ class KeyRing:
             raise DirectoryError(f"{path} cannot be read: {error}") from error
 
     def _path(self, root: bytes) -> Path:
-        return self._folder / f"{root.hex()}.json"
+        return self.folder / f"{root.hex()}.json"
 
 
 def _demand_private(folder: Path) -> None:

@@ -1,22 +1,23 @@
-"""The one counter of size: what the data directory costs on disk, by what it is spent on. And its ballast."""
+"""The one counter of size: what the data directory costs on disk, by account. Its ballast, and its health."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 
 class Ledger:
     """Bytes on disk by account. Any thread may book; a total is a consistent moment.
 
-    blobs: files that rows name; pending: files being written, and what their rows will take; doomed: files without a
-    row that a lease or the disk keeps a moment longer; index: LMDB's files; staging: uploads; quarantine: damaged
-    blobs; settings: tombstones.
+    blobs: files that rows name; pending: files being written, and what their rows will take; kept: files without a
+    row that a lease or the disk keeps a moment longer; folders: of blobs, and what was dropped with one; index: LMDB's
+    files; staging: uploads; quarantine: damaged blobs; settings: tombstones.
     """
 
-    ACCOUNTS = ("blobs", "pending", "doomed", "index", "staging", "quarantine", "settings")
+    ACCOUNTS = ("blobs", "pending", "kept", "folders", "index", "staging", "quarantine", "settings")
 
     def __init__(self) -> None:
         self._bytes = dict.fromkeys(self.ACCOUNTS, 0)
@@ -84,3 +85,19 @@ class Ballast:
         except OSError:
             return False
         return True
+
+
+@dataclass
+class Health:
+    """Plain counters since the engine was opened, and why nothing is written at present. Changed under the lock."""
+
+    written_bytes: int = 0
+    over_budget: str = ""
+    under_floor: str = ""
+    disk_error: str = ""
+    displaced: str = ""
+
+    @property
+    def degraded(self) -> str:
+        """Why nothing is written; empty when all is well."""
+        return self.displaced or self.disk_error or self.under_floor or self.over_budget

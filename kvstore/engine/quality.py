@@ -7,7 +7,8 @@ import logging
 import threading
 from pathlib import Path
 
-from kvstore.engine.blobs import TMP_SUFFIX, Fs, write_durably
+from kvstore.blobs.base import TMP_SUFFIX
+from kvstore.blobs.fs import Fs, write_durably
 from kvstore.errors import CorruptDataError
 from kvstore.quality import Calibrated, Quality
 

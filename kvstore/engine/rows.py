@@ -1,38 +1,46 @@
-"""Index rows and the order of children: pure functions from nouns to bytes and back.
+"""Index rows and the entries by which children are found: pure functions from nouns to bytes and back.
 
-A row's value; integers are little-endian. Fixed offsets, so that a match compares token bytes in place and decodes
-the runs (msgpack, `kvstore.records.runs_to_list`) only of rows that somebody looks into:
+A row's value; integers are little-endian. The fields at fixed offsets are all that a match looks at; runs are parsed
+(`kvstore.records.runs_from_record`) only of rows that somebody looks into.
 
     offset  size  what
-         0     2  row version, 2
-         2     2  directory: which blobs.noindex/<xx>
-         4     4  payload offset in the file
-         8     8  file bytes
-        16     8  seq: makes the file name unique
+         0     2  format version, 3
+         2     1  kind: 0 block or tail, 1 checkpoint
+         3     1  1 if what follows the fixed fields is encrypted (`kvstore.engine.keyring`), else 0
+         4     4  payload offset in the blob
+         8     8  bytes of the blob
+        16     8  number: makes the blob's name unique
         24     8  fidelity
         32     8  start: position of the first token in the sequence
         40     8  created, seconds since 1970
         48    32  parent key
         80    32  root
        112     2  n: tokens
-       114     1  kind: 0 block or tail, 1 checkpoint
-       115     4  digest of the recipes of the runs; 0 when none was taken
-       119     1  1 if what follows is encrypted (`kvstore.engine.keyring`), else 0
+       114     2  zero
+       116     4  digest of the templates of the runs; 0 when there are none
        120    8n  tokens
-    120+8n        runs, or the states of a checkpoint
+    120+8n        runs, whose templates stand apart (database `templates`), or the states of a checkpoint (msgpack)
       last     8  xxh3_64 of all before it, seeded with the first 8 bytes of the key
 
-Children of one parent are ordered by a code of their leading tokens: a token in [0, 2^23) is 3 bytes big-endian,
-any other is 0xFF and 8 bytes big-endian with the sign bit flipped. No code is the beginning of another, so entries
-that share more tokens share more bytes, and the longest match stands next to where a query would be inserted.
-Checkpoints stand apart under 0xC0, which begins no code, in the order of how many tokens follow their parent.
+How a child is found. A block of n tokens after `parent` has one entry for each level 0, 1 .. n // 32:
+
+    parent, level (1 byte), head of the first 32 * level tokens (8 bytes), code of the next tokens, number (8 bytes)
+
+The head is their xxh3_64, in an encrypted namespace their HMAC under its key; tokens are compared in any case. The code
+covers the next 32 tokens at most: a token in [0, 2^23) is 3 bytes big-endian, any other is 0xFF and 8 bytes big-endian
+with the sign bit flipped. No code is the beginning of another, so entries that share more tokens share more bytes.
+Bisection over the levels finds the deepest head that the query shares with any child, and the best child stands next
+to where the query's own entry would be. An encrypted namespace has no codes, since their order tells of tokens.
+
+A tail has one entry more, `parent, 0xFE, n (2 bytes), head of all its tokens, number`, by which a longer block finds
+the tails that it covers. A checkpoint has only `parent, 0xFF, n (2 bytes), number`.
 """
 
 from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,51 +48,55 @@ import msgpack
 import numpy as np
 import xxhash
 
+from kvstore.blobs.base import BlobId, Source
+from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
-from kvstore.engine.blobs import disk_bytes
 from kvstore.engine.keyring import KeyRing, NamespaceKey
-from kvstore.errors import CorruptDataError
-from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
+from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.records import runs_from_record, runs_to_record, states_from_list, states_to_list, unpack_record
 
-ROW_VERSION = 2
-_HEAD = struct.Struct("<HHIQQQQQ32s32sHBIB")
+_HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")
 _FIDELITY_AT = 24
-_RECIPES_AT = 115
-SEALED_AT = 119
-SEALED = b"\1"
+_TEMPLATES_AT = 116
+ENCRYPTED_AT = 3
+ENCRYPTED = b"\1"
 TOKENS_AT = _HEAD.size
 ROOT_AT = 80
 CHECK_BYTES = 8
-SEQ_BYTES = 8
-# LMDB keys have at most 511 bytes: parent, code, seq.
-CODE_BYTES_MAX = 511 - KEY_BYTES - SEQ_BYTES
+NUMBER_BYTES = 8
+HEAD_BYTES = 8
+LEVEL_TOKENS = 32
+LEVELS_MAX = BLOCK_TOKENS // LEVEL_TOKENS
 _SHORT_TOKEN_LIMIT = 1 << 23
 _SIGN = 1 << 63
 CHECKPOINT_KIND = 1
-CHECKPOINT_MARK = b"\xc0"
+# First bytes of an entry after the parent; a level is below both.
+TAIL_MARK, CHECKPOINT_MARK = b"\xfe", b"\xff"
 
 # A row as it stands in the index, key and value, and how many of its tokens to take. A match of 32k tokens has 128;
 # to parse them takes as long as to find them, and who only asks how long the match is needs none.
 Taken = tuple[bytes, bytes, int]
+Templates = Mapping[bytes, bytes]
 
 
 class _Fields(NamedTuple):
     key: bytes
     value: bytes
+    templates: Templates
     version: int
-    directory: int
+    kind: int
+    encrypted: int
     payload_offset: int
-    file_bytes: int
-    seq: int
+    blob_bytes: int
+    number: int
     fidelity: int
     start: int
     created_s: int
     parent: bytes
     root: bytes
     n_tokens: int
-    kind: int
-    recipes: int
-    sealed: int
+    zero: int
+    templates_digest: int
 
 
 class Row(_Fields):
@@ -95,9 +107,14 @@ class Row(_Fields):
     """
 
     @property
-    def disk_bytes(self) -> int:
-        """What the file costs on disk."""
-        return disk_bytes(self.file_bytes)
+    def blob(self) -> BlobId:
+        """Its blob."""
+        return BlobId(self.root, self.key, self.number)
+
+    @property
+    def source(self) -> Source:
+        """Its blob for a reader."""
+        return Source(self.blob, self.payload_offset, self.blob_bytes)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -105,9 +122,9 @@ class Row(_Fields):
         return self.kind == CHECKPOINT_KIND
 
     @property
-    def is_sealed(self) -> bool:
+    def is_key_missing(self) -> bool:
         """Whether it is encrypted and its key is not there: then only the fixed fields say anything."""
-        return bool(self.sealed)
+        return bool(self.encrypted)
 
     @property
     def end(self) -> int:
@@ -125,13 +142,8 @@ class Row(_Fields):
         return self.value[TOKENS_AT : TOKENS_AT + TOKEN_BYTES * self.n_tokens]
 
     @property
-    def runs_record(self) -> bytes:
-        """msgpack of the runs, as a fetch reply carries it. Not of a checkpoint, which has none."""
-        return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens : -CHECK_BYTES]
-
-    @property
-    def states_record(self) -> bytes:
-        """msgpack of a checkpoint's states, as a fetch reply carries it. Of a checkpoint only."""
+    def described(self) -> bytes:
+        """The runs, without templates, or the states of a checkpoint: as a fetch reply carries them."""
         return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens : -CHECK_BYTES]
 
     @functools.cached_property
@@ -139,51 +151,48 @@ class Row(_Fields):
         """The block, without its namespace record. CorruptDataError when the row does not parse."""
         place = (self.root, self.parent, self.key, self.start, self.tokens, self.fidelity)
         if self.is_checkpoint:
-            states = states_from_list(unpack_record(self.states_record))
+            states = states_from_list(unpack_record(self.described))
             block = Block(*place, (), self.created_s, states=states)
         else:
-            block = Block(*place, runs_from_list(unpack_record(self.runs_record)), self.created_s)
+            block = Block(*place, runs_from_record(self.described, self.templates), self.created_s)
         if block.is_checkpoint != self.is_checkpoint:
             raise CorruptDataError("index row: a checkpoint without states")
         block.demand_whole()
         return block
 
     def __repr__(self) -> str:
-        return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, seq={self.seq})"
+        return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, number={self.number})"
 
 
-def pack_row(block: Block, directory: int, seq: int, payload_offset: int, file_bytes: int) -> Row:
-    """The row of a block whose blob is complete."""
+def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int) -> Row:
+    """The row of a block whose blob is complete. Its `templates` are those of its runs."""
+    templates: dict[bytes, bytes] = {}
+    if block.is_checkpoint:
+        described = msgpack.packb(states_to_list(block.states))
+    else:
+        described, templates = runs_to_record(block.runs)
     head = _HEAD.pack(
-        ROW_VERSION,
-        directory,
+        FORMAT_VERSION,
+        CHECKPOINT_KIND if block.is_checkpoint else 0,
+        0,
         payload_offset,
-        file_bytes,
-        seq,
+        blob_bytes,
+        number,
         block.fidelity,
         block.start,
         block.created_s,
         block.parent,
         block.root,
         block.n_tokens,
-        CHECKPOINT_KIND if block.is_checkpoint else 0,
-        recipes_digest(block),
         0,
+        xxhash.xxh32_intdigest(b"".join(sorted(templates))) or 1 if templates else 0,
     )
-    described = states_to_list(block.states) if block.is_checkpoint else runs_to_list(block.runs)
-    value = head + block.tokens + msgpack.packb(described)
-    return parse_row(block.key, value + _check(block.key, value))
+    value = head + block.tokens + described
+    return parse_row(block.key, value + _check(block.key, value), templates)
 
 
 def _check(key: bytes, value: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little")).to_bytes(CHECK_BYTES, "little")
-
-
-def recipes_digest(block: Block) -> int:
-    """32 bits, never 0, that blocks with the same set of recipes share: who can read one of them can read them all."""
-    recipes = {stack.recipe for run in block.runs for stack in run.stacks}
-    fields = sorted((recipe.name, recipe.version, recipe.params) for recipe in recipes)
-    return xxhash.xxh32_intdigest(msgpack.packb(fields)) or 1
 
 
 def fidelity_of(value: bytes) -> int:
@@ -196,23 +205,23 @@ def fidelities_of(rows: Iterable[Taken]) -> set[int]:
     return {int.from_bytes(raw, "little") for raw in {value[_FIDELITY_AT : _FIDELITY_AT + 8] for _, value, _ in rows}}
 
 
-def recipes_of(rows: Iterable[Taken]) -> set[int]:
-    """The digests of recipes of rows that are not parsed; 0 of one of which none was taken."""
-    return {int.from_bytes(raw, "little") for raw in {value[_RECIPES_AT : _RECIPES_AT + 4] for _, value, _ in rows}}
+def templates_digests_of(rows: Iterable[Taken]) -> set[int]:
+    """The digests of the templates of rows that are not parsed; 0 of one that has none."""
+    return {int.from_bytes(raw, "little") for raw in {value[_TEMPLATES_AT : _TEMPLATES_AT + 4] for _, value, _ in rows}}
 
 
-def parse_row(key: bytes, value: bytes) -> Row:
+def parse_row(key: bytes, value: bytes, templates: Templates) -> Row:
     """A row as it stands in the index. CorruptDataError when it was changed or is another key's.
 
-    Recipes stand in it, and what they say decides what bytes mean; so every row is verified whenever it is read.
+    Where bytes lie and what they mean is decided by it; so every row is verified whenever it is read.
     """
     if len(value) < TOKENS_AT + CHECK_BYTES:
         raise CorruptDataError("index row: too short")
     if _check(key, memoryview(value)[:-CHECK_BYTES]) != value[-CHECK_BYTES:]:
         raise CorruptDataError("index row: it does not match its checksum")
-    row = Row(key, value, *_HEAD.unpack_from(value))
-    if row.version != ROW_VERSION:
-        raise CorruptDataError(f"an index row of version {row.version}; this kvstore reads {ROW_VERSION}")
+    row = Row(key, value, templates, *_HEAD.unpack_from(value))
+    if row.version != FORMAT_VERSION:
+        raise UnknownFormatError(f"an index row of format version {row.version}; this kvstore reads {FORMAT_VERSION}")
     # A block has 1 to 256 tokens, a checkpoint 0 to 255.
     if row.kind > CHECKPOINT_KIND or not 0 < row.n_tokens + row.kind <= BLOCK_TOKENS:
         raise CorruptDataError("index row: no such row")
@@ -221,24 +230,27 @@ def parse_row(key: bytes, value: bytes) -> Row:
     return row
 
 
-def seal_row(row: Row, key: NamespaceKey) -> bytes:
+def encrypt_row(row: Row, key: NamespaceKey) -> bytes:
     """The value under which a row of an encrypted namespace stands in the index."""
-    head = row.value[:SEALED_AT] + SEALED
+    head = row.value[:ENCRYPTED_AT] + ENCRYPTED + row.value[ENCRYPTED_AT + 1 : TOKENS_AT]
     value = head + key.seal(row.value[TOKENS_AT:-CHECK_BYTES], row.key + head)
     return value + _check(row.key, value)
 
 
-def open_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
+def decrypt_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
     """A row's value as `parse_row` takes it, decrypted if it is encrypted and the ring has its key."""
-    if value[SEALED_AT:TOKENS_AT] != SEALED:
+    if value[ENCRYPTED_AT : ENCRYPTED_AT + 1] != ENCRYPTED:
         return value
     head = value[:TOKENS_AT]
     own = ring.key(value[ROOT_AT : ROOT_AT + KEY_BYTES])
     secret = own.open(value[TOKENS_AT:-CHECK_BYTES], key + head) if own else None
     if secret is None:
         return value
-    plain = head[:SEALED_AT] + b"\0" + secret
+    plain = head[:ENCRYPTED_AT] + b"\0" + head[ENCRYPTED_AT + 1 :] + secret
     return plain + _check(key, plain)
+
+
+# -- entries of children ------------------------------------------------------------------------------------------
 
 
 def token_code(token: int) -> bytes:
@@ -250,51 +262,60 @@ def token_code(token: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """The code of leading tokens, cut to CODE_BYTES_MAX. `ends[i]` is where token i's code ends, of those not cut."""
+    """The code of at most LEVEL_TOKENS tokens. `ends[i]` is where token i's code ends."""
 
     data: bytes
     ends: Sequence[int]
-    complete: bool
 
     @classmethod
     def of(cls, tokens: bytes) -> Code:
         """The code of packed tokens."""
-        count = min(len(tokens) // TOKEN_BYTES, CODE_BYTES_MAX // 3 + 1)
-        numbers = np.frombuffer(tokens, "<i8", count)
-        if count and numbers.min() >= 0 and numbers.max() < _SHORT_TOKEN_LIMIT:
-            # As token_code does it one by one, which takes as long as thirty blocks of a match.
-            short = numbers.astype(">u4").view(np.uint8).reshape(count, 4)[:, 1:].tobytes()
-            whole = min(count, CODE_BYTES_MAX // 3)
-            return cls(short[:CODE_BYTES_MAX], range(3, 3 * whole + 1, 3), whole == len(tokens) // TOKEN_BYTES)
-        data = bytearray()
-        ends: list[int] = []
-        for (token,) in struct.iter_unpack("<q", tokens[: count * TOKEN_BYTES]):
-            data += token_code(token)
-            if len(data) > CODE_BYTES_MAX:
-                break
-            ends.append(len(data))
-        complete = len(ends) == len(tokens) // TOKEN_BYTES
-        return cls(bytes(data[:CODE_BYTES_MAX]), ends, complete)
+        numbers = np.frombuffer(tokens, "<i8")
+        if not len(numbers):
+            return cls(b"", ())
+        if numbers.min() >= 0 and numbers.max() < _SHORT_TOKEN_LIMIT:
+            data = numbers.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+            return cls(data, range(3, len(data) + 1, 3))
+        codes = [token_code(token) for token in numbers.tolist()]
+        return cls(b"".join(codes), tuple(np.cumsum([len(code) for code in codes]).tolist()))
 
 
-def child_entry(row: Row, key: NamespaceKey | None = None) -> bytes:
-    """The key under which a row stands among its parent's children; `key` is its namespace's, if it is encrypted."""
+def level_tokens(tokens: bytes, level: int) -> bytes:
+    """The tokens that the code of a level is of."""
+    return tokens[level * LEVEL_TOKENS * TOKEN_BYTES : (level + 1) * LEVEL_TOKENS * TOKEN_BYTES]
+
+
+def head_of(tokens: bytes, key: NamespaceKey | None) -> bytes:
+    """The head of packed tokens, in a namespace with this key."""
+    return key.child_head(tokens) if key else xxhash.xxh3_64_digest(tokens)
+
+
+def level_prefix(parent: bytes, tokens: bytes, level: int, key: NamespaceKey | None) -> bytes:
+    """How the entries begin of children of `parent` that share the first `level` times 32 of these tokens."""
+    head = head_of(tokens[: level * LEVEL_TOKENS * TOKEN_BYTES], key) if level else bytes(HEAD_BYTES)
+    return parent + bytes([level]) + head
+
+
+def tail_prefix(parent: bytes, tokens: bytes, key: NamespaceKey | None) -> bytes:
+    """How the entry begins of the tail of `parent` that has exactly these tokens."""
+    return parent + TAIL_MARK + (len(tokens) // TOKEN_BYTES).to_bytes(2, "big") + head_of(tokens, key)
+
+
+def checkpoint_prefix(parent: bytes, n_tokens: int) -> bytes:
+    """How the entries begin of the checkpoints that are so many tokens after their parent."""
+    return parent + CHECKPOINT_MARK + n_tokens.to_bytes(2, "big")
+
+
+def child_entries(row: Row, key: NamespaceKey | None) -> list[bytes]:
+    """The entries under which a row stands among its parent's children; `key` is its namespace's, if it has one."""
+    number = row.number.to_bytes(NUMBER_BYTES, "big")
     if row.is_checkpoint:
-        code = checkpoint_code(row.n_tokens)
-    else:
-        code = key.child_code(row.tokens) if key else Code.of(row.tokens).data
-    return row.parent + code + row.seq.to_bytes(SEQ_BYTES, "big")
-
-
-def checkpoint_code(n_tokens: int) -> bytes:
-    """Under which the checkpoints stand that are so many tokens after their parent."""
-    return CHECKPOINT_MARK + n_tokens.to_bytes(2, "big")
-
-
-def common_bytes(a: bytes, b: bytes) -> int:
-    """Length of the longest common prefix of two byte strings."""
-    n = min(len(a), len(b))
-    if a[:n] == b[:n]:
-        return n
-    different = int.from_bytes(a[:n], "big") ^ int.from_bytes(b[:n], "big")
-    return n - (different.bit_length() + 7) // 8
+        return [checkpoint_prefix(row.parent, row.n_tokens) + number]
+    tokens = row.tokens
+    entries = []
+    for level in range(row.n_tokens // LEVEL_TOKENS + 1):
+        code = b"" if key else Code.of(level_tokens(tokens, level)).data
+        entries.append(level_prefix(row.parent, tokens, level, key) + code + number)
+    if row.n_tokens < BLOCK_TOKENS:
+        entries.append(tail_prefix(row.parent, tokens, key) + number)
+    return entries

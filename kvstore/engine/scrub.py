@@ -11,13 +11,12 @@ import logging
 import time
 from collections.abc import Callable
 
+from kvstore.blobs.fs import unlink_quietly
 from kvstore.blocks import Reason
-from kvstore.engine.blobs import unlink_quietly
 from kvstore.engine.evictions import REPAIR
 from kvstore.engine.rows import Row
-from kvstore.engine.state import State
+from kvstore.engine.shared import Shared
 from kvstore.errors import KVStoreError
-from kvstore.keys import NamespaceInfo
 
 # Beside the rows: the first 8 bytes of the next key as a number, 0 between passes; when the last pass ended.
 NEXT, DONE_S = "scrub_next", "scrub_done_s"
@@ -32,10 +31,10 @@ log = logging.getLogger(__name__)
 class Scrub:
     """One engine's scrub. One thread at a time, that of `maintain`; `recheck` condemns what is damaged."""
 
-    def __init__(self, state: State, recheck: Callable[[bytes], bool]) -> None:
-        self._state = state
+    def __init__(self, shared: Shared, recheck: Callable[[bytes], bool]) -> None:
+        self._shared = shared
         self._recheck = recheck
-        with state.index.view() as view:
+        with shared.index.view() as view:
             self._next = view.meta(NEXT) or 0
             self.done_s = view.meta(DONE_S) or 0
         self._is_running = self._next > 0
@@ -48,13 +47,13 @@ class Scrub:
         """Read as many bytes as the time since the last step allows. Raises KVStoreError or OSError of the disk."""
         now, last = time.monotonic(), self._stepped
         self._stepped = now
-        rate = self._state.options.scrub_bytes_per_s
+        rate = self._shared.options.scrub_bytes_per_s
         if not rate or not (self._is_running or self._is_due()):
             return
         self._is_running = True
         self._spare_bytes = min(self._spare_bytes + rate * (now - last), rate * _BURST_S)
         while self._spare_bytes > 0:
-            with self._state.index.view() as view:
+            with self._shared.index.view() as view:
                 row = view.row_from(self._next.to_bytes(_POSITION_BYTES, "big"))
             if row is None or self._next == _LAST:
                 self._end()
@@ -63,7 +62,7 @@ class Scrub:
             self.damaged += self._recheck(row.key)
             # Keys are hashes: no two share their first 8 bytes.
             self._next = min(int.from_bytes(row.key[:_POSITION_BYTES], "big") + 1, _LAST)
-            self._spare_bytes -= row.file_bytes
+            self._spare_bytes -= row.blob_bytes
         if now - self._saved >= _SAVE_EVERY_S:
             self.save()
 
@@ -72,9 +71,9 @@ class Scrub:
         if not self._has_moved:
             return
         self._saved, self._has_moved = time.monotonic(), False
-        state = self._state
+        shared = self._shared
         try:
-            with state.lock, state.edit() as edit:
+            with shared.lock, shared.edit() as edit:
                 edit.set_meta(NEXT, self._next)
                 edit.set_meta(DONE_S, self.done_s)
         except (KVStoreError, OSError) as error:
@@ -82,24 +81,21 @@ class Scrub:
 
     def _is_due(self) -> bool:
         """Whether the last pass is older than the interval; a clock that was set back makes it due, too."""
-        return not 0 <= self._state.clock() - self.done_s < self._state.options.scrub_interval_s
+        return not 0 <= self._shared.clock() - self.done_s < self._shared.options.scrub_interval_s
 
     def _end(self) -> None:
         self._next, self._is_running, self._spare_bytes = 0, False, 0.0
-        self.done_s = int(self._state.clock())
+        self.done_s = int(self._shared.clock())
         self._has_moved = True
         log.info("every blob was read; %d damaged since the start", self.damaged)
         self.save()
 
 
-def after_repair(state: State, removed: list[Row]) -> None:
+def after_repair(shared: Shared, removed: list[Row]) -> None:
     """Rows changed behind the counters: take them again, and keep quarantine in its bounds. Hold the lock."""
-    state.evictions.note(REPAIR, removed)
-    state.remember_lost(removed, Reason.CORRUPT)
-    for path in state.directory.quarantined()[: -state.options.quarantine_files_max]:
-        unlink_quietly(state.fs, [str(path)])
-    with state.index.view() as view:
-        state.usage = view.usage()
-        for root, record in view.namespaces().items():
-            state.namespaces.setdefault(root, NamespaceInfo.from_record(record))
-    state.measure()
+    costs = (shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in removed)
+    shared.evictions.note(REPAIR, len(removed), sum(costs))
+    shared.lost.remember(removed, Reason.CORRUPT)
+    for path in shared.directory.quarantined()[: -shared.options.quarantine_files_max]:
+        unlink_quietly(shared.fs, [str(path)])
+    shared.measure()

@@ -330,7 +330,7 @@ def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, Slice | Non
         work = Work(
             work.layers,
             work.blocks + 1,
-            work.read_bytes + piece.row.file_bytes - piece.row.payload_offset,
+            work.read_bytes + piece.row.blob_bytes - piece.row.payload_offset,
             work.decode_bytes + (0 if is_checkpoint else piece.take * _decoded_token_bytes(piece.row, layout)),
         )
         if match.checkpoint is None or is_checkpoint:

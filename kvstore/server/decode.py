@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 
+from kvstore.blobs.ranges import BufferReader, RangeReader
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
 from kvstore.codecs.base import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.errors import CorruptDataError
-from kvstore.files import BufferReader, RangeReader
 from kvstore.layers import Layout
 from kvstore.server.lane import Lane
 

@@ -17,7 +17,7 @@ from kvstore.codecs.base import check_runs
 from kvstore.codecs.segments import HitBlock
 from kvstore.config import Config
 from kvstore.engine import Engine, Lease, Match, Row
-from kvstore.engine.rows import recipes_of
+from kvstore.engine.rows import templates_digests_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
 from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
@@ -27,7 +27,7 @@ REPLANS_MAX = 8
 # A block that is not what its row says, and is not condemned either, is read so often before the prefix ends there:
 # what a newer kvstore wrote stays as it is, a process that lacks descriptors may have some the next time.
 READS_MAX = 2
-# Sets of recipes that are remembered as readable; a build writes a handful.
+# Sets of templates that are remembered as readable; a build writes a handful.
 RECIPES_MAX = 1024
 
 Unusable = Callable[[Match], tuple[int, Reason] | None]
@@ -124,7 +124,7 @@ class FetchPath:
     def plan(
         self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = ""
     ) -> FetchPlan:
-        """Match again, take a lease and make sure of every file and its header; what is damaged goes to quarantine.
+        """Match again, take a lease and make sure that every blob is there; a row whose blob is not there goes.
 
         `caller`: who may report what it took.
         """
@@ -137,22 +137,22 @@ class FetchPath:
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
-            damaged = self._engine.first_damaged(match.parts)
-            if damaged is None:
+            unusable_at = self._engine.first_unusable(match.parts)
+            if unusable_at is None:
                 self._engine.touch(match.parts)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 work = work_of(match, namespace.layout)
                 return replace(plan, fetch_id=self.costs.start(root, offer.way, work, caller, asked_s))
             plan.release()
-            row = match.parts[damaged].row
+            row = match.parts[unusable_at].row
             if not self._engine.recheck(row.key):
                 failed[row] += 1
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
     def measured(self, plan: FetchPlan) -> None:
         """The daemon has handed over all of a plan by stream; learn from what it took."""
-        read_bytes = sum(part.row.file_bytes - part.row.payload_offset for part in plan.match.parts)
+        read_bytes = sum(part.row.blob_bytes - part.row.payload_offset for part in plan.match.parts)
         self.costs.measured(plan.fetch_id, plan.stopwatch.timing(read_bytes))
 
 
@@ -164,7 +164,7 @@ class Readable:
 
     def first_unreadable(self, match: Match) -> tuple[int, Reason] | None:
         """As `first_unreadable`, for less: runs are decoded only of rows with recipes that were not seen before."""
-        seen = recipes_of(match.rows)
+        seen = templates_digests_of(match.rows)
         if seen <= self._recipes and match.checkpoint is None:
             return None
         found = first_unreadable(match)

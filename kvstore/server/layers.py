@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
 
+from kvstore.blobs.ranges import OPEN_FILES_MAX, Range, RangeReader
 from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import dense_runs
 from kvstore.codecs.base import BlockCorruptError
@@ -20,7 +21,6 @@ from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.states import state_ranges
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
-from kvstore.files import OPEN_FILES_MAX, Range, RangeReader
 from kvstore.layers import Layout
 from kvstore.server.decode import decode_piece, pieces
 from kvstore.server.fetch import FetchPlan

@@ -14,6 +14,7 @@ from kvstore.config import Config
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import Layout
+from kvstore.records import runs_to_record
 from kvstore.server import uploads
 from kvstore.server.callers import caller_name
 from kvstore.server.costs import Offer, Timing, Way
@@ -97,7 +98,7 @@ class KVStoreService(rpc.KVStoreServicer):
             message = pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
             await write_within(context, message, self._config.stream_stall_s)
             if way == "path":
-                self._counters.add("bytes_served", sum(piece.row.file_bytes for piece in plan.match.parts))
+                self._counters.add("bytes_served", sum(piece.row.blob_bytes for piece in plan.match.parts))
                 await self._lease()
             else:
                 await self._stream(plan, plan.namespace.layout, way, context)
@@ -139,23 +140,25 @@ class KVStoreService(rpc.KVStoreServicer):
         return "path" if transport == pb.TRANSPORT_PATH and self._may_share_files(identity, root) else "stream"
 
     def _may_share_files(self, identity: pb.Namespace, root: bytes) -> bool:
-        """Whether this namespace's bytes may change hands as files: not of tenants, nor of what is encrypted."""
-        return self._same_host and not identity.salt and not self._engine.is_encrypted(root)
+        """Whether this namespace's bytes may change hands as files: not of tenants, nor where there are none."""
+        return self._same_host and not identity.salt and self._engine.has_paths(root)
 
     def _plan_message(self, plan: FetchPlan, layout: Layout, way: Way) -> pb.FetchPlan:
         match, by_path = plan.match, way == "path"
         if way == "dense":
             block = dense_block(plan, layout)
-            slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=convert.runs_to_bytes(block.runs))]
+            runs, templates = runs_to_record(block.runs)
+            slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=runs)]
         else:
+            templates = self._engine.templates(match)
             slices = [
                 pb.BlockSlice(
                     key=piece.row.key,
                     n_tokens=piece.take,
-                    runs=piece.row.runs_record,
-                    path=str(self._engine.path(piece.row)) if by_path else "",
+                    runs=piece.row.described,
+                    path=(by_path and self._engine.path(piece.row)) or "",
                     payload_offset=piece.row.payload_offset,
-                    file_bytes=piece.row.file_bytes,
+                    file_bytes=piece.row.blob_bytes,
                 )
                 for piece in match.slices
             ]
@@ -167,15 +170,16 @@ class KVStoreService(rpc.KVStoreServicer):
             blocks=slices,
             checkpoint=self._state_slice(match.checkpoint, by_path=by_path) if match.checkpoint else None,
             fetch_id=plan.fetch_id,
+            templates=templates.values(),
         )
 
     def _state_slice(self, row: Row, *, by_path: bool) -> pb.StateSlice:
         return pb.StateSlice(
             key=row.key,
-            states=row.states_record,
-            path=str(self._engine.path(row)) if by_path else "",
+            states=row.described,
+            path=(by_path and self._engine.path(row)) or "",
             payload_offset=row.payload_offset,
-            file_bytes=row.file_bytes,
+            file_bytes=row.blob_bytes,
         )
 
     @unary

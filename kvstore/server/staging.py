@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
+from kvstore.blobs.ranges import VECTORS_MAX
 from kvstore.errors import InvalidRequestError, NotFoundError, StoreFullError
-from kvstore.files import VECTORS_MAX
 
 
 class Veil:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from kvstore.blobs.ranges import RangeReader
 from kvstore.blocks import Recipe, pack_tokens, unpack_tokens
 from kvstore.codecs.assemble import packed_layer
 from kvstore.codecs.segments import HitBlock
 from kvstore.codecs.turboquant import MSE, PROD, fold_of
 from kvstore.errors import InvalidRequestError
-from kvstore.files import RangeReader
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.turboquant.cache import KVCacheConfig, QuantizedKVCache

@@ -9,12 +9,12 @@ from typing import Any
 import msgpack
 from google.protobuf.message import Message
 
-from kvstore.blocks import KEY_BYTES, LayerState, Run
+from kvstore.blocks import KEY_BYTES, LayerState
 from kvstore.errors import InvalidRequestError, LayoutMismatchError
 from kvstore.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
 from kvstore.layers import Layout
 from kvstore.quality import Quality
-from kvstore.records import runs_from_list, runs_to_list, states_from_list, states_to_list, unpack_record
+from kvstore.records import states_from_list, states_to_list, unpack_record
 from kvstore.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -79,17 +79,6 @@ def namespace_from_message(message: pb.Namespace, layout_record: bytes) -> Names
         raise LayoutMismatchError("the layout sent is not the one that the namespace is bound to")
     alias = plain_text(message.alias, NAME_CHARACTERS_MAX)  # for people alone, so it is not worth a refusal
     return NamespaceInfo(root, message.weights, message.adapter, layout, message.dtype, message.engine, alias)
-
-
-def runs_to_bytes(runs: Sequence[Run]) -> bytes:
-    """Runs as they travel in a BlockSlice."""
-    packed: bytes = msgpack.packb(runs_to_list(runs))
-    return packed
-
-
-def runs_from_bytes(packed: bytes) -> tuple[Run, ...]:
-    """Parse and validate a BlockSlice's runs; CorruptDataError when they are not."""
-    return runs_from_list(unpack_record(packed))
 
 
 def states_to_bytes(states: Sequence[LayerState]) -> bytes:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from kvstore.engine.state import State
+from kvstore.engine.writer import Writer
+
 from kvstore.engine import Fs
 from kvstore.engine.directory import Directory, Hold
 from kvstore.engine.index import Index
-from kvstore.engine.state import State
 from kvstore.engine.tombstones import Tombstones
-from kvstore.engine.writer import Writer
 
 Patch = Callable[[Callable[[], None]], "contextlib.AbstractContextManager[Fs]"]
 

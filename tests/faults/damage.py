@@ -1,6 +1,6 @@
 """Damage at rest: blobs flipped, cut, swapped and exchanged in every region; index pages flipped, swapped, lost.
 
-Blobs are read as a fetch reads them: first what no client looks at, the header (`first_damaged`), then what the index
+Blobs are read as a fetch reads them: first what no client looks at, the header (`first_unusable`), then what the index
 says, against the checksums that it says. Whatever passes must be right; whatever does not is reported as clients report
 it (`recheck`). A damaged blob must be in quarantine after the first fetch that meets it, and a miss with a reason.
 A damaged index is opened in a process of its own, since LMDB would take that process with it.
@@ -19,16 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
-
-from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
-from kvstore.engine import Engine, Row, Slice, check_directory
-from kvstore.engine.format import checked_ranges
-from kvstore.engine.keyring import TAG_BYTES
 from kvstore.engine.reading import read_block
 from kvstore.engine.sealed import CHUNK_BYTES, HEADER_BYTES, is_sealed
+
+from kvstore.blobs.format import checked_ranges
+from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
+from kvstore.engine import Engine, Row, Slice, check_directory
+from kvstore.engine.keyring import TAG_BYTES
 from kvstore.errors import CorruptDataError, KVStoreError
 from tests.faults.workload import MIXED, NS
-from tests.support.engine import blob_paths, demand_right, namespace, options, put, put_checkpoint, sequence, values
+from tests.support.engine import (
+    blob_path,
+    blob_paths,
+    demand_right,
+    namespace,
+    options,
+    put,
+    put_checkpoint,
+    sequence,
+    values,
+)
 
 # Encrypted, where there is a master key.
 MASTER, SECRET = bytes(range(32)), namespace("secret")
@@ -159,12 +169,12 @@ class Blobs:
 
     def path(self, row: Row) -> Path:
         """The file of a row."""
-        return self._engine.path(row)
+        return blob_path(self._engine, row)
 
     def strike(self, key: bytes, change: Change) -> list[str]:
         """Damage the blob of a key, read everything as clients do, repair, store again; what was wrong."""
         row = next(row for row in self.rows() if row.key == key)
-        path = self._engine.path(row)
+        path = blob_path(self._engine, row)
         whole = path.read_bytes()
         changed = change(bytearray(whole))
         path.write_bytes(changed)
@@ -173,19 +183,19 @@ class Blobs:
     def swap(self, key: bytes, other: bytes) -> list[str]:
         """Exchange two files."""
         one, two = (next(row for row in self.rows() if row.key == each) for each in (key, other))
-        first, second = self._engine.path(one).read_bytes(), self._engine.path(two).read_bytes()
-        self._engine.path(one).write_bytes(second)
-        self._engine.path(two).write_bytes(first)
+        first, second = blob_path(self._engine, one).read_bytes(), blob_path(self._engine, two).read_bytes()
+        blob_path(self._engine, one).write_bytes(second)
+        blob_path(self._engine, two).write_bytes(first)
         return self._after([one, two])
 
     def _after(self, damaged: Sequence[Row]) -> list[str]:
         """What is wrong after a fetch of everything. Of two, one may go with its parent or never be come to."""
         wrong = self._read_all()
         quarantine = self._engine.staging_dir.with_name("quarantine")
-        met = [row for row in damaged if (quarantine / self._engine.path(row).name).exists()]
+        met = [row for row in damaged if (quarantine / blob_path(self._engine, row).name).exists()]
         if damaged and not met:
             wrong.append(f"not in quarantine after a fetch: {damaged}")
-        with self._engine._state.index.view() as view:
+        with self._engine._shared.index.view() as view:
             held = [view.row(row.key) for row in met]
         wrong += [f"still held after a fetch: {row}" for row, now in zip(met, held, strict=True) if now == row]
         self._engine.check(repair=True)
@@ -227,7 +237,7 @@ class Blobs:
 
     def _read(self, parts: tuple[Slice, ...]) -> tuple[Row | None, list[str]]:
         """(the first row whose file does not hold, what passed its checksum and is wrong)."""
-        at = self._engine.first_damaged(parts)
+        at = self._engine.first_unusable(parts)
         if at is not None:
             return parts[at].row, []
         for part in parts:

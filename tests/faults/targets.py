@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from kvstore.blobs import format as blob
 from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
 from kvstore.client.plan import Request, parse_plan
 from kvstore.codecs.profiles import parse_profile
-from kvstore.engine import format as blob
 from kvstore.engine import rows, sealed
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
 from kvstore.keys import NamespaceInfo, block_key, chain_keys, checkpoint_key

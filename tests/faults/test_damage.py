@@ -37,7 +37,7 @@ def test_without_the_walk_over_its_pages_damage_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason why there is one; and a harness that cannot fail would prove nothing."""
-    monkeypatch.setattr("kvstore.engine.recovery._vouch", lambda path, hold: None)
+    monkeypatch.setattr("kvstore.engine.recover._vouch", lambda path, hold: None)
     indexes = damage.Indexes(tmp_path / "indexes")
     cases = indexes.cases(1)
     assert any(indexes.strike(kind, change) for kind, what, change in cases if "zeros" in what or "twice" in what)

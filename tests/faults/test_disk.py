@@ -111,7 +111,7 @@ def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: P
     put(engine, NS, KEPT)
     match = find(engine, NS, KEPT)
     shutil.rmtree(tmp_path / "data")
-    assert engine.first_damaged(match.slices) == 0
+    assert engine.first_unusable(match.slices) == 0
     assert put(engine, NS, GROWN).reason is Reason.STORE_FULL
     engine.maintain()
     assert engine.is_displaced() and "deleted" in engine.stats().degraded

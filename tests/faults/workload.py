@@ -21,6 +21,7 @@ from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
 from tests.support.engine import (
     HYBRID,
+    blob_path,
     blob_paths,
     demand_right,
     namespace,
@@ -173,10 +174,10 @@ def _damaged(data_dir: Path) -> None:
     """One blob with a flipped bit, one that is gone, one without a row."""
     _fresh(data_dir)
     with Engine.open(data_dir, options()) as engine:
-        paths = [engine.path(part.row) for part in engine.match(NS.root, pack_tokens(EVICTED)).slices]
+        paths = [blob_path(engine, part.row) for part in engine.match(NS.root, pack_tokens(EVICTED)).slices]
         _put(engine, "side")
         side = engine.match(NS.root, pack_tokens(SIDE)).slices[-1].row
-        with engine._state.index.edit() as edit:
+        with engine._shared.index.edit() as edit:
             edit.remove(side)
     data = bytearray(paths[1].read_bytes())
     data[-3] ^= 4

@@ -160,13 +160,17 @@ def demand_right_states(engine: Engine, row: Row) -> None:
 
 def disk_usage(data_dir: Path) -> int:
     """What `du` says of the files, without lock, tag and folders."""
-    counted = [path for path in data_dir.rglob("*") if path.is_file() and path.parent != data_dir]
-    return sum(path.lstat().st_blocks * 512 for path in counted)
+    return sum(path.lstat().st_blocks * 512 for path in (data_dir, *data_dir.rglob("*")))
+
+
+def blob_path(engine: Engine, row: Row) -> Path:
+    """The file of a row's blob, encrypted or not."""
+    return engine.staging_dir.parent / "blobs.noindex" / row.root.hex() / row.blob.name
 
 
 def blob_paths(data_dir: Path) -> set[Path]:
     """All files in the blob folders."""
-    return {path for path in (data_dir / "blobs.noindex").rglob("*") if path.is_file()}
+    return set((data_dir / "blobs.noindex").rglob("*.safetensors"))
 
 
 def demand_sound(engine: Engine) -> None:
@@ -174,7 +178,7 @@ def demand_sound(engine: Engine) -> None:
     assert engine.check().findings == []
     rows = engine.list_blocks(limit=1 << 30)
     root = engine.staging_dir.parent
-    assert blob_paths(root) == {info.path for info in rows}
+    assert blob_paths(root) == {Path(info.path) for info in rows}
     assert engine.used_bytes == disk_usage(root)
 
 

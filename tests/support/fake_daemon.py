@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 
+from kvstore.blobs.ranges import FileSource
 from kvstore.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
@@ -33,7 +34,6 @@ from kvstore.codecs.runs import payload_run
 from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.states import StateCapture, state_ranges
 from kvstore.config import Config
-from kvstore.files import FileSource
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, Piece
 from kvstore.wire.convert import runs_to_bytes, states_from_bytes, states_to_bytes

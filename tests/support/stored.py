@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from kvstore.blobs.ranges import BufferReader, FileSource
 from kvstore.blocks import Run
 from kvstore.codecs.runs import EncodedRun, stacks_of
 from kvstore.codecs.segments import HitBlock, layer_ranges
-from kvstore.files import BufferReader, FileSource
 
 PAYLOAD_OFFSET = 128
 

@@ -108,7 +108,7 @@ class FetchReply(_message.Message):
     def __init__(self, plan: _Optional[_Union[FetchPlan, _Mapping]] = ..., chunk: _Optional[_Union[LayerChunk, _Mapping]] = ...) -> None: ...
 
 class FetchPlan(_message.Message):
-    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks", "checkpoint", "fetch_id")
+    __slots__ = ("n_tokens", "reason", "fidelity", "layout", "blocks", "checkpoint", "fetch_id", "templates")
     N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class FetchPlan(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FETCH_ID_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATES_FIELD_NUMBER: _ClassVar[int]
     n_tokens: int
     reason: str
     fidelity: int
@@ -123,7 +124,8 @@ class FetchPlan(_message.Message):
     blocks: _containers.RepeatedCompositeFieldContainer[BlockSlice]
     checkpoint: StateSlice
     fetch_id: str
-    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ..., fetch_id: _Optional[str] = ...) -> None: ...
+    templates: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ..., layout: _Optional[bytes] = ..., blocks: _Optional[_Iterable[_Union[BlockSlice, _Mapping]]] = ..., checkpoint: _Optional[_Union[StateSlice, _Mapping]] = ..., fetch_id: _Optional[str] = ..., templates: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class StateSlice(_message.Message):
     __slots__ = ("key", "states", "path", "payload_offset", "file_bytes")

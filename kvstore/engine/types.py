@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvstore.blobs.format import Buffer
 from kvstore.blocks import FIDELITY_EXACT, Block, Reason
-from kvstore.engine.format import Buffer
 from kvstore.engine.index import MAP_BYTES
-from kvstore.engine.rows import Row, Taken, fidelities_of, parse_row
+from kvstore.engine.rows import Row, Taken, Templates, fidelities_of, parse_row
 from kvstore.errors import ConfigError
 from kvstore.keys import NamespaceInfo
 from kvstore.layers import Layout
@@ -89,11 +89,12 @@ class Match:
     rows: tuple[Taken, ...] = ()
     checkpoint: Row | None = None
     diverged: bool = False
+    templates: Templates = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def slices(self) -> tuple[Slice, ...]:
         """The blocks in order."""
-        return tuple([Slice(parse_row(key, value), take) for key, value, take in self.rows])
+        return tuple([Slice(parse_row(key, value, self.templates), take) for key, value, take in self.rows])
 
     @functools.cached_property
     def fidelity(self) -> int:
@@ -177,11 +178,12 @@ class CheckReport:
 
 @dataclass(frozen=True, slots=True)
 class BlockInfo:
-    """A row with what the index knows beside it."""
+    """A row, what its blob costs on disk, when it was last used, and where it lies."""
 
     row: Row
+    nbytes: int
     accessed_s: int
-    path: Path
+    path: str
 
 
 @dataclass(frozen=True, slots=True)

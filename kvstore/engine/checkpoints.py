@@ -16,9 +16,9 @@ Marks alone could pin all of a chain near its end, with an agent that strips eve
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from kvstore.engine.eviction import Sweep
+from kvstore.engine.evict import NO_LIMIT, remove_rows
 from kvstore.engine.index import Edit, View
 from kvstore.engine.rows import Row
 
@@ -64,23 +64,23 @@ def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
     """Remove what is too much along the chains of `added`, longest first; the rows removed."""
     removed: list[Row] = []
     for row in sorted(added, key=lambda row: -row.end):
-        if not row.is_checkpoint or edit.value(row.key) is None:
+        if not row.is_checkpoint or row.key not in edit.table:
             continue
         chain = chain_of(edit, row)
         if len(chain) <= keep_max:
             continue
-        for index in spare([each.end for each in chain], [edit.marked(each.key) for each in chain], keep_max):
+        for index in spare(
+            [each.end for each in chain], [edit.table.value(each.key, "mark") for each in chain], keep_max
+        ):
             edit.remove(chain[index])
             removed.append(chain[index])
     return removed
 
 
-def keep_share(edit: Edit, share_bytes: int, keep: Container[bytes] = frozenset()) -> list[Row]:
+def keep_share(edit: Edit, share_bytes: int, keep: Collection[bytes] = ()) -> list[Row]:
     """Remove the least recently used checkpoints of all namespaces until the rest take no more than `share_bytes`."""
-    over = sum(usage.checkpoint_bytes for usage in edit.usage().values()) - share_bytes
-    removed: list[Row] = []
-    if over > 0:
-        work = Sweep(lambda row, stamp: True, keep, over, checkpoints_only=True)
-        while not work.done:
-            removed += work.step(edit)
-    return removed
+    table = edit.table
+    over = table.usage().checkpoint_bytes - share_bytes
+    if over <= 0:
+        return []
+    return remove_rows(edit, table.victims(over, keep, table.where(checkpoints=True), count_max=NO_LIMIT))

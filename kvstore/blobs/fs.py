@@ -1,27 +1,19 @@
-"""Blob files on disk: their names and the one durable write. `kvstore.engine.reading` reads them back.
-
-`Fs` is the seam through which the engine changes the disk; tests replace it to fail, or to stop, at any call.
-"""
+"""The system calls by which kvstore changes the disk: the seam at which tests make them fail, or stop."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-SUFFIX = ".safetensors"
-TMP_SUFFIX = ".tmp"
-# What a file costs on disk is counted in blocks of this size: APFS and ext4 both allocate 4 KiB units.
-DISK_BLOCK_BYTES = 4096
-_NAME = re.compile(r"([0-9a-f]{64})-(0|[1-9][0-9]{0,18})\.safetensors")
+from kvstore.blobs.base import TMP_SUFFIX
 
 
 class Fs:
-    """The system calls by which the engine changes the disk, one method each. Stateless."""
+    """One method for each system call. Stateless; any thread."""
 
     def open(self, path: str, flags: int, mode: int) -> int:
         """os.open."""
@@ -42,6 +34,10 @@ class Fs:
     def unlink(self, path: str) -> None:
         """os.unlink."""
         os.unlink(path)
+
+    def rmdir(self, path: str) -> None:
+        """os.rmdir."""
+        os.rmdir(path)
 
     def mkdir(self, path: str) -> None:
         """os.mkdir with mode 0700 under any umask."""
@@ -80,33 +76,39 @@ class Fs:
         return info.f_favail if info.f_files else 1 << 32
 
 
-def disk_bytes(file_bytes: int) -> int:
-    """What a file of this size costs on disk."""
-    return -(-file_bytes // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES
+class PendingFile:
+    """A temporary file that is written in full. See `base.Pending`."""
+
+    def __init__(self, fs: Fs, path: str, fd: int, sync: bool) -> None:
+        self._fs = fs
+        self._path = path
+        self._fd = fd
+        self._sync = sync
+
+    def land(self) -> None:
+        """Sync the file and rename it to its name. The directory is the caller's to sync."""
+        try:
+            try:
+                if self._sync:
+                    self._fs.fsync(self._fd)
+            finally:
+                os.close(self._fd)
+            self._fs.rename(self._path + TMP_SUFFIX, self._path)
+        except BaseException:
+            _drop(self._fs, self._path + TMP_SUFFIX)
+            raise
+
+    def abandon(self) -> None:
+        """Close the file and unlink it."""
+        os.close(self._fd)
+        _drop(self._fs, self._path + TMP_SUFFIX)
 
 
-def blob_name(key: bytes, seq: int) -> str:
-    """File name of a blob. `seq` is never used twice, so a name means the same bytes forever."""
-    return f"{key.hex()}-{seq}{SUFFIX}"
+def write_pending(fs: Fs, path: str, parts: Iterable[memoryview], sync: bool) -> PendingFile:
+    """The first half of the one way in which a file comes to be: a temporary file, written in full, its length checked.
 
-
-def parse_name(name: str) -> tuple[bytes, int] | None:
-    """(key, seq) of a blob's file name; None for any other name."""
-    found = _NAME.fullmatch(name)
-    return (bytes.fromhex(found[1]), int(found[2])) if found else None
-
-
-def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) -> None:
-    """The one way a file comes to be: tmp, length check, fsync, rename. The caller syncs the directory.
-
-    After an exception neither the tmp file nor `path` exists, as far as the disk still lets itself be changed.
-    `sync=False` leaves the fsync out. Raises OSError. Of a blob the writer does the two halves on two threads.
+    After an exception the temporary file is gone, as far as the disk still lets itself be changed. Raises OSError.
     """
-    land(fs, path, write_unsynced(fs, path, parts), sync)
-
-
-def write_unsynced(fs: Fs, path: str, parts: Sequence[memoryview]) -> int:
-    """The first half: the tmp file, written in full. Its descriptor, for `land`."""
     tmp = path + TMP_SUFFIX
     fd = fs.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -114,48 +116,25 @@ def write_unsynced(fs: Fs, path: str, parts: Sequence[memoryview]) -> int:
         if hasattr(fcntl, "F_NOCACHE"):
             # The page cache belongs to the weights of the model that runs beside us.
             fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
+        expected = 0
         for part in parts:
+            expected += len(part)
             _write_all(fs, fd, part)
-        if os.fstat(fd).st_size != sum(map(len, parts)):
+        if os.fstat(fd).st_size != expected:
             raise OSError(f"{tmp}: the file is shorter than what was written to it")
     except BaseException:
         os.close(fd)
         _drop(fs, tmp)
         raise
-    return fd
+    return PendingFile(fs, path, fd, sync)
 
 
-def land(fs: Fs, path: str, fd: int, sync: bool) -> None:
-    """The second half: sync the tmp file, and give it its name. Closes the descriptor."""
-    tmp = path + TMP_SUFFIX
-    try:
-        try:
-            if sync:
-                fs.fsync(fd)
-        finally:
-            os.close(fd)
-        fs.rename(tmp, path)
-    except BaseException:
-        _drop(fs, tmp)
-        raise
+def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) -> None:
+    """A whole file at once: temporary file, length check, fsync unless `sync` is False, rename. Raises OSError.
 
-
-def abandon(fs: Fs, path: str, fd: int) -> None:
-    """In place of the second half: close the tmp file and unlink it."""
-    os.close(fd)
-    _drop(fs, path + TMP_SUFFIX)
-
-
-def _drop(fs: Fs, tmp: str) -> None:
-    with contextlib.suppress(OSError):
-        fs.unlink(tmp)
-
-
-def _write_all(fs: Fs, fd: int, part: memoryview) -> None:
-    done = 0
-    while done < len(part):
-        # No more than 1 GiB a call: macOS refuses 2 GiB.
-        done += fs.write(fd, part[done : done + (1 << 30)])
+    The caller syncs the directory.
+    """
+    write_pending(fs, path, parts, sync).land()
 
 
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
@@ -176,3 +155,15 @@ def exclude_from_backups(folder: str) -> None:
     if sys.platform == "darwin":
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             subprocess.run(["/usr/bin/tmutil", "addexclusion", folder], capture_output=True, timeout=10, check=False)
+
+
+def _drop(fs: Fs, tmp: str) -> None:
+    with contextlib.suppress(OSError):
+        fs.unlink(tmp)
+
+
+def _write_all(fs: Fs, fd: int, part: memoryview) -> None:
+    done = 0
+    while done < len(part):
+        # No more than 1 GiB a call: macOS refuses 2 GiB.
+        done += fs.write(fd, part[done : done + (1 << 30)])

@@ -35,12 +35,15 @@ import numpy as np
 import xxhash
 
 from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
-from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
+from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError, UnknownFormatError
 from kvstore.keys import block_key, checkpoint_key
-from kvstore.records import RECORD_VERSION, TENSORS_MAX, block_from_record, block_to_record
+from kvstore.records import TENSORS_MAX, block_from_record, block_to_record
 
 FORMAT = "kvstore-block"
-FORMAT_VERSION = RECORD_VERSION
+# The bytes that hold an encrypted blob (`kvstore.blobs.encrypted`) begin like any other safetensors file.
+ENCRYPTED_FORMAT = "kvstore-encrypted"
+# Of blobs, index rows and the directory. There is one; anything else is refused.
+FORMAT_VERSION = 3
 HEADER_BYTES_MAX = 1 << 20
 LENGTH_BYTES = 8
 ALIGN_BYTES = 64
@@ -49,7 +52,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[Any, Any]"
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class ReadyBlob:
     """A block ready to be written: offsets and checksums filled in, its header, and views of its payload in order."""
 
     block: Block
@@ -57,12 +60,12 @@ class Sealed:
     payload: tuple[memoryview, ...]
 
     @property
-    def file_bytes(self) -> int:
-        """Exact size of the file."""
+    def nbytes(self) -> int:
+        """Exact size of the blob."""
         return len(self.header) + sum(map(len, self.payload))
 
 
-def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
+def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     """Fill in offsets and checksums, and build the header. `buffers`: one per tensor, C-contiguous, of its exact size.
 
     A checkpoint has one per state array. Raises InvalidRequestError when the buffers do not fit the block, or the
@@ -71,19 +74,19 @@ def seal(block: Block, buffers: Sequence[Buffer]) -> Sealed:
     views = [_flat(buffer) for buffer in buffers]
     remaining = iter(views)
     if block.is_checkpoint:
-        sealed = replace(block, states=_seal_states(block.states, remaining))
+        ready = replace(block, states=_placed_states(block.states, remaining))
     else:
-        sealed = replace(block, runs=_seal_runs(block.runs, remaining))
+        ready = replace(block, runs=_placed_runs(block.runs, remaining))
     if next(remaining, None) is not None:
         raise InvalidRequestError("more buffers than tensors")
-    _demand_valid(sealed)
-    return Sealed(sealed, build_header(sealed, block_to_record(sealed)), tuple(views))
+    _demand_valid(ready)
+    return ReadyBlob(ready, build_header(ready, block_to_record(ready)), tuple(views))
 
 
-def _seal_runs(unsealed: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
+def _placed_runs(unplaced: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
     offset = 0
     runs: list[Run] = []
-    for run in unsealed:
+    for run in unplaced:
         stacks: list[Stack] = []
         for stack in run.stacks:
             tensors: list[Tensor] = []
@@ -100,10 +103,10 @@ def _seal_runs(unsealed: Sequence[Run], remaining: Iterator[memoryview]) -> tupl
     return tuple(runs)
 
 
-def _seal_states(unsealed: Sequence[LayerState], remaining: Iterator[memoryview]) -> tuple[LayerState, ...]:
+def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryview]) -> tuple[LayerState, ...]:
     offset = 0
     states: list[LayerState] = []
-    for state in unsealed:
+    for state in unplaced:
         arrays: list[StateArray] = []
         for array in state.arrays:
             view = next(remaining, None)
@@ -226,7 +229,8 @@ def header_length(first: bytes, file_bytes: int) -> int:
 def parse_header(header: bytes, file_bytes: int) -> Block:
     """The block of a blob whose first bytes are `header` and whose size is `file_bytes`.
 
-    Raises CorruptDataError on any deviation, UnknownFormatError for a format version that is newer than this build.
+    Raises CorruptDataError on any deviation, UnknownFormatError for another format version, NotFoundError for an
+    encrypted blob: the key of its namespace is not there.
     """
     if header_length(header[:LENGTH_BYTES], file_bytes) != len(header):
         raise CorruptDataError("not a blob: the header is cut short")
@@ -241,14 +245,21 @@ def parse_header(header: bytes, file_bytes: int) -> Block:
     return block
 
 
+def demand_version(metadata: Any) -> None:
+    """UnknownFormatError for a blob of another format version. Raises what parsing raises for what is none."""
+    version = int(metadata["version"])
+    if metadata["format"] in (FORMAT, ENCRYPTED_FORMAT) and version != FORMAT_VERSION:
+        raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads {FORMAT_VERSION}")
+
+
 def _record(text: bytes) -> bytes:
     try:
         metadata = json.loads(text)["__metadata__"]
-        name, version = metadata["format"], int(metadata["version"])
-        if name != FORMAT:
+        demand_version(metadata)
+        if metadata["format"] == ENCRYPTED_FORMAT:
+            raise NotFoundError("the key of this encrypted blob is not there")
+        if metadata["format"] != FORMAT:
             raise CorruptDataError("not a kvstore blob")
-        if version != FORMAT_VERSION:
-            raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads {FORMAT_VERSION}")
         record = base64.b64decode(metadata["record"], validate=True)
         check = metadata["check"]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, binascii.Error) as error:

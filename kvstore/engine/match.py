@@ -1,40 +1,40 @@
 """The longest stored prefix of a token sequence, from the index alone. Pure over a `View`.
 
 Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
-cut: children stand in the order of their leading tokens, so the walk starts where the query would be inserted, goes
-both ways, and ends where the code can no longer promise a longer match. A checkpoint shares no byte of a code, so it
-is never a child to be cut; for layouts that need one, `longest_exact` looks for the longest position that has one.
+cut: bisection over the levels of `kvstore.engine.rows` finds how many times 32 tokens any child shares, and the best
+child stands next to where the query would, so that the number of siblings does not count. For layouts that need a
+checkpoint, `longest_exact` looks for the longest position that has one.
 """
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, common_tokens
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
 from kvstore.engine.index import View
+from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.rows import (
-    SEQ_BYTES,
+    LEVEL_TOKENS,
+    TAIL_MARK,
     TOKENS_AT,
     Code,
     Row,
     Taken,
-    checkpoint_code,
-    common_bytes,
     fidelity_of,
+    level_prefix,
+    level_tokens,
     parse_row,
+    tail_prefix,
 )
 from kvstore.errors import CorruptDataError
 from kvstore.keys import block_key, chain_keys
 
-# Children whose first 157 or so tokens are equal cannot be told apart by their code; so many are looked at.
-SCAN_MAX = 4096
-# Siblings that share exactly as much as the best so far; a few are looked at for their fidelity.
-TIES_MAX = 16
-# A seq stays below 2^40, so an entry that ends after its code stands before those whose next token is not 0.
-_SEQ_TOP = bytes(3)
+# Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
+# exactly as much as the best so far, one of which may be of higher fidelity.
+SIDE_MAX = 64
+TIES_MAX = 8
 _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 
@@ -89,59 +89,57 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
     """
     best: Row | None = None
     take = low_take = 0
-    if not rest:
-        return best, take, low_take
-    if view.ring.key(root):
-        return _best_sealed_child(view, root, parent, rest, fidelity_min)
-    code = Code.of(rest)
-    target = parent + code.data
-    remaining = SCAN_MAX
-    for reverse in (False, True):
-        ties = TIES_MAX
-        for entry, key in view.children(parent, code.data, reverse):
-            promised = _tokens_at_most(code, common_bytes(entry, target) - KEY_BYTES, rest)
-            remaining -= 1
-            ties -= promised == take
-            if promised < max(1, take) or remaining < 0 or ties < 0:
-                break
-            row = view.row(key)
-            if row is not None and row.parent != parent:
-                raise CorruptDataError("index: a child of another parent")
-            shared = common_tokens(row.tokens, rest) if row else 0
-            if row is None or row.fidelity < fidelity_min:
-                low_take = max(low_take, shared)
-            elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
-                best, take = row, shared
-    return best, take, low_take
-
-
-def _best_sealed_child(
-    view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min: int
-) -> tuple[Row | None, int, int]:
-    """As `best_child`, in a namespace whose children stand in no order that tells of tokens."""
-    best: Row | None = None
-    take = low_take = 0
-    for row in _sealed_children(view, root, parent, rest):
-        shared = common_tokens(row.tokens, rest)
-        if row.fidelity < fidelity_min:
-            low_take = max(low_take, shared)
-        elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
-            best, take = row, shared
-    return best, take, low_take
-
-
-def _sealed_children(view: View, root: bytes, parent: bytes, tokens: bytes) -> Iterator[Row]:
-    """Children that may share leading tokens with these, decrypted, SCAN_MAX at most; checkpoints are none."""
     key = view.ring.key(root)
-    remaining = SCAN_MAX
-    for code in key.child_codes(tokens) if key else ():
-        for entry, child in view.children(parent, code):
-            remaining -= 1
-            if not entry.startswith(code, KEY_BYTES) or remaining < 0:
-                break
-            row = view.row(child)
-            if row is not None and not row.is_sealed and row.parent == parent:
-                yield row
+    for level in range(_deepest_level(view, parent, rest, key), -1, -1) if rest else ():
+        for side in _neighbours(view, parent, rest, level, key):
+            ties = TIES_MAX
+            for row in side:
+                shared = common_tokens(row.tokens, rest)
+                if row.fidelity < fidelity_min:
+                    low_take = max(low_take, shared)
+                elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
+                    best, take = row, shared
+                elif key is None and best is not None:
+                    ties -= shared == take
+                    if shared < take or not ties:
+                        break  # they stand in order: what comes next shares no more
+        if best is not None:
+            break
+    return best, take, low_take
+
+
+def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> int:
+    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does."""
+    low, high = 0, len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if next(view.entries(level_prefix(parent, rest, middle, key)), None) is None:
+            high = middle - 1
+        else:
+            low = middle
+    return low
+
+
+def _neighbours(
+    view: View, parent: bytes, rest: bytes, level: int, key: NamespaceKey | None
+) -> tuple[Iterator[Row], Iterator[Row]]:
+    """Children that share the head of a level, upwards and downwards from where `rest` would stand: closest first.
+
+    SIDE_MAX on each side. In an encrypted namespace they stand in no order.
+    """
+    prefix = level_prefix(parent, rest, level, key)
+    code = b"" if key else Code.of(level_tokens(rest, level)).data
+    above, below = view.entries(prefix, code), view.entries(prefix, code, reverse=True)
+    return _rows_of(view, parent, above), _rows_of(view, parent, below)
+
+
+def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[Row]:
+    for _, child in itertools.islice(entries, SIDE_MAX):
+        row = view.row(child)
+        if row is not None and row.parent != parent:
+            raise CorruptDataError("index: a child of another parent")
+        if row is not None and not row.is_key_missing:
+            yield row
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,24 +190,17 @@ def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:
 def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
     """Whether more is stored after exactly these rows: the rest of the last one, or what follows it."""
     key, value, take = rows[-1]
-    row = parse_row(key, value)
+    row = parse_row(key, value, view.templates)
     if take < row.n_tokens or take < BLOCK_TOKENS:
         return take < row.n_tokens
-    here = checkpoint_code(0)
-    return any(not entry.startswith(here, KEY_BYTES) for entry, _ in itertools.islice(view.children(row.key), 2))
-
-
-def _tokens_at_most(code: Code, shared_bytes: int, rest: bytes) -> int:
-    """How many tokens an entry that shares so many bytes of the code, or one beyond it, can share at most."""
-    if shared_bytes >= len(code.data):
-        return len(rest) // TOKEN_BYTES
-    return bisect.bisect_right(code.ends, shared_bytes)
+    here = (child for key in view.children(row.key) if (child := view.row(key)) is not None)
+    return any(not child.is_checkpoint or child.n_tokens for child in itertools.islice(here, 2))
 
 
 def is_covered(view: View, row: Row) -> bool:
     """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
     held = view.row(row.key)
-    if held is not None and not held.is_sealed:
+    if held is not None and not held.is_key_missing:
         return held.fidelity >= row.fidelity
     if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
         return False
@@ -229,36 +220,13 @@ def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
 
 
 def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> list[Row]:
-    """Children of `parent` whose tokens are a strict prefix of `tokens`.
-
-    A tail of n tokens stands at the start of the entries that share its n codes, followed only by its seq; so one seek
-    for each n finds it, however many siblings share the prefix.
-    """
-    if not view.has_children(parent):
-        return []
-    if view.ring.key(root):
-        return [row for row in _sealed_children(view, root, parent, tokens) if _is_shorter(row, tokens)]
-    code = Code.of(tokens)
-    starts = [(code.data[:end], False) for end in (code.ends[:-1] if code.complete else code.ends)]
-    if not code.complete:
-        # Tails too long for their code stand together at the cut code.
-        starts.append((code.data, True))
-    keys = dict.fromkeys(key for start, cut in starts for key in _group(view, parent, start, cut))
-    rows = [view.row(key) for key in keys]
-    return [row for row in rows if row and _is_shorter(row, tokens)]
-
-
-def _is_shorter(row: Row, tokens: bytes) -> bool:
-    return len(row.tokens) < len(tokens) and tokens.startswith(row.tokens)
-
-
-def _group(view: View, parent: bytes, start: bytes, cut: bool) -> Iterator[bytes]:
-    """Keys of the children whose code is exactly `start`."""
-    at = KEY_BYTES + len(start)
-    for count, (entry, key) in enumerate(view.children(parent, start)):
-        if not entry.startswith(start, KEY_BYTES) or count >= SCAN_MAX:
-            return
-        if len(entry) == at + SEQ_BYTES:
-            yield key
-        elif not cut and entry[at : at + 3] != _SEQ_TOP:
-            return
+    """Children of `parent` whose tokens are a strict prefix of `tokens`: one lookup for each length that tails have."""
+    found: list[Row] = []
+    key, prefix = view.ring.key(root), parent + TAIL_MARK
+    at_most = len(tokens) // TOKEN_BYTES
+    while below := next(view.entries(prefix, at_most.to_bytes(2, "big"), reverse=True), None):
+        at_most = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
+        tail = tokens[: at_most * TOKEN_BYTES]
+        rows = [view.row(child) for _, child in view.entries(tail_prefix(parent, tail, key))]
+        found += [row for row in rows if row is not None and not row.is_key_missing and row.tokens == tail]
+    return found

@@ -1,0 +1,165 @@
+"""What a blob store is: how blobs are named, and the protocol behind which their bytes lie.
+
+    put      write all bytes under a temporary name; `Pending.land` makes them durable and gives the blob its name
+    sync     make the names of one namespace durable
+    reader   read byte ranges of blobs
+    delete   take names away
+    names    list what is there, also names that kvstore never gives
+    size     bytes of one blob
+    path     its file, for readers in other processes on this host; None where only this process can read it
+    drop     take a whole namespace away
+    quarantine   move one entry out of the way, for a person to look at
+
+Blobs never change: a new blob gets a new number, and a number is never used twice for one key. What implements this
+decides where bytes lie and whether they are encrypted; nothing above it knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Protocol, Self
+
+SUFFIX = ".safetensors"
+TMP_SUFFIX = ".tmp"
+# No store counts this far. A file that was given such a number by hand would use up the numbers of all later blobs.
+NUMBER_END = 1 << 62
+# What a file costs on disk is counted in blocks of this size: APFS and ext4 both allocate units of 4 KiB.
+DISK_BLOCK_BYTES = 4096
+_NAME = re.compile(r"([0-9a-f]{64})-(0|[1-9][0-9]{0,18})\.safetensors")
+_ROOT = re.compile(r"[0-9a-f]{64}")
+
+
+class BlobId(NamedTuple):
+    """Which blob: its namespace, its key, and the number that makes its name unique."""
+
+    root: bytes
+    key: bytes
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The name inside its namespace: <key in hex>-<number>.safetensors."""
+        return f"{self.key.hex()}-{self.number}{SUFFIX}"
+
+
+class Source(NamedTuple):
+    """A blob to read: where its payload starts in it, and its exact size."""
+
+    blob: BlobId
+    payload_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of a listing. `blob` is None for a name that kvstore does not give.
+
+    `place` is where it lies, for messages and for `quarantine`. `is_unfinished`: a blob that was being written when its
+    process ended; it was never acknowledged.
+    """
+
+    place: str
+    blob: BlobId | None
+    nbytes: int
+    is_unfinished: bool = False
+
+
+class RangeReader(Protocol):
+    """Reads the payloads of the blobs that it was made for, by their position in that list. Any thread may read."""
+
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """Fill `views` one after the other from payload bytes `[offset, offset + sum(len))` of blob `source`.
+
+        Raises CorruptDataError when these bytes are not there, or do not pass the cipher's tag.
+        """
+
+
+class BlobReader(RangeReader, Protocol):
+    """A `RangeReader` that holds files open until it is closed. No read may be in progress then."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+
+class Pending(Protocol):
+    """A blob that is written in full and has no name yet. Exactly one of both is to be called, on any thread."""
+
+    def land(self) -> None:
+        """Make the bytes durable and give the blob its name. Raises OSError; then nothing of it is left."""
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+
+
+class Blobs(Protocol):
+    """See the module. Any thread may call; calls for different blobs may run side by side."""
+
+    def put(self, blob: BlobId, parts: Iterable[memoryview]) -> Pending:
+        """Write a blob, without its name. Raises OSError when the disk refuses; then nothing of it is left."""
+
+    def sync(self, root: bytes) -> None:
+        """Make the names of a namespace durable, those that came and those that went. Raises OSError."""
+
+    def reader(self, sources: Sequence[Source], open_max: int) -> BlobReader:
+        """A reader of blobs of one namespace, with at most `open_max` of them open. Opens nothing yet."""
+
+    def delete(self, blobs: Iterable[BlobId]) -> list[BlobId]:
+        """Take names away; those that are gone already do not count. Returns the blobs that are still there."""
+
+    def names(self, root: bytes | None = None) -> Iterator[Entry]:
+        """What is there, in one namespace or in all, in no order."""
+
+    def size(self, blob: BlobId) -> int | None:
+        """Bytes of a blob as a reader sees them; None when it is not there, or is no regular file."""
+
+    def stored_bytes(self, root: bytes, nbytes: int) -> int:
+        """What a blob of `nbytes` costs on disk in this namespace."""
+
+    def path(self, blob: BlobId) -> str | None:
+        """The file of a blob, None where others cannot read it."""
+
+    def write_identity(self, root: bytes, text: bytes) -> None:
+        """Keep beside the blobs of a namespace, once, what it is. It has a blob already. Raises OSError."""
+
+    def drop(self, root: bytes) -> None:
+        """Take away all names of a namespace at once, durably. `clear` frees their bytes. Raises OSError."""
+
+    def clear(self, count_max: int) -> int:
+        """Free at most `count_max` files of dropped namespaces; the bytes on disk that are free now, 0 at the end."""
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What is on disk beside named blobs: folders, identities, and what was dropped and not cleared."""
+
+    def discard(self, entry: Entry) -> None:
+        """Remove an entry that is no blob, such as an unfinished one. Raises OSError."""
+
+    def quarantine(self, entry: Entry) -> None:
+        """Move an entry out of the way; nothing if it is gone. Raises OSError, or DirectoryError for a bad folder."""
+
+
+def disk_bytes(nbytes: int) -> int:
+    """What a file of this size costs on disk."""
+    return -(-nbytes // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES
+
+
+def parse_name(root: bytes, name: str) -> BlobId | None:
+    """The blob of a name; None for a name that kvstore does not give."""
+    found = _NAME.fullmatch(name)
+    if not found or int(found[2]) >= NUMBER_END:
+        return None
+    return BlobId(root, bytes.fromhex(found[1]), int(found[2]))
+
+
+def parse_root(folder: str) -> bytes | None:
+    """The namespace of a folder's name; None for any other name."""
+    return bytes.fromhex(folder) if _ROOT.fullmatch(folder) else None

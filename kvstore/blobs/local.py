@@ -1,0 +1,185 @@
+"""Blobs as files of one directory, a folder a namespace.
+
+    <directory>/<root in hex>/identity.json                   what the namespace is, for people and for an import
+    <directory>/<root in hex>/<key in hex>-<number>.safetensors     0600, never changed
+    <directory>/<root in hex>/<name>.tmp                      being written
+    <directory>/<root in hex>-<n>.dropped/                    a namespace that was evicted: no rebuild looks into it
+
+A request syncs one folder. Links are not followed: what lies behind one belongs to somebody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from kvstore.blobs.base import TMP_SUFFIX, BlobId, Entry, Source, disk_bytes, parse_name, parse_root
+from kvstore.blobs.fs import Fs, PendingFile, unlink_quietly, write_durably, write_pending
+from kvstore.blobs.ranges import FileReader, FileSource
+from kvstore.errors import DirectoryError
+
+IDENTITY = "identity.json"
+DROPPED = ".dropped"
+
+
+class LocalBlobs:
+    """See `base.Blobs`. `sync` False leaves out every fsync: for tests."""
+
+    def __init__(self, directory: Path, quarantine: Path, fs: Fs, *, sync: bool = True) -> None:
+        self._directory = str(directory)
+        self._quarantine = str(quarantine)
+        self._fs = fs
+        self._sync = sync
+
+    def put(self, blob: BlobId, parts: Iterable[memoryview]) -> PendingFile:
+        """A temporary file in the folder of the namespace, which is made if it is not there."""
+        folder = self._folder(blob.root)
+        if not os.path.isdir(folder):
+            with contextlib.suppress(FileExistsError):
+                self._fs.mkdir(folder)
+            if self._sync:
+                self._fs.fsync_dir(self._directory)
+        return write_pending(self._fs, self._path(blob), parts, self._sync)
+
+    def sync(self, root: bytes) -> None:
+        """fsync of the folder; one that is not there has no names."""
+        if self._sync:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.fsync_dir(self._folder(root))
+
+    def reader(self, sources: Sequence[Source], open_max: int) -> FileReader:
+        """Positions count in the file."""
+        files = [FileSource(self._path(one.blob), one.payload_offset, one.nbytes) for one in sources]
+        return FileReader(files, open_max)
+
+    def delete(self, blobs: Iterable[BlobId]) -> list[BlobId]:
+        """Unlink."""
+        left = []
+        for blob in blobs:
+            try:
+                self._fs.unlink(self._path(blob))
+            except FileNotFoundError:
+                continue
+            except OSError:
+                left.append(blob)
+        return left
+
+    def names(self, root: bytes | None = None) -> Iterator[Entry]:
+        """Files of the folders; what is not a folder of a namespace is an entry itself, unless it was dropped."""
+        if root is not None:
+            yield from self._entries(root, self._folder(root))
+            return
+        with os.scandir(self._directory) as folders:
+            for folder in folders:
+                found = parse_root(folder.name)
+                if found is not None and folder.is_dir(follow_symlinks=False):
+                    yield from self._entries(found, folder.path)
+                elif not folder.name.endswith(DROPPED):
+                    yield Entry(folder.path, None, _size(folder))
+
+    def _entries(self, root: bytes, folder: str) -> Iterator[Entry]:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            for entry in entries:
+                is_file = entry.is_file(follow_symlinks=False)
+                blob = parse_name(root, entry.name.removesuffix(TMP_SUFFIX)) if is_file else None
+                if blob is None and entry.name.removesuffix(TMP_SUFFIX) == IDENTITY:
+                    continue
+                unfinished = blob is not None and entry.name.endswith(TMP_SUFFIX)
+                yield Entry(entry.path, None if unfinished else blob, _size(entry), unfinished)
+
+    def size(self, blob: BlobId) -> int | None:
+        """st_size."""
+        try:
+            info = os.lstat(self._path(blob))
+        except OSError:
+            return None
+        return info.st_size if stat.S_ISREG(info.st_mode) else None
+
+    def stored_bytes(self, root: bytes, nbytes: int) -> int:
+        """Whole blocks of the file system."""
+        return disk_bytes(nbytes)
+
+    def path(self, blob: BlobId) -> str | None:
+        """The file."""
+        return self._path(blob)
+
+    def write_identity(self, root: bytes, text: bytes) -> None:
+        """Make `identity.json` of a namespace if it is not there. Raises OSError."""
+        path = os.path.join(self._folder(root), IDENTITY)
+        if not os.path.lexists(path):
+            unlink_quietly(self._fs, [path + TMP_SUFFIX])  # of an attempt that a kill ended
+            write_durably(self._fs, path, [memoryview(text)], self._sync)
+
+    def drop(self, root: bytes) -> None:
+        """One rename and one sync, however many files the folder has."""
+        folder = self._folder(root)
+        for number in range(1 << 30):
+            target = f"{folder}-{number}{DROPPED}"
+            if not os.path.lexists(target):
+                break
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rename(folder, target)
+        if self._sync:
+            self._fs.fsync_dir(self._directory)
+
+    def clear(self, count_max: int) -> int:
+        """Unlink files of dropped folders, then the folders."""
+        freed = 0
+        for folder in self._dropped():
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if count_max <= 0:
+                        return freed
+                    nbytes = disk_bytes(_size(entry))
+                    self._fs.unlink(entry.path)
+                    freed, count_max = freed + nbytes, count_max - 1
+            self._fs.rmdir(folder)
+        return freed
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Folders, identities, and what dropped folders still hold."""
+        with os.scandir(self._directory) as folders:
+            own = [one.path for one in folders if one.is_dir(follow_symlinks=False)]
+        files = [os.path.join(folder, IDENTITY) for folder in own if not folder.endswith(DROPPED)]
+        files += [one.path for folder in own if folder.endswith(DROPPED) for one in os.scandir(folder)]
+        return sum(_blocks(path) for path in (self._directory, *own, *files))
+
+    def discard(self, entry: Entry) -> None:
+        """Unlink."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.unlink(entry.place)
+
+    def quarantine(self, entry: Entry) -> None:
+        """Move a file to the quarantine folder, which is made again if somebody deleted it."""
+        with contextlib.suppress(FileExistsError):
+            self._fs.mkdir(self._quarantine)
+        if not stat.S_ISDIR(os.lstat(self._quarantine).st_mode):
+            raise DirectoryError(f"{self._quarantine} is not a directory")
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rename(entry.place, os.path.join(self._quarantine, os.path.basename(entry.place)))
+
+    def _dropped(self) -> list[str]:
+        with os.scandir(self._directory) as folders:
+            return [one.path for one in folders if one.name.endswith(DROPPED) and one.is_dir(follow_symlinks=False)]
+
+    def _folder(self, root: bytes) -> str:
+        return f"{self._directory}/{root.hex()}"
+
+    def _path(self, blob: BlobId) -> str:
+        return f"{self._directory}/{blob.root.hex()}/{blob.name}"
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    with contextlib.suppress(OSError):
+        return entry.stat(follow_symlinks=False).st_size
+    return 0
+
+
+def _blocks(path: str) -> int:
+    with contextlib.suppress(OSError):
+        return os.lstat(path).st_blocks * 512
+    return 0

@@ -1,0 +1,197 @@
+"""Blobs without a row: read, verified, and given one where they fit. Serves a rebuild of the index and a repair."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import threading
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import xxhash
+
+from kvstore.blobs import format as blob_format
+from kvstore.blobs.base import BlobId, BlobReader, Blobs, Entry, Source
+from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
+from kvstore.engine.index import Edit, Index
+from kvstore.engine.match import is_covered, replaced_by
+from kvstore.engine.rows import Row, pack_row
+from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.keys import NamespaceInfo
+from kvstore.layers import Layout
+from kvstore.rules import check_block
+
+VERIFY_BYTES = 1 << 20
+# Rows added in one commit.
+ADOPTED_MAX = 1024
+NEXT_NUMBER = "next_number"
+# What a process lacks, which says nothing about the blob.
+_LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+Rule: TypeAlias = Callable[[Layout, Block], None]
+
+
+def _none_busy() -> Container[BlobId]:
+    return frozenset()
+
+
+@dataclass
+class Site:
+    """What a check or a rebuild works on. `rule` raises CorruptDataError for a block that no engine could go on from.
+
+    `busy`: blobs that have no row for a good reason; ask it under `lock`.
+
+    `numbered` is told, under `lock`, the number of every blob that gets a row or stays without one: no other gets it.
+    """
+
+    blobs: Blobs
+    index: Index
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    busy: Callable[[], Container[BlobId]] = _none_busy
+    numbered: Callable[[int], None] = lambda number: None
+    rule: Rule = check_block
+
+
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A blob without a row, verified."""
+
+    block: Block
+    entry: Entry
+    source: Source
+
+
+@dataclass
+class Strays:
+    """Entries without a row, by what they are; each with the reason why it is no sound blob."""
+
+    sound: list[Stray] = field(default_factory=list)
+    corrupt: list[tuple[Entry, str]] = field(default_factory=list)
+    key_missing: list[tuple[Entry, str]] = field(default_factory=list)
+    unknown: list[tuple[Entry, str]] = field(default_factory=list)
+    unfinished: list[Entry] = field(default_factory=list)
+
+
+def read_block(blobs: Blobs, blob: BlobId, nbytes: int, *, verify: bool) -> tuple[Block, Source]:
+    """(block, where its payload is) of a blob; with `verify` its payload checked against all checksums.
+
+    Raises CorruptDataError, also when it cannot be read; UnknownFormatError for another format version; NotFoundError
+    when it is encrypted and its key is not there; LimitError when it is this process that lacks descriptors or memory.
+    """
+    try:
+        with blobs.reader([Source(blob, 0, nbytes)], 1) as reader:
+            length = blob_format.header_length(_bytes(reader, 0, min(blob_format.LENGTH_BYTES, nbytes)), nbytes)
+            block = blob_format.parse_header(_bytes(reader, 0, length), nbytes)
+            if verify:
+                _verify_payload(reader, block, length)
+            return block, Source(blob, length, nbytes)
+    except CorruptDataError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in _LACKING:
+            raise LimitError(f"{blob.name} cannot be read now: {error}") from error
+        raise
+
+
+def demand_rule(rule: Rule, block: Block) -> None:
+    """CorruptDataError for a block that breaks the rule. One in a recipe that this build does not know is left."""
+    with contextlib.suppress(UnknownFormatError):
+        rule(_layout_of(block.namespace), block)
+
+
+@functools.lru_cache(64)
+def _layout_of(namespace: bytes) -> Layout:
+    return NamespaceInfo.from_record(namespace).layout
+
+
+def _bytes(reader: BlobReader, offset: int, nbytes: int) -> bytes:
+    view = bytearray(nbytes)
+    reader.readinto(0, offset, [memoryview(view)])
+    return bytes(view)
+
+
+def _verify_payload(reader: BlobReader, block: Block, payload_offset: int) -> None:
+    memory = memoryview(bytearray(VERIFY_BYTES))
+    for offset, length, checksum in blob_format.checked_ranges(block):
+        hasher = xxhash.xxh3_64()
+        for at in range(0, length, VERIFY_BYTES):
+            part = memory[: min(VERIFY_BYTES, length - at)]
+            reader.readinto(0, payload_offset + offset + at, [part])
+            hasher.update(part)
+        if hasher.intdigest() != checksum:
+            raise CorruptDataError(f"blob: bytes {offset} to {offset + length} do not match their checksum")
+
+
+def read_strays(site: Site, entries: Iterable[Entry]) -> Strays:
+    """Read entries without a row, each blob whole. LimitError as `read_block`."""
+    found = Strays()
+    for entry in entries:
+        if entry.is_unfinished:
+            found.unfinished.append(entry)
+            continue
+        try:
+            found.sound.append(_read_stray(site, entry))
+        except UnknownFormatError as error:
+            found.unknown.append((entry, str(error)))
+        except NotFoundError as error:
+            found.key_missing.append((entry, str(error)))
+        except CorruptDataError as error:
+            found.corrupt.append((entry, str(error)))
+    return found
+
+
+def _read_stray(site: Site, entry: Entry) -> Stray:
+    if entry.blob is None:
+        raise CorruptDataError("not a name of a blob")
+    block, source = read_block(site.blobs, entry.blob, entry.nbytes, verify=True)
+    same = (block.root, block.key) == entry.blob[:2]
+    if not same or NamespaceInfo.from_record(block.namespace).root != block.root:
+        raise CorruptDataError("the blob is not what its name or namespace says")
+    demand_rule(site.rule, block)
+    return Stray(block, entry, source)
+
+
+def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId]]:
+    """Give rows to sound blobs whose parents have one. Returns (those that others cover, those that nothing leads to).
+
+    Parents first; of equals the highest rank, then the longest. Neither kind returned has a row; deleting is the
+    caller's.
+    """
+    unwanted: list[BlobId] = []
+    orphans: list[BlobId] = []
+    order = sorted(
+        sound, key=lambda s: (s.block.start, -s.block.fidelity, -count_tokens(s.block.tokens), s.entry.place)
+    )
+    for at in range(0, len(order), ADOPTED_MAX):
+        with site.lock, site.index.edit() as edit:
+            for stray in order[at : at + ADOPTED_MAX]:
+                blob = stray.source.blob
+                row = pack_row(replace(stray.block, namespace=b""), blob.number, *stray.source[1:])
+                if not _is_reachable(edit, row):
+                    orphans.append(blob)
+                    continue
+                if is_covered(edit, row):
+                    unwanted.append(blob)
+                    continue
+                edit.put_namespace(row.root, stray.block.namespace)
+                for old in replaced_by(edit, row):
+                    edit.remove(old)
+                    unwanted.append(old.blob)
+                edit.put(row, site.blobs.stored_bytes(row.root, row.blob_bytes))
+                edit.table.stamp(row.key, row.created_s)
+                keep_number(site, edit, blob.number)
+    return unwanted, orphans
+
+
+def keep_number(site: Site, edit: Edit, number: int) -> None:
+    """A blob has this number: later ones get others."""
+    edit.set_meta(NEXT_NUMBER, max(edit.meta(NEXT_NUMBER) or 0, number + 1))
+    site.numbered(number)
+
+
+def _is_reachable(edit: Edit, row: Row) -> bool:
+    if row.parent == row.root:
+        return row.start == 0
+    parent = edit.row(row.parent)
+    return parent is not None and parent.n_tokens == BLOCK_TOKENS and parent.end == row.start

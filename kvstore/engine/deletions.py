@@ -1,0 +1,221 @@
+"""Blobs without a row: deleted, or kept a moment longer for a reader; and why a block is gone.
+
+An eviction is acknowledged when no crash can bring back what it removed: the names are gone and synced, or, where a
+reader or the disk still holds one, a tombstone says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+
+from kvstore.blobs.base import BlobId, Blobs
+from kvstore.blocks import TOKEN_BYTES, Reason
+from kvstore.engine.drive import DriveCache
+from kvstore.engine.keyring import KeyRing
+from kvstore.engine.ledger import Ledger
+from kvstore.engine.rows import Row
+from kvstore.engine.tombstones import Tombstones
+from kvstore.keys import block_key
+
+# A miss says "evicted" also when only the beginning of what was evicted is asked for.
+HEAD_TOKENS = 16
+HEAD_TOKENS_BYTES = HEAD_TOKENS * TOKEN_BYTES
+log = logging.getLogger(__name__)
+
+
+class Deletions:
+    """Any thread may call. Its lock is never held over I/O, so that leasing never waits for a disk."""
+
+    def __init__(
+        self, blobs: Blobs, tombstones: Tombstones, ledger: Ledger, drive: DriveCache, is_displaced: Callable[[], bool]
+    ) -> None:
+        self._blobs = blobs
+        self._tombstones = tombstones
+        self._ledger = ledger
+        self._drive = drive
+        self._is_displaced = is_displaced
+        self._lock = threading.Lock()
+        self._leases: Counter[bytes] = Counter()
+        self._waiting: dict[bytes, list[BlobId]] = {}  # deleted, and kept for a lease, by key
+        self._kept: dict[BlobId, int] = {blob: self._cost(blob) for blob in tombstones.blobs}  # bytes on disk
+        self._unsynced: set[bytes] = set()  # namespaces from which names went
+        self._book()
+
+    def _cost(self, blob: BlobId) -> int:
+        return self._blobs.stored_bytes(blob.root, self._blobs.size(blob) or 0)
+
+    # -- leases ---------------------------------------------------------------------------------------------------
+
+    def lease(self, rows: Sequence[Row], ring: KeyRing) -> Lease:
+        """Keep the blobs of these rows until they are open."""
+        keys = tuple(row.key for row in rows)
+        with self._lock:
+            self._leases.update(keys)
+        # A reader needs the keys of encrypted namespaces, even if the last row of one goes meanwhile.
+        return Lease(self, keys, [ring.key(root) for root in {row.root for row in rows}])
+
+    def end_lease(self, keys: Iterable[bytes]) -> None:
+        """Let go, and delete what was kept only for that."""
+        with self._lock:
+            self._leases.subtract(keys)
+            over = [key for key in set(keys) if self._leases[key] <= 0]
+            blobs = [blob for key in over for blob in self._waiting.pop(key, [])]
+            for key in over:
+                del self._leases[key]
+        self._delete(blobs)
+
+    def end_all_leases(self) -> None:
+        """As if every lease had ended."""
+        with self._lock:
+            blobs = [blob for waiting in self._waiting.values() for blob in waiting]
+            self._waiting.clear()
+            self._leases.clear()
+        self._delete(blobs)
+
+    def leased(self) -> frozenset[bytes]:
+        """Keys with a lease now."""
+        with self._lock:
+            return frozenset(self._leases)
+
+    def busy(self) -> frozenset[BlobId]:
+        """Blobs that have no row for a good reason."""
+        with self._lock:
+            return self._tombstones.blobs.union(self._kept)
+
+    # -- deleting -------------------------------------------------------------------------------------------------
+
+    def delete(self, rows: Iterable[Row], spare_leased: bool = True) -> int:
+        """Delete the blobs of rows that are gone from the index; the bytes that stay on the disk for now.
+
+        With `spare_leased` those with a lease stay until it ends. What stays gets a tombstone. Raises OSError when the
+        disk takes none; then the deletion must not be acknowledged.
+        """
+        blobs = [row.blob for row in rows]
+        costs = {row.blob: self._blobs.stored_bytes(row.root, row.blob_bytes) for row in rows}
+        with self._lock:
+            leased = [blob for blob in blobs if spare_leased and blob.key in self._leases]
+            for blob in leased:
+                self._waiting.setdefault(blob.key, []).append(blob)
+                self._kept[blob] = costs[blob]
+        self._delete([blob for blob in blobs if blob not in set(leased)], costs)
+        with self._lock:
+            kept = [blob for blob in blobs if blob in self._kept]
+        if kept:
+            self._bury(kept, leased)
+        self._book()
+        return sum(costs[blob] for blob in kept if blob in self._kept)
+
+    def _bury(self, kept: Sequence[BlobId], leased: Sequence[BlobId]) -> None:
+        try:
+            self._tombstones.add(kept)
+        except OSError as error:
+            log.warning("no tombstone could be written, so readers lose the blobs that were deleted: %s", error)
+            with self._lock:
+                for blob in leased:
+                    self._waiting.get(blob.key, [blob]).remove(blob)
+            self._delete(leased)
+            if any(blob in self._kept for blob in kept):
+                raise
+
+    def _delete(self, blobs: Sequence[BlobId], costs: dict[BlobId, int] | None = None) -> None:
+        """Take the names away; none of a directory in which they may be another's."""
+        if not blobs:
+            return
+        left = blobs if self._is_displaced() else self._blobs.delete(blobs)
+        for blob in left:
+            log.warning("the deleted blob %s is still on the disk; it will be deleted later", blob.name)
+        with self._lock:
+            for blob in blobs:
+                if blob in left:
+                    self._kept.setdefault(blob, (costs or {}).get(blob, 0))
+                else:
+                    self._kept.pop(blob, None)
+            self._unsynced.update(blob.root for blob in blobs)
+        self._book()
+
+    def sync(self) -> None:
+        """Make it durable that names are gone. Raises OSError; then call it again."""
+        with self._lock:
+            roots, self._unsynced = self._unsynced, set()
+        try:
+            for root in roots:
+                self._blobs.sync(root)
+            if roots:
+                self._drive.begin()
+                self._drive.end()
+                self._drive.wait()
+        except BaseException:
+            with self._lock:
+                self._unsynced |= roots
+            raise
+
+    def settle(self) -> None:
+        """Sync deletions, delete what could not be before, drop the tombstones of what is gone. Raises OSError."""
+        self.sync()
+        with self._lock:
+            waiting = {blob for blobs in self._waiting.values() for blob in blobs}
+        self._tombstones.settle(waiting)
+        with self._lock:
+            self._kept = {
+                blob: n for blob, n in self._kept.items() if blob in waiting or blob in self._tombstones.blobs
+            }
+        self._book()
+
+    def _book(self) -> None:
+        with self._lock:
+            self._ledger.set("kept", sum(self._kept.values()))
+        self._ledger.set("settings", self._tombstones.disk_bytes())
+
+
+class Lease:
+    """Keeps the blobs of some rows while they are being opened. Release it soon; idempotent."""
+
+    def __init__(self, deletions: Deletions, keys: tuple[bytes, ...], encryption: Sequence[object]) -> None:
+        self._deletions = deletions
+        self._keys = keys
+        self._encryption = encryption
+
+    def release(self) -> None:
+        """Let go."""
+        keys, self._keys = self._keys, ()
+        if keys:
+            self._deletions.end_lease(keys)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()
+
+
+class Lost:
+    """Why blocks are gone, of the last `limit` keys. Any thread."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._reasons: OrderedDict[bytes, Reason] = OrderedDict()
+
+    def remember(self, rows: Iterable[Row], reason: Reason) -> None:
+        """A checkpoint that is gone costs no tokens of its own."""
+        with self._lock:
+            for row in rows:
+                if not row.is_checkpoint:
+                    self._reasons[row.key] = reason
+                    self._reasons[block_key(row.parent, row.tokens[:HEAD_TOKENS_BYTES])] = reason
+            while len(self._reasons) > self._limit:
+                self._reasons.popitem(last=False)
+
+    def forget(self, key: bytes) -> None:
+        """It is here again."""
+        with self._lock:
+            self._reasons.pop(key, None)
+
+    def why(self, key: bytes) -> Reason | None:
+        """Why a block is gone, if that is remembered."""
+        with self._lock:
+            return self._reasons.get(key)

@@ -1,0 +1,250 @@
+"""A start: validate the index, open or rebuild it, and reconcile it with the blobs."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from kvstore.blobs.base import BlobId, Blobs, Entry
+from kvstore.blobs.encrypted import EncryptedBlobs
+from kvstore.blobs.fs import Fs, unlink_quietly
+from kvstore.blobs.local import LocalBlobs
+from kvstore.engine.adopt import Site, keep_number, read_strays
+from kvstore.engine.check import Walk, settle_strays
+from kvstore.engine.directory import Directory, DirectoryLock, claim
+from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
+from kvstore.engine.keyring import KeyRing
+from kvstore.engine.ledger import Ballast
+from kvstore.engine.pages import demand_whole, digest
+from kvstore.engine.rows import Row
+from kvstore.engine.tombstones import Tombstones
+from kvstore.engine.types import CheckReport, EngineOptions, Finding
+from kvstore.errors import CorruptDataError, StoreFullError, UnknownFormatError
+
+SWEEP_ROWS = 1024
+log = logging.getLogger(__name__)
+
+
+class Place:
+    """A claimed data directory with all that is needed to open its index."""
+
+    def __init__(self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs) -> None:
+        """Read the keys and the tombstones. Raises DirectoryError, OSError."""
+        self.directory = directory
+        self.held = held
+        self.fs = fs
+        self.sync = options.durability != "none"
+        self.map_bytes = options.map_bytes
+        self.rule = options.rule
+        self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
+        local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
+        self.blobs: Blobs = EncryptedBlobs(local, self.ring)
+        self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
+
+    def site(self, index: Index) -> Site:
+        """For a walk over it."""
+        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, rule=self.rule)
+
+    def open_index(self) -> Index:
+        """Open or create the index. Raises CorruptDataError, UnknownFormatError."""
+        return Index(self.directory.index, self.fs, self.ring, self.sync, self.map_bytes)
+
+
+def recovered_index(place: Place) -> Index:
+    """Open the index and, unless the last stop was clean, reconcile it; on a full disk the ballast makes room.
+
+    What was deleted and is still on the disk is unlinked first, so that no rebuild finds it.
+    """
+    try:
+        place.tombstones.settle()
+    except OSError as error:
+        log.warning("deleted blobs are still on the disk; the next upkeep tries again: %s", error)
+    try:
+        return _reconciled(place)
+    except StoreFullError:
+        if not Ballast(place.directory.ballast, 0).drop():
+            raise
+        return _reconciled(place)
+
+
+def _reconciled(place: Place) -> Index:
+    try:
+        index = open_validated(place)
+    except CorruptDataError as error:
+        return _rebuilt(place, error)
+    try:
+        with index.view() as view:
+            rebuilding = view.meta(REBUILDING)
+        unsynced = not place.held.previous.get("clean") and place.held.previous.get("durability") == "none"
+        if unsynced or rebuilding:
+            rebuild(place.site(index))
+        elif index.was_short or not place.held.previous.get("clean"):
+            sweep(place.site(index))
+        return index
+    except CorruptDataError as error:
+        index.close()
+        return _rebuilt(place, error)
+    except BaseException:
+        index.close()
+        raise
+
+
+def _rebuilt(place: Place, why: CorruptDataError) -> Index:
+    """An index from blob headers alone; the old one is closed."""
+    log.warning("the index is damaged; it goes to quarantine and is rebuilt from the blobs: %s", why)
+    set_index_aside(place)
+    index = place.open_index()
+    try:
+        rebuild(place.site(index))
+    except BaseException:
+        index.close()
+        raise
+    return index
+
+
+def open_validated(place: Place) -> Index:
+    """Open the index if it is what the last holder left, or if LMDB can follow every page of it. CorruptDataError.
+
+    LMDB trusts every offset it reads, so a damaged page would crash the process.
+    """
+    path = place.directory.index / "data.mdb"
+    left = place.held.previous.get("index") if place.held.previous.get("clean") else None
+    if not isinstance(left, str):
+        demand_whole(path)
+        return place.open_index()
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise CorruptDataError(f"{path}: {error}") from error
+    if found != left:
+        raise CorruptDataError(f"{path} is {'not what the last stop left' if found else 'gone'}")
+    return place.open_index()
+
+
+def rebuild(site: Site) -> CheckReport:
+    """Fill the index from blob headers, verifying every checksum. UnknownFormatError when a blob has another version.
+
+    The index says meanwhile that it is being rebuilt: a start that finds the word begins again. Without it, a start
+    after a kill in the middle would take every blob that has no row yet for a stray.
+    """
+    with site.index.edit() as edit:
+        edit.clear()
+        edit.set_meta(REBUILDING, 1)
+    found = read_strays(site, [entry for entry in site.blobs.names() if entry.blob not in site.busy()])
+    if found.unknown:
+        entry, detail = found.unknown[0]
+        raise UnknownFormatError(f"{entry.place}: {detail}")
+    repaired = settle_strays(site, found)
+    with site.index.edit() as edit:
+        edit.set_meta(REBUILDING, 0)
+    if found.sound:
+        log.warning("the index was rebuilt from %d blobs", len(found.sound))
+    return CheckReport(len(found.sound), sum(stray.source.nbytes for stray in found.sound), repaired)
+
+
+def sweep(site: Site) -> None:
+    """After an unclean stop under synced commits: delete blobs without a row, drop rows without their blob.
+
+    What has a row has its bytes. Blobs of another format version stay.
+    """
+    entries = {entry.blob: entry for entry in site.blobs.names() if entry.blob}
+    foreign = [entry for entry in site.blobs.names() if entry.blob is None]
+    with site.index.view() as view:
+        named = {row.blob for row in view.rows()}
+        lost = [row for row in view.rows() if _nbytes(entries, row) != row.blob_bytes]
+        gone = {row.key: row for top in lost for row in reversed(view.tree(top))}
+    # Children before parents, a batch a commit: a million rows do not fit in one transaction.
+    for batch in batched(sorted(gone.values(), key=lambda row: -row.depth), SWEEP_ROWS):
+        with site.index.edit() as edit:
+            for row in batch:
+                edit.remove(row)
+    lost_blobs = {row.blob for row in gone.values()}
+    busy = site.busy()
+    strays = [e for b, e in entries.items() if b not in busy and (b not in named or b in lost_blobs)]
+    unknown = [entry for entry, _ in read_strays(site, strays).unknown]
+    with site.index.edit() as edit:
+        for entry in unknown:
+            keep_number(site, edit, entry.blob.number if entry.blob else 0)
+    site.blobs.delete([entry.blob for entry in strays if entry not in unknown and entry.blob])
+    for entry in foreign:
+        if entry.is_unfinished:
+            site.blobs.discard(entry)
+    if lost or strays:
+        words = "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d of another format"
+        log.warning(words, len(gone), len(strays) - len(unknown), len(unknown))
+
+
+def _nbytes(entries: Mapping[BlobId, Entry], row: Row) -> int:
+    found = entries.get(row.blob)
+    if found is None:
+        return -1
+    # Without its key only the stored size of an encrypted blob is known.
+    return row.blob_bytes if row.is_key_missing else found.nbytes
+
+
+def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of at most `size`."""
+    remaining = iter(rows)
+    return iter(lambda: list(itertools.islice(remaining, size)), [])
+
+
+def set_index_aside(place: Place) -> None:
+    """Move a damaged index to quarantine. It must not be open."""
+    path = place.directory.index / "data.mdb"
+    if path.exists():
+        place.directory.put_in_quarantine(place.fs, path, f"index-{time.time_ns()}.mdb")
+    unlink_quietly(place.fs, [str(place.directory.index / "lock.mdb")])
+
+
+def check_directory(
+    data_dir: Path, repair: bool = False, master_key: bytes = b"", keys_dir: Path | None = None
+) -> CheckReport:
+    """Check a data directory that no daemon holds. DirectoryHeldError if one does.
+
+    A repair leaves it as an orderly stop would.
+    """
+    if not os.path.isdir(data_dir):
+        return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
+    directory, held = claim(data_dir, keys_dir)
+    with held:
+        place = Place(directory, held, EngineOptions(0, map_bytes=MAP_BYTES, master_key=master_key), Fs())
+        if repair:
+            place.tombstones.settle()
+        try:
+            return _check_offline(place, open_validated(place), repair)
+        except CorruptDataError as error:
+            found = Finding("row", str(directory.index), str(error))
+        if not repair:
+            return CheckReport(findings=[found])
+        set_index_aside(place)
+        index = place.open_index()
+        try:
+            report = rebuild(place.site(index))
+            _leave(place, index)
+        finally:
+            index.close()
+        report.findings.insert(0, found)
+        report.repaired += 1
+        return report
+
+
+def _check_offline(place: Place, index: Index, repair: bool) -> CheckReport:
+    try:
+        report = Walk(place.site(index), repair).run()
+        if repair:
+            _leave(place, index)
+        return report
+    finally:
+        index.close()
+
+
+def _leave(place: Place, index: Index) -> None:
+    """Rows and blobs agree now, whatever the last holder promised of them."""
+    with index.edit() as edit:
+        edit.set_meta(REBUILDING, 0)
+    index.sync()
+    place.held.write(clean=True, durability="commit", index=digest(place.directory.index / "data.mdb"))

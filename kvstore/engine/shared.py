@@ -1,0 +1,202 @@
+"""What the parts of one engine share: the index with its lock and counters, and the notes of what was used."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+from kvstore.blobs.base import BlobId, Blobs, disk_bytes
+from kvstore.blobs.fs import Fs
+from kvstore.engine.adopt import NEXT_NUMBER, Site
+from kvstore.engine.deletions import Deletions, Lost
+from kvstore.engine.directory import Directory, DirectoryLock
+from kvstore.engine.drive import DriveCache
+from kvstore.engine.evictions import Evictions
+from kvstore.engine.index import Edit, Index
+from kvstore.engine.ledger import Ballast, Health, Ledger
+from kvstore.engine.retain import Usage
+from kvstore.engine.tombstones import Tombstones
+from kvstore.engine.types import EngineOptions, Slice
+from kvstore.errors import DirectoryError, KVStoreError
+from kvstore.keys import NamespaceInfo
+
+DISPLACED = "the data directory was deleted or replaced"
+log = logging.getLogger(__name__)
+
+
+class Shared:
+    """`lock` serialises writers of the index; whoever changes rows or the table of blobs holds it.
+
+    `Uses` and `Deletions` have locks of their own, never held over I/O: touching and leasing never wait for a commit.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        held: DirectoryLock,
+        index: Index,
+        blobs: Blobs,
+        tombstones: Tombstones,
+        options: EngineOptions,
+        fs: Fs,
+        clock: Callable[[], float],
+    ) -> None:
+        self.directory = directory
+        self._held = held
+        self.index = index
+        self.blobs = blobs
+        self.options = options
+        self.fs = fs
+        self.clock = clock
+        self.sync = options.durability != "none"
+        self.lock = threading.RLock()
+        flush = functools.partial(fs.flush_drive, str(index.path / "data.mdb"))
+        self.drive = DriveCache(flush if options.durability == "full" else None)
+        self.ledger = Ledger()
+        self.health = Health()
+        self.evictions = Evictions()
+        self.ballast = Ballast(directory.ballast, min(options.ballast_bytes, options.budget_bytes // 64))
+        self.ballast.lay()
+        self.deletions = Deletions(blobs, tombstones, self.ledger, self.drive, self.is_displaced)
+        self.lost = Lost(options.evicted_max)
+        self.uses = Uses(options.touches_max, options.touches_age_s, clock)
+        self.in_flight: dict[BlobId, int] = {}
+        self.site = Site(blobs, index, self.lock, self.busy, self.skip_number, options.rule)
+        with index.view() as view:
+            self.next_number = max(view.meta(NEXT_NUMBER) or 1, tombstones.next_number())
+        self.namespaces: dict[bytes, NamespaceInfo] = {}
+        self.measure()
+
+    def is_displaced(self) -> bool:
+        """Whether the data directory, or the folder of its keys, was deleted or replaced underneath."""
+        return self._held.is_displaced() or self.index.ring.is_gone()
+
+    def demand_place(self) -> None:
+        """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""
+        if self.is_displaced():
+            raise DirectoryError(f"{DISPLACED}: {self.directory.root}")
+
+    @contextlib.contextmanager
+    def edit(self) -> Iterator[Edit]:
+        """A write transaction, with what was used noted in it; afterwards the counters agree. Hold `lock`."""
+        with self.index.edit() as edit:
+            yield edit
+            self.uses.write(edit)
+        self._follow_index()
+
+    def flush_uses(self) -> None:
+        """A commit of its own for what was used. Losing it is no reason to fail."""
+        try:
+            with self.lock, self.edit() as edit:
+                edit.table.settle_clock(int(self.clock()))
+        except (KVStoreError, OSError) as error:
+            log.warning("the access order could not be written: %s", error)
+
+    def usage(self, root: bytes) -> Usage:
+        """What a namespace holds."""
+        space = self.index.spaces.get(root)
+        return Usage() if space is None else self.index.table.usage(space.number)
+
+    def _follow_index(self) -> None:
+        """Namespaces and counters as the index has them now."""
+        spaces = self.index.spaces
+        for root in self.namespaces.keys() - spaces.keys():
+            del self.namespaces[root]
+        for root in spaces.keys() - self.namespaces.keys():
+            self.namespaces[root] = NamespaceInfo.from_record(spaces[root].record)
+        unused = [root for root in self.index.ring.written_roots if root not in spaces]
+        if unused:
+            # A key that is gone cannot be made again; what refuses to go now goes with a later commit.
+            try:
+                self.index.ring.unwrite(unused)
+            except OSError as error:
+                log.warning("the key of a namespace that holds nothing could not be unlinked: %s", error)
+        self.ledger.set("blobs", self.index.table.usage().disk_bytes)
+        # What was measured last stands while a folder cannot be read.
+        with contextlib.suppress(OSError):
+            self.ledger.set("index", self.index.disk_bytes())
+        with contextlib.suppress(OSError):
+            self.ledger.set("folders", self.blobs.overhead_bytes + self.directory.own_bytes())
+
+    def measure(self) -> None:
+        """Take the counters from index and disk."""
+        self._follow_index()
+        with contextlib.suppress(OSError):
+            self.ledger.set("quarantine", self.directory.quarantine_bytes())
+
+    def is_in_step(self) -> bool:
+        """Whether there are as many blobs as rows: what could not be deleted is left to the next start."""
+        return sum(1 for _ in self.blobs.names()) == len(self.index.table)
+
+    def can_write(self) -> bool:
+        """Whether the disk takes a file, synced, and lets it go again."""
+        path = str(self.directory.staging / "probe")
+        try:
+            fd = self.fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                self.fs.write(fd, memoryview(bytes(disk_bytes(1))))
+                self.fs.fsync(fd)
+            finally:
+                os.close(fd)
+                self.fs.unlink(path)
+        except OSError:
+            return False
+        return True
+
+    def skip_number(self, number: int) -> None:
+        """A blob has this number: later ones get others. Hold `lock`."""
+        self.next_number = max(self.next_number, number + 1)
+
+    def busy(self) -> frozenset[BlobId]:
+        """Blobs that have no row for a good reason. Hold `lock`."""
+        return self.deletions.busy().union(self.in_flight)
+
+
+class Uses:
+    """Which blobs were used, and which checkpoints a prompt diverged after, until a commit takes it. Any thread."""
+
+    def __init__(self, count_max: int, age_s: float, clock: Callable[[], float]) -> None:
+        self._count_max = count_max
+        self._age_s = age_s
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._touches: dict[tuple[bytes, ...], int] = {}
+        self._marks: dict[bytes, None] = {}
+        self._count = 0
+        self._written_s = clock()
+
+    def touch(self, slices: Iterable[Slice]) -> bool:
+        """Note that blobs were used together; whether there is so much of it that it should be written."""
+        keys = tuple(part.row.key for part in slices)
+        with self._lock:
+            self._touches.pop(keys, None)
+            self._touches[keys] = int(self._clock())
+            self._count += len(keys)
+            return self._count >= self._count_max
+
+    def mark(self, key: bytes) -> bool:
+        """Note that a prompt diverged after a checkpoint; as `touch`."""
+        with self._lock:
+            self._marks.pop(key, None)
+            self._marks[key] = None
+            self._count += 1
+            return self._count >= self._count_max
+
+    def due(self) -> bool:
+        """Whether notes have waited as long as they may; a clock that was set back makes them due, too."""
+        return bool(self._count) and not 0 <= self._clock() - self._written_s < self._age_s
+
+    def write(self, edit: Edit) -> None:
+        """Take all notes into the table, in their order."""
+        with self._lock:
+            touches, self._touches = self._touches, {}
+            marks, self._marks = self._marks, {}
+            self._count, self._written_s = 0, self._clock()
+        for keys, used_s in touches.items():
+            edit.table.touch(keys, used_s)
+        for key in marks:
+            edit.table.mark(key)

@@ -1,0 +1,194 @@
+"""Matching against brute force: the longest usable prefix is found, however many siblings share it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvstore.blobs.fs import Fs
+from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Block, Recipe, Run, Stack, Tensor, common_tokens, pack_tokens
+from kvstore.engine.index import Index
+from kvstore.engine.keyring import KeyRing
+from kvstore.engine.match import best_child, is_covered, longest_prefix, replaced_by
+from kvstore.engine.rows import LEVEL_TOKENS, Row, child_entries, pack_row
+from kvstore.keys import block_key
+
+ROOT = bytes(range(32))
+STEP = BLOCK_TOKENS * TOKEN_BYTES
+
+
+class Shelf:
+    """An index that tests fill with blocks."""
+
+    def __init__(self, path: Path, encrypted: bool) -> None:
+        (path / "index").mkdir(parents=True)
+        self.ring = KeyRing(path / "keys", Fs(), bytes(32), sync=False)
+        self.key = self.ring.make(ROOT) if encrypted else None
+        self.index = Index(path / "index", Fs(), self.ring, sync=False, map_bytes=1 << 30)
+        self.rows: dict[bytes, Row] = {}
+        self.number = 0
+
+    def row(self, parent: bytes, start: int, tokens: bytes, fidelity: int) -> Row:
+        """Of a block of raw bytes."""
+        n = len(tokens) // TOKEN_BYTES
+        stack = Stack("keys", (0,), Recipe("raw"), (Tensor("raw", "U8", 1, 1, checksums=bytes(8)),))
+        run = Run(n, 0, n, fidelity, (stack,))
+        self.number += 1
+        block = Block(ROOT, parent, block_key(parent, tokens), start, tokens, fidelity, (run,), 1)
+        return pack_row(block, self.number, 64, 64 + n)
+
+    def put(self, rows: list[Row]) -> None:
+        """In one transaction; a key that is there stays as it is."""
+        with self.index.edit() as edit:
+            edit.put_namespace(ROOT, b"record")
+            for row in rows:
+                if row.key not in self.rows:
+                    edit.put(row, 4096)
+                    self.rows[row.key] = row
+
+    def store(self, tokens: bytes, fidelity: int) -> None:
+        """A whole sequence."""
+        parent, rows = ROOT, []
+        for at in range(0, len(tokens), STEP):
+            chunk = tokens[at : at + STEP]
+            rows.append(self.row(parent, at // TOKEN_BYTES, chunk, fidelity))
+            parent = rows[-1].key
+        self.put(rows)
+
+    def longest(self, parent: bytes, rest: bytes, fidelity_min: int) -> int:
+        """By brute force: a full block's key, then the best child."""
+        first = rest[:STEP]
+        full = self.rows.get(block_key(parent, first)) if len(first) == STEP else None
+        if full is not None and full.fidelity >= fidelity_min:
+            return BLOCK_TOKENS + self.longest(full.key, rest[STEP:], fidelity_min)
+        shares = [
+            common_tokens(row.tokens, first)
+            for row in self.rows.values()
+            if row.parent == parent and row.fidelity >= fidelity_min
+        ]
+        return max(shares, default=0)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "encrypted"])
+def shelf(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Shelf]:
+    """Empty."""
+    made = Shelf(tmp_path, request.param)
+    yield made
+    made.index.close()
+
+
+def sequences(seed: int, count: int, big: bool) -> list[bytes]:
+    """Prompts that share prefixes of all lengths; with `big`, also ids that need nine bytes."""
+    source = random.Random(seed)
+    vocabulary = [0, 1, 2, 5, *([-1, 1 << 40] if big else [])]
+    made: list[list[int]] = []
+    for _ in range(count):
+        base = source.choice(made)[: source.randrange(700)] if made and source.random() < 0.8 else []
+        made.append(base + [source.choice(vocabulary) for _ in range(source.choice([1, 5, 31, 32, 33, 200, 300]))])
+    return [pack_tokens(tokens[:700]) for tokens in made]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 20), big=st.booleans(), ranks=st.sampled_from([[5], [5, 9]]), ask=st.integers(0, 9))
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_a_match_is_the_longest_that_a_search_of_everything_finds(
+    encrypted: bool, seed: int, big: bool, ranks: list[int], ask: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """At every rank that is asked for. Of an encrypted namespace, not more than 31 tokens less."""
+    shelf = Shelf(tmp_path_factory.mktemp("index"), encrypted)
+    source = random.Random(seed)
+    prompts = sequences(seed, 14, big)
+    for tokens in prompts[:10]:
+        shelf.store(tokens, source.choice(ranks))
+    fidelity_min = ask if len(ranks) > 1 else 0
+    with shelf.index.view() as view:
+        for tokens in prompts:
+            limit = source.randrange(len(tokens) // TOKEN_BYTES + 1)
+            query = tokens[: limit * TOKEN_BYTES]
+            found = longest_prefix(view, ROOT, tokens, limit, fidelity_min)
+            assert found.n_tokens == sum(take for _, _, take in found.rows)
+            expected = shelf.longest(ROOT, query, fidelity_min)
+            assert expected - (LEVEL_TOKENS - 1 if encrypted else 0) <= found.n_tokens <= expected
+            parent, at = ROOT, 0
+            for key, value, take in found.rows:
+                row = shelf.rows[key]
+                assert row.parent == parent and value == row.value
+                assert row.tokens[: take * TOKEN_BYTES] == query[at : at + take * TOKEN_BYTES]
+                parent, at = key, at + take * TOKEN_BYTES
+    shelf.index.close()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 20))
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "encrypted"])
+def test_a_block_replaces_exactly_the_tails_that_it_covers(
+    encrypted: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """And what a longer sibling covers needs no row of its own."""
+    shelf = Shelf(tmp_path_factory.mktemp("index"), encrypted)
+    source = random.Random(seed)
+    lines = [source.choices([0, 1, 2], k=BLOCK_TOKENS) for _ in range(3)]
+    for _ in range(25):
+        tokens = pack_tokens(source.choice(lines)[: source.randrange(1, BLOCK_TOKENS + 1)])
+        shelf.put([shelf.row(ROOT, 0, tokens, 5)])
+    new = shelf.row(ROOT, 0, pack_tokens(source.choice(lines)[: source.randrange(1, BLOCK_TOKENS + 1)]), 5)
+    with shelf.index.view() as view:
+        got = {row.key for row in replaced_by(view, new)} - {new.key}
+        covered = {
+            row.key for row in shelf.rows.values() if new.tokens.startswith(row.tokens) and row.tokens != new.tokens
+        }
+        assert got == covered
+        longer = any(row.tokens.startswith(new.tokens) for row in shelf.rows.values())
+        if not encrypted:
+            assert is_covered(view, new) == longer
+    shelf.index.close()
+
+
+def test_what_is_removed_leaves_no_entry_behind(shelf: Shelf) -> None:
+    """Of any kind."""
+    for tokens in sequences(3, 10, big=True):
+        shelf.store(tokens, 5)
+    with shelf.index.edit() as edit:
+        for row in sorted(shelf.rows.values(), key=lambda row: -row.start):
+            edit.remove(row)
+    with shelf.index.view() as view:
+        assert [view.count(name) for name in ("rows", "children", "namespaces")] == [0, 0, 0]
+        assert len(shelf.index.table) == 0
+
+
+def test_ten_thousand_siblings_cost_a_match_no_more_lookups_than_ten(tmp_path: Path) -> None:
+    """All share 157 tokens, and their rows are looked at next to the query only."""
+    looked: list[int] = []
+    for count in (10, 10_000):
+        shelf = Shelf(tmp_path / str(count), encrypted=False)
+        shared = list(range(157))
+        shelf.put([shelf.row(ROOT, 0, pack_tokens([*shared, 1000 + 2 * n, 7, 7]), 5) for n in range(count)])
+        query = pack_tokens([*shared, 1000 + count + 1, 7])
+        with shelf.index.view() as view:
+            calls = 0
+            plain = view.row
+
+            def counted(key: bytes) -> Row | None:
+                nonlocal calls
+                calls += 1
+                return plain(key)  # noqa: B023
+
+            view.row = counted  # type: ignore[method-assign]
+            row, take, _ = best_child(view, ROOT, ROOT, query, 0)
+            assert row is not None and take == 157
+            looked.append(calls)
+        shelf.index.close()
+    assert looked[1] <= 1.5 * looked[0] + 8
+
+
+def test_entries_of_a_full_block_are_nine_and_no_key_is_too_long_for_lmdb(shelf: Shelf) -> None:
+    """Also with ids that need nine bytes each."""
+    row = shelf.row(ROOT, 0, pack_tokens([-(1 << 60)] * BLOCK_TOKENS), 5)
+    entries = child_entries(row, shelf.key)
+    assert len(entries) == len(set(entries)) == 9
+    assert max(map(len, entries)) <= 511
