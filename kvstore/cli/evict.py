@@ -35,6 +35,7 @@ from kvstore.cli.common import (
     metavar="SIZE",
     help="Free so much, the least recently used first.",
 )
+@click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore ls`.")
 @click.option("--all", "everything", is_flag=True, help="Every block.")
 @click.option("--shred", is_flag=True, help="Drop the key of the encrypted namespace too: no copy can be read again.")
 @click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
@@ -44,6 +45,7 @@ def command(
     key: bytes | None,
     idle_s: int | None,
     nbytes: int | None,
+    orphans: bool,
     everything: bool,
     shred: bool,
     dry_run: bool,
@@ -52,12 +54,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Remove the blocks that fit every selection given, and report the bytes freed on disk."""
-    narrowed = any(value is not None for value in (namespace, key, idle_s, nbytes))
+    narrowed = any(value is not None for value in (namespace, key, idle_s, nbytes, orphans or None))
     if not narrowed and not everything:
-        raise click.UsageError("nothing is selected; give --namespace, --prefix, --idle, --bytes, or --all")
+        raise click.UsageError("nothing is selected; give --namespace, --prefix, --idle, --bytes, --orphans, or --all")
     if narrowed and everything:
         raise click.UsageError("--all selects every block; leave it out, or leave out the other selections")
-    if shred and (namespace is None or key or idle_s or nbytes):
+    if shred and (namespace is None or key or idle_s or nbytes or orphans):
         raise click.UsageError("--shred takes --namespace and no other selection: the key is all or nothing")
     if nbytes == 0:
         raise click.UsageError("--bytes 0 frees nothing")
@@ -67,6 +69,7 @@ def command(
             key_prefix=key or b"",
             idle_s=idle_s or 0,
             bytes=nbytes or 0,
+            orphans=orphans,
             all=everything,
             dry_run=dry_run,
             shred=shred,

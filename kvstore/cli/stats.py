@@ -57,7 +57,7 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
     cells = [
         (
             row["id"][:ID_DIGITS],
-            row["alias"] or "-",
+            (row["alias"] or "-") + (" (orphaned)" if row["orphaned"] else ""),
             f"{row['tokens']:,}",
             f"{row['blocks']:,}",
             size_text(row["bytes"]),
@@ -69,6 +69,9 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
     ]
     columns = ("namespace", "alias", "tokens", "blocks", "on disk", "of raw", "engine", "layers")
     print_table(columns, cells, numbers="  nnnn")
+    orphaned = [row["bytes"] for row in rows if row["orphaned"]]
+    if orphaned:
+        say(f"{size_text(sum(orphaned))} belong to models that no worker has used for 30 days: kvstore evict --orphans")
     for row in rows:
         for profile in row["unmeasured"]:
             say(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")

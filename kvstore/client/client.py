@@ -125,22 +125,28 @@ class Client:
         key_prefix: bytes = b"",
         idle_s: int = 0,
         bytes: int = 0,
+        orphans: bool = False,
         all: bool = False,
         dry_run: bool = False,
         shred: bool = False,
     ) -> dict[str, Any]:
         """Remove what fits every selection given, leaves first; `all` must be set when nothing else selects.
 
+        `orphans`: namespaces that no caller named for 30 days.
         `shred`: first drop the keys of the encrypted namespaces that start with `namespace_prefix`, for good.
         """
         _check(bool(namespace_prefix) or not shred, "shredding takes a namespace")
         _check(idle_s >= 0 and bytes >= 0, "idle_s and bytes must not be negative")
-        _check(all or bool(namespace_prefix or key_prefix or idle_s or bytes), "nothing is selected; say all=True")
+        _check(
+            all or bool(namespace_prefix or key_prefix or idle_s or bytes or orphans),
+            "nothing is selected; say all=True",
+        )
         request = pb.EvictRequest(
             namespace_prefix=namespace_prefix,
             key_prefix=key_prefix,
             idle_s=idle_s,
             bytes=bytes,
+            orphans=orphans,
             all=all,
             dry_run=dry_run,
             shred=shred,

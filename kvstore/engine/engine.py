@@ -177,6 +177,7 @@ class Engine:
             return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
         if encryption.is_key_missing(self._shared, root):
             return Match(0, Reason.KEY_MISSING)
+        self._shared.uses.name(root)
         with self._shared.index.view() as view:
             found = longest_prefix(view, root, tokens, limit, fidelity_min)
             cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None

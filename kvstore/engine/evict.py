@@ -121,15 +121,20 @@ class Evictor:
 
     def _chooser(self, selection: Selection) -> Choose:
         """A selection as a mask over the table. InvalidRequestError for an empty one that does not say `all`."""
-        filters = (selection.namespace_prefix, selection.key_prefix, selection.idle_s > 0, selection.bytes > 0)
+        aged = selection.idle_s > 0 or selection.orphans
+        filters = (selection.namespace_prefix, selection.key_prefix, aged, selection.bytes > 0)
         if not any(filters) and not selection.all:
-            raise InvalidRequestError("say what to evict: a namespace, a key, an age, a number of bytes, or all")
+            raise InvalidRequestError("say what to evict: a namespace, a key, an age, orphans, some bytes, or all")
         shared = self._shared
         since = int(shared.clock() - selection.idle_s) if selection.idle_s > 0 else None
 
         def choose(table: Table) -> Mask:
             spaces = shared.index.spaces.items()
-            numbers = [space.number for root, space in spaces if root.startswith(selection.namespace_prefix)]
+            numbers = [
+                space.number
+                for root, space in spaces
+                if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(space))
+            ]
             mask = table.where(namespaces=numbers, unused_since_s=since)
             if selection.key_prefix:
                 with shared.index.view() as view:

@@ -5,7 +5,7 @@ Databases:
     children    entry (`kvstore.engine.rows`) -> key
     retain      number of a chunk -> the chunk of the table, xxh3_64 of it
     templates   id -> what runs have in common (`kvstore.records`)
-    namespaces  root -> number in the table, namespace record, xxh3_64 of both
+    namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
     meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
 Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +56,25 @@ _CHECK_BYTES = 8
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
+_SPACE = struct.Struct("<IQ")
+
+
 class Space(NamedTuple):
-    """A namespace in the index: its number in the table, and its record."""
+    """A namespace in the index: its number in the table, when a caller last named it (wall clock), and its record."""
 
     number: int
+    used_s: int
     record: bytes
+
+    def pack(self) -> bytes:
+        """As it stands in the index."""
+        return _SPACE.pack(self.number, self.used_s) + self.record
+
+    @classmethod
+    def parse(cls, value: bytes) -> Space:
+        """What `pack` gave."""
+        number, used_s = _SPACE.unpack_from(value)
+        return cls(number, used_s, value[_SPACE.size :])
 
 
 @contextlib.contextmanager
@@ -181,8 +196,7 @@ class View:
 
     def namespaces(self) -> dict[bytes, Space]:
         """Every namespace by its root. CorruptDataError when one was changed."""
-        found = {root: without_check(root, stored) for root, stored in self._from("namespaces", b"")}
-        return {root: Space(int.from_bytes(value[:4], "little"), value[4:]) for root, value in found.items()}
+        return {root: Space.parse(without_check(root, stored)) for root, stored in self._from("namespaces", b"")}
 
     def read_templates(self) -> dict[bytes, bytes]:
         """Every template by its id. CorruptDataError when one was changed."""
@@ -273,10 +287,18 @@ class Edit(View):
         known = self._index.spaces.get(root)
         if known is None:
             used = {space.number for space in self._index.spaces.values()}
-            known = Space(next(number for number in range(len(used) + 1) if number not in used), record)
-            self._index.spaces[root] = known
-            value = known.number.to_bytes(4, "little") + record
-            self._txn.put(root, with_check(root, value), db=self._db["namespaces"])
+            number = next(number for number in range(len(used) + 1) if number not in used)
+            self._put_space(root, Space(number, 0, record))
+
+    def use_namespace(self, root: bytes, used_s: int) -> None:
+        """Note when a caller last named a namespace. One that is not known is ignored."""
+        known = self._index.spaces.get(root)
+        if known is not None:
+            self._put_space(root, known._replace(used_s=used_s))
+
+    def _put_space(self, root: bytes, space: Space) -> None:
+        self._index.spaces[root] = space
+        self._txn.put(root, with_check(root, space.pack()), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
         """Keep a number beside the rows."""

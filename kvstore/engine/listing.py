@@ -47,10 +47,13 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
     ledger = shared.ledger
     spaces = tuple(
         replace(
-            NamespaceUsage(shared.namespaces[root], *astuple(use)), encrypted=shared.index.ring.key(root) is not None
+            NamespaceUsage(shared.namespaces[root], *astuple(use)),
+            encrypted=shared.index.ring.key(root) is not None,
+            used_s=shared.index.spaces[root].used_s,
+            orphaned=shared.is_orphan(shared.index.spaces[root]),
         )
         for root, use in usage.items()
-        if root in shared.namespaces
+        if root in shared.namespaces and root in shared.index.spaces
     )
     return EngineStats(
         used_bytes=ledger.total,

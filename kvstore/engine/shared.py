@@ -16,14 +16,15 @@ from kvstore.engine.deletions import Deletions, Lost
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.drive import DriveCache
 from kvstore.engine.evictions import Evictions
-from kvstore.engine.index import Edit, Index
+from kvstore.engine.index import Edit, Index, Space
 from kvstore.engine.ledger import Ballast, Health, Ledger
 from kvstore.engine.retain import Usage
 from kvstore.engine.tombstones import Tombstones
-from kvstore.engine.types import EngineOptions, Slice
+from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
 from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import NamespaceInfo
 
+_DAY_S = 86_400
 DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,10 @@ class Shared:
         except (KVStoreError, OSError) as error:
             log.warning("the access order could not be written: %s", error)
 
+    def is_orphan(self, space: Space) -> bool:
+        """Whether no caller named this namespace for long."""
+        return space.used_s < self.clock() - ORPHAN_S
+
     def usage(self, root: bytes) -> Usage:
         """What a namespace holds."""
         space = self.index.spaces.get(root)
@@ -166,6 +171,8 @@ class Uses:
         self._lock = threading.Lock()
         self._touches: dict[tuple[bytes, ...], int] = {}
         self._marks: dict[bytes, None] = {}
+        self._named: dict[bytes, int] = {}  # namespaces by the day on which they were last named
+        self._newly_named: dict[bytes, int] = {}
         self._count = 0
         self._written_s = clock()
 
@@ -186,6 +193,16 @@ class Uses:
             self._count += 1
             return self._count >= self._count_max
 
+    def name(self, root: bytes) -> None:
+        """Note that a caller named a namespace that holds something: its identity is in use. Kept once a day."""
+        now_s = int(self._clock())
+        if self._named.get(root) == now_s // _DAY_S:
+            return
+        with self._lock:
+            self._named[root] = now_s // _DAY_S
+            self._newly_named[root] = now_s
+            self._count += 1
+
     def due(self) -> bool:
         """Whether notes have waited as long as they may; a clock that was set back makes them due, too."""
         return bool(self._count) and not 0 <= self._clock() - self._written_s < self._age_s
@@ -195,8 +212,11 @@ class Uses:
         with self._lock:
             touches, self._touches = self._touches, {}
             marks, self._marks = self._marks, {}
+            named, self._newly_named = self._newly_named, {}
             self._count, self._written_s = 0, self._clock()
         for keys, used_s in touches.items():
             edit.table.touch(keys, used_s)
         for key in marks:
             edit.table.mark(key)
+        for root, used_s in named.items():
+            edit.use_namespace(root, used_s)

@@ -261,6 +261,7 @@ class Writer:
             return settled
         shared.uses.write(edit)
         edit.put_namespace(batch.root, batch.record)
+        edit.use_namespace(batch.root, int(shared.clock()))
         for key, parent, row in batch.entries:
             if (parent != batch.root and parent not in edit.table) or (row is None and key not in edit.table):
                 settled.reason = Reason.DEPENDENCY_LOST

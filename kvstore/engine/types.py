@@ -17,6 +17,8 @@ from kvstore.layers import Layout
 from kvstore.rules import check_block
 
 DURABILITIES = ("commit", "full", "none")
+# A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
+ORPHAN_S = 30 * 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +134,17 @@ class StoreReceipt:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to evict; conditions add up. `bytes` ends it after so many are freed. Nothing selects nothing: say `all`.
+    """What to evict. Filters are ANDed; an empty selection is an error unless `all`. `bytes`: stop after so many.
 
     `key_prefix` takes the blocks whose key starts so, and everything after them. `idle_s`: not used for so long.
+    `orphans`: namespaces that no caller named for ORPHAN_S.
     """
 
     namespace_prefix: bytes = b""
     key_prefix: bytes = b""
     idle_s: float = 0
     bytes: int = 0
+    orphans: bool = False
     all: bool = False
 
 
@@ -188,7 +192,10 @@ class BlockInfo:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceUsage:
-    """What one namespace holds. `blocks` and `tokens` do not count checkpoints; `disk_bytes` does."""
+    """What one namespace holds. `blocks` and `tokens` do not count checkpoints; `disk_bytes` does.
+
+    `used_s`: when a caller last named it, by wall clock; `orphaned`: that was more than ORPHAN_S ago.
+    """
 
     info: NamespaceInfo
     blocks: int
@@ -197,6 +204,8 @@ class NamespaceUsage:
     checkpoints: int = 0
     checkpoint_bytes: int = 0
     encrypted: bool = False
+    used_s: int = 0
+    orphaned: bool = False
 
     @property
     def logical_bytes(self) -> int:

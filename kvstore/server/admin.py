@@ -82,6 +82,7 @@ class AdminService(rpc.AdminServicer):
             key_prefix=request.key_prefix,
             idle_s=request.idle_s,
             bytes=request.bytes,
+            orphans=request.orphans,
             all=request.all,
         )
         if request.shred:

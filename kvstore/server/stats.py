@@ -131,6 +131,8 @@ def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
         profile_refused=choice.refused,
         quality=quality_messages(gate.calibrated(one.info.root)),
         unmeasured=gate.unmeasured(one.info.root),
+        used_s=one.used_s,
+        orphaned=one.orphaned,
     )
 
 

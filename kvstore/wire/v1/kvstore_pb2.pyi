@@ -450,7 +450,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "unmeasured")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -466,6 +466,8 @@ class NamespaceStats(_message.Message):
     PROFILE_REFUSED_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     ENCRYPTED_FIELD_NUMBER: _ClassVar[int]
+    USED_S_FIELD_NUMBER: _ClassVar[int]
+    ORPHANED_FIELD_NUMBER: _ClassVar[int]
     UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
@@ -482,8 +484,10 @@ class NamespaceStats(_message.Message):
     profile_refused: str
     quality: _containers.RepeatedCompositeFieldContainer[Quality]
     encrypted: bool
+    used_s: int
+    orphaned: bool
     unmeasured: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss")
@@ -646,7 +650,7 @@ class ShowReply(_message.Message):
     def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
-    __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run", "shred")
+    __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run", "shred", "orphans")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
@@ -654,6 +658,7 @@ class EvictRequest(_message.Message):
     ALL_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     SHRED_FIELD_NUMBER: _ClassVar[int]
+    ORPHANS_FIELD_NUMBER: _ClassVar[int]
     namespace_prefix: bytes
     key_prefix: bytes
     idle_s: int
@@ -661,7 +666,8 @@ class EvictRequest(_message.Message):
     all: bool
     dry_run: bool
     shred: bool
-    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ..., idle_s: _Optional[int] = ..., bytes: _Optional[int] = ..., all: bool = ..., dry_run: bool = ..., shred: bool = ...) -> None: ...
+    orphans: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ..., idle_s: _Optional[int] = ..., bytes: _Optional[int] = ..., all: bool = ..., dry_run: bool = ..., shred: bool = ..., orphans: bool = ...) -> None: ...
 
 class EvictReply(_message.Message):
     __slots__ = ("blocks", "freed_bytes", "kept_bytes")
