@@ -45,10 +45,12 @@ class LocalBlobs:
         return write_pending(self._fs, self._path(blob), parts, self._sync)
 
     def sync(self, root: bytes) -> None:
-        """fsync of the folder; one that is not there has no names."""
+        """fsync of the folder; of the one above when it is not there."""
         if self._sync:
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 self._fs.fsync_dir(self._folder(root))
+            except FileNotFoundError:
+                self._fs.fsync_dir(self._directory)
 
     def reader(self, sources: Sequence[Source], open_max: int) -> FileReader:
         """Positions count in the file."""

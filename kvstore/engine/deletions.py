@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 
 from kvstore.blobs.base import BlobId, Blobs
@@ -88,14 +88,13 @@ class Deletions:
 
     # -- deleting -------------------------------------------------------------------------------------------------
 
-    def delete(self, rows: Iterable[Row], spare_leased: bool = True) -> int:
-        """Delete the blobs of rows that are gone from the index; the bytes that stay on the disk for now.
+    def delete(self, costs: Mapping[BlobId, int], spare_leased: bool = True) -> int:
+        """Delete blobs whose rows are gone from the index, given with their bytes on disk; the bytes that stay for now.
 
         With `spare_leased` those with a lease stay until it ends. What stays gets a tombstone. Raises OSError when the
         disk takes none; then the deletion must not be acknowledged.
         """
-        blobs = [row.blob for row in rows]
-        costs = {row.blob: self._blobs.stored_bytes(row.root, row.blob_bytes) for row in rows}
+        blobs = list(costs)
         with self._lock:
             leased = [blob for blob in blobs if spare_leased and blob.key in self._leases]
             for blob in leased:
@@ -121,7 +120,7 @@ class Deletions:
             if any(blob in self._kept for blob in kept):
                 raise
 
-    def _delete(self, blobs: Sequence[BlobId], costs: dict[BlobId, int] | None = None) -> None:
+    def _delete(self, blobs: Sequence[BlobId], costs: Mapping[BlobId, int] | None = None) -> None:
         """Take the names away; none of a directory in which they may be another's."""
         if not blobs:
             return

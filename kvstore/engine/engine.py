@@ -48,6 +48,7 @@ from kvstore.engine.match import Exact, Found, checkpoint_at, longest_exact, lon
 from kvstore.engine.pages import digest
 from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recover import Place, recovered_index
+from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.rows import Row
 from kvstore.engine.scrub import Scrub, after_repair
 from kvstore.engine.shared import DISPLACED, Shared
@@ -379,6 +380,9 @@ class Engine:
             if shared.uses.due():
                 shared.flush_uses()
             shared.deletions.settle()
+            if shared.blobs.clear(VICTIMS_MAX):  # of namespaces whose eviction a stop cut short
+                with shared.lock:
+                    shared.measure()
             self._evictor.make_room(0)
             shared.evictions.tell()
             shared.ballast.lay()

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 
-from kvstore.blobs.base import disk_bytes
+from kvstore.blobs.base import BlobId, disk_bytes
 from kvstore.blocks import Reason
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, gigabytes
 from kvstore.engine.index import Edit
@@ -111,9 +111,74 @@ class Evictor:
                 return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.demand_place()
         try:
+            if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
+                return self._evict_namespaces(selection)
             return self._run(ASKED, need, _NOTHING, choose)
         except OSError as error:
             raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
+
+    def _evict_namespaces(self, selection: Selection) -> EvictReport:
+        """Whole namespaces, one after the other. Raises OSError."""
+        report = EvictReport(0, 0)
+        for root in self._roots(selection):
+            one = self._evict_namespace(root)
+            self._shared.evictions.note(ASKED, one.blocks, one.freed_bytes)
+            kept = report.kept_bytes + one.kept_bytes
+            report = EvictReport(report.blocks + one.blocks, report.freed_bytes + one.freed_bytes, kept)
+        self._shared.ballast.lay()
+        self._shared.deletions.sync()
+        with self._shared.lock:
+            self._shared.measure()
+        return report
+
+    def _evict_namespace(self, root: bytes) -> EvictReport:
+        """A namespace: its rows, a step at a time, then all its blobs at once, by one rename and one sync.
+
+        One by one where a reader has a lease, or a store is under way.
+        """
+        shared, costs = self._shared, dict[BlobId, int]()
+        while True:
+            with shared.lock:
+                space = shared.index.spaces.get(root)
+                only = [] if space is None else [space.number]
+                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: table.where(namespaces=only))  # noqa: B023
+                shared.lost.remember(removed, Reason.EVICTED)
+                shared.leaving.update(shared.costs(removed))
+                costs.update(shared.costs(removed))
+                if len(removed) == VICTIMS_MAX:
+                    continue
+                try:
+                    kept = self._delete_namespace(root, costs)
+                finally:
+                    for blob in costs:
+                        del shared.leaving[blob]
+                break
+        while shared.blobs.clear(VICTIMS_MAX):
+            pass
+        return EvictReport(len(costs), sum(costs.values()) - kept, kept)
+
+    def _delete_namespace(self, root: bytes, costs: dict[BlobId, int]) -> int:
+        """Delete the blobs of a namespace that has no rows; the bytes that stay for now. Raises OSError."""
+        shared = self._shared
+        leased = shared.deletions.leased()
+        if any(blob.key in leased for blob in costs) or any(blob.root == root for blob in shared.in_flight):
+            return shared.deletions.delete(costs)
+        try:
+            shared.blobs.drop(root)
+        except OSError:
+            shared.deletions.delete(costs)
+            raise
+        return 0
+
+    def _roots(self, selection: Selection) -> list[bytes]:
+        """The namespaces that a selection names."""
+        shared = self._shared
+        with shared.lock:
+            return [
+                root
+                for root, space in shared.index.spaces.items()
+                if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(space))
+            ]
 
     def free_bytes(self) -> int:
         """Free on the volume."""
@@ -129,12 +194,7 @@ class Evictor:
         since = int(shared.clock() - selection.idle_s) if selection.idle_s > 0 else None
 
         def choose(table: Table) -> Mask:
-            spaces = shared.index.spaces.items()
-            numbers = [
-                space.number
-                for root, space in spaces
-                if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(space))
-            ]
+            numbers = [shared.index.spaces[root].number for root in self._roots(selection)]
             mask = table.where(namespaces=numbers, unused_since_s=since)
             if selection.key_prefix:
                 with shared.index.view() as view:
@@ -251,7 +311,7 @@ class Evictor:
             done = len(removed) < VICTIMS_MAX
         self._shared.ballast.lay()
         self._shared.deletions.sync()
-        return EvictReport(blocks, freed, kept)
+        return EvictReport(blocks, freed - kept, kept)
 
     def _step(
         self, need_bytes: int, keep: Collection[bytes], choose: Choose, spare_leased: bool
@@ -267,7 +327,7 @@ class Evictor:
                     raise
                 removed, nbytes = self._remove(need_bytes, keep, choose)
             shared.lost.remember(removed, Reason.EVICTED)
-            return removed, nbytes, shared.deletions.delete(removed, spare_leased)
+            return removed, nbytes, shared.deletions.delete(shared.costs(removed), spare_leased)
 
     def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> tuple[list[Row], int]:
         with self._shared.edit() as edit:

@@ -19,6 +19,7 @@ from kvstore.engine.evictions import Evictions
 from kvstore.engine.index import Edit, Index, Space
 from kvstore.engine.ledger import Ballast, Health, Ledger
 from kvstore.engine.retain import Usage
+from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
 from kvstore.errors import DirectoryError, KVStoreError
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 class Shared:
     """`lock` serialises writers of the index; whoever changes rows or the table of blobs holds it.
 
-    `Uses` and `Deletions` have locks of their own, never held over I/O: touching and leasing never wait for a commit.
+    `in_flight` are blobs that are being written, `leaving` those whose rows are gone and whose namespace is being
+    dropped, with their bytes on disk; both change under the lock. `Uses` and `Deletions` have locks of their own, never
+    held over I/O: touching and leasing never wait for a commit.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Shared:
         self.lost = Lost(options.evicted_max)
         self.uses = Uses(options.touches_max, options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
+        self.leaving: dict[BlobId, int] = {}
         self.site = Site(blobs, index, self.lock, self.busy, self.skip_number, options.rule)
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, tombstones.next_number())
@@ -96,6 +100,10 @@ class Shared:
                 edit.table.settle_clock(int(self.clock()))
         except (KVStoreError, OSError) as error:
             log.warning("the access order could not be written: %s", error)
+
+    def costs(self, rows: Iterable[Row]) -> dict[BlobId, int]:
+        """The blobs of rows, and what they cost on disk."""
+        return {row.blob: self.blobs.stored_bytes(row.root, row.blob_bytes) for row in rows}
 
     def is_orphan(self, space: Space) -> bool:
         """Whether no caller named this namespace for long."""
@@ -158,7 +166,7 @@ class Shared:
 
     def busy(self) -> frozenset[BlobId]:
         """Blobs that have no row for a good reason. Hold `lock`."""
-        return self.deletions.busy().union(self.in_flight)
+        return self.deletions.busy().union(self.in_flight, self.leaving)
 
 
 class Uses:

@@ -304,7 +304,8 @@ class Writer:
         shared.evictions.note(CHAIN, len(settled.evicted), sum(map(self._cost, settled.evicted)))
         # A request may hold one key twice: what it replaced of its own is deleted with what was not kept.
         own = {row.blob for row in settled.kept}
-        shared.deletions.delete([*(row for row in settled.replaced if row.blob not in own), *settled.evicted])
+        gone = [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]
+        shared.deletions.delete(shared.costs(gone))
 
     def _end_flight(self, blob: BlobId) -> None:
         with self._shared.lock:

@@ -1,4 +1,4 @@
-"""Namespaces whose identity is no longer in use: listed as orphans with their bytes, and evicted as such."""
+"""Whole namespaces: listed as orphans when no caller uses them any more, and evicted by one rename."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import pytest
 
 from kvstore.engine import Engine, Selection
 from kvstore.engine.types import ORPHAN_S
-from tests.support.engine import find, namespace, options, put
+from tests.support.engine import (
+    RecordingFs,
+    Stopped,
+    StoppingFs,
+    blob_paths,
+    demand_sound,
+    find,
+    namespace,
+    options,
+    put,
+)
 
 NS, OTHER = namespace(), namespace("other weights")
 DAY_S = 86_400.0
@@ -67,3 +77,39 @@ def test_orphans_are_evicted_and_nothing_else(tmp_path: Path, clock: Clock) -> N
         assert (told.blocks, told.freed_bytes) == (report.blocks, report.freed_bytes) == (2, expected)
         assert [one.info.root for one in engine.stats().namespaces] == [NS.root]
         assert engine.evict(Selection(orphans=True)).blocks == 0
+
+
+def test_a_namespace_is_evicted_by_one_rename_however_many_blobs_it_has(tmp_path: Path) -> None:
+    """A commit, a rename, a synced folder; then the unlinks; nothing of it returns when the index is lost."""
+    fs = RecordingFs()
+    with Engine.open(tmp_path / "data", options(), fs) as engine:
+        put(engine, NS, list(range(1000)))
+        put(engine, OTHER, list(range(300)))
+        used = engine.used_bytes
+        fs.calls.clear()
+        report = engine.evict(Selection(namespace_prefix=NS.root))
+        names = [name for name, _ in fs.calls]
+        assert names[:3] == ["commit", "rename", "fsync_dir"] and names.count("rename") == 1
+        assert names.count("unlink") == 5 and report.blocks == 4  # the blobs, and what says which namespace it was
+        assert engine.used_bytes <= used - report.freed_bytes
+        assert [path.parent.name for path in blob_paths(tmp_path / "data")] == [OTHER.root.hex()] * 2
+        demand_sound(engine)
+    (tmp_path / "data" / "index" / "data.mdb").unlink()
+    with Engine.open(tmp_path / "data", options()) as engine:
+        assert [one.info.root for one in engine.stats().namespaces] == [OTHER.root]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_namespace_whose_eviction_is_cut_short_is_whole_or_gone(tmp_path: Path, at: int) -> None:
+    """As a kill at each of its steps leaves it: all of it is there, and was not acknowledged, or nothing is."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(600)))
+    snapshot = tmp_path / "snapshot"
+    engine = Engine.open(tmp_path / "data", options(), fs := StoppingFs(1 << 30, tmp_path / "data", snapshot))
+    fs._at = len(fs.calls) + at
+    with pytest.raises(Stopped):
+        engine.evict(Selection(namespace_prefix=NS.root))
+    with Engine.open(snapshot, options()) as engine:
+        assert find(engine, NS, list(range(600))).n_tokens == (600 if at == 0 else 0)
+        engine.maintain()
+        demand_sound(engine)
