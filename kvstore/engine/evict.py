@@ -332,7 +332,7 @@ class Evictor:
     def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> tuple[list[Row], int]:
         with self._shared.edit() as edit:
             self._shared.uses.write(edit)
-            keys = edit.table.victims(need_bytes, keep, choose(edit.table))
+            keys = edit.table.victims(need_bytes, keep, choose(edit.table), count_max=VICTIMS_MAX)
             nbytes = sum(edit.table.value(key, "nbytes") for key in keys)
             return remove_rows(edit, keys), nbytes
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore import files
+from kvstore.blobs import ranges
 from kvstore.blobs.ranges import BufferReader, FileReader, FileSource, Range
 from kvstore.errors import CorruptDataError
 
@@ -36,8 +36,8 @@ def test_short_reads_and_many_views_are_gathered(tmp_path: Path, monkeypatch: py
     data = os.urandom(10_000)
     source = written(tmp_path / "a", data)
     real = os.preadv
-    monkeypatch.setattr(files, "READ_BYTES_MAX", 999)
-    monkeypatch.setattr(files, "VECTORS_MAX", 3)
+    monkeypatch.setattr(ranges, "READ_BYTES_MAX", 999)
+    monkeypatch.setattr(ranges, "VECTORS_MAX", 3)
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][: max(1, len(views[0]) // 2)]], at))
     buffer = bytearray(len(data))
     views = [memoryview(buffer)[at : at + 17] for at in range(0, len(buffer), 17)]

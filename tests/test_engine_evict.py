@@ -159,12 +159,12 @@ def test_the_budget_is_kept_and_is_what_the_disk_says(tmp_path: Path) -> None:
 def test_a_smaller_budget_holds_from_the_start(tmp_path: Path) -> None:
     """Opening evicts down to it."""
     with Engine.open(tmp_path / "data", options()) as engine:
-        fill(engine, range(30))
-        index_bytes = engine.stats().index_bytes
-    budget = index_bytes + 10 * BLOCK_BYTES
+        fill(engine, range(40))
+        rest_bytes = engine.used_bytes - engine.stats().stored_bytes
+    budget = rest_bytes + 20 * BLOCK_BYTES
     with Engine.open(tmp_path / "data", options(budget_bytes=budget)) as engine:
         assert engine.used_bytes <= budget
-        assert 5 <= engine.stats().blobs <= 10
+        assert 10 <= engine.stats().blobs <= 20
         demand_sound(engine)
 
 
@@ -208,7 +208,8 @@ def test_the_chain_that_is_being_extended_is_not_evicted_for_it(tmp_path: Path) 
         blocks = sequence(NS, [1] * 256 + list(range(256 * 40)), start=256)
         receipt = engine.store(NS.to_record(), blocks, protect=[protected])
         assert receipt.reason is Reason.STORE_FULL and receipt.blocks
-        assert first_tokens(engine) == {1, 2}
+        # Of the others, what is too little for one more block may stay.
+        assert {1, 2} <= first_tokens(engine) <= {1, 2, 8}
         demand_sound(engine)
 
 
@@ -222,7 +223,7 @@ def test_leased_blocks_go_last_and_then_they_go(tmp_path: Path) -> None:
         object.__setattr__(options_before, "budget_bytes", engine.used_bytes - 1)
         engine.maintain()
         assert first_tokens(engine) == {0, 2, 3}
-        object.__setattr__(options_before, "budget_bytes", engine.stats().index_bytes)
+        object.__setattr__(options_before, "budget_bytes", engine.used_bytes - engine.stats().stored_bytes)
         engine.maintain()
         assert first_tokens(engine) == set() and not blob_path(engine, first).exists()
         lease.release()
@@ -277,6 +278,25 @@ def test_a_volume_that_stays_full_does_not_drain_the_store(tmp_path: Path, less:
         demand_sound(engine)
 
 
+def test_an_eviction_that_cannot_reach_its_goal_is_not_begun(tmp_path: Path) -> None:
+    """Neither for a budget below what the index takes nor for a floor that all blobs together would not free."""
+    data_dir = tmp_path / "data"
+    volume = SmallVolume(data_dir, 20 * BLOCK_BYTES)
+    with Engine.open(data_dir, options(), volume, Clock()) as engine:
+        fill(engine, range(5))
+        index_bytes = engine.stats().index_bytes
+        engine.limit(budget_bytes=index_bytes, free_floor_bytes=0)
+        engine.maintain()
+        assert len(first_tokens(engine)) == 5 and "budget" in engine.stats().degraded
+        engine.limit(budget_bytes=1 << 30, free_floor_bytes=21 * BLOCK_BYTES)
+        engine.maintain()
+        assert len(first_tokens(engine)) == 5 and "floor" in engine.stats().degraded
+        engine.limit(budget_bytes=1 << 30, free_floor_bytes=18 * BLOCK_BYTES)
+        engine.maintain()
+        assert first_tokens(engine) == {3, 4} and engine.stats().degraded == ""
+        demand_sound(engine)
+
+
 def populate(engine: Engine, clock: Clock) -> tuple[Namespace, bytes]:
     """Two namespaces, an old and a new sequence each; returns the second, and the key of a middle block."""
     other = namespace("other")
@@ -321,7 +341,7 @@ def test_an_eviction_that_selects_nothing_in_particular_is_refused(tmp_path: Pat
 
 def test_large_evictions_take_several_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bounded transactions, the same result."""
-    monkeypatch.setattr("kvstore.engine.eviction.ROWS_MAX", 4)
+    monkeypatch.setattr("kvstore.engine.evict.VICTIMS_MAX", 4)
     fs = RecordingFs()
     with Engine.open(tmp_path / "data", options(), fs) as engine:
         put(engine, NS, list(range(256 * 10)))
@@ -344,7 +364,7 @@ def test_what_was_evicted_is_remembered_within_bounds(tmp_path: Path) -> None:
         fill(engine, range(10, 20))
         engine.evict(Selection(all=True))
         assert find(engine, NS, list(range(100))).reason is Reason.IDENTITY
-        assert len(engine._shared._lost) <= 8
+        assert len(engine._shared.lost._reasons) <= 8
         put(engine, NS, list(range(100)))
         assert find(engine, NS, list(range(100))).reason is Reason.OK
 
