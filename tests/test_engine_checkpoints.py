@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, KEY_BYTES, Reason, pack_tokens
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.engine import Engine, Match, NewBlock, Selection, Slice, check_directory
-from kvstore.engine.rows import CHECKPOINT_MARK, Row, checkpoint_code, parse_row
+from kvstore.engine.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
 from kvstore.keys import Namespace
 from tests.support.engine import (
@@ -150,8 +151,7 @@ def test_the_better_checkpoint_of_a_position_stays(engine: Engine) -> None:
         engine.mark_divergence(row)
     assert row.fidelity == 900
     put_checkpoint(engine, NS, LONG[:300])
-    with engine._shared.index.view() as view:
-        assert view.marked(row.key) > 0
+    assert engine._shared.index.table.value(row.key, "mark") > 0
     demand_sound(engine)
 
 
@@ -247,7 +247,7 @@ def stored_broken(path: Path) -> Path:
     """A directory with a sound checkpoint and then a broken one, as no daemon writes it; the latter's file."""
     with Engine.open(path / "data", options()) as engine:
         engine.store(NS.to_record(), [*with_checkpoints(NS, LONG, [300]), broken(LONG)])
-        [file] = [engine.path(row) for row in checkpoints(engine) if row.end == 600]
+        [file] = [blob_path(engine, row) for row in checkpoints(engine) if row.end == 600]
         return file
 
 
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_breaks_a_rule_goes_to_quarantine(tmp_path: Path, how:
     with Engine.open(tmp_path / "data", options(**scrub)) as engine:
         row = next((row for row in checkpoints(engine) if row.end == 600), None)
         if how == "report":
-            assert row is not None and engine.first_damaged([Slice(row, row.n_tokens)]) == 0
+            assert row is not None and engine.first_unusable([Slice(row, row.n_tokens)]) == 0
             assert engine.recheck(row.key)
         if how == "check":
             assert [one.kind for one in engine.check(repair=True).findings] == ["corrupt_blob"]
@@ -288,7 +288,7 @@ def test_stats_tell_checkpoints_from_blocks(engine: Engine) -> None:
     assert stats.stored_bytes == sum(one.disk_bytes for one in stats.namespaces)
     assert stats.checkpoint_share_bytes == stats.budget_bytes // 5
     [shown] = engine.show(checkpoints(engine)[0].key[:8])
-    assert shown.row.is_checkpoint and shown.path.exists() and shown.row.block.states
+    assert shown.row.is_checkpoint and Path(shown.path).exists() and shown.row.block.states
     assert engine.evict(Selection(namespace_prefix=NS.root)).blocks == 5
     stats = engine.stats()
     assert (stats.checkpoints, stats.checkpoint_bytes) == (0, 0)
@@ -367,7 +367,7 @@ def test_a_rebuild_brings_checkpoints_back(tmp_path: Path) -> None:
 
 
 def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None:
-    """Written with the next commit or the close; a lost order of checkpoints is found and mended."""
+    """Written with the next commit or the close; entries of children that are lost are found and mended."""
     with Engine.open(tmp_path / "data", options()) as engine:
         engine.store(NS.to_record(), with_checkpoints(NS, LONG, [100, 550]))
         marked = engine.checkpoint_at(NS.root, pack_tokens(LONG[:100]))
@@ -376,11 +376,11 @@ def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None
         engine.mark_divergence(find(engine, NS, LONG).slices[0].row)
     with Engine.open(tmp_path / "data", options()) as engine:
         with engine._shared.index.edit() as edit:
-            edit._txn.drop(edit._db["checkpoints"], delete=False)
+            edit._txn.drop(edit._db["children"], delete=False)
         assert {finding.kind for finding in engine.check(repair=True).findings} == {"row"}
+        table = engine._shared.index.table
         with engine._shared.index.view() as view:
-            assert [bool(view.marked(row.key)) for row in view.rows()].count(True) == 1
-            assert view.marked(marked.key) and view.count("checkpoints") == 2
+            assert [row.key for row in view.rows() if table.value(row.key, "mark")] == [marked.key]
         demand_sound(engine)
 
 
@@ -428,6 +428,12 @@ def test_a_stop_at_any_call_loses_no_checkpoint_that_was_to_stay(tmp_path: Path)
     assert at > 8
 
 
+def rechecked(row: Row, value: bytes) -> Row:
+    """A row with another value, whose checksum is right."""
+    check = xxhash.xxh3_64_intdigest(value, int.from_bytes(row.key[:8], "little"))
+    return parse_row(row.key, value + check.to_bytes(CHECK_BYTES, "little"), row.templates)
+
+
 def test_a_damaged_row_of_a_checkpoint_is_corrupt_and_not_an_accident(engine: Engine) -> None:
     """Another kind, no states, states where runs should be: CorruptDataError."""
     engine.store(NS.to_record(), with_checkpoints(NS, LONG[:100], [50]))
@@ -435,10 +441,10 @@ def test_a_damaged_row_of_a_checkpoint_is_corrupt_and_not_an_accident(engine: En
     block = find(engine, NS, LONG[:100]).slices[0].row
     for whole, kind in ((row, 0), (block, 1), (row, 2), (row, 255)):
         with pytest.raises(CorruptDataError):
-            _ = parse_row(whole.key, whole.value[:114] + bytes([kind]) + whole.value[115:]).block
-    assert parse_row(row.key, row.value).block.states == row.block.states
+            _ = rechecked(whole, whole.value[:2] + bytes([kind]) + whole.value[3:-CHECK_BYTES]).block
+    assert rechecked(row, row.value[:-CHECK_BYTES]).block.states == row.block.states
     with pytest.raises(CorruptDataError):
-        _ = parse_row(row.key, row.value[: -len(row.states_record)] + b"\x90").block
+        _ = rechecked(row, row.value[: -CHECK_BYTES - len(row.described)] + b"\x90").block
 
 
 def test_however_many_siblings_a_checkpoint_has_it_is_found(tmp_path: Path) -> None:
@@ -451,5 +457,4 @@ def test_however_many_siblings_a_checkpoint_has_it_is_found(tmp_path: Path) -> N
         assert exact(engine, [300, *range(60)]).n_tokens == 0
         with engine._shared.index.view() as view:
             assert list(view.checkpoint_tails(NS.root, BLOCK_TOKENS - 1)) == [41]
-            entries = [entry for entry, _ in view.children(NS.root) if entry[KEY_BYTES:].startswith(CHECKPOINT_MARK)]
-        assert len(entries) == 300 and {entry[KEY_BYTES:-8] for entry in entries} == {checkpoint_code(41)}
+            assert len(list(view.entries(checkpoint_prefix(NS.root, 41)))) == 300

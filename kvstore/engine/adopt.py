@@ -155,14 +155,16 @@ def _read_stray(site: Site, entry: Entry) -> Stray:
 def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId]]:
     """Give rows to sound blobs whose parents have one. Returns (those that others cover, those that nothing leads to).
 
-    Parents first; of equals the highest rank, then the longest. Neither kind returned has a row; deleting is the
-    caller's.
+    Parents first; of equals the highest rank, then the longest. Their order of use is that of their creation, after
+    all that is there. Neither kind returned has a row; deleting is the caller's.
     """
     unwanted: list[BlobId] = []
     orphans: list[BlobId] = []
     order = sorted(
         sound, key=lambda s: (s.block.start, -s.block.fidelity, -count_tokens(s.block.tokens), s.entry.place)
     )
+    created = sorted({stray.block.created_s for stray in order})
+    moments = {created_s: site.index.table.sequence + 1 + at for at, created_s in enumerate(created)}
     for at in range(0, len(order), ADOPTED_MAX):
         with site.lock, site.index.edit() as edit:
             for stray in order[at : at + ADOPTED_MAX]:
@@ -179,7 +181,7 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
                     edit.remove(old)
                     unwanted.append(old.blob)
                 edit.put(row, site.blobs.stored_bytes(row.root, row.blob_bytes))
-                edit.table.stamp(row.key, row.created_s)
+                edit.table.stamp(row.key, row.created_s, last_use=moments[row.created_s])
                 keep_number(site, edit, blob.number)
     return unwanted, orphans
 

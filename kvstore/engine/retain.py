@@ -205,12 +205,14 @@ class Table:
         self._changed.update(slot // CHUNK for slot in slots)
 
     def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0) -> None:
-        """Set what a blob brings along: when it was used, and its mark."""
+        """Set what a blob brings along: when it was used, its mark, its place in the order. 0 leaves what is there."""
         slot = self._slots[key]
         self._rows["used_s"][slot] = used_s
-        self._rows["mark"][slot] = mark
+        if mark:
+            self._rows["mark"][slot] = mark
         if last_use:
             self._rows["last_use"][slot] = last_use
+            self.sequence = max(self.sequence, last_use)
         self._changed.add(slot // CHUNK)
 
     def take(self, key: bytes, other: Table) -> None:
@@ -222,9 +224,9 @@ class Table:
             self.sequence = max(self.sequence, other.sequence)
 
     def mark(self, key: bytes) -> None:
-        """Note that a prompt diverged after a checkpoint."""
+        """Note that a prompt diverged after a checkpoint. Keys of anything else do not count."""
         slot = self._slots.get(key, -1)
-        if slot >= 0:
+        if slot >= 0 and self._rows["flags"][slot] & CHECKPOINT:
             self._rows["mark"][slot] = self.next()
             self._changed.add(slot // CHUNK)
 

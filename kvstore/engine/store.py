@@ -262,19 +262,21 @@ class Writer:
         shared.uses.write(edit)
         edit.put_namespace(batch.root, batch.record)
         edit.use_namespace(batch.root, int(shared.clock()))
+        # One moment for all of them: so a checkpoint, which is deeper, goes before the blocks that lead to it.
+        moment = edit.table.next()
         for key, parent, row in batch.entries:
             if (parent != batch.root and parent not in edit.table) or (row is None and key not in edit.table):
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
             if row is not None and not is_covered(edit, row):
-                self._put(edit, row, settled)
+                self._put(edit, row, settled, moment)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         self._thin_checkpoints(edit, settled)
         return settled
 
-    def _put(self, edit: Edit, row: Row, settled: _Settled) -> None:
-        """A row in the place of those that it replaces."""
+    def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int) -> None:
+        """A row in the place of those that it replaces, last used at this number of the sequence."""
         for old in replaced_by(edit, row, self._shared.options.short_tokens):
             if old.key == row.key:
                 edit.replace(old, row, self._cost(row))
@@ -283,7 +285,7 @@ class Writer:
             settled.replaced.append(old)
         if row.key not in edit.table:
             edit.put(row, self._cost(row))
-        edit.table.stamp(row.key, int(self._shared.clock()))
+        edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment)
         settled.kept.append(row)
 
     def _thin_checkpoints(self, edit: Edit, settled: _Settled) -> None:
