@@ -223,13 +223,14 @@ def block(nbytes: int, recipe: Recipe = RAW, fidelity: int = FIDELITY_EXACT, tak
     stacks = tuple(Stack(part, tuple(range(4)), recipe, ()) for part in PARTS)
     run = Run(take, 0, take, fidelity, stacks)
     made = Block(bytes(32), bytes(32), bytes(32), 0, bytes(take * TOKEN_BYTES), fidelity, (run,))
-    return Slice(pack_row(made, 0, 1, 100, nbytes + 100), take)
+    return Slice(pack_row(made, 1, 100, nbytes + 100), take)
 
 
 def match_of(*slices: Slice, checkpoint: Any = None) -> Match:
     """A match of these blocks."""
     rows = tuple((one.row.key, one.row.value, one.take) for one in slices)
-    return Match(sum(one.take for one in slices), Reason.OK, rows, checkpoint)
+    templates = {name: record for one in slices for name, record in one.row.templates.items()}
+    return Match(sum(one.take for one in slices), Reason.OK, rows, checkpoint, templates=templates)
 
 
 def by_bytes(work: Work) -> float:
@@ -239,7 +240,7 @@ def by_bytes(work: Work) -> float:
 
 def test_the_work_of_a_match_is_its_blocks_its_checkpoint_and_what_codecs_make() -> None:
     """Keys and values of four layers, two heads of 64 in bfloat16: 2048 bytes a token."""
-    checkpoint: Any = SimpleNamespace(file_bytes=1100, payload_offset=100, n_tokens=0)
+    checkpoint: Any = SimpleNamespace(blob_bytes=1100, payload_offset=100, n_tokens=0)
     match = match_of(block(10), block(20, affine_recipe(8, 64), take=100), checkpoint=checkpoint)
     assert work_of(match, LAYOUT) == Work(4, 3, 1030, 100 * 2048)
 
@@ -269,7 +270,7 @@ def test_nothing_is_given_where_nothing_is_worth_it() -> None:
 
 def test_with_a_checkpoint_it_is_all_or_nothing() -> None:
     """A cut would be at a position that has none."""
-    checkpoint: Any = SimpleNamespace(file_bytes=100, payload_offset=0, n_tokens=0)
+    checkpoint: Any = SimpleNamespace(blob_bytes=100, payload_offset=0, n_tokens=0)
     match = match_of(block(10), block(10), block(250), checkpoint=checkpoint)
     assert worthwhile(match, LAYOUT, Offer(1.0), by_bytes) is match
     assert not worthwhile(match, LAYOUT, Offer(1.5), by_bytes).n_tokens

@@ -9,10 +9,10 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, common_tokens, pack_tokens
+from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
 from kvstore.engine import Engine, Selection
 from kvstore.engine.match import best_child
-from kvstore.engine.rows import CODE_BYTES_MAX, Code, Row, common_bytes, token_code
+from kvstore.engine.rows import LEVEL_TOKENS, Code, Row, token_code
 from kvstore.keys import Namespace
 from tests.support.engine import (
     HYBRID,
@@ -175,7 +175,7 @@ TAILS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(TAILS, TAILS)
 def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], queries: list[list[int]]) -> None:
-    """Zeros, which look like the seq that ends an entry, and ids with long codes included."""
+    """Zeros, which look like the number that ends an entry, and ids with long codes included."""
     with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "d", options(durability="none")) as engine:
         for tail in tails:
             engine.store(NS.to_record(), [new_block(NS.root, NS.root, 0, pack_tokens(tail))])
@@ -189,24 +189,25 @@ def test_the_best_child_is_found_among_any_siblings(tails: list[list[int]], quer
                 assert low == 0
 
 
-TOKENS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(0, 300), max_size=200).map(pack_tokens)
+TOKENS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(0, 300), max_size=LEVEL_TOKENS).map(pack_tokens)
 
 
-@given(st.lists(st.integers(0, (1 << 23) - 1), max_size=200))
+@given(st.lists(st.integers(0, (1 << 23) - 1), max_size=LEVEL_TOKENS))
 def test_the_code_of_short_tokens_is_that_of_each_one_after_the_other(ids: list[int]) -> None:
-    """Made of all at once it is the same, and so are the ends, up to where both are cut."""
+    """Made of all at once it is the same, and so are the ends."""
     code, whole = Code.of(pack_tokens(ids)), b"".join(map(token_code, ids))
-    assert code.data == whole[:CODE_BYTES_MAX]
-    assert list(code.ends) == [end for end in range(3, len(whole) + 1, 3) if end <= CODE_BYTES_MAX]
+    assert code.data == whole
+    assert list(code.ends) == list(range(3, len(whole) + 1, 3))
 
 
 @given(TOKENS, TOKENS)
 def test_codes_share_bytes_exactly_as_far_as_tokens_agree(a: bytes, b: bytes) -> None:
-    """So far as they are not cut: the order of entries is the order of shared tokens."""
+    """So the order of entries is the order of shared tokens."""
     one, two = Code.of(a), Code.of(b)
-    shared = min(common_tokens(a, b), len(one.ends), len(two.ends))
-    shared_bytes = common_bytes(one.data, two.data)
+    shared = common_tokens(a, b)
+    longest = min(len(one.data), len(two.data))
+    shared_bytes = next((at for at in range(longest) if one.data[at] != two.data[at]), longest)
     assert shared_bytes >= (one.ends[shared - 1] if shared else 0)
     if shared < min(len(one.ends), len(two.ends)):
         assert shared_bytes < one.ends[shared]
-    assert one.complete == (len(one.ends) == len(a) // TOKEN_BYTES)
+    assert list(one.ends[-1:]) == ([len(one.data)] if a else [])

@@ -95,14 +95,14 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
             ties = TIES_MAX
             for row in side:
                 shared = common_tokens(row.tokens, rest)
+                if key is None and (not shared or shared < take or not ties):
+                    break  # they stand in order: what comes next shares no more
                 if row.fidelity < fidelity_min:
                     low_take = max(low_take, shared)
                 elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
                     best, take = row, shared
-                elif key is None and best is not None:
-                    ties -= shared == take
-                    if shared < take or not ties:
-                        break  # they stand in order: what comes next shares no more
+                else:
+                    ties -= 1
         if best is not None:
             break
     return best, take, low_take

@@ -36,7 +36,8 @@ from kvstore.codecs.states import StateCapture, state_ranges
 from kvstore.config import Config
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, Piece
-from kvstore.wire.convert import runs_to_bytes, states_from_bytes, states_to_bytes
+from kvstore.records import runs_to_record
+from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.checkpoints import checkpoint_place, make_cache, seal_states
@@ -212,20 +213,29 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
 
     def _plan(self, n_tokens: int, dense: bool, by_path: bool) -> pb.FetchPlan:
         layout = self.namespace.layout
+        templates: dict[bytes, bytes] = {}
         if dense:
-            slices = [pb.BlockSlice(n_tokens=n_tokens, runs=runs_to_bytes(dense_runs(layout, [n_tokens])))]
+            runs, templates = runs_to_record(dense_runs(layout, [n_tokens]))
+            slices = [pb.BlockSlice(n_tokens=n_tokens, runs=runs)]
         else:
             slices = []
             for index, take in enumerate(self._takes(n_tokens)):
                 block = self.blocks[index]
-                runs = b"\xc1" if self._fault("garbage_runs") else runs_to_bytes(block.runs)
+                runs, named = runs_to_record(block.runs)
+                templates |= named
+                runs = b"\xc1" if self._fault("garbage_runs") else runs
                 slices.append(pb.BlockSlice(key=block.key, n_tokens=take, runs=runs))
                 if by_path:
                     slices[-1].path = block.source.path
                     slices[-1].payload_offset = block.source.payload_offset
                     slices[-1].file_bytes = block.source.file_bytes
         plan = pb.FetchPlan(
-            n_tokens=n_tokens, reason="ok", fidelity=FIDELITY_EXACT, layout=layout.record, blocks=slices
+            n_tokens=n_tokens,
+            reason="ok",
+            fidelity=FIDELITY_EXACT,
+            layout=layout.record,
+            blocks=slices,
+            templates=[] if self._fault("no_templates") else templates.values(),
         )
         if layout.exact_layers and not self._fault("no_checkpoint_in_plan"):
             plan.checkpoint.CopyFrom(self._state_slice(n_tokens, by_path))
