@@ -14,11 +14,20 @@ from hypothesis import strategies as st
 from kvstore.blocks import FIDELITY_EXACT, RAW, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
-from kvstore.records import RECORD_VERSION, block_from_record, block_to_record
+from kvstore.records import (
+    block_from_record,
+    block_to_record,
+    parse_template,
+    runs_from_record,
+    runs_to_record,
+    template_ids,
+    template_of,
+    templates_by_id,
+)
 
 AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
 KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))
-VALUES = Stack("values", (0, 1), RAW, (Tensor("data", "BF16", 2, 64, 640),))
+VALUES = Stack("values", (0, 1), RAW, (Tensor("data", "BF16", 2, 64, 1280, b"abcdefgh" * 2),))
 RUN = Run(5, 1, 3, 800, (KEYS, VALUES))
 BLOCK = Block(b"r" * 32, b"p" * 32, b"k" * 32, 256, pack_tokens([1, 2, 3]), 800, (RUN,), 1_700_000_000, b"ns")
 
@@ -59,14 +68,10 @@ def of_tensors(n_tokens: int, *tensors: Tensor) -> Block:
     return replace(BLOCK, runs=(Run(n_tokens, 1, 3, 800, (stack,)),))
 
 
-def test_a_record_has_one_version_with_and_without_packed_and_grouped_tensors() -> None:
-    """Another version is refused."""
-    for block in (BLOCK, of_tensors(5, PACKED), of_tensors(128, GROUPED, replace(PACKED, offset=512))):
-        record = block_to_record(block)
-        assert block_from_record(record) == block
-        assert msgpack.unpackb(record)[0] == RECORD_VERSION
-        with pytest.raises(CorruptDataError, match="version"):
-            block_from_record(record.replace(b"\x9b" + bytes([RECORD_VERSION]), b"\x9b\x02", 1))
+def test_packed_and_grouped_tensors_come_back_equal() -> None:
+    """Offsets follow from the order; of packed tensors, from their lengths."""
+    for block in (of_tensors(5, replace(PACKED, offset=0)), of_tensors(128, GROUPED, replace(PACKED, offset=1024))):
+        assert block_from_record(block_to_record(block)) == block
     assert PACKED.layer_range(1, 5) == (1340, 1)
     assert PACKED.stored_bytes(2, 5) == 701
     assert (GROUPED.rows(128), GROUPED.layer_bytes(128), GROUPED.layer_range(1, 128)) == (2, 512, (512, 512))
@@ -77,7 +82,6 @@ def test_a_record_has_one_version_with_and_without_packed_and_grouped_tensors() 
     [
         of_tensors(5, replace(PACKED, lengths=(700,))),
         of_tensors(5, replace(PACKED, lengths=(700, 0))),
-        of_tensors(5, replace(PACKED, lengths=(700, -1))),
         of_tensors(5, replace(PACKED, lengths=(5 * 256 + 300, 1))),
         of_tensors(5, replace(PACKED, lengths=(700, 1), width=1 << 40)),
         of_tensors(127, GROUPED),
@@ -95,6 +99,52 @@ def test_random_bytes_are_never_a_block(junk: bytes) -> None:
     """One typed error whatever the bytes are."""
     with pytest.raises(CorruptDataError):
         block_from_record(junk)
+
+
+def test_runs_of_one_kind_share_a_template() -> None:
+    """However many there are, and whatever their tokens, fidelity and checksums; runs without checksums too."""
+    bare = tuple(
+        replace(stack, tensors=tuple(replace(each, checksums=b"") for each in stack.tensors)) for stack in RUN.stacks
+    )
+    places = [replace(RUN, n_tokens=9, skip=0), replace(RUN, fidelity=1), replace(RUN, stacks=bare)]
+    data, templates = runs_to_record((RUN, *places))
+    assert set(templates) == {template_of(RUN).id} == template_ids(data, templates)
+    assert templates_by_id(list(templates.values())) == templates
+    parsed = runs_from_record(data, templates)
+    assert [(run.n_tokens, run.skip, run.fidelity) for run in parsed] == [
+        (5, 1, 800),
+        (9, 0, 800),
+        (5, 1, 1),
+        (5, 1, 800),
+    ]
+    assert [bool(run.stacks[0].tensors[0].checksums) for run in parsed] == [True, True, True, False]
+    ends = itertools.accumulate(run.nbytes() for run in parsed)
+    assert [run.stacks[0].tensors[0].offset for run in parsed] == [0, *list(ends)[:-1]]
+
+
+def test_runs_whose_template_is_another_one_are_corrupt() -> None:
+    """Not there, or not what its name says: then nothing is taken from it."""
+    data, templates = runs_to_record((RUN,))
+    with pytest.raises(CorruptDataError, match="template"):
+        runs_from_record(data, {})
+    other = template_of(replace(RUN, stacks=RUN.stacks[:1]))
+    with pytest.raises(CorruptDataError, match="template"):
+        runs_from_record(data, {other.id: other.record})
+    for broken in (b"", data[:-1], data + b"\0", data[:5]):
+        with contextlib.suppress(CorruptDataError):
+            assert runs_from_record(broken, templates) == ()
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_never_a_template_or_runs_of_one(junk: bytes) -> None:
+    """One typed error whatever the bytes are; no bytes are no runs."""
+    with contextlib.suppress(CorruptDataError):
+        assert parse_template(junk).stacks == ()
+    data, templates = runs_to_record((RUN,))
+    with contextlib.suppress(CorruptDataError):
+        assert runs_from_record(junk, templates) == ()
+    with contextlib.suppress(CorruptDataError):
+        runs_from_record(data[:28] + junk, templates)
 
 
 @given(st.booleans(), st.integers(0, 400), st.binary(min_size=1, max_size=4))

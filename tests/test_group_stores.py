@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blobs.ranges import FileReader
 from kvstore.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import Capture
@@ -117,7 +116,7 @@ class Store:
         plan = self.fetch_path.plan(NAMESPACE.root, pack_tokens(tokens), FIDELITY_ANY)
         rows: Rows = {}
         if plan.match.n_tokens:
-            with FileReader(self.engine.sources(plan.match.parts)) as reader:
+            with self.engine.reader(plan.match.parts) as reader:
                 for index in range(len(LAYOUT.layers)):
                     got = assemble_layer(LAYOUT, index, plan.blocks, reader, 0)
                     rows.update({(index, part): got.part(part)[0][:, :, : got.n_tokens] for part in PARTS})

@@ -121,7 +121,8 @@ def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryvie
 def _demand_valid(block: Block) -> None:
     """What a reader will insist on, insisted on before anything is written."""
     try:
-        block_from_record(block_to_record(block))
+        if block_from_record(block_to_record(block)) != block:
+            raise CorruptDataError("it does not come back as it was written")
         table(block)
     except CorruptDataError as error:
         raise InvalidRequestError(f"not a block that can be stored: {error}") from error

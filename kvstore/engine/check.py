@@ -29,7 +29,9 @@ def verify_row(site: Site, row: Row) -> None:
     if row.is_key_missing:
         has_folder = site.index.ring.has_folder
         raise NotFoundError(f"the key that it was encrypted with {'was dropped' if has_folder else 'is missing'}")
-    block, source = read_block(site.blobs, row.blob, row.blob_bytes, verify=True)
+    # By its own size, so that a blob of another format version is told from a damaged one.
+    nbytes = site.blobs.size(row.blob)
+    block, source = read_block(site.blobs, row.blob, row.blob_bytes if nbytes is None else nbytes, verify=True)
     if source != row.source or replace(block, namespace=b"") != row.block:
         raise CorruptDataError("not the block that the index says")
     demand_rule(site.rule, block)
