@@ -48,7 +48,7 @@ def test_damage_is_found_without_a_fetch_and_the_pass_has_a_date(tmp_path: Path,
         flip(blob_path(engine, find(engine, NS, SEQUENCES[2]).slices[1].row))
         assert engine.stats().scrubbed_s == 0
         clock.now += 1
-        engine.maintain()
+        engine.scrub()
         stats = engine.stats()
         assert (stats.scrubbed_s, stats.damaged, stats.quarantined) == (int(clock.now), 1, 1)
         match = find(engine, NS, SEQUENCES[2])
@@ -61,16 +61,16 @@ def test_a_pass_begins_again_only_after_the_interval(tmp_path: Path, clock: Cloc
     with Engine.open(tmp_path / "data", options(**FAST), clock=clock) as engine:
         put(engine, NS, SEQUENCES[0])
         clock.now += 1
-        engine.maintain()
+        engine.scrub()
         first = engine.stats().scrubbed_s
     with Engine.open(tmp_path / "data", options(**FAST), clock=clock) as engine:
         for days, set_back, is_later in ((6, 0, False), (2, 0, True), (0, 30, True)):
             clock.now += days * 86_400
             clock.set_back += set_back * 86_400
             scrubbed = engine.stats().scrubbed_s
-            engine.maintain()
+            engine.scrub()
             clock.now += 1
-            engine.maintain()
+            engine.scrub()
             assert (engine.stats().scrubbed_s != scrubbed) == is_later
     assert first
 
@@ -95,7 +95,7 @@ def test_the_rate_holds_and_a_restart_goes_on_where_it_was(tmp_path: Path, clock
             before = len(read)
             for _ in range(20):
                 clock.now += 1
-                engine.maintain()
+                engine.scrub()
             assert len(read) - before <= 5
             if engine.stats().scrubbed_s:
                 break
@@ -108,5 +108,5 @@ def test_without_a_rate_nothing_is_read(tmp_path: Path, clock: Clock) -> None:
         put(engine, NS, SEQUENCES[0])
         flip(blob_path(engine, find(engine, NS, SEQUENCES[0]).slices[0].row))
         clock.now += 100
-        engine.maintain()
+        engine.scrub()
         assert (engine.stats().scrubbed_s, engine.stats().damaged) == (0, 0)

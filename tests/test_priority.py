@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.client.sender import Sender
 from kvstore.priority import BACKGROUND_NICE, give_way
-from kvstore.server.edge import Workers
+from kvstore.server.threads import Threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the niceness of a thread is what Linux has")
 
@@ -38,16 +38,18 @@ def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
 
 
 def test_of_the_daemons_threads_only_the_one_that_commits_gives_way() -> None:
-    """Reading, planning and decoding keep their priority: somebody waits for them."""
+    """Reading, planning, decoding and care keep their priority: somebody waits for them."""
 
-    async def levels(workers: Workers) -> list[int]:
-        return [await pool(niceness) for pool in (workers.write, workers.read, workers.decode, workers.admin)]
+    async def levels(threads: Threads) -> list[int]:
+        others = (threads.read, threads.stream, threads.decode, threads.plan, threads.release)
+        rest = (threads.care, threads.check, threads.evict, threads.admin)
+        return [await pool(niceness) for pool in (threads.write, *others, *rest)]
 
-    workers = Workers()
+    threads = Threads()
     try:
-        assert asyncio.run(levels(workers)) == [lowered(), *[niceness()] * 3]
+        assert asyncio.run(levels(threads)) == [lowered(), *[niceness()] * 9]
     finally:
-        workers.close()
+        threads.close()
 
 
 def test_a_thread_that_is_nicer_already_stays_so() -> None:

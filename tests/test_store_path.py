@@ -163,6 +163,7 @@ def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
     assert rig.path.uploads.reap(10.0) == [plan.upload]
     with pytest.raises(NotFoundError):
         rig.path.uploads.claim(plan.upload.upload_id)
+    plan.upload.release()
     assert list(rig.engine.staging_dir.iterdir()) == []
 
 

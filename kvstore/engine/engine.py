@@ -368,7 +368,7 @@ class Engine:
         return self._evictor.evict(selection, dry_run)
 
     def maintain(self) -> None:
-        """To be called every second or so: write the access order when due, keep to budget and floor, scrub a little.
+        """To be called every second or so: write the access order when due, keep to budget and floor.
 
         When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
         """
@@ -388,9 +388,19 @@ class Engine:
             shared.ballast.lay()
             if shared.health.disk_error and shared.can_write():
                 shared.health.disk_error = ""
-            self._scrub.step()
         except (KVStoreError, OSError) as error:
             shared.health.disk_error = str(error)
+
+    def scrub(self) -> None:
+        """To be called every second or so, always on one thread at a time: verify some blobs, as many as are due.
+
+        Raises nothing that a disk can do.
+        """
+        try:
+            if not self.is_displaced():
+                self._scrub.step()
+        except (KVStoreError, OSError) as error:
+            self._shared.health.disk_error = str(error)
 
     def is_displaced(self) -> bool:
         """Whether the data directory was deleted or replaced underneath. Then open another engine: none can heal it."""

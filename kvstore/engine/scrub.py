@@ -1,7 +1,7 @@
 """The scrub: every blob read and verified again, in the order of keys, a little at a time and for ever.
 
 A disk may lose bits of what nobody has asked for in months, and a fetch should not be the one to find out. So
-`maintain` spends a budget of bytes a second on reading; a pass begins when the last one is older than the interval.
+`Engine.scrub` spends a budget of bytes a second on reading; a pass begins when the last one is older than the interval.
 Where a pass is, and when the last one ended, stand in the index, so that a restart goes on from there.
 """
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Scrub:
-    """One engine's scrub. One thread at a time, that of `maintain`; `recheck` condemns what is damaged."""
+    """One engine's scrub. One thread at a time; `recheck` condemns what is damaged."""
 
     def __init__(self, shared: Shared, recheck: Callable[[bytes], bool]) -> None:
         self._shared = shared

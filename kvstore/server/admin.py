@@ -1,4 +1,4 @@
-"""The RPC edge of Admin: what people and scripts ask. Each verb runs on the admin worker, whatever it costs."""
+"""The RPC edge of Admin: what people and scripts ask. Each verb runs on threads of its own (`threads.py`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable
 from kvstore import __version__
 from kvstore.engine import BlockInfo, Engine, Selection
 from kvstore.errors import InvalidRequestError
-from kvstore.server.edge import Context, Workers, unary
-from kvstore.server.lane import Lane
+from kvstore.server.edge import Context, unary
 from kvstore.server.stats import Counters, namespace_message, quality_messages
 from kvstore.server.store import StorePath
+from kvstore.server.threads import Threads
 from kvstore.wire import convert
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -27,8 +27,7 @@ class AdminService(rpc.AdminServicer):
         self,
         engine: Engine,
         store: StorePath,
-        lane: Lane,
-        workers: Workers,
+        threads: Threads,
         counters: Counters,
         state: Callable[[], str],
         device: Callable[[], str],
@@ -36,8 +35,7 @@ class AdminService(rpc.AdminServicer):
     ) -> None:
         self._engine = engine
         self._store = store
-        self._lane = lane
-        self._workers = workers
+        self._threads = threads
         self._counters = counters
         self.refusals = counters.refusals
         self._state = state
@@ -46,7 +44,7 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
-        return await self._workers.admin(self._stats, self._load())
+        return await self._threads.admin(self._stats, self._load())
 
     def _stats(self, load: pb.LoadStats) -> pb.StatsReply:
         return self._counters.reply(
@@ -54,7 +52,7 @@ class AdminService(rpc.AdminServicer):
             load,
             version=__version__,
             state=self._state(),
-            device=self._device() if self._lane.used else "idle",
+            device=self._device() if self._threads.lane.used else "idle",
             gate=self._store.gate,
             tokens_stored=self._store.tokens_stored,
         )
@@ -62,18 +60,21 @@ class AdminService(rpc.AdminServicer):
     @unary
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListReply:
         limit = min(request.limit or LIST_MAX, LIST_MAX)
-        if not request.namespace_prefix:
-            stats = await self._workers.admin(self._engine.stats)
-            rows = [namespace_message(one, self._store.gate) for one in stats.namespaces]
+        return await self._threads.admin(self._list, request.namespace_prefix, limit)
+
+    def _list(self, namespace_prefix: bytes, limit: int) -> pb.ListReply:
+        if not namespace_prefix:
+            rows = [namespace_message(one, self._store.gate) for one in self._engine.stats().namespaces]
             return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
-        found = await self._workers.admin(self._engine.list_blocks, request.namespace_prefix, limit + 1)
-        blocks = [block_message(info) for info in found[:limit]]
-        return pb.ListReply(blocks=blocks, truncated=len(found) > limit)
+        found = self._engine.list_blocks(namespace_prefix, limit + 1)
+        return pb.ListReply(blocks=map(block_message, found[:limit]), truncated=len(found) > limit)
 
     @unary
     async def Show(self, request: pb.ShowRequest, context: Context) -> pb.ShowReply:
-        found = await self._workers.admin(self._engine.show, request.key_prefix)
-        return pb.ShowReply(blocks=[block_message(info) for info in found[:SHOW_MAX]])
+        return await self._threads.admin(self._show, request.key_prefix)
+
+    def _show(self, key_prefix: bytes) -> pb.ShowReply:
+        return pb.ShowReply(blocks=map(block_message, self._engine.show(key_prefix)[:SHOW_MAX]))
 
     @unary
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
@@ -88,13 +89,13 @@ class AdminService(rpc.AdminServicer):
         if request.shred:
             if not request.namespace_prefix:
                 raise InvalidRequestError("shredding takes a namespace")
-            await self._workers.admin(self._engine.shred, request.namespace_prefix, request.dry_run)
-        report = await self._workers.admin(self._engine.evict, selection, request.dry_run)
+            await self._threads.evict.finish(self._engine.shred, request.namespace_prefix, request.dry_run)
+        report = await self._threads.evict(self._engine.evict, selection, request.dry_run)
         return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
 
     @unary
     async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:
-        report = await self._workers.admin(self._engine.check, request.repair)
+        report = await self._threads.check(self._engine.check, request.repair)
         findings = [pb.Finding(kind=one.kind, path=one.path, detail=one.detail) for one in report.findings]
         return pb.CheckReply(
             blobs=report.blobs, bytes=report.bytes, repaired=report.repaired, findings=findings[:FINDINGS_MAX]
@@ -106,11 +107,11 @@ class AdminService(rpc.AdminServicer):
         if namespace is None:
             raise InvalidRequestError("a measurement comes with the layout of what was measured")
         quality = convert.quality_from_message(request.quality)
-        return pb.RecordQualityReply(refused=await self._workers.admin(self._store.gate.record, namespace, quality))
+        return pb.RecordQualityReply(refused=await self._threads.admin(self._store.gate.record, namespace, quality))
 
     @unary
     async def ListQuality(self, request: pb.ListQualityRequest, context: Context) -> pb.ListQualityReply:
-        found = await self._workers.admin(self._store.gate.all_calibrated, request.namespace_prefix)
+        found = await self._threads.admin(self._store.gate.all_calibrated, request.namespace_prefix)
         rows = [
             pb.NamespaceQuality(id=root, alias=one.alias, engine=one.engine, quality=quality_messages(judged))
             for root, one, judged in found
@@ -121,7 +122,7 @@ class AdminService(rpc.AdminServicer):
     async def ForgetQuality(self, request: pb.ForgetQualityRequest, context: Context) -> pb.ForgetQualityReply:
         if bool(request.namespace_prefix) == request.all:
             raise InvalidRequestError("forgetting takes a namespace, or all")
-        forgotten = await self._workers.admin(self._store.gate.forget, request.namespace_prefix, request.profile)
+        forgotten = await self._threads.admin(self._store.gate.forget, request.namespace_prefix, request.profile)
         return pb.ForgetQualityReply(results=forgotten)
 
 

@@ -17,7 +17,7 @@ import resource
 import signal
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import grpc.aio
@@ -38,14 +38,14 @@ from kvstore.server.access import daemon_credentials, guards, keep_up, tls_crede
 from kvstore.server.admin import AdminService
 from kvstore.server.admission import Admission
 from kvstore.server.callers import Sockets
-from kvstore.server.edge import Workers
 from kvstore.server.fetch import FetchPath
-from kvstore.server.lane import Lane
 from kvstore.server.layers import LayerFrames
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.service import KVStoreService
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
+from kvstore.server.threads import Threads
+from kvstore.server.upkeep import Upkeep
 from kvstore.server.volumes import Place, demand_volume, remember_volume
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
@@ -54,9 +54,7 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
 log = logging.getLogger(__name__)
 
-REAP_EVERY_S = 1.0
-# A directory that is gone so many times in a row is begun anew; a volume may be away for a moment.
-DISPLACED_MAX = 3
+UPKEEP_EVERY_S = 1.0
 # A health service of its own: not SERVING while the disk refuses writes, when what is stored is served all the same.
 WRITES = "kvstore.writes"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -72,7 +70,7 @@ IDLE_MS = 300_000
 
 
 class Daemon:
-    """The running daemon: owns engine, lane, workers and the gRPC server. Made and used on the event loop."""
+    """The running daemon: owns engine, threads and the gRPC server. Made and used on the event loop."""
 
     def __init__(self, config: Config, place: Place | None = None) -> None:
         """`place`: where the data directory is, when it is begun anew; known of every daemon that has served."""
@@ -91,18 +89,17 @@ class Daemon:
         files = CredentialFiles(config, daemon_credentials)
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
-            # The lock comes before the device, the index and the port: a second daemon must not disturb the first.
-            await asyncio.to_thread(demand_volume, config, self.place)
-            engine = await asyncio.to_thread(Engine.open, config.data_dir, engine_options(config))
-            stack.callback(engine.close)
-            self.place = await asyncio.to_thread(remember_volume, config)
-            await asyncio.to_thread(settle_limits, engine, config)
             limits = functools.partial(device.set_limits, config.gpu_memory_bytes)
-            lane = Lane(limits, device.release_memory, apart=device.bears_two_threads())
-            stack.callback(lane.close)
-            workers = Workers()
-            stack.callback(workers.close)
-            await self._serve(engine, lane, workers, files)
+            threads = Threads(limits, device.release_memory, apart=device.bears_two_threads())
+            stack.callback(threads.close)
+            # The lock comes before the index and the port: a second daemon must not disturb the first.
+            await threads.admin(demand_volume, config, self.place)
+            engine = await threads.admin(Engine.open, config.data_dir, engine_options(config))
+            stack.callback(engine.close)
+            stack.callback(threads.close)  # before the engine: none may use it afterwards
+            self.place = await threads.admin(remember_volume, config)
+            await threads.admin(settle_limits, engine, config)
+            await self._serve(engine, threads, files)
         return self._begin_anew
 
     def stop(self) -> None:
@@ -110,15 +107,15 @@ class Daemon:
         self._begin_anew = False
         self._stop.set()
 
-    async def _serve(self, engine: Engine, lane: Lane, workers: Workers, files: CredentialFiles) -> None:
-        config = self._config
+    async def _serve(self, engine: Engine, threads: Threads, files: CredentialFiles) -> None:
+        config, lane = self._config, threads.lane
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
         buffers = ByteBudget(config.memory_bytes)
         layers = LayerFrames(engine, lane, buffers)
         counters = Counters()
         same_host = bool(config.address.path)
-        service = KVStoreService(engine, store, fetch, layers, buffers, workers, counters, config, same_host=same_host)
+        service = KVStoreService(engine, store, fetch, layers, buffers, threads, counters, config, same_host=same_host)
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
 
@@ -134,7 +131,7 @@ class Daemon:
                 uploads_max=config.uploads_max,
             )
 
-        admin = AdminService(engine, store, lane, workers, counters, lambda: self._state, device.name, load)
+        admin = AdminService(engine, store, threads, counters, lambda: self._state, device.name, load)
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
@@ -159,15 +156,19 @@ class Daemon:
             await health.set(name, SERVING)
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
-        await workers.admin(sockets.begin)
-        reaper = asyncio.create_task(self._reap(store, engine, workers, health, sockets))
-        keeper = asyncio.create_task(keep_up(files))
+        await threads.admin(sockets.begin)
+        upkeep = Upkeep(engine, store.uploads, sockets, config)
+        tasks = [
+            asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
+            asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
+            asyncio.create_task(keep_up(files)),
+        ]
         await self._stop.wait()
         self._state = "draining"
         log.info("draining")
         await health.enter_graceful_shutdown()
-        reaper.cancel()
-        keeper.cancel()
+        for task in tasks:
+            task.cancel()
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
         service.end_leases()
         grace = asyncio.get_running_loop().time() + config.grace_s
@@ -175,32 +176,26 @@ class Daemon:
         if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
             log.warning("gave up commits that did not end within %d s", config.grace_s)
             store.give_up()
-        store.uploads.end_all()
+        await threads.release(store.uploads.end_all)
 
-    async def _reap(
-        self, store: StorePath, engine: Engine, workers: Workers, health: HealthServicer, sockets: Sockets
-    ) -> None:
-        displaced = 0
-        while True:
-            await asyncio.sleep(REAP_EVERY_S)
-            config = self._config
-            await workers.admin(sockets.look)
-            await workers.admin(store.uploads.keep_up)
-            await workers.admin(engine.maintain)
-            degraded = (await workers.admin(engine.stats)).degraded
-            await health.set(WRITES, NOT_SERVING if degraded else SERVING)
-            displaced = displaced + 1 if await workers.admin(engine.is_displaced) else 0
-            if displaced >= DISPLACED_MAX:
-                log.error("the data directory %s was deleted or replaced; beginning anew", config.data_dir)
-                self._begin_anew = True
-                self._stop.set()
-            try:
-                reap = (store.uploads.reap, config.upload_idle_s, config.upload_bytes_per_s_min)
-                for upload in await workers.admin(*reap):
-                    words = "gave up upload %s of %d tokens: nothing arrived, or too little"
-                    log.warning(words, upload.upload_id[:8], upload.n_tokens)
-            except OSError as error:
-                log.warning("an upload that was given up could not be removed: %s", error)
+    async def _keep_up(self, upkeep: Upkeep, engine: Engine, threads: Threads, health: HealthServicer) -> None:
+        for upload in await threads.care(upkeep.step):
+            threads.release.post(upload.release)
+        await health.set(WRITES, NOT_SERVING if engine.degraded else SERVING)
+        if upkeep.is_displaced and not self._stop.is_set():
+            log.error("the data directory %s was deleted or replaced; beginning anew", self._config.data_dir)
+            self._begin_anew = True
+            self._stop.set()
+
+
+async def every_second(work: Callable[[], Awaitable[object]]) -> None:
+    """Await `work()` again and again, a second after it ended. What the system refuses it, it may get the next time."""
+    while True:
+        await asyncio.sleep(UPKEEP_EVERY_S)
+        try:
+            await work()
+        except OSError as error:
+            log.warning("upkeep failed: %s", error)
 
 
 def serve(config: Config) -> int:

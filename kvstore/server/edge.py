@@ -1,7 +1,4 @@
-"""What every handler shares: the worker threads, and the edge at which errors become status codes.
-
-Handlers run on the event loop and only await; health and stats of a busy daemon are never behind a fetch.
-"""
+"""The RPC edge: errors become status codes. Handlers run on the event loop and only await (`threads.py`)."""
 
 from __future__ import annotations
 
@@ -9,14 +6,12 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 
 from kvstore.errors import KVStoreError, LimitError
-from kvstore.priority import give_way
 from kvstore.wire.status import to_status, trailing_metadata
 
 T = TypeVar("T")
@@ -24,42 +19,8 @@ Context: TypeAlias = Any  # grpc.aio.ServicerContext; grpcio has no types of its
 
 log = logging.getLogger(__name__)
 
-READ_THREADS = 4
 # How long a handler waits until its status is under way.
 ABORT_S = 1.0
-# Each waits for the lane most of the time.
-DECODE_THREADS = 8
-
-
-class Workers:
-    """The engine's threads: a few that read and plan, one that writes and gives way to all others."""
-
-    def __init__(self) -> None:
-        self._read = ThreadPoolExecutor(READ_THREADS, "kvstore-read")
-        self._decode = ThreadPoolExecutor(DECODE_THREADS, "kvstore-decode")
-        self._write = ThreadPoolExecutor(1, "kvstore-write", give_way)
-        self._admin = ThreadPoolExecutor(1, "kvstore-admin")
-
-    async def read(self, work: Callable[..., T], *args: object) -> T:
-        """Run planning or reading."""
-        return await asyncio.get_running_loop().run_in_executor(self._read, functools.partial(work, *args))
-
-    async def decode(self, work: Callable[..., T], *args: object) -> T:
-        """Run what waits for the lane; planning and reading must not wait behind it."""
-        return await asyncio.get_running_loop().run_in_executor(self._decode, functools.partial(work, *args))
-
-    async def write(self, work: Callable[..., T], *args: object) -> T:
-        """Run a commit; they go one after the other."""
-        return await asyncio.get_running_loop().run_in_executor(self._write, functools.partial(work, *args))
-
-    async def admin(self, work: Callable[..., T], *args: object) -> T:
-        """Run an admin verb, which may take long."""
-        return await asyncio.get_running_loop().run_in_executor(self._admin, functools.partial(work, *args))
-
-    def close(self) -> None:
-        """Let what runs finish, drop what waits."""
-        for pool in (self._write, self._decode, self._read, self._admin):
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 async def abort(context: Context, error: KVStoreError) -> None:

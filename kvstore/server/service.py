@@ -1,4 +1,4 @@
-"""The RPC edge of KVStore: messages to nouns, worker threads for what blocks, nothing decided here."""
+"""The RPC edge of KVStore: messages to nouns, `threads.py` for what blocks, nothing decided here."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from kvstore.records import runs_to_record
 from kvstore.server import uploads
 from kvstore.server.callers import caller_name
 from kvstore.server.costs import Offer, Timing, Way
-from kvstore.server.edge import Context, Workers, streaming, unary
+from kvstore.server.edge import Context, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.intake import Intake
 from kvstore.server.layers import LayerFrames, dense_block
 from kvstore.server.sender import Sender, write_within
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
+from kvstore.server.threads import Threads
 from kvstore.wire import convert
 from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -46,7 +47,7 @@ class KVStoreService(rpc.KVStoreServicer):
         fetch: FetchPath,
         layers: LayerFrames,
         buffers: ByteBudget,
-        workers: Workers,
+        threads: Threads,
         counters: Counters,
         config: Config,
         *,
@@ -57,7 +58,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._fetch = fetch
         self._layers = layers
         self._buffers = buffers
-        self._workers = workers
+        self._threads = threads
         self._counters = counters
         self.refusals = counters.refusals
         self._config = config
@@ -77,33 +78,30 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
+        return await self._threads.read(self._match, request)
+
+    def _match(self, request: pb.MatchRequest) -> pb.MatchReply:
         root = convert.root_from_message(request.namespace)
         offer = offer_of(request, self._way(request.namespace, root, pb.TRANSPORT_PATH, dense=False))
-        match = await self._workers.read(self._fetch.match, root, request.tokens, request.fidelity_min, offer)
+        match = self._fetch.match(root, request.tokens, request.fidelity_min, offer)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @unary
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         self._counters.add("fetch")
-        root = convert.root_from_message(request.namespace)
-        way = self._way(
-            request.namespace, root, request.transport, dense=request.representation == pb.REPRESENTATION_DENSE
-        )
-        plan = await self._planned(request, root, way, caller_name(context.invocation_metadata()))
+        plan, way, message = await self._planned(request, caller_name(context.invocation_metadata()))
         try:
             self._counters.fetched(plan.match.n_tokens, plan.match.reason)
-            if plan.namespace is None:
-                await context.write(pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason)))
-                return
-            message = pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
             await write_within(context, message, self._config.stream_stall_s)
+            if plan.namespace is None:
+                return
             if way == "path":
                 self._counters.add("bytes_served", sum(piece.row.blob_bytes for piece in plan.match.parts))
                 await self._lease()
             else:
                 await self._stream(plan, plan.namespace.layout, way, context)
         finally:
-            plan.release()
+            self._threads.release.post(plan.release)
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
 
@@ -112,19 +110,39 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.lease_s)
 
-    async def _planned(self, request: pb.FetchRequest, root: bytes, way: Way, caller: str) -> FetchPlan:
-        wanted = (root, request.tokens, request.fidelity_min, offer_of(request, way), caller)
-        planning = asyncio.ensure_future(self._workers.read(self._fetch.plan, *wanted))
+    async def _planned(self, request: pb.FetchRequest, caller: str) -> tuple[FetchPlan, Way, pb.FetchReply]:
+        planning = asyncio.ensure_future(self._threads.read(self._plan, request, caller))
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
-            # The thread goes on and takes its lease, for nobody: give it back as soon as it is there.
-            planning.add_done_callback(give_back)
+            # The thread goes on and takes its lease, for nobody: release it as soon as it is there.
+            planning.add_done_callback(self._release_plan)
             raise
+
+    def _plan(self, request: pb.FetchRequest, caller: str) -> tuple[FetchPlan, Way, pb.FetchReply]:
+        """A plan, how its bytes will go, and the message that says so."""
+        root = convert.root_from_message(request.namespace)
+        dense = request.representation == pb.REPRESENTATION_DENSE
+        way = self._way(request.namespace, root, request.transport, dense=dense)
+        plan = self._fetch.plan(root, request.tokens, request.fidelity_min, offer_of(request, way), caller)
+        if plan.namespace is None:
+            return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
+        try:
+            return plan, way, pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
+        except BaseException:
+            plan.release()
+            raise
+
+    def _release_plan(self, planning: asyncio.Future[tuple[FetchPlan, Way, pb.FetchReply]]) -> None:
+        """Release a plan that nobody waits for any more."""
+        if not planning.cancelled() and planning.exception() is None:
+            self._threads.release.post(planning.result()[0].release)
 
     async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, context: Context) -> None:
         make, run = (
-            (self._layers.dense, self._workers.decode) if way == "dense" else (self._layers.packed, self._workers.read)
+            (self._layers.dense, self._threads.decode)
+            if way == "dense"
+            else (self._layers.packed, self._threads.stream)
         )
         sender = Sender(make(plan, layout), run, self._config.stream_stall_s)
         try:
@@ -185,22 +203,28 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
-        with self._counting_invalid():
-            asked = store_request(request, caller_name(context.invocation_metadata()))
-        planning = asyncio.ensure_future(self._workers.read(self._store.begin, asked))
+        planning = asyncio.ensure_future(
+            self._threads.plan(self._begin, request, caller_name(context.invocation_metadata()))
+        )
         try:
             with self._counting_invalid():
-                plan = await asyncio.shield(planning)
+                plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
             # Nobody will hear of the upload that the thread opened, or goes on to open.
             planning.add_done_callback(self._forget)
             raise
+        if plan.upload is None:
+            self._counters.stored(plan.reason)
+        return reply
+
+    def _begin(self, request: pb.BeginStoreRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
+        """A plan, and the message that says so."""
+        plan = self._store.begin(store_request(request, caller))
         upload = plan.upload
         if upload is None:
-            self._counters.stored(plan.reason)
-            return pb.BeginStoreReply(
+            return plan, pb.BeginStoreReply(
                 reason=plan.reason,
                 held_tokens=plan.held_tokens,
                 durable=self._durable and plan.reason is Reason.ALREADY_STORED,
@@ -210,7 +234,7 @@ class KVStoreService(rpc.KVStoreServicer):
             request.namespace, upload.namespace.root
         )
         by_path = sharing and upload.staging is not None and not upload.encrypted
-        return pb.BeginStoreReply(
+        return plan, pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,
             end=upload.n_tokens,
@@ -231,15 +255,15 @@ class KVStoreService(rpc.KVStoreServicer):
             self._counters.stored(Reason.INVALID)
             raise
 
-    def _forget(self, planning: asyncio.Future[StorePlan]) -> None:
+    def _forget(self, planning: asyncio.Future[tuple[StorePlan, pb.BeginStoreReply]]) -> None:
         """Give up the upload of a plan that nobody waits for any more."""
-        if not planning.cancelled() and planning.exception() is None and (upload := planning.result().upload):
-            self._store.uploads.give_up(upload)
+        if not planning.cancelled() and planning.exception() is None and (upload := planning.result()[0].upload):
+            self._threads.release.post(self._store.uploads.give_up, upload)
 
     @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
         uploads = self._store.uploads
-        intake = Intake(uploads, self._workers.read, self._buffers, self._config.upload_idle_s)
+        intake = Intake(uploads, self._threads.plan, self._buffers, self._config.upload_idle_s)
         whole = False
         try:
             received = await intake.receive(request_iterator)
@@ -248,7 +272,7 @@ class KVStoreService(rpc.KVStoreServicer):
         finally:
             intake.close()
             if intake.upload is not None and not whole:
-                uploads.give_up(intake.upload)
+                await self._threads.release.finish(uploads.give_up, intake.upload)
 
     @streaming
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
@@ -270,9 +294,9 @@ class KVStoreService(rpc.KVStoreServicer):
     async def _commit(self, upload: uploads.Upload) -> pb.CommitStoreReply:
         try:
             await self._ended(upload.depends_on)
-            outcome = await self._workers.write(self._store.commit, upload)
+            outcome = await self._threads.write(self._store.commit, upload)
         except BaseException:
-            self._store.uploads.end(upload)
+            self._threads.release.post(self._store.uploads.end, upload)
             self._counters.stored(Reason.INVALID)
             raise
         self._counters.stored(outcome.reason)
@@ -287,7 +311,7 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def AbortStore(self, request: pb.AbortStoreRequest, context: Context) -> pb.AbortStoreReply:
         upload = self._store.uploads.claim(request.upload_id)
-        self._store.uploads.end(upload)
+        await self._threads.release.finish(self._store.uploads.end, upload)
         return pb.AbortStoreReply()
 
     @unary
@@ -301,7 +325,7 @@ class KVStoreService(rpc.KVStoreServicer):
             return pb.ReportReply()
         if len(request.key) != KEY_BYTES:
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")
-        return pb.ReportReply(quarantined=await self._workers.read(self._engine.recheck, request.key))
+        return pb.ReportReply(quarantined=await self._threads.stream(self._engine.recheck, request.key))
 
     def end_leases(self) -> None:
         """Let go of what waits for workers; called once, when the daemon is told to stop."""
@@ -312,12 +336,6 @@ class KVStoreService(rpc.KVStoreServicer):
         if self._commits:
             await asyncio.wait(self._commits, timeout=grace_s)
         return not self._commits
-
-
-def give_back(planning: asyncio.Future[FetchPlan]) -> None:
-    """Release a plan that nobody waits for any more."""
-    if not planning.cancelled() and planning.exception() is None:
-        planning.result().release()
 
 
 def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:

@@ -113,7 +113,10 @@ class Upload:
 
 
 class Uploads:
-    """The table of uploads, at most `uploads_max`. Thread-safe."""
+    """The table of uploads, at most `uploads_max`. Thread-safe; its lock is never held over I/O.
+
+    `add`, `get`, `claim` and `any_listed` may be called on the event loop. What ends an upload unlinks its file.
+    """
 
     def __init__(self, uploads_max: int) -> None:
         self._uploads_max = uploads_max
@@ -171,11 +174,13 @@ class Uploads:
         with self._lock:
             return list(self._by_id.values())
 
-    def keep_up(self) -> None:
+    def keep_up(self) -> list[Upload]:
         """Make room for what workers wrote to their staging files by themselves. To be called every second or so.
 
-        An upload for which there is none is given up: the budget holds whichever way bytes come.
+        Takes uploads off the table for which there is none: the budget holds whichever way bytes come. The caller
+        releases them.
         """
+        over = []
         for upload in self.under_way():
             if upload.staging is None or upload.committing:
                 continue
@@ -183,7 +188,9 @@ class Uploads:
                 upload.cover(upload.staging.progress())
             except (StoreFullError, NotFoundError) as error:
                 log.warning("gave up upload %s of %d tokens: %s", upload.upload_id[:8], upload.n_tokens, error)
-                self.give_up(upload)
+                if self._give_up(upload):
+                    over.append(upload)
+        return over
 
     def any_listed(self, upload_ids: Sequence[str]) -> bool:
         """Whether any of those uploads is still under way."""
@@ -191,12 +198,14 @@ class Uploads:
             return any(upload_id in self._by_id for upload_id in upload_ids)
 
     def give_up(self, upload: Upload) -> None:
-        """End the upload unless its commit has begun: then it is the commit's."""
+        """End the upload, and free all that it held, unless its commit has begun: then it is the commit's."""
+        if self._give_up(upload):
+            upload.release()
+
+    def _give_up(self, upload: Upload) -> bool:
+        """Off the table, unless its commit has begun; whether the upload is to be released now."""
         with self._lock:
-            if upload.committing or self._by_id.get(upload.upload_id) is not upload:
-                return
-            self._unlist(upload)
-        upload.release()
+            return not upload.committing and self._by_id.get(upload.upload_id) is upload and self._unlist(upload)
 
     def _unlist(self, upload: Upload) -> bool:
         """Off the table; whether it was on it. Hold the lock."""
@@ -213,14 +222,12 @@ class Uploads:
             upload.release()
 
     def reap(self, idle_s: float, bytes_per_s_min: int = 1) -> list[Upload]:
-        """End and return uploads in which nothing moved for `idle_s`, or not fast enough."""
-        with self._lock:
-            dead = [upload for upload in self._by_id.values() if not upload.alive(idle_s, bytes_per_s_min)]
-            for upload in dead:
-                self._unlist(upload)
-        for upload in dead:
-            upload.release()
-        return dead
+        """Take uploads off the table in which nothing moved for `idle_s`, or not fast enough.
+
+        The caller releases them.
+        """
+        idle = [upload for upload in self.under_way() if not upload.alive(idle_s, bytes_per_s_min)]
+        return [upload for upload in idle if self._give_up(upload)]
 
     def end_all(self) -> None:
         """Give up everything, at shutdown. A commit that is still running ends its upload itself."""

@@ -96,16 +96,16 @@ def begin(stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None
 # A busy loop: it plans a store itself, and cannot hear meanwhile of a caller that goes away.
 BUSY = """
 import sys, time
-from kvstore.server.edge import Workers
+from kvstore.server.threads import Pool
 from kvstore.cli import main
-read = Workers.read
+call = Pool.__call__
 async def busy(self, work, *args):
-    if work.__name__ != "begin":
-        return await read(self, work, *args)
+    if work.__name__ != "_begin":
+        return await call(self, work, *args)
     plan = work(*args)
     time.sleep(1)
     return plan
-Workers.read = busy
+Pool.__call__ = busy
 sys.argv = ["kvstore", "serve"]
 main()
 """

@@ -1,0 +1,100 @@
+"""Every thread of the daemon, and what may run on each.
+
+The event loop only awaits: it touches no disk, no index and no lock that another thread holds over I/O. Everything that
+may block is given to one of these pools. Work shares a thread only with work that may wait for the same things, so that
+nothing short waits behind something long.
+
+The engine has one kind of thread of its own: a request that stores syncs its blobs on a thread that ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from kvstore.priority import give_way
+from kvstore.server.lane import Lane
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Pool:
+    """Threads for one kind of work, first come, first served. Call it on the event loop."""
+
+    def __init__(self, name: str, threads: int, *, background: bool = False) -> None:
+        """`background`: its threads run at a lower priority than everything that somebody waits for."""
+        self.name = name
+        self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", give_way if background else None)
+        self._posted: set[asyncio.Future[Any]] = set()
+        self._is_closed = False
+
+    async def __call__(self, work: Callable[..., T], *args: object) -> T:
+        """Run `work(*args)` and return its result. If the caller is cancelled, work that has not begun is dropped."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(work, *args))
+
+    async def finish(self, work: Callable[..., T], *args: object) -> T:
+        """As a call, but the work is done even if the caller is cancelled before it has begun."""
+        return await asyncio.shield(asyncio.ensure_future(self(work, *args)))
+
+    def post(self, work: Callable[..., object], *args: object) -> None:
+        """Have `work(*args)` done later, without waiting. Errors are logged. Dropped once the pool is closed."""
+        if self._is_closed:
+            return
+        posted = asyncio.ensure_future(self(work, *args))
+        self._posted.add(posted)  # the loop itself holds tasks only weakly
+        posted.add_done_callback(self._ended)
+
+    def _ended(self, posted: asyncio.Future[Any]) -> None:
+        self._posted.discard(posted)
+        if not posted.cancelled() and (error := posted.exception()) is not None:
+            log.warning("%s: %s", self.name, error, exc_info=error)
+
+    def close(self, *, drop: bool = True) -> None:
+        """Finish what runs. What waits is dropped, or with `drop=False` finished, too. Idempotent."""
+        self._is_closed = True
+        self._executor.shutdown(wait=True, cancel_futures=drop)
+
+
+class Threads:
+    """The table. `close` ends all of them; until then every pool may be called on the event loop."""
+
+    def __init__(
+        self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None, *, apart: bool = False
+    ) -> None:
+        """`start`, `idle` and `apart` are the lane's."""
+        # Matches and plans of fetches: index and sizes of blobs. Never waits for a writer of the index.
+        self.read = Pool("read", 4)
+        # A batch of a stream as it is stored, and a block that a worker reports as damaged: waits for the disk.
+        self.stream = Pool("stream", 4)
+        # A batch of a dense stream: waits for the disk and for the lane, most of the time for the lane.
+        self.decode = Pool("decode", 8)
+        # BeginStore, and the bytes of an upload into its staging file: both may wait until there is room.
+        self.plan = Pool("plan", 2)
+        # CommitStore, one after the other.
+        self.write = Pool("write", 1, background=True)
+        # The end of uploads and leases: unlinks.
+        self.release = Pool("release", 1)
+        # Once a second: budget, free floor, deletions to settle, idle uploads, displaced directory, connections.
+        self.care = Pool("care", 1)
+        # Reads blobs from end to end: the scrub and `check`.
+        self.check = Pool("check", 1)
+        # Evictions that an admin asks for.
+        self.evict = Pool("evict", 1)
+        # Whatever else an admin asks: stats, ls, show, quality. Start and stop of the daemon.
+        self.admin = Pool("admin", 1)
+        # Everything that touches the device: pieces of about 50 ms, fetches before stores; a store that waits ages.
+        self.lane = Lane(start, idle, apart=apart)
+
+    def close(self) -> None:
+        """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""
+        for pool in (self.write, self.plan, self.decode, self.stream, self.read):
+            pool.close()
+        for pool in (self.evict, self.check, self.care, self.admin):
+            pool.close()
+        self.release.close(drop=False)
+        self.lane.close()

@@ -1,0 +1,42 @@
+"""What the daemon does once a second: keep to limits, give up uploads that stall, notice a directory that is gone."""
+
+from __future__ import annotations
+
+import logging
+
+from kvstore.config import Config
+from kvstore.engine import Engine
+from kvstore.server.callers import Sockets
+from kvstore.server.uploads import Upload, Uploads
+
+# A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
+DISPLACED_MAX = 3
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Blocks on disk and on the engine's lock: for the `care` thread."""
+
+    def __init__(self, engine: Engine, uploads: Uploads, sockets: Sockets, config: Config) -> None:
+        self._engine = engine
+        self._uploads = uploads
+        self._sockets = sockets
+        self._config = config
+        self._displaced = 0
+
+    @property
+    def is_displaced(self) -> bool:
+        """Whether the data directory was deleted or replaced underneath, for good."""
+        return self._displaced >= DISPLACED_MAX
+
+    def step(self) -> list[Upload]:
+        """Do it all once. Returns uploads that were given up: off the table, and still to be released."""
+        self._sockets.look()
+        over = self._uploads.keep_up()
+        self._engine.maintain()
+        self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
+        idle = self._uploads.reap(self._config.upload_idle_s, self._config.upload_bytes_per_s_min)
+        for upload in idle:
+            words = "gave up upload %s of %d tokens: nothing arrived, or too little"
+            log.warning(words, upload.upload_id[:8], upload.n_tokens)
+        return over + idle

@@ -1,0 +1,131 @@
+"""server/threads.py: the one table of the daemon's threads."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import kvstore.server
+from kvstore.server.threads import Pool, Threads
+
+SERVER = Path(kvstore.server.__file__).parent
+# What makes a thread, or gives work to one that the table does not know.
+MAKERS = {"ThreadPoolExecutor", "Thread", "Timer", "to_thread", "run_in_executor"}
+
+
+@pytest.fixture
+def threads() -> Iterator[Threads]:
+    """All of them."""
+    made = Threads()
+    yield made
+    made.close()
+
+
+def pools(threads: Threads) -> dict[str, Pool]:
+    """The pools of the table."""
+    return {name: pool for name, pool in vars(threads).items() if isinstance(pool, Pool)}
+
+
+def test_no_thread_is_made_outside_the_table() -> None:
+    """Only the table makes pools, and the lane its threads."""
+    found = {
+        path.name
+        for path in SERVER.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Name) and node.id in MAKERS)
+        or (isinstance(node, ast.Attribute) and node.attr in MAKERS)
+    }
+    assert found == {"threads.py", "lane.py"}
+
+
+def test_every_pool_runs_its_work_on_threads_of_its_name(threads: Threads) -> None:
+    """So that a stack dump says what a thread is for."""
+
+    async def names() -> dict[str, str]:
+        return {name: await pool(lambda: threading.current_thread().name) for name, pool in pools(threads).items()}
+
+    assert all(thread.startswith(f"kvstore-{name}_") for name, thread in asyncio.run(names()).items())
+    assert len(pools(threads)) == 10
+
+
+def test_a_pool_that_is_full_holds_up_no_other(threads: Threads) -> None:
+    """Whatever stands still on the threads of one kind of work, every other kind goes on."""
+
+    async def others_go_on(name: str) -> None:
+        end = threading.Event()
+        stuck = [asyncio.ensure_future(pools(threads)[name](end.wait)) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        for other, pool in pools(threads).items():
+            if other != name:
+                assert await asyncio.wait_for(pool(lambda: 1), 60) == 1
+        assert not any(each.done() for each in stuck)
+        end.set()
+        await asyncio.gather(*stuck)
+
+    for name in pools(threads):
+        asyncio.run(others_go_on(name))
+
+
+def cancelled(start: Callable[[Pool], Awaitable[object]], *, pool: Pool) -> None:
+    """Give work to a pool that is busy, and cancel the caller before the work has begun."""
+
+    async def main() -> None:
+        end = threading.Event()
+        busy = asyncio.ensure_future(pool(end.wait))
+        await asyncio.sleep(0.01)
+        waiting = asyncio.ensure_future(start(pool))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        end.set()
+        await busy
+        await pool(lambda: None)
+
+    asyncio.run(main())
+
+
+def test_work_that_must_be_finished_outlives_its_caller(threads: Threads) -> None:
+    """The end of an upload, when the worker that asked for it is gone; what is only asked for is dropped."""
+    done: list[str] = []
+    cancelled(lambda pool: pool.finish(done.append, "finish"), pool=threads.release)
+    cancelled(lambda pool: pool(done.append, "call"), pool=threads.release)
+    assert done == ["finish"]
+
+
+def test_what_was_posted_is_done_before_the_pool_closes() -> None:
+    """Uploads that were given up at the last moment leave no files."""
+    done: list[int] = []
+
+    async def main() -> None:
+        threads = Threads()
+        end = threading.Event()
+        for work in (end.wait, *[lambda number=number: done.append(number) for number in range(5)]):
+            threads.release.post(work)
+        await asyncio.sleep(0.01)
+        end.set()
+        threads.close()
+        threads.release.post(done.append, 99)
+        threads.close()
+
+    asyncio.run(main())
+    assert done == list(range(5))
+
+
+def test_an_error_of_what_was_posted_is_logged(threads: Threads, caplog: pytest.LogCaptureFixture) -> None:
+    """No caller hears of it."""
+
+    def fail() -> None:
+        raise OSError("the disk is away")
+
+    async def main() -> None:
+        threads.release.post(fail)
+        await threads.release(lambda: None)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert "the disk is away" in caplog.text
