@@ -128,7 +128,7 @@ class DaemonProcess:
 
     def blobs(self) -> list[Path]:
         """The blob files."""
-        return self.files("blobs.noindex")
+        return [path for path in self.files("blobs.noindex") if path.suffix == ".safetensors"]
 
     def disk_bytes(self) -> int:
         """Bytes that the data directory takes, as `du` counts them."""
