@@ -116,6 +116,7 @@ def test_an_unknown_prompt_is_a_miss_with_the_daemons_reason(session: Session) -
     [
         ("no_plan", Reason.CORRUPT),
         ("garbage_runs", Reason.CORRUPT),
+        ("no_templates", Reason.CORRUPT),
         ("too_many_tokens", Reason.CORRUPT),
         ("wrong_sum", Reason.CORRUPT),
         ("wrong_key", Reason.CORRUPT),

@@ -160,6 +160,10 @@ class Row(_Fields):
         block.demand_whole()
         return block
 
+    def __hash__(self) -> int:
+        # The templates are a dict, which has no hash; equal rows have one key and one value.
+        return hash((self.key, self.value))
+
     def __repr__(self) -> str:
         return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, number={self.number})"
 
