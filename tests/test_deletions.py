@@ -126,9 +126,9 @@ def test_an_eviction_is_acknowledged_after_its_unlinks_are_synced(tmp_path: Path
     fs = RecordingFs()
     with Engine.open(tmp_path / "data", options(), fs) as engine:
         put(engine, NS, PROMPT[:300])
-        tail = engine.match(NS.root, pack_tokens(PROMPT[:300])).slices[-1].row
         put(engine, NS, PROMPT)
-        folders = {path.parent.name for path in blob_paths(tmp_path / "data")} | {f"{tail.directory:02x}"}
+        put(engine, OTHER, PROMPT[:300])
+        folders = {NS.root.hex(), OTHER.root.hex()}
         at = len(fs.calls)
         engine.evict(Selection(all=True))
         calls = fs.calls[at:]
@@ -166,10 +166,11 @@ def test_freed_counts_only_what_left_the_disk(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, PROMPT)
         rows = [part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]
-        size = rows[0].disk_bytes
+        sizes = [engine._shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in rows]
+        size = sizes[0]
         with engine.lease(rows[:3]):
             report = engine.evict(Selection(all=True))
-            assert (report.blocks, report.freed_bytes, report.kept_bytes) == (4, rows[3].disk_bytes, 3 * size)
+            assert (report.blocks, report.freed_bytes, report.kept_bytes) == (4, sizes[3], 3 * size)
             used = engine.used_bytes
         engine.maintain()
         assert engine.used_bytes == used - 3 * size - 4096  # and the tombstones
@@ -211,6 +212,26 @@ def test_a_file_that_the_disk_does_not_let_go_gets_a_tombstone(tmp_path: Path) -
         engine.maintain()
         assert not blob_paths(tmp_path / "data")
         assert engine.evict(Selection(all=True)).blocks == 0
+
+
+def test_what_a_repair_deletes_is_kept_for_its_readers_and_does_not_return(tmp_path: Path) -> None:
+    """What lost its parent waits for a lease; what the disk does not let go has a tombstone as after an eviction."""
+    fs = NoUnlink()
+    with Engine.open(tmp_path / "data", options(), fs) as engine:
+        put(engine, NS, PROMPT)
+        _, second, third, fourth = (part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices)
+        blob_path(engine, second).unlink()
+        with engine.lease([third]):
+            fs.broken = True
+            assert engine.check(repair=True).repaired == 1
+            fs.broken = False
+            buried = (tmp_path / "data" / TOMBSTONES).read_text().split()
+            assert set(buried) == {f"{NS.root.hex()}/{row.blob.name}" for row in (second, third, fourth)}
+            engine.maintain()
+            assert blob_path(engine, third).exists() and not blob_path(engine, fourth).exists()
+        engine.maintain()
+        assert not blob_path(engine, third).exists() and not (tmp_path / "data" / TOMBSTONES).exists()
+        assert engine.stats().evictions["repair"][0] == 3
 
 
 def test_a_disk_that_keeps_files_does_not_make_the_budget_empty_the_store(tmp_path: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
-from kvstore.engine import Engine, Selection, check_directory
+from kvstore.engine import Engine, NewBlock, Selection, check_directory
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
 from tests.support.engine import (
@@ -26,6 +28,7 @@ from tests.support.engine import (
     namespace,
     options,
     put,
+    sequence,
 )
 
 NS, OTHER = namespace(), namespace("other")
@@ -105,6 +108,7 @@ def damage_stray(engine: Engine) -> None:
     path = paths_of(engine)[2]
     shutil.copy(path, path.parent / f"{'ab' * 32}-9.safetensors")
     (path.parent / "left.safetensors.tmp").write_bytes(b"torn")
+    (path.parent / f"{'cd' * 32}-9.safetensors.tmp").write_bytes(b"torn")
 
 
 def damage_row(engine: Engine) -> None:
@@ -123,10 +127,18 @@ def damage_children(engine: Engine) -> None:
         edit._txn.drop(edit._db["children"], delete=False)
 
 
+def set_version(path: Path) -> None:
+    """Another format version, in as many bytes."""
+    data, count = re.subn(rb'"version":"[0-9]"', b'"version":"9"', path.read_bytes(), count=1)
+    assert count == 1
+    path.write_bytes(data)
+
+
 DAMAGES: list[tuple[Callable[[Engine], None], set[str], int]] = [
     (damage_missing, {"missing_blob"}, 512),
     (damage_corrupt, {"corrupt_blob"}, 512),
     (damage_stray, {"stray_blob", "corrupt_blob"}, 900),
+    # Offline the table that does not agree with the rows is reason enough to rebuild all of the index.
     (damage_row, {"stray_blob", "missing_parent", "row"}, 768),
     (damage_table, {"row"}, 900),
     (damage_children, {"row"}, 900),
@@ -157,10 +169,40 @@ def test_a_check_finds_damage_and_a_repair_mends_it(
     assert check(False) == set()
     if not online:
         engine = Engine.open(tmp_path / "data", options())
-    assert find(engine, NS, LONG).n_tokens == left
+    assert find(engine, NS, LONG).n_tokens == (900 if damage is damage_row and not online else left)
     demand_sound(engine)
     assert put(engine, NS, LONG).reason is Reason.OK
     engine.close()
+
+
+def test_a_repair_leaves_alone_what_a_store_is_writing(tmp_path: Path) -> None:
+    """Neither its temporary files nor the blobs that have their names, and no rows yet, are strays."""
+
+    class Held(RecordingFs):
+        """Files are synced once `let` is set, so until then they are temporary."""
+
+        let = threading.Event()
+
+        def fsync(self, fd: int) -> None:
+            assert self.let.wait(60)
+            super().fsync(fd)
+
+    fs = Held()
+    fs.let.clear()
+    data_dir, seen = tmp_path / "data", set()
+    with Engine.open(data_dir, options(), fs) as engine:
+
+        def blocks() -> Iterator[NewBlock]:
+            for number, block in enumerate(sequence(NS, LONG)):
+                assert engine.check(repair=True).findings == []
+                seen.update(path.suffix for path in (data_dir / "blobs.noindex").rglob("*-*"))
+                if number == 2:
+                    fs.let.set()
+                yield block
+
+        assert engine.store(NS.to_record(), blocks()).blocks == 4
+        assert seen == {".tmp", ".safetensors"} and find(engine, NS, LONG).n_tokens == 900
+        demand_sound(engine)
 
 
 def test_a_repair_rebuilds_a_deleted_index_offline(tmp_path: Path) -> None:
@@ -196,13 +238,12 @@ def test_an_offline_check_needs_the_directory_for_itself(tmp_path: Path) -> None
     assert check_directory(tmp_path / "nothing").findings and not (tmp_path / "nothing").exists()
 
 
-def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
+def test_a_blob_of_another_format_version_is_left_alone(tmp_path: Path) -> None:
     """A check says so; a rebuild refuses rather than lose it."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         path = paths_of(engine)[3]
-    data = path.read_bytes().replace(b'"version":"1"', b'"version":"9"')
-    path.write_bytes(data)
+    set_version(path)
     shutil.rmtree(tmp_path / "data" / "index")
     kinds = {finding.kind for finding in check_directory(tmp_path / "data", repair=True).findings}
     assert kinds == {"row", "stray_blob", "unknown_format"} and path.exists()
@@ -212,8 +253,8 @@ def test_a_blob_of_a_newer_format_is_left_alone(tmp_path: Path) -> None:
     assert path.exists()
 
 
-def make_newer(path: Path) -> None:
-    """As a newer kvstore may write it: another number, and something that this one does not know."""
+def make_other(path: Path) -> None:
+    """As another kvstore may write it: another number, and something that this one does not know."""
     data = path.read_bytes()
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
@@ -224,25 +265,25 @@ def make_newer(path: Path) -> None:
 
 
 @pytest.mark.parametrize("others", [0, 3])
-def test_what_stands_behind_a_newer_blob_outlives_an_index_that_is_lost(
+def test_what_stands_behind_a_blob_of_another_version_outlives_an_index_that_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: int
 ) -> None:
-    """The start refuses, however much else is found, and deletes nothing: the newer kvstore finds all of it."""
-    monkeypatch.setattr("kvstore.engine.check.FINDINGS_MAX", 2)
+    """The start refuses, however much else is found, and deletes nothing: the other kvstore finds all of it."""
+    monkeypatch.setattr("kvstore.engine.adopt.ADOPTED_MAX", 2)
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         for number in range(others):
             put(engine, NS, [-1 - number, *LONG[:300]])
-        newer, *behind = [blob_path(engine, part.row) for part in find(engine, NS, LONG).slices[1:]]
-    before = newer.read_bytes()
-    make_newer(newer)
+        other, *behind = [blob_path(engine, part.row) for part in find(engine, NS, LONG).slices[1:]]
+    before = other.read_bytes()
+    make_other(other)
     shutil.rmtree(tmp_path / "data" / "index")
     for _ in range(2):
-        with pytest.raises(UnknownFormatError, match=newer.name):
+        with pytest.raises(UnknownFormatError, match=other.name):
             Engine.open(tmp_path / "data", options())
     check_directory(tmp_path / "data", repair=True)
     assert all(path.exists() for path in behind)
-    newer.write_bytes(before)
+    other.write_bytes(before)
     shutil.rmtree(tmp_path / "data" / "index")
     with Engine.open(tmp_path / "data", options()) as engine:
         assert find(engine, NS, LONG).n_tokens == len(LONG)
@@ -250,13 +291,13 @@ def test_what_stands_behind_a_newer_blob_outlives_an_index_that_is_lost(
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online: bool) -> None:
+def test_a_blob_of_another_version_under_a_row_is_said_and_left_alone(tmp_path: Path, online: bool) -> None:
     """By a fetch, by a report of damage, by the scrub and by a repair; what it stands for is a miss."""
     engine = Engine.open(tmp_path / "data", options())
     put(engine, NS, LONG)
     parts = find(engine, NS, LONG).slices
     path = blob_path(engine, parts[1].row)
-    make_newer(path)
+    make_other(path)
     left = path.read_bytes()
     assert engine.first_unusable(parts) == 1
     assert not engine.recheck(parts[1].row.key)
@@ -271,34 +312,25 @@ def test_a_newer_blob_under_a_row_is_said_and_left_alone(tmp_path: Path, online:
     engine.close()
 
 
-def test_a_blob_that_is_newer_by_its_number_alone_is_damaged(tmp_path: Path) -> None:
-    """A blob is written in the least version that can bear it."""
-    with Engine.open(tmp_path / "data", options()) as engine:
-        put(engine, NS, LONG)
-        parts = find(engine, NS, LONG).slices
-        path = blob_path(engine, parts[1].row)
-        path.write_bytes(path.read_bytes().replace(b'"version":"1"', b'"version":"9"'))
-        assert engine.first_unusable(parts) == 1 and engine.recheck(parts[1].row.key)
-        assert not path.exists() and engine.stats().quarantined == 1
-
-
-def test_a_start_after_a_kill_leaves_newer_blobs_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_start_after_a_kill_leaves_blobs_of_another_version_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Under a row and without one; what is ours and has no row is unlinked."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         rows = [part.row for part in find(engine, NS, LONG).slices]
         shutil.copytree(tmp_path / "data", tmp_path / "killed")
     paths = [tmp_path / "killed" / blob_path(engine, row).relative_to(tmp_path / "data") for row in rows]
-    ours, stray = (paths[0].with_name(f"{bytes(32).hex()}-{seq}.safetensors") for seq in (70, 71))
+    ours, stray = (paths[0].with_name(f"{bytes(32).hex()}-{number}.safetensors") for number in (70, 71))
     shutil.copyfile(paths[0], ours)
     shutil.copyfile(paths[0], stray)
-    make_newer(stray)
-    make_newer(paths[3])
+    make_other(stray)
+    make_other(paths[3])
     with Engine.open(tmp_path / "killed", options()) as engine:
         assert not ours.exists() and stray.exists() and paths[3].exists()
         assert find(engine, NS, LONG).n_tokens == 768
         assert engine.stats().quarantined == 0
-        assert "left 2 of a newer format" in caplog.text
+        assert "left 2 of another format" in caplog.text
 
 
 def store_and_evict(engine: Engine) -> None:
@@ -309,17 +341,17 @@ def store_and_evict(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("how", ["a start after a kill", "a repair", "an offline repair"])
-def test_no_blob_gets_the_name_of_one_that_a_newer_kvstore_wrote(tmp_path: Path, how: str) -> None:
+def test_no_blob_gets_the_name_of_one_that_another_kvstore_wrote(tmp_path: Path, how: str) -> None:
     """It has no row, so nobody else counts its number; the same prompt, stored again, would take its place."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, OTHER, LONG)
         put(engine, NS, LONG)
         paths = paths_of(engine)
         # The numbers that come next.
-        newer = [path.with_name(f"{path.name[:64]}-{at + 9}.safetensors") for at, path in enumerate(paths)]
-        for path, copy in zip(paths, newer, strict=True):
+        other = [path.with_name(f"{path.name[:64]}-{at + 9}.safetensors") for at, path in enumerate(paths)]
+        for path, copy in zip(paths, other, strict=True):
             shutil.copyfile(path, copy)
-            make_newer(copy)
+            make_other(copy)
         engine.evict(Selection(namespace_prefix=NS.root))
         assert engine._shared.next_number == 9
         shutil.copytree(tmp_path / "data", tmp_path / "killed")
@@ -333,7 +365,7 @@ def test_no_blob_gets_the_name_of_one_that_a_newer_kvstore_wrote(tmp_path: Path,
     if how != "a repair":
         with Engine.open(tmp_path / "killed", options()) as engine:
             store_and_evict(engine)
-    for path in newer:
+    for path in other:
         assert b'"version":"9"' in (tmp_path / "killed" / path.relative_to(tmp_path / "data")).read_bytes()
 
 
@@ -404,7 +436,7 @@ def test_a_namespace_goes_with_its_last_row_and_stays_with_the_others(tmp_path: 
 
 
 def test_a_stray_that_a_live_engine_adopts_never_shares_its_number(tmp_path: Path) -> None:
-    """Its seq may be higher than any that this engine has given out."""
+    """Its number may be higher than any that this engine has given out."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         row = find(engine, NS, LONG).slices[3].row
@@ -432,7 +464,7 @@ def test_an_eviction_that_is_refused_or_only_tried_writes_nothing(tmp_path: Path
 
 def test_an_interrupted_rebuild_begins_again_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill between two commits of it, blobs without a row are not strays."""
-    monkeypatch.setattr("kvstore.engine.check.FINDINGS_MAX", 2)
+    monkeypatch.setattr("kvstore.engine.adopt.ADOPTED_MAX", 2)
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, LONG)
         shutil.copytree(tmp_path / "data", tmp_path / "killed")

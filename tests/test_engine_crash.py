@@ -197,20 +197,22 @@ def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(
         lost = blob_path(engine, find(engine, NS, list(range(900))).slices[1].row)
         copy = crashed_copy(engine, tmp_path / "copy")
     (copy / lost.relative_to(tmp_path / "data")).unlink()
-    (copy / "blobs.noindex" / "00").mkdir(exist_ok=True, mode=0o700)
-    (copy / "blobs.noindex" / "00" / f"{'0' * 64}-77.safetensors").write_bytes(b"stray")
-    (copy / "blobs.noindex" / "00" / f"{'0' * 64}-78.safetensors.tmp").write_bytes(b"torn")
+    for folder in (copy / "blobs.noindex" / root.hex() for root in (NS.root, bytes(32))):
+        folder.mkdir(exist_ok=True, mode=0o700)
+        (folder / f"{'0' * 64}-77.safetensors").write_bytes(b"stray")
+        (folder / f"{'0' * 64}-78.safetensors.tmp").write_bytes(b"torn")
     with Engine.open(copy, options()) as engine:
         assert find(engine, NS, list(range(900))).n_tokens == 256
         assert find(engine, NS, [*KEPT[:100], -5]).n_tokens == 101
+        assert engine.stats().evictions["repair"][0] == 3
         demand_sound(engine)
 
 
 def test_a_kill_during_the_first_store_of_all_leaves_no_damage_behind(tmp_path: Path) -> None:
-    """An empty index beside a file is made anew; the blob that was being written is none, so it just goes."""
+    """An empty index beside a file is rebuilt; the blob that was being written is none, so it just goes."""
     with Engine.open(tmp_path / "data", options()) as engine:
         copy = crashed_copy(engine, tmp_path / "copy")
-    folder = copy / "blobs.noindex" / "00"
+    folder = copy / "blobs.noindex" / bytes(32).hex()
     folder.mkdir(mode=0o700)
     (folder / f"{'0' * 64}-1.safetensors.tmp").write_bytes(b"")
     with Engine.open(copy, options()) as engine:
@@ -220,7 +222,7 @@ def test_a_kill_during_the_first_store_of_all_leaves_no_damage_behind(tmp_path: 
 
 
 def test_without_syncs_an_unclean_stop_verifies_every_blob(tmp_path: Path) -> None:
-    """Torn blobs go to quarantine, the index is made anew from the rest."""
+    """Torn blobs go to quarantine, the index is rebuilt from the rest."""
     with Engine.open(tmp_path / "data", options(durability="none")) as engine:
         put(engine, NS, list(range(900)))
         torn = blob_path(engine, find(engine, NS, list(range(900))).slices[2].row)
@@ -264,7 +266,7 @@ def test_a_lock_file_says_how_the_last_holder_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["garbage", "zeros", "empty", "half"])
-def test_an_index_that_cannot_be_read_is_made_anew(tmp_path: Path, damage: str) -> None:
+def test_an_index_that_cannot_be_read_is_rebuilt(tmp_path: Path, damage: str) -> None:
     """From blob headers; the damaged one is kept for a look."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, list(range(600)))

@@ -13,7 +13,7 @@ import pytest
 from kvstore.blobs.fs import Fs
 from kvstore.blocks import Reason
 from kvstore.engine import Engine, check_directory, directory
-from kvstore.engine.recover import set_index_aside
+from kvstore.engine.recover import Place, set_index_aside
 from kvstore.errors import DirectoryError
 from tests.support.engine import blob_path, blob_paths, find, namespace, options, put
 
@@ -128,7 +128,7 @@ def test_a_refused_start_lets_go_of_the_lock(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("clean", [True, False])
 def test_a_blob_folder_that_is_a_link_is_never_followed(tmp_path: Path, clean: bool) -> None:
-    """A start after a kill would unlink what is behind it, a repair would move it to quarantine."""
+    """A start after a kill would unlink what is behind it; a repair puts the link itself in quarantine."""
     others = tmp_path / "others"
     others.mkdir()
     names = ("notes.txt", f"{bytes(32).hex()}-7.safetensors")
@@ -136,10 +136,12 @@ def test_a_blob_folder_that_is_a_link_is_never_followed(tmp_path: Path, clean: b
         (others / name).write_bytes(b"not ours")
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, namespace(), range(300))
-        free = next(path for number in range(256) if not (path := engine._shared.directory.folder(number)).exists())
+        free = tmp_path / "data" / "blobs.noindex" / bytes(32).hex()
         free.symlink_to(others)
         engine.check(repair=True)
         assert sorted(path.name for path in others.iterdir()) == sorted(names)
+        assert engine.check().findings == [] and not os.path.lexists(free)
+        free.symlink_to(others)
         if not clean:
             shutil.copytree(tmp_path / "data", tmp_path / "killed", symlinks=True)
     data = tmp_path / ("data" if clean else "killed")
@@ -239,8 +241,10 @@ def test_a_quarantine_that_is_deleted_before_an_index_is_set_aside_is_made_again
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, namespace(), range(300))
     quarantine, index = tmp_path / "data" / "quarantine", tmp_path / "data" / "index" / "data.mdb"
+    claimed, held = directory.claim(tmp_path / "data")
     quarantine.rmdir()
-    set_index_aside(directory.Directory(tmp_path / "data"), Fs())
+    with held:
+        set_index_aside(Place(claimed, held, options(), Fs()))
     assert not index.exists() and [each.suffix for each in quarantine.iterdir()] == [".mdb"]
 
 
@@ -258,7 +262,7 @@ def test_what_no_quarantine_takes_loses_its_row_and_is_said(
         put(engine, namespace(), range(300))
         (tmp_path / "data" / "quarantine").rmdir()
         (tmp_path / "data" / "quarantine").symlink_to(others)
-        monkeypatch.setattr(engine._state, "is_displaced", lambda: False)
+        monkeypatch.setattr(engine._shared, "is_displaced", lambda: False)
         path = condemned(engine)
         assert "could not be put in quarantine" in caplog.text and list(others.iterdir()) == []
         assert path.read_bytes() == b"damaged"

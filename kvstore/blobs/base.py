@@ -8,7 +8,7 @@
     size     bytes of one blob
     path     its file, for readers in other processes on this host; None where only this process can read it
     drop     take a whole namespace away
-    quarantine   move one entry out of the way, for a person to look at
+    quarantine   move one blob or entry out of the way, for a person to look at
 
 Blobs never change: a new blob gets a new number, and a number is never used twice for one key. What implements this
 decides where bytes lie and whether they are encrypted; nothing above it knows.
@@ -57,8 +57,8 @@ class Source(NamedTuple):
 class Entry:
     """One name of a listing. `blob` is None for a name that kvstore does not give.
 
-    `place` is where it lies, for messages and for `quarantine`. `is_unfinished`: a blob that was being written when its
-    process ended; it was never acknowledged.
+    `place` is where it lies, for messages and for `quarantine`. `is_unfinished`: a blob that is being written, or was
+    when its process ended; it was never acknowledged, and its name does not exist yet.
     """
 
     place: str
@@ -143,8 +143,8 @@ class Blobs(Protocol):
     def discard(self, entry: Entry) -> None:
         """Remove an entry that is no blob, such as an unfinished one. Raises OSError."""
 
-    def quarantine(self, entry: Entry) -> None:
-        """Move an entry out of the way; nothing if it is gone. Raises OSError, or DirectoryError for a bad folder."""
+    def quarantine(self, what: Entry | BlobId) -> None:
+        """Move something out of the way; nothing if it is gone. Raises OSError, or DirectoryError for a bad folder."""
 
 
 def disk_bytes(nbytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -148,6 +149,20 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
         except OSError as error:
             errors.append(error)
     return errors
+
+
+def sync_tree(fs: Fs, top: str) -> None:
+    """Sync every file and folder below `top`, of what was written without. Links are not followed. Raises OSError."""
+    for folder, _, names in os.walk(top, topdown=False):
+        for path in (os.path.join(folder, name) for name in names):
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                continue
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fs.fsync(fd)
+            finally:
+                os.close(fd)
+        fs.fsync_dir(folder)
 
 
 def exclude_from_backups(folder: str) -> None:

@@ -90,7 +90,7 @@ class LocalBlobs:
                 if blob is None and entry.name.removesuffix(TMP_SUFFIX) == IDENTITY:
                     continue
                 unfinished = blob is not None and entry.name.endswith(TMP_SUFFIX)
-                yield Entry(entry.path, None if unfinished else blob, _size(entry), unfinished)
+                yield Entry(entry.path, blob, _size(entry), unfinished)
 
     def size(self, blob: BlobId) -> int | None:
         """st_size."""
@@ -155,14 +155,15 @@ class LocalBlobs:
         with contextlib.suppress(FileNotFoundError):
             self._fs.unlink(entry.place)
 
-    def quarantine(self, entry: Entry) -> None:
-        """Move a file to the quarantine folder, which is made again if somebody deleted it."""
+    def quarantine(self, what: Entry | BlobId) -> None:
+        """Move what has this name to the quarantine folder, which is made again if somebody deleted it."""
+        place = what.place if isinstance(what, Entry) else self._path(what)
         with contextlib.suppress(FileExistsError):
             self._fs.mkdir(self._quarantine)
         if not stat.S_ISDIR(os.lstat(self._quarantine).st_mode):
             raise DirectoryError(f"{self._quarantine} is not a directory")
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rename(entry.place, os.path.join(self._quarantine, os.path.basename(entry.place)))
+            self._fs.rename(place, os.path.join(self._quarantine, os.path.basename(place)))
 
     def _dropped(self) -> list[str]:
         with os.scandir(self._directory) as folders:

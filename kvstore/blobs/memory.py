@@ -81,10 +81,11 @@ class MemoryBlobs:
     def discard(self, entry: Entry) -> None:
         """Nothing is ever unfinished here."""
 
-    def quarantine(self, entry: Entry) -> None:
+    def quarantine(self, what: Entry | BlobId) -> None:
         """Into `quarantined`."""
-        if entry.blob in self._blobs:
-            self.quarantined[entry.place] = self._blobs.pop(entry.blob)
+        blob = what.blob if isinstance(what, Entry) else what
+        if blob is not None and blob in self._blobs:
+            self.quarantined[f"{blob.root.hex()}/{blob.name}"] = self._blobs.pop(blob)
 
 
 class _Pending:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import functools
 import threading
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -34,23 +34,20 @@ _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 Rule: TypeAlias = Callable[[Layout, Block], None]
 
 
-def _none_busy() -> Container[BlobId]:
-    return frozenset()
-
-
 @dataclass
 class Site:
     """What a check or a rebuild works on. `rule` raises CorruptDataError for a block that no engine could go on from.
 
-    `busy`: blobs that have no row for a good reason; ask it under `lock`.
-
+    `busy`: blobs that have no row for a good reason, such as those being written; ask it under `lock`.
+    `delete` deletes blobs without a row so that no crash brings them back; it logs what the disk refuses.
     `numbered` is told, under `lock`, the number of every blob that gets a row or stays without one: no other gets it.
     """
 
     blobs: Blobs
     index: Index
+    busy: Callable[[], Container[BlobId]]
+    delete: Callable[[Sequence[BlobId]], None]
     lock: threading.RLock = field(default_factory=threading.RLock)
-    busy: Callable[[], Container[BlobId]] = _none_busy
     numbered: Callable[[int], None] = lambda number: None
     rule: Rule = check_block
 

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstore.blobs.base import Entry
+from kvstore.blobs.base import BlobId, Entry
 from kvstore.engine.adopt import Site, Strays, adopt, demand_rule, keep_number, read_block, read_strays
 from kvstore.engine.index import View
 from kvstore.engine.retain import CHECKPOINT
@@ -37,13 +37,13 @@ def verify_row(site: Site, row: Row) -> None:
     demand_rule(site.rule, block)
 
 
-def quarantine(site: Site, entry: Entry) -> bool:
+def quarantine(site: Site, what: Entry | BlobId) -> bool:
     """Move a damaged blob out of the way; whether that went well. Else it stays without a row, and the log says why.
 
     Its row goes all the same: damage that is served as a miss again and again helps no one.
     """
     try:
-        site.blobs.quarantine(entry)
+        site.blobs.quarantine(what)
     except (DirectoryError, OSError) as error:
         log.warning("a damaged blob could not be put in quarantine; `check --repair` will find it: %s", error)
         return False
@@ -56,12 +56,9 @@ def drop_tree(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
         with site.index.edit() as edit:
             current = edit.row(row.key)
             removed = edit.remove_tree(current) if current and current.number == row.number else []
-        own = [gone for gone in removed if keep_blob and gone.key == row.key]
-        for gone in own:
-            found = [entry for entry in site.blobs.names(gone.root) if entry.blob == gone.blob]
-            for entry in found:
-                quarantine(site, entry)
-        site.blobs.delete([gone.blob for gone in removed if gone not in own])
+        if removed and keep_blob:
+            quarantine(site, row.blob)
+        site.delete([gone.blob for gone in removed if not (keep_blob and gone.key == row.key)])
         return removed
 
 
@@ -95,7 +92,7 @@ class Walk:
         strays: list[Entry] = []
         for entry in list(self._site.blobs.names()):
             row = self._row(entry.blob.key) if entry.blob else None
-            if row is None or row.blob != entry.blob:
+            if row is None or row.blob != entry.blob or entry.is_unfinished:
                 strays.append(entry)
                 continue
             self.report.blobs += 1
@@ -157,11 +154,17 @@ class Walk:
                 self._find(kind, entry.place, detail)
 
     def _is_stray(self, entry: Entry) -> bool:
+        """Whether an entry is still there, without a row, and nothing is under way with it."""
+        blob = entry.blob
+        if blob is None:
+            return True
         with self._site.lock:
-            if entry.blob in self._site.busy() or (entry.blob and self._site.blobs.size(entry.blob) is None):
+            row = self._row(blob.key)
+            if blob in self._site.busy() or (row is not None and row.blob == blob):
                 return False
-            row = self._row(entry.blob.key) if entry.blob else None
-            return row is None or row.blob != entry.blob
+            if entry.is_unfinished:
+                return entry in self._site.blobs.names(blob.root)
+            return self._site.blobs.size(blob) is not None
 
     def _check_totals(self) -> None:
         """Whether the table and the children agree with the rows; a repair makes both again from these."""
@@ -216,7 +219,7 @@ def settle_strays(site: Site, found: Strays) -> int:
             with site.index.edit() as edit:
                 for blob in left:
                     keep_number(site, edit, blob.number)
-        site.blobs.delete([*unwanted, *gone, *(orphans if not found.unknown else ())])
+        site.delete([*unwanted, *gone, *(orphans if not found.unknown else ())])
     with contextlib.suppress(OSError):
         for entry in found.unfinished:
             site.blobs.discard(entry)

@@ -108,6 +108,13 @@ class Deletions:
         self._book()
         return sum(costs[blob] for blob in kept if blob in self._kept)
 
+    def delete_blobs(self, blobs: Iterable[BlobId]) -> None:
+        """Delete blobs without a row, sparing those with a lease. What the disk refuses is a line in the log."""
+        try:
+            self.delete({blob: self._cost(blob) for blob in blobs})
+        except OSError as error:
+            log.warning("blobs that were deleted may come back: %s", error)
+
     def _bury(self, kept: Sequence[BlobId], leased: Sequence[BlobId]) -> None:
         try:
             self._tombstones.add(kept)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.blobs.base import TMP_SUFFIX
+from kvstore.blobs.base import TMP_SUFFIX, parse_root
 from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.errors import DirectoryError, DirectoryHeldError
 
@@ -298,6 +298,9 @@ def _furnish(directory: Directory) -> None:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
         _demand_folder(path)
+    for path in directory.blobs.iterdir():
+        if parse_root(path.name) is not None:
+            _demand_folder(path)
     name = directory.root / "id"
     if not name.exists():
         unlink_quietly(fs, [f"{name}{TMP_SUFFIX}"])

@@ -34,7 +34,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvstore.blobs.base import BlobId, BlobReader
-from kvstore.blobs.fs import Fs
+from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Reason, count_tokens
 from kvstore.engine import check as checking
@@ -106,6 +106,8 @@ class Engine:
             shared = Shared(directory, held, index, place.blobs, place.tombstones, options, fs, clock)
             encryption.find_missing_keys(shared.site)
             engine = cls(shared, held)
+            with shared.lock:
+                after_repair(shared, place.dropped)
             engine._keep_to_limits()
             return engine
         except BaseException as error:
@@ -139,6 +141,10 @@ class Engine:
         shared.deletions.settle()
         shared.flush_uses()
         self._scrub.save()
+        if not shared.sync:
+            # The word `clean` vouches for what was written without.
+            sync_tree(shared.fs, str(shared.directory.root))
+            shared.index.ring.sync()
         shared.index.sync()
         left = digest(shared.index.path / "data.mdb")
         self._held.write(clean=shared.is_in_step(), durability=shared.options.durability, index=left)
@@ -445,6 +451,9 @@ class Engine:
             walk.report.findings.append(Finding("row", str(shared.index.path), advice))
         with shared.lock:
             after_repair(shared, walk.removed)
+        if repair:
+            with contextlib.suppress(OSError):
+                shared.deletions.settle()
         return walk.report
 
     # -- looking --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ class Evictor:
         if dry_run:
             with shared.lock:
                 table = shared.index.table
-                shared.flush_uses()
+                shared.uses.apply(table)
                 keys = table.victims(need, mask=choose(table), count_max=len(table) or 1)
                 return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.demand_place()
@@ -302,16 +302,17 @@ class Evictor:
         spare_leased: bool = True,
     ) -> EvictReport:
         """Steps until the need is met or nothing is left; in the end, sync what was deleted. Raises OSError."""
-        blocks = freed = kept = 0
+        blocks = taken = kept = 0
         done = False
-        while not done and freed < need_bytes:
-            removed, nbytes, kept_now = self._step(need_bytes - freed, keep, choose, spare_leased)
+        while not done and taken < need_bytes:
+            removed, nbytes, kept_now = self._step(need_bytes - taken, keep, choose, spare_leased)
             self._shared.evictions.note(cause, len(removed), nbytes)
-            blocks, freed, kept = blocks + len(removed), freed + nbytes, kept + kept_now
+            blocks, taken, kept = blocks + len(removed), taken + nbytes, kept + kept_now
             done = len(removed) < VICTIMS_MAX
         self._shared.ballast.lay()
         self._shared.deletions.sync()
-        return EvictReport(blocks, freed - kept, kept)
+        # What stays on the disk for now counts towards the need, or a disk that keeps files would cost every block.
+        return EvictReport(blocks, taken - kept, kept)
 
     def _step(
         self, need_bytes: int, keep: Collection[bytes], choose: Choose, spare_leased: bool

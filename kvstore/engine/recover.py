@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from kvstore.blobs.base import BlobId, Blobs, Entry
 from kvstore.blobs.encrypted import EncryptedBlobs
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.local import LocalBlobs
-from kvstore.engine.adopt import Site, keep_number, read_strays
-from kvstore.engine.check import Walk, settle_strays
+from kvstore.engine.adopt import Site, keep_number, read_block, read_strays
+from kvstore.engine.check import Walk, quarantine, settle_strays
 from kvstore.engine.directory import Directory, DirectoryLock, claim
 from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
@@ -23,7 +24,7 @@ from kvstore.engine.pages import demand_whole, digest
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import CheckReport, EngineOptions, Finding
-from kvstore.errors import CorruptDataError, StoreFullError, UnknownFormatError
+from kvstore.errors import CorruptDataError, LimitError, NotFoundError, StoreFullError, UnknownFormatError
 
 SWEEP_ROWS = 1024
 log = logging.getLogger(__name__)
@@ -44,10 +45,22 @@ class Place:
         local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
         self.blobs: Blobs = EncryptedBlobs(local, self.ring)
         self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
+        self.dropped: list[Row] = []  # by the sweep
 
     def site(self, index: Index) -> Site:
         """For a walk over it."""
-        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, rule=self.rule)
+        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.rule)
+
+    def _delete(self, blobs: Sequence[BlobId]) -> None:
+        """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
+        try:
+            left = self.blobs.delete(blobs)
+            if left:
+                self.tombstones.add(left)
+            for root in {blob.root for blob in blobs}:
+                self.blobs.sync(root)
+        except OSError as error:
+            log.warning("blobs that were deleted may come back: %s", error)
 
     def open_index(self) -> Index:
         """Open or create the index. Raises CorruptDataError, UnknownFormatError."""
@@ -83,7 +96,7 @@ def _reconciled(place: Place) -> Index:
         if unsynced or rebuilding:
             rebuild(place.site(index))
         elif index.was_short or not place.held.previous.get("clean"):
-            sweep(place.site(index))
+            place.dropped = sweep(place.site(index))
         return index
     except CorruptDataError as error:
         index.close()
@@ -125,7 +138,7 @@ def open_validated(place: Place) -> Index:
     return place.open_index()
 
 
-def rebuild(site: Site) -> CheckReport:
+def rebuild(site: Site) -> None:
     """Fill the index from blob headers, verifying every checksum. UnknownFormatError when a blob has another version.
 
     The index says meanwhile that it is being rebuilt: a start that finds the word begins again. Without it, a start
@@ -138,21 +151,25 @@ def rebuild(site: Site) -> CheckReport:
     if found.unknown:
         entry, detail = found.unknown[0]
         raise UnknownFormatError(f"{entry.place}: {detail}")
-    repaired = settle_strays(site, found)
+    settle_strays(site, found)
     with site.index.edit() as edit:
         edit.set_meta(REBUILDING, 0)
     if found.sound:
         log.warning("the index was rebuilt from %d blobs", len(found.sound))
-    return CheckReport(len(found.sound), sum(stray.source.nbytes for stray in found.sound), repaired)
 
 
-def sweep(site: Site) -> None:
+def sweep(site: Site) -> list[Row]:
     """After an unclean stop under synced commits: delete blobs without a row, drop rows without their blob.
 
-    What has a row has its bytes. Blobs of another format version stay.
+    What has a row has its bytes. Blobs of another format version stay, and foreign names go to quarantine. Returns the
+    rows that were dropped.
     """
-    entries = {entry.blob: entry for entry in site.blobs.names() if entry.blob}
-    foreign = [entry for entry in site.blobs.names() if entry.blob is None]
+    entries, others = {}, []
+    for entry in site.blobs.names():
+        if entry.blob is None or entry.is_unfinished:
+            others.append(entry)
+        else:
+            entries[entry.blob] = entry
     with site.index.view() as view:
         named = {row.blob for row in view.rows()}
         lost = [row for row in view.rows() if _nbytes(entries, row) != row.blob_bytes]
@@ -162,20 +179,35 @@ def sweep(site: Site) -> None:
         with site.index.edit() as edit:
             for row in batch:
                 edit.remove(row)
-    lost_blobs = {row.blob for row in gone.values()}
-    busy = site.busy()
-    strays = [e for b, e in entries.items() if b not in busy and (b not in named or b in lost_blobs)]
-    unknown = [entry for entry, _ in read_strays(site, strays).unknown]
+    named -= {row.blob for row in gone.values()}
+    strays = [entry for blob, entry in entries.items() if blob not in named and blob not in site.busy()]
+    unknown = {entry for entry in strays if _may_be_another_version(site, entry)}
     with site.index.edit() as edit:
         for entry in unknown:
             keep_number(site, edit, entry.blob.number if entry.blob else 0)
-    site.blobs.delete([entry.blob for entry in strays if entry not in unknown and entry.blob])
-    for entry in foreign:
-        if entry.is_unfinished:
+    site.delete([entry.blob for entry in strays if entry.blob and entry not in unknown])
+    for entry in others:
+        if not entry.is_unfinished:
+            quarantine(site, entry)
+            continue
+        with contextlib.suppress(OSError):
             site.blobs.discard(entry)
     if lost or strays:
         words = "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d of another format"
         log.warning(words, len(gone), len(strays) - len(unknown), len(unknown))
+    return list(gone.values())
+
+
+def _may_be_another_version(site: Site, entry: Entry) -> bool:
+    """Whether a blob has another format version, or this process lacks what it takes to tell."""
+    assert entry.blob is not None
+    try:
+        read_block(site.blobs, entry.blob, entry.nbytes, verify=False)
+    except (UnknownFormatError, LimitError):
+        return True
+    except (CorruptDataError, NotFoundError):
+        return False
+    return False
 
 
 def _nbytes(entries: Mapping[BlobId, Entry], row: Row) -> int:
@@ -221,12 +253,7 @@ def check_directory(
         if not repair:
             return CheckReport(findings=[found])
         set_index_aside(place)
-        index = place.open_index()
-        try:
-            report = rebuild(place.site(index))
-            _leave(place, index)
-        finally:
-            index.close()
+        report = _check_offline(place, place.open_index(), repair)
         report.findings.insert(0, found)
         report.repaired += 1
         return report

@@ -18,7 +18,7 @@ from kvstore.engine.drive import DriveCache
 from kvstore.engine.evictions import Evictions
 from kvstore.engine.index import Edit, Index, Space
 from kvstore.engine.ledger import Ballast, Health, Ledger
-from kvstore.engine.retain import Usage
+from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
@@ -70,7 +70,9 @@ class Shared:
         self.uses = Uses(options.touches_max, options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
         self.leaving: dict[BlobId, int] = {}
-        self.site = Site(blobs, index, self.lock, self.busy, self.skip_number, options.rule)
+        self.site = Site(
+            blobs, index, self.busy, self.deletions.delete_blobs, self.lock, self.skip_number, options.rule
+        )
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, tombstones.next_number())
         self.namespaces: dict[bytes, NamespaceInfo] = {}
@@ -216,15 +218,20 @@ class Uses:
         return bool(self._count) and not 0 <= self._clock() - self._written_s < self._age_s
 
     def write(self, edit: Edit) -> None:
-        """Take all notes into the table, in their order."""
+        """Take all notes into the table, in their order; the commit of this edit writes them."""
+        with self._lock:
+            named, self._newly_named = self._newly_named, {}
+            self._count, self._written_s = 0, self._clock()
+        self.apply(edit.table)
+        for root, used_s in named.items():
+            edit.use_namespace(root, used_s)
+
+    def apply(self, table: Table) -> None:
+        """Take all notes into the table in memory. They are due to be written as before. Hold the engine's lock."""
         with self._lock:
             touches, self._touches = self._touches, {}
             marks, self._marks = self._marks, {}
-            named, self._newly_named = self._newly_named, {}
-            self._count, self._written_s = 0, self._clock()
         for keys, used_s in touches.items():
-            edit.table.touch(keys, used_s)
+            table.touch(keys, used_s)
         for key in marks:
-            edit.table.mark(key)
-        for root, used_s in named.items():
-            edit.use_namespace(root, used_s)
+            table.mark(key)

@@ -131,8 +131,8 @@ def read(place: Place, one: BlobId, nbytes: int, offset: int = 0, payload: int =
 
 
 def listed(place: Place, root: bytes | None = None) -> dict[BlobId | None, int]:
-    """Names and sizes."""
-    return {entry.blob: entry.nbytes for entry in place.blobs.names(root)}
+    """Names and sizes; what is unfinished or foreign has none."""
+    return {None if entry.is_unfinished else entry.blob: entry.nbytes for entry in place.blobs.names(root)}
 
 
 @given(data=st.binary(min_size=1, max_size=3 * CHUNK_BYTES // 2), cuts=st.data(), parts=st.integers(1, 5))
@@ -209,14 +209,15 @@ def test_a_range_that_is_not_there_is_corrupt(place: Place, offset: int, nbytes:
 
 
 def test_what_is_put_in_quarantine_has_no_name_any_more(place: Place) -> None:
-    """A person may look at it."""
+    """By its entry or its id; a person may look at it."""
     put(place, blob(1), b"abc")
-    [entry] = place.blobs.names()
-    place.blobs.quarantine(entry)
-    place.blobs.quarantine(entry)
+    put(place, blob(2), b"abc")
+    [entry] = [entry for entry in place.blobs.names() if entry.blob == blob(1)]
+    for what in (entry, entry, blob(2), blob(2)):
+        place.blobs.quarantine(what)
     assert listed(place) == {}
     if place.directory is not None:
-        assert len(list((place.directory.parent / "quarantine").iterdir())) == 1
+        assert len(list((place.directory.parent / "quarantine").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["local", "encrypted local"])
@@ -255,8 +256,9 @@ def test_foreign_names_are_listed_and_never_taken_for_blobs(name: str, tmp_path:
     (place.directory / "stray").mkdir()
     os.symlink(tmp_path, place.directory / OTHER.hex())
     entries = list(place.blobs.names())
-    assert [entry.blob for entry in entries if entry.blob] == [blob(1)]
-    assert [Path(entry.place).name for entry in entries if entry.is_unfinished] == [f"{blob(2).name}.tmp"]
+    assert [entry.blob for entry in entries if entry.blob and not entry.is_unfinished] == [blob(1)]
+    [unfinished] = [entry for entry in entries if entry.is_unfinished]
+    assert (Path(unfinished.place).name, unfinished.blob) == (f"{blob(2).name}.tmp", blob(2))
     # The blob, three files and a link in its folder, a folder and a link beside it.
     assert len(entries) == 7
     assert place.blobs.size(blob(3)) is None

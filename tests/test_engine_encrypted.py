@@ -6,7 +6,6 @@ import errno
 import gc
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvstore.engine.sealed import HEADER_BYTES
 
+from kvstore.blobs.encrypted import HEADER_BYTES
+from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
-from kvstore.engine.keyring import BUCKET_TOKENS
+from kvstore.engine.rows import LEVEL_TOKENS
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
 from tests.support.engine import (
     HYBRID,
+    blob_path,
     blob_paths,
     checkpoint,
     demand_right,
@@ -100,15 +101,15 @@ def test_a_hit_is_at_most_31_tokens_shorter_than_in_a_plain_namespace(
     rng = random.Random(seed)
     stems = [[rng.randrange(3) for _ in range(rng.randrange(1, 700))] for _ in range(3)]
     stored = [stem[: rng.randrange(1, len(stem) + 1)] + [9] * rng.randrange(0, 300) for stem in stems for _ in range(2)]
-    folder = tmp_path_factory.mktemp("sealed")
+    folder = tmp_path_factory.mktemp("encrypted")
     with opened(folder) as engine:
         for tokens in stored:
             put(engine, NS, tokens)
             put(engine, PLAIN, tokens)
         for stem in stems:
             query = stem[: data.draw(st.integers(1, len(stem)))] + [7] * data.draw(st.integers(0, 40))
-            sealed, plain = find(engine, NS, query).n_tokens, find(engine, PLAIN, query).n_tokens
-            assert plain - BUCKET_TOKENS < sealed <= plain
+            encrypted, plain = find(engine, NS, query).n_tokens, find(engine, PLAIN, query).n_tokens
+            assert plain - LEVEL_TOKENS < encrypted <= plain
 
 
 def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_changed_byte_anywhere_in_an_encrypted_blob_is_found(tmp_path: Path, a
     with opened(tmp_path) as engine:
         put(engine, NS, CANARY)
         match = find(engine, NS, CANARY)
-        path = engine.path(match.slices[1].row)
+        path = blob_path(engine, match.slices[1].row)
         data = bytearray(path.read_bytes())
         data[at] ^= 1
         path.write_bytes(data)
@@ -149,9 +150,9 @@ def test_a_blob_in_another_ones_place_is_found(tmp_path: Path) -> None:
         put(engine, NS, CANARY[:256])
         put(engine, NS, other[:256])
         (first,), (second,) = (find(engine, NS, tokens[:256]).slices for tokens in (CANARY, other))
-        data = engine.path(second.row).read_bytes()
-        engine.path(first.row).write_bytes(data)
-        with pytest.raises(CorruptDataError, match="another block"):
+        data = blob_path(engine, second.row).read_bytes()
+        blob_path(engine, first.row).write_bytes(data)
+        with pytest.raises(CorruptDataError, match="another blob"):
             find(engine, NS, CANARY[:256])
         assert [finding.kind for finding in engine.check(repair=True).findings] == ["corrupt_blob"]
         assert find(engine, NS, CANARY[:256]).n_tokens == 0
@@ -222,7 +223,7 @@ def test_a_store_that_was_under_way_when_the_key_was_dropped_leaves_nothing(tmp_
             for number, block in enumerate(sequence(NS, CANARY)):
                 if number == 2:
                     assert engine.shred(NS.root) in (0, 1)
-                    engine._state.index.ring.drop(NS.root)
+                    engine._shared.index.ring.drop(NS.root)
                 yield block
 
         receipt = engine.store(NS.to_record(), blocks())
@@ -257,7 +258,7 @@ def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_
     """Whoever can write to the directory cannot make the store answer with rows of their own."""
     with Engine.open(tmp_path / "other", options()) as engine:
         put(engine, NS, CANARY[:256])
-        (planted,) = (engine.path(part.row) for part in find(engine, NS, CANARY[:256]).slices)
+        (planted,) = (blob_path(engine, part.row) for part in find(engine, NS, CANARY[:256]).slices)
     with opened(tmp_path) as engine:
         put(engine, PLAIN, CANARY[:256])
         target = tmp_path / "data" / planted.relative_to(tmp_path / "other")
@@ -269,17 +270,28 @@ def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_
         assert not target.exists()
 
 
-def test_an_encrypted_blob_that_names_another_namespace_or_version_is_damaged(tmp_path: Path) -> None:
-    """The row could be read, so the key is there; and no newer kvstore wrote what opens with our number."""
-    for old, new in ((NS.root.hex().encode(), bytes(32).hex().encode()), (b'"version":"1"', b'"version":"8"')):
-        with opened(tmp_path) as engine:
-            put(engine, NS, CANARY)
-            parts = find(engine, NS, CANARY).slices
-            path = engine.path(parts[1].row)
-            path.write_bytes(path.read_bytes().replace(old, new))
-            assert engine.first_damaged(parts) == 1
-            assert engine.recheck(parts[1].row.key) and not path.exists()
-            assert find(engine, NS, CANARY).reason is Reason.CORRUPT
+def test_an_encrypted_blob_that_names_another_namespace_is_damaged(tmp_path: Path) -> None:
+    """Its header is bound to what it holds."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        row = find(engine, NS, CANARY).slices[1].row
+        path = blob_path(engine, row)
+        path.write_bytes(path.read_bytes().replace(NS.root.hex().encode(), bytes(32).hex().encode()))
+        assert engine.recheck(row.key) and not path.exists()
+        assert find(engine, NS, CANARY).reason is Reason.CORRUPT
+
+
+def test_an_encrypted_blob_of_another_format_version_is_left_alone(tmp_path: Path) -> None:
+    """By a report of damage and by a repair, although the version that it names is all that differs."""
+    with opened(tmp_path) as engine:
+        put(engine, NS, CANARY)
+        row = find(engine, NS, CANARY).slices[1].row
+        path = blob_path(engine, row)
+        left = path.read_bytes().replace(b'"version":"%d"' % FORMAT_VERSION, b'"version":"9"')
+        path.write_bytes(left)
+        assert not engine.recheck(row.key)
+        assert [finding.kind for finding in engine.check(repair=True).findings] == ["unknown_format"]
+        assert path.read_bytes() == left != b""
 
 
 def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
@@ -292,7 +304,7 @@ def test_a_key_without_a_block_is_dropped_too(tmp_path: Path) -> None:
 
 def key_files(engine: Engine) -> list[Path]:
     """What is in the folder of keys."""
-    return sorted(engine._state.directory.keys.glob("*"))
+    return sorted(engine._shared.directory.keys.glob("*"))
 
 
 def first_bytes(engine: Engine, match: Match) -> bytes:
@@ -310,7 +322,7 @@ def test_who_only_asks_leaves_no_key_behind(tmp_path: Path) -> None:
             engine.encrypt(namespace(f"asked {number}").root)
         gc.collect()
         assert key_files(engine) == []
-        assert engine._state.index.ring.roots == []
+        assert engine._shared.index.ring.roots == []
         key = engine.encrypt(NS.root)
         assert key is not None and key is engine.encrypt(NS.root)
         assert key_files(engine) == []
@@ -372,8 +384,8 @@ def test_a_crash_before_the_first_commit_leaves_no_key(tmp_path: Path, at: str) 
     with pytest.raises(KeyboardInterrupt):
         engine.store(NS.to_record(), sequence(NS, CANARY), encryption=key)
     assert len(list((tmp_path / "keys").rglob("*.json"))) == (at == "commit")
-    engine._state.index.close()
-    engine._hold.close()
+    engine._shared.index.close()
+    engine._held.close()
     with opened(tmp_path) as engine:
         assert key_files(engine) == []
         assert find(engine, NS, CANARY).n_tokens == 0
@@ -506,65 +518,3 @@ def test_nothing_is_stored_once_the_keys_were_deleted_underneath(tmp_path: Path)
         assert find(engine, NS, CANARY).n_tokens == 0
         assert put(engine, NS, CANARY).reason is Reason.OK
         assert find(engine, NS, CANARY).n_tokens == 700
-
-
-def set_version(path: Path, version: bytes) -> None:
-    """As a newer kvstore may write an encrypted blob, or back."""
-    path.write_bytes(re.sub(rb'"version":"[0-9]"', b'"version":"%s"' % version, path.read_bytes(), count=1))
-
-
-def newer_blobs_without_rows(path: Path) -> list[Path]:
-    """A directory whose index was lost, repaired without a daemon: the blobs of NS are of a newer version."""
-    with opened(path) as engine:
-        put(engine, PLAIN, CANARY)
-        before = blob_paths(path / "data")
-        put(engine, NS, CANARY)
-        newer = sorted(blob_paths(path / "data") - before)
-    for blob in newer:
-        set_version(blob, b"9")
-    shutil.rmtree(path / "data" / "index")
-    report = check_directory(path / "data", repair=True, master_key=MASTER)
-    assert sum(finding.kind == "unknown_format" for finding in report.findings) == len(newer) == 3
-    HELD.clear()
-    gc.collect()
-    return newer
-
-
-def test_the_key_of_blobs_that_only_a_newer_kvstore_reads_stays(tmp_path: Path) -> None:
-    """Through starts, commits and an eviction of everything: that kvstore finds what it stored."""
-    newer = newer_blobs_without_rows(tmp_path)
-    for _ in range(2):
-        with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
-            assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
-            assert find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
-            # Beside them something of the same namespace that is evicted again, with its last row.
-            engine.store(NS.to_record(), sequence(NS, CANARY[:300]), encryption=engine.encrypt(NS.root))
-            engine.evict(Selection(namespace_prefix=NS.root))
-            assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
-    for blob in newer:
-        set_version(blob, b"1")
-    shutil.rmtree(tmp_path / "data" / "index")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
-        assert find(engine, NS, CANARY).n_tokens == len(CANARY)
-
-
-def test_keys_that_no_newer_blob_can_need_go_as_ever(tmp_path: Path) -> None:
-    """Those that are made beside such blobs with their last row, the blobs' own at the first start without them."""
-    newer = newer_blobs_without_rows(tmp_path)
-    later = namespace("later")
-    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
-        engine.store(later.to_record(), sequence(later, CANARY), encryption=engine.encrypt(later.root))
-        assert len(key_files(engine)) == 2
-        engine.evict(Selection(namespace_prefix=later.root))
-        assert [file.stem for file in key_files(engine)] == [NS.root.hex()]
-    for blob in newer:
-        blob.unlink()
-    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
-        assert key_files(engine) == [] and find(engine, PLAIN, CANARY).n_tokens == len(CANARY)
-
-
-def test_a_shred_takes_the_key_of_newer_blobs_too(tmp_path: Path) -> None:
-    """Whoever asks for that wants nobody to read them again."""
-    newer_blobs_without_rows(tmp_path)
-    with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
-        assert engine.shred(NS.root) == 1 and key_files(engine) == []
