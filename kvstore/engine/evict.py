@@ -134,7 +134,8 @@ class Evictor:
     def _evict_namespace(self, root: bytes) -> EvictReport:
         """A namespace: its rows, a step at a time, then all its blobs at once, by one rename and one sync.
 
-        One by one where a reader has a lease, or a store is under way.
+        One by one where a reader has a lease, a store is under way, or the folder has other files, such as blobs of
+        another format version, which are not ours to delete.
         """
         shared, costs = self._shared, dict[BlobId, int]()
         while True:
@@ -161,7 +162,9 @@ class Evictor:
         """Delete the blobs of a namespace that has no rows; the bytes that stay for now. Raises OSError."""
         shared = self._shared
         leased = shared.deletions.leased()
-        if any(blob.key in leased for blob in costs) or any(blob.root == root for blob in shared.in_flight):
+        is_leased = any(blob.key in leased for blob in costs)
+        is_written = any(blob.root == root for blob in shared.in_flight)
+        if is_leased or is_written or any(entry.blob not in costs for entry in shared.blobs.names(root)):
             return shared.deletions.delete(costs)
         try:
             shared.blobs.drop(root)
