@@ -130,12 +130,25 @@ def test_an_eviction_is_acknowledged_after_its_unlinks_are_synced(tmp_path: Path
         put(engine, OTHER, PROMPT[:300])
         folders = {NS.root.hex(), OTHER.root.hex()}
         at = len(fs.calls)
-        engine.evict(Selection(all=True))
+        engine.evict(Selection(bytes=1 << 40))
         calls = fs.calls[at:]
     synced = {what for call, what in calls if call == "fsync_dir"}
     last_unlink = max(number for number, (call, _) in enumerate(calls) if call == "unlink")
     assert folders <= synced
     assert all(number > last_unlink for number, (call, _) in enumerate(calls) if call == "fsync_dir")
+
+
+def test_an_eviction_of_namespaces_is_acknowledged_after_their_renames_are_synced(tmp_path: Path) -> None:
+    """The folder of namespaces is synced after each name went from it."""
+    fs = RecordingFs()
+    with Engine.open(tmp_path / "data", options(), fs) as engine:
+        put(engine, NS, PROMPT)
+        put(engine, OTHER, PROMPT[:300])
+        at = len(fs.calls)
+        engine.evict(Selection(all=True))
+        calls = fs.calls[at:]
+    dropped = [number for number, (call, what) in enumerate(calls) if call == "rename" and what.endswith(".dropped")]
+    assert len(dropped) == 2 and all(calls[number + 1] == ("fsync_dir", "blobs.noindex") for number in dropped)
 
 
 def test_an_eviction_whose_unlinks_cannot_be_synced_is_not_acknowledged(tmp_path: Path) -> None:

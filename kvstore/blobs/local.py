@@ -128,7 +128,7 @@ class LocalBlobs:
             self._fs.fsync_dir(self._directory)
 
     def clear(self, count_max: int) -> int:
-        """Unlink files of dropped folders, then the folders."""
+        """Unlink files of dropped folders, then the folders; what the disk keeps stays for a later call."""
         freed = 0
         for folder in self._dropped():
             with os.scandir(folder) as entries:
@@ -136,9 +136,10 @@ class LocalBlobs:
                     if count_max <= 0:
                         return freed
                     nbytes = disk_bytes(_size(entry))
-                    self._fs.unlink(entry.path)
-                    freed, count_max = freed + nbytes, count_max - 1
-            self._fs.rmdir(folder)
+                    count_max -= 1
+                    freed += 0 if unlink_quietly(self._fs, [entry.path]) else nbytes
+            with contextlib.suppress(OSError):
+                self._fs.rmdir(folder)
         return freed
 
     @property

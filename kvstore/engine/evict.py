@@ -154,12 +154,16 @@ class Evictor:
                     for blob in costs:
                         del shared.leaving[blob]
                 break
-        while shared.blobs.clear(VICTIMS_MAX):
-            pass
-        return EvictReport(len(costs), sum(costs.values()) - kept, kept)
+        total = sum(costs.values())
+        if kept is None:
+            kept = max(0, total - sum(iter(lambda: shared.blobs.clear(VICTIMS_MAX), 0)))
+        return EvictReport(len(costs), total - kept, kept)
 
-    def _delete_namespace(self, root: bytes, costs: dict[BlobId, int]) -> int:
-        """Delete the blobs of a namespace that has no rows; the bytes that stay for now. Raises OSError."""
+    def _delete_namespace(self, root: bytes, costs: dict[BlobId, int]) -> int | None:
+        """Delete the blobs of a namespace that has no rows; the bytes that stay for now. Raises OSError.
+
+        None when the namespace was dropped as a whole: its bytes are still to be cleared.
+        """
         shared = self._shared
         leased = shared.deletions.leased()
         is_leased = any(blob.key in leased for blob in costs)
@@ -171,7 +175,7 @@ class Evictor:
         except OSError:
             shared.deletions.delete(costs)
             raise
-        return 0
+        return None
 
     def _roots(self, selection: Selection) -> list[bytes]:
         """The namespaces that a selection names."""
