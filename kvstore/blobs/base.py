@@ -134,7 +134,7 @@ class Blobs(Protocol):
         """Take away all names of a namespace at once, durably. `clear` frees their bytes. Raises OSError."""
 
     def clear(self, count_max: int) -> int:
-        """Free at most `count_max` files of dropped namespaces; the bytes on disk that are free now.
+        """Free at most `count_max` files of dropped namespaces; the bytes of blobs that are free now.
 
         0 at the end, and where the disk lets none of them go.
         """

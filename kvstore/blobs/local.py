@@ -135,7 +135,7 @@ class LocalBlobs:
                 for entry in entries:
                     if count_max <= 0:
                         return freed
-                    nbytes = disk_bytes(_size(entry))
+                    nbytes = 0 if entry.name == IDENTITY else disk_bytes(_size(entry))
                     count_max -= 1
                     freed += 0 if unlink_quietly(self._fs, [entry.path]) else nbytes
             with contextlib.suppress(OSError):

@@ -138,6 +138,7 @@ class Evictor:
         another format version, which are not ours to delete.
         """
         shared, costs = self._shared, dict[BlobId, int]()
+        kept: int | None = 0
         while True:
             with shared.lock:
                 space = shared.index.spaces.get(root)
