@@ -34,7 +34,7 @@ from kvstore.blocks import (
 from kvstore.errors import CorruptDataError
 
 # Tokens held, skipped and shown, whether checksums follow, fidelity, template.
-_RUN = struct.Struct("<HHHHQ16s")
+RUN = struct.Struct("<HHHHQ16s")
 
 # Limits of one record, checked on every parse.
 RUNS_MAX = BLOCK_TOKENS
@@ -156,7 +156,7 @@ def template_of(run: Run) -> Template:
 def runs_to_record(runs: Sequence[Run]) -> tuple[bytes, dict[bytes, bytes]]:
     """(runs without their templates, records of these by id).
 
-    Of each run: _RUN, then for each tensor its checksums (8 bytes a layer, if the run has any) and, where it is packed,
+    Of each run: RUN, then for each tensor its checksums (8 bytes a layer, if the run has any) and, where it is packed,
     its lengths (4 bytes a layer). Offsets follow: tensors lie one after the other, run by run.
     """
     parts: list[bytes] = []
@@ -166,7 +166,7 @@ def runs_to_record(runs: Sequence[Run]) -> tuple[bytes, dict[bytes, bytes]]:
         templates[template.id] = template.record
         tensors = [tensor for stack in run.stacks for tensor in stack.tensors]
         checked = int(any(tensor.checksums for tensor in tensors))
-        parts.append(_RUN.pack(run.n_tokens, run.skip, run.shown, checked, run.fidelity, template.id))
+        parts.append(RUN.pack(run.n_tokens, run.skip, run.shown, checked, run.fidelity, template.id))
         for tensor in tensors:
             parts += [tensor.checksums, struct.pack(f"<{len(tensor.lengths)}I", *tensor.lengths)]
     return b"".join(parts), templates
@@ -177,9 +177,9 @@ def runs_from_record(data: bytes, templates: Mapping[bytes, bytes]) -> tuple[Run
     runs: list[Run] = []
     at = offset = tensors = 0
     while at < len(data):
-        if len(data) - at < _RUN.size or len(runs) == RUNS_MAX:
+        if len(data) - at < RUN.size or len(runs) == RUNS_MAX:
             raise CorruptDataError("runs are cut short, or too many")
-        n_tokens, skip, shown, checked, fidelity, template_id = _RUN.unpack_from(data, at)
+        n_tokens, skip, shown, checked, fidelity, template_id = RUN.unpack_from(data, at)
         record = templates.get(template_id)
         if record is None:
             raise CorruptDataError("a run whose template is not there")
@@ -189,7 +189,7 @@ def runs_from_record(data: bytes, templates: Mapping[bytes, bytes]) -> tuple[Run
         tensors += len(template.packed)
         if tensors > TENSORS_MAX:
             raise CorruptDataError("runs with too many tensors")
-        stacks, at, offset = _placed_stacks(data, at + _RUN.size, template, n_tokens, checked, offset)
+        stacks, at, offset = _placed_stacks(data, at + RUN.size, template, n_tokens, checked, offset)
         runs.append(Run(n_tokens, skip, shown, fidelity, stacks))
     return tuple(runs)
 

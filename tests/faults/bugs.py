@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from kvstore.engine.state import State
-from kvstore.engine.writer import Writer
-
 from kvstore.engine import Fs
-from kvstore.engine.directory import Directory, Hold
+from kvstore.engine.deletions import Deletions
+from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.index import Index
+from kvstore.engine.store import Writer
 from kvstore.engine.tombstones import Tombstones
 
 Patch = Callable[[Callable[[], None]], "contextlib.AbstractContextManager[Fs]"]
@@ -65,7 +64,7 @@ def _unlink_first(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs
 
     def unlinks_too_early(self: Writer, edit: Any, batch: Any) -> Any:
         settled = settle(self, edit, batch)
-        self._state.unlink(settled.replaced)
+        self._shared.deletions.delete(settled.replaced)
         return settled
 
     return _patched(Writer, "_settle", unlinks_too_early)
@@ -81,12 +80,12 @@ def _index_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[
 
 
 def _clean_too_early(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
-    write = Hold.write
+    write = DirectoryLock.write
 
-    def says_clean(self: Hold, clean: bool, *rest: Any, **named: Any) -> None:
+    def says_clean(self: DirectoryLock, clean: bool, *rest: Any, **named: Any) -> None:
         write(self, True, *rest, **named)
 
-    return _patched(Hold, "write", says_clean)
+    return _patched(DirectoryLock, "write", says_clean)
 
 
 def _staging_kept(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
@@ -94,11 +93,11 @@ def _staging_kept(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs
 
 
 def _acknowledged_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
-    return _patched(State, "sync_deletions", lambda self: None)
+    return _patched(Deletions, "sync", lambda self: None)
 
 
 def _no_tombstones(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
-    return _patched(Tombstones, "add", lambda self, files: None)
+    return _patched(Tombstones, "add", lambda self, blobs: None)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 from kvstore.blocks import pack_tokens
 from kvstore.client.results import LayerHit
 from kvstore.client.session import Session
-from kvstore.engine.keyring import BUCKET_TOKENS
+from kvstore.engine.rows import LEVEL_TOKENS
 from kvstore.layers import cut_pieces, raw_ranges
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -77,9 +77,9 @@ from kvstore.engine import Lease
 Lease.release = lambda self: None
 """,
     "a lease keeps nothing": """
-from kvstore.engine.state import State
-delete = State.delete_files
-State.delete_files = lambda self, rows, spare_leased=True: delete(self, rows, False)
+from kvstore.engine.deletions import Deletions
+delete = Deletions.delete
+Deletions.delete = lambda self, rows, spare_leased=True: delete(self, rows, False)
 """,
 }
 BROKEN = """
@@ -148,9 +148,9 @@ class CallHistories(Histories):
         assert reaped <= self.not_ended, "an upload that its worker ended was still there"
 
     def check(self, answer: Any, space: int, session: Session, tokens: Tokens) -> None:
-        """Where prompts diverge, an encrypted index does not find less than a bucket."""
+        """Where prompts diverge, an encrypted index knows prefixes of whole levels alone."""
         most = min(self.expected(space, tokens), len(tokens) - 1)
-        if space == TENANT and most - BUCKET_TOKENS < answer.n_tokens < most:
+        if space == TENANT and most - LEVEL_TOKENS < answer.n_tokens < most:
             if answer:
                 self.check_rows(answer, tokens[: answer.n_tokens], exact=False)
             return
@@ -198,7 +198,7 @@ class CallHistories(Histories):
         with client_of(self.daemon) as client:
             found = patient(client, self.namespaces[space]).match([*tokens, NOBODY_HAS]).n_tokens
         before = self.expected(space, tokens)
-        assert found > before - BUCKET_TOKENS if space == TENANT else found >= before
+        assert found > before - LEVEL_TOKENS if space == TENANT else found >= before
         assert found <= (len(tokens) if in_doubt else before)
         if found > before:
             self.stored[space].add(tokens[:found])
@@ -219,7 +219,7 @@ class CallHistories(Histories):
         tokens = self.tokens_of(at, keep, label, length, False)
         begun = self.begun(space, worker, tokens)
         if not begun.upload_id:
-            assert begun.held_tokens == len(tokens) <= self.expected(space, tokens) + BUCKET_TOKENS
+            assert begun.held_tokens == len(tokens) <= self.expected(space, tokens) + LEVEL_TOKENS
             return
         data = raw_bytes(computed_rows(tokens), begun.start, begun.end)
         assert len(data) == begun.upload_bytes

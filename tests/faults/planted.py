@@ -17,16 +17,16 @@ from typing import Any
 import msgpack
 import xxhash
 import zstandard
-from kvstore.engine.blobs import blob_name
 
-from kvstore.blobs.format import seal, table
+from kvstore.blobs.base import BlobId
+from kvstore.blobs.format import FORMAT_VERSION, make_ready, table
 from kvstore.blocks import Block, Stack, Tensor, pack_tokens
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.keys import Namespace
-from kvstore.records import block_to_record
+from kvstore.records import RUN, block_to_record, runs_to_record
 from tests.support.engine import new_block
 
-SEQ = 900_000
+NUMBER = 900_000
 BOMB_BYTES = 1 << 28
 Plant = Callable[["Prompt", Path], None]
 
@@ -38,25 +38,25 @@ class Prompt:
         self.tokens = [7_000_000 + number] * 40
         new = new_block(namespace.root, namespace.root, 0, pack_tokens(self.tokens), layout=namespace.layout)
         self.block = replace(new.block, namespace=namespace.to_record(), created_s=1)
-        self.sealed = seal(self.block, new.buffers)
-        self.payload = b"".join(self.sealed.payload)
+        self.ready = make_ready(self.block, new.buffers)
+        self.payload = b"".join(self.ready.payload)
 
     def path(self, data_dir: Path) -> Path:
         """Where its blob would be."""
-        key = self.block.key
-        return data_dir / "blobs.noindex" / f"{key[0]:02x}" / blob_name(key, SEQ)
+        root, key = self.block.root, self.block.key
+        return data_dir / "blobs.noindex" / root.hex() / BlobId(root, key, NUMBER).name
 
     def altered(self, change: Callable[[Tensor], Tensor]) -> Block:
-        """The block, sealed, with other tensors."""
+        """The block, as it is stored, with other tensors."""
 
         def stack_of(stack: Stack) -> Stack:
             return replace(stack, tensors=tuple(change(tensor) for tensor in stack.tensors))
 
-        runs = (replace(run, stacks=tuple(map(stack_of, run.stacks))) for run in self.sealed.block.runs)
-        return replace(self.sealed.block, runs=tuple(runs))
+        runs = (replace(run, stacks=tuple(map(stack_of, run.stacks))) for run in self.ready.block.runs)
+        return replace(self.ready.block, runs=tuple(runs))
 
 
-def forged(record: bytes, entries: dict[str, Any], payload: bytes, version: str = "1") -> bytes:
+def forged(record: bytes, entries: dict[str, Any], payload: bytes, version: str = str(FORMAT_VERSION)) -> bytes:
     """A file with a right checksum over whatever record, and whatever table."""
     check, text64 = xxhash.xxh3_64_hexdigest(record), base64.b64encode(record).decode()
     metadata = {"format": "kvstore-block", "version": version, "record": text64, "check": check}
@@ -85,7 +85,20 @@ def _altered(change: Callable[[Tensor], Tensor]) -> Plant:
     """With the record changed, the table as it was, and everything else in order."""
 
     def make(prompt: Prompt) -> bytes:
-        return forged(block_to_record(prompt.altered(change)), table(prompt.sealed.block), prompt.payload)
+        return forged(block_to_record(prompt.altered(change)), table(prompt.ready.block), prompt.payload)
+
+    return _bytes(make)
+
+
+def _moved(change: Callable[[list[int]], list[int]]) -> Plant:
+    """With other places in the table of tensors, and the record as it was."""
+
+    def make(prompt: Prompt) -> bytes:
+        entries = {
+            name: {**entry, "data_offsets": change(entry["data_offsets"])}
+            for name, entry in table(prompt.ready.block).items()
+        }
+        return forged(block_to_record(prompt.ready.block), entries, prompt.payload)
 
     return _bytes(make)
 
@@ -108,8 +121,8 @@ def _packed(frame_of: Callable[[int], bytes]) -> Plant:
             lengths = (len(frame),) * len(stack.layers)
             stacks.append(replace(stack, recipe=LOSSLESS, tensors=(replace(tensor, lengths=lengths),)))
             buffers.append(frame * len(stack.layers))
-        sealed = seal(replace(prompt.block, runs=(replace(run, stacks=tuple(stacks)),)), buffers)
-        return sealed.header + b"".join(sealed.payload)
+        ready = make_ready(replace(prompt.block, runs=(replace(run, stacks=tuple(stacks)),)), buffers)
+        return ready.header + b"".join(ready.payload)
 
     return _bytes(make)
 
@@ -125,7 +138,7 @@ def _link(make: Callable[[Path, Path], None], is_sound: bool) -> Plant:
     def plant(prompt: Prompt, path: Path) -> None:
         outside = path.parents[2].with_name(f"outside-{path.name[:8]}")
         outside.write_bytes(
-            prompt.sealed.header + prompt.payload if is_sound else b"root:x:0:0:root:/root:/bin/sh\n" * 9
+            prompt.ready.header + prompt.payload if is_sound else b"root:x:0:0:root:/root:/bin/sh\n" * 9
         )
         make(outside, path)
 
@@ -135,7 +148,9 @@ def _link(make: Callable[[Path, Path], None], is_sound: bool) -> Plant:
 def _of_another(prompt: Prompt, path: Path) -> None:
     """A sound blob under the name of another block."""
     data_dir = path.parents[2]
-    first = next(found for found in (data_dir / "blobs.noindex").rglob("*") if found.is_file() and found != path)
+    planted = f"-{NUMBER}.safetensors"
+    sound = (data_dir / "blobs.noindex").rglob("*.safetensors")
+    first = next(found for found in sound if found.is_file() and not found.name.endswith(planted))
     path.write_bytes(first.read_bytes())
 
 
@@ -152,9 +167,9 @@ PLANTS: dict[str, Plant] = {
     "nested msgpack": _bytes(lambda _: forged(_deep(700_000), {}, b"")),
     "wide msgpack": _bytes(lambda _: forged(b"\xdd" + (700_000).to_bytes(4, "big") + b"\x90" * 700_000, {}, b"")),
     "msgpack of 4 billion": _bytes(lambda _: forged(b"\xdd\xff\xff\xff\xff", {}, b"")),
-    "runs without end": _bytes(lambda p: forged(_with_runs(p, [[1, 0, 1, 1, []]] * 100_000), {}, p.payload)),
-    "tensors on top of each other": _altered(lambda tensor: replace(tensor, offset=0)),
-    "tensors beyond the end": _altered(lambda tensor: replace(tensor, offset=tensor.offset + (1 << 40))),
+    "runs without end": _bytes(lambda p: forged(_with_runs(p, 20_000), {}, p.payload)),
+    "tensors on top of each other": _moved(lambda place: [0, place[1] - place[0]]),
+    "tensors beyond the end": _moved(lambda place: [place[0] + (1 << 40), place[1] + (1 << 40)]),
     "tensors larger than the file": _altered(lambda tensor: replace(tensor, heads=tensor.heads << 30)),
     "tensors with paths for names": _altered(lambda tensor: replace(tensor, name="../../../etc/passwd")),
     "tensors without checksums": _altered(lambda tensor: replace(tensor, checksums=b"")),
@@ -179,9 +194,11 @@ PLANTS: dict[str, Plant] = {
 TAKEN_IN = ("frames that unpack to 256 MiB", "frames that lie", "frames that are none")
 
 
-def _with_runs(prompt: Prompt, runs: list[Any]) -> bytes:
-    fields = msgpack.unpackb(block_to_record(prompt.sealed.block))
-    fields[9] = runs
+def _with_runs(prompt: Prompt, count: int) -> bytes:
+    """The record with so many runs of one token, none of which says a checksum."""
+    fields = msgpack.unpackb(block_to_record(prompt.ready.block))
+    [template] = runs_to_record(prompt.ready.block.runs)[1]
+    fields[9] = RUN.pack(1, 0, 1, 0, 0, template) * count
     packed: bytes = msgpack.packb(fields)
     return packed
 

@@ -6,23 +6,35 @@ being written and parsed again, and must be usable.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgpack
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from kvstore.blobs import encrypted
 from kvstore.blobs import format as blob
+from kvstore.blobs.base import BlobId
 from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
 from kvstore.client.plan import Request, parse_plan
 from kvstore.codecs.profiles import parse_profile
-from kvstore.engine import rows, sealed
+from kvstore.engine import rows
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
 from kvstore.keys import NamespaceInfo, block_key, chain_keys, checkpoint_key
 from kvstore.layers import Layout, PartSpec
-from kvstore.records import block_from_record, block_to_record
+from kvstore.records import (
+    block_from_record,
+    block_to_record,
+    runs_from_record,
+    runs_to_record,
+    template_ids,
+    templates_by_id,
+    unpack_record,
+)
 from kvstore.server.service import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -31,6 +43,7 @@ from tests.support import engine as tiny
 CORPUS = Path(__file__).parent / "corpus"
 TOKENS = range(300)
 KEY = bytes(range(32))
+BLOB = BlobId(KEY[::-1], KEY, 7)
 SPEC = PartSpec(2, 64, "BF16")
 REFUSALS = (KVStoreError, DecodeError)  # the edge of the server and gRPC's own code make typed errors of the second
 
@@ -53,25 +66,31 @@ def record(data: bytes) -> None:
     _usable(block)
 
 
-def sealed_header(data: bytes) -> None:
-    """The header of an encrypted blob."""
-    root, key, inner_bytes = sealed._parse_header(data[: sealed.HEADER_BYTES].ljust(sealed.HEADER_BYTES))
-    assert (len(root), len(key)) == (KEY_BYTES, KEY_BYTES)
-    assert sealed.sealed_bytes(inner_bytes) > inner_bytes
+def encrypted_header(data: bytes) -> None:
+    """The header of an encrypted blob, after 8 bytes that say how long the blob inside is."""
+    nbytes, header = int.from_bytes(data[:8], "little"), data[8 : 8 + encrypted.HEADER_BYTES]
+    salt = encrypted._demand_salt(header.ljust(encrypted.HEADER_BYTES), BLOB, nbytes)
+    assert len(salt) == encrypted.SALT_BYTES
+    assert encrypted.plain_bytes(encrypted.stored_bytes(nbytes)) == nbytes
 
 
 def row(data: bytes) -> None:
     """An index row as it is, and with a checksum that fits."""
     try:
-        _read_row(rows.parse_row(KEY, data))
+        _read_row(rows.parse_row(KEY, data, _templates()))
     except CorruptDataError:
-        _read_row(rows.parse_row(KEY, data + rows._check(KEY, data)))
+        _read_row(rows.parse_row(KEY, data + rows._check(KEY, data), _templates()))
 
 
 def runs(data: bytes) -> None:
-    """The runs of a block as they travel."""
-    parsed = convert.runs_from_bytes(data)
-    assert convert.runs_from_bytes(convert.runs_to_bytes(parsed)) == parsed
+    """The runs of a block and their templates, as they travel."""
+    fields = unpack_record(data)
+    if not isinstance(fields, list) or len(fields) != 2 or not isinstance(fields[1], bytes):
+        return
+    parsed = runs_from_record(fields[1], templates_by_id(fields[0]))
+    again, templates = runs_to_record(parsed)
+    assert runs_from_record(again, templates) == parsed
+    assert template_ids(again, templates) == set(templates)
 
 
 def states(data: bytes) -> None:
@@ -153,9 +172,11 @@ def tokens(data: bytes) -> None:
     one, two = packed[:half], packed[half : 2 * half]
     shared = next((at for at, (a, b) in enumerate(zip(ids, ids[half // 8 :], strict=False)) if a != b), half // 8)
     assert common_tokens(one, two) == min(shared, half // 8)
-    code = rows.Code.of(packed)
-    assert len(code.data) <= rows.CODE_BYTES_MAX
-    assert code.data.startswith(b"".join(map(rows.token_code, ids[: len(code.ends)])))
+    for level in range(len(ids) // rows.LEVEL_TOKENS + 1):
+        part = rows.level_tokens(packed, level)
+        code = rows.Code.of(part)
+        assert len(code.data) <= 9 * rows.LEVEL_TOKENS
+        assert code.data == b"".join(map(rows.token_code, unpack_tokens(part)))
 
 
 @dataclass(frozen=True)
@@ -196,10 +217,11 @@ def _usable(block: Block) -> None:
 
 def _read_row(parsed: rows.Row) -> None:
     assert parsed.end == parsed.start + parsed.n_tokens
-    assert len(rows.child_entry(parsed)) <= 511
-    rows.fidelity_of(parsed.value)
-    rows.recipes_of([(parsed.key, parsed.value, 0)])
-    if not parsed.is_sealed:
+    assert all(len(entry) <= 511 for entry in rows.child_entries(parsed, None))
+    taken = (parsed.key, parsed.value, 0)
+    assert rows.fidelities_of([taken]) == {parsed.fidelity}
+    assert rows.templates_digests_of([taken]) == {parsed.templates_digest}
+    if not parsed.is_key_missing:
         assert parsed.block.n_tokens == parsed.n_tokens
 
 
@@ -207,10 +229,10 @@ def _read_row(parsed: rows.Row) -> None:
 
 
 def _blocks() -> list[Block]:
-    """Sealed blocks: a full one, a tail, a checkpoint; and one of packed shares and groups, from the golden files."""
+    """Stored blocks: a full one, a tail, a checkpoint; and one of packed shares and groups, from the golden files."""
     ns = tiny.namespace()
     made = [*tiny.sequence(ns, TOKENS), tiny.checkpoint(tiny.namespace(layout=tiny.HYBRID), TOKENS)]
-    plain = [blob.seal(replace(new.block, namespace=ns.to_record()), new.buffers).block for new in made]
+    plain = [blob.make_ready(replace(new.block, namespace=ns.to_record()), new.buffers).block for new in made]
     return [*plain, *(blob.parse_header(head, size) for head, size in _golden())]
 
 
@@ -229,7 +251,19 @@ def _headers() -> list[bytes]:
 
 def _rows() -> list[bytes]:
     """Values without their checksums, which the target adds."""
-    return [rows.pack_row(block, 3, 9, 512, 4096).value[: -rows.CHECK_BYTES] for block in _blocks()]
+    return [rows.pack_row(block, 3, 512, 4096).value[: -rows.CHECK_BYTES] for block in _blocks()]
+
+
+def _runs() -> list[bytes]:
+    """Templates, and the runs that name them."""
+    made = [runs_to_record(block.runs) for block in _blocks() if block.runs]
+    return [msgpack.packb([list(templates.values()), packed]) for packed, templates in made]
+
+
+@functools.cache
+def _templates() -> dict[bytes, bytes]:
+    """Those that an index has beside its rows: of all seeds."""
+    return {name: record for block in _blocks() for name, record in runs_to_record(block.runs)[1].items()}
 
 
 def _begin_stores() -> list[bytes]:
@@ -257,15 +291,17 @@ def _plans() -> list[bytes]:
     blocks = _blocks()[:2]
     for path in ("/data/blob", ""):
         slices = [
-            pb.BlockSlice(key=b.key, n_tokens=n, runs=convert.runs_to_bytes(b.runs), path=path, file_bytes=9000)
+            pb.BlockSlice(key=b.key, n_tokens=n, runs=runs_to_record(b.runs)[0], path=path, file_bytes=9000)
             for b, n in zip(blocks, (256, 43), strict=True)
         ]
-        made.append(pb.FetchPlan(n_tokens=299, reason="ok", fidelity=7, layout=ns.layout.record, blocks=slices))
+        common = {"layout": ns.layout.record, "templates": runs_to_record(blocks[0].runs)[1].values()}
+        made.append(pb.FetchPlan(n_tokens=299, reason="ok", fidelity=7, blocks=slices, **common))
     return [one.SerializeToString() for one in made]
 
 
-def _sealed_headers() -> list[bytes]:
-    return [sealed._header(KEY, KEY[::-1], KEY[:16], nbytes) for nbytes in (1, 1 << 40)]
+def _encrypted_headers() -> list[bytes]:
+    sizes = (1, 1 << 40)
+    return [size.to_bytes(8, "little") + encrypted._header(BLOB, KEY[: encrypted.SALT_BYTES], size) for size in sizes]
 
 
 def _uploads() -> list[bytes]:
@@ -299,9 +335,9 @@ def _layouts() -> list[bytes]:
 TARGETS = {
     "header": Target(header, _headers),
     "record": Target(record, lambda: [block_to_record(block) for block in _blocks()]),
-    "sealed": Target(sealed_header, _sealed_headers),
+    "encrypted": Target(encrypted_header, _encrypted_headers),
     "row": Target(row, _rows),
-    "runs": Target(runs, lambda: [convert.runs_to_bytes(block.runs) for block in _blocks() if block.runs]),
+    "runs": Target(runs, _runs),
     "states": Target(states, lambda: [convert.states_to_bytes(block.states) for block in _blocks() if block.states]),
     "layout": Target(layout, _layouts),
     "namespace": Target(namespace, _namespaces),

@@ -26,7 +26,7 @@ def test_a_damaged_blob_is_a_miss_and_is_never_served(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("repair", [False, True])
-def test_a_damaged_index_never_ends_the_process_and_is_made_anew(tmp_path: Path, repair: bool) -> None:
+def test_a_damaged_index_never_ends_the_process_and_is_rebuilt(tmp_path: Path, repair: bool) -> None:
     """After an orderly stop and after a kill; by the start, or by a repair before it."""
     indexes = damage.Indexes(tmp_path / "indexes")
     cases = spread(indexes.cases(2), 30)
@@ -37,7 +37,7 @@ def test_without_the_walk_over_its_pages_damage_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reason why there is one; and a harness that cannot fail would prove nothing."""
-    monkeypatch.setattr("kvstore.engine.recover._vouch", lambda path, hold: None)
+    monkeypatch.setattr("kvstore.engine.recover.open_validated", lambda place: place.open_index())
     indexes = damage.Indexes(tmp_path / "indexes")
     cases = indexes.cases(1)
     assert any(indexes.strike(kind, change) for kind, what, change in cases if "zeros" in what or "twice" in what)

@@ -347,6 +347,6 @@ def _demand_order(engine: Engine) -> None:
     """A check finds nothing, and every file has its row. Sizes are not compared: ext4 allocates when it likes."""
     found = engine.check().findings
     assert not found, found
-    rows = {info.path for info in engine.list_blocks(limit=1 << 30)}
+    rows = {Path(info.path) for info in engine.list_blocks(limit=1 << 30)}
     files = blob_paths(engine.staging_dir.parent)
     assert files == rows, f"{len(files - rows)} files without a row"
