@@ -25,7 +25,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvstore.blobs.base import BlobId, BlobReader, Blobs, Entry, Pending, Source
-from kvstore.blobs.format import ENCRYPTED_FORMAT, FORMAT_VERSION, LENGTH_BYTES, demand_version
+from kvstore.blobs.format import ENCRYPTED_FORMAT, FORMAT_VERSION, LENGTH_BYTES, NO_HEADER, demand_version
 from kvstore.errors import CorruptDataError
 
 HEADER_BYTES = 512
@@ -233,7 +233,7 @@ def _demand_salt(header: bytes, blob: BlobId, nbytes: int) -> bytes:
     try:
         salt = _salt(header)
         demand_version(json.loads(header[LENGTH_BYTES:])["__metadata__"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except NO_HEADER as error:
         raise CorruptDataError(f"encrypted blob: {error!r}") from error
     if len(salt) != SALT_BYTES or _header(blob, salt, nbytes) != header:
         raise CorruptDataError(f"{blob.name}: the header of another blob, or none")

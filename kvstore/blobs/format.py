@@ -25,7 +25,6 @@ compares bytes, so nothing can hide in it.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,6 +46,8 @@ FORMAT_VERSION = 3
 HEADER_BYTES_MAX = 1 << 20
 LENGTH_BYTES = 8
 ALIGN_BYTES = 64
+# What looking into bytes raises that are no header of ours.
+NO_HEADER = (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[Any, Any]"
 
@@ -247,7 +248,7 @@ def parse_header(header: bytes, file_bytes: int) -> Block:
 
 
 def demand_version(metadata: Any) -> None:
-    """UnknownFormatError for a blob of another format version. Raises what parsing raises for what is none."""
+    """UnknownFormatError for a blob of another format version. Raises one of NO_HEADER for what is none."""
     version = int(metadata["version"])
     if metadata["format"] in (FORMAT, ENCRYPTED_FORMAT) and version != FORMAT_VERSION:
         raise UnknownFormatError(f"a blob of format version {version}; this kvstore reads {FORMAT_VERSION}")
@@ -263,7 +264,7 @@ def _record(text: bytes) -> bytes:
             raise CorruptDataError("not a kvstore blob")
         record = base64.b64decode(metadata["record"], validate=True)
         check = metadata["check"]
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, binascii.Error) as error:
+    except NO_HEADER as error:
         raise CorruptDataError(f"blob header: {error!r}") from error
     if xxhash.xxh3_64_hexdigest(record) != check:
         raise CorruptDataError("blob header: the record does not match its checksum")

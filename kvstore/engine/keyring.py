@@ -14,7 +14,7 @@ Else a worker that only asks could fill the directory with keys.
                  which stay readable: sizes, file, parent
     children     8 bytes of HMAC over the first 32, 64 .. tokens: no order that tells of tokens, so up to 31 tokens may
                  not be found where prompts diverge
-    blob         `kvstore.engine.sealed`
+    blob         `kvstore.blobs.encrypted`
 """
 
 from __future__ import annotations

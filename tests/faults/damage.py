@@ -24,7 +24,14 @@ from pathlib import Path
 import xxhash
 
 from kvstore.blobs.encrypted import CHUNK_BYTES, HEADER_BYTES, TAG_BYTES
-from kvstore.blobs.format import ENCRYPTED_FORMAT, checked_ranges, demand_version, header_length, parse_header
+from kvstore.blobs.format import (
+    ENCRYPTED_FORMAT,
+    NO_HEADER,
+    checked_ranges,
+    demand_version,
+    header_length,
+    parse_header,
+)
 from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
 from kvstore.engine import Engine, Row, Slice, check_directory
 from kvstore.errors import CorruptDataError, KVStoreError, UnknownFormatError
@@ -157,7 +164,7 @@ def _is_of_another_version(data: bytes) -> bool:
         demand_version(json.loads(data[8 : header_length(data[:8], len(data))])["__metadata__"])
     except UnknownFormatError:
         return True
-    except (CorruptDataError, ValueError, KeyError, TypeError, RecursionError):
+    except (CorruptDataError, *NO_HEADER):
         return False
     return False
 

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 from kvstore.blobs import encrypted
 from kvstore.blobs import format as blob
 from kvstore.blobs.base import BlobId
-from kvstore.blocks import KEY_BYTES, TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
+from kvstore.blocks import TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
 from kvstore.client.plan import Request, parse_plan
 from kvstore.codecs.profiles import parse_profile
 from kvstore.engine import rows
