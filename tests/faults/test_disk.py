@@ -168,8 +168,9 @@ def test_nothing_is_changed_in_a_directory_that_took_the_place_of_another(tmp_pa
         key = first.encrypt(SECRET.root)
         first.store(SECRET.to_record(), sequence(SECRET, KEPT), encryption=key)
     del key
-    shutil.copytree(tmp_path / "first", tmp_path / "second")
-    shutil.copytree(tmp_path / "first", tmp_path / "reference")
+    for copy in ("second", "reference"):
+        shutil.copytree(tmp_path / "first", tmp_path / copy)
+    shutil.copytree(tmp_path / "first.keys", tmp_path / "second.keys")
     (tmp_path / "data").symlink_to(tmp_path / "first")
     engine = Engine.open(tmp_path / "data", limits)
     match = find(engine, NS, KEPT)
