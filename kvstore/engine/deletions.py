@@ -100,7 +100,7 @@ class Deletions:
             for blob in leased:
                 self._waiting.setdefault(blob.key, []).append(blob)
                 self._kept[blob] = costs[blob]
-        self._delete([blob for blob in blobs if blob not in set(leased)], costs)
+        self._delete(list(set(blobs).difference(leased)), costs)
         with self._lock:
             kept = [blob for blob in blobs if blob in self._kept]
         if kept:

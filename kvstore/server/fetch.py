@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from kvstore.blobs.base import BlobId
 from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.codecs.base import check_runs
 from kvstore.codecs.segments import HitBlock
 from kvstore.config import Config
-from kvstore.engine import Engine, Lease, Match, Row
+from kvstore.engine import Engine, Lease, Match
 from kvstore.engine.rows import templates_digests_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.keys import NamespaceInfo
@@ -129,7 +130,7 @@ class FetchPath:
         `caller`: who may report what it took.
         """
         asked_s = self.costs.now_s()
-        failed: Counter[Row] = Counter()
+        failed: Counter[BlobId] = Counter()
         unusable = functools.partial(first_unusable, failed)
         for _ in range(REPLANS_MAX):
             match = self._usable(root, tokens, fidelity_min, offer, unusable)
@@ -147,7 +148,7 @@ class FetchPath:
             plan.release()
             row = match.parts[unusable_at].row
             if not self._engine.recheck(row.key):
-                failed[row] += 1
+                failed[row.blob] += 1
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
 
     def measured(self, plan: FetchPlan) -> None:
@@ -193,9 +194,9 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
     return None
 
 
-def first_unusable(failed: Counter[Row], match: Match) -> tuple[int, Reason] | None:
-    """As `first_unreadable`, also for rows whose blobs failed as often as they may."""
-    stuck = next((part.row for part in match.parts if failed[part.row] >= READS_MAX), None) if failed else None
+def first_unusable(failed: Counter[BlobId], match: Match) -> tuple[int, Reason] | None:
+    """As `first_unreadable`, also for blobs that failed as often as they may."""
+    stuck = next((part.row for part in match.parts if failed[part.row.blob] >= READS_MAX), None) if failed else None
     if stuck is None:
         return first_unreadable(match)
     return (match.n_tokens - 1 if stuck.is_checkpoint else stuck.start), Reason.CORRUPT
