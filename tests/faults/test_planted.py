@@ -44,7 +44,7 @@ def data_dir(tmp_path: Path) -> Iterator[tuple[Path, int]]:
 def demand_gone(data_dir: Path, prompts: dict[str, planted.Prompt], kept: set[Path]) -> None:
     """In the blob folders is what was there before, and what only its frames give away; nothing outside was touched."""
     taken_in = {prompts[name].path(data_dir) for name in planted.TAKEN_IN}
-    assert set((data_dir / "blobs.noindex").glob("*/*")) == kept | taken_in
+    assert set((data_dir / "blobs.noindex").glob("*/*.safetensors")) == kept | taken_in
     assert not any((data_dir / "staging").iterdir())
     assert (data_dir.with_name("outside")).read_bytes() == b"not yours"
     assert all(path.stat().st_size for path in data_dir.parent.glob("outside-*"))
@@ -121,11 +121,11 @@ def test_a_start_after_a_kill_and_a_stop_pass_by_what_is_planted(tmp_path: Path,
     kept = blob_paths(place)
     prompts = planted.plant_all(place, NAMESPACE)
     with Engine.open(place, options(durability=durability)) as engine:
-        left = {path for path in (place / "blobs.noindex").glob("*/*") if not path.is_dir()}
+        left = {path for path in (place / "blobs.noindex").glob("*/*.safetensors") if not path.is_dir()}
         taken_in = {prompts[name].path(place) for name in planted.TAKEN_IN}
         assert left == (kept if durability == "commit" else kept | taken_in)
         assert find(engine, NAMESPACE, KEPT).n_tokens == len(KEPT) and engine.stats().degraded == ""
-        for path in (place / "blobs.noindex").glob("*/*"):
+        for path in (place / "blobs.noindex").glob("*/*.safetensors"):
             if path.is_dir():
                 path.rmdir()
         (tmp_path / "outside").unlink()

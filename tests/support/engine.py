@@ -178,7 +178,7 @@ def demand_sound(engine: Engine) -> None:
     assert engine.check().findings == []
     rows = engine.list_blocks(limit=1 << 30)
     root = engine.staging_dir.parent
-    assert blob_paths(root) == {Path(info.path) for info in rows}
+    assert blob_paths(root) == {blob_path(engine, info.row) for info in rows}
     assert engine.used_bytes == disk_usage(root)
 
 
