@@ -263,15 +263,20 @@ def _check_offline(place: Place, index: Index, repair: bool) -> CheckReport:
     try:
         report = Walk(place.site(index), repair).run()
         if repair:
-            _leave(place, index)
+            _leave(place, index, report)
         return report
     finally:
         index.close()
 
 
-def _leave(place: Place, index: Index) -> None:
-    """Rows and blobs agree now, whatever the last holder promised of them."""
-    with index.edit() as edit:
-        edit.set_meta(REBUILDING, 0)
+def _leave(place: Place, index: Index, report: CheckReport) -> None:
+    """Rows and blobs agree now, whatever the last holder promised of them.
+
+    With nothing but blobs of another format there is still no index of them: a start refuses them again.
+    """
+    unknown = any(finding.kind == "unknown_format" for finding in report.findings)
+    if len(index.table) or not unknown:
+        with index.edit() as edit:
+            edit.set_meta(REBUILDING, 0)
     index.sync()
     place.held.write(clean=True, durability="commit", index=digest(place.directory.index / "data.mdb"))
