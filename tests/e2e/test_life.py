@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[2]
 # A kvstore whose index is of a version that does not exist yet.
 NEWER = """
 import sys
-from kvstore.engine import index, recovery
-index.INDEX_VERSION = recovery.INDEX_VERSION = 99
+from kvstore.blobs import format
+format.FORMAT_VERSION = 99
 from kvstore.cli import main
 sys.argv = ["kvstore", "serve"]
 main()
