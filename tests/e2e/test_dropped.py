@@ -78,8 +78,9 @@ def digests(tmp_path_factory: pytest.TempPathFactory, folder: str) -> WeightsDig
 
 
 def use_client(client: Client, folder: str, digests: WeightsDigest) -> Any:
-    """A client that asked for something."""
+    """A client that asked for something: admin verbs leave no connection, what workers ask does."""
     assert client.stats()["daemon"]["pid"]
+    client._connection.ensure(SOON_S)
     return client
 
 
