@@ -330,7 +330,7 @@ def test_a_start_after_a_kill_leaves_blobs_of_another_version_alone(
         assert not ours.exists() and stray.exists() and paths[3].exists()
         assert find(engine, NS, LONG).n_tokens == 768
         assert engine.stats().quarantined == 0
-        assert "left 2 of another format" in caplog.text
+        assert "left 2 that cannot be read" in caplog.text
 
 
 def store_and_evict(engine: Engine) -> None:

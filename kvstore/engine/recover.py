@@ -17,6 +17,7 @@ from kvstore.blobs.local import LocalBlobs
 from kvstore.engine.adopt import Site, keep_number, read_block, read_strays
 from kvstore.engine.check import Walk, quarantine, settle_strays
 from kvstore.engine.directory import Directory, DirectoryLock, claim
+from kvstore.engine.encryption import find_missing_keys
 from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
@@ -142,7 +143,8 @@ def rebuild(site: Site) -> None:
     """Fill the index from blob headers, verifying every checksum. UnknownFormatError when a blob has another version.
 
     The index says meanwhile that it is being rebuilt: a start that finds the word begins again. Without it, a start
-    after a kill in the middle would take every blob that has no row yet for a stray.
+    after a kill in the middle would take every blob that has no row yet for a stray. The word stays while keys are
+    missing: the blobs that need them get their rows when the keys are back.
     """
     with site.index.edit() as edit:
         edit.clear()
@@ -152,8 +154,10 @@ def rebuild(site: Site) -> None:
         entry, detail = found.unknown[0]
         raise UnknownFormatError(f"{entry.place}: {detail}")
     settle_strays(site, found)
-    with site.index.edit() as edit:
-        edit.set_meta(REBUILDING, 0)
+    find_missing_keys(site)
+    if not site.index.ring.is_missing:
+        with site.index.edit() as edit:
+            edit.set_meta(REBUILDING, 0)
     if found.sound:
         log.warning("the index was rebuilt from %d blobs", len(found.sound))
 
@@ -181,7 +185,7 @@ def sweep(site: Site) -> list[Row]:
                 edit.remove(row)
     named -= {row.blob for row in gone.values()}
     strays = [entry for blob, entry in entries.items() if blob not in named and blob not in site.busy()]
-    unknown = {entry for entry in strays if _may_be_another_version(site, entry)}
+    unknown = {entry for entry in strays if _must_stay(site, entry)}
     with site.index.edit() as edit:
         for entry in unknown:
             keep_number(site, edit, entry.blob.number if entry.blob else 0)
@@ -193,19 +197,23 @@ def sweep(site: Site) -> list[Row]:
         with contextlib.suppress(OSError):
             site.blobs.discard(entry)
     if lost or strays:
-        words = "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d of another format"
+        words = (
+            "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d of another format or key"
+        )
         log.warning(words, len(gone), len(strays) - len(unknown), len(unknown))
     return list(gone.values())
 
 
-def _may_be_another_version(site: Site, entry: Entry) -> bool:
-    """Whether a blob has another format version, or this process lacks what it takes to tell."""
+def _must_stay(site: Site, entry: Entry) -> bool:
+    """Whether a blob has another format version, or keys or this process lack what it takes to tell."""
     assert entry.blob is not None
     try:
         read_block(site.blobs, entry.blob, entry.nbytes, verify=False)
     except (UnknownFormatError, LimitError):
         return True
-    except (CorruptDataError, NotFoundError):
+    except NotFoundError:
+        return not site.index.ring.has_folder  # its key may come back
+    except CorruptDataError:
         return False
     return False
 
@@ -275,7 +283,8 @@ def _leave(place: Place, index: Index, report: CheckReport) -> None:
     With nothing but blobs of another format there is still no index of them: a start refuses them again.
     """
     unknown = any(finding.kind == "unknown_format" for finding in report.findings)
-    if len(index.table) or not unknown:
+    find_missing_keys(place.site(index))
+    if (len(index.table) or not unknown) and not index.ring.is_missing:
         with index.edit() as edit:
             edit.set_meta(REBUILDING, 0)
     index.sync()
