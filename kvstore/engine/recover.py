@@ -197,9 +197,7 @@ def sweep(site: Site) -> list[Row]:
         with contextlib.suppress(OSError):
             site.blobs.discard(entry)
     if lost or strays:
-        words = (
-            "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d of another format or key"
-        )
+        words = "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d that cannot be read"
         log.warning(words, len(gone), len(strays) - len(unknown), len(unknown))
     return list(gone.values())
 
