@@ -68,6 +68,18 @@ def retrain(model: Any) -> None:
     model.update(nn.utils.tree_map(lambda one: one * 1.01, model.parameters()))
 
 
+def train_rows(model: Any) -> None:
+    """A few rows of the embedding, as those of tokens that were added."""
+    weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.weight = mx.concatenate([weight[:5], weight[5:7] + 1, weight[7:]])
+
+
+def swap_rows(model: Any) -> None:
+    """The same rows in another order."""
+    weight = model.model.embed_tokens.weight
+    model.model.embed_tokens.weight = weight[mx.array([1, 0, *range(2, weight.shape[0])])]
+
+
 def rescale(model: Any) -> None:
     """Another base of RoPE in one layer, as an argument at load would give."""
     model.model.layers[0].self_attn.rope.base = 500.0
@@ -83,7 +95,7 @@ def rename(model: Any) -> None:
     model.model.norm.__class__ = type("OtherNorm", (type(model.model.norm),), {})
 
 
-@pytest.mark.parametrize("change", [retrain, rescale, argue, rename, nn.quantize])
+@pytest.mark.parametrize("change", [retrain, train_rows, swap_rows, rescale, argue, rename, nn.quantize])
 def test_what_changes_results_changes_the_fingerprint(change: Callable[[Any], Any]) -> None:
     """Weights, an attribute of a module, an argument, a class, quantization in memory."""
     model = build_tiny("llama")

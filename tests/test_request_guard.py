@@ -95,6 +95,7 @@ def test_a_request_that_would_end_the_thread_is_refused_and_the_next_one_answere
     with pytest.raises(InvalidRequestError):
         ask(generator, **bad)
     assert len(ask(generator)) == 6
+    assert len(ask(generator, sampling=HOT)) == 6
     assert sum(1 for _ in other) == 99
     assert generator.generation_available()
 

@@ -111,8 +111,24 @@ def _check_values(args: Any, tokenizer: Any, prompt: list[int], vocabulary: int)
     logits = mx.zeros((1, vocabulary))
     for processor in processors:
         logits = processor(mx.array(prompt[-1:]), logits)
-    sampler(logits)
+    _try_sampler(sampler, logits)
     stock._format_top_logprobs(mx.zeros((vocabulary,)), args.top_logprobs, tokenizer)  # noqa: SLF001
+
+
+def _try_sampler(sampler: Callable[[mx.array], Any], logits: mx.array) -> None:
+    """Trace a sampler, unevaluated; raises what it raises.
+
+    The samplers of mlx-lm are compiled with the global random state as input and output. Tracing that fails leaves a
+    tracer in that state, and every later request that samples would fail on it.
+    """
+    state: Any = mx.random.state
+    key = state[0]
+    try:
+        sampler(logits)
+    except BaseException:
+        high, low = key.tolist()
+        mx.random.seed(high << 32 | low)  # a seed's key is its two halves
+        raise
 
 
 class Handler(stock.APIHandler):
