@@ -270,7 +270,7 @@ def test_a_checkpoint_that_breaks_a_rule_goes_to_quarantine(tmp_path: Path, how:
             assert [one.kind for one in engine.check(repair=True).findings] == ["corrupt_blob"]
         if how == "scrub":
             time.sleep(0.01)
-            engine.maintain()
+            engine.scrub()
         assert not file.exists() and engine.stats().quarantined == 1
         assert exact(engine, LONG).n_tokens == 300
         demand_sound(engine)
@@ -392,6 +392,8 @@ def test_many_marks_are_written_before_they_are_many(tmp_path: Path) -> None:
         fs.calls.clear()
         for row in checkpoints(engine):
             engine.mark_divergence(row)
+        assert fs.calls == []
+        engine.maintain()
         assert [name for name, _ in fs.calls] == ["commit"]
 
 

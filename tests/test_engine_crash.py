@@ -315,6 +315,7 @@ def test_an_access_order_that_finds_no_room_is_a_line_in_the_log(
         put(engine, NS, KEPT)
         fs.dead = True
         engine.touch(find(engine, NS, KEPT).slices)
+        engine.maintain()
         fs.dead = False
         assert find(engine, NS, KEPT).n_tokens == 300
     [line] = [record for record in caplog.records if "access order" in record.message]

@@ -93,7 +93,7 @@ def test_the_order_of_use_survives_a_restart(tmp_path: Path) -> None:
 
 
 def test_use_is_written_in_batches(tmp_path: Path) -> None:
-    """No commit for a fetch; one when there are many notes, or when they are old."""
+    """No commit on the thread of a fetch; upkeep writes notes when there are many, or when they are old."""
     fs, clock = RecordingFs(), Clock()
     with Engine.open(tmp_path / "data", options(touches_max=3), fs, clock) as engine:
         fill(engine, range(3))
@@ -104,6 +104,8 @@ def test_use_is_written_in_batches(tmp_path: Path) -> None:
         engine.maintain()
         assert fs.calls == []
         engine.touch(slices[2])
+        assert fs.calls == []
+        engine.maintain()
         assert [name for name, _ in fs.calls] == ["commit"]
         engine.touch(slices[0])
         clock.now_s += 60

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from kvstore.blobs.base import BlobId, Blobs
@@ -27,6 +28,14 @@ HEAD_TOKENS_BYTES = HEAD_TOKENS * TOKEN_BYTES
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Deletion:
+    """Blobs whose rows are gone, with their bytes on disk, and those of them that a lease keeps."""
+
+    costs: Mapping[BlobId, int] = field(default_factory=dict)
+    leased: frozenset[BlobId] = frozenset()
+
+
 class Deletions:
     """Any thread may call. Its lock is never held over I/O, so that leasing never waits for a disk."""
 
@@ -42,6 +51,7 @@ class Deletions:
         self._leases: Counter[bytes] = Counter()
         self._waiting: dict[bytes, list[BlobId]] = {}  # deleted, and kept for a lease, by key
         self._kept: dict[BlobId, int] = {blob: self._cost(blob) for blob in tombstones.blobs}  # bytes on disk
+        self._deleting: set[BlobId] = set()  # some of `_kept`, which a thread is about to unlink
         self._unsynced: set[bytes] = set()  # namespaces from which names went
         self._book()
 
@@ -88,25 +98,48 @@ class Deletions:
 
     # -- deleting -------------------------------------------------------------------------------------------------
 
-    def delete(self, costs: Mapping[BlobId, int], spare_leased: bool = True) -> int:
-        """Delete blobs whose rows are gone from the index, given with their bytes on disk; the bytes that stay for now.
+    def begin(self, costs: Mapping[BlobId, int], spare_leased: bool = True) -> Deletion:
+        """Note blobs, with their bytes on disk, whose rows were just removed; from now on they are no strays. No I/O.
 
-        With `spare_leased` those with a lease stay until it ends. What stays gets a tombstone. Raises OSError when the
-        disk takes none; then the deletion must not be acknowledged.
+        Call it before the engine's lock is free, and `finish` when it is. With `spare_leased` those with a lease stay
+        until it ends.
         """
-        blobs = list(costs)
         with self._lock:
-            leased = [blob for blob in blobs if spare_leased and blob.key in self._leases]
+            leased = frozenset(blob for blob in costs if spare_leased and blob.key in self._leases)
             for blob in leased:
                 self._waiting.setdefault(blob.key, []).append(blob)
-                self._kept[blob] = costs[blob]
-        self._delete(list(set(blobs).difference(leased)), costs)
-        with self._lock:
-            kept = [blob for blob in blobs if blob in self._kept]
-        if kept:
-            self._bury(kept, leased)
+            self._kept.update(costs)
+            self._deleting.update(costs.keys() - leased)
         self._book()
+        return Deletion(costs, leased)
+
+    def finish(self, deletion: Deletion, *, dropped: bool = False) -> int:
+        """Delete the blobs; the bytes that stay on the disk for now. Never under the engine's lock.
+
+        What stays gets a tombstone. Raises OSError when the disk takes none; then the deletion must not be
+        acknowledged. `dropped`: they are gone already, with their folder.
+        """
+        costs, now = deletion.costs, [blob for blob in deletion.costs if blob not in deletion.leased]
+        kept: list[BlobId] = []
+        try:
+            if not dropped:
+                self._delete(now, costs)
+            with self._lock:
+                if dropped:
+                    for blob in now:
+                        self._kept.pop(blob, None)
+                kept = [blob for blob in costs if blob in self._kept]
+            if kept:
+                self._bury(kept, list(deletion.leased))
+        finally:
+            with self._lock:
+                self._deleting.difference_update(now)
+            self._book()
         return sum(costs[blob] for blob in kept if blob in self._kept)
+
+    def delete(self, costs: Mapping[BlobId, int]) -> int:
+        """`begin` and `finish`, for a thread that does not hold the engine's lock."""
+        return self.finish(self.begin(costs))
 
     def delete_blobs(self, blobs: Iterable[BlobId]) -> None:
         """Delete blobs without a row, sparing those with a lease. What the disk refuses is a line in the log."""
@@ -114,6 +147,12 @@ class Deletions:
             self.delete({blob: self._cost(blob) for blob in blobs})
         except OSError as error:
             log.warning("blobs that were deleted may come back: %s", error)
+
+    @property
+    def deleting_bytes(self) -> int:
+        """What deletions under way will free."""
+        with self._lock:
+            return sum(self._kept.get(blob, 0) for blob in self._deleting)
 
     def _bury(self, kept: Sequence[BlobId], leased: Sequence[BlobId]) -> None:
         try:
@@ -167,7 +206,9 @@ class Deletions:
         self._tombstones.settle(waiting)
         with self._lock:
             self._kept = {
-                blob: n for blob, n in self._kept.items() if blob in waiting or blob in self._tombstones.blobs
+                blob: nbytes
+                for blob, nbytes in self._kept.items()
+                if blob in waiting or blob in self._deleting or blob in self._tombstones.blobs
             }
         self._book()
 

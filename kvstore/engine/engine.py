@@ -18,9 +18,10 @@ Invariants, each with its tests:
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
 
-Threads: any thread may call anything. One lock serialises writers of the index; it is held for making room and for
-commits, never while blobs are written or the caller's iterator runs. A store has its files synced on a thread that ends
-with it. `match` takes no lock but LMDB's read transaction; `lease` and `touch` take one that is never held over I/O.
+Threads: any thread may call anything. One lock serialises writers of the index; it is held over one commit of at most
+1,024 rows, never while blobs are written, unlinked or the caller's iterator runs. One thread at a time makes room. A
+store has its files synced on a thread that ends with it. `match` takes no lock but LMDB's read transaction; `lease` and
+`touch` take one that is never held over I/O.
 """
 
 from __future__ import annotations
@@ -211,8 +212,7 @@ class Engine:
 
         To be called when a fetch used the checkpoint of a match that says `diverged`.
         """
-        if self._shared.uses.mark(row.key):
-            self._shared.flush_uses()
+        self._shared.uses.mark(row.key)
 
     def _why(self, found: Found, tokens: bytes, limit: int) -> Reason:
         """Why a match gives no more."""
@@ -264,9 +264,8 @@ class Engine:
         return None
 
     def touch(self, slices: Iterable[Slice]) -> None:
-        """Note that blocks were used. Kept in memory, written with the next commit, or when there are many."""
-        if self._shared.uses.touch(slices):
-            self._shared.flush_uses()
+        """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`."""
+        self._shared.uses.touch(slices)
 
     def lease(self, rows: Iterable[Row]) -> Lease:
         """Protect the blobs of rows until they are open: evicted last, and those of replaced rows stay for now."""
@@ -389,7 +388,7 @@ class Engine:
             if shared.blobs.clear(VICTIMS_MAX):  # of namespaces whose eviction a stop cut short
                 with shared.lock:
                     shared.measure()
-            self._evictor.make_room(0)
+            self._evictor.keep_to_limits()
             shared.evictions.tell()
             shared.ballast.lay()
             if shared.health.disk_error and shared.can_write():

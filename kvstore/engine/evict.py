@@ -6,11 +6,13 @@ Every step is one index commit of at most VICTIMS_MAX blobs, then their deletion
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 
 from kvstore.blobs.base import BlobId, disk_bytes
 from kvstore.blocks import Reason
+from kvstore.engine.deletions import Deletion
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, gigabytes
 from kvstore.engine.index import Edit
 from kvstore.engine.retain import VICTIMS_MAX, Mask, Table
@@ -29,71 +31,90 @@ _COMMIT_BYTES = 64 << 10
 _MANY_DIVISOR = 10
 # A request makes a few files; with fewer inodes left it would fail half-way.
 _NAMES_MIN = 8
+# How often a thread that waits for another one's eviction looks whether there is room by now.
+_LOOK_AGAIN_S = 0.05
 _NOTHING: frozenset[bytes] = frozenset()
 log = logging.getLogger(__name__)
 Choose = Callable[[Table], Mask]
 
 
 class Evictor:
-    """Makes room, or says that there is none. Every method takes the engine's lock."""
+    """Makes room, or says that there is none. Any thread; call it without the engine's lock."""
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self._evicting = threading.Lock()  # never taken by a thread that holds the engine's lock
         self._floor_freed = 0
         self._floor_wanted = 0
 
-    def make_room(self, nbytes: int, keep: AbstractSet[bytes] = _NOTHING) -> bool:
-        """Evict until `nbytes` more fit under budget and floor, never `keep`; False when they do not even then."""
-        shared = self._shared
-        with shared.lock:
-            if shared.is_displaced():
-                shared.health.displaced = DISPLACED
-                return False
-            try:
-                return self._is_in_budget(nbytes, keep) and self._is_above_floor(nbytes, keep)
-            except (StoreFullError, OSError) as error:
-                shared.health.disk_error = str(error)
-                return False
+    def make_room(
+        self, nbytes: int, keep: AbstractSet[bytes] = _NOTHING, book: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Evict until `nbytes` more fit under budget and floor, never `keep`; False when they do not even then.
+
+        `book` is called, under the engine's lock, at the moment when they fit. One thread at a time evicts; others look
+        again meanwhile whether they fit.
+        """
+        shared, exhausted = self._shared, set[str]()
+        try:
+            while True:
+                with shared.lock:
+                    if shared.is_displaced():
+                        shared.health.displaced = DISPLACED
+                        return False
+                    if self._lack(nbytes, exhausted) is None:
+                        if has_room := self._has_room(nbytes):
+                            book()
+                        return has_room
+                if self._evicting.acquire(timeout=_LOOK_AGAIN_S):
+                    try:
+                        self._evict_lack(nbytes, keep, exhausted)
+                    finally:
+                        self._evicting.release()
+        except (StoreFullError, OSError) as error:
+            shared.health.disk_error = str(error)
+            return False
+
+    def keep_to_limits(self) -> None:
+        """Evict what is over budget or below the floor, unless a thread is evicting already."""
+        if not self._evicting.locked():
+            self.make_room(0)
 
     def keep_checkpoint_share(self) -> None:
         """Evict checkpoints over their share of the budget; after commits they are kept to it anyhow."""
         shared = self._shared
         with shared.lock:
             over = shared.index.table.usage().checkpoint_bytes - shared.options.checkpoint_share_bytes
-            try:
-                if over > 0:
+        try:
+            if over > 0:
+                with self._evicting:
                     self._run(SHARE, over, shared.deletions.leased(), lambda table: table.where(checkpoints=True))
-            except (StoreFullError, OSError) as error:
-                shared.health.disk_error = str(error)
+        except (StoreFullError, OSError) as error:
+            shared.health.disk_error = str(error)
 
     def book_staging(self, nbytes: int) -> None:
         """Count staged bytes, or with a negative number the end of them."""
         self._shared.ledger.add("staging", disk_bytes(nbytes) if nbytes >= 0 else -disk_bytes(-nbytes))
 
     def could_reserve(self, nbytes: int) -> bool:
-        """Whether `reserve` may find room, by evicting or not; nothing is evicted to find out."""
+        """Whether `reserve` may find room, by evicting or not; nothing is evicted to find out. Takes no lock."""
         shared = self._shared
-        with shared.lock:
-            if shared.is_displaced():
-                return False
-            ledger, options = shared.ledger, shared.options
-            need = disk_bytes(nbytes)
-            if ledger.fixed + need + _COMMIT_BYTES > options.budget_bytes:
-                return False
-            try:
-                spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
-            except OSError as error:
-                shared.health.disk_error = str(error)
-                return False
-            return spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need)
+        if shared.is_displaced():
+            return False
+        ledger, options = shared.ledger, shared.options
+        need = disk_bytes(nbytes)
+        if ledger.fixed - shared.deletions.deleting_bytes + need + _COMMIT_BYTES > options.budget_bytes:
+            return False
+        try:
+            spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
+        except OSError as error:
+            shared.health.disk_error = str(error)
+            return False
+        return spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for staged bytes and count them, in one step; False, and nothing counted, when there is none."""
-        with self._shared.lock:
-            if not self.make_room(disk_bytes(nbytes)):
-                return False
-            self.book_staging(nbytes)
-            return True
+        return self.make_room(disk_bytes(nbytes), book=lambda: self.book_staging(nbytes))
 
     def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
         """Remove what is selected, least recently used leaves first; a dry run chooses the same and removes nothing.
@@ -105,15 +126,18 @@ class Evictor:
         need = selection.bytes or NO_LIMIT
         if dry_run:
             with shared.lock:
-                table = shared.index.table
-                shared.uses.apply(table)
-                keys = table.victims(need, mask=choose(table), count_max=len(table) or 1)
-                return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
+                shared.uses.apply(shared.index.table)
+                table = shared.index.table.snapshot()
+                mask = choose(table)
+            keys = table.victims(need, mask=mask, count_max=len(table) or 1)
+            return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.demand_place()
         try:
-            if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
-                return self._evict_namespaces(selection)
-            return self._run(ASKED, need, _NOTHING, choose)
+            # Stores that need room wait, looking whether they have it by now; nothing is evicted twice for them.
+            with self._evicting:
+                if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
+                    return self._evict_namespaces(selection)
+                return self._run(ASKED, need, _NOTHING, choose)
         except OSError as error:
             raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
 
@@ -137,46 +161,39 @@ class Evictor:
         One by one where a reader has a lease, a store is under way, or the folder has other files, such as blobs of
         another format version, which are not ours to delete.
         """
-        shared, costs = self._shared, dict[BlobId, int]()
-        kept: int | None = 0
-        while True:
+        shared, steps, failure = self._shared, list[Deletion](), None
+        while not steps or len(steps[-1].costs) == VICTIMS_MAX:
             with shared.lock:
                 space = shared.index.spaces.get(root)
                 only = [] if space is None else [space.number]
                 removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: table.where(namespaces=only))  # noqa: B023
                 shared.lost.remember(removed, Reason.EVICTED)
-                shared.leaving.update(shared.costs(removed))
-                costs.update(shared.costs(removed))
-                if len(removed) == VICTIMS_MAX:
-                    continue
+                steps.append(shared.deletions.begin(shared.costs(removed)))
+        blobs = {blob for step in steps for blob in step.costs}
+        dropped = all(entry.blob in blobs for entry in shared.blobs.names(root))
+        if dropped:
+            # Under the lock, so that no store writes to the folder meanwhile: it is one rename.
+            with shared.lock:
+                dropped = self._may_drop(root, blobs)
                 try:
-                    kept = self._delete_namespace(root, costs)
-                finally:
-                    for blob in costs:
-                        del shared.leaving[blob]
-                break
-        total = sum(costs.values())
-        if kept is None:
+                    if dropped:
+                        shared.blobs.drop(root)
+                except OSError as error:
+                    dropped, failure = False, error
+        total = sum(nbytes for step in steps for nbytes in step.costs.values())
+        kept = sum([shared.deletions.finish(step, dropped=dropped) for step in steps])
+        if failure is not None:
+            raise failure
+        if dropped:
             kept = max(0, total - sum(iter(lambda: shared.blobs.clear(VICTIMS_MAX), 0)))
-        return EvictReport(len(costs), total - kept, kept)
+        return EvictReport(len(blobs), total - kept, kept)
 
-    def _delete_namespace(self, root: bytes, costs: dict[BlobId, int]) -> int | None:
-        """Delete the blobs of a namespace that has no rows; the bytes that stay for now. Raises OSError.
-
-        None when the namespace was dropped as a whole: its bytes are still to be cleared.
-        """
+    def _may_drop(self, root: bytes, blobs: AbstractSet[BlobId]) -> bool:
+        """Whether a namespace has no rows, readers or writers, so that its folder may go. Hold the lock."""
         shared = self._shared
         leased = shared.deletions.leased()
-        is_leased = any(blob.key in leased for blob in costs)
-        is_written = any(blob.root == root for blob in shared.in_flight)
-        if is_leased or is_written or any(entry.blob not in costs for entry in shared.blobs.names(root)):
-            return shared.deletions.delete(costs)
-        try:
-            shared.blobs.drop(root)
-        except OSError:
-            shared.deletions.delete(costs)
-            raise
-        return None
+        is_used = root in shared.index.spaces or any(blob.root == root for blob in shared.in_flight)
+        return not is_used and not any(blob.key in leased for blob in blobs)
 
     def _roots(self, selection: Selection) -> list[bytes]:
         """The namespaces that a selection names."""
@@ -212,23 +229,50 @@ class Evictor:
 
         return choose
 
-    def _is_in_budget(self, nbytes: int, keep: AbstractSet[bytes]) -> bool:
+    def _lack(self, nbytes: int, exhausted: AbstractSet[str]) -> tuple[str, int, int] | None:
+        """(why, bytes that must be freed, bytes to free) for `nbytes` more; None where eviction helps no further.
+
+        Hold the engine's lock.
+        """
         shared = self._shared
         ledger, budget = shared.ledger, shared.options.budget_bytes
         need = nbytes + (_COMMIT_BYTES if nbytes else 0)
-        slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
-        # What can never fit must not empty the store; a budget that others have used up may.
-        may_evict = nbytes == 0 or ledger.fixed + need <= budget
-        while may_evict and (over := ledger.total + need - budget) > 0:
-            # Again if need be: the commit of an eviction may make the index grow by some pages.
-            may_evict = self._evict_bytes(BUDGET, over, over + slack, keep) > 0
+        over = ledger.total + need - budget
+        if over > 0:
+            # What can never fit must not empty the store; a budget that others have used up may.
+            may_evict = nbytes == 0 or ledger.fixed - shared.deletions.deleting_bytes + need <= budget
+            slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
+            return (BUDGET, over, over + slack) if may_evict and BUDGET not in exhausted else None
+        floor = shared.options.free_floor_bytes
+        deficit = nbytes - (self.free_bytes() - floor) - self._floor_freed if floor else 0
+        return (FLOOR, deficit, deficit) if deficit > 0 and FLOOR not in exhausted and self._has_names() else None
+
+    def _evict_lack(self, nbytes: int, keep: AbstractSet[bytes], exhausted: set[str]) -> None:
+        """Evict what lacks now; note in `exhausted` why no more can be freed. Hold `_evicting`. Raises OSError."""
+        with self._shared.lock:
+            lack = self._lack(nbytes, exhausted)
+        if lack is None:
+            return
+        cause, needed, wanted = lack
+        freed = self._evict_bytes(cause, needed, wanted, keep)
+        # For the budget again if need be: the commit of an eviction may make the index grow by some pages.
+        if cause == FLOOR or not freed:
+            exhausted.add(cause)
+        if cause == FLOOR:
+            self._floor_freed += freed
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Whether `nbytes` more fit now; notes in `health` why not. Hold the engine's lock."""
+        shared = self._shared
+        ledger, budget = shared.ledger, shared.options.budget_bytes
         if nbytes == 0:
             full = f"the index and uploads alone pass the budget of {gigabytes(budget)}"
             shared.health.over_budget = full if ledger.total > budget else ""
-        return ledger.total + need <= budget
+        need = nbytes + (_COMMIT_BYTES if nbytes else 0)
+        return ledger.total + need <= budget and self._is_above_floor(nbytes)
 
-    def _is_above_floor(self, nbytes: int, keep: AbstractSet[bytes]) -> bool:
-        """Whether the volume keeps its free floor after `nbytes` more. Evicts the deficit for it, once.
+    def _is_above_floor(self, nbytes: int) -> bool:
+        """Whether the volume keeps its free floor after `nbytes` more.
 
         A snapshot may hold on to what was deleted (APFS). Evicting again for the same deficit would empty the store and
         free nothing, so what was freed is remembered until there is room for all that was asked for.
@@ -237,11 +281,6 @@ class Evictor:
             return False
         floor = self._shared.options.free_floor_bytes
         spare = self.free_bytes() - floor if floor else nbytes
-        deficit = nbytes - spare
-        if deficit > self._floor_freed:
-            deficit -= self._floor_freed
-            self._floor_freed += self._evict_bytes(FLOOR, deficit, deficit, keep)
-            spare = self.free_bytes() - floor
         if spare < nbytes:
             self._floor_wanted = max(self._floor_wanted, nbytes)
             short = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
@@ -292,8 +331,9 @@ class Evictor:
         Nothing is evicted where everything that may go would not free `needed`. The bytes freed.
         """
         shared = self._shared
-        if shared.index.table.reachable_bytes(keep) < needed:
-            return 0
+        with shared.lock:
+            if shared.index.table.reachable_bytes(keep) < needed:
+                return 0
         leased = shared.deletions.leased()
         freed = self._run(cause, wanted, leased | keep).freed_bytes
         if freed < wanted and leased:
@@ -336,7 +376,8 @@ class Evictor:
                     raise
                 removed, nbytes = self._remove(need_bytes, keep, choose)
             shared.lost.remember(removed, Reason.EVICTED)
-            return removed, nbytes, shared.deletions.delete(shared.costs(removed), spare_leased)
+            deletion = shared.deletions.begin(shared.costs(removed), spare_leased)
+        return removed, nbytes, shared.deletions.finish(deletion)
 
     def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> tuple[list[Row], int]:
         with self._shared.edit() as edit:

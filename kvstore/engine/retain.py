@@ -239,6 +239,12 @@ class Table:
 
     # -- sums -----------------------------------------------------------------------------------------------------
 
+    def snapshot(self) -> Table:
+        """A copy to choose from, for a thread that does not hold the lock."""
+        copy = Table()
+        copy._rows, copy._end, copy._slots = self._rows[: self._end].copy(), self._end, dict(self._slots)
+        return copy
+
     def usage(self, namespace: int | None = None) -> Usage:
         """Of one namespace, None: of all."""
         if namespace is not None:

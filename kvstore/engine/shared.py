@@ -26,16 +26,18 @@ from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import NamespaceInfo
 
 _DAY_S = 86_400
+# Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
+_UNWRITTEN_FACTOR = 16
 DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
 
 
 class Shared:
-    """`lock` serialises writers of the index; whoever changes rows or the table of blobs holds it.
+    """`lock` serialises writers of the index: hold it to change rows or the table of blobs.
 
-    `in_flight` are blobs that are being written, `leaving` those whose rows are gone and whose namespace is being
-    dropped, with their bytes on disk; both change under the lock. `Uses` and `Deletions` have locks of their own, never
-    held over I/O: touching and leasing never wait for a commit.
+    It is held over one commit of at most 1,024 rows, and never while blobs are read, written or unlinked. `in_flight`
+    are blobs that are being written, with their bytes on disk; it changes under the lock. `Uses` and `Deletions` have
+    locks of their own, never held over I/O: touching and leasing never wait for a commit.
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class Shared:
         self.lost = Lost(options.evicted_max)
         self.uses = Uses(options.touches_max, options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
-        self.leaving: dict[BlobId, int] = {}
         self.site = Site(
             blobs, index, self.busy, self.deletions.delete_blobs, self.lock, self.skip_number, options.rule
         )
@@ -162,13 +163,19 @@ class Shared:
             return False
         return True
 
+    def take_number(self) -> int:
+        """A number for a new blob."""
+        with self.lock:
+            self.next_number += 1
+            return self.next_number - 1
+
     def skip_number(self, number: int) -> None:
         """A blob has this number: later ones get others. Hold `lock`."""
         self.next_number = max(self.next_number, number + 1)
 
     def busy(self) -> frozenset[BlobId]:
         """Blobs that have no row for a good reason. Hold `lock`."""
-        return self.deletions.busy().union(self.in_flight, self.leaving)
+        return self.deletions.busy().union(self.in_flight)
 
 
 class Uses:
@@ -186,22 +193,24 @@ class Uses:
         self._count = 0
         self._written_s = clock()
 
-    def touch(self, slices: Iterable[Slice]) -> bool:
-        """Note that blobs were used together; whether there is so much of it that it should be written."""
+    def touch(self, slices: Iterable[Slice]) -> None:
+        """Note that blobs were used together. Of notes that no commit takes the oldest are dropped."""
         keys = tuple(part.row.key for part in slices)
         with self._lock:
             self._touches.pop(keys, None)
             self._touches[keys] = int(self._clock())
             self._count += len(keys)
-            return self._count >= self._count_max
+            while self._count > _UNWRITTEN_FACTOR * self._count_max and self._touches:
+                oldest = next(iter(self._touches))
+                del self._touches[oldest]
+                self._count -= len(oldest)
 
-    def mark(self, key: bytes) -> bool:
+    def mark(self, key: bytes) -> None:
         """Note that a prompt diverged after a checkpoint; as `touch`."""
         with self._lock:
             self._marks.pop(key, None)
             self._marks[key] = None
             self._count += 1
-            return self._count >= self._count_max
 
     def name(self, root: bytes) -> None:
         """Note that a caller named a namespace that holds something: its identity is in use. Kept once a day."""
@@ -214,8 +223,9 @@ class Uses:
             self._count += 1
 
     def due(self) -> bool:
-        """Whether notes have waited as long as they may; a clock that was set back makes them due, too."""
-        return bool(self._count) and not 0 <= self._clock() - self._written_s < self._age_s
+        """Whether there are many notes, or old ones; a clock that was set back makes them due, too."""
+        is_old = not 0 <= self._clock() - self._written_s < self._age_s
+        return self._count >= self._count_max or (bool(self._count) and is_old)
 
     def write(self, edit: Edit) -> None:
         """Take all notes into the table, in their order; the commit of this edit writes them."""

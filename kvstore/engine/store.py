@@ -19,6 +19,7 @@ from kvstore.blobs.format import ReadyBlob, make_ready
 from kvstore.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.checkpoints import keep_share, thin_chains
+from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
 from kvstore.engine.evictions import CHAIN
 from kvstore.engine.index import Edit
@@ -70,6 +71,7 @@ class _Settled:
     replaced: list[Row] = field(default_factory=list)
     evicted: list[Row] = field(default_factory=list)
     reason: Reason = Reason.OK
+    deletion: Deletion = field(default_factory=Deletion)
 
 
 class Writer:
@@ -171,15 +173,16 @@ class Writer:
         nbytes = shared.blobs.stored_bytes(batch.root, ready.nbytes)
         if ready.block.is_checkpoint and nbytes > shared.options.checkpoint_share_bytes:
             return None
-        with shared.lock:
-            # The row is no longer than the header, on pages of its own, and has a few small entries beside it.
-            nbytes += disk_bytes(len(ready.header)) + disk_bytes(1)
-            if not self._evictor.make_room(nbytes, batch.keep):
-                return None
-            blob = BlobId(batch.root, key, shared.next_number)
-            shared.next_number += 1
+        # The row is no longer than the header, on pages of its own, and has a few small entries beside it.
+        nbytes += disk_bytes(len(ready.header)) + disk_bytes(1)
+        blob = BlobId(batch.root, key, shared.take_number())
+
+        def book() -> None:
             shared.in_flight[blob] = nbytes
             shared.ledger.add("pending", nbytes)
+
+        if not self._evictor.make_room(nbytes, batch.keep, book):
+            return None
         try:
             row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
             pending = shared.blobs.put(blob, (memoryview(ready.header), *ready.payload))
@@ -214,6 +217,7 @@ class Writer:
             if batch.rows():
                 shared.blobs.sync(batch.root)
             settled = self._commit_rows(batch)
+            shared.deletions.finish(settled.deletion)
             # After the commit: blobs and index went to the drive in this order, and now both leave its cache. Also when
             # nothing was written: what is held may be another request's whose commit is as young.
             shared.drive.wait()
@@ -297,7 +301,7 @@ class Writer:
             settled.evicted += keep_share(edit, options.checkpoint_share_bytes, self._shared.deletions.leased())
 
     def _after_commit(self, settled: _Settled) -> None:
-        """Names are no longer in flight, what was replaced is deleted."""
+        """Names are no longer in flight, what was replaced is to be deleted."""
         shared = self._shared
         for row in settled.kept:
             self._end_flight(row.blob)
@@ -307,7 +311,7 @@ class Writer:
         # A request may hold one key twice: what it replaced of its own is deleted with what was not kept.
         own = {row.blob for row in settled.kept}
         gone = [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]
-        shared.deletions.delete(shared.costs(gone))
+        settled.deletion = shared.deletions.begin(shared.costs(gone))
 
     def _end_flight(self, blob: BlobId) -> None:
         with self._shared.lock:
@@ -318,14 +322,14 @@ class Writer:
         shared = self._shared
         rows = batch.rows() + [row for (_, _, row), _ in batch.landing if row is not None]
         for row in rows:
-            with shared.lock:
-                if row.blob not in shared.in_flight:
-                    continue
-                try:
-                    with shared.index.view() as view:
-                        named = view.row(row.key)
-                except KVStoreError:
-                    continue
-                if (named is None or named.number != row.number) and not shared.is_displaced():
-                    shared.blobs.delete([row.blob])
-                self._end_flight(row.blob)
+            if row.blob not in shared.in_flight:
+                continue
+            try:
+                with shared.index.view() as view:
+                    named = view.row(row.key)
+            except KVStoreError:
+                continue
+            # While it is in flight it is no stray.
+            if (named is None or named.number != row.number) and not shared.is_displaced():
+                shared.blobs.delete([row.blob])
+            self._end_flight(row.blob)

@@ -64,7 +64,7 @@ def _unlink_first(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs
 
     def unlinks_too_early(self: Writer, edit: Any, batch: Any) -> Any:
         settled = settle(self, edit, batch)
-        self._shared.deletions.delete(settled.replaced)
+        self._shared.deletions.delete(self._shared.costs(settled.replaced))
         return settled
 
     return _patched(Writer, "_settle", unlinks_too_early)
