@@ -37,15 +37,15 @@ from types import TracebackType
 from kvstore.blobs.base import BlobId, BlobReader
 from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.ranges import OPEN_FILES_MAX
-from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Reason, count_tokens
+from kvstore.blocks import KEY_BYTES
 from kvstore.engine import check as checking
-from kvstore.engine import encryption, listing
-from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES, Lease
+from kvstore.engine import encryption, fetch, listing
+from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, claim
 from kvstore.engine.evict import Evictor
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import NamespaceKey
-from kvstore.engine.match import Exact, Found, checkpoint_at, longest_exact, longest_prefix
+from kvstore.engine.match import checkpoint_at
 from kvstore.engine.pages import digest
 from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recover import Place, recovered_index
@@ -68,9 +68,7 @@ from kvstore.engine.types import (
     StoreReceipt,
 )
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
-from kvstore.keys import NamespaceInfo, block_key
-from kvstore.records import template_ids
-from kvstore.rules import check_states
+from kvstore.keys import NamespaceInfo
 
 log = logging.getLogger(__name__)
 
@@ -179,28 +177,7 @@ class Engine:
         `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
         for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
-        limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
-        if limit and root not in self._shared.namespaces:
-            why = self._why(Found((), 0, 0, root, False), tokens, limit)
-            return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
-        if encryption.is_key_missing(self._shared, root):
-            return Match(0, Reason.KEY_MISSING)
-        self._shared.uses.name(root)
-        with self._shared.index.view() as view:
-            found = longest_prefix(view, root, tokens, limit, fidelity_min)
-            cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None
-            templates = view.templates
-        if cut is None:
-            return Match(found.n_tokens, self._why(found, tokens, limit), found.rows, templates=templates)
-        return replace(self._exact(found, cut, tokens, limit), templates=templates)
-
-    def _exact(self, found: Found, cut: Exact, tokens: bytes, limit: int) -> Match:
-        """A match that ends at a checkpoint, or nothing for want of one."""
-        end = cut.checkpoint.end if cut.checkpoint else 0
-        reason = Reason.NO_CHECKPOINT if end < found.n_tokens else self._why(found, tokens, limit)
-        if reason is Reason.NO_CHECKPOINT and cut.better:
-            reason = Reason.FIDELITY
-        return Match(end, reason, cut.rows, cut.checkpoint, cut.diverged and end < limit)
+        return fetch.match(self._shared, root, tokens, fidelity_min, limit_tokens, exact)
 
     def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
         """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""
@@ -214,20 +191,6 @@ class Engine:
         """
         self._shared.uses.mark(row.key)
 
-    def _why(self, found: Found, tokens: bytes, limit: int) -> Reason:
-        """Why a match gives no more."""
-        if found.n_tokens >= limit:
-            return Reason.OK
-        if found.better:
-            return Reason.FIDELITY
-        rest = tokens[found.full * TOKEN_BYTES : min(limit, found.full + BLOCK_TOKENS) * TOKEN_BYTES]
-        heads = [rest] if found.n_tokens - found.full >= HEAD_TOKENS else [rest, rest[:HEAD_TOKENS_BYTES]]
-        for head in heads:
-            reason = self._shared.lost.why(block_key(found.parent, head))
-            if reason is not None:
-                return reason
-        return Reason.UNKNOWN_PREFIX
-
     def path(self, row: Row) -> str | None:
         """The file of a row's blob; None where only this process can read it: then its bytes are streamed."""
         return self._shared.blobs.path(row.blob)
@@ -238,30 +201,16 @@ class Engine:
 
     @staticmethod
     def templates(match: Match) -> dict[bytes, bytes]:
-        """The templates that the runs of a match name, by id. Rows with one digest name the same ones."""
-        some = {part.row.templates_digest: part.row for part in match.slices}
-        names = {name for row in some.values() for name in template_ids(row.described, match.templates)}
-        return {name: match.templates[name] for name in names}
+        """The templates that the runs of a match name, by id."""
+        return fetch.templates(match)
 
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
         """A reader of the blocks of a plan, all of one namespace."""
         return self._shared.blobs.reader([part.row.source for part in slices], open_max)
 
     def first_unusable(self, slices: Sequence[Slice]) -> int | None:
-        """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule.
-
-        Everything else that a fetch takes is verified with the checksums of the row, by the reader of the bytes.
-        """
-        for number, part in enumerate(slices):
-            row = part.row
-            if self._shared.blobs.size(row.blob) != row.blob_bytes:
-                return number
-            if row.is_checkpoint and (info := self._shared.namespaces.get(row.root)) is not None:
-                try:
-                    check_states(info.layout, row.block.states, row.block.end)
-                except CorruptDataError:
-                    return number
-        return None
+        """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule."""
+        return fetch.first_unusable(self._shared, slices)
 
     def touch(self, slices: Iterable[Slice]) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`."""

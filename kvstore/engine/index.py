@@ -17,13 +17,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lmdb
-import xxhash
 
 from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blobs.fs import Fs
@@ -43,6 +41,7 @@ from kvstore.engine.rows import (
     encrypt_row,
     parse_row,
 )
+from kvstore.engine.values import Space, with_check, without_check
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
 from kvstore.keys import checkpoint_key
 
@@ -52,29 +51,7 @@ REBUILDING = "rebuilding"
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
 _DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
-_CHECK_BYTES = 8
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
-
-
-_SPACE = struct.Struct("<IQ")
-
-
-class Space(NamedTuple):
-    """A namespace in the index: its number in the table, when a caller last named it (wall clock), and its record."""
-
-    number: int
-    used_s: int
-    record: bytes
-
-    def pack(self) -> bytes:
-        """As it stands in the index."""
-        return _SPACE.pack(self.number, self.used_s) + self.record
-
-    @classmethod
-    def parse(cls, value: bytes) -> Space:
-        """What `pack` gave."""
-        number, used_s = _SPACE.unpack_from(value)
-        return cls(number, used_s, value[_SPACE.size :])
 
 
 @contextlib.contextmanager
@@ -92,20 +69,6 @@ def translated() -> Iterator[None]:
         if full or "No space left" in str(error) or "Input/output error" in str(error):
             raise StoreFullError(f"the index cannot be written: {error}") from error
         raise DirectoryError(f"the index cannot be used: {error}") from error
-
-
-def with_check(key: bytes, value: bytes) -> bytes:
-    """`value`, then its xxh3_64 seeded with the first 8 bytes of the key."""
-    check = xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little"))
-    return value + check.to_bytes(_CHECK_BYTES, "little")
-
-
-def without_check(key: bytes, stored: bytes) -> bytes:
-    """What `with_check` was given; CorruptDataError when it was changed or is another key's."""
-    value = stored[:-_CHECK_BYTES]
-    if with_check(key, value) != stored:
-        raise CorruptDataError("index: a value does not match its checksum")
-    return value
 
 
 class View:

@@ -16,12 +16,13 @@ from kvstore.engine.deletions import Deletions, Lost
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.drive import DriveCache
 from kvstore.engine.evictions import Evictions
-from kvstore.engine.index import Edit, Index, Space
+from kvstore.engine.index import Edit, Index
 from kvstore.engine.ledger import Ballast, Health, Ledger
 from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
+from kvstore.engine.values import Space
 from kvstore.errors import DirectoryError, KVStoreError
 from kvstore.keys import NamespaceInfo
 

@@ -135,10 +135,7 @@ class Daemon:
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
-            options=[
-                *channel_options(config.message_bytes_max),
-                *connection_options(config, sockets.connections_max),
-            ],
+            options=channel_options(config.message_bytes_max) + connection_options(config, sockets.connections_max),
             interceptors=[*guards(files), admission],
         )
         add_kvstore_service(service, server)
