@@ -34,6 +34,7 @@ NAMESPACE = {
     "engine": "mlx-lm 0.32",
     "dtype": "BF16",
     "layers": 8,
+    "orphaned": False,
 }
 BLOCK = {
     "key": "cd" * 32,
@@ -220,6 +221,7 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         "idle_s": 14 * 86_400,
         "bytes": 10_000_000,
         "all": False,
+        "orphans": False,
         "dry_run": True,
         "shred": False,
     }

@@ -112,15 +112,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
-    """Names and values, one a line, under a title."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="dim")
-    grid.add_column(overflow="fold")
-    for name, value in facts:
-        grid.add_row(_cell(f"  {name}"), _cell(value))
+    """Names and values, one a line, under a title. No line is folded: a path is there to be copied."""
+    width = max((len(name) for name, _ in facts), default=0)
     out = console()
     out.print(_cell(title, "bold"))
-    out.print(grid)
+    for name, value in facts:
+        out.print(Text.assemble(_cell(f"  {name:<{width}}  ", "dim"), _cell(value)), soft_wrap=True)
 
 
 def _cell(text: str, style: str = "") -> Text:
