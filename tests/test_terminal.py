@@ -51,7 +51,7 @@ def test_tables_and_facts_show_markup_and_escapes_as_they_stand(capsys: pytest.C
 def test_a_namespace_that_another_daemon_took_cannot_fake_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     """In `stats` and `ls`, for directories that came from elsewhere."""
     counts = dict.fromkeys(("tokens", "blocks", "bytes", "logical_bytes", "layers"), 1)
-    row = {"id": "ab" * 32, "alias": EVIL, "engine": EVIL, "dtype": EVIL, "unmeasured": [], **counts}
+    row = {"id": "ab" * 32, "alias": EVIL, "engine": EVIL, "dtype": EVIL, "unmeasured": [], "orphaned": False, **counts}
     print_namespaces([row])
     text = capsys.readouterr().out
     assert all(line.isprintable() for line in text.splitlines())

@@ -27,7 +27,7 @@ from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, pars
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
-from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
+from kvstore.errors import CircuitOpenError, InvalidRequestError, KVStoreError, LimitError, UnavailableError
 from kvstore.keys import Namespace
 from kvstore.layers import KVLayer, StateLayer
 from kvstore.process import FORKED, is_forked, unless_forked
@@ -122,7 +122,7 @@ class Session:
                 )
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
-            log.info("match: %s", error)
+            _tell("match", error)
             return Match(0, reason_of(error))
         except Exception:
             log.exception("match failed")
@@ -158,7 +158,7 @@ class Session:
             caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate, representation == "quantized")
             answer = self._fetch(packed, representation, transport, total_ms, caller)
         except KVStoreError as error:
-            log.info("fetch: %s", error)
+            _tell("fetch", error)
             answer = Miss(reason_of(error), str(error))
         except Exception:
             log.exception("fetch failed")
@@ -208,7 +208,7 @@ class Session:
             packed = pack_tokens(tokens)
             answer = self._fetch_layers(packed, transport)
         except KVStoreError as error:
-            log.info("fetch_layers: %s", error)
+            _tell("fetch_layers", error)
             answer = Miss(reason_of(error), str(error))
         except Exception:
             log.exception("fetch_layers failed")
@@ -257,7 +257,7 @@ class Session:
         try:
             result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
         except KVStoreError as error:
-            log.info("store: %s", error)
+            _tell("store", error)
             result = StoreResult(reason=reason_of(error))
         except Exception:
             log.exception("store failed")
@@ -350,3 +350,8 @@ class Session:
         except LimitError as error:
             self._rest_until_s = time.monotonic() + error.retry_s
             raise
+
+
+def _tell(call: str, error: KVStoreError) -> None:
+    """Log why a call failed. While only the background asks, a line per request says nothing new."""
+    log.log(logging.DEBUG if isinstance(error, CircuitOpenError) else logging.INFO, "%s: %s", call, error)
