@@ -76,7 +76,7 @@ def test_layers_that_may_be_lazy_are_left_alone(calls: list[tuple[str, float]]) 
         one.begin(each)
     assert len(list(one.decoded(generated(made)))) == 2
     assert calls == []
-    assert one.meter.report(1, by_path=True).timing.decode_s == 0
+    assert one.meter.report("1", by_path=True).timing.decode_s == 0
 
 
 def test_decoding_ends_with_the_time_of_the_fetch() -> None:
