@@ -74,8 +74,7 @@ class Shares:
     def release(self, caller: str, nbytes: int) -> None:
         """An upload has ended."""
         with self._lock:
-            left = self._held[caller] - nbytes
+            # An upload of no bytes of its own leaves no entry, and may end after others of its caller.
+            left = self._held.pop(caller, 0) - nbytes
             if left:
                 self._held[caller] = left
-            else:
-                del self._held[caller]
