@@ -14,8 +14,7 @@ from kvstore.config import Config
 from kvstore.engine import Engine, Row
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
-from tests.support.engine import HYBRID, blob_path, namespace, options, put, put_checkpoint, sequence
-from tests.test_engine_check import make_newer
+from tests.support.engine import namespace, options, put, sequence
 
 NS = namespace()
 TOKENS = list(range(800))
@@ -95,32 +94,4 @@ def test_a_plan_decodes_all_that_it_hands_over(engine: Engine, path: FetchPath, 
     decoded.clear()
     plan = path.plan(NS.root, pack_tokens(TOKENS), 0)
     assert [row.start for row in decoded] == [0, 256, 512, 768]
-    plan.release()
-
-
-def test_a_plan_ends_before_a_block_that_a_newer_kvstore_wrote(engine: Engine, path: FetchPath) -> None:
-    """Nobody may touch that one, but what stands in front of it is as good as ever."""
-    put(engine, NS, TOKENS)
-    rows = [part.row for part in engine.match(NS.root, pack_tokens(TOKENS)).slices]
-    make_newer(blob_path(engine, rows[2]))
-    for _ in range(2):
-        plan = path.plan(NS.root, pack_tokens(TOKENS), 0)
-        assert (plan.match.n_tokens, plan.match.reason) == (512, Reason.CORRUPT)
-        plan.release()
-    assert blob_path(engine, rows[2]).exists() and engine.stats().quarantined == 0
-
-
-def test_a_plan_ends_at_an_older_checkpoint_than_one_that_a_newer_kvstore_wrote(
-    engine: Engine, path: FetchPath
-) -> None:
-    """As before any other that cannot be read."""
-    ns = namespace("hybrid", HYBRID)
-    put(engine, ns, TOKENS)
-    for n_tokens in (256, 600):
-        put_checkpoint(engine, ns, TOKENS[:n_tokens])
-    row = engine.checkpoint_at(ns.root, pack_tokens(TOKENS[:600]))
-    assert row is not None
-    make_newer(blob_path(engine, row))
-    plan = path.plan(ns.root, pack_tokens(TOKENS), 0)
-    assert (plan.match.n_tokens, plan.match.reason) == (256, Reason.CORRUPT)
     plan.release()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstore import files
+from kvstore.blobs import ranges
 from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
 from kvstore.blocks import Reason
 from kvstore.bounds import ByteBudget
@@ -195,14 +195,14 @@ def test_a_fetch_ends_at_its_deadline_while_opening_a_file_hangs(
 ) -> None:
     """Opening and looking at a name wait for the disk as reading does."""
     session = client.session(daemon.namespace, **PATIENT)
-    real = files._open_checked
+    real = ranges._open_checked
 
     def opened(source: FileSource) -> int:
         if source.path == daemon.blocks[2].source.path:
             disk.hold()
         return real(source)
 
-    monkeypatch.setattr(files, "_open_checked", opened)
+    monkeypatch.setattr(ranges, "_open_checked", opened)
     assert session.fetch(TOKENS, "packed", "path", HURRIED_MS).reason is Reason.DEADLINE
     assert (disk.waiting, disk.released) == (1, False)
     disk.release()

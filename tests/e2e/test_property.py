@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from kvstore.blocks import FIDELITY_EXACT, Reason
+from kvstore.client import provenance
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.codecs.profiles import parse_profile
@@ -123,6 +124,8 @@ class Histories(RuleBasedStateMachine):
         """Workers live long and remember; which profile one has goes by its number."""
         if (space, worker) not in self.sessions:
             profile = PROFILES[worker] if not self.is_exact else None
+            # A process of its own, as workers are: what one of them restored is nothing to the others.
+            provenance.PROCESS = provenance.Provenance()
             self.sessions[space, worker] = patient(self.client, self.namespaces[space], profile)
         return self.sessions[space, worker]
 
@@ -139,9 +142,10 @@ class Histories(RuleBasedStateMachine):
         self.known.append(made)
         return made
 
-    def keep(self, space: int, session: Session, tokens: Tokens, rows: Rows) -> None:
+    def keep(self, space: int, session: Session, tokens: Tokens, rows: Rows, restored_tokens: int) -> None:
         """Store, and enter it in the dictionary."""
-        result = session.store(tokens, layers_of(LAYOUT, rows, len(tokens)), wait=True)
+        layers = layers_of(LAYOUT, rows, len(tokens))
+        result = session.store(tokens, layers, wait=True, restored_tokens=restored_tokens)
         assert (result.stored_tokens, result.durable) == (len(tokens), True), result
         self.stored[space].add(tokens)
 
@@ -184,7 +188,7 @@ class Histories(RuleBasedStateMachine):
     def store(self, space: int, worker: int, at: int, keep: int, label: int, length: int, repeat: bool) -> None:
         """A prompt that was computed from the start."""
         tokens = self.tokens_of(at, keep, label, length, repeat)
-        self.keep(space, self.session(space, worker), tokens, computed_rows(tokens))
+        self.keep(space, self.session(space, worker), tokens, computed_rows(tokens), 0)
 
     @rule(
         space=space,
@@ -226,7 +230,7 @@ class Histories(RuleBasedStateMachine):
             rows = join(hit_rows(answer), cut(rows, answer.n_tokens, len(tokens)))
         if lost:
             self.evict(space, lost)
-        self.keep(space, session, tokens, rows)
+        self.keep(space, session, tokens, rows, answer.n_tokens if isinstance(answer, Hit) else 0)
 
     @rule(space=space, how=st.sampled_from(("some", "all", "everything")))
     def evict(self, space: int, how: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kvstore import files
+from kvstore.blobs import ranges
 from kvstore.blocks import Reason
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
@@ -38,7 +38,7 @@ class SlowDisk:
         self.read_s = 0.0
         self.reads = 0
         self._preadv = os.preadv
-        monkeypatch.setattr(files.os, "preadv", self._read)
+        monkeypatch.setattr(ranges.os, "preadv", self._read)
 
     def _read(self, *arguments: Any) -> int:
         self.reads += 1
