@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
+from kvstore.blobs.local import LocalBlobs
 from kvstore.engine import Fs
 from kvstore.engine.deletions import Deletions
 from kvstore.engine.directory import Directory, DirectoryLock
@@ -96,6 +97,16 @@ def _acknowledged_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextM
     return _patched(Deletions, "sync", lambda self: None)
 
 
+def _dropped_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
+    drop = LocalBlobs.drop
+
+    def without_sync(self: LocalBlobs, root: bytes) -> None:
+        with mock.patch.object(self, "_sync", False):
+            drop(self, root)
+
+    return _patched(LocalBlobs, "drop", without_sync)
+
+
 def _no_tombstones(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
     return _patched(Tombstones, "add", lambda self, blobs: None)
 
@@ -135,6 +146,12 @@ BUGS = {
     "deletion unsynced": Bug(
         "an eviction is acknowledged before its unlinks are synced",
         _acknowledged_unsynced,
+        frozenset({CUT}),
+        script="evict all",
+    ),
+    "drop unsynced": Bug(
+        "a namespace is dropped, and the rename of its folder not synced",
+        _dropped_unsynced,
         frozenset({CUT}),
         script="evict last",
     ),
