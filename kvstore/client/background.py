@@ -91,7 +91,7 @@ class Background:
                 result = self._store_patiently(job)
                 self._learn(job, result)
         except KVStoreError as error:
-            log.info("background: %s", error)
+            log.info("background: %s", str(error))
             result = StoreResult(reason=reason_of(error))
         except Exception:
             log.exception("background work failed")

@@ -170,7 +170,7 @@ class WeightsDigest:
             pin.settled = all(file.is_settled(started_ns) for file in pin.files)
             pin.digest = digest.digest()
         except (OSError, ValueError) as error:
-            log.warning("no identity for %s, so the store is not used for it: %s", path, error)
+            log.warning("no identity for %s, so the store is not used for it: %s", path, str(error))
         finally:
             pin.done.set()
         unread = [file for file in pin.files if pin.digest and file.sha256 and not self._proven(file)]
@@ -186,7 +186,7 @@ class WeightsDigest:
                 with self._checking:
                     found = self._proven(file) or self._read_hash(file)
             except (OSError, ValueError) as error:
-                log.info("%s was not checked: %s", file.path, error)
+                log.info("%s was not checked: %s", file.path, str(error))
                 continue
             self._read[file.path, file.signature] = found
             if found != file.sha256:
@@ -299,7 +299,7 @@ class _HashCache:
             try:
                 self._write({"schema": _CACHE_SCHEMA, "files": kept})
             except OSError as error:
-                log.info("cannot remember the hash of %s: %s", file.path, error)
+                log.info("cannot remember the hash of %s: %s", file.path, str(error))
 
     def _read(self) -> dict[str, tuple[list[int], str]]:
         try:

@@ -400,7 +400,8 @@ class ModelStore:
         self._count(reason)
         if str(error) not in self._refusals and len(self._refusals) < 100:
             self._refusals.add(str(error))
-            log.warning("the store is not used: %s", error)
+            # Its text: a record that somebody keeps must not keep the frames of the error, and with them this store.
+            log.warning("the store is not used: %s", str(error))
 
     def _count(self, reason: Reason) -> None:
         if is_forked():

@@ -118,7 +118,7 @@ class Prefetcher:
 
 def _log_error(future: Future[None]) -> None:
     if not future.cancelled() and (error := future.exception()) is not None:
-        log.info("a request was not prepared: %s", error)
+        log.info("a request was not prepared: %s", str(error))
 
 
 class PrefetchingGenerator(SegmentedGenerator):

@@ -61,7 +61,7 @@ class RequestGuard(stock.ResponseGenerator):
             try:
                 size = model(mx.array([[0]]), cache=make_prompt_cache(model)).shape[-1]
             except _REQUEST_ERRORS as error:
-                log.info("requests are not checked against the size of the vocabulary: %s", error)
+                log.info("requests are not checked against the size of the vocabulary: %s", str(error))
                 size = 0
             self._vocabulary = (weakref.ref(model), size)
         return self._vocabulary[1]

@@ -72,7 +72,7 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT  # before it listened; later the server takes it as the order to stop
     except OSError as error:  # the port is taken; mlx_lm.server then waits for its generation thread for ever
-        log.error("%s cannot listen: %s", name, error)
+        log.error("%s cannot listen: %s", name, str(error))
         code = 1
     finally:
         close(FLUSH_S)

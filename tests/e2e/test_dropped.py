@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
 
 from kvstore.blocks import Reason
 from kvstore.client.client import Client
@@ -111,17 +111,28 @@ def use_prompt_cache(client: Client, folder: str, digests: WeightsDigest) -> Any
     return cache
 
 
+def use_refused(client: Client, folder: str, digests: WeightsDigest) -> Any:
+    """A PrefixStore that was given a cache without tokens, and said so."""
+    model = build_tiny()
+    store = kv.PrefixStore(folder, client.config.listen, digests=digests)
+    with store.prefix(model, TOKENS[:300]) as (_, rest):
+        assert rest
+    return store
+
+
 def use_prefix_store(client: Client, folder: str, digests: WeightsDigest) -> Any:
     """A PrefixStore that stored what a program computed."""
     model = build_tiny()
     store = kv.PrefixStore(folder, client.config.listen, digests=digests)
     with store.prefix(model, TOKENS[:300]) as (cache, rest):
-        assert len(cache) == len(make_prompt_cache(model)) and rest
+        mx.eval(model(mx.array([rest]), cache=cache))
     return store
 
 
 @pytest.mark.parametrize(
-    "use", [use_client, use_session, use_model_store, use_prompt_cache, use_prefix_store], ids=lambda use: use.__name__
+    "use",
+    [use_client, use_session, use_model_store, use_prompt_cache, use_prefix_store, use_refused],
+    ids=lambda use: use.__name__,
 )
 def test_dropping_an_object_returns_its_threads_and_descriptors(
     shared_daemon: DaemonProcess, folder: str, digests: WeightsDigest, use: Callable[..., Any]
