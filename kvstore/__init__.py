@@ -12,12 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from kvstore import errors
-    from kvstore.blocks import Reason
     from kvstore.client.client import Client, connect
     from kvstore.client.results import Hit, Match, Miss, StoreResult
     from kvstore.client.session import Session
-    from kvstore.keys import Namespace
-    from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+    from kvstore.core.blocks import Reason
+    from kvstore.core.keys import Namespace
+    from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 
 __all__ = [
     "Client",
@@ -42,17 +42,17 @@ __all__ = [
 _HOMES = {
     "Client": "kvstore.client.client",
     "Hit": "kvstore.client.results",
-    "KVLayer": "kvstore.layers",
+    "KVLayer": "kvstore.core.layers",
     "LayerHit": "kvstore.client.results",
-    "LayerSpec": "kvstore.layers",
-    "Layout": "kvstore.layers",
+    "LayerSpec": "kvstore.core.layers",
+    "Layout": "kvstore.core.layers",
     "Match": "kvstore.client.results",
     "Miss": "kvstore.client.results",
-    "Namespace": "kvstore.keys",
-    "PartSpec": "kvstore.layers",
-    "Reason": "kvstore.blocks",
+    "Namespace": "kvstore.core.keys",
+    "PartSpec": "kvstore.core.layers",
+    "Reason": "kvstore.core.blocks",
     "Session": "kvstore.client.session",
-    "StateLayer": "kvstore.layers",
+    "StateLayer": "kvstore.core.layers",
     "StoreResult": "kvstore.client.results",
     "connect": "kvstore.client.client",
 }

@@ -1,6 +1,6 @@
 """Every exception that kvstore raises, on one screen.
 
-A miss is not an error: `fetch` and `match` answer it as a value with a reason (`kvstore.blocks.Reason`).
+A miss is not an error: `fetch` and `match` answer it as a value with a reason (`kvstore.core.blocks.Reason`).
 `kvstore.wire.status` maps each class to one gRPC status and back; `kvstore.cli` maps some of them to exit codes.
 """
 

@@ -16,7 +16,7 @@ SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "v1" not in path.rela
 FUNCTION_LINES_MAX = 70
 MODULE_LINES_MAX = 430
 # The edges, where a failure of any kind becomes a status or a miss.
-BROAD_EXCEPTS = {"server/edge.py", "client/background.py", "client/session.py", "integrations/restoring.py"}
+BROAD_EXCEPTS = {"server/rpc_errors.py", "client/background.py", "client/session.py", "integrations/restoring.py"}
 
 
 def name_of(path: Path) -> str:
@@ -36,7 +36,7 @@ def test_import_contracts_hold() -> None:
     [
         ("kvstore", ["mlx", "grpc", "lmdb", "numpy"]),
         ("kvstore.cli", ["mlx", "grpc", "lmdb", "numpy"]),
-        ("kvstore.config", ["mlx", "grpc", "lmdb", "numpy"]),
+        ("kvstore.config.config", ["mlx", "grpc", "lmdb", "numpy"]),
         ("kvstore.cli.stats", ["mlx", "lmdb"]),
         ("kvstore.engine", ["mlx", "grpc", "google.protobuf"]),
         ("kvstore.client.client", ["lmdb"]),
@@ -90,7 +90,7 @@ def test_broad_excepts_stand_only_at_the_edges(path: Path) -> None:
 def test_nothing_reads_the_environment_but_the_edges(path: Path) -> None:
     """A setting that is read deep inside is one that nobody finds."""
     room = name_of(path).split("/")[0]
-    if room in ("config.py", "cli", "integrations", "bench"):
+    if room in ("config", "cli", "integrations", "bench"):
         return
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):

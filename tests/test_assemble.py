@@ -16,18 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blobs.ranges import BufferReader, FileReader
-from kvstore.blocks import ITEM_BYTES, Recipe, Run, Stack
 from kvstore.codecs import device, gather
 from kvstore.codecs.assemble import assemble_layer, dense_bytes, dense_runs
-from kvstore.codecs.base import BlockCorruptError, codec_of, packer_of
+from kvstore.codecs.byte_plan import HitBlock, layer_ranges
+from kvstore.codecs.codec import BlockCorruptError, codec_of, packer_of
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import EncodedRun, pack_run, payload_run, stacks_of
-from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.virtual import VirtualFile
+from kvstore.core.blocks import ITEM_BYTES, Recipe, Run, Stack
+from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
-from tests.support.stored import random_payload, seal_runs, streamed, write_source
+from tests.support.stored import finish_runs, random_payload, streamed, write_source
 
 PLAIN = PartSpec(2, 64, "BF16")
 GROUPED = ("channel4:affine4-g32", "channel5", "lossless:channel3,edge1=affine8-g32:channel8")
@@ -57,7 +57,7 @@ class Case:
 
     def add(self, runs: Sequence[EncodedRun], take: int) -> None:
         """A block, and how much of it the hit uses."""
-        sealed, payload = seal_runs(runs)
+        sealed, payload = finish_runs(runs)
         self.blocks.append(HitBlock(sealed, take))
         self.payloads.append(payload)
         decoded = [decode_all(self.layout, run) for run in runs]
@@ -324,7 +324,7 @@ def test_a_reader_that_fails_otherwise_is_heard() -> None:
             raise self.error
 
     layout = LAYOUTS["plain"]
-    blocks = [HitBlock(seal_runs([make_run(layout, 4, 1, "raw")])[0], 4)] * 2
+    blocks = [HitBlock(finish_runs([make_run(layout, 4, 1, "raw")])[0], 4)] * 2
     with pytest.raises(OSError, match="disk"):
         assemble_layer(layout, 0, blocks, Failing(OSError("disk")))
     with pytest.raises(RuntimeError, match=r"defect|every tensor"):
@@ -347,7 +347,7 @@ def test_what_fails_on_the_second_thread_is_heard(error: Exception, monkeypatch:
             assert failed.wait(60)
 
     layout = LAYOUTS["plain"]
-    runs, _ = seal_runs([make_run(layout, 4, 1, "raw")])
+    runs, _ = finish_runs([make_run(layout, 4, 1, "raw")])
     with pytest.raises((OSError, RuntimeError), match=r"disk|defect|every tensor"):
         assemble_layer(layout, 0, [HitBlock(runs, 4)] * 3, FailingThere(), verify=False)
 

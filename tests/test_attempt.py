@@ -12,8 +12,8 @@ import pytest
 from kvstore.client.attempt import DECODING_MAX, Attempt, Caller
 from kvstore.client.breaker import Deadline
 from kvstore.codecs import device
+from kvstore.core.layers import KVLayer, LayerSpec, PartSpec
 from kvstore.errors import DeadlineError
-from kvstore.layers import KVLayer, LayerSpec, PartSpec
 
 SPEC = LayerSpec(PartSpec(1, 4, "F32"), PartSpec(1, 4, "F32"))
 

@@ -11,10 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
-from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
-from kvstore.records import (
+from kvstore.core.blocks import (
+    FIDELITY_EXACT,
+    RAW,
+    Block,
+    LayerState,
+    Recipe,
+    Run,
+    Stack,
+    StateArray,
+    Tensor,
+    pack_tokens,
+)
+from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, cut_pieces, raw_ranges
+from kvstore.core.records import (
     block_from_record,
     block_to_record,
     parse_template,
@@ -24,6 +34,7 @@ from kvstore.records import (
     template_of,
     templates_by_id,
 )
+from kvstore.errors import CorruptDataError, InvalidRequestError
 
 AFFINE = Recipe("affine", 1, (("bits", 8), ("group", 64)))
 KEYS = Stack("keys", (0, 1), AFFINE, (Tensor("codes", "U32", 2, 16, 0, b"12345678" * 2),))

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 import kvstore
-from kvstore.blocks import Reason
 from kvstore.client import results
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
+from kvstore.core.blocks import Reason
+from kvstore.core.layers import Layout
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
-from kvstore.layers import Layout
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import make_layout, make_namespace
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.client.prefixes import prefix_keys
 from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 from kvstore.codecs.device import Capture
 from kvstore.codecs.states import describe
-from kvstore.layers import KVLayer, Layout, StateLayer, cut_pieces
+from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.layers import KVLayer, Layout, StateLayer, cut_pieces
 from kvstore.wire.convert import states_from_bytes
 from tests.support.checkpoints import (
     assert_cache,

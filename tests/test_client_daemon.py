@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.layers import Layout
+from kvstore.core.blocks import Reason
+from kvstore.core.layers import Layout
 from tests.support.daemon import DaemonProcess
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

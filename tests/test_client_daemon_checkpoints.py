@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.layers import Layout
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.layers import Layout
 from tests.support.checkpoints import (
     assert_cache,
     checkpoint_place,

@@ -14,11 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
 from kvstore.codecs import device
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.errors import CorruptDataError, UnavailableError
 from kvstore.integrations import mlx_lm as kv
 from tests.support.fake_daemon import FakeDaemon

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvstore.blocks import pack_tokens
 from kvstore.client.prefixes import HeldPrefixes
+from kvstore.core.blocks import pack_tokens
 
 ROOT = bytes(range(32))
 

@@ -10,14 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, Reason, unpack_tokens
 from kvstore.client import storer
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
 from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
-from kvstore.layers import KVLayer, cut_pieces
+from kvstore.core.blocks import FIDELITY_EXACT, Reason, unpack_tokens
+from kvstore.core.layers import KVLayer, cut_pieces
 from tests.support.fake_daemon import FakeDaemon, FakeUpload
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 

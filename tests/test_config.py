@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.config import (
-    GB,
     KEYS,
-    MIB,
     SOCKET_PATH_BYTES_MAX,
     Config,
     automatic_budget_bytes,
@@ -24,6 +22,7 @@ from kvstore.config import (
     parse_address,
     parse_size,
 )
+from kvstore.config.parsers import GB, MIB
 from kvstore.errors import ConfigError
 
 
@@ -241,6 +240,6 @@ def test_a_bare_environment_gives_a_whole_configuration() -> None:
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's uid without a password entry gets a sentence, not a relative directory."""
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    monkeypatch.setattr("kvstore.config.platformdirs.user_data_dir", lambda *_, **__: "~/.local/share/kvstore")
+    monkeypatch.setattr("kvstore.config.config.platformdirs.user_data_dir", lambda *_, **__: "~/.local/share/kvstore")
     with pytest.raises(ConfigError, match="data_dir: this user has no home directory; set an absolute path"):
         load_config({}, None, {"XDG_CONFIG_HOME": "/nonexistent"})

@@ -12,16 +12,16 @@ import pytest
 
 from kvstore.blobs.ranges import FileReader, FileSource
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
-from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.byte_plan import HitBlock
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import payload_run
-from kvstore.codecs.segments import HitBlock
-from kvstore.layers import LayerSpec, Layout, PartSpec
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.server import decode
 from kvstore.server.decode import decode_piece, pieces
 from kvstore.server.lane import Lane
-from tests.support.stored import random_payload, seal_runs, write_source
+from tests.support.stored import finish_runs, random_payload, write_source
 
 PLAIN = PartSpec(2, 64, "BF16")
 LAYOUTS = {
@@ -57,7 +57,7 @@ def stored(folder: Path, layout: Layout, profile: str) -> tuple[list[HitBlock], 
     blocks, sources = [], []
     for number, take in enumerate(TAKES):
         payload = random_payload(rng, layout.layers[0].keys.dtype, 256 * layout.token_bytes // _item(layout))
-        runs, sealed = seal_runs([encode_run(layout, payload_run(layout, payload, 256), parse_profile(profile))])
+        runs, sealed = finish_runs([encode_run(layout, payload_run(layout, payload, 256), parse_profile(profile))])
         blocks.append(HitBlock(runs, take))
         sources.append(write_source(folder / str(number), sealed))
     return blocks, sources

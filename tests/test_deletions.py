@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import pack_tokens
+from kvstore.core.blocks import pack_tokens
 from kvstore.engine import Engine, Fs, Selection, check_directory
 from kvstore.errors import DirectoryError
 from tests.support.engine import (

@@ -16,8 +16,8 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from kvstore.codecs import device
 from kvstore.codecs.device import Capture
+from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec, Piece, cut_pieces
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec, Piece, cut_pieces
 
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Fs
 from kvstore.engine.drive import DriveCache
 from tests.support.engine import find, namespace, options, put

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, Block, Reason, pack_tokens
+from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason, pack_tokens
+from kvstore.core.keys import chain_keys
 from kvstore.engine import Engine, NewBlock, Selection
 from kvstore.errors import (
     ConfigError,
@@ -23,19 +24,18 @@ from kvstore.errors import (
     InvalidRequestError,
     UnknownFormatError,
 )
-from kvstore.keys import chain_keys
 from tests.support.engine import (
     RecordingFs,
     blob_path,
     blob_paths,
-    demand_right,
-    demand_sound,
     disk_usage,
     find,
     namespace,
     new_block,
     options,
     put,
+    require_right,
+    require_sound,
     sequence,
 )
 
@@ -62,7 +62,7 @@ def test_a_stored_sequence_is_found_whole_and_after_a_restart(tmp_path: Path) ->
         assert (match.n_tokens, match.reason, match.fidelity) == (600, Reason.OK, FIDELITY_EXACT)
         assert [part.take for part in match.slices] == [256, 256, 88]
         assert engine.namespace(NS.root) == NS.info and engine.namespaces() == [NS.info]
-        demand_sound(engine)
+        require_sound(engine)
 
 
 @pytest.mark.parametrize("asked", [1, 2, 255, 256, 257, 300, 511, 512, 599, 600, 601, 900])
@@ -101,7 +101,7 @@ def test_extreme_token_ids_are_ordinary_tokens(engine: Engine) -> None:
         assert find(engine, NS, [first, *edges, 3]).n_tokens == len(edges) + 1
         assert find(engine, NS, [first, *edges[:4], 77]).n_tokens == 5
     assert find(engine, NS, [99]).n_tokens == 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_longer_block_replaces_the_tails_that_it_covers(engine: Engine) -> None:
@@ -112,7 +112,7 @@ def test_a_longer_block_replaces_the_tails_that_it_covers(engine: Engine) -> Non
         assert find(engine, NS, list(range(n_tokens))).n_tokens == n_tokens
     assert sorted(info.row.n_tokens for info in engine.list_blocks()) == [44, 51, 256]
     assert find(engine, NS, [*range(50), -1]).n_tokens == 51
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_tails_that_are_longer_than_their_code_are_replaced(engine: Engine) -> None:
@@ -121,7 +121,7 @@ def test_tails_that_are_longer_than_their_code_are_replaced(engine: Engine) -> N
         put(engine, NS, list(range(n_tokens)))
         put(engine, NS, [*range(n_tokens - 5), -1, -2])
     assert sorted(info.row.n_tokens for info in engine.list_blocks()) == [167, 197, 198, 252, 255]
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_tail_among_siblings_that_go_on_with_zeros_is_replaced(engine: Engine) -> None:
@@ -142,7 +142,7 @@ def test_an_index_that_is_full_stops_stores_and_nothing_else(tmp_path: Path) -> 
             stored += 1
         assert stored > 3 and "index" in engine.stats().degraded
         assert all(find(engine, NS, [name] * 300).n_tokens == 300 for name in range(stored))
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_tail_that_a_longer_sibling_covers_is_not_kept(engine: Engine) -> None:
@@ -151,7 +151,7 @@ def test_a_tail_that_a_longer_sibling_covers_is_not_kept(engine: Engine) -> None
     receipt = put(engine, NS, list(range(60)))
     assert (receipt.blocks, receipt.new_bytes, receipt.reason) == (1, 0, Reason.OK)
     assert len(blob_paths(engine.staging_dir.parent)) == 1
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_block_of_higher_fidelity_replaces_a_lower_one_and_never_the_other_way(engine: Engine) -> None:
@@ -165,7 +165,7 @@ def test_a_block_of_higher_fidelity_replaces_a_lower_one_and_never_the_other_way
     worse = put(engine, NS, tokens, fidelity=500)
     assert (worse.blocks, worse.new_bytes) == (2, 0)
     assert find(engine, NS, tokens, fidelity_min=800).n_tokens == 300
-    demand_sound(engine)
+    require_sound(engine)
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
@@ -222,7 +222,7 @@ def test_a_block_whose_parent_is_not_there_ends_the_store(engine: Engine) -> Non
     for bad in (wrong, foreign, after_tail):
         with pytest.raises(InvalidRequestError):
             engine.store(NS.to_record(), [bad])
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_an_exception_from_the_iterator_stores_nothing(engine: Engine) -> None:
@@ -236,7 +236,7 @@ def test_an_exception_from_the_iterator_stores_nothing(engine: Engine) -> None:
         engine.store(NS.to_record(), blocks())
     assert find(engine, NS, list(range(512))).reason is Reason.IDENTITY
     assert engine.stats().pending_bytes == 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_blocks_are_pulled_one_at_a_time_and_nobody_waits_for_them(engine: Engine) -> None:
@@ -261,7 +261,7 @@ def test_blocks_are_pulled_one_at_a_time_and_nobody_waits_for_them(engine: Engin
     go_on.set()
     thread.join()
     assert find(engine, NS, list(range(300))).n_tokens == 300
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_two_stores_of_the_same_blocks_at_once_leave_one_file_each(engine: Engine) -> None:
@@ -286,7 +286,7 @@ def test_two_stores_of_the_same_blocks_at_once_leave_one_file_each(engine: Engin
         thread.join()
     assert [(each.blocks, each.reason) for each in receipts] == [(3, Reason.OK)] * 2
     assert sorted(bool(each.new_bytes) for each in receipts) == [False, True]
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_parent_that_is_evicted_during_a_store_costs_the_rest(engine: Engine) -> None:
@@ -301,7 +301,7 @@ def test_a_parent_that_is_evicted_during_a_store_costs_the_rest(engine: Engine) 
 
     receipt = engine.store(NS.to_record(), blocks())
     assert (receipt.blocks, receipt.new_bytes, receipt.reason) == (0, 0, Reason.DEPENDENCY_LOST)
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_write_order_is_files_then_folder_then_row(tmp_path: Path) -> None:
@@ -480,14 +480,14 @@ def test_many_threads_store_match_and_evict(tmp_path: Path) -> None:
                     engine.touch(match.slices)
                     # Gone meanwhile is a shorter prefix; other bytes than those of the tokens are an error.
                     with contextlib.suppress(CorruptDataError):
-                        demand_right(engine, match, packed)
+                        require_right(engine, match, packed)
                 if turn % 5 == 4:
                     engine.evict(Selection(bytes=1))
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(work, range(4)))
         assert engine.used_bytes <= 600_000
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_children_that_share_everything_but_the_end_are_told_apart(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, NewBlock, Selection, check_directory
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
@@ -22,12 +22,12 @@ from tests.support.engine import (
     StoppingFs,
     blob_path,
     blob_paths,
-    demand_sound,
     disk_usage,
     find,
     namespace,
     options,
     put,
+    require_sound,
     sequence,
 )
 
@@ -59,7 +59,7 @@ def test_a_damaged_blob_is_quarantined_with_what_comes_after_it(tmp_path: Path) 
         match = find(engine, NS, LONG)
         assert (match.n_tokens, match.reason) == (BLOCK_TOKENS, Reason.CORRUPT)
         assert engine.stats().quarantined == 1 and engine.stats().quarantine_bytes > 0
-        demand_sound(engine)
+        require_sound(engine)
         assert put(engine, NS, LONG).reason is Reason.OK
         assert find(engine, NS, LONG).n_tokens == 900
 
@@ -81,7 +81,7 @@ def test_every_kind_of_damage_is_found_by_a_recheck(tmp_path: Path, how: str) ->
                 path.symlink_to(tmp_path / "away")
         assert engine.recheck(row.key)
         assert find(engine, NS, LONG).n_tokens == 768
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_quarantine_is_bounded_and_counted(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_check_finds_damage_and_a_repair_mends_it(
     if not online:
         engine = Engine.open(tmp_path / "data", options())
     assert find(engine, NS, LONG).n_tokens == (900 if damage is damage_row and not online else left)
-    demand_sound(engine)
+    require_sound(engine)
     assert put(engine, NS, LONG).reason is Reason.OK
     engine.close()
 
@@ -202,7 +202,7 @@ def test_a_repair_leaves_alone_what_a_store_is_writing(tmp_path: Path) -> None:
 
         assert engine.store(NS.to_record(), blocks()).blocks == 4
         assert seen == {".tmp", ".safetensors"} and find(engine, NS, LONG).n_tokens == 900
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_repair_rebuilds_a_deleted_index_offline(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_repair_rebuilds_a_deleted_index_offline(tmp_path: Path) -> None:
     assert check_directory(tmp_path / "data").findings == []
     with Engine.open(tmp_path / "data", options()) as engine:
         assert find(engine, NS, LONG).n_tokens == 900
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_an_unreadable_index_is_a_finding_and_a_repair_replaces_it(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_what_stands_behind_a_blob_of_another_version_outlives_an_index_that_is_
     shutil.rmtree(tmp_path / "data" / "index")
     with Engine.open(tmp_path / "data", options()) as engine:
         assert find(engine, NS, LONG).n_tokens == len(LONG)
-        demand_sound(engine)
+        require_sound(engine)
 
 
 @pytest.mark.parametrize("online", [True, False])
@@ -388,7 +388,7 @@ def test_a_number_that_no_kvstore_gives_is_no_name_of_a_blob(tmp_path: Path, num
     with Engine.open(data, options()) as engine:
         put(engine, OTHER, LONG)
         assert (find(engine, NS, LONG).n_tokens, find(engine, OTHER, LONG).n_tokens) == (768, len(LONG))
-        demand_sound(engine)
+        require_sound(engine)
         assert engine._shared.next_number < 100
     assert not (data / planted.relative_to(tmp_path / "data")).exists()
 
@@ -418,7 +418,7 @@ def test_a_rebuild_keeps_the_better_of_two_and_drops_what_cannot_be_reached(tmp_
         match = find(engine, NS, LONG)
         assert (match.n_tokens, match.fidelity) == (256, 900)
         assert not blob_path(engine, orphan).exists()
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_namespace_goes_with_its_last_row_and_stays_with_the_others(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_a_namespace_goes_with_its_last_row_and_stays_with_the_others(tmp_path: 
     with Engine.open(tmp_path / "data", options()) as engine:
         assert [info.alias for info in engine.namespaces()] == ["b"]
         put(engine, NS, LONG)
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_stray_that_a_live_engine_adopts_never_shares_its_number(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_a_stray_that_a_live_engine_adopts_never_shares_its_number(tmp_path: Pat
         assert find(engine, NS, LONG).slices[3].row.number == 70
         put(engine, NS, [7, *LONG])
         assert min(part.row.number for part in find(engine, NS, [7, *LONG]).slices) > 70
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_an_eviction_that_is_refused_or_only_tried_writes_nothing(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_an_interrupted_rebuild_begins_again_and_loses_nothing(tmp_path: Path, m
         except Stopped:
             with Engine.open(snapshot, options()) as engine:
                 assert find(engine, NS, LONG).n_tokens == 900
-                demand_sound(engine)
+                require_sound(engine)
             total += 1
         else:
             break

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Match
-from kvstore.engine.checkpoints import chain_of, spare
-from tests.support.engine import HYBRID, checkpoint, demand_sound, find, namespace, options, put_checkpoint, sequence
+from kvstore.engine.thinning import chain_of, spare
+from tests.support.engine import HYBRID, checkpoint, find, namespace, options, put_checkpoint, require_sound, sequence
 
 NS = namespace("hybrid", HYBRID)
 KEEP = 8
@@ -108,7 +108,7 @@ def test_a_chain_never_has_more_than_it_may(engine: Engine) -> None:
         assert end == 400 or held[-2] == end - 100
     store(engine, tokens, range(310, 3000, 35))
     assert len(ends_of(engine)) == KEEP and ends_of(engine)[0] == 300
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_other_chains_are_left_alone(engine: Engine) -> None:
@@ -149,7 +149,7 @@ def test_an_agent_that_strips_every_turn_finds_the_turn_before(engine: Engine) -
         store(engine, answered, [300, previous] if turn == 1 else [previous])
         assert len(ends_of(engine)) <= KEEP
         history += turn_tokens(turn, stripped=True)
-    demand_sound(engine)
+    require_sound(engine)
 
 
 @pytest.mark.parametrize("turns", [5, 30, 60])
@@ -166,7 +166,7 @@ def test_an_agent_that_strips_all_its_turns_at_once_finds_the_message_before_the
     assert match.n_tokens >= 300 and match.diverged
     assert match.reason in (Reason.NO_CHECKPOINT, Reason.UNKNOWN_PREFIX)
     assert match.n_tokens == 360 or turns > 5
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_an_agent_of_several_rounds_never_starts_from_scratch(engine: Engine) -> None:
@@ -186,7 +186,7 @@ def test_an_agent_of_several_rounds_never_starts_from_scratch(engine: Engine) ->
             loop += turn_tokens(turn, stripped=False)
             store(engine, loop, [len(loop)])
             clean += turn_tokens(turn, stripped=True)
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_point_where_prompts_diverge_is_kept(engine: Engine) -> None:
@@ -201,7 +201,7 @@ def test_a_point_where_prompts_diverge_is_kept(engine: Engine) -> None:
         tokens += range(turn, turn + 100)
         store(engine, tokens, [len(tokens)])
     assert fetch(engine, [*tokens[:700], -3, 1]).n_tokens == 700
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_mark_counts_before_it_is_written(engine: Engine) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.keys import Namespace
 from kvstore.engine import Engine, Match, NewBlock, Selection, Slice, check_directory
 from kvstore.engine.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
-from kvstore.keys import Namespace
 from tests.support.engine import (
     HYBRID,
     RECURRENT,
@@ -25,7 +25,6 @@ from tests.support.engine import (
     StoppingFs,
     blob_path,
     checkpoint,
-    demand_sound,
     disk_usage,
     find,
     namespace,
@@ -33,6 +32,7 @@ from tests.support.engine import (
     options,
     put,
     put_checkpoint,
+    require_sound,
     sequence,
 )
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_is_found_at_and_after_its_position_and_after_a_restart(tmp
             assert match.reason is (Reason.NO_CHECKPOINT if best < min(asked, 600) else usual)
             held = engine.checkpoint_at(ns.root, pack_tokens(range(asked)))
             assert (held == match.checkpoint) if asked == best else held is None
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_without_a_checkpoint_an_exact_match_is_a_miss(engine: Engine) -> None:
@@ -152,7 +152,7 @@ def test_the_better_checkpoint_of_a_position_stays(engine: Engine) -> None:
     assert row.fidelity == 900
     put_checkpoint(engine, NS, LONG[:300])
     assert engine._shared.index.table.value(row.key, "mark") > 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_tails_and_checkpoints_leave_each_other_alone(engine: Engine) -> None:
@@ -164,7 +164,7 @@ def test_tails_and_checkpoints_leave_each_other_alone(engine: Engine) -> None:
     assert sorted(info.row.n_tokens for info in engine.list_blocks() if not info.row.is_checkpoint) == [44, 256]
     assert find(engine, NS, LONG[:300]).n_tokens == 300
     assert find(engine, NS, [-1]).n_tokens == 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_plain_match_never_meets_a_checkpoint(engine: Engine) -> None:
@@ -193,7 +193,7 @@ def test_a_checkpoint_needs_its_block_and_nothing_follows_it(engine: Engine) -> 
         engine.store(NS.to_record(), [replace(wrong, block=replace(wrong.block, start=512))])
     with pytest.raises(InvalidRequestError):
         engine.store(NS.to_record(), [replace(wrong, buffers=wrong.buffers[:-1])])
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_checkpoints_go_before_what_covers_them(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_checkpoints_go_before_what_covers_them(tmp_path: Path) -> None:
                 for row in checkpoints(engine):
                     assert exact(engine, [*LONG, *LONG], limit_tokens=row.end).n_tokens == row.end
                 assert engine.evict(Selection(bytes=1)).blocks == 1
-            demand_sound(engine)
+            require_sound(engine)
 
 
 def test_use_keeps_a_checkpoint(engine: Engine) -> None:
@@ -231,7 +231,7 @@ def test_a_leased_checkpoint_keeps_its_file(engine: Engine) -> None:
         assert blob_path(engine, row).exists() and exact(engine, LONG).n_tokens == 0
     assert not blob_path(engine, row).exists()
     assert engine.first_unusable([Slice(row, row.n_tokens)]) == 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def broken(tokens: list[int]) -> NewBlock:
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_breaks_a_rule_goes_to_quarantine(tmp_path: Path, how:
             engine.scrub()
         assert not file.exists() and engine.stats().quarantined == 1
         assert exact(engine, LONG).n_tokens == 300
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_stats_tell_checkpoints_from_blocks(engine: Engine) -> None:
@@ -309,10 +309,10 @@ def test_checkpoints_over_their_share_go_least_recently_used_first(tmp_path: Pat
         assert find(engine, NS, [1] * 100).n_tokens == 100
         assert exact(engine, [1] * 100).reason is Reason.NO_CHECKPOINT
         assert engine.used_bytes == disk_usage(tmp_path / "data")
-        demand_sound(engine)
+        require_sound(engine)
     with Engine.open(tmp_path / "data", replace(limits, checkpoint_share_percent=4)) as engine:
         assert engine.stats().checkpoints == 2
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_checkpoint_over_the_share_is_not_written(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_a_checkpoint_over_the_share_is_not_written(tmp_path: Path) -> None:
         receipt = engine.store(NS.to_record(), made)
         assert (receipt.blocks, receipt.reason) == (3, Reason.STORE_FULL)
         assert engine.stats().degraded == "" and not checkpoints(engine)
-        demand_sound(engine)
+        require_sound(engine)
     for changes in ({"checkpoints_max": 0}, {"checkpoint_share_percent": 101}, {"checkpoint_share_percent": -1}):
         with pytest.raises(ConfigError):
             options(**changes)
@@ -343,7 +343,7 @@ def test_a_damaged_checkpoint_is_quarantined_alone(engine: Engine) -> None:
     blob_path(engine, first).write_bytes(b"")
     assert engine.recheck(first.key)
     assert engine.list_blocks() == [] and engine.stats().checkpoint_bytes == 0
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_a_rebuild_brings_checkpoints_back(tmp_path: Path) -> None:
@@ -357,13 +357,13 @@ def test_a_rebuild_brings_checkpoints_back(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         assert {info.row.key: info.row.value for info in engine.list_blocks()} == before
         assert exact(engine, LONG).n_tokens == 550 and exact(engine, LONG, BARE).n_tokens == 300
-        demand_sound(engine)
+        require_sound(engine)
         blob_path(engine, lost).unlink()
     shutil.rmtree(tmp_path / "data" / "index")
     assert check_directory(tmp_path / "data", repair=True).repaired
     with Engine.open(tmp_path / "data", options()) as engine:
         assert exact(engine, LONG).n_tokens == 256 and len(checkpoints(engine)) == 3
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None
         table = engine._shared.index.table
         with engine._shared.index.view() as view:
             assert [row.key for row in view.rows() if table.value(row.key, "mark")] == [marked.key]
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_many_marks_are_written_before_they_are_many(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_retention_is_part_of_the_one_commit(tmp_path: Path) -> None:
         put_checkpoint(engine, NS, LONG[:400])
         assert [name for name, _ in fs.calls if name != "write"][-2:] == ["commit", "unlink"]
         assert sorted(row.end for row in checkpoints(engine)) == [100, 300, 400]
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_stop_at_any_call_loses_no_checkpoint_that_was_to_stay(tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_a_stop_at_any_call_loses_no_checkpoint_that_was_to_stay(tmp_path: Path)
         except Stopped:
             pass
         with Engine.open(snapshot, options(checkpoints_max=3)) as engine:
-            demand_sound(engine)
+            require_sound(engine)
             assert {100, 400} <= {row.end for row in checkpoints(engine)}
             put_checkpoint(engine, NS, LONG[:500])
             assert [row.end for row in sorted(checkpoints(engine), key=lambda row: row.end)] == [100, 400, 500]

@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import chain_keys
 from kvstore.engine import Engine, Selection
 from kvstore.engine.directory import DirectoryLock
 from kvstore.errors import DirectoryError, KVStoreError
-from kvstore.keys import chain_keys
 from tests.support.engine import (
     RecordingFs,
     Stopped,
     StoppingFs,
     blob_path,
     blob_paths,
-    demand_sound,
     find,
     namespace,
     options,
     put,
+    require_sound,
 )
 
 NS = namespace()
@@ -62,15 +62,15 @@ def count_calls(tmp_path: Path) -> int:
     return len(fs.calls)
 
 
-def demand_nothing_lost(data_dir: Path) -> None:
+def require_nothing_lost(data_dir: Path) -> None:
     """What was acknowledged before the work began is there; what is there is sound; and it can go on."""
     with Engine.open(data_dir, options()) as engine:
-        demand_sound(engine)
+        require_sound(engine)
         assert find(engine, NS, KEPT).n_tokens == 300
         assert find(engine, NS, EVICTED).n_tokens in (0, 256, 512, 601)
         assert put(engine, NS, GROWN).reason is Reason.OK
         assert find(engine, NS, GROWN).n_tokens == 600
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_stop_at_any_call_loses_and_leaks_nothing(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_stop_at_any_call_loses_and_leaks_nothing(tmp_path: Path) -> None:
         engine = Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot))
         with pytest.raises(Stopped):
             work(engine)
-        demand_nothing_lost(snapshot)
+        require_nothing_lost(snapshot)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EPERM])
@@ -110,9 +110,9 @@ def test_an_error_at_any_call_loses_and_leaks_nothing(tmp_path: Path, code: int)
         assert put(engine, NS, GROWN).reason is Reason.OK
         assert engine.stats().degraded == ""
         engine.check(repair=True)
-        demand_sound(engine)
+        require_sound(engine)
         engine.close()
-        demand_nothing_lost(data_dir)
+        require_nothing_lost(data_dir)
 
 
 @pytest.mark.parametrize("refused", range(5))
@@ -134,7 +134,7 @@ def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path:
         assert find(engine, NS, list(range(5 * 256))).n_tokens == 256 * refused
         assert len(blob_paths(tmp_path / "data")) == refused
         assert engine.stats().pending_bytes == 0 and engine.stats().degraded
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_store_for_which_no_thread_can_be_started_leaves_nothing(
@@ -153,7 +153,7 @@ def test_a_store_for_which_no_thread_can_be_started_leaves_nothing(
         assert blob_paths(tmp_path / "data") == set()
         assert put(engine, NS, KEPT).reason is Reason.OK
         assert len(blob_paths(tmp_path / "data")) == 2
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_start_that_stops_at_any_call_can_be_repeated(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_start_that_stops_at_any_call_can_be_repeated(tmp_path: Path) -> None:
         try:
             Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot)).close()
         except Stopped:
-            demand_nothing_lost(snapshot)
+            require_nothing_lost(snapshot)
         else:
             break
     assert 0 < at < 99
@@ -205,7 +205,7 @@ def test_after_an_unclean_stop_strays_go_and_rows_without_files_are_dropped(
         assert find(engine, NS, list(range(900))).n_tokens == 256
         assert find(engine, NS, [*KEPT[:100], -5]).n_tokens == 101
         assert engine.stats().evictions["repair"][0] == 3
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_kill_during_the_first_store_of_all_leaves_no_damage_behind(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_kill_during_the_first_store_of_all_leaves_no_damage_behind(tmp_path: 
     (folder / f"{'0' * 64}-1.safetensors.tmp").write_bytes(b"")
     with Engine.open(copy, options()) as engine:
         assert engine.stats().quarantined == 0
-        demand_sound(engine)
+        require_sound(engine)
     assert list(folder.iterdir()) == []
 
 
@@ -234,7 +234,7 @@ def test_without_syncs_an_unclean_stop_verifies_every_blob(tmp_path: Path) -> No
     with Engine.open(copy, options()) as engine:
         assert find(engine, NS, list(range(900))).n_tokens == 512
         assert engine.stats().quarantined == 1
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_clean_stop_is_trusted_and_an_unreadable_lock_file_is_not(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_clean_stop_is_trusted_and_an_unreadable_lock_file_is_not(tmp_path: Pa
     with Engine.open(tmp_path / "data", options()) as engine:
         assert find(engine, NS, list(range(300))).n_tokens == 0
         assert engine.stats().quarantined == 1
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_lock_file_says_how_the_last_holder_ended(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_deleted_index_is_rebuilt_at_start(tmp_path: Path) -> None:
         assert {(info.row.key, info.path) for info in engine.list_blocks()} == before
         assert {info.alias for info in engine.namespaces()} == {"weights", "b"}
         assert put(engine, NS, list(range(700))).reason is Reason.OK
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_an_access_order_that_finds_no_room_is_a_line_in_the_log(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.blobs.fs import Fs
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, check_directory, directory
 from kvstore.engine.recover import Place, set_index_aside
 from kvstore.errors import DirectoryError
@@ -194,7 +194,7 @@ def damage(path: Path) -> None:
     path.write_bytes(b"damaged")
 
 
-def condemned_by_a_fetch(engine: Engine) -> Path:
+def quarantined_by_a_fetch(engine: Engine) -> Path:
     """A damaged blob that is read again."""
     [*_, part] = find(engine, namespace(), range(300)).slices
     damage(blob_path(engine, part.row))
@@ -202,7 +202,7 @@ def condemned_by_a_fetch(engine: Engine) -> Path:
     return blob_path(engine, part.row)
 
 
-def condemned_by_a_repair(engine: Engine) -> Path:
+def quarantined_by_a_repair(engine: Engine) -> Path:
     """A damaged blob with a row."""
     [*_, part] = find(engine, namespace(), range(300)).slices
     damage(blob_path(engine, part.row))
@@ -210,7 +210,7 @@ def condemned_by_a_repair(engine: Engine) -> Path:
     return blob_path(engine, part.row)
 
 
-def condemned_without_a_row(engine: Engine) -> Path:
+def quarantined_without_a_row(engine: Engine) -> Path:
     """Somebody's file among the blobs."""
     [part, *_] = find(engine, namespace(), range(300)).slices
     stray = blob_path(engine, part.row).with_name("stray")
@@ -219,18 +219,18 @@ def condemned_without_a_row(engine: Engine) -> Path:
     return stray
 
 
-CONDEMNED = [condemned_by_a_fetch, condemned_by_a_repair, condemned_without_a_row]
+QUARANTINED = [quarantined_by_a_fetch, quarantined_by_a_repair, quarantined_without_a_row]
 
 
-@pytest.mark.parametrize("condemned", CONDEMNED)
-def test_a_quarantine_that_was_deleted_is_made_again(tmp_path: Path, condemned: Callable[[Engine], Path]) -> None:
+@pytest.mark.parametrize("quarantined_by", QUARANTINED)
+def test_a_quarantine_that_was_deleted_is_made_again(tmp_path: Path, quarantined_by: Callable[[Engine], Path]) -> None:
     """Closed to others, when there is something to put in it; until then nothing is amiss."""
     quarantine = tmp_path / "data" / "quarantine"
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, namespace(), range(300))
         quarantine.rmdir()
         assert not engine.is_displaced() and put(engine, namespace(), range(600)).reason is Reason.OK
-        path = condemned(engine)
+        path = quarantined_by(engine)
         assert not path.exists() and [each.name for each in quarantine.iterdir()] == [path.name]
         assert stat.S_IMODE(quarantine.stat().st_mode) == 0o700
         assert engine.check().findings == []
@@ -248,10 +248,10 @@ def test_a_quarantine_that_is_deleted_before_an_index_is_set_aside_is_made_again
     assert not index.exists() and [each.suffix for each in quarantine.iterdir()] == [".mdb"]
 
 
-@pytest.mark.parametrize("condemned", CONDEMNED)
+@pytest.mark.parametrize("quarantined_by", QUARANTINED)
 def test_what_no_quarantine_takes_loses_its_row_and_is_said(
     tmp_path: Path,
-    condemned: Callable[[Engine], Path],
+    quarantined_by: Callable[[Engine], Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -263,7 +263,7 @@ def test_what_no_quarantine_takes_loses_its_row_and_is_said(
         (tmp_path / "data" / "quarantine").rmdir()
         (tmp_path / "data" / "quarantine").symlink_to(others)
         monkeypatch.setattr(engine._shared, "is_displaced", lambda: False)
-        path = condemned(engine)
+        path = quarantined_by(engine)
         assert "could not be put in quarantine" in caplog.text and list(others.iterdir()) == []
         assert path.read_bytes() == b"damaged"
         report = engine.check(repair=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kvstore.blobs.encrypted import HEADER_BYTES
 from kvstore.blobs.format import FORMAT_VERSION
-from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
 from kvstore.engine.rows import LEVEL_TOKENS
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
@@ -25,12 +25,12 @@ from tests.support.engine import (
     blob_path,
     blob_paths,
     checkpoint,
-    demand_right,
     find,
     namespace,
     options,
     put,
     put_checkpoint,
+    require_right,
     sequence,
     values,
 )
@@ -121,7 +121,7 @@ def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None
         put_checkpoint(engine, ns, CANARY[:600])
         match = engine.match(ns.root, pack_tokens(CANARY), exact=True)
         assert match.n_tokens == 600
-        demand_right(engine, match, pack_tokens(CANARY[:600]))
+        require_right(engine, match, pack_tokens(CANARY[:600]))
         state = bytes(memoryview(checkpoint(ns, CANARY[:600]).buffers[0]))
     assert state not in bytes_at_rest(tmp_path / "data")
 
@@ -137,7 +137,7 @@ def test_a_changed_byte_anywhere_in_an_encrypted_blob_is_found(tmp_path: Path, a
         data[at] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptDataError):
-            demand_right(engine, match, pack_tokens(CANARY))
+            require_right(engine, match, pack_tokens(CANARY))
         assert [finding.kind for finding in engine.check().findings] == ["corrupt_blob"]
         assert engine.recheck(match.slices[1].row.key)
         assert find(engine, NS, CANARY).n_tokens == BLOCK_TOKENS
@@ -183,7 +183,7 @@ def test_a_dropped_key_makes_all_of_it_a_miss_at_once_and_for_good(tmp_path: Pat
         assert find(engine, NS, CANARY).n_tokens == 0
         assert find(engine, PLAIN, CANARY).n_tokens == 700
         with pytest.raises((CorruptDataError, NotFoundError, AssertionError)):
-            demand_right(engine, kept, pack_tokens(CANARY))
+            require_right(engine, kept, pack_tokens(CANARY))
     with opened(tmp_path) as engine:  # with a new key, that opens nothing of before
         assert find(engine, NS, CANARY).n_tokens == 0
         assert {finding.kind for finding in engine.check().findings} == {"shredded"}
@@ -212,7 +212,7 @@ def test_a_checkpoint_whose_key_was_dropped_is_no_checkpoint(tmp_path: Path) -> 
         put_checkpoint(engine, ns, tokens)
         match = engine.match(ns.root, pack_tokens(tokens), exact=True)
         assert match.checkpoint is not None
-        demand_right(engine, match, pack_tokens(tokens))
+        require_right(engine, match, pack_tokens(tokens))
 
 
 def test_a_store_that_was_under_way_when_the_key_was_dropped_leaves_nothing(tmp_path: Path) -> None:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
 from kvstore.engine import Engine, Fs, NewBlock, Selection
 from kvstore.errors import InvalidRequestError, StoreFullError
-from kvstore.keys import Namespace
 from tests.support.engine import (
     RecordingFs,
     blob_path,
     blob_paths,
-    demand_sound,
     disk_usage,
     find,
     namespace,
     options,
     put,
+    require_sound,
     sequence,
 )
 
@@ -78,7 +78,7 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
         assert first_tokens(engine) == {0, 3, 4}
         engine.evict(Selection(bytes=1))
         assert first_tokens(engine) == {0, 4}
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_the_order_of_use_survives_a_restart(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_children_go_before_their_parents(tmp_path: Path) -> None:
             assert all(row.parent in rows or row.parent == NS.root for row in rows.values())
             left -= 1
             assert len(rows) == left
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_parent_is_as_recent_as_its_child(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_the_budget_is_kept_and_is_what_the_disk_says(tmp_path: Path) -> None:
         assert engine.used_bytes == disk_usage(tmp_path / "data") <= budget
         (engine.staging_dir / "upload").unlink()
         engine.add_usage(-100_001)
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_smaller_budget_holds_from_the_start(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_smaller_budget_holds_from_the_start(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options(budget_bytes=budget)) as engine:
         assert engine.used_bytes <= budget
         assert 10 <= engine.stats().blobs <= 20
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_store_that_does_not_fit_keeps_what_fits(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_a_store_that_does_not_fit_keeps_what_fits(tmp_path: Path) -> None:
         assert find(engine, NS, list(range(50 * 256))).n_tokens == receipt.blocks * 256
         assert put(engine, NS, list(range(5))).reason is Reason.OK
         assert engine.stats().degraded == ""
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_what_can_never_fit_does_not_empty_the_store(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_no_budget_at_all_stores_nothing(tmp_path: Path) -> None:
         receipt = put(engine, NS, list(range(300)))
         assert (receipt.blocks, receipt.reason) == (0, Reason.STORE_FULL)
         assert engine.stats().degraded
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_the_chain_that_is_being_extended_is_not_evicted_for_it(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_the_chain_that_is_being_extended_is_not_evicted_for_it(tmp_path: Path) 
         assert receipt.reason is Reason.STORE_FULL and receipt.blocks
         # Of the others, what is too little for one more block may stay.
         assert {1, 2} <= first_tokens(engine) <= {1, 2, 8}
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_leased_blocks_go_last_and_then_they_go(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_leased_blocks_go_last_and_then_they_go(tmp_path: Path) -> None:
         engine.maintain()
         assert first_tokens(engine) == set() and not blob_path(engine, first).exists()
         lease.release()
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_the_file_of_a_replaced_row_stays_while_it_is_leased(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_the_file_of_a_replaced_row_stays_while_it_is_leased(tmp_path: Path) -> 
             assert engine.used_bytes == disk_usage(tmp_path / "data")
             assert engine.check(repair=True).findings == []
         assert not blob_path(engine, row).exists()
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_under_the_free_floor_the_deficit_is_evicted_and_no_more(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_under_the_free_floor_the_deficit_is_evicted_and_no_more(tmp_path: Path)
         assert put(engine, NS, [77] * 256).reason is Reason.OK
         assert volume.free_bytes("") >= 5 * BLOCK_BYTES
         assert engine.stats().degraded == ""
-        demand_sound(engine)
+        require_sound(engine)
 
 
 @pytest.mark.parametrize(("less", "left"), [(8 * BLOCK_BYTES, 5), (5 * BLOCK_BYTES, 8), (4 * BLOCK_BYTES, 9)])
@@ -277,7 +277,7 @@ def test_a_volume_that_stays_full_does_not_drain_the_store(tmp_path: Path, less:
         volume.pinned = False
         assert put(engine, NS, [77] * 256).reason is Reason.OK
         assert engine.stats().degraded == ""
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_an_eviction_that_cannot_reach_its_goal_is_not_begun(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_an_eviction_that_cannot_reach_its_goal_is_not_begun(tmp_path: Path) -> 
         engine.limit(budget_bytes=1 << 30, free_floor_bytes=18 * BLOCK_BYTES)
         engine.maintain()
         assert first_tokens(engine) == {3, 4} and engine.stats().degraded == ""
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def populate(engine: Engine, clock: Clock) -> tuple[Namespace, bytes]:
@@ -332,7 +332,7 @@ def test_every_selection_frees_what_it_reports(tmp_path: Path, what: str) -> Non
         assert report == planned and report.blocks == blocks
         left = sum(path.stat().st_blocks * 512 for path in blob_paths(tmp_path / "data"))
         assert before - left == report.freed_bytes
-        demand_sound(engine)
+        require_sound(engine)
         assert engine.evict(Selection(namespace_prefix=b"\1" * 32)).blocks == 0
 
 
@@ -353,7 +353,7 @@ def test_large_evictions_take_several_commits(tmp_path: Path, monkeypatch: pytes
         assert engine.evict(Selection(all=True)) == planned
         assert planned.blocks == 10
         assert [name for name, _ in fs.calls].count("commit") == 3
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_what_was_evicted_is_remembered_within_bounds(tmp_path: Path) -> None:
@@ -394,7 +394,7 @@ def test_a_new_block_does_not_push_out_its_own_request(tmp_path: Path) -> None:
                 break
             assert find(engine, NS, list(range(256 * (number + 1)))).n_tokens == 256 * (number + 1)
         assert receipt.reason is Reason.STORE_FULL and number > 2
-        demand_sound(engine)
+        require_sound(engine)
 
 
 class FullVolume(Fs):
@@ -423,7 +423,7 @@ def test_on_a_full_volume_the_ballast_lets_an_eviction_through(tmp_path: Path) -
         assert volume.ballast.stat().st_size == 100_000
         volume.full = False
         engine.maintain()
-        demand_sound(engine)
+        require_sound(engine)
         copy = tmp_path / "copy"
         shutil.copytree(tmp_path / "data", copy)
     volume = FullVolume(copy)

@@ -12,7 +12,7 @@ import pytest
 from kvstore.blobs.fs import Fs
 from kvstore.engine import Engine, evict
 from kvstore.engine.types import Selection
-from tests.support.engine import demand_sound, find, namespace, options, put
+from tests.support.engine import find, namespace, options, put, require_sound
 
 NS, OTHER = namespace(), namespace("other")
 TOKENS = list(range(2000))
@@ -95,7 +95,7 @@ def test_no_blob_is_written_or_unlinked_under_the_lock(engine: Engine, fs: Watch
     WAYS[way](engine)
     assert fs.arrived.is_set()
     assert not fs.locked
-    demand_sound(engine)
+    require_sound(engine)
 
 
 @pytest.mark.parametrize("selection", [Selection(bytes=1 << 30), Selection(all=True)])
@@ -116,7 +116,7 @@ def test_a_store_does_not_wait_for_an_eviction_in_another_namespace(
         fs.is_open.set()
         report = evicting.result(60)
     assert report.blocks >= 9 and not report.kept_bytes
-    demand_sound(engine)
+    require_sound(engine)
 
 
 def test_what_is_being_unlinked_is_no_stray_and_is_counted(engine: Engine, fs: Watch) -> None:

@@ -9,21 +9,21 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
+from kvstore.core.keys import Namespace
 from kvstore.engine import Engine, Selection
 from kvstore.engine.match import best_child
 from kvstore.engine.rows import LEVEL_TOKENS, Code, Row, token_code
-from kvstore.keys import Namespace
 from tests.support.engine import (
     HYBRID,
     RECURRENT,
     checkpoint,
-    demand_sound,
     find,
     namespace,
     new_block,
     options,
     put,
+    require_sound,
 )
 
 NS = namespace()
@@ -101,7 +101,7 @@ def test_a_match_is_the_longest_common_prefix_of_what_is_stored(actions: list[tu
                 assert (match.reason is Reason.OK) == (expected == len(detail))
                 if not evicted:
                     assert expected == max((common_tokens(query, each) for each in given_sequences), default=0)
-        demand_sound(engine)
+        require_sound(engine)
         engine.close()
 
 
@@ -134,8 +134,8 @@ def test_an_exact_match_ends_at_the_longest_checkpoint_that_blocks_cover(
                 engine = Engine.open(Path(folder) / "data", options(durability="none", checkpoints_max=3))
             elif isinstance(detail, list):
                 limit = data.draw(st.integers(0, len(detail)), "limit")
-                demand_longest(engine, ns, pack_tokens(detail), limit, fidelity)
-        demand_sound(engine)
+                require_longest(engine, ns, pack_tokens(detail), limit, fidelity)
+        require_sound(engine)
         engine.close()
 
 
@@ -148,7 +148,7 @@ def store_checkpoint(engine: Engine, ns: Namespace, tokens: list[int], fidelity:
     assert after.fidelity == max(fidelity, before.fidelity if before else 0)
 
 
-def demand_longest(engine: Engine, ns: Namespace, query: bytes, limit: int, floor: int) -> None:
+def require_longest(engine: Engine, ns: Namespace, query: bytes, limit: int, floor: int) -> None:
     """An exact match against all that is stored."""
     held = stored_rows(engine, ns)
     covered = engine.match(ns.root, query, floor, limit).n_tokens

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine
 from kvstore.engine import scrub as scrubbing
-from tests.support.engine import blob_path, demand_sound, find, namespace, options, put
+from tests.support.engine import blob_path, find, namespace, options, put, require_sound
 
 NS = namespace()
 SEQUENCES = [[number, *range(300)] for number in range(5)]
@@ -53,7 +53,7 @@ def test_damage_is_found_without_a_fetch_and_the_pass_has_a_date(tmp_path: Path,
         assert (stats.scrubbed_s, stats.damaged, stats.quarantined) == (int(clock.now), 1, 1)
         match = find(engine, NS, SEQUENCES[2])
         assert (match.n_tokens, match.reason) == (256, Reason.CORRUPT)
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_pass_begins_again_only_after_the_interval(tmp_path: Path, clock: Clock) -> None:

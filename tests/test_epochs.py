@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest

@@ -13,11 +13,11 @@ from tests.support.engine import (
     Stopped,
     StoppingFs,
     blob_paths,
-    demand_sound,
     find,
     namespace,
     options,
     put,
+    require_sound,
 )
 
 NS, OTHER = namespace(), namespace("other weights")
@@ -93,7 +93,7 @@ def test_a_namespace_is_evicted_by_one_rename_however_many_blobs_it_has(tmp_path
         assert names.count("unlink") == 5 and report.blocks == 4  # the blobs, and what says which namespace it was
         assert engine.stats().stored_bytes == stored - report.freed_bytes
         assert [path.parent.name for path in blob_paths(tmp_path / "data")] == [OTHER.root.hex()] * 2
-        demand_sound(engine)
+        require_sound(engine)
     (tmp_path / "data" / "index" / "data.mdb").unlink()
     with Engine.open(tmp_path / "data", options()) as engine:
         assert [one.info.root for one in engine.stats().namespaces] == [OTHER.root]
@@ -112,4 +112,4 @@ def test_a_namespace_whose_eviction_is_cut_short_is_whole_or_gone(tmp_path: Path
     with Engine.open(snapshot, options()) as engine:
         assert find(engine, NS, list(range(600))).n_tokens == (600 if at == 0 else 0)
         engine.maintain()
-        demand_sound(engine)
+        require_sound(engine)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Fs, Selection
 from tests.support.engine import HYBRID, blob_path, find, namespace, options, put, put_checkpoint
 

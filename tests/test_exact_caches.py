@@ -18,10 +18,10 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from kvstore.core.layers import NO_PART, LayerSpec, StateLayer
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.caches import is_sliceable, token_count
-from kvstore.layers import NO_PART, LayerSpec, StateLayer
 from tests.support.replay import copied, raw
 
 SIZES = ((8, 0), (8, 3), (5, 1), (300, 0), (300, 4))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Block, Reason, Recipe, pack_tokens
 from kvstore.config import Config
+from kvstore.core.blocks import Block, Reason, Recipe, pack_tokens
 from kvstore.engine import Engine, Row
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane

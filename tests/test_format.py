@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kvstore.blobs.base import BlobId
 from kvstore.blobs.format import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,
@@ -24,14 +23,15 @@ from kvstore.blobs.format import (
     parse_header,
 )
 from kvstore.blobs.memory import MemoryBlobs
-from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
+from kvstore.blobs.protocol import BlobId
 from kvstore.codecs.assemble import assemble_layer
-from kvstore.codecs.segments import HitBlock
+from kvstore.codecs.byte_plan import HitBlock
+from kvstore.core.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
+from kvstore.core.keys import block_key, checkpoint_key
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
+from kvstore.core.records import block_to_record
 from kvstore.engine.adopt import read_block
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.keys import block_key, checkpoint_key
-from kvstore.layers import LayerSpec, Layout, PartSpec
-from kvstore.records import block_to_record
 from tests.support.engine import RECURRENT, namespace, new_block
 from tests.support.stored import streamed
 
@@ -83,7 +83,7 @@ def file_of(ready: ReadyBlob) -> bytes:
 def read_file(path: Path, verify: bool = True) -> tuple[Block, int, int]:
     """(block, where its payload starts, its size) of a file, read as a blob that has just these bytes."""
     blobs, blob = MemoryBlobs(), BlobId(bytes(32), bytes(32), 1)
-    blobs.put(blob, [memoryview(path.read_bytes())]).land()
+    blobs.put(blob, [memoryview(path.read_bytes())]).sync_and_rename()
     block, source = read_block(blobs, blob, path.stat().st_size, verify=verify)
     assert source.blob == blob
     return block, source.payload_offset, source.nbytes

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from kvstore.blobs.fs import Fs
-from kvstore.blocks import Reason
 from kvstore.codecs.plausible import expected_bits, fault_of
 from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile
 from kvstore.config import Config
-from kvstore.engine.quality import QualityFiles
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
+from kvstore.engine.calibrations import QualityFiles
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.keys import Namespace
-from kvstore.layers import LayerSpec, Layout, PartSpec
 from kvstore.quality import Calibrated, Quality, QualityLimits
 from kvstore.server.gate import Gate
 

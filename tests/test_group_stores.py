@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import Capture
 from kvstore.codecs.profiles import parse_profile
 from kvstore.config import Config
+from kvstore.core.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
+from kvstore.core.layers import PARTS, KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
-from kvstore.layers import PARTS, KVLayer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StorePath, StoreRequest
@@ -135,7 +135,7 @@ class Store:
         self.engine.evict(Selection(all=True))
         self.held.clear()
 
-    def demand_right(self, profile: str, tokens: Tokens, rows: Rows) -> None:
+    def require_right(self, profile: str, tokens: Tokens, rows: Rows) -> None:
         """Every row is the computed one, or that one encoded once as the profile says."""
         how, wanted = parse_profile(profile), computed_rows(tokens)
         for (layer, part), got in rows.items():
@@ -190,7 +190,7 @@ def test_whatever_happens_each_row_is_encoded_at_most_once(
             n_tokens, fidelity, rows = store.fetch((*tokens, 1 << 40))
             best = max((common(tokens, one) for one in store.held), default=0)
             assert n_tokens == best
-            store.demand_right(profile, tokens[:n_tokens], rows)
+            store.require_right(profile, tokens[:n_tokens], rows)
             if what == "fetch":
                 continue
             if what == "store":
@@ -253,7 +253,7 @@ def test_a_sequence_that_diverges_inside_a_group_takes_the_group_whole() -> None
         for tokens in (first, second):
             n_tokens, _, rows = store.fetch((*tokens, -1))
             assert n_tokens == 256
-            store.demand_right(GROUPED, tokens, rows)
+            store.require_right(GROUPED, tokens, rows)
 
 
 def test_sinks_stay_lossless_and_groups_begin_with_the_block() -> None:

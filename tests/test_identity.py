@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load, load_model
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations import identity, models
 from kvstore.integrations import mlx_lm as kv

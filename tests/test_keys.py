@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens, pack_tokens, unpack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens, pack_tokens, unpack_tokens
+from kvstore.core.keys import Namespace, NamespaceInfo, block_key, chain_keys, checkpoint_key, root_key
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.keys import Namespace, NamespaceInfo, block_key, chain_keys, checkpoint_key, root_key
-from kvstore.layers import LayerSpec, Layout, PartSpec
 
 GOLDEN = Path(__file__).parent / "golden" / "keys.json"
 PART = PartSpec(2, 64, "BF16")

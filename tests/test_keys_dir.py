@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.engine import Engine, Selection, check_directory
 from kvstore.errors import DirectoryError, InvalidRequestError, KeyMissingError
 from tests.support.engine import blob_paths, find, namespace, options, put, sequence

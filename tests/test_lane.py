@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from kvstore.core.thread_priority import BACKGROUND_NICE
 from kvstore.errors import LimitError, UnavailableError
-from kvstore.priority import BACKGROUND_NICE
 from kvstore.server import lane as lane_module
 from kvstore.server.lane import Lane
 

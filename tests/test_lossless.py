@@ -10,9 +10,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import ITEM_BYTES, packed_bytes_max
-from kvstore.codecs.base import ByteCodec, codecs, packer_of
+from kvstore.codecs.codec import ByteCodec, codecs, packer_of
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.core.blocks import ITEM_BYTES, packed_bytes_max
 from kvstore.errors import CorruptDataError
 from tests.support.stored import random_payload
 

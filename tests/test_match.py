@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvstore.bench.bulk import call_clean, load_rows, sequence_tokens
 from kvstore.blobs.fs import Fs
-from kvstore.blocks import (
+from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
     TOKEN_BYTES,
@@ -28,13 +28,13 @@ from kvstore.blocks import (
     common_tokens,
     pack_tokens,
 )
+from kvstore.core.keys import block_key
 from kvstore.engine import Engine, Match, encryption, types
 from kvstore.engine.index import Index, View
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.match import best_child, is_covered, longest_prefix, replaced_by
 from kvstore.engine.retain import CHUNK
 from kvstore.engine.rows import LEVEL_TOKENS, Row, Templates, child_entries, pack_row, parse_row
-from kvstore.keys import block_key
 from tests.support.engine import find, namespace, new_block, options, put
 
 NS = namespace()

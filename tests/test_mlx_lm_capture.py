@@ -17,10 +17,10 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from kvstore.core.layers import Layout
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.caches import align, token_count
-from kvstore.layers import Layout
 from tests.support.models import build_tiny
 
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}

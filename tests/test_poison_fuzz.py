@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import LayerState, StateArray
 from kvstore.codecs import device
 from kvstore.codecs.states import describe
+from kvstore.core.blocks import LayerState, StateArray
+from kvstore.core.layers import KVLayer, Layout, StateLayer
+from kvstore.core.records import states_from_list, states_to_list
+from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError
 from kvstore.integrations import mlx_lm as kv
-from kvstore.layers import KVLayer, Layout, StateLayer
-from kvstore.records import states_from_list, states_to_list
-from kvstore.rules import check_states
 from tests.support.models import build_tiny, fill
 from tests.support.replay import TOKENS, feed, layout_of
 from tests.support.topologies import TOPOLOGIES

@@ -15,9 +15,9 @@ import pytest
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.utils import load_tokenizer
 
-from kvstore.bounds import ByteBudget
 from kvstore.config import Config
-from kvstore.integrations import prefetch, segments
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.integrations import checkpoints, prefetch
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prefetch import Prefetcher, PrefetchingGenerator, Prepared
@@ -78,7 +78,7 @@ def start(
     for name in ("stream_generate", "ResponseGenerator"):
         monkeypatch.setattr(mlx_lm_server, name, getattr(mlx_lm_server, name))
     monkeypatch.setattr(mx, "clear_cache", mx.clear_cache)  # put back afterwards
-    segments.plug_in(mlx_lm_server, prefetch.generator())
+    checkpoints.plug_in(mlx_lm_server, prefetch.generator())
     made: list[Any] = []
 
     def new(name: str = "llama", draft: Any = None, **flags: Any) -> Any:
@@ -313,5 +313,5 @@ def test_a_server_of_another_shape_keeps_its_generator(
 ) -> None:
     """Said once, when it starts."""
     monkeypatch.setattr(prefetch.ResponseGenerator, "generate", lambda self, request, queue: None)
-    assert prefetch.generator() is segments.SegmentedGenerator
+    assert prefetch.generator() is checkpoints.SegmentedGenerator
     assert "another way" in caplog.text

@@ -6,15 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from kvstore import values
-from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.codecs.affine import affine_recipe
-from kvstore.codecs.channel import channel_recipe
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.profiles import PROFILES, WORDS, Profile, check_profile, parse_profile
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.config import parsers
+from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import ConfigError
-from kvstore.layers import PartSpec
 
 PART = PartSpec(8, 128, "BF16")
 
@@ -72,7 +72,7 @@ def test_shipped_profiles_rank_from_exact_to_tiny() -> None:
     for name in PROFILES:
         assert parse_profile(name).name == name
         check_profile(name)
-        assert values.profile(PROFILES[name]) == PROFILES[name]
+        assert parsers.profile(PROFILES[name]) == PROFILES[name]
 
 
 def test_the_rank_is_the_least_of_all_that_is_encoded() -> None:

@@ -22,7 +22,8 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations import prompt_cache as prompt_cache_module
@@ -30,7 +31,6 @@ from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
 from kvstore.integrations.run import plug_in, run
-from kvstore.keys import Namespace
 from tests.support.fake_store import FakeClient, FakeSession
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
 from tests.support.tiny_configs import VOCAB

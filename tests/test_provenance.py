@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import FIDELITY_EXACT, common_tokens, count_tokens, pack_tokens
 from kvstore.client.provenance import Provenance, weights_of
+from kvstore.core.blocks import FIDELITY_EXACT, common_tokens, count_tokens, pack_tokens
 from tests.support.synthetic import make_layout, make_namespace
 
 ROOT, OTHER = bytes(range(32)), bytes(32)

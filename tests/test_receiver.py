@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstore.bounds import ByteBudget
 from kvstore.client import receiver
 from kvstore.client.receiver import Message, Receiver, receive
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
 from kvstore.wire.frames import LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
+from kvstore.core.layers import StateLayer
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
-from kvstore.layers import StateLayer
 from tests.support.fake_store import FakeClient
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
 from tests.test_prompt_cache import Provider, filled
@@ -90,7 +90,7 @@ def edges(shared: Edges, monkeypatch: pytest.MonkeyPatch) -> Edges:
     return shared
 
 
-def demand_rejected(edges: Edges) -> None:
+def require_rejected(edges: Edges) -> None:
     """Once: counted, and the daemon is asked to look at what was handed over."""
     assert edges.client.refusals == [Reason.CORRUPT]
     assert edges.client.only.rejected == [TOKENS]
@@ -113,7 +113,7 @@ def test_a_ring_with_a_wrong_index_is_a_miss(edges: Edges, edge: str) -> None:
     stored = edges.client.only.stored
     stored[:] = [(tokens, spoiled(layers)) for tokens, layers in stored]
     assert edges.covered(edge) == 0
-    demand_rejected(edges)
+    require_rejected(edges)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -128,7 +128,7 @@ def test_whatever_restoring_raises_is_a_miss(
 
     monkeypatch.setattr("kvstore.integrations.restoring.restore", fails)
     assert edges.covered(edge) == 0
-    demand_rejected(edges)
+    require_rejected(edges)
 
 
 def test_what_an_edge_does_to_a_restored_cache_is_guarded_too(edges: Edges, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,4 +139,4 @@ def test_what_an_edge_does_to_a_restored_cache_is_guarded_too(edges: Edges, monk
 
     monkeypatch.setattr(edges, "finish", fails)
     assert edges.covered("ModelStore") == 0
-    demand_rejected(edges)
+    require_rejected(edges)

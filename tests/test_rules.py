@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm.models.cache import ChunkedKVCache, RotatingKVCache
 
-from kvstore.blocks import Block, LayerState, Run, StateArray, pack_tokens
-from kvstore.codecs import segments
+from kvstore.codecs import byte_plan
 from kvstore.codecs.states import describe_layer
+from kvstore.core.blocks import Block, LayerState, Run, StateArray, pack_tokens
+from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, StateLayer
+from kvstore.core.rules import check_block, check_state, check_states
 from kvstore.errors import CorruptDataError
 from kvstore.integrations import mlx_lm as kv
-from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec, StateLayer
-from kvstore.rules import check_block, check_state, check_states
 
 PART = PartSpec(2, 4, "F32")
 RING = LayerSpec(PART, PART, "window", (("size", 8), ("keep", 2)))
@@ -202,7 +202,7 @@ def test_a_block_holds_every_kv_layer_once_in_tensors_of_its_recipe() -> None:
     def block(*stacks: object) -> Block:
         return Block(bytes(32), bytes(32), bytes(32), 0, tokens, 0, (Run(3, 0, 3, 0, stacks),))  # type: ignore[arg-type]
 
-    for check in (check_block, segments.check_block):
+    for check in (check_block, byte_plan.check_block):
         check(layout, block(keys, values))
         for stacks in (
             (keys,),
@@ -216,4 +216,4 @@ def test_a_block_holds_every_kv_layer_once_in_tensors_of_its_recipe() -> None:
                 check(layout, block(*stacks))
     wide = replace(values, tensors=(replace(values.tensors[0], width=8),))
     with pytest.raises(CorruptDataError, match="do not fit"):
-        segments.check_block(layout, block(keys, wide))
+        byte_plan.check_block(layout, block(keys, wide))

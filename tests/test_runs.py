@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blobs.ranges import FileReader
-from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW
 from kvstore.codecs import device, encode
 from kvstore.codecs.affine import affine_recipe
-from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, payload_run, raw_run
+from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW
+from kvstore.core.layers import LayerSpec, Layout, PartSpec, raw_ranges
 from kvstore.errors import ConfigError, InvalidRequestError
-from kvstore.layers import LayerSpec, Layout, PartSpec, raw_ranges
-from tests.support.stored import random_payload, seal_runs, write_source
+from tests.support.stored import finish_runs, random_payload, write_source
 
 DTYPES = ("BF16", "F16", "F32")
 NAN = {"BF16": 0x7FC1, "F16": 0x7E01, "F32": 0x7FC00001}
@@ -306,7 +306,7 @@ def test_a_stored_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     """To be spliced into another block."""
     layout = plain()
     encoded = [encode_run(layout, random_run(layout, n, n), parse_profile(p)) for n, p in ((5, "affine8"), (3, "raw"))]
-    sealed, payload = seal_runs(encoded)
+    sealed, payload = finish_runs(encoded)
     with FileReader([write_source(tmp_path / "other", b""), write_source(tmp_path / "blob", payload)]) as reader:
         for stored, original in zip(sealed, encoded, strict=True):
             assert same(load_run(stored, 1, reader), original)
@@ -315,7 +315,7 @@ def test_a_stored_run_is_read_back_as_it_was(tmp_path: Path) -> None:
 def test_a_damaged_run_is_not_read_back(tmp_path: Path) -> None:
     """Any flipped bit of any tensor; a file that is gone or short."""
     layout = plain()
-    (run,), payload = seal_runs([encode_run(layout, random_run(layout, 4), parse_profile("affine8"))])
+    (run,), payload = finish_runs([encode_run(layout, random_run(layout, 4), parse_profile("affine8"))])
     rng = np.random.default_rng(0)
     path = tmp_path / "blob"
     for at in [0, len(payload) - 1, *rng.integers(0, len(payload), 20)]:

@@ -15,14 +15,14 @@ import pytest
 
 from kvstore.blobs import ranges
 from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
-from kvstore.blocks import Reason
-from kvstore.bounds import ByteBudget
+from kvstore.blobs.readers import READERS, Readers
 from kvstore.client import reads
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.codecs import virtual
+from kvstore.core.blocks import Reason
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, ReadDeadlineError
-from kvstore.readers import READERS, Readers
 from tests.support.checkpoints import hybrid_layout
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import assert_rows, make_layout, make_namespace
@@ -274,7 +274,7 @@ def test_a_process_ends_while_a_read_hangs() -> None:
     """The threads are daemon threads."""
     script = """
 import threading
-from kvstore.readers import READERS
+from kvstore.blobs.readers import READERS
 try:
     READERS.run(threading.Event().wait, 0.1)
 except TimeoutError:

@@ -16,7 +16,7 @@ def test_exactly_the_bytes_that_were_asked_for_are_read_back(tmp_path: Path) -> 
     file = StagingFile(tmp_path, "u", 10)
     file.append([b"01234"])
     file.append([b"56789"])
-    file.seal()
+    file.finish()
     assert bytes(file.read(3, 4)) == b"3456"
     assert file.path.stat().st_mode & 0o777 == 0o600
     file.remove()
@@ -30,7 +30,7 @@ def test_another_size_than_announced_is_refused(tmp_path: Path, data: bytes) -> 
     file = StagingFile(tmp_path, "u", 10)
     file.path.write_bytes(data)
     with pytest.raises(InvalidRequestError):
-        file.seal()
+        file.finish()
 
 
 def test_a_stream_cannot_run_over_its_announced_size(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_planted_symlink_hardlink_fifo_or_directory_is_refused(tmp_path: Path)
         file.path.unlink()
         plant(file.path)
         with pytest.raises(InvalidRequestError):
-            file.seal()
+            file.finish()
 
 
 def test_an_existing_name_is_never_reused(tmp_path: Path) -> None:
@@ -67,14 +67,14 @@ def test_an_existing_name_is_never_reused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_gone_or_cut_short_is_an_error_not_garbage(tmp_path: Path) -> None:
-    """Between seal and read the worker still can write."""
+    """Between finish and read the worker still can write."""
     file = StagingFile(tmp_path, "u", 10)
     file.append([b"0123456789"])
-    file.seal()
+    file.finish()
     os.truncate(file.path, 4)
     with pytest.raises(InvalidRequestError):
         file.read(0, 10)
     other = StagingFile(tmp_path, "v", 1)
     other.path.unlink()
     with pytest.raises(NotFoundError):
-        other.seal()
+        other.finish()

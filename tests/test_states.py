@@ -13,22 +13,22 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from kvstore.blobs.ranges import BufferReader, FileReader, Range
-from kvstore.blocks import ITEM_BYTES, LayerState
-from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.device import Capture, dtype_name
 from kvstore.codecs.states import StateCapture, assemble_state, describe, state_ranges
+from kvstore.core.blocks import ITEM_BYTES, LayerState
+from kvstore.core.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
+from kvstore.core.records import states_from_list, states_to_list
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
-from kvstore.records import states_from_list, states_to_list
 from tests.support.checkpoints import (
     STATE_ARRAYS,
     array_bytes,
     assert_state,
+    finish_states,
     hybrid_layout,
     make_cache,
     pure_layout,
     random_array,
-    seal_states,
     state_bytes,
     state_spec,
     window_spec,
@@ -84,7 +84,7 @@ def test_captured_states_are_the_bytes_of_all_arrays_in_order(layout: Layout) ->
 def test_states_come_back_bit_for_bit(tmp_path: Path, by_file: bool) -> None:
     """Every dtype and rank, NaN payloads and empty arrays included, from files and from streams."""
     cache = make_cache(LAYOUT, TOKENS)
-    states, payload = seal_states(StateCapture(cache))
+    states, payload = finish_states(StateCapture(cache))
     with FileReader([write_source(tmp_path / "c", payload)]) as files:
         for state in states:
             ranges = state_ranges(state, SOURCE)
@@ -98,7 +98,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, by_file: bool) -> None:
 def test_every_dtype_that_may_be_stored_comes_back_as_it_was(dtype: str) -> None:
     """All of MLX's but complex ones and float64, whatever their bits."""
     layer = one_state({"a": random_array(np.random.default_rng(3), dtype, (3, 5, 7))})
-    states, payload = seal_states(StateCapture([layer]))
+    states, payload = finish_states(StateCapture([layer]))
     assert dtype_name(layer.arrays[0][1]) == dtype
     got = assemble_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, payload))
     assert_state(got, layer)
@@ -108,7 +108,7 @@ def test_a_layer_whose_slots_are_all_empty_is_a_layer_too() -> None:
     """Where every array is optional none need be there; nothing is read for it."""
     rule = ArraySpec("slot0", "F32", (1, 3), optional=True)
     layer = StateLayer(LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (rule,)), (), (), 10)
-    states, payload = seal_states(StateCapture([layer]))
+    states, payload = finish_states(StateCapture([layer]))
     assert payload == b""
     assert_state(assemble_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, b"")), layer)
 
@@ -116,7 +116,7 @@ def test_a_layer_whose_slots_are_all_empty_is_a_layer_too() -> None:
 def test_what_comes_back_belongs_to_the_caller() -> None:
     """Two assemblies share no memory: an engine writes into its state."""
     cache = make_cache(LAYOUT, TOKENS)
-    states, payload = seal_states(StateCapture(cache))
+    states, payload = finish_states(StateCapture(cache))
     first, second = (assemble_state(LAYOUT, states[0], 50, SOURCE, payload_reader(states, payload)) for _ in range(2))
     keys = first.arrays[0][1]
     keys[..., 0:1, :] = 99.0
@@ -241,8 +241,8 @@ def array_at(states: tuple[LayerState, ...], name: str) -> tuple[LayerState, int
 @pytest.mark.parametrize("damage", ["bit", "zeroed", "cut", "other tokens"])
 def test_damage_to_any_array_is_found(name: str, damage: str) -> None:
     """One bit, everything zero, the file cut short, the same array after another prompt."""
-    states, payload = seal_states(StateCapture(make_cache(LAYOUT, TOKENS)))
-    _, other = seal_states(StateCapture(make_cache(LAYOUT, [*TOKENS[:-1], 9999])))
+    states, payload = finish_states(StateCapture(make_cache(LAYOUT, TOKENS)))
+    _, other = finish_states(StateCapture(make_cache(LAYOUT, [*TOKENS[:-1], 9999])))
     state, number = array_at(states, name)
     at, nbytes = state.arrays[number].offset, state.arrays[number].nbytes
     data = bytearray(payload)
@@ -264,7 +264,7 @@ def test_damage_to_any_array_is_found(name: str, damage: str) -> None:
 def test_two_arrays_swapped_are_found() -> None:
     """Equal shape and dtype, both intact: keys for values, one layer's state for another's."""
     cache = make_cache(LAYOUT, TOKENS)
-    states, payload = seal_states(StateCapture(cache))
+    states, payload = finish_states(StateCapture(cache))
     window, first, second = states
     keys, values = window.arrays
     swaps = [
@@ -278,7 +278,7 @@ def test_two_arrays_swapped_are_found() -> None:
 
 def test_an_array_without_a_checksum_is_never_served() -> None:
     """Nothing else would tell it from another one."""
-    states, payload = seal_states(StateCapture(make_cache(LAYOUT, TOKENS)))
+    states, payload = finish_states(StateCapture(make_cache(LAYOUT, TOKENS)))
     bare = replace(states[0], arrays=tuple(replace(array, checksum=b"") for array in states[0].arrays))
     with pytest.raises(BlockCorruptError, match="no checksum"):
         assemble_state(LAYOUT, bare, 50, SOURCE, payload_reader(states, payload))
@@ -293,7 +293,7 @@ def test_a_failing_disk_stays_an_os_error() -> None:
         def readinto(self, source: int, offset: int, views: object) -> None:
             raise OSError("disk")
 
-    states, _ = seal_states(StateCapture(make_cache(LAYOUT, TOKENS)))
+    states, _ = finish_states(StateCapture(make_cache(LAYOUT, TOKENS)))
     with pytest.raises(OSError, match="disk"):
         assemble_state(LAYOUT, states[0], 50, SOURCE, Failing())
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.codecs.device import Capture
 from kvstore.config import Config
+from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.layers import KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.errors import LimitError, NotFoundError, UnavailableError
-from kvstore.layers import KVLayer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest

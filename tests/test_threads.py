@@ -32,7 +32,7 @@ def pools(threads: Threads) -> dict[str, Pool]:
 
 
 def test_no_thread_is_made_outside_the_table() -> None:
-    """Only the table makes pools, and the lane its threads; credentials are read again daily, on the loop's own."""
+    """Only the table makes pools, and the lane its threads."""
     found = {
         path.name
         for path in SERVER.glob("*.py")
@@ -40,7 +40,7 @@ def test_no_thread_is_made_outside_the_table() -> None:
         if (isinstance(node, ast.Name) and node.id in MAKERS)
         or (isinstance(node, ast.Attribute) and node.attr in MAKERS)
     }
-    assert found == {"threads.py", "lane.py", "access.py"}
+    assert found == {"threads.py", "lane.py"}
 
 
 def test_every_pool_runs_its_work_on_threads_of_its_name(threads: Threads) -> None:

@@ -12,14 +12,14 @@ import grpc
 import pytest
 from cryptography import x509
 
-from kvstore.access import CredentialFiles, load_credentials
-from kvstore.blocks import Reason
 from kvstore.cli import cert
 from kvstore.cli.cert import Pair, make_ca, make_pair
 from kvstore.client.client import Client
 from kvstore.config import Config
+from kvstore.config.credentials import CredentialFiles, load_credentials
+from kvstore.core.blocks import Reason
 from kvstore.errors import ConfigError, TLSError
-from kvstore.server.access import daemon_credentials
+from kvstore.server.authorize import daemon_credentials
 from tests.support.daemon import run_cli
 from tests.support.synthetic import make_layout, make_namespace
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client import trust
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.client.staged import write_staged
 from kvstore.client.trust import SocketGuard, peer_uid
+from kvstore.core.blocks import Reason
 from kvstore.errors import KVStoreError, UnavailableError, UntrustedError
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import make_layers, make_layout, make_namespace

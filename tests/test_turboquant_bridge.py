@@ -12,17 +12,17 @@ import pytest
 from kvstore import Reason, connect
 from kvstore.codecs import device
 from kvstore.codecs.assemble import assemble_layer
+from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import Profile, parse_profile
 from kvstore.codecs.runs import narrow_run, payload_run
-from kvstore.codecs.segments import HitBlock
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.config import Config
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
-from kvstore.layers import LayerSpec, Layout, PartSpec
 from kvstore.turboquant import KVCacheConfig, MultiHeadKVCache, QuantStrategy, blocks_to_cache, bridge, load, save
 from tests.support.daemon import DaemonProcess
-from tests.support.stored import random_payload, seal_runs, streamed
+from tests.support.stored import finish_runs, random_payload, streamed
 
 HEADS = 4
 WEIGHTS = b"weights of a model"
@@ -102,7 +102,7 @@ def stored_blocks(layout: Layout, profile: Profile) -> tuple[list[HitBlock], lis
     for seed, (n_tokens, shown, take) in enumerate([(20, 20, 20), (9, 9, 7)]):
         payload = random_payload(np.random.default_rng(seed), "BF16", n_tokens * layout.token_bytes // 2)
         run = narrow_run(encode_run(layout, payload_run(layout, payload, n_tokens), profile), shown)
-        sealed, data = seal_runs([run])
+        sealed, data = finish_runs([run])
         blocks.append(HitBlock(sealed, take))
         payloads.append(data)
     return blocks, payloads
@@ -141,7 +141,7 @@ def test_blocks_of_another_codec_are_refused(name: str) -> None:
     """With the name of what they are."""
     layout = Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),))
     payload = random_payload(np.random.default_rng(1), "BF16", 64 * layout.token_bytes // 2)
-    sealed, data = seal_runs([encode_run(layout, payload_run(layout, payload, 64), parse_profile(name))])
+    sealed, data = finish_runs([encode_run(layout, payload_run(layout, payload, 64), parse_profile(name))])
     blocks = [HitBlock(sealed, 64)]
     with pytest.raises(InvalidRequestError, match=r"raw|affine|groups"):
         blocks_to_cache(layout, 0, blocks, streamed(blocks, [data], 0))

@@ -13,7 +13,7 @@ import pytest
 from kvstore.config import Config
 from kvstore.errors import DirectoryError
 from kvstore.server import volumes
-from kvstore.server.volumes import RECORDS_MAX, Place, demand_volume, place_of, remember_volume
+from kvstore.server.volumes import RECORDS_MAX, Place, place_of, remember_volume, require_volume
 
 
 class Mounts:
@@ -53,19 +53,19 @@ def test_a_volume_that_is_not_mounted_any_more_is_refused_by_name_with_the_fix(
     """Whether the mount point is there, or the data directory on it, or neither; connected again, all is well."""
     volume = tmp_path / "volume"
     mounts.at[volume] = 2
-    demand_volume(config)
+    require_volume(config)
     assert remember_volume(config) == Place(2, volume)
-    demand_volume(config)
+    require_volume(config)
     del mounts.at[volume]
     for remove in (config.data_dir.rmdir, volume.rmdir, lambda: None):
         with pytest.raises(
             DirectoryError, match=f"{volume}, .* is not mounted: connect it.* delete {record_of(config)}"
         ):
-            demand_volume(config)
+            require_volume(config)
         remove()
     assert not volume.exists()
     mounts.at[volume] = 3
-    demand_volume(config)
+    require_volume(config)
 
 
 def test_the_advice_to_begin_on_another_disk_works(tmp_path: Path, config: Config, mounts: Mounts) -> None:
@@ -74,7 +74,7 @@ def test_the_advice_to_begin_on_another_disk_works(tmp_path: Path, config: Confi
     remember_volume(config)
     del mounts.at[tmp_path / "volume"]
     record_of(config).unlink()
-    demand_volume(config)
+    require_volume(config)
     remember_volume(config)
     assert not record_of(config).exists()
 
@@ -85,7 +85,7 @@ def test_a_mount_point_that_is_the_data_directory_itself_is_remembered(config: C
     remember_volume(config)
     del mounts.at[config.data_dir]
     with pytest.raises(DirectoryError, match=f"{config.data_dir}, which the data directory"):
-        demand_volume(config)
+        require_volume(config)
 
 
 def test_a_link_to_a_volume_counts_as_what_it_leads_to(tmp_path: Path, config: Config, mounts: Mounts) -> None:
@@ -96,7 +96,7 @@ def test_a_link_to_a_volume_counts_as_what_it_leads_to(tmp_path: Path, config: C
     assert remember_volume(linked).volume == tmp_path / "volume"
     del mounts.at[tmp_path / "volume"]
     with pytest.raises(DirectoryError, match=f"{tmp_path}/volume, which the data directory {tmp_path}/link"):
-        demand_volume(linked)
+        require_volume(linked)
 
 
 def test_what_is_on_one_device_with_the_record_is_not_written_down(
@@ -121,18 +121,18 @@ def test_a_daemon_that_begins_anew_does_so_on_its_device_or_not_at_all(
     """Also where nothing could be written down, and where a volume came in place of the boot disk."""
     on_boot = place_of(config.data_dir)
     config.data_dir.rmdir()
-    demand_volume(config, on_boot)
+    require_volume(config, on_boot)
     mounts.at[tmp_path / "volume"] = 2
     with pytest.raises(DirectoryError, match=r"the volume /, .* is no longer there"):
-        demand_volume(config, on_boot)
+        require_volume(config, on_boot)
     on_volume = place_of(config.data_dir)
-    demand_volume(config, on_volume)
+    require_volume(config, on_volume)
     mounts.at[tmp_path / "volume"] = 3  # plugged in again
-    demand_volume(config, on_volume)
+    require_volume(config, on_volume)
     del mounts.at[tmp_path / "volume"]
     with pytest.raises(DirectoryError, match=f"the volume {tmp_path}/volume, .* is no longer there: connect it"):
-        demand_volume(config, on_volume)
-    demand_volume(config)
+        require_volume(config, on_volume)
+    require_volume(config)
 
 
 def test_daemons_beside_each_other_keep_each_others_entries(tmp_path: Path, config: Config, mounts: Mounts) -> None:
@@ -182,7 +182,7 @@ def test_a_record_that_cannot_be_read_is_refused_by_name(config: Config, what: s
     if record_of(config).is_file():
         record_of(config).chmod(0o600)
     with pytest.raises(DirectoryError, match=str(record_of(config))):
-        demand_volume(config)
+        require_volume(config)
 
 
 def test_a_record_that_others_could_have_written_is_refused(config: Config) -> None:
@@ -190,7 +190,7 @@ def test_a_record_that_others_could_have_written_is_refused(config: Config) -> N
     record_of(config).write_text("{}")
     record_of(config).chmod(0o666)
     with pytest.raises(DirectoryError, match=f"chmod 600 {record_of(config)}"):
-        demand_volume(config)
+        require_volume(config)
 
 
 def test_where_nothing_can_be_written_down_the_log_says_so_and_the_daemon_goes_on(
@@ -217,8 +217,8 @@ def test_a_daemon_on_tcp_remembers_where_the_socket_is_by_default(
     assert stat.S_IMODE((tmp_path / ".kvstore").stat().st_mode) == 0o700
     del mounts.at[tmp_path / "volume"]
     with pytest.raises(DirectoryError, match=f"delete {tmp_path}/.kvstore/volumes.json"):
-        demand_volume(on_tcp)
+        require_volume(on_tcp)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    demand_volume(on_tcp)
+    require_volume(on_tcp)
     remember_volume(on_tcp)
     assert "no home directory" in caplog.text

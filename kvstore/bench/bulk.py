@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kvstore.blobs.base import disk_bytes
 from kvstore.blobs.fs import Fs
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, Stack
+from kvstore.blobs.protocol import disk_bytes
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, Stack
+from kvstore.core.keys import Namespace, block_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.directory import claim
 from kvstore.engine.index import REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
-from kvstore.engine.pages import digest
 from kvstore.engine.rows import Row, pack_row
-from kvstore.keys import Namespace, block_key
+from kvstore.engine.validate import digest
 
 # Rows of one write transaction.
 COMMIT_ROWS = 20_000
@@ -84,7 +84,7 @@ def _rows(namespace: Namespace, n_rows: int, sequence_blocks: int) -> Iterator[R
 
 
 def _run(namespace: Namespace) -> Run:
-    """A whole raw block of the layout, with room for checksums as a sealed one has."""
+    """A whole raw block of the layout, with room for checksums as a complete one has."""
 
     def summed(stack: Stack) -> Stack:
         size = 8 * len(stack.layers)

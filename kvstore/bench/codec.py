@@ -1,8 +1,9 @@
 """What profiles make of synthetic KV: bytes, errors, time and memory, by the code that the store runs.
 
-Layer by layer and block by block, as in the daemon and the worker: encoded, sealed, and put together again from the
-sealed bytes, every checksum verified. The original of a layer is gone before it is decoded. Values are normal, with a
-few channels of keys eight times as large, as in real models; what a codec does to a real one `bench quality` tells.
+Layer by layer and block by block, as in the daemon and the worker: encoded, written in full, and put together again
+from the written bytes, every checksum verified. The original of a layer is gone before it is decoded. Values are
+normal, with a few channels of keys eight times as large, as in real models; what a codec does to a real one
+`bench quality` tells.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ import numpy as np
 
 from kvstore.blobs.format import ReadyBlob, make_ready
 from kvstore.blobs.ranges import BufferReader, Range
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
 from kvstore.codecs.assemble import assemble_layer
+from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.device import dtype_of, flat_bytes
 from kvstore.codecs.encode import encode_runs
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.codecs.runs import pack_run, raw_run
-from kvstore.codecs.segments import HitBlock
+from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
+from kvstore.core.keys import block_key
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import ConfigError
-from kvstore.keys import block_key
-from kvstore.layers import LayerSpec, Layout, PartSpec
 
 NAMES = ("raw", "affine8", "affine4", *PROFILES)
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}

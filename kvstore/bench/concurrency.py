@@ -14,7 +14,7 @@ from kvstore.bench.cases import Case, Measured, Report, measure
 from kvstore.bench.rig import rig
 from kvstore.bench.shape import Shape
 from kvstore.bench.worker import Worker, WorkerJob
-from kvstore.client.channel import HEALTH_METHOD
+from kvstore.client.connection import HEALTH_METHOD
 
 PROFILE = "raw"
 PAUSE_S = 0.005

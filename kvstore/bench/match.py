@@ -15,11 +15,11 @@ from kvstore.bench.cases import BenchError, Case, Report, measure
 from kvstore.bench.rig import patient
 from kvstore.bench.scratch import ScratchDaemon
 from kvstore.bench.shape import Shape
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES
 from kvstore.client.client import Client
 from kvstore.client.session import Session
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES
+from kvstore.core.keys import chain_keys
 from kvstore.engine import Engine, EngineOptions
-from kvstore.keys import chain_keys
 
 PROFILE = "raw"
 PROMPTS = 64

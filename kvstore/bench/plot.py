@@ -11,7 +11,7 @@ from kvstore.errors import ConfigError
 BAR_INCHES = 0.4
 
 
-def demand_matplotlib() -> None:
+def require_matplotlib() -> None:
     """ConfigError when matplotlib is not installed."""
     try:
         importlib.import_module("matplotlib.figure")
@@ -21,7 +21,7 @@ def demand_matplotlib() -> None:
 
 def plot(report: Report, path: Path) -> None:
     """Write the file. ConfigError when matplotlib is not installed or the file cannot be written."""
-    demand_matplotlib()
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     rows = report.rows()

@@ -35,7 +35,7 @@ class Rig:
     def put(self, profile: str, number: int = 0) -> StoreResult:
         """Store sequence `number` and wait until it is durable."""
         with self.session(profile) as session:
-            return demand_stored(
+            return require_stored(
                 self.shape, session.store(self.shape.tokens(number), self.shape.kv(), wait=True, restored_tokens=0)
             )
 
@@ -55,7 +55,7 @@ def rig(shape: Shape, **flags: object) -> Iterator[Rig]:
         yield Rig(shape, daemon, client)
 
 
-def demand_stored(shape: Shape, result: StoreResult) -> StoreResult:
+def require_stored(shape: Shape, result: StoreResult) -> StoreResult:
     """The result, which must be of all tokens that have KV."""
     if result.stored_tokens < shape.seq_len:
         raise BenchError(f"only {result.stored_tokens} of {shape.seq_len} tokens were stored: {result.reason}")

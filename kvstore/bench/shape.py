@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.bench.bulk import sequence_tokens
-from kvstore.keys import Namespace
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 
 DTYPES = {"bf16": ("BF16", mx.bfloat16), "f16": ("F16", mx.float16), "f32": ("F32", mx.float32)}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from kvstore.bench.bulk import sequence_tokens
 from kvstore.bench.cases import BenchError, Case, Report, measure
-from kvstore.bench.rig import Rig, demand_stored, rig
+from kvstore.bench.rig import Rig, require_stored, rig
 from kvstore.bench.shape import Memory, Shape
-from kvstore.blocks import TOKEN_BYTES, Reason
 from kvstore.client.session import Session
-from kvstore.layers import KVLayer
+from kvstore.core.blocks import TOKEN_BYTES, Reason
+from kvstore.core.layers import KVLayer
 
 SHARED_PERCENT = 90
 
@@ -62,7 +62,7 @@ class _Stores:
         def store() -> None:
             result = session.store(shape.tokens(next(self.numbers)), self.layers, wait=wait, restored_tokens=0)
             if wait:
-                self.facts[f"{name}: bytes on disk / raw"] = demand_stored(shape, result).new_bytes / shape.nbytes
+                self.facts[f"{name}: bytes on disk / raw"] = require_stored(shape, result).new_bytes / shape.nbytes
             elif result.reason is not Reason.OK:
                 raise BenchError(f"a store was not queued: {result.reason}")
 
@@ -77,12 +77,12 @@ class _Stores:
         def first() -> None:
             self.empty()
             now[0] = next(self.numbers)
-            demand_stored(shape, session.store(shape.tokens(now[0]), self.layers, wait=True, restored_tokens=0))
+            require_stored(shape, session.store(shape.tokens(now[0]), self.layers, wait=True, restored_tokens=0))
 
         def second() -> None:
             rest = sequence_tokens(next(self.numbers), shape.seq_len + 1 - shared)
             tokens = shape.tokens(now[0])[: shared * TOKEN_BYTES] + rest
-            result = demand_stored(shape, session.store(tokens, self.layers, wait=True, restored_tokens=0))
+            result = require_stored(shape, session.store(tokens, self.layers, wait=True, restored_tokens=0))
             new_bytes = (shape.seq_len - shared) * shape.layout.token_bytes
             self.facts["second conversation: bytes on disk / bytes that are new"] = result.new_bytes / new_bytes
 

@@ -24,8 +24,8 @@ from typing import Protocol
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from kvstore.blobs.base import BlobId, BlobReader, Blobs, Entry, Pending, Source
-from kvstore.blobs.format import ENCRYPTED_FORMAT, FORMAT_VERSION, LENGTH_BYTES, NO_HEADER, demand_version
+from kvstore.blobs.format import ENCRYPTED_FORMAT, FORMAT_VERSION, LENGTH_BYTES, NO_HEADER, require_version
+from kvstore.blobs.protocol import BlobId, BlobReader, Blobs, Entry, Pending, Source
 from kvstore.errors import CorruptDataError
 
 HEADER_BYTES = 512
@@ -160,7 +160,7 @@ class _Reader:
             header = bytearray(HEADER_BYTES)
             self._inner.readinto(source, 0, [memoryview(header)])
             blob, _, nbytes = self._sources[source]
-            known = self._key.blob_cipher(_demand_salt(bytes(header), blob, nbytes)), bytes(header)
+            known = self._key.blob_cipher(_require_salt(bytes(header), blob, nbytes)), bytes(header)
             with self._lock:
                 self._ciphers[source] = known
         return known
@@ -228,11 +228,11 @@ def _header(blob: BlobId, salt: bytes, nbytes: int) -> bytes:
     return room.to_bytes(LENGTH_BYTES, "little") + text.ljust(room)
 
 
-def _demand_salt(header: bytes, blob: BlobId, nbytes: int) -> bytes:
+def _require_salt(header: bytes, blob: BlobId, nbytes: int) -> bytes:
     """The salt of a header; CorruptDataError unless it is exactly what `_header` makes for this blob."""
     try:
         salt = _salt(header)
-        demand_version(json.loads(header[LENGTH_BYTES:])["__metadata__"])
+        require_version(json.loads(header[LENGTH_BYTES:])["__metadata__"])
     except NO_HEADER as error:
         raise CorruptDataError(f"encrypted blob: {error!r}") from error
     if len(salt) != SALT_BYTES or _header(blob, salt, nbytes) != header:

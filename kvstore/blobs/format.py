@@ -16,7 +16,7 @@ A blob is a safetensors file of our format:
                     or, of a checkpoint,
                     "l{layer}.{name}"                {"dtype", "shape", "data_offsets"}
 
-The record (`kvstore.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
+The record (`kvstore.core.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
 (tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
 that any safetensors reader can look inside. The header is canonical: a reader builds it again from the record and
 compares bytes, so nothing can hide in it.
@@ -33,10 +33,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import xxhash
 
-from kvstore.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
+from kvstore.core.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
+from kvstore.core.keys import block_key, checkpoint_key
+from kvstore.core.records import TENSORS_MAX, block_from_record, block_to_record
 from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError, UnknownFormatError
-from kvstore.keys import block_key, checkpoint_key
-from kvstore.records import TENSORS_MAX, block_from_record, block_to_record
 
 FORMAT = "kvstore-block"
 # The bytes that hold an encrypted blob (`kvstore.blobs.encrypted`) begin like any other safetensors file.
@@ -80,7 +80,7 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
         ready = replace(block, runs=_placed_runs(block.runs, remaining))
     if next(remaining, None) is not None:
         raise InvalidRequestError("more buffers than tensors")
-    _demand_valid(ready)
+    _require_valid(ready)
     return ReadyBlob(ready, build_header(ready, block_to_record(ready)), tuple(views))
 
 
@@ -119,7 +119,7 @@ def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryvie
     return tuple(states)
 
 
-def _demand_valid(block: Block) -> None:
+def _require_valid(block: Block) -> None:
     """What a reader will insist on, insisted on before anything is written."""
     try:
         if block_from_record(block_to_record(block)) != block:
@@ -247,7 +247,7 @@ def parse_header(header: bytes, file_bytes: int) -> Block:
     return block
 
 
-def demand_version(metadata: Any) -> None:
+def require_version(metadata: Any) -> None:
     """UnknownFormatError for a blob of another format version. Raises one of NO_HEADER for what is none."""
     version = int(metadata["version"])
     if metadata["format"] in (FORMAT, ENCRYPTED_FORMAT) and version != FORMAT_VERSION:
@@ -257,7 +257,7 @@ def demand_version(metadata: Any) -> None:
 def _record(text: bytes) -> bytes:
     try:
         metadata = json.loads(text)["__metadata__"]
-        demand_version(metadata)
+        require_version(metadata)
         if metadata["format"] == ENCRYPTED_FORMAT:
             raise NotFoundError("the key of this encrypted blob is not there")
         if metadata["format"] != FORMAT:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
-from kvstore.blobs.base import TMP_SUFFIX
+from kvstore.blobs.protocol import TMP_SUFFIX
 
 
 class Fs:
@@ -78,7 +78,7 @@ class Fs:
 
 
 class PendingFile:
-    """A temporary file that is written in full. See `base.Pending`."""
+    """A temporary file that is written in full. See `protocol.Pending`."""
 
     def __init__(self, fs: Fs, path: str, fd: int, sync: bool) -> None:
         self._fs = fs
@@ -86,7 +86,7 @@ class PendingFile:
         self._fd = fd
         self._sync = sync
 
-    def land(self) -> None:
+    def sync_and_rename(self) -> None:
         """Sync the file and rename it to its name. The directory is the caller's to sync."""
         try:
             try:
@@ -135,7 +135,7 @@ def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) ->
 
     The caller syncs the directory.
     """
-    write_pending(fs, path, parts, sync).land()
+    write_pending(fs, path, parts, sync).sync_and_rename()
 
 
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:

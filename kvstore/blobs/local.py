@@ -16,8 +16,8 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kvstore.blobs.base import TMP_SUFFIX, BlobId, Entry, Source, disk_bytes, parse_name, parse_root
 from kvstore.blobs.fs import Fs, PendingFile, unlink_quietly, write_durably, write_pending
+from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Entry, Source, disk_bytes, parse_name, parse_root
 from kvstore.blobs.ranges import FileReader, FileSource
 from kvstore.errors import DirectoryError
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from kvstore.blobs.base import BlobId, Entry, Source, disk_bytes
+from kvstore.blobs.protocol import BlobId, Entry, Source, disk_bytes
 from kvstore.errors import CorruptDataError
 
 
@@ -92,7 +92,7 @@ class _Pending:
     def __init__(self, blobs: dict[BlobId, bytes], blob: BlobId, data: bytes) -> None:
         self._blobs, self._blob, self._data = blobs, blob, data
 
-    def land(self) -> None:
+    def sync_and_rename(self) -> None:
         self._blobs[self._blob] = self._data
 
     def abandon(self) -> None:

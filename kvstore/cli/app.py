@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from kvstore import __version__, errors
-from kvstore.text import plain_text
+from kvstore.core.text import plain_text
 
 # verb -> where it is and its line in `kvstore --help`, so that help and dispatch import no verb but the one asked for.
 VERBS = {

@@ -84,7 +84,7 @@ def shape_of(options: dict[str, Any]) -> Shape:
 def show(options: dict[str, Any], measured: Callable[[], Report]) -> None:
     """Run a bench and print what it found; a plot that cannot be drawn is said before anything is measured."""
     if options["plot_path"]:
-        importlib.import_module("kvstore.bench.plot").demand_matplotlib()
+        importlib.import_module("kvstore.bench.plot").require_matplotlib()
     report = measured()
     if options["plot_path"]:
         importlib.import_module("kvstore.bench.plot").plot(report, Path(options["plot_path"]))
@@ -270,7 +270,7 @@ def codec(
     """What profiles make of synthetic KV: bytes, errors, time and memory, everything evaluated."""
     refuse_address(options)
     if plot_path:
-        importlib.import_module("kvstore.bench.plot").demand_matplotlib()
+        importlib.import_module("kvstore.bench.plot").require_matplotlib()
     bench = importlib.import_module("kvstore.bench.codec")
     shapes = [
         bench.CodecShape(layers, seq_len, heads, head_dim, dtype)

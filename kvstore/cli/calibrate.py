@@ -26,8 +26,8 @@ from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from kvstore.core.keys import Namespace
     from kvstore.integrations.calibrate import Calibration
-    from kvstore.keys import Namespace
     from kvstore.quality import Quality
 
 TEXT_TOKENS_MAX = 400_000

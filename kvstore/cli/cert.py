@@ -16,11 +16,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from kvstore.access import ADMIN_NAME
 from kvstore.cli.common import common_options, note, print_facts, print_json
 from kvstore.config import default_config_path, parse_address
+from kvstore.config.credentials import ADMIN_NAME
+from kvstore.config.private_files import require_private_directory, write_private
 from kvstore.errors import DirectoryError
-from kvstore.private import demand_private_directory, write_private
 
 CA_NAME = "kvstore CA"
 WORKER_NAME = "kvstore-worker"
@@ -125,7 +125,7 @@ def write_files(directory: Path, files: dict[str, bytes], *, force: bool) -> Non
     """All files 0600 in a directory of our own; DirectoryError, before anything is written, when one is there."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        demand_private_directory(directory, "choose another --dir")
+        require_private_directory(directory, "choose another --dir")
     except OSError as error:
         raise DirectoryError(f"cannot make {directory}: {error.strerror}") from error
     taken = sorted(name for name in files if (directory / name).exists() or (directory / name).is_symlink())

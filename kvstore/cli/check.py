@@ -55,9 +55,9 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
             if not offline:
                 raise
         note(f"no daemon at {config.listen}; checking {config.data_dir} offline")
-    from kvstore.server.volumes import demand_volume
+    from kvstore.server.volumes import require_volume
 
-    demand_volume(config)
+    require_volume(config)
     if not config.data_dir.is_dir():
         raise DirectoryError(f"{config.data_dir} does not exist: nothing was stored yet, or its volume is not mounted")
     from kvstore.engine import check_directory

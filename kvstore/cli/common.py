@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvstore.config import Config, load_config, parse_size
-from kvstore.text import plain_text
+from kvstore.core.text import plain_text
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -170,6 +170,6 @@ def time_text(stamp_s: int) -> str:
 
 def fidelity_text(rank: int) -> str:
     """A fidelity rank for people: `exact`, or bits a value."""
-    from kvstore.blocks import FIDELITY_EXACT
+    from kvstore.core.blocks import FIDELITY_EXACT
 
     return "exact" if rank >= FIDELITY_EXACT else f"{rank / 100:g} bits"

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from kvstore.client.breaker import Deadline
 from kvstore.client.timing import Meter
 from kvstore.codecs import device
-from kvstore.layers import KVLayer, StateLayer
+from kvstore.core.layers import KVLayer, StateLayer
 
 Layer: TypeAlias = KVLayer | StateLayer
 

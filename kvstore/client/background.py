@@ -10,14 +10,14 @@ import logging
 import threading
 from dataclasses import dataclass
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
-from kvstore.client.channel import Connection
+from kvstore.client.connection import Connection
 from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.results import StoreResult, reason_of
-from kvstore.client.sender import Sender
+from kvstore.client.session_thread import Sender
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
 from kvstore.errors import KVStoreError, LimitError
 
 log = logging.getLogger(__name__)

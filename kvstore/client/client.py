@@ -6,19 +6,19 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from kvstore.blocks import FIDELITY_ANY, Reason
-from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadlines
-from kvstore.client.channel import Connection
+from kvstore.client.connection import Connection
 from kvstore.config import Config, load_config
+from kvstore.core.blocks import FIDELITY_ANY, Reason
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError
-from kvstore.process import FORKED, is_forked
 from kvstore.wire.convert import message_to_dict, namespace_to_message, quality_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.client.session import Session
-    from kvstore.keys import Namespace
+    from kvstore.core.keys import Namespace
     from kvstore.quality import Quality
 
 SCHEMA = 1

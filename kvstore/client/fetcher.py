@@ -22,23 +22,23 @@ from typing import Any, Literal, cast
 import grpc
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
-from kvstore.blocks import TOKEN_BYTES, Reason
-from kvstore.bounds import ByteBudget
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
-from kvstore.client.channel import Connection
+from kvstore.client.connection import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
 from kvstore.client.reads import FileReads
 from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss
 from kvstore.client.timing import TimedReader
 from kvstore.codecs.assemble import assemble_layer
-from kvstore.codecs.base import BlockCorruptError
-from kvstore.codecs.segments import layer_ranges
+from kvstore.codecs.byte_plan import layer_ranges
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.states import assemble_state, state_ranges
+from kvstore.core.blocks import TOKEN_BYTES, Reason
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Namespace
+from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
-from kvstore.keys import Namespace
-from kvstore.rules import check_states
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -170,7 +170,7 @@ class Fetcher:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
             with ending(call), _file_reader(plan) as reader:
                 reads = FileReads(attempt.deadline, self._budget)
-                _demand_readable(plan)
+                _require_readable(plan)
                 if reads.run(reader.open_all):
                     call.cancel()
                 yield plan
@@ -232,7 +232,7 @@ class Fetcher:
         return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
 
     def _check_rules(self, plan: Plan) -> None:
-        """Report the checkpoint and raise _DamagedError unless an engine can go on from it: see `kvstore.rules`."""
+        """Report the checkpoint and raise _DamagedError unless an engine can go on from it (`core.rules`)."""
         if not plan.states:
             return
         try:
@@ -400,7 +400,7 @@ def _unreadable(plan: Plan) -> int | None:
     return next((number for number, file in enumerate(plan.files) if file.path in held), None) if held else None
 
 
-def _demand_readable(plan: Plan) -> None:
+def _require_readable(plan: Plan) -> None:
     """ReadDeadlineError if a file of the plan is one of those: waiting for it too would take another thread."""
     if (number := _unreadable(plan)) is not None:
         raise ReadDeadlineError(f"an earlier read of {plan.files[number].path} has not returned")
@@ -412,7 +412,7 @@ def _before_unreadable(plan: Plan) -> Plan:
     if number is None:
         return plan
     if plan.states or not number:
-        _demand_readable(plan)
+        _require_readable(plan)
     return plan.first(number, Reason.DEADLINE)
 
 

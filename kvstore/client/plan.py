@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.blobs.ranges import FileSource, Range
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
 from kvstore.client.prefixes import checkpoint_after
 from kvstore.client.results import parse_reason
-from kvstore.codecs.segments import HitBlock
+from kvstore.codecs.byte_plan import HitBlock
+from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
+from kvstore.core.keys import Namespace, chain_keys
+from kvstore.core.layers import LayerSpec
+from kvstore.core.records import runs_from_record, templates_by_id
 from kvstore.errors import CorruptDataError, LayoutMismatchError
-from kvstore.keys import Namespace, chain_keys
-from kvstore.layers import LayerSpec
-from kvstore.records import runs_from_record, templates_by_id
 from kvstore.wire.convert import states_from_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 

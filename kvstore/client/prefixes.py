@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
-from kvstore.keys import block_key, chain_keys, checkpoint_key
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
+from kvstore.core.keys import block_key, chain_keys, checkpoint_key
 
 HELD_MAX = 65_536
 CHECKPOINTS_MAX = 1024

@@ -14,8 +14,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
-from kvstore.keys import Namespace, block_key
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
+from kvstore.core.keys import Namespace, block_key
 
 BLOCKS_MAX = 65_536
 ENDS_MAX = 16_384  # each with the tokens of a block, 2 KiB at most

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvstore.bounds import ByteBudget
+from kvstore.blobs.readers import READERS, Job
 from kvstore.client.breaker import Deadline
-from kvstore.readers import READERS, Job
+from kvstore.core.byte_budget import ByteBudget
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self
 
-from kvstore.bounds import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
 from kvstore.wire.frames import Bytes, LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb

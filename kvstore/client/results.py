@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore import errors
-from kvstore.blocks import Reason
-from kvstore.layers import KVLayer, StateLayer
+from kvstore.core.blocks import Reason
+from kvstore.core.layers import KVLayer, StateLayer
 
 
 @dataclass(frozen=True, slots=True)

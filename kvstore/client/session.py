@@ -14,23 +14,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self, get_args
 
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_ANY, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens, pack_tokens
-from kvstore.bounds import ByteBudget
 from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
 from kvstore.client.breaker import Deadline, Deadlines
-from kvstore.client.channel import Connection
+from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes, checkpoint_after, prefix_keys
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
 from kvstore.client.uploader import StoreJob, Uploader
+from kvstore.core.blocks import (
+    BLOCK_TOKENS,
+    FIDELITY_ANY,
+    FIDELITY_EXACT,
+    TOKEN_BYTES,
+    Reason,
+    count_tokens,
+    pack_tokens,
+)
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, StateLayer
+from kvstore.core.process import FORKED, is_forked, unless_forked
 from kvstore.errors import CircuitOpenError, InvalidRequestError, KVStoreError, LimitError, UnavailableError
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, StateLayer
-from kvstore.process import FORKED, is_forked, unless_forked
 
 log = logging.getLogger(__name__)
 

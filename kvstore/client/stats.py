@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from kvstore.blocks import Reason
 from kvstore.client.results import Hit, LayerHit, Miss, StoreResult
+from kvstore.core.blocks import Reason
 
 
 class SessionStats:

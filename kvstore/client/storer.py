@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
-from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Deadline
 from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.provenance import Provenance, weights_of
@@ -15,9 +13,11 @@ from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.errors import InvalidRequestError
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, StateLayer
 
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
 KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)

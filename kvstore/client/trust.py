@@ -130,7 +130,7 @@ def walk(path: str) -> os.stat_result | None:
     at, parent, links = "/", os.lstat("/"), 0
     names = list(reversed(Path(path).parts[1:]))
     while names:
-        _demand_directory(at, parent, last=len(names) == 1)
+        _require_directory(at, parent, last=len(names) == 1)
         name = names.pop()
         here = os.path.join(at, name)
         try:
@@ -145,7 +145,7 @@ def walk(path: str) -> os.stat_result | None:
             links += 1
             if links > LINKS_MAX:
                 raise UntrustedError(f"{path} leads through more than {LINKS_MAX} links")
-            _demand_owner(here, info)
+            _require_owner(here, info)
             target = Path(os.readlink(here))
             names.extend(reversed(target.parts[1:] if target.is_absolute() else target.parts))
             if target.is_absolute():
@@ -156,18 +156,18 @@ def walk(path: str) -> os.stat_result | None:
         elif names:
             at, parent = here, info
         else:
-            return _demand_socket(here, info)
+            return _require_socket(here, info)
     raise UntrustedError(f"{path} is a directory, not a socket")
 
 
-def _demand_owner(path: str, info: os.stat_result) -> None:
+def _require_owner(path: str, info: os.stat_result) -> None:
     if info.st_uid not in (os.geteuid(), 0):
         raise UntrustedError(f"{path} belongs to user id {info.st_uid}, neither to {os.geteuid()} nor to root")
 
 
-def _demand_directory(path: str, info: os.stat_result, *, last: bool) -> None:
+def _require_directory(path: str, info: os.stat_result, *, last: bool) -> None:
     """`last`: the socket itself is in it, so that other users may not even add names."""
-    _demand_owner(path, info)
+    _require_owner(path, info)
     if info.st_mode & _OTHERS_WRITE and (last or not info.st_mode & stat.S_ISVTX):
         raise UntrustedError(
             f"other users can write to {path}, on the way to the socket; run: chmod go-w {path}, or use a socket in a "
@@ -175,8 +175,8 @@ def _demand_directory(path: str, info: os.stat_result, *, last: bool) -> None:
         )
 
 
-def _demand_socket(path: str, info: os.stat_result) -> os.stat_result:
-    _demand_owner(path, info)
+def _require_socket(path: str, info: os.stat_result) -> os.stat_result:
+    _require_owner(path, info)
     if not stat.S_ISSOCK(info.st_mode):
         raise UntrustedError(f"{path} is not a socket")
     if info.st_mode & _OTHERS_WRITE:

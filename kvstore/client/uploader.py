@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from kvstore.blocks import LayerState, Reason
-from kvstore.bounds import ByteBudget
 from kvstore.client.breaker import Watchdog
-from kvstore.client.channel import Connection
+from kvstore.client.connection import Connection
 from kvstore.client.results import StoreResult, parse_reason
 from kvstore.client.staged import write_staged
+from kvstore.core.blocks import LayerState, Reason
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import cut_pieces
 from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
-from kvstore.keys import Namespace
-from kvstore.layers import cut_pieces
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb

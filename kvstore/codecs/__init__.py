@@ -2,7 +2,7 @@
 
 device.py      everything that touches the MLX device, and every bridge between bytes and arrays
 base.py        what a codec is; recipe -> codec
-raw.py lossless.py affine.py channel.py turboquant.py
+raw.py lossless.py affine.py per_channel.py turboquant.py
 rotation.py codebooks.py packing.py      what the last is made of
 profiles.py    which recipe for which part of which layer
 runs.py        raw, encoded and packed runs as bytes: the store side
@@ -12,6 +12,6 @@ states.py      window and state layers <-> the bytes of a checkpoint
 virtual.py     the file out of which MLX reads what others put together
 """
 
-from kvstore.codecs import affine, channel, lossless, raw, turboquant
+from kvstore.codecs import affine, lossless, per_channel, raw, turboquant
 
-__all__ = ["affine", "channel", "lossless", "raw", "turboquant"]
+__all__ = ["affine", "lossless", "per_channel", "raw", "turboquant"]

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from kvstore.blocks import RAW, Recipe, Tensor
-from kvstore.codecs.base import register
+from kvstore.codecs.codec import register
+from kvstore.core.blocks import RAW, Recipe, Tensor
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (32, 64, 128)

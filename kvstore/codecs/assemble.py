@@ -21,15 +21,15 @@ from dataclasses import replace
 import mlx.core as mx
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
 from kvstore.codecs import device
 from kvstore.codecs.affine import AFFINE, is_folded
-from kvstore.codecs.base import codec_of
+from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments
+from kvstore.codecs.codec import codec_of
 from kvstore.codecs.gather import Filler
-from kvstore.codecs.segments import HitBlock, Segment, plan_segments
 from kvstore.codecs.virtual import Reads, VirtualFile
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
+from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 
 
 def assemble_layer(

@@ -19,9 +19,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.blocks import ITEM_BYTES
+from kvstore.core.blocks import ITEM_BYTES
+from kvstore.core.layers import PARTS, KVLayer, Layout, Piece, StateLayer, raw_ranges
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import PARTS, KVLayer, Layout, Piece, StateLayer, raw_ranges
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -22,13 +22,13 @@ from math import lcm
 
 import numpy as np
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe, Run, Stack
 from kvstore.codecs import device
-from kvstore.codecs.base import Codec, codec_of, packer_of
+from kvstore.codecs.codec import Codec, codec_of, packer_of
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.codecs.runs import EncodedRun, cut_run, group_tokens, join_runs, stacks_of
-from kvstore.layers import Layout, PartSpec
+from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe, Run, Stack
+from kvstore.core.layers import Layout, PartSpec
 
 # Raw bytes that are on the device at once: some 40 ms of work where there is no GPU (0.2 GB/s), and what bounds memory.
 PIECE_BYTES = 8 << 20

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.blocks import ITEM_BYTES, Tensor
-from kvstore.codecs.base import BlockCorruptError, ByteCodec, verify_range
+from kvstore.blobs.readers import READERS
+from kvstore.codecs.byte_plan import Segment, Span
+from kvstore.codecs.codec import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.segments import Segment, Span
+from kvstore.core.blocks import ITEM_BYTES, Tensor
 from kvstore.errors import CorruptDataError
-from kvstore.readers import READERS
 
 # Tensors of this size and more are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.
 # Starting a thread for each read instead of keeping some ate that gain. They do not survive a fork; nor does MLX.

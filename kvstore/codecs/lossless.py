@@ -15,12 +15,12 @@ import threading
 import numpy as np
 import zstandard
 
-from kvstore.blocks import Recipe
-from kvstore.codecs.base import register
+from kvstore.codecs.codec import register
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.raw import RawCodec
+from kvstore.core.blocks import Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 
 LOSSLESS = Recipe("lossless")
 LEVEL = 1

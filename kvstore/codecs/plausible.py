@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.blocks import RAW
-from kvstore.codecs.base import codec_of, packer_of
+from kvstore.codecs.codec import codec_of, packer_of
 from kvstore.codecs.profiles import Profile, parse_profile
+from kvstore.core.blocks import RAW
+from kvstore.core.layers import PARTS, Layout
 from kvstore.errors import ConfigError
-from kvstore.layers import PARTS, Layout
 from kvstore.quality import Quality
 
 # Most of what is measured must be quantized: a third may wait for the rest of its group.

@@ -21,15 +21,15 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
-from kvstore.codecs.base import codec_of
-from kvstore.codecs.channel import channel_recipe
 from kvstore.codecs.codebooks import BITS_MAX
+from kvstore.codecs.codec import codec_of
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import ConfigError
-from kvstore.layers import PartSpec
 
 GROUP_DEFAULT = 64
 EDGE_LAYERS_MAX = 64

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from kvstore.blocks import FIDELITY_EXACT, RAW, Recipe, Tensor
-from kvstore.codecs.base import register
-from kvstore.layers import PartSpec
+from kvstore.codecs.codec import register
+from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe, Tensor
+from kvstore.core.layers import PartSpec
 
 
 class RawCodec:

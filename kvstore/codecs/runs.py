@@ -13,12 +13,12 @@ from math import lcm
 import numpy as np
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
-from kvstore.codecs.base import BlockCorruptError, packer_of, verify_range
+from kvstore.codecs.codec import BlockCorruptError, packer_of, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
+from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
+from kvstore.core.layers import Layout
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import Layout
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from kvstore.blobs.ranges import Range, RangeReader
-from kvstore.blocks import LayerState, StateArray
 from kvstore.codecs import device
-from kvstore.codecs.base import BlockCorruptError, verify_range
+from kvstore.codecs.codec import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.virtual import Reads, VirtualFile
+from kvstore.core.blocks import LayerState, StateArray
+from kvstore.core.layers import KVLayer, Layout, StateLayer
+from kvstore.core.records import states_from_list, states_to_list
+from kvstore.core.rules import check_state
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import KVLayer, Layout, StateLayer
-from kvstore.records import states_from_list, states_to_list
-from kvstore.rules import check_state
 
 
 def describe(layers: Sequence[KVLayer | StateLayer]) -> tuple[LayerState, ...]:

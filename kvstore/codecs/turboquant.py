@@ -35,13 +35,13 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from kvstore.blocks import RAW, Recipe, Tensor
 from kvstore.codecs import packing, rotation
-from kvstore.codecs.base import register
 from kvstore.codecs.codebooks import BINS, BINS_PER_UNIT, BITS_MAX, codebook
+from kvstore.codecs.codec import register
 from kvstore.codecs.device import dtype_of
+from kvstore.core.blocks import RAW, Recipe, Tensor
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 
 MSE = "turboquant-mse"
 PROD = "turboquant-prod"

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import mlx.core as mx
 
-from kvstore.blocks import ITEM_BYTES
-from kvstore.bounds import ByteBudget
 from kvstore.codecs.device import load_stream, loading
+from kvstore.core.blocks import ITEM_BYTES
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import KVStoreError, ReadDeadlineError
 
 # MLX loads with four threads, and tensors of one file wait for each other there. Loads that would wait in MLX wait here

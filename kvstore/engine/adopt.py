@@ -13,15 +13,15 @@ from typing import TypeAlias
 import xxhash
 
 from kvstore.blobs import format as blob_format
-from kvstore.blobs.base import BlobId, BlobReader, Blobs, Entry, Source
-from kvstore.blocks import BLOCK_TOKENS, Block, count_tokens
+from kvstore.blobs.protocol import BlobId, BlobReader, Blobs, Entry, Source
+from kvstore.core.blocks import BLOCK_TOKENS, Block, count_tokens
+from kvstore.core.keys import NamespaceInfo
+from kvstore.core.layers import Layout
+from kvstore.core.rules import check_block
 from kvstore.engine.index import Edit, Index
 from kvstore.engine.match import is_covered, replaced_by
 from kvstore.engine.rows import Row, pack_row
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
-from kvstore.keys import NamespaceInfo
-from kvstore.layers import Layout
-from kvstore.rules import check_block
 
 VERIFY_BYTES = 1 << 20
 # Rows added in one commit.
@@ -91,7 +91,7 @@ def read_block(blobs: Blobs, blob: BlobId, nbytes: int, *, verify: bool) -> tupl
         raise
 
 
-def demand_rule(rule: Rule, block: Block) -> None:
+def require_rule(rule: Rule, block: Block) -> None:
     """CorruptDataError for a block that breaks the rule. One in a recipe that this build does not know is left."""
     with contextlib.suppress(UnknownFormatError):
         rule(_layout_of(block.namespace), block)
@@ -145,7 +145,7 @@ def _read_stray(site: Site, entry: Entry) -> Stray:
     same = (block.root, block.key) == entry.blob[:2]
     if not same or NamespaceInfo.from_record(block.namespace).root != block.root:
         raise CorruptDataError("the blob is not what its name or namespace says")
-    demand_rule(site.rule, block)
+    require_rule(site.rule, block)
     return Stray(block, entry, source)
 
 

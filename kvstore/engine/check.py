@@ -9,8 +9,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstore.blobs.base import BlobId, Entry
-from kvstore.engine.adopt import Site, Strays, adopt, demand_rule, keep_number, read_block, read_strays
+from kvstore.blobs.protocol import BlobId, Entry
+from kvstore.engine.adopt import Site, Strays, adopt, keep_number, read_block, read_strays, require_rule
 from kvstore.engine.index import View
 from kvstore.engine.retain import CHECKPOINT
 from kvstore.engine.rows import Row, child_entries
@@ -40,7 +40,7 @@ def verify_row(site: Site, row: Row) -> None:
         raise CorruptDataError(f"not the block that the index says: {error}") from error
     if source != row.source or replace(block, namespace=b"") != row.block:
         raise CorruptDataError("not the block that the index says")
-    demand_rule(site.rule, block)
+    require_rule(site.rule, block)
 
 
 def quarantine(site: Site, what: Entry | BlobId) -> bool:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from kvstore.blobs.base import BlobId, Blobs
-from kvstore.blocks import TOKEN_BYTES, Reason
+from kvstore.blobs.protocol import BlobId, Blobs
+from kvstore.core.blocks import TOKEN_BYTES, Reason
+from kvstore.core.keys import block_key
 from kvstore.engine.drive import DriveCache
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ledger
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
-from kvstore.keys import block_key
 
 # A miss says "evicted" also when only the beginning of what was evicted is asked for.
 HEAD_TOKENS = 16

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.blobs.base import TMP_SUFFIX, parse_root
 from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.blobs.protocol import TMP_SUFFIX, parse_root
 from kvstore.errors import DirectoryError, DirectoryHeldError
 
 # Where macOS mounts volumes; a name below it without a volume is a plain folder on the boot disk.
@@ -103,7 +103,7 @@ class Directory:
         """
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(self.quarantine))
-        _demand_folder(self.quarantine)
+        _require_folder(self.quarantine)
         with contextlib.suppress(FileNotFoundError):
             fs.rename(str(path), str(self.quarantine / (name or path.name)))
 
@@ -222,9 +222,9 @@ def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Dire
 
 def _admit(root: Path) -> bool:
     """Refuse what is not safe, create what is missing; whether it was created."""
-    _demand_mounted(root)
+    _require_mounted(root)
     if root.exists():
-        _demand_private(root)
+        _require_private(root)
         return False
     if not root.parent.is_dir():
         home = Path(os.path.expanduser("~"))
@@ -241,7 +241,7 @@ def _admit(root: Path) -> bool:
     return True
 
 
-def _demand_mounted(root: Path) -> None:
+def _require_mounted(root: Path) -> None:
     """On macOS, a path below /Volumes must be on a volume that is mounted now."""
     if root.is_relative_to(VOLUMES) and root != VOLUMES:
         volume = VOLUMES / root.relative_to(VOLUMES).parts[0]
@@ -249,7 +249,7 @@ def _demand_mounted(root: Path) -> None:
             raise DirectoryError(f"the volume {volume} of the data directory {root} is not mounted: connect it first")
 
 
-def _demand_private(root: Path) -> None:
+def _require_private(root: Path) -> None:
     info = root.stat()
     if not stat.S_ISDIR(info.st_mode):
         raise DirectoryError(f"{root} is not a directory")
@@ -297,10 +297,10 @@ def _furnish(directory: Directory) -> None:
     for path in folders:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
-        _demand_folder(path)
+        _require_folder(path)
     for path in directory.blobs.iterdir():
         if parse_root(path.name) is not None:
-            _demand_folder(path)
+            _require_folder(path)
     name = directory.root / "id"
     if not name.exists():
         unlink_quietly(fs, [f"{name}{TMP_SUFFIX}"])
@@ -312,6 +312,6 @@ def _furnish(directory: Directory) -> None:
         tag.chmod(0o600)
 
 
-def _demand_folder(path: Path) -> None:
+def _require_folder(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         raise DirectoryError(f"{path} is not a directory")

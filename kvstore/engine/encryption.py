@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from kvstore.blobs.base import BlobId
+from kvstore.blobs.protocol import BlobId
 from kvstore.engine.adopt import Site, read_block
 from kvstore.engine.index import View
 from kvstore.engine.keyring import NamespaceKey
@@ -44,7 +44,7 @@ def is_encrypted(shared: Shared, root: bytes) -> bool:
 def shred(shared: Shared, namespace_prefix: bytes, dry_run: bool) -> int:
     """See `Engine.shred`."""
     with shared.lock:
-        shared.demand_place()
+        shared.require_place()
         ring = shared.index.ring
         roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
         held = [root for root in shared.namespaces if root.startswith(namespace_prefix)]

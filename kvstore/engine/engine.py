@@ -13,7 +13,7 @@ Invariants, each with its tests:
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it goes to quarantine.
-7. Checkpoints are bounded along every chain and in all (`kvstore.engine.checkpoints`), in the commit that adds one.
+7. Checkpoints are bounded along every chain and in all (`kvstore.engine.thinning`), in the commit that adds one.
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
@@ -34,20 +34,20 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from kvstore.blobs.base import BlobId, BlobReader
 from kvstore.blobs.fs import Fs, sync_tree
+from kvstore.blobs.protocol import BlobId, BlobReader
 from kvstore.blobs.ranges import OPEN_FILES_MAX
-from kvstore.blocks import KEY_BYTES
+from kvstore.core.blocks import KEY_BYTES
+from kvstore.core.keys import NamespaceInfo
 from kvstore.engine import check as checking
 from kvstore.engine import encryption, fetch, listing
+from kvstore.engine.calibrations import QualityFiles
 from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, claim
 from kvstore.engine.evict import Evictor
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.match import checkpoint_at
-from kvstore.engine.pages import digest
-from kvstore.engine.quality import QualityFiles
 from kvstore.engine.recover import Place, recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.rows import Row
@@ -67,8 +67,8 @@ from kvstore.engine.types import (
     Slice,
     StoreReceipt,
 )
+from kvstore.engine.validate import digest
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
-from kvstore.keys import NamespaceInfo
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Engine:
         shared.flush_uses()
         self._scrub.save()
         if not shared.sync:
-            # The word `clean` vouches for what was written without.
+            # `clean` in the lock file says that everything before it is on the disk.
             sync_tree(shared.fs, str(shared.directory.root))
             shared.index.ring.sync()
         shared.index.sync()
@@ -387,7 +387,7 @@ class Engine:
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""
         shared = self._shared
-        shared.demand_place()
+        shared.require_place()
         if repair:
             with contextlib.suppress(OSError):  # `maintain` will tell
                 shared.deletions.settle()

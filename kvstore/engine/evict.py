@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 
-from kvstore.blobs.base import BlobId, disk_bytes
-from kvstore.blocks import Reason
+from kvstore.blobs.protocol import BlobId, disk_bytes
+from kvstore.core.blocks import Reason
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, gigabytes
 from kvstore.engine.index import Edit
@@ -131,7 +131,7 @@ class Evictor:
                 mask = choose(table)
             keys = table.victims(need, mask=mask, count_max=len(table) or 1)
             return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
-        shared.demand_place()
+        shared.require_place()
         try:
             # Stores that need room wait, looking whether they have it by now; nothing is evicted twice for them.
             with self._evicting:

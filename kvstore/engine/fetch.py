@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
+from kvstore.core.keys import block_key
+from kvstore.core.records import template_ids
+from kvstore.core.rules import check_states
 from kvstore.engine import encryption
 from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES
 from kvstore.engine.match import Exact, Found, longest_exact, longest_prefix
 from kvstore.engine.shared import Shared
 from kvstore.engine.types import Match, Slice
 from kvstore.errors import CorruptDataError
-from kvstore.keys import block_key
-from kvstore.records import template_ids
-from kvstore.rules import check_states
 
 
 def match(

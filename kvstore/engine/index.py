@@ -4,7 +4,7 @@ Databases:
     rows        key -> row value (`kvstore.engine.rows`)
     children    entry (`kvstore.engine.rows`) -> key
     retain      number of a chunk -> the chunk of the table, xxh3_64 of it
-    templates   id -> what runs have in common (`kvstore.records`)
+    templates   id -> what runs have in common (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
     meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
@@ -25,7 +25,9 @@ import lmdb
 
 from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blobs.fs import Fs
-from kvstore.blocks import TOKEN_BYTES, count_tokens
+from kvstore.core.blocks import TOKEN_BYTES, count_tokens
+from kvstore.core.keys import checkpoint_key
+from kvstore.engine.checksums import Space, with_check, without_check
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.retain import CHECKPOINT, Table
 from kvstore.engine.rows import (
@@ -41,9 +43,7 @@ from kvstore.engine.rows import (
     encrypt_row,
     parse_row,
 )
-from kvstore.engine.values import Space, with_check, without_check
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
-from kvstore.keys import checkpoint_key
 
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.

@@ -35,8 +35,8 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from kvstore.blobs.base import TMP_SUFFIX
 from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.blobs.protocol import TMP_SUFFIX
 from kvstore.errors import DirectoryError, KeyMissingError, NotFoundError
 
 KEY_BYTES = 32
@@ -57,15 +57,15 @@ class NamespaceKey:
         self._children = _derived(data_key, b"kvstore/children/v1")
         self._rows = AESGCM(_derived(data_key, b"kvstore/rows/v1"))
 
-    def seal(self, plain: bytes, bound: bytes) -> bytes:
+    def encrypt(self, plain: bytes, bound: bytes) -> bytes:
         """nonce, ciphertext and tag of a row's secret part."""
         nonce = os.urandom(NONCE_BYTES)
         return nonce + self._rows.encrypt(nonce, plain, bound)
 
-    def open(self, sealed: bytes, bound: bytes) -> bytes | None:
-        """What was sealed; None if it was not, not so, or under another key."""
+    def decrypt(self, encrypted: bytes, bound: bytes) -> bytes | None:
+        """The plain bytes; None when `encrypted` is something else, was changed, or belongs to another key."""
         try:
-            return self._rows.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], bound)
+            return self._rows.decrypt(encrypted[:NONCE_BYTES], encrypted[NONCE_BYTES:], bound)
         except (InvalidTag, ValueError):
             return None
 
@@ -99,7 +99,7 @@ class KeyRing:
         self.has_folder = folder.is_dir()
         self.is_missing = False  # set by whoever finds encrypted blobs and no folder
         if self.has_folder:
-            _demand_private(folder)
+            _require_private(folder)
         for path in sorted(folder.iterdir()) if self.has_folder else ():
             if path.name.endswith(TMP_SUFFIX):
                 unlink_quietly(fs, [str(path)])
@@ -258,7 +258,7 @@ class KeyRing:
         return self.folder / f"{root.hex()}.json"
 
 
-def _demand_private(folder: Path) -> None:
+def _require_private(folder: Path) -> None:
     info = folder.lstat()
     if stat.S_IMODE(info.st_mode) & 0o077 or info.st_uid != os.geteuid():
         raise DirectoryError(f"{folder} holds keys and can be reached by other users: run: chmod 700 {folder}")

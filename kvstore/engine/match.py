@@ -12,7 +12,8 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
+from kvstore.core.keys import block_key, chain_keys
 from kvstore.engine.index import View
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.rows import (
@@ -29,7 +30,6 @@ from kvstore.engine.rows import (
     tail_prefix,
 )
 from kvstore.errors import CorruptDataError
-from kvstore.keys import block_key, chain_keys
 
 # Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
 # exactly as much as the best so far, one of which may be of higher fidelity.

@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from kvstore.blobs.base import BlobId, Blobs, Entry
 from kvstore.blobs.encrypted import EncryptedBlobs
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.local import LocalBlobs
+from kvstore.blobs.protocol import BlobId, Blobs, Entry
 from kvstore.engine.adopt import Site, keep_number, read_block, read_strays
 from kvstore.engine.check import Walk, quarantine, settle_strays
 from kvstore.engine.directory import Directory, DirectoryLock, claim
@@ -21,10 +21,10 @@ from kvstore.engine.encryption import find_missing_keys
 from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
-from kvstore.engine.pages import demand_whole, digest
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import CheckReport, EngineOptions, Finding
+from kvstore.engine.validate import digest, require_whole
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, StoreFullError, UnknownFormatError
 
 SWEEP_ROWS = 1024
@@ -128,7 +128,7 @@ def open_validated(place: Place) -> Index:
     path = place.directory.index / "data.mdb"
     left = place.held.previous.get("index") if place.held.previous.get("clean") else None
     if not isinstance(left, str):
-        demand_whole(path)
+        require_whole(path)
         return place.open_index()
     try:
         found = digest(path)

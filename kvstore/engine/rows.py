@@ -1,7 +1,7 @@
 """Index rows and the entries by which children are found: pure functions from nouns to bytes and back.
 
 A row's value; integers are little-endian. The fields at fixed offsets are all that a match looks at; runs are parsed
-(`kvstore.records.runs_from_record`) only of rows that somebody looks into.
+(`kvstore.core.records.runs_from_record`) only of rows that somebody looks into.
 
     offset  size  what
          0     2  format version, 3
@@ -48,12 +48,12 @@ import msgpack
 import numpy as np
 import xxhash
 
-from kvstore.blobs.base import BlobId, Source
 from kvstore.blobs.format import FORMAT_VERSION
-from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
+from kvstore.blobs.protocol import BlobId, Source
+from kvstore.core.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
+from kvstore.core.records import runs_from_record, runs_to_record, states_from_list, states_to_list, unpack_record
 from kvstore.engine.keyring import KeyRing, NamespaceKey
 from kvstore.errors import CorruptDataError, UnknownFormatError
-from kvstore.records import runs_from_record, runs_to_record, states_from_list, states_to_list, unpack_record
 
 _HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")
 _FIDELITY_AT = 24
@@ -157,7 +157,7 @@ class Row(_Fields):
             block = Block(*place, runs_from_record(self.described, self.templates), self.created_s)
         if block.is_checkpoint != self.is_checkpoint:
             raise CorruptDataError("index row: a checkpoint without states")
-        block.demand_whole()
+        block.require_whole()
         return block
 
     def __hash__(self) -> int:
@@ -237,7 +237,7 @@ def parse_row(key: bytes, value: bytes, templates: Templates) -> Row:
 def encrypt_row(row: Row, key: NamespaceKey) -> bytes:
     """The value under which a row of an encrypted namespace stands in the index."""
     head = row.value[:ENCRYPTED_AT] + ENCRYPTED + row.value[ENCRYPTED_AT + 1 : TOKENS_AT]
-    value = head + key.seal(row.value[TOKENS_AT:-CHECK_BYTES], row.key + head)
+    value = head + key.encrypt(row.value[TOKENS_AT:-CHECK_BYTES], row.key + head)
     return value + _check(row.key, value)
 
 
@@ -247,7 +247,7 @@ def decrypt_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
         return value
     head = value[:TOKENS_AT]
     own = ring.key(value[ROOT_AT : ROOT_AT + KEY_BYTES])
-    secret = own.open(value[TOKENS_AT:-CHECK_BYTES], key + head) if own else None
+    secret = own.decrypt(value[TOKENS_AT:-CHECK_BYTES], key + head) if own else None
     if secret is None:
         return value
     plain = head[:ENCRYPTED_AT] + b"\0" + head[ENCRYPTED_AT + 1 :] + secret

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 from kvstore.blobs.fs import unlink_quietly
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine.evictions import REPAIR
 from kvstore.engine.rows import Row
 from kvstore.engine.shared import Shared
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Scrub:
-    """One engine's scrub. One thread at a time; `recheck` condemns what is damaged."""
+    """One engine's scrub. One thread at a time; `recheck` moves what is damaged to quarantine."""
 
     def __init__(self, shared: Shared, recheck: Callable[[bytes], bool]) -> None:
         self._shared = shared

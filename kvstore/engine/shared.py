@@ -9,9 +9,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
-from kvstore.blobs.base import BlobId, Blobs, disk_bytes
 from kvstore.blobs.fs import Fs
+from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
+from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER, Site
+from kvstore.engine.checksums import Space
 from kvstore.engine.deletions import Deletions, Lost
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.drive import DriveCache
@@ -22,9 +24,7 @@ from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
-from kvstore.engine.values import Space
 from kvstore.errors import DirectoryError, KVStoreError
-from kvstore.keys import NamespaceInfo
 
 _DAY_S = 86_400
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
@@ -84,7 +84,7 @@ class Shared:
         """Whether the data directory, or the folder of its keys, was deleted or replaced underneath."""
         return self._held.is_displaced() or self.index.ring.is_gone()
 
-    def demand_place(self) -> None:
+    def require_place(self) -> None:
         """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""
         if self.is_displaced():
             raise DirectoryError(f"{DISPLACED}: {self.directory.root}")

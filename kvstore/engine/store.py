@@ -1,7 +1,7 @@
 """STORE: blocks of one request become files, then, in one index commit, rows.
 
 While the disk syncs a file, the next ones are made and written: a few at most, so that little is lost of a disk that
-refuses, and before the commit all of them have landed.
+refuses, and before the commit all of them are on the disk.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from kvstore.blobs.base import BlobId, Pending, disk_bytes
 from kvstore.blobs.format import ReadyBlob, make_ready
-from kvstore.blocks import BLOCK_TOKENS, Block, Reason
+from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
+from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
+from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER
-from kvstore.engine.checkpoints import keep_share, thin_chains
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
 from kvstore.engine.evictions import CHAIN
@@ -27,9 +27,9 @@ from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.match import is_covered, replaced_by
 from kvstore.engine.rows import Row, pack_row
 from kvstore.engine.shared import Shared
+from kvstore.engine.thinning import keep_share, thin_chains
 from kvstore.engine.types import NewBlock, StoreReceipt
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
-from kvstore.keys import NamespaceInfo
 
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
@@ -43,7 +43,7 @@ _Entry: TypeAlias = tuple[bytes, bytes, Row | None]
 
 @dataclass
 class _Batch:
-    """One request on its way. `entries` have their files, those of `landing` are being synced or wait for that.
+    """One request on its way. `entries` have their files, those of `syncing_blobs` are being synced or wait for that.
 
     `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores.
     """
@@ -54,11 +54,11 @@ class _Batch:
     key: NamespaceKey | None
     syncing: ThreadPoolExecutor
     entries: list[_Entry] = field(default_factory=list)
-    landing: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
+    syncing_blobs: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        """Rows of the files that have landed."""
+        """Rows whose blobs are on the disk."""
         return [row for _, _, row in self.entries if row is not None]
 
 
@@ -108,7 +108,7 @@ class Writer:
         return self._shared.blobs.stored_bytes(row.root, row.blob_bytes)
 
     def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
-        """Write blobs until the blocks end or something stops them; those before it have landed."""
+        """Write blobs until the blocks end or something stops them; those before it are on the disk."""
         reason = Reason.OK
         for new in blocks:
             block = new.block
@@ -117,7 +117,7 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            row = landed = None
+            row = synced = None
             if held is None or held.is_key_missing or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
@@ -125,27 +125,27 @@ class Writer:
                 if written is None:
                     reason = Reason.STORE_FULL
                     break
-                row, landed = written
-            batch.landing.append(((block.key, block.parent, row), landed))
+                row, synced = written
+            batch.syncing_blobs.append(((block.key, block.parent, row), synced))
             if not block.is_checkpoint:
                 batch.ends[block.key] = block.end
-            if not self._land(batch, UNSYNCED_MAX):
+            if not self._await_synced(batch, UNSYNCED_MAX):
                 return Reason.STORE_FULL
-        return reason if self._land(batch, 0) else Reason.STORE_FULL
+        return reason if self._await_synced(batch, 0) else Reason.STORE_FULL
 
-    def _land(self, batch: _Batch, most: int) -> bool:
+    def _await_synced(self, batch: _Batch, most: int) -> bool:
         """Wait until no more than so many blobs are to be synced; False when the disk refuses one, the first in order.
 
         What comes after that one has lost its parent: it is discarded with it.
         """
-        while len(batch.landing) > most:
-            entry, landed = batch.landing[0]
+        while len(batch.syncing_blobs) > most:
+            entry, synced = batch.syncing_blobs[0]
             try:
-                landed and landed.result()
+                synced and synced.result()
             except OSError as error:
-                self._demand_full(error)
+                self._note_refused_write(error)
                 return False
-            batch.landing.popleft()
+            batch.syncing_blobs.popleft()
             batch.entries.append(entry)
         return True
 
@@ -186,25 +186,25 @@ class Writer:
         try:
             row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
             pending = shared.blobs.put(blob, (memoryview(ready.header), *ready.payload))
-            return row, self._land_later(batch, pending)
+            return row, self._sync_later(batch, pending)
         except BaseException as error:
             self._end_flight(blob)
             if not isinstance(error, OSError):
                 raise
-            self._demand_full(error)
+            self._note_refused_write(error)
             return None
 
     @staticmethod
-    def _land_later(batch: _Batch, pending: Pending) -> Future[None]:
+    def _sync_later(batch: _Batch, pending: Pending) -> Future[None]:
         """Have a blob synced on the thread of the request. OSError when there can be no thread, which passes."""
         try:
-            return batch.syncing.submit(pending.land)
+            return batch.syncing.submit(pending.sync_and_rename)
         except RuntimeError as error:
             # The first of a request; what was queued all the same will never run.
             pending.abandon()
             raise OSError(errno.EAGAIN, str(error)) from error
 
-    def _demand_full(self, error: OSError | StoreFullError) -> None:
+    def _note_refused_write(self, error: OSError | StoreFullError) -> None:
         """Note that the disk refuses writes; DirectoryError if the error is about something else than room."""
         self._shared.health.disk_error = f"the disk refused a write: {error}"
         if isinstance(error, OSError) and error.errno not in _FULL:
@@ -225,7 +225,7 @@ class Writer:
             if shared.is_displaced():
                 return _Settled(reason=Reason.STORE_FULL)
         except (OSError, StoreFullError) as error:
-            self._demand_full(error)
+            self._note_refused_write(error)
             return _Settled(reason=Reason.STORE_FULL)
         # The index may have grown by more than was set aside. Others go before what was just stored.
         own = {row.key for row in settled.kept}
@@ -320,7 +320,7 @@ class Writer:
     def _discard(self, batch: _Batch) -> None:
         """Delete what a request wrote and no row names. A commit that failed may have happened: the index decides."""
         shared = self._shared
-        rows = batch.rows() + [row for (_, _, row), _ in batch.landing if row is not None]
+        rows = batch.rows() + [row for (_, _, row), _ in batch.syncing_blobs if row is not None]
         for row in rows:
             if row.blob not in shared.in_flight:
                 continue

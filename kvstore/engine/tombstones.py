@@ -14,8 +14,8 @@ import threading
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from kvstore.blobs.base import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
+from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 
 
 class Tombstones:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.blobs.format import Buffer
-from kvstore.blocks import FIDELITY_EXACT, Block, Reason
+from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason
+from kvstore.core.keys import NamespaceInfo
+from kvstore.core.layers import Layout
+from kvstore.core.rules import check_block
 from kvstore.engine.index import MAP_BYTES
 from kvstore.engine.rows import Row, Taken, Templates, fidelities_of, parse_row
 from kvstore.errors import ConfigError
-from kvstore.keys import NamespaceInfo
-from kvstore.layers import Layout
-from kvstore.rules import check_block
 
 DURABILITIES = ("commit", "full", "none")
 # A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
@@ -32,7 +32,7 @@ class EngineOptions:
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
     lie in `keys_dir` (None: beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
-    `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.rules`.
+    `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.core.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
     """
 
@@ -221,7 +221,7 @@ class EngineStats:
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
     `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.evictions`).
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
-    of the scrub ended, seconds since 1970, 0 if never; `damaged` counts the blobs that it condemned since the start.
+    of the scrub ended, seconds since 1970, 0 if never; `damaged` counts blobs that it moved to quarantine since then.
     """
 
     used_bytes: int

@@ -23,6 +23,7 @@ from mlx_lm.models import cache as stock
 
 from kvstore.codecs.device import dtype_name
 from kvstore.codecs.states import describe
+from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations.exact_caches import (
     EXACT_CLASSES,
@@ -33,7 +34,6 @@ from kvstore.integrations.exact_caches import (
     part_spec,
     restore_exact,
 )
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 
 CacheLayer = KVLayer | StateLayer
 

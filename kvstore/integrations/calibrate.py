@@ -32,11 +32,11 @@ from kvstore.client.results import Miss
 from kvstore.client.session import Session
 from kvstore.codecs.device import dtype_name, dtype_of
 from kvstore.codecs.profiles import parse_profile
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.arithmetic import Encode, Problems, problems
 from kvstore.integrations.caches import capture, restore
-from kvstore.keys import Namespace
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, StateLayer
 from kvstore.quality import KL_MAX, Quality
 
 Layers = list[KVLayer | StateLayer]

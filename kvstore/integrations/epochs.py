@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvstore.blocks import pack_tokens
+from kvstore.core.blocks import pack_tokens
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations.fingerprint import stamp
 from kvstore.integrations.identity import FileState, Pin

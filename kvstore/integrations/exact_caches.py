@@ -21,7 +21,7 @@ have follows from the token count. Before its first latent a layer does not show
 
 The layout has a rule for every array, the same at every token count. In an ArraysCache an array of floats has one shape
 for ever, and token ids `[1, rows]` grow with the first tokens; `caches.probe` finds out when a model does otherwise.
-Whether a layer that is captured or restored obeys `kvstore.rules` is checked by `codecs.states.describe`.
+Whether a layer that is captured or restored obeys `kvstore.core.rules` is checked by `codecs.states.describe`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mlx_lm.models import cache as stock
 
 from kvstore.codecs.device import dtype_name
 from kvstore.codecs.states import describe_layer
+from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, PartSpec, StateLayer
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
-from kvstore.layers import NO_PART, ArraySpec, LayerSpec, PartSpec, StateLayer
 
 try:
     from mlx_lm.models import deepseek_v41

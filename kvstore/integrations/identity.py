@@ -32,7 +32,7 @@ from typing import Any
 
 import platformdirs
 
-from kvstore.priority import give_way
+from kvstore.core.thread_priority import lower_thread_priority
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class WeightsDigest:
 
     def _check(self, path: str, pin: Pin, files: Sequence[FileState]) -> None:
         """Read blobs that were believed by name, and withdraw the digest if one is not what its name says."""
-        give_way()
+        lower_thread_priority()
         for file in files:
             try:
                 with self._checking:

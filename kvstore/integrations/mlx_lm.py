@@ -16,8 +16,10 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from kvstore.blocks import Reason
 from kvstore.client import connect
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import Layout
 from kvstore.errors import InvalidRequestError, KVStoreError
 from kvstore.integrations.caches import capture, layout, probe, quantized, restore, token_count
 from kvstore.integrations.engine_code import engine_of
@@ -26,8 +28,6 @@ from kvstore.integrations.fingerprint import fingerprint
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ENGINE, ModelKey, ModelStore, alias_of, identify, model_folder
 from kvstore.integrations.prompt_cache import PromptCache
-from kvstore.keys import Namespace
-from kvstore.layers import Layout
 
 # As the engine's own prefill.
 PREFILL_STEP_TOKENS = 2048

@@ -20,10 +20,13 @@ from typing import Any
 
 from mlx_lm.utils import hf_repo_to_path
 
-from kvstore.blocks import Reason
 from kvstore.client import Client
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import Layout
+from kvstore.core.process import is_forked
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import capture, layout, token_count
 from kvstore.integrations.engine_code import engine_of
@@ -31,9 +34,6 @@ from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.restoring import Finish, Found
-from kvstore.keys import Namespace
-from kvstore.layers import Layout
-from kvstore.process import is_forked
 
 log = logging.getLogger(__name__)
 
@@ -359,7 +359,7 @@ class ModelStore:
         `epoch`: in which the cache was begun; None: that of the model now.
 
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
-        how many it holds, the caller must vouch for that with `exactly`. Both are the caller's again on return.
+        how many it holds, the caller must say so with `exactly`. Both are the caller's again on return.
         """
         if is_forked():
             return False

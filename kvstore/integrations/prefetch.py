@@ -26,12 +26,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
-from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.integrations.checkpoints import Prefill, SegmentedGenerator
 from kvstore.integrations.models import ModelKey
 from kvstore.integrations.prompt_cache import Expected, PromptCache
 from kvstore.integrations.restoring import Found
-from kvstore.integrations.segments import Prefill, SegmentedGenerator
 from kvstore.integrations.speed import Progress
 
 log = logging.getLogger(__name__)

@@ -18,13 +18,13 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from kvstore.client import connect
+from kvstore.core.layers import Layout
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
-from kvstore.layers import Layout
 
 log = logging.getLogger(__name__)
 

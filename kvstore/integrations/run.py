@@ -6,7 +6,7 @@ Names of the server's module are replaced before its `main` reads the command li
     load             the stock one, noting what the model's folder holds when it is loaded
     run              the stock one, told which ModelProvider the cache belongs to
 
-and those that `segments` says, so that models whose caches cannot be cut find a place to continue from, `prefetch`,
+and those that `checkpoints` says, so that models whose caches cannot be cut find a place to continue from, `prefetch`,
 so that answers being written do not wait for fetches, and `request_guard`, so that no request ends the server's
 generation thread. vllm-mlx is done likewise, see `vllm_mlx`.
 """
@@ -44,12 +44,12 @@ def _mlx_lm_server(flags: Sequence[str]) -> int:
     from mlx_lm import server
 
     from kvstore.client import connect
-    from kvstore.integrations import prefetch, request_guard, segments
+    from kvstore.integrations import checkpoints, prefetch, request_guard
     from kvstore.integrations.models import ModelStore
 
     store = ModelStore(connect())
     plug_in(server, store)
-    segments.plug_in(server, request_guard.guarded(prefetch.generator()))
+    checkpoints.plug_in(server, request_guard.guarded(prefetch.generator()))
     request_guard.plug_in(server)
     _serve("mlx_lm.server", flags, server.main, store.close)
 

@@ -35,6 +35,7 @@ from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
 from kvstore.codecs import device
+from kvstore.core.layers import Layout
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
@@ -44,7 +45,6 @@ from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, m
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
-from kvstore.layers import Layout
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         try:
             held = token_count(cache)
         except KVStoreError:
-            held = None  # layers that are not known here; the stock class vouches for them
+            held = None  # layers that are not known here; the stock class knows them
         # Feeding what is left would repeat tokens; and what cannot join a batch ends every request that runs.
         if (held is not None and held > covered) or not all(hasattr(layer, "merge") for layer in cache):
             self._last_match_type = "miss"

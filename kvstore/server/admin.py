@@ -7,7 +7,7 @@ from collections.abc import Callable
 from kvstore import __version__
 from kvstore.engine import BlockInfo, Engine, Selection
 from kvstore.errors import InvalidRequestError
-from kvstore.server.edge import Context, unary
+from kvstore.server.rpc_errors import Context, unary
 from kvstore.server.stats import Counters, namespace_message, quality_messages
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads

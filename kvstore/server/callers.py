@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from kvstore.access import CLIENT_KEY
 from kvstore.config import Config
+from kvstore.config.credentials import CLIENT_KEY
 from kvstore.server.refusals import Refusals
 
 # A client keeps its place so long after its last call: clients that ask all the time do not take turns.

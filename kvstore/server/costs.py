@@ -31,10 +31,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from kvstore.blocks import RAW, Reason
+from kvstore.core.blocks import RAW, Reason
+from kvstore.core.layers import Layout
 from kvstore.engine import Match, Row, Slice
 from kvstore.errors import InvalidRequestError
-from kvstore.layers import Layout
 
 # The guesses. Those of reading are of a disk at the speed of a page cache: what is not known yet is tried.
 FETCH_S = 2e-3

@@ -25,28 +25,28 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from kvstore.access import CredentialFiles
-from kvstore.bounds import ByteBudget
 from kvstore.codecs import device
+from kvstore.codecs.byte_plan import check_block
 from kvstore.codecs.profiles import check_profile
-from kvstore.codecs.segments import check_block
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, keys_home
+from kvstore.config.credentials import CredentialFiles
+from kvstore.config.private_files import require_private_directory
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
-from kvstore.private import demand_private_directory
-from kvstore.server.access import daemon_credentials, guards, keep_up, tls_credentials
 from kvstore.server.admin import AdminService
-from kvstore.server.admission import Admission
+from kvstore.server.authorize import daemon_credentials, guards, keep_up, tls_credentials
+from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.fetch import FetchPath
-from kvstore.server.layers import LayerFrames
+from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.service import KVStoreService
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.server.upkeep import Upkeep
-from kvstore.server.volumes import Place, demand_volume, remember_volume
+from kvstore.server.volumes import Place, remember_volume, require_volume
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -93,7 +93,7 @@ class Daemon:
             threads = Threads(limits, device.release_memory, apart=device.bears_two_threads())
             stack.callback(threads.close)
             # The lock comes before the index and the port: a second daemon must not disturb the first.
-            await threads.admin(demand_volume, config, self.place)
+            await threads.admin(require_volume, config, self.place)
             engine = await threads.admin(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             stack.callback(threads.close)  # before the engine: none may use it afterwards
@@ -158,7 +158,7 @@ class Daemon:
         tasks = [
             asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
-            asyncio.create_task(keep_up(files)),
+            asyncio.create_task(keep_up(files, threads.admin)),
         ]
         await self._stop.wait()
         self._state = "draining"
@@ -317,7 +317,7 @@ def listening_place(config: Config) -> Iterator[None]:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        demand_private_directory(path.parent, "listen in one of your own, such as unix:~/.kvstore/kvstore.sock")
+        require_private_directory(path.parent, "listen in one of your own, such as unix:~/.kvstore/kvstore.sock")
     except OSError as error:
         raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
     try:

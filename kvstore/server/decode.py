@@ -14,11 +14,11 @@ from concurrent.futures import Future
 
 from kvstore.blobs.ranges import BufferReader, RangeReader
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
-from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.byte_plan import HitBlock, layer_ranges
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
-from kvstore.codecs.segments import HitBlock, layer_ranges
+from kvstore.core.layers import Layout
 from kvstore.errors import CorruptDataError
-from kvstore.layers import Layout
 from kvstore.server.lane import Lane
 
 

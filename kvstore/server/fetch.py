@@ -12,20 +12,20 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from kvstore.blobs.base import BlobId
-from kvstore.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
-from kvstore.codecs.base import check_runs
-from kvstore.codecs.segments import HitBlock
+from kvstore.blobs.protocol import BlobId
+from kvstore.codecs.byte_plan import HitBlock
+from kvstore.codecs.codec import check_runs
 from kvstore.config import Config
+from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
+from kvstore.core.keys import NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.engine.rows import templates_digests_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.keys import NamespaceInfo
 from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
 from kvstore.server.lane import Lane
 
 REPLANS_MAX = 8
-# A block that is not what its row says, and is not condemned either, is read so often before the prefix ends there:
+# A block that is not what its row says, and is not in quarantine either, is read so often before the prefix ends there:
 # what a newer kvstore wrote stays as it is, a process that lacks descriptors may have some the next time.
 READS_MAX = 2
 # Sets of templates that are remembered as readable; a build writes a handful.

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from kvstore.codecs.plausible import fault_of
 from kvstore.codecs.profiles import AUTO, UNMEASURED, Profile, parse_profile
 from kvstore.config import Config
-from kvstore.engine.quality import QualityFiles
+from kvstore.core.keys import NamespaceInfo
+from kvstore.engine.calibrations import QualityFiles
 from kvstore.errors import ConfigError, InvalidRequestError
-from kvstore.keys import NamespaceInfo
 from kvstore.quality import Calibrated, Quality, QualityLimits
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.errors import LimitError, UnavailableError
-from kvstore.priority import give_way
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Lane:
         self._idle = idle
         release = None if idle is None else self._release
         self._fetches = _Queue("kvstore-lane", start, release)
-        self._stores = _Queue("kvstore-lane-store", start, release, give_way) if apart else self._fetches
+        self._stores = _Queue("kvstore-lane-store", start, release, lower_thread_priority) if apart else self._fetches
 
     def submit_fetch(self, work: Callable[[], T]) -> Future[T]:
         """Queue a piece of a fetch. Raises LimitError when the queue is full, UnavailableError after close."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 
 from kvstore.config import Config
+from kvstore.config.private_files import read_private
 from kvstore.errors import ConfigError
-from kvstore.private import read_private
 
 KEYCHAIN_SERVICE = "kvstore"
 KEY_BYTES = 32

@@ -8,23 +8,23 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from kvstore.blocks import KEY_BYTES, LayerState, Reason
-from kvstore.bounds import ByteBudget
 from kvstore.config import Config
+from kvstore.core.blocks import KEY_BYTES, LayerState, Reason
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.layers import Layout
+from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import Layout
-from kvstore.records import runs_to_record
 from kvstore.server import uploads
 from kvstore.server.callers import caller_name
 from kvstore.server.costs import Offer, Timing, Way
-from kvstore.server.edge import Context, streaming, unary
 from kvstore.server.fetch import FetchPath, FetchPlan
-from kvstore.server.intake import Intake
-from kvstore.server.layers import LayerFrames, dense_block
-from kvstore.server.sender import Sender, write_within
+from kvstore.server.layer_frames import LayerFrames, dense_block
+from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
+from kvstore.server.stream_in import Intake
+from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
 from kvstore.wire import convert
 from kvstore.wire.frames import UploadBytes

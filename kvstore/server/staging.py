@@ -31,7 +31,7 @@ class Veil:
         self._key = os.urandom(32)
 
     def applied(self, data: memoryview, offset: int) -> bytes:
-        """Bytes from `offset` of the file on, veiled if they were plain, plain if they were veiled."""
+        """Bytes from `offset` of the file on, encrypted if they were plain, plain if they were encrypted."""
         blocks, skip = divmod(offset, 16)
         stream = Cipher(algorithms.AES(self._key), modes.CTR(blocks.to_bytes(16, "big"))).encryptor()
         stream.update(bytes(skip))
@@ -41,7 +41,7 @@ class Veil:
 class StagingFile:
     """One staging file of `nbytes`. One thread at a time fills or reads it; any thread may remove it.
 
-    `veiled`: what is in it is not readable on disk; then only `append` may fill it. `cover(nbytes)` makes room on disk
+    `encrypted`: its bytes are not readable on disk; then only `append` may fill it. `cover(nbytes)` makes room on disk
     for the first `nbytes`, before they are written.
     """
 
@@ -51,12 +51,12 @@ class StagingFile:
         name: str,
         nbytes: int,
         *,
-        veiled: bool = False,
+        encrypted: bool = False,
         cover: Callable[[int], None] = lambda nbytes: None,
     ) -> None:
         self.path = directory / name
         self.nbytes = nbytes
-        self._veil = Veil() if veiled else None
+        self._veil = Veil() if encrypted else None
         self._cover = cover
         self.received_bytes = 0
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -96,7 +96,7 @@ class StagingFile:
         except OSError:
             return 0
 
-    def seal(self) -> None:
+    def finish(self) -> None:
         """Check what was handed over and make it readable with `read`.
 
         Raises InvalidRequestError for a file that is not exactly what the daemon created and asked for.
@@ -114,7 +114,7 @@ class StagingFile:
             raise InvalidRequestError(f"the upload has {info.st_size} bytes, {self.nbytes} were asked for")
 
     def read(self, offset: int, nbytes: int, into: memoryview | None = None) -> memoryview:
-        """`nbytes` from `offset` of a sealed file, in the first bytes of `into` or in memory of their own.
+        """`nbytes` from `offset` of a finished file, in the first bytes of `into` or in memory of their own.
 
         InvalidRequestError if the file was cut short meanwhile.
         """

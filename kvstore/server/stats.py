@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NamespaceUsage
 from kvstore.quality import Quality
 from kvstore.server.gate import Gate

@@ -19,7 +19,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from kvstore.blocks import (
+from kvstore.codecs import device
+from kvstore.codecs.encode import encode_runs, is_first_hand
+from kvstore.codecs.profiles import AUTO, Profile
+from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
+from kvstore.config import Config
+from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_ANY,
     FIDELITY_EXACT,
@@ -29,12 +34,10 @@ from kvstore.blocks import (
     Reason,
     count_tokens,
 )
-from kvstore.bounds import ByteBudget
-from kvstore.codecs import device
-from kvstore.codecs.encode import encode_runs, is_first_hand
-from kvstore.codecs.profiles import AUTO, Profile
-from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
-from kvstore.config import Config
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import NamespaceInfo, block_key, chain_keys
+from kvstore.core.layers import Piece, cut_pieces
+from kvstore.core.rules import check_states
 from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
 from kvstore.errors import (
     CorruptDataError,
@@ -45,9 +48,6 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.keys import NamespaceInfo, block_key, chain_keys
-from kvstore.layers import Piece, cut_pieces
-from kvstore.rules import check_states
 from kvstore.server.booking import Booking, Shares
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
@@ -244,7 +244,7 @@ class StorePath:
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             if upload.wants_bytes:
                 upload.staging = StagingFile(
-                    self._staging_dir, upload.upload_id, nbytes, veiled=upload.encrypted, cover=upload.cover
+                    self._staging_dir, upload.upload_id, nbytes, encrypted=upload.encrypted, cover=upload.cover
                 )
                 held.callback(upload.staging.remove)
             self.uploads.add(upload)
@@ -262,7 +262,7 @@ class StorePath:
         """
         try:
             if upload.staging is not None:
-                upload.staging.seal()
+                upload.staging.finish()
                 upload.cover(upload.upload_bytes)
             root, floor = upload.namespace.root, self._floor(upload)
             needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)

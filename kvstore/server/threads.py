@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from kvstore.priority import give_way
+from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.server.lane import Lane
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Pool:
     def __init__(self, name: str, threads: int, *, background: bool = False) -> None:
         """`background`: its threads run at a lower priority than everything that somebody waits for."""
         self.name = name
-        self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", give_way if background else None)
+        self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", lower_thread_priority if background else None)
         self._posted: set[asyncio.Future[Any]] = set()
         self._is_closed = False
 

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
 from kvstore.codecs.profiles import Profile
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
+from kvstore.core.keys import NamespaceInfo, checkpoint_key
+from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import LimitError, NotFoundError, StoreFullError
-from kvstore.keys import NamespaceInfo, checkpoint_key
-from kvstore.layers import Layout, Piece
 from kvstore.server.staging import StagingFile
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.config import KEYS, Config, parse_address
+from kvstore.config.private_files import read_private, require_private_directory, write_private
 from kvstore.errors import DirectoryError
-from kvstore.private import demand_private_directory, read_private, write_private
 
 RECORD = "volumes.json"
 RECORDS_MAX = 64
@@ -52,7 +52,7 @@ def _device(path: Path) -> int:
     return os.stat(path).st_dev
 
 
-def demand_volume(config: Config, began: Place | None = None) -> None:
+def require_volume(config: Config, began: Place | None = None) -> None:
     """DirectoryError when the volume of the data directory is not mounted now. `began`: where this process had it."""
     data_dir = config.data_dir
     here = place_of(data_dir)
@@ -117,7 +117,7 @@ def _note(record: Path, data_dir: str, volume: str | None) -> None:
     """Change one entry; those of directories that were deleted from the same volume go. Others may be long away."""
     folder = record.parent
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    demand_private_directory(folder, "listen on a socket in one of your own")
+    require_private_directory(folder, "listen on a socket in one of your own")
     with _locked(folder) as fd:
         known = _read(record)
         noted = {

@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.blocks import Recipe, pack_tokens, unpack_tokens
 from kvstore.codecs.assemble import packed_layer
-from kvstore.codecs.segments import HitBlock
+from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.turboquant import MSE, PROD, fold_of
+from kvstore.core.blocks import Recipe, pack_tokens, unpack_tokens
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.turboquant.cache import KVCacheConfig, QuantizedKVCache
 from kvstore.turboquant.heads import MultiHeadKVCache
 from kvstore.turboquant.quantizers import PackedVectors

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from kvstore.blocks import Recipe
 from kvstore.codecs.turboquant import encode_rows, turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.core.blocks import Recipe
 from kvstore.errors import InvalidVectorError
 from kvstore.turboquant.quantizers import (
     PackedVectors,

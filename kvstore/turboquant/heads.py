@@ -117,8 +117,8 @@ class MultiHeadKVCache:
 
         InvalidVectorError (heads, length, dimension, ...), and no head changed, otherwise.
         """
-        self._demand_each(keys, "keys")
-        self._demand_each(values, "values")
+        self._require_each(keys, "keys")
+        self._require_each(values, "values")
         packed = [head.prepare(k, v) for head, k, v in zip(self.heads, keys, values, strict=True)]
         if len({part[0][0].shape[0] for part in packed}) > 1:
             raise InvalidVectorError("length", "heads got different numbers of tokens")
@@ -127,12 +127,12 @@ class MultiHeadKVCache:
 
     def attention_scores_all(self, queries: Any) -> list[mx.array]:
         """For each head float32 `[num_tokens]`; `queries`: `[heads, dim]`."""
-        self._demand_each(queries, "queries")
+        self._require_each(queries, "queries")
         return [head.attention_scores(query) for head, query in zip(self.heads, queries, strict=True)]
 
     def attention_output_all(self, queries: Any, temperature: float = 0.0) -> list[mx.array]:
         """For each head float32 `[dim]`, as `QuantizedKVCache.attention_output`."""
-        self._demand_each(queries, "queries")
+        self._require_each(queries, "queries")
         return [head.attention_output(query, temperature) for head, query in zip(self.heads, queries, strict=True)]
 
     def concat_outputs(self, queries: Any, temperature: float = 0.0) -> mx.array:
@@ -156,6 +156,6 @@ class MultiHeadKVCache:
         for head in self.heads:
             head.clear()
 
-    def _demand_each(self, parts: Any, name: str) -> None:
+    def _require_each(self, parts: Any, name: str) -> None:
         if len(parts) != len(self.heads):
             raise InvalidVectorError("heads", f"{name} for {len(parts)} heads, expected {len(self.heads)}")

@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from kvstore.blocks import Recipe
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.packing import CODES_TOGETHER
 from kvstore.codecs.turboquant import (
@@ -34,6 +33,7 @@ from kvstore.codecs.turboquant import (
     turboquant_mse_recipe,
     turboquant_prod_recipe,
 )
+from kvstore.core.blocks import Recipe
 from kvstore.errors import CorruptDataError, InvalidVectorError
 
 # How far from 1 the length of a unit vector may be: rows that come out of float16 or bfloat16 are not closer.

@@ -9,13 +9,13 @@ from typing import Any
 import msgpack
 from google.protobuf.message import Message
 
-from kvstore.blocks import KEY_BYTES, LayerState
+from kvstore.core.blocks import KEY_BYTES, LayerState
+from kvstore.core.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
+from kvstore.core.layers import Layout
+from kvstore.core.records import states_from_list, states_to_list, unpack_record
+from kvstore.core.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.errors import InvalidRequestError, LayoutMismatchError
-from kvstore.keys import FIELD_BYTES_MAX, Namespace, NamespaceInfo, root_key
-from kvstore.layers import Layout
 from kvstore.quality import Quality
-from kvstore.records import states_from_list, states_to_list, unpack_record
-from kvstore.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Channel and server options that both ends need. Messages are bounded by the caller's limit, proxies never apply to a

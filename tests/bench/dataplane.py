@@ -33,13 +33,13 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
 from kvstore.codecs import device, gather
 from kvstore.config import Config
-from kvstore.layers import PARTS, KVLayer, Layout, StateLayer
+from kvstore.core.blocks import Reason
+from kvstore.core.layers import PARTS, KVLayer, Layout, StateLayer
 from tests.support.daemon import DaemonProcess
 from tests.support.synthetic import make_layout, make_namespace
 

@@ -33,8 +33,8 @@ from mlx_lm.utils import load
 
 from kvstore.client.client import connect
 from kvstore.config import Config
-from kvstore.layers import LayerSpec, Layout, PartSpec
-from kvstore.priority import BACKGROUND_NICE
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
+from kvstore.core.thread_priority import BACKGROUND_NICE
 from tests.support.daemon import DaemonProcess
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.sessions import PATIENT, layers_of, normal_rows

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import grpc
 
-from kvstore.blocks import pack_tokens
+from kvstore.core.blocks import pack_tokens
 from kvstore.wire.convert import channel_options, namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -102,7 +102,7 @@ class Kvstore(Peer):
         self._session = client.session(namespace, self.profile, **limits)
 
     def store(self, number: int) -> float | None:
-        from kvstore.layers import KVLayer
+        from kvstore.core.layers import KVLayer
 
         spec = self._session.namespace.layout.layers[0]
         layers = [KVLayer(spec, (keys,), (values,), self.length) for keys, values in self.arrays()]

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: `tests` is in the repository's root
 
-from kvstore.blocks import BLOCK_TOKENS, pack_tokens
 from kvstore.config import Config
+from kvstore.core.blocks import BLOCK_TOKENS, pack_tokens
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions
-from kvstore.layers import LayerSpec, Layout, PartSpec
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from tests.support.engine import namespace, sequence

@@ -38,8 +38,8 @@ from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.client.uploader import Uploader
 from kvstore.config import Config
-from kvstore.keys import Namespace
-from kvstore.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 from tests.support.daemon import DaemonProcess
 
 CHUNK = 1 << 20

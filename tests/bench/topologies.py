@@ -40,14 +40,14 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-from kvstore.blocks import RAW
 from kvstore.codecs import device
-from kvstore.codecs.base import codec_of
+from kvstore.codecs.codec import codec_of
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import Profile, parse_profile
 from kvstore.codecs.runs import EncodedRun, payload_run
+from kvstore.core.blocks import RAW
+from kvstore.core.layers import PARTS, KVLayer, Layout, Piece, StateLayer
 from kvstore.integrations import mlx_lm as kv
-from kvstore.layers import PARTS, KVLayer, Layout, Piece, StateLayer
 from tests.support.models import SMALL_LM, build_tiny, fill, heldout_tokens
 from tests.support.replay import DTYPES, copied
 from tests.support.tiny_configs import VOCAB

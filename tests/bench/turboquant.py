@@ -17,11 +17,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvstore.blocks import RAW, Recipe
 from kvstore.codecs.affine import affine_recipe
-from kvstore.codecs.base import codec_of
+from kvstore.codecs.codec import codec_of
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
-from kvstore.layers import PartSpec
+from kvstore.core.blocks import RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.turboquant import KVCacheConfig, QuantizedKVCache, QuantStrategy
 
 ROUNDS = 15

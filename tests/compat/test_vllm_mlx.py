@@ -25,9 +25,9 @@ from vllm_mlx.models import mllm
 from vllm_mlx.request import Request, SamplingParams
 from vllm_mlx.utils import tokenizer
 
-from kvstore.blocks import Reason
 from kvstore.client import connect
 from kvstore.codecs import device
+from kvstore.core.blocks import Reason
 from kvstore.integrations import vllm_mlx as integration
 from kvstore.integrations.ahead import ahead_of_turn
 from kvstore.integrations.identity import WeightsDigest

@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvstore.blobs.base import BlobId, Blobs, Source
 from kvstore.blobs.encrypted import CHUNK_BYTES, EncryptedBlobs
 from kvstore.blobs.fs import Fs
 from kvstore.blobs.local import LocalBlobs
 from kvstore.blobs.memory import MemoryBlobs
+from kvstore.blobs.protocol import BlobId, Blobs, Source
 from kvstore.errors import CorruptDataError
 
 ROOT, OTHER = bytes(range(32)), bytes(32)
@@ -118,7 +118,7 @@ def blob(number: int, root: bytes = ROOT) -> BlobId:
 def put(place: Place, one: BlobId, data: bytes, parts: int = 1) -> None:
     """Store it durably, in so many pieces."""
     step = -(-len(data) // parts) or 1
-    place.blobs.put(one, [memoryview(data)[at : at + step] for at in range(0, len(data), step)]).land()
+    place.blobs.put(one, [memoryview(data)[at : at + step] for at in range(0, len(data), step)]).sync_and_rename()
     place.blobs.sync(one.root)
 
 
@@ -159,7 +159,7 @@ def test_a_blob_has_no_name_before_it_lands(place: Place) -> None:
     pending = place.blobs.put(blob(1), [memoryview(b"abc")])
     assert place.blobs.size(blob(1)) is None
     assert blob(1) not in listed(place)
-    pending.land()
+    pending.sync_and_rename()
     assert place.blobs.size(blob(1)) == 3
     place.blobs.put(blob(2), [memoryview(b"abc")]).abandon()
     assert listed(place) == {blob(1): 3}

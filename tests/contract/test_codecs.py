@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe
 from kvstore.codecs import device
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
-from kvstore.codecs.base import Codec, check_runs, codec_of, codecs
-from kvstore.codecs.channel import channel_recipe
+from kvstore.codecs.codec import Codec, check_runs, codec_of, codecs
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
-from kvstore.layers import PartSpec
 from tests.support.stored import random_payload
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "affine.json"

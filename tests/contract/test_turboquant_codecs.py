@@ -12,12 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import RAW, Recipe
 from kvstore.codecs import device
-from kvstore.codecs.base import codec_of
+from kvstore.codecs.codec import codec_of
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.core.blocks import RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 from tests.support import reference
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "turboquant.json"

@@ -14,9 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
+from kvstore.core.blocks import Reason
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.servers import free_port, wait_until
@@ -264,7 +264,7 @@ def test_tokens_change_while_daemon_and_client_live(
     tmp_path_factory: pytest.TempPathFactory, tls: Path, tmp_path: Path, first: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In either order; the old token is refused, and each side says once that it has read its file again."""
-    caplog.set_level("INFO", "kvstore.access")
+    caplog.set_level("INFO", "kvstore.config.credentials")
     theirs, mine = tmp_path / "daemon.tokens", tmp_path / "client.tokens"
     old, new = (f"worker {letter * 40}\nadmin {letter.upper() * 40}\n" for letter in "on")
     for path in (theirs, mine, tmp_path / "old.tokens"):

@@ -15,13 +15,13 @@ import mlx.core as mx
 import msgpack
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client, connect
 from kvstore.client.session import Session
 from kvstore.config import Config
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations import mlx_lm as integration
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client
+from kvstore.core.blocks import Reason
 from tests.support.daemon import DaemonProcess
 from tests.support.sessions import Rows, assert_same, client_of, cut, fetch, hit_rows, normal_rows, patient
 from tests.support.sessions import store as store_all

@@ -16,9 +16,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import KEYS, Config
+from kvstore.core.blocks import Reason
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import trim_prompt_cache
 
-from kvstore.blocks import FIDELITY_EXACT, Reason
 from kvstore.client.client import Client
+from kvstore.core.blocks import FIDELITY_EXACT, Reason
 from kvstore.integrations import mlx_lm as kv
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.sessions import (

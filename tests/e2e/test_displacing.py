@@ -10,12 +10,12 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.access import CLIENT_KEY
-from kvstore.blocks import pack_tokens
 from kvstore.client.client import Client
+from kvstore.config.credentials import CLIENT_KEY
+from kvstore.core.blocks import pack_tokens
 from kvstore.errors import LimitError
-from kvstore.server.sender import BATCH_BYTES
 from kvstore.server.store import CALLER_SHARE
+from kvstore.server.stream_out import BATCH_BYTES
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb

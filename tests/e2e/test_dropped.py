@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client
 from kvstore.config import Config
+from kvstore.core.blocks import Reason
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore

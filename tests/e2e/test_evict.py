@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.config import Config
+from kvstore.core.blocks import Reason
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

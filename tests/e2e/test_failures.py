@@ -13,13 +13,13 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client import fetcher, uploader
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, Miss
 from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.keys import block_key, chain_keys
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import block_key, chain_keys
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -11,12 +11,12 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.access import CLIENT_KEY
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.config import Config
+from kvstore.config.credentials import CLIENT_KEY
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.errors import LimitError
-from kvstore.server.admission import Admission
+from kvstore.server.call_limits import Admission
 from kvstore.server.refusals import Refusals
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import DETAILS_KEY, RETRY_INFO, from_rpc_error, trailing_metadata

@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.errors import LimitError
 from kvstore.server.callers import GRPC_MORE, Callers
 from kvstore.server.refusals import LOG_EVERY_S, Refusals

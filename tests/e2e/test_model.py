@@ -12,9 +12,9 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from kvstore.client.client import Client
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, Layout
 from kvstore.integrations import mlx_lm as kv
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, Layout
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.sessions import WAYS, fetch, patient
 

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import pack_tokens
 from kvstore.client import connect
 from kvstore.codecs.states import describe
+from kvstore.core.blocks import pack_tokens
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

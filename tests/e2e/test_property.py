@@ -24,12 +24,12 @@ from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from kvstore.blocks import FIDELITY_EXACT, Reason
 from kvstore.client import provenance
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.codecs.profiles import parse_profile
-from kvstore.layers import PARTS
+from kvstore.core.blocks import FIDELITY_EXACT, Reason
+from kvstore.core.layers import PARTS
 from tests.support.daemon import START_TIMEOUT_S, DaemonProcess
 from tests.support.groups import Computed, encoded_once
 from tests.support.sessions import WAYS, Rows, affine_rows, client_of, cut, hit_rows, join, layers_of, patient

@@ -12,9 +12,9 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.utils import load
 
-from kvstore.blocks import FIDELITY_EXACT, Reason
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
+from kvstore.core.blocks import FIDELITY_EXACT, Reason
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore

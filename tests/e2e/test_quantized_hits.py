@@ -12,9 +12,9 @@ from mlx_lm.utils import load
 
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS, KVLayer
 from kvstore.integrations import mlx_lm as kv
-from kvstore.keys import Namespace
-from kvstore.layers import PARTS, KVLayer
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.sessions import patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace

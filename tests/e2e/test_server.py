@@ -21,12 +21,12 @@ from mlx_lm import server as stock
 from mlx_lm.utils import load_model, load_tokenizer
 
 import kvstore
+from kvstore.core.keys import Namespace
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import default_memory_bytes
 from kvstore.integrations.run import plug_in
-from kvstore.keys import Namespace
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.models import expand_small_lm
 from tests.support.servers import NO_MEMORY, PLAIN, Answer, ServerProcess, free_port, start_all, wait_until

@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.client.client import connect
 from kvstore.config import Config
+from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
 from kvstore.client.client import Client, connect
 from kvstore.client.session import Session
 from kvstore.config import Config
+from kvstore.core.blocks import Reason
 from tests.e2e.test_access import LAYOUT, NAMESPACE, TOKENS, as_worker, serving, started, tls
 from tests.support.proxy import SlowProxy
 from tests.support.servers import wait_until

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason, pack_tokens
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
+from kvstore.core.blocks import Reason, pack_tokens
 from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace

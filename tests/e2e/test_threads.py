@@ -13,8 +13,8 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.blocks import pack_tokens
 from kvstore.client.client import Client
+from kvstore.core.blocks import pack_tokens
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -19,9 +19,9 @@ import mlx.core as mx
 import pytest
 
 import kvstore
+from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.caches import is_sliceable
-from kvstore.layers import KVLayer, Layout, StateLayer
 from tests.support.daemon import DaemonProcess
 from tests.support.models import build_tiny, fill, make_cache
 from tests.support.replay import (

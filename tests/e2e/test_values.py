@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.blocks import FIDELITY_EXACT, Reason
 from kvstore.client.client import Client
-from kvstore.layers import LayerSpec, Layout, PartSpec
+from kvstore.core.blocks import FIDELITY_EXACT, Reason
+from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from tests.support.daemon import DaemonProcess
 from tests.support.sessions import (
     WAYS,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from kvstore.blobs import ranges
-from kvstore.blocks import Reason
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
+from kvstore.core.blocks import Reason
 from tests.support.daemon import DaemonProcess
 from tests.support.sessions import PATIENT, client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace

@@ -29,11 +29,11 @@ from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.stateful import initialize, rule, run_state_machine_as_test
 
-from kvstore.blocks import pack_tokens
 from kvstore.client.results import LayerHit
 from kvstore.client.session import Session
+from kvstore.core.blocks import pack_tokens
+from kvstore.core.layers import cut_pieces, raw_ranges
 from kvstore.engine.rows import LEVEL_TOKENS
-from kvstore.layers import cut_pieces, raw_ranges
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

@@ -28,22 +28,22 @@ from kvstore.blobs.format import (
     ENCRYPTED_FORMAT,
     NO_HEADER,
     checked_ranges,
-    demand_version,
     header_length,
     parse_header,
+    require_version,
 )
-from kvstore.blocks import TOKEN_BYTES, Reason, pack_tokens
+from kvstore.core.blocks import TOKEN_BYTES, Reason, pack_tokens
 from kvstore.engine import Engine, Row, Slice, check_directory
 from kvstore.errors import CorruptDataError, KVStoreError, UnknownFormatError
 from tests.faults.workload import MIXED, NS
 from tests.support.engine import (
     blob_path,
     blob_paths,
-    demand_right,
     namespace,
     options,
     put,
     put_checkpoint,
+    require_right,
     sequence,
     values,
 )
@@ -161,7 +161,7 @@ def _renumbered(data: bytearray, version: bytes) -> bytes:
 def _is_of_another_version(data: bytes) -> bool:
     """Whether a whole header says that it is of a format that this kvstore does not read."""
     try:
-        demand_version(json.loads(data[8 : header_length(data[:8], len(data))])["__metadata__"])
+        require_version(json.loads(data[8 : header_length(data[:8], len(data))])["__metadata__"])
     except UnknownFormatError:
         return True
     except (CorruptDataError, *NO_HEADER):
@@ -230,9 +230,9 @@ class Blobs:
         Of two damaged blobs, one may go with its parent or never be come to.
         """
         wrong = self._read_all()
-        wrong += self._demand_gone(damaged, "a fetch") if is_met else []
+        wrong += self._require_gone(damaged, "a fetch") if is_met else []
         self._engine.check(repair=True)
-        wrong += self._demand_gone(damaged, "a repair")
+        wrong += self._require_gone(damaged, "a repair")
         if found := self._engine.check().findings:
             wrong.append(f"after a repair: {found[0]}")
         self._store_all()
@@ -241,10 +241,10 @@ class Blobs:
             match = self._engine.match(ns.root, pack_tokens(tokens))
             if match.n_tokens != len(tokens):
                 wrong.append(f"stored again, {match.n_tokens} of {len(tokens)} tokens are there")
-            demand_right(self._engine, match, pack_tokens(tokens))
+            require_right(self._engine, match, pack_tokens(tokens))
         return wrong
 
-    def _demand_gone(self, damaged: Sequence[Row], what: str) -> list[str]:
+    def _require_gone(self, damaged: Sequence[Row], what: str) -> list[str]:
         """At least one of the damaged blobs is in quarantine, and what is there has no row."""
         quarantine = self._engine.staging_dir.with_name("quarantine")
         gone = [row for row in damaged if (quarantine / row.blob.name).exists()]
@@ -368,7 +368,7 @@ class Indexes:
             os.close(told)
             signal.alarm(_TIMEOUT_S)
             try:
-                os.write(tell, "\n".join(_demand_recovered(data_dir, repair)).encode())
+                os.write(tell, "\n".join(_require_recovered(data_dir, repair)).encode())
             except Exception:
                 os.write(tell, f"the next start: {traceback.format_exc()[-600:]}".encode())
                 raise
@@ -381,7 +381,7 @@ class Indexes:
         return text.split("\n") if text else [f"crash: {code}"] if code else []
 
 
-def _demand_recovered(data_dir: Path, repair: bool) -> list[str]:
+def _require_recovered(data_dir: Path, repair: bool) -> list[str]:
     """Every sequence is there, rebuilt or not, a check finds nothing, every file has its row."""
     wrong: list[str] = []
     if repair:
@@ -393,7 +393,7 @@ def _demand_recovered(data_dir: Path, repair: bool) -> list[str]:
         for ns, tokens, exact in FETCHES:
             match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
             try:
-                demand_right(engine, match, pack_tokens(tokens))
+                require_right(engine, match, pack_tokens(tokens))
             except (AssertionError, KVStoreError, OSError) as error:
                 wrong.append(f"wrong bytes: {error!r}")
             if match.n_tokens * TOKEN_BYTES != len(pack_tokens(tokens)):

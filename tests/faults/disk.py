@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine
 from kvstore.errors import DirectoryError
 from tests.faults import kills

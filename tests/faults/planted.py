@@ -19,12 +19,12 @@ import msgpack
 import xxhash
 import zstandard
 
-from kvstore.blobs.base import BlobId
 from kvstore.blobs.format import FORMAT_VERSION, make_ready, table
-from kvstore.blocks import Block, Stack, Tensor, pack_tokens
+from kvstore.blobs.protocol import BlobId
 from kvstore.codecs.lossless import LOSSLESS
-from kvstore.keys import Namespace
-from kvstore.records import RUN, Template, block_to_record, runs_to_record
+from kvstore.core.blocks import Block, Stack, Tensor, pack_tokens
+from kvstore.core.keys import Namespace
+from kvstore.core.records import RUN, Template, block_to_record, runs_to_record
 from tests.support.engine import new_block
 
 NUMBER = 900_000
@@ -87,7 +87,7 @@ def _altered(change: Callable[[Tensor], Tensor]) -> Plant:
 
     def make(prompt: Prompt) -> bytes:
         # Writing a template refuses what reading one refuses.
-        with mock.patch("kvstore.records.parse_template", _taken_as_it_is):
+        with mock.patch("kvstore.core.records.parse_template", _taken_as_it_is):
             record = block_to_record(prompt.altered(change))
         return forged(record, table(prompt.ready.block), prompt.payload)
 

@@ -18,15 +18,13 @@ from google.protobuf.message import DecodeError
 
 from kvstore.blobs import encrypted
 from kvstore.blobs import format as blob
-from kvstore.blobs.base import BlobId
-from kvstore.blocks import TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
+from kvstore.blobs.protocol import BlobId
 from kvstore.client.plan import Request, parse_plan
 from kvstore.codecs.profiles import parse_profile
-from kvstore.engine import rows
-from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
-from kvstore.keys import NamespaceInfo, block_key, chain_keys, checkpoint_key
-from kvstore.layers import Layout, PartSpec
-from kvstore.records import (
+from kvstore.core.blocks import TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
+from kvstore.core.keys import NamespaceInfo, block_key, chain_keys, checkpoint_key
+from kvstore.core.layers import Layout, PartSpec
+from kvstore.core.records import (
     block_from_record,
     block_to_record,
     runs_from_record,
@@ -35,6 +33,8 @@ from kvstore.records import (
     templates_by_id,
     unpack_record,
 )
+from kvstore.engine import rows
+from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
 from kvstore.server.service import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -69,7 +69,7 @@ def record(data: bytes) -> None:
 def encrypted_header(data: bytes) -> None:
     """The header of an encrypted blob, after 8 bytes that say how long the blob inside is."""
     nbytes, header = int.from_bytes(data[:8], "little"), data[8 : 8 + encrypted.HEADER_BYTES]
-    salt = encrypted._demand_salt(header.ljust(encrypted.HEADER_BYTES), BLOB, nbytes)
+    salt = encrypted._require_salt(header.ljust(encrypted.HEADER_BYTES), BLOB, nbytes)
     assert len(salt) == encrypted.SALT_BYTES
     assert encrypted.plain_bytes(encrypted.stored_bytes(nbytes)) == nbytes
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.engine import Engine, check_directory, pages
+from kvstore.engine import Engine, check_directory, validate
 from kvstore.errors import CorruptDataError
 from tests.faults import damage
 from tests.faults.table import spread
@@ -75,26 +75,26 @@ def test_the_walk_finds_a_whole_index_whole(tmp_path: Path) -> None:
     with Engine.open(tmp_path / "data", options()) as engine:
         for number in range(60):
             put(engine, ns, [number, *range(300)])
-            pages.demand_whole(tmp_path / "data" / "index" / "data.mdb")
+            validate.require_whole(tmp_path / "data" / "index" / "data.mdb")
             if number % 3 == 2:
                 engine.make_room(engine.stats().budget_bytes - engine.used_bytes + 40_000)
-                pages.demand_whole(tmp_path / "data" / "index" / "data.mdb")
+                validate.require_whole(tmp_path / "data" / "index" / "data.mdb")
         assert find(engine, ns, [59, *range(300)]).n_tokens == 301
 
 
 def test_the_walk_and_the_digest_see_what_is_not_an_index(tmp_path: Path) -> None:
     """Nothing at all is whole; a few bytes are not."""
-    pages.demand_whole(tmp_path / "nothing")
-    assert pages.digest(tmp_path / "nothing") == ""
+    validate.require_whole(tmp_path / "nothing")
+    assert validate.digest(tmp_path / "nothing") == ""
     (tmp_path / "few").write_bytes(b"few")
     with pytest.raises(CorruptDataError):
-        pages.demand_whole(tmp_path / "few")
-    assert pages.digest(tmp_path / "few")
+        validate.require_whole(tmp_path / "few")
+    assert validate.digest(tmp_path / "few")
 
 
 def test_a_check_without_repair_leaves_an_orderly_stop_orderly(tmp_path: Path) -> None:
     """The index is still what the stop left."""
     damage.prepare(tmp_path / "data")
-    before = pages.digest(tmp_path / "data" / "index" / "data.mdb")
+    before = validate.digest(tmp_path / "data" / "index" / "data.mdb")
     assert check_directory(tmp_path / "data").findings == []
-    assert pages.digest(tmp_path / "data" / "index" / "data.mdb") == before
+    assert validate.digest(tmp_path / "data" / "index" / "data.mdb") == before

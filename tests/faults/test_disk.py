@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.blocks import Reason
+from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Fs, Selection
 from kvstore.errors import DirectoryError, KVStoreError
 from tests.faults import cuts, disk, kills
 from tests.faults.table import spread
 from tests.faults.workload import GROWN, KEPT, NS
-from tests.support.engine import demand_sound, find, namespace, options, put, sequence
+from tests.support.engine import find, namespace, options, put, require_sound, sequence
 
 DAY_S = 86_400.0
 SECRET = namespace("secret")
@@ -102,7 +102,7 @@ def test_without_descriptors_stores_wait_and_nothing_is_condemned(tmp_path: Path
         engine.maintain()
         assert engine.stats().degraded == "" and engine.stats().quarantined == 0
         assert put(engine, NS, GROWN).reason is Reason.OK
-        demand_sound(engine)
+        require_sound(engine)
 
 
 def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: P
     with Engine.open(tmp_path / "data", options()) as again:
         assert not again.is_displaced()
         assert put(again, NS, GROWN).reason is Reason.OK
-        demand_sound(again)
+        require_sound(again)
 
 
 class Volume(Fs):
@@ -147,7 +147,7 @@ def test_a_directory_that_was_away_for_a_while_has_lost_nothing(tmp_path: Path, 
         for turn in range(2):
             engine.maintain()
             assert engine.stats().degraded and not engine.recheck(match.slices[turn].row.key)
-        demand_sound(other)
+        require_sound(other)
     (tmp_path / "data").rename(tmp_path / "other")
     (tmp_path / "away").rename(tmp_path / "data")
     volume.free = 1 << 40
@@ -157,7 +157,7 @@ def test_a_directory_that_was_away_for_a_while_has_lost_nothing(tmp_path: Path, 
     engine.close()
     with Engine.open(tmp_path / "away", options()) as again:
         assert find(again, NS, KEPT).n_tokens == len(KEPT)
-        demand_sound(again)
+        require_sound(again)
 
 
 def test_nothing_is_changed_in_a_directory_that_took_the_place_of_another(tmp_path: Path) -> None:
@@ -194,10 +194,10 @@ def test_nothing_is_changed_in_a_directory_that_took_the_place_of_another(tmp_pa
         other = tmp_path / "second" / path.relative_to(tmp_path / "reference")
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
     with Engine.open(tmp_path / "second", limits) as engine:
-        demand_sound(engine)
+        require_sound(engine)
         assert find(engine, SECRET, KEPT).n_tokens == len(KEPT)
     with Engine.open(tmp_path / "first", limits) as engine:
-        demand_sound(engine)
+        require_sound(engine)
 
 
 @pytest.mark.parametrize("jump", [-3 * DAY_S, 3 * DAY_S])
@@ -216,4 +216,4 @@ def test_a_clock_that_jumps_days_changes_no_answer_and_no_order(tmp_path: Path, 
         engine.evict(Selection(bytes=1))
         assert [find(engine, NS, tokens).n_tokens for tokens in sequences[:2]] == [41, 0]
         assert engine.evict(Selection(idle_s=4 * DAY_S), dry_run=True).blocks == 0
-        demand_sound(engine)
+        require_sound(engine)

@@ -41,7 +41,7 @@ def data_dir(tmp_path: Path) -> Iterator[tuple[Path, int]]:
         yield tmp_path / "data", peak
 
 
-def demand_gone(data_dir: Path, prompts: dict[str, planted.Prompt], kept: set[Path]) -> None:
+def require_gone(data_dir: Path, prompts: dict[str, planted.Prompt], kept: set[Path]) -> None:
     """In the blob folders is what was there before, and what only its frames give away; nothing outside was touched."""
     taken_in = {prompts[name].path(data_dir) for name in planted.TAKEN_IN}
     assert set((data_dir / "blobs.noindex").glob("*/*.safetensors")) == kept | taken_in
@@ -78,7 +78,7 @@ def test_what_is_planted_is_never_served_and_costs_no_memory(data_dir: tuple[Pat
             assert_rows(hit.layers, LAYOUT, KEPT)
         assert daemon.process.poll() is None
         assert peak_mib(daemon.process.pid) - before_mib < GROWTH_MIB
-        demand_gone(place, prompts, kept)
+        require_gone(place, prompts, kept)
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log_text()
 
@@ -107,7 +107,7 @@ def test_an_offline_repair_of_what_is_planted_costs_no_memory(data_dir: tuple[Pa
     assert len(corrupt) == len(prompts) - len(planted.TAKEN_IN)
     (place / "staging").mkdir(exist_ok=True)
     with Engine.open(place, options()):
-        demand_gone(place, prompts, kept)
+        require_gone(place, prompts, kept)
     assert check_directory(place).findings == []
 
 

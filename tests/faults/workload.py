@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvstore.blocks import Reason, pack_tokens
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.engine import Engine, Fs, Lease, Selection, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
@@ -23,11 +23,11 @@ from tests.support.engine import (
     HYBRID,
     blob_path,
     blob_paths,
-    demand_right,
     namespace,
     options,
     put,
     put_checkpoint,
+    require_right,
 )
 
 NS, MIXED = namespace(), namespace("mixed", HYBRID)
@@ -329,22 +329,22 @@ def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]
                 engine.check(repair=True)
         with promised("in order"):
             engine.maintain()  # what a stop left of namespaces that were evicted goes now
-            _demand_order(engine)
+            _require_order(engine)
         for each, (ns, tokens, exact) in SEQUENCES.items():
             match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
             with promised(f"wrong bytes: {each}"):
-                demand_right(engine, match, pack_tokens(tokens))
+                require_right(engine, match, pack_tokens(tokens))
             if each in gone and match.n_tokens:
                 wrong.append(f"returned: {each}, {match.n_tokens} tokens")
             if each in owed and match.n_tokens != len(tokens):
                 wrong.append(f"lost: {each}, {match.n_tokens} of {len(tokens)} tokens")
         with promised("goes on"):
             assert put(engine, NS, LONGER).reason is Reason.OK
-            _demand_order(engine)
+            _require_order(engine)
     return wrong
 
 
-def _demand_order(engine: Engine) -> None:
+def _require_order(engine: Engine) -> None:
     """A check finds nothing, and every file has its row. Sizes are not compared: ext4 allocates when it likes."""
     found = engine.check().findings
     assert not found, found

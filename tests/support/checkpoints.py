@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 
-from kvstore.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState
 from kvstore.codecs import device
 from kvstore.codecs.states import StateCapture
-from kvstore.keys import chain_keys, checkpoint_key
-from kvstore.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState
+from kvstore.core.keys import chain_keys, checkpoint_key
+from kvstore.core.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 from tests.support.synthetic import make_layers, prefix_seeds
 
 WINDOW_ROWS = 32
@@ -118,7 +118,7 @@ def assert_cache(got: Sequence[KVLayer | StateLayer], layout: Layout, tokens: Se
                 assert mx.array_equal(a[:, :, : len(tokens)], b).item()
 
 
-def seal_states(capture: StateCapture) -> tuple[tuple[LayerState, ...], bytes]:
+def finish_states(capture: StateCapture) -> tuple[tuple[LayerState, ...], bytes]:
     """States with offsets and checksums, and the payload that they describe."""
     payload = b"".join(capture.views())
     at, sealed = 0, []

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.blocks import (
+from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
     TOKEN_BYTES,
@@ -24,9 +24,9 @@ from kvstore.blocks import (
     count_tokens,
     pack_tokens,
 )
+from kvstore.core.keys import Namespace, block_key, chain_keys, checkpoint_key
+from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
-from kvstore.keys import Namespace, block_key, chain_keys, checkpoint_key
-from kvstore.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec
 
 LAYOUT = Layout((LayerSpec(PartSpec(1, 2, "F32"), PartSpec(1, 2, "F32")),) * 2)
 
@@ -122,15 +122,15 @@ def find(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details
     """Match a whole sequence, verifying that what it names is on disk and belongs to these tokens."""
     packed = pack_tokens(tokens)
     match = engine.match(ns.root, packed, **details)
-    demand_right(engine, match, packed)
+    require_right(engine, match, packed)
     return match
 
 
-def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
+def require_right(engine: Engine, match: Match, packed: bytes) -> None:
     """Every slice has the tokens asked for, and its file the values of its own tokens."""
     at = 0
     if match.checkpoint is not None:
-        demand_right_states(engine, match.checkpoint)
+        require_right_states(engine, match.checkpoint)
     with engine.reader(match.slices, open_max=4) as reader:
         for number, part in enumerate(match.slices):
             width = part.take * TOKEN_BYTES
@@ -148,7 +148,7 @@ def demand_right(engine: Engine, match: Match, packed: bytes) -> None:
     assert match.checkpoint is None or match.checkpoint.end == match.n_tokens
 
 
-def demand_right_states(engine: Engine, row: Row) -> None:
+def require_right_states(engine: Engine, row: Row) -> None:
     """The file of a checkpoint has the bytes that belong to its key."""
     with engine.reader([Slice(row, row.n_tokens)]) as reader:
         for state in row.block.states:
@@ -173,7 +173,7 @@ def blob_paths(data_dir: Path) -> set[Path]:
     return set((data_dir / "blobs.noindex").rglob("*.safetensors"))
 
 
-def demand_sound(engine: Engine) -> None:
+def require_sound(engine: Engine) -> None:
     """No finding, every file has its row, and the counter is what the disk says."""
     assert engine.check().findings == []
     rows = engine.list_blocks(limit=1 << 30)

@@ -14,7 +14,16 @@ from typing import Any
 import grpc
 
 from kvstore.blobs.ranges import FileSource
-from kvstore.blocks import (
+from kvstore.client.prefixes import prefix_keys
+from kvstore.codecs.assemble import dense_bytes, dense_runs
+from kvstore.codecs.byte_plan import HitBlock, layer_ranges
+from kvstore.codecs.device import Capture
+from kvstore.codecs.encode import encode_run
+from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.runs import payload_run
+from kvstore.codecs.states import StateCapture, state_ranges
+from kvstore.config import Config
+from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
     TOKEN_BYTES,
@@ -25,23 +34,14 @@ from kvstore.blocks import (
     pack_tokens,
     unpack_tokens,
 )
-from kvstore.client.prefixes import prefix_keys
-from kvstore.codecs.assemble import dense_bytes, dense_runs
-from kvstore.codecs.device import Capture
-from kvstore.codecs.encode import encode_run
-from kvstore.codecs.profiles import parse_profile
-from kvstore.codecs.runs import payload_run
-from kvstore.codecs.segments import HitBlock, layer_ranges
-from kvstore.codecs.states import StateCapture, state_ranges
-from kvstore.config import Config
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, Piece
-from kvstore.records import runs_to_record
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, Piece
+from kvstore.core.records import runs_to_record
 from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.checkpoints import checkpoint_place, make_cache, seal_states
-from tests.support.stored import seal_runs, write_source
+from tests.support.checkpoints import checkpoint_place, finish_states, make_cache
+from tests.support.stored import finish_runs, write_source
 
 HANG_S = 30.0
 
@@ -141,7 +141,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         for index, key in enumerate(prefix_keys(self.namespace.root, self.tokens)):
             piece = Piece(index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, len(tokens)))
             raw = payload_run(layout, b"".join(capture.piece_views(layout, piece)), piece.n_tokens)
-            runs, payload = seal_runs([encode_run(layout, raw, parse_profile(profile))])
+            runs, payload = finish_runs([encode_run(layout, raw, parse_profile(profile))])
             source = write_source(self.directory / f"{index}.safetensors", payload)
             self.blocks.append(FakeBlock(key, piece.n_tokens, runs, payload, source))
 
@@ -149,7 +149,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         """Hold the window and state layers after so many of the tokens held."""
         for position in positions:
             tokens = unpack_tokens(self.tokens)[:position]
-            states, payload = seal_states(StateCapture(make_cache(self.namespace.layout, tokens)))
+            states, payload = finish_states(StateCapture(make_cache(self.namespace.layout, tokens)))
             key, _, _ = checkpoint_place(self.namespace.root, pack_tokens(tokens))
             source = write_source(self.directory / f"checkpoint-{position}.safetensors", payload)
             self.checkpoints[position] = FakeCheckpoint(key, states, payload, source)

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from kvstore.blocks import Reason
 from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
 from kvstore.config import Config
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, StateLayer
+from kvstore.core.blocks import Reason
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, StateLayer
 
 Layers = Sequence[KVLayer | StateLayer]
 

@@ -8,10 +8,10 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from kvstore.blocks import BLOCK_TOKENS
-from kvstore.codecs.base import codec_of
-from kvstore.codecs.channel import GROUP_TOKENS, channel_recipe
-from kvstore.layers import PartSpec
+from kvstore.codecs.codec import codec_of
+from kvstore.codecs.per_channel import GROUP_TOKENS, channel_recipe
+from kvstore.core.blocks import BLOCK_TOKENS
+from kvstore.core.layers import PartSpec
 
 Tokens = tuple[int, ...]
 # bfloat16 `[1, 1, tokens, width]` of a sequence's keys or values in one layer, as a model computed them.

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvstore.blocks import Recipe
 from kvstore.codecs.codebooks import codebook
+from kvstore.core.blocks import Recipe
 
 Array = np.ndarray[Any, Any]
 

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 import kvstore
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.integrations import mlx_lm as kv
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, Layout, StateLayer
 from tests.support.models import build_tiny, fill
 from tests.support.tiny_configs import VOCAB
 from tests.support.topologies import TOPOLOGIES

@@ -13,8 +13,8 @@ from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.config import Config
-from kvstore.keys import Namespace
-from kvstore.layers import PARTS, KVLayer, Layout, PartSpec
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS, KVLayer, Layout, PartSpec
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
 from tests.support.synthetic import MX_DTYPES

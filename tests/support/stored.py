@@ -10,14 +10,14 @@ import numpy as np
 import xxhash
 
 from kvstore.blobs.ranges import BufferReader, FileSource
-from kvstore.blocks import Run
+from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.runs import EncodedRun, stacks_of
-from kvstore.codecs.segments import HitBlock, layer_ranges
+from kvstore.core.blocks import Run
 
 PAYLOAD_OFFSET = 128
 
 
-def seal_runs(runs: Sequence[EncodedRun]) -> tuple[tuple[Run, ...], bytes]:
+def finish_runs(runs: Sequence[EncodedRun]) -> tuple[tuple[Run, ...], bytes]:
     """Runs with offsets and checksums, and the payload that they describe."""
     payload = bytearray()
     sealed: list[Run] = []

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from kvstore.keys import Namespace
-from kvstore.layers import KVLayer, LayerSpec, Layout, PartSpec
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 
 MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 STEP_TOKENS = 256

@@ -7,8 +7,8 @@ import logging
 import threading
 from pathlib import Path
 
-from kvstore.blobs.base import TMP_SUFFIX
 from kvstore.blobs.fs import Fs, write_durably
+from kvstore.blobs.protocol import TMP_SUFFIX
 from kvstore.errors import CorruptDataError
 from kvstore.quality import Calibrated, Quality
 

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from kvstore.blocks import Block, LayerState, Run, StateArray
+from kvstore.core.blocks import Block, LayerState, Run, StateArray
+from kvstore.core.layers import PARTS, ArraySpec, LayerSpec, Layout
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PARTS, ArraySpec, LayerSpec, Layout
 
 # A chunked window's buffer grows by the tokens that come, rounded up to 256; a cut of a few tokens leaves it as it is.
 CAPACITY_SLACK = 1024

@@ -20,9 +20,9 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, StateArray, Tensor
+from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, RAW, Stack, StateArray, Tensor
+from kvstore.core.records import DIMENSIONS_MAX, unpack_record
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.records import DIMENSIONS_MAX, unpack_record
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LAYERS_MAX = 4096

@@ -8,10 +8,10 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 import xxhash
 
-from kvstore.blocks import Recipe, Run, Tensor
 from kvstore.codecs.device import Bytes
+from kvstore.core.blocks import Recipe, Run, Tensor
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
-from kvstore.layers import PartSpec
 
 
 class Codec(Protocol):

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvstore import rules
 from kvstore.blobs.ranges import Range
-from kvstore.blocks import RAW, Block, Recipe, Run, Stack, Tensor
-from kvstore.codecs.base import BlockCorruptError, ByteCodec, codec_of, packer_of
+from kvstore.codecs.codec import BlockCorruptError, ByteCodec, codec_of, packer_of
+from kvstore.core import rules
+from kvstore.core.blocks import RAW, Block, Recipe, Run, Stack, Tensor
+from kvstore.core.layers import Layout, PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import Layout, PartSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -322,7 +322,7 @@ class Block:
         """Whether the block has fewer tokens than a full one."""
         return self.n_tokens < BLOCK_TOKENS
 
-    def demand_whole(self) -> None:
+    def require_whole(self) -> None:
         """CorruptDataError unless the runs cover the tokens, or the states stand alone after the last full block."""
         if self.is_checkpoint:
             if self.runs or self.n_tokens >= BLOCK_TOKENS or not self.end:

@@ -49,7 +49,7 @@ def write_private(path: Path, data: bytes) -> None:
         os.fsync(fd)
 
 
-def demand_private_directory(path: Path, elsewhere: str) -> None:
+def require_private_directory(path: Path, elsewhere: str) -> None:
     """DirectoryError, naming the fix, when others could enter the directory. `elsewhere`: what else to do.
 
     A directory that is shared is not to be closed to those who share it, so then the way out is another place.

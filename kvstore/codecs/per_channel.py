@@ -23,12 +23,12 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from kvstore.blocks import RAW, Recipe, Tensor
 from kvstore.codecs import packing
 from kvstore.codecs.affine import BITS, reaches
-from kvstore.codecs.base import register
+from kvstore.codecs.codec import register
+from kvstore.core.blocks import RAW, Recipe, Tensor
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 
 GROUP_TOKENS = 64
 

@@ -13,19 +13,19 @@ from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, Range, RangeReader
-from kvstore.bounds import ByteBudget
 from kvstore.codecs.assemble import dense_runs
-from kvstore.codecs.base import BlockCorruptError
+from kvstore.codecs.byte_plan import HitBlock, layer_ranges
+from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
-from kvstore.codecs.segments import HitBlock, layer_ranges
 from kvstore.codecs.states import state_ranges
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.layers import Layout
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
-from kvstore.layers import Layout
 from kvstore.server.decode import decode_piece, pieces
 from kvstore.server.fetch import FetchPlan
 from kvstore.server.lane import Lane
-from kvstore.server.sender import BATCH_BYTES, BATCHES_MAX, Frames
+from kvstore.server.stream_out import BATCH_BYTES, BATCHES_MAX, Frames
 from kvstore.wire.frames import CHUNK_BYTES, layer_frame
 
 # Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.

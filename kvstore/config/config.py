@@ -19,11 +19,9 @@ from typing import Any
 
 import platformdirs
 
-from kvstore import values
+from kvstore.config import parsers
+from kvstore.config.parsers import GB, MIB, Address, parse_address
 from kvstore.errors import ConfigError
-from kvstore.values import GB, MIB, SOCKET_PATH_BYTES_MAX, Address, parse_address, parse_size
-
-__all__ = ["KEYS", "SOCKET_PATH_BYTES_MAX", "Address", "Config", "load_config", "parse_address", "parse_size"]
 
 ENV_PREFIX = "KVSTORE_"
 ENV_CONFIG = "KVSTORE_CONFIG"
@@ -52,195 +50,198 @@ class Config:
     """
 
     data_dir: Path = _key(
-        values.directory,
+        parsers.directory,
         "Directory of the store: blobs, index, staging. On macOS Application Support, elsewhere ~/.local/share.",
         "path",
         default_factory=_default_data_dir,
     )
     listen: str = _key(
-        values.listen,
+        parsers.listen,
         "Where the daemon listens and clients connect: unix:/path, or host:port with the keys below.",
         "address",
         default="unix:~/.kvstore/kvstore.sock",
     )
     insecure_tcp: bool = _key(
-        values.switch,
+        parsers.switch,
         "Allow TCP without TLS, or without asking who connects: whoever reaches the port may read, write and evict.",
         "switch",
         default=False,
     )
     tls_cert: str = _key(
-        values.file,
+        parsers.file,
         "Certificate chain of this end, PEM: the daemon's, or a client's where tls_ca asks for one.",
         "file",
         default="",
     )
-    tls_key: str = _key(values.file, "Private key of tls_cert, PEM, 0600.", "file", default="")
+    tls_key: str = _key(parsers.file, "Private key of tls_cert, PEM, 0600.", "file", default="")
     tls_ca: str = _key(
-        values.file,
+        parsers.file,
         "CA that the other end's certificate must come from, PEM. Set in a daemon: clients must have one too.",
         "file",
         default="",
     )
     token_file: str = _key(
-        values.file,
+        parsers.file,
         "Lines `worker TOKEN` or `admin TOKEN`, 0600: what a daemon on TCP takes, what a client sends.",
         "file",
         default="",
     )
     encrypt: str = _key(
-        values.choice("off", "tenants", "all"),
+        parsers.choice("off", "tenants", "all"),
         "Which new namespaces are encrypted at rest: none, those with a salt, or all. They are served by stream only.",
         "choice",
         default="off",
     )
     encryption_key: str = _key(
-        values.secret,
+        parsers.secret,
         "The key for that: a file of 64 hex digits, 0600, or keychain:NAME. Without it what is encrypted is lost.",
         "file",
         default="",
     )
     keys_dir: str = _key(
-        values.file,
+        parsers.file,
         "Where their wrapped keys lie, outside data_dir, 0700. Empty: the user's state directory. Not for backups.",
         "path",
         default="",
     )
     budget_bytes: int = _key(
-        values.size(),
+        parsers.size(),
         "Most bytes on disk for everything in data_dir. 0: the lesser of 100 GB and 15 % of what is free.",
         "size",
         default=0,
     )
     free_floor_bytes: int = _key(
-        values.size(),
+        parsers.size(),
         "Free bytes to leave on the volume; below it nothing is written. 0: the greater of 20 GB and 5 % of it.",
         "size",
         default=0,
     )
     memory_bytes: int = _key(
-        values.size(MIB),
+        parsers.size(MIB),
         "Most bytes in queues and buffers of one process, daemon or worker.",
         "size",
         default=512 * MIB,
     )
     gpu_memory_bytes: int = _key(
-        values.size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
+        parsers.size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
     )
     durability: str = _key(
-        values.choice("commit", "full", "none"),
+        parsers.choice("commit", "full", "none"),
         "commit: synced to the file system. full: the drive is flushed too. none: no syncs, rebuilt after a crash.",
         "choice",
         default="commit",
     )
     profile: str = _key(
-        values.profile,
+        parsers.profile,
         "How KV is kept: exact, safe, balanced, compact, tiny, or auto: the smallest that was calibrated and passed.",
         "profile",
         default="auto",
     )
     min_quantize_tokens: int = _key(
-        values.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
+        parsers.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
     )
     quality_gate: bool = _key(
-        values.switch,
+        parsers.switch,
         "Refuse profiles that `kvstore calibrate` measured as too lossy; auto takes only what was measured and passed.",
         "switch",
         default=True,
     )
     quality_kl_mean_max: float = _key(
-        values.number,
+        parsers.number,
         "Mean KL of the next token, restored against cold, that a profile may cost.",
         "nats",
         default=0.01,
     )
-    quality_kl_p99_max: float = _key(values.number, "The same, 99th percentile of positions.", "nats", default=0.1)
+    quality_kl_p99_max: float = _key(parsers.number, "The same, 99th percentile of positions.", "nats", default=0.1)
     quality_top1_min: float = _key(
-        values.number, "Share of positions whose most likely token must stay the same.", "share", default=0.95
+        parsers.number, "Share of positions whose most likely token must stay the same.", "share", default=0.95
     )
     quality_nll_delta_max: float = _key(
-        values.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
+        parsers.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
     )
     quality_answer_loss_max: float = _key(
-        values.number, "Loss that answers of arithmetic in the prefix may gain, a token.", "nats", default=0.02
+        parsers.number, "Loss that answers of arithmetic in the prefix may gain, a token.", "nats", default=0.02
     )
     min_prefix_tokens: int = _key(
-        values.whole(1),
+        parsers.whole(1),
         "A shorter common prefix is a miss: fetching it costs more than it saves.",
         "tokens",
         default=32,
     )
     lease_s: int = _key(
-        values.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
+        parsers.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
     )
     stream_stall_s: int = _key(
-        values.whole(1), "A call whose worker sends, or takes, nothing for this long is ended.", "seconds", default=10
+        parsers.whole(1), "A call whose worker sends, or takes, nothing for this long is ended.", "seconds", default=10
     )
     upload_idle_s: int = _key(
-        values.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
+        parsers.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
     )
     scrub_bytes_per_s: int = _key(
-        values.size(),
+        parsers.size(),
         "Bytes a second that are read to verify blobs nobody asked for. 0: none.",
         "size",
         default=4 * MIB,
     )
     scrub_interval_days: int = _key(
-        values.whole(1), "How many days after all blobs were verified they are verified again.", "count", default=7
+        parsers.whole(1), "How many days after all blobs were verified they are verified again.", "count", default=7
     )
     fetch_connect_ms: int = _key(
-        values.whole(1), "A worker's fetch gives up when there is no connection after this.", "milliseconds", default=50
+        parsers.whole(1),
+        "A worker's fetch gives up when there is no connection after this.",
+        "milliseconds",
+        default=50,
     )
     fetch_stall_ms: int = _key(
-        values.whole(1), "A worker's fetch gives up when no bytes arrive for this long.", "milliseconds", default=500
+        parsers.whole(1), "A worker's fetch gives up when no bytes arrive for this long.", "milliseconds", default=500
     )
     fetch_total_ms: int = _key(
-        values.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
+        parsers.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
     )
     slow_hits: bool = _key(
-        values.switch,
+        parsers.switch,
         "Servers take what is stored also where computing it is expected to be faster.",
         "switch",
         default=False,
     )
     checkpoints_max: int = _key(
-        values.whole(1),
+        parsers.whole(1),
         "Most checkpoints kept along one sequence, for models with sliding-window or recurrent layers.",
         "count",
         default=8,
     )
     checkpoint_share_percent: int = _key(
-        values.whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
+        parsers.whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
     )
     message_bytes_max: int = _key(
-        values.size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB
+        parsers.size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB
     )
     tokens_max: int = _key(
-        values.whole(1),
+        parsers.whole(1),
         "Longest sequence; its token ids (8 bytes each) must fit in a message.",
         "tokens",
         default=4 * MIB,
     )
-    uploads_max: int = _key(values.whole(1), "Most uploads open at once, all workers together.", "count", default=64)
+    uploads_max: int = _key(parsers.whole(1), "Most uploads open at once, all workers together.", "count", default=64)
     staging_bytes: int = _key(
-        values.size(), "Most bytes of the uploads open at once. 0: half of the budget.", "size", default=0
+        parsers.size(), "Most bytes of the uploads open at once. 0: half of the budget.", "size", default=0
     )
     upload_bytes_per_s_min: int = _key(
-        values.size(1), "An upload that is slower than this, over all of it, is dropped.", "size", default=MIB
+        parsers.size(1), "An upload that is slower than this, over all of it, is dropped.", "size", default=MIB
     )
-    calls_max: int = _key(values.whole(1), "Most calls under way, all workers together.", "count", default=256)
-    connection_calls_max: int = _key(values.whole(1), "Most calls under way on one connection.", "count", default=64)
+    calls_max: int = _key(parsers.whole(1), "Most calls under way, all workers together.", "count", default=256)
+    connection_calls_max: int = _key(parsers.whole(1), "Most calls under way on one connection.", "count", default=64)
     connections_max: int = _key(
-        values.whole(1),
+        parsers.whole(1),
         "Most clients at work at once; four times as many connections.",
         "count",
         default=256,
     )
     grace_s: int = _key(
-        values.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
+        parsers.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
     )
     log_level: str = _key(
-        values.choice("debug", "info", "warning", "error"),
+        parsers.choice("debug", "info", "warning", "error"),
         "Least level that the daemon logs.",
         "choice",
         default="info",

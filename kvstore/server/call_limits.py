@@ -23,13 +23,13 @@ from typing import Any
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from kvstore.bounds import ByteBudget
 from kvstore.config import Config
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
 from kvstore.server import callers
 from kvstore.server.callers import Callers, caller_name
-from kvstore.server.edge import Context, abort
 from kvstore.server.refusals import Refusals
+from kvstore.server.rpc_errors import Context, abort
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 RETRY_S = 0.2

@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from kvstore.access import (
+from kvstore.config import Config
+from kvstore.config.certificates import require_valid
+from kvstore.config.credentials import (
     ADMIN_NAME,
     BEARER,
     METADATA_KEY,
@@ -20,11 +22,10 @@ from kvstore.access import (
     load_credentials,
     scope_of_token,
 )
-from kvstore.certificates import demand_valid
-from kvstore.config import Config
 from kvstore.errors import ConfigError, CredentialsError, KVStoreError, ScopeError
-from kvstore.server.admission import refusing
-from kvstore.server.edge import Context, abort
+from kvstore.server.call_limits import refusing
+from kvstore.server.rpc_errors import Context, abort
+from kvstore.server.threads import Pool
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # What is not named here takes an admin. A health check tells only that a daemon answers, which the connection did too.
@@ -52,7 +53,7 @@ def daemon_credentials(config: Config) -> Credentials:
                 "certificates; `kvstore cert` makes both"
             )
     credentials = load_credentials(config)
-    demand_valid(credentials.validities)
+    require_valid(credentials.validities)
     return credentials
 
 
@@ -82,7 +83,7 @@ def _certificates(credentials: Credentials) -> Any:
     return grpc.ssl_server_certificate_configuration(pairs, credentials.ca or None)
 
 
-async def keep_up(files: CredentialFiles) -> None:
+async def keep_up(files: CredentialFiles, admin: Pool) -> None:
     """Read tokens, keys and CAs again when their files change, and tell daily when certificates end. Never returns.
 
     Looked at all the time rather than at a token that is refused: one that was taken out of the file is to be refused
@@ -90,7 +91,7 @@ async def keep_up(files: CredentialFiles) -> None:
     """
     while not files.is_empty:
         await asyncio.sleep(LOOK_EVERY_S)
-        await asyncio.to_thread(files.renew)
+        await admin(files.renew)
         files.tell_end()
 
 

@@ -81,7 +81,7 @@ def warn_of_end(validities: tuple[Validity, ...]) -> None:
             log.warning("%s: %s expires in %d days; `kvstore cert` makes another", one.setting, one.path, left)
 
 
-def demand_valid(validities: tuple[Validity, ...]) -> None:
+def require_valid(validities: tuple[Validity, ...]) -> None:
     """ConfigError for what is not valid now."""
     for one in validities:
         if trouble := one.trouble(datetime.datetime.now(datetime.UTC)):

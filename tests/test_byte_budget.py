@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvstore.bounds import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 
 
 def test_what_is_acquired_counts_until_it_is_released() -> None:

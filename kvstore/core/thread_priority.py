@@ -18,7 +18,7 @@ BACKGROUND_NICE = 10
 _QOS_CLASS_UTILITY = 0x11
 
 
-def give_way() -> None:
+def lower_thread_priority() -> None:
     """Lower the priority of the calling thread, for good: raising it again takes privileges.
 
     Linux: niceness, unless it is higher already. macOS: the quality of service class "utility", which has not been run

@@ -17,11 +17,11 @@ from mlx_lm import server as mlx_lm_server
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_tokenizer
 
-from kvstore.integrations import segments
+from kvstore.integrations import checkpoints
+from kvstore.integrations.checkpoints import NEAR_TOKENS, Prefill, SegmentedGenerator, merge, message_ends
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
-from kvstore.integrations.segments import NEAR_TOKENS, Prefill, SegmentedGenerator, merge, message_ends
 from tests.support.agent import SYSTEM, TEMPLATE, with_template
 from tests.support.fake_store import FakeClient
 from tests.support.generators import Loaded, arguments_of, request_of
@@ -297,7 +297,7 @@ def start(folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
     assert digests.wait(folder, 30.0)
     monkeypatch.setattr(mlx_lm_server, "stream_generate", mlx_lm_server.stream_generate)
     monkeypatch.setattr(mlx_lm_server, "ResponseGenerator", mlx_lm_server.ResponseGenerator)
-    segments.plug_in(mlx_lm_server)
+    checkpoints.plug_in(mlx_lm_server)
     made: list[Any] = []
 
     def new(name: str = "qwen3_5", **flags: Any) -> Any:

@@ -9,7 +9,10 @@ from pathlib import Path
 import grpc
 import pytest
 
-from kvstore.access import (
+from kvstore.cli import cert
+from kvstore.client.results import reason_of
+from kvstore.config import Config
+from kvstore.config.credentials import (
     ADMIN_NAME,
     BEARER,
     METADATA_KEY,
@@ -21,13 +24,10 @@ from kvstore.access import (
     scope_of_token,
     token_to_present,
 )
-from kvstore.blocks import Reason
-from kvstore.cli import cert
-from kvstore.client.results import reason_of
-from kvstore.config import Config
+from kvstore.config.private_files import SECRET_BYTES_MAX, read_private, write_private
+from kvstore.core.blocks import Reason
 from kvstore.errors import ConfigError, CredentialsError, DirectoryError, ScopeError
-from kvstore.private import SECRET_BYTES_MAX, read_private, write_private
-from kvstore.server.access import bearer, daemon_credentials, scope_of_method
+from kvstore.server.authorize import bearer, daemon_credentials, scope_of_method
 from kvstore.wire.status import to_status
 
 W, A = "w" * 32, "a" * 32
@@ -71,7 +71,7 @@ def test_a_secret_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     """They could change it, and would know it."""
     path = secret_file(tmp_path)
     uid = os.geteuid()
-    monkeypatch.setattr("kvstore.private.os.geteuid", lambda: uid + 1)
+    monkeypatch.setattr("kvstore.config.private_files.os.geteuid", lambda: uid + 1)
     with pytest.raises(DirectoryError, match=f"belongs to user id {uid}"):
         read_private(path)
 
@@ -140,7 +140,7 @@ def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
         seen.append((len(a), len(b)))
         return compare(a, b)
 
-    monkeypatch.setattr("kvstore.access.hmac.compare_digest", spy)
+    monkeypatch.setattr("kvstore.config.credentials.hmac.compare_digest", spy)
     for presented in (W, A, "", "x" * 1000):
         scope_of_token(presented, TOKENS)
     assert seen == [(32, 32)] * 8
@@ -217,7 +217,7 @@ def test_a_changed_file_that_cannot_be_used_leaves_the_last_one_in_force(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Said once if it stays so, not while it is being written; each change that holds is one line."""
-    caplog.set_level("INFO", "kvstore.access")
+    caplog.set_level("INFO", "kvstore.config.credentials")
     path = secret_file(tmp_path)
     files = CredentialFiles(Config(listen="h:1", insecure_tcp=True, token_file=str(path)))
     assert not files.renew() and not caplog.records

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import xxhash
 
-from kvstore.blocks import (
+from kvstore.core.blocks import (
     BLOCK_TOKENS,
     ITEM_BYTES,
     KEY_BYTES,
@@ -90,7 +90,7 @@ def block_from_record(record: bytes) -> Block:
         namespace,
         states_from_list(states),
     )
-    block.demand_whole()
+    block.require_whole()
     return block
 
 

@@ -1,9 +1,8 @@
-"""Whether an LMDB file may be given to LMDB. Pure reading, no LMDB: what it maps it believes.
+"""Validates an LMDB file before LMDB opens it. LMDB trusts every offset that it reads.
 
-LMDB follows page numbers and offsets as they stand in the file; a damaged one ends the process (SIGSEGV, SIGBUS), or
-leads to another row. So the file is vouched for before it is mapped: after an orderly stop by its digest, which the
-stop wrote down; otherwise by a walk over every page that LMDB would come to. What the walk cannot see, a changed byte
-inside a value, the checksum of each row does (`kvstore.engine.rows`).
+A damaged page would end the process (SIGSEGV, SIGBUS) or lead to another row. After an orderly stop the file is
+compared with the digest that the stop wrote down; otherwise every page that LMDB would reach is walked. A changed byte
+inside a value is not found here: the checksum of each row finds it (`kvstore.engine.rows`).
 
 The layout (LMDB 0.9, data version 1, little-endian, 64 bits), as far as it is needed here:
 
@@ -248,7 +247,7 @@ def _is_less(a: bytes | int, b: bytes | int) -> bool:
     return a < b  # type: ignore[operator]  # both numbers in the tree of free pages, else both bytes
 
 
-def demand_whole(path: Path) -> None:
+def require_whole(path: Path) -> None:
     """Walk all trees of the newest transaction; CorruptDataError unless LMDB can follow every one of them.
 
     An index that is not there, or has no bytes yet, is whole. About 8 s for a million blocks.
@@ -259,14 +258,14 @@ def demand_whole(path: Path) -> None:
         return
     try:
         if os.fstat(fd).st_size:
-            _demand_trees(_File(fd))
+            _require_trees(_File(fd))
     except (OSError, struct.error) as error:
         raise CorruptDataError(f"index: it cannot be read: {error}") from error
     finally:
         os.close(fd)
 
 
-def _demand_trees(file: _File) -> None:
+def _require_trees(file: _File) -> None:
     for _, flags, size, data, _ in _Walk(file, file.main, 0).run():
         if flags != _SUBTREE or size != _TREE.size:
             raise CorruptDataError("index: among the trees stands something else")
@@ -275,10 +274,10 @@ def _demand_trees(file: _File) -> None:
                 raise CorruptDataError("index: a tree inside a tree")
     free = list(_Walk(file, file.free, _INTEGER_KEYS).run())
     for _, _, size, data, number in free:
-        _demand_free(file, file.read(number, _HEADER.size, size) if number else data)
+        _require_free(file, file.read(number, _HEADER.size, size) if number else data)
 
 
-def _demand_free(file: _File, data: bytes) -> None:
+def _require_free(file: _File, data: bytes) -> None:
     """A list of pages that LMDB would write to next: within the file, descending, and nobody's."""
     count = int.from_bytes(data[:8], "little")
     if len(data) % 8 or not 0 <= count <= len(data) // 8 - 1:

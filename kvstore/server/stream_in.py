@@ -11,9 +11,9 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from kvstore.bounds import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, LimitError
-from kvstore.server.sender import BATCH_BYTES
+from kvstore.server.stream_out import BATCH_BYTES
 from kvstore.server.uploads import Upload, Uploads
 from kvstore.wire.frames import UploadBytes
 

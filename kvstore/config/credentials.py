@@ -20,10 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvstore.certificates import Validity, check_authorities, check_pair, warn_of_end
-from kvstore.config import Config
+from kvstore.config.certificates import Validity, check_authorities, check_pair, warn_of_end
+from kvstore.config.config import Config
+from kvstore.config.private_files import read_private
 from kvstore.errors import ConfigError, DirectoryError
-from kvstore.private import read_private
 
 TOKEN_CHARACTERS_MIN = 32
 # The common name of a client certificate that may use admin verbs. Any other that the CA signed is a worker's.

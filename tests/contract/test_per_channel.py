@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blocks import RAW, Recipe
 from kvstore.codecs.affine import BITS, affine_recipe
-from kvstore.codecs.base import codec_of
-from kvstore.codecs.channel import channel_recipe
+from kvstore.codecs.codec import codec_of
+from kvstore.codecs.per_channel import channel_recipe
+from kvstore.core.blocks import RAW, Recipe
+from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
-from kvstore.layers import PartSpec
 from tests.support import reference
 
 MX = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from kvstore.client.sender import Sender
-from kvstore.priority import BACKGROUND_NICE, give_way
+from kvstore.client.session_thread import Sender
+from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
 from kvstore.server.threads import Threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the niceness of a thread is what Linux has")
@@ -55,7 +55,7 @@ def test_of_the_daemons_threads_only_the_one_that_commits_gives_way() -> None:
 def test_a_thread_that_is_nicer_already_stays_so() -> None:
     """A worker that was started with `nice -n 15` is not made to compete harder."""
     program = (
-        "import os, threading; from kvstore.priority import give_way; give_way(); "
+        "import os, threading; from kvstore.core import thread_priority; thread_priority.lower_thread_priority(); "
         "print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))"
     )
     command = ["nice", "-n", "15", sys.executable, "-c", program]
@@ -70,5 +70,5 @@ def test_a_system_that_refuses_leaves_the_thread_as_it_is(monkeypatch: pytest.Mo
 
     before = niceness()
     monkeypatch.setattr(os, "setpriority", refuse)
-    give_way()
+    lower_thread_priority()
     assert niceness() == before

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from kvstore.priority import give_way
+from kvstore.core.thread_priority import lower_thread_priority
 
 J = TypeVar("J")
 
@@ -88,7 +88,7 @@ class Sender(Generic[J]):
             self._changed.notify_all()
 
     def _run(self) -> None:
-        give_way()  # to the threads that decode, in this process and in the others
+        lower_thread_priority()  # to the threads that decode, in this process and in the others
         while (job := self._take()) is not None:
             try:
                 (self._work if time.monotonic() < self._give_up_at else self._drop)(job)

@@ -14,7 +14,12 @@ from typing import Any
 
 import grpc
 
-from kvstore.access import (
+from kvstore.client.breaker import CircuitBreaker
+from kvstore.client.health import NOT_THERE, Health
+from kvstore.client.notices import WritesNotice
+from kvstore.client.trust import GuardingInterceptor, SocketGuard
+from kvstore.config import Config
+from kvstore.config.credentials import (
     BEARER,
     CLIENT_KEY,
     METADATA_KEY,
@@ -23,11 +28,7 @@ from kvstore.access import (
     Scope,
     token_to_present,
 )
-from kvstore.client.breaker import CircuitBreaker
-from kvstore.client.health import NOT_THERE, Health
-from kvstore.client.notices import WritesNotice
-from kvstore.client.trust import GuardingInterceptor, SocketGuard
-from kvstore.config import Config
+from kvstore.core.process import FORKED, connecting, is_forked, unless_forked
 from kvstore.errors import (
     CredentialsError,
     DeadlineError,
@@ -39,7 +40,6 @@ from kvstore.errors import (
     UnavailableError,
     UntrustedError,
 )
-from kvstore.process import FORKED, connecting, is_forked, unless_forked
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
 from kvstore.wire.status import from_rpc_error
@@ -102,7 +102,7 @@ class _Presenter(
 
 
 def open_channel(config: Config, credentials: Credentials) -> Any:
-    """A channel to the configured address. Without `tls_ca` the system's CAs vouch for the daemon."""
+    """A channel to the configured address. Without `tls_ca` the system's CAs verify the daemon's certificate."""
     options = [*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
     if config.address.path or not config.tls:
         return grpc.insecure_channel(config.address.target, options=options)

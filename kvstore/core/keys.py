@@ -15,10 +15,10 @@ from typing import Any
 
 import msgpack
 
-from kvstore.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES
+from kvstore.core.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES
+from kvstore.core.layers import Layout
+from kvstore.core.records import unpack_record
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.layers import Layout
-from kvstore.records import unpack_record
 
 _ROOT_TAG = b"kvstore/root/v1\0"
 _BLOCK_TAG = b"kvstore/block/v1\0"

@@ -1,6 +1,6 @@
 """What a blob store is: how blobs are named, and the protocol behind which their bytes lie.
 
-    put      write all bytes under a temporary name; `Pending.land` makes them durable and gives the blob its name
+    put      write all bytes under a temporary name; `Pending.sync_and_rename` makes the blob durable, under its name
     sync     make the names of one namespace durable
     reader   read byte ranges of blobs
     delete   take names away
@@ -93,7 +93,7 @@ class BlobReader(RangeReader, Protocol):
 class Pending(Protocol):
     """A blob that is written in full and has no name yet. Exactly one of both is to be called, on any thread."""
 
-    def land(self) -> None:
+    def sync_and_rename(self) -> None:
         """Make the bytes durable and give the blob its name. Raises OSError; then nothing of it is left."""
 
     def abandon(self) -> None:

@@ -1,0 +1,32 @@
+"""The configuration, and the private files that it names: keys, tokens and certificates."""
+
+from __future__ import annotations
+
+from kvstore.config.config import (
+    ENV_CONFIG,
+    ENV_PREFIX,
+    KEYS,
+    Config,
+    automatic_budget_bytes,
+    automatic_floor_bytes,
+    default_config_path,
+    keys_home,
+    load_config,
+)
+from kvstore.config.parsers import SOCKET_PATH_BYTES_MAX, Address, parse_address, parse_size
+
+__all__ = [
+    "ENV_CONFIG",
+    "ENV_PREFIX",
+    "KEYS",
+    "SOCKET_PATH_BYTES_MAX",
+    "Address",
+    "Config",
+    "automatic_budget_bytes",
+    "automatic_floor_bytes",
+    "default_config_path",
+    "keys_home",
+    "load_config",
+    "parse_address",
+    "parse_size",
+]
