@@ -11,12 +11,12 @@ import mlx.core as mx
 import pytest
 
 from kvstore.client.client import Client
-from kvstore.client.prefixes import prefix_keys
 from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 from kvstore.codecs.device import Capture
 from kvstore.codecs.states import describe
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer, Layout, StateLayer, cut_pieces
 from kvstore.wire.convert import states_from_bytes
 from tests.support.checkpoints import (
@@ -322,7 +322,7 @@ def test_states_without_a_byte_are_a_checkpoint_too(daemon: FakeDaemon) -> None:
         for by_path in (True, False):
             daemon.by_path, daemon.tokens = by_path, b""
             daemon.known_checkpoints.clear()
-            session._held.forget(pack_tokens([1, 2, 3]))
+            session._held.forget(session._chain(pack_tokens([1, 2, 3])))
             assert session.store([1, 2, 3], cache, wait=True).durable
             assert daemon.uploads[-1].data == b""
             assert daemon.uploads[-1].reply.wants_states
@@ -484,11 +484,16 @@ def test_a_rejected_hit_is_reported_and_no_longer_believed_to_be_held(holding: F
     """The end of its blocks, and its checkpoint; then it is stored again."""
     assert hit_of(session.fetch(TOKENS)).n_tokens == 601
     found = pack_tokens(TOKENS[:601])
-    assert session._held.holds_checkpoint(found) and session._held.held_tokens(found) == 601
+    assert (
+        session._held.holds_checkpoint(session._chain(found))
+        and session._held.held_tokens(session._chain(found)) == 601
+    )
     session.reject(TOKENS[:601], "no such layer")
-    assert not session._held.holds_checkpoint(found) and not session._held.held_tokens(found)
+    assert not session._held.holds_checkpoint(session._chain(found)) and not session._held.held_tokens(
+        session._chain(found)
+    )
     assert session.flush(5)
-    assert holding.reports == [prefix_keys(holding.namespace.root, found)[-1], holding.checkpoints[601].key]
+    assert holding.reports == [Chain(holding.namespace.root, found).block_keys()[-1], holding.checkpoints[601].key]
 
 
 @pytest.mark.parametrize("representation", ["packed", "dense"])

@@ -307,9 +307,9 @@ def test_layers_come_one_by_one_and_are_those_of_these_tokens(session: Session, 
     assert (hit.n_tokens, hit.reason) == (601, Reason.OK)
     packed = pack_tokens(TOKENS[:601])
     layers = [next(hit.layers)]
-    assert session._held.held_tokens(packed) == 0
+    assert session._held.held_tokens(session._chain(packed)) == 0
     layers += hit.layers
-    assert session._held.held_tokens(packed) == 601
+    assert session._held.held_tokens(session._chain(packed)) == 601
     assert_rows(layers, LAYOUT, TOKENS[:-1])  # type: ignore[arg-type]
     assert (session.stats.hits, session.stats.hit_tokens) == (1, 601)
 
@@ -325,7 +325,7 @@ def test_a_layer_that_does_not_verify_raises_in_the_middle(daemon: FakeDaemon, s
     assert [next(hit.layers).n_tokens for _ in range(2)] == [601, 601]
     with pytest.raises(CorruptDataError):
         next(hit.layers)
-    assert session._held.held_tokens(pack_tokens(TOKENS[:601])) == 0
+    assert session._held.held_tokens(session._chain(pack_tokens(TOKENS[:601]))) == 0
     assert session.flush(5)
     assert daemon.reports == [daemon.blocks[1].key]
 

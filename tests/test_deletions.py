@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Selection, check_directory
 from kvstore.errors import DirectoryError
 from tests.support.engine import (
@@ -31,7 +32,7 @@ TOMBSTONES = "settings/tombstones"
 SELECTIONS: dict[str, Callable[[Engine], Selection]] = {
     "all": lambda engine: Selection(all=True),
     "namespace": lambda engine: Selection(namespace_prefix=NS.root),
-    "prefix": lambda engine: Selection(key_prefix=engine.match(NS.root, pack_tokens(PROMPT)).slices[0].row.key),
+    "prefix": lambda engine: Selection(key_prefix=engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices[0].row.key),
     "idle": lambda engine: Selection(namespace_prefix=NS.root, idle_s=1e-6),
     "bytes": lambda engine: Selection(namespace_prefix=NS.root, bytes=1 << 40),
 }
@@ -55,7 +56,7 @@ def test_what_was_evicted_under_a_lease_does_not_return_after_a_kill(
     """The files were still there for a reader, and the index may be empty or gone: neither brings them back."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, PROMPT)
-        rows = [part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]
+        rows = [part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]
         with engine.lease(rows):
             engine.evict(SELECTIONS[what](engine))
             copy = killed(tmp_path / "data", lose_index=lose_index)
@@ -73,7 +74,7 @@ def test_an_offline_repair_obeys_tombstones_without_an_index(tmp_path: Path) -> 
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, PROMPT)
         put(engine, OTHER, PROMPT[:300])
-        with engine.lease([part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]):
+        with engine.lease([part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]):
             engine.evict(Selection(namespace_prefix=NS.root))
             copy = killed(tmp_path / "data", lose_index=True)
     check_directory(copy, repair=True)
@@ -86,7 +87,7 @@ def test_an_offline_check_does_not_report_what_was_deleted(tmp_path: Path) -> No
     """Files with a tombstone are known; the check changes nothing."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, PROMPT)
-        with engine.lease([part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]):
+        with engine.lease([part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]):
             engine.evict(Selection(all=True))
             copy = killed(tmp_path / "data")
     before = blob_paths(copy)
@@ -100,7 +101,7 @@ def test_durability_none_obeys_deletions_after_a_kill(tmp_path: Path, lose_index
     with Engine.open(tmp_path / "data", options(durability="none")) as engine:
         put(engine, NS, PROMPT)
         put(engine, OTHER, PROMPT[:300])
-        with engine.lease([part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]):
+        with engine.lease([part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]):
             engine.evict(Selection(namespace_prefix=NS.root))
             copy = killed(tmp_path / "data", lose_index=lose_index)
     with Engine.open(copy, options(durability="none")) as engine:
@@ -178,7 +179,7 @@ def test_freed_counts_only_what_left_the_disk(tmp_path: Path) -> None:
     """What a reader still needs is told apart, and counted as used until it goes."""
     with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, NS, PROMPT)
-        rows = [part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]
+        rows = [part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]
         sizes = [engine._shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in rows]
         size = sizes[0]
         with engine.lease(rows[:3]):
@@ -232,7 +233,7 @@ def test_what_a_repair_deletes_is_kept_for_its_readers_and_does_not_return(tmp_p
     fs = NoUnlink()
     with Engine.open(tmp_path / "data", options(), fs) as engine:
         put(engine, NS, PROMPT)
-        _, second, third, fourth = (part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices)
+        _, second, third, fourth = (part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices)
         blob_path(engine, second).unlink()
         with engine.lease([third]):
             fs.broken = True
@@ -270,7 +271,7 @@ def test_without_room_for_a_tombstone_the_reader_loses_its_file(tmp_path: Path) 
 
     with Engine.open(tmp_path / "data", options(), NoTombstones()) as engine:
         put(engine, NS, PROMPT)
-        with engine.lease([part.row for part in engine.match(NS.root, pack_tokens(PROMPT)).slices]):
+        with engine.lease([part.row for part in engine.match(Chain(NS.root, pack_tokens(PROMPT))).slices]):
             report = engine.evict(Selection(all=True))
             assert (report.blocks, report.kept_bytes) == (4, 0)
             assert not blob_paths(tmp_path / "data")
@@ -282,8 +283,8 @@ def test_what_the_engine_deletes_by_itself_under_a_lease_does_not_return(tmp_pat
     with Engine.open(tmp_path / "data", options(checkpoints_max=1)) as engine:
         put(engine, OTHER, PROMPT[:600])
         put_checkpoint(engine, OTHER, PROMPT[:520])
-        match = engine.match(OTHER.root, pack_tokens(PROMPT[:520]), exact=True)
-        tail = engine.match(OTHER.root, pack_tokens(PROMPT[:600])).slices[-1].row
+        match = engine.match(Chain(OTHER.root, pack_tokens(PROMPT[:520])), exact=True)
+        tail = engine.match(Chain(OTHER.root, pack_tokens(PROMPT[:600]))).slices[-1].row
         assert match.checkpoint is not None
         row = tail if how == "replaced" else match.checkpoint
         path = blob_path(engine, row)

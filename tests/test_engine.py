@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason, pack_tokens
-from kvstore.core.keys import chain_keys
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, NewBlock, Selection
 from kvstore.errors import (
     ConfigError,
@@ -365,7 +365,7 @@ def test_files_are_private_under_any_umask(tmp_path: Path) -> None:
 def test_names_of_blobs_say_what_they_hold(engine: Engine) -> None:
     """Key and number in the name, one folder for one namespace."""
     put(engine, NS, list(range(600)))
-    keys = chain_keys(NS.root, pack_tokens(list(range(600))))
+    keys = Chain(NS.root, pack_tokens(list(range(600)))).keys()
     paths = blob_paths(engine.staging_dir.parent)
     assert {path.parent.name for path in paths} == {NS.root.hex()}
     assert {path.name.split("-")[0] for path in paths} >= {key.hex() for key in keys}
@@ -444,7 +444,7 @@ def test_a_closed_engine_refuses_and_closes_twice(tmp_path: Path) -> None:
     engine.close()
     engine.close()
     with pytest.raises(DirectoryError):
-        engine.match(NS.root, pack_tokens([1, 2]))
+        engine.match(Chain(NS.root, pack_tokens([1, 2])))
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
@@ -462,7 +462,7 @@ def test_a_damaged_row_is_corrupt_and_not_an_accident(engine: Engine) -> None:
         with engine._shared.index.edit() as edit:
             edit._txn.put(info.row.key, info.row.value[:cut], db=edit._db["rows"])
         with pytest.raises(CorruptDataError):
-            [part.row.block for part in engine.match(NS.root, pack_tokens(range(10))).slices]
+            [part.row.block for part in engine.match(Chain(NS.root, pack_tokens(range(10)))).slices]
 
 
 def test_many_threads_store_match_and_evict(tmp_path: Path) -> None:
@@ -475,7 +475,7 @@ def test_many_threads_store_match_and_evict(tmp_path: Path) -> None:
                 receipt = put(engine, NS, tokens)
                 assert receipt.reason in (Reason.OK, Reason.DEPENDENCY_LOST, Reason.STORE_FULL)
                 packed = pack_tokens(tokens)
-                match = engine.match(NS.root, packed)
+                match = engine.match(Chain(NS.root, packed))
                 with engine.lease(part.row for part in match.slices):
                     engine.touch(match.slices)
                     # Gone meanwhile is a shorter prefix; other bytes than those of the tokens are an error.

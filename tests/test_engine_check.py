@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, NewBlock, Selection, check_directory
 from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
@@ -44,7 +45,7 @@ def flip(path: Path, at: int = -1) -> None:
 
 def paths_of(engine: Engine, tokens: list[int] = LONG) -> list[Path]:
     """The files of a sequence."""
-    return [blob_path(engine, part.row) for part in engine.match(NS.root, pack_tokens(tokens)).slices]
+    return [blob_path(engine, part.row) for part in engine.match(Chain(NS.root, pack_tokens(tokens))).slices]
 
 
 def test_a_damaged_blob_is_quarantined_with_what_comes_after_it(tmp_path: Path) -> None:
@@ -112,14 +113,14 @@ def damage_stray(engine: Engine) -> None:
 
 
 def damage_row(engine: Engine) -> None:
-    row = engine.match(NS.root, pack_tokens(LONG)).slices[2].row
+    row = engine.match(Chain(NS.root, pack_tokens(LONG))).slices[2].row
     with engine._shared.index.edit() as edit:
         edit._txn.delete(row.key, db=edit._db["rows"])
 
 
 def damage_table(engine: Engine) -> None:
     with engine._shared.index.edit() as edit:
-        edit.table.resize(engine.match(NS.root, pack_tokens(LONG)).slices[1].row.key, 12345)
+        edit.table.resize(engine.match(Chain(NS.root, pack_tokens(LONG))).slices[1].row.key, 12345)
 
 
 def damage_children(engine: Engine) -> None:

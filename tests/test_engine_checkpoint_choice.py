@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.core.blocks import Reason
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Match
 from kvstore.engine.thinning import chain_of, spare
 from tests.support.engine import HYBRID, checkpoint, find, namespace, options, put_checkpoint, require_sound, sequence
@@ -118,7 +119,7 @@ def test_other_chains_are_left_alone(engine: Engine) -> None:
         store(engine, tokens, [300, *range(400, 1600, 100)])
     assert ends_of(engine).count(300) == 1 and len(ends_of(engine)) == 1 + 4 * (KEEP - 1)
     with engine._shared.index.view() as view:
-        last = engine.match(NS.root, sequence_bytes([*SYSTEM, -2, *range(1500)]), exact=True).checkpoint
+        last = engine.match(Chain(NS.root, sequence_bytes([*SYSTEM, -2, *range(1500)])), exact=True).checkpoint
         assert last is not None and last.end == 1500
         chain = chain_of(view, last)
         assert [row.end for row in chain] == sorted(row.end for row in chain) and len(chain) == KEEP

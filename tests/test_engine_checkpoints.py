@@ -13,7 +13,7 @@ import pytest
 import xxhash
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Match, NewBlock, Selection, Slice, check_directory
 from kvstore.engine.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_found_at_and_after_its_position_and_after_a_restart(tmp
             assert sum(part.take for part in match.slices) == best
             usual = Reason.OK if asked == best else Reason.UNKNOWN_PREFIX
             assert match.reason is (Reason.NO_CHECKPOINT if best < min(asked, 600) else usual)
-            held = engine.checkpoint_at(ns.root, pack_tokens(range(asked)))
+            held = engine.checkpoint_at(Chain(ns.root, pack_tokens(range(asked))))
             assert (held == match.checkpoint) if asked == best else held is None
         require_sound(engine)
 
@@ -370,7 +370,7 @@ def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None
     """Written with the next commit or the close; entries of children that are lost are found and mended."""
     with Engine.open(tmp_path / "data", options()) as engine:
         engine.store(NS.to_record(), with_checkpoints(NS, LONG, [100, 550]))
-        marked = engine.checkpoint_at(NS.root, pack_tokens(LONG[:100]))
+        marked = engine.checkpoint_at(Chain(NS.root, pack_tokens(LONG[:100])))
         assert marked is not None
         engine.mark_divergence(marked)
         engine.mark_divergence(find(engine, NS, LONG).slices[0].row)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import Reason, pack_tokens
-from kvstore.core.keys import chain_keys
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Selection
 from kvstore.engine.directory import DirectoryLock
 from kvstore.errors import DirectoryError, KVStoreError
@@ -127,7 +127,7 @@ def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path:
                 raise OSError(errno.ENOSPC, "no room")
             super().fsync(fd)
 
-    keys = chain_keys(NS.root, pack_tokens(range(5 * 256)))
+    keys = Chain(NS.root, pack_tokens(range(5 * 256))).keys()
     with Engine.open(tmp_path / "data", options(), Refusing()) as engine:
         receipt = put(engine, NS, list(range(5 * 256)))
         assert (receipt.blocks, receipt.reason) == (refused, Reason.STORE_FULL)
@@ -246,7 +246,7 @@ def test_a_clean_stop_is_trusted_and_an_unreadable_lock_file_is_not(tmp_path: Pa
     data[-1] ^= 1
     path.write_bytes(data)
     with Engine.open(tmp_path / "data", options()) as engine:
-        assert engine.match(NS.root, pack_tokens(range(300))).n_tokens == 300
+        assert engine.match(Chain(NS.root, pack_tokens(range(300)))).n_tokens == 300
     (tmp_path / "data" / "lock").write_bytes(b'{"pid": 1, "cle')
     with Engine.open(tmp_path / "data", options()) as engine:
         assert find(engine, NS, list(range(300))).n_tokens == 0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kvstore.blobs.encrypted import HEADER_BYTES
 from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
 from kvstore.engine.rows import LEVEL_TOKENS
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
@@ -119,7 +120,7 @@ def test_checkpoints_of_an_encrypted_namespace_come_back(tmp_path: Path) -> None
         HELD.append(engine.encrypt(ns.root))
         put(engine, ns, CANARY)
         put_checkpoint(engine, ns, CANARY[:600])
-        match = engine.match(ns.root, pack_tokens(CANARY), exact=True)
+        match = engine.match(Chain(ns.root, pack_tokens(CANARY)), exact=True)
         assert match.n_tokens == 600
         require_right(engine, match, pack_tokens(CANARY[:600]))
         state = bytes(memoryview(checkpoint(ns, CANARY[:600]).buffers[0]))
@@ -176,7 +177,7 @@ def test_a_dropped_key_makes_all_of_it_a_miss_at_once_and_for_good(tmp_path: Pat
     with opened(tmp_path) as engine:
         put(engine, NS, CANARY)
         put(engine, PLAIN, CANARY)
-        kept = engine.match(NS.root, pack_tokens(CANARY))
+        kept = engine.match(Chain(NS.root, pack_tokens(CANARY)))
         assert engine.shred(NS.root[:4], dry_run=True) == 1
         assert engine.shred(NS.root[:4]) == 1
         assert engine.shred(NS.root[:4]) == 0
@@ -203,14 +204,14 @@ def test_a_checkpoint_whose_key_was_dropped_is_no_checkpoint(tmp_path: Path) -> 
         HELD.append(engine.encrypt(ns.root))
         put(engine, ns, tokens)
         put_checkpoint(engine, ns, tokens)
-        assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is not None
+        assert engine.checkpoint_at(Chain(ns.root, pack_tokens(tokens))) is not None
         engine.shred(ns.root)
         HELD.append(engine.encrypt(ns.root))
         put(engine, ns, tokens)
-        assert engine.checkpoint_at(ns.root, pack_tokens(tokens)) is None
-        assert engine.match(ns.root, pack_tokens(tokens), exact=True).n_tokens == 0
+        assert engine.checkpoint_at(Chain(ns.root, pack_tokens(tokens))) is None
+        assert engine.match(Chain(ns.root, pack_tokens(tokens)), exact=True).n_tokens == 0
         put_checkpoint(engine, ns, tokens)
-        match = engine.match(ns.root, pack_tokens(tokens), exact=True)
+        match = engine.match(Chain(ns.root, pack_tokens(tokens)), exact=True)
         assert match.checkpoint is not None
         require_right(engine, match, pack_tokens(tokens))
 
@@ -511,7 +512,7 @@ def test_nothing_is_stored_once_the_keys_were_deleted_underneath(tmp_path: Path)
     HELD.clear()
     gc.collect()
     with opened(tmp_path, b"") as engine:
-        assert engine.match(NS.root, pack_tokens(CANARY)).reason is Reason.KEY_MISSING
+        assert engine.match(Chain(NS.root, pack_tokens(CANARY))).reason is Reason.KEY_MISSING
     with Engine.open(tmp_path / "data", options(master_key=MASTER, keys_dir=tmp_path / "keys")) as engine:
         engine.evict(Selection(namespace_prefix=NS.root))
         HELD.append(engine.encrypt(NS.root))

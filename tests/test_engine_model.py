@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Selection
 from kvstore.engine.match import best_child
 from kvstore.engine.rows import LEVEL_TOKENS, Code, Row, token_code
@@ -141,9 +141,9 @@ def test_an_exact_match_ends_at_the_longest_checkpoint_that_blocks_cover(
 
 def store_checkpoint(engine: Engine, ns: Namespace, tokens: list[int], fidelity: int) -> None:
     """It is found at once, unless what it was computed on is not there, and never makes anything worse."""
-    before = engine.checkpoint_at(ns.root, pack_tokens(tokens))
+    before = engine.checkpoint_at(Chain(ns.root, pack_tokens(tokens)))
     assert engine.store(ns.to_record(), [checkpoint(ns, tokens, fidelity)]).reason is Reason.OK
-    after = engine.checkpoint_at(ns.root, pack_tokens(tokens))
+    after = engine.checkpoint_at(Chain(ns.root, pack_tokens(tokens)))
     assert after is not None and after.end == len(tokens)
     assert after.fidelity == max(fidelity, before.fidelity if before else 0)
 
@@ -151,7 +151,7 @@ def store_checkpoint(engine: Engine, ns: Namespace, tokens: list[int], fidelity:
 def require_longest(engine: Engine, ns: Namespace, query: bytes, limit: int, floor: int) -> None:
     """An exact match against all that is stored."""
     held = stored_rows(engine, ns)
-    covered = engine.match(ns.root, query, floor, limit).n_tokens
+    covered = engine.match(Chain(ns.root, query), floor, limit).n_tokens
     ends = [
         row.end
         for row, tokens in held
@@ -164,7 +164,7 @@ def require_longest(engine: Engine, ns: Namespace, query: bytes, limit: int, flo
         assert match.reason in (Reason.NO_CHECKPOINT, Reason.FIDELITY)
         assert match.diverged == bool(ends)
     else:
-        assert match.reason is engine.match(ns.root, query, floor, limit).reason
+        assert match.reason is engine.match(Chain(ns.root, query), floor, limit).reason
 
 
 TAILS = st.lists(

@@ -11,6 +11,7 @@ import pytest
 
 from kvstore.config import Config
 from kvstore.core.blocks import Block, Reason, Recipe, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Row
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
@@ -69,11 +70,11 @@ def test_a_match_decodes_runs_only_until_their_recipes_are_known(
     other = [-1, *TOKENS]
     put(engine, NS, other)
     decoded.clear()
-    assert path.match(NS.root, pack_tokens(TOKENS), 0).n_tokens == 799
+    assert path.match(Chain(NS.root, pack_tokens(TOKENS)), 0).n_tokens == 799
     assert len(decoded) == 4
     decoded.clear()
-    assert path.match(NS.root, pack_tokens(TOKENS), 0).n_tokens == 799
-    assert path.match(NS.root, pack_tokens(other), 0).n_tokens == 800
+    assert path.match(Chain(NS.root, pack_tokens(TOKENS)), 0).n_tokens == 799
+    assert path.match(Chain(NS.root, pack_tokens(other)), 0).n_tokens == 800
     assert decoded == []
 
 
@@ -82,7 +83,7 @@ def test_a_recipe_that_cannot_be_read_ends_every_match_of_it(engine: Engine, pat
     put(engine, NS, TOKENS[:512])
     put_unknown(engine, TOKENS, 512)
     for n_tokens in (800, 800, 400, 800):
-        match = path.match(NS.root, pack_tokens(TOKENS[:n_tokens]), 0)
+        match = path.match(Chain(NS.root, pack_tokens(TOKENS[:n_tokens])), 0)
         expected = (512, Reason.UNKNOWN_RECIPE) if n_tokens > 512 else (n_tokens - 1, Reason.OK)
         assert (match.n_tokens, match.reason) == expected
 
@@ -90,8 +91,8 @@ def test_a_recipe_that_cannot_be_read_ends_every_match_of_it(engine: Engine, pat
 def test_a_plan_decodes_all_that_it_hands_over(engine: Engine, path: FetchPath, decoded: list[Row]) -> None:
     """Whatever matches saw before: a fetch does not promise what it did not look at."""
     put(engine, NS, TOKENS)
-    path.match(NS.root, pack_tokens(TOKENS), 0)
+    path.match(Chain(NS.root, pack_tokens(TOKENS)), 0)
     decoded.clear()
-    plan = path.plan(NS.root, pack_tokens(TOKENS), 0)
+    plan = path.plan(Chain(NS.root, pack_tokens(TOKENS)), 0)
     assert [row.start for row in decoded] == [0, 256, 512, 768]
     plan.release()

@@ -18,6 +18,7 @@ from kvstore.codecs.device import Capture
 from kvstore.codecs.profiles import parse_profile
 from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.core.layers import PARTS, KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.server.fetch import FetchPath
@@ -96,7 +97,7 @@ class Store:
         self.held.add(tokens)
         rows = rows or computed_rows(tokens)
         request = StoreRequest(
-            NAMESPACE.root, NAMESPACE.info, pack_tokens(tokens), 0, restored, fidelity, profile="", states=()
+            Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, restored, fidelity, profile="", states=()
         )
         upload = self.path.begin(request).upload
         if upload is None:
@@ -113,7 +114,7 @@ class Store:
 
     def fetch(self, tokens: Tokens) -> tuple[int, int, Rows]:
         """(length, fidelity, rows) of the longest prefix."""
-        plan = self.fetch_path.plan(NAMESPACE.root, pack_tokens(tokens), FIDELITY_ANY)
+        plan = self.fetch_path.plan(Chain(NAMESPACE.root, pack_tokens(tokens)), FIDELITY_ANY)
         rows: Rows = {}
         if plan.match.n_tokens:
             with self.engine.reader(plan.match.parts) as reader:
@@ -126,7 +127,7 @@ class Store:
 
     def blocks(self, tokens: Tokens) -> list[Block]:
         """The stored blocks of a sequence."""
-        match = self.engine.match(NAMESPACE.root, pack_tokens(tokens), FIDELITY_ANY, len(tokens))
+        match = self.engine.match(Chain(NAMESPACE.root, pack_tokens(tokens)), FIDELITY_ANY, len(tokens))
         assert match.n_tokens == len(tokens)
         return [piece.row.block for piece in match.slices]
 

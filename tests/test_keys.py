@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens, pack_tokens, unpack_tokens
-from kvstore.core.keys import Namespace, NamespaceInfo, block_key, chain_keys, checkpoint_key, root_key
+from kvstore.core.keys import Chain, Namespace, NamespaceInfo, block_key, checkpoint_key, root_key
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import CorruptDataError, InvalidRequestError
 
@@ -30,7 +30,7 @@ def test_keys_equal_the_golden_vectors() -> None:
     tokens = pack_tokens(golden["tokens"])
     assert LAYOUT.digest.hex() == golden["layout_digest"]
     assert NAMESPACE.root.hex() == golden["root"]
-    keys = chain_keys(NAMESPACE.root, tokens)
+    keys = Chain(NAMESPACE.root, tokens).keys()
     assert [key.hex() for key in keys] == golden["chain"]
     tail = tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
     assert block_key(keys[-1], tail).hex() == golden["tail"]
@@ -99,3 +99,45 @@ def test_a_record_that_is_none_is_corrupt_not_a_crash(junk: bytes) -> None:
     """Arbitrary bytes end in the one typed error."""
     with pytest.raises(CorruptDataError):
         NamespaceInfo.from_record(junk)
+
+
+@given(st.lists(st.integers(0, 3), min_size=0, max_size=1100), st.lists(st.integers(0, 4), max_size=6), st.data())
+def test_a_chain_gives_the_keys_of_its_blocks_in_whatever_order_they_are_asked_for(
+    ids: list[int], asked: list[int], data: st.DataObject
+) -> None:
+    """As hashing block after block does, for the prompt and for each of its heads."""
+    tokens = pack_tokens(ids)
+    keys, parent = [], NAMESPACE.root
+    for at in range(0, len(tokens), BLOCK_TOKENS * TOKEN_BYTES):
+        parent = block_key(parent, tokens[at : at + BLOCK_TOKENS * TOKEN_BYTES])
+        keys.append(parent)
+    chain = Chain(NAMESPACE.root, tokens)
+    full = len(ids) // BLOCK_TOKENS
+    for index in asked:
+        if index < full:
+            assert chain.key(index) == keys[index]
+    n_tokens = data.draw(st.integers(0, len(ids)))
+    head = chain.head(n_tokens)
+    assert head.tokens == tokens[: n_tokens * TOKEN_BYTES]
+    assert head.keys() == keys[: n_tokens // BLOCK_TOKENS]
+    assert chain.keys() == keys[:full] and chain.block_keys() == keys
+    assert chain.checkpoint_key() == checkpoint_key(([NAMESPACE.root, *keys])[full], chain.tail)
+
+
+def test_a_block_of_a_chain_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often it is asked for, also by heads that were cut when its key was known."""
+    hashed: list[bytes] = []
+
+    def counted(parent: bytes, tokens: bytes) -> bytes:
+        hashed.append(tokens)
+        return block_key(parent, tokens)
+
+    monkeypatch.setattr("kvstore.core.keys.block_key", counted)
+    chain = Chain(NAMESPACE.root, pack_tokens(range(4 * BLOCK_TOKENS)))
+    chain.key(1)
+    for _ in range(2):
+        chain.keys()
+        chain.block_keys()
+        chain.head(3 * BLOCK_TOKENS).keys()
+        chain.parent(4)
+    assert len(hashed) == 4

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Selection, check_directory
 from kvstore.errors import DirectoryError, InvalidRequestError, KeyMissingError
 from tests.support.engine import blob_paths, find, namespace, options, put, sequence
@@ -46,7 +47,7 @@ def test_a_copy_made_before_a_shred_is_unreadable_after_it(tmp_path: Path, lose_
     if lose_index:
         (tmp_path / "data" / "index" / "data.mdb").unlink()
     with opened(tmp_path) as engine:
-        assert engine.match(SECRET.root, pack_tokens(PROMPT)).n_tokens == 0
+        assert engine.match(Chain(SECRET.root, pack_tokens(PROMPT))).n_tokens == 0
         assert find(engine, PLAIN, PROMPT[:300]).n_tokens == 300
 
 
@@ -61,7 +62,7 @@ def test_a_missing_folder_of_keys_is_key_missing_and_never_a_new_key(tmp_path: P
         (tmp_path / "data" / "index" / "data.mdb").unlink()
     with opened(tmp_path) as engine:
         if not lose_index:
-            assert engine.match(SECRET.root, pack_tokens(PROMPT)).reason is Reason.KEY_MISSING
+            assert engine.match(Chain(SECRET.root, pack_tokens(PROMPT))).reason is Reason.KEY_MISSING
             assert engine.is_encrypted(SECRET.root)
         with pytest.raises(KeyMissingError, match="missing"):
             engine.encrypt(SECRET.root)

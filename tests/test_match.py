@@ -28,7 +28,7 @@ from kvstore.core.blocks import (
     common_tokens,
     pack_tokens,
 )
-from kvstore.core.keys import block_key
+from kvstore.core.keys import Chain, block_key
 from kvstore.engine import Engine, Match, encryption, types
 from kvstore.engine.index import Index, View
 from kvstore.engine.keyring import KeyRing
@@ -131,7 +131,7 @@ def test_a_match_is_the_longest_that_a_search_of_everything_finds(
         for tokens in prompts:
             limit = source.randrange(len(tokens) // TOKEN_BYTES + 1)
             query = tokens[: limit * TOKEN_BYTES]
-            found = longest_prefix(view, ROOT, tokens, limit, fidelity_min)
+            found = longest_prefix(view, Chain(ROOT, tokens), limit, fidelity_min)
             assert found.n_tokens == sum(take for _, _, take in found.rows)
             expected = shelf.longest(ROOT, query, fidelity_min)
             assert expected - (LEVEL_TOKENS - 1 if encrypted else 0) <= found.n_tokens <= expected
@@ -249,10 +249,10 @@ def test_a_match_looks_up_each_block_once_however_many_rows_there_are(
     with loaded(tmp_path / "data", n_rows) as engine:
         looked_up.clear()
         tokens = sequence_tokens(0, BLOCKS * BLOCK_TOKENS)
-        assert engine.match(NS.root, tokens).n_tokens == BLOCKS * BLOCK_TOKENS
+        assert engine.match(Chain(NS.root, tokens)).n_tokens == BLOCKS * BLOCK_TOKENS
         assert len(looked_up) == BLOCKS
         looked_up.clear()
-        assert engine.match(NS.root, sequence_tokens(10**6, 40 * BLOCK_TOKENS)).n_tokens == 0
+        assert engine.match(Chain(NS.root, sequence_tokens(10**6, 40 * BLOCK_TOKENS))).n_tokens == 0
         assert len(looked_up) <= 3
 
 
@@ -266,7 +266,7 @@ def test_a_match_parses_no_row_until_somebody_looks_into_it(tmp_path: Path, monk
 
     monkeypatch.setattr(types, "parse_row", watched)
     with loaded(tmp_path / "data", 2 * BLOCKS) as engine:
-        match = engine.match(NS.root, sequence_tokens(1, BLOCKS * BLOCK_TOKENS))
+        match = engine.match(Chain(NS.root, sequence_tokens(1, BLOCKS * BLOCK_TOKENS)))
         assert (match.n_tokens, match.fidelity, parsed) == (BLOCKS * BLOCK_TOKENS, FIDELITY_EXACT, [])
         assert [part.row.start for part in match.slices] == [number * BLOCK_TOKENS for number in range(BLOCKS)]
         assert [part.row.key for part in match.parts] == parsed
@@ -319,7 +319,7 @@ def test_rows_loaded_in_bulk_are_rows_like_others(tmp_path: Path) -> None:
         for number in range(3):
             tokens = sequence_tokens(number, BLOCKS * BLOCK_TOKENS)
             for n_tokens in (BLOCKS * BLOCK_TOKENS, 2 * BLOCK_TOKENS, 300, 7):
-                match = engine.match(NS.root, tokens[: n_tokens * 8])
+                match = engine.match(Chain(NS.root, tokens[: n_tokens * 8]))
                 assert match.n_tokens == n_tokens
                 assert all(len(part.row.block.runs) == 1 for part in match.slices)
         put(engine, NS, [1, 2, 3])

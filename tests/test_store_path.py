@@ -13,6 +13,7 @@ import pytest
 from kvstore.codecs.device import Capture
 from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.errors import LimitError, NotFoundError, UnavailableError
@@ -42,7 +43,7 @@ class Rig:
     def begin(self, tokens: list[int], profile: str = "", restored: int = 0, fidelity: int = 0) -> StorePlan:
         """Plan a store of which everything was captured."""
         request = StoreRequest(
-            NAMESPACE.root, NAMESPACE.info, pack_tokens(tokens), 0, restored, fidelity, profile, states=()
+            Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, restored, fidelity, profile, states=()
         )
         return self.path.begin(request)
 
@@ -67,7 +68,7 @@ class Rig:
 
     def exact_tokens(self, tokens: list[int]) -> int:
         """How many leading tokens a session that takes exact data only is given."""
-        return self.fetch.match(NAMESPACE.root, pack_tokens([*tokens, 0]), FIDELITY_EXACT).n_tokens
+        return self.fetch.match(Chain(NAMESPACE.root, pack_tokens([*tokens, 0])), FIDELITY_EXACT).n_tokens
 
     def key_files(self) -> list[Path]:
         """Files of namespace keys."""

@@ -18,7 +18,7 @@ from kvstore.bench.shape import Shape
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES
-from kvstore.core.keys import chain_keys
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, EngineOptions
 
 PROFILE = "raw"
@@ -76,12 +76,12 @@ def engine_cases(indexes: Sequence[_Index], stack: contextlib.ExitStack) -> list
     """Hashing alone, then a match in each index, in this process."""
     shape = indexes[0].shape
     root = shape.namespace(PROFILE).root
-    cases = [Case(HASHING, turn(indexes[0].prompts, functools.partial(chain_keys, root)))]
+    cases = [Case(HASHING, turn(indexes[0].prompts, lambda tokens: Chain(root, tokens).keys()))]
     for index in indexes:
         engine = stack.enter_context(Engine.open(index.daemon.folder / "data", EngineOptions(UNLIMITED_BYTES)))
 
         def match(tokens: bytes, engine: Engine = engine) -> None:
-            demand(engine.match(root, tokens).n_tokens, shape.seq_len)
+            demand(engine.match(Chain(root, tokens)).n_tokens, shape.seq_len)
 
         cases.append(Case(f"engine, {index.name}", turn(index.prompts, match), HASHING, at_most=2.0))
     return cases

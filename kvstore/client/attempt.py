@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from kvstore.client.breaker import Deadline
 from kvstore.client.timing import Meter
 from kvstore.codecs import device
+from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer, StateLayer
 
 Layer: TypeAlias = KVLayer | StateLayer
@@ -40,7 +41,7 @@ class Attempt:
     CPU that takes 0.75 of the time that one after the other does. For others decoding stays lazy.
     """
 
-    tokens: bytes
+    chain: Chain
     stall_s: float
     deadline: Deadline
     started: float

@@ -17,7 +17,7 @@ from kvstore.client.session_thread import Sender
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
+from kvstore.core.blocks import BLOCK_TOKENS, Reason
 from kvstore.errors import KVStoreError, LimitError
 
 log = logging.getLogger(__name__)
@@ -125,9 +125,9 @@ class Background:
         """The daemon's final word says what it holds of the sequence, and so what it does not."""
         whole = result.stored_tokens >= job.end
         held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-        self._held.forget(job.tokens, held)
+        self._held.forget(job.chain, held)
         checkpoint = whole and bool(job.checkpoint) and result.reason in (Reason.OK, Reason.ALREADY_STORED)
-        self._held.hold(job.tokens[: held * TOKEN_BYTES], checkpoint=checkpoint)
+        self._held.hold(job.chain.head(held), checkpoint=checkpoint)
 
     def _end(self, job: StoreJob, result: StoreResult) -> None:
         self._stats.stored(result, job.end)

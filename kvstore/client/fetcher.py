@@ -34,9 +34,9 @@ from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.byte_plan import layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.states import assemble_state, state_ranges
-from kvstore.core.blocks import TOKEN_BYTES, Reason
+from kvstore.core.blocks import Reason
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
 from kvstore.wire.convert import namespace_to_message
@@ -104,13 +104,13 @@ class Fetcher:
         self._report = report
         self._path_usable = options.same_host
 
-    def match(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> pb.MatchReply:
+    def match(self, chain: Chain, deadlines: Deadlines, caller: Caller) -> pb.MatchReply:
         """Ask how much a fetch would give. Raises UnavailableError, DeadlineError, or what the daemon answers."""
         deadline = Deadline(deadlines.total_ms / 1e3)
         self._connection.health.look(min(deadlines.connect_ms / 1e3, deadline.left_s))
         request = pb.MatchRequest(
             namespace=self._message,
-            tokens=tokens,
+            tokens=chain.tokens,
             fidelity_min=self._options.fidelity_min,
             prefill_tokens_per_s=caller.prefill_tokens_per_s,
             covered_tokens=caller.covered_tokens,
@@ -120,17 +120,17 @@ class Fetcher:
         )
         return reply
 
-    def _attempt(self, tokens: bytes, deadlines: Deadlines, caller: Caller) -> Attempt:
+    def _attempt(self, chain: Chain, deadlines: Deadlines, caller: Caller) -> Attempt:
         started = time.monotonic()
         deadline = Deadline(deadlines.total_ms / 1e3)
         self._connection.health.look(min(deadlines.connect_ms / 1e3, deadline.left_s))
-        return Attempt(tokens, deadlines.stall_ms / 1e3, deadline, started, caller)
+        return Attempt(chain, deadlines.stall_ms / 1e3, deadline, started, caller)
 
     def fetch(
-        self, tokens: bytes, representation: Representation, transport: Transport, deadlines: Deadlines, caller: Caller
+        self, chain: Chain, representation: Representation, transport: Transport, deadlines: Deadlines, caller: Caller
     ) -> Hit | Miss:
-        """The longest usable prefix of packed `tokens`. Raises any KVStoreError, grpc.RpcError, OSError."""
-        attempt = self._attempt(tokens, deadlines, caller)
+        """The longest usable prefix of a prompt. Raises any KVStoreError, grpc.RpcError, OSError."""
+        attempt = self._attempt(chain, deadlines, caller)
         if representation == "dense":
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
         try:
@@ -141,12 +141,12 @@ class Fetcher:
                 raise
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
 
-    def open(self, tokens: bytes, transport: Transport, deadlines: Deadlines) -> tuple[Plan, Iterator[Layer]]:
+    def open(self, chain: Chain, transport: Transport, deadlines: Deadlines) -> tuple[Plan, Iterator[Layer]]:
         """(plan, layers) of the same, packed; a layer is read when it is asked for, and the plan is never shortened.
 
         Raises as `fetch`, and so do the layers; the deadline runs on between them. Dropping them ends the fetch.
         """
-        attempt = self._attempt(tokens, deadlines, Caller())
+        attempt = self._attempt(chain, deadlines, Caller())
         if transport == "path" or (transport == "auto" and self._path_usable):
             try:
                 return _opened(self._one_by_one(attempt, pb.TRANSPORT_PATH))
@@ -157,7 +157,7 @@ class Fetcher:
 
     def _one_by_one(self, attempt: Attempt, transport: pb.Transport) -> Iterator[Plan | Layer]:
         """The plan, then its layers in order."""
-        request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense=False)
+        request = Request(self._namespace, attempt.chain, self._options.fidelity_min, dense=False)
         with self._call(attempt, request, transport) as (messages, call):
             plan = _plan(messages, request)
             try:
@@ -205,16 +205,16 @@ class Fetcher:
         if sound_tokens < max(1, self._options.min_prefix_tokens):
             return Miss(reason)
         # One token more than is wanted: a fetch leaves the last one.
-        tokens = attempt.tokens[: (sound_tokens + 1) * TOKEN_BYTES]
+        chain = attempt.chain.head(sound_tokens + 1)
         try:
-            answer = self._ask(replace(attempt, tokens=tokens), transport, dense=dense)
+            answer = self._ask(replace(attempt, chain=chain), transport, dense=dense)
         except _DamagedError as second:
             return Miss(second.reason)
         return replace(answer, reason=reason)
 
     def _ask(self, attempt: Attempt, transport: pb.Transport, *, dense: bool) -> Hit | Miss:
         """One Fetch call. A daemon that was asked for paths but gives none streams in the same call."""
-        request = Request(self._namespace, attempt.tokens, self._options.fidelity_min, dense)
+        request = Request(self._namespace, attempt.chain, self._options.fidelity_min, dense)
         with self._call(attempt, request, transport) as (messages, call):
             plan = _plan(messages, request)
             if not plan.n_tokens:
@@ -336,7 +336,7 @@ class Fetcher:
         attempt.deadline.check()
         message = pb.FetchRequest(
             namespace=self._message,
-            tokens=request.tokens,
+            tokens=request.chain.tokens,
             fidelity_min=request.fidelity_min,
             representation=pb.REPRESENTATION_DENSE if request.dense else pb.REPRESENTATION_PACKED,
             transport=transport,

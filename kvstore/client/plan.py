@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.blobs.ranges import FileSource, Range
-from kvstore.client.prefixes import checkpoint_after
 from kvstore.client.results import parse_reason
 from kvstore.codecs.byte_plan import HitBlock
-from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, LayerState, Reason, count_tokens
-from kvstore.core.keys import Namespace, chain_keys
+from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, LayerState, Reason
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import LayerSpec
 from kvstore.core.records import runs_from_record, templates_by_id
 from kvstore.errors import CorruptDataError, LayoutMismatchError
@@ -78,10 +77,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked: whose KV, for which packed tokens, at least how exact, and whether decoded by the daemon."""
+    """What was asked: whose KV, for which prompt, at least how exact, and whether decoded by the daemon."""
 
     namespace: Namespace
-    tokens: bytes
+    chain: Chain
     fidelity_min: int
     dense: bool
 
@@ -117,7 +116,7 @@ def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
 
 
 def _check(plan: Plan, request: Request) -> None:
-    if plan.n_tokens >= count_tokens(request.tokens):
+    if plan.n_tokens >= request.chain.n_tokens:
         raise CorruptDataError(f"a plan of {plan.n_tokens} tokens leaves nothing of the prompt to feed")
     if plan.fidelity < request.fidelity_min:
         raise CorruptDataError("a plan below the fidelity that was asked for")
@@ -139,7 +138,7 @@ def _check(plan: Plan, request: Request) -> None:
 
 def _check_keys(plan: Plan, request: Request) -> None:
     """Full blocks must carry the keys of our own tokens: the last line of defence against another prompt's KV."""
-    own = chain_keys(request.namespace.root, request.tokens)
+    own = request.chain.keys()
     last = len(plan.blocks) - 1
     for index, (block, key) in enumerate(zip(plan.blocks, plan.keys[: last + 1], strict=True)):
         if block.take == BLOCK_TOKENS:
@@ -156,8 +155,7 @@ def _check_checkpoint(plan: Plan, request: Request) -> None:
     if not plan.states:
         return
     _check_ranges(plan.states)
-    tokens = request.tokens[: plan.n_tokens * TOKEN_BYTES]
-    if plan.keys[plan.state_source] != checkpoint_after(request.namespace.root, tokens):
+    if plan.keys[plan.state_source] != request.chain.head(plan.n_tokens).checkpoint_key():
         raise CorruptDataError("the checkpoint of a plan is not of this prompt")
 
 

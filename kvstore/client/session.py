@@ -20,7 +20,7 @@ from kvstore.client.background import Background
 from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
-from kvstore.client.prefixes import HeldPrefixes, checkpoint_after, prefix_keys
+from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
@@ -35,7 +35,7 @@ from kvstore.core.blocks import (
     pack_tokens,
 )
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
 from kvstore.errors import CircuitOpenError, InvalidRequestError, KVStoreError, LimitError, UnavailableError
@@ -100,9 +100,10 @@ class Session:
         self.namespace = namespace
         self.options = options
         self.stats = SessionStats()
+        self._root = namespace.root
         self._connection = connection
         self._rest_until_s = 0.0
-        self._held = HeldPrefixes(namespace.root)
+        self._held = HeldPrefixes()
         self._provenance = provenance.PROCESS
         self._weights = provenance.weights_of(namespace)
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
@@ -125,9 +126,8 @@ class Session:
             if refusal := self._refusal(packed):
                 return Match(0, refusal)
             with self._resting(), self._connection.attempt():
-                reply = self._fetcher.match(
-                    packed, self.options.deadlines, Caller(prefill_tokens_per_s, covered_tokens)
-                )
+                caller = Caller(prefill_tokens_per_s, covered_tokens)
+                reply = self._fetcher.match(self._chain(packed), self.options.deadlines, caller)
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
             _tell("match", error)
@@ -164,7 +164,7 @@ class Session:
         try:
             packed = pack_tokens(tokens)
             caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate, representation == "quantized")
-            answer = self._fetch(packed, representation, transport, total_ms, caller)
+            answer = self._fetch(self._chain(packed), representation, transport, total_ms, caller)
         except KVStoreError as error:
             _tell("fetch", error)
             answer = Miss(reason_of(error), str(error))
@@ -174,9 +174,12 @@ class Session:
         self.stats.fetched(answer)
         return answer
 
+    def _chain(self, packed: bytes) -> Chain:
+        return Chain(self._root, packed)
+
     def _fetch(
         self,
-        tokens: bytes,
+        chain: Chain,
         representation: Representation,
         transport: Transport,
         total_ms: float | None,
@@ -184,23 +187,23 @@ class Session:
     ) -> Hit | Miss:
         if representation not in get_args(Representation) or transport not in get_args(Transport):
             raise InvalidRequestError(f"no such representation or transport: {representation}, {transport}")
-        if refusal := self._refusal(tokens):
+        if refusal := self._refusal(chain.tokens):
             return Miss(refusal)
         limits = self.options.deadlines
-        longest_ms = prefill_share_ms(caller, count_tokens(tokens))
+        longest_ms = prefill_share_ms(caller, chain.n_tokens)
         if longest_ms < ASK_MS:
             return Miss(Reason.SLOWER_THAN_PREFILL)
         total_ms = min(longest_ms, limits.total_ms, math.inf if total_ms is None else total_ms)
         with self._resting(), self._connection.attempt(hurried=total_ms < limits.stall_ms):
-            answer = self._fetcher.fetch(tokens, representation, transport, replace(limits, total_ms=total_ms), caller)
+            answer = self._fetcher.fetch(chain, representation, transport, replace(limits, total_ms=total_ms), caller)
         if answer.n_tokens:
-            found = tokens[: answer.n_tokens * TOKEN_BYTES]
+            found = chain.head(answer.n_tokens)
             self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
             self._provenance.remember(
-                self._weights, found, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT
+                self._weights, found.tokens, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT
             )
         if answer.reason in _ABSENT:
-            self._held.forget(tokens, answer.n_tokens)
+            self._held.forget(chain, answer.n_tokens)
         return answer
 
     def fetch_layers(self, tokens: Iterable[int] | bytes, transport: Transport = "auto") -> LayerHit | Miss:
@@ -214,7 +217,7 @@ class Session:
         answer: LayerHit | Miss
         try:
             packed = pack_tokens(tokens)
-            answer = self._fetch_layers(packed, transport)
+            answer = self._fetch_layers(self._chain(packed), transport)
         except KVStoreError as error:
             _tell("fetch_layers", error)
             answer = Miss(reason_of(error), str(error))
@@ -224,22 +227,22 @@ class Session:
         self.stats.fetched(answer)
         return answer
 
-    def _fetch_layers(self, tokens: bytes, transport: Transport) -> LayerHit | Miss:
+    def _fetch_layers(self, chain: Chain, transport: Transport) -> LayerHit | Miss:
         if transport not in get_args(Transport):
             raise InvalidRequestError(f"no such transport: {transport}")
-        if refusal := self._refusal(tokens):
+        if refusal := self._refusal(chain.tokens):
             return Miss(refusal)
         with self._resting(), self._connection.attempt():
-            plan, layers = self._fetcher.open(tokens, transport, self.options.deadlines)
+            plan, layers = self._fetcher.open(chain, transport, self.options.deadlines)
         if plan.reason in _ABSENT:
-            self._held.forget(tokens, plan.n_tokens)
+            self._held.forget(chain, plan.n_tokens)
         if not plan.n_tokens:
             return Miss(plan.reason)
-        found = tokens[: plan.n_tokens * TOKEN_BYTES]
-        self._provenance.remember(self._weights, found, plan.fidelity)
+        found = chain.head(plan.n_tokens)
+        self._provenance.remember(self._weights, found.tokens, plan.fidelity)
         return LayerHit(plan.n_tokens, self._one_by_one(found, layers), plan.reason, plan.fidelity)
 
-    def _one_by_one(self, found: bytes, layers: Iterator[KVLayer | StateLayer]) -> Iterator[KVLayer | StateLayer]:
+    def _one_by_one(self, found: Chain, layers: Iterator[KVLayer | StateLayer]) -> Iterator[KVLayer | StateLayer]:
         with self._connection.attempt():
             yield from layers
         self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
@@ -291,7 +294,9 @@ class Session:
         if not n_tokens:
             return self._refused(reason)
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
-        request = StoreRequest(tokens[: n_tokens * TOKEN_BYTES], layers, restored_tokens, self.options.fidelity_min)
+        request = StoreRequest(
+            self._chain(tokens[: n_tokens * TOKEN_BYTES]), layers, restored_tokens, self.options.fidelity_min
+        )
         result = StoreResult(reason=Reason.NOT_CAPTURED)
         for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed
             jobs, reason = self._storer.capture(request, deadline, wait=wait)
@@ -320,10 +325,11 @@ class Session:
         none.
         """
         packed = pack_tokens(tokens)
-        self._held.forget(packed)
-        self._background.report(prefix_keys(self.namespace.root, packed)[-1], detail)
+        chain = self._chain(packed)
+        self._held.forget(chain)
+        self._background.report(chain.block_keys()[-1], detail)
         if self.namespace.layout.exact_layers:
-            self._background.report(checkpoint_after(self.namespace.root, packed), detail)
+            self._background.report(chain.checkpoint_key(), detail)
 
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""

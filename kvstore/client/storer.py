@@ -13,9 +13,9 @@ from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, Reason
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.errors import InvalidRequestError
 
@@ -29,9 +29,9 @@ ROOM_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """Packed tokens, the caller's whole cache, and what the caller says came out of the store (None: ask memory)."""
+    """A prompt, the caller's whole cache, and what the caller says came out of the store (None: ask memory)."""
 
-    tokens: bytes
+    chain: Chain
     layers: Sequence[KVLayer | StateLayer]
     restored_tokens: int | None
     fidelity_min: int
@@ -133,8 +133,8 @@ class Storer:
         for room until the deadline. What is left then is copied by the background thread (`Rest`) unless the caller
         asked to `wait`. The checkpoint goes with the last piece, or by itself where that has no room for it.
         """
-        n_tokens = count_tokens(request.tokens)
-        start = self._held.held_tokens(request.tokens)
+        n_tokens = request.chain.n_tokens
+        start = self._held.held_tokens(request.chain)
         state_bytes, reason = self._checkpoint(request)
         jobs: list[StoreJob] = []
         ends = self._ends(start, n_tokens, state_bytes or 0)
@@ -166,7 +166,7 @@ class Storer:
     def next_piece(self, request: StoreRequest, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
         """(the next piece from `start`, whether it is the last); None without room. On the background thread."""
         state_bytes, _ = self._checkpoint(request)
-        n_tokens = count_tokens(request.tokens)
+        n_tokens = request.chain.n_tokens
         ends = self._pieces(start, n_tokens, state_bytes or 0) if start < n_tokens else [n_tokens]
         with_states = state_bytes is not None and len(ends) == 1
         nbytes = (ends[0] - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
@@ -182,9 +182,9 @@ class Storer:
         states = [layer for layer in request.layers if isinstance(layer, StateLayer)]
         if not states:
             return None, Reason.OK
-        if {layer.n_tokens for layer in states} != {count_tokens(request.tokens)}:
+        if {layer.n_tokens for layer in states} != {request.chain.n_tokens}:
             return None, Reason.NO_CHECKPOINT
-        if self._held.holds_checkpoint(request.tokens):
+        if self._held.holds_checkpoint(request.chain):
             return None, Reason.OK
         return sum(state.nbytes for state in describe(request.layers)), Reason.OK
 
@@ -217,7 +217,7 @@ class Storer:
             self._budget.release(nbytes)
             raise
         return StoreJob(
-            tokens=request.tokens[: end * TOKEN_BYTES],
+            chain=request.chain.head(end),
             start=start,
             end=end,
             restored_tokens=min(restored_tokens, end),
@@ -235,7 +235,7 @@ class Storer:
         Of tokens that only the caller knows to be restored, the rank is unknown: the least that the session accepts or
         that any hit had. It is never 0, which is "not said", and refused.
         """
-        known, fidelity = self._provenance.restored(self._weights, request.tokens)
+        known, fidelity = self._provenance.restored(self._weights, request.chain.tokens)
         if request.restored_tokens is None or request.restored_tokens <= known:
             given = known if request.restored_tokens is None else max(0, request.restored_tokens)
             return given, max(1, fidelity)

@@ -18,7 +18,7 @@ from kvstore.client.results import StoreResult, parse_reason
 from kvstore.client.staged import write_staged
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
 from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
@@ -54,7 +54,7 @@ class StoreJob:
     the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
     """
 
-    tokens: bytes
+    chain: Chain
     start: int
     end: int
     restored_tokens: int
@@ -157,7 +157,7 @@ class Uploader:
         request = pb.BeginStoreRequest(
             namespace=self._message,
             layout=self._layout.record,
-            tokens=job.tokens,
+            tokens=job.chain.tokens,
             captured_from=job.start,
             restored_tokens=job.restored_tokens,
             restored_fidelity=job.restored_fidelity,

@@ -25,6 +25,7 @@ _BLOCK_TAG = b"kvstore/block/v1\0"
 _CHECKPOINT_TAG = b"kvstore/checkpoint/v1\0"
 FIELD_BYTES_MAX = 4096
 RECORD_VERSION = 2
+BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,73 @@ def checkpoint_key(parent: bytes, tokens: bytes) -> bytes:
     return hashlib.sha256(_CHECKPOINT_TAG + parent + tokens).digest()
 
 
-def chain_keys(root: bytes, tokens: bytes, block_tokens: int = BLOCK_TOKENS) -> list[bytes]:
-    """Keys of all full blocks of packed `tokens`, in order."""
-    step = block_tokens * TOKEN_BYTES
-    keys: list[bytes] = []
-    parent = root
-    for at in range(0, len(tokens) - step + 1, step):
-        parent = block_key(parent, tokens[at : at + step])
-        keys.append(parent)
-    return keys
+class Chain:
+    """A prompt in one namespace: packed tokens and the keys of their blocks, each hashed once, when asked for.
+
+    Make one where tokens come in, and pass it on: client and daemon then hash a prompt once each. Any thread may call.
+    """
+
+    __slots__ = ("_keys", "_known", "root", "tokens")
+
+    def __init__(self, root: bytes, tokens: bytes) -> None:
+        """`tokens`: 8 bytes each, little-endian; what `pack_tokens` gives."""
+        self.root = root
+        self.tokens = tokens
+        # Of full blocks, the first `_known` of them hashed. Two threads may write the same key to the same place.
+        self._keys = [b""] * (len(tokens) // BLOCK_BYTES)
+        self._known = 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.tokens) // TOKEN_BYTES
+
+    @property
+    def full(self) -> int:
+        """Full blocks of the prompt."""
+        return len(self._keys)
+
+    @property
+    def tail(self) -> bytes:
+        """The packed tokens after the last full block; empty when there are none."""
+        return self.tokens[len(self._keys) * BLOCK_BYTES :]
+
+    def key(self, index: int) -> bytes:
+        """The key of full block `index`."""
+        keys, known = self._keys, self._known
+        if index >= known:
+            parent = keys[known - 1] if known else self.root
+            for number in range(known, index + 1):
+                at = number * BLOCK_BYTES
+                parent = keys[number] = block_key(parent, self.tokens[at : at + BLOCK_BYTES])
+            self._known = index + 1
+        return keys[index]
+
+    def parent(self, index: int) -> bytes:
+        """The key that block `index`, full or not, is stored under: that of the block before it, or the root."""
+        return self.key(index - 1) if index else self.root
+
+    def keys(self) -> list[bytes]:
+        """Keys of all full blocks, in order."""
+        if self._keys:
+            self.key(len(self._keys) - 1)
+        return list(self._keys)
+
+    def block_keys(self) -> list[bytes]:
+        """Keys of all blocks, in order: the full ones, then the tail's if there is one."""
+        keys = self.keys()
+        return [*keys, block_key(self.parent(self.full), self.tail)] if self.tail else keys
+
+    def checkpoint_key(self) -> bytes:
+        """The key of the checkpoint after the last token."""
+        return checkpoint_key(self.parent(self.full), self.tail)
+
+    def head(self, n_tokens: int) -> Chain:
+        """The chain of the first `n_tokens`, with the keys that are known."""
+        if n_tokens >= self.n_tokens:
+            return self
+        head = Chain(self.root, self.tokens[: n_tokens * TOKEN_BYTES])
+        known = min(self._known, head.full)
+        head._keys[:known] = self._keys[:known]
+        head._known = known
+        return head

@@ -38,7 +38,7 @@ from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.protocol import BlobId, BlobReader
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
-from kvstore.core.keys import NamespaceInfo
+from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import check as checking
 from kvstore.engine import encryption, fetch, listing
 from kvstore.engine.calibrations import QualityFiles
@@ -166,23 +166,22 @@ class Engine:
 
     def match(
         self,
-        root: bytes,
-        tokens: bytes,
+        chain: Chain,
         fidelity_min: int = 0,
         limit_tokens: int | None = None,
         exact: bool = False,
     ) -> Match:
-        """The longest stored prefix of packed `tokens`, at most `limit_tokens`, of blocks of `fidelity_min` or more.
+        """The longest stored prefix of a prompt, at most `limit_tokens`, of blocks of `fidelity_min` or more.
 
         `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
         for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
-        return fetch.match(self._shared, root, tokens, fidelity_min, limit_tokens, exact)
+        return fetch.match(self._shared, chain, fidelity_min, limit_tokens, exact)
 
-    def checkpoint_at(self, root: bytes, tokens: bytes) -> Row | None:
-        """The checkpoint after exactly these packed tokens. Whether there are blocks up to it, a match says."""
+    def checkpoint_at(self, chain: Chain) -> Row | None:
+        """The checkpoint after exactly the last token. Whether there are blocks up to it, a match says."""
         with self._shared.index.view() as view:
-            return checkpoint_at(view, root, tokens)
+            return checkpoint_at(view, chain)
 
     def mark_divergence(self, row: Row) -> None:
         """Note that a prompt went another way after this checkpoint, so that its chain keeps it. Written like `touch`.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, count_tokens
-from kvstore.core.keys import block_key
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
+from kvstore.core.keys import Chain, block_key
 from kvstore.core.records import template_ids
 from kvstore.core.rules import check_states
 from kvstore.engine import encryption
@@ -17,11 +17,10 @@ from kvstore.engine.types import Match, Slice
 from kvstore.errors import CorruptDataError
 
 
-def match(
-    shared: Shared, root: bytes, tokens: bytes, fidelity_min: int, limit_tokens: int | None, exact: bool
-) -> Match:
+def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | None, exact: bool) -> Match:
     """See `Engine.match`."""
-    limit = count_tokens(tokens) if limit_tokens is None else max(0, min(limit_tokens, count_tokens(tokens)))
+    root, tokens = chain.root, chain.tokens
+    limit = chain.n_tokens if limit_tokens is None else max(0, min(limit_tokens, chain.n_tokens))
     if limit and root not in shared.namespaces:
         why = _why(shared, Found((), 0, 0, root, False), tokens, limit)
         return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
@@ -29,8 +28,8 @@ def match(
         return Match(0, Reason.KEY_MISSING)
     shared.uses.name(root)
     with shared.index.view() as view:
-        found = longest_prefix(view, root, tokens, limit, fidelity_min)
-        cut = longest_exact(view, root, tokens, found, fidelity_min) if exact and found.n_tokens else None
+        found = longest_prefix(view, chain, limit, fidelity_min)
+        cut = longest_exact(view, chain, found, fidelity_min) if exact and found.n_tokens else None
         templates = view.templates
     if cut is None:
         return Match(found.n_tokens, _why(shared, found, tokens, limit), found.rows, templates=templates)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
-from kvstore.core.keys import block_key, chain_keys
+from kvstore.core.keys import Chain
 from kvstore.engine.index import View
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.rows import (
@@ -53,16 +53,16 @@ class Found:
     better: bool
 
 
-def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fidelity_min: int) -> Found:
-    """The longest stored prefix of `tokens[:limit_tokens]` whose blocks are all of `fidelity_min` or more."""
+def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: int) -> Found:
+    """The longest stored prefix of the first `limit_tokens` whose blocks are all of `fidelity_min` or more."""
+    tokens = chain.tokens
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
-    parent = root
     rows: list[Taken] = []
-    stored = view.stored
+    stored, key_of = view.stored, chain.key
     # Of the time for a block, hashing and the lookup take most; whatever else stands in this loop shows.
-    for at in range(0, end - _BLOCK_BYTES + 1, _BLOCK_BYTES):
-        chunk = tokens[at : at + _BLOCK_BYTES]
-        key = block_key(parent, chunk)
+    for index in range(end // _BLOCK_BYTES):
+        chunk = tokens[index * _BLOCK_BYTES : (index + 1) * _BLOCK_BYTES]
+        key = key_of(index)
         value = stored(key)
         if value is None:
             break
@@ -73,9 +73,8 @@ def longest_prefix(view: View, root: bytes, tokens: bytes, limit_tokens: int, fi
         if fidelity_min and fidelity_of(value) < fidelity_min:
             break
         rows.append((key, value, BLOCK_TOKENS))
-        parent = key
-    at = len(rows) * _BLOCK_BYTES
-    best, take, low_take = best_child(view, root, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
+    at, parent = len(rows) * _BLOCK_BYTES, chain.parent(len(rows))
+    best, take, low_take = best_child(view, chain.root, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
     if best is not None:
         rows.append((best.key, best.value, take))
     full = at // TOKEN_BYTES
@@ -156,15 +155,15 @@ class Exact:
     diverged: bool
 
 
-def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity_min: int) -> Exact:
+def longest_exact(view: View, chain: Chain, found: Found, fidelity_min: int) -> Exact:
     """The longest position with a checkpoint of `fidelity_min` or more among those that `found` covers."""
     better = False
     for level in range(found.full // BLOCK_TOKENS, -1, -1):
-        parent = found.rows[level - 1][0] if level else root
+        parent = chain.parent(level)
         # At the end of a full block the checkpoint is one level deeper, with no tokens of its own.
         covered = min(found.n_tokens - level * BLOCK_TOKENS, BLOCK_TOKENS - 1)
         start = level * _BLOCK_BYTES
-        for row in view.checkpoints(parent, tokens[start : start + covered * TOKEN_BYTES]):
+        for row in view.checkpoints(parent, chain.tokens[start : start + covered * TOKEN_BYTES]):
             if row.fidelity < fidelity_min:
                 better = True
                 continue
@@ -173,12 +172,10 @@ def longest_exact(view: View, root: bytes, tokens: bytes, found: Found, fidelity
     return Exact((), None, better, False)
 
 
-def checkpoint_at(view: View, root: bytes, tokens: bytes) -> Row | None:
-    """The checkpoint after exactly these packed tokens."""
-    keys = chain_keys(root, tokens)
-    tail = tokens[len(keys) * _BLOCK_BYTES :]
-    found = next(view.checkpoints(keys[-1] if keys else root, tail), None)
-    return found if found is not None and found.tokens == tail else None
+def checkpoint_at(view: View, chain: Chain) -> Row | None:
+    """The checkpoint after exactly the last token."""
+    found = next(view.checkpoints(chain.parent(chain.full), chain.tail), None)
+    return found if found is not None and found.tokens == chain.tail else None
 
 
 def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:

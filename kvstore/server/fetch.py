@@ -16,8 +16,8 @@ from kvstore.blobs.protocol import BlobId
 from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.codec import check_runs
 from kvstore.config import Config
-from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason, count_tokens
-from kvstore.core.keys import NamespaceInfo
+from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
+from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.engine.rows import templates_digests_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
@@ -93,26 +93,26 @@ class FetchPath:
         self.costs = Costs(lambda: lane.backlog_s)
         self._readable = Readable()
 
-    def match(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID) -> Match:
+    def match(self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
 
         Where the caller says how fast it computes, a prefix that costs more than it saves is left out.
 
-        Raises InvalidRequestError when `tokens` are not packed token ids.
+        Raises InvalidRequestError when its tokens are not packed token ids.
         """
-        return self._usable(root, tokens, fidelity_min, offer, self._readable.first_unreadable)
+        return self._usable(chain, fidelity_min, offer, self._readable.first_unreadable)
 
-    def _usable(self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer, unusable: Unusable) -> Match:
+    def _usable(self, chain: Chain, fidelity_min: int, offer: Offer, unusable: Unusable) -> Match:
         """The longest prefix of which `unusable` names no part."""
-        if len(tokens) % TOKEN_BYTES:
-            raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(tokens)} bytes")
-        limit = max(0, count_tokens(tokens) - 1)
+        if len(chain.tokens) % TOKEN_BYTES:
+            raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(chain.tokens)} bytes")
+        root, limit = chain.root, max(0, chain.n_tokens - 1)
         namespace = self._engine.namespace(root)
         exact = namespace is not None and bool(namespace.layout.exact_layers)
-        match = self._engine.match(root, tokens, fidelity_min, limit, exact=exact)
+        match = self._engine.match(chain, fidelity_min, limit, exact=exact)
         while (found := unusable(match)) is not None:
             start, reason = found
-            shorter = self._engine.match(root, tokens, fidelity_min, start, exact=exact)
+            shorter = self._engine.match(chain, fidelity_min, start, exact=exact)
             match = replace(shorter, reason=reason)
         if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
             cost_s = functools.partial(self.costs.seconds, root, offer.way)
@@ -122,9 +122,7 @@ class FetchPath:
             return Match(0, Reason.BELOW_THRESHOLD)
         return match
 
-    def plan(
-        self, root: bytes, tokens: bytes, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = ""
-    ) -> FetchPlan:
+    def plan(self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = "") -> FetchPlan:
         """Match again, take a lease and make sure that every blob is there; a row whose blob is not there goes.
 
         `caller`: who may report what it took.
@@ -133,8 +131,8 @@ class FetchPath:
         failed: Counter[BlobId] = Counter()
         unusable = functools.partial(first_unusable, failed)
         for _ in range(REPLANS_MAX):
-            match = self._usable(root, tokens, fidelity_min, offer, unusable)
-            namespace = self._engine.namespace(root)
+            match = self._usable(chain, fidelity_min, offer, unusable)
+            namespace = self._engine.namespace(chain.root)
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
@@ -144,7 +142,7 @@ class FetchPath:
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 work = work_of(match, namespace.layout)
-                return replace(plan, fetch_id=self.costs.start(root, offer.way, work, caller, asked_s))
+                return replace(plan, fetch_id=self.costs.start(chain.root, offer.way, work, caller, asked_s))
             plan.release()
             row = match.parts[unusable_at].row
             if not self._engine.recheck(row.key):

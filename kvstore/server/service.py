@@ -11,6 +11,7 @@ from typing import Any
 from kvstore.config import Config
 from kvstore.core.blocks import KEY_BYTES, LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine, Row
@@ -83,7 +84,7 @@ class KVStoreService(rpc.KVStoreServicer):
     def _match(self, request: pb.MatchRequest) -> pb.MatchReply:
         root = convert.root_from_message(request.namespace)
         offer = offer_of(request, self._way(request.namespace, root, pb.TRANSPORT_PATH, dense=False))
-        match = self._fetch.match(root, request.tokens, request.fidelity_min, offer)
+        match = self._fetch.match(Chain(root, request.tokens), request.fidelity_min, offer)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @unary
@@ -124,7 +125,7 @@ class KVStoreService(rpc.KVStoreServicer):
         root = convert.root_from_message(request.namespace)
         dense = request.representation == pb.REPRESENTATION_DENSE
         way = self._way(request.namespace, root, request.transport, dense=dense)
-        plan = self._fetch.plan(root, request.tokens, request.fidelity_min, offer_of(request, way), caller)
+        plan = self._fetch.plan(Chain(root, request.tokens), request.fidelity_min, offer_of(request, way), caller)
         if plan.namespace is None:
             return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
         try:
@@ -351,9 +352,8 @@ def timing_of(message: pb.FetchTiming) -> Timing:
 def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
     return StoreRequest(
-        root=convert.root_from_message(message.namespace),
+        chain=Chain(convert.root_from_message(message.namespace), message.tokens),
         namespace=convert.namespace_from_message(message.namespace, message.layout),
-        tokens=message.tokens,
         captured_from=message.captured_from,
         restored_tokens=message.restored_tokens,
         restored_fidelity=message.restored_fidelity,

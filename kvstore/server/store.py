@@ -32,10 +32,9 @@ from kvstore.core.blocks import (
     Block,
     LayerState,
     Reason,
-    count_tokens,
 )
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import NamespaceInfo, block_key, chain_keys
+from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Piece, cut_pieces
 from kvstore.core.rules import check_states
 from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
@@ -52,7 +51,7 @@ from kvstore.server.booking import Booking, Shares
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.staging import StagingFile
-from kvstore.server.uploads import RETRY_S, Upload, Uploads, block_range, checkpoint_place
+from kvstore.server.uploads import RETRY_S, Upload, Uploads, block_range
 
 T = TypeVar("T")
 
@@ -64,9 +63,8 @@ CALLER_SHARE = 4
 class StoreRequest:
     """What BeginStore asks, validated as far as it can be without the index."""
 
-    root: bytes
+    chain: Chain
     namespace: NamespaceInfo | None  # None when the worker sent no layout
-    tokens: bytes
     captured_from: int
     restored_tokens: int
     restored_fidelity: int
@@ -124,12 +122,12 @@ class StorePath:
         LimitError (too many tokens or uploads).
         """
         namespace = self._namespace(request)
-        n_tokens = count_tokens(request.tokens)
+        n_tokens = request.chain.n_tokens
         self._check_tokens(request, n_tokens)
         self._check_states(request, namespace)
         if n_tokens < self._config.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
-        choice = self.gate.choose(request.root, request.profile)
+        choice = self.gate.choose(request.chain.root, request.profile)
         if choice.refused and request.profile:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
         profile, named = choice.profile, request.profile not in ("", AUTO)
@@ -138,7 +136,7 @@ class StorePath:
             encryption = self._encryption(request)
         except KeyMissingError as error:
             return StorePlan(None, 0, Reason.KEY_MISSING, str(error))
-        held = self._engine.match(request.root, request.tokens, floor, n_tokens)
+        held = self._engine.match(request.chain, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
         upload.encryption = encryption
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
@@ -155,17 +153,18 @@ class StorePath:
     def _encryption(self, request: StoreRequest) -> NamespaceKey | None:
         """The key of an encrypted namespace; before the first store of one that is to be, a new key."""
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and request.isolated)
-        return self._engine.encrypt(request.root) if wanted or self._engine.is_encrypted(request.root) else None
+        root = request.chain.root
+        return self._engine.encrypt(root) if wanted or self._engine.is_encrypted(root) else None
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:
-        namespace = self._engine.namespace(request.root) or request.namespace
+        namespace = self._engine.namespace(request.chain.root) or request.namespace
         if namespace is None:
             raise NotFoundError("unknown namespace: send its layout with the first store")
         return namespace
 
     def _check_tokens(self, request: StoreRequest, n_tokens: int) -> None:
-        if len(request.tokens) % TOKEN_BYTES:
-            raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.tokens)} bytes")
+        if len(request.chain.tokens) % TOKEN_BYTES:
+            raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.chain.tokens)} bytes")
         if not n_tokens:
             raise InvalidRequestError("no tokens to store")
         if n_tokens > self._config.tokens_max:
@@ -183,7 +182,7 @@ class StorePath:
         if not request.states:
             return
         try:
-            check_states(namespace.layout, request.states, count_tokens(request.tokens))
+            check_states(namespace.layout, request.states, request.chain.n_tokens)
         except CorruptDataError as error:
             raise InvalidRequestError(f"states: {error}") from error
         nbytes = sum(state.nbytes for state in request.states)
@@ -194,24 +193,20 @@ class StorePath:
     def _plan(
         self, request: StoreRequest, namespace: NamespaceInfo, profile: Profile, floor: int, held: Match
     ) -> Upload:
-        n_tokens = count_tokens(request.tokens)
-        keys = chain_keys(request.root, request.tokens)
-        if n_tokens % BLOCK_TOKENS:
-            tail = request.tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
-            keys.append(block_key(keys[-1] if keys else request.root, tail))
+        n_tokens = request.chain.n_tokens
+        keys = tuple(request.chain.block_keys())
         full = sum(1 for piece in held.slices if piece.take == BLOCK_TOKENS)
-        first, depends_on = self.uploads.receiving(tuple(keys), full, floor)
+        first, depends_on = self.uploads.receiving(keys, full, floor)
         spliced = held.slices[full:] if first == full else ()
         start = min(first * BLOCK_TOKENS + sum(piece.take for piece in spliced), n_tokens)
-        checkpoint = checkpoint_place(request.root, request.tokens, keys)
-        known = self._engine.checkpoint_at(request.root, request.tokens)
-        sender = self.uploads.sender_of(checkpoint.key, floor) if request.states else None
+        known = self._engine.checkpoint_at(request.chain)
+        sender = self.uploads.sender_of(request.chain.checkpoint_key(), floor) if request.states else None
         held_states = known is not None and known.fidelity >= floor
         return Upload(
             namespace=namespace,
             namespace_record=namespace.to_record(),
-            tokens=request.tokens,
-            keys=tuple(keys),
+            chain=request.chain,
+            keys=keys,
             profile=profile,
             profile_named=request.profile not in ("", AUTO),
             restored_fidelity=restored_fidelity(request),
@@ -264,20 +259,20 @@ class StorePath:
             if upload.staging is not None:
                 upload.staging.finish()
                 upload.cover(upload.upload_bytes)
-            root, floor = upload.namespace.root, self._floor(upload)
+            floor = self._floor(upload)
             needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
-            before = self._engine.match(root, upload.tokens, floor, needed)
+            before = self._engine.match(upload.chain, floor, needed)
             new_bytes, reason = 0, Reason.OK
             if before.n_tokens < needed:
                 reason = Reason.DEPENDENCY_LOST
             elif upload.wants_bytes:
                 new_bytes, reason = self._write(upload, before.fidelity)
-            after = self._engine.match(root, upload.tokens, floor, upload.n_tokens)
+            after = self._engine.match(upload.chain, floor, upload.n_tokens)
             self._engine.touch(after.parts)
             if after.n_tokens < upload.n_tokens and reason is Reason.OK:
                 reason = Reason.DEPENDENCY_LOST
             if upload.awaits_checkpoint and reason is Reason.OK:
-                row = self._engine.checkpoint_at(root, upload.tokens)
+                row = self._engine.checkpoint_at(upload.chain)
                 if row is None or row.fidelity < floor:
                     reason = Reason.DEPENDENCY_LOST
             self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
@@ -314,7 +309,7 @@ class StorePath:
         The bytes of a block are good until the next one is asked for.
         """
         root = upload.namespace.root
-        parent = upload.keys[upload.first_block - 1] if upload.first_block else root
+        parent = upload.chain.parent(upload.first_block)
         threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
         quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
         # What was computed after restored tokens, or stands after spliced ones, is no better than these.
@@ -340,7 +335,7 @@ class StorePath:
                 parent=parent,
                 key=upload.keys[index],
                 start=start,
-                tokens=upload.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
+                tokens=upload.chain.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
                 fidelity=fidelity,
                 runs=tuple(one.run for one in encoded),
                 created_s=int(time.time()),
@@ -355,13 +350,13 @@ class StorePath:
         """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
         if upload.staging is None:
             raise InvalidRequestError("nothing was uploaded")
-        place = upload.checkpoint
+        chain = upload.chain
         block = Block(
-            root=upload.namespace.root,
-            parent=place.parent,
-            key=place.key,
-            start=place.start,
-            tokens=place.tokens,
+            root=chain.root,
+            parent=chain.parent(chain.full),
+            key=chain.checkpoint_key(),
+            start=chain.full * BLOCK_TOKENS,
+            tokens=chain.tail,
             fidelity=fidelity,
             runs=(),
             created_s=int(time.time()),

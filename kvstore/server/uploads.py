@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.codecs.profiles import Profile
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState, count_tokens
-from kvstore.core.keys import NamespaceInfo, checkpoint_key
+from kvstore.core.blocks import BLOCK_TOKENS, LayerState
+from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import LimitError, NotFoundError, StoreFullError
@@ -28,7 +28,7 @@ class Upload:
 
     namespace: NamespaceInfo
     namespace_record: bytes
-    tokens: bytes
+    chain: Chain
     keys: tuple[bytes, ...]  # of all blocks of the sequence, the tail's last
     profile: Profile
     profile_named: bool
@@ -68,18 +68,13 @@ class Upload:
     @property
     def n_tokens(self) -> int:
         """Tokens of the whole sequence."""
-        return count_tokens(self.tokens)
+        return self.chain.n_tokens
 
     @property
     def new_keys(self) -> tuple[bytes, ...]:
         """Keys of what this upload will write."""
         blocks = self.keys[self.first_block :]
-        return (*blocks, self.checkpoint.key) if self.states else blocks
-
-    @property
-    def checkpoint(self) -> CheckpointPlace:
-        """Where a checkpoint after the last token belongs."""
-        return checkpoint_place(self.namespace.root, self.tokens, self.keys)
+        return (*blocks, self.chain.checkpoint_key()) if self.states else blocks
 
     @property
     def start(self) -> int:
@@ -243,14 +238,6 @@ class CheckpointPlace:
     parent: bytes
     start: int
     tokens: bytes
-
-
-def checkpoint_place(root: bytes, tokens: bytes, keys: Sequence[bytes]) -> CheckpointPlace:
-    """Where the checkpoint after all of packed `tokens` belongs; `keys`: of their blocks, full ones first."""
-    full = count_tokens(tokens) // BLOCK_TOKENS
-    parent = keys[full - 1] if full else root
-    tail = tokens[full * BLOCK_TOKENS * TOKEN_BYTES :]
-    return CheckpointPlace(checkpoint_key(parent, tail), parent, full * BLOCK_TOKENS, tail)
 
 
 def block_range(index: int, n_tokens: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script:
 
 from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions
 from kvstore.server.fetch import FetchPath
@@ -51,12 +52,12 @@ def main() -> None:
         path = FetchPath(engine, lane, Config(min_prefix_tokens=1))
 
         def plan() -> None:
-            made = path.plan(space.root, tokens, 0)
+            made = path.plan(Chain(space.root, tokens), 0)
             assert made.match.n_tokens == arguments.blocks * BLOCK_TOKENS
             made.release()
 
         def match() -> None:
-            assert path.match(space.root, tokens, 0).n_tokens == arguments.blocks * BLOCK_TOKENS
+            assert path.match(Chain(space.root, tokens), 0).n_tokens == arguments.blocks * BLOCK_TOKENS
 
         rounds = [(timed_ms(match), timed_ms(plan)) for _ in range(arguments.rounds)]
         lane.close()

@@ -19,7 +19,7 @@ from kvstore.client.results import Hit, Miss
 from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.core.blocks import Reason, pack_tokens
-from kvstore.core.keys import block_key, chain_keys
+from kvstore.core.keys import Chain, block_key
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -432,6 +432,6 @@ def sequence_paths(client: Client, number: int) -> dict[int, Path]:
     """The blobs of a stored sequence by the position of their first token."""
     blocks = {block["key"]: block for block in client.list(NAMESPACE.root)["blocks"]}
     packed = pack_tokens(sequence(number))
-    keys = chain_keys(NAMESPACE.root, packed)
+    keys = Chain(NAMESPACE.root, packed).keys()
     keys.append(block_key(keys[-1], packed[len(keys) * 2048 :]))
     return {blocks[key.hex()]["start"]: Path(blocks[key.hex()]["path"]) for key in keys}

@@ -33,6 +33,7 @@ from kvstore.blobs.format import (
     require_version,
 )
 from kvstore.core.blocks import TOKEN_BYTES, Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Row, Slice, check_directory
 from kvstore.errors import CorruptDataError, KVStoreError, UnknownFormatError
 from tests.faults.workload import MIXED, NS
@@ -238,7 +239,7 @@ class Blobs:
         self._store_all()
         wrong += self._read_all()
         for ns, tokens, _ in (*FETCHES, *SECRET_FETCHES):
-            match = self._engine.match(ns.root, pack_tokens(tokens))
+            match = self._engine.match(Chain(ns.root, pack_tokens(tokens)))
             if match.n_tokens != len(tokens):
                 wrong.append(f"stored again, {match.n_tokens} of {len(tokens)} tokens are there")
             require_right(self._engine, match, pack_tokens(tokens))
@@ -264,7 +265,7 @@ class Blobs:
         wrong: list[str] = []
         for ns, tokens, exact in (*FETCHES, *SECRET_FETCHES):
             for _ in range(8):
-                match = self._engine.match(ns.root, pack_tokens(tokens), exact=exact)
+                match = self._engine.match(Chain(ns.root, pack_tokens(tokens)), exact=exact)
                 try:
                     damaged, served = self._read(match.parts)
                 except UnknownFormatError:
@@ -274,7 +275,7 @@ class Blobs:
                     break
                 if not self._engine.recheck(damaged.key):
                     wrong.append(f"recheck: {damaged} is said to be sound")
-                again = self._engine.match(ns.root, pack_tokens(tokens), exact=exact)
+                again = self._engine.match(Chain(ns.root, pack_tokens(tokens)), exact=exact)
                 if again.n_tokens >= match.n_tokens or again.reason not in (Reason.CORRUPT, Reason.NO_CHECKPOINT):
                     wrong.append(f"after a recheck: {again.n_tokens} tokens, {again.reason}")
             else:
@@ -391,7 +392,7 @@ def _require_recovered(data_dir: Path, repair: bool) -> list[str]:
             wrong.append(f"after a repair: {found[0]}")
     with Engine.open(data_dir, options()) as engine:
         for ns, tokens, exact in FETCHES:
-            match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
+            match = engine.match(Chain(ns.root, pack_tokens(tokens)), exact=exact)
             try:
                 require_right(engine, match, pack_tokens(tokens))
             except (AssertionError, KVStoreError, OSError) as error:

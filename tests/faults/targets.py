@@ -22,7 +22,7 @@ from kvstore.blobs.protocol import BlobId
 from kvstore.client.plan import Request, parse_plan
 from kvstore.codecs.profiles import parse_profile
 from kvstore.core.blocks import TOKEN_BYTES, Block, common_tokens, pack_tokens, unpack_tokens
-from kvstore.core.keys import NamespaceInfo, block_key, chain_keys, checkpoint_key
+from kvstore.core.keys import Chain, NamespaceInfo, block_key, checkpoint_key
 from kvstore.core.layers import Layout, PartSpec
 from kvstore.core.records import (
     block_from_record,
@@ -167,7 +167,7 @@ def tokens(data: bytes) -> None:
     packed = pack_tokens(data)
     ids = unpack_tokens(packed)
     assert pack_tokens(ids) == packed
-    assert len(chain_keys(KEY, packed)) == len(ids) // 256
+    assert len(Chain(KEY, packed).keys()) == len(ids) // 256
     half = len(ids) // 2 * TOKEN_BYTES
     one, two = packed[:half], packed[half : 2 * half]
     shared = next((at for at, (a, b) in enumerate(zip(ids, ids[half // 8 :], strict=False)) if a != b), half // 8)

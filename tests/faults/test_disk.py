@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import Reason
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Selection
 from kvstore.errors import DirectoryError, KVStoreError
 from tests.faults import cuts, disk, kills
@@ -91,7 +92,7 @@ def test_without_descriptors_stores_wait_and_nothing_is_condemned(tmp_path: Path
             reason = put(engine, NS, GROWN).reason
             engine.maintain()
             degraded = engine.stats().degraded
-            row = engine.match(NS.root, b"".join(token.to_bytes(8, "little") for token in KEPT)).slices[0].row
+            row = engine.match(Chain(NS.root, b"".join(token.to_bytes(8, "little") for token in KEPT))).slices[0].row
             with pytest.raises(KVStoreError):
                 engine.recheck(row.key)
         finally:
@@ -115,7 +116,7 @@ def test_a_directory_that_is_deleted_underneath_is_survived_and_said(tmp_path: P
     assert put(engine, NS, GROWN).reason is Reason.STORE_FULL
     engine.maintain()
     assert engine.is_displaced() and "deleted" in engine.stats().degraded
-    assert engine.match(NS.root, b"").n_tokens == 0
+    assert engine.match(Chain(NS.root, b"")).n_tokens == 0
     engine.close()
     with Engine.open(tmp_path / "data", options()) as again:
         assert not again.is_displaced()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Lease, Selection, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
@@ -97,7 +98,7 @@ def _close(world: World) -> None:
 
 
 def _evict(world: World) -> None:
-    row = world.engine.match(NS.root, pack_tokens(EVICTED)).slices[0].row
+    row = world.engine.match(Chain(NS.root, pack_tokens(EVICTED))).slices[0].row
     world.engine.evict(Selection(key_prefix=row.key))
 
 
@@ -111,7 +112,7 @@ def _evict_by(selection: Selection) -> Callable[[World], object]:
 
 def _evict_leased(world: World) -> None:
     """Everything, while a reader needs the files of one sequence; it lets go in a later step."""
-    rows = [part.row for part in world.engine.match(NS.root, pack_tokens(EVICTED)).slices]
+    rows = [part.row for part in world.engine.match(Chain(NS.root, pack_tokens(EVICTED))).slices]
     world.lease = world.engine.lease(rows)
     world.engine.evict(Selection(all=True))
 
@@ -174,9 +175,9 @@ def _damaged(data_dir: Path) -> None:
     """One blob with a flipped bit, one that is gone, one without a row."""
     _fresh(data_dir)
     with Engine.open(data_dir, options()) as engine:
-        paths = [blob_path(engine, part.row) for part in engine.match(NS.root, pack_tokens(EVICTED)).slices]
+        paths = [blob_path(engine, part.row) for part in engine.match(Chain(NS.root, pack_tokens(EVICTED))).slices]
         _put(engine, "side")
-        side = engine.match(NS.root, pack_tokens(SIDE)).slices[-1].row
+        side = engine.match(Chain(NS.root, pack_tokens(SIDE))).slices[-1].row
         with engine._shared.index.edit() as edit:
             edit.remove(side)
     data = bytearray(paths[1].read_bytes())
@@ -303,7 +304,7 @@ def _returned(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]:
 
 def _tokens_found(engine: Engine, name: str) -> int:
     ns, tokens, exact = SEQUENCES[name]
-    return engine.match(ns.root, pack_tokens(tokens), exact=exact).n_tokens
+    return engine.match(Chain(ns.root, pack_tokens(tokens)), exact=exact).n_tokens
 
 
 def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]:
@@ -331,7 +332,7 @@ def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]
             engine.maintain()  # what a stop left of namespaces that were evicted goes now
             _require_order(engine)
         for each, (ns, tokens, exact) in SEQUENCES.items():
-            match = engine.match(ns.root, pack_tokens(tokens), exact=exact)
+            match = engine.match(Chain(ns.root, pack_tokens(tokens)), exact=exact)
             with promised(f"wrong bytes: {each}"):
                 require_right(engine, match, pack_tokens(tokens))
             if each in gone and match.n_tokens:

@@ -12,7 +12,7 @@ import xxhash
 from kvstore.codecs import device
 from kvstore.codecs.states import StateCapture
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, LayerState
-from kvstore.core.keys import chain_keys, checkpoint_key
+from kvstore.core.keys import Chain, checkpoint_key
 from kvstore.core.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, StateLayer
 from tests.support.synthetic import make_layers, prefix_seeds
 
@@ -135,6 +135,6 @@ def finish_states(capture: StateCapture) -> tuple[tuple[LayerState, ...], bytes]
 
 def checkpoint_place(root: bytes, tokens: bytes) -> tuple[bytes, bytes, bytes]:
     """(key, last full block, tokens after it) of the checkpoint after packed tokens."""
-    keys = chain_keys(root, tokens)
+    keys = Chain(root, tokens).keys()
     parent, tail = (keys[-1] if keys else root), tokens[len(keys) * BLOCK_TOKENS * TOKEN_BYTES :]
     return checkpoint_key(parent, tail), parent, tail

@@ -24,7 +24,7 @@ from kvstore.core.blocks import (
     count_tokens,
     pack_tokens,
 )
-from kvstore.core.keys import Namespace, block_key, chain_keys, checkpoint_key
+from kvstore.core.keys import Chain, Namespace, block_key, checkpoint_key
 from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
 
@@ -87,7 +87,7 @@ def checkpoint(
 ) -> NewBlock:
     """The checkpoint after all of the tokens: of each exact layer one array, one of no bytes, one scalar."""
     packed = pack_tokens(tokens)
-    keys = chain_keys(ns.root, packed)
+    keys = Chain(ns.root, packed).keys()
     start = len(keys) * BLOCK_TOKENS
     parent, tail = keys[-1] if keys else ns.root, packed[start * TOKEN_BYTES :]
     shapes = ((1, n_floats), (0, 4), ())
@@ -121,7 +121,7 @@ def put_checkpoint(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes,
 def find(engine: Engine, ns: Namespace, tokens: Sequence[int] | bytes, **details: Any) -> Match:
     """Match a whole sequence, verifying that what it names is on disk and belongs to these tokens."""
     packed = pack_tokens(tokens)
-    match = engine.match(ns.root, packed, **details)
+    match = engine.match(Chain(ns.root, packed), **details)
     require_right(engine, match, packed)
     return match
 

@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 
 from kvstore.blobs.ranges import FileSource
-from kvstore.client.prefixes import prefix_keys
 from kvstore.codecs.assemble import dense_bytes, dense_runs
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.device import Capture
@@ -34,7 +33,7 @@ from kvstore.core.blocks import (
     pack_tokens,
     unpack_tokens,
 )
-from kvstore.core.keys import Namespace
+from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, Piece
 from kvstore.core.records import runs_to_record
 from kvstore.wire.convert import states_from_bytes, states_to_bytes
@@ -138,7 +137,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         capture = Capture(make_cache(layout, tokens), 0, len(tokens))
         self.tokens = pack_tokens(list(tokens))
         self.blocks = []
-        for index, key in enumerate(prefix_keys(self.namespace.root, self.tokens)):
+        for index, key in enumerate(Chain(self.namespace.root, self.tokens).block_keys()):
             piece = Piece(index * BLOCK_TOKENS, min((index + 1) * BLOCK_TOKENS, len(tokens)))
             raw = payload_run(layout, b"".join(capture.piece_views(layout, piece)), piece.n_tokens)
             runs, payload = finish_runs([encode_run(layout, raw, parse_profile(profile))])
