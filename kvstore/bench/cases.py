@@ -23,7 +23,7 @@ class Case:
 
     `run` may return seconds that it measured itself, e.g. in another process; whatever else it returns is kept until
     the clock has stopped. `ceiling` names the case that this one is divided by, `at_most` the ratio that is promised
-    for the shape of README.md; `nbytes` are those that one run moves.
+    for the shape of docs/benchmarks.md; `nbytes` are those that one run moves.
     """
 
     name: str

@@ -215,7 +215,7 @@ def quality(
     hard_keys: bool,
     **options: Any,
 ) -> None:
-    """What every profile costs on a model: the table of the README.
+    """What every profile costs on a model: the table of docs/profiles.md.
 
     The model computes in float32 and KV is kept in bfloat16, cold and restored: codecs show, and not the rounding of
     the computation. `kvstore calibrate` measures the same with a model as it is, and tells the daemon.

@@ -247,7 +247,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For people, in the form that README.md has it: one line for each model that has anything to lose."""
+    """For people, in the form that docs/profiles.md has it: one line for each model that has anything to lose."""
     made = Table(box=MARKDOWN)
     for name in ("model", "cache layers", "dtype"):
         made.add_column(name, no_wrap=True)

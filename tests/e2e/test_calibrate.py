@@ -236,7 +236,7 @@ def test_a_restored_cache_that_gives_no_probabilities_is_the_worst_there_is() ->
 
 @pytest.mark.parametrize("hard_keys", [False, True])
 def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(model: Path, hard_keys: bool) -> None:
-    """On a few prefixes: the table of the README is `bench quality` on many. With outlier channels it is far less."""
+    """On a few prefixes; docs/profiles.md has `bench quality` on many. With outlier channels it is far less."""
     names = ("exact", "compact", "affine4", "affine8")
     profiles = [flag for name in names for flag in ("--profile", name)]
     text = ["--prompt-file", str(SMALL_LM / "heldout_tokens.npy")]

@@ -28,7 +28,7 @@ PROMPT = [*CANARY, 1]
 
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
-    """A master key, as the README makes one."""
+    """A master key, as docs/security.md makes one."""
     path = tmp_path / "key"
     path.touch(mode=0o600)
     path.write_text("7b" * 32 + "\n")

@@ -1,4 +1,4 @@
-"""Every fault at length, and the table of the README. `make faults`, or `python -m tests.faults --help`."""
+"""Every fault at length, and the table of docs/operations.md. `make faults`, or `python -m tests.faults --help`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 WINDOW_MIN = 0.5
 # A life of fewer windows says nothing.
 WINDOWS_MIN = 2
-# More than this is a leak. What the daemon showed without one, in lives of ten minutes: the README's table of faults.
+# More than this is a leak. Lives of ten minutes without one: the table of faults in docs/operations.md.
 MIB_PER_MIN_MAX = 1.0
 FILES_PER_MIN_MAX = 0.5
 # Shorter lives are still filling caches and pools; of them the growth is told and not judged.

@@ -90,7 +90,7 @@ class Report:
 
     @property
     def growth(self) -> str:
-        """The most that a life of the daemon grew, as the README's table tells it."""
+        """The most that a life of the daemon grew, as the table in docs/operations.md tells it."""
         if not self.lives:
             return "no life of the daemon was long enough to tell growth"
         memory, files = max(one.mib_per_min for one in self.lives), max(one.files_per_min for one in self.lives)

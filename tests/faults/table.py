@@ -67,7 +67,7 @@ def merged(tallies: Iterable[Tally]) -> list[Tally]:
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for people and for the README."""
+    """A table for people and for docs/operations.md."""
     cells = [list(columns), *map(list, rows)]
     widths = [max(len(row[at]) for row in cells) for at in range(len(columns))]
     lines = [
