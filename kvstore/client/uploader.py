@@ -20,7 +20,7 @@ from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
-from kvstore.errors import DeadlineError, KVStoreError, StoreFullError
+from kvstore.errors import DeadlineError, KVStoreError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -40,6 +40,7 @@ UPLOAD_S_MIN = 10.0
 UPLOAD_BYTES_PER_S_MIN = 10_000_000
 
 _PATH_UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.ELOOP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 log = logging.getLogger(__name__)
@@ -117,11 +118,15 @@ class Uploader:
         try:
             self._hand_over(job, begun)
         except OSError as error:
-            if error.errno not in _PATH_UNUSABLE:
-                raise _typed(error) from error
+            if error.errno not in (*_PATH_UNUSABLE, *_FULL):
+                raise KVStoreError(f"the staging file cannot be written: {error.strerror}") from error
             self._path_usable = False
-            begun = self._begin(job)
-            self._hand_over(job, begun)
+            try:
+                begun = self._begin(job)
+                self._hand_over(job, begun)
+            finally:
+                # Of a stream the daemon makes room for each chunk before it writes it.
+                self._path_usable = error.errno in _FULL
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
             if reason is not Reason.STORE_FULL:
@@ -260,9 +265,3 @@ def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[bytes]:
             nbytes += part.nbytes
     if parts:
         yield upload_frame(upload_id, parts)
-
-
-def _typed(error: OSError) -> KVStoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StoreFullError("no room on the volume for the staging file")
-    return KVStoreError(f"the staging file cannot be written: {error.strerror}")

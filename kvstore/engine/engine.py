@@ -291,6 +291,7 @@ class Engine:
         self._evictor.make_room(0)
         self._evictor.keep_checkpoint_share()
         self._shared.evictions.tell()
+        self._shared.health.tell()
 
     @property
     def degraded(self) -> str:
@@ -306,8 +307,11 @@ class Engine:
         self._evictor.book_staging(nbytes)
 
     def could_reserve(self, nbytes: int) -> bool:
-        """Whether `reserve` may find room for so many staged bytes. Evicts nothing."""
-        return self._evictor.could_reserve(nbytes)
+        """Whether `reserve` may find room for so many staged bytes. Evicts nothing.
+
+        When there is none, and not because they are too many for the budget, `degraded` says why until there is.
+        """
+        return self._evictor.shortage.has_room(nbytes)
 
     def reserve(self, nbytes: int) -> bool:
         """`make_room` and `add_usage` in one step; False, and nothing counted, when there is no room."""
@@ -328,6 +332,7 @@ class Engine:
         shared = self._shared
         shared.health.displaced = DISPLACED if self.is_displaced() else ""
         if shared.health.displaced:
+            shared.health.tell()
             return
         try:
             if shared.uses.due():
@@ -343,6 +348,8 @@ class Engine:
                 shared.health.disk_error = ""
         except (KVStoreError, OSError) as error:
             shared.health.disk_error = str(error)
+        finally:
+            shared.health.tell()
 
     def scrub(self) -> None:
         """To be called every second or so, always on one thread at a time: verify some blobs, as many as are due.
@@ -416,7 +423,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counts of this moment."""
         try:
-            free_bytes = self._evictor.free_bytes()
+            free_bytes = self._evictor.shortage.free_bytes()
         except OSError as error:
             self._shared.health.disk_error = f"the data directory cannot be reached: {error}"
             free_bytes = 0

@@ -18,6 +18,7 @@ from kvstore.engine.index import Edit
 from kvstore.engine.retain import VICTIMS_MAX, Mask, Table
 from kvstore.engine.rows import Row
 from kvstore.engine.shared import DISPLACED, Shared
+from kvstore.engine.shortage import COMMIT_BYTES, Shortage
 from kvstore.engine.types import EvictReport, Selection
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
 
@@ -25,8 +26,6 @@ NO_LIMIT = 1 << 62
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
 _SLACK_BYTES_MAX = 256 << 20
-# Before a write this much stays free for the index, which copies the pages that a commit changes.
-_COMMIT_BYTES = 64 << 10
 # What limits delete at once is announced when it is more than this part of the store.
 _MANY_DIVISOR = 10
 # A request makes a few files; with fewer inodes left it would fail half-way.
@@ -43,6 +42,7 @@ class Evictor:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self.shortage = Shortage(shared)
         self._evicting = threading.Lock()  # never taken by a thread that holds the engine's lock
         self._floor_freed = 0
         self._floor_wanted = 0
@@ -76,9 +76,10 @@ class Evictor:
             return False
 
     def keep_to_limits(self) -> None:
-        """Evict what is over budget or below the floor, unless a thread is evicting already."""
+        """Evict what is over budget or below the floor, unless a thread is evicting already. Raises OSError."""
         if not self._evicting.locked():
             self.make_room(0)
+        self.shortage.look_again()
 
     def keep_checkpoint_share(self) -> None:
         """Evict checkpoints over their share of the budget; after commits they are kept to it anyhow."""
@@ -95,22 +96,6 @@ class Evictor:
     def book_staging(self, nbytes: int) -> None:
         """Count staged bytes, or with a negative number the end of them."""
         self._shared.ledger.add("staging", disk_bytes(nbytes) if nbytes >= 0 else -disk_bytes(-nbytes))
-
-    def could_reserve(self, nbytes: int) -> bool:
-        """Whether `reserve` may find room, by evicting or not; nothing is evicted to find out. Takes no lock."""
-        shared = self._shared
-        if shared.is_displaced():
-            return False
-        ledger, options = shared.ledger, shared.options
-        need = disk_bytes(nbytes)
-        if ledger.fixed - shared.deletions.deleting_bytes + need + _COMMIT_BYTES > options.budget_bytes:
-            return False
-        try:
-            spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
-        except OSError as error:
-            shared.health.disk_error = str(error)
-            return False
-        return spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need)
 
     def reserve(self, nbytes: int) -> bool:
         """Make room for staged bytes and count them, in one step; False, and nothing counted, when there is none."""
@@ -205,10 +190,6 @@ class Evictor:
                 if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(space))
             ]
 
-    def free_bytes(self) -> int:
-        """Free on the volume."""
-        return self._shared.fs.free_bytes(str(self._shared.directory.root))
-
     def _chooser(self, selection: Selection) -> Choose:
         """A selection as a mask over the table. InvalidRequestError for an empty one that does not say `all`."""
         aged = selection.idle_s > 0 or selection.orphans
@@ -236,7 +217,7 @@ class Evictor:
         """
         shared = self._shared
         ledger, budget = shared.ledger, shared.options.budget_bytes
-        need = nbytes + (_COMMIT_BYTES if nbytes else 0)
+        need = nbytes + (COMMIT_BYTES if nbytes else 0)
         over = ledger.total + need - budget
         if over > 0:
             # What can never fit must not empty the store; a budget that others have used up may.
@@ -244,7 +225,7 @@ class Evictor:
             slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
             return (BUDGET, over, over + slack) if may_evict and BUDGET not in exhausted else None
         floor = shared.options.free_floor_bytes
-        deficit = nbytes - (self.free_bytes() - floor) - self._floor_freed if floor else 0
+        deficit = nbytes - (self.shortage.free_bytes() - floor) - self._floor_freed if floor else 0
         return (FLOOR, deficit, deficit) if deficit > 0 and FLOOR not in exhausted and self._has_names() else None
 
     def _evict_lack(self, nbytes: int, keep: AbstractSet[bytes], exhausted: set[str]) -> None:
@@ -266,9 +247,9 @@ class Evictor:
         shared = self._shared
         ledger, budget = shared.ledger, shared.options.budget_bytes
         if nbytes == 0:
-            full = f"the index and uploads alone pass the budget of {gigabytes(budget)}"
+            full = f"the index and uploads alone pass the budget of {gigabytes(budget)}: raise budget_bytes"
             shared.health.over_budget = full if ledger.total > budget else ""
-        need = nbytes + (_COMMIT_BYTES if nbytes else 0)
+        need = nbytes + (COMMIT_BYTES if nbytes else 0)
         return ledger.total + need <= budget and self._is_above_floor(nbytes)
 
     def _is_above_floor(self, nbytes: int) -> bool:
@@ -280,7 +261,7 @@ class Evictor:
         if not self._has_names():
             return False
         floor = self._shared.options.free_floor_bytes
-        spare = self.free_bytes() - floor if floor else nbytes
+        spare = self.shortage.free_bytes() - floor if floor else nbytes
         if spare < nbytes:
             self._floor_wanted = max(self._floor_wanted, nbytes)
             short = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
@@ -298,13 +279,10 @@ class Evictor:
         return names >= _NAMES_MIN
 
     def _tell_floor(self, why: str) -> None:
-        """Note why the volume takes no stores, or that it does again; a line in the log when that changes."""
+        """Note why the volume takes no stores, or that it does again."""
         health = self._shared.health
-        if why and not health.under_floor:
-            log.warning("nothing is stored any more: %s", why)
-        elif health.under_floor and not why:
-            log.info("stores are taken again: the volume has room")
         health.under_floor = why
+        health.tell()
 
     def announce(self) -> None:
         """Before limits take effect: WARN when they delete more than a tenth of the store. A typo can."""
@@ -314,7 +292,7 @@ class Evictor:
             held = usage.disk_bytes
             budget, floor = shared.options.budget_bytes, shared.options.free_floor_bytes
             try:
-                short = floor - self.free_bytes() if floor else 0
+                short = floor - self.shortage.free_bytes() if floor else 0
             except OSError:
                 short = 0
             share = usage.checkpoint_bytes - shared.options.checkpoint_share_bytes

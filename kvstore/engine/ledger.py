@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class Ledger:
@@ -89,15 +92,31 @@ class Ballast:
 
 @dataclass
 class Health:
-    """Plain counters since the engine was opened, and why nothing is written at present. Changed under the lock."""
+    """Plain counters since the engine was opened, and why stores are refused at present. Plain values: no lock.
+
+    over_budget: what is stored passes it; under_floor: the volume has less free than the floor, or no inodes; no_space:
+    a store of a usual size was refused, and would be again; disk_error: a write failed; displaced: the directory is
+    gone.
+    """
 
     written_bytes: int = 0
     over_budget: str = ""
     under_floor: str = ""
+    no_space: str = ""
     disk_error: str = ""
     displaced: str = ""
+    told: bool = False  # whether the log's last word is that stores are refused
 
     @property
     def degraded(self) -> str:
-        """Why nothing is written; empty when all is well."""
-        return self.displaced or self.disk_error or self.under_floor or self.over_budget
+        """Why stores are refused, and what to do; empty when all is well."""
+        return self.displaced or self.disk_error or self.under_floor or self.no_space or self.over_budget
+
+    def tell(self) -> None:
+        """A line in the log when stores begin to be refused, and one when they are taken again."""
+        why, told = self.degraded, self.told
+        self.told = bool(why)
+        if why and not told:
+            log.warning("nothing is stored any more: %s", why)
+        elif told and not why:
+            log.info("stores are taken again")

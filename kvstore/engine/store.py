@@ -6,6 +6,7 @@ refuses, and before the commit all of them are on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 from collections import deque
@@ -143,7 +144,7 @@ class Writer:
             try:
                 synced and synced.result()
             except OSError as error:
-                self._note_refused_write(error)
+                self._note_refused_write(error, batch)
                 return False
             batch.syncing_blobs.popleft()
             batch.entries.append(entry)
@@ -191,7 +192,7 @@ class Writer:
             self._end_flight(blob)
             if not isinstance(error, OSError):
                 raise
-            self._note_refused_write(error)
+            self._note_refused_write(error, batch, nbytes)
             return None
 
     @staticmethod
@@ -204,9 +205,17 @@ class Writer:
             pending.abandon()
             raise OSError(errno.EAGAIN, str(error)) from error
 
-    def _note_refused_write(self, error: OSError | StoreFullError) -> None:
-        """Note that the disk refuses writes; DirectoryError if the error is about something else than room."""
-        self._shared.health.disk_error = f"the disk refused a write: {error}"
+    def _note_refused_write(self, error: OSError | StoreFullError, batch: _Batch, nbytes: int = 0) -> None:
+        """Note that the disk refuses writes; DirectoryError if the error is about something else than room.
+
+        `nbytes`: of a blob that has not joined the batch yet.
+        """
+        health = self._shared.health
+        health.disk_error = f"the disk refused a write: {error}; free some space on it, or see the system's log"
+        with contextlib.suppress(OSError):
+            waiting = (row for (_, _, row), _ in batch.syncing_blobs if row is not None)
+            self._evictor.shortage.note_full_disk(nbytes + sum(map(self._cost, [*batch.rows(), *waiting])))
+        health.tell()
         if isinstance(error, OSError) and error.errno not in _FULL:
             raise DirectoryError(f"cannot write to {self._shared.directory.root}: {error}") from error
 
@@ -225,7 +234,7 @@ class Writer:
             if shared.is_displaced():
                 return _Settled(reason=Reason.STORE_FULL)
         except (OSError, StoreFullError) as error:
-            self._note_refused_write(error)
+            self._note_refused_write(error, batch)
             return _Settled(reason=Reason.STORE_FULL)
         # The index may have grown by more than was set aside. Others go before what was just stored.
         own = {row.key for row in settled.kept}
