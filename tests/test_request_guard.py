@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
+import itertools
+import json
 import threading
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,9 @@ from tests.support.agent import with_template
 from tests.support.generators import Loaded, arguments_of, request_of
 from tests.support.models import build_tiny, write_tiny
 
+# What an HTTP handler asks of a server's flags.
+SAMPLING_FLAGS: dict[str, Any] = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+HTTP_FLAGS: dict[str, Any] = {"allowed_origins": ["*"], "num_draft_tokens": 3, "max_tokens": 512, **SAMPLING_FLAGS}
 HELLO = [{"role": "user", "content": "Hello"}]
 WAIT_S = 60.0
 
@@ -37,8 +44,8 @@ def start(folder: Path) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
     tokenizer, model = load_tokenizer(folder), build_tiny()
 
-    def new(provider: Any = None) -> Any:
-        given = provider or Loaded(folder, tokenizer, model)
+    def new(provider: Any = None, **flags: Any) -> Any:
+        given = provider or Loaded(folder, tokenizer, model, **flags)
         made.append(guarded(mlx_lm_server.ResponseGenerator)(given, LRUPromptCache()))
         return made[-1]
 
@@ -135,6 +142,67 @@ def test_a_fault_ends_the_requests_being_served_and_the_thread_goes_on(
     assert generator.generation_available()
 
 
+def post(generator: Any, **body: Any) -> tuple[int, bytes]:
+    """(status, body) of a chat request to a server with this generator."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), lambda *args: Handler(generator, *args, system_fingerprint="test"))
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=WAIT_S)
+    try:
+        words = json.dumps({"messages": HELLO, "max_tokens": 50, **body})
+        connection.request("POST", "/v1/chat/completions", words, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def failing_at(start: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """A generator whose generation fails at its step of this number."""
+
+    def new(number: int) -> Any:
+        generator, steps = start(**HTTP_FLAGS), itertools.count(1)
+        stock_next = mlx_lm_server.BatchGenerator.next
+
+        def failing(self: Any) -> Any:
+            if next(steps) == number:
+                raise RuntimeError("out of memory")
+            return stock_next(self)
+
+        monkeypatch.setattr(mlx_lm_server.BatchGenerator, "next", failing)
+        return generator
+
+    return new
+
+
+@pytest.mark.parametrize("step", [1, 8])
+def test_a_fault_while_an_answer_is_generated_is_a_500_with_a_json_error(
+    failing_at: Callable[[int], Any], step: int
+) -> None:
+    """Nothing of the answer is out yet; the stock server closes the connection without a word."""
+    generator = failing_at(step)
+    status, body = post(generator)
+    assert status == 500 and "server's log" in json.loads(body)["error"]
+    status, body = post(generator)
+    assert status == 200 and json.loads(body)["choices"]
+
+
+def test_a_fault_after_a_stream_has_begun_is_an_event_with_the_error_and_then_the_end(
+    failing_at: Callable[[int], Any],
+) -> None:
+    """A client that waits for `[DONE]`, or for more, knows that this answer is not whole."""
+    generator = failing_at(12)
+    status, body = post(generator, stream=True)
+    events = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line.startswith(b"data: ")]
+    assert status == 200 and "server's log" in json.loads(events[-1])["error"]
+    status, body = post(generator, stream=True)
+    assert status == 200 and body.endswith(b"data: [DONE]\n\n")
+
+
 def test_a_server_that_cannot_load_its_model_ends_as_ever(start: Any) -> None:
     """It would fail again at once."""
 
@@ -164,7 +232,12 @@ def test_a_model_that_cannot_be_traced_is_served_without_a_check_of_its_vocabula
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(InvalidRequestError("no tokens"), 400), (UnavailableError("failed"), 500), (ValueError("no such model"), 404)],
+    [
+        (InvalidRequestError("no tokens"), 400),
+        (UnavailableError("failed"), 500),
+        (RuntimeError("generation thread died"), 500),
+        (ValueError("no such model"), 404),
+    ],
 )
 def test_the_status_says_whose_fault_it_was(error: Exception, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock server says 404 to all of them; what it says of models that are not there stays."""

@@ -99,7 +99,11 @@ class Prefetcher:
             if len(self._prepared) >= PREPARED_MAX:
                 return
             self._prepared[id(request)] = prepared
-        future = self._threads.submit(work, prepared, self._wait_s)
+        try:
+            future = self._threads.submit(work, prepared, self._wait_s)
+        except RuntimeError as error:  # no more threads: the request is served without
+            log.info("a request was not prepared: %s", str(error))
+            return
         future.add_done_callback(_log_error)
         wait([future], self._wait_s)
         if not future.done():

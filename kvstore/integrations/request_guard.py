@@ -3,11 +3,12 @@
 The stock server checks some parameters where a request arrives and finds the others wrong on its one generation thread,
 outside any `try`. An empty prompt, a stop word that is not text, `top_k` above the vocabulary, a number that does not
 fit, a biased token that the model does not have: each ends that thread (the last one the process), and with it every
-answer. Two layers here:
+answer. Three layers here:
 
     _tokenize       the request's own sampling code is run on a row of zeros, unevaluated, before the request joins the
                     batch; what that raises, and what tokenizing raises, is answered with 400
-    _run_generate   whatever else raises ends the requests that were being served (500), and the loop starts over
+    _run_generate   whatever else raises ends the requests that were being served, and the loop starts over
+    Handler         these get 500, or an event with the error where their stream has begun
 
 `_tokenize` is the one place of the stock loop where an error belongs to the request alone.
 """
@@ -15,6 +16,7 @@ answer. Two layers here:
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 import weakref
@@ -132,14 +134,48 @@ def _try_sampler(sampler: Callable[[mx.array], Any], logits: mx.array) -> None:
 
 
 class Handler(stock.APIHandler):
-    """The server's HTTP handler, which answers any error of a request with 404."""
+    """The server's HTTP handler, which answers an error of a request with 404, and one while it generates not at all.
+
+    Of the latter the client saw a connection that closes. Now it gets 500, or, in a stream, an event with the error.
+    """
+
+    _headers_sent = False
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         """As the stock one; with 400 for a bad request and 500 for one that another request, or a fault, ended."""
         error = sys.exception()
-        if status_code == _STATUS_STOCK and isinstance(error, KVStoreError):
+        if status_code == _STATUS_STOCK and isinstance(error, KVStoreError | RuntimeError):
             status_code = _STATUS_BAD_REQUEST if isinstance(error, InvalidRequestError) else _STATUS_FAILED
         super()._set_completion_headers(status_code)
+
+    def end_headers(self) -> None:
+        """As the stock one, noting that the headers are sent."""
+        self._headers_sent = True
+        super().end_headers()
+
+    def handle_completion(self, request: Any, stop_words: list[str]) -> None:
+        """As the stock one. What fails while the answer is generated is told to the client."""
+        self._headers_sent = False
+        try:
+            super().handle_completion(request, stop_words)
+        except (KVStoreError, *_REQUEST_ERRORS) as error:
+            log.exception("a request failed while its answer was generated")
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        said = str(error) if isinstance(error, KVStoreError) else f"{type(error).__name__}: {error}"
+        body = json.dumps({"error": said}).encode()
+        if not self._headers_sent:
+            self._headers_buffer: list[bytes] = []  # those of an answer that went well
+            self._set_completion_headers(_STATUS_FAILED)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+        elif self.stream:
+            body = b"data: " + body + b"\n\n"
+        else:
+            return  # in the middle of a body
+        self.wfile.write(body)
+        self.wfile.flush()
 
 
 def plug_in(server: Any) -> None:
