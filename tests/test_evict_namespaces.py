@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvstore.engine import Engine, Selection
+from kvstore.core.blocks import Reason
+from kvstore.engine import Engine, NewBlock, Selection
+from kvstore.engine.evictions import MARKS_MAX, Evictions
 from kvstore.engine.types import ORPHAN_S
 from tests.support.engine import (
     RecordingFs,
@@ -18,6 +21,7 @@ from tests.support.engine import (
     options,
     put,
     require_sound,
+    sequence,
 )
 
 NS, OTHER = namespace(), namespace("other weights")
@@ -113,3 +117,37 @@ def test_a_namespace_whose_eviction_is_cut_short_is_whole_or_gone(tmp_path: Path
         assert find(engine, NS, list(range(600))).n_tokens == (600 if at == 0 else 0)
         engine.maintain()
         require_sound(engine)
+
+
+@pytest.mark.parametrize("selection", [Selection(all=True), Selection(namespace_prefix=NS.root[:4])])
+def test_a_store_that_began_before_an_eviction_is_evicted_with_it(tmp_path: Path, selection: Selection) -> None:
+    """Whether or not anything of the namespace is in the index yet; later stores, and those of others, are kept."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        began = engine.evictions
+
+        def blocks() -> Iterator[NewBlock]:
+            first, *rest = sequence(NS, list(range(600)))
+            yield first
+            engine.evict(selection)
+            yield from rest
+
+        receipt = engine.store(NS.to_record(), blocks())
+        assert (receipt.blocks, receipt.reason) == (0, Reason.EVICTED)
+        receipt = engine.store(NS.to_record(), sequence(NS, list(range(600))), since=began)
+        assert (receipt.blocks, receipt.reason) == (0, Reason.EVICTED)
+        assert blob_paths(tmp_path / "data") == set() and engine.stats().blobs == 0
+        kept = engine.store(OTHER.to_record(), sequence(OTHER, list(range(600))), since=began)
+        assert kept.reason is (Reason.EVICTED if selection.all else Reason.OK)
+        assert put(engine, NS, list(range(600))).reason is Reason.OK
+        require_sound(engine)
+
+
+def test_evictions_of_many_namespaces_are_remembered_within_bounds() -> None:
+    """What is forgotten counts for all: a store that began before it is not kept by mistake."""
+    evictions = Evictions()
+    for number in range(2 * MARKS_MAX):
+        evictions.mark(number.to_bytes(4, "big"))
+    assert evictions.number == 2 * MARKS_MAX
+    assert evictions.covers(bytes(32), 0) and not evictions.covers(bytes(32), MARKS_MAX + 1)
+    last = (2 * MARKS_MAX - 1).to_bytes(4, "big") + bytes(28)
+    assert evictions.covers(last, 2 * MARKS_MAX - 1) and not evictions.covers(last, 2 * MARKS_MAX)

@@ -6,7 +6,6 @@ import errno
 import logging
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
-from kvstore.errors import DeadlineError, KVStoreError
+from kvstore.errors import DeadlineError, KVStoreError, NotFoundError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -192,8 +191,9 @@ class Uploader:
             else:
                 timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
                 self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
-        except BaseException:
-            self._abort(begun.upload_id)
+        except BaseException as error:
+            if not self._abort(begun.upload_id) and isinstance(error, FileNotFoundError):
+                raise NotFoundError("the daemon gave the upload up, such as for an eviction") from error
             raise
 
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
@@ -244,11 +244,16 @@ class Uploader:
             call.cancel()
         return call
 
-    def _abort(self, upload_id: str) -> None:
-        """Best effort: an upload that nobody ends is ended by the daemon when it is idle."""
+    def _abort(self, upload_id: str) -> bool:
+        """Best effort: an upload that nobody ends is ended by the daemon when it is idle. False if it has ended it."""
         request = pb.AbortStoreRequest(upload_id=upload_id)
-        with suppress(grpc.RpcError, ValueError):  # ValueError: the channel is closed
+        try:
             self._connection.kvstore.AbortStore(request, timeout=ABORT_S)
+        except grpc.RpcError as error:
+            return bool(error.code() is not grpc.StatusCode.NOT_FOUND)
+        except ValueError:  # the channel is closed
+            pass
+        return True
 
 
 def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[bytes]:

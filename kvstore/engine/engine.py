@@ -248,16 +248,28 @@ class Engine:
         blocks: Iterable[NewBlock],
         protect: Sequence[bytes] = (),
         encryption: NamespaceKey | None = None,
+        since: int | None = None,
     ) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
         `encryption`: with this key or not at all; when it is not the namespace's (any more), DEPENDENCY_LOST.
+        `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
+        was evicted later.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
         for. An exception out of it is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
         no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
         """
-        return self._writer.store(namespace_record, blocks, protect, encryption)
+        return self._writer.store(namespace_record, blocks, protect, encryption, since)
+
+    @property
+    def evictions(self) -> int:
+        """How many evictions of namespaces there were. A store that began before one of its own is evicted with it."""
+        return self._shared.evictions.number
+
+    def is_evicted(self, root: bytes, since: int) -> bool:
+        """Whether a namespace was evicted after the `evictions` were so many."""
+        return self._shared.evictions.covers(root, since)
 
     def await_durable(self) -> bool:
         """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""

@@ -127,9 +127,13 @@ class Evictor:
             raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
 
     def _evict_namespaces(self, selection: Selection) -> EvictReport:
-        """Whole namespaces, one after the other. Raises OSError."""
+        """Whole namespaces, one after the other, and what stores bring to them that have begun. Raises OSError."""
         report = EvictReport(0, 0)
-        for root in self._roots(selection):
+        with self._shared.lock:
+            if not selection.orphans:
+                self._shared.evictions.mark(selection.namespace_prefix)
+            roots = self._roots(selection)
+        for root in roots:
             one = self._evict_namespace(root)
             self._shared.evictions.note(ASKED, one.blocks, one.freed_bytes)
             kept = report.kept_bytes + one.kept_bytes

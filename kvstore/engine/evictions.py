@@ -14,14 +14,22 @@ _WHY = {
     CHAIN: "sequences had more checkpoints than are kept",
     REPAIR: "blobs were damaged or missing",
 }
+# Evictions of single namespaces that are told apart.
+MARKS_MAX = 64
 log = logging.getLogger(__name__)
 
 
 class Evictions:
-    """Blocks and bytes deleted since the start, by cause. Any thread may call."""
+    """Blocks and bytes deleted since the start, by cause, and which namespaces users had evicted. Any thread may call.
+
+    A store that began before its namespace was evicted is evicted with it. So evictions are numbered, a store notes
+    the number at which it began, and its commit asks. `mark` and that question need the engine's lock.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.number = 0
+        self._marks: dict[bytes, int] = {}  # prefix of namespaces: the number of its last eviction
         self._blocks: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
@@ -33,6 +41,20 @@ class Evictions:
             with self._lock:
                 self._blocks[cause] += blocks
                 self._bytes[cause] += nbytes
+
+    def mark(self, namespace_prefix: bytes) -> None:
+        """Number an eviction of all namespaces that start so. Hold the engine's lock."""
+        self.number += 1
+        self._marks = {prefix: at for prefix, at in self._marks.items() if not prefix.startswith(namespace_prefix)}
+        self._marks[namespace_prefix] = self.number
+        if len(self._marks) > MARKS_MAX:
+            # The oldest counts for every namespace from now on: only a store that saw so many evictions can tell.
+            oldest = next(prefix for prefix in self._marks if prefix)
+            self._marks[b""] = max(self._marks.pop(oldest), self._marks.get(b"", 0))
+
+    def covers(self, root: bytes, since: int) -> bool:
+        """Whether a namespace was evicted after the eviction of this number."""
+        return any(at > since and root.startswith(prefix) for prefix, at in self._marks.items())
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """(blocks, bytes on disk) by cause; causes that did not occur are left out."""

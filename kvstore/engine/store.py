@@ -46,7 +46,8 @@ _Entry: TypeAlias = tuple[bytes, bytes, Row | None]
 class _Batch:
     """One request on its way. `entries` have their files, those of `syncing_blobs` are being synced or wait for that.
 
-    `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores.
+    `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores. `since` is
+    the number of the last eviction before it began.
     """
 
     root: bytes
@@ -54,6 +55,7 @@ class _Batch:
     keep: set[bytes]
     key: NamespaceKey | None
     syncing: ThreadPoolExecutor
+    since: int
     entries: list[_Entry] = field(default_factory=list)
     syncing_blobs: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
@@ -83,12 +85,18 @@ class Writer:
         self._evictor = evictor
 
     def store(
-        self, record: bytes, blocks: Iterable[NewBlock], protect: Iterable[bytes], encryption: NamespaceKey | None
+        self,
+        record: bytes,
+        blocks: Iterable[NewBlock],
+        protect: Iterable[bytes],
+        encryption: NamespaceKey | None,
+        since: int | None = None,
     ) -> StoreReceipt:
         """See `Engine.store`."""
         root = NamespaceInfo.from_record(record).root
         syncing = ThreadPoolExecutor(1, "kvstore-sync")
-        batch = _Batch(root, record, set(protect), self._shared.index.ring.key(root), syncing)
+        since = self._shared.evictions.number if since is None else since
+        batch = _Batch(root, record, set(protect), self._shared.index.ring.key(root), syncing, since)
         if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
@@ -113,6 +121,9 @@ class Writer:
         reason = Reason.OK
         for new in blocks:
             block = new.block
+            if self._shared.evictions.covers(batch.root, batch.since):
+                reason = Reason.EVICTED
+                break
             if not self._has_parent(batch, block):
                 reason = Reason.DEPENDENCY_LOST
                 break
@@ -247,6 +258,8 @@ class Writer:
         with shared.lock:
             if shared.is_displaced():
                 return _Settled(reason=Reason.STORE_FULL)
+            if shared.evictions.covers(batch.root, batch.since):
+                return _Settled(reason=Reason.EVICTED)
             if not batch.rows():
                 with shared.index.view() as view:
                     held = itertools.takewhile(lambda entry: view.stored(entry[0]), batch.entries)

@@ -90,7 +90,7 @@ class AdminService(rpc.AdminServicer):
             if not request.namespace_prefix:
                 raise InvalidRequestError("shredding takes a namespace")
             await self._threads.evict.finish(self._engine.shred, request.namespace_prefix, request.dry_run)
-        report = await self._threads.evict(self._engine.evict, selection, request.dry_run)
+        report = await self._threads.evict(self._store.evict, selection, request.dry_run)
         return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
 
     @unary

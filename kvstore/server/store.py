@@ -37,7 +37,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Piece, cut_pieces
 from kvstore.core.rules import check_states
-from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
+from kvstore.engine import Engine, EvictReport, Match, NamespaceKey, NewBlock, Selection
 from kvstore.errors import (
     CorruptDataError,
     InvalidRequestError,
@@ -121,6 +121,7 @@ class StorePath:
         Raises NotFoundError (namespace unknown and no layout sent), LayoutMismatchError, InvalidRequestError,
         LimitError (too many tokens or uploads).
         """
+        evictions = self._engine.evictions  # before anything that is held is looked up
         namespace = self._namespace(request)
         n_tokens = request.chain.n_tokens
         self._check_tokens(request, n_tokens)
@@ -138,7 +139,7 @@ class StorePath:
             return StorePlan(None, 0, Reason.KEY_MISSING, str(error))
         held = self._engine.match(request.chain, floor, n_tokens)
         upload = self._plan(request, namespace, profile, floor, held)
-        upload.encryption = encryption
+        upload.encryption, upload.evictions = encryption, evictions
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
             durable = self._engine.await_durable()
@@ -248,6 +249,18 @@ class StorePath:
             raise
         return True
 
+    def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
+        """Evict; a selection of whole namespaces takes along the uploads to them that have begun.
+
+        Those that wait to be committed end here, with what they staged; the engine refuses the commit of the others.
+        """
+        try:
+            return self._engine.evict(selection, dry_run)
+        finally:
+            for upload in self.uploads.under_way():
+                if self._engine.is_evicted(upload.namespace.root, upload.evictions):
+                    self.uploads.give_up(upload)
+
     # -- commit --------------------------------------------------------------------------------------------------
 
     def commit(self, upload: Upload) -> StoreOutcome:
@@ -263,7 +276,9 @@ class StorePath:
             needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
             before = self._engine.match(upload.chain, floor, needed)
             new_bytes, reason = 0, Reason.OK
-            if before.n_tokens < needed:
+            if self._engine.is_evicted(root, upload.evictions):
+                reason = Reason.EVICTED
+            elif before.n_tokens < needed:
                 reason = Reason.DEPENDENCY_LOST
             elif upload.wants_bytes:
                 new_bytes, reason = self._write(upload, before.fidelity)
@@ -292,6 +307,7 @@ class StorePath:
                 # A block that is spliced may be another sequence's tail: nothing here may make room for what needs it.
                 protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
                 encryption=upload.encryption,
+                since=upload.evictions,
             )
         except CorruptDataError:
             evicted = [piece for piece in upload.spliced if not self._engine.show(piece.row.key)]

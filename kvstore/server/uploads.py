@@ -41,6 +41,7 @@ class Upload:
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
     # What it is committed with or not at all. Its bytes are never on disk as they are, whatever becomes of this key.
     encryption: NamespaceKey | None = None
+    evictions: int = 0  # of the engine when it began: a later one of its namespace takes it along
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     staging: StagingFile | None = None
     committing: bool = False

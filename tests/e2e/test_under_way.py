@@ -7,12 +7,16 @@ import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
-from kvstore.core.blocks import pack_tokens
+from kvstore.client import uploader
+from kvstore.client.results import reason_of
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import DaemonProcess
@@ -91,6 +95,55 @@ def begin(stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None
     )
     Path(reply.staging_path).write_bytes(bytes(reply.upload_bytes))
     return reply
+
+
+@pytest.mark.parametrize("selection", [{"all": True}, {"namespace_prefix": NAMESPACE.root}])
+def test_an_eviction_takes_along_the_uploads_that_have_begun(daemon: DaemonProcess, selection: dict[str, Any]) -> None:
+    """They end with `evicted`, their staging files go, and nothing of them appears later; what begins later is kept."""
+    tokens = list(range(5000, 5512))
+    with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
+        stub = rpc.KVStoreStub(channel)
+        plans = [begin(stub, tokens), begin(stub, [*tokens, *range(50)])]
+        client.evict(**selection)
+        assert not daemon.files("staging")
+        for plan in plans:
+            with pytest.raises(grpc.RpcError) as ended:
+                list(stub.CommitStore(pb.CommitStoreRequest(upload_id=plan.upload_id), timeout=30))
+            assert reason_of(from_rpc_error(ended.value)) is Reason.EVICTED
+        assert not daemon.blobs() and client.stats()["tokens"]["stored"] == 0
+        session = patient(client, NAMESPACE, "raw")
+        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
+
+
+def test_a_worker_whose_upload_is_evicted_before_it_writes_does_not_begin_again(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its staging file is gone, which is no fault of the path: the next store goes by path, too."""
+    tokens, write = list(range(5000, 5512)), uploader.write_staged
+    with client_of(daemon) as client:
+        session = patient(client, NAMESPACE, "raw")
+
+        def late(*args: Any) -> None:
+            client.evict(all=True)
+            write(*args)
+
+        monkeypatch.setattr(uploader, "write_staged", late)
+        ended = session.store(tokens, make_layers(LAYOUT, tokens), wait=True)
+        assert (ended.reason, ended.stored_tokens) == (Reason.EVICTED, 0) and not daemon.blobs()
+        monkeypatch.setattr(uploader, "write_staged", write)
+        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
+        assert session._uploader._path_usable
+
+
+def test_an_eviction_of_another_namespace_leaves_an_upload_alone(daemon: DaemonProcess) -> None:
+    """Nor does a dry run end any."""
+    with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
+        stub = rpc.KVStoreStub(channel)
+        plan = begin(stub, list(range(5000, 5512)))
+        client.evict(namespace_prefix=make_namespace(LAYOUT, "other").root)
+        client.evict(all=True, dry_run=True)
+        *_, ended = stub.CommitStore(pb.CommitStoreRequest(upload_id=plan.upload_id), timeout=30)
+        assert ended.stored_tokens == 512
 
 
 # A busy loop: it plans a store itself, and cannot hear meanwhile of a caller that goes away.
