@@ -90,6 +90,8 @@ class Background:
             else:
                 result = self._store_patiently(job)
                 self._learn(job, result)
+                if result.reason is Reason.NOT_CAPTURED:
+                    self._start_over(job)
         except KVStoreError as error:
             log.info("background: %s", str(error))
             result = StoreResult(reason=reason_of(error))
@@ -98,6 +100,12 @@ class Background:
         finally:
             if isinstance(job, StoreJob):
                 self._end(job, result)
+
+    def _start_over(self, job: StoreJob) -> None:
+        """The store held less than the session believed: have all of it copied, if the caller's arrays are there."""
+        again = job.again
+        if again is not None and again.start_over() and self._sender.submit(again):
+            job.again = None  # no longer the job's to let go
 
     def _go_on(self, rest: Rest) -> None:
         """Copy and store a piece of the rest of a large sequence; what is left then goes to the end of the queue."""

@@ -38,11 +38,12 @@ class StoreRequest:
 
 
 class Rest:
-    """What of a sequence larger than the budget is still to be copied, by views of the caller's evaluated arrays.
+    """What of a sequence is still to be copied, by views of the caller's evaluated arrays.
 
-    The background thread copies it piece by piece (`next_job`) as there is room. While it is held, an engine that
-    writes into these arrays gets a copy of them: that costs one copy and its memory, so a rest is let go after
-    `REST_S`, or for the next one of its session.
+    Of one that is larger than the budget; and of one whose first tokens were left out, until the daemon has said that
+    it holds these. The background thread copies it piece by piece (`next_job`) as there is room. While it is held, an
+    engine that writes into these arrays gets a copy of them: that costs one copy and its memory, so a rest is let go
+    after `REST_S`, or for the next one of its session.
     """
 
     def __init__(self, storer: Storer, request: StoreRequest, start: int, after: StoreJob | None) -> None:
@@ -67,6 +68,13 @@ class Rest:
             self.request = None
         return job
 
+    def start_over(self) -> bool:
+        """Begin after what the store is known to hold by now; whether there is anything left to copy from."""
+        request = self.request
+        if request is not None:
+            self.start = self._storer.held_tokens(request)
+        return request is not None
+
     def let_go(self) -> None:
         """Hold nothing any more. Any thread."""
         self.request = None
@@ -89,7 +97,7 @@ def _own(layer: KVLayer | StateLayer) -> KVLayer | StateLayer:
 
 
 class Storer:
-    """Turns stores into jobs. It keeps nothing but the latest `Rest`; each call works on its caller's thread."""
+    """Turns stores into jobs. It keeps nothing but the latest `Rest`s; each call works on its caller's thread."""
 
     def __init__(
         self,
@@ -106,6 +114,11 @@ class Storer:
         self._weights = weights_of(namespace)
         self._submit = submit
         self._rest: Rest | None = None
+        self._again: Rest | None = None
+
+    def held_tokens(self, request: StoreRequest) -> int:
+        """Leading tokens that the store is known to hold."""
+        return self._held.held_tokens(request.chain)
 
     def storable(self, layers: Sequence[KVLayer | StateLayer], n_tokens: int) -> tuple[int, Reason]:
         """(leading tokens whose KV the layers hold, why none). InvalidRequestError for layers of another layout.
@@ -134,7 +147,7 @@ class Storer:
         asked to `wait`. The checkpoint goes with the last piece, or by itself where that has no room for it.
         """
         n_tokens = request.chain.n_tokens
-        start = self._held.held_tokens(request.chain)
+        start = self.held_tokens(request)
         state_bytes, reason = self._checkpoint(request)
         jobs: list[StoreJob] = []
         ends = self._ends(start, n_tokens, state_bytes or 0)
@@ -149,12 +162,21 @@ class Storer:
                 self._budget.release(nbytes)  # the pieces before this one are not there to build on
                 return jobs, jobs[-1].result.reason
             job = self._job(request, start, end, nbytes, with_states=with_states)
+            if start and not jobs and not wait:
+                job.again = self._keep_whole(request)
             if not self._submit(job):
                 job.release()
                 return jobs, Reason.QUEUE_FULL
             jobs.append(job)
             start = end
         return jobs, reason
+
+    def _keep_whole(self, request: StoreRequest) -> Rest:
+        """The whole sequence, until it is known that its first tokens are held. Of the latest store only."""
+        if self._again is not None:
+            self._again.let_go()
+        self._again = Rest(self, request, 0, None)
+        return self._again
 
     def _leave(self, request: StoreRequest, start: int, after: StoreJob | None) -> bool:
         """Have the background thread copy what follows `start`; whether it was queued."""

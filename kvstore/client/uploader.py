@@ -25,6 +25,7 @@ from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
+    from kvstore.client.storer import Rest
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
 
@@ -52,6 +53,7 @@ class StoreJob:
     `checkpoint` describes the window and state layers after them, where the job offers these; `states` are the bytes.
     Made on the caller's thread, then owned by the background thread. `finish` is called exactly once; `release` gives
     the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
+    `again` is the whole sequence, for the case that the store does not hold the tokens before `start` after all.
     """
 
     chain: Chain
@@ -64,6 +66,7 @@ class StoreJob:
     capture: Capture | None
     states: StateCapture | None = None
     checkpoint: tuple[LayerState, ...] = ()
+    again: Rest | None = None
     result: StoreResult = field(default_factory=StoreResult)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -71,6 +74,9 @@ class StoreJob:
         """Let go of the captured arrays; safe to call twice."""
         self.capture = None
         self.states = None
+        again, self.again = self.again, None
+        if again is not None:
+            again.let_go()
         nbytes, self.nbytes = self.nbytes, 0
         self.budget.release(nbytes)
 
@@ -114,6 +120,8 @@ class Uploader:
         """
         self._connection.ensure(CONNECT_S)
         begun = self._begin(job)
+        if begun.upload_id and job.again is not None:
+            job.again.let_go()
         try:
             self._hand_over(job, begun)
         except OSError as error:

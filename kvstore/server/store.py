@@ -276,7 +276,7 @@ class StorePath:
             needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
             before = self._engine.match(upload.chain, floor, needed)
             new_bytes, reason = 0, Reason.OK
-            if self._engine.is_evicted(root, upload.evictions):
+            if self._engine.is_evicted(upload.chain.root, upload.evictions):
                 reason = Reason.EVICTED
             elif before.n_tokens < needed:
                 reason = Reason.DEPENDENCY_LOST

@@ -160,3 +160,30 @@ def test_what_was_evicted_stays_evicted_after_a_crash(tmp_path: Path) -> None:
         daemon.start()
         assert daemon.blobs() == []
         assert not client_of(daemon).session(OLD, **SLOW).fetch(TOKENS)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, [*TOKENS, *range(3000, 3500)]], ids=["equal", "longer"])
+def test_a_prompt_that_was_evicted_is_stored_in_full_by_the_next_store(
+    daemon: DaemonProcess, tokens: list[int]
+) -> None:
+    """The session believes that the daemon holds its beginning, and hears that it does not: nobody waits for it."""
+    with client_of(daemon) as client:
+        session = client.session(OLD, **SLOW)
+        assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).stored_tokens == len(TOKENS)
+        client.evict(all=True)
+        assert session.store(tokens, make_layers(LAYOUT, tokens)).reason is Reason.OK
+        assert session.flush() and session.match([*tokens, 1]).n_tokens == len(tokens)
+        hit = session.fetch([*tokens, 1])
+        assert_rows(hit.layers, LAYOUT, tokens)
+
+
+def test_what_a_session_keeps_to_start_over_is_let_go_when_the_daemon_holds_its_part(daemon: DaemonProcess) -> None:
+    """The caller's arrays are the caller's again; a store that is known to be new keeps nothing at all."""
+    longer = [*TOKENS, *range(3000, 3500)]
+    with client_of(daemon) as client:
+        session = client.session(OLD, **SLOW)
+        assert session.store(TOKENS, make_layers(LAYOUT, TOKENS)).reason is Reason.OK
+        assert session.flush() and session._storer._again is None
+        assert session.store(longer, make_layers(LAYOUT, longer)).reason is Reason.OK
+        assert session.flush() and session.match([*longer, 1]).n_tokens == len(longer)
+        assert session._storer._again is not None and session._storer._again.request is None
