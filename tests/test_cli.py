@@ -79,6 +79,7 @@ class FakeClient:
         self.closed = False
         self.error: errors.KVStoreError | None = None
         self.findings: list[dict[str, str]] = []
+        self.namespaces = [NAMESPACE]
 
     def _answer(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         if self.error is not None:
@@ -95,7 +96,15 @@ class FakeClient:
         asked = {"namespace_prefix": namespace_prefix, "limit": limit}
         if namespace_prefix:
             return self._answer(asked, {"namespaces": [], "blocks": [BLOCK], "truncated": True})
-        return self._answer(asked, {"namespaces": [NAMESPACE], "blocks": [], "truncated": False})
+        return self._answer(asked, {"namespaces": self.namespaces, "blocks": [], "truncated": False})
+
+    def list_quality(self) -> dict[str, Any]:
+        """What was measured of the namespaces."""
+        return self._answer({}, {"namespaces": [{**one, "quality": []} for one in self.namespaces]})
+
+    def forget_quality(self, namespace_prefix: bytes, profile: str, all: bool) -> dict[str, Any]:
+        """Always two results."""
+        return self._answer({"namespace_prefix": namespace_prefix, "profile": profile, "all": all}, {"results": 2})
 
     def show(self, key_prefix: bytes) -> dict[str, Any]:
         """One block for keys that start with cd."""
@@ -243,7 +252,6 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         (["--idle", "yesterday"], "not a length of time"),
         (["--prefix", "abc"], "even number of leading hex digits"),
         (["--prefix", ""], "even number of leading hex digits"),
-        (["--namespace", "xy"], "even number of leading hex digits"),
     ],
 )
 def test_evict_refuses_what_could_remove_more_than_was_meant(client: FakeClient, args: list[str], message: str) -> None:
@@ -253,6 +261,65 @@ def test_evict_refuses_what_could_remove_more_than_was_meant(client: FakeClient,
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert client.address == ""
+
+
+OTHERS = [
+    {**NAMESPACE, "id": 64 * digit, "alias": alias} for digit, alias in (("1", "twin"), ("2", "twin"), ("3", "abab"))
+]
+
+
+def test_a_namespace_is_named_by_its_alias_where_that_is_clear(client: FakeClient) -> None:
+    """For ls, evict, and what calibrate measured; leading digits of an id go to the daemon as they are."""
+    assert invoke("ls", "small-lm").exit_code == 0
+    assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
+    assert answer("evict", "--namespace", "small-lm")["blocks"] == 3
+    assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
+    assert answer("calibrate", "--forget", "small-lm")["forgotten"] == 2
+    assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
+    assert answer("evict", "--namespace", "EE11")["blocks"] == 3
+    assert client.asked["namespace_prefix"] == b"\xee\x11"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("twin", "names 2 namespaces, 111111111111 (twin), 222222222222 (twin): give an id"),
+        ("abab", "names 2 namespaces, 333333333333 (abab), abababababab (small-lm): give an id"),
+        ("small-ml", "no namespace has the id or alias 'small-ml'; there are abababababab (small-lm)"),
+        ("xyz", "there are abababababab (small-lm), 111111111111 (twin), 222222222222 (twin), 333333333333 (abab)"),
+    ],
+)
+def test_an_alias_that_is_unknown_or_not_clear_is_exit_1_with_the_candidates(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    """One that looks like the beginning of another's id is not clear either; nothing is evicted."""
+    monkeypatch.setattr(client, "namespaces", [NAMESPACE, *OTHERS])
+    for verb in (["ls", name], ["evict", "--namespace", name], ["calibrate", "--forget", name]):
+        result = invoke(*verb)
+        assert (result.exit_code, result.stdout) == (1, "") and message in result.stderr
+        assert result.stderr.count("\n") == 1 and not client.asked.get("namespace_prefix")
+    assert invoke("evict", "--namespace", "").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["ls", "--address", "http://foo"], "--address"),
+        (["check", "--address", "http://foo"], "--address"),
+        (["run", "--address", "http://foo", "mlx_lm.server"], "--address"),
+        (["serve", "--address", "http://foo"], "--address"),
+        (["serve", "--listen", "http://foo"], "--listen"),
+    ],
+)
+def test_an_address_that_cannot_be_is_blamed_on_the_option_that_was_given(args: list[str], named: str) -> None:
+    """Not on another name of the same setting."""
+    result = invoke(*args)
+    assert result.exit_code == 2 and result.stderr.endswith(f"(got 'http://foo'), from {named}\n")
+
+
+def test_serve_takes_its_address_once() -> None:
+    """Its two names could differ."""
+    assert invoke("serve", "--address", "unix:/a", "--listen", "unix:/b").exit_code == 2
 
 
 def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:

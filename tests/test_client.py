@@ -133,3 +133,23 @@ def test_answers_are_true_only_when_there_is_something() -> None:
     for error in vars(kvstore.errors).values():
         if isinstance(error, type) and issubclass(error, kvstore.errors.KVStoreError):
             assert isinstance(results.reason_of(error.__new__(error)), Reason)
+
+
+def test_a_closed_client_answers_with_a_typed_error_or_a_reason(daemon: FakeDaemon) -> None:
+    """Admin verbs raise, sessions give a miss; neither shows what gRPC says of its channel."""
+    client = Client(daemon.config())
+    session = client.session(NAMESPACE)
+    client.close()
+    for ask in (client.stats, client.list, client.check, lambda: client.evict(all=True)):
+        with pytest.raises(UnavailableError, match="the client is closed"):
+            ask()
+    assert session.match(range(300)).reason is Reason.UNAVAILABLE
+    assert session.fetch(range(300)).reason is Reason.UNAVAILABLE
+    assert client.session(NAMESPACE).match(range(300)).reason is Reason.UNAVAILABLE
+
+
+@pytest.mark.parametrize("config", [None, Config(listen="unix:/tmp/none")])
+def test_an_address_that_cannot_be_is_blamed_on_the_program_that_gave_it(config: Config | None) -> None:
+    """It has no `--listen`."""
+    with pytest.raises(ConfigError, match=r"\(got 'foo'\), from the address that was given$"):
+        connect("foo", config)

@@ -15,7 +15,7 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
-    id_option,
+    namespace_id,
     note,
     print_json,
     print_table,
@@ -37,11 +37,6 @@ PREFIXES = click.IntRange(3)
 LENGTH = click.IntRange(256)
 
 
-def forget_option(text: str) -> bytes:
-    """The leading bytes of namespace ids; none for `all`."""
-    return b"" if text == "all" else id_option(text)
-
-
 @click.command("calibrate")
 @click.option("--model", "model_path", metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--adapter-path", metavar="PATH", help="LoRA adapter, as the server is given it.")
@@ -54,9 +49,8 @@ def forget_option(text: str) -> bytes:
 @click.option("--list", "listing", is_flag=True, help="Show what was measured and recorded; measure nothing.")
 @click.option(
     "--forget",
-    type=forget_option,
-    metavar="ID|all",
-    help="Drop the results of the namespaces whose id starts so, or of all; with --profile only of these.",
+    metavar="ID|ALIAS|all",
+    help="Drop the results of the namespaces whose id starts so, of an alias, or of all; with --profile only of these.",
 )
 @common_options
 def command(
@@ -69,7 +63,7 @@ def command(
     longest: int,
     dry_run: bool,
     listing: bool,
-    forget: bytes | None,
+    forget: str | None,
     address: str | None,
     config_path: str | None,
     as_json: bool,
@@ -187,8 +181,9 @@ def _list(config: Config, as_json: bool) -> None:
     print_table(columns, rows, numbers="   nnnn")
 
 
-def _forget(config: Config, prefix: bytes, profiles: Sequence[str], as_json: bool) -> None:
+def _forget(config: Config, namespace: str, profiles: Sequence[str], as_json: bool) -> None:
     with connected(config) as client:
+        prefix = b"" if namespace == "all" else namespace_id(namespace, client.list_quality()["namespaces"])
         forgotten = sum(
             client.forget_quality(prefix, profile, all=not prefix)["results"] for profile in profiles or ("",)
         )

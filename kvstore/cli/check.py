@@ -9,6 +9,7 @@ import click
 
 from kvstore.cli.app import EXIT_DAMAGE
 from kvstore.cli.common import (
+    ADDRESS,
     absolute_address,
     common_options,
     connected,
@@ -37,7 +38,7 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
         raise click.UsageError("--data-dir checks offline and --address asks a daemon; give one of them")
     if data_dir is not None:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    config = load_config({"listen": absolute_address(address), "data_dir": data_dir}, config_path)
+    config = load_config({"listen": absolute_address(address), "data_dir": data_dir}, config_path, places=ADDRESS)
     report = _check(config, repair, online=data_dir is None, offline=address is None and bool(config.address.path))
     if as_json:
         print_json(report)

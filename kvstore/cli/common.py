@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from kvstore.config import Config, load_config, parse_size
 from kvstore.core.text import plain_text
+from kvstore.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -28,9 +30,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA_VERSION = 1
 # Columns that a table may use when it is not written to a terminal, which has its own width.
 WIDTH_PIPED = 200
+# What errors call the configuration's `listen` where it was given as `--address`.
+ADDRESS = {"listen": "--address"}
 # Digits of an id that tables show; every verb that takes an id takes its leading digits.
 ID_DIGITS = 12
 
+# Namespaces that an error names at most.
+NAMED_MAX = 5
+
+_ID = r"(?:[0-9a-fA-F]{2}){1,32}"
 _AGE_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
@@ -47,7 +55,7 @@ def common_options(command: F) -> F:
 
 def client_config(address: str | None, config_path: str | None) -> Config:
     """The configuration for a verb that talks to the daemon at `address`, or at the configured one."""
-    return load_config({"listen": absolute_address(address)}, config_path)
+    return load_config({"listen": absolute_address(address)}, config_path, places=ADDRESS)
 
 
 def absolute_address(address: str | None) -> str | None:
@@ -88,9 +96,39 @@ def age_option(text: str) -> int:
 
 def id_option(text: str) -> bytes:
     """The bytes that the leading hex digits of a namespace id or block key stand for; a usage error otherwise."""
-    if not re.fullmatch(r"(?:[0-9a-fA-F]{2}){1,32}", text):
+    if not re.fullmatch(_ID, text):
         raise click.BadParameter(f"{text!r} is not an id; give an even number of leading hex digits, 64 at most")
     return bytes.fromhex(text)
+
+
+def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:
+    """The leading bytes of a namespace's id, given by these or by its alias; `namespaces` are what the daemon has.
+
+    An id need not be there. NotFoundError, with the candidates, for an alias that none has or several have.
+    """
+    if not text:
+        raise InvalidRequestError("a namespace is given by leading digits of its id, or by its alias")
+    is_id = bool(re.fullmatch(_ID, text))
+    named = [one for one in namespaces if one["alias"] == text]
+    if is_id and not named:
+        return bytes.fromhex(text)
+    # An alias may look like the beginning of an id; then both are meant.
+    by_id = [one for one in namespaces if is_id and one["id"].startswith(text.lower())]
+    found = {one["id"]: one for one in (*named, *by_id)}
+    if len(found) == 1:
+        return bytes.fromhex(next(iter(found)))
+    if found:
+        raise NotFoundError(f"{text!r} names {len(found)} namespaces, {_listed(list(found.values()))}: give an id")
+    near = difflib.get_close_matches(text, {one["alias"] for one in namespaces}, n=NAMED_MAX)
+    close = [one for one in namespaces if one["alias"] in near]
+    there = f"there are {_listed(close or namespaces)}" if namespaces else "the store is empty"
+    raise NotFoundError(f"no namespace has the id or alias {text!r}; {there}")
+
+
+def _listed(namespaces: Sequence[Mapping[str, Any]]) -> str:
+    """Ids and aliases of the first ones, for a sentence."""
+    more = f" and {len(namespaces) - NAMED_MAX} more" if len(namespaces) > NAMED_MAX else ""
+    return ", ".join(f"{one['id'][:ID_DIGITS]} ({one['alias'] or '-'})" for one in namespaces[:NAMED_MAX]) + more
 
 
 def print_json(fields: dict[str, Any]) -> None:

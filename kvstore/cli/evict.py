@@ -10,15 +10,20 @@ from kvstore.cli.common import (
     common_options,
     connected,
     id_option,
+    namespace_id,
     print_json,
     say,
     size_option,
     size_text,
 )
 
+LIST_MAX = 10_000  # what the daemon answers at most
+
 
 @click.command("evict")
-@click.option("--namespace", type=id_option, metavar="ID", help="Blocks of the namespace whose id starts so.")
+@click.option(
+    "--namespace", metavar="ID|ALIAS", help="Blocks of the namespace whose id starts so, or that has this alias."
+)
 @click.option("--prefix", "key", type=id_option, metavar="ID", help="The block whose key starts so, and all after it.")
 @click.option(
     "--idle",
@@ -41,7 +46,7 @@ from kvstore.cli.common import (
 @click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
 @common_options
 def command(
-    namespace: bytes | None,
+    namespace: str | None,
     key: bytes | None,
     idle_s: int | None,
     nbytes: int | None,
@@ -64,8 +69,9 @@ def command(
     if nbytes == 0:
         raise click.UsageError("--bytes 0 frees nothing")
     with connected(client_config(address, config_path)) as client:
+        prefix = b"" if namespace is None else namespace_id(namespace, client.list(limit=LIST_MAX)["namespaces"])
         report = client.evict(
-            namespace_prefix=namespace or b"",
+            namespace_prefix=prefix,
             key_prefix=key or b"",
             idle_s=idle_s or 0,
             bytes=nbytes or 0,

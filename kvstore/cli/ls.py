@@ -13,7 +13,7 @@ from kvstore.cli.common import (
     common_options,
     connected,
     fidelity_text,
-    id_option,
+    namespace_id,
     note,
     print_json,
     print_table,
@@ -26,13 +26,17 @@ ROWS_MAX = 10_000  # what the daemon answers at most
 
 
 @click.command("ls")
-@click.argument("namespace", type=id_option, required=False)
+@click.argument("namespace", required=False)
 @click.option("--limit", type=click.IntRange(1, ROWS_MAX), default=ROWS_DEFAULT, show_default=True, help="Most rows.")
 @common_options
-def command(namespace: bytes | None, limit: int, address: str | None, config_path: str | None, as_json: bool) -> None:
-    """List the namespaces, or the blocks of the one whose id starts with NAMESPACE, the latest used first."""
+def command(namespace: str | None, limit: int, address: str | None, config_path: str | None, as_json: bool) -> None:
+    """List the namespaces, or the blocks of NAMESPACE, the latest used first. NAMESPACE is an id or an alias.
+
+    Leading digits of an id will do.
+    """
     with connected(client_config(address, config_path)) as client:
-        found = client.list(namespace or b"", limit)
+        prefix = b"" if namespace is None else namespace_id(namespace, client.list(limit=ROWS_MAX)["namespaces"])
+        found = client.list(prefix, limit)
     if as_json:
         print_json(found)
         return

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvstore.cli.common import absolute_address, print_json
+from kvstore.cli.common import ADDRESS, absolute_address, print_json
 from kvstore.config import KEYS, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,17 +41,17 @@ def _key_options(command: F) -> F:
         if field.metadata["unit"] == "switch":
             option = click.option(f"{flag}/--no-{flag.removeprefix('--')}", key, default=None, help=about)
         else:
-            names = (flag, "--address") if key == "listen" else (flag,)
-            option = click.option(*names, key, metavar=_METAVARS[field.metadata["unit"]], help=about)
+            option = click.option(flag, key, metavar=_METAVARS[field.metadata["unit"]], help=about)
         command = option(command)
     return command
 
 
 @click.command("serve")
 @_key_options
+@click.option("--address", metavar="ADDRESS", help="The same as --listen: other verbs call it so.")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON what is about to be served.")
-def command(config_path: str | None, as_json: bool, **flags: Any) -> int:
+def command(address: str | None, config_path: str | None, as_json: bool, **flags: Any) -> int:
     """Run the daemon that owns the store, until SIGINT or SIGTERM. No flag is required.
 
     Every flag is a configuration key: KVSTORE_<KEY> in the environment and the TOML file set the same ones, and
@@ -59,8 +59,10 @@ def command(config_path: str | None, as_json: bool, **flags: Any) -> int:
     """
     if flags["data_dir"] is not None:
         flags["data_dir"] = os.path.abspath(os.path.expanduser(flags["data_dir"]))
-    flags["listen"] = absolute_address(flags["listen"])
-    config = load_config(flags, config_path)
+    if address is not None and flags["listen"] is not None:
+        raise click.UsageError("--address is the same as --listen; give one of them")
+    flags["listen"] = absolute_address(flags["listen"] if address is None else address)
+    config = load_config(flags, config_path, places={} if address is None else ADDRESS)
     if as_json:
         print_json({"pid": os.getpid(), "listen": config.listen, "data_dir": str(config.data_dir)})
         sys.stdout.flush()

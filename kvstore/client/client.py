@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from kvstore.core.keys import Namespace
     from kvstore.quality import Quality
 
+# What errors call the address that a program gives.
+_ADDRESS = {"listen": "the address that was given"}
 SCHEMA = 1
 LIST_LIMIT = 1000
 
@@ -37,9 +39,9 @@ def connect(address: str | None = None, config: Config | None = None) -> Client:
     Never waits and never fails because no daemon is there; ConfigError when an address or setting cannot be.
     """
     if config is None:
-        config = load_config({"listen": address})
+        config = load_config({"listen": address}, places=_ADDRESS)
     elif address is not None:
-        config = replace(config, listen=address)
+        config = replace(config, listen=address, sources={**config.sources, **_ADDRESS})
     return Client(config)
 
 

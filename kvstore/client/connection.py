@@ -57,6 +57,7 @@ RECONNECT_OPTIONS = [
 REPORT_S = 5.0
 # After trouble the files of credentials are looked at, at most this often.
 LOOK_EVERY_S = 1.0
+CLOSED = "the client is closed: make another one with kvstore.connect()"
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 
@@ -277,14 +278,20 @@ class Connection:
         """Run calls and report to the breaker how they ended: UnavailableError and DeadlineError are its failures.
 
         `hurried`: the caller has so little time that running out of it says nothing about the daemon. gRPC's errors
-        come out as kvstore's. Anything else that is raised says nothing about the daemon.
+        come out as kvstore's. Anything else that is raised says nothing about the daemon. UnansweredError when closed.
         """
+        if self._closed:
+            raise UnansweredError(CLOSED)
         self._files.tell_end()
         try:
             try:
                 yield
             except grpc.RpcError as error:
                 raise from_rpc_error(error) from error
+            except ValueError as error:  # as gRPC says that the channel is closed, meanwhile
+                if self._closed:
+                    raise UnansweredError(CLOSED) from error
+                raise
         except (UnansweredError, ReadDeadlineError):
             self.breaker.undecided()
             raise

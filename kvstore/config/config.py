@@ -295,11 +295,12 @@ def load_config(
     flags: Mapping[str, object] | None = None,
     config_path: str | Path | None = None,
     environ: Mapping[str, str] | None = None,
+    places: Mapping[str, str] = MappingProxyType({}),
 ) -> Config:
     """The configuration of this process; ConfigError names the key, the cause and the place.
 
-    `flags` by key, None for those not given. `config_path` (or `KVSTORE_CONFIG`) must exist if named; the default
-    file need not.
+    `flags` by key, None for those not given; `places` says what the caller calls those that are no `--<key>`.
+    `config_path` (or `KVSTORE_CONFIG`) must exist if named; the default file need not.
     """
     environ = os.environ if environ is None else environ
     path = config_path or environ.get(ENV_CONFIG)
@@ -310,7 +311,7 @@ def load_config(
     for found, place in (
         (_read_toml(file, required=bool(path)), lambda _: str(file)),
         (_read_environ(environ), lambda key: ENV_PREFIX + key.upper()),
-        (given, lambda key: "--" + key.replace("_", "-")),
+        (given, lambda key: places.get(key, "--" + key.replace("_", "-"))),
     ):
         for key, value in found.items():
             _known(key, place(key))

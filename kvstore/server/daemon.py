@@ -320,18 +320,9 @@ def listening_place(config: Config) -> Iterator[None]:
         require_private_directory(path.parent, "listen in one of your own, such as unix:~/.kvstore/kvstore.sock")
     except OSError as error:
         raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
+    lock = Path(f"{path}.lock")
+    fd = lock_socket(lock, config.listen)
     try:
-        fd = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise DirectoryError(f"cannot open {path}.lock: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise DirectoryHeldError(f"another daemon (pid {holder}) listens on {config.listen}") from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         for one in socket_paths(config):
             if one.is_socket():
                 one.unlink()
@@ -341,7 +332,31 @@ def listening_place(config: Config) -> Iterator[None]:
         for one in socket_paths(config):
             one.unlink(missing_ok=True)
     finally:
+        # While it is locked: whoever opened it before finds another name, or none, and opens that.
+        with contextlib.suppress(OSError):
+            lock.unlink()
         os.close(fd)
+
+
+def lock_socket(lock: Path, listen: str) -> int:
+    """A descriptor of the locked file beside a socket. DirectoryHeldError while another daemon has it."""
+    while True:
+        try:
+            fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DirectoryError(f"cannot open {lock}: {error.strerror}") from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+            os.close(fd)
+            raise DirectoryHeldError(f"another daemon (pid {holder}) listens on {listen}") from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                return fd
+        os.close(fd)  # of a daemon that has just ended, and removed it
 
 
 def keep_freed_memory() -> None:

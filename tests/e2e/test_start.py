@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 
 from kvstore.config import SOCKET_PATH_BYTES_MAX, automatic_budget_bytes, automatic_floor_bytes
+from kvstore.errors import DirectoryHeldError
+from kvstore.server.daemon import lock_socket
 from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
 from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -58,7 +60,7 @@ def test_a_second_daemon_on_one_directory_exits_5_and_names_the_holder(tmp_path:
         message = refused(second, 5)
         assert first.process is not None
         assert f"pid {first.process.pid}" in message and first.listen in message
-        assert not Path(second.listen.removeprefix("unix:")).exists()
+        assert list(Path(second.listen.removeprefix("unix:")).parent.iterdir()) == []
         roundtrip(first)
 
 
@@ -70,6 +72,22 @@ def test_a_second_daemon_on_one_socket_is_refused_and_disturbs_nobody(tmp_path: 
         assert f"pid {first.process.pid}" in message and first.listen in message
         assert not (tmp_path / "second").exists()
         roundtrip(first)
+
+
+def test_a_daemon_that_ends_leaves_nothing_beside_its_socket(tmp_path: Path, short_dir: Path) -> None:
+    """A lock that was removed by whoever held it locks nothing: the next daemon makes its own."""
+    with DaemonProcess(tmp_path / "data", listen=f"unix:{short_dir}/s") as daemon:
+        assert daemon.stop() == 0 and list(short_dir.iterdir()) == []
+    lock = short_dir / "s.lock"
+    first = lock_socket(lock, "here")
+    with pytest.raises(DirectoryHeldError, match=f"pid {os.getpid()}"):
+        lock_socket(lock, "here")
+    lock.unlink()
+    second = lock_socket(lock, "here")
+    os.close(first)
+    with pytest.raises(DirectoryHeldError):
+        lock_socket(lock, "here")
+    os.close(second)
 
 
 def test_a_tcp_port_that_is_taken_is_refused(tmp_path: Path) -> None:
