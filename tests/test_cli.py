@@ -525,6 +525,47 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert (run.stdout, run.stderr) == ("{\n", "")
 
 
+@pytest.mark.parametrize("where", [">&-", "> /dev/full"])
+@pytest.mark.parametrize("verb", ["config show", "config show --json", "--help", "--version", "bench codec --help"])
+def test_an_answer_that_cannot_be_written_is_one_line_and_a_failure(verb: str, where: str) -> None:
+    """A closed standard output, and one on a full disk."""
+    command = f"{sys.executable} -m kvstore {verb} {where}"
+    run = subprocess.run(["/bin/sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1 and run.stderr.startswith("kvstore: the answer cannot be written: ")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"), [(["stast"], "stats"), (["config", "shwo"], "show"), (["bench", "trnsport"], "transport")]
+)
+def test_a_verb_that_is_not_there_suggests_the_one_that_was_meant(words: list[str], meant: str) -> None:
+    """On every level; what is like none is only refused."""
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert result.stderr == f"kvstore: No such command {words[-1]!r}. Did you mean {meant!r}?\n"
+    assert invoke(*words[:-1], "zzzzzz").stderr == "kvstore: No such command 'zzzzzz'.\n"
+
+
+def test_config_show_refuses_a_profile_that_no_codec_knows(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `serve` does, and says where it came from."""
+    monkeypatch.setenv("KVSTORE_PROFILE", "nonsense")
+    result = invoke("config", "show")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "unknown profile 'nonsense'" in result.stderr and result.stderr.endswith("from KVSTORE_PROFILE\n")
+
+
+@pytest.mark.parametrize("verb", [["calibrate", "--dry-run"], ["bench", "quality"], ["bench", "ttft"]])
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, verb: list[str]) -> None:
+    """No folder, a folder without a model, one whose files are damaged, and what can be no name at all."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{", encoding="utf-8")
+    for model in (*(str(tmp_path / name) for name in ("none", "empty", "damaged")), "what is this?"):
+        result = invoke(*verb, "--model", model)
+        assert result.exit_code in (1, 2) and result.stdout == ""
+        assert result.stderr.startswith("kvstore: ") and result.stderr.count("\n") == 1
+
+
 def test_colours_are_for_terminals_that_want_them() -> None:
     """NO_COLOR, and no colours into a pipe even where a terminal is claimed."""
     assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color").stdout

@@ -96,6 +96,8 @@ def test_variables_of_others_are_left_alone() -> None:
         ("1KiB", 1024),
         ("2TB", 2 * 10**12),
         ("7B", 7),
+        ("7.0", 7),
+        ("1.0001kB", 1000),
     ],
 )
 def test_sizes_are_bytes_or_a_number_with_a_unit(text: object, nbytes: int) -> None:
@@ -129,6 +131,11 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
         ("listen", "unix:kvstore.sock", "must be absolute"),
         ("listen", "localhost:0", "not an address"),
         ("listen", "localhost:65536", "not an address"),
+        ("budget_bytes", "0.5", "less than a byte"),
+        ("budget_bytes", "0.0001KB", "less than a byte"),
+        ("checkpoint_share_percent", 101, "must be at most 100"),
+        ("quality_top1_min", "1.5", "not a share from 0 to 1"),
+        ("quality_top1_min", 95, "not a share from 0 to 1"),
         ("tokens_max", 1 << 30, "over message_bytes_max"),
     ],
 )

@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model, load
 
 from kvstore.errors import InvalidRequestError
+from kvstore.integrations.mlx_lm import loading
 
 # What caches did before: per token, groups of 64 values, keys and values alike.
 AFFINE = ("affine8", "affine6", "affine4", "affine3")
@@ -21,7 +22,8 @@ OUTLIERS = {1: 8.0, 9: 32.0, 20: 16.0, 30: 8.0}
 
 def load_float32(model_path: str) -> tuple[Any, Any]:
     """A model with plain float32 weights, and its tokenizer."""
-    model, tokenizer = load(model_path)[:2]
+    with loading(model_path):
+        model, tokenizer = load(model_path)[:2]
     model = dequantize_model(model)
     model.update(
         tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())

@@ -14,7 +14,7 @@ from mlx_lm.utils import load_model
 
 from kvstore.bench.cases import BenchError, Case, Report, measure
 from kvstore.bench.scratch import ScratchDaemon
-from kvstore.integrations.mlx_lm import PrefixStore
+from kvstore.integrations.mlx_lm import PrefixStore, loading
 from kvstore.integrations.models import model_folder
 
 COLD = "cold"
@@ -27,7 +27,8 @@ def run(model_path: str, seq_len: int, rounds: int, profile: str) -> Report:
     folder = model_folder(model_path)
     if folder is None or not folder.is_dir():
         raise BenchError(f"there is no model at {model_path}")
-    model, config = load_model(folder)
+    with loading(model_path):
+        model, config = load_model(folder)
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]
     bench = _FirstTokens(model, np.random.default_rng(0).integers(0, vocabulary, seq_len).tolist())
     with ScratchDaemon() as daemon:

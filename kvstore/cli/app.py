@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import errno
 import importlib
+import io
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -41,13 +46,38 @@ EXIT_CODES: tuple[tuple[type[errors.KVStoreError], int], ...] = (
     (errors.InvalidRequestError, EXIT_USAGE),
 )
 
+# What writing to standard output raises: a full disk, a closed descriptor, a terminal that went away.
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO)
+
 
 def exit_code(error: errors.KVStoreError) -> int:
     """The exit code for `error`."""
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), EXIT_FAILURE)
 
 
-class Verbs(click.Group):
+class Suggesting(click.Group):
+    """A group that names the command that was probably meant."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's; a usage error for a command that is not there says which one is near."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            ctx.fail(f"No such command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+        return super().resolve_command(ctx, args)
+
+
+class ClosedOutput(io.TextIOBase):
+    """Takes the place of a standard output that was closed before the process began, for which Python has None."""
+
+    def write(self, text: str) -> int:
+        """OSError: nobody can read it."""
+        raise OSError(errno.EBADF, "standard output is closed")
+
+
+class Verbs(Suggesting):
     """Imports a verb's module when it is used, and turns every error into one line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -70,8 +100,11 @@ class Verbs(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line and exit."""
         kwargs["standalone_mode"] = False
+        if sys.stdout is None:
+            sys.stdout = ClosedOutput()
         try:
             code = super().main(*args, **kwargs)
+            sys.stdout.flush()
         except click.exceptions.NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(EXIT_USAGE)
@@ -84,7 +117,22 @@ class Verbs(click.Group):
         except errors.KVStoreError as error:
             _complain(str(error))
             sys.exit(exit_code(error))
+        except BrokenPipeError:  # the reader has what it wants
+            _drop_output()
+            sys.exit(EXIT_FAILURE)
+        except OSError as error:
+            is_output = error.filename is None and error.errno in _OUTPUT_ERRORS
+            about = "the answer cannot be written" if is_output else error.filename
+            _complain(": ".join(str(part) for part in (about, error.strerror or error) if part))
+            _drop_output()
+            sys.exit(EXIT_FAILURE)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _drop_output() -> None:
+    """Have Python's own flush at the end find nothing that fails."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(message: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import signal
 import sys
@@ -12,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvstore.cli.app import EXIT_FAILURE
+from kvstore.cli.app import EXIT_FAILURE, Suggesting
 from kvstore.cli.calibrate import LENGTH, PREFIXES
 from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
+from kvstore.core.process import ending_signals
 from kvstore.errors import KVStoreError
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MATCH_TOKENS = 32_000
 
 
-@click.group("bench")
+@click.group("bench", cls=Suggesting)
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Measure the store on this machine, each case beside a ceiling measured in the same run.
@@ -36,8 +38,10 @@ def command(ctx: click.Context) -> None:
     touches the store that you use. Cases take turns, round by round, and ratios are between medians.
     """
     # So that the daemon and its directory go when this process is told to.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILURE))
-    ctx.call_on_close(lambda: signal.signal(signal.SIGTERM, before))
+    for number in ending_signals():
+        if number is not signal.SIGINT:
+            before = signal.signal(number, lambda *_: sys.exit(EXIT_FAILURE))
+            ctx.call_on_close(functools.partial(signal.signal, number, before))
 
 
 def bench_options(seq_len: int = 8192, rounds: int = 5) -> Callable[[F], F]:

@@ -108,7 +108,8 @@ def _measure(
     if not dry_run:
         with connected(config) as client:
             client.stats()  # nobody should wait for minutes to hear that no daemon is there
-    model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
+    with kv.loading(model_path, adapter_path):
+        model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
     tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
     calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
     namespace = kv.namespace(model, model_path, adapter_path=adapter_path)

@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
+from kvstore.cli.app import Suggesting
 from kvstore.cli.common import client_config, common_options, print_json, print_table, say
-from kvstore.config import ENV_CONFIG, KEYS, default_config_path
+from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
+from kvstore.errors import ConfigError
 
 
-@click.group("config")
+@click.group("config", cls=Suggesting)
 def command() -> None:
     """The configuration in force."""
 
@@ -22,6 +24,7 @@ def command() -> None:
 def show(address: str | None, config_path: str | None, as_json: bool) -> None:
     """Show every key, its value, and where that came from: a flag, a variable, the file, or the default."""
     config = client_config(address, config_path)
+    _check_profile(config)
     file = Path(config_path or os.environ.get(ENV_CONFIG) or default_config_path())
     values = {key: _plain(getattr(config, key)) for key in KEYS}
     if as_json:
@@ -41,6 +44,16 @@ def show(address: str | None, config_path: str | None, as_json: bool) -> None:
         ("key", "value", "from", "meaning"),
         [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in KEYS.items()],
     )
+
+
+def _check_profile(config: Config) -> None:
+    """ConfigError for a profile that the codecs do not know. They import MLX, which other verbs do not wait for."""
+    from kvstore.codecs.profiles import check_profile
+
+    try:
+        check_profile(config.profile)
+    except ConfigError as error:
+        raise ConfigError(f"profile: {error}, from {config.source('profile')}") from error
 
 
 def _plain(value: Any) -> Any:

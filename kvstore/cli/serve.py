@@ -52,7 +52,7 @@ def _key_options(command: F) -> F:
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON what is about to be served.")
 def command(address: str | None, config_path: str | None, as_json: bool, **flags: Any) -> int:
-    """Run the daemon that owns the store, until SIGINT or SIGTERM. No flag is required.
+    """Run the daemon that owns the store, until SIGINT, SIGTERM or SIGHUP. No flag is required.
 
     Every flag is a configuration key: KVSTORE_<KEY> in the environment and the TOML file set the same ones, and
     `kvstore config show` tells the value in force and where it came from.

@@ -154,7 +154,7 @@ class Config:
     )
     quality_kl_p99_max: float = _key(parsers.number, "The same, 99th percentile of positions.", "nats", default=0.1)
     quality_top1_min: float = _key(
-        parsers.number, "Share of positions whose most likely token must stay the same.", "share", default=0.95
+        parsers.share, "Share of positions whose most likely token must stay the same.", "share", default=0.95
     )
     quality_nll_delta_max: float = _key(
         parsers.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
@@ -211,7 +211,7 @@ class Config:
         default=8,
     )
     checkpoint_share_percent: int = _key(
-        parsers.whole(1), "Most of the budget that checkpoints take, all together.", "count", default=20
+        parsers.whole(1, 100), "Most of the budget that checkpoints take, all together.", "count", default=20
     )
     message_bytes_max: int = _key(
         parsers.size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB

@@ -39,7 +39,10 @@ def parse_size(value: object) -> int:
     unit = _SIZE_UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
         raise ValueError("not a size; write bytes as a number, or 10GB, 512MiB")
-    return _in_range(int(Decimal(match[1]) * unit), 0)
+    exact = Decimal(match[1]) * unit
+    if exact != int(exact) and (unit == 1 or exact < 1):
+        raise ValueError("less than a byte; write 0.5GB for half a gigabyte")  # as 0 it would mean something else
+    return _in_range(int(exact), 0)
 
 
 def size(minimum: int = 0) -> Callable[[object], int]:
@@ -47,24 +50,24 @@ def size(minimum: int = 0) -> Callable[[object], int]:
     return lambda value: _in_range(parse_size(value), minimum)
 
 
-def whole(minimum: int) -> Callable[[object], int]:
-    """A parser of whole numbers of at least `minimum`."""
+def whole(minimum: int, maximum: int = _WHOLE_MAX - 1) -> Callable[[object], int]:
+    """A parser of whole numbers of at least `minimum` and at most `maximum`."""
 
     def parse(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}", value.strip()):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError("not a whole number")
-        return _in_range(value, minimum)
+        return _in_range(value, minimum, maximum)
 
     return parse
 
 
-def _in_range(value: int, minimum: int) -> int:
+def _in_range(value: int, minimum: int, maximum: int = _WHOLE_MAX - 1) -> int:
     if value < minimum:
         raise ValueError("must not be negative" if minimum == 0 else f"must be at least {minimum}")
-    if value >= _WHOLE_MAX:
-        raise ValueError("too large")
+    if value > maximum:
+        raise ValueError("too large" if maximum == _WHOLE_MAX - 1 else f"must be at most {maximum}")
     return value
 
 
@@ -94,6 +97,14 @@ def number(value: object) -> float:
         parsed = math.nan
     if not 0 <= parsed < math.inf:
         raise ValueError("not a number of 0 or more")
+    return parsed
+
+
+def share(value: object) -> float:
+    """A number from 0 to 1."""
+    parsed = number(value)
+    if parsed > 1:
+        raise ValueError("not a share from 0 to 1, such as 0.95")
     return parsed
 
 

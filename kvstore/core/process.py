@@ -1,8 +1,12 @@
-"""Whether this process was forked from one that had connected: gRPC, MLX and our threads do not live on in it."""
+"""What holds for this process: signals that end it, and whether it was forked from one that had connected.
+
+gRPC, MLX and our threads do not live on in a process that was forked.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 FORKED = (
@@ -10,6 +14,12 @@ FORKED = (
     "multiprocessing's `spawn`, or connect only after the fork"
 )
 _connected_in: int | None = None  # the process that connected first, here or in what this one was forked from
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Signals that tell a process to end in good order. A terminal's that goes away is not, where `nohup` says so."""
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
 
 
 def connecting() -> None:

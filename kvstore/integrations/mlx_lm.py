@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.fingerprint import fingerprint
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ENGINE, ModelKey, ModelStore, alias_of, identify, model_folder
-from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.prompt_cache import MODEL_ERRORS, PromptCache
 
 # As the engine's own prefill.
 PREFILL_STEP_TOKENS = 2048
@@ -89,6 +90,18 @@ def _check_folder(path_or_repo: str, needed: str) -> None:
         raise InvalidRequestError(f"there is no such folder: {path_or_repo}")
     if not (folder / needed).is_file():
         raise InvalidRequestError(f"not a folder with {needed}: {path_or_repo}")
+
+
+@contextmanager
+def loading(model_path: str, adapter_path: str | None = None) -> Iterator[None]:
+    """Around loading a model: InvalidRequestError when there is none, or it cannot be loaded."""
+    _check_folder(model_path, "config.json")
+    if adapter_path is not None:
+        _check_folder(adapter_path, "adapter_config.json")
+    try:
+        yield
+    except (OSError, *MODEL_ERRORS) as error:
+        raise InvalidRequestError(f"{model_path} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class PrefixStore:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from kvstore.core.process import ending_signals
 from kvstore.errors import ConfigError
 
 FLUSH_S = 5.0
@@ -65,7 +66,8 @@ def _vllm_mlx(flags: Sequence[str]) -> int:
 def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: Callable[[float], None]) -> NoReturn:
     """Call `main` with the flags as its command line, give the store `FLUSH_S` after it, and end the process."""
     sys.argv = [name, *flags]
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in ending_signals():
+        signal.signal(number, _interrupt)
     code = 0
     try:
         main()
@@ -85,7 +87,7 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM stops the server as Ctrl-C does: what is queued for the store is sent before the process ends."""
+    """SIGTERM and SIGHUP stop the server as Ctrl-C does: what is queued for the store is sent first."""
     raise KeyboardInterrupt
 
 

@@ -14,7 +14,6 @@ import functools
 import logging
 import os
 import resource
-import signal
 import stat
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -32,6 +31,7 @@ from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.config.credentials import CredentialFiles
 from kvstore.config.private_files import require_private_directory
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.process import ending_signals
 from kvstore.engine import Engine, EngineOptions
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.server.admin import AdminService
@@ -196,7 +196,7 @@ async def every_second(work: Callable[[], Awaitable[object]]) -> None:
 
 
 def serve(config: Config) -> int:
-    """Run a daemon until SIGTERM or SIGINT; returns the exit code. Errors of the start are raised, typed."""
+    """Run a daemon until SIGTERM, SIGINT or SIGHUP; returns the exit code. Errors of the start are raised, typed."""
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -211,7 +211,7 @@ def serve(config: Config) -> int:
         begin, place = True, None
         while begin:
             daemon = Daemon(config, place)
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in ending_signals():
                 loop.add_signal_handler(number, daemon.stop)
             begin, place = await daemon.run(), daemon.place
 

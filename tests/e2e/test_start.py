@@ -287,7 +287,7 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     """Exit 0 once it serves, and the next start finds a clean stop."""
     with DaemonProcess(tmp_path / "data") as daemon:
@@ -297,6 +297,19 @@ def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> No
         daemon.start()
         assert "unclean" not in daemon.log_text()
         assert stat.S_IMODE(daemon.data_dir.stat().st_mode) == 0o700
+
+
+def test_a_daemon_that_is_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    """As under `nohup`, which has SIGHUP ignored."""
+    daemon = DaemonProcess(tmp_path / "data")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        daemon.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    daemon.signal(signal.SIGHUP)
+    roundtrip(daemon)
+    assert daemon.stop() == 0
 
 
 def test_a_stopped_daemon_still_holds_its_directory(tmp_path: Path) -> None:
