@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import shutil
+import time
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
+from kvstore.client.results import Match
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
@@ -125,6 +127,24 @@ def test_another_process_continues_from_the_store(make: Any, model: Any, client:
         assert len(tokens) - len(rest) == covered
         check_continuation(model, tokens, cache, rest)
     assert client.only.fetches == 4
+
+
+def test_asking_and_fetching_take_together_no_longer_than_one_fetch_may(
+    make: Any, model: Any, client: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that asks on its own thread waits for both."""
+    cache = make()
+    cache.insert_cache(make.key, TOKENS[:100], filled(model, TOKENS[:100]))
+    make().insert_cache(make.key, TOKENS[:300], filled(model, TOKENS[:300]))
+    stock = FakeSession.match
+
+    def slow(self: FakeSession, tokens: Sequence[int], *said: float) -> Match:
+        time.sleep(0.3)
+        return stock(self, tokens, *said)
+
+    monkeypatch.setattr(FakeSession, "match", slow)
+    _, rest = cache.fetch_nearest_cache(make.key, TOKENS[:310])
+    assert len(rest) == 10 and client.only.said[-1]["total_ms"] <= client.config.fetch_total_ms - 300
 
 
 def test_a_prompt_that_nobody_has_seen_is_cold(make: Any, model: Any) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.client import Client
+from kvstore.client.breaker import Deadline
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason
@@ -308,8 +309,10 @@ class ModelStore:
     ) -> Found | None:
         """As `fetch`, for any thread: every layer is evaluated, and cache layers can be made of them on another.
 
-        `reserve(nbytes)` is asked before anything is read, and may refuse.
+        `reserve(nbytes)` is asked before anything is read, and may refuse. All of it together takes at most as long as
+        one fetch may: an engine without a place for a fetch before the turn of a request waits for it.
         """
+        deadline = Deadline(self.fetch_total_s)
         if is_forked():
             return None
         if self._client.config.slow_hits:
@@ -332,6 +335,7 @@ class ModelStore:
                 prompt = _around_images(session, tokens)
                 hit = session.fetch(
                     prompt,
+                    total_ms=1e3 * deadline.left_s,
                     prefill_tokens_per_s=prefill_tokens_per_s,
                     covered_tokens=covered,
                     evaluate=reserve is not None,
