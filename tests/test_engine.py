@@ -256,7 +256,7 @@ def test_blocks_are_pulled_one_at_a_time_and_nobody_waits_for_them(engine: Engin
     assert find(engine, NS, [1]).reason is Reason.IDENTITY
     put(engine, OTHER, list(range(10)))
     assert find(engine, OTHER, list(range(10))).n_tokens == 10
-    assert engine.evict(Selection(all=True)).blocks == 1
+    assert engine.evict(Selection(namespace_prefix=OTHER.root)).blocks == 1
     assert engine.check(repair=True).findings == []
     go_on.set()
     thread.join()
@@ -296,7 +296,7 @@ def test_a_parent_that_is_evicted_during_a_store_costs_the_rest(engine: Engine) 
 
     def blocks() -> Iterator[NewBlock]:
         yield made[1]
-        engine.evict(Selection(all=True))
+        engine.evict(Selection(key_prefix=made[0].block.key))
         yield made[2]
 
     receipt = engine.store(NS.to_record(), blocks())

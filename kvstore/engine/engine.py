@@ -51,7 +51,7 @@ from kvstore.engine.match import checkpoint_at
 from kvstore.engine.recover import Place, recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.rows import Row
-from kvstore.engine.scrub import Scrub, after_repair
+from kvstore.engine.scrub import Scrub, after_repair, recheck
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.store import Writer
 from kvstore.engine.types import (
@@ -68,7 +68,7 @@ from kvstore.engine.types import (
     StoreReceipt,
 )
 from kvstore.engine.validate import digest
-from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
+from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
 
 log = logging.getLogger(__name__)
 
@@ -385,22 +385,7 @@ class Engine:
 
         What is of another format version, what has no key and what is in a displaced directory stays.
         """
-        shared = self._shared
-        with shared.index.view() as view:
-            row = view.row(key)
-        if row is None or self.is_displaced():
-            return False
-        try:
-            checking.verify_row(shared.site, row)
-            return False
-        except (NotFoundError, UnknownFormatError):
-            return False
-        except CorruptDataError as error:
-            log.warning("a blob is damaged: %s", error)
-        with shared.lock:
-            removed = checking.drop_tree(shared.site, row, keep_blob=True)
-            after_repair(shared, removed)
-        return bool(removed)
+        return recheck(self._shared, key)
 
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""

@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 from kvstore.blobs.fs import unlink_quietly
 from kvstore.core.blocks import Reason
+from kvstore.engine import check as checking
 from kvstore.engine.evictions import REPAIR
 from kvstore.engine.rows import Row
 from kvstore.engine.shared import Shared
-from kvstore.errors import KVStoreError
+from kvstore.errors import CorruptDataError, KVStoreError, NotFoundError, UnknownFormatError
 
 # Beside the rows: the first 8 bytes of the next key as a number, 0 between passes; when the last pass ended.
 NEXT, DONE_S = "scrub_next", "scrub_done_s"
@@ -99,3 +100,22 @@ def after_repair(shared: Shared, removed: list[Row]) -> None:
     for path in shared.directory.quarantined()[: -shared.options.quarantine_files_max]:
         unlink_quietly(shared.fs, [str(path)])
     shared.measure()
+
+
+def recheck(shared: Shared, key: bytes) -> bool:
+    """See `Engine.recheck`."""
+    with shared.index.view() as view:
+        row = view.row(key)
+    if row is None or shared.is_displaced():
+        return False
+    try:
+        checking.verify_row(shared.site, row)
+        return False
+    except (NotFoundError, UnknownFormatError):
+        return False
+    except CorruptDataError as error:
+        log.warning("a blob is damaged: %s", error)
+    with shared.lock:
+        removed = checking.drop_tree(shared.site, row, keep_blob=True)
+        after_repair(shared, removed)
+    return bool(removed)

@@ -309,8 +309,7 @@ class ModelStore:
     ) -> Found | None:
         """As `fetch`, for any thread: every layer is evaluated, and cache layers can be made of them on another.
 
-        `reserve(nbytes)` is asked before anything is read, and may refuse. All of it together takes at most as long as
-        one fetch may: an engine without a place for a fetch before the turn of a request waits for it.
+        `reserve(nbytes)` is asked before anything is read, and may refuse. All together takes as long as a fetch may.
         """
         deadline = Deadline(self.fetch_total_s)
         if is_forked():
@@ -359,7 +358,6 @@ class ModelStore:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
 
         Whether the store took it: it was queued, or is there.
-
         `epoch`: in which the cache was begun; None: that of the model now.
 
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
@@ -397,11 +395,8 @@ class ModelStore:
 
     def refuse(self, error: KVStoreError) -> None:
         """Count what the store could not be used for, and say each kind once."""
-        if isinstance(error, UnsupportedLayerError):
-            reason = Reason.UNSUPPORTED_LAYER
-        else:
-            reason = Reason.INVALID if isinstance(error, InvalidRequestError) else Reason.INTERNAL
-        self._count(reason)
+        reason = Reason.INVALID if isinstance(error, InvalidRequestError) else Reason.INTERNAL
+        self._count(Reason.UNSUPPORTED_LAYER if isinstance(error, UnsupportedLayerError) else reason)
         if str(error) not in self._refusals and len(self._refusals) < 100:
             self._refusals.add(str(error))
             # Its text: a record that somebody keeps must not keep the frames of the error, and with them this store.

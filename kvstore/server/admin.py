@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvstore import __version__
-from kvstore.engine import BlockInfo, Engine, Selection
+from kvstore.engine import BlockInfo, Engine, EvictReport, Selection
 from kvstore.errors import InvalidRequestError
 from kvstore.server.rpc_errors import Context, unary
 from kvstore.server.stats import Counters, namespace_message, quality_messages
@@ -90,8 +90,15 @@ class AdminService(rpc.AdminServicer):
             if not request.namespace_prefix:
                 raise InvalidRequestError("shredding takes a namespace")
             await self._threads.evict.finish(self._engine.shred, request.namespace_prefix, request.dry_run)
-        report = await self._threads.evict(self._store.evict, selection, request.dry_run)
+        report = await self._threads.evict(self._evict, selection, request.dry_run)
         return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
+
+    def _evict(self, selection: Selection, dry_run: bool) -> EvictReport:
+        """Evict, and end the uploads that go along with their namespaces."""
+        try:
+            return self._engine.evict(selection, dry_run)
+        finally:
+            self._store.uploads.end_evicted(self._engine.is_evicted)
 
     @unary
     async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:

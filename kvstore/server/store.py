@@ -37,7 +37,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Piece, cut_pieces
 from kvstore.core.rules import check_states
-from kvstore.engine import Engine, EvictReport, Match, NamespaceKey, NewBlock, Selection
+from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
 from kvstore.errors import (
     CorruptDataError,
     InvalidRequestError,
@@ -248,18 +248,6 @@ class StorePath:
             held.close()
             raise
         return True
-
-    def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
-        """Evict; a selection of whole namespaces takes along the uploads to them that have begun.
-
-        Those that wait to be committed end here, with what they staged; the engine refuses the commit of the others.
-        """
-        try:
-            return self._engine.evict(selection, dry_run)
-        finally:
-            for upload in self.uploads.under_way():
-                if self._engine.is_evicted(upload.namespace.root, upload.evictions):
-                    self.uploads.give_up(upload)
 
     # -- commit --------------------------------------------------------------------------------------------------
 

@@ -225,6 +225,12 @@ class Uploads:
         idle = [upload for upload in self.under_way() if not upload.alive(idle_s, bytes_per_s_min)]
         return [upload for upload in idle if self._give_up(upload)]
 
+    def end_evicted(self, is_evicted: Callable[[bytes, int], bool]) -> None:
+        """Give up what an eviction of its namespace takes along, with what was staged. The engine refuses a commit."""
+        for upload in self.under_way():
+            if is_evicted(upload.namespace.root, upload.evictions):
+                self.give_up(upload)
+
     def end_all(self) -> None:
         """Give up everything, at shutdown. A commit that is still running ends its upload itself."""
         for upload in self.under_way():
