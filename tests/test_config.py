@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import platformdirs
 import pytest
 
 from kvstore.config import (
@@ -18,6 +20,7 @@ from kvstore.config import (
     automatic_budget_bytes,
     automatic_floor_bytes,
     default_config_path,
+    keys_home,
     load_config,
     parse_address,
     parse_size,
@@ -250,3 +253,20 @@ def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("kvstore.config.config.platformdirs.user_data_dir", lambda *_, **__: "~/.local/share/kvstore")
     with pytest.raises(ConfigError, match="data_dir: this user has no home directory; set an absolute path"):
         load_config({}, None, {"XDG_CONFIG_HOME": "/nonexistent"})
+
+
+@pytest.mark.parametrize("platform", ["macos", "unix"])
+def test_wrapped_keys_are_outside_the_data_directory_on_every_platform(
+    platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On macOS the directories of data and state are one, and a copy of the store must not hold its keys."""
+    module = importlib.import_module(f"platformdirs.{platform}")
+    system = next(kind for name, kind in vars(module).items() if name.lower() == platform)
+    for name in ("data", "state"):
+        directory = f"user_{name}_dir"
+        monkeypatch.setattr(
+            platformdirs, directory, lambda app, directory=directory, **_: getattr(system(app), directory)
+        )
+    config = Config()
+    assert not keys_home(config).is_relative_to(config.data_dir)
+    assert not config.data_dir.is_relative_to(keys_home(config))

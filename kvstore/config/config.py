@@ -38,8 +38,12 @@ def _default_data_dir() -> Path:
 
 
 def keys_home(config: Config) -> Path:
-    """Where the wrapped keys of every data directory lie, a folder each."""
-    return Path(config.keys_dir or Path(platformdirs.user_state_dir("kvstore", appauthor=False)) / "keys")
+    """Where the wrapped keys of every data directory lie, a folder each.
+
+    Under a name of its own: on macOS the user's state directory is also that of data, and a copy of the store must not
+    hold its keys.
+    """
+    return Path(config.keys_dir or platformdirs.user_state_dir("kvstore-keys", appauthor=False))
 
 
 @dataclass(frozen=True, kw_only=True)
