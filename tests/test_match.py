@@ -30,11 +30,12 @@ from kvstore.core.blocks import (
 )
 from kvstore.core.keys import Chain, block_key
 from kvstore.engine import Engine, Match, encryption, types
-from kvstore.engine.index import Index, View
+from kvstore.engine.index import Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.match import best_child, is_covered, longest_prefix, replaced_by
 from kvstore.engine.retain import CHUNK
 from kvstore.engine.rows import LEVEL_TOKENS, Row, Templates, child_entries, pack_row, parse_row
+from kvstore.engine.transaction import View
 from tests.support.engine import find, namespace, new_block, options, put
 
 NS = namespace()
@@ -178,7 +179,7 @@ def test_what_is_removed_leaves_no_entry_behind(shelf: Shelf) -> None:
         for row in sorted(shelf.rows.values(), key=lambda row: -row.start):
             edit.remove(row)
     with shelf.index.view() as view:
-        assert [view.count(name) for name in ("rows", "children", "namespaces")] == [0, 0, 0]
+        assert [view.trees()[name]["entries"] for name in ("rows", "children", "namespaces")] == [0, 0, 0]
         assert len(shelf.index.table) == 0
 
 

@@ -18,9 +18,10 @@ from kvstore.core.blocks import BLOCK_TOKENS, Block, count_tokens
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
-from kvstore.engine.index import Edit, Index
+from kvstore.engine.index import Index
 from kvstore.engine.match import is_covered, replaced_by
 from kvstore.engine.rows import Row, pack_row
+from kvstore.engine.transaction import Edit
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
 
 VERIFY_BYTES = 1 << 20

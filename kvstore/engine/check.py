@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.engine.adopt import Site, Strays, adopt, keep_number, read_block, read_strays, require_rule
-from kvstore.engine.index import View
 from kvstore.engine.retain import CHECKPOINT
 from kvstore.engine.rows import Row, child_entries
+from kvstore.engine.transaction import View
 from kvstore.engine.types import CheckReport, Finding
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError, UnknownFormatError
 

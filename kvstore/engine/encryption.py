@@ -6,9 +6,9 @@ import logging
 
 from kvstore.blobs.protocol import BlobId
 from kvstore.engine.adopt import Site, read_block
-from kvstore.engine.index import View
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.shared import Shared
+from kvstore.engine.transaction import View
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
 
 log = logging.getLogger(__name__)

@@ -353,6 +353,8 @@ class Engine:
             if shared.blobs.clear(VICTIMS_MAX):  # of namespaces whose eviction a stop cut short
                 with shared.lock:
                     shared.measure()
+            if shared.ledger.total + shared.index.used_bytes() <= self.budget_bytes:
+                self._evictor.compaction.keep_up()
             self._evictor.keep_to_limits()
             shared.evictions.tell()
             shared.ballast.lay()

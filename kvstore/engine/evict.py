@@ -12,13 +12,14 @@ from collections.abc import Set as AbstractSet
 
 from kvstore.blobs.protocol import BlobId, disk_bytes
 from kvstore.core.blocks import Reason
+from kvstore.engine.compact import Compaction
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, gigabytes
-from kvstore.engine.index import Edit
 from kvstore.engine.retain import VICTIMS_MAX, Mask, Table
 from kvstore.engine.rows import Row
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.shortage import COMMIT_BYTES, Shortage
+from kvstore.engine.transaction import Edit
 from kvstore.engine.types import EvictReport, Selection
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
 
@@ -42,7 +43,8 @@ class Evictor:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self.shortage = Shortage(shared)
+        self.compaction = Compaction(shared)
+        self.shortage = Shortage(shared, self.compaction)
         self._evicting = threading.Lock()  # never taken by a thread that holds the engine's lock
         self._floor_freed = 0
         self._floor_wanted = 0
@@ -225,7 +227,7 @@ class Evictor:
         over = ledger.total + need - budget
         if over > 0:
             # What can never fit must not empty the store; a budget that others have used up may.
-            may_evict = nbytes == 0 or ledger.fixed - shared.deletions.deleting_bytes + need <= budget
+            may_evict = nbytes == 0 or self.shortage.fixed_bytes + need <= budget
             slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
             return (BUDGET, over, over + slack) if may_evict and BUDGET not in exhausted else None
         floor = shared.options.free_floor_bytes
@@ -236,7 +238,7 @@ class Evictor:
         """Evict what lacks now; note in `exhausted` why no more can be freed. Hold `_evicting`. Raises OSError."""
         with self._shared.lock:
             lack = self._lack(nbytes, exhausted)
-        if lack is None:
+        if lack is None or self.compaction.keep_up():
             return
         cause, needed, wanted = lack
         freed = self._evict_bytes(cause, needed, wanted, keep)
@@ -310,16 +312,24 @@ class Evictor:
     def _evict_bytes(self, cause: str, needed: int, wanted: int, keep: AbstractSet[bytes]) -> int:
         """Evict least recently used leaves until `wanted` bytes are freed; leased ones last, `keep` never.
 
-        Nothing is evicted where everything that may go would not free `needed`. The bytes freed.
+        Nothing is evicted where everything that may go would not free `needed`. Where only the index could give the
+        rest, it is compacted afterwards: as many of its bytes are taken to go as of the blobs. The bytes freed.
         """
         shared = self._shared
         with shared.lock:
-            if shared.index.table.reachable_bytes(keep) < needed:
-                return 0
+            reachable = shared.index.table.reachable_bytes(keep)
+            held = shared.ledger.get("blobs")
+        of_index = self.compaction.shrinkable_bytes * reachable // max(1, held) if cause == BUDGET else 0
+        if reachable + of_index < needed:
+            return 0
+        if is_index_needed := reachable < needed:
+            wanted = wanted * reachable // (reachable + of_index) + 1
         leased = shared.deletions.leased()
         freed = self._run(cause, wanted, leased | keep).freed_bytes
         if freed < wanted and leased:
             freed += self._run(cause, wanted - freed, keep, spare_leased=False).freed_bytes
+        if is_index_needed:
+            self.compaction.run()
         return freed
 
     def _run(

@@ -3,13 +3,15 @@
 Databases:
     rows        key -> row value (`kvstore.engine.rows`)
     children    entry (`kvstore.engine.rows`) -> key
-    retain      number of a chunk -> the chunk of the table, xxh3_64 of it
+    retain      number of a chunk -> the chunk of the table, xxh3_64 of it; none for a chunk without a row
     templates   id -> what runs have in common (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
     meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
-Everything here can be rebuilt from blob headers. Threads: a `View` belongs to the thread that opened it; at most one
-`Edit` at a time, which the engine's lock sees to; the table, too, is for the holder of that lock.
+Everything here can be rebuilt from blob headers. LMDB never gives free pages back to the volume; `Index.compact` does.
+
+Threads: a `View` belongs to the thread that opened it; at most one `Edit` at a time, which the engine's lock sees to;
+the table, too, is for the holder of that lock.
 """
 
 from __future__ import annotations
@@ -17,40 +19,39 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lmdb
 
 from kvstore.blobs.format import FORMAT_VERSION
-from kvstore.blobs.fs import Fs
-from kvstore.core.blocks import TOKEN_BYTES, count_tokens
-from kvstore.core.keys import checkpoint_key
-from kvstore.engine.checksums import Space, with_check, without_check
+from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.engine.keyring import KeyRing
-from kvstore.engine.retain import CHECKPOINT, Table
-from kvstore.engine.rows import (
-    CHECKPOINT_MARK,
-    ENCRYPTED,
-    ENCRYPTED_AT,
-    HEAD_BYTES,
-    Row,
-    Templates,
-    checkpoint_prefix,
-    child_entries,
-    decrypt_row,
-    encrypt_row,
-    parse_row,
-)
-from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
+from kvstore.engine.retain import Table
+from kvstore.engine.transaction import DATABASES, Edit, Space, View, with_check, without_check
+from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError, UnknownFormatError
 
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.
 REBUILDING = "rebuilding"
 MAP_BYTES = 64 << 30
 READERS_MAX = 510
-_DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
+# A compact copy on its way; unlinked when the index is opened.
+COPY = "data.mdb.compact"
+# A match takes milliseconds; a reader of all rows is not waited for.
+_DRAIN_S = 0.25
+# The slowest disk that a copy is awaited on.
+_TIMEOUT_S, _BYTES_PER_S = 10.0, 16 << 20
+# In a process of its own, so that a fault in the file, or a copy that hangs, ends nothing but the copy.
+# The index is named by its folder, since LMDB would keep MDB_NOSUBDIR in the copy; `lib_version` as in `Index`.
+_PROGRAM = """
+import sys, lmdb
+lmdb.open(sys.argv[1], readonly=True, lock=False, lib_version=0).copyfd(1, compact=True)
+"""
 _DAMAGE = (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.PanicError)
 
 
@@ -71,243 +72,41 @@ def translated() -> Iterator[None]:
         raise DirectoryError(f"the index cannot be used: {error}") from error
 
 
-class View:
-    """A snapshot of the index, for the thread that opened it."""
+class Readers:
+    """Lets readers in, and keeps them out for a moment once all that are in have left. Any thread."""
 
-    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing, templates: Templates) -> None:
-        self._txn = txn
-        self._db = databases
-        self.ring = ring
-        self.templates = templates
-        # A row's bytes as they stand, by key. Rows are a transaction's default database: to name it costs a third.
-        self.stored: Callable[[bytes], bytes | None] = txn.get
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._count = 0
+        self._is_closed = False
 
-    def value(self, key: bytes) -> bytes | None:
-        """A row's bytes, unparsed, decrypted where they are encrypted and can be."""
-        found = self.stored(key)
-        if found is None or found[ENCRYPTED_AT : ENCRYPTED_AT + 1] != ENCRYPTED:
-            return found
-        return decrypt_row(key, found, self.ring)
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Be a reader; first wait while readers are kept out."""
+        with self._changed:
+            while self._is_closed:
+                self._changed.wait()
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._count -= 1
+                self._changed.notify_all()
 
-    def row(self, key: bytes) -> Row | None:
-        """The row of a key."""
-        found = self.value(key)
-        return None if found is None else parse_row(key, found, self.templates)
-
-    def rows(self, prefix: bytes = b"") -> Iterator[Row]:
-        """All rows whose key starts with `prefix`, in key order."""
-        for key, value in self._from("rows", prefix):
-            if not key.startswith(prefix):
-                return
-            yield parse_row(key, decrypt_row(key, value, self.ring), self.templates)
-
-    def row_from(self, key: bytes) -> Row | None:
-        """The first row whose key is `key` or comes after it."""
-        found = next(self._from("rows", key), None)
-        return None if found is None else self.row(found[0])
-
-    def entries(self, prefix: bytes, start: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        """(entry, key) of the children whose entry begins so, from where `prefix + start` would stand.
-
-        Onwards, or backwards from just below it.
-        """
-        for entry, key in self._from("children", prefix + start, reverse):
-            if not entry.startswith(prefix):
-                return
-            yield entry, key
-
-    def children(self, parent: bytes) -> Iterator[bytes]:
-        """Keys of all children of a parent, each once: blocks, then checkpoints."""
-        for prefix in (parent + bytes(1 + HEAD_BYTES), parent + CHECKPOINT_MARK):
-            for _, key in self.entries(prefix):
-                yield key
-
-    def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
-        """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
-        prefix = parent + CHECKPOINT_MARK
-        while at_most >= 0:
-            start = checkpoint_prefix(parent, at_most + 1)[len(prefix) :]
-            below = next(self.entries(prefix, start, reverse=True), None)
-            if below is None:
-                return
-            found = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
-            yield found
-            at_most = found - 1
-
-    def checkpoints(self, parent: bytes, tokens: bytes) -> Iterator[Row]:
-        """Checkpoints after `parent` and as many of the packed `tokens` as each has, longest first.
-
-        By key, so however many siblings there are, it is one lookup for each length.
-        """
-        for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
-            tail = tokens[: n_tokens * TOKEN_BYTES]
-            row = self.row(checkpoint_key(parent, tail))
-            if row is not None and row.is_checkpoint and not row.is_key_missing and row.tokens == tail:
-                yield row
-
-    def tree(self, row: Row) -> list[Row]:
-        """A row and all its descendants, parents first."""
-        seen = [row]
-        for parent in seen:
-            seen.extend(child for key in self.children(parent.key) if (child := self.row(key)) is not None)
-        return seen
-
-    def chunks(self) -> Iterator[tuple[int, bytes]]:
-        """The table, for `Table.load`. CorruptDataError when a chunk was changed."""
-        for number, stored in self._from("retain", b""):
-            yield int.from_bytes(number, "big"), without_check(number, stored)
-
-    def namespaces(self) -> dict[bytes, Space]:
-        """Every namespace by its root. CorruptDataError when one was changed."""
-        return {root: Space.parse(without_check(root, stored)) for root, stored in self._from("namespaces", b"")}
-
-    def read_templates(self) -> dict[bytes, bytes]:
-        """Every template by its id. CorruptDataError when one was changed."""
-        return {name: without_check(name, stored) for name, stored in self._from("templates", b"")}
-
-    def meta(self, name: str) -> int | None:
-        """A number kept beside the rows. CorruptDataError when it was changed."""
-        stored = self._txn.get(name.encode(), db=self._db["meta"])
-        return None if stored is None else int.from_bytes(without_check(name.encode(), stored), "little")
-
-    def count(self, database: str = "rows") -> int:
-        """How many entries a database has."""
-        entries: int = self._txn.stat(self._db[database])["entries"]
-        return entries
-
-    def _from(self, name: str, start: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
-        """Items from `start` on, or backwards from just below it. Do not change the database while iterating."""
-        cursor = self._txn.cursor(db=self._db[name])
-        found = cursor.set_range(start) if start else cursor.first()
-        if not reverse:
-            return iter(cursor.iternext()) if found else iter(())
-        positioned = cursor.prev() if found else cursor.last()
-        return iter(cursor.iterprev()) if positioned else iter(())
-
-
-class Edit(View):
-    """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
-
-    def __init__(self, txn: Any, databases: dict[str, Any], index: Index) -> None:
-        super().__init__(txn, databases, index.ring, index.templates)
-        self._index = index
-        self.table = index.table
-
-    def put(self, row: Row, nbytes: int) -> None:
-        """Add a row, whose key must be free, its parent's row there and its namespace known; `nbytes` on disk."""
-        key = self.ring.key(row.root)
-        value = row.value if key is None or row.is_key_missing else encrypt_row(row, key)
-        if not self._txn.put(row.key, value, db=self._db["rows"], overwrite=False):
-            raise KVStoreError("index: this key has a row already")
-        self._put_templates(row)
-        for entry in child_entries(row, key):
-            self._txn.put(entry, row.key, db=self._db["children"])
-        self._add(row, nbytes)
-
-    def _add(self, row: Row, nbytes: int) -> None:
-        self.table.add(
-            row.key,
-            row.parent if row.parent in self.table else None,
-            self._index.spaces[row.root].number,
-            depth=row.depth,
-            nbytes=nbytes,
-            n_tokens=row.n_tokens,
-            flags=CHECKPOINT if row.is_checkpoint else 0,
-        )
-
-    def replace(self, old: Row, new: Row, nbytes: int) -> None:
-        """Put a row in the place of one with the same key; children stay. `nbytes` on disk."""
-        key = self.ring.key(new.root)
-        self._txn.put(new.key, new.value if key is None else encrypt_row(new, key), db=self._db["rows"])
-        self._put_templates(new)
-        for entry in self._entries_of(old):
-            self._txn.delete(entry, db=self._db["children"])
-        for entry in child_entries(new, key):
-            self._txn.put(entry, new.key, db=self._db["children"])
-        self.table.resize(new.key, nbytes)
-
-    def _put_templates(self, row: Row) -> None:
-        for name in row.templates.keys() - self._index.templates.keys():
-            self._txn.put(name, with_check(name, row.templates[name]), db=self._db["templates"])
-            self._index.templates[name] = row.templates[name]
-
-    def remove(self, row: Row) -> None:
-        """Delete a row, which has no children, and everything that points to it."""
-        self._txn.delete(row.key, db=self._db["rows"])
-        for entry in self._entries_of(row):
-            self._txn.delete(entry, db=self._db["children"])
-        self.table.remove(row.key)
-
-    def remove_tree(self, row: Row) -> list[Row]:
-        """Delete a row and all its descendants; returns them, children before parents."""
-        rows = self.tree(row)[::-1]
-        for each in rows:
-            self.remove(each)
-        return rows
-
-    def put_namespace(self, root: bytes, record: bytes) -> None:
-        """Remember a namespace, before its first row. It is forgotten with its last."""
-        known = self._index.spaces.get(root)
-        if known is None:
-            used = {space.number for space in self._index.spaces.values()}
-            number = next(number for number in range(len(used) + 1) if number not in used)
-            self._put_space(root, Space(number, 0, record))
-
-    def use_namespace(self, root: bytes, used_s: int) -> None:
-        """Note when a caller last named a namespace. One that is not known is ignored."""
-        known = self._index.spaces.get(root)
-        if known is not None:
-            self._put_space(root, known._replace(used_s=used_s))
-
-    def _put_space(self, root: bytes, space: Space) -> None:
-        self._index.spaces[root] = space
-        self._txn.put(root, with_check(root, space.pack()), db=self._db["namespaces"])
-
-    def set_meta(self, name: str, value: int) -> None:
-        """Keep a number beside the rows."""
-        key = name.encode()
-        self._txn.put(key, with_check(key, value.to_bytes(8, "little")), db=self._db["meta"])
-
-    def reindex(self, cost: Callable[[Row], int]) -> None:
-        """Make children and table again from the rows; what the table knew of their use stays. `cost`: bytes on disk.
-
-        A row whose parent is not there counts as the first of a chain: a check drops it.
-        """
-        before, rows = self.table, sorted(self.rows(), key=lambda row: row.depth)
-        # Without its key an encrypted row cannot say where it stands among its siblings; it stays where it stood.
-        kept = {row.key: self._entries_of(row) for row in rows if row.is_key_missing}
-        for name in ("children", "retain"):
-            self._txn.drop(self._db[name], delete=False)
-        self._index.table = self.table = Table()
-        for row in rows:
-            for entry in kept.get(row.key) or child_entries(row, self.ring.key(row.root)):
-                self._txn.put(entry, row.key, db=self._db["children"])
-            self._add(row, cost(row))
-            self.table.take(row.key, before)
-
-    def clear(self) -> None:
-        """Delete everything but the numbers of `meta`."""
-        for name in _DATABASES:
-            if name != "meta":
-                self._txn.drop(self._db[name], delete=False)
-        self._index.forget()
-        self.table = self._index.table
-
-    def save(self) -> None:
-        """Write what changed of the table, and forget the namespaces that hold nothing any more."""
-        held = set(self.table.namespaces)
-        for root in [root for root, space in self._index.spaces.items() if space.number not in held]:
-            self._txn.delete(root, db=self._db["namespaces"])
-            del self._index.spaces[root]
-        for number, data in self.table.changed().items():
-            name = number.to_bytes(4, "big")
-            self._txn.put(name, with_check(name, data), db=self._db["retain"])
-
-    def _entries_of(self, row: Row) -> list[bytes]:
-        """Where the row stands among its parent's children; without its key that can only be looked for."""
-        if row.is_key_missing and not row.is_checkpoint:
-            return [entry for entry, key in self.entries(row.parent) if key == row.key]
-        return child_entries(row, self.ring.key(row.root))
+    @contextlib.contextmanager
+    def kept_out(self, timeout_s: float) -> Iterator[None]:
+        """Keep readers out, one caller at a time. TimeoutError when those that are in do not leave."""
+        try:
+            with self._changed:
+                self._is_closed = True
+                if not self._changed.wait_for(lambda: not self._count, timeout_s):
+                    raise TimeoutError("somebody reads the index for long")
+            yield
+        finally:
+            with self._changed:
+                self._is_closed = False
+                self._changed.notify_all()
 
 
 class Index:
@@ -324,16 +123,29 @@ class Index:
         self.path = path
         self.ring = ring
         self._fs = fs
+        self._sync = sync
+        self._map_bytes = map_bytes
+        self._readers = Readers()
         self.forget()
+        if (path / COPY).exists():
+            unlink_quietly(fs, [str(path / COPY)])
+        self._open()
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         with translated():
             self._env = lmdb.open(
-                str(path),
-                map_size=map_bytes,
-                max_dbs=len(_DATABASES),
+                str(self.path),
+                map_size=self._map_bytes,
+                max_dbs=len(DATABASES),
                 max_readers=READERS_MAX,
                 mode=0o600,
-                sync=sync,
-                metasync=sync,
+                sync=self._sync,
+                metasync=self._sync,
                 # writemap kills the process by SIGBUS on a full disk; lib_version pins the file format, which an
                 # environment variable would change otherwise.
                 writemap=False,
@@ -341,13 +153,38 @@ class Index:
             )
             try:
                 for name in ("data.mdb", "lock.mdb"):
-                    os.chmod(path / name, 0o600)
+                    os.chmod(self.path / name, 0o600)
                 self.was_short = self._fill_up()
                 self._databases = self._open_databases()
-                self._load()
+                self.is_open = True
             except BaseException:
                 self._env.close()
                 raise
+
+    def compact(self, nbytes: int) -> None:
+        """Put a copy without free pages, of about `nbytes`, in the file's place. Hold the engine's lock.
+
+        Others read while it is made, and wait while it takes its place. Raises OSError, KVStoreError; then the file is
+        as it was. Only if it cannot be opened again, or its name not be made durable, `is_open` is false from then on.
+        """
+        copy = str(self.path / COPY)
+        try:
+            copy_index(self._fs, self.path, self.path / COPY, nbytes, sync=self._sync)
+            if self._sync:
+                self._fs.flush_drive(copy)
+            with self._readers.kept_out(_DRAIN_S):
+                self.close()
+                try:
+                    self._fs.rename(copy, str(self.path / "data.mdb"))
+                except BaseException:
+                    self._open()
+                    raise
+                if self._sync:
+                    self._fs.fsync_dir(str(self.path))
+                self._open()
+        except BaseException:
+            unlink_quietly(self._fs, [copy])
+            raise
 
     def forget(self) -> None:
         """As if nothing had been stored."""
@@ -392,12 +229,12 @@ class Index:
                     f"{self.path} has format version {version}; this kvstore reads {FORMAT_VERSION}: "
                     "use the kvstore that wrote it, or another data directory"
                 )
-        return {name: self._env.open_db(name.encode()) for name in _DATABASES}
+        return {name: self._env.open_db(name.encode()) for name in DATABASES}
 
     @contextlib.contextmanager
     def view(self) -> Iterator[View]:
         """A read transaction."""
-        with translated(), self._env.begin(self._databases["rows"]) as txn:
+        with self._readers.reading(), translated(), self._env.begin(self._databases["rows"]) as txn:
             yield View(txn, self._databases, self.ring, self.templates)
 
     @contextlib.contextmanager
@@ -415,8 +252,20 @@ class Index:
                 self._load()  # a commit that failed may have happened
                 raise
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of the data file, which only `compact` makes smaller."""
+        return (self.path / "data.mdb").stat().st_size
+
+    def used_bytes(self) -> int:
+        """How much of the file is not free: the size of a compact one. Two pages are LMDB's own."""
+        with self.view() as view:
+            trees = [self._env.stat(), *view.trees().values()]
+        pages = sum(tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] for tree in trees)
+        return int((2 + pages) * trees[0]["psize"])
+
     def disk_bytes(self) -> int:
-        """What the index's files cost on disk. The data file never shrinks."""
+        """What the index's files cost on disk."""
         return sum(os.stat(entry.path).st_blocks * 512 for entry in os.scandir(self.path))
 
     def sync(self) -> None:
@@ -426,4 +275,23 @@ class Index:
 
     def close(self) -> None:
         """Close; no transaction may be open."""
+        self.is_open = False
         self._env.close()
+
+
+def copy_index(fs: Fs, folder: Path, copy: Path, nbytes: int, *, sync: bool) -> None:
+    """Write a copy, of about `nbytes`, of the index in `folder`. Nobody may write to it meanwhile. Raises OSError."""
+    fd = fs.open(str(copy), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+        command = [sys.executable, "-P", "-c", _PROGRAM, str(folder)]
+        timeout_s = _TIMEOUT_S + nbytes / _BYTES_PER_S
+        subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=fd, stderr=subprocess.PIPE, timeout=timeout_s, check=True
+        )
+        if sync:
+            fs.fsync(fd)
+    except subprocess.SubprocessError as error:
+        raise OSError(f"{error} {getattr(error, 'stderr', b'')!r}") from error
+    finally:
+        os.close(fd)

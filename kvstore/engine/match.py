@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
 from kvstore.core.keys import Chain
-from kvstore.engine.index import View
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.rows import (
     LEVEL_TOKENS,
@@ -29,6 +28,7 @@ from kvstore.engine.rows import (
     parse_row,
     tail_prefix,
 )
+from kvstore.engine.transaction import View
 from kvstore.errors import CorruptDataError
 
 # Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share

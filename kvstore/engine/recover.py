@@ -93,6 +93,9 @@ def _reconciled(place: Place) -> Index:
     try:
         with index.view() as view:
             rebuilding = view.meta(REBUILDING)
+        if not place.held.previous.get("clean") and place.sync:
+            # The stop may have come before the name of a compacted index was durable.
+            place.fs.fsync_dir(str(index.path))
         unsynced = not place.held.previous.get("clean") and place.held.previous.get("durability") == "none"
         if unsynced or rebuilding:
             rebuild(place.site(index))

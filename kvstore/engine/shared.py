@@ -13,16 +13,16 @@ from kvstore.blobs.fs import Fs
 from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER, Site
-from kvstore.engine.checksums import Space
 from kvstore.engine.deletions import Deletions, Lost
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.drive import DriveCache
 from kvstore.engine.evictions import Evictions
-from kvstore.engine.index import Edit, Index
+from kvstore.engine.index import Index
 from kvstore.engine.ledger import Ballast, Health, Ledger
 from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
 from kvstore.engine.tombstones import Tombstones
+from kvstore.engine.transaction import Edit, Space
 from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
 from kvstore.errors import DirectoryError, KVStoreError
 
@@ -81,8 +81,8 @@ class Shared:
         self.measure()
 
     def is_displaced(self) -> bool:
-        """Whether the data directory, or the folder of its keys, was deleted or replaced underneath."""
-        return self._held.is_displaced() or self.index.ring.is_gone()
+        """Whether the data directory, or the folder of its keys, was deleted or replaced, or the index was lost."""
+        return not self.index.is_open or self._held.is_displaced() or self.index.ring.is_gone()
 
     def require_place(self) -> None:
         """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvstore.blobs.protocol import disk_bytes
+from kvstore.engine.compact import Compaction
 from kvstore.engine.evictions import gigabytes
 from kvstore.engine.shared import Shared
 
@@ -20,9 +21,16 @@ class Shortage:
     Any thread may call; nothing is evicted here and no lock is taken.
     """
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: Shared, compaction: Compaction) -> None:
         self._shared = shared
+        self._compaction = compaction
         self._refused_bytes = 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What stays on the disk whatever is evicted."""
+        shared = self._shared
+        return shared.ledger.fixed - shared.deletions.deleting_bytes - self._compaction.shrinkable_bytes
 
     def has_room(self, nbytes: int) -> bool:
         """Whether room for so many staged bytes may be found, by evicting or not. Notes in `health` when there is none.
@@ -69,8 +77,8 @@ class Shortage:
         """(whether `need` may find room, why the store is short of space if not). Raises OSError."""
         shared = self._shared
         ledger, options = shared.ledger, shared.options
-        if ledger.fixed - shared.deletions.deleting_bytes + need + COMMIT_BYTES > options.budget_bytes:
-            lasting = sum(ledger.get(account) for account in _LASTING)
+        if self.fixed_bytes + need + COMMIT_BYTES > options.budget_bytes:
+            lasting = sum(ledger.get(account) for account in _LASTING) - self._compaction.shrinkable_bytes
             is_large = need > options.budget_bytes // _LARGE_DIVISOR
             is_short = lasting + need + COMMIT_BYTES > options.budget_bytes and not is_large
             return False, self._budget_words(lasting) if is_short else ""

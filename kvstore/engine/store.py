@@ -23,12 +23,12 @@ from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
 from kvstore.engine.evictions import CHAIN
-from kvstore.engine.index import Edit
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.match import is_covered, replaced_by
 from kvstore.engine.rows import Row, pack_row
 from kvstore.engine.shared import Shared
 from kvstore.engine.thinning import keep_share, thin_chains
+from kvstore.engine.transaction import Edit
 from kvstore.engine.types import NewBlock, StoreReceipt
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 

@@ -19,8 +19,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from kvstore.engine.evict import NO_LIMIT, remove_rows
-from kvstore.engine.index import Edit, View
 from kvstore.engine.rows import Row
+from kvstore.engine.transaction import Edit, View
 
 # Places of a chain that are not for marks: the first, the two newest, and two spaced ones.
 _NOT_FOR_MARKS = 5

@@ -129,6 +129,11 @@ def _shrink(world: World) -> None:
     world.engine.limit(budget_bytes, 0)
 
 
+def _compact(world: World) -> None:
+    """The index gets a file without the pages that are free by now."""
+    assert world.engine._evictor.compaction.run()
+
+
 def _fresh(data_dir: Path) -> None:
     with Engine.open(data_dir, options()) as engine:
         # Free pages in the index, so that a commit need not make its file grow: growth would sync more than was asked.
@@ -202,6 +207,7 @@ SCRIPTS = {
         (
             _OPEN,
             Step(_evict, drops=("evicted",), deletes=("evicted",)),
+            Step(_compact),
             Step(_store("new"), ("new",)),
             Step(_evict_namespace, drops=("held",), deletes=("held",)),
             _CLOSE,

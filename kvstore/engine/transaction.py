@@ -1,0 +1,313 @@
+"""What a transaction reads and changes: rows, children, namespaces, templates, and the checksums of all values."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
+
+from kvstore.core.blocks import TOKEN_BYTES, count_tokens
+from kvstore.core.keys import checkpoint_key
+from kvstore.engine.keyring import KeyRing
+from kvstore.engine.retain import CHECKPOINT, Table
+from kvstore.engine.rows import (
+    CHECKPOINT_MARK,
+    ENCRYPTED,
+    ENCRYPTED_AT,
+    HEAD_BYTES,
+    Row,
+    Templates,
+    checkpoint_prefix,
+    child_entries,
+    decrypt_row,
+    encrypt_row,
+    parse_row,
+)
+from kvstore.errors import CorruptDataError, KVStoreError
+
+if TYPE_CHECKING:
+    from kvstore.engine.index import Index
+
+DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
+_CHECK_BYTES = 8
+_SPACE = struct.Struct("<IQ")
+
+
+class Space(NamedTuple):
+    """A namespace in the index: its number in the table, when a caller last named it (wall clock), and its record."""
+
+    number: int
+    used_s: int
+    record: bytes
+
+    def pack(self) -> bytes:
+        """As it stands in the index."""
+        return _SPACE.pack(self.number, self.used_s) + self.record
+
+    @classmethod
+    def parse(cls, value: bytes) -> Space:
+        """What `pack` gave."""
+        number, used_s = _SPACE.unpack_from(value)
+        return cls(number, used_s, value[_SPACE.size :])
+
+
+def with_check(key: bytes, value: bytes) -> bytes:
+    """`value`, then its xxh3_64 seeded with the first 8 bytes of the key."""
+    check = xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little"))
+    return value + check.to_bytes(_CHECK_BYTES, "little")
+
+
+def without_check(key: bytes, stored: bytes) -> bytes:
+    """What `with_check` was given; CorruptDataError when it was changed or is another key's."""
+    value = stored[:-_CHECK_BYTES]
+    if with_check(key, value) != stored:
+        raise CorruptDataError("index: a value does not match its checksum")
+    return value
+
+
+class View:
+    """A snapshot of the index, for the thread that opened it."""
+
+    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing, templates: Templates) -> None:
+        self._txn = txn
+        self._db = databases
+        self.ring = ring
+        self.templates = templates
+        # A row's bytes as they stand, by key. Rows are a transaction's default database: to name it costs a third.
+        self.stored: Callable[[bytes], bytes | None] = txn.get
+
+    def value(self, key: bytes) -> bytes | None:
+        """A row's bytes, unparsed, decrypted where they are encrypted and can be."""
+        found = self.stored(key)
+        if found is None or found[ENCRYPTED_AT : ENCRYPTED_AT + 1] != ENCRYPTED:
+            return found
+        return decrypt_row(key, found, self.ring)
+
+    def row(self, key: bytes) -> Row | None:
+        """The row of a key."""
+        found = self.value(key)
+        return None if found is None else parse_row(key, found, self.templates)
+
+    def rows(self, prefix: bytes = b"") -> Iterator[Row]:
+        """All rows whose key starts with `prefix`, in key order."""
+        for key, value in self._from("rows", prefix):
+            if not key.startswith(prefix):
+                return
+            yield parse_row(key, decrypt_row(key, value, self.ring), self.templates)
+
+    def row_from(self, key: bytes) -> Row | None:
+        """The first row whose key is `key` or comes after it."""
+        found = next(self._from("rows", key), None)
+        return None if found is None else self.row(found[0])
+
+    def entries(self, prefix: bytes, start: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """(entry, key) of the children whose entry begins so, from where `prefix + start` would stand.
+
+        Onwards, or backwards from just below it.
+        """
+        for entry, key in self._from("children", prefix + start, reverse):
+            if not entry.startswith(prefix):
+                return
+            yield entry, key
+
+    def children(self, parent: bytes) -> Iterator[bytes]:
+        """Keys of all children of a parent, each once: blocks, then checkpoints."""
+        for prefix in (parent + bytes(1 + HEAD_BYTES), parent + CHECKPOINT_MARK):
+            for _, key in self.entries(prefix):
+                yield key
+
+    def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
+        """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
+        prefix = parent + CHECKPOINT_MARK
+        while at_most >= 0:
+            start = checkpoint_prefix(parent, at_most + 1)[len(prefix) :]
+            below = next(self.entries(prefix, start, reverse=True), None)
+            if below is None:
+                return
+            found = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
+            yield found
+            at_most = found - 1
+
+    def checkpoints(self, parent: bytes, tokens: bytes) -> Iterator[Row]:
+        """Checkpoints after `parent` and as many of the packed `tokens` as each has, longest first.
+
+        By key, so however many siblings there are, it is one lookup for each length.
+        """
+        for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
+            tail = tokens[: n_tokens * TOKEN_BYTES]
+            row = self.row(checkpoint_key(parent, tail))
+            if row is not None and row.is_checkpoint and not row.is_key_missing and row.tokens == tail:
+                yield row
+
+    def tree(self, row: Row) -> list[Row]:
+        """A row and all its descendants, parents first."""
+        seen = [row]
+        for parent in seen:
+            seen.extend(child for key in self.children(parent.key) if (child := self.row(key)) is not None)
+        return seen
+
+    def chunks(self) -> Iterator[tuple[int, bytes]]:
+        """The table, for `Table.load`. CorruptDataError when a chunk was changed."""
+        for number, stored in self._from("retain", b""):
+            yield int.from_bytes(number, "big"), without_check(number, stored)
+
+    def namespaces(self) -> dict[bytes, Space]:
+        """Every namespace by its root. CorruptDataError when one was changed."""
+        return {root: Space.parse(without_check(root, stored)) for root, stored in self._from("namespaces", b"")}
+
+    def read_templates(self) -> dict[bytes, bytes]:
+        """Every template by its id. CorruptDataError when one was changed."""
+        return {name: without_check(name, stored) for name, stored in self._from("templates", b"")}
+
+    def meta(self, name: str) -> int | None:
+        """A number kept beside the rows. CorruptDataError when it was changed."""
+        stored = self._txn.get(name.encode(), db=self._db["meta"])
+        return None if stored is None else int.from_bytes(without_check(name.encode(), stored), "little")
+
+    def count(self) -> int:
+        """How many rows there are."""
+        entries: int = self._txn.stat(self._db["rows"])["entries"]
+        return entries
+
+    def trees(self) -> dict[str, Any]:
+        """What LMDB counts of each database: pages and entries."""
+        return {name: self._txn.stat(db) for name, db in self._db.items()}
+
+    def _from(self, name: str, start: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
+        """Items from `start` on, or backwards from just below it. Do not change the database while iterating."""
+        cursor = self._txn.cursor(db=self._db[name])
+        found = cursor.set_range(start) if start else cursor.first()
+        if not reverse:
+            return iter(cursor.iternext()) if found else iter(())
+        positioned = cursor.prev() if found else cursor.last()
+        return iter(cursor.iterprev()) if positioned else iter(())
+
+
+class Edit(View):
+    """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
+
+    def __init__(self, txn: Any, databases: dict[str, Any], index: Index) -> None:
+        super().__init__(txn, databases, index.ring, index.templates)
+        self._index = index
+        self.table = index.table
+
+    def put(self, row: Row, nbytes: int) -> None:
+        """Add a row, whose key must be free, its parent's row there and its namespace known; `nbytes` on disk."""
+        key = self.ring.key(row.root)
+        value = row.value if key is None or row.is_key_missing else encrypt_row(row, key)
+        if not self._txn.put(row.key, value, db=self._db["rows"], overwrite=False):
+            raise KVStoreError("index: this key has a row already")
+        self._put_templates(row)
+        for entry in child_entries(row, key):
+            self._txn.put(entry, row.key, db=self._db["children"])
+        self._add(row, nbytes)
+
+    def _add(self, row: Row, nbytes: int) -> None:
+        self.table.add(
+            row.key,
+            row.parent if row.parent in self.table else None,
+            self._index.spaces[row.root].number,
+            depth=row.depth,
+            nbytes=nbytes,
+            n_tokens=row.n_tokens,
+            flags=CHECKPOINT if row.is_checkpoint else 0,
+        )
+
+    def replace(self, old: Row, new: Row, nbytes: int) -> None:
+        """Put a row in the place of one with the same key; children stay. `nbytes` on disk."""
+        key = self.ring.key(new.root)
+        self._txn.put(new.key, new.value if key is None else encrypt_row(new, key), db=self._db["rows"])
+        self._put_templates(new)
+        for entry in self._entries_of(old):
+            self._txn.delete(entry, db=self._db["children"])
+        for entry in child_entries(new, key):
+            self._txn.put(entry, new.key, db=self._db["children"])
+        self.table.resize(new.key, nbytes)
+
+    def _put_templates(self, row: Row) -> None:
+        for name in row.templates.keys() - self._index.templates.keys():
+            self._txn.put(name, with_check(name, row.templates[name]), db=self._db["templates"])
+            self._index.templates[name] = row.templates[name]
+
+    def remove(self, row: Row) -> None:
+        """Delete a row, which has no children, and everything that points to it."""
+        self._txn.delete(row.key, db=self._db["rows"])
+        for entry in self._entries_of(row):
+            self._txn.delete(entry, db=self._db["children"])
+        self.table.remove(row.key)
+
+    def remove_tree(self, row: Row) -> list[Row]:
+        """Delete a row and all its descendants; returns them, children before parents."""
+        rows = self.tree(row)[::-1]
+        for each in rows:
+            self.remove(each)
+        return rows
+
+    def put_namespace(self, root: bytes, record: bytes) -> None:
+        """Remember a namespace, before its first row. It is forgotten with its last."""
+        known = self._index.spaces.get(root)
+        if known is None:
+            used = {space.number for space in self._index.spaces.values()}
+            number = next(number for number in range(len(used) + 1) if number not in used)
+            self._put_space(root, Space(number, 0, record))
+
+    def use_namespace(self, root: bytes, used_s: int) -> None:
+        """Note when a caller last named a namespace. One that is not known is ignored."""
+        known = self._index.spaces.get(root)
+        if known is not None:
+            self._put_space(root, known._replace(used_s=used_s))
+
+    def _put_space(self, root: bytes, space: Space) -> None:
+        self._index.spaces[root] = space
+        self._txn.put(root, with_check(root, space.pack()), db=self._db["namespaces"])
+
+    def set_meta(self, name: str, value: int) -> None:
+        """Keep a number beside the rows."""
+        key = name.encode()
+        self._txn.put(key, with_check(key, value.to_bytes(8, "little")), db=self._db["meta"])
+
+    def reindex(self, cost: Callable[[Row], int]) -> None:
+        """Make children and table again from the rows; what the table knew of their use stays. `cost`: bytes on disk.
+
+        A row whose parent is not there counts as the first of a chain: a check drops it.
+        """
+        before, rows = self.table, sorted(self.rows(), key=lambda row: row.depth)
+        # Without its key an encrypted row cannot say where it stands among its siblings; it stays where it stood.
+        kept = {row.key: self._entries_of(row) for row in rows if row.is_key_missing}
+        for name in ("children", "retain"):
+            self._txn.drop(self._db[name], delete=False)
+        self._index.table = self.table = Table()
+        for row in rows:
+            for entry in kept.get(row.key) or child_entries(row, self.ring.key(row.root)):
+                self._txn.put(entry, row.key, db=self._db["children"])
+            self._add(row, cost(row))
+            self.table.take(row.key, before)
+
+    def clear(self) -> None:
+        """Delete everything but the numbers of `meta`."""
+        for name in DATABASES:
+            if name != "meta":
+                self._txn.drop(self._db[name], delete=False)
+        self._index.forget()
+        self.table = self._index.table
+
+    def save(self) -> None:
+        """Write what changed of the table, and forget the namespaces that hold nothing any more."""
+        held = set(self.table.namespaces)
+        for root in [root for root, space in self._index.spaces.items() if space.number not in held]:
+            self._txn.delete(root, db=self._db["namespaces"])
+            del self._index.spaces[root]
+        for number, data in self.table.changed().items():
+            name = number.to_bytes(4, "big")
+            if data.strip(b"\0"):
+                self._txn.put(name, with_check(name, data), db=self._db["retain"])
+            else:
+                self._txn.delete(name, db=self._db["retain"])
+
+    def _entries_of(self, row: Row) -> list[bytes]:
+        """Where the row stands among its parent's children; without its key that can only be looked for."""
+        if row.is_key_missing and not row.is_checkpoint:
+            return [entry for entry, key in self.entries(row.parent) if key == row.key]
+        return child_entries(row, self.ring.key(row.root))
