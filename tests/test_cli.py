@@ -350,6 +350,7 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
 
     monkeypatch.setattr("kvstore.engine.check_directory", check_directory)
     monkeypatch.setenv("KVSTORE_DATA_DIR", str(tmp_path))
+    (tmp_path / "id").touch()
     result = invoke("check", "--json")
     assert result.exit_code == 4
     assert json.loads(result.stdout)["offline"] is True
@@ -358,7 +359,7 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
     assert asked == [(tmp_path, False), (tmp_path, True)]
     missing = invoke("check", "--data-dir", str(tmp_path / "none"))
     assert missing.exit_code == 1
-    assert "does not exist" in missing.stderr
+    assert "no store at" in missing.stderr
     assert invoke("check", "--address", "/run/k.sock").exit_code == 3
     assert invoke("check", "--address", "/run/k.sock", "--data-dir", "/x").exit_code == 2
 
@@ -416,8 +417,8 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     """Flags become the configuration, relative places count from the working directory, the daemon's code is ours."""
     served = []
 
-    def serve(config: Any) -> int:
-        served.append(config)
+    def serve(config: Any, *, create: bool) -> int:
+        served.append((config, create))
         return 5
 
     monkeypatch.setattr("kvstore.server.daemon.serve", serve)
@@ -425,12 +426,14 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     result = invoke("serve", *args, "--json")
     assert result.exit_code == 5
     assert json.loads(result.stdout)["listen"] == f"unix:{os.getcwd()}/k.sock"
-    (config,) = served
+    ((config, create),) = served
+    assert not create
     assert config.data_dir == Path.cwd() / "data"
     assert (config.budget_bytes, config.insecure_tcp, config.profile) == (10**10, True, "auto")
     assert config.source("budget_bytes") == "--budget-bytes"
     assert client.address == ""
     assert invoke("serve", "--min-quantize-tokens", "-1").exit_code == 2
+    assert invoke("serve", "--create").exit_code == 5 and served[1][1]
 
 
 def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

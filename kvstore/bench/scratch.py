@@ -41,7 +41,7 @@ class ScratchDaemon:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
         started_s = time.monotonic()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstore", "serve", "--config", os.devnull],
+            [sys.executable, "-m", "kvstore", "serve", "--create", "--config", os.devnull],
             env={**clean, **variables, f"{ENV_PREFIX}LOG_LEVEL": "error"},
         )
         while self._process.poll() is None and time.monotonic() < started_s + START_S:

@@ -20,7 +20,7 @@ from kvstore.cli.common import (
     size_text,
 )
 from kvstore.config import Config, keys_home, load_config
-from kvstore.errors import DirectoryError, UnavailableError
+from kvstore.errors import UnavailableError
 
 
 @click.command("check")
@@ -56,14 +56,10 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
             if not offline:
                 raise
         note(f"no daemon at {config.listen}; checking {config.data_dir} offline")
-    from kvstore.server.volumes import require_volume
-
-    require_volume(config)
-    if not config.data_dir.is_dir():
-        raise DirectoryError(f"{config.data_dir} does not exist: nothing was stored yet, or its volume is not mounted")
-    from kvstore.engine import check_directory
+    from kvstore.engine import check_directory, require_store
     from kvstore.server.masterkey import load_master_key
 
+    require_store(config.data_dir)
     found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config))
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}

@@ -50,11 +50,12 @@ def _key_options(command: F) -> F:
 @_key_options
 @click.option("--address", metavar="ADDRESS", help="The same as --listen: other verbs call it so.")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
+@click.option("--create", is_flag=True, help="Make a store in --data-dir. The default needs no flag.")
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON what is about to be served.")
-def command(address: str | None, config_path: str | None, as_json: bool, **flags: Any) -> int:
+def command(address: str | None, config_path: str | None, create: bool, as_json: bool, **flags: Any) -> int:
     """Run the daemon that owns the store, until SIGINT, SIGTERM or SIGHUP. No flag is required.
 
-    Every flag is a configuration key: KVSTORE_<KEY> in the environment and the TOML file set the same ones, and
+    Every other flag is a configuration key: KVSTORE_<KEY> in the environment and the TOML file set the same ones, and
     `kvstore config show` tells the value in force and where it came from.
     """
     if flags["data_dir"] is not None:
@@ -68,4 +69,4 @@ def command(address: str | None, config_path: str | None, as_json: bool, **flags
         sys.stdout.flush()
     from kvstore.server.daemon import serve
 
-    return serve(config)
+    return serve(config, create=create)

@@ -10,6 +10,7 @@ from kvstore.config.config import (
     automatic_budget_bytes,
     automatic_floor_bytes,
     default_config_path,
+    default_data_dir,
     keys_home,
     load_config,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "automatic_budget_bytes",
     "automatic_floor_bytes",
     "default_config_path",
+    "default_data_dir",
     "keys_home",
     "load_config",
     "parse_address",

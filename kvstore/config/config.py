@@ -32,8 +32,8 @@ def _key(parse: Callable[[object], Any], help: str, unit: str = "", **default: A
     return field(**default, metadata={"parse": parse, "help": help, "unit": unit})
 
 
-def _default_data_dir() -> Path:
-    # Not the cache directory: cleaners wipe Caches on macOS.
+def default_data_dir() -> Path:
+    """Where the store is if nothing else is said. Not the cache directory: cleaners wipe Caches on macOS."""
     return Path(platformdirs.user_data_dir("kvstore", appauthor=False))
 
 
@@ -55,9 +55,9 @@ class Config:
 
     data_dir: Path = _key(
         parsers.directory,
-        "Directory of the store: blobs, index, staging. On macOS Application Support, elsewhere ~/.local/share.",
+        "Directory of the store: on macOS Application Support, else ~/.local/share. Another: serve --create, once.",
         "path",
-        default_factory=_default_data_dir,
+        default_factory=default_data_dir,
     )
     listen: str = _key(
         parsers.listen,

@@ -2,6 +2,7 @@
 
 from kvstore.blobs.fs import Fs
 from kvstore.engine.deletions import Lease
+from kvstore.engine.directory import device_of, require_store
 from kvstore.engine.engine import Engine
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.recover import check_directory
@@ -40,4 +41,6 @@ __all__ = [
     "Slice",
     "StoreReceipt",
     "check_directory",
+    "device_of",
+    "require_store",
 ]

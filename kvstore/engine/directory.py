@@ -1,7 +1,7 @@
 """The data directory: whether it may be used, what lies where in it, and who holds it.
 
-Prompts are readable in what we store, so the directory is ours alone (0700) or it is refused; it is never created on
-the wrong disk because a volume happens not to be mounted.
+Prompts are readable in what we store, so the directory is ours alone (0700) or it is refused. A mount point whose
+volume is away holds no store, so it is refused, too (`require_store`), and never filled beneath.
 """
 
 from __future__ import annotations
@@ -218,6 +218,29 @@ def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Dire
         hold.close()
         raise
     return directory, hold
+
+
+def require_store(data_dir: Path) -> None:
+    """DirectoryError naming the fix when a directory holds no store, be it that its volume is away."""
+    try:
+        names = os.listdir(data_dir)
+    except FileNotFoundError:
+        names = []
+    except OSError:
+        return  # `claim` tells what is wrong with it
+    if not {"id", "index", "blobs.noindex"}.intersection(names):
+        raise DirectoryError(
+            f"no store at {data_dir}; to make one: kvstore serve --create --data-dir {data_dir}; if there is one "
+            "already, its volume is not mounted"
+        )
+
+
+def device_of(path: Path) -> int:
+    """The device that a path is on, or would be on if it were made now."""
+    found = Path(os.path.realpath(path))
+    while not found.exists():
+        found = found.parent
+    return found.stat().st_dev
 
 
 def _admit(root: Path) -> bool:

@@ -1,7 +1,7 @@
 """Start, serve, drain, stop. One daemon owns one data directory and one address.
 
-Order of start: file limit, data directory (volume, then lock), engine, socket, services, health SERVING. Order of stop:
-health NOT_SERVING, no new calls, accepted commits finish within the grace period, engine closed, socket removed.
+Order of start: file limit, data directory, its lock, engine, socket, services, health SERVING. Order of stop: health
+NOT_SERVING, no new calls, accepted commits finish within the grace period, engine closed, socket removed.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from grpc_reflection.v1alpha import reflection
 from kvstore.codecs import device
 from kvstore.codecs.byte_plan import check_block
 from kvstore.codecs.profiles import check_profile
-from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, keys_home
+from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, default_data_dir, keys_home
 from kvstore.config.credentials import CredentialFiles
 from kvstore.config.private_files import require_private_directory
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import ending_signals
-from kvstore.engine import Engine, EngineOptions
+from kvstore.engine import Engine, EngineOptions, device_of, require_store
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.server.admin import AdminService
 from kvstore.server.authorize import daemon_credentials, guards, keep_up, tls_credentials
@@ -46,7 +46,6 @@ from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.server.upkeep import Upkeep
-from kvstore.server.volumes import Place, remember_volume, require_volume
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -72,10 +71,11 @@ IDLE_MS = 300_000
 class Daemon:
     """The running daemon: owns engine, threads and the gRPC server. Made and used on the event loop."""
 
-    def __init__(self, config: Config, place: Place | None = None) -> None:
-        """`place`: where the data directory is, when it is begun anew; known of every daemon that has served."""
+    def __init__(self, config: Config, *, may_create: bool) -> None:
+        """`may_create`: make a store where there is none. `device`: what it is on, once the engine was opened."""
         self._config = config
-        self.place = place
+        self._may_create = may_create
+        self.device = 0
         self._state = "starting"
         self._stop = asyncio.Event()
         self._begin_anew = False
@@ -93,11 +93,12 @@ class Daemon:
             threads = Threads(limits, device.release_memory, apart=device.bears_two_threads())
             stack.callback(threads.close)
             # The lock comes before the index and the port: a second daemon must not disturb the first.
-            await threads.admin(require_volume, config, self.place)
+            if not self._may_create:
+                await threads.admin(require_store, config.data_dir)
             engine = await threads.admin(Engine.open, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             stack.callback(threads.close)  # before the engine: none may use it afterwards
-            self.place = await threads.admin(remember_volume, config)
+            self.device = await threads.admin(device_of, config.data_dir)
             await threads.admin(settle_limits, engine, config)
             await self._serve(engine, threads, files)
         return self._begin_anew
@@ -195,8 +196,11 @@ async def every_second(work: Callable[[], Awaitable[object]]) -> None:
             log.warning("upkeep failed: %s", error)
 
 
-def serve(config: Config) -> int:
-    """Run a daemon until SIGTERM, SIGINT or SIGHUP; returns the exit code. Errors of the start are raised, typed."""
+def serve(config: Config, *, create: bool = False) -> int:
+    """Run a daemon until SIGTERM, SIGINT or SIGHUP; returns the exit code. Errors of the start are raised, typed.
+
+    `create`: make a store in a directory that holds none, as is always done in the default one.
+    """
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
     )
@@ -208,12 +212,14 @@ def serve(config: Config) -> int:
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        begin, place = True, None
+        begin, may_create = True, create or config.data_dir == default_data_dir()
         while begin:
-            daemon = Daemon(config, place)
+            daemon = Daemon(config, may_create=may_create)
             for number in ending_signals():
                 loop.add_signal_handler(number, daemon.stop)
-            begin, place = await daemon.run(), daemon.place
+            begin = await daemon.run()
+            # A directory that was deleted is made anew, but not beneath a volume that was taken away.
+            may_create = begin and device_of(config.data_dir) == daemon.device
 
     asyncio.run(main())
     return 0

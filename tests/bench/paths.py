@@ -71,7 +71,7 @@ def watch_daemon(folder: str) -> None:
 
 PROGRAM = (
     "import sys; sys.path.insert(0, {root!r}); from tests.bench.paths import watch_daemon; watch_daemon({folder!r}); "
-    "from kvstore.cli import main; sys.argv = ['kvstore', 'serve']; main()"
+    "from kvstore.cli import main; sys.argv = ['kvstore', 'serve', *sys.argv[1:]]; main()"
 )
 
 

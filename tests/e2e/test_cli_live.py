@@ -208,7 +208,7 @@ def test_health_and_reflection_answer_on_the_socket(daemon: DaemonProcess) -> No
 def test_serve_says_in_json_what_it_serves(tmp_path: Path) -> None:
     """One object, at once, for whoever starts it."""
     daemon = DaemonProcess(tmp_path / "data")
-    command = [sys.executable, "-m", "kvstore", "serve", "--json"]
+    command = [sys.executable, "-m", "kvstore", "serve", "--create", "--json"]
     with daemon.log_path.open("ab") as log:
         daemon.process = subprocess.Popen(command, env=daemon.environ(), stdout=subprocess.PIPE, stderr=log)
     try:

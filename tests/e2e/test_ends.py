@@ -23,7 +23,7 @@ import sys
 from kvstore.server import daemon
 daemon.not_of_the_gone = lambda record: True
 from kvstore.cli import main
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 

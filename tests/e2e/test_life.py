@@ -38,7 +38,7 @@ import sys
 from kvstore.blobs import format
 format.FORMAT_VERSION = 99
 from kvstore.cli import main
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 
@@ -48,7 +48,7 @@ def made_by_newer(tmp_path: Path) -> DaemonProcess:
     daemon = DaemonProcess(tmp_path / "data", profile="raw")
     log = daemon.log_path.open("ab")
     daemon.process = subprocess.Popen(
-        [sys.executable, "-c", NEWER], env=daemon.environ(), cwd=ROOT, stdout=log, stderr=log
+        [sys.executable, "-c", NEWER, "--create"], env=daemon.environ(), cwd=ROOT, stdout=log, stderr=log
     )
     try:
         daemon.wait_serving()

@@ -63,7 +63,7 @@ store.check_states = lambda *_: None
 if sys.argv[1] == "all":
     daemon.check_block = fetch.check_states = lambda *_: None
 from kvstore.cli import main
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", "--create"]
 main()
 """
 

@@ -37,7 +37,7 @@ def short_dir() -> Iterator[Path]:
 
 def refused(daemon: DaemonProcess, code: int) -> str:
     """Run the daemon, which must end by itself with `code` and one line of explanation: that line."""
-    ended = run_cli(["serve"], daemon.environ())
+    ended = run_cli(["serve", "--create"], daemon.environ())
     assert ended.returncode == code, ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stderr.splitlines()[-1]
@@ -166,13 +166,50 @@ def test_a_socket_in_a_shared_directory_is_refused_without_advice_that_would_clo
     assert not Path("/tmp/kvstore-test.sock").exists()
 
 
+def test_a_store_in_a_directory_of_ones_own_is_made_only_when_that_is_said(tmp_path: Path) -> None:
+    """An empty mount point, a folder of other things, a place where nothing is; afterwards it needs no flag."""
+    daemon = DaemonProcess(tmp_path / "data")
+    (tmp_path / "others").mkdir(mode=0o700)
+    (tmp_path / "others" / "notes").write_text("mine")
+    (tmp_path / "empty").mkdir(mode=0o700)
+    for place in ("data", "empty", "others"):
+        for verb in (["serve"], ["check"], ["check", "--repair"]):
+            ended = run_cli(verb, {**daemon.environ(), "KVSTORE_DATA_DIR": str(tmp_path / place)})
+            assert ended.returncode == 1 and "Traceback" not in ended.stderr
+            told = f"no store at {tmp_path / place}; to make one: kvstore serve --create --data-dir {tmp_path / place}"
+            assert told in ended.stderr
+    assert not daemon.data_dir.exists() and not list((tmp_path / "empty").iterdir())
+    assert [path.name for path in (tmp_path / "others").iterdir()] == ["notes"]
+    with daemon:
+        roundtrip(daemon)
+        assert daemon.stop() == 0
+        assert daemon.start(wait=False).process is not None
+        daemon.wait_serving()
+        assert "--create" not in daemon.process.args
+
+
+def test_the_default_directory_needs_no_flag(tmp_path: Path) -> None:
+    """It is in the user's home; nothing is mounted there."""
+    daemon = DaemonProcess(tmp_path / "data")
+    environ = {**daemon.environ(), "HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path / "share")}
+    del environ["KVSTORE_DATA_DIR"]
+    with daemon.log_path.open("ab") as log:
+        command = [sys.executable, "-m", "kvstore", "serve"]
+        daemon.process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+    try:
+        daemon.wait_serving()
+        assert (tmp_path / "share" / "kvstore" / "id").exists() or sys.platform == "darwin"
+    finally:
+        daemon.kill()
+
+
 def test_it_starts_in_an_empty_environment(tmp_path: Path, short_dir: Path) -> None:
     """No HOME, no locale, no TMPDIR: as launchd and systemd start things."""
     daemon = DaemonProcess(tmp_path / "data", listen=f"unix:{short_dir}/s")
     bare = ["env", "-i", "PATH=/usr/bin:/bin", sys.executable, "-m", "kvstore"]
     flags = ["--data-dir", str(daemon.data_dir), "--listen", daemon.listen, "--free-floor-bytes", "1"]
     with daemon.log_path.open("ab") as log:
-        daemon.process = subprocess.Popen([*bare, "serve", *flags], stdout=log, stderr=log, cwd="/")
+        daemon.process = subprocess.Popen([*bare, "serve", "--create", *flags], stdout=log, stderr=log, cwd="/")
     try:
         daemon.wait_serving()
         roundtrip(daemon)

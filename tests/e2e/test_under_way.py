@@ -159,7 +159,7 @@ async def busy(self, work, *args):
     time.sleep(1)
     return plan
 Pool.__call__ = busy
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 

@@ -28,7 +28,7 @@ SPEED = len(TOKENS) / PREFILL_S
 SLOW_READ_S = PREFILL_S / 8
 # Beliefs fade within the test.
 FADING = "from kvstore.server import costs; costs.HALF_LIFE_S = 3.0; "
-SERVE = "import sys; from kvstore.cli import main; sys.argv = ['kvstore', 'serve']; main()"
+SERVE = "import sys; from kvstore.cli import main; sys.argv = ['kvstore', 'serve', *sys.argv[1:]]; main()"
 
 
 class SlowDisk:

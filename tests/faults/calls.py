@@ -86,7 +86,7 @@ BROKEN = """
 import sys
 from kvstore.cli import main
 {bug}
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 

@@ -64,7 +64,7 @@ def leak():
         time.sleep(1)
         {leak}
 threading.Thread(target=leak, daemon=True).start()
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 

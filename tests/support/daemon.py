@@ -69,6 +69,8 @@ class DaemonProcess:
         """Start it, with changed configuration if given, and wait until health says SERVING."""
         self.config.update({key: str(value) for key, value in config.items()})
         command = [sys.executable, *self._command]
+        if not (self.data_dir / "id").exists():
+            command.append("--create")
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(command, env=self.environ(), stdout=log, stderr=log)
         if wait:

@@ -76,7 +76,7 @@ def maintain(self, plain=engine.Engine.maintain):
 
 engine.Fs, os.unlink, os.stat = SlowFs, unlink, stat
 local.LocalBlobs.reader, engine.Engine.maintain = reader, maintain
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 
