@@ -15,8 +15,7 @@ import pytest
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Selection, index
-from kvstore.engine.compact import INDEX_BYTES_MIN
-from kvstore.engine.index import COPY
+from kvstore.engine.index import COPY, INDEX_BYTES_MIN
 from tests.support.engine import (
     Stopped,
     StoppingFs,

@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Fs
-from kvstore.engine.drive import DriveCache
+from kvstore.engine.ledger import DriveCache
 from tests.support.engine import find, namespace, options, put
 from tests.test_store_path import TOKENS, Rig
 

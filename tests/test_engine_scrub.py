@@ -8,7 +8,7 @@ import pytest
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine
-from kvstore.engine import scrub as scrubbing
+from kvstore.engine import check as scrubbing
 from tests.support.engine import blob_path, find, namespace, options, put, require_sound
 
 NS = namespace()

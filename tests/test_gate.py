@@ -14,7 +14,7 @@ from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
-from kvstore.engine.calibrations import QualityFiles
+from kvstore.engine.directory import QualityFiles
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.quality import Calibrated, Quality, QualityLimits
 from kvstore.server.gate import Gate

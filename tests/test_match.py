@@ -29,7 +29,7 @@ from kvstore.core.blocks import (
     pack_tokens,
 )
 from kvstore.core.keys import Chain, block_key
-from kvstore.engine import Engine, Match, encryption, types
+from kvstore.engine import Engine, Match, types
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.match import best_child, is_covered, longest_prefix, replaced_by
@@ -305,7 +305,7 @@ def test_a_start_after_an_orderly_stop_reads_the_table_and_no_row(
             patch.setattr(View, "_from", watched)
             patch.setattr(types, "parse_row", None)
             # Rows without blobs look as if there were blobs without rows, which may be encrypted.
-            patch.setattr(encryption, "find_missing_keys", lambda site: None)
+            patch.setattr("kvstore.engine.engine.find_missing_keys", lambda site: None)
             read.clear()
             with Engine.open(tmp_path / str(n_rows), options(budget_bytes=1 << 40)) as engine:
                 assert read == {"retain": -(-n_rows // CHUNK), "namespaces": 1, "templates": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import logging
 import threading
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from kvstore.engine.index import Index
 from kvstore.engine.match import is_covered, replaced_by
 from kvstore.engine.rows import Row, pack_row
 from kvstore.engine.transaction import Edit
-from kvstore.errors import CorruptDataError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.errors import CorruptDataError, KVStoreError, LimitError, NotFoundError, UnknownFormatError
 
 VERIFY_BYTES = 1 << 20
 # Rows added in one commit.
@@ -30,6 +31,7 @@ ADOPTED_MAX = 1024
 NEXT_NUMBER = "next_number"
 # What a process lacks, which says nothing about the blob.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+log = logging.getLogger(__name__)
 
 
 Rule: TypeAlias = Callable[[Layout, Block], None]
@@ -195,3 +197,36 @@ def _is_reachable(edit: Edit, row: Row) -> bool:
         return row.start == 0
     parent = edit.row(row.parent)
     return parent is not None and parent.n_tokens == BLOCK_TOKENS and parent.end == row.start
+
+
+def find_missing_keys(site: Site) -> None:
+    """Whether encrypted blobs are there and the folder of their keys is not: then the ring makes no new ones."""
+    ring = site.index.ring
+    was_missing, ring.is_missing = ring.is_missing, False
+    if ring.has_folder:
+        return
+    with site.index.view() as view:
+        ring.is_missing = any(view.is_unreadable(root) for root in site.index.spaces)
+        if not ring.is_missing and sum(1 for _ in site.blobs.names()) != view.count():
+            named = {row.blob for row in view.rows()}
+            ring.is_missing = any(
+                _is_unreadable_blob(site, entry.blob, entry.nbytes)
+                for entry in site.blobs.names()
+                if entry.blob is not None and entry.blob not in named
+            )
+    if ring.is_missing and not was_missing:
+        log.error(
+            "the keys of encrypted namespaces are missing: %s does not exist. Restore it, or evict these namespaces",
+            ring.folder,
+        )
+
+
+def _is_unreadable_blob(site: Site, blob: BlobId, nbytes: int) -> bool:
+    """Whether a blob is encrypted with a key that is not there."""
+    try:
+        read_block(site.blobs, blob, nbytes, verify=False)
+    except NotFoundError:
+        return True
+    except (KVStoreError, OSError):
+        return False
+    return False

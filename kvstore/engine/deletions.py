@@ -1,26 +1,31 @@
-"""Blobs without a row: deleted, or kept a moment longer for a reader; and why a block is gone.
+"""Blobs without a row: deleted, or kept a moment longer for a reader; tombstones; what was deleted and why.
 
 An eviction is acknowledged when no crash can bring back what it removed: the names are gone and synced, or, where a
-reader or the disk still holds one, a tombstone says so.
+reader or the disk still holds one, a tombstone says so. Nothing in a blob says that it was deleted, so an index that is
+rebuilt from the blobs would bring it back. `settings/tombstones` names such blobs, `<root in hex>/<name>` a line. It is
+written before the deletion is acknowledged, and a line leaves it when the name is gone and that is durable. A start
+deletes what it names before anything looks for blobs. Lines that name no blob are ignored.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 
-from kvstore.blobs.protocol import BlobId, Blobs
+from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
+from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 from kvstore.core.blocks import TOKEN_BYTES, Reason
 from kvstore.core.keys import block_key
-from kvstore.engine.drive import DriveCache
 from kvstore.engine.keyring import KeyRing
-from kvstore.engine.ledger import Ledger
+from kvstore.engine.ledger import DriveCache, Ledger, gigabytes
 from kvstore.engine.rows import Row
-from kvstore.engine.tombstones import Tombstones
 
 # A miss says "evicted" also when only the beginning of what was evicted is asked for.
 HEAD_TOKENS = 16
@@ -266,3 +271,132 @@ class Lost:
         """Why a block is gone, if that is remembered."""
         with self._lock:
             return self._reasons.get(key)
+
+
+class Tombstones:
+    """The tombstones of one data directory. Any thread may call; a lock of its own is held over the I/O."""
+
+    def __init__(self, settings: Path, blobs: Blobs, fs: Fs, *, sync: bool = True) -> None:
+        """Read them. Raises OSError."""
+        self._path = settings / "tombstones"
+        self._blobs = blobs
+        self._fs = fs
+        self._sync = sync
+        self._lock = threading.Lock()
+        self.blobs = frozenset(self._read())
+
+    def next_number(self) -> int:
+        """A blob number above theirs: a new blob must not get the name of one of them."""
+        return max((blob.number + 1 for blob in self.blobs), default=1)
+
+    def disk_bytes(self) -> int:
+        """What the file of tombstones costs on disk."""
+        return disk_bytes(sum(len(_line(blob)) for blob in self.blobs))
+
+    def add(self, blobs: Iterable[BlobId]) -> None:
+        """Make it durable that these blobs were deleted. Raises OSError, and then nothing is added."""
+        with self._lock:
+            self._write(self.blobs.union(blobs))
+
+    def settle(self, busy: Collection[BlobId] = ()) -> None:
+        """Delete the blobs that are not `busy`, and drop the tombstones of what is gone. Raises OSError."""
+        if not self.blobs:
+            return
+        with self._lock:
+            wanted = self.blobs.difference(busy)
+            gone = wanted.difference(self._blobs.delete(wanted))
+            for root in {blob.root for blob in gone}:
+                self._blobs.sync(root)
+            if gone:
+                self._write(self.blobs - gone)
+
+    def _write(self, blobs: frozenset[BlobId]) -> None:
+        path = str(self._path)
+        unlink_quietly(self._fs, [path + TMP_SUFFIX])
+        if blobs:
+            write_durably(self._fs, path, [memoryview(b"".join(map(_line, sorted(blobs))))], self._sync)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.unlink(path)
+        self.blobs = blobs
+        if self._sync:
+            self._fs.fsync_dir(str(self._path.parent))
+
+    def _read(self) -> Iterator[BlobId]:
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(fd, "rb") as file:
+                for line in file.read().decode("latin-1").splitlines():
+                    folder, _, name = line.partition("/")
+                    root = parse_root(folder)
+                    if root is not None and (blob := parse_name(root, name)) is not None:
+                        yield blob
+
+
+def _line(blob: BlobId) -> bytes:
+    return f"{blob.root.hex()}/{blob.name}\n".encode()
+
+
+# Evictions of single namespaces that are told apart.
+MARKS_MAX = 64
+ASKED, BUDGET, FLOOR, SHARE, CHAIN, REPAIR = "asked", "budget", "floor", "share", "chain", "repair"
+_WHY = {
+    BUDGET: "the budget was reached",
+    FLOOR: "the volume had less free space than the floor",
+    SHARE: "checkpoints took more than their share of the budget",
+    CHAIN: "sequences had more checkpoints than are kept",
+    REPAIR: "blobs were damaged or missing",
+}
+
+
+class Evictions:
+    """Blocks and bytes deleted since the start, by cause, and which namespaces users had evicted. Any thread may call.
+
+    A store that began before its namespace was evicted is evicted with it. So evictions are numbered, a store notes
+    the number at which it began, and its commit asks. `mark` and that question need the engine's lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.number = 0
+        self._marks: dict[bytes, int] = {}  # prefix of namespaces: the number of its last eviction
+        self._blocks: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
+        self._told_bytes: Counter[str] = Counter()
+
+    def note(self, cause: str, blocks: int, nbytes: int) -> None:
+        """Count blocks that were removed, and what they cost on disk."""
+        if blocks:
+            with self._lock:
+                self._blocks[cause] += blocks
+                self._bytes[cause] += nbytes
+
+    def mark(self, namespace_prefix: bytes) -> None:
+        """Number an eviction of all namespaces that start so. Hold the engine's lock."""
+        self.number += 1
+        self._marks = {prefix: at for prefix, at in self._marks.items() if not prefix.startswith(namespace_prefix)}
+        self._marks[namespace_prefix] = self.number
+        if len(self._marks) > MARKS_MAX:
+            # The oldest counts for every namespace from now on: only a store that saw so many evictions can tell.
+            oldest = next(prefix for prefix in self._marks if prefix)
+            self._marks[b""] = max(self._marks.pop(oldest), self._marks.get(b"", 0))
+
+    def covers(self, root: bytes, since: int) -> bool:
+        """Whether a namespace was evicted after the eviction of this number."""
+        return any(at > since and root.startswith(prefix) for prefix, at in self._marks.items())
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """(blocks, bytes on disk) by cause; causes that did not occur are left out."""
+        with self._lock:
+            return {cause: (blocks, self._bytes[cause]) for cause, blocks in self._blocks.items()}
+
+    def tell(self) -> None:
+        """Log one line for each cause since the last call; what a user asked for is not logged."""
+        with self._lock:
+            new = {cause: self._blocks[cause] - self._told[cause] for cause in _WHY}
+            nbytes = {cause: self._bytes[cause] - self._told_bytes[cause] for cause in _WHY}
+            self._told, self._told_bytes = self._blocks.copy(), self._bytes.copy()
+        for cause, blocks in new.items():
+            if blocks:
+                log.info("evicted %d blocks, %s (%s): %s", blocks, gigabytes(nbytes[cause]), cause, _WHY[cause])

@@ -6,22 +6,22 @@ Invariants, each with its tests:
    one index commit for the whole request; only then is the request durable.
 2. Delete = index commit, then unlink, then the folders synced; only then is an eviction acknowledged. What a crash
    leaves in between is a stray blob, never a dangling row. A deleted blob that stays on the disk, for a reader or
-   because the disk keeps it, has a tombstone (`kvstore.engine.tombstones`), so that no rebuild brings it back.
+   because the disk keeps it, has a tombstone (`kvstore.engine.deletions`), so that no rebuild brings it back.
 3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
 4. A child is evicted before its parent, so every row can be reached from its root.
 5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging, quarantine and keys.
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it goes to quarantine.
-7. Checkpoints are bounded along every chain and in all (`kvstore.engine.thinning`), in the commit that adds one.
+7. Checkpoints are bounded along every chain and in all (`kvstore.engine.store`), in the commit that adds one.
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
 
 Threads: any thread may call anything. One lock serialises writers of the index; it is held over one commit of at most
-1,024 rows, never while blobs are written, unlinked or the caller's iterator runs. One thread at a time makes room. A
-store has its files synced on a thread that ends with it. `match` takes no lock but LMDB's read transaction; `lease` and
-`touch` take one that is never held over I/O.
+1,024 rows, or the copy of a compaction, never while blobs are written, unlinked or the caller's iterator runs. One
+thread at a time makes room. A store has its files synced on a thread that ends with it. `match` takes no lock but
+LMDB's read transaction; `lease` and `touch` take one that is never held over I/O.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import check as checking
-from kvstore.engine import encryption, fetch, listing
-from kvstore.engine.calibrations import QualityFiles
+from kvstore.engine import match as matching
+from kvstore.engine.adopt import find_missing_keys
+from kvstore.engine.check import Scrub, after_repair, recheck
 from kvstore.engine.deletions import Lease
-from kvstore.engine.directory import DirectoryLock, claim
+from kvstore.engine.directory import DirectoryLock, QualityFiles, claim
 from kvstore.engine.evict import Evictor
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import NamespaceKey
@@ -51,8 +52,7 @@ from kvstore.engine.match import checkpoint_at
 from kvstore.engine.recover import Place, recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.rows import Row
-from kvstore.engine.scrub import Scrub, after_repair, recheck
-from kvstore.engine.shared import DISPLACED, Shared
+from kvstore.engine.shared import DISPLACED, Shared, list_blocks, show, stats
 from kvstore.engine.store import Writer
 from kvstore.engine.types import (
     BlockInfo,
@@ -103,7 +103,7 @@ class Engine:
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
             shared = Shared(directory, held, index, place.blobs, place.tombstones, options, fs, clock)
-            encryption.find_missing_keys(shared.site)
+            find_missing_keys(shared.site)
             engine = cls(shared, held)
             with shared.lock:
                 after_repair(shared, place.dropped)
@@ -176,7 +176,7 @@ class Engine:
         `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
         for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
         """
-        return fetch.match(self._shared, chain, fidelity_min, limit_tokens, exact)
+        return matching.match(self._shared, chain, fidelity_min, limit_tokens, exact)
 
     def checkpoint_at(self, chain: Chain) -> Row | None:
         """The checkpoint after exactly the last token. Whether there are blocks up to it, a match says."""
@@ -201,7 +201,7 @@ class Engine:
     @staticmethod
     def templates(match: Match) -> dict[bytes, bytes]:
         """The templates that the runs of a match name, by id."""
-        return fetch.templates(match)
+        return matching.templates(match)
 
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
         """A reader of the blocks of a plan, all of one namespace."""
@@ -209,7 +209,7 @@ class Engine:
 
     def first_unusable(self, slices: Sequence[Slice]) -> int | None:
         """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule."""
-        return fetch.first_unusable(self._shared, slices)
+        return matching.first_unusable(self._shared, slices)
 
     def touch(self, slices: Iterable[Slice]) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`."""
@@ -223,7 +223,7 @@ class Engine:
 
     def is_encrypted(self, root: bytes) -> bool:
         """Whether a namespace is encrypted."""
-        return encryption.is_encrypted(self._shared, root)
+        return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
 
     def encrypt(self, root: bytes) -> NamespaceKey | None:
         """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
@@ -231,14 +231,14 @@ class Engine:
         Hold it until `store` has it: before the first store it is nowhere else. KeyMissingError while the keys of what
         is stored are missing.
         """
-        return encryption.encrypt(self._shared, root)
+        return self._shared.encrypt(root)
 
     def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
         """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards.
 
         InvalidRequestError, having done nothing, when one of them is not encrypted, or there is none.
         """
-        return encryption.shred(self._shared, namespace_prefix, dry_run)
+        return self._shared.shred(namespace_prefix, dry_run)
 
     # -- storing --------------------------------------------------------------------------------------------------
 
@@ -353,8 +353,6 @@ class Engine:
             if shared.blobs.clear(VICTIMS_MAX):  # of namespaces whose eviction a stop cut short
                 with shared.lock:
                     shared.measure()
-            if shared.ledger.total + shared.index.used_bytes() <= self.budget_bytes:
-                self._evictor.compaction.keep_up()
             self._evictor.keep_to_limits()
             shared.evictions.tell()
             shared.ballast.lay()
@@ -413,11 +411,11 @@ class Engine:
 
     def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
         """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-        return listing.list_blocks(self._shared, namespace_prefix, limit)
+        return list_blocks(self._shared, namespace_prefix, limit)
 
     def show(self, key_prefix: bytes) -> list[BlockInfo]:
         """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-        return listing.show(self._shared, key_prefix)
+        return show(self._shared, key_prefix)
 
     def stats(self) -> EngineStats:
         """Counts of this moment."""
@@ -426,6 +424,4 @@ class Engine:
         except OSError as error:
             self._shared.health.disk_error = f"the data directory cannot be reached: {error}"
             free_bytes = 0
-        return replace(
-            listing.stats(self._shared, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged
-        )
+        return replace(stats(self._shared, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged)

@@ -12,13 +12,12 @@ from collections.abc import Set as AbstractSet
 
 from kvstore.blobs.protocol import BlobId, disk_bytes
 from kvstore.core.blocks import Reason
-from kvstore.engine.compact import Compaction
-from kvstore.engine.deletions import Deletion
-from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, gigabytes
+from kvstore.engine.deletions import ASKED, BUDGET, FLOOR, SHARE, Deletion
+from kvstore.engine.index import Compaction
+from kvstore.engine.ledger import COMMIT_BYTES, Shortage, gigabytes
 from kvstore.engine.retain import VICTIMS_MAX, Mask, Table
 from kvstore.engine.rows import Row
 from kvstore.engine.shared import DISPLACED, Shared
-from kvstore.engine.shortage import COMMIT_BYTES, Shortage
 from kvstore.engine.transaction import Edit
 from kvstore.engine.types import EvictReport, Selection
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
@@ -78,8 +77,14 @@ class Evictor:
             return False
 
     def keep_to_limits(self) -> None:
-        """Evict what is over budget or below the floor, unless a thread is evicting already. Raises OSError."""
+        """Evict what is over budget or below the floor, unless a thread is evicting already. Raises OSError.
+
+        A copy of the index is made before that where the budget has room for it.
+        """
+        shared = self._shared
         if not self._evicting.locked():
+            if shared.ledger.total + shared.index.used_bytes() <= shared.options.budget_bytes:
+                self.compaction.keep_up()
             self.make_room(0)
         self.shortage.look_again()
 

@@ -14,15 +14,14 @@ from kvstore.blobs.encrypted import EncryptedBlobs
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.local import LocalBlobs
 from kvstore.blobs.protocol import BlobId, Blobs, Entry
-from kvstore.engine.adopt import Site, keep_number, read_block, read_strays
+from kvstore.engine.adopt import Site, find_missing_keys, keep_number, read_block, read_strays
 from kvstore.engine.check import Walk, quarantine, settle_strays
+from kvstore.engine.deletions import Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock, claim
-from kvstore.engine.encryption import find_missing_keys
 from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
 from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.rows import Row
-from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.types import CheckReport, EngineOptions, Finding
 from kvstore.engine.validate import digest, require_whole
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, StoreFullError, UnknownFormatError

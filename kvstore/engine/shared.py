@@ -1,4 +1,4 @@
-"""What the parts of one engine share: the index with its lock and counters, and the notes of what was used."""
+"""What the parts of one engine share: index, lock, counters and notes of use; and what is told of it all."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, replace
+from pathlib import Path
 
 from kvstore.blobs.fs import Fs
 from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
 from kvstore.core.keys import NamespaceInfo
-from kvstore.engine.adopt import NEXT_NUMBER, Site
-from kvstore.engine.deletions import Deletions, Lost
+from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
+from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
-from kvstore.engine.drive import DriveCache
-from kvstore.engine.evictions import Evictions
 from kvstore.engine.index import Index
-from kvstore.engine.ledger import Ballast, Health, Ledger
+from kvstore.engine.keyring import NamespaceKey
+from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
-from kvstore.engine.tombstones import Tombstones
 from kvstore.engine.transaction import Edit, Space
-from kvstore.engine.types import ORPHAN_S, EngineOptions, Slice
-from kvstore.errors import DirectoryError, KVStoreError
+from kvstore.engine.types import ORPHAN_S, BlockInfo, EngineOptions, EngineStats, NamespaceUsage, Slice
+from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError
 
 _DAY_S = 86_400
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
@@ -104,6 +104,38 @@ class Shared:
                 edit.table.settle_clock(int(self.clock()))
         except (KVStoreError, OSError) as error:
             log.warning("the access order could not be written: %s", error)
+
+    def is_key_missing(self, root: bytes) -> bool:
+        """Whether a namespace holds encrypted blocks whose keys are not where they should be."""
+        if not self.index.ring.is_missing:
+            return False
+        with self.index.view() as view:
+            return bool(view.is_unreadable(root))
+
+    def encrypt(self, root: bytes) -> NamespaceKey | None:
+        """See `Engine.encrypt`."""
+        ring = self.index.ring
+        with self.lock:
+            if ring.is_missing:
+                find_missing_keys(self.site)  # what needs them may be evicted by now
+            with self.index.view() as view:
+                # Rows that cannot be read are those whose key was dropped.
+                is_plain = view.is_unreadable(root) is False
+            return ring.key(root) if is_plain else ring.make(root)
+
+    def shred(self, namespace_prefix: bytes, dry_run: bool) -> int:
+        """See `Engine.shred`."""
+        ring = self.index.ring
+        with self.lock:
+            self.require_place()
+            roots = [root for root in ring.roots if root.startswith(namespace_prefix)]
+            held = [root for root in self.namespaces if root.startswith(namespace_prefix)]
+            with self.index.view() as view:
+                plain = [root for root in held if root not in roots and not view.is_unreadable(root)]
+            if plain or not (roots or held):
+                named = f"namespace {plain[0].hex()[:12]} is" if plain else "no namespace that starts so is"
+                raise InvalidRequestError(f"{named} not encrypted, so there is no key to shred: evict without --shred")
+            return len(roots) if dry_run else sum(ring.drop(root) for root in roots)
 
     def costs(self, rows: Iterable[Row]) -> dict[BlobId, int]:
         """The blobs of rows, and what they cost on disk."""
@@ -246,3 +278,77 @@ class Uses:
             table.touch(keys, used_s)
         for key in marks:
             table.mark(key)
+
+
+SHOW_MAX = 100
+
+
+def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
+    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
+    with shared.lock:
+        spaces = shared.index.spaces.items()
+        numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
+        keys = shared.index.table.recent(numbers, limit)
+    with shared.index.view() as view:
+        return _infos(shared, (row for key in keys if (row := view.row(key)) is not None))
+
+
+def show(shared: Shared, key_prefix: bytes) -> list[BlockInfo]:
+    """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
+    with shared.index.view() as view:
+        rows = [row for row, _ in zip(view.rows(key_prefix), range(SHOW_MAX), strict=False)]
+    return _infos(shared, rows)
+
+
+def _infos(shared: Shared, rows: Iterable[Row]) -> list[BlockInfo]:
+    value = shared.index.table.value
+    return [
+        BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), shared.blobs.path(row.blob) or row.blob.name)
+        for row in rows
+    ]
+
+
+def stats(shared: Shared, free_bytes: int) -> EngineStats:
+    """Counts of this moment."""
+    with shared.lock:
+        usage = {root: shared.usage(root) for root in shared.namespaces}
+        total = shared.index.table.usage()
+    ledger = shared.ledger
+    spaces = tuple(
+        replace(
+            NamespaceUsage(shared.namespaces[root], *astuple(use)),
+            encrypted=shared.index.ring.key(root) is not None,
+            used_s=shared.index.spaces[root].used_s,
+            orphaned=shared.is_orphan(shared.index.spaces[root]),
+        )
+        for root, use in usage.items()
+        if root in shared.namespaces and root in shared.index.spaces
+    )
+    return EngineStats(
+        used_bytes=ledger.total,
+        budget_bytes=shared.options.budget_bytes,
+        free_bytes=free_bytes,
+        free_floor_bytes=shared.options.free_floor_bytes,
+        blobs=total.blocks + total.checkpoints,
+        stored_bytes=ledger.get("blobs"),
+        pending_bytes=ledger.get("pending"),
+        index_bytes=ledger.get("index"),
+        staging_bytes=ledger.get("staging"),
+        quarantine_bytes=ledger.get("quarantine"),
+        quarantined=_count(shared.directory.quarantine),
+        written_bytes=shared.health.written_bytes,
+        evictions=shared.evictions.totals(),
+        degraded=shared.health.degraded,
+        namespaces=spaces,
+        checkpoints=total.checkpoints,
+        checkpoint_bytes=total.checkpoint_bytes,
+        checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
+    )
+
+
+def _count(folder: Path) -> int:
+    """How many files; none when the folder cannot be read, which `degraded` is about."""
+    try:
+        return len(os.listdir(folder))
+    except OSError:
+        return 0

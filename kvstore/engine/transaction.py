@@ -118,6 +118,12 @@ class View:
             for _, key in self.entries(prefix):
                 yield key
 
+    def is_unreadable(self, root: bytes) -> bool | None:
+        """Whether the rows of a namespace are encrypted and its key is not there: all of them or none. None without."""
+        first = next(self.children(root), None)
+        row = self.row(first) if first else None
+        return None if row is None else row.is_key_missing
+
     def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
         """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
         prefix = parent + CHECKPOINT_MARK

@@ -219,7 +219,7 @@ class EngineStats:
 
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine + keys.
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
-    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.evictions`).
+    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.deletions`).
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
     of the scrub ended, seconds since 1970, 0 if never; `damaged` counts blobs that it moved to quarantine since then.
     """

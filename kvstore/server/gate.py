@@ -17,7 +17,7 @@ from kvstore.codecs.plausible import fault_of
 from kvstore.codecs.profiles import AUTO, UNMEASURED, Profile, parse_profile
 from kvstore.config import Config
 from kvstore.core.keys import NamespaceInfo
-from kvstore.engine.calibrations import QualityFiles
+from kvstore.engine.directory import QualityFiles
 from kvstore.errors import ConfigError, InvalidRequestError
 from kvstore.quality import Calibrated, Quality, QualityLimits
 

@@ -56,12 +56,12 @@ main()
 # A daemon that takes every checkpoint; with "all" it hands every one over, too, and believes every blob.
 BLIND = """
 import sys
-from kvstore.engine import fetch
+from kvstore.engine import match
 from kvstore.server import daemon, store
 
 store.check_states = lambda *_: None
 if sys.argv[1] == "all":
-    daemon.check_block = fetch.check_states = lambda *_: None
+    daemon.check_block = match.check_states = lambda *_: None
 from kvstore.cli import main
 sys.argv = ["kvstore", "serve", "--create"]
 main()

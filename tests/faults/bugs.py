@@ -10,11 +10,10 @@ from unittest import mock
 
 from kvstore.blobs.local import LocalBlobs
 from kvstore.engine import Fs
-from kvstore.engine.deletions import Deletions
+from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.index import Index
 from kvstore.engine.store import Writer
-from kvstore.engine.tombstones import Tombstones
 
 Patch = Callable[[Callable[[], None]], "contextlib.AbstractContextManager[Fs]"]
 
