@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kvstore.blobs.fs import Fs
-from kvstore.engine import Engine, evict
+from kvstore.engine import Engine, adopt, check, evict
+from kvstore.engine.retain import Table
+from kvstore.engine.transaction import Edit
 from kvstore.engine.types import Selection
-from tests.support.engine import find, namespace, options, put, require_sound
+from tests.support.engine import blob_path, find, namespace, options, put, require_sound
 
 NS, OTHER = namespace(), namespace("other")
 TOKENS = list(range(2000))
@@ -143,3 +147,99 @@ def test_those_who_need_room_evict_once(engine: Engine, fs: Watch) -> None:
     evicted = sum(blocks for blocks, _ in engine.stats().evictions.values())
     assert 0 < evicted <= 9
     assert engine.used_bytes > (40 << 10)
+
+
+class CountingLock:
+    """A lock that knows how many rows its holder has looked at or changed, by what was done, and the most of each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._now: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
+
+    def __enter__(self) -> CountingLock:
+        self._lock.acquire()
+        self._depth += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self.most |= self._now
+            self._now.clear()
+        self._lock.release()
+
+    def count(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, rows: Callable[[Any], int]) -> None:
+        """Count the rows of each call of a function."""
+        called = getattr(owner, name)
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            if self._depth:
+                self._now[name] += rows(arguments)
+            return called(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+
+
+def lose_a_blob(engine: Engine) -> None:
+    """The first of a chain."""
+    blob_path(engine, find(engine, NS, TOKENS).slices[0].row).unlink()
+
+
+def lose_rows(engine: Engine) -> None:
+    """Of all blobs of a chain, which become strays."""
+    rows = [part.row for part in find(engine, NS, TOKENS).slices]
+    with engine._shared.index.edit() as edit:
+        for row in reversed(rows):
+            edit.remove(row)
+
+
+def lose_children(engine: Engine) -> None:
+    """All entries of all children."""
+    with engine._shared.index.edit() as edit:
+        edit._txn.drop(edit._db["children"], delete=False)
+
+
+def lose_the_table(engine: Engine) -> None:
+    """Every other blob in it, and a namespace's worth of sizes is wrong."""
+    rows = [part.row for part in find(engine, NS, TOKENS).slices]
+    with engine._shared.index.edit() as edit:
+        for row in rows[::2]:
+            edit.table.drop(row.key)
+        for row in rows[1::2]:
+            edit.table.resize(row.key, 1)
+
+
+def lose_what_the_table_names(engine: Engine) -> None:
+    """The rows of a chain, whose blobs the table still has."""
+    rows = [part.row for part in find(engine, NS, TOKENS).slices]
+    with engine._shared.index.edit() as edit:
+        for row in rows:
+            edit._txn.delete(row.key, db=edit._db["rows"])
+
+
+@pytest.mark.parametrize("lose", [lose_a_blob, lose_rows, lose_children, lose_the_table, lose_what_the_table_names])
+def test_a_repair_holds_the_lock_over_a_batch_of_rows_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Engine], None]
+) -> None:
+    """However many rows are compared, mended, adopted or dropped; afterwards nothing is wrong, and all is in order."""
+    monkeypatch.setattr(check, "LOCKED_ROWS_MAX", 2)
+    monkeypatch.setattr(adopt, "ADOPTED_MAX", 2)
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, TOKENS)
+        put(engine, OTHER, TOKENS[:256])
+        lose(engine)
+        lock = CountingLock()
+        monkeypatch.setattr(engine._shared, "lock", lock)
+        monkeypatch.setattr(engine._shared.site, "lock", lock)
+        for owner, name in ((Edit, "put"), (Edit, "mend"), (Edit, "remove"), (Table, "drop"), (check, "_difference")):
+            lock.count(monkeypatch, owner, name, lambda _: 1)
+        lock.count(monkeypatch, engine._shared.site, "delete", lambda arguments: len(arguments[0]))
+        assert engine.check(repair=True).findings
+        assert lock.most["_difference"] and max(lock.most.values()) == 2
+        assert engine.check().findings == []
+        if lose is lose_the_table:
+            top = find(engine, NS, TOKENS).slices[0].row
+            assert engine.evict(Selection(key_prefix=top.key)).blocks == 8
+        require_sound(engine)

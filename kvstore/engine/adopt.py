@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import xxhash
 
@@ -34,6 +35,7 @@ _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 log = logging.getLogger(__name__)
 
 
+T = TypeVar("T")
 Rule: TypeAlias = Callable[[Layout, Block], None]
 
 
@@ -186,6 +188,12 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
     return unwanted, orphans
 
 
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most `size`."""
+    remaining = iter(items)
+    return iter(lambda: list(itertools.islice(remaining, size)), [])
+
+
 def keep_number(site: Site, edit: Edit, number: int) -> None:
     """A blob has this number: later ones get others."""
     edit.set_meta(NEXT_NUMBER, max(edit.meta(NEXT_NUMBER) or 0, number + 1))
@@ -202,18 +210,18 @@ def _is_reachable(edit: Edit, row: Row) -> bool:
 def find_missing_keys(site: Site) -> None:
     """Whether encrypted blobs are there and the folder of their keys is not: then the ring makes no new ones."""
     ring = site.index.ring
-    was_missing, ring.is_missing = ring.is_missing, False
-    if ring.has_folder:
-        return
-    with site.index.view() as view:
-        ring.is_missing = any(view.is_unreadable(root) for root in site.index.spaces)
-        if not ring.is_missing and sum(1 for _ in site.blobs.names()) != view.count():
-            named = {row.blob for row in view.rows()}
-            ring.is_missing = any(
-                _is_unreadable_blob(site, entry.blob, entry.nbytes)
-                for entry in site.blobs.names()
-                if entry.blob is not None and entry.blob not in named
-            )
+    is_missing = False
+    if not ring.has_folder:
+        with site.index.view() as view:
+            is_missing = any(view.is_unreadable(root) for root in list(site.index.spaces))
+            if not is_missing and sum(1 for _ in site.blobs.names()) != view.count():
+                named = {row.blob for row in view.rows()}
+                is_missing = any(
+                    _is_unreadable_blob(site, entry.blob, entry.nbytes)
+                    for entry in site.blobs.names()
+                    if entry.blob is not None and entry.blob not in named
+                )
+    was_missing, ring.is_missing = ring.is_missing, is_missing
     if ring.is_missing and not was_missing:
         log.error(
             "the keys of encrypted namespaces are missing: %s does not exist. Restore it, or evict these namespaces",

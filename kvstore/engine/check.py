@@ -5,6 +5,7 @@ offline check (`kvstore.engine.recover`). Blobs of another format version are re
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import replace
 from kvstore.blobs.fs import unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.core.blocks import Reason
-from kvstore.engine.adopt import Site, Strays, adopt, keep_number, read_block, read_strays, require_rule
+from kvstore.engine.adopt import Site, Strays, adopt, batched, keep_number, read_block, read_strays, require_rule
 from kvstore.engine.deletions import REPAIR
 from kvstore.engine.retain import CHECKPOINT
 from kvstore.engine.rows import Row, child_entries
@@ -23,6 +24,8 @@ from kvstore.engine.types import CheckReport, Finding
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 
 FINDINGS_MAX = 1000
+# Rows that are compared, removed or deleted while the lock is held.
+LOCKED_ROWS_MAX = 1024
 log = logging.getLogger(__name__)
 
 
@@ -62,15 +65,38 @@ def quarantine(site: Site, what: Entry | BlobId) -> bool:
 
 
 def drop_tree(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
-    """Delete a row and its descendants, then their blobs; with `keep_blob` the row's own goes to quarantine."""
-    with site.lock:
-        with site.index.edit() as edit:
+    """Delete a row and its descendants, then their blobs; with `keep_blob` the row's own goes to quarantine.
+
+    Children before parents, some at a time; until none is left, since meanwhile others may be stored.
+    """
+    removed: list[Row] = []
+    n_before = -1
+    while len(removed) > n_before:
+        n_before = len(removed)
+        with site.index.view() as view:
+            current = view.row(row.key)
+            rows = view.tree(current)[::-1] if current and current.number == row.number else []
+        for batch in batched(rows, LOCKED_ROWS_MAX):
+            with site.lock:
+                gone = _remove(site, batch)
+                if keep_blob and row.blob in gone:
+                    quarantine(site, row.blob)
+                site.delete([blob for blob in gone if not (keep_blob and blob == row.blob)])
+            removed += [each for each in batch if each.blob in gone]
+    return removed
+
+
+def _remove(site: Site, rows: Sequence[Row]) -> set[BlobId]:
+    """Remove those that are still there and have no children; their blobs."""
+    gone = set()
+    with site.index.edit() as edit:
+        for row in rows:
             current = edit.row(row.key)
-            removed = edit.remove_tree(current) if current and current.number == row.number else []
-        if removed and keep_blob:
-            quarantine(site, row.blob)
-        site.delete([gone.blob for gone in removed if not (keep_blob and gone.key == row.key)])
-        return removed
+            is_same = current is not None and current.number == row.number
+            if is_same and not any(edit.stored(child) for child in edit.children(row.key)):
+                edit.remove(row)
+                gone.add(row.blob)
+    return gone
 
 
 class Walk:
@@ -123,14 +149,13 @@ class Walk:
 
     def _damaged(self, row: Row, kind: str, place: str, detail: str) -> None:
         """A row whose blob is damaged or gone, or that lost its parent: it goes, with all after it."""
-        with self._site.lock:
-            current = self._row(row.key)
-            if current is None or current.number != row.number:
-                return
-            self._find(kind, place, detail)
-            if self._repair:
-                self.removed += drop_tree(self._site, row, keep_blob=kind == "corrupt_blob")
-                self.report.repaired += 1
+        current = self._row(row.key)
+        if current is None or current.number != row.number:
+            return
+        self._find(kind, place, detail)
+        if self._repair:
+            self.removed += drop_tree(self._site, row, keep_blob=kind == "corrupt_blob")
+            self.report.repaired += 1
 
     def _check_rows(self) -> None:
         with self._site.index.view() as view:
@@ -178,39 +203,56 @@ class Walk:
             return self._site.blobs.size(blob) is not None
 
     def _check_totals(self) -> None:
-        """Whether the table and the children agree with the rows; a repair makes both again from these."""
-        site = self._site
-        with site.lock:
-            with site.index.view() as view:
-                wrong = _differences(view, site)
-            if wrong and self._repair:
-                with site.index.edit() as edit:
-                    edit.reindex(lambda row: site.blobs.stored_bytes(row.root, row.blob_bytes))
-                self.report.repaired += 1
+        """Whether the table and the children agree with the rows, some at a time; a repair puts right what does not."""
+        site, start, wrong = self._site, b"", list[str]()
+        while True:
+            with site.lock:
+                with site.index.view() as view:
+                    rows = list(itertools.islice(view.rows(start), LOCKED_ROWS_MAX))
+                    odd = {row: why for row in rows if (why := _difference(view, site, row))}
+                if odd and self._repair:
+                    with site.index.edit() as edit:
+                        for row in odd:
+                            edit.mend(row, site.blobs.stored_bytes(row.root, row.blob_bytes))
+            wrong += odd.values()
+            if not rows:
+                break
+            start = rows[-1].key + b"\0"
+        wrong += self._check_table()
+        self.report.repaired += bool(wrong and self._repair)
         for detail in wrong:
             self._find("row", str(site.index.path), detail)
 
+    def _check_table(self) -> list[str]:
+        """Blobs in the table without a row; a repair takes them out."""
+        site, wrong = self._site, list[str]()
+        with site.lock:
+            keys = list(site.index.table)
+        for batch in batched(keys, LOCKED_ROWS_MAX):
+            with site.lock:
+                with site.index.view() as view:
+                    lost = [key for key in batch if key in site.index.table and view.stored(key) is None]
+                if lost and self._repair:
+                    with site.index.edit() as edit:
+                        for key in lost:
+                            edit.table.drop(key)
+            wrong += [f"the table of blobs has {key.hex()[:12]}, which has no row" for key in lost]
+        return wrong
 
-def _differences(view: View, site: Site) -> list[str]:
-    """How table and children differ from the rows, in words."""
-    table, wrong, count = site.index.table, [], 0
-    for row in view.rows():
-        count += 1
-        space = site.index.spaces.get(row.root)
-        expected = {
-            "nbytes": site.blobs.stored_bytes(row.root, row.blob_bytes),
-            "n_tokens": row.n_tokens,
-            "depth": row.depth,
-            "namespace": space.number if space else -1,
-        }
-        told = {name: table.value(row.key, name) for name in expected} if row.key in table else {}
-        if told != expected or bool(table.value(row.key, "flags") & CHECKPOINT) != row.is_checkpoint:
-            wrong.append(f"the table of blobs does not agree with the row of {row.key.hex()[:12]}")
-        if not _is_linked(view, row):
-            wrong.append(f"{row.key.hex()[:12]} is not among the children of its parent")
-    if count != len(table):
-        wrong.append(f"{count} rows, and {len(table)} blobs in the table")
-    return wrong
+
+def _difference(view: View, site: Site, row: Row) -> str:
+    """How table and children differ from a row, in words; empty when they do not."""
+    table, space = site.index.table, site.index.spaces.get(row.root)
+    expected = {
+        "nbytes": site.blobs.stored_bytes(row.root, row.blob_bytes),
+        "n_tokens": row.n_tokens,
+        "depth": row.depth,
+        "namespace": space.number if space else -1,
+    }
+    told = {name: table.value(row.key, name) for name in expected} if row.key in table else {}
+    if told != expected or bool(table.value(row.key, "flags") & CHECKPOINT) != row.is_checkpoint:
+        return f"the table of blobs does not agree with the row of {row.key.hex()[:12]}"
+    return "" if _is_linked(view, row) else f"{row.key.hex()[:12]} is not among the children of its parent"
 
 
 def _is_linked(view: View, row: Row) -> bool:
@@ -230,15 +272,15 @@ def settle_strays(site: Site, found: Strays) -> int:
     unwanted, orphans = adopt(site, found.sound)
     keyless = [entry.blob for entry, _ in found.key_missing if entry.blob]
     gone = keyless if site.index.ring.has_folder else []
-    with site.lock:
-        left = [entry.blob for entry, _ in found.unknown if entry.blob]
-        left += orphans if found.unknown else []
-        left += [] if gone else keyless
-        if left:
-            with site.index.edit() as edit:
-                for blob in left:
-                    keep_number(site, edit, blob.number)
-        site.delete([*unwanted, *gone, *(orphans if not found.unknown else ())])
+    left = [entry.blob for entry, _ in found.unknown if entry.blob]
+    left += orphans if found.unknown else []
+    left += [] if gone else keyless
+    if left:
+        with site.lock, site.index.edit() as edit:
+            keep_number(site, edit, max(blob.number for blob in left))
+    for batch in batched([*unwanted, *gone, *(orphans if not found.unknown else ())], LOCKED_ROWS_MAX):
+        with site.lock:
+            site.delete(batch)
     with contextlib.suppress(OSError):
         for entry in found.unfinished:
             site.blobs.discard(entry)
@@ -287,7 +329,7 @@ class Scrub:
         self._spare_bytes = min(self._spare_bytes + rate * (now - last), rate * _BURST_S)
         while self._spare_bytes > 0:
             with self._shared.index.view() as view:
-                row = view.row_from(self._next.to_bytes(_POSITION_BYTES, "big"))
+                row = next(view.rows(self._next.to_bytes(_POSITION_BYTES, "big")), None)
             if row is None or self._next == _LAST:
                 self._end()
                 return
@@ -325,13 +367,14 @@ class Scrub:
 
 
 def after_repair(shared: Shared, removed: list[Row]) -> None:
-    """Rows changed behind the counters: take them again, and keep quarantine in its bounds. Hold the lock."""
+    """Rows changed behind the counters: take them again, and keep quarantine in its bounds."""
     costs = (shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in removed)
     shared.evictions.note(REPAIR, len(removed), sum(costs))
     shared.lost.remember(removed, Reason.CORRUPT)
     for path in shared.directory.quarantined()[: -shared.options.quarantine_files_max]:
         unlink_quietly(shared.fs, [str(path)])
-    shared.measure()
+    with shared.lock:
+        shared.measure()
 
 
 def recheck(shared: Shared, key: bytes) -> bool:
@@ -347,7 +390,6 @@ def recheck(shared: Shared, key: bytes) -> bool:
         return False
     except CorruptDataError as error:
         log.warning("a blob is damaged: %s", error)
-    with shared.lock:
-        removed = drop_tree(shared.site, row, keep_blob=True)
-        after_repair(shared, removed)
+    removed = drop_tree(shared.site, row, keep_blob=True)
+    after_repair(shared, removed)
     return bool(removed)

@@ -105,8 +105,7 @@ class Engine:
             shared = Shared(directory, held, index, place.blobs, place.tombstones, options, fs, clock)
             find_missing_keys(shared.site)
             engine = cls(shared, held)
-            with shared.lock:
-                after_repair(shared, place.dropped)
+            after_repair(shared, place.dropped)
             engine._keep_to_limits()
             return engine
         except BaseException as error:
@@ -400,8 +399,7 @@ class Engine:
         except CorruptDataError as error:
             advice = f"{error}; stop the daemon and run: kvstore check --repair"
             walk.report.findings.append(Finding("row", str(shared.index.path), advice))
-        with shared.lock:
-            after_repair(shared, walk.removed)
+        after_repair(shared, walk.removed)
         if repair:
             with contextlib.suppress(OSError):
                 shared.deletions.settle()

@@ -208,16 +208,14 @@ class Evictor:
         if not any(filters) and not selection.all:
             raise InvalidRequestError("say what to evict: a namespace, a key, an age, orphans, some bytes, or all")
         shared = self._shared
+        with shared.index.view() as view:
+            tops = [row.key for row in view.rows_of(selection.key_prefix)] if selection.key_prefix else []
         since = int(shared.clock() - selection.idle_s) if selection.idle_s > 0 else None
 
         def choose(table: Table) -> Mask:
             numbers = [shared.index.spaces[root].number for root in self._roots(selection)]
             mask = table.where(namespaces=numbers, unused_since_s=since)
-            if selection.key_prefix:
-                with shared.index.view() as view:
-                    tops = [row.key for row in view.rows(selection.key_prefix)]
-                mask &= table.tree(tops)
-            return mask
+            return mask & table.tree(tops) if selection.key_prefix else mask
 
         return choose
 

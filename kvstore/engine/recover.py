@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvstore.blobs.encrypted import EncryptedBlobs
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.local import LocalBlobs
 from kvstore.blobs.protocol import BlobId, Blobs, Entry
-from kvstore.engine.adopt import Site, find_missing_keys, keep_number, read_block, read_strays
+from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, read_block, read_strays
 from kvstore.engine.check import Walk, quarantine, settle_strays
 from kvstore.engine.deletions import Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock, claim
@@ -189,8 +188,7 @@ def sweep(site: Site) -> list[Row]:
     strays = [entry for blob, entry in entries.items() if blob not in named and blob not in site.busy()]
     unknown = {entry for entry in strays if _must_stay(site, entry)}
     with site.index.edit() as edit:
-        for entry in unknown:
-            keep_number(site, edit, entry.blob.number if entry.blob else 0)
+        keep_number(site, edit, max((entry.blob.number for entry in unknown if entry.blob), default=0))
     site.delete([entry.blob for entry in strays if entry.blob and entry not in unknown])
     for entry in others:
         if not entry.is_unfinished:
@@ -224,12 +222,6 @@ def _nbytes(entries: Mapping[BlobId, Entry], row: Row) -> int:
         return -1
     # Without its key only the stored size of an encrypted blob is known.
     return row.blob_bytes if row.is_key_missing else found.nbytes
-
-
-def batched(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
-    """Lists of at most `size`."""
-    remaining = iter(rows)
-    return iter(lambda: list(itertools.islice(remaining, size)), [])
 
 
 def set_index_aside(place: Place) -> None:

@@ -215,13 +215,31 @@ class Table:
             self.sequence = max(self.sequence, last_use)
         self._changed.add(slot // CHUNK)
 
-    def take(self, key: bytes, other: Table) -> None:
-        """What another table knows of a blob's use, if it has it."""
-        there, here = other.slot(key), self._slots[key]
-        if there >= 0:
-            for column in ("last_use", "mark", "used_s", "hits"):
-                self._rows[column][here] = other._rows[column][there]
-            self.sequence = max(self.sequence, other.sequence)
+    def correct(self, key: bytes, namespace: int, *, depth: int, nbytes: int, n_tokens: int, flags: int) -> None:
+        """Set what the row of a blob says; what is known of its use stays."""
+        slot = self._slots[key]
+        self._count(slot, -1)
+        row = self._rows[slot]
+        row["namespace"], row["depth"], row["nbytes"], row["n_tokens"] = namespace, depth, nbytes, n_tokens
+        row["flags"] = LIVE | flags | (row["flags"] & PINNED)
+        self._count(slot, +1)
+
+    def link(self, key: bytes, parent: bytes) -> None:
+        """Set the parent of a blob that has none here, if it is one."""
+        slot, above = self._slots.get(key, -1), self._slots[parent]
+        if slot >= 0 and self._rows["parent"][slot] < 0:
+            self._rows["parent"][slot] = above
+            self._rows["children"][above] += 1
+            self._changed.update((slot // CHUNK, above // CHUNK))
+
+    def drop(self, key: bytes) -> None:
+        """Take out a blob whose row is lost; what came after it is the first of a chain now."""
+        slot, rows = self._slots[key], self._rows[: self._end]
+        below = np.flatnonzero(((rows["flags"] & LIVE) != 0) & (rows["parent"] == slot))
+        rows["parent"][below] = -1
+        rows["children"][slot] = 0
+        self._changed.update((below // CHUNK).tolist())
+        self.remove(key)
 
     def mark(self, key: bytes) -> None:
         """Note that a prompt diverged after a checkpoint. Keys of anything else do not count."""

@@ -115,9 +115,9 @@ class Shared:
     def encrypt(self, root: bytes) -> NamespaceKey | None:
         """See `Engine.encrypt`."""
         ring = self.index.ring
+        if ring.is_missing:
+            find_missing_keys(self.site)  # what needs them may be evicted by now
         with self.lock:
-            if ring.is_missing:
-                find_missing_keys(self.site)  # what needs them may be evicted by now
             with self.index.view() as view:
                 # Rows that cannot be read are those whose key was dropped.
                 is_plain = view.is_unreadable(root) is False
@@ -296,7 +296,7 @@ def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[Blo
 def show(shared: Shared, key_prefix: bytes) -> list[BlockInfo]:
     """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
     with shared.index.view() as view:
-        rows = [row for row, _ in zip(view.rows(key_prefix), range(SHOW_MAX), strict=False)]
+        rows = [row for row, _ in zip(view.rows_of(key_prefix), range(SHOW_MAX), strict=False)]
     return _infos(shared, rows)
 
 

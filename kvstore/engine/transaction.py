@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,7 +12,7 @@ import xxhash
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
 from kvstore.core.keys import checkpoint_key
 from kvstore.engine.keyring import KeyRing
-from kvstore.engine.retain import CHECKPOINT, Table
+from kvstore.engine.retain import CHECKPOINT
 from kvstore.engine.rows import (
     CHECKPOINT_MARK,
     ENCRYPTED,
@@ -90,17 +91,14 @@ class View:
         found = self.value(key)
         return None if found is None else parse_row(key, found, self.templates)
 
-    def rows(self, prefix: bytes = b"") -> Iterator[Row]:
-        """All rows whose key starts with `prefix`, in key order."""
-        for key, value in self._from("rows", prefix):
-            if not key.startswith(prefix):
-                return
+    def rows(self, start: bytes = b"") -> Iterator[Row]:
+        """All rows whose key is `start` or comes after it, in key order."""
+        for key, value in self._from("rows", start):
             yield parse_row(key, decrypt_row(key, value, self.ring), self.templates)
 
-    def row_from(self, key: bytes) -> Row | None:
-        """The first row whose key is `key` or comes after it."""
-        found = next(self._from("rows", key), None)
-        return None if found is None else self.row(found[0])
+    def rows_of(self, prefix: bytes) -> Iterator[Row]:
+        """All rows whose key starts so, in key order."""
+        return itertools.takewhile(lambda row: row.key.startswith(prefix), self.rows(prefix))
 
     def entries(self, prefix: bytes, start: bytes = b"", reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:
         """(entry, key) of the children whose entry begins so, from where `prefix + start` would stand.
@@ -244,13 +242,6 @@ class Edit(View):
             self._txn.delete(entry, db=self._db["children"])
         self.table.remove(row.key)
 
-    def remove_tree(self, row: Row) -> list[Row]:
-        """Delete a row and all its descendants; returns them, children before parents."""
-        rows = self.tree(row)[::-1]
-        for each in rows:
-            self.remove(each)
-        return rows
-
     def put_namespace(self, root: bytes, record: bytes) -> None:
         """Remember a namespace, before its first row. It is forgotten with its last."""
         known = self._index.spaces.get(root)
@@ -274,22 +265,22 @@ class Edit(View):
         key = name.encode()
         self._txn.put(key, with_check(key, value.to_bytes(8, "little")), db=self._db["meta"])
 
-    def reindex(self, cost: Callable[[Row], int]) -> None:
-        """Make children and table again from the rows; what the table knew of their use stays. `cost`: bytes on disk.
+    def mend(self, row: Row, nbytes: int) -> None:
+        """Make children and table agree with a row that is there; what the table knows of its use stays.
 
-        A row whose parent is not there counts as the first of a chain: a check drops it.
+        One whose parent is not in the table counts as the first of a chain. One of an unknown namespace stays as it is.
         """
-        before, rows = self.table, sorted(self.rows(), key=lambda row: row.depth)
-        # Without its key an encrypted row cannot say where it stands among its siblings; it stays where it stood.
-        kept = {row.key: self._entries_of(row) for row in rows if row.is_key_missing}
-        for name in ("children", "retain"):
-            self._txn.drop(self._db[name], delete=False)
-        self._index.table = self.table = Table()
-        for row in rows:
-            for entry in kept.get(row.key) or child_entries(row, self.ring.key(row.root)):
+        if row.root not in self._index.spaces:
+            return
+        if not row.is_key_missing or row.is_checkpoint:
+            for entry in child_entries(row, self.ring.key(row.root)):
                 self._txn.put(entry, row.key, db=self._db["children"])
-            self._add(row, cost(row))
-            self.table.take(row.key, before)
+        if row.key not in self.table:
+            self._add(row, nbytes)
+            for child in self.children(row.key):
+                self.table.link(child, row.key)
+        number, flags = self._index.spaces[row.root].number, CHECKPOINT if row.is_checkpoint else 0
+        self.table.correct(row.key, number, depth=row.depth, nbytes=nbytes, n_tokens=row.n_tokens, flags=flags)
 
     def clear(self) -> None:
         """Delete everything but the numbers of `meta`."""
