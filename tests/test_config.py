@@ -122,7 +122,7 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
         ("min_quantize_tokens", "256.5", "not a whole number"),
         ("min_quantize_tokens", True, "not a whole number"),
         ("lease_s", 0, "lease_s: must be at least 1"),
-        ("durability", "always", "must be one of commit, full, none"),
+        ("durability", "none", "must be one of commit, full"),
         ("log_level", "loud", "must be one of debug"),
         ("profile", "Affine 8", "not a profile name"),
         ("budget_bytes", "lots", "not a size"),

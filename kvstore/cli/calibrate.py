@@ -218,7 +218,7 @@ def measured(
     from kvstore.codecs.profiles import without_threshold
     from kvstore.integrations.calibrate import PATIENT_MS
 
-    with ScratchDaemon(durability="none", min_quantize_tokens=0) as scratch, scratch.client() as client:
+    with ScratchDaemon(min_quantize_tokens=0) as scratch, scratch.client() as client:
         sessions = {
             name: client.session(
                 replace(namespace, engine=f"calibrate {name}"),

@@ -130,8 +130,8 @@ class Config:
         parsers.size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
     )
     durability: str = _key(
-        parsers.choice("commit", "full", "none"),
-        "commit: synced to the file system. full: the drive is flushed too. none: no syncs, rebuilt after a crash.",
+        parsers.choice("commit", "full"),
+        "What is synced before a store is acknowledged. commit: files and index. full: the drive's own cache, too.",
         "choice",
         default="commit",
     )

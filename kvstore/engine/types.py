@@ -16,6 +16,7 @@ from kvstore.engine.index import MAP_BYTES
 from kvstore.engine.rows import Row, Taken, Templates, fidelities_of, parse_row
 from kvstore.errors import ConfigError
 
+# `none`, without any sync, is for tests: the configuration does not offer it.
 DURABILITIES = ("commit", "full", "none")
 # A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
 ORPHAN_S = 30 * 86_400

@@ -67,11 +67,6 @@ class KVStoreService(rpc.KVStoreServicer):
         self._stopping = asyncio.Event()
         self._commits: set[asyncio.Task[Any]] = set()
 
-    @property
-    def _durable(self) -> bool:
-        """Whether what is committed survives what was promised; without syncs nothing is."""
-        return self._config.durability != "none"
-
     @unary
     async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
         return pb.HelloReply(staging_dir=str(self._engine.staging_dir) if self._same_host else "")
@@ -228,7 +223,7 @@ class KVStoreService(rpc.KVStoreServicer):
             return plan, pb.BeginStoreReply(
                 reason=plan.reason,
                 held_tokens=plan.held_tokens,
-                durable=self._durable and plan.reason is Reason.ALREADY_STORED,
+                durable=plan.reason is Reason.ALREADY_STORED,
                 detail=plan.detail,
             )
         sharing = request.transport == pb.TRANSPORT_PATH and self._may_share_files(
@@ -303,7 +298,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._counters.stored(outcome.reason)
         return pb.CommitStoreReply(
             done=True,
-            durable=self._durable and outcome.durable,
+            durable=outcome.durable,
             stored_tokens=outcome.stored_tokens,
             new_bytes=outcome.new_bytes,
             reason=outcome.reason,

@@ -395,20 +395,20 @@ def test_a_blob_that_is_gone_or_torn_makes_the_prefix_shorter(
 # -- durability --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("durability", ["none", "commit", "full"])
+@pytest.mark.parametrize("durability", ["commit", "full"])
 def test_every_durability_stores_and_finds_again_after_a_restart(tmp_path: Path, durability: str) -> None:
-    """`none` promises nothing, and says so in the acknowledgement."""
+    """As it says in the acknowledgement."""
     with DaemonProcess(tmp_path / "data", profile="raw", durability=durability) as daemon, client_of(daemon) as client:
         result = client.session(NAMESPACE, **PATIENT).store(SHORT, make_layers(LAYOUT, SHORT), wait=True)
-        assert (result.stored_tokens, result.durable) == (300, durability != "none")
+        assert (result.stored_tokens, result.durable) == (300, True)
         assert fetched(daemon, SHORT).n_tokens == 300
         daemon.restart()
         assert fetched(daemon, SHORT).n_tokens == 300
 
 
-def test_without_durability_the_index_is_rebuilt_after_a_kill_and_damage_is_never_served(tmp_path: Path) -> None:
-    """As after a power cut: one blob torn, one with a flipped bit, the rest comes back from its headers."""
-    with DaemonProcess(tmp_path / "data", profile="raw", durability="none") as daemon, client_of(daemon) as client:
+def test_an_index_that_is_lost_is_rebuilt_after_a_kill_and_damage_is_never_served(tmp_path: Path) -> None:
+    """As after a bad power cut: one blob torn, one with a flipped bit, the rest comes back from its headers."""
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon, client_of(daemon) as client:
         session = client.session(NAMESPACE, **PATIENT)
         for number in range(3):
             tokens = sequence(number)
@@ -416,6 +416,7 @@ def test_without_durability_the_index_is_rebuilt_after_a_kill_and_damage_is_neve
         paths = {block["key"]: Path(block["path"]) for block in client.list(NAMESPACE.root)["blocks"]}
         torn, flipped = sequence_paths(client, 0)[512], sequence_paths(client, 1)[256]
         daemon.kill()
+        (daemon.data_dir / "index" / "data.mdb").unlink()
         torn.chmod(0o600)
         torn.write_bytes(torn.read_bytes()[:10_000])
         flip(flipped)
@@ -424,7 +425,7 @@ def test_without_durability_the_index_is_rebuilt_after_a_kill_and_damage_is_neve
         assert [fetched(daemon, sequence(number)).n_tokens for number in range(3)] == [512, 256, 600]
         assert len(daemon.files("quarantine")) == 2
         assert len(daemon.blobs()) == len(paths) - 3  # the block after the flipped one leads nowhere
-        daemon.restart(durability="commit")
+        daemon.restart()
         assert fetched(daemon, sequence(2)).n_tokens == 600
 
 

@@ -31,7 +31,7 @@ NAMESPACE = make_namespace(LAYOUT)
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon that gives uploads long enough that a test sees who waits for them."""
-    with DaemonProcess(tmp_path / "data", durability="none", upload_idle_s=60) as running:
+    with DaemonProcess(tmp_path / "data", upload_idle_s=60) as running:
         yield running
 
 
