@@ -102,7 +102,7 @@ class Engine:
             place = Place(directory, held, options, fs)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
-            shared = Shared(directory, held, index, place.blobs, place.tombstones, options, fs, clock)
+            shared = Shared(place, index, clock)
             find_missing_keys(shared.site)
             engine = cls(shared, held)
             after_repair(shared, place.dropped)

@@ -36,10 +36,9 @@ class Place:
         """Read the keys and the tombstones. Raises DirectoryError, OSError."""
         self.directory = directory
         self.held = held
+        self.options = options
         self.fs = fs
         self.sync = options.durability != "none"
-        self.map_bytes = options.map_bytes
-        self.rule = options.rule
         self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
         local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
         self.blobs: Blobs = EncryptedBlobs(local, self.ring)
@@ -48,7 +47,7 @@ class Place:
 
     def site(self, index: Index) -> Site:
         """For a walk over it."""
-        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.rule)
+        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.options.rule)
 
     def _delete(self, blobs: Sequence[BlobId]) -> None:
         """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
@@ -63,7 +62,7 @@ class Place:
 
     def open_index(self) -> Index:
         """Open or create the index. Raises CorruptDataError, UnknownFormatError."""
-        return Index(self.directory.index, self.fs, self.ring, self.sync, self.map_bytes)
+        return Index(self.directory.index, self.fs, self.ring, self.sync, self.options.map_bytes)
 
 
 def recovered_index(place: Place) -> Index:

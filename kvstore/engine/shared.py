@@ -10,21 +10,23 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvstore.blobs.fs import Fs
-from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
+from kvstore.blobs.protocol import BlobId, disk_bytes
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
-from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
-from kvstore.engine.directory import Directory, DirectoryLock
+from kvstore.engine.deletions import Deletions, Evictions, Lost
 from kvstore.engine.index import Index
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import Table, Usage
 from kvstore.engine.rows import Row
 from kvstore.engine.transaction import Edit, Space
-from kvstore.engine.types import ORPHAN_S, BlockInfo, EngineOptions, EngineStats, NamespaceUsage, Slice
+from kvstore.engine.types import ORPHAN_S, BlockInfo, EngineStats, NamespaceUsage, Slice
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError
+
+if TYPE_CHECKING:
+    from kvstore.engine.recover import Place
 
 _DAY_S = 86_400
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
@@ -41,42 +43,27 @@ class Shared:
     locks of their own, never held over I/O: touching and leasing never wait for a commit.
     """
 
-    def __init__(
-        self,
-        directory: Directory,
-        held: DirectoryLock,
-        index: Index,
-        blobs: Blobs,
-        tombstones: Tombstones,
-        options: EngineOptions,
-        fs: Fs,
-        clock: Callable[[], float],
-    ) -> None:
-        self.directory = directory
-        self._held = held
-        self.index = index
-        self.blobs = blobs
-        self.options = options
-        self.fs = fs
-        self.clock = clock
-        self.sync = options.durability != "none"
+    def __init__(self, place: Place, index: Index, clock: Callable[[], float]) -> None:
+        self.directory, self._held, self.options = place.directory, place.held, place.options
+        self.blobs, self.fs, self.sync = place.blobs, place.fs, place.sync
+        self.index, self.clock = index, clock
         self.lock = threading.RLock()
-        flush = functools.partial(fs.flush_drive, str(index.path / "data.mdb"))
-        self.drive = DriveCache(flush if options.durability == "full" else None)
+        flush = functools.partial(self.fs.flush_drive, str(index.path / "data.mdb"))
+        self.drive = DriveCache(flush if self.options.durability == "full" else None)
         self.ledger = Ledger()
         self.health = Health()
         self.evictions = Evictions()
-        self.ballast = Ballast(directory.ballast, min(options.ballast_bytes, options.budget_bytes // 64))
+        self.ballast = Ballast(self.directory.ballast, min(self.options.ballast_bytes, self.options.budget_bytes // 64))
         self.ballast.lay()
-        self.deletions = Deletions(blobs, tombstones, self.ledger, self.drive, self.is_displaced)
-        self.lost = Lost(options.evicted_max)
-        self.uses = Uses(options.touches_max, options.touches_age_s, clock)
+        self.deletions = Deletions(self.blobs, place.tombstones, self.ledger, self.drive, self.is_displaced)
+        self.lost = Lost(self.options.evicted_max)
+        self.uses = Uses(self.options.touches_max, self.options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
         self.site = Site(
-            blobs, index, self.busy, self.deletions.delete_blobs, self.lock, self.skip_number, options.rule
+            self.blobs, index, self.busy, self.deletions.delete_blobs, self.lock, self.skip_number, self.options.rule
         )
         with index.view() as view:
-            self.next_number = max(view.meta(NEXT_NUMBER) or 1, tombstones.next_number())
+            self.next_number = max(view.meta(NEXT_NUMBER) or 1, place.tombstones.next_number())
         self.namespaces: dict[bytes, NamespaceInfo] = {}
         self.measure()
 
