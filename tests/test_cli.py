@@ -404,7 +404,7 @@ def test_config_show_says_where_each_value_came_from(client: FakeClient, tmp_pat
     assert list(parsed["keys"]) == list(KEYS)
     assert parsed["keys"]["profile"]["value"] == "raw"
     assert parsed["keys"]["profile"]["source"] == str(file)
-    assert parsed["keys"]["lease_s"]["source"] == "default"
+    assert parsed["keys"]["log_level"]["source"] == "default"
     assert "512MiB" in invoke("config", "show").stdout
     file.write_text("profil = 1", encoding="utf-8")
     result = invoke("config", "show")
@@ -441,14 +441,16 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     monkeypatch.setenv("KVSTORE_LISTEN", "unix:/before.sock")
     ran = []
 
-    def run(argv: list[str]) -> int:
-        ran.append((argv, os.environ["KVSTORE_LISTEN"]))
+    def run(argv: list[str], *, slow_hits: bool) -> int:
+        ran.append((argv, os.environ["KVSTORE_LISTEN"], slow_hits))
         return 0
 
     monkeypatch.setattr("kvstore.integrations.run.run", run)
     result = invoke("run", "--address", "unix:/k.sock", "mlx_lm.server", "--model", "m", "--json", "--help", "-x")
     assert result.exit_code == 0
-    assert ran == [(["mlx_lm.server", "--model", "m", "--json", "--help", "-x"], "unix:/k.sock")]
+    assert ran == [(["mlx_lm.server", "--model", "m", "--json", "--help", "-x"], "unix:/k.sock", False)]
+    invoke("run", "--slow-hits", "mlx_lm.server", "--slow-hits")
+    assert ran[1:] == [(["mlx_lm.server", "--slow-hits"], "unix:/k.sock", True)]
     assert invoke("run").exit_code == 2
     assert client.address == ""
 

@@ -12,10 +12,10 @@ import pytest
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.layers import Layout
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import make_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=3, heads=2, width=64)
@@ -34,7 +34,7 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 def client_of(daemon: DaemonProcess, **settings: object) -> Client:
     """A client whose limits do not decide a test."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **settings))  # type: ignore[arg-type]
+    return connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1, **settings))
 
 
 def check_hit(session: Session, prompt: list[int], n_tokens: int, bits: int, layout: Layout = LAYOUT) -> None:

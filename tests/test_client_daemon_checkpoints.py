@@ -11,7 +11,6 @@ import pytest
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
-from kvstore.config import Config
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.layers import Layout
 from tests.support.checkpoints import (
@@ -23,6 +22,7 @@ from tests.support.checkpoints import (
     state_bytes,
 )
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import make_config
 from tests.support.synthetic import make_namespace
 
 TOKENS = list(range(1000, 1700))
@@ -40,7 +40,7 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client whose limits do not decide a test."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1))
 
 
 def store(session: Session, layout: Layout, tokens: list[int]) -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 
 import platformdirs
@@ -26,6 +27,8 @@ from kvstore.config import (
     parse_size,
 )
 from kvstore.config.parsers import GB, MIB
+from kvstore.core import limits
+from kvstore.core.limits import Limits
 from kvstore.errors import ConfigError
 
 
@@ -45,45 +48,45 @@ def test_defaults_are_the_documented_ones() -> None:
     assert config.listen.startswith("unix:/")
     assert config.listen.endswith("/.kvstore/kvstore.sock")
     assert (config.profile, config.min_quantize_tokens, config.durability) == ("auto", 256, "commit")
-    assert (config.fetch_connect_ms, config.fetch_stall_ms, config.fetch_total_ms) == (50, 500, 5000)
+    assert (config.limits, config.fetch_total_ms) == (Limits(), 5000)
     assert config.memory_bytes == 512 * MIB
     assert {config.source(key) for key in KEYS} == {"default"}
 
 
 def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path: Path) -> None:
     """Each source is used where no stronger one speaks, and is named."""
-    toml = 'lease_s = 1\nuploads_max = 2\nprofile = "raw"\n'
+    toml = 'fetch_total_ms = 1\nmemory_bytes = "2MiB"\nprofile = "raw"\n'
     config = load(
-        {"lease_s": "3", "uploads_max": None},
+        {"fetch_total_ms": "3", "memory_bytes": None},
         toml,
         directory=str(tmp_path),
-        KVSTORE_LEASE_S="2",
-        KVSTORE_UPLOADS_MAX="4",
+        KVSTORE_FETCH_TOTAL_MS="2",
+        KVSTORE_MEMORY_BYTES="4MiB",
     )
-    assert (config.lease_s, config.uploads_max, config.profile, config.upload_idle_s) == (3, 4, "raw", 30)
-    assert config.source("lease_s") == "--lease-s"
-    assert config.source("uploads_max") == "KVSTORE_UPLOADS_MAX"
+    assert (config.fetch_total_ms, config.memory_bytes, config.profile, config.log_level) == (3, 4 * MIB, "raw", "info")
+    assert config.source("fetch_total_ms") == "--fetch-total-ms"
+    assert config.source("memory_bytes") == "KVSTORE_MEMORY_BYTES"
     assert config.source("profile") == str(tmp_path / "config.toml")
-    assert config.source("upload_idle_s") == "default"
+    assert config.source("log_level") == "default"
 
 
 def test_an_unknown_key_is_an_error_in_every_source(tmp_path: Path) -> None:
     """The message names the key, the place, and the key that was probably meant."""
     with pytest.raises(ConfigError, match=r"budget_byte: no such key; did you mean budget_bytes\?, from .*config.toml"):
         load(toml="budget_byte = 1", directory=str(tmp_path))
-    with pytest.raises(ConfigError, match=r"lease: no such key.*from KVSTORE_LEASE$"):
-        load(KVSTORE_LEASE="1")
+    with pytest.raises(ConfigError, match=r"uploads_max: no such key.*from KVSTORE_UPLOADS_MAX$"):
+        load(KVSTORE_UPLOADS_MAX="1")
     with pytest.raises(ConfigError, match=r"zzz: no such key, from --zzz"):
         load({"zzz": 1})
     with pytest.raises(ConfigError, match="cache: no such key"):
-        load(toml="[cache]\nlease_s = 1", directory=str(tmp_path))
+        load(toml="[cache]\nmemory_bytes = 1", directory=str(tmp_path))
 
 
 def test_variables_of_others_are_left_alone() -> None:
     """Only the prefix is ours, and KVSTORE_CONFIG is not a key."""
     load(KVSTOREX="1", PATH="/bin")
     with pytest.raises(ConfigError, match="capitals"):
-        load(KVSTORE_lease_s="1")
+        load(KVSTORE_memory_bytes="1")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
         ("min_quantize_tokens", -1, "min_quantize_tokens: must not be negative"),
         ("min_quantize_tokens", "256.5", "not a whole number"),
         ("min_quantize_tokens", True, "not a whole number"),
-        ("lease_s", 0, "lease_s: must be at least 1"),
+        ("fetch_total_ms", 0, "fetch_total_ms: must be at least 1"),
         ("durability", "none", "must be one of commit, full"),
         ("log_level", "loud", "must be one of debug"),
         ("profile", "Affine 8", "not a profile name"),
@@ -136,10 +139,8 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
         ("listen", "localhost:65536", "not an address"),
         ("budget_bytes", "0.5", "less than a byte"),
         ("budget_bytes", "0.0001KB", "less than a byte"),
-        ("checkpoint_share_percent", 101, "must be at most 100"),
         ("quality_top1_min", "1.5", "not a share from 0 to 1"),
         ("quality_top1_min", 95, "not a share from 0 to 1"),
-        ("tokens_max", 1 << 30, "over message_bytes_max"),
     ],
 )
 def test_a_wrong_value_names_its_key_and_cause(key: str, value: object, message: str) -> None:
@@ -196,7 +197,7 @@ def test_the_file_must_exist_only_if_it_was_named(tmp_path: Path) -> None:
         load(KVSTORE_CONFIG=str(tmp_path / "none.toml"))
 
 
-@pytest.mark.parametrize("content", [b"lease_s = ", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"memory_bytes = ", b"\xff\xfe"])
 def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
     """Neither a syntax error nor a strange encoding ends in a traceback."""
     path = tmp_path / "config.toml"
@@ -209,12 +210,12 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> Non
 
 def test_a_config_is_a_value() -> None:
     """Equal by its keys wherever they came from, frozen, and fit to be sent to another process."""
-    by_flag, by_variable = load({"lease_s": 3}), load(KVSTORE_LEASE_S="3")
+    by_flag, by_variable = load({"fetch_total_ms": 3}), load(KVSTORE_FETCH_TOTAL_MS="3")
     assert by_flag == by_variable
     assert hash(by_flag) == hash(by_variable)
     assert pickle.loads(pickle.dumps(by_flag)) == by_flag  # noqa: S301  # our own bytes, in one process
     with pytest.raises(AttributeError):
-        by_flag.lease_s = 4  # type: ignore[misc]
+        by_flag.fetch_total_ms = 4  # type: ignore[misc]
 
 
 def test_every_key_is_documented_with_its_unit() -> None:
@@ -222,8 +223,29 @@ def test_every_key_is_documented_with_its_unit() -> None:
     for key, field in KEYS.items():
         assert field.metadata["help"].endswith("."), key
         suffix = {"seconds": "_s", "milliseconds": "_ms", "tokens": "_tokens"}.get(field.metadata["unit"], "")
-        assert key.endswith(suffix) or key == "tokens_max", key
+        assert key.endswith(suffix), key
         assert field.metadata["unit"] != "size" or "bytes" in key, key
+
+
+def test_limits_are_no_keys_and_are_those_of_the_process_when_a_config_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is given wins; nothing that a user writes changes them, and none is a key as well."""
+    assert not {one.name for one in fields(Limits)} & set(KEYS)
+    few = replace(Limits(), uploads_max=2)
+    assert Config(limits=few).limits.uploads_max == 2
+    monkeypatch.setattr(limits, "DEFAULT", few)
+    assert load().limits == Config().limits == few
+    assert Config(limits=Limits()) != Config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tokens_max": 1 << 30}, "over message_bytes_max"), ({"lease_s": 0}, "lease_s: 0 is too small")],
+)
+def test_limits_that_cannot_be_are_errors(changes: dict[str, int], message: str) -> None:
+    """The token ids of the longest sequence fit in a message, and only the grace may be none."""
+    assert Limits(grace_s=0).grace_s == 0
+    with pytest.raises(ConfigError, match=message):
+        Limits(**changes)
 
 
 def test_automatic_limits_follow_the_volume() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.config import Config
 from kvstore.core.blocks import Block, Reason, Recipe, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Row
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from tests.support.engine import namespace, options, put, sequence
+from tests.support.limits import make_config
 
 NS = namespace()
 TOKENS = list(range(800))
@@ -32,7 +32,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 def path(engine: Engine) -> Iterator[FetchPath]:
     """The path over it, which takes prefixes of any length."""
     lane = Lane()
-    yield FetchPath(engine, lane, Config(min_prefix_tokens=1))
+    yield FetchPath(engine, lane, make_config(min_prefix_tokens=1))
     lane.close()
 
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.device import Capture
 from kvstore.codecs.profiles import parse_profile
-from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import PARTS, KVLayer
@@ -25,6 +24,7 @@ from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StorePath, StoreRequest
 from tests.support.groups import Computed, bits_of, encoded_once
+from tests.support.limits import make_config
 from tests.support.synthetic import make_layout, make_namespace, prefix_seeds
 
 LAYOUT = make_layout(layers=3, heads=1, width=32)
@@ -78,7 +78,7 @@ class Store:
 
     def __init__(self, folder: Path, profile: str, **settings: object) -> None:
         quiet = {"profile": profile, "quality_gate": False, "min_quantize_tokens": 0, **settings}
-        config = Config(data_dir=folder, min_prefix_tokens=1, **quiet)  # type: ignore[arg-type]
+        config = make_config(data_dir=folder, min_prefix_tokens=1, **quiet)
         self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
         self.lane = Lane()
         self.path = StorePath(self.engine, self.lane, config, self.engine.staging_dir)

@@ -15,7 +15,6 @@ import pytest
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.utils import load_tokenizer
 
-from kvstore.config import Config
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations import checkpoints, prefetch
 from kvstore.integrations.identity import WeightsDigest
@@ -81,10 +80,11 @@ def start(
     checkpoints.plug_in(mlx_lm_server, prefetch.generator())
     made: list[Any] = []
 
-    def new(name: str = "llama", draft: Any = None, **flags: Any) -> Any:
+    def new(name: str = "llama", draft: Any = None, slow_hits: bool = False, **flags: Any) -> Any:
         provider = Loaded(folder, tokenizer, tiny(name), draft, **flags)
         provider.model_key = (str(folder), None, str(folder) if draft else None)
-        cache = PromptCache(64, store=ModelStore(client, digests), provider=provider)  # type: ignore[arg-type]
+        store = ModelStore(client, digests, slow_hits=slow_hits)  # type: ignore[arg-type]
+        cache = PromptCache(64, store=store, provider=provider)
         generator = mlx_lm_server.ResponseGenerator(provider, cache)
         assert type(generator) is PrefetchingGenerator
         made.append(generator)
@@ -270,14 +270,11 @@ def test_prompts_are_measured_and_the_store_is_told(start: Any) -> None:
     assert said["evaluate"]
 
 
-def test_who_wants_slow_hits_does_not_say_how_fast_it_computes(start: Any) -> None:
-    """Then the store gives all that it has."""
-    ask(start(), LONG)
-    start.client.config = Config(slow_hits=True)
-    other = start()
-    other.prompt_cache.speed.add(other.model_provider.model_key, 1000, 10.0)
-    ask(other, LONG)
-    assert start.client.only.said[-1]["prefill_tokens_per_s"] == 0.0
+def test_slow_hits_are_asked_of_the_session(start: Any) -> None:
+    """A session without them weighs the speed of the caller."""
+    for slow_hits in (False, True):
+        ask(start(slow_hits=slow_hits), LONG)
+        assert start.client.slow_hits is slow_hits
 
 
 def test_bytes_fetched_ahead_are_bounded_and_one_hit_always_fits() -> None:

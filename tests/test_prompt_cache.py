@@ -505,7 +505,7 @@ def test_layers_that_do_not_know_how_many_tokens_they_hold_need_somebody_who_doe
 def test_a_client_that_fails_costs_nothing_but_the_hit(make: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it raises of ours."""
 
-    def failing(self: FakeClient, namespace: Namespace, profile: str | None = None) -> FakeSession:
+    def failing(self: FakeClient, namespace: Namespace, *_: object, **__: object) -> FakeSession:
         raise UnavailableError("no daemon")
 
     monkeypatch.setattr(FakeClient, "session", failing)

@@ -11,7 +11,6 @@ import mlx.core as mx
 import pytest
 
 from kvstore.codecs.device import Capture
-from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
@@ -20,6 +19,7 @@ from kvstore.errors import LimitError, NotFoundError, UnavailableError
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from tests.support.limits import make_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=1, heads=1)
@@ -31,10 +31,10 @@ AFFINE4 = 400
 class Rig:
     """Engine, lane and the two paths, without RPC."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, budget_bytes: int = 1 << 30, **settings: object) -> None:
         quiet = {"profile": "affine8", "quality_gate": False, **settings}
-        self.config = Config(data_dir=folder, min_prefix_tokens=1, **quiet)  # type: ignore[arg-type]
-        options = EngineOptions(1 << 30, durability=self.config.durability, master_key=bytes(range(32)))
+        self.config = make_config(data_dir=folder, min_prefix_tokens=1, **quiet)
+        options = EngineOptions(budget_bytes, durability=self.config.durability, master_key=bytes(range(32)))
         self.engine = Engine.open(folder, options)
         self.lane = Lane()
         self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)
@@ -193,7 +193,7 @@ def test_an_upload_that_is_too_slow_in_all_is_given_up_although_it_moves(rig: Ri
 
 def test_claims_are_bounded_together_and_one_that_never_fits_is_full(tmp_path: Path) -> None:
     """What is refused costs nothing; what ends makes room."""
-    rig = Rig(tmp_path / "data", staging_bytes=300 * LAYOUT.token_bytes)
+    rig = Rig(tmp_path / "data", budget_bytes=30_000 * LAYOUT.token_bytes, staging_share_percent=1)
     first = rig.begin(TOKENS[:200])
     assert first.upload is not None
     with pytest.raises(LimitError) as refused:

@@ -22,6 +22,7 @@ from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
 from kvstore.turboquant import KVCacheConfig, MultiHeadKVCache, QuantStrategy, blocks_to_cache, bridge, load, save
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import make_config
 from tests.support.stored import finish_runs, random_payload, streamed
 
 HEADS = 4
@@ -64,7 +65,7 @@ def held(cache: MultiHeadKVCache, n_tokens: int) -> list[bytes]:
 def test_a_cache_comes_back_from_the_store_bit_for_bit(daemon: DaemonProcess) -> None:
     """Whole, as a prefix, and under nothing but its own recipes and weights; the codes are never quantized again."""
     stored = caches(300)
-    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **PATIENT)) as client:  # type: ignore[arg-type]
+    with connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1, **PATIENT)) as client:
         result = save(client, stored, TOKENS, WEIGHTS)
         assert (result.reason, result.durable, result.stored_tokens) == (Reason.OK, True, 300)
         for tokens, n_tokens in ((TOKENS, 300), ([*TOKENS[:270], 5, 6], 270)):
@@ -81,7 +82,7 @@ def test_caches_with_norms_and_prefixes_of_one_token_come_back_too(daemon: Daemo
     """Scales travel beside the codes."""
     config = KVCacheConfig(64, store_norms=True)
     stored = caches(9, config)
-    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **PATIENT)) as client:  # type: ignore[arg-type]
+    with connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1, **PATIENT)) as client:
         assert save(client, stored, TOKENS[:9], WEIGHTS).durable
         for n_tokens in (9, 1):
             loaded = load(client, config, (2, HEADS), TOKENS[:n_tokens], WEIGHTS)

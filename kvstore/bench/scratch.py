@@ -28,7 +28,6 @@ class ScratchDaemon:
             "data_dir": self.folder / "data",
             "listen": f"unix:{self.folder}/s",
             "quality_gate": False,
-            "min_prefix_tokens": 1,
             "free_floor_bytes": 1,
             **flags,
         }

@@ -67,7 +67,7 @@ def _main() -> None:
     fields = json.loads(sys.argv[1])
     job = WorkerJob(**{**fields, "shape": Shape(**fields["shape"])})
     tokens = job.shape.tokens(job.number)
-    with connect(config=load_config({"listen": job.listen, "min_prefix_tokens": 1}, environ={})) as client:
+    with connect(config=load_config({"listen": job.listen}, environ={})) as client:
         session = patient(client, job.shape, job.profile)
         fetch(job.shape, session, tokens, "packed", "path")
         _tell(0.0)

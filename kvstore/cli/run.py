@@ -12,9 +12,10 @@ from kvstore.config import ENV_CONFIG, ENV_PREFIX
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--slow-hits", is_flag=True, help="Return hits even when prefill would be faster.")
 @common_options
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SERVER [FLAGS]...")
-def command(argv: tuple[str, ...], address: str | None, config_path: str | None, as_json: bool) -> int:
+def command(argv: tuple[str, ...], slow_hits: bool, address: str | None, config_path: str | None, as_json: bool) -> int:
     """Start SERVER (mlx_lm.server) with the store plugged in; all FLAGS go to it unchanged.
 
     For example: kvstore run mlx_lm.server --model mlx-community/Qwen3-8B-4bit --port 8080
@@ -30,4 +31,4 @@ def command(argv: tuple[str, ...], address: str | None, config_path: str | None,
         sys.stdout.flush()
     from kvstore.integrations.run import run
 
-    return run(list(argv))
+    return run(list(argv), slow_hits=slow_hits)

@@ -69,12 +69,14 @@ class Client:
         total_ms: int | None = None,
         headroom_tokens: int | None = None,
         store_block_ms: int | None = None,
+        slow_hits: bool = False,
     ) -> Session:
         """A session for one namespace.
 
         `profile`: how this session's KV is to be kept, and then nothing less exact is fetched; None: as the daemon is
-        configured, and whatever it holds is taken. The times default to the configuration's. Raises ConfigError for an
-        unknown profile, InvalidRequestError for a layout that cannot be stored.
+        configured, and whatever it holds is taken. The times default to the configuration's.
+        `slow_hits`: return hits even when prefill would be faster. Raises ConfigError for an unknown profile,
+        InvalidRequestError for a layout that cannot be stored.
         """
         from kvstore.client.session import Session, SessionOptions  # here, since it imports MLX
 
@@ -85,13 +87,14 @@ class Client:
         options = SessionOptions(
             profile=profile or "",
             fidelity_min=fidelity_min,
-            min_prefix_tokens=config.min_prefix_tokens,
+            min_prefix_tokens=config.limits.min_prefix_tokens,
             deadlines=Deadlines(
-                config.fetch_connect_ms if connect_ms is None else connect_ms,
-                config.fetch_stall_ms if stall_ms is None else stall_ms,
+                config.limits.fetch_connect_ms if connect_ms is None else connect_ms,
+                config.limits.fetch_stall_ms if stall_ms is None else stall_ms,
                 config.fetch_total_ms if total_ms is None else total_ms,
             ),
             same_host=bool(config.address.path),
+            slow_hits=slow_hits,
         )
         if headroom_tokens is not None:
             options = replace(options, headroom_tokens=headroom_tokens)

@@ -104,7 +104,7 @@ class _Presenter(
 
 def open_channel(config: Config, credentials: Credentials) -> Any:
     """A channel to the configured address. Without `tls_ca` the system's CAs verify the daemon's certificate."""
-    options = [*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
+    options = [*channel_options(config.limits.message_bytes_max), *RECONNECT_OPTIONS]
     if config.address.path or not config.tls:
         return grpc.insecure_channel(config.address.target, options=options)
     tls = grpc.ssl_channel_credentials(credentials.ca or None, credentials.key or None, credentials.chain or None)
@@ -125,7 +125,7 @@ def _admin_channel(config: Config, files: CredentialFiles, name: str, worker_cha
     path, channel = config.address.admin_path, worker_channel
     if path and os.path.exists(path):
         channel = grpc.insecure_channel(
-            f"unix:{path}", options=[*channel_options(config.message_bytes_max), *RECONNECT_OPTIONS]
+            f"unix:{path}", options=[*channel_options(config.limits.message_bytes_max), *RECONNECT_OPTIONS]
         )
         channel = _guarded(channel, SocketGuard(path))
     return channel, rpc.AdminStub(presenting(channel, name, files, Scope.ADMIN))

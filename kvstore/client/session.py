@@ -66,7 +66,8 @@ class SessionOptions:
     """Settings of a session, fixed when it is made.
 
     `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
-    sequence is larger than the queue and has to go in pieces.
+    sequence is larger than the queue and has to go in pieces. `slow_hits`: the caller's speed decides nothing, so hits
+    are returned even when prefill would be faster.
     """
 
     profile: str = ""
@@ -76,6 +77,7 @@ class SessionOptions:
     deadlines: Deadlines = Deadlines()
     store_block_ms: int = 0
     same_host: bool = False
+    slow_hits: bool = False
 
 
 def prefill_share_ms(caller: Caller, n_tokens: int) -> float:
@@ -126,7 +128,7 @@ class Session:
             if refusal := self._refusal(packed):
                 return Match(0, refusal)
             with self._resting(), self._connection.attempt():
-                caller = Caller(prefill_tokens_per_s, covered_tokens)
+                caller = Caller(self._speed(prefill_tokens_per_s), covered_tokens)
                 reply = self._fetcher.match(self._chain(packed), self.options.deadlines, caller)
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
@@ -163,7 +165,8 @@ class Session:
             return Miss(Reason.FORKED, FORKED)
         try:
             packed = pack_tokens(tokens)
-            caller = Caller(prefill_tokens_per_s, covered_tokens, evaluate, representation == "quantized")
+            speed = self._speed(prefill_tokens_per_s)
+            caller = Caller(speed, covered_tokens, evaluate, representation == "quantized")
             answer = self._fetch(self._chain(packed), representation, transport, total_ms, caller)
         except KVStoreError as error:
             _tell("fetch", error)
@@ -176,6 +179,10 @@ class Session:
 
     def _chain(self, packed: bytes) -> Chain:
         return Chain(self._root, packed)
+
+    def _speed(self, prefill_tokens_per_s: float) -> float:
+        """The caller's speed as far as it decides about hits; 0: not known."""
+        return 0.0 if self.options.slow_hits else prefill_tokens_per_s
 
     def _fetch(
         self,

@@ -21,11 +21,11 @@ import platformdirs
 
 from kvstore.config import parsers
 from kvstore.config.parsers import GB, MIB, Address, parse_address
+from kvstore.core.limits import Limits, default_limits
 from kvstore.errors import ConfigError
 
 ENV_PREFIX = "KVSTORE_"
 ENV_CONFIG = "KVSTORE_CONFIG"
-TOKEN_BYTES = 8
 
 
 def _key(parse: Callable[[object], Any], help: str, unit: str = "", **default: Any) -> Any:
@@ -50,7 +50,8 @@ def keys_home(config: Config) -> Path:
 class Config:
     """Every setting of kvstore. Values are parsed and checked on construction; ConfigError names the key.
 
-    `sources` says for each key where its value came from. Not part of equality.
+    `limits` are the numbers that are no keys. `sources` says for each key where its value came from; it is not part of
+    equality.
     """
 
     data_dir: Path = _key(
@@ -126,9 +127,6 @@ class Config:
         "size",
         default=512 * MIB,
     )
-    gpu_memory_bytes: int = _key(
-        parsers.size(MIB), "Most bytes of MLX memory that the daemon uses.", "size", default=1024 * MIB
-    )
     durability: str = _key(
         parsers.choice("commit", "full"),
         "What is synced before a store is acknowledged. commit: files and index. full: the drive's own cache, too.",
@@ -166,83 +164,14 @@ class Config:
     quality_answer_loss_max: float = _key(
         parsers.number, "Loss that answers of arithmetic in the prefix may gain, a token.", "nats", default=0.02
     )
-    min_prefix_tokens: int = _key(
-        parsers.whole(1),
-        "A shorter common prefix is a miss: fetching it costs more than it saves.",
-        "tokens",
-        default=32,
-    )
-    lease_s: int = _key(
-        parsers.whole(1), "Longest time that a fetch keeps its files from eviction.", "seconds", default=30
-    )
-    stream_stall_s: int = _key(
-        parsers.whole(1), "A call whose worker sends, or takes, nothing for this long is ended.", "seconds", default=10
-    )
-    upload_idle_s: int = _key(
-        parsers.whole(1), "An upload that nothing arrives for is dropped after this.", "seconds", default=30
-    )
     scrub_bytes_per_s: int = _key(
         parsers.size(),
         "Bytes a second that are read to verify blobs nobody asked for. 0: none.",
         "size",
         default=4 * MIB,
     )
-    scrub_interval_days: int = _key(
-        parsers.whole(1), "How many days after all blobs were verified they are verified again.", "count", default=7
-    )
-    fetch_connect_ms: int = _key(
-        parsers.whole(1),
-        "A worker's fetch gives up when there is no connection after this.",
-        "milliseconds",
-        default=50,
-    )
-    fetch_stall_ms: int = _key(
-        parsers.whole(1), "A worker's fetch gives up when no bytes arrive for this long.", "milliseconds", default=500
-    )
     fetch_total_ms: int = _key(
         parsers.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
-    )
-    slow_hits: bool = _key(
-        parsers.switch,
-        "Servers take what is stored also where computing it is expected to be faster.",
-        "switch",
-        default=False,
-    )
-    checkpoints_max: int = _key(
-        parsers.whole(1),
-        "Most checkpoints kept along one sequence, for models with sliding-window or recurrent layers.",
-        "count",
-        default=8,
-    )
-    checkpoint_share_percent: int = _key(
-        parsers.whole(1, 100), "Most of the budget that checkpoints take, all together.", "count", default=20
-    )
-    message_bytes_max: int = _key(
-        parsers.size(MIB), "Largest gRPC message that is taken or sent.", "size", default=32 * MIB
-    )
-    tokens_max: int = _key(
-        parsers.whole(1),
-        "Longest sequence; its token ids (8 bytes each) must fit in a message.",
-        "tokens",
-        default=4 * MIB,
-    )
-    uploads_max: int = _key(parsers.whole(1), "Most uploads open at once, all workers together.", "count", default=64)
-    staging_bytes: int = _key(
-        parsers.size(), "Most bytes of the uploads open at once. 0: half of the budget.", "size", default=0
-    )
-    upload_bytes_per_s_min: int = _key(
-        parsers.size(1), "An upload that is slower than this, over all of it, is dropped.", "size", default=MIB
-    )
-    calls_max: int = _key(parsers.whole(1), "Most calls under way, all workers together.", "count", default=256)
-    connection_calls_max: int = _key(parsers.whole(1), "Most calls under way on one connection.", "count", default=64)
-    connections_max: int = _key(
-        parsers.whole(1),
-        "Most clients at work at once; four times as many connections.",
-        "count",
-        default=256,
-    )
-    grace_s: int = _key(
-        parsers.whole(0), "What is under way when the daemon is told to stop may take this long.", "seconds", default=10
     )
     log_level: str = _key(
         parsers.choice("debug", "info", "warning", "error"),
@@ -250,6 +179,7 @@ class Config:
         "choice",
         default="info",
     )
+    limits: Limits = field(default_factory=default_limits, repr=False)
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -266,13 +196,6 @@ class Config:
                 f"{self.listen} is TCP, and nothing keeps others from it; use unix:/path, or set tls_cert and tls_key "
                 "(a client: tls_ca), which `kvstore cert` makes, or accept the risk with insecure_tcp",
                 self.sources.get("listen", ""),
-            )
-        if self.tokens_max * TOKEN_BYTES > self.message_bytes_max:
-            raise _error(
-                "tokens_max",
-                f"{self.tokens_max} tokens take {self.tokens_max * TOKEN_BYTES} bytes, over message_bytes_max "
-                f"({self.message_bytes_max}); raise that or lower this",
-                self.sources.get("tokens_max", ""),
             )
 
     @property

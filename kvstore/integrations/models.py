@@ -162,7 +162,7 @@ class ModelStore:
     """The store for all models of one process. `store` belongs to the thread that owns the caches, the rest to any.
 
     `reasons` counts why fetches and stores did nothing, where that was decided here; the daemon is told, so that its
-    statistics show it too. Sessions count their own.
+    statistics show it too. Sessions count their own. `slow_hits`: as of `Client.session`.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class ModelStore:
         profile: str | None = None,
         salt: bytes = b"",
         engine: str | None = None,
+        slow_hits: bool = False,
     ) -> None:
         self.digests = digests or WeightsDigest()
         self.reasons: Counter[Reason] = Counter()
@@ -180,6 +181,7 @@ class ModelStore:
         self._profile = profile
         self._salt = salt
         self._engine = engine or ENGINE
+        self._slow_hits = slow_hits
         self._pins: dict[str, Pin] = {}
         self._announced: set[str] = set()  # pinned since a model was last seen in memory
         self._loaded: list[Loaded] = []
@@ -275,7 +277,7 @@ class ModelStore:
             return None
         namespace = identity.namespace(of, epoch.engine)
         if namespace not in self._sessions:
-            self._sessions[namespace] = self._client.session(namespace, self._profile)
+            self._sessions[namespace] = self._client.session(namespace, self._profile, slow_hits=self._slow_hits)
         return self._sessions[namespace]
 
     def fetch(
@@ -314,8 +316,6 @@ class ModelStore:
         deadline = Deadline(self.fetch_total_s)
         if is_forked():
             return None
-        if self._client.config.slow_hits:
-            prefill_tokens_per_s = 0.0
         wanted = covered + GAIN_TOKENS_MIN if covered else 1
         if len(tokens) - 1 < wanted:
             return None

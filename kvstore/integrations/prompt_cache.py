@@ -91,6 +91,8 @@ class PromptCache(LRUPromptCache):
     Several server processes working as one (`is_distributed`) must all see the same hits, so these use the tier in
     memory alone.
 
+    `slow_hits`: without a `store`, return its hits even when prefill would be faster.
+
     `max_bytes` bounds the tier in memory strictly. Without it the bound is `default_memory_bytes`, and the newest
     sequence is kept beside it if it is larger. For what the store does not take (no daemon, no identity) the bound of
     the stock class holds: `max_size` sequences of any size. No sequence that does not fit pushes out others.
@@ -106,10 +108,11 @@ class PromptCache(LRUPromptCache):
         *,
         store: ModelStore | None = None,
         provider: Any = None,
+        slow_hits: bool = False,
     ) -> None:
         super().__init__(max_size, default_memory_bytes() if max_bytes is None else max_bytes)
         self._is_strict = max_bytes is not None
-        self._store = store or ModelStore(connect())
+        self._store = store or ModelStore(connect(), slow_hits=slow_hits)
         self._is_placed = provider is not None
         self._serve(provider)
         self._learned: dict[ModelKey, list[Layout]] = {}

@@ -30,37 +30,38 @@ FLUSH_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def run(argv: Sequence[str]) -> int:
+def run(argv: Sequence[str], *, slow_hits: bool = False) -> int:
     """Run the server named by `argv[0]` with the flags after it until it ends; its exit code.
 
-    ConfigError when there is no such server, or it is not installed. Servers end the process themselves.
+    `slow_hits`: return hits even when prefill would be faster. ConfigError when there is no such server, or it is not
+    installed. Servers end the process themselves.
     """
     name, *flags = argv or ("",)
     if name not in _SERVERS:
         raise ConfigError(f"kvstore run knows {', '.join(_SERVERS)}, not {name!r}")
-    return _SERVERS[name](flags)
+    return _SERVERS[name](flags, slow_hits)
 
 
-def _mlx_lm_server(flags: Sequence[str]) -> int:
+def _mlx_lm_server(flags: Sequence[str], slow_hits: bool) -> int:
     from mlx_lm import server
 
     from kvstore.client import connect
     from kvstore.integrations import checkpoints, prefetch, request_guard
     from kvstore.integrations.models import ModelStore
 
-    store = ModelStore(connect())
+    store = ModelStore(connect(), slow_hits=slow_hits)
     plug_in(server, store)
     checkpoints.plug_in(server, request_guard.guarded(prefetch.generator()))
     request_guard.plug_in(server)
     _serve("mlx_lm.server", flags, server.main, store.close)
 
 
-def _vllm_mlx(flags: Sequence[str]) -> int:
+def _vllm_mlx(flags: Sequence[str], slow_hits: bool) -> int:
     if importlib.util.find_spec("vllm_mlx") is None:
         raise ConfigError("vllm-mlx is not installed in the Python environment of this kvstore")
     from kvstore.integrations.vllm_mlx import prepare
 
-    _serve("vllm-mlx", flags, *prepare(flags))
+    _serve("vllm-mlx", flags, *prepare(flags, slow_hits=slow_hits))
 
 
 def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: Callable[[float], None]) -> NoReturn:
@@ -114,4 +115,4 @@ def plug_in(server: Any, store: Any) -> None:
     server.load, server.run = load, run_with_store
 
 
-_SERVERS: dict[str, Callable[[Sequence[str]], int]] = {"mlx_lm.server": _mlx_lm_server, "vllm-mlx": _vllm_mlx}
+_SERVERS: dict[str, Callable[[Sequence[str], bool], int]] = {"mlx_lm.server": _mlx_lm_server, "vllm-mlx": _vllm_mlx}

@@ -324,14 +324,15 @@ def _name(path: str, model_id: str | None) -> str:
     return model_id if model_id and folder and os.path.realpath(folder) == os.path.realpath(path) else path
 
 
-def prepare(flags: Sequence[str]) -> tuple[Callable[[], object], Callable[[float], None]]:
+def prepare(flags: Sequence[str], *, slow_hits: bool = False) -> tuple[Callable[[], object], Callable[[float], None]]:
     """The command line of vllm-mlx with the store plugged in, to be called; and what ends the store, given seconds."""
     args = cli.create_parser().parse_args(list(flags))
     client, digests = connect(), WeightsDigest()
     if args.command == "serve" and (why := _unused(args)):
         log.warning("the store is not used: %s", why)
     elif args.command == "serve":
-        plug_in(*(ModelStore(client, digests, engine=engine_version(name)) for name in ("mlx-lm", "mlx-vlm")))
+        engines = [engine_version(name) for name in ("mlx-lm", "mlx-vlm")]
+        plug_in(*(ModelStore(client, digests, engine=engine, slow_hits=slow_hits) for engine in engines))
     return cli.main, client.close
 
 

@@ -47,13 +47,13 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
     """Counts calls and the bytes of their messages, and ends those that dawdle. Lives on the event loop."""
 
     def __init__(self, config: Config, refusals: Refusals) -> None:
-        self._calls_max = (config.calls_max, config.calls_max, ADMIN_CALLS_MAX)
-        self._connection_calls_max = config.connection_calls_max
-        self._connections_max = config.connections_max
+        self._calls_max = (config.limits.calls_max, config.limits.calls_max, ADMIN_CALLS_MAX)
+        self._connection_calls_max = config.limits.connection_calls_max
+        self._connections_max = config.limits.connections_max
         self._refusals = refusals
-        self.callers = Callers(config.connections_max)
-        self._stall_s = float(config.stream_stall_s)
-        self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.message_bytes_max))
+        self.callers = Callers(config.limits.connections_max)
+        self._stall_s = float(config.limits.stream_stall_s)
+        self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.limits.message_bytes_max))
         self.calls = [0, 0, 0]  # that begin something, that carry on with an upload, of admins
 
     @property

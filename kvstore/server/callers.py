@@ -88,8 +88,8 @@ class Sockets:
     def __init__(self, config: Config, refusals: Refusals) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         # Where gRPC drops a connection without a word: well above ours, below the descriptors.
-        wanted = min(GRPC_FACTOR * config.connections_max, soft // 2)
-        self.connections_max = max(config.connections_max + GRPC_MORE, wanted)
+        wanted = min(GRPC_FACTOR * config.limits.connections_max, soft // 2)
+        self.connections_max = max(config.limits.connections_max + GRPC_MORE, wanted)
         self.connections = 0
         self._refusals = refusals
         self._own = 0

@@ -89,7 +89,7 @@ class Daemon:
         files = CredentialFiles(config, daemon_credentials)
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
-            limits = functools.partial(device.set_limits, config.gpu_memory_bytes)
+            limits = functools.partial(device.set_limits, config.limits.gpu_memory_bytes)
             threads = Threads(limits, device.release_memory, apart=device.bears_two_threads())
             stack.callback(threads.close)
             # The lock comes before the index and the port: a second daemon must not disturb the first.
@@ -123,20 +123,20 @@ class Daemon:
         def load() -> pb.LoadStats:
             return pb.LoadStats(
                 clients=admission.callers.count(),
-                clients_max=config.connections_max,
+                clients_max=config.limits.connections_max,
                 connections=sockets.connections,
                 connections_max=sockets.connections_max,
                 calls=sum(admission.calls[:2]),
-                calls_max=config.calls_max,
+                calls_max=config.limits.calls_max,
                 uploads=len(store.uploads.under_way()),
-                uploads_max=config.uploads_max,
+                uploads_max=config.limits.uploads_max,
             )
 
         admin = AdminService(engine, store, threads, counters, lambda: self._state, device.name, load)
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
-            options=channel_options(config.message_bytes_max) + connection_options(config, sockets.connections_max),
+            options=connection_options(config, sockets.connections_max),
             interceptors=[*guards(files), admission],
         )
         add_kvstore_service(service, server)
@@ -169,10 +169,10 @@ class Daemon:
             task.cancel()
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
         service.end_leases()
-        grace = asyncio.get_running_loop().time() + config.grace_s
-        await server.stop(config.grace_s)
+        grace = asyncio.get_running_loop().time() + config.limits.grace_s
+        await server.stop(config.limits.grace_s)
         if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
-            log.warning("gave up commits that did not end within %d s", config.grace_s)
+            log.warning("gave up commits that did not end within %d s", config.limits.grace_s)
             store.give_up()
         await threads.release(store.uploads.end_all)
 
@@ -247,12 +247,12 @@ def engine_options(config: Config) -> EngineOptions:
         budget_bytes=config.budget_bytes or UNLIMITED_BYTES,
         free_floor_bytes=config.free_floor_bytes,
         durability=config.durability,
-        checkpoints_max=config.checkpoints_max,
-        checkpoint_share_percent=config.checkpoint_share_percent,
+        checkpoints_max=config.limits.checkpoints_max,
+        checkpoint_share_percent=config.limits.checkpoint_share_percent,
         short_tokens=config.min_quantize_tokens,
         socket=config.listen,
         scrub_bytes_per_s=config.scrub_bytes_per_s,
-        scrub_interval_s=config.scrub_interval_days * 86_400.0,
+        scrub_interval_s=config.limits.scrub_interval_days * 86_400.0,
         master_key=load_master_key(config),
         rule=check_block,
         keys_dir=keys_home(config),
@@ -272,9 +272,10 @@ def settle_limits(engine: Engine, config: Config) -> None:
 
 
 def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:
-    """gRPC's own limits on connections to each address and on the calls of each connection."""
+    """gRPC's own limits on messages, on connections to each address and on the calls of each connection."""
     return [
-        ("grpc.max_concurrent_streams", config.connection_calls_max),
+        *channel_options(config.limits.message_bytes_max),
+        ("grpc.max_concurrent_streams", config.limits.connection_calls_max),
         ("grpc.max_allowed_incoming_connections", connections_max),
         ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.max_connection_idle_ms", IDLE_MS),

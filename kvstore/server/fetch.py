@@ -117,7 +117,7 @@ class FetchPath:
         if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
             cost_s = functools.partial(self.costs.seconds, root, offer.way)
             match = worthwhile(match, namespace.layout, offer, cost_s)
-        short = 0 < match.n_tokens < self._config.min_prefix_tokens
+        short = 0 < match.n_tokens < self._config.limits.min_prefix_tokens
         if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
             return Match(0, Reason.BELOW_THRESHOLD)
         return match

@@ -88,7 +88,7 @@ class KVStoreService(rpc.KVStoreServicer):
         plan, way, message = await self._planned(request, caller_name(context.invocation_metadata()))
         try:
             self._counters.fetched(plan.match.n_tokens, plan.match.reason)
-            await write_within(context, message, self._config.stream_stall_s)
+            await write_within(context, message, self._config.limits.stream_stall_s)
             if plan.namespace is None:
                 return
             if way == "path":
@@ -104,7 +104,7 @@ class KVStoreService(rpc.KVStoreServicer):
     async def _lease(self) -> None:
         """As long as the worker stays, at most `lease_s`; a stop ends it, since nothing is evicted after that."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), self._config.lease_s)
+            await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
     async def _planned(self, request: pb.FetchRequest, caller: str) -> tuple[FetchPlan, Way, pb.FetchReply]:
         planning = asyncio.ensure_future(self._threads.read(self._plan, request, caller))
@@ -140,7 +140,7 @@ class KVStoreService(rpc.KVStoreServicer):
             if way == "dense"
             else (self._layers.packed, self._threads.stream)
         )
-        sender = Sender(make(plan, layout), run, self._config.stream_stall_s)
+        sender = Sender(make(plan, layout), run, self._config.limits.stream_stall_s)
         try:
             await sender.send(context)
             self._fetch.measured(plan)
@@ -259,7 +259,7 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
         uploads = self._store.uploads
-        intake = Intake(uploads, self._threads.plan, self._buffers, self._config.upload_idle_s)
+        intake = Intake(uploads, self._threads.plan, self._buffers, self._config.limits.upload_idle_s)
         whole = False
         try:
             received = await intake.receive(request_iterator)
@@ -283,7 +283,7 @@ class KVStoreService(rpc.KVStoreServicer):
     async def _ended(self, upload_ids: Sequence[str]) -> None:
         """Wait until those uploads ended, at most upload_idle_s. On the loop: threads that wait for a commit must not
         be those that it needs."""
-        deadline = time.monotonic() + self._config.upload_idle_s
+        deadline = time.monotonic() + self._config.limits.upload_idle_s
         while self._store.uploads.any_listed(upload_ids) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 

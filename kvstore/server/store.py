@@ -103,8 +103,8 @@ class StorePath:
         self._config = config
         self._staging_dir = staging_dir
         self.gate = Gate(engine.quality, config)
-        self.uploads = Uploads(config.uploads_max)
-        self._staged = ByteBudget(config.staging_bytes or engine.budget_bytes // 2)
+        self.uploads = Uploads(config.limits.uploads_max)
+        self._staged = ByteBudget(engine.budget_bytes * config.limits.staging_share_percent // 100)
         self._shares = Shares(self._staged.limit_bytes // CALLER_SHARE)
         self._given_up = False
         self.tokens_stored = 0
@@ -126,7 +126,7 @@ class StorePath:
         n_tokens = request.chain.n_tokens
         self._check_tokens(request, n_tokens)
         self._check_states(request, namespace)
-        if n_tokens < self._config.min_prefix_tokens:
+        if n_tokens < self._config.limits.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
         choice = self.gate.choose(request.chain.root, request.profile)
         if choice.refused and request.profile:
@@ -168,8 +168,8 @@ class StorePath:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.chain.tokens)} bytes")
         if not n_tokens:
             raise InvalidRequestError("no tokens to store")
-        if n_tokens > self._config.tokens_max:
-            words = f"{n_tokens} tokens are more than tokens_max = {self._config.tokens_max}"
+        if n_tokens > self._config.limits.tokens_max:
+            words = f"{n_tokens} tokens are more than tokens_max = {self._config.limits.tokens_max}"
             raise LimitError(words, limit="tokens_max")
         if request.captured_from > n_tokens or request.restored_tokens > n_tokens:
             raise InvalidRequestError("captured_from and restored_tokens must lie within the tokens")
@@ -226,13 +226,15 @@ class StorePath:
             return False
         words = "bytes of uploads are under way; try again later"
         if not self._shares.try_acquire(caller, nbytes):
-            raise LimitError(f"{self._shares.share_bytes} {words} (one client's share)", RETRY_S, "staging_bytes")
+            raise LimitError(
+                f"{self._shares.share_bytes} {words} (one client's share)", RETRY_S, "staging_share_percent"
+            )
         held = contextlib.ExitStack()
         upload.release = held.close
         held.callback(self._shares.release, caller, nbytes)
         try:
             if not self._staged.try_acquire(nbytes):
-                raise LimitError(f"{self._staged.limit_bytes} {words}", RETRY_S, "staging_bytes")
+                raise LimitError(f"{self._staged.limit_bytes} {words}", RETRY_S, "staging_share_percent")
             held.callback(self._staged.release, nbytes)
             booking = Booking(self._engine, nbytes)
             upload.cover = booking.cover

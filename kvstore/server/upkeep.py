@@ -35,7 +35,7 @@ class Upkeep:
         over = self._uploads.keep_up()
         self._engine.maintain()
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
-        idle = self._uploads.reap(self._config.upload_idle_s, self._config.upload_bytes_per_s_min)
+        idle = self._uploads.reap(self._config.limits.upload_idle_s, self._config.limits.upload_bytes_per_s_min)
         for upload in idle:
             words = "gave up upload %s of %d tokens: nothing arrived, or too little"
             log.warning(words, upload.upload_id[:8], upload.n_tokens)

@@ -36,7 +36,7 @@ from mlx_lm.utils import load, load_tokenizer
 from kvstore.client.client import connect
 from kvstore.config import Config
 from kvstore.integrations import mlx_lm as kv
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.daemon import DaemonProcess
 from tests.support.models import heldout_tokens, write_llama
 from tests.support.servers import HOST, ServerProcess
 from tests.support.sessions import PATIENT, layers_of, normal_rows
@@ -46,7 +46,7 @@ SLOW = "import os, time; preadv = os.preadv; os.preadv = lambda *given: (time.sl
 ON_THE_GENERATION_THREAD = (
     "from kvstore.integrations import prefetch, segments; prefetch.generator = lambda: segments.SegmentedGenerator; "
 )
-RUN = "import sys; from kvstore.integrations import run; run.run(['mlx_lm.server', *sys.argv[1:]])"
+RUN = "import sys; from kvstore.integrations import run; run.run(['mlx_lm.server', *sys.argv[1:]], slow_hits=True)"
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def main(layers: int, kv_heads: int, head_dim: int, tokens: int, restore_s: floa
     with tempfile.TemporaryDirectory(prefix="kvstore-gap-") as scratch:
         folder = write_llama(Path(scratch) / "model", layers, kv_heads, head_dim, mx.bfloat16)
         prompt = prompt_of(folder, tokens)
-        shipped = {key: getattr(Config(), key) for key in OPEN_DEADLINES}
-        with DaemonProcess(Path(scratch) / "data", profile="raw", budget_bytes="8GB", **shipped) as daemon:
+        shipped = Config().fetch_total_ms
+        with DaemonProcess(Path(scratch) / "data", profile="raw", budget_bytes="8GB", fetch_total_ms=shipped) as daemon:
             n_tokens, nbytes = fill(folder, daemon, prompt)
             reads = 2 * layers * -(-n_tokens // 256)
             for prefetch in (True, False):

@@ -95,7 +95,7 @@ class Kvstore(Peer):
         from kvstore.config import load_config
 
         memory_bytes = 4 * self.layers * self.heads * self.width * self.length * 2
-        flags = {"listen": self.place, "min_prefix_tokens": 1, "memory_bytes": max(512 << 20, memory_bytes)}
+        flags = {"listen": self.place, "memory_bytes": max(512 << 20, memory_bytes)}
         client = connect(config=load_config(flags, os.devnull, environ={}))
         namespace = Shape(self.layers, self.heads, self.width, self.length, "bf16").namespace(self.profile)
         limits = {"connect_ms": PATIENT_MS, "stall_ms": PATIENT_MS, "total_ms": PATIENT_MS}

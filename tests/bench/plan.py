@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: `tests` is in the repository's root
 
-from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
@@ -25,6 +24,7 @@ from kvstore.engine import Engine, EngineOptions
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from tests.support.engine import namespace, sequence
+from tests.support.limits import make_config
 
 # Few bytes a token: the payload is not read.
 PART = PartSpec(1, 2, "F32")
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "data", EngineOptions(1 << 40)) as engine:
         engine.store(space.to_record(), sequence(space, tokens[: -len(pack_tokens([0]))]))
         lane = Lane()
-        path = FetchPath(engine, lane, Config(min_prefix_tokens=1))
+        path = FetchPath(engine, lane, make_config(min_prefix_tokens=1))
 
         def plan() -> None:
             made = path.plan(Chain(space.root, tokens), 0)

@@ -37,10 +37,10 @@ from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.client.uploader import Uploader
-from kvstore.config import Config
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import make_config
 
 CHUNK = 1 << 20
 LIMITS = [("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20)]
@@ -239,7 +239,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         daemon.start()
         assert daemon.process is not None
         processor_s = functools.partial(processor_s_of, os.getpid(), daemon.process.pid, bare.pid)
-        with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1)) as client:
+        with connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1)) as client:
             took = (stores if options.store else fetches)(client, bare, layout, options, processor_s)
     finally:
         bare.close()

@@ -16,8 +16,11 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from kvstore.core import limits
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import small_config
 from tests.support.models import expand_small_lm
 from tests.support.servers import clean_environ
 
@@ -35,7 +38,12 @@ def pytest_configure() -> None:
 
         from kvstore.integrations.prompt_cache import PromptCache
 
-        server.LRUPromptCache = PromptCache
+        class _Patient(PromptCache):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, slow_hits=True, **options)
+
+        limits.DEFAULT = small_config("").limits
+        server.LRUPromptCache = _Patient
 
 
 def make_hub(folder: Path) -> Path:

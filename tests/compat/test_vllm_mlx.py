@@ -35,6 +35,7 @@ from kvstore.integrations.models import ModelStore
 from kvstore.integrations.vllm_mlx import Models, PrefixCache, engine_version
 from tests.support.daemon import DaemonProcess
 from tests.support.fake_store import FakeClient
+from tests.support.limits import OPEN_DEADLINES, launch
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
 from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_environ, free_port, wait_until
 
@@ -42,7 +43,7 @@ from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_e
 START_TIMEOUT_S = 600.0
 pytestmark = pytest.mark.timeout(2400)
 STOCK = ("-m", "vllm_mlx.cli")
-WITH_STORE = ("-m", "kvstore", "run", "vllm-mlx")
+WITH_STORE = launch("run", "--slow-hits", "vllm-mlx", min_prefix_tokens=1, **OPEN_DEADLINES)
 FLAGS = {
     "plain": (),
     "quantized": ("--kv-cache-quantization", "--kv-cache-quantization-bits", "8"),

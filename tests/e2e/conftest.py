@@ -8,18 +8,19 @@ from collections.abc import Iterator
 import pytest
 
 from kvstore.client.client import Client
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from kvstore.core import limits
+from tests.support.daemon import DaemonProcess
+from tests.support.limits import OPEN_DEADLINES, make_config
 from tests.support.sessions import client_of
 
 
 @pytest.fixture(scope="package", autouse=True)
 def open_deadlines() -> Iterator[None]:
-    """Clients that are configured by the environment have time, in this process and in those that it starts."""
-    named = {f"KVSTORE_{key.upper()}": str(value) for key, value in OPEN_DEADLINES.items()}
+    """Clients with a default configuration have time; in processes that this one starts, only in total."""
     with pytest.MonkeyPatch.context() as patch:
-        for key, value in named.items():
-            if key not in os.environ:
-                patch.setenv(key, value)
+        patch.setattr(limits, "DEFAULT", make_config(**OPEN_DEADLINES).limits)
+        if "KVSTORE_FETCH_TOTAL_MS" not in os.environ:
+            patch.setenv("KVSTORE_FETCH_TOTAL_MS", str(OPEN_DEADLINES["fetch_total_ms"]))
         yield
 
 

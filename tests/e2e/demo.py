@@ -233,7 +233,9 @@ class Stage:
     def __init__(self, folder: Path, model: Model, profile: str) -> None:
         folder.mkdir()
         # The demo writes a few MB; on a nearly full disk the usual floor of 20 GB free would keep it from writing.
-        self.daemon = DaemonProcess(folder / "store", profile=profile, min_prefix_tokens=32, free_floor_bytes=1)
+        self.daemon = DaemonProcess(
+            folder / "store", profile=profile, limits={"min_prefix_tokens": 32}, free_floor_bytes=1
+        )
         environ = self.daemon.environ()
         self.servers = {name: ServerProcess(model.folder, folder / f"{name}.log", environ) for name in ("A", "B")}
 

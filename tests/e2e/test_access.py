@@ -348,9 +348,9 @@ def test_no_pickle_is_ever_loaded_by_daemon_or_client(tmp_path: Path) -> None:
         with DaemonProcess(tmp_path / "data") as daemon:
             script = f"""
 from kvstore.client.client import connect
-from kvstore.config import Config
+from tests.support.limits import make_config
 from tests.e2e.test_access import LAYOUT, NAMESPACE, SLOW, TOKENS, roundtrip
-with connect(config=Config(listen={daemon.listen!r}, min_prefix_tokens=1)) as client:
+with connect(config=make_config(listen={daemon.listen!r}, min_prefix_tokens=1)) as client:
     roundtrip(client)
     session = client.session(NAMESPACE, **SLOW)
     for way in (("packed", "stream"), ("dense", "stream"), ("packed", "path")):

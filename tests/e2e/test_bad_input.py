@@ -17,7 +17,6 @@ import pytest
 
 from kvstore.client.client import Client, connect
 from kvstore.client.session import Session
-from kvstore.config import Config
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
@@ -25,7 +24,8 @@ from kvstore.integrations import mlx_lm as integration
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.daemon import DaemonProcess
+from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
@@ -69,14 +69,14 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon for the module: it has to live through everything here."""
     directory = tmp_path_factory.mktemp("daemon") / "data"
     limits = {"message_bytes_max": MESSAGE_BYTES_MAX, "tokens_max": 100_000, "uploads_max": 3}
-    with DaemonProcess(directory, profile="raw", **limits) as running:
+    with DaemonProcess(directory, profile="raw", limits=limits) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def client(daemon: DaemonProcess) -> Iterator[Client]:
     """A well-behaved client, which has stored HELD."""
-    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client:
+    with connect(config=small_config(daemon.listen)) as client:
         assert client.session(NAMESPACE, **SLOW).store(HELD, make_layers(LAYOUT, HELD), wait=True).durable
         yield client
 
@@ -528,7 +528,7 @@ def test_token_ids_at_the_ends_of_64_bits_are_stored_and_found(tmp_path: Path, t
     """Vision placeholders are negative and exceed 32 bits."""
     with (
         DaemonProcess(tmp_path / "data", profile="raw") as daemon,
-        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client,
+        connect(config=small_config(daemon.listen)) as client,
     ):
         session = client.session(NAMESPACE, **SLOW)
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
@@ -542,7 +542,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
     """Where the configuration does not ask for more."""
     with (
         DaemonProcess(tmp_path / "data", profile="raw") as daemon,
-        connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client,
+        connect(config=small_config(daemon.listen)) as client,
     ):
         session = client.session(NAMESPACE, **SLOW)
         assert session.store([9], make_layers(LAYOUT, [9]), wait=True).stored_tokens == 1
@@ -554,7 +554,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
 def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
     """By path and by stream, begun or not; one that a commit comes for in time is not."""
     with (
-        DaemonProcess(tmp_path / "data", profile="raw", upload_idle_s=5) as daemon,
+        DaemonProcess(tmp_path / "data", profile="raw", limits={"upload_idle_s": 5}) as daemon,
         connect(daemon.listen) as client,
     ):
         peer = Peer(daemon)

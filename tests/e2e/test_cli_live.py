@@ -17,9 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvstore.client.client import Client, connect
-from kvstore.config import KEYS, Config
+from kvstore.config import KEYS
 from kvstore.core.blocks import Reason
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
@@ -31,7 +32,7 @@ SERVICES = {"kvstore.v1.KVStore", "kvstore.v1.Admin", "grpc.health.v1.Health"}
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client of this daemon."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES))
+    return connect(config=small_config(daemon.listen))
 
 
 def fill(daemon: DaemonProcess) -> None:
@@ -121,7 +122,7 @@ def test_config_show_names_every_key_and_where_it_came_from(daemon: DaemonProces
     shown = answered(daemon, "config", "show")["keys"]
     assert shown.keys() == KEYS.keys()
     assert shown["data_dir"] == {**shown["data_dir"], "value": str(daemon.data_dir), "source": "KVSTORE_DATA_DIR"}
-    assert shown["lease_s"]["source"] == "default"
+    assert shown["log_level"]["source"] == "default"
     text = said(daemon, "config", "show")
     assert all(key in text for key in KEYS)
 

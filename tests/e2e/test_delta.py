@@ -49,7 +49,7 @@ UPLOAD_IDLE_S = 1
 @pytest.fixture(scope="module")
 def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """Gives up on a worker that went silent after a second, so that a test can wait for it."""
-    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", upload_idle_s=UPLOAD_IDLE_S) as running:
+    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", limits={"upload_idle_s": UPLOAD_IDLE_S}) as running:
         yield running
 
 

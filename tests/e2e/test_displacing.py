@@ -36,8 +36,8 @@ CLAIM_TOKENS = BUDGET // 3 // LAYOUT.token_bytes
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon whose budget another worker has nearly filled."""
-    config = {"profile": "raw", "budget_bytes": BUDGET, "upload_idle_s": 120}
-    with DaemonProcess(tmp_path / "data", **config) as running:
+    config = {"profile": "raw", "budget_bytes": BUDGET}
+    with DaemonProcess(tmp_path / "data", limits={"upload_idle_s": 120}, **config) as running:
         with client_of(running) as client:
             session = patient(client, NAMESPACE)
             for number in range(7):
@@ -142,7 +142,7 @@ def test_one_callers_uploads_keep_to_its_share(daemon: DaemonProcess, client: Cl
         greedy.claim(2)
     error = from_rpc_error(refused.value)
     assert isinstance(error, LimitError) and error.retry_s > 0 and "one client's share" in str(error)
-    assert client.stats()["refusals"]["staging_bytes"] == 1
+    assert client.stats()["refusals"]["staging_share_percent"] == 1
     greedy.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=first.upload_id))
     assert other.claim(3).upload_id
     greedy.channel.close()

@@ -13,13 +13,13 @@ import mlx.core as mx
 import pytest
 
 from kvstore.client.client import Client
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from tests.support.daemon import DaemonProcess
 from tests.support.fake_daemon import FakeDaemon
+from tests.support.limits import make_config
 from tests.support.models import build_tiny, fill, write_tiny
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -166,7 +166,7 @@ def test_a_daemon_that_hangs_does_not_keep_a_dropped_session(monkeypatch: pytest
     monkeypatch.setattr("kvstore.client.uploader.BEGIN_S", 1.0)
     fake = FakeDaemon(make_namespace(LAYOUT)).start()
     try:
-        client = Client(Config(listen=fake.address, min_prefix_tokens=1))
+        client = Client(make_config(listen=fake.address, min_prefix_tokens=1))
         session = client.session(fake.namespace)
         fake.faults = {"hang_begin"}
         jobs = [session.store([number, *TOKENS], make_layers(LAYOUT, [number, *TOKENS])) for number in range(5)]

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvstore.client.client import connect
-from kvstore.config import Config
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.daemon import DaemonProcess
+from tests.support.limits import small_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
@@ -31,7 +31,7 @@ main()
 def fetching(daemon: DaemonProcess, number: int) -> None:
     """Store, then hits by path, misses and hits by stream in turn."""
     tokens = list(range(number * 1000, number * 1000 + 600))
-    with connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES)) as client:
+    with connect(config=small_config(daemon.listen)) as client:
         session = client.session(NAMESPACE, "raw", **OPEN)
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
         for turn in range(ROUNDS):

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from kvstore.client.client import Client, connect
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -44,7 +44,7 @@ def daemon(running: DaemonProcess) -> DaemonProcess:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client of this daemon."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES))
+    return connect(config=small_config(daemon.listen))
 
 
 def evict(daemon: DaemonProcess, *arguments: str) -> dict[str, Any]:

@@ -17,13 +17,13 @@ from kvstore.client import fetcher, uploader
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, Miss
 from kvstore.client.session import Session
-from kvstore.config import Config
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain, block_key
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=4, heads=2, width=128)
@@ -56,7 +56,7 @@ def client(daemon: DaemonProcess) -> Iterator[Client]:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client of this daemon, whether it runs or not."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1, **OPEN_DEADLINES))
+    return connect(config=small_config(daemon.listen))
 
 
 def stored(client: Client, tokens: list[int] = TOKENS) -> None:

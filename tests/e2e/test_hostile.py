@@ -31,7 +31,7 @@ from tests.support.synthetic import assert_rows, make_layers, make_layout, make_
 LAYOUT = make_layout(layers=8, heads=4, width=128)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(1200))
-LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": 1, "upload_idle_s": 2, "memory_bytes": "8MiB"}
+LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": 1, "upload_idle_s": 2}
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 # Of calls that the daemon answers: so that one that it forgets is an error with a name.
 ANSWER_S = 240.0
@@ -63,7 +63,9 @@ class Peer:
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon with small limits, which lives through everything here."""
-    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", profile="raw", **LIMITS) as running:
+    with DaemonProcess(
+        tmp_path_factory.mktemp("daemon") / "data", profile="raw", memory_bytes="8MiB", limits=LIMITS
+    ) as running:
         yield running
 
 
@@ -192,8 +194,8 @@ def test_more_streams_than_are_allowed_wait_or_are_refused(peer: Peer, daemon: D
 
 def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Path) -> None:
     """A byte now and then keeps an upload from being idle, and not from being too slow."""
-    limits = {"upload_bytes_per_s_min": "10MB", "stream_stall_s": 30, "upload_idle_s": 1}
-    with DaemonProcess(tmp_path / "data", profile="raw", **limits) as daemon:
+    limits = {"upload_bytes_per_s_min": 10_000_000, "stream_stall_s": 30, "upload_idle_s": 1}
+    with DaemonProcess(tmp_path / "data", profile="raw", limits=limits) as daemon:
         peer = Peer(daemon)
         upload_id = peer.kvstore.BeginStore(peer.begin()).upload_id
 
@@ -250,7 +252,7 @@ def test_messages_over_the_daemons_memory_are_refused_with_a_time(peer: Peer, cl
 
 def test_admission_counts_to_zero_again(daemon: DaemonProcess) -> None:
     """What is taken is given back, and more than there is is not taken."""
-    config = Config(memory_bytes="64MiB", message_bytes_max="32MiB")  # type: ignore[arg-type]
+    config = Config(memory_bytes=64 << 20)
     admission = Admission(config, Refusals())
     assert admission.take(20 << 20) and not admission.take(20 << 20)
     admission.give_back(20 << 20)

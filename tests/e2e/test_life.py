@@ -22,6 +22,7 @@ from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.limits import set_limits
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -48,7 +49,11 @@ def made_by_newer(tmp_path: Path) -> DaemonProcess:
     daemon = DaemonProcess(tmp_path / "data", profile="raw")
     log = daemon.log_path.open("ab")
     daemon.process = subprocess.Popen(
-        [sys.executable, "-c", NEWER, "--create"], env=daemon.environ(), cwd=ROOT, stdout=log, stderr=log
+        [sys.executable, "-c", set_limits({"min_prefix_tokens": 1}) + NEWER, "--create"],
+        env=daemon.environ(),
+        cwd=ROOT,
+        stdout=log,
+        stderr=log,
     )
     try:
         daemon.wait_serving()
@@ -150,7 +155,7 @@ def own_tracebacks(daemon: DaemonProcess) -> list[str]:
 
 def test_a_stop_says_so_takes_nothing_new_and_ends_within_its_grace(tmp_path: Path) -> None:
     """A lease that nobody gives back, an upload that stands still, a stream that says nothing: none keeps it."""
-    with DaemonProcess(tmp_path / "data", profile="raw", grace_s=2, lease_s=60) as daemon:
+    with DaemonProcess(tmp_path / "data", profile="raw", limits={"grace_s": 2, "lease_s": 60}) as daemon:
         with client_of(daemon) as client:
             assert patient(client, NAMESPACE).store(EXACT, make_layers(LAYOUT, EXACT), wait=True).durable
         with grpc.insecure_channel(daemon.listen) as channel:

@@ -37,9 +37,8 @@ SMALL = {
     "calls_max": 6,
     "connection_calls_max": 4,
     "uploads_max": 2,
-    "staging_bytes": "3MB",
-    "memory_bytes": "8MiB",
-    "message_bytes_max": "6MiB",
+    "staging_share_percent": 1,
+    "message_bytes_max": 6 << 20,
     "tokens_max": 100_000,
     "stream_stall_s": 20,
     "upload_idle_s": 60,
@@ -55,7 +54,13 @@ daemon.serve(load_config())
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon with small limits."""
-    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", profile="raw", **SMALL) as running:
+    with DaemonProcess(
+        tmp_path_factory.mktemp("daemon") / "data",
+        profile="raw",
+        memory_bytes="8MiB",
+        budget_bytes="300MB",
+        limits=SMALL,
+    ) as running:
         with client_of(running) as client:
             known = [-1, *TOKENS]
             assert patient(client, NAMESPACE).store(known, make_layers(LAYOUT, known), wait=True).durable
@@ -200,7 +205,7 @@ def test_one_connections_calls_beyond_its_share_are_counted(daemon: DaemonProces
 
 
 def test_uploads_and_their_bytes_are_bounded_and_counted(daemon: DaemonProcess, worker: Worker) -> None:
-    """`uploads_max` of any size, `staging_bytes` of any number."""
+    """`uploads_max` of any size, `staging_share_percent` of any number."""
     opened = []
     with reaching(daemon, "uploads_max"):
         calls = [worker.begin(start * 10**6, 200) for start in range(3)]
@@ -209,7 +214,7 @@ def test_uploads_and_their_bytes_are_bounded_and_counted(daemon: DaemonProcess, 
         assert error_of(next(call for call in calls if call.exception())).retry_s > 0
     for upload_id in opened:
         worker.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=upload_id))
-    with reaching(daemon, "staging_bytes"):
+    with reaching(daemon, "staging_share_percent"):
         first = worker.begin(10**8, 2 * 10**6 // LAYOUT.token_bytes).result().upload_id
         assert first and "bytes of uploads" in str(error_of(worker.begin(2 * 10**8, 2 * 10**6 // LAYOUT.token_bytes)))
     worker.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=first))

@@ -13,12 +13,18 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import OPEN_DEADLINES, set_limits
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
 from tests.support.servers import NO_MEMORY, PLAIN, ServerProcess, clean_environ, wait_until
 
 QUESTIONS = ("What is a cache?", "How are tokens stored?")
-IN_PLACE = "from mlx_lm import server; from kvstore.integrations.mlx_lm import *; server.LRUPromptCache = PromptCache; "
-DROP_IN = ("-c", IN_PLACE + "server.main()")
+IN_PLACE = """
+import functools
+from mlx_lm import server
+from kvstore.integrations.mlx_lm import *
+server.LRUPromptCache = functools.partial(PromptCache, slow_hits=True)
+"""
+DROP_IN = ("-c", set_limits(OPEN_DEADLINES) + IN_PLACE + "server.main()")
 FLAGS = {
     "batched": (),
     "quantized": ("--kv-bits", "8", "--quantized-kv-start", "100"),
@@ -127,8 +133,7 @@ CHATS, TURNS = 6, 5
 def test_no_chat_of_six_at_once_loses_its_prefix(model: Path, system: str, tmp_path: Path) -> None:
     """The store has all of them; memory keeps two sequences, which others push out while a request waits."""
     prompts = [chat(f"{index} {system}"[:1200], "Tell me more.") for index in range(CHATS)]
-    patient = {"fetch_connect_ms": 20_000, "fetch_stall_ms": 20_000, "fetch_total_ms": 60_000}
-    with DaemonProcess(tmp_path / "data", profile="raw", **patient) as daemon:
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
         with ServerProcess(model, tmp_path / "one.log", daemon.environ()) as one:
             for messages in prompts:
                 one.chat(messages, max_tokens=2)

@@ -22,6 +22,7 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.agent import with_template
 from tests.support.checkpoints import hybrid_layout, make_cache
 from tests.support.daemon import DaemonProcess
+from tests.support.limits import OPEN_DEADLINES, set_limits
 from tests.support.models import heldout_tokens, write_tiny
 from tests.support.servers import NO_MEMORY, ServerProcess, wait_until
 from tests.support.sessions import client_of
@@ -49,7 +50,7 @@ table = exact_caches._CAPTURE
 table[RotatingKVCache] = spoiled(table[RotatingKVCache], numbers=lambda made: (("index", 12345),))
 table[ArraysCache] = spoiled(table[ArraysCache], arrays=lambda made: tuple((n, a[:, :1]) for n, a in made.arrays))
 from kvstore.cli import main
-sys.argv = ["kvstore", "run", "mlx_lm.server", *sys.argv[1:]]
+sys.argv = ["kvstore", "run", "--slow-hits", "mlx_lm.server", *sys.argv[1:]]
 main()
 """
 
@@ -74,7 +75,7 @@ PROMPT = [{"role": "user", "content": " ".join(f"word {number}" for number in he
 def blind(daemon: DaemonProcess, how: str) -> Iterator[None]:
     """The daemon's directory in the hands of one that does not validate."""
     with daemon.log_path.open("ab") as log:
-        command = [sys.executable, "-c", BLIND, how]
+        command = [sys.executable, "-c", set_limits({"min_prefix_tokens": 1}) + BLIND, how]
         daemon.process = subprocess.Popen(command, env=daemon.environ(), cwd=ROOT, stdout=log, stderr=log)
     try:
         daemon.wait_serving()
@@ -103,9 +104,9 @@ def server_of(folder: Path, daemon: DaemonProcess, *launcher: str) -> ServerProc
 def test_a_server_lives_through_a_poisoned_checkpoint(tmp_path: Path, topology: str, trusting: str) -> None:
     """It answers as before the store had anything; then the blob is in quarantine, and another is stored and used."""
     folder = with_template(write_tiny(tmp_path / "model", topology))
-    daemon = DaemonProcess(tmp_path / "data", min_prefix_tokens=1)
+    daemon = DaemonProcess(tmp_path / "data")
     with blind(daemon, trusting):
-        with server_of(folder, daemon, "-c", POISONER) as server:
+        with server_of(folder, daemon, "-c", set_limits(OPEN_DEADLINES) + POISONER) as server:
             expected = server.chat(PROMPT)
             wait_until(lambda: counts(daemon)["tokens"]["stored"] > 100, 60, daemon.log_text)
             assert server.stop() == 0

@@ -28,6 +28,7 @@ from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import default_memory_bytes
 from kvstore.integrations.run import plug_in
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.limits import OPEN_DEADLINES, launch
 from tests.support.models import expand_small_lm
 from tests.support.servers import NO_MEMORY, PLAIN, Answer, ServerProcess, free_port, start_all, wait_until
 
@@ -137,7 +138,7 @@ class Rig:
     def __init__(self, folder: Path, model: Model, cache_dir: Path) -> None:
         self.folder = folder
         self.model = model
-        self.daemon = DaemonProcess(folder / "store", profile="raw", min_prefix_tokens=32)
+        self.daemon = DaemonProcess(folder / "store", profile="raw", limits={"min_prefix_tokens": 32})
         # The user's own configuration must not decide a test.
         private = {"XDG_CONFIG_HOME": str(folder), "XDG_CACHE_HOME": str(cache_dir)}
         self.environ = {**self.daemon.environ(), **private}
@@ -146,10 +147,11 @@ class Rig:
         self.plain = ServerProcess(model.folder, folder / "plain.log", plain, launcher=PLAIN, flags=NO_MEMORY)
         self._cold: dict[str, Answer] = {}
 
-    def server(self, name: str, *flags: str, **config: int) -> ServerProcess:
-        """Another server that uses the daemon, not started; `config`: keys of its own configuration."""
-        environ = {**self.environ, **{f"KVSTORE_{key.upper()}": str(value) for key, value in config.items()}}
-        return ServerProcess(self.model.folder, self.folder / f"{name}.log", environ, flags=flags)
+    def server(self, name: str, *flags: str, total_ms: int = 0, **limits: int) -> ServerProcess:
+        """Another server that uses the daemon, not started; with a time and limits of its own for fetches."""
+        environ = {**self.environ, **({"KVSTORE_FETCH_TOTAL_MS": str(total_ms)} if total_ms else {})}
+        launcher = launch("run", "--slow-hits", "mlx_lm.server", **{**OPEN_DEADLINES, **limits})
+        return ServerProcess(self.model.folder, self.folder / f"{name}.log", environ, launcher=launcher, flags=flags)
 
     def cold(self, messages: list[dict[str, str]], **options: Any) -> Answer:
         """The plain server's answer, computed once."""
@@ -371,8 +373,8 @@ def test_a_hung_daemon_costs_a_few_deadlines_and_then_nothing(rig: Rig) -> None:
 
     With a server of its own, whose deadlines are short; all others here have time.
     """
-    deadlines = {"fetch_connect_ms": CONNECT_MS, "fetch_stall_ms": STALL_MS, "fetch_total_ms": TOTAL_MS}
-    with rig.server("hurried", **deadlines) as server:
+    deadlines = {"fetch_connect_ms": CONNECT_MS, "fetch_stall_ms": STALL_MS}
+    with rig.server("hurried", total_ms=TOTAL_MS, **deadlines) as server:
 
         def failed() -> int:
             return sum(server.log_text().count(logged) for logged in FAILURES_LOGGED)

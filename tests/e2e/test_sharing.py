@@ -102,7 +102,9 @@ def run_workers(daemon: DaemonProcess, job: str, count: int) -> list[dict[str, A
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon that can have no more open files than its workers."""
-    daemon = DaemonProcess(tmp_path / "data", profile="raw", message_bytes_max="8MiB", tokens_max=200_000)
+    daemon = DaemonProcess(
+        tmp_path / "data", profile="raw", limits={"message_bytes_max": 8 << 20, "tokens_max": 200_000}
+    )
     if (prlimit := shutil.which("prlimit")) is None:
         pytest.skip("needs prlimit (util-linux) to limit a daemon's open files")
     with daemon:

@@ -34,7 +34,9 @@ STALL_S = 1
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """A daemon that holds 64 MiB of one sequence, as raw KV, and has little patience."""
     data_dir: Path = tmp_path_factory.mktemp("streams") / "data"
-    with DaemonProcess(data_dir, stream_stall_s=STALL_S, upload_idle_s=STALL_S, profile="raw") as running:
+    with DaemonProcess(
+        data_dir, limits={"stream_stall_s": STALL_S, "upload_idle_s": STALL_S}, profile="raw"
+    ) as running:
         with client_of(running) as client:
             assert patient(client, NAMESPACE).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
         yield running

@@ -33,7 +33,10 @@ PATIENCE_S = 30.0
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[SlowDisk]:
     """A daemon that holds one sequence, and whose disk the test slows down."""
-    with SlowDisk(tmp_path / "data", upload_idle_s=600, profile="raw") as running, client_of(running) as client:
+    with (
+        SlowDisk(tmp_path / "data", limits={"upload_idle_s": 600}, profile="raw") as running,
+        client_of(running) as client,
+    ):
         assert patient(client, NAMESPACE, "raw").store(HELD, make_layers(LAYOUT, HELD), wait=True).durable
         yield running
 

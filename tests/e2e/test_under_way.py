@@ -31,7 +31,7 @@ NAMESPACE = make_namespace(LAYOUT)
 @pytest.fixture
 def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon that gives uploads long enough that a test sees who waits for them."""
-    with DaemonProcess(tmp_path / "data", upload_idle_s=60) as running:
+    with DaemonProcess(tmp_path / "data", limits={"upload_idle_s": 60}) as running:
         yield running
 
 
@@ -166,7 +166,7 @@ main()
 
 def test_an_upload_of_which_the_caller_did_not_hear_any_more_is_given_up_at_once(tmp_path: Path) -> None:
     """It went away when the upload was there and the reply was not: long before the upload would be idle."""
-    daemon = DaemonProcess(tmp_path / "data", program=BUSY, upload_idle_s=600, profile="raw")
+    daemon = DaemonProcess(tmp_path / "data", program=BUSY, limits={"upload_idle_s": 600}, profile="raw")
     with daemon, grpc.insecure_channel(daemon.listen) as channel, client_of(daemon) as client:
         with pytest.raises(grpc.RpcError):
             begin(rpc.KVStoreStub(channel), list(range(100)), timeout=0.5)

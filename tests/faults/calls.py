@@ -39,7 +39,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.e2e.test_property import GROUPED, LAYOUT, PROFILES, Histories, Tokens, computed_rows
 from tests.faults.hostile import open_files
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import SERVE, DaemonProcess
 from tests.support.servers import wait_until
 from tests.support.sessions import Rows, client_of, patient
 
@@ -331,9 +331,9 @@ def make_daemon(folder: Path, bug: str = "") -> DaemonProcess:
     key.touch(mode=0o600)
     key.write_text("7b" * 32)
     limits = {"upload_idle_s": 2, "stream_stall_s": 1}
-    program = BROKEN.format(bug=BUGS[bug]) if bug else ""
+    program = BROKEN.format(bug=BUGS[bug]) if bug else SERVE
     return DaemonProcess(
-        folder / "data", program=program, profile=GROUPED, encrypt="tenants", encryption_key=key, **limits
+        folder / "data", program=program, profile=GROUPED, encrypt="tenants", encryption_key=key, limits=limits
     )
 
 

@@ -55,11 +55,10 @@ NAMES = [
     "",
 ]
 LIMITS = {
-    "profile": "raw",
     "stream_stall_s": 1,
     "upload_idle_s": 1,
     "uploads_max": 16,
-    "message_bytes_max": "1MiB",
+    "message_bytes_max": 1 << 20,
     "tokens_max": 100_000,
 }
 
@@ -403,7 +402,7 @@ def settle(daemon: DaemonProcess, limit_s: float = 20.0) -> bool:
 def run(folder: Path, calls: int, seed: int = 1) -> Report:
     """Start a daemon in `folder`, attack it, and look at what is left of it."""
     report = Report()
-    with DaemonProcess(folder / "data", **LIMITS) as daemon:
+    with DaemonProcess(folder / "data", profile="raw", limits=LIMITS) as daemon:
         with client_of(daemon) as client:
             patient(client, NAMESPACE).store(HELD, make_layers(LAYOUT, HELD), wait=True)
             assert served(client)

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from kvstore.client.client import connect
 from kvstore.client.results import Hit
-from kvstore.config import Config
 from kvstore.errors import KVStoreError
 from tests.faults import disk
 from tests.faults.growth import Growth, Sample, growth_of
 from tests.faults.hostile import resident_bytes, settle
-from tests.support.daemon import DaemonProcess
+from tests.support.daemon import SERVE, DaemonProcess
+from tests.support.limits import make_config
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -38,7 +38,8 @@ NAMESPACE = make_namespace(LAYOUT)
 PROFILES = ("raw", "lossless")
 SHARED = 6  # prompts that all workers begin with one of
 LENGTHS = (1, 60, 256, 300, 513)
-CONFIG = {"profile": "raw", "budget_bytes": "24MB", "upload_idle_s": 2, "stream_stall_s": 2}
+CONFIG = {"profile": "raw", "budget_bytes": "24MB"}
+LIMITS = {"upload_idle_s": 2, "stream_stall_s": 2}
 DISK = "size=48m"
 FULL_BLOCKS = 16
 # In a round the daemon is looked at so often and one worker is killed. Every so many rounds the disk is full for a few.
@@ -123,7 +124,7 @@ def difference(hit: Hit, tokens: list[int]) -> str:
 def work(listen: str, own: str, seed: str) -> None:
     """Store and fetch until killed; a line of JSON for every call. Never fails for what the daemon does."""
     dice, number = random.Random(seed), int(own)
-    config = Config(listen=listen, min_prefix_tokens=1)
+    config = make_config(listen=listen, min_prefix_tokens=1)
     with connect(config=config) as client:
         session = client.session(NAMESPACE, dice.choice(PROFILES), connect_ms=500, stall_ms=5000, total_ms=20_000)
         while True:
@@ -173,8 +174,8 @@ class Soak:
     def __init__(self, folder: Path, data_dir: Path, leak: str = "", seed: int = 1) -> None:
         self.dice = random.Random(seed)
         self.report = Report()
-        program = LEAKING.format(leak=LEAKS[leak]) if leak else ""
-        self.daemon = DaemonProcess(data_dir, program=program, **CONFIG)
+        program = LEAKING.format(leak=LEAKS[leak]) if leak else SERVE
+        self.daemon = DaemonProcess(data_dir, program=program, limits=LIMITS, **CONFIG)
         self.disk = data_dir.parent
         (folder / "workers").mkdir()
         self.workers = [Worker(self.daemon.listen, number, folder / "workers") for number in range(WORKERS)]

@@ -14,9 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.client.client import Client, connect
-from kvstore.config import Config
 from tests.faults import cuts, disk
 from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.limits import make_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -35,7 +35,7 @@ def health(daemon: DaemonProcess, service: str) -> int:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client that knows nothing yet."""
-    return connect(config=Config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1))
 
 
 def stored(daemon: DaemonProcess, tokens: list[int]) -> bool:

@@ -11,26 +11,22 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.support.limits import OPEN_DEADLINES, set_limits
+
 # A machine that is busy with other things needs longer; nothing that works is measured by these.
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 120.0
-# Deadlines of fetches that do not decide a test on a busy machine: configuration of clients, and of the processes that
-# get a daemon's environment. Tests of deadlines set their own; `e2e/test_failures.py` has most of them.
-OPEN_DEADLINES = {"fetch_connect_ms": 10_000, "fetch_stall_ms": 20_000, "fetch_total_ms": 60_000}
 
 # Small limits, so that a nearly full disk or a small machine does not decide a test.
-# The models that tests serve compute faster than a busy machine restores.
 SMALL = {
-    **{key: str(value) for key, value in OPEN_DEADLINES.items()},
-    "slow_hits": "true",
+    "fetch_total_ms": str(OPEN_DEADLINES["fetch_total_ms"]),
     "free_floor_bytes": "1",
     "budget_bytes": "2GB",
-    "min_prefix_tokens": "1",
     # Tests name profiles to test codecs with; the gate has tests of its own.
     "profile": "affine8",
     "quality_gate": "false",
@@ -39,14 +35,31 @@ SMALL = {
 }
 
 
+SERVE = """
+import sys
+from kvstore.cli import main
+sys.argv = ["kvstore", "serve"]
+main()
+"""
+NO_LIMITS: Mapping[str, int] = MappingProxyType({})
+
+
 class DaemonProcess:
     """`kvstore serve` on its own directory and socket. Configuration goes by KVSTORE_* variables.
 
-    `program`: Python text that serves, in place of the command line.
+    `program`: Python text that serves, in place of the command line. `limits`: those of `kvstore.core.limits` that are
+    not the shipped ones; prefixes of any length are taken.
     """
 
-    def __init__(self, data_dir: Path, listen: str | None = None, program: str = "", **config: object) -> None:
-        self._command = ["-c", program] if program else ["-m", "kvstore", "serve"]
+    def __init__(
+        self,
+        data_dir: Path,
+        listen: str | None = None,
+        program: str = SERVE,
+        limits: Mapping[str, int] = NO_LIMITS,
+        **config: object,
+    ) -> None:
+        self._command = ["-c", set_limits({"min_prefix_tokens": 1, **limits}) + program]
         self.data_dir = data_dir
         self.keys_dir = data_dir.with_name(f"{data_dir.name}.keys")
         # A short directory of its own: a socket path has 97 bytes, pytest's directories are long.

@@ -40,6 +40,7 @@ from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.checkpoints import checkpoint_place, finish_states, make_cache
+from tests.support.limits import make_config
 from tests.support.stored import finish_runs, write_source
 
 HANG_S = 30.0
@@ -129,7 +130,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
 
     def config(self, **settings: Any) -> Config:
         """A configuration that leads to this daemon."""
-        return Config(listen=self.address, **{"min_prefix_tokens": 1, **settings})
+        return make_config(**{"listen": self.address, "min_prefix_tokens": 1, **settings})
 
     def hold(self, tokens: Sequence[int], profile: str = "raw") -> None:
         """Hold the KV of these tokens, encoded in a profile."""

@@ -92,13 +92,15 @@ class FakeClient:
         self.sessions: dict[bytes, FakeSession] = {}
         self.refusals: list[Reason] = []
         self.closed = False
+        self.slow_hits = False
 
     def count_refusal(self, reason: Reason) -> None:
         """The daemon would count it."""
         self.refusals.append(reason)
 
-    def session(self, namespace: Namespace, profile: str | None = None) -> FakeSession:
+    def session(self, namespace: Namespace, profile: str | None = None, *, slow_hits: bool = False) -> FakeSession:
         """The one session of a namespace."""
+        self.slow_hits = slow_hits
         return self.sessions.setdefault(namespace.root, FakeSession(namespace))
 
     def close(self, timeout_s: float) -> None:

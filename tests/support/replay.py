@@ -20,6 +20,7 @@ import kvstore
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.integrations import mlx_lm as kv
+from tests.support.limits import small_config
 from tests.support.models import build_tiny, fill
 from tests.support.tiny_configs import VOCAB
 from tests.support.topologies import TOPOLOGIES
@@ -114,7 +115,7 @@ def fetch_case(client: kvstore.Client, name: str, dtype: str) -> list[str]:
 def main(address: str) -> None:
     """Fetch and continue every case."""
     mx.disable_compile()
-    client = kvstore.connect(address)
+    client = kvstore.connect(config=small_config(address))
     print(json.dumps([fetch_case(client, name, dtype) for name, dtype in CASES]))
     client.close()
 

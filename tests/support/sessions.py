@@ -12,11 +12,11 @@ import numpy as np
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
-from kvstore.config import Config
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import PARTS, KVLayer, Layout, PartSpec
 from kvstore.wire.v1 import kvstore_pb2 as pb
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.daemon import DaemonProcess
+from tests.support.limits import small_config
 from tests.support.synthetic import MX_DTYPES
 
 WAYS = (("packed", "path"), ("packed", "stream"), ("dense", "stream"))
@@ -30,8 +30,7 @@ Rows = list[dict[str, tuple[mx.array, ...]]]  # by layer and part: each tensor `
 def client_of(daemon: DaemonProcess, **settings: object) -> Client:
     """A client that takes prefixes of any length."""
     plain = daemon.config.get("insecure_tcp") == "true"
-    settings = {"min_prefix_tokens": 1, "insecure_tcp": plain, **OPEN_DEADLINES, **settings}
-    return connect(config=Config(listen=daemon.listen, **settings))  # type: ignore[arg-type]
+    return connect(config=small_config(daemon.listen, **{"insecure_tcp": plain, **settings}))
 
 
 def patient(client: Client, namespace: Namespace, profile: str | None = None) -> Session:

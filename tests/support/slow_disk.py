@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from tests.support.daemon import DaemonProcess
 from tests.support.servers import wait_until
@@ -85,7 +86,7 @@ class SlowDisk(DaemonProcess):
     """The daemon, and the pace of its disk. Calls: fsync, fsync_dir, commit (of the index), unlink_blob,
     unlink_staging, stat_staging, verify (a blob that is read whole)."""
 
-    def __init__(self, data_dir: Path, **config: object) -> None:
+    def __init__(self, data_dir: Path, **config: Any) -> None:
         super().__init__(data_dir, program=PROGRAM, **config)
         self._control = data_dir.with_name(f"{data_dir.name}.disk")
         self._control.mkdir()
