@@ -1,4 +1,4 @@
-"""What a lossy profile costs on a model, as `kvstore calibrate` measured it, and whether that is good enough.
+"""What a lossy profile costs on a model, as `kvstore calibrate` measured it, and whether the profile passed.
 
 A result belongs to a namespace and to one profile. It is bound to what the profile was made of when it was measured
 (`spec`): a profile whose recipes changed since counts as not measured.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from kvstore.errors import CorruptDataError
+from kvstore.errors import CorruptDataError, InvalidRequestError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # A 99th percentile of fewer positions is the worst of them.
 POSITIONS_MIN = 100
@@ -87,14 +88,23 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class QualityLimits:
-    """What a profile may cost at most. A measurement with a number that is not finite passes nothing."""
+class Thresholds:
+    """What a profile may cost at most. A measurement with a number that is not finite passes nothing.
 
-    kl_mean_max: float
-    kl_p99_max: float
-    top1_min: float
-    nll_delta_max: float
-    answer_loss_max: float
+    KL and NLL in nats a token, `top1_min` as a share of positions, `answer_loss_max` in nats a token of right answers.
+    """
+
+    kl_mean_max: float = 0.01
+    kl_p99_max: float = 0.1
+    top1_min: float = 0.95
+    nll_delta_max: float = 0.01
+    answer_loss_max: float = 0.02
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not 0 <= value <= (1 if one.name == "top1_min" else math.inf) or math.isinf(value):
+                raise InvalidRequestError(f"the threshold {one.name} cannot be {value}")
 
     def fault(self, quality: Quality) -> str:
         """Why the profile is not good enough, with the numbers; empty when it is."""
@@ -114,17 +124,45 @@ class QualityLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Verdict:
+    """A result, the thresholds that it was compared with, and whether the profile passed.
+
+    What is kept is what `kvstore calibrate` decided. InvalidRequestError when the decision is not what the numbers say.
+    """
+
+    quality: Quality
+    thresholds: Thresholds
+    passed: bool
+
+    def __post_init__(self) -> None:
+        if self.passed == bool(self.thresholds.fault(self.quality)):
+            said = "passed" if self.passed else "failed"
+            raise InvalidRequestError(f"{self.quality.profile} is said to have {said}, and its numbers say otherwise")
+
+    @classmethod
+    def of(cls, quality: Quality, thresholds: Thresholds) -> Verdict:
+        """Compare a result with thresholds."""
+        return cls(quality, thresholds, not thresholds.fault(quality))
+
+    @property
+    def fault(self) -> str:
+        """Why the profile did not pass, with the numbers; empty when it did."""
+        return "" if self.passed else self.thresholds.fault(self.quality)
+
+
+@dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What was measured in one namespace: results by profile, and how the namespace is shown to people."""
+    """What was measured in one namespace: verdicts by profile, and how the namespace is shown to people."""
 
     alias: str = ""
     engine: str = ""
-    results: Mapping[str, Quality] = field(default_factory=dict)
+    results: Mapping[str, Verdict] = field(default_factory=dict)
 
-    def with_result(self, quality: Quality) -> Calibrated:
-        """With this result in the place of the last one of the profile, or of another name for the same recipes."""
-        kept = {name: one for name, one in self.results.items() if name != quality.profile and one.spec != quality.spec}
-        return Calibrated(self.alias, self.engine, {**kept, quality.profile: quality})
+    def with_result(self, verdict: Verdict) -> Calibrated:
+        """With this verdict in the place of the last one of the profile, or of another name for the same recipes."""
+        new = verdict.quality
+        kept = {name: one for name, one in self.results.items() if name != new.profile and one.quality.spec != new.spec}
+        return Calibrated(self.alias, self.engine, {**kept, new.profile: verdict})
 
     def without(self, profile: str) -> Calibrated:
         """Without the result of a profile; without all when `profile` is empty."""
@@ -133,14 +171,17 @@ class Calibrated:
 
     def to_json(self) -> str:
         """The results as they are kept."""
-        rows: Iterable[object] = [asdict(one) for one in self.results.values()]
+        rows = [
+            {**asdict(one.quality), "passed": one.passed, "thresholds": asdict(one.thresholds)}
+            for one in self.results.values()
+        ]
         return json.dumps(
             {"version": FORMAT_VERSION, "alias": self.alias, "engine": self.engine, "results": rows}, indent=1
         )
 
     @classmethod
     def from_json(cls, text: str) -> Calibrated:
-        """Parse `to_json`; CorruptDataError when the text is not what it writes or holds an impossible result.
+        """Parse `to_json`; CorruptDataError when the text is not what it writes or holds an impossible verdict.
 
         A file of another version has no results.
         """
@@ -149,20 +190,27 @@ class Calibrated:
             if document["version"] != FORMAT_VERSION:
                 return cls()
             results = [_parsed(one) for one in document["results"]]
-            return cls(str(document["alias"]), str(document["engine"]), {one.profile: one for one in results})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(str(document["alias"]), str(document["engine"]), {one.quality.profile: one for one in results})
+        except (ValueError, KeyError, TypeError, AttributeError, InvalidRequestError) as error:
             raise CorruptDataError(f"quality results: {error}") from error
 
 
-def _parsed(one: Mapping[str, object]) -> Quality:
+def _parsed(one: Mapping[str, Any]) -> Verdict:
+    quality = Quality(**_checked(Quality, one))
+    if quality.impossible:
+        raise ValueError(f"{quality.profile}: {quality.impossible}")
+    if not isinstance(one["passed"], bool):
+        raise ValueError(f"passed is {one['passed']!r}")
+    return Verdict(quality, Thresholds(**_checked(Thresholds, one["thresholds"])), one["passed"])
+
+
+def _checked(kind: type[Quality | Thresholds], one: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the fields of `kind`; ValueError for one of another type."""
     values = {}
-    for entry in fields(Quality):
+    for entry in fields(kind):
         value = one[entry.name]
         wanted = {"str": str, "int": int, "float": (int, float)}[str(entry.type)]
         if not isinstance(value, wanted) or isinstance(value, bool):  # type: ignore[arg-type]  # a table of types
             raise ValueError(f"{entry.name} is {value!r}")
         values[entry.name] = value
-    quality = Quality(**values)  # type: ignore[arg-type]  # checked by field just above
-    if quality.impossible:
-        raise ValueError(f"{quality.profile}: {quality.impossible}")
-    return quality
+    return values

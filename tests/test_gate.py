@@ -10,14 +10,14 @@ import pytest
 from kvstore.blobs.fs import Fs
 from kvstore.codecs.plausible import expected_bits, fault_of
 from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine.directory import QualityFiles
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.quality import Calibrated, Quality, QualityLimits
+from kvstore.quality import Calibrated, Quality, Thresholds, Verdict
 from kvstore.server.gate import Gate
+from kvstore.wire.convert import verdict_from_message, verdict_to_message
 
 LAYOUT = Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),) * 4)
 SPACE = Namespace(weights=b"one", layout=LAYOUT, engine="mlx-lm", alias="small").info
@@ -58,9 +58,14 @@ def files(tmp_path: Path) -> QualityFiles:
     return QualityFiles(tmp_path, Fs(), sync=True)
 
 
-def gate(files: QualityFiles, profile: str = "auto", **config: object) -> Gate:
+def verdict(profile: str, **changes: object) -> Verdict:
+    """What the default thresholds make of a result."""
+    return Verdict.of(quality(profile, **changes), Thresholds())
+
+
+def gate(files: QualityFiles, profile: str = "auto") -> Gate:
     """A gate over `files`."""
-    return Gate(files, Config(profile=profile, **config))  # type: ignore[arg-type]  # fields by name
+    return Gate(files, profile)
 
 
 def test_without_a_measurement_auto_is_safe(files: QualityFiles) -> None:
@@ -105,7 +110,7 @@ def test_a_measurement_takes_a_profile_off_the_list_of_unmeasured_ones(files: Qu
     """From then on its numbers decide."""
     guard = gate(files)
     guard.choose(ROOT, "affine4")
-    assert guard.record(SPACE, quality("affine4")) == ""
+    assert guard.record(SPACE, verdict("affine4")) == ""
     assert guard.unmeasured(ROOT) == []
     assert guard.choose(ROOT, "affine4").warning == ""
 
@@ -114,7 +119,7 @@ def test_a_measurement_takes_a_profile_off_the_list_of_unmeasured_ones(files: Qu
 def test_a_refused_profile_is_refused_under_every_name(files: QualityFiles, name: str) -> None:
     """It is the recipes that failed: another name, or a threshold, does not make them an unmeasured profile."""
     guard = gate(files)
-    guard.record(SPACE, quality("affine2", kl_mean=0.8, kl_p99=3.0))
+    guard.record(SPACE, verdict("affine2", kl_mean=0.8, kl_p99=3.0))
     choice = guard.choose(ROOT, name)
     assert "mean KL 0.8 is over 0.01" in choice.refused
     assert choice.profile.name == "safe"
@@ -124,7 +129,7 @@ def test_a_refused_profile_is_refused_under_every_name(files: QualityFiles, name
 def test_safe_that_was_measured_and_failed_gives_way_to_exact(files: QualityFiles) -> None:
     """What stands in for everything else is judged by its numbers too."""
     guard = gate(files)
-    guard.record(SPACE, quality("safe", kl_mean=0.8, kl_p99=3.0))
+    guard.record(SPACE, verdict("safe", kl_mean=0.8, kl_p99=3.0))
     assert guard.choose(ROOT).profile.name == "exact"
     assert "mean KL" in guard.choose(ROOT, "safe").refused
 
@@ -132,7 +137,7 @@ def test_safe_that_was_measured_and_failed_gives_way_to_exact(files: QualityFile
 def test_a_measured_profile_that_passes_is_used_in_its_namespace_only(files: QualityFiles) -> None:
     """Another model has to be measured itself."""
     guard = gate(files)
-    assert guard.record(SPACE, quality("compact")) == ""
+    assert guard.record(SPACE, verdict("compact")) == ""
     assert guard.choose(ROOT).profile.name == "compact"
     assert guard.choose(OTHER).profile.name == "safe"
 
@@ -140,12 +145,12 @@ def test_a_measured_profile_that_passes_is_used_in_its_namespace_only(files: Qua
 def test_a_bad_profile_is_refused_with_its_numbers_and_auto_takes_the_next(files: QualityFiles) -> None:
     """The smallest of those that pass, not the smallest."""
     guard = gate(files)
-    bad = quality("affine2", kl_mean=0.8, kl_p99=3.0, top1=0.61)
+    bad = verdict("affine2", kl_mean=0.8, kl_p99=3.0, top1=0.61)
     refused = guard.record(SPACE, bad)
     assert "mean KL 0.8 is over 0.01" in refused
     assert "39.00%" in refused
-    guard.record(SPACE, quality("tiny"))
-    guard.record(SPACE, quality("compact"))
+    guard.record(SPACE, verdict("tiny"))
+    guard.record(SPACE, verdict("compact"))
     assert guard.choose(ROOT).profile.name == "tiny"
     choice = guard.choose(ROOT, "affine2")
     assert choice.profile.name == "tiny"
@@ -166,7 +171,7 @@ def test_a_bad_profile_is_refused_with_its_numbers_and_auto_takes_the_next(files
 )
 def test_every_limit_refuses_by_itself(files: QualityFiles, changes: dict[str, float]) -> None:
     """One number over its limit is enough, and what is not a number passes nothing."""
-    limits = QualityLimits(0.01, 0.1, 0.95, 0.01, 0.02)
+    limits = Thresholds()
     assert limits.fault(quality("compact")) == ""
     assert "is over" in limits.fault(quality("compact", **changes))
 
@@ -174,38 +179,74 @@ def test_every_limit_refuses_by_itself(files: QualityFiles, changes: dict[str, f
 def test_a_profile_whose_recipes_changed_counts_as_not_measured(files: QualityFiles) -> None:
     """The result is about other bytes."""
     guard = gate(files, "compact")
-    files.record(ROOT, quality("compact", spec="something else"))
+    files.record(ROOT, verdict("compact", spec="something else"))
     assert "not measured" in guard.choose(ROOT).warning
     assert gate(files).choose(ROOT).profile.name == "safe"
 
 
 def test_a_measured_profile_that_this_build_does_not_have_is_passed_over(files: QualityFiles) -> None:
     """A newer build's name breaks nothing."""
-    files.record(ROOT, replace(quality("compact"), profile="psychic1", bits_per_value=0.5))
+    strange = replace(quality("compact"), profile="psychic1", bits_per_value=0.5)
+    files.record(ROOT, Verdict.of(strange, Thresholds()))
     assert gate(files).choose(ROOT).profile.name == "safe"
 
 
-def test_the_gate_can_be_switched_off(files: QualityFiles) -> None:
-    """Then every profile is used as asked for."""
-    assert gate(files, "affine2", quality_gate=False).choose(ROOT).profile.name == "affine2"
+def test_what_was_decided_stays_decided(files: QualityFiles) -> None:
+    """The gate reads the verdict: the same numbers are refused or used, as the thresholds were when it was made."""
+    guard, numbers = gate(files), quality("compact", kl_mean=0.05)
+    assert "mean KL 0.05 is over 0.01" in guard.record(SPACE, Verdict.of(numbers, Thresholds()))
+    assert guard.choose(ROOT).profile.name == "safe"
+    assert guard.record(SPACE, Verdict.of(numbers, Thresholds(kl_mean_max=0.1))) == ""
+    assert guard.choose(ROOT).profile.name == "compact"
+    (kept,) = guard.calibrated(ROOT)
+    assert (kept.passed, kept.thresholds.kl_mean_max) == (True, 0.1)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_verdict_that_its_numbers_do_not_bear_out_is_none(tmp_path: Path, passed: bool) -> None:
+    """Neither from a caller nor in a file."""
+    numbers = quality("compact", kl_mean=0.001 if not passed else 0.5)
+    with pytest.raises(InvalidRequestError, match="its numbers say otherwise"):
+        Verdict(numbers, Thresholds(), passed)
+    text = Calibrated(results={"compact": Verdict.of(numbers, Thresholds())}).to_json()
+    words = ("false", "true") if passed else ("true", "false")
+    (tmp_path / f"{ROOT.hex()}.json").write_text(text.replace(f'"passed": {words[0]}', f'"passed": {words[1]}'))
+    assert QualityFiles(tmp_path, Fs(), sync=True).results(ROOT) == {}
+
+
+@pytest.mark.parametrize("changes", [{"kl_mean_max": -1.0}, {"top1_min": 1.1}, {"nll_delta_max": float("nan")}])
+def test_thresholds_that_cannot_be_are_errors(changes: dict[str, float]) -> None:
+    """Whoever sends them."""
+    with pytest.raises(InvalidRequestError, match=r"the threshold .* cannot be"):
+        Thresholds(**changes)
+
+
+def test_a_verdict_travels_whole() -> None:
+    """With its thresholds; a message without them is none."""
+    sent = verdict("affine2", kl_mean=0.8, kl_p99=3.0)
+    message = verdict_to_message(sent)
+    assert verdict_from_message(message) == sent and "mean KL" in message.refused
+    message.ClearField("thresholds")
+    with pytest.raises(InvalidRequestError, match="without thresholds"):
+        verdict_from_message(message)
 
 
 def test_results_survive_and_the_last_one_of_a_profile_counts(tmp_path: Path) -> None:
     """A file of our own mode, read back by the next daemon."""
     first = QualityFiles(tmp_path, Fs(), sync=True)
-    first.record(ROOT, quality("compact", kl_mean=0.5))
-    first.record(ROOT, quality("tiny"))
-    first.record(ROOT, quality("compact"))
+    first.record(ROOT, verdict("compact", kl_mean=0.5))
+    first.record(ROOT, verdict("tiny"))
+    first.record(ROOT, verdict("compact"))
     (path,) = tmp_path.iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     (tmp_path / f"{path.name}.tmp").write_bytes(b"left by a crash")
     again = QualityFiles(tmp_path, Fs(), sync=True)
-    assert again.results(ROOT) == {"compact": quality("compact"), "tiny": quality("tiny")}
-    again.record(ROOT, quality("balanced"))
+    assert again.results(ROOT) == {"compact": verdict("compact"), "tiny": verdict("tiny")}
+    again.record(ROOT, verdict("balanced"))
     assert set(QualityFiles(tmp_path, Fs(), sync=True).results(ROOT)) == {"compact", "tiny", "balanced"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 2}', '{"version": 2, "results": [{"profile": "x"}]}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 3}', '{"version": 3, "results": [{"profile": "x"}]}'])
 def test_a_damaged_file_counts_as_no_measurement(tmp_path: Path, text: str) -> None:
     """Everything is measured anew; nothing fails."""
     (tmp_path / f"{ROOT.hex()}.json").write_text(text)
@@ -216,7 +257,7 @@ def test_a_damaged_file_counts_as_no_measurement(tmp_path: Path, text: str) -> N
 
 def test_a_file_of_another_version_counts_as_no_measurement() -> None:
     """It may mean something else by its numbers."""
-    text = Calibrated(results={"compact": quality("compact")}).to_json().replace('"version": 2', '"version": 3')
+    text = Calibrated(results={"compact": verdict("compact")}).to_json().replace('"version": 3', '"version": 4')
     assert Calibrated.from_json(text) == Calibrated()
 
 
@@ -262,12 +303,12 @@ IMPOSSIBLE = {
 def test_a_result_that_no_measurement_gives_is_not_recorded(files: QualityFiles, case: str) -> None:
     """Whoever sends it: a worker may be old, broken or hostile. What was recorded before stays."""
     guard = gate(files)
-    before = quality("tiny", kl_mean=0.8, kl_p99=3.0)
+    before = verdict("tiny", kl_mean=0.8, kl_p99=3.0)
     guard.record(SPACE, before)
     bad = replace(quality("tiny"), **IMPOSSIBLE[case])  # type: ignore[arg-type]  # fields by name
     assert fault_of(bad, LAYOUT)
     with pytest.raises(InvalidRequestError, match="is not taken"):
-        guard.record(SPACE, bad)
+        guard.record(SPACE, Verdict.of(bad, Thresholds()))
     assert files.results(ROOT) == {"tiny": before}
     assert "mean KL" in guard.choose(ROOT, "tiny").refused
 
@@ -292,7 +333,7 @@ def test_a_layout_that_a_profile_does_not_quantize_cannot_be_measured() -> None:
 
 def test_a_file_with_an_impossible_result_counts_as_no_measurement(tmp_path: Path) -> None:
     """Also when somebody edited it."""
-    text = Calibrated(results={"compact": quality("compact")}).to_json()
+    text = Calibrated(results={"compact": verdict("compact")}).to_json()
     (tmp_path / f"{ROOT.hex()}.json").write_text(text.replace('"positions": 1152', '"positions": 0'))
     assert QualityFiles(tmp_path, Fs(), sync=True).results(ROOT) == {}
 
@@ -302,8 +343,8 @@ def test_results_are_listed_and_forgotten_by_namespace_and_profile(files: Qualit
     guard = gate(files)
     other = Namespace(weights=b"two", layout=LAYOUT).info
     for space, name in ((SPACE, "compact"), (SPACE, "tiny"), (other, "compact")):
-        guard.record(space, quality(name))
-    listed = {root: (one.alias, list(one.results)) for root, one, _ in guard.all_calibrated(b"")}
+        guard.record(space, verdict(name))
+    listed = {root: (one.alias, list(one.results)) for root, one in guard.all_calibrated(b"")}
     assert listed == {ROOT: ("small", ["compact", "tiny"]), other.root: ("", ["compact"])}
     assert guard.forget(ROOT[:4], "tiny") == 1
     assert guard.forget(ROOT[:4], "tiny") == 0
@@ -317,7 +358,7 @@ def test_results_are_listed_and_forgotten_by_namespace_and_profile(files: Qualit
 
 def test_an_answer_probe_that_a_model_cannot_solve_says_so_and_damage_counts_all_the_same() -> None:
     """Right answers as likely as others: the model guesses."""
-    limits = QualityLimits(0.01, 0.1, 0.95, 0.01, 0.02)
+    limits = Thresholds()
     guessing = quality("compact", answer_cold=3.91, answer_restored=3.91, answer_wrong=3.94)
     assert not guessing.answers_tell and quality("compact").answers_tell
     assert limits.fault(guessing) == ""

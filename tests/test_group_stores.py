@@ -77,7 +77,7 @@ class Store:
     """A daemon's inside, and what it was given."""
 
     def __init__(self, folder: Path, profile: str, **settings: object) -> None:
-        quiet = {"profile": profile, "quality_gate": False, "min_quantize_tokens": 0, **settings}
+        quiet = {"profile": profile, "min_quantize_tokens": 0, **settings}
         config = make_config(data_dir=folder, min_prefix_tokens=1, **quiet)
         self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
         self.lane = Lane()

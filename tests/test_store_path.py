@@ -32,7 +32,7 @@ class Rig:
     """Engine, lane and the two paths, without RPC."""
 
     def __init__(self, folder: Path, budget_bytes: int = 1 << 30, **settings: object) -> None:
-        quiet = {"profile": "affine8", "quality_gate": False, **settings}
+        quiet = {"profile": "affine8", **settings}
         self.config = make_config(data_dir=folder, min_prefix_tokens=1, **quiet)
         options = EngineOptions(budget_bytes, durability=self.config.durability, master_key=bytes(range(32)))
         self.engine = Engine.open(folder, options)

@@ -20,14 +20,13 @@ START_S = 60.0
 
 
 class ScratchDaemon:
-    """A context manager. `flags` are configuration keys; nothing else configures it. It keeps any profile."""
+    """A context manager. `flags` are configuration keys; nothing else configures it."""
 
     def __init__(self, **flags: object) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kvs-"))
         self._flags: dict[str, object] = {
             "data_dir": self.folder / "data",
             "listen": f"unix:{self.folder}/s",
-            "quality_gate": False,
             "free_floor_bytes": 1,
             **flags,
         }

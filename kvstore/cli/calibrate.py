@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -24,6 +24,7 @@ from kvstore.cli.common import (
 )
 from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
+from kvstore.quality import Thresholds, Verdict
 
 if TYPE_CHECKING:
     from kvstore.core.keys import Namespace
@@ -35,6 +36,26 @@ TEXT_TOKENS_MAX = 400_000
 # groups of tokens must outweigh what waits for the rest of one.
 PREFIXES = click.IntRange(3)
 LENGTH = click.IntRange(256)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_THRESHOLDS = {
+    "kl_mean_max": "Mean KL of the next token, in nats, that a profile may cost.",
+    "kl_p99_max": "The same, 99th percentile of positions.",
+    "top1_min": "Share of positions whose most likely token must stay the same.",
+    "nll_delta_max": "Log-likelihood of the text that may be lost, in nats a token.",
+    "answer_loss_max": "Loss that right answers to arithmetic may gain, in nats a token.",
+}
+
+
+def threshold_options(command: F) -> F:
+    """Add an option for each of `Thresholds`."""
+    for name, about in reversed(_THRESHOLDS.items()):
+        flag, default = "--" + name.replace("_", "-"), getattr(Thresholds(), name)
+        most = 1 if name == "top1_min" else None
+        kind = click.FloatRange(0, most)
+        command = click.option(flag, type=kind, default=default, show_default=True, metavar="N", help=about)(command)
+    return command
 
 
 @click.command("calibrate")
@@ -52,6 +73,7 @@ LENGTH = click.IntRange(256)
     metavar="ID|ALIAS|all",
     help="Drop the results of the namespaces whose id starts so, of an alias, or of all; with --profile only of these.",
 )
+@threshold_options
 @common_options
 def command(
     model_path: str | None,
@@ -67,13 +89,14 @@ def command(
     address: str | None,
     config_path: str | None,
     as_json: bool,
+    **thresholds: float,
 ) -> None:
     """Continue text after cold and after restored prefixes, and record per profile how far they are apart.
 
     The model is loaded here; a daemon of its own, in a temporary directory, keeps the prefixes, quantized whatever
-    their length. The results go to the daemon at --address: from then on it refuses profiles that break the limits of
-    its configuration (quality_*), and profile "auto" takes the smallest that passes. Without --prompt-file the text is
-    Python's own documentation. Results stay when the store is emptied: see --list and --forget.
+    their length. The results go to the daemon at --address with the thresholds: from then on it refuses profiles that
+    did not pass, and profile "auto" takes the smallest that passed. Without --prompt-file the text is Python's own
+    documentation. Results stay when the store is emptied: see --list and --forget.
     """
     if [model_path is not None, listing, forget is not None].count(True) != 1:
         raise click.UsageError("give one of --model PATH, --list and --forget")
@@ -85,8 +108,8 @@ def command(
         _forget(config, forget, profiles, as_json)
     else:
         assert model_path is not None
-        windows_asked = (prefixes, shortest, longest)
-        _measure(config, model_path, adapter_path, prompt_files, profiles, windows_asked, dry_run, as_json)
+        windows_asked, limits = (prefixes, shortest, longest), Thresholds(**thresholds)
+        _measure(config, model_path, adapter_path, prompt_files, profiles, windows_asked, limits, dry_run, as_json)
 
 
 def _measure(
@@ -96,6 +119,7 @@ def _measure(
     prompt_files: Sequence[str],
     profiles: Sequence[str],
     windows_asked: tuple[int, int, int],
+    thresholds: Thresholds,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -114,44 +138,44 @@ def _measure(
     calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
     namespace = kv.namespace(model, model_path, adapter_path=adapter_path)
     results = measured(calibration, namespace, list(profiles or LOSSY), windows_asked[0], quiet=as_json)
-    verdicts = _verdicts(config, namespace, results, dry_run)
+    outcomes = _outcomes(config, namespace, results, thresholds, dry_run)
     if as_json:
         rows = [
             {**asdict(one), "answers_tell": one.answers_tell, "invalid": said.invalid, "refused": said.refused}
-            for one, said in zip(results, verdicts, strict=True)
+            for one, said in zip(results, outcomes, strict=True)
         ]
-        print_json({"recorded": not dry_run, "results": rows})
+        print_json({"recorded": not dry_run, "thresholds": asdict(thresholds), "results": rows})
     else:
-        print_quality(results, [said.invalid or said.refused for said in verdicts])
-    if any(said.invalid for said in verdicts):
+        print_quality(results, [said.invalid or said.refused for said in outcomes])
+    if any(said.invalid for said in outcomes):
         raise click.exceptions.Exit(1)
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """`invalid`: why the result says nothing and is not recorded; `refused`: why the profile will not be used."""
 
     invalid: str = ""
     refused: str = ""
 
 
-def _verdicts(config: Config, namespace: Namespace, results: Sequence[Quality], dry_run: bool) -> list[Verdict]:
-    """What becomes of each result. A dry run judges by the limits of the configuration that is in force here."""
+def _outcomes(
+    config: Config, namespace: Namespace, results: Sequence[Quality], thresholds: Thresholds, dry_run: bool
+) -> list[Outcome]:
+    """What becomes of each result. All that say something are recorded with the verdict, except in a dry run."""
     from kvstore.codecs.plausible import fault_of
-    from kvstore.server.gate import limits_of
 
-    verdicts = [Verdict(invalid=fault_of(one, namespace.layout)) for one in results]
-    if dry_run:
-        limits = limits_of(config)
-        return [
-            said if said.invalid else Verdict(refused=limits.fault(one))
-            for one, said in zip(results, verdicts, strict=True)
-        ]
-    with connected(config) as client:
-        return [
-            said if said.invalid else Verdict(refused=client.record_quality(namespace, one)["refused"])
-            for one, said in zip(results, verdicts, strict=True)
-        ]
+    outcomes = [Outcome(invalid=fault_of(one, namespace.layout)) for one in results]
+    verdicts = [Verdict.of(one, thresholds) for one, said in zip(results, outcomes, strict=True) if not said.invalid]
+    if not dry_run:
+        with connected(config) as client:
+            for verdict in verdicts:
+                client.record_quality(namespace, verdict)
+    refused = {verdict.quality.profile: verdict.fault for verdict in verdicts}
+    return [
+        said if said.invalid else Outcome(refused=refused[one.profile])
+        for one, said in zip(results, outcomes, strict=True)
+    ]
 
 
 def _list(config: Config, as_json: bool) -> None:

@@ -13,13 +13,13 @@ from kvstore.core.blocks import FIDELITY_ANY, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError
-from kvstore.wire.convert import message_to_dict, namespace_to_message, quality_to_message
+from kvstore.wire.convert import message_to_dict, namespace_to_message, verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
     from kvstore.client.session import Session
     from kvstore.core.keys import Namespace
-    from kvstore.quality import Quality
+    from kvstore.quality import Verdict
 
 # What errors call the address that a program gives.
 _ADDRESS = {"listen": "the address that was given"}
@@ -162,11 +162,11 @@ class Client:
         """Verify every blob against its checksums and the index."""
         return self._ask("Check", pb.CheckRequest(repair=repair), CHECK_S)
 
-    def record_quality(self, namespace: Namespace, quality: Quality) -> dict[str, Any]:
-        """Let the daemon keep what a profile costs on a model, and decide by it; `refused` says why not to use it."""
+    def record_quality(self, namespace: Namespace, verdict: Verdict) -> dict[str, Any]:
+        """Let the daemon keep what a profile costs on a model, and whether it passed; `refused` says why not."""
         request = pb.RecordQualityRequest(
             namespace=namespace_to_message(namespace),
-            quality=quality_to_message(quality),
+            quality=verdict_to_message(verdict),
             layout=namespace.layout.record,
         )
         return self._ask("RecordQuality", request, QUICK_S)

@@ -142,28 +142,6 @@ class Config:
     min_quantize_tokens: int = _key(
         parsers.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
     )
-    quality_gate: bool = _key(
-        parsers.switch,
-        "Refuse profiles that `kvstore calibrate` measured as too lossy; auto takes only what was measured and passed.",
-        "switch",
-        default=True,
-    )
-    quality_kl_mean_max: float = _key(
-        parsers.number,
-        "Mean KL of the next token, restored against cold, that a profile may cost.",
-        "nats",
-        default=0.01,
-    )
-    quality_kl_p99_max: float = _key(parsers.number, "The same, 99th percentile of positions.", "nats", default=0.1)
-    quality_top1_min: float = _key(
-        parsers.share, "Share of positions whose most likely token must stay the same.", "share", default=0.95
-    )
-    quality_nll_delta_max: float = _key(
-        parsers.number, "Log-likelihood of the text that may be lost, a token.", "nats", default=0.01
-    )
-    quality_answer_loss_max: float = _key(
-        parsers.number, "Loss that answers of arithmetic in the prefix may gain, a token.", "nats", default=0.02
-    )
     scrub_bytes_per_s: int = _key(
         parsers.size(),
         "Bytes a second that are read to verify blobs nobody asked for. 0: none.",

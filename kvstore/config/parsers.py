@@ -5,7 +5,6 @@ Every parser takes any object, and raises ValueError with what is wrong and how 
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -87,25 +86,6 @@ def profile(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[a-z0-9]+(?:[-_.:,=/][a-z0-9]+)*", value):
         raise ValueError("not a profile name, such as exact, affine8 or channel4:affine4")
     return value
-
-
-def number(value: object) -> float:
-    """A finite number of 0 or more."""
-    try:
-        parsed = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        parsed = math.nan
-    if not 0 <= parsed < math.inf:
-        raise ValueError("not a number of 0 or more")
-    return parsed
-
-
-def share(value: object) -> float:
-    """A number from 0 to 1."""
-    parsed = number(value)
-    if parsed > 1:
-        raise ValueError("not a share from 0 to 1, such as 0.95")
-    return parsed
 
 
 def switch(value: object) -> bool:

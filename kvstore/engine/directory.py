@@ -22,7 +22,7 @@ from typing import Any
 from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX, parse_root
 from kvstore.errors import CorruptDataError, DirectoryError, DirectoryHeldError
-from kvstore.quality import Calibrated, Quality
+from kvstore.quality import Calibrated, Verdict
 
 # Where macOS mounts volumes; a name below it without a volume is a plain folder on the boot disk.
 VOLUMES = Path("/Volumes")
@@ -366,7 +366,7 @@ class QualityFiles:
             with contextlib.suppress(ValueError):  # not a name of ours
                 self._known[bytes.fromhex(path.stem)] = self._read(path)
 
-    def results(self, root: bytes) -> dict[str, Quality]:
+    def results(self, root: bytes) -> dict[str, Verdict]:
         """Results of a namespace by profile. A file that cannot be read counts as none."""
         with self._lock:
             return dict(self._known.get(root, _NOTHING).results)
@@ -376,11 +376,11 @@ class QualityFiles:
         with self._lock:
             return {root: one for root, one in sorted(self._known.items()) if one.results and root.startswith(prefix)}
 
-    def record(self, root: bytes, quality: Quality, alias: str = "", engine: str = "") -> None:
+    def record(self, root: bytes, verdict: Verdict, alias: str = "", engine: str = "") -> None:
         """Keep a result in the place of the profile's last one. Durable on return; OSError if it cannot be written."""
         with self._lock:
             before = self._known.get(root, _NOTHING)
-            self._write(root, Calibrated(alias, engine, before.results).with_result(quality))
+            self._write(root, Calibrated(alias, engine, before.results).with_result(verdict))
 
     def forget(self, prefix: bytes, profile: str = "") -> int:
         """Drop the results of `profile` (empty: of all) in namespaces whose root starts with `prefix`; how many.

@@ -113,15 +113,20 @@ class AdminService(rpc.AdminServicer):
         namespace = convert.namespace_from_message(request.namespace, request.layout)
         if namespace is None:
             raise InvalidRequestError("a measurement comes with the layout of what was measured")
-        quality = convert.quality_from_message(request.quality)
-        return pb.RecordQualityReply(refused=await self._threads.admin(self._store.gate.record, namespace, quality))
+        verdict = convert.verdict_from_message(request.quality)
+        return pb.RecordQualityReply(refused=await self._threads.admin(self._store.gate.record, namespace, verdict))
 
     @unary
     async def ListQuality(self, request: pb.ListQualityRequest, context: Context) -> pb.ListQualityReply:
         found = await self._threads.admin(self._store.gate.all_calibrated, request.namespace_prefix)
         rows = [
-            pb.NamespaceQuality(id=root, alias=one.alias, engine=one.engine, quality=quality_messages(judged))
-            for root, one, judged in found
+            pb.NamespaceQuality(
+                id=root,
+                alias=one.alias,
+                engine=one.engine,
+                quality=quality_messages(verdict for _, verdict in sorted(one.results.items())),
+            )
+            for root, one in found
         ]
         return pb.ListQualityReply(namespaces=rows)
 

@@ -1,25 +1,23 @@
 """The gate: which profile a store gets.
 
-`kvstore calibrate` measures and records (`kvstore.quality`). A profile whose recorded result breaks the configured
-limits is refused with the numbers, under every name that it has. One that was named, in the configuration or by a
-session, and never measured is used, warned of once and listed in `stats`. `auto` takes the smallest that was measured
-and passed: `safe` without any.
+`kvstore calibrate` measures, decides and records (`kvstore.quality`); the gate reads what it recorded. A profile that
+was measured and failed is refused with the numbers, under every name that it has. One that was named, in the
+configuration or by a session, and never measured is used, warned of once and listed in `stats`. `auto` takes the
+smallest that was measured and passed: `safe` without any.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvstore.codecs.plausible import fault_of
 from kvstore.codecs.profiles import AUTO, UNMEASURED, Profile, parse_profile
-from kvstore.config import Config
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.directory import QualityFiles
 from kvstore.errors import ConfigError, InvalidRequestError
-from kvstore.quality import Calibrated, Quality, QualityLimits
+from kvstore.quality import Calibrated, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +37,13 @@ class Choice:
     warning: str = ""
 
 
-def limits_of(config: Config) -> QualityLimits:
-    """The limits that the configuration sets."""
-    return QualityLimits(
-        kl_mean_max=config.quality_kl_mean_max,
-        kl_p99_max=config.quality_kl_p99_max,
-        top1_min=config.quality_top1_min,
-        nll_delta_max=config.quality_nll_delta_max,
-        answer_loss_max=config.quality_answer_loss_max,
-    )
-
-
 class Gate:
     """Chooses profiles. Any thread may call; one look at a dictionary, after a namespace's first."""
 
-    def __init__(self, files: QualityFiles, config: Config) -> None:
-        """`config.profile` must be one that `parse_profile` knows."""
+    def __init__(self, files: QualityFiles, default: str) -> None:
+        """`default`: the profile of who names none; one that `parse_profile` knows."""
         self._files = files
-        self._enabled = config.quality_gate
-        self._default = config.profile
-        self._limits = limits_of(config)
+        self._default = default
         self._lock = threading.Lock()
         self._warned: set[tuple[bytes, str]] = set()
 
@@ -84,19 +69,16 @@ class Gate:
 
     def fault(self, root: bytes, profile: Profile) -> str:
         """Why a profile may not be used in a namespace: it was measured and failed. Empty when it may."""
-        if not self._enabled or profile.is_exact:
-            return ""
-        quality = self._result(root, profile)
-        return self._limits.fault(quality) if quality else ""
+        verdict = None if profile.is_exact else self._result(root, profile)
+        return verdict.fault if verdict else ""
 
-    def calibrated(self, root: bytes) -> list[tuple[Quality, str]]:
-        """What was measured in a namespace, and why each may not be used."""
-        return self._judged(self._files.results(root).values())
+    def calibrated(self, root: bytes) -> list[Verdict]:
+        """What was measured in a namespace, by the names of profiles."""
+        return [one for _, one in sorted(self._files.results(root).items())]
 
-    def all_calibrated(self, prefix: bytes) -> list[tuple[bytes, Calibrated, list[tuple[Quality, str]]]]:
-        """The same for every namespace whose root starts with `prefix`."""
-        found = self._files.all(prefix).items()
-        return [(root, one, self._judged(one.results.values())) for root, one in found]
+    def all_calibrated(self, prefix: bytes) -> list[tuple[bytes, Calibrated]]:
+        """What was measured in every namespace whose root starts with `prefix`."""
+        return list(self._files.all(prefix).items())
 
     def unmeasured(self, root: bytes) -> list[str]:
         """Profiles that were named for this namespace since the daemon started, and used without a measurement."""
@@ -104,41 +86,38 @@ class Gate:
             names = sorted(name for where, name in self._warned if where == root)
         return [name for name in names if self._needs_measurement(root, parse_profile(name))]
 
-    def record(self, namespace: NamespaceInfo, quality: Quality) -> str:
-        """Keep a result; why the profile is refused by it, or nothing. Blocks on disk.
+    def record(self, namespace: NamespaceInfo, verdict: Verdict) -> str:
+        """Keep a verdict; why the profile is refused by it, or nothing. Blocks on disk.
 
         InvalidRequestError for what cannot be a measurement of this profile on this layout.
         """
-        fault = fault_of(quality, namespace.layout)
+        fault = fault_of(verdict.quality, namespace.layout)
         if fault:
-            raise InvalidRequestError(f"the result for {quality.profile} is not taken: {fault}")
-        self._files.record(namespace.root, quality, namespace.alias, namespace.engine)
+            raise InvalidRequestError(f"the result for {verdict.quality.profile} is not taken: {fault}")
+        self._files.record(namespace.root, verdict, namespace.alias, namespace.engine)
         with self._lock:
             self._warned = {pair for pair in self._warned if pair[0] != namespace.root}
-        return self._limits.fault(quality)
+        return verdict.fault
 
     def forget(self, prefix: bytes, profile: str) -> int:
         """Drop results, of all profiles when `profile` is empty; how many. Blocks on disk."""
         return self._files.forget(prefix, profile)
 
-    def _judged(self, results: Iterable[Quality]) -> list[tuple[Quality, str]]:
-        return [(one, self._limits.fault(one)) for one in sorted(results, key=lambda one: one.profile)]
-
-    def _result(self, root: bytes, profile: Profile) -> Quality | None:
-        """The measurement of these recipes, under whatever name."""
-        return next((one for one in self._files.results(root).values() if one.spec == profile.spec), None)
+    def _result(self, root: bytes, profile: Profile) -> Verdict | None:
+        """The verdict on these recipes, under whatever name."""
+        return next((one for one in self._files.results(root).values() if one.quality.spec == profile.spec), None)
 
     def _needs_measurement(self, root: bytes, profile: Profile) -> bool:
         """Whether using the profile is its user's risk."""
-        trusted = not self._enabled or profile.is_exact or profile.spec in _TRUSTED
+        trusted = profile.is_exact or profile.spec in _TRUSTED
         return not trusted and self._result(root, profile) is None
 
     def _smallest(self, root: bytes) -> Profile:
         """Of what was measured and passes the one with the fewest bits; `safe` without any, unless that failed."""
         passing = [
-            (quality.bits_per_value, name)
-            for name, quality in self._files.results(root).items()
-            if self._is_known(name, quality.spec) and not self._limits.fault(quality)
+            (one.quality.bits_per_value, name)
+            for name, one in self._files.results(root).items()
+            if one.passed and self._is_known(name, one.quality.spec)
         ]
         if passing:
             return parse_profile(min(passing)[1])

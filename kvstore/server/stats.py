@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NamespaceUsage
-from kvstore.quality import Quality
+from kvstore.quality import Verdict
 from kvstore.server.gate import Gate
 from kvstore.server.refusals import Refusals
-from kvstore.wire.convert import quality_to_message
+from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 
@@ -136,6 +136,6 @@ def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
     )
 
 
-def quality_messages(judged: Iterable[tuple[Quality, str]]) -> list[pb.Quality]:
-    """Results and why each may not be used."""
-    return [quality_to_message(quality, refused) for quality, refused in judged]
+def quality_messages(verdicts: Iterable[Verdict]) -> list[pb.Quality]:
+    """Results, and why each profile may not be used."""
+    return [verdict_to_message(one) for one in verdicts]

@@ -102,7 +102,7 @@ class StorePath:
         self._lane = lane
         self._config = config
         self._staging_dir = staging_dir
-        self.gate = Gate(engine.quality, config)
+        self.gate = Gate(engine.quality, config.profile)
         self.uploads = Uploads(config.limits.uploads_max)
         self._staged = ByteBudget(engine.budget_bytes * config.limits.staging_share_percent // 100)
         self._shares = Shares(self._staged.limit_bytes // CALLER_SHARE)

@@ -15,7 +15,7 @@ from kvstore.core.layers import Layout
 from kvstore.core.records import states_from_list, states_to_list, unpack_record
 from kvstore.core.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.errors import InvalidRequestError, LayoutMismatchError
-from kvstore.quality import Quality
+from kvstore.quality import Quality, Thresholds, Verdict
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Channel and server options that both ends need. Messages are bounded by the caller's limit, proxies never apply to a
@@ -112,16 +112,20 @@ def _scalar(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else value
 
 
-def quality_to_message(quality: Quality, refused: str = "") -> pb.Quality:
-    """A measurement as it travels."""
-    return pb.Quality(**asdict(quality), refused=refused)
+def verdict_to_message(verdict: Verdict) -> pb.Quality:
+    """A measurement and what was decided by it, as they travel."""
+    thresholds = pb.QualityThresholds(**asdict(verdict.thresholds))
+    return pb.Quality(**asdict(verdict.quality), refused=verdict.fault, passed=verdict.passed, thresholds=thresholds)
 
 
-def quality_from_message(message: pb.Quality) -> Quality:
-    """The measurement that a caller sent; InvalidRequestError when its numbers are impossible or a name is no name."""
+def verdict_from_message(message: pb.Quality) -> Verdict:
+    """The verdict that a caller sent; InvalidRequestError when it is none, or its numbers are impossible."""
     if not message.profile or len(message.profile) + len(message.spec) > FIELD_BYTES_MAX:
         raise InvalidRequestError("a measurement names the profile that was measured")
     quality = Quality(**{field.name: getattr(message, field.name) for field in fields(Quality)})
     if quality.impossible:
         raise InvalidRequestError(f"the result for {quality.profile} is not taken: {quality.impossible}")
-    return quality
+    if not message.HasField("thresholds"):
+        raise InvalidRequestError(f"the result for {quality.profile} comes without thresholds")
+    thresholds = Thresholds(**{one.name: getattr(message.thresholds, one.name) for one in fields(Thresholds)})
+    return Verdict(quality, thresholds, message.passed)

@@ -20,7 +20,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.arithmetic import Answers, problems
 from kvstore.integrations.calibrate import Tally, windows
-from kvstore.quality import Quality
+from kvstore.quality import Quality, Thresholds, Verdict
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens
 from tests.support.sessions import client_of, patient
@@ -46,9 +46,9 @@ def text(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A daemon with the gate on."""
+    """A daemon that decides by itself."""
     folder = tmp_path_factory.mktemp("gate") / "data"
-    with DaemonProcess(folder, profile="auto", quality_gate=True) as running:
+    with DaemonProcess(folder, profile="auto") as running:
         yield running
 
 
@@ -93,7 +93,8 @@ def test_a_planted_bad_profile_is_refused_with_its_numbers(
         assert row["unmeasured"] == ["affine4"]  # named and never measured: stored, and listed
         assert daemon.log_text().count("profile affine4 is used as asked for") == 1
         assert row["profile"] == "balanced"  # the smaller one does not pass, so auto takes the next
-        assert {one["profile"]: bool(one["refused"]) for one in row["quality"]} == {PLANTED: True, "balanced": False}
+        assert {one["profile"]: one["passed"] for one in row["quality"]} == {PLANTED: False, "balanced": True}
+        assert {one["thresholds"]["kl_mean_max"] for one in row["quality"]} == {0.01}
 
 
 def test_the_probe_tells_the_worst_profile_and_that_this_model_guesses(results: dict[str, dict[str, Any]]) -> None:
@@ -122,17 +123,18 @@ def test_a_forged_result_is_not_taken_by_the_daemon(
     forged = ({"bits_per_value": 10.5}, {"positions": 0}, {"kl_mean": -1.0}, {"kl_mean": math.nan})
     with client_of(daemon) as client:
         for changes in forged:
+            verdict = Verdict.of(replace(good, **changes), Thresholds())  # type: ignore[arg-type]
             with pytest.raises(InvalidRequestError, match="is not taken"):
-                client.record_quality(namespace_of(model), replace(good, **changes))  # type: ignore[arg-type]
+                client.record_quality(namespace_of(model), verdict)
         (space,) = client.list_quality()["namespaces"]
         (row,) = [one for one in space["quality"] if one["profile"] == PLANTED]
     assert row["kl_mean"] == measured.kl_mean and "mean KL" in row["refused"]
 
 
-def test_a_dry_run_shows_what_the_limits_refuse(daemon: DaemonProcess, model: Path, text: Path) -> None:
+def test_a_dry_run_shows_what_the_thresholds_refuse(daemon: DaemonProcess, model: Path, text: Path) -> None:
     """As `used no`, with the numbers; nothing is recorded."""
     command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, "--profile", "affine3"]
-    done = run_cli([*command, "--dry-run"], daemon.environ() | {"KVSTORE_QUALITY_KL_MEAN_MAX": "0"}, timeout_s=400)
+    done = run_cli([*command, "--dry-run", "--kl-mean-max", "0"], daemon.environ(), timeout_s=400)
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("affine3 ")]
     assert line.split()[-1] == "no"

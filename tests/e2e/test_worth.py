@@ -92,6 +92,8 @@ def test_a_disk_that_becomes_slow_costs_less_than_the_prefill_and_a_fast_one_is_
     assert disk.reads == before, "not a single range was read"
     assert session.match([*TOKENS, 1], SPEED).reason is Reason.SLOWER_THAN_PREFILL
     assert session.match([*TOKENS, 1]).n_tokens == len(TOKENS), "who says nothing of its speed is not refused"
+    takes_all = client.session(make_namespace(LAYOUT), slow_hits=True, **PATIENT)  # type: ignore[arg-type]
+    assert takes_all.match([*TOKENS, 1], SPEED).n_tokens == len(TOKENS), "nor is who takes slow hits"
     assert client.stats()["miss_reasons"] == {"slower_than_prefill": 1}
     disk.read_s = 0.0
     deadline = time.monotonic() + 180

@@ -27,9 +27,7 @@ SMALL = {
     "fetch_total_ms": str(OPEN_DEADLINES["fetch_total_ms"]),
     "free_floor_bytes": "1",
     "budget_bytes": "2GB",
-    # Tests name profiles to test codecs with; the gate has tests of its own.
     "profile": "affine8",
-    "quality_gate": "false",
     # A scrub that comes first would find the damage that a test is about.
     "scrub_bytes_per_s": "0",
 }

@@ -490,7 +490,7 @@ class NamespaceStats(_message.Message):
     def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Quality(_message.Message):
-    __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss")
+    __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss", "passed", "thresholds")
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
     PREFIXES_FIELD_NUMBER: _ClassVar[int]
@@ -511,6 +511,8 @@ class Quality(_message.Message):
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_WRONG_FIELD_NUMBER: _ClassVar[int]
     ANSWER_LOSS_FIELD_NUMBER: _ClassVar[int]
+    PASSED_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLDS_FIELD_NUMBER: _ClassVar[int]
     profile: str
     spec: str
     prefixes: int
@@ -531,7 +533,23 @@ class Quality(_message.Message):
     answers: int
     answer_wrong: float
     answer_loss: float
-    def __init__(self, profile: _Optional[str] = ..., spec: _Optional[str] = ..., prefixes: _Optional[int] = ..., positions: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_p99: _Optional[float] = ..., top1: _Optional[float] = ..., nll_delta: _Optional[float] = ..., answer_cold: _Optional[float] = ..., answer_restored: _Optional[float] = ..., bits_per_value: _Optional[float] = ..., encode_bytes_per_s: _Optional[float] = ..., decode_bytes_per_s: _Optional[float] = ..., created_s: _Optional[int] = ..., refused: _Optional[str] = ..., tokens: _Optional[int] = ..., threshold_tokens: _Optional[int] = ..., answers: _Optional[int] = ..., answer_wrong: _Optional[float] = ..., answer_loss: _Optional[float] = ...) -> None: ...
+    passed: bool
+    thresholds: QualityThresholds
+    def __init__(self, profile: _Optional[str] = ..., spec: _Optional[str] = ..., prefixes: _Optional[int] = ..., positions: _Optional[int] = ..., kl_mean: _Optional[float] = ..., kl_p99: _Optional[float] = ..., top1: _Optional[float] = ..., nll_delta: _Optional[float] = ..., answer_cold: _Optional[float] = ..., answer_restored: _Optional[float] = ..., bits_per_value: _Optional[float] = ..., encode_bytes_per_s: _Optional[float] = ..., decode_bytes_per_s: _Optional[float] = ..., created_s: _Optional[int] = ..., refused: _Optional[str] = ..., tokens: _Optional[int] = ..., threshold_tokens: _Optional[int] = ..., answers: _Optional[int] = ..., answer_wrong: _Optional[float] = ..., answer_loss: _Optional[float] = ..., passed: bool = ..., thresholds: _Optional[_Union[QualityThresholds, _Mapping]] = ...) -> None: ...
+
+class QualityThresholds(_message.Message):
+    __slots__ = ("kl_mean_max", "kl_p99_max", "top1_min", "nll_delta_max", "answer_loss_max")
+    KL_MEAN_MAX_FIELD_NUMBER: _ClassVar[int]
+    KL_P99_MAX_FIELD_NUMBER: _ClassVar[int]
+    TOP1_MIN_FIELD_NUMBER: _ClassVar[int]
+    NLL_DELTA_MAX_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_LOSS_MAX_FIELD_NUMBER: _ClassVar[int]
+    kl_mean_max: float
+    kl_p99_max: float
+    top1_min: float
+    nll_delta_max: float
+    answer_loss_max: float
+    def __init__(self, kl_mean_max: _Optional[float] = ..., kl_p99_max: _Optional[float] = ..., top1_min: _Optional[float] = ..., nll_delta_max: _Optional[float] = ..., answer_loss_max: _Optional[float] = ...) -> None: ...
 
 class RecordQualityRequest(_message.Message):
     __slots__ = ("namespace", "quality", "layout")
