@@ -162,7 +162,8 @@ def leaf_commands() -> dict[str, click.Command]:
     leaves = {verb: command for verb, command in found.items() if command}
     for verb, group in groups.items():
         assert isinstance(group, click.Group)
-        leaves |= {f"{verb} {name}": command for name, command in group.commands.items()}
+        names = group.list_commands(context)
+        leaves |= {f"{verb} {name}": command for name in names if (command := group.get_command(context, name))}
     return leaves
 
 

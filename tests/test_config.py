@@ -161,20 +161,12 @@ def test_a_socket_path_of_97_bytes_is_taken_and_98_names_the_fix() -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:7070", "localhost:7070", "[::1]:7070", "0.0.0.0:7070", "mac.local:1"])
 def test_tcp_needs_tls_or_the_switch(listen: str) -> None:
     """Within the host too, where other users can connect; the message says what to decide."""
-    with pytest.raises(ConfigError, match=r"listen: .* is TCP.*tls_cert.*`kvstore cert`.*insecure_tcp"):
+    with pytest.raises(ConfigError, match=r"listen: .* is TCP.*tls_dir.*`kvstore config cert`.*insecure_tcp"):
         load({"listen": listen})
     assert load({"listen": listen, "insecure_tcp": "true"}).address.target == listen
-    assert load({"listen": listen, "tls_ca": "/ca.pem"}).tls
-    assert load({"listen": listen, "tls_cert": "/s.pem", "tls_key": "/s.key"}).tls
-
-
-def test_a_certificate_and_its_key_go_together() -> None:
-    """One of them alone is a mistake, wherever it is found."""
-    for key in ("tls_cert", "tls_key"):
-        with pytest.raises(ConfigError, match="tls_cert and tls_key go together"):
-            load({key: "/a.pem"})
-    with pytest.raises(ConfigError, match="token_file: must be absolute"):
-        load({"token_file": "tokens"})
+    assert load({"listen": listen, "tls_dir": "/tls"}).address.target == listen
+    with pytest.raises(ConfigError, match="tls_dir: must be absolute"):
+        load({"listen": listen, "tls_dir": "tls"})
 
 
 def test_socket_addresses_have_one_spelling() -> None:

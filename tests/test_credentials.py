@@ -29,6 +29,7 @@ from kvstore.core.blocks import Reason
 from kvstore.errors import ConfigError, CredentialsError, DirectoryError, ScopeError
 from kvstore.server.authorize import bearer, daemon_credentials, scope_of_method
 from kvstore.wire.status import to_status
+from tests.support.tls import tls_folder
 
 W, A = "w" * 32, "a" * 32
 TOKENS = (Token(Scope.WORKER, W), Token(Scope.ADMIN, A))
@@ -116,8 +117,8 @@ def test_a_wrong_token_file_names_the_line_and_never_the_token(line: str, words:
 
 def test_tokens_and_credentials_do_not_show_when_printed(tmp_path: Path) -> None:
     """Whatever prints them, a log or a traceback."""
-    (tmp_path / "ca").write_bytes(cert.make_ca(9).pem)
-    config = Config(listen="h:1", tls_ca=str(tmp_path / "ca"), token_file=str(secret_file(tmp_path)))
+    folder = tls_folder(tmp_path / "tls", ca=cert.make_ca(9).pem, tokens=f"admin {A}")
+    config = Config(listen="h:1", tls_dir=str(folder))
     assert A not in repr(TOKENS) + repr(load_credentials(config))
 
 
@@ -180,19 +181,48 @@ def test_refusals_have_a_status_and_a_reason_of_their_own() -> None:
 
 def test_a_daemon_on_tcp_must_know_itself_and_who_connects(tmp_path: Path) -> None:
     """Unless the switch says that it need not; on a unix socket the files are not even read."""
-    made = cert.make_pair(cert.make_ca(9), "daemon", 9, ("h",))
-    pair = {"tls_cert": str(tmp_path / "cert"), "tls_key": str(tmp_path / "key")}
-    for name, data in (("cert", made.pem), ("key", made.key_pem)):
-        write_private(tmp_path / name, data)
-    with pytest.raises(ConfigError, match="has no certificate"):
-        daemon_credentials(Config(listen="h:1", tls_ca="/ca.pem"))
+    ca = cert.make_ca(9)
+    made = cert.make_pair(ca, "daemon", 9, ("h",))
+    tls_folder(tmp_path, ca=ca.pem)
+    config = Config(listen="h:1", tls_dir=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no cert\.pem .*`kvstore config cert`"):
+        daemon_credentials(config)
+    tls_folder(tmp_path, cert=made.pem, key=made.key_pem)
+    assert daemon_credentials(config).ca
+    (tmp_path / "ca.pem").unlink()
     with pytest.raises(ConfigError, match="must know who connects"):
-        daemon_credentials(Config(listen="h:1", **pair))  # type: ignore[arg-type]
+        daemon_credentials(config)
+    tls_folder(tmp_path, tokens=f"admin {A}")
+    assert daemon_credentials(config).tokens
     assert daemon_credentials(Config(listen="h:1", insecure_tcp=True)).chain == b""
-    assert daemon_credentials(Config(listen="h:1", **pair, token_file=str(secret_file(tmp_path)))).tokens  # type: ignore[arg-type]
-    assert daemon_credentials(Config(token_file="/nowhere")).tokens == ()
-    with pytest.raises(ConfigError, match="tls_ca: cannot read /nowhere"):
-        daemon_credentials(Config(listen="h:1", **pair, tls_ca="/nowhere"))  # type: ignore[arg-type]
+    assert daemon_credentials(Config(tls_dir="/nowhere")).tokens == ()
+
+
+def test_a_folder_that_is_not_what_cert_makes_is_an_error(tmp_path: Path) -> None:
+    """Missing, empty, or with half of a pair."""
+    config = Config(listen="h:1", tls_dir=str(tmp_path / "tls"))
+    with pytest.raises(ConfigError, match=f"tls_dir: cannot read {tmp_path}/tls: No such file"):
+        load_credentials(config)
+    tls_folder(tmp_path / "tls", other=b"x")
+    with pytest.raises(ConfigError, match=r"has none of cert\.pem, .*, tokens; `kvstore config cert`"):
+        load_credentials(config)
+    for one, other in (("cert", "key"), ("key", "cert")):
+        folder = tls_folder(tmp_path / one, **{one: b"x"})
+        with pytest.raises(ConfigError, match=f"{folder} has {one}.pem and no {other}.pem"):
+            load_credentials(Config(listen="h:1", tls_dir=str(folder)))
+
+
+def test_every_folder_that_cert_makes_is_a_tls_dir(tmp_path: Path) -> None:
+    """With the tokens that its end needs; the key that signs is in none of them."""
+    cert.write_files(tmp_path, cert.make_files(("h",), 9), force=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["admin", "ca.key", "ca.pem", "daemon", "worker"]
+    scopes = {}
+    for end in ("daemon", "worker", "admin"):
+        load = daemon_credentials if end == "daemon" else load_credentials
+        read = load(Config(listen="h:1", tls_dir=str(tmp_path / end)))
+        assert read.chain and read.key and read.ca == (tmp_path / "ca.pem").read_bytes()
+        scopes[end] = [token.scope for token in read.tokens]
+    assert scopes == {"daemon": [Scope.WORKER, Scope.ADMIN], "worker": [Scope.WORKER], "admin": [Scope.ADMIN]}
 
 
 def test_cert_signs_what_each_end_is_for_and_nothing_else() -> None:
@@ -218,8 +248,8 @@ def test_a_changed_file_that_cannot_be_used_leaves_the_last_one_in_force(
 ) -> None:
     """Said once if it stays so, not while it is being written; each change that holds is one line."""
     caplog.set_level("INFO", "kvstore.config.credentials")
-    path = secret_file(tmp_path)
-    files = CredentialFiles(Config(listen="h:1", insecure_tcp=True, token_file=str(path)))
+    path = tls_folder(tmp_path / "tls", tokens=f"admin {A}") / "tokens"
+    files = CredentialFiles(Config(listen="h:1", insecure_tcp=True, tls_dir=str(path.parent)))
     assert not files.renew() and not caplog.records
     path.write_bytes(b"worker ")
     assert not files.renew() and not caplog.records
@@ -234,6 +264,8 @@ def test_a_changed_file_that_cannot_be_used_leaves_the_last_one_in_force(
         assert not files.renew() and [token.secret for token in files.current.tokens] == [W]
     write_private(path, b"worker " + W.encode())
     assert not files.renew(), "what it says has not changed"
+    tls_folder(path.parent, ca=cert.make_ca(9).pem)
+    assert not files.renew() and files.current.ca == b"", "what was not there at the start is not used"
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     assert [level for level, _ in said] == ["INFO", "WARNING", "WARNING"]
     assert "chmod 600" in said[1][1] and "No such file" in said[2][1] and W not in str(said) and A not in str(said)

@@ -22,6 +22,7 @@ from kvstore.errors import ConfigError, TLSError
 from kvstore.server.authorize import daemon_credentials
 from tests.support.daemon import run_cli
 from tests.support.synthetic import make_layout, make_namespace
+from tests.support.tls import tls_folder
 
 HOST = "127.0.0.1"
 CA = make_ca(100)
@@ -43,11 +44,7 @@ def from_to(monkeypatch: pytest.MonkeyPatch, begin_days: int, end_days: int, hos
 
 def written(folder: Path, pair: Pair, ca: Pair = CA) -> dict[str, str]:
     """A configuration of these files."""
-    files = {"tls_cert": pair.pem, "tls_key": pair.key_pem, "tls_ca": ca.pem}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-        (folder / name).chmod(0o600)
-    return {name: str(folder / name) for name in files}
+    return {"tls_dir": str(tls_folder(folder, cert=pair.pem, key=pair.key_pem, ca=ca.pem))}
 
 
 @pytest.fixture
@@ -86,8 +83,7 @@ def test_trouble_with_tls_has_a_reason_and_words_of_its_own(
 ) -> None:
     """In misses, in what admin verbs raise, and once in the log."""
     port = port_of(from_to(monkeypatch, **pair))  # type: ignore[operator, arg-type]
-    (tmp_path / "ca").write_bytes(CA.pem)
-    with Client(Config(listen=f"{HOST}:{port}", tls_ca=str(tmp_path / "ca"))) as client:
+    with Client(Config(listen=f"{HOST}:{port}", tls_dir=str(tls_folder(tmp_path, ca=CA.pem)))) as client:
         session = client.session(make_namespace(make_layout()), **PATIENT)
         for _ in range(5):
             answer = session.fetch(list(range(100)))
@@ -98,18 +94,18 @@ def test_trouble_with_tls_has_a_reason_and_words_of_its_own(
 
 
 def test_files_that_are_not_a_pair_are_errors_of_the_configuration(tmp_path: Path) -> None:
-    """They name the setting; a daemon does not start with them, and `connect` raises."""
+    """They name the file; a daemon does not start with them, and `connect` raises."""
     pair = make_pair(CA, "daemon", 9, (HOST,))
     files = written(tmp_path, Pair(pair.certificate, make_pair(CA, "other", 9, (HOST,)).key))
-    with pytest.raises(ConfigError, match=r"tls_key: .*is not the key"):
+    with pytest.raises(ConfigError, match=r"tls_dir: .*key\.pem is not the key"):
         load_credentials(Config(listen=f"{HOST}:1", **files))
     files = written(tmp_path, pair)
-    for name in files:
-        before = Path(files[name]).read_bytes()
-        Path(files[name]).write_bytes(b"-----BEGIN NOTHING-----\n")
-        with pytest.raises(ConfigError, match=name):
+    for name in ("cert.pem", "key.pem", "ca.pem"):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(b"-----BEGIN NOTHING-----\n")
+        with pytest.raises(ConfigError, match=f"tls_dir: {tmp_path}/{name}"):
             Client(Config(listen=f"{HOST}:1", **files))
-        Path(files[name]).write_bytes(before)
+        (tmp_path / name).write_bytes(before)
     load_credentials(Config(listen=f"{HOST}:1", **files))
 
 

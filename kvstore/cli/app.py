@@ -25,10 +25,9 @@ VERBS = {
     "show": ("kvstore.cli.show", "Everything recorded about blocks."),
     "evict": ("kvstore.cli.evict", "Remove blocks from the store."),
     "check": ("kvstore.cli.check", "Verify every blob, and repair."),
-    "cert": ("kvstore.cli.cert", "Make a CA, certificates and tokens for TCP."),
     "calibrate": ("kvstore.cli.calibrate", "Measure what profiles cost on a model."),
     "bench": ("kvstore.cli.bench", "Measure the store on this machine."),
-    "config": ("kvstore.cli.config", "The configuration in force."),
+    "config": ("kvstore.cli.config", "Show the configuration in force; make certificates."),
 }
 
 EXIT_FAILURE = 1

@@ -1,4 +1,4 @@
-"""`kvstore cert`: a CA of one's own, the certificates that it signs, and tokens, for a daemon that listens on TCP."""
+"""`kvstore config cert`: a CA, the certificates that it signs, and tokens, for a daemon that listens on TCP."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from kvstore.cli.common import common_options, note, print_facts, print_json
-from kvstore.config import default_config_path, parse_address
+from kvstore.config import credentials, default_config_path, parse_address
 from kvstore.config.credentials import ADMIN_NAME
 from kvstore.config.private_files import require_private_directory, write_private
 from kvstore.errors import DirectoryError
 
 CA_NAME = "kvstore CA"
+CA_KEY = "ca.key"
+DAEMON_NAME = "kvstore-daemon"
 WORKER_NAME = "kvstore-worker"
 DAYS = 825  # the longest that macOS trusts the certificate of a server
 TOKEN_BYTES = 32
@@ -106,28 +108,34 @@ def _san(host: str) -> x509.GeneralName:
 
 
 def make_files(hosts: tuple[str, ...], days: int) -> dict[str, bytes]:
-    """Everything that the verb writes, by file name."""
+    """Everything that the verb writes, by path: the CA, and a folder for each end as `tls_dir` wants it."""
     ca = make_ca(days)
     pairs = {
-        "ca": ca,
-        "server": make_pair(ca, "kvstore-daemon", days, hosts),
+        "daemon": make_pair(ca, DAEMON_NAME, days, hosts),
         "worker": make_pair(ca, WORKER_NAME, days),
         "admin": make_pair(ca, ADMIN_NAME, days),
     }
-    tokens = "".join(f"{scope} {secrets.token_urlsafe(TOKEN_BYTES)}\n" for scope in ("worker", "admin"))
-    files = {"tokens": tokens.encode()}
-    for name, pair in pairs.items():
-        files |= {f"{name}.pem": pair.pem, f"{name}.key": pair.key_pem}
+    tokens = {scope: f"{scope} {secrets.token_urlsafe(TOKEN_BYTES)}\n" for scope in ("worker", "admin")}
+    tokens["daemon"] = tokens["worker"] + tokens["admin"]
+    files = {credentials.CA: ca.pem, CA_KEY: ca.key_pem}
+    for end, pair in pairs.items():
+        files |= {
+            f"{end}/{credentials.CERT}": pair.pem,
+            f"{end}/{credentials.KEY}": pair.key_pem,
+            f"{end}/{credentials.CA}": ca.pem,
+            f"{end}/{credentials.TOKENS}": tokens[end].encode(),
+        }
     return files
 
 
 def write_files(directory: Path, files: dict[str, bytes], *, force: bool) -> None:
-    """All files 0600 in a directory of our own; DirectoryError, before anything is written, when one is there."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private_directory(directory, "choose another --dir")
-    except OSError as error:
-        raise DirectoryError(f"cannot make {directory}: {error.strerror}") from error
+    """All files 0600 in directories of our own; DirectoryError, before anything is written, when one is there."""
+    for folder in dict.fromkeys([directory, *((directory / name).parent for name in files)]):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            require_private_directory(folder, "choose another --dir")
+        except OSError as error:
+            raise DirectoryError(f"cannot make {folder}: {error.strerror}") from error
     taken = sorted(name for name in files if (directory / name).exists() or (directory / name).is_symlink())
     if taken and not force:
         raise DirectoryError(f"{directory} has {', '.join(taken)} already; --force replaces all of them")
@@ -163,8 +171,10 @@ def command(
 ) -> None:
     """Make a CA, certificates and tokens for TCP.
 
-    ca.pem signs server.pem (the daemon), worker.pem and admin.pem (clients), each with its .key; tokens has a line for
-    a worker and one for an admin. All are 0600 in a 0700 directory. Take ca.key off the machine: it can sign more.
+    The folders daemon, worker and admin are each a `tls_dir`: cert.pem, key.pem, ca.pem and tokens. Leave daemon/ with
+    the daemon and copy worker/ or admin/ to each client; both ends then ask for a certificate of this CA and a token.
+    Without ca.pem in daemon/ the daemon asks for tokens alone, without tokens for certificates alone. All files are
+    0600 in 0700 directories. Take ca.key off the machine: it can sign more.
 
     --host may be repeated; without it the certificate is for the host of --address, or this one.
     """
@@ -179,8 +189,9 @@ def command(
     print_facts(
         str(where),
         [
-            ("daemon", "tls_cert = server.pem, tls_key = server.key, and token_file = tokens or tls_ca = ca.pem"),
-            ("client", "tls_ca = ca.pem, and token_file = tokens or tls_cert = worker.pem, tls_key = worker.key"),
+            ("daemon", f"tls_dir = {where / 'daemon'}"),
+            ("worker", f"tls_dir = {where / 'worker'}"),
+            ("admin", f"tls_dir = {where / 'admin'}"),
             ("hosts", ", ".join(hosts)),
         ],
     )

@@ -1,4 +1,4 @@
-"""`kvstore config show`: every key, its value in force, and where that came from."""
+"""`kvstore config`: every key, its value in force and where that came from; certificates for TCP."""
 
 from __future__ import annotations
 
@@ -14,9 +14,25 @@ from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
 from kvstore.errors import ConfigError
 
 
-@click.group("config", cls=Suggesting)
+class _Verbs(Suggesting):
+    """Imports `cert`, and with it the library of X.509, only when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Both verbs."""
+        return ["show", "cert"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb's command."""
+        if cmd_name != "cert":
+            return super().get_command(ctx, cmd_name)
+        from kvstore.cli.cert import command as cert
+
+        return cert
+
+
+@click.group("config", cls=_Verbs)
 def command() -> None:
-    """The configuration in force."""
+    """The configuration in force, and the certificates that one for TCP needs."""
 
 
 @command.command("show")

@@ -26,6 +26,7 @@ from kvstore.config.credentials import (
     CredentialFiles,
     Credentials,
     Scope,
+    speaks_tls,
     token_to_present,
 )
 from kvstore.core.process import FORKED, connecting, is_forked, unless_forked
@@ -103,9 +104,9 @@ class _Presenter(
 
 
 def open_channel(config: Config, credentials: Credentials) -> Any:
-    """A channel to the configured address. Without `tls_ca` the system's CAs verify the daemon's certificate."""
+    """A channel to the configured address. Without a CA of its own the system's CAs verify the daemon's certificate."""
     options = [*channel_options(config.limits.message_bytes_max), *RECONNECT_OPTIONS]
-    if config.address.path or not config.tls:
+    if not speaks_tls(config, credentials):
         return grpc.insecure_channel(config.address.target, options=options)
     tls = grpc.ssl_channel_credentials(credentials.ca or None, credentials.key or None, credentials.chain or None)
     return grpc.secure_channel(config.address.target, tls, options=options)
@@ -131,13 +132,13 @@ def _admin_channel(config: Config, files: CredentialFiles, name: str, worker_cha
     return channel, rpc.AdminStub(presenting(channel, name, files, Scope.ADMIN))
 
 
-def _unanswered(config: Config, error: Any) -> KVStoreError:
+def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
     """What the failure of a health check means. The guard's own errors say it themselves."""
     if isinstance(error, UntrustedError):
         return error
     if isinstance(error, UnavailableError):
         return UnansweredError(str(error))
-    if config.address.path or not config.tls:
+    if not is_tls:
         return UnansweredError(f"no daemon answers at {config.address.target}")
     details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
     if any(word in details.lower() for word in _TLS_WORDS):
@@ -145,11 +146,11 @@ def _unanswered(config: Config, error: Any) -> KVStoreError:
     return UnansweredError(f"no daemon answers at {config.address.target}: {details}")
 
 
-def _heard(of: weakref.ref[Connection], config: Config, error: Any) -> KVStoreError:
+def _heard(of: weakref.ref[Connection], config: Config, is_tls: bool, error: Any) -> KVStoreError:
     """What the failure of a health check means; files that have changed may be what ends it."""
     if (connection := of()) is not None:
         connection.renew()
-    return _unanswered(config, error)
+    return _unanswered(config, is_tls, error)
 
 
 class _Forked:
@@ -183,8 +184,9 @@ class Connection:
         self._name = secrets.token_hex(8)
         connecting()
         # What failed before it was away is no measure of the daemon.
-        heard = functools.partial(_heard, weakref.ref(self), config)
-        self.health = Health(None, heard, self.breaker.succeeded)
+        is_tls = speaks_tls(config, self._files.current)
+        self._heard = functools.partial(_heard, weakref.ref(self), config, is_tls)
+        self.health = Health(None, self._heard, self.breaker.succeeded)
         self._channel: Any = None
         self._closed = False
         self._closers: list[Any] = []
@@ -248,7 +250,7 @@ class Connection:
             self._check(b"", timeout=timeout_s)
         except (grpc.RpcError, KVStoreError) as error:
             if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
-                failed = _heard(weakref.ref(self), self._config, error)
+                failed = self._heard(error)
                 self.health.failed(failed)
                 raise failed from error
         self.health.answered()
@@ -267,7 +269,7 @@ class Connection:
                 channel.unary_unary(HEALTH_METHOD)(b"", timeout=timeout_s)
             except (grpc.RpcError, KVStoreError) as error:
                 if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
-                    raise _heard(weakref.ref(self), self._config, error) from error
+                    raise self._heard(error) from error
             yield stub
         finally:
             if channel is not workers_channel:

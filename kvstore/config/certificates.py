@@ -21,7 +21,6 @@ WARN_DAYS = 30
 class Validity:
     """When the certificates of one file are valid: all of a chain, and at least one of several CAs."""
 
-    setting: str
     path: str
     begin: datetime.datetime
     end: datetime.datetime
@@ -29,9 +28,9 @@ class Validity:
     def trouble(self, now: datetime.datetime) -> str:
         """Why it is not valid now; empty if it is."""
         if now < self.begin:
-            return f"{self.setting}: {self.path} is not valid before {self.begin:%Y-%m-%d %H:%M} UTC"
+            return f"tls_dir: {self.path} is not valid before {self.begin:%Y-%m-%d %H:%M} UTC"
         if now > self.end:
-            return f"{self.setting}: {self.path} has expired on {self.end:%Y-%m-%d %H:%M} UTC"
+            return f"tls_dir: {self.path} has expired on {self.end:%Y-%m-%d %H:%M} UTC"
         return ""
 
 
@@ -39,35 +38,35 @@ def check_pair(cert_path: str, chain: bytes, key_path: str, key: bytes) -> Valid
     """When a certificate with its key is valid. ConfigError for files that are neither, or do not belong together."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-    certificates = _parse("tls_cert", cert_path, chain)
+    certificates = _parse(cert_path, chain)
     try:
         private = load_pem_private_key(key, None)
     except (ValueError, TypeError) as error:  # TypeError: it is encrypted
-        raise ConfigError(f"tls_key: {key_path} is not a private key in PEM without a password") from error
+        raise ConfigError(f"tls_dir: {key_path} is not a private key in PEM without a password") from error
     own, of = (
         one.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
         for one in (private.public_key(), certificates[0].public_key())
     )
     if own != of:
-        raise ConfigError(f"tls_key: {key_path} is not the key of the certificate in {cert_path}")
+        raise ConfigError(f"tls_dir: {key_path} is not the key of the certificate in {cert_path}")
     begin = max(one.not_valid_before_utc for one in certificates)
-    return Validity("tls_cert", cert_path, begin, min(one.not_valid_after_utc for one in certificates))
+    return Validity(cert_path, begin, min(one.not_valid_after_utc for one in certificates))
 
 
 def check_authorities(path: str, pem: bytes) -> Validity:
     """When one of the CAs in a file is valid. ConfigError for a file without certificates."""
-    certificates = _parse("tls_ca", path, pem)
+    certificates = _parse(path, pem)
     begin = min(one.not_valid_before_utc for one in certificates)
-    return Validity("tls_ca", path, begin, max(one.not_valid_after_utc for one in certificates))
+    return Validity(path, begin, max(one.not_valid_after_utc for one in certificates))
 
 
-def _parse(setting: str, path: str, pem: bytes) -> list[x509.Certificate]:
+def _parse(path: str, pem: bytes) -> list[x509.Certificate]:
     from cryptography import x509
 
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
-        raise ConfigError(f"{setting}: {path} holds no certificate in PEM") from error
+        raise ConfigError(f"tls_dir: {path} holds no certificate in PEM") from error
 
 
 def warn_of_end(validities: tuple[Validity, ...]) -> None:
@@ -78,11 +77,11 @@ def warn_of_end(validities: tuple[Validity, ...]) -> None:
             log.warning("%s; no secure connection will be made with it", trouble)
         elif one.end - now < datetime.timedelta(days=WARN_DAYS):
             left = (one.end - now).days
-            log.warning("%s: %s expires in %d days; `kvstore cert` makes another", one.setting, one.path, left)
+            log.warning("tls_dir: %s expires in %d days; `kvstore config cert` makes another", one.path, left)
 
 
 def require_valid(validities: tuple[Validity, ...]) -> None:
     """ConfigError for what is not valid now."""
     for one in validities:
         if trouble := one.trouble(datetime.datetime.now(datetime.UTC)):
-            raise ConfigError(f"{trouble}; `kvstore cert` makes another")
+            raise ConfigError(f"{trouble}; `kvstore config cert` makes another")

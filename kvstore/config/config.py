@@ -72,23 +72,10 @@ class Config:
         "switch",
         default=False,
     )
-    tls_cert: str = _key(
+    tls_dir: str = _key(
         parsers.file,
-        "Certificate chain of this end, PEM: the daemon's, or a client's where tls_ca asks for one.",
-        "file",
-        default="",
-    )
-    tls_key: str = _key(parsers.file, "Private key of tls_cert, PEM, 0600.", "file", default="")
-    tls_ca: str = _key(
-        parsers.file,
-        "CA that the other end's certificate must come from, PEM. Set in a daemon: clients must have one too.",
-        "file",
-        default="",
-    )
-    token_file: str = _key(
-        parsers.file,
-        "Lines `worker TOKEN` or `admin TOKEN`, 0600: what a daemon on TCP takes, what a client sends.",
-        "file",
+        "Folder with this end's certificate, key, CA and tokens, as `kvstore config cert` makes it. Needed on TCP.",
+        "path",
         default="",
     )
     encrypt: str = _key(
@@ -165,14 +152,12 @@ class Config:
             object.__setattr__(self, key, _parsed(key, getattr(self, key), self.sources.get(key, "")))
         if self.encrypt != "off" and not self.encryption_key:
             raise _error("encrypt", "needs an encryption_key", self.sources.get("encrypt", ""))
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise _error("tls_cert", "tls_cert and tls_key go together", self.sources.get("tls_cert", ""))
-        if not (self.address.path or self.tls or self.insecure_tcp):
+        if not (self.address.path or self.tls_dir or self.insecure_tcp):
             # On loopback too: other users of the machine can connect, and can listen while the daemon is away.
             raise _error(
                 "listen",
-                f"{self.listen} is TCP, and nothing keeps others from it; use unix:/path, or set tls_cert and tls_key "
-                "(a client: tls_ca), which `kvstore cert` makes, or accept the risk with insecure_tcp",
+                f"{self.listen} is TCP, and nothing keeps others from it; use unix:/path, set tls_dir to a folder that "
+                "`kvstore config cert` made, or accept the risk with insecure_tcp",
                 self.sources.get("listen", ""),
             )
 
@@ -180,11 +165,6 @@ class Config:
     def address(self) -> Address:
         """`listen`, taken apart."""
         return parse_address(self.listen)
-
-    @property
-    def tls(self) -> bool:
-        """Whether TCP is encrypted."""
-        return bool(self.tls_cert or self.tls_ca)
 
     def source(self, key: str) -> str:
         """Where the value of `key` came from: a flag, a variable, a file, or `default`."""

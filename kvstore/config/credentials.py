@@ -2,8 +2,17 @@
 
 The unix socket needs none of this: its directory and mode let its owner in, who may do everything.
 
-A token file has a line for each token, `worker TOKEN` or `admin TOKEN`; `#` starts a comment. A daemon takes every
-token in its file. A client sends the least that does: an admin token for admin verbs, a worker token for the rest.
+Both ends have a folder of the same shape, `tls_dir`; `kvstore config cert` makes one for each. A file that is not there
+when the process begins is not used:
+
+    cert.pem   certificate chain of this end: the daemon's, or a client's where the daemon asks for one
+    key.pem    its private key, 0600
+    ca.pem     CAs that the other end's certificate must come from; in a daemon: clients must have one. A client without
+               it trusts the system's CAs
+    tokens     0600, a line for each token, `worker TOKEN` or `admin TOKEN`; `#` starts a comment
+
+A daemon takes every token in its file. A client sends the least that does: an admin token for admin verbs, a worker
+token for the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +25,7 @@ import hmac
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +41,7 @@ METADATA_KEY = "authorization"
 # Under this key a client sends a random name of its own with each call, so that the daemon can count clients.
 CLIENT_KEY = "kvstore-client"
 BEARER = "Bearer "
-FILE_KEYS = ("token_file", "tls_cert", "tls_key", "tls_ca")
+CERT, KEY, CA, TOKENS = FILES = ("cert.pem", "key.pem", "ca.pem", "tokens")
 TELL_END_EVERY = datetime.timedelta(days=1)
 
 log = logging.getLogger(__name__)
@@ -65,26 +74,49 @@ class Credentials:
     validities: tuple[Validity, ...] = ()
 
 
-def load_credentials(config: Config) -> Credentials:
-    """Read what the configuration names. DirectoryError for a file that is missing or open to others, ConfigError for
-    one that is not what it should be. What has expired, or soon will, is logged. Nothing is read for a unix socket."""
-    if config.address.path:
-        return Credentials()
-    chain, ca = _public("tls_cert", config.tls_cert), _public("tls_ca", config.tls_ca)
-    key = read_private(config.tls_key) if config.tls_key else b""
+def credential_files(config: Config) -> dict[str, Path]:
+    """The files that are in `tls_dir` now, by name; none for a unix socket. ConfigError when they cannot be used."""
+    if config.address.path or not config.tls_dir:
+        return {}
+    folder = Path(config.tls_dir)
+    try:
+        there = set(os.listdir(folder))
+    except OSError as error:
+        raise ConfigError(f"tls_dir: cannot read {folder}: {error.strerror}") from error
+    found = {name: folder / name for name in FILES if name in there}
+    if not found:
+        raise ConfigError(f"tls_dir: {folder} has none of {', '.join(FILES)}; `kvstore config cert` makes them")
+    for name, other in ((CERT, KEY), (KEY, CERT)):
+        if name in found and other not in found:
+            raise ConfigError(f"tls_dir: {folder} has {name} and no {other}; they go together")
+    return found
+
+
+def speaks_tls(config: Config, credentials: Credentials) -> bool:
+    """Whether a client encrypts: always on TCP, unless `insecure_tcp` allows it not to and it has nothing for TLS."""
+    return not config.address.path and (bool(credentials.chain or credentials.ca) or not config.insecure_tcp)
+
+
+def load_credentials(config: Config, files: Mapping[str, Path] | None = None) -> Credentials:
+    """Read these files; None: those that `tls_dir` has now, none for a unix socket.
+
+    DirectoryError for a file that is missing or open to others, ConfigError for one that is not what it should be. What
+    has expired, or soon will, is logged.
+    """
+    files = credential_files(config) if files is None else files
+    chain = key = ca = b""
+    tokens: tuple[Token, ...] = ()
     validities = []
-    if chain and key:
-        validities.append(check_pair(config.tls_cert, chain, config.tls_key, key))
-    if ca:
-        validities.append(check_authorities(config.tls_ca, ca))
+    if CERT in files:
+        chain, key = _public(files[CERT]), read_private(files[KEY])
+        validities.append(check_pair(str(files[CERT]), chain, str(files[KEY]), key))
+    if CA in files:
+        ca = _public(files[CA])
+        validities.append(check_authorities(str(files[CA]), ca))
+    if TOKENS in files:
+        tokens = parse_tokens(read_private(files[TOKENS]), str(files[TOKENS]))
     warn_of_end(tuple(validities))
-    return Credentials(
-        chain=chain,
-        key=key,
-        ca=ca,
-        validities=tuple(validities),
-        tokens=parse_tokens(read_private(config.token_file), config.token_file) if config.token_file else (),
-    )
+    return Credentials(chain=chain, key=key, ca=ca, tokens=tokens, validities=tuple(validities))
 
 
 def _utc_now() -> datetime.datetime:
@@ -94,21 +126,20 @@ def _utc_now() -> datetime.datetime:
 class CredentialFiles:
     """The files of one end's credentials, read again when they have changed. Any thread may call.
 
-    A change that cannot be used (half written, open to others, no pair) leaves in force what was read before, until the
-    files change once more. What is said of a change is one line in the log.
+    A change that cannot be used (half written, open to others, no pair, gone) leaves in force what was read before,
+    until the files change once more: a file that is removed never opens the door. One that was not there at the start
+    is not looked for. What is said of a change is one line in the log.
     """
 
     def __init__(
         self,
         config: Config,
-        load: Callable[[Config], Credentials] = load_credentials,
+        load: Callable[[Config, Mapping[str, Path]], Credentials] = load_credentials,
         clock: Callable[[], datetime.datetime] = _utc_now,
     ) -> None:
         """Reads the files; raises what `load` raises."""
-        self._paths = {key: path for key in FILE_KEYS if (path := getattr(config, key))}
-        if config.address.path:
-            self._paths = {}
-        self._load = functools.partial(load, config)
+        self._paths = credential_files(config)
+        self._load = functools.partial(load, config, self._paths)
         self._clock = clock
         self._lock = threading.Lock()
         self._seen = self._look()  # before they are read: what changes meanwhile is found by the next look
@@ -170,11 +201,11 @@ class CredentialFiles:
         warn_of_end(self.current.validities)
 
 
-def _public(key: str, path: str) -> bytes:
+def _public(path: Path) -> bytes:
     try:
-        return Path(path).read_bytes() if path else b""
+        return path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"tls_dir: cannot read {path}: {error.strerror}") from error
 
 
 def parse_tokens(text: bytes, path: str) -> tuple[Token, ...]:
@@ -185,14 +216,14 @@ def parse_tokens(text: bytes, path: str) -> tuple[Token, ...]:
         if not words:
             continue
         if len(words) != 2 or words[0] not in ("worker", "admin"):
-            raise ConfigError(f"token_file: {path}, line {number}: write `worker TOKEN` or `admin TOKEN`")
+            raise ConfigError(f"tls_dir: {path}, line {number}: write `worker TOKEN` or `admin TOKEN`")
         if len(words[1]) < TOKEN_CHARACTERS_MIN or not (words[1].isascii() and words[1].isprintable()):
             raise ConfigError(
-                f"token_file: {path}, line {number}: a token has at least {TOKEN_CHARACTERS_MIN} ASCII characters"
+                f"tls_dir: {path}, line {number}: a token has at least {TOKEN_CHARACTERS_MIN} ASCII characters"
             )
         tokens.append(Token(Scope[words[0].upper()], words[1]))
     if not tokens:
-        raise ConfigError(f"token_file: {path} has no token")
+        raise ConfigError(f"tls_dir: {path} has no token")
     return tuple(tokens)
 
 

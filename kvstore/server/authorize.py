@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,11 +15,15 @@ from kvstore.config.certificates import require_valid
 from kvstore.config.credentials import (
     ADMIN_NAME,
     BEARER,
+    CA,
+    CERT,
     METADATA_KEY,
+    TOKENS,
     CredentialFiles,
     Credentials,
     Scope,
     Token,
+    credential_files,
     load_credentials,
     scope_of_token,
 )
@@ -38,21 +43,22 @@ _SCOPES = (
 LOOK_EVERY_S = 1.0
 
 
-def daemon_credentials(config: Config) -> Credentials:
+def daemon_credentials(config: Config, files: Mapping[str, Path] | None = None) -> Credentials:
     """What the daemon needs for its address. ConfigError when strangers could connect, or the files are not a pair or
     not valid now.
 
     Raises DirectoryError for keys or tokens that others can read.
     """
     if not (config.address.path or config.insecure_tcp):
-        if not config.tls_cert:
-            raise ConfigError(f"tls_cert: the daemon has no certificate for {config.listen}; `kvstore cert` makes one")
-        if not (config.token_file or config.tls_ca):
+        files = credential_files(config) if files is None else files
+        if CERT not in files:
+            raise ConfigError(f"tls_dir: the daemon has no {CERT} for {config.listen}; `kvstore config cert` makes one")
+        if TOKENS not in files and CA not in files:
             raise ConfigError(
-                f"listen: on {config.listen} the daemon must know who connects; set token_file, or tls_ca to ask for "
-                "certificates; `kvstore cert` makes both"
+                f"listen: on {config.listen} the daemon must know who connects; put {TOKENS} into tls_dir, or {CA} to "
+                "ask for certificates; `kvstore config cert` makes both"
             )
-    credentials = load_credentials(config)
+    credentials = load_credentials(config, files)
     require_valid(credentials.validities)
     return credentials
 
@@ -124,7 +130,9 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no 
         if given >= needed:
             return None
         if given is Scope.NOTHING:
-            return CredentialsError("this daemon asks for a token, and the call has none that it knows: set token_file")
+            return CredentialsError(
+                "this daemon asks for a token, and the call has none that it knows: the client's tls_dir needs `tokens`"
+            )
         return ScopeError("this takes an admin's token")
 
 

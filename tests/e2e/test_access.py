@@ -9,48 +9,50 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from kvstore.client.client import Client, connect
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
-from tests.support.daemon import OPEN_DEADLINES, DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.limits import small_config
 from tests.support.servers import free_port, wait_until
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
+from tests.support.tls import copied, tls_folder
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(300))
+CERT = ("config", "cert")
+HOSTS = ("--host", "localhost", "--host", "127.0.0.1")
 SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `kvstore cert` makes, under a umask that hides nothing."""
+    """What `kvstore config cert` makes, under a umask that hides nothing."""
     directory = tmp_path_factory.mktemp("access") / "tls"
     before = os.umask(0)
     try:
-        made = run_cli(["cert", "--dir", str(directory), "--host", "localhost", "--host", "127.0.0.1"], os.environ)
+        made = run_cli([*CERT, "--dir", str(directory), *HOSTS], os.environ)
     finally:
         os.umask(before)
     assert made.returncode == 0, made.stderr
-    for line, scope in zip((directory / "tokens").read_text().splitlines(), ("worker", "admin"), strict=True):
-        path = directory / f"{scope}.token"
-        path.touch(mode=0o600)
-        path.write_text(line)
     return directory
 
 
-def serving(tmp_path_factory: pytest.TempPathFactory, tls: Path, **config: Any) -> DaemonProcess:
-    """A daemon on TCP with its certificate; not started."""
+def part(tls: Path, end: str, *names: str) -> Path:
+    """The folder of an end, with only these of its files: `cert`, `key`, `ca`, `tokens`."""
+    return copied(tls / "-".join((end, *names)), tls / end, *names)
+
+
+def serving(tmp_path_factory: pytest.TempPathFactory, tls_dir: Path) -> DaemonProcess:
+    """A daemon on TCP with what the folder has; not started."""
     address = f"127.0.0.1:{free_port()}"
-    pair = {"tls_cert": tls / "server.pem", "tls_key": tls / "server.key"}
     return DaemonProcess(
-        tmp_path_factory.mktemp("daemon") / "data", listen=address, **{"insecure_tcp": "false", **pair, **config}
+        tmp_path_factory.mktemp("daemon") / "data", listen=address, insecure_tcp="false", tls_dir=tls_dir
     )
 
 
@@ -59,7 +61,7 @@ def started(daemon: DaemonProcess, tls: Path) -> Iterator[DaemonProcess]:
     """Running and serving: health takes TLS but no token."""
     try:
         daemon.start(wait=False)
-        with connecting(daemon, tls, **as_worker(tls)) as client:
+        with connecting(daemon, tls / "worker") as client:
             wait_until(lambda: answers(daemon, client), 60, daemon.log_text)
         yield daemon
     finally:
@@ -76,18 +78,9 @@ def answers(daemon: DaemonProcess, client: Client) -> bool:
     return True
 
 
-def as_worker(tls: Path) -> dict[str, Any]:
-    """A worker's certificate."""
-    return {"tls_cert": str(tls / "worker.pem"), "tls_key": str(tls / "worker.key")}
-
-
-def connecting(daemon: DaemonProcess, tls: Path, **config: Any) -> Client:
-    """A client that trusts the CA, with what else is given."""
-    return connect(
-        config=Config(
-            listen=daemon.listen, min_prefix_tokens=1, **{**OPEN_DEADLINES, "tls_ca": str(tls / "ca.pem"), **config}
-        )
-    )
+def connecting(daemon: DaemonProcess, tls_dir: Path) -> Client:
+    """A client with what the folder has."""
+    return connect(config=small_config(daemon.listen, tls_dir=str(tls_dir)))
 
 
 def roundtrip(client: Client) -> None:
@@ -111,33 +104,35 @@ def assert_shut_out(client: Client, reason: Reason) -> None:
 @pytest.fixture(scope="module")
 def by_token(tmp_path_factory: pytest.TempPathFactory, tls: Path) -> Iterator[DaemonProcess]:
     """A daemon that asks for tokens."""
-    with started(serving(tmp_path_factory, tls, token_file=tls / "tokens"), tls) as daemon:
+    with started(serving(tmp_path_factory, part(tls, "daemon", "cert", "key", "tokens")), tls) as daemon:
         yield daemon
 
 
 @pytest.fixture(scope="module")
 def by_certificate(tmp_path_factory: pytest.TempPathFactory, tls: Path) -> Iterator[DaemonProcess]:
     """A daemon that asks for certificates."""
-    with started(serving(tmp_path_factory, tls, tls_ca=tls / "ca.pem"), tls) as daemon:
+    with started(serving(tmp_path_factory, part(tls, "daemon", "cert", "key", "ca")), tls) as daemon:
         yield daemon
 
 
 def test_everything_that_cert_makes_is_closed_to_others(tls: Path) -> None:
     """The umask was 0."""
     assert tls.stat().st_mode & 0o777 == 0o700
-    assert {path.name: path.stat().st_mode & 0o777 for path in tls.iterdir() if path.stat().st_mode & 0o077} == {}
+    assert {path.name: path.stat().st_mode & 0o777 for path in tls.rglob("*") if path.stat().st_mode & 0o077} == {}
+    assert {path.stat().st_mode & 0o777 for path in (tls / "daemon").iterdir()} == {0o600}
 
 
 def test_cert_replaces_nothing_unless_told_to(tls: Path, tmp_path: Path) -> None:
     """Not even when only one of the files is there."""
-    (tmp_path / "tls").mkdir(mode=0o700)
-    (tmp_path / "tls" / "tokens").write_text("mine")
-    arguments = ["cert", "--dir", str(tmp_path / "tls")]
+    (tmp_path / "tls" / "worker").mkdir(mode=0o700, parents=True)
+    (tmp_path / "tls").chmod(0o700)
+    (tmp_path / "tls" / "worker" / "tokens").write_text("mine")
+    arguments = [*CERT, "--dir", str(tmp_path / "tls")]
     refused = run_cli(arguments, os.environ)
-    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "has tokens already" in refused.stderr
-    assert [path.name for path in (tmp_path / "tls").iterdir()] == ["tokens"]
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "has worker/tokens already" in refused.stderr
+    assert [path.name for path in (tmp_path / "tls").rglob("*") if path.is_file()] == ["tokens"]
     assert run_cli([*arguments, "--force"], os.environ).returncode == 0
-    assert (tmp_path / "tls" / "tokens").read_text() != "mine"
+    assert (tmp_path / "tls" / "worker" / "tokens").read_text() != "mine"
     (tmp_path / "tls").chmod(0o755)
     refused = run_cli([*arguments, "--force"], os.environ)
     assert refused.returncode == 1 and "chmod 700" in refused.stderr
@@ -146,24 +141,23 @@ def test_cert_replaces_nothing_unless_told_to(tls: Path, tmp_path: Path) -> None
 
 def test_a_worker_token_stores_and_fetches_and_an_admin_token_does_all(by_token: DaemonProcess, tls: Path) -> None:
     """Admin verbs are a scope of their own."""
-    with connecting(by_token, tls, token_file=str(tls / "worker.token")) as worker:
+    with connecting(by_token, part(tls, "worker", "ca", "tokens")) as worker:
         roundtrip(worker)
         for verb in (worker.stats, worker.list, worker.check, lambda: worker.evict(all=True)):
             with pytest.raises(ScopeError, match="admin"):
                 verb()
-    with connecting(by_token, tls, token_file=str(tls / "admin.token")) as admin:
+    with connecting(by_token, part(tls, "admin", "ca", "tokens")) as admin:
         roundtrip(admin)
         assert admin.stats()["disk"]["blobs"] == 2
-    with connecting(by_token, tls, token_file=str(tls / "tokens")) as both:
+    with connecting(by_token, part(tls, "daemon", "ca", "tokens")) as both:
         assert both.list()["namespaces"]
 
 
 def test_without_a_known_token_there_are_misses_and_no_answers(by_token: DaemonProcess, tls: Path) -> None:
     """The connection is made, nothing is learned over it."""
-    (tls / "wrong.token").touch(mode=0o600)
-    (tls / "wrong.token").write_text("admin " + "x" * 43)
-    for wrong in ({}, {"token_file": str(tls / "wrong.token")}):
-        with connecting(by_token, tls, **wrong) as client:
+    none = part(tls, "worker", "ca")
+    for tokens in ("", "admin " + "x" * 43):
+        with connecting(by_token, tls_folder(none, tokens=tokens) if tokens else none) as client:
             assert_shut_out(client, Reason.DENIED)
             with pytest.raises(CredentialsError, match="token"):
                 client.stats()
@@ -182,12 +176,11 @@ def test_what_is_not_a_known_verb_is_refused_before_its_message_is_read(by_token
 
 def test_certificates_let_workers_in_and_admins_further(by_certificate: DaemonProcess, tls: Path) -> None:
     """By the name in the certificate."""
-    with connecting(by_certificate, tls, **as_worker(tls)) as worker:
+    with connecting(by_certificate, part(tls, "worker", "cert", "key", "ca")) as worker:
         roundtrip(worker)
         with pytest.raises(ScopeError, match="kvstore-admin"):
             worker.evict(all=True)
-    pair = {"tls_cert": str(tls / "admin.pem"), "tls_key": str(tls / "admin.key")}
-    with connecting(by_certificate, tls, **pair) as admin:
+    with connecting(by_certificate, part(tls, "admin", "cert", "key", "ca")) as admin:
         assert admin.stats()["disk"]["blobs"] == 2
 
 
@@ -195,10 +188,16 @@ def test_without_a_certificate_of_the_ca_there_is_no_connection(
     by_certificate: DaemonProcess, tls: Path, tmp_path: Path
 ) -> None:
     """None at all, one of another CA, or plain text: unavailable, and never an exception in a worker."""
-    assert run_cli(["cert", "--dir", str(tmp_path / "other")], os.environ).returncode == 0
-    others = as_worker(tmp_path / "other")
-    for config in ({}, others, {"tls_ca": "", "insecure_tcp": True}, {**as_worker(tls), "tls_ca": others["tls_cert"]}):
-        with connecting(by_certificate, tls, **config) as client:
+    other, ca = tmp_path / "other", (tls / "ca.pem").read_bytes()
+    assert run_cli([*CERT, "--dir", str(other)], os.environ).returncode == 0
+    configs = (
+        {"tls_dir": str(part(tls, "worker", "ca"))},
+        {"tls_dir": str(tls_folder(part(other, "worker", "cert", "key"), ca=ca))},
+        {"tls_dir": str(copied(part(tls, "worker", "cert", "key"), other, "ca"))},
+        {"insecure_tcp": True},
+    )
+    for config in configs:
+        with connect(config=small_config(by_certificate.listen, **config)) as client:
             session = client.session(NAMESPACE, connect_ms=500)
             assert session.fetch(TOKENS).reason in (Reason.UNAVAILABLE, Reason.DEADLINE, Reason.TLS)
 
@@ -207,46 +206,34 @@ def test_a_daemon_in_the_place_of_another_is_not_talked_to(
     tmp_path_factory: pytest.TempPathFactory, tls: Path, tmp_path: Path
 ) -> None:
     """Its certificate is of another CA: neither prompt nor token reaches it."""
-    assert run_cli(["cert", "--dir", str(tmp_path / "other"), "--host", "127.0.0.1"], os.environ).returncode == 0
     other = tmp_path / "other"
+    assert run_cli([*CERT, "--dir", str(other), "--host", "127.0.0.1"], os.environ).returncode == 0
     with (
-        started(serving(tmp_path_factory, other, token_file=other / "tokens"), other) as impostor,
-        connecting(impostor, tls, token_file=str(tls / "worker.token")) as client,
+        started(serving(tmp_path_factory, other / "daemon"), other) as impostor,
+        connecting(impostor, part(tls, "worker", "ca", "tokens")) as client,
     ):
         assert client.session(NAMESPACE, connect_ms=20_000).fetch(TOKENS).reason is Reason.TLS
 
 
-@pytest.mark.parametrize("name", ["server.key", "tokens"])
+@pytest.mark.parametrize("name", ["key.pem", "tokens"])
 def test_a_daemon_does_not_start_on_a_key_or_tokens_that_others_can_read(
     tmp_path_factory: pytest.TempPathFactory, tls: Path, name: str
 ) -> None:
     """And leaves no directory behind."""
-    daemon = serving(tmp_path_factory, tls, token_file=tls / "tokens")
-    (tls / name).chmod(0o640)
-    try:
-        ended = run_cli(["serve"], daemon.environ())
-    finally:
-        (tls / name).chmod(0o600)
-    assert ended.returncode == 1 and f"chmod 600 {tls / name}" in ended.stderr and "Traceback" not in ended.stderr
+    folder = copied(tmp_path_factory.mktemp("tls"), tls / "daemon", "cert", "key", "ca", "tokens")
+    daemon = serving(tmp_path_factory, folder)
+    (folder / name).chmod(0o640)
+    ended = run_cli(["serve"], daemon.environ())
+    assert ended.returncode == 1 and f"chmod 600 {folder / name}" in ended.stderr and "Traceback" not in ended.stderr
     assert not daemon.data_dir.exists()
 
 
 def test_the_command_line_takes_its_keys_from_the_configuration(by_token: DaemonProcess, tls: Path) -> None:
     """As every client does."""
-    environ = {**by_token.environ(), "KVSTORE_TLS_CA": str(tls / "ca.pem")}
-    for key in ("TLS_CERT", "TLS_KEY"):
-        del environ[f"KVSTORE_{key}"]
+    environ = {**by_token.environ(), "KVSTORE_TLS_DIR": str(tls / "admin")}
     assert run_cli(["stats", "--json"], environ).returncode == 0
-    refused = run_cli(["evict", "--all"], {**environ, "KVSTORE_TOKEN_FILE": str(tls / "worker.token")})
+    refused = run_cli(["evict", "--all"], {**environ, "KVSTORE_TLS_DIR": str(tls / "worker")})
     assert refused.returncode == 1 and refused.stderr == "kvstore: this takes an admin's token\n"
-
-
-def replace(path: Path, text: str) -> None:
-    """New content under an old name, at once, as tools that rotate secrets write."""
-    new = path.with_suffix(".new")
-    new.touch(mode=0o600)
-    new.write_text(text)
-    new.rename(path)
 
 
 def reason_of(client: Client) -> Reason:
@@ -265,29 +252,30 @@ def test_tokens_change_while_daemon_and_client_live(
 ) -> None:
     """In either order; the old token is refused, and each side says once that it has read its file again."""
     caplog.set_level("INFO", "kvstore.config.credentials")
-    theirs, mine = tmp_path / "daemon.tokens", tmp_path / "client.tokens"
     old, new = (f"worker {letter * 40}\nadmin {letter.upper() * 40}\n" for letter in "on")
-    for path in (theirs, mine, tmp_path / "old.tokens"):
-        replace(path, old)
+    theirs = tls_folder(copied(tmp_path / "daemon", tls / "daemon", "cert", "key"), tokens=old)
+    mine, others = (
+        tls_folder(copied(tmp_path / name, tls / "worker", "ca"), tokens=old) for name in ("client", "late")
+    )
     with (
-        started(serving(tmp_path_factory, tls, token_file=theirs), tls) as daemon,
-        connecting(daemon, tls, token_file=str(mine)) as client,
-        connecting(daemon, tls, token_file=str(tmp_path / "old.tokens")) as late,
+        started(serving(tmp_path_factory, theirs), tls) as daemon,
+        connecting(daemon, mine) as client,
+        connecting(daemon, others) as late,
     ):
         roundtrip(client)
         roundtrip(late)
-        replace(theirs if first == "daemon" else mine, new)
+        tls_folder(theirs if first == "daemon" else mine, tokens=new)
         if first == "daemon":
             eventually(client, Reason.DENIED, daemon)
-        replace(mine if first == "daemon" else theirs, new)
+        tls_folder(mine if first == "daemon" else theirs, tokens=new)
         eventually(late, Reason.DENIED, daemon)
         eventually(client, Reason.OK, daemon)
         roundtrip(client)
         assert client.stats()["disk"]["blobs"] == 2
         assert reason_of(late) is Reason.DENIED
-        assert daemon.log_text().count("token_file changed") == 1
+        assert daemon.log_text().count("tokens changed") == 1
     assert [record.message for record in caplog.records if "changed" in record.message] == [
-        "token_file changed, and is in force as it is now"
+        "tokens changed, and is in force as it is now"
     ]
 
 
@@ -297,15 +285,15 @@ def test_certificates_and_their_ca_change_while_daemon_and_client_live(
 ) -> None:
     """Both know each other by the new CA from the next connection on, and those who have the old one only are out."""
     folder, old = tmp_path / "tls", tmp_path / "old"
-    arguments = ["cert", "--dir", str(folder), "--host", "localhost", "--host", "127.0.0.1"]
+    arguments = [*CERT, "--dir", str(folder), *HOSTS]
     assert run_cli(arguments, os.environ).returncode == 0
     shutil.copytree(folder, old)
-    daemon = serving(tmp_path_factory, folder, tls_ca=folder / "ca.pem")
+    daemon = serving(tmp_path_factory, folder / "daemon")
     with (
         started(daemon, folder),
-        connecting(daemon, folder, **as_worker(folder)) as client,
-        connecting(daemon, folder, **as_worker(folder)) as late,  # which connects for the first time below
-        connecting(daemon, old, **as_worker(old)) as outsider,
+        connecting(daemon, folder / "worker") as client,
+        connecting(daemon, folder / "worker") as late,  # which connects for the first time below
+        connecting(daemon, old / "worker") as outsider,
     ):
         roundtrip(client)
         assert run_cli([*arguments, "--force"], os.environ).returncode == 0

@@ -13,7 +13,8 @@ from kvstore.client.client import Client, connect
 from kvstore.client.session import Session
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
-from tests.e2e.test_access import LAYOUT, NAMESPACE, TOKENS, as_worker, serving, started, tls
+from kvstore.core.limits import Limits
+from tests.e2e.test_access import LAYOUT, NAMESPACE, TOKENS, serving, started, tls
 from tests.support.proxy import SlowProxy
 from tests.support.servers import wait_until
 from tests.support.synthetic import make_layers
@@ -29,7 +30,7 @@ LIMITS = {"stall_ms": 30_000, "total_ms": 60_000}
 @pytest.fixture
 def proxy(tmp_path_factory: pytest.TempPathFactory, tls: Path) -> Iterator[SlowProxy]:
     """A slow link to a daemon that is asked for a token."""
-    with started(serving(tmp_path_factory, tls, token_file=tls / "tokens"), tls) as daemon:
+    with started(serving(tmp_path_factory, tls / "daemon"), tls) as daemon:
         made = SlowProxy(int(daemon.listen.rpartition(":")[2]), DELAY_S)
         yield made
         made.cut()
@@ -38,13 +39,8 @@ def proxy(tmp_path_factory: pytest.TempPathFactory, tls: Path) -> Iterator[SlowP
 @pytest.fixture
 def client(proxy: SlowProxy, tls: Path) -> Iterator[Client]:
     """A client at its other end."""
-    config = Config(
-        listen=f"127.0.0.1:{proxy.port}",
-        min_prefix_tokens=1,
-        tls_ca=str(tls / "ca.pem"),
-        token_file=str(tls / "worker.token"),
-        **as_worker(tls),
-    )
+    listen, limits = f"127.0.0.1:{proxy.port}", Limits(min_prefix_tokens=1)
+    config = Config(listen=listen, tls_dir=str(tls / "worker"), limits=limits)
     with connect(config=config) as made:
         yield made
 
