@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
-from kvstore.config import KEYS, Config
+from kvstore.config import KEYS, Config, parse_size
 
 ROOT = Path(__file__).parents[1]
 ID = "ab" * 32
@@ -179,6 +180,43 @@ def test_serve_has_a_flag_for_every_key() -> None:
     """Nothing can be set in the file only."""
     flags = {flag for param in leaf_commands()["serve"].params for flag in param.opts}
     assert {"--" + key.replace("_", "-") for key in KEYS} <= flags
+
+
+def test_there_are_few_keys_and_few_verbs() -> None:
+    """A new one has to take the place of another, or raise these numbers and say why."""
+    assert len(KEYS) <= 22
+    assert len(VERBS) <= 18
+
+
+def test_serve_shows_its_flags_in_groups_and_sizes_for_people() -> None:
+    """Each key under the heading of its group; no number of bytes has to be counted."""
+    text = invoke("serve", "--help").stdout
+    headings = list(dict.fromkeys(field.metadata["group"] for field in KEYS.values()))
+    assert headings == ["storage", "memory", "network", "security", "quality", "other"]
+    at = {heading: text.index(f"\n{heading.capitalize()}:\n") for heading in headings}
+    for key, field in KEYS.items():
+        flag = text.index(f"\n  --{key.replace('_', '-')}")
+        assert max(at, key=lambda heading: at[heading] if at[heading] < flag else -1) == field.metadata["group"], key
+    assert "[default: 512 MiB]" in text and "[default: 4 MiB]" in text
+    assert not re.search(r"\d{6}", text)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0"),
+        (1, "1"),
+        (1536, "1536"),
+        (1 << 20, "1 MiB"),
+        (512 << 20, "512 MiB"),
+        (10**10, "10 GB"),
+        (2 << 30, "2 GiB"),
+    ],
+)
+def test_exact_sizes_are_what_the_configuration_reads(nbytes: int, text: str) -> None:
+    """In the largest unit that says it exactly."""
+    assert common.exact_size_text(nbytes) == text
+    assert parse_size(text) == nbytes
 
 
 def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -> None:
@@ -406,7 +444,7 @@ def test_config_show_says_where_each_value_came_from(client: FakeClient, tmp_pat
     assert parsed["keys"]["profile"]["value"] == "raw"
     assert parsed["keys"]["profile"]["source"] == str(file)
     assert parsed["keys"]["log_level"]["source"] == "default"
-    assert "512MiB" in invoke("config", "show").stdout
+    assert "512 MiB" in invoke("config", "show").stdout
     file.write_text("profil = 1", encoding="utf-8")
     result = invoke("config", "show")
     assert result.exit_code == 2

@@ -188,6 +188,13 @@ def size_text(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
 
 
+def exact_size_text(nbytes: int) -> str:
+    """Bytes in the largest unit that says them exactly, as the configuration takes them."""
+    units = (("TB", 10**12), ("GB", 10**9), ("GiB", 2**30), ("MB", 10**6), ("MiB", 2**20), ("KiB", 2**10))
+    found = next(((unit, size) for unit, size in units if nbytes and nbytes % size == 0), None)
+    return f"{nbytes // found[1]} {found[0]}" if found else str(nbytes)
+
+
 def span_text(seconds: int) -> str:
     """A length of time for people, in its largest unit that fits."""
     for unit, length_s in (("d", 86_400), ("h", 3600), ("m", 60)):

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from kvstore.cli.app import Suggesting
-from kvstore.cli.common import client_config, common_options, print_json, print_table, say
+from kvstore.cli.common import client_config, common_options, exact_size_text, print_json, print_table, say
 from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
 from kvstore.errors import ConfigError
 
@@ -80,11 +80,5 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if KEYS[key].metadata["unit"] == "size":
-        return _size(value) if value else "0 (automatic)"
+        return exact_size_text(value) if value or key == "scrub_bytes_per_s" else "0 (automatic)"
     return str(value)
-
-
-def _size(nbytes: int) -> str:
-    # In the largest unit that says it exactly, so that it can be copied into the file.
-    units = (("GB", 10**9), ("GiB", 2**30), ("MB", 10**6), ("MiB", 2**20), ("KiB", 2**10))
-    return next((f"{nbytes // unit}{name}" for name, unit in units if nbytes % unit == 0), str(nbytes))

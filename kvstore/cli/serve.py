@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvstore.cli.common import ADDRESS, absolute_address, print_json
+from kvstore.cli.common import ADDRESS, absolute_address, exact_size_text, print_json
 from kvstore.config import KEYS, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,30 +23,48 @@ _METAVARS = {
     "choice": "NAME",
     "profile": "NAME",
     "tokens": "N",
-    "count": "N",
-    "seconds": "SECONDS",
     "milliseconds": "MS",
-    "nats": "NATS",
-    "share": "SHARE",
 }
+
+
+class _Grouped(click.Command):
+    """Shows its options by the groups of the keys."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """A section for each group, in the order of the keys; what is no key comes last."""
+        sections: dict[str, list[tuple[str, str]]] = {field.metadata["group"]: [] for field in KEYS.values()}
+        for param in self.get_params(ctx):
+            key = "listen" if param.name == "address" else param.name
+            group = KEYS[key].metadata["group"] if key in KEYS else "other"
+            if record := param.get_help_record(ctx):
+                sections[group].append(record)
+        for group, records in sections.items():
+            with formatter.section(group.capitalize()):
+                formatter.write_dl(records)
 
 
 def _key_options(command: F) -> F:
     # Values stay text here; the configuration parses them, so that a flag and the file obey one rule.
     for key, field in reversed(list(KEYS.items())):
-        flag = "--" + key.replace("_", "-")
-        about = field.metadata["help"]
-        if field.default is not dataclasses.MISSING and field.default != "" and field.metadata["unit"] != "switch":
-            about += f"  [default: {field.default}]"
-        if field.metadata["unit"] == "switch":
+        flag, unit = "--" + key.replace("_", "-"), field.metadata["unit"]
+        about = field.metadata["help"] + _default_text(field)
+        if unit == "switch":
             option = click.option(f"{flag}/--no-{flag.removeprefix('--')}", key, default=None, help=about)
         else:
-            option = click.option(flag, key, metavar=_METAVARS[field.metadata["unit"]], help=about)
+            option = click.option(flag, key, metavar=_METAVARS[unit], help=about)
         command = option(command)
     return command
 
 
-@click.command("serve")
+def _default_text(field: dataclasses.Field[Any]) -> str:
+    """The default for people; nothing where the sentence says it, or where it is to set nothing."""
+    if field.default is dataclasses.MISSING or not field.default:
+        return ""
+    is_size = field.metadata["unit"] == "size"
+    return f"  [default: {exact_size_text(field.default) if is_size else field.default}]"
+
+
+@click.command("serve", cls=_Grouped)
 @_key_options
 @click.option("--address", metavar="ADDRESS", help="The same as --listen: other verbs call it so.")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")

@@ -1,8 +1,9 @@
 """One frozen `Config`. For every key: flag > `KVSTORE_<KEY>` > the TOML file > default; an unknown key is an error.
 
-A key is one field of `Config`, and its help, unit and parser stand beside it in the field's metadata: the command
-line, `kvstore config show` and the check of deploy/example.toml are made from them. Nothing reads the environment or
-the file anywhere else, and a `Config` that exists is valid, wherever it came from.
+A key is one field of `Config`; its group, parser, help and unit are the field's metadata. The command line, `kvstore
+config show` and the check of deploy/example.toml are made from them. A key is a decision that a user makes; a number
+that nobody tunes belongs to `kvstore.core.limits`, and a test bounds how many keys there are. Nothing reads the
+environment or the file anywhere else, and a `Config` that exists is valid, wherever it came from.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ ENV_PREFIX = "KVSTORE_"
 ENV_CONFIG = "KVSTORE_CONFIG"
 
 
-def _key(parse: Callable[[object], Any], help: str, unit: str = "", **default: Any) -> Any:
-    return field(**default, metadata={"parse": parse, "help": help, "unit": unit})
+def _key(group: str, parse: Callable[[object], Any], help: str, unit: str, **default: Any) -> Any:
+    return field(**default, metadata={"group": group, "parse": parse, "help": help, "unit": unit})
 
 
 def default_data_dir() -> Path:
@@ -55,92 +56,119 @@ class Config:
     """
 
     data_dir: Path = _key(
+        "storage",
         parsers.directory,
-        "Directory of the store: on macOS Application Support, else ~/.local/share. Another: serve --create, once.",
+        "Directory of the store. Default on macOS: ~/Library/Application Support/kvstore; on Linux: "
+        "~/.local/share/kvstore. A store elsewhere is made by `kvstore serve --create`, once.",
         "path",
         default_factory=default_data_dir,
     )
-    listen: str = _key(
-        parsers.listen,
-        "Where the daemon listens and clients connect: unix:/path, or host:port with the keys below.",
-        "address",
-        default="unix:~/.kvstore/kvstore.sock",
-    )
-    insecure_tcp: bool = _key(
-        parsers.switch,
-        "Allow TCP without TLS, or without asking who connects: whoever reaches the port may read, write and evict.",
-        "switch",
-        default=False,
-    )
-    tls_dir: str = _key(
-        parsers.file,
-        "Folder with this end's certificate, key, CA and tokens, as `kvstore config cert` makes it. Needed on TCP.",
-        "path",
-        default="",
-    )
-    encrypt: str = _key(
-        parsers.choice("off", "tenants", "all"),
-        "Which new namespaces are encrypted at rest: none, those with a salt, or all. They are served by stream only.",
-        "choice",
-        default="off",
-    )
-    encryption_key: str = _key(
-        parsers.secret,
-        "The key for that: a file of 64 hex digits, 0600, or keychain:NAME. Without it what is encrypted is lost.",
-        "file",
-        default="",
-    )
-    keys_dir: str = _key(
-        parsers.file,
-        "Where their wrapped keys lie, outside data_dir, 0700. Empty: the user's state directory. Not for backups.",
-        "path",
-        default="",
-    )
     budget_bytes: int = _key(
+        "storage",
         parsers.size(),
-        "Most bytes on disk for everything in data_dir. 0: the lesser of 100 GB and 15 % of what is free.",
+        "Largest disk space that the store uses. 0: 15 % of the free space, at most 100 GB.",
         "size",
         default=0,
     )
     free_floor_bytes: int = _key(
+        "storage",
         parsers.size(),
-        "Free bytes to leave on the volume; below it nothing is written. 0: the greater of 20 GB and 5 % of it.",
+        "Free disk space to keep; below it nothing is stored. 0: 5 % of the volume, at least 20 GB.",
         "size",
         default=0,
     )
-    memory_bytes: int = _key(
-        parsers.size(MIB),
-        "Most bytes in queues and buffers of one process, daemon or worker.",
-        "size",
-        default=512 * MIB,
-    )
     durability: str = _key(
+        "storage",
         parsers.choice("commit", "full"),
-        "What is synced before a store is acknowledged. commit: files and index. full: the drive's own cache, too.",
+        "How stored data is synced before it is acknowledged. commit: to the file system. full: past the drive's cache, too.",
         "choice",
         default="commit",
     )
+    scrub_bytes_per_s: int = _key(
+        "storage",
+        parsers.size(),
+        "Disk bandwidth for verifying stored data in the background. 0: off.",
+        "size",
+        default=4 * MIB,
+    )
+    memory_bytes: int = _key(
+        "memory",
+        parsers.size(MIB),
+        "Largest memory for queues and buffers of one process, daemon or client.",
+        "size",
+        default=512 * MIB,
+    )
+    listen: str = _key(
+        "network",
+        parsers.listen,
+        "Address of the daemon, for the daemon and its clients: unix:/path, or host:port together with `tls_dir`.",
+        "address",
+        default="unix:~/.kvstore/kvstore.sock",
+    )
+    fetch_total_ms: int = _key(
+        "network",
+        parsers.whole(1),
+        "Longest time for one fetch. After it the model computes the prompt as if nothing were stored.",
+        "milliseconds",
+        default=5000,
+    )
+    insecure_tcp: bool = _key(
+        "security",
+        parsers.switch,
+        "Allow TCP without TLS or without authentication. Everyone who reaches the port can read, write and evict.",
+        "switch",
+        default=False,
+    )
+    tls_dir: str = _key(
+        "security",
+        parsers.file,
+        "Folder with the certificate, key, CA and tokens for TCP, as `kvstore config cert` makes it.",
+        "path",
+        default="",
+    )
+    encrypt: str = _key(
+        "security",
+        parsers.choice("off", "tenants", "all"),
+        "Which new namespaces are encrypted on disk: none (off), those with a salt (tenants), or all. Encrypted data "
+        "is served by stream only.",
+        "choice",
+        default="off",
+    )
+    encryption_key: str = _key(
+        "security",
+        parsers.secret,
+        "Master key for `encrypt`: a file of 64 hex digits (0600) or keychain:NAME. If you lose it, encrypted data "
+        "cannot be recovered.",
+        "file",
+        default="",
+    )
+    keys_dir: str = _key(
+        "security",
+        parsers.file,
+        "Folder (0700) for the keys of encrypted namespaces, outside `data_dir`. Keep it out of backups. Empty: the "
+        "user's state directory.",
+        "path",
+        default="",
+    )
     profile: str = _key(
+        "quality",
         parsers.profile,
-        "How KV is kept: exact, safe, balanced, compact, tiny, or auto: the smallest that was calibrated and passed.",
+        "How KV is compressed: exact, safe, balanced, compact, tiny, or auto: the smallest that passed `kvstore "
+        "calibrate`.",
         "profile",
         default="auto",
     )
     min_quantize_tokens: int = _key(
-        parsers.whole(0), "Sequences shorter than this are kept raw. 0 quantizes all.", "tokens", default=256
-    )
-    scrub_bytes_per_s: int = _key(
-        parsers.size(),
-        "Bytes a second that are read to verify blobs nobody asked for. 0: none.",
-        "size",
-        default=4 * MIB,
-    )
-    fetch_total_ms: int = _key(
-        parsers.whole(1), "A worker's fetch gives up after this, whatever happens.", "milliseconds", default=5000
+        "quality",
+        parsers.whole(0),
+        "Sequences with fewer tokens are stored without quantization. 0: all are quantized.",
+        "tokens",
+        default=256,
     )
     log_level: str = _key(
+        "other",
         parsers.choice("debug", "info", "warning", "error"),
-        "Least level that the daemon logs.",
+        "Lowest level of messages that the daemon logs: debug, info, warning or error.",
         "choice",
         default="info",
     )

@@ -49,24 +49,24 @@ def size(minimum: int = 0) -> Callable[[object], int]:
     return lambda value: _in_range(parse_size(value), minimum)
 
 
-def whole(minimum: int, maximum: int = _WHOLE_MAX - 1) -> Callable[[object], int]:
-    """A parser of whole numbers of at least `minimum` and at most `maximum`."""
+def whole(minimum: int) -> Callable[[object], int]:
+    """A parser of whole numbers of at least `minimum`."""
 
     def parse(value: object) -> int:
         if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,20}", value.strip()):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise ValueError("not a whole number")
-        return _in_range(value, minimum, maximum)
+        return _in_range(value, minimum)
 
     return parse
 
 
-def _in_range(value: int, minimum: int, maximum: int = _WHOLE_MAX - 1) -> int:
+def _in_range(value: int, minimum: int) -> int:
     if value < minimum:
         raise ValueError("must not be negative" if minimum == 0 else f"must be at least {minimum}")
-    if value > maximum:
-        raise ValueError("too large" if maximum == _WHOLE_MAX - 1 else f"must be at most {maximum}")
+    if value >= _WHOLE_MAX:
+        raise ValueError("too large")
     return value
 
 

@@ -67,8 +67,11 @@ class Limits:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if getattr(self, one.name) < (0 if one.name == "grace_s" else 1):
-                raise ConfigError(f"{one.name}: {getattr(self, one.name)} is too small")
+            value = getattr(self, one.name)
+            if value < (0 if one.name == "grace_s" else 1):
+                raise ConfigError(f"{one.name}: {value} is too small")
+            if one.name.endswith("_percent") and value > 100:
+                raise ConfigError(f"{one.name}: {value} is over 100")
         if self.tokens_max * _TOKEN_BYTES > self.message_bytes_max:
             raise ConfigError(
                 f"tokens_max: {self.tokens_max} tokens take {self.tokens_max * _TOKEN_BYTES} bytes, over "
