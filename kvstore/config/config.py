@@ -80,7 +80,7 @@ class Config:
     durability: str = _key(
         "storage",
         parsers.choice("commit", "full"),
-        "How stored data is synced before it is acknowledged. commit: to the file system. full: past the drive's cache, too.",
+        "How data is synced before it is acknowledged. commit: to the file system. full: past the drive's cache, too.",
         "choice",
         default="commit",
     )
