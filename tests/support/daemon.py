@@ -36,7 +36,7 @@ SMALL = {
 SERVE = """
 import sys
 from kvstore.cli import main
-sys.argv = ["kvstore", "serve"]
+sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
 """
 NO_LIMITS: Mapping[str, int] = MappingProxyType({})
