@@ -209,7 +209,7 @@ def test_a_tree_is_its_tops_and_all_that_comes_after_them(seed: int, steps: int)
 
     expected = {node.key for node in model.nodes.values() if below(node)}
     mask = model.table.tree(tops)
-    assert {key for key in model.nodes if mask[model.table.slot(key)]} == expected
+    assert {key for key in model.nodes if mask[model.table._slots[key]]} == expected
 
 
 def test_what_is_pinned_stays_with_its_ancestors() -> None:

@@ -128,10 +128,6 @@ class Table:
     def __contains__(self, key: bytes) -> bool:
         return key in self._slots
 
-    def slot(self, key: bytes) -> int:
-        """The row number of a key, -1 when it is not there."""
-        return self._slots.get(key, -1)
-
     def value(self, key: bytes, column: str) -> int:
         """One number of one blob; 0 when it is not there."""
         slot = self._slots.get(key, -1)
@@ -280,11 +276,6 @@ class Table:
         order = np.argsort(-self._rows["last_use"][slots], kind="stable")
         return self.keys(slots[order][:limit].tolist())
 
-    def used_s(self, namespace: int) -> int:
-        """When a namespace was last used, by wall clock; 0 if never."""
-        rows = self._rows[: self._end]
-        return int(rows["used_s"][self._members(namespace)].max(initial=0))
-
     def reachable_bytes(self, keep: Collection[bytes] = (), mask: Mask | None = None) -> int:
         """What eviction could free at most: everything selected but `keep`, what is pinned, and their ancestors."""
         free = self._selected(mask) & ~self._kept(keep)
@@ -306,15 +297,10 @@ class Table:
             mask &= (rows["flags"] & CHECKPOINT) != 0
         return mask
 
-    def only(self, keys: Iterable[bytes]) -> Mask:
-        """A selection of these blobs."""
-        mask = np.zeros(self._end, np.bool_)
-        mask[[slot for key in keys if (slot := self._slots.get(key, -1)) >= 0]] = True
-        return mask
-
     def tree(self, tops: Collection[bytes]) -> Mask:
         """A selection of these blobs and everything after them."""
-        mask, rows = self.only(tops), self._rows[: self._end]
+        mask, rows = np.zeros(self._end, np.bool_), self._rows[: self._end]
+        mask[[slot for key in tops if (slot := self._slots.get(key, -1)) >= 0]] = True
         linked = np.flatnonzero(((rows["flags"] & LIVE) != 0) & (rows["parent"] >= 0))
         linked = linked[np.argsort(rows["depth"][linked], kind="stable")]
         depths = rows["depth"][linked]
@@ -374,9 +360,6 @@ class Table:
                 kept[slot] = True
                 slot = int(rows["parent"][slot])
         return kept
-
-    def _members(self, namespace: int) -> Mask:
-        return self.where(namespaces=[namespace])
 
     def _count(self, slot: int, sign: int) -> None:
         namespace = int(self._rows["namespace"][slot])
