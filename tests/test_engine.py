@@ -61,7 +61,7 @@ def test_a_stored_sequence_is_found_whole_and_after_a_restart(tmp_path: Path) ->
         match = find(engine, NS, tokens)
         assert (match.n_tokens, match.reason, match.fidelity) == (600, Reason.OK, FIDELITY_EXACT)
         assert [part.take for part in match.slices] == [256, 256, 88]
-        assert engine.namespace(NS.root) == NS.info and engine.namespaces() == [NS.info]
+        assert engine.namespace(NS.root) == NS.info and [one.info for one in engine.stats().namespaces] == [NS.info]
         require_sound(engine)
 
 

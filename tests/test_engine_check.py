@@ -428,10 +428,10 @@ def test_a_namespace_goes_with_its_last_row_and_stays_with_the_others(tmp_path: 
         put(engine, NS, LONG)
         put(engine, namespace("b"), LONG)
         engine.evict(Selection(namespace_prefix=NS.root))
-        assert [info.alias for info in engine.namespaces()] == ["b"]
+        assert [one.info.alias for one in engine.stats().namespaces] == ["b"]
         assert engine.namespace(NS.root) is None and [one.info.alias for one in engine.stats().namespaces] == ["b"]
     with Engine.open(tmp_path / "data", options()) as engine:
-        assert [info.alias for info in engine.namespaces()] == ["b"]
+        assert [one.info.alias for one in engine.stats().namespaces] == ["b"]
         put(engine, NS, LONG)
         require_sound(engine)
 

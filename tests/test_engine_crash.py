@@ -292,7 +292,7 @@ def test_a_deleted_index_is_rebuilt_at_start(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "index")
     with Engine.open(tmp_path / "data", options()) as engine:
         assert {(info.row.key, info.path) for info in engine.list_blocks()} == before
-        assert {info.alias for info in engine.namespaces()} == {"weights", "b"}
+        assert {one.info.alias for one in engine.stats().namespaces} == {"weights", "b"}
         assert put(engine, NS, list(range(700))).reason is Reason.OK
         require_sound(engine)
 

@@ -72,7 +72,7 @@ def test_a_small_correction_at_start_is_told_without_a_warning(
         used = engine.used_bytes
         caplog.clear()
         engine.limit(used - 4096, 0)
-        assert [line for line in lines(caplog, logging.INFO) if "(budget)" in line and "blocks" in line]
+        assert [line for line in lines(caplog, logging.INFO) if line.startswith("evicted ") and " budget:" in line]
         assert lines(caplog, logging.WARNING) == []
 
 

@@ -19,6 +19,8 @@ from rich.text import Text
 
 from kvstore.config import Config, load_config, parse_size
 from kvstore.core.text import plain_text
+from kvstore.core.text import size_text as size_text
+from kvstore.core.text import span_text as span_text
 from kvstore.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
@@ -178,29 +180,11 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_PIPED, emoji=False)
 
 
-def size_text(nbytes: int) -> str:
-    """Bytes for people, in powers of ten as disks are sold."""
-    value, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
-
-
 def exact_size_text(nbytes: int) -> str:
     """Bytes in the largest unit that says them exactly, as the configuration takes them."""
     units = (("TB", 10**12), ("GB", 10**9), ("GiB", 2**30), ("MB", 10**6), ("MiB", 2**20), ("KiB", 2**10))
     found = next(((unit, size) for unit, size in units if nbytes and nbytes % size == 0), None)
     return f"{nbytes // found[1]} {found[0]}" if found else str(nbytes)
-
-
-def span_text(seconds: int) -> str:
-    """A length of time for people, in its largest unit that fits."""
-    for unit, length_s in (("d", 86_400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * length_s:
-            return f"{seconds // length_s} {unit}"
-    return f"{max(seconds, 0)} s"
 
 
 def age_text(stamp_s: int) -> str:

@@ -25,12 +25,14 @@ DECODING_MAX = 2
 @dataclass(frozen=True, slots=True)
 class Caller:
     """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, whether it wants every
-    layer evaluated, so that the arrays may be viewed on any thread, and whether it attends to quantized layers."""
+    layer evaluated, so that the arrays may be viewed on any thread, and whether it attends to quantized layers.
+    `request_id` names what it asks in the logs of both ends."""
 
     prefill_tokens_per_s: float = 0.0
     covered_tokens: int = 0
     evaluate: bool = False
     keep_codes: bool = False
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

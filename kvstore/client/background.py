@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass
 
 from kvstore.client.connection import Connection
 from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.request_lines import say_stored
 from kvstore.client.results import StoreResult, reason_of
 from kvstore.client.session_thread import Sender
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
+from kvstore.core.keys import Namespace
 from kvstore.errors import KVStoreError, LimitError
 
 log = logging.getLogger(__name__)
@@ -39,7 +42,15 @@ class Report:
 class Background:
     """The background half of one session. Any thread may call; `_work` and what it calls run on the one thread."""
 
-    def __init__(self, connection: Connection, uploader: Uploader, held: HeldPrefixes, stats: SessionStats) -> None:
+    def __init__(
+        self,
+        namespace: Namespace,
+        connection: Connection,
+        uploader: Uploader,
+        held: HeldPrefixes,
+        stats: SessionStats,
+    ) -> None:
+        self._namespace = namespace
         self._connection = connection
         self._uploader = uploader
         self._held = held
@@ -93,7 +104,7 @@ class Background:
                 if result.reason is Reason.NOT_CAPTURED:
                     self._start_over(job)
         except KVStoreError as error:
-            log.info("background: %s", str(error))
+            log.debug("background: %s", str(error))
             result = StoreResult(reason=reason_of(error))
         except Exception:
             log.exception("background work failed")
@@ -139,6 +150,8 @@ class Background:
 
     def _end(self, job: StoreJob, result: StoreResult) -> None:
         self._stats.stored(result, job.end)
+        took_s = time.monotonic() - job.begun_s
+        say_stored(self._namespace, job.request_id, (job.start, job.end), result, took_s)
         job.finish(result)
 
     def _drop(self, job: StoreJob | Report | Rest) -> None:

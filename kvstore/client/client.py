@@ -113,10 +113,13 @@ class Client:
         """Counters of the daemon since it started and the state of its disk, as `kvstore stats --json` prints them."""
         return self._ask("Stats", pb.StatsRequest(), QUICK_S)
 
-    def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT) -> dict[str, Any]:
-        """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first."""
+    def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT, sequences: bool = False) -> dict[str, Any]:
+        """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first.
+
+        `sequences`: instead, the stored sequences of the namespaces that start so, or of all.
+        """
         _check(limit > 0, "a limit must be at least 1")
-        request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit)
+        request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit, sequences=sequences)
         return self._ask("List", request, QUICK_S)
 
     def show(self, key_prefix: bytes) -> dict[str, Any]:
@@ -161,6 +164,11 @@ class Client:
     def check(self, repair: bool = False) -> dict[str, Any]:
         """Verify every blob against its checksums and the index."""
         return self._ask("Check", pb.CheckRequest(repair=repair), CHECK_S)
+
+    def set(self, key: str, value: str, namespace_prefix: bytes = b"") -> dict[str, Any]:
+        """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes or log_level."""
+        request = pb.SetRequest(namespace_prefix=namespace_prefix, key=key, value=value)
+        return self._ask("Set", request, EVICT_S)
 
     def record_quality(self, namespace: Namespace, verdict: Verdict) -> dict[str, Any]:
         """Let the daemon keep what a profile costs on a model, and whether it passed; `refused` says why not."""

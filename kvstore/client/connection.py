@@ -23,6 +23,7 @@ from kvstore.config.credentials import (
     BEARER,
     CLIENT_KEY,
     METADATA_KEY,
+    PID_KEY,
     CredentialFiles,
     Credentials,
     Scope,
@@ -95,7 +96,7 @@ class _Presenter(
         self._scope = scope
 
     def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
-        metadata = [*(details.metadata or ()), (CLIENT_KEY, self._name)]
+        metadata = [*(details.metadata or ()), (CLIENT_KEY, self._name), (PID_KEY, str(os.getpid()))]
         if secret := token_to_present(self._files.current.tokens, self._scope):
             metadata.append((METADATA_KEY, BEARER + secret))
         return continuation(_CallDetails(details, metadata), request)
@@ -306,9 +307,11 @@ class Connection:
             raise
         except KVStoreError as error:
             if isinstance(error, CredentialsError):
+                self.health.notice.lost(str(error))
                 self.renew()
             self.breaker.succeeded()
             raise
+        self.health.notice.back()
         self.breaker.succeeded()
 
     def tell(self, report: pb.ReportRequest) -> None:

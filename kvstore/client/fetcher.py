@@ -114,6 +114,7 @@ class Fetcher:
             fidelity_min=self._options.fidelity_min,
             prefill_tokens_per_s=caller.prefill_tokens_per_s,
             covered_tokens=caller.covered_tokens,
+            request_id=caller.request_id,
         )
         reply: pb.MatchReply = self._connection.kvstore.Match(
             request, timeout=min(deadlines.stall_ms / 1e3, deadline.left_s)
@@ -141,12 +142,14 @@ class Fetcher:
                 raise
             return self._once(attempt, pb.TRANSPORT_STREAM, dense=True)
 
-    def open(self, chain: Chain, transport: Transport, deadlines: Deadlines) -> tuple[Plan, Iterator[Layer]]:
+    def open(
+        self, chain: Chain, transport: Transport, deadlines: Deadlines, caller: Caller
+    ) -> tuple[Plan, Iterator[Layer]]:
         """(plan, layers) of the same, packed; a layer is read when it is asked for, and the plan is never shortened.
 
         Raises as `fetch`, and so do the layers; the deadline runs on between them. Dropping them ends the fetch.
         """
-        attempt = self._attempt(chain, deadlines, Caller())
+        attempt = self._attempt(chain, deadlines, caller)
         if transport == "path" or (transport == "auto" and self._path_usable):
             try:
                 return _opened(self._one_by_one(attempt, pb.TRANSPORT_PATH))
@@ -342,6 +345,7 @@ class Fetcher:
             transport=transport,
             prefill_tokens_per_s=attempt.caller.prefill_tokens_per_s,
             covered_tokens=attempt.caller.covered_tokens,
+            request_id=attempt.caller.request_id,
         )
         call = self._connection.kvstore.Fetch(message, timeout=attempt.deadline.left_s)
         try:

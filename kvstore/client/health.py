@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 import weakref
@@ -13,9 +12,8 @@ from typing import Any
 
 import grpc
 
-from kvstore.errors import CircuitOpenError, KVStoreError, TLSError, UnansweredError
-
-log = logging.getLogger(__name__)
+from kvstore.client.notices import DaemonNotice
+from kvstore.errors import CircuitOpenError, KVStoreError, TLSError, UnansweredError, UntrustedError
 
 ASK_S = 5.0
 # While it is away it is asked for again for so long after the last call that wanted it, then by the next call only.
@@ -53,7 +51,7 @@ class Health:
         self._wanted_s = 0.0
         self._vain = 0  # calls that failed and looks in vain
         self._closed = False
-        self._said = ""
+        self.notice = DaemonNotice()
 
     @property
     def is_up(self) -> bool:
@@ -100,6 +98,7 @@ class Health:
 
     def answered(self) -> None:
         """The daemon has answered a call."""
+        self.notice.back()
         if self._up:
             return
         with self._changed:
@@ -117,11 +116,9 @@ class Health:
         self.ask()
 
     def failed(self, error: KVStoreError) -> None:
-        """A check has failed. What keeps people from using the store is said in the log, once until it changes."""
-        said = str(error)
-        if isinstance(error, TLSError) and said != self._said:
-            self._said = said
-            log.warning("the store is not used: %s", said)
+        """A check has failed. That is said in the log, once until it changes."""
+        if not isinstance(error, UntrustedError):  # the guard has said that
+            self.notice.lost(str(error), "" if isinstance(error, TLSError) else "unanswered")
         with self._changed:
             self._up, self._down = False, error
             self._changed.notify_all()

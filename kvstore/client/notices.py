@@ -8,6 +8,32 @@ import threading
 log = logging.getLogger(__name__)
 
 
+class DaemonNotice:
+    """Whether the daemon can be used: a warning when it cannot, INFO when it can again. One for a client; any thread.
+
+    Requests go on without the store meanwhile, each with a line of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._why = ""
+
+    def lost(self, why: str, kind: str = "") -> None:
+        """It does not answer, or refuses what is asked, for this reason. `kind`: what else is the same reason."""
+        with self._lock:
+            known, self._why = self._why, kind or why
+        if known != self._why:
+            log.warning("the store is not used: %s", why)
+
+    def back(self) -> None:
+        """It has answered."""
+        if self._why:
+            with self._lock:
+                known, self._why = self._why, ""
+            if known:
+                log.info("the store is used again")
+
+
 class WritesNotice:
     """Whether the daemon takes stores, as its replies to them tell. One for all sessions of a client; any thread.
 

@@ -21,6 +21,7 @@ from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.request_lines import request_id, say_fetched
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
 from kvstore.client.storer import Storer, StoreRequest, combine
@@ -38,7 +39,8 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
-from kvstore.errors import CircuitOpenError, InvalidRequestError, KVStoreError, LimitError, UnavailableError
+from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +107,12 @@ class Session:
         self._root = namespace.root
         self._connection = connection
         self._rest_until_s = 0.0
+        self._told_tokens_per_s = 0.0
         self._held = HeldPrefixes()
         self._provenance = provenance.PROCESS
         self._weights = provenance.weights_of(namespace)
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
-        self._background = Background(connection, self._uploader, self._held, self.stats)
+        self._background = Background(namespace, connection, self._uploader, self._held, self.stats)
         self._storer = Storer(namespace, budget, self._held, self._provenance, self._background.submit)
         fetch_options = FetchOptions(
             options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
@@ -128,7 +131,7 @@ class Session:
             if refusal := self._refusal(packed):
                 return Match(0, refusal)
             with self._resting(), self._connection.attempt():
-                caller = Caller(self._speed(prefill_tokens_per_s), covered_tokens)
+                caller = Caller(self._speed(prefill_tokens_per_s), covered_tokens, request_id=request_id())
                 reply = self._fetcher.match(self._chain(packed), self.options.deadlines, caller)
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
@@ -163,10 +166,11 @@ class Session:
         """
         if is_forked():
             return Miss(Reason.FORKED, FORKED)
+        packed, name, started_s = b"", request_id(), time.monotonic()
         try:
             packed = pack_tokens(tokens)
             speed = self._speed(prefill_tokens_per_s)
-            caller = Caller(speed, covered_tokens, evaluate, representation == "quantized")
+            caller = Caller(speed, covered_tokens, evaluate, representation == "quantized", name)
             answer = self._fetch(self._chain(packed), representation, transport, total_ms, caller)
         except KVStoreError as error:
             _tell("fetch", error)
@@ -175,6 +179,7 @@ class Session:
             log.exception("fetch failed")
             answer = Miss(Reason.INTERNAL, "see the log")
         self.stats.fetched(answer)
+        say_fetched(self.namespace, name, count_tokens(packed), answer, time.monotonic() - started_s)
         return answer
 
     def _chain(self, packed: bytes) -> Chain:
@@ -222,9 +227,10 @@ class Session:
         if is_forked():
             return Miss(Reason.FORKED, FORKED)
         answer: LayerHit | Miss
+        packed, name, started_s = b"", request_id(), time.monotonic()
         try:
             packed = pack_tokens(tokens)
-            answer = self._fetch_layers(self._chain(packed), transport)
+            answer = self._fetch_layers(self._chain(packed), transport, Caller(request_id=name))
         except KVStoreError as error:
             _tell("fetch_layers", error)
             answer = Miss(reason_of(error), str(error))
@@ -232,15 +238,16 @@ class Session:
             log.exception("fetch_layers failed")
             answer = Miss(Reason.INTERNAL, "see the log")
         self.stats.fetched(answer)
+        say_fetched(self.namespace, name, count_tokens(packed), answer, time.monotonic() - started_s)
         return answer
 
-    def _fetch_layers(self, chain: Chain, transport: Transport) -> LayerHit | Miss:
+    def _fetch_layers(self, chain: Chain, transport: Transport, caller: Caller) -> LayerHit | Miss:
         if transport not in get_args(Transport):
             raise InvalidRequestError(f"no such transport: {transport}")
         if refusal := self._refusal(chain.tokens):
             return Miss(refusal)
         with self._resting(), self._connection.attempt():
-            plan, layers = self._fetcher.open(chain, transport, self.options.deadlines)
+            plan, layers = self._fetcher.open(chain, transport, self.options.deadlines, caller)
         if plan.reason in _ABSENT:
             self._held.forget(chain, plan.n_tokens)
         if not plan.n_tokens:
@@ -338,6 +345,17 @@ class Session:
         if self.namespace.layout.exact_layers:
             self._background.report(chain.checkpoint_key(), detail)
 
+    def computes(self, tokens_per_s: float) -> None:
+        """How fast the caller computes prompts, as measured: the daemon's statistics say what hits save. Does not wait.
+
+        Told when it has changed by a tenth.
+        """
+        told = self._told_tokens_per_s
+        if tokens_per_s > 0 and abs(tokens_per_s - told) > told / 10:
+            self._told_tokens_per_s = tokens_per_s
+            speed = pb.PrefillSpeed(namespace_id=self._root, tokens_per_s=tokens_per_s)
+            self._connection.tell(pb.ReportRequest(speed=speed))
+
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
         return not is_forked() and self._background.flush(timeout_s)
@@ -374,5 +392,5 @@ class Session:
 
 
 def _tell(call: str, error: KVStoreError) -> None:
-    """Log why a call failed. While only the background asks, a line per request says nothing new."""
-    log.log(logging.DEBUG if isinstance(error, CircuitOpenError) else logging.INFO, "%s: %s", call, error)
+    """Log why a call failed; that the daemon is away, and each request's miss, have lines of their own."""
+    log.debug("%s: %s", call, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import grpc
 
 from kvstore.client.breaker import Watchdog
 from kvstore.client.connection import Connection
+from kvstore.client.request_lines import new_request_id
 from kvstore.client.results import StoreResult, parse_reason
 from kvstore.client.staged import write_staged
 from kvstore.core.blocks import LayerState, Reason
@@ -67,6 +69,8 @@ class StoreJob:
     states: StateCapture | None = None
     checkpoint: tuple[LayerState, ...] = ()
     again: Rest | None = None
+    request_id: str = field(default_factory=new_request_id)
+    begun_s: float = field(default_factory=time.monotonic)
     result: StoreResult = field(default_factory=StoreResult)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -176,6 +180,7 @@ class Uploader:
             profile=self._profile,
             transport=pb.TRANSPORT_PATH if self._staging_dir() else pb.TRANSPORT_STREAM,
             states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
+            request_id=job.request_id,
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
         state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0

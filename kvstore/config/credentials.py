@@ -40,6 +40,8 @@ ADMIN_NAME = "kvstore-admin"
 METADATA_KEY = "authorization"
 # Under this key a client sends a random name of its own with each call, so that the daemon can count clients.
 CLIENT_KEY = "kvstore-client"
+# And under this one the number of its process, for people.
+PID_KEY = "kvstore-pid"
 BEARER = "Bearer "
 CERT, KEY, CA, TOKENS = FILES = ("cert.pem", "key.pem", "ca.pem", "tokens")
 TELL_END_EVERY = datetime.timedelta(days=1)

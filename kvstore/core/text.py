@@ -21,3 +21,26 @@ def plain_text(text: str, characters_max: int = 0) -> str:
 
 def _is_plain(character: str) -> bool:
     return not (unicodedata.category(character).startswith("C") or character in "\u2028\u2029")
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes for people, in powers of ten as disks are sold."""
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
+
+
+def span_text(seconds: int) -> str:
+    """A length of time for people, in its largest unit that fits."""
+    for unit, length_s in (("d", 86_400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * length_s:
+            return f"{seconds // length_s} {unit}"
+    return f"{max(seconds, 0)} s"
+
+
+def took_text(seconds: float) -> str:
+    """What a request took: milliseconds up to ten seconds, then seconds."""
+    return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

@@ -7,6 +7,7 @@ from kvstore.engine.engine import Engine
 from kvstore.engine.keyring import NamespaceKey
 from kvstore.engine.recover import check_directory
 from kvstore.engine.rows import Row
+from kvstore.engine.sequences import StoredSequence
 from kvstore.engine.types import (
     BlockInfo,
     CheckReport,
@@ -40,6 +41,7 @@ __all__ = [
     "Selection",
     "Slice",
     "StoreReceipt",
+    "StoredSequence",
     "check_directory",
     "device_of",
     "require_store",

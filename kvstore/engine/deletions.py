@@ -23,8 +23,9 @@ from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 from kvstore.core.blocks import TOKEN_BYTES, Reason
 from kvstore.core.keys import block_key
+from kvstore.core.text import size_text
 from kvstore.engine.keyring import KeyRing
-from kvstore.engine.ledger import DriveCache, Ledger, gigabytes
+from kvstore.engine.ledger import DriveCache, Ledger
 from kvstore.engine.rows import Row
 
 # A miss says "evicted" also when only the beginning of what was evicted is asked for.
@@ -399,4 +400,4 @@ class Evictions:
             self._told, self._told_bytes = self._blocks.copy(), self._bytes.copy()
         for cause, blocks in new.items():
             if blocks:
-                log.info("evicted %d blocks, %s (%s): %s", blocks, gigabytes(nbytes[cause]), cause, _WHY[cause])
+                log.info("evicted %d blocks %s %s: %s", blocks, size_text(nbytes[cause]), cause, _WHY[cause])

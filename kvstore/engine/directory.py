@@ -96,7 +96,8 @@ class Directory:
     def own_bytes(self) -> int:
         """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
         own = [self.root, self.index, self.staging, self.quarantine, self.settings, self.quality]
-        own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG"]
+        own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG", self.settings / "traffic.json"]
+        own.append(self.root / "daemon.log")
         return sum(path.lstat().st_blocks * 512 for path in own if path.exists())
 
     def put_in_quarantine(self, fs: Fs, path: Path, name: str = "") -> None:

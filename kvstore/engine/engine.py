@@ -52,6 +52,7 @@ from kvstore.engine.match import checkpoint_at
 from kvstore.engine.recover import Place, recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.rows import Row
+from kvstore.engine.sequences import StoredSequence, sequences
 from kvstore.engine.shared import DISPLACED, Shared, list_blocks, show, stats
 from kvstore.engine.store import Writer
 from kvstore.engine.types import (
@@ -158,10 +159,6 @@ class Engine:
     def namespace(self, root: bytes) -> NamespaceInfo | None:
         """What is known of a namespace; None if nothing is stored in it."""
         return self._shared.namespaces.get(root)
-
-    def namespaces(self) -> list[NamespaceInfo]:
-        """All namespaces."""
-        return list(self._shared.namespaces.values())
 
     def match(
         self,
@@ -410,6 +407,10 @@ class Engine:
     def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
         """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
         return list_blocks(self._shared, namespace_prefix, limit)
+
+    def sequences(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[StoredSequence]:
+        """Up to `limit` sequences of the namespaces that start so, the latest used first."""
+        return sequences(self._shared, namespace_prefix, limit)
 
     def show(self, key_prefix: bytes) -> list[BlockInfo]:
         """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""

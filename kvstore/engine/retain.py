@@ -253,6 +253,11 @@ class Table:
 
     # -- sums -----------------------------------------------------------------------------------------------------
 
+    @property
+    def rows(self) -> Rows:
+        """Every row, those that are not live among them; for reading."""
+        return self._rows[: self._end]
+
     def snapshot(self) -> Table:
         """A copy to choose from, for a thread that does not hold the lock."""
         copy = Table()

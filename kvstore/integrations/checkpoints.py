@@ -30,7 +30,7 @@ from jinja2 import TemplateError
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
 from mlx_lm.server import ResponseGenerator
 
-from kvstore.integrations.models import before_image
+from kvstore.integrations.images import before_image
 from kvstore.integrations.prompt_cache import PromptCache
 
 # What a chat template may raise over messages that are not a whole conversation.

@@ -22,6 +22,7 @@ from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.client import Client
 from kvstore.client.breaker import Deadline
+from kvstore.client.request_lines import one_request, request_id, say_miss
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason
@@ -34,6 +35,7 @@ from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
+from kvstore.integrations.images import around_images, splits_image
 from kvstore.integrations.restoring import Finish, Found
 
 log = logging.getLogger(__name__)
@@ -60,8 +62,10 @@ def model_folder(path_or_repo: str) -> Path | None:
 
 def alias_of(path_or_repo: str) -> str:
     """What people call a model: its folder's name, or its Hugging Face id. What is not Unicode becomes "?"."""
-    path = Path(path_or_repo)
-    name = path.resolve().name if path.exists() else path_or_repo
+    try:
+        name = path.resolve().name if (path := Path(path_or_repo)).exists() else path_or_repo
+    except (OSError, ValueError):  # not a name that a file can have
+        name = path_or_repo
     return name.encode(errors="replace").decode()
 
 
@@ -99,32 +103,6 @@ class Identity:
         )
 
 
-def before_image(tokens: Sequence[int], n_tokens: int) -> int:
-    """`n_tokens`, or the start of the image that a cut there would split.
-
-    mlx_lm.server names each patch of an image by one negative id; it can feed an image only whole.
-    """
-    if tokens[n_tokens] < 0:
-        while n_tokens > 0 and tokens[n_tokens - 1] == tokens[n_tokens]:
-            n_tokens -= 1
-    return n_tokens
-
-
-def _splits_image(tokens: Sequence[int], n_tokens: int) -> bool:
-    return before_image(tokens, n_tokens) < n_tokens
-
-
-def _around_images(session: Session, tokens: Sequence[int]) -> Sequence[int]:
-    """`tokens`, without so many at the end that the longest prefix the store has of the others splits no image.
-
-    A hit cannot be cut where layers are valid at one position only; the next lower position is up to the store.
-    """
-    if min(tokens) < 0:
-        while (found := session.match(tokens).n_tokens) > (usable := before_image(tokens, found)):
-            tokens = tokens[: usable + 1]
-    return tokens
-
-
 def identify(
     pins: Sequence[Pin | None],
     fingerprint: bytes | None,
@@ -149,13 +127,12 @@ def identify(
     return Identity(weights, adapter, salt, alias)
 
 
-def _nbytes(session: Session, n_tokens: int) -> int:
-    """Bytes of so many tokens of a cache; window and state layers are not known before they are read."""
-    return n_tokens * session.namespace.layout.token_bytes
-
-
 def _paths(key: ModelKey) -> tuple[str, ...]:
     return tuple(path for path in key if path) if names_files(key) else ()
+
+
+def _name_of(key: ModelKey) -> str:
+    return alias_of(key[0] or "") if names_files(key) else repr(key)
 
 
 class ModelStore:
@@ -254,8 +231,7 @@ class ModelStore:
     def count_changed(self, key: ModelKey) -> None:
         """Count, and say, that a cache was begun in another epoch than that in which it came back. Any thread."""
         self._count(Reason.IDENTITY_CHANGED)
-        name = alias_of(key[0] or "") if names_files(key) else repr(key)
-        log.warning("%s changed while a cache of it was filled; that cache is not kept", name)
+        log.warning("%s changed while a cache of it was filled; that cache is not kept", _name_of(key))
 
     def session(self, key: ModelKey, of: Layout, epoch: Epoch | None = None) -> Session | None:
         """The session for a model in an epoch (None: as it is now) and a layout, made when first asked for.
@@ -316,34 +292,56 @@ class ModelStore:
         deadline = Deadline(self.fetch_total_s)
         if is_forked():
             return None
-        wanted = covered + GAIN_TOKENS_MIN if covered else 1
-        if len(tokens) - 1 < wanted:
+        if len(tokens) - 1 < (covered + GAIN_TOKENS_MIN if covered else 1):
             return None
         try:
-            epoch = self.epoch(key) if epoch is None else epoch
-            sessions = [session for one in layouts if (session := self.session(key, one, epoch))]
-            if covered or len(sessions) > 1 or reserve is not None:
-                # Matching asks the index only; what would be thrown away is not read.
-                lengths = {
-                    session: session.match(tokens, prefill_tokens_per_s, covered).n_tokens for session in sessions
-                }
-                sessions = [s for s in sessions if lengths[s] >= wanted and lengths[s] == max(lengths.values())]
-                if reserve is not None and sessions and not reserve(_nbytes(sessions[0], max(lengths.values()))):
-                    return None
-            for session in sessions[:1]:
-                prompt = _around_images(session, tokens)
-                hit = session.fetch(
-                    prompt,
-                    total_ms=1e3 * deadline.left_s,
-                    prefill_tokens_per_s=prefill_tokens_per_s,
-                    covered_tokens=covered,
-                    evaluate=reserve is not None,
-                )
-                if isinstance(hit, Hit) and hit.n_tokens >= wanted and not _splits_image(tokens, hit.n_tokens):
-                    unusable = functools.partial(self._unusable, session, tokens[: hit.n_tokens])
-                    return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch, unusable)
+            with one_request() as name:
+                epoch = self.epoch(key) if epoch is None else epoch
+                sessions = [session for one in layouts if (session := self.session(key, one, epoch))]
+                if layouts and not sessions:
+                    say_miss(_name_of(key), name, len(tokens), Reason.IDENTITY_PENDING)
+                for session in sessions:
+                    session.computes(prefill_tokens_per_s)
+                return self._find(sessions, tokens, covered, prefill_tokens_per_s, reserve, epoch, deadline)
         except KVStoreError as error:
             self.refuse(error)
+        return None
+
+    def _find(
+        self,
+        sessions: Sequence[Session],
+        tokens: Sequence[int],
+        covered: int,
+        prefill_tokens_per_s: float,
+        reserve: Callable[[int], bool] | None,
+        epoch: Epoch,
+        deadline: Deadline,
+    ) -> Found | None:
+        """The longest prefix that any of the sessions has, read."""
+        wanted = covered + GAIN_TOKENS_MIN if covered else 1
+        if covered or len(sessions) > 1 or reserve is not None:
+            # Matching asks the index only; what would be thrown away is not read.
+            found = {session: session.match(tokens, prefill_tokens_per_s, covered) for session in sessions}
+            longest = max((one.n_tokens for one in found.values()), default=0)
+            sessions = [session for session in sessions if wanted <= found[session].n_tokens == longest]
+            if not sessions and found and not covered:
+                session, match = next(iter(found.items()))
+                say_miss(session.namespace.alias, request_id(), len(tokens), match.reason)
+            # Bytes of window and state layers are not known before they are read.
+            if reserve is not None and sessions and not reserve(longest * sessions[0].namespace.layout.token_bytes):
+                return None
+        for session in sessions[:1]:
+            prompt = around_images(session, tokens)
+            hit = session.fetch(
+                prompt,
+                total_ms=1e3 * deadline.left_s,
+                prefill_tokens_per_s=prefill_tokens_per_s,
+                covered_tokens=covered,
+                evaluate=reserve is not None,
+            )
+            if isinstance(hit, Hit) and hit.n_tokens >= wanted and not splits_image(tokens, hit.n_tokens):
+                unusable = functools.partial(self._unusable, session, tokens[: hit.n_tokens])
+                return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch, unusable)
         return None
 
     def store(
@@ -354,6 +352,7 @@ class ModelStore:
         *,
         exactly: bool = False,
         epoch: Epoch | None = None,
+        prefill_tokens_per_s: float = 0.0,
     ) -> bool:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
 
@@ -362,6 +361,7 @@ class ModelStore:
 
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
         how many it holds, the caller must say so with `exactly`. Both are the caller's again on return.
+        `prefill_tokens_per_s`: as measured, for the statistics; 0: not known.
         """
         if is_forked():
             return False
@@ -372,6 +372,7 @@ class ModelStore:
                 raise InvalidRequestError("no layer knows how many tokens it holds; nothing of this sequence is stored")
             layers = capture(cache, len(tokens) if held is None else min(held, len(tokens)))
             if session := self.session(key, layout(cache), epoch):
+                session.computes(prefill_tokens_per_s)
                 return session.store(tokens, layers).reason in (Reason.OK, Reason.ALREADY_STORED)
         except KVStoreError as error:
             self.refuse(error)

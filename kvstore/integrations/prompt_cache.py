@@ -130,7 +130,7 @@ class PromptCache(LRUPromptCache):
         covered = len(wanted) - len(rest)
         if self._enabled and (found := self._from_store(model, epoch, tokens, wanted, covered)):
             cache, covered = found
-            log.info("prefix of %d of %d tokens from the store", covered, len(tokens))
+            log.debug("prefix of %d of %d tokens from the store", covered, len(tokens))
         self._in_flight.begin(model, tokens, epoch, cache)
         return cache, tokens[covered:]
 
@@ -180,7 +180,10 @@ class PromptCache(LRUPromptCache):
         if self._enabled:
             with self._store.guard():
                 self._learn(model, prompt_cache)
-                stored = self._store.store(model, held, prompt_cache, exactly=True, epoch=epoch)
+                speed = self.speed.get(model)
+                stored = self._store.store(
+                    model, held, prompt_cache, exactly=True, epoch=epoch, prefill_tokens_per_s=speed
+                )
         self._keep((model, epoch), held, prompt_cache, cache_type, bounded=stored or self._is_strict)
 
     def _keep(

@@ -146,7 +146,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             self._stats.hits += 1
         self._stats.tokens_saved += n_tokens - covered
         self._last_match_type, self._last_matched_key = "prefix", tuple(tokens[:n_tokens])
-        log.info("prefix of %d of %d tokens from the store", n_tokens, len(tokens))
+        log.debug("prefix of %d of %d tokens from the store", n_tokens, len(tokens))
         return restored, tokens[n_tokens:]
 
     def prepare_store(self, tokens: list[int], cache: list[Any], *auxiliary: Any, **named: Any) -> Any:
@@ -235,7 +235,8 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             layers = [_with_codes(layer) for layer in cache]
             if layout(layers) != self._layouts()[0]:
                 raise UnsupportedLayerError("a cache that is not laid out as those that the model makes")
-            self._tier.store(key, tokens, layers, epoch=self._epoch)
+            speed = self._speed.get(key)
+            self._tier.store(key, tokens, layers, epoch=self._epoch, prefill_tokens_per_s=speed)
 
     def _layouts(self) -> list[Layout]:
         """The layout of what is stored, then others that can be fetched. Traces the model when first asked."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvstore import __version__
-from kvstore.engine import BlockInfo, Engine, EvictReport, Selection
+from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
+from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, unary
+from kvstore.server.settings import Settings
 from kvstore.server.stats import Counters, namespace_message, quality_messages
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
@@ -29,6 +31,8 @@ class AdminService(rpc.AdminServicer):
         store: StorePath,
         threads: Threads,
         counters: Counters,
+        requests: Requests,
+        settings: Settings,
         state: Callable[[], str],
         device: Callable[[], str],
         load: Callable[[], pb.LoadStats],
@@ -37,6 +41,8 @@ class AdminService(rpc.AdminServicer):
         self._store = store
         self._threads = threads
         self._counters = counters
+        self._requests = requests
+        self._settings = settings
         self.refusals = counters.refusals
         self._state = state
         self._device = device
@@ -55,19 +61,34 @@ class AdminService(rpc.AdminServicer):
             device=self._device() if self._threads.lane.used else "idle",
             gate=self._store.gate,
             tokens_stored=self._store.tokens_stored,
+            traffic=self._requests.traffic.snapshot(),
+            profile=self._store.gate.default_profile,
+            data_dir=str(self._settings.data_dir),
         )
 
     @unary
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListReply:
         limit = min(request.limit or LIST_MAX, LIST_MAX)
+        if request.sequences:
+            return await self._threads.admin(self._list_sequences, request.namespace_prefix, limit)
         return await self._threads.admin(self._list, request.namespace_prefix, limit)
 
     def _list(self, namespace_prefix: bytes, limit: int) -> pb.ListReply:
         if not namespace_prefix:
-            rows = [namespace_message(one, self._store.gate) for one in self._engine.stats().namespaces]
+            traffic = self._requests.traffic.snapshot()
+            rows = [namespace_message(one, self._store.gate, traffic) for one in self._engine.stats().namespaces]
             return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
         found = self._engine.list_blocks(namespace_prefix, limit + 1)
         return pb.ListReply(blocks=map(block_message, found[:limit]), truncated=len(found) > limit)
+
+    def _list_sequences(self, namespace_prefix: bytes, limit: int) -> pb.ListReply:
+        found = self._engine.sequences(namespace_prefix, limit + 1)
+        rows = []
+        for one in found[:limit]:
+            info = self._engine.namespace(one.root)
+            hits = self._requests.traffic.hits_of(one.own)
+            rows.append(sequence_message(one, info.alias if info else "", hits))
+        return pb.ListReply(sequences=rows, truncated=len(found) > limit)
 
     @unary
     async def Show(self, request: pb.ShowRequest, context: Context) -> pb.ShowReply:
@@ -75,6 +96,14 @@ class AdminService(rpc.AdminServicer):
 
     def _show(self, key_prefix: bytes) -> pb.ShowReply:
         return pb.ShowReply(blocks=map(block_message, self._engine.show(key_prefix)[:SHOW_MAX]))
+
+    @unary
+    async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:
+        if request.namespace_prefix:
+            raise InvalidRequestError("a namespace has no settings of its own; say: kvstore set daemon KEY=VALUE")
+        # Lower limits evict at once.
+        before, value = await self._threads.evict.finish(self._settings.set, request.key, request.value)
+        return pb.SetReply(before=before, value=value)
 
     @unary
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
@@ -136,6 +165,21 @@ class AdminService(rpc.AdminServicer):
             raise InvalidRequestError("forgetting takes a namespace, or all")
         forgotten = await self._threads.admin(self._store.gate.forget, request.namespace_prefix, request.profile)
         return pb.ForgetQualityReply(results=forgotten)
+
+
+def sequence_message(one: StoredSequence, label: str, hits: int) -> pb.SequenceInfo:
+    """One sequence as List tells it."""
+    return pb.SequenceInfo(
+        key=one.key,
+        namespace_id=one.root,
+        label=label,
+        tokens=one.tokens,
+        bytes=one.nbytes,
+        own_bytes=one.own_bytes,
+        created_s=one.created_s,
+        accessed_s=one.used_s,
+        hits=hits,
+    )
 
 
 def block_message(info: BlockInfo) -> pb.BlockInfo:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvstore.config import Config
-from kvstore.config.credentials import CLIENT_KEY
+from kvstore.config.credentials import CLIENT_KEY, PID_KEY
 from kvstore.server.refusals import Refusals
 
 # A client keeps its place so long after its last call: clients that ask all the time do not take turns.
 KEEP_S = 5.0
 RETRY_S = 2.0
 NAME_CHARACTERS_MAX = 64
+PID_DIGITS_MAX = 10
 # gRPC's own limit on connections, over `connections_max`.
 GRPC_FACTOR = 4
 GRPC_MORE = 16
@@ -69,6 +70,12 @@ def caller_name(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """The name that came with a call. All that give none count as one client."""
     names = [value for key, value in metadata or () if key == CLIENT_KEY and isinstance(value, str)]
     return names[0][:NAME_CHARACTERS_MAX] if names else ""
+
+
+def caller_pid(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
+    """The process that a call says it comes from; 0 when it says none."""
+    said = [value for key, value in metadata or () if key == PID_KEY and isinstance(value, str)]
+    return int(said[0]) if said and said[0].isascii() and said[0].isdigit() and len(said[0]) <= PID_DIGITS_MAX else 0
 
 
 def open_sockets() -> int:

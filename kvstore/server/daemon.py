@@ -15,9 +15,9 @@ import logging
 import os
 import resource
 import stat
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -27,10 +27,11 @@ from grpc_reflection.v1alpha import reflection
 from kvstore.codecs import device
 from kvstore.codecs.byte_plan import check_block
 from kvstore.codecs.profiles import check_profile
-from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, default_data_dir, keys_home
+from kvstore.config import Config, default_data_dir, keys_home
 from kvstore.config.credentials import CredentialFiles
 from kvstore.config.private_files import require_private_directory
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.log import log_daemon
 from kvstore.core.process import ending_signals
 from kvstore.engine import Engine, EngineOptions, device_of, require_store
 from kvstore.errors import DirectoryError, DirectoryHeldError
@@ -40,8 +41,11 @@ from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.fetch import FetchPath
 from kvstore.server.layer_frames import LayerFrames
+from kvstore.server.lifetime import Lifetime
 from kvstore.server.masterkey import load_master_key
+from kvstore.server.requests import Requests
 from kvstore.server.service import KVStoreService
+from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
@@ -100,7 +104,9 @@ class Daemon:
             stack.callback(threads.close)  # before the engine: none may use it afterwards
             self.device = await threads.admin(device_of, config.data_dir)
             await threads.admin(settle_limits, engine, config)
-            await self._serve(engine, threads, files)
+            lifetime = await threads.admin(keep_lifetime, config)
+            await self._serve(engine, threads, files, lifetime)
+            await threads.admin(end_lifetime, engine, lifetime)
         return self._begin_anew
 
     def stop(self) -> None:
@@ -108,15 +114,17 @@ class Daemon:
         self._begin_anew = False
         self._stop.set()
 
-    async def _serve(self, engine: Engine, threads: Threads, files: CredentialFiles) -> None:
+    async def _serve(self, engine: Engine, threads: Threads, files: CredentialFiles, lifetime: Lifetime) -> None:
         config, lane = self._config, threads.lane
         store = StorePath(engine, lane, config, engine.staging_dir)
         fetch = FetchPath(engine, lane, config)
         buffers = ByteBudget(config.memory_bytes)
         layers = LayerFrames(engine, lane, buffers)
-        counters = Counters()
+        counters, requests = Counters(), Requests(lifetime.traffic)
         same_host = bool(config.address.path)
-        service = KVStoreService(engine, store, fetch, layers, buffers, threads, counters, config, same_host=same_host)
+        service = KVStoreService(
+            engine, store, fetch, layers, buffers, threads, counters, requests, config, same_host=same_host
+        )
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
 
@@ -132,7 +140,10 @@ class Daemon:
                 uploads_max=config.limits.uploads_max,
             )
 
-        admin = AdminService(engine, store, threads, counters, lambda: self._state, device.name, load)
+        settings = Settings(engine, config)
+        admin = AdminService(
+            engine, store, threads, counters, requests, settings, lambda: self._state, device.name, load
+        )
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
@@ -155,7 +166,7 @@ class Daemon:
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
-        upkeep = Upkeep(engine, store.uploads, sockets, config)
+        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, lifetime)
         tasks = [
             asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
@@ -167,14 +178,18 @@ class Daemon:
         await health.enter_graceful_shutdown()
         for task in tasks:
             task.cancel()
+        await self._drain(server, service, store)
+        await threads.release(store.uploads.end_all)
+        requests.settle(all=True)
+
+    async def _drain(self, server: Any, service: KVStoreService, store: StorePath) -> None:
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
         service.end_leases()
-        grace = asyncio.get_running_loop().time() + config.limits.grace_s
-        await server.stop(config.limits.grace_s)
+        grace = asyncio.get_running_loop().time() + self._config.limits.grace_s
+        await server.stop(self._config.limits.grace_s)
         if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
-            log.warning("gave up commits that did not end within %d s", config.limits.grace_s)
+            log.warning("gave up commits that did not end within %d s", self._config.limits.grace_s)
             store.give_up()
-        await threads.release(store.uploads.end_all)
 
     async def _keep_up(self, upkeep: Upkeep, engine: Engine, threads: Threads, health: HealthServicer) -> None:
         for upload in await threads.care(upkeep.step):
@@ -196,14 +211,12 @@ async def every_second(work: Callable[[], Awaitable[object]]) -> None:
             log.warning("upkeep failed: %s", error)
 
 
-def serve(config: Config, *, create: bool = False) -> int:
+def serve(config: Config, *, create: bool = False, log_json: bool = False) -> int:
     """Run a daemon until SIGTERM, SIGINT or SIGHUP; returns the exit code. Errors of the start are raised, typed.
 
     `create`: make a store in a directory that holds none, as is always done in the default one.
     """
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr
-    )
+    log_daemon(config.log_level, as_json=log_json)
     logging.getLogger(GRPC_LOGGER).addFilter(not_of_the_gone)
     os.umask(0o077)
     raise_file_limit()
@@ -261,14 +274,19 @@ def engine_options(config: Config) -> EngineOptions:
 
 def settle_limits(engine: Engine, config: Config) -> None:
     """Put automatic limits in force, which depend on the volume and on what the store takes of it already."""
-    if config.budget_bytes and config.free_floor_bytes:
-        return
-    volume = os.statvfs(config.data_dir)
-    available_bytes = volume.f_bavail * volume.f_frsize + engine.used_bytes
-    engine.limit(
-        config.budget_bytes or automatic_budget_bytes(available_bytes),
-        config.free_floor_bytes or automatic_floor_bytes(volume.f_blocks * volume.f_frsize),
-    )
+    if not (config.budget_bytes and config.free_floor_bytes):
+        keep_to_limits(engine, config)
+
+
+def keep_lifetime(config: Config) -> Lifetime:
+    """The counters that outlive a daemon."""
+    return Lifetime(config.data_dir / "settings", sync=config.durability != "none")
+
+
+def end_lifetime(engine: Engine, lifetime: Lifetime) -> None:
+    """Write them for the last time, unless the directory is another one by now."""
+    if not engine.is_displaced():
+        lifetime.keep(now=True)
 
 
 def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:

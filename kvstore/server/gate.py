@@ -47,6 +47,11 @@ class Gate:
         self._lock = threading.Lock()
         self._warned: set[tuple[bytes, str]] = set()
 
+    @property
+    def default_profile(self) -> str:
+        """The profile that is configured."""
+        return self._default
+
     def choose(self, root: bytes, asked: str = "") -> Choice:
         """The profile for KV that comes into a namespace now; `asked` empty: the daemon's own.
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from kvstore.config import Config
-from kvstore.core.blocks import KEY_BYTES, LayerState, Reason
+from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
@@ -17,10 +17,11 @@ from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.server import uploads
-from kvstore.server.callers import caller_name
+from kvstore.server.callers import caller_name, caller_pid
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.layer_frames import LayerFrames, dense_block
+from kvstore.server.requests import Asked, Requests, plain_id, who_asks
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
@@ -50,6 +51,7 @@ class KVStoreService(rpc.KVStoreServicer):
         buffers: ByteBudget,
         threads: Threads,
         counters: Counters,
+        requests: Requests,
         config: Config,
         *,
         same_host: bool,
@@ -61,6 +63,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._buffers = buffers
         self._threads = threads
         self._counters = counters
+        self._requests = requests
         self.refusals = counters.refusals
         self._config = config
         self._same_host = same_host
@@ -74,7 +77,10 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
-        return await self._threads.read(self._match, request)
+        asked = asked_by(request, context)
+        reply = await self._threads.read(self._match, request)
+        self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
+        return reply
 
     def _match(self, request: pb.MatchRequest) -> pb.MatchReply:
         root = convert.root_from_message(request.namespace)
@@ -85,18 +91,26 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         self._counters.add("fetch")
-        plan, way, message = await self._planned(request, caller_name(context.invocation_metadata()))
+        asked = asked_by(request, context)
+        plan, way, message = await self._planned(request, asked.who.caller)
+        complete = False
         try:
-            self._counters.fetched(plan.match.n_tokens, plan.match.reason)
+            self._counters.add("tokens_served", plan.match.n_tokens)
+            nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
+            self._requests.fetched(asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes)
+            if plan.match.slices:
+                self._requests.traffic.ended_in(plan.match.slices[-1].row.key)
             await write_within(context, message, self._config.limits.stream_stall_s)
             if plan.namespace is None:
                 return
             if way == "path":
-                self._counters.add("bytes_served", sum(piece.row.blob_bytes for piece in plan.match.parts))
+                self._counters.add("bytes_served", nbytes)
                 await self._lease()
             else:
                 await self._stream(plan, plan.namespace.layout, way, context)
+                complete = True
         finally:
+            self._requests.handed_over(plan.fetch_id, complete=complete)
             self._threads.release.post(plan.release)
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
@@ -199,11 +213,11 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
-        planning = asyncio.ensure_future(
-            self._threads.plan(self._begin, request, caller_name(context.invocation_metadata()))
-        )
+        with self._counting_invalid():
+            asked = asked_by(request, context, request.profile)
+        planning = asyncio.ensure_future(self._threads.plan(self._begin, request, asked.who.caller))
         try:
-            with self._counting_invalid():
+            with self._counting_invalid(asked):
                 plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
@@ -213,6 +227,9 @@ class KVStoreService(rpc.KVStoreServicer):
             raise
         if plan.upload is None:
             self._counters.stored(plan.reason)
+            self._requests.not_stored(asked, plan.held_tokens, plan.reason)
+        else:
+            self._requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
     def _begin(self, request: pb.BeginStoreRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
@@ -243,12 +260,14 @@ class KVStoreService(rpc.KVStoreServicer):
         )
 
     @contextlib.contextmanager
-    def _counting_invalid(self) -> Iterator[None]:
+    def _counting_invalid(self, asked: Asked | None = None) -> Iterator[None]:
         """Count a store that is refused for what it says."""
         try:
             yield
         except InvalidRequestError:
             self._counters.stored(Reason.INVALID)
+            if asked is not None:
+                self._requests.not_stored(asked, 0, Reason.INVALID)
             raise
 
     def _forget(self, planning: asyncio.Future[tuple[StorePlan, pb.BeginStoreReply]]) -> None:
@@ -294,8 +313,10 @@ class KVStoreService(rpc.KVStoreServicer):
         except BaseException:
             self._threads.release.post(self._store.uploads.end, upload)
             self._counters.stored(Reason.INVALID)
+            self._requests.stored(upload.upload_id, 0, 0, Reason.INVALID)
             raise
         self._counters.stored(outcome.reason)
+        self._requests.stored(upload.upload_id, outcome.stored_tokens, outcome.new_bytes, outcome.reason)
         return pb.CommitStoreReply(
             done=True,
             durable=outcome.durable,
@@ -315,6 +336,10 @@ class KVStoreService(rpc.KVStoreServicer):
         if request.HasField("timing"):
             caller = caller_name(context.invocation_metadata())
             self._fetch.costs.reported(request.timing.fetch_id, timing_of(request.timing), caller)
+            self._requests.reported(request.timing.fetch_id)
+            return pb.ReportReply()
+        if request.HasField("speed"):
+            self._requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)
             return pb.ReportReply()
         if request.reason and not request.key:
             self._counters.stored(known_reason(request.reason))
@@ -332,6 +357,17 @@ class KVStoreService(rpc.KVStoreServicer):
         if self._commits:
             await asyncio.wait(self._commits, timeout=grace_s)
         return not self._commits
+
+
+def asked_by(request: Any, context: Context, profile: str = "") -> Asked:
+    """Who asks, and for what. InvalidRequestError when the identity cannot be."""
+    metadata = context.invocation_metadata()
+    root = convert.root_from_message(request.namespace)
+    who = who_asks(request.namespace, root, caller_name(metadata), caller_pid(metadata), profile)
+    n_tokens = len(request.tokens) // TOKEN_BYTES
+    covered = getattr(request, "covered_tokens", 0)
+    speed = getattr(request, "prefill_tokens_per_s", 0.0)
+    return Asked(who, plain_id(request.request_id), n_tokens, min(covered, n_tokens), speed)
 
 
 def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:

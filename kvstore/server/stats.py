@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
 
 from kvstore.core.blocks import Reason
-from kvstore.engine import Engine, NamespaceUsage
+from kvstore.core.log import level_in_force
+from kvstore.engine import Engine, EngineStats, NamespaceUsage
 from kvstore.quality import Verdict
 from kvstore.server.gate import Gate
 from kvstore.server.refusals import Refusals
+from kvstore.server.traffic import Namespace, Session, Snapshot, Totals, as_counts
 from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
+
+# Sessions that a reply names.
+SESSIONS_MAX = 64
 
 
 class Counters:
@@ -24,7 +30,6 @@ class Counters:
         self.refusals = Refusals()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._miss_reasons: Counter[str] = Counter()
         self._store_reasons: Counter[str] = Counter()
         self._started_s = time.monotonic()
 
@@ -32,15 +37,6 @@ class Counters:
         """Count `amount` under `name` (match, fetch, store, hits, ... as in the Stats reply)."""
         with self._lock:
             self._counts[name] += amount
-
-    def fetched(self, n_tokens: int, reason: Reason) -> None:
-        """Count the outcome of one fetch."""
-        with self._lock:
-            self._counts["tokens_served"] += n_tokens
-            outcome = "misses" if not n_tokens else "hits" if reason is Reason.OK else "partial_hits"
-            self._counts[outcome] += 1
-            if reason is not Reason.OK:
-                self._miss_reasons[reason.value] += 1
 
     def stored(self, reason: Reason) -> None:
         """Count why a store gave less than everything."""
@@ -58,11 +54,14 @@ class Counters:
         device: str,
         gate: Gate,
         tokens_stored: int,
+        traffic: Snapshot,
+        profile: str,
+        data_dir: str,
     ) -> pb.StatsReply:
         """The Stats reply. Reads the index: call it on a worker thread."""
         disk = engine.stats()
         with self._lock:
-            counts, misses, stores = dict(self._counts), dict(self._miss_reasons), dict(self._store_reasons)
+            counts, stores = dict(self._counts), dict(self._store_reasons)
         get = counts.get
         return pb.StatsReply(
             daemon=pb.DaemonStats(
@@ -72,29 +71,28 @@ class Counters:
                 state="degraded" if disk.degraded and state == "serving" else state,
                 device=device,
                 detail=disk.degraded,
+                profile=profile,
+                log_level=level_in_force(),
+                data_dir=data_dir,
+                descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             ),
-            disk=pb.DiskStats(
-                used_bytes=disk.used_bytes,
-                budget_bytes=disk.budget_bytes,
-                free_bytes=disk.free_bytes,
-                free_floor_bytes=disk.free_floor_bytes,
-                blobs=disk.blobs,
-                quarantined=disk.quarantined,
-                checkpoints=disk.checkpoints,
-                checkpoint_bytes=disk.checkpoint_bytes,
-                scrubbed_s=disk.scrubbed_s,
-                damaged=disk.damaged,
-            ),
+            disk=disk_message(disk),
             tokens=pb.TokenStats(stored=tokens_stored, served=get("tokens_served", 0)),
             requests=pb.RequestStats(
                 match=get("match", 0),
                 fetch=get("fetch", 0),
                 store=get("store", 0),
-                hits=get("hits", 0),
-                partial_hits=get("partial_hits", 0),
-                misses=get("misses", 0),
+                hits=traffic.since_start.hits,
+                partial_hits=traffic.since_start.shortened,
+                misses=traffic.since_start.misses,
             ),
-            miss_reasons=misses,
+            miss_reasons=traffic.miss_reasons,
+            shortened_reasons=traffic.shortened_reasons,
+            since_start=traffic_message(traffic.since_start),
+            last_hour=traffic_message(traffic.last_hour),
+            lifetime=traffic_message(traffic.lifetime),
+            lifetime_since_s=traffic.lifetime_since_s,
+            sessions=map(session_message, traffic.sessions[:SESSIONS_MAX]),
             store_reasons=stores,
             evictions={
                 cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
@@ -107,13 +105,50 @@ class Counters:
                 written=disk.written_bytes,
                 served=get("bytes_served", 0),
             ),
-            namespaces=[namespace_message(one, gate) for one in disk.namespaces],
+            namespaces=[namespace_message(one, gate, traffic) for one in disk.namespaces],
         )
 
 
-def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
+def disk_message(disk: EngineStats) -> pb.DiskStats:
+    """The state of the data directory."""
+    return pb.DiskStats(
+        used_bytes=disk.used_bytes,
+        budget_bytes=disk.budget_bytes,
+        free_bytes=disk.free_bytes,
+        free_floor_bytes=disk.free_floor_bytes,
+        blobs=disk.blobs,
+        quarantined=disk.quarantined,
+        checkpoints=disk.checkpoints,
+        checkpoint_bytes=disk.checkpoint_bytes,
+        scrubbed_s=disk.scrubbed_s,
+        damaged=disk.damaged,
+    )
+
+
+def traffic_message(totals: Totals) -> pb.Traffic:
+    """Counters as they travel."""
+    return pb.Traffic(**as_counts(totals))
+
+
+def session_message(session: Session) -> pb.SessionStats:
+    """One worker's row."""
+    who = session.who
+    return pb.SessionStats(
+        pid=who.pid,
+        namespace_id=who.root,
+        alias=who.alias,
+        engine=who.engine,
+        profile=who.profile,
+        last_s=int(session.last_s),
+        last_hit_s=int(session.last_hit_s),
+        traffic=traffic_message(session.totals),
+    )
+
+
+def namespace_message(one: NamespaceUsage, gate: Gate, traffic: Snapshot) -> pb.NamespaceStats:
     """One namespace's row, with how KV that comes in now is kept."""
     choice = gate.choose(one.info.root)
+    known = traffic.namespaces.get(one.info.root, Namespace())
     return pb.NamespaceStats(
         id=one.info.root,
         alias=one.info.alias,
@@ -133,6 +168,8 @@ def namespace_message(one: NamespaceUsage, gate: Gate) -> pb.NamespaceStats:
         unmeasured=gate.unmeasured(one.info.root),
         used_s=one.used_s,
         orphaned=one.orphaned,
+        traffic=traffic_message(known.totals),
+        prefill_tokens_per_s=known.tokens_per_s,
     )
 
 

@@ -7,6 +7,8 @@ import logging
 from kvstore.config import Config
 from kvstore.engine import Engine
 from kvstore.server.callers import Sockets
+from kvstore.server.lifetime import Lifetime
+from kvstore.server.requests import Requests
 from kvstore.server.uploads import Upload, Uploads
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
@@ -17,11 +19,21 @@ log = logging.getLogger(__name__)
 class Upkeep:
     """Blocks on disk and on the engine's lock: for the `care` thread."""
 
-    def __init__(self, engine: Engine, uploads: Uploads, sockets: Sockets, config: Config) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        uploads: Uploads,
+        sockets: Sockets,
+        config: Config,
+        requests: Requests,
+        lifetime: Lifetime,
+    ) -> None:
         self._engine = engine
         self._uploads = uploads
         self._sockets = sockets
         self._config = config
+        self._requests = requests
+        self._lifetime = lifetime
         self._displaced = 0
 
     @property
@@ -34,7 +46,10 @@ class Upkeep:
         self._sockets.look()
         over = self._uploads.keep_up()
         self._engine.maintain()
+        self._requests.settle()
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
+        if not self._displaced:
+            self._lifetime.keep()
         idle = self._uploads.reap(self._config.limits.upload_idle_s, self._config.limits.upload_bytes_per_s_min)
         for upload in idle:
             words = "gave up upload %s of %d tokens: nothing arrived, or too little"

@@ -75,6 +75,9 @@ class FakeSession:
         self.stored.append((list(tokens[:offset]), list(layers)))
         return StoreResult()
 
+    def computes(self, tokens_per_s: float) -> None:
+        """Of no use here."""
+
     def reject(self, tokens: Sequence[int], detail: str) -> None:
         """Note that a hit could not be used."""
         self.rejected.append(list(tokens))

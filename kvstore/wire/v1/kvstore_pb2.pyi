@@ -58,18 +58,20 @@ class HelloReply(_message.Message):
     def __init__(self, staging_dir: _Optional[str] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("namespace", "tokens", "fidelity_min", "prefill_tokens_per_s", "covered_tokens")
+    __slots__ = ("namespace", "tokens", "fidelity_min", "prefill_tokens_per_s", "covered_tokens", "request_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     COVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     tokens: bytes
     fidelity_min: int
     prefill_tokens_per_s: float
     covered_tokens: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class MatchReply(_message.Message):
     __slots__ = ("n_tokens", "reason", "fidelity")
@@ -82,7 +84,7 @@ class MatchReply(_message.Message):
     def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport", "prefill_tokens_per_s", "covered_tokens")
+    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport", "prefill_tokens_per_s", "covered_tokens", "request_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class FetchRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     COVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     tokens: bytes
     fidelity_min: int
@@ -97,7 +100,8 @@ class FetchRequest(_message.Message):
     transport: Transport
     prefill_tokens_per_s: float
     covered_tokens: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ...) -> None: ...
+    request_id: str
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("plan", "chunk")
@@ -166,7 +170,7 @@ class LayerChunk(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states")
+    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -176,6 +180,7 @@ class BeginStoreRequest(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: bytes
     tokens: bytes
@@ -185,7 +190,8 @@ class BeginStoreRequest(_message.Message):
     profile: str
     transport: Transport
     states: bytes
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ...) -> None: ...
+    request_id: str
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
     __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states", "durable", "detail")
@@ -256,16 +262,26 @@ class AbortStoreReply(_message.Message):
     def __init__(self) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("key", "detail", "reason", "timing")
+    __slots__ = ("key", "detail", "reason", "timing", "speed")
     KEY_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     TIMING_FIELD_NUMBER: _ClassVar[int]
+    SPEED_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     detail: str
     reason: str
     timing: FetchTiming
-    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ..., timing: _Optional[_Union[FetchTiming, _Mapping]] = ...) -> None: ...
+    speed: PrefillSpeed
+    def __init__(self, key: _Optional[bytes] = ..., detail: _Optional[str] = ..., reason: _Optional[str] = ..., timing: _Optional[_Union[FetchTiming, _Mapping]] = ..., speed: _Optional[_Union[PrefillSpeed, _Mapping]] = ...) -> None: ...
+
+class PrefillSpeed(_message.Message):
+    __slots__ = ("namespace_id", "tokens_per_s")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    tokens_per_s: float
+    def __init__(self, namespace_id: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class FetchTiming(_message.Message):
     __slots__ = ("fetch_id", "read_bytes", "read_s", "decoded_bytes", "decode_s")
@@ -292,7 +308,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -321,6 +337,13 @@ class StatsReply(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ShortenedReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     DAEMON_FIELD_NUMBER: _ClassVar[int]
     DISK_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +355,12 @@ class StatsReply(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     REFUSALS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    SINCE_START_FIELD_NUMBER: _ClassVar[int]
+    LAST_HOUR_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_FIELD_NUMBER: _ClassVar[int]
+    LIFETIME_SINCE_S_FIELD_NUMBER: _ClassVar[int]
+    SHORTENED_REASONS_FIELD_NUMBER: _ClassVar[int]
+    SESSIONS_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -343,7 +372,59 @@ class StatsReply(_message.Message):
     evictions: _containers.MessageMap[str, Evicted]
     refusals: _containers.ScalarMap[str, int]
     load: LoadStats
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ...) -> None: ...
+    since_start: Traffic
+    last_hour: Traffic
+    lifetime: Traffic
+    lifetime_since_s: int
+    shortened_reasons: _containers.ScalarMap[str, int]
+    sessions: _containers.RepeatedCompositeFieldContainer[SessionStats]
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ...) -> None: ...
+
+class Traffic(_message.Message):
+    __slots__ = ("hits", "shortened", "misses", "in_memory", "prompt_tokens", "hit_tokens", "saved_s", "stores", "stored_tokens", "written_bytes", "reused_bytes")
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    SHORTENED_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAVED_S_FIELD_NUMBER: _ClassVar[int]
+    STORES_FIELD_NUMBER: _ClassVar[int]
+    STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REUSED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hits: int
+    shortened: int
+    misses: int
+    in_memory: int
+    prompt_tokens: int
+    hit_tokens: int
+    saved_s: float
+    stores: int
+    stored_tokens: int
+    written_bytes: int
+    reused_bytes: int
+    def __init__(self, hits: _Optional[int] = ..., shortened: _Optional[int] = ..., misses: _Optional[int] = ..., in_memory: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ..., stores: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., written_bytes: _Optional[int] = ..., reused_bytes: _Optional[int] = ...) -> None: ...
+
+class SessionStats(_message.Message):
+    __slots__ = ("pid", "namespace_id", "alias", "engine", "profile", "last_s", "last_hit_s", "traffic")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    LAST_S_FIELD_NUMBER: _ClassVar[int]
+    LAST_HIT_S_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    namespace_id: bytes
+    alias: str
+    engine: str
+    profile: str
+    last_s: int
+    last_hit_s: int
+    traffic: Traffic
+    def __init__(self, pid: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., engine: _Optional[str] = ..., profile: _Optional[str] = ..., last_s: _Optional[int] = ..., last_hit_s: _Optional[int] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ...) -> None: ...
 
 class Evicted(_message.Message):
     __slots__ = ("blocks", "bytes")
@@ -374,20 +455,28 @@ class LoadStats(_message.Message):
     def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ...) -> None: ...
 
 class DaemonStats(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail")
+    __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail", "profile", "log_level", "data_dir", "descriptors_max")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    DATA_DIR_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTORS_MAX_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: int
     state: str
     device: str
     detail: str
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+    profile: str
+    log_level: str
+    data_dir: str
+    descriptors_max: int
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ..., profile: _Optional[str] = ..., log_level: _Optional[str] = ..., data_dir: _Optional[str] = ..., descriptors_max: _Optional[int] = ...) -> None: ...
 
 class DiskStats(_message.Message):
     __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined", "checkpoints", "checkpoint_bytes", "scrubbed_s", "damaged")
@@ -450,7 +539,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -469,6 +558,8 @@ class NamespaceStats(_message.Message):
     USED_S_FIELD_NUMBER: _ClassVar[int]
     ORPHANED_FIELD_NUMBER: _ClassVar[int]
     UNMEASURED_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -487,7 +578,9 @@ class NamespaceStats(_message.Message):
     used_s: int
     orphaned: bool
     unmeasured: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ...) -> None: ...
+    traffic: Traffic
+    prefill_tokens_per_s: float
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss", "passed", "thresholds")
@@ -608,22 +701,48 @@ class ForgetQualityReply(_message.Message):
     def __init__(self, results: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
-    __slots__ = ("namespace_prefix", "limit")
+    __slots__ = ("namespace_prefix", "limit", "sequences")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     namespace_prefix: bytes
     limit: int
-    def __init__(self, namespace_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ...) -> None: ...
+    sequences: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ..., sequences: bool = ...) -> None: ...
 
 class ListReply(_message.Message):
-    __slots__ = ("namespaces", "blocks", "truncated")
+    __slots__ = ("namespaces", "blocks", "truncated", "sequences")
     NAMESPACES_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     namespaces: _containers.RepeatedCompositeFieldContainer[NamespaceStats]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
     truncated: bool
-    def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., truncated: bool = ...) -> None: ...
+    sequences: _containers.RepeatedCompositeFieldContainer[SequenceInfo]
+    def __init__(self, namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ..., truncated: bool = ..., sequences: _Optional[_Iterable[_Union[SequenceInfo, _Mapping]]] = ...) -> None: ...
+
+class SequenceInfo(_message.Message):
+    __slots__ = ("key", "namespace_id", "label", "tokens", "bytes", "own_bytes", "created_s", "accessed_s", "hits")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    OWN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_S_FIELD_NUMBER: _ClassVar[int]
+    ACCESSED_S_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    namespace_id: bytes
+    label: str
+    tokens: int
+    bytes: int
+    own_bytes: int
+    created_s: int
+    accessed_s: int
+    hits: int
+    def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., label: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., own_bytes: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., hits: _Optional[int] = ...) -> None: ...
 
 class BlockInfo(_message.Message):
     __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint")
@@ -666,6 +785,24 @@ class ShowReply(_message.Message):
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     blocks: _containers.RepeatedCompositeFieldContainer[BlockInfo]
     def __init__(self, blocks: _Optional[_Iterable[_Union[BlockInfo, _Mapping]]] = ...) -> None: ...
+
+class SetRequest(_message.Message):
+    __slots__ = ("namespace_prefix", "key", "value")
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    key: str
+    value: str
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class SetReply(_message.Message):
+    __slots__ = ("before", "value")
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    before: str
+    value: str
+    def __init__(self, before: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run", "shred", "orphans")

@@ -464,6 +464,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
                 _registered_method=True)
+        self.Set = channel.unary_unary(
+                '/kvstore.v1.Admin/Set',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -526,6 +531,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Set(self, request, context):
+        """Set changes a setting of the running daemon, until it stops.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -568,6 +580,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ForgetQuality,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.SerializeToString,
+            ),
+            'Set': grpc.unary_unary_rpc_method_handler(
+                    servicer.Set,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -787,6 +804,33 @@ class Admin(object):
             '/kvstore.v1.Admin/ForgetQuality',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Set(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Set',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.FromString,
             options,
             channel_credentials,
             insecure,

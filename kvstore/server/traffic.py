@@ -1,0 +1,229 @@
+"""What requests got and stores brought: since start, in the last hour, in all, and by namespace and session.
+
+Plain counters. `requests.py` counts, `lifetime.py` keeps the lifetime over a restart, `stats.py` and the command line
+read. Nothing here knows gRPC or the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+HOUR_MINUTES = 60
+NAMESPACES_MAX = 256
+SESSIONS_MAX = 256
+BLOCKS_MAX = 65_536
+# A session that asked nothing for so long is not listed any more: its worker is most likely gone.
+SESSION_S = 86_400.0
+
+
+@dataclass(slots=True)
+class Totals:
+    """The counters of one scope; what each means stands beside the fields of `Traffic` in protos/kvstore.proto."""
+
+    hits: int = 0
+    shortened: int = 0
+    misses: int = 0
+    in_memory: int = 0
+    prompt_tokens: int = 0
+    hit_tokens: int = 0
+    saved_s: float = 0.0
+    stores: int = 0
+    stored_tokens: int = 0
+    written_bytes: int = 0
+    reused_bytes: int = 0
+
+    def add(self, other: Totals, sign: int = 1) -> None:
+        """Count `other`, or with -1 take it back."""
+        for name in _NAMES:
+            setattr(self, name, max(0, getattr(self, name) + sign * getattr(other, name)))
+
+    @classmethod
+    def from_dict(cls, counts: Mapping[str, Any]) -> Totals:
+        """Of what `asdict` made of one; what is missing, or no number, is 0."""
+        known = cls()
+        for name in _NAMES:
+            kind, given = type(getattr(known, name)), counts.get(name)
+            if isinstance(given, int | float) and given >= 0:
+                setattr(known, name, kind(given))
+        return known
+
+
+_NAMES = tuple(one.name for one in fields(Totals))
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who asks: the client by the name it gives itself, its process, and whose KV."""
+
+    caller: str
+    pid: int
+    root: bytes
+    alias: str
+    engine: str
+    profile: str = ""
+
+
+@dataclass(slots=True)
+class Session:
+    """One worker and one namespace."""
+
+    who: Who
+    last_s: float = 0.0
+    last_hit_s: float = 0.0
+    totals: Totals = field(default_factory=Totals)
+
+
+@dataclass(slots=True)
+class Namespace:
+    """One namespace, over its lifetime. `tokens_per_s`: how fast its workers compute prompts, 0 if not known."""
+
+    totals: Totals = field(default_factory=Totals)
+    tokens_per_s: float = 0.0
+
+    @property
+    def token_bytes(self) -> float:
+        """What a token costs on disk, by what was written; 0 when nothing was."""
+        return self.totals.written_bytes / self.totals.stored_tokens if self.totals.stored_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All counters of one moment."""
+
+    since_start: Totals
+    last_hour: Totals
+    lifetime: Totals
+    lifetime_since_s: int
+    namespaces: dict[bytes, Namespace]
+    sessions: list[Session]
+    miss_reasons: dict[str, int]
+    shortened_reasons: dict[str, int]
+
+
+class Traffic:
+    """See the module. Any thread may call; one lock, held for some additions."""
+
+    def __init__(
+        self, clock: Callable[[], float] = time.time, lifetime: Totals | None = None, since_s: float = 0.0
+    ) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._start = Totals()
+        self._lifetime = lifetime or Totals()
+        self._since_s = since_s or clock()
+        self._minutes: deque[tuple[int, Totals]] = deque(maxlen=HOUR_MINUTES)
+        self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, bytes], Session] = OrderedDict()
+        self._misses: Counter[str] = Counter()
+        self._shortened: Counter[str] = Counter()
+        self._ended_in: OrderedDict[bytes, int] = OrderedDict()
+        self.changes = 0
+
+    def restore(self, root: bytes, namespace: Namespace) -> None:
+        """What an earlier daemon counted of a namespace."""
+        with self._lock:
+            self._namespaces[root] = namespace
+
+    def count(self, who: Who, more: Totals, *, miss: str = "", shortened: str = "", sign: int = 1) -> None:
+        """Count what a request or a store came to, and why it was not more; with -1 take that back."""
+        now_s = self._clock()
+        with self._lock:
+            self.changes += 1
+            session = self._session(who, now_s)
+            for totals in (
+                self._start,
+                self._lifetime,
+                self._minute(now_s),
+                self._namespace(who.root).totals,
+                session.totals,
+            ):
+                totals.add(more, sign)
+            if more.hits or more.shortened:
+                session.last_hit_s = now_s
+            for reasons, code in ((self._misses, miss), (self._shortened, shortened)):
+                if code:
+                    reasons[code] = max(0, reasons[code] + sign)
+
+    def ended_in(self, key: bytes) -> None:
+        """A hit ended in this block."""
+        with self._lock:
+            self._ended_in[key] = self._ended_in.pop(key, 0) + 1
+            while len(self._ended_in) > BLOCKS_MAX:
+                self._ended_in.popitem(last=False)
+
+    def hits_of(self, keys: Iterable[bytes]) -> int:
+        """How many hits ended in any of these blocks since start."""
+        with self._lock:
+            return sum(self._ended_in.get(key, 0) for key in keys)
+
+    def computes(self, root: bytes, tokens_per_s: float) -> None:
+        """How fast a worker of a namespace computes prompts, as it measured."""
+        if tokens_per_s > 0:
+            with self._lock:
+                self.changes += 1
+                self._namespace(root).tokens_per_s = tokens_per_s
+
+    def saved_s(self, root: bytes, n_tokens: int, took_s: float) -> float:
+        """Seconds that restoring so many tokens saved over computing them; 0 where the speed is not known."""
+        with self._lock:
+            speed = self._namespace(root).tokens_per_s
+        return max(0.0, n_tokens / speed - took_s) if speed else 0.0
+
+    def reused_bytes(self, root: bytes, n_tokens: int) -> int:
+        """What so many tokens, stored already, would have cost on disk: estimated from what was written."""
+        with self._lock:
+            return int(n_tokens * self._namespace(root).token_bytes)
+
+    def snapshot(self) -> Snapshot:
+        """All counters now."""
+        now_s = self._clock()
+        with self._lock:
+            hour = Totals()
+            for minute, totals in self._minutes:
+                if minute > now_s // 60 - HOUR_MINUTES:
+                    hour.add(totals)
+            recent = [one for one in self._sessions.values() if one.last_s > now_s - SESSION_S]
+            return Snapshot(
+                since_start=copy.copy(self._start),
+                last_hour=hour,
+                lifetime=copy.copy(self._lifetime),
+                lifetime_since_s=int(self._since_s),
+                namespaces=copy.deepcopy(dict(self._namespaces)),
+                sessions=copy.deepcopy(sorted(recent, key=lambda one: -one.last_s)),
+                miss_reasons={code: count for code, count in self._misses.items() if count},
+                shortened_reasons={code: count for code, count in self._shortened.items() if count},
+            )
+
+    def _minute(self, now_s: float) -> Totals:
+        minute = int(now_s // 60)
+        if not self._minutes or self._minutes[-1][0] != minute:
+            self._minutes.append((minute, Totals()))
+        return self._minutes[-1][1]
+
+    def _namespace(self, root: bytes) -> Namespace:
+        known = self._namespaces.setdefault(root, Namespace())
+        self._namespaces.move_to_end(root)
+        while len(self._namespaces) > NAMESPACES_MAX:
+            self._namespaces.popitem(last=False)
+        return known
+
+    def _session(self, who: Who, now_s: float) -> Session:
+        known = self._sessions.setdefault((who.caller, who.root), Session(who))
+        self._sessions.move_to_end((who.caller, who.root))
+        while len(self._sessions) > SESSIONS_MAX:
+            self._sessions.popitem(last=False)
+        if who.profile and known.who.profile != who.profile:
+            known.who = who
+        known.last_s = now_s
+        return known
+
+
+def as_counts(totals: Totals) -> dict[str, Any]:
+    """The counters by name."""
+    return asdict(totals)
