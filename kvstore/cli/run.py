@@ -12,11 +12,22 @@ from kvstore.config import ENV_CONFIG, ENV_PREFIX
 
 
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--no-start", is_flag=True, help="Start no daemon where none answers; serve without the store.")
 @click.option("--slow-hits", is_flag=True, help="Return hits even when prefill would be faster.")
 @common_options
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SERVER [FLAGS]...")
-def command(argv: tuple[str, ...], slow_hits: bool, address: str | None, config_path: str | None, as_json: bool) -> int:
+def command(
+    argv: tuple[str, ...],
+    no_start: bool,
+    slow_hits: bool,
+    address: str | None,
+    config_path: str | None,
+    as_json: bool,
+) -> int:
     """Start SERVER (mlx_lm.server) with the store plugged in; all FLAGS go to it unchanged.
+
+    Where no daemon answers, one is started in the background, with its log in the data directory; it goes on when the
+    server ends. What kvstore has to say begins with `kvstore:`.
 
     For example: kvstore run mlx_lm.server --model mlx-community/Qwen3-8B-4bit --port 8080
     """
@@ -29,6 +40,10 @@ def command(argv: tuple[str, ...], slow_hits: bool, address: str | None, config_
     if as_json:
         print_json({"pid": os.getpid(), "address": config.listen, "argv": list(argv)})
         sys.stdout.flush()
-    from kvstore.integrations.run import run
+    from kvstore.cli.start import ensure_daemon
+    from kvstore.integrations.run import require_server, run
 
+    require_server(argv)
+    if not {"-h", "--help"} & set(argv):
+        ensure_daemon(config, start=not no_start)
     return run(list(argv), slow_hits=slow_hits)

@@ -19,15 +19,27 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+from kvstore.client.request_lines import say_requests
+from kvstore.core.log import log_worker
 from kvstore.core.process import ending_signals
 from kvstore.errors import ConfigError
 
 FLUSH_S = 5.0
 log = logging.getLogger(__name__)
+
+
+def require_server(argv: Sequence[str]) -> None:
+    """ConfigError when `argv[0]` names no server that `run` knows, or one that is not installed."""
+    name = argv[0] if argv else ""
+    if name not in _SERVERS:
+        raise ConfigError(f"kvstore run knows {', '.join(_SERVERS)}, not {name!r}")
+    if name == "vllm-mlx" and importlib.util.find_spec("vllm_mlx") is None:
+        raise ConfigError("vllm-mlx is not installed in the Python environment of this kvstore")
 
 
 def run(argv: Sequence[str], *, slow_hits: bool = False) -> int:
@@ -36,9 +48,10 @@ def run(argv: Sequence[str], *, slow_hits: bool = False) -> int:
     `slow_hits`: return hits even when prefill would be faster. ConfigError when there is no such server, or it is not
     installed. Servers end the process themselves.
     """
-    name, *flags = argv or ("",)
-    if name not in _SERVERS:
-        raise ConfigError(f"kvstore run knows {', '.join(_SERVERS)}, not {name!r}")
+    require_server(argv)
+    log_worker()
+    say_requests()
+    name, *flags = argv
     return _SERVERS[name](flags, slow_hits)
 
 
@@ -50,6 +63,7 @@ def _mlx_lm_server(flags: Sequence[str], slow_hits: bool) -> int:
     from kvstore.integrations.models import ModelStore
 
     store = ModelStore(connect(), slow_hits=slow_hits)
+    announce(store.digests, named_model(flags))
     plug_in(server, store)
     checkpoints.plug_in(server, request_guard.guarded(prefetch.generator()))
     request_guard.plug_in(server)
@@ -57,8 +71,6 @@ def _mlx_lm_server(flags: Sequence[str], slow_hits: bool) -> int:
 
 
 def _vllm_mlx(flags: Sequence[str], slow_hits: bool) -> int:
-    if importlib.util.find_spec("vllm_mlx") is None:
-        raise ConfigError("vllm-mlx is not installed in the Python environment of this kvstore")
     from kvstore.integrations.vllm_mlx import prepare
 
     _serve("vllm-mlx", flags, *prepare(flags, slow_hits=slow_hits))
@@ -85,6 +97,38 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def named_model(flags: Sequence[str]) -> str:
+    """The model that the command line of a server names; empty when it names none."""
+    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+        if flag == "--model":
+            return value
+        if flag.startswith("--model="):
+            return flag.partition("=")[2]
+    return ""
+
+
+def announce(digests: Any, model: str) -> None:
+    """Say whether the identity of a model is known: until its weights are hashed, nothing is stored or restored."""
+    from kvstore.integrations.models import model_folder
+
+    folder = model_folder(model) if model else None
+    if folder is None:
+        log.info("identity: each model is hashed when it is first loaded; until then nothing is stored or restored")
+        return
+    pin = digests.pin(folder)
+    if pin.done.is_set():
+        if pin.digest is not None:
+            log.info("identity of %s: known", model)
+        return
+    # What hashes says when it begins; this, when it is over.
+    threading.Thread(target=_say_known, args=(pin, model), name="kvstore-identity-notice", daemon=True).start()
+
+
+def _say_known(pin: Any, model: str) -> None:
+    if pin.wait() is not None:
+        log.info("identity of %s: known; prompts are stored and restored from now on", model)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

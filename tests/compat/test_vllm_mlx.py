@@ -43,7 +43,7 @@ from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_e
 START_TIMEOUT_S = 600.0
 pytestmark = pytest.mark.timeout(2400)
 STOCK = ("-m", "vllm_mlx.cli")
-WITH_STORE = launch("run", "--slow-hits", "vllm-mlx", min_prefix_tokens=1, **OPEN_DEADLINES)
+WITH_STORE = launch("run", "--no-start", "--slow-hits", "vllm-mlx", min_prefix_tokens=1, **OPEN_DEADLINES)
 FLAGS = {
     "plain": (),
     "quantized": ("--kv-cache-quantization", "--kv-cache-quantization-bits", "8"),

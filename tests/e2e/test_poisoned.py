@@ -50,7 +50,7 @@ table = exact_caches._CAPTURE
 table[RotatingKVCache] = spoiled(table[RotatingKVCache], numbers=lambda made: (("index", 12345),))
 table[ArraysCache] = spoiled(table[ArraysCache], arrays=lambda made: tuple((n, a[:, :1]) for n, a in made.arrays))
 from kvstore.cli import main
-sys.argv = ["kvstore", "run", "--slow-hits", "mlx_lm.server", *sys.argv[1:]]
+sys.argv = ["kvstore", "run", "--no-start", "--slow-hits", "mlx_lm.server", *sys.argv[1:]]
 main()
 """
 

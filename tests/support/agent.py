@@ -26,7 +26,7 @@ TEMPLATE = (
 )
 SYSTEM = "You are an agent. Call one tool at a time, look at what it answers, and go on until the task is done. " * 4
 
-LAUNCH = ["-m", "kvstore", "run", "mlx_lm.server"]
+LAUNCH = ["-m", "kvstore", "run", "--no-start", "mlx_lm.server"]
 # The same without the segment ends that `kvstore run` adds.
 LAUNCH_WITHOUT_ENDS = [
     "-c",

@@ -27,7 +27,7 @@ STOP_TIMEOUT_S = 120.0
 PATIENCE_S = 120.0
 
 # The models that tests serve compute faster than a busy machine restores.
-WITH_STORE = launch("run", "--slow-hits", "mlx_lm.server", min_prefix_tokens=1, **OPEN_DEADLINES)
+WITH_STORE = launch("run", "--no-start", "--slow-hits", "mlx_lm.server", min_prefix_tokens=1, **OPEN_DEADLINES)
 PLAIN = ("-m", "mlx_lm", "server")
 
 # The stock server keeps ten prompts in memory. A cold reference must not find any of them there.

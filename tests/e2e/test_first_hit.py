@@ -1,0 +1,118 @@
+"""One command gives the first hit: `kvstore run` starts the daemon, says what it is connected to, and what it does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.utils import load_tokenizer
+
+from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.limits import OPEN_DEADLINES, launch
+from tests.support.models import expand_small_lm, heldout_tokens
+from tests.support.servers import ServerProcess, wait_until
+
+RUN = launch("run", "--slow-hits", "mlx_lm.server", **OPEN_DEADLINES)
+NO_START = launch("run", "--no-start", "--slow-hits", "mlx_lm.server", **OPEN_DEADLINES)
+HIT = r"kvstore: hit small {}/{} tokens [0-9.]+ [kM]B \d+ ms \[([0-9a-f]{{6}})\]"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small trained model."""
+    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def absent(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A place for a daemon, and none there; whatever is started there ends with the test."""
+    place = DaemonProcess(tmp_path / "data")
+    yield place
+    ended = run_cli(["stats", "--json"], place.environ())
+    if ended.returncode == 0:
+        os.kill(json.loads(ended.stdout)["daemon"]["pid"], signal.SIGKILL)
+
+
+def at_home(absent: DaemonProcess, home: Path) -> dict[str, str]:
+    """The environment of a user who has configured nothing but a socket: the data directory is the default one."""
+    (home / "share").mkdir()
+    environ = {**absent.environ(), "XDG_DATA_HOME": str(home / "share")}
+    del environ["KVSTORE_DATA_DIR"]
+    return environ
+
+
+def messages(model: Path) -> list[dict[str, str]]:
+    """A request of some 600 tokens."""
+    return [{"role": "system", "content": load_tokenizer(model).decode(heldout_tokens()[:600])}]
+
+
+def stats_of(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What the daemon says of itself."""
+    ended = run_cli(["stats", "--json"], environ)
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+def test_one_command_starts_a_daemon_and_the_second_server_hits(
+    model: Path, absent: DaemonProcess, tmp_path: Path
+) -> None:
+    """The log of the server names both ends and the request; the daemon outlives it and logs the same id."""
+    environ = at_home(absent, tmp_path)
+    with ServerProcess(model, tmp_path / "one.log", environ, launcher=RUN) as one:
+        cold = one.chat(messages(model))
+        text = one.log_text()
+        assert f"kvstore: no daemon at {absent.listen}; starting one" in text
+        assert f"kvstore: connected to {absent.listen}" in text and "kvstore: profile affine8" in text
+        assert "kvstore: identity of" in text or "kvstore: hashing the weights" in text
+        wait_until(lambda: "kvstore: stored small +" in one.log_text(), 30, one.log_text)
+        assert one.stop() == 0
+    log = tmp_path / "share" / "kvstore" / "daemon.log"
+    assert log.stat().st_mode & 0o777 == 0o600
+    with ServerProcess(model, tmp_path / "two.log", environ, launcher=RUN) as two:
+        assert "starting one" not in two.log_text()
+        warm = two.chat(messages(model))
+        assert (warm.text, warm.cached_tokens) == (cold.text, warm.prompt_tokens - 1)
+        pattern = HIT.format(warm.cached_tokens, warm.prompt_tokens)
+        wait_until(lambda: bool(re.search(pattern, two.log_text())), 30, two.log_text)
+        (name,) = re.findall(pattern, two.log_text())
+        wait_until(lambda: f"[{name}]" in log.read_text(), 30, log.read_text)
+        assert two.stop() == 0
+    stats = stats_of(environ)
+    (session, *_) = stats["sessions"]
+    assert session["alias"] == "small" and session["last_hit_s"] > 0
+    assert two.process is not None and session["pid"] == two.process.pid
+    assert stats["since_start"]["hit_tokens"] >= warm.cached_tokens
+    assert stats["namespaces"][0]["prefill_tokens_per_s"] > 0, "the first server measured how fast it computes"
+
+
+def test_no_store_is_made_where_a_volume_may_be_away(model: Path, absent: DaemonProcess, tmp_path: Path) -> None:
+    """In a directory that was configured, only `serve --create` does; the server serves without the store."""
+    with ServerProcess(model, tmp_path / "server.log", absent.environ(), launcher=RUN) as server:
+        assert server.chat(messages(model)).completion_tokens
+        text = server.log_text()
+    assert "none can be started: no store at" in text and "serve --create" in text and "without the store" in text
+    assert not absent.data_dir.exists()
+
+
+def test_no_start_serves_without_the_store_and_says_so(model: Path, absent: DaemonProcess, tmp_path: Path) -> None:
+    """Once; when a daemon comes that is said, and when it is lost again, too."""
+    with ServerProcess(model, tmp_path / "server.log", absent.environ(), launcher=NO_START) as server:
+        assert server.chat(messages(model)).completion_tokens
+        assert "serving without the store" in server.log_text()
+        assert server.log_text().count("kvstore: warning: the store is not used") == 1
+        with absent:
+
+            def is_used() -> bool:
+                server.chat(messages(model), seed=1)
+                return "kvstore: the store is used again" in server.log_text()
+
+            wait_until(is_used, 60, server.log_text)
+        server.chat(messages(model), seed=2)
+        wait_until(lambda: server.log_text().count("the store is not used") == 2, 60, server.log_text)
