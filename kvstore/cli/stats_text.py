@@ -1,0 +1,185 @@
+"""The tables of `kvstore stats` for people."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kvstore.cli.common import (
+    ID_DIGITS,
+    age_text,
+    print_facts,
+    print_table,
+    say,
+    size_text,
+    span_text,
+    time_text,
+)
+from kvstore.core.reasons import is_needed, words_of
+
+YEAR_S = 365.25 * 86_400
+# A rate over less than this says nothing about a year.
+RATE_S_MIN = 3600
+SESSIONS_SHOWN = 10
+_EMPTY: dict[str, Any] = {}
+
+
+def print_stats(stats: dict[str, Any], listen: str) -> None:
+    """Everything, the story first: what was served and saved, by whom, what it cost, and why it was not more."""
+    print_facts("daemon", _daemon(stats["daemon"], listen))
+    _print_served(stats)
+    print_namespaces(stats["namespaces"])
+    _print_sessions(stats.get("sessions", []))
+    print_facts("disk", _disk(stats["disk"]))
+    print_facts("writes", _writes(stats))
+    _print_reasons(stats)
+    print_facts("under way", _load(stats.get("load") or {}))
+
+
+def share_text(traffic: Mapping[str, Any]) -> str:
+    """Which part of the prompt tokens that were asked for came out of the store."""
+    asked = traffic.get("prompt_tokens", 0)
+    return f"{100 * traffic.get('hit_tokens', 0) / asked:.1f} %" if asked else "-"
+
+
+def saved_text(traffic: Mapping[str, Any]) -> str:
+    """Prefill that was saved, in its largest unit that fits."""
+    saved_s = traffic.get("saved_s", 0.0)
+    return span_text(int(saved_s)) if saved_s >= 120 else f"{saved_s:.1f} s" if saved_s else "-"
+
+
+def _print_served(stats: dict[str, Any]) -> None:
+    scopes = [stats.get(name) or _EMPTY for name in ("last_hour", "since_start", "lifetime")]
+    rows = [
+        ("prompt tokens from the store", *(share_text(one) for one in scopes)),
+        ("tokens saved", *(f"{one.get('hit_tokens', 0):,}" for one in scopes)),
+        ("prefill saved", *(saved_text(one) for one in scopes)),
+        ("hits", *(f"{one.get('hits', 0) + one.get('shortened', 0):,}" for one in scopes)),
+        ("  of these shortened", *(f"{one.get('shortened', 0):,}" for one in scopes)),
+        ("misses", *(f"{one.get('misses', 0):,}" for one in scopes)),
+        ("in the worker's memory", *(f"{one.get('in_memory', 0):,}" for one in scopes)),
+        ("tokens stored", *(f"{one.get('stored_tokens', 0):,}" for one in scopes)),
+    ]
+    print_table(("served", "last hour", "since start", "lifetime"), rows, numbers=" nnn")
+
+
+def print_namespaces(rows: list[dict[str, Any]]) -> None:
+    """The table of namespaces, largest first; nothing when there are none."""
+    if not rows:
+        return
+    cells = [
+        (
+            row["id"][:ID_DIGITS],
+            (row["alias"] or "-") + (" (orphaned)" if row.get("orphaned") else ""),
+            f"{row['tokens']:,}",
+            f"{row['blocks']:,}",
+            size_text(row["bytes"]),
+            f"{row['bytes'] / row['logical_bytes']:.2f}" if row["logical_bytes"] else "-",
+            share_text(row.get("traffic") or _EMPTY),
+            saved_text(row.get("traffic") or _EMPTY),
+            row["engine"],
+            f"{row['layers']} x {row['dtype']}",
+        )
+        for row in sorted(rows, key=lambda row: -row["bytes"])
+    ]
+    columns = ("namespace", "alias", "tokens", "blocks", "on disk", "of raw", "served", "saved", "engine", "layers")
+    print_table(columns, cells, numbers="  nnnnnn")
+    orphaned = [row["bytes"] for row in rows if row.get("orphaned")]
+    if orphaned:
+        say(f"{size_text(sum(orphaned))} belong to models that no worker has used for 30 days: kvstore evict --orphans")
+    for row in rows:
+        for profile in row.get("unmeasured", []):
+            say(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")
+
+
+def _print_sessions(sessions: list[dict[str, Any]]) -> None:
+    if not sessions:
+        return
+    cells = [
+        (
+            str(one["pid"] or "-"),
+            one["alias"] or one["namespace_id"][:ID_DIGITS],
+            one["engine"],
+            one["profile"] or "daemon's",
+            share_text(one.get("traffic") or _EMPTY),
+            saved_text(one.get("traffic") or _EMPTY),
+            age_text(one["last_hit_s"]),
+            age_text(one["last_s"]),
+        )
+        for one in sessions[:SESSIONS_SHOWN]
+    ]
+    columns = ("worker pid", "alias", "engine", "profile", "served", "saved", "last hit", "last request")
+    print_table(columns, cells, numbers="    nn")
+    if len(sessions) > SESSIONS_SHOWN:
+        say(f"and {len(sessions) - SESSIONS_SHOWN} more workers: kvstore stats --json")
+
+
+def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:
+    state = daemon["state"] + (f": {daemon['detail']}" if daemon.get("detail") else "")
+    profile = f", profile {daemon['profile']}" if daemon.get("profile") else ""
+    return [
+        ("state", state),
+        ("address", listen),
+        ("version", f"{daemon['version']}, pid {daemon['pid']}, up {span_text(daemon['uptime_s'])}"),
+        ("device", daemon["device"] + profile),
+    ]
+
+
+def _load(load: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        (name, f"{load[name]:,} of {load[name + '_max']:,}")
+        for name in ("clients", "connections", "calls", "uploads")
+        if name in load
+    ]
+
+
+def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
+    budget = disk["budget_bytes"]
+    share = f" ({100 * disk['used_bytes'] / budget:.0f} %)" if budget else ""
+    floor = disk.get("free_floor_bytes", 0)
+    return [
+        ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
+        ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),
+        ("quarantined", f"{disk['quarantined']:,}"),
+        ("verified", f"{time_text(int(disk.get('scrubbed_s', 0)))}, {disk.get('damaged', 0):,} damaged since start"),
+    ]
+
+
+def _writes(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    moved, total = stats["bytes"], stats.get("lifetime") or _EMPTY
+    written, reused = total.get("written_bytes", 0), total.get("reused_bytes", 0)
+    facts = [
+        ("written", f"{size_text(written)} in all, {size_text(moved['written'])} since start"),
+        ("reused", f"{size_text(reused)} were stored already and not written again"),
+        ("a year", projected_text(stats, time.time())),
+        ("kept", f"{size_text(moved['stored'])} on disk for {size_text(moved['logical'])} of raw KV"),
+        ("served", f"{size_text(moved['served'])} since start"),
+    ]
+    for cause, one in sorted(stats.get("evictions", {}).items()):
+        facts.append((f"evicted ({cause})", f"{one['blocks']:,} blocks, {size_text(one['bytes'])} since start"))
+    return facts
+
+
+def projected_text(stats: Mapping[str, Any], now_s: float) -> str:
+    """What is written in a year at the rate so far, which is what wears a drive."""
+    since_s, total = stats.get("lifetime_since_s", 0), stats.get("lifetime") or _EMPTY
+    span_s = now_s - since_s if since_s else 0
+    if span_s < RATE_S_MIN:
+        return "not known before an hour has passed"
+    terabytes = total.get("written_bytes", 0) / span_s * YEAR_S / 1e12
+    return f"{terabytes:.2f} TB at the rate of the last {span_text(int(span_s))}"
+
+
+def _print_reasons(stats: dict[str, Any]) -> None:
+    stores = stats.get("store_reasons", {})
+    for title, reasons in (
+        ("misses since start", stats["miss_reasons"]),
+        ("hits that were shortened since start", stats.get("shortened_reasons", {})),
+        ("stores refused or cut short since start", {code: n for code, n in stores.items() if is_needed(code)}),
+        ("stores not needed since start", {code: n for code, n in stores.items() if not is_needed(code)}),
+        ("limits reached since start", stats.get("refusals", {})),
+    ):
+        if reasons:
+            ordered = sorted(reasons.items(), key=lambda item: -item[1])
+            print_facts(title, [(code, f"{count:,}  {words_of(code)}".rstrip()) for code, count in ordered])

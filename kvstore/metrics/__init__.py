@@ -1,0 +1,1 @@
+"""Numbers for machines that watch machines."""
