@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
+from kvstore.cli.stats import watch_line
 from kvstore.config import KEYS, Config, parse_size
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +52,17 @@ BLOCK = {
     "path": "/data/blobs.noindex/cd/x.safetensors",
     "runs": 2,
 }
+SEQUENCE: dict[str, Any] = {
+    "key": "cd" * 32,
+    "namespace_id": ID,
+    "label": "small-lm",
+    "tokens": 456,
+    "bytes": 300_000,
+    "own_bytes": 123_456,
+    "created_s": 1_700_000_000,
+    "accessed_s": 1_700_000_000,
+    "hits": 7,
+}
 STATS: dict[str, Any] = {
     "schema": 1,
     "daemon": {"version": "0.1.0", "pid": 7, "uptime_s": 90, "state": "serving", "device": "idle", "detail": ""},
@@ -65,7 +77,23 @@ STATS: dict[str, Any] = {
     "tokens": {"stored": 2304, "served": 100},
     "requests": {"match": 1, "fetch": 3, "store": 2, "hits": 1, "partial_hits": 1, "misses": 1},
     "miss_reasons": {"unknown_prefix": 1},
-    "store_reasons": {},
+    "shortened_reasons": {"evicted": 1},
+    "store_reasons": {"already_stored": 2, "store_full": 1},
+    "since_start": {
+        "hits": 1,
+        "shortened": 1,
+        "misses": 1,
+        "in_memory": 0,
+        "prompt_tokens": 3000,
+        "hit_tokens": 2250,
+        "saved_s": 12.5,
+        "stores": 1,
+        "stored_tokens": 2304,
+        "written_bytes": 1_000_000,
+        "reused_bytes": 500_000,
+    },
+    "lifetime": {"prompt_tokens": 9000, "hit_tokens": 1234, "saved_s": 7300.0, "written_bytes": 10**12},
+    "lifetime_since_s": 1_700_000_000,
     "bytes": {"logical": 2_000_000, "stored": 1_000_000, "written": 1_000_000, "served": 5},
     "namespaces": [NAMESPACE],
 }
@@ -92,8 +120,10 @@ class FakeClient:
         """A small store."""
         return self._answer({}, STATS)
 
-    def list(self, namespace_prefix: bytes = b"", limit: int = 0) -> dict[str, Any]:
-        """One namespace, or one block and a note that there are more."""
+    def list(self, namespace_prefix: bytes = b"", limit: int = 0, sequences: bool = False) -> dict[str, Any]:
+        """One namespace, or one block and a note that there are more, or one sequence."""
+        if sequences:
+            return self._answer(self.asked, {"sequences": [SEQUENCE], "truncated": False})
         asked = {"namespace_prefix": namespace_prefix, "limit": limit}
         if namespace_prefix:
             return self._answer(asked, {"namespaces": [], "blocks": [BLOCK], "truncated": True})
@@ -110,6 +140,11 @@ class FakeClient:
     def show(self, key_prefix: bytes) -> dict[str, Any]:
         """One block for keys that start with cd."""
         return self._answer({"key_prefix": key_prefix}, {"blocks": [BLOCK] if key_prefix[:1] == b"\xcd" else []})
+
+    def set(self, key: str, value: str, namespace_prefix: bytes = b"") -> dict[str, Any]:
+        """It was 10 GB before."""
+        asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix}
+        return self._answer(asked, {"before": "10000000000", "value": "20000000000"})
 
     def evict(self, **selection: Any) -> dict[str, Any]:
         """Always the same freed bytes."""
@@ -230,19 +265,48 @@ def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -
     for words in (
         "serving",
         "5.0 MB of 10.0 MB (50 %)",
-        "3: 1 whole hits, 1 partial, 1 misses",
-        "unknown_prefix",
+        "unknown_prefix  1  no stored prompt begins so",
+        "75.0 %",
+        "12.5 s",
+        "2 h",
         "0.50",
     ):
         assert words in text, words
     assert "\x1b" not in text
+    refused = text.partition("stores refused or cut short")[2]
+    shortened, needed = text.partition("hits that were shortened")[2], refused.partition("stores not needed")
+    assert "store_full" in needed[0] and "already_stored" in needed[2] and "evicted" in shortened
 
 
-def test_ls_lists_namespaces_or_the_blocks_of_one(client: FakeClient) -> None:
-    """A truncated list says so on stderr, not in the table."""
-    assert answer("ls")["namespaces"] == [NAMESPACE]
-    assert "small-lm" in invoke("ls").stdout
-    result = invoke("ls", "abab", "--limit", "5")
+def test_a_second_of_stats_is_one_line() -> None:
+    """What it brought; the first says how things stand."""
+    first = watch_line({}, STATS)
+    assert first.startswith("2 hits 1 misses  2,250/3,000 tokens from the store  12.5 s saved")
+    assert watch_line(STATS, STATS).startswith("0 hits 0 misses  0/0 tokens from the store  0.0 s saved  +0 tokens")
+
+
+def test_set_changes_a_setting_and_says_for_how_long(client: FakeClient) -> None:
+    """Of the daemon; a namespace that nobody knows is a failure, what is no assignment wrong usage."""
+    result = invoke("set", "daemon", "budget_bytes=20GB")
+    assert result.stdout == "budget_bytes is 20.0 GB now (before: 10.0 GB)\n"
+    assert client.asked == {"key": "budget_bytes", "value": "20GB", "namespace_prefix": b""}
+    assert "until the daemon stops" in result.stderr
+    assert answer("set", "small-lm", "budget_bytes=20GB")["before"] == "10000000000"
+    assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
+    assert invoke("set", "no-such-model", "budget_bytes=1GB").exit_code == 1
+    assert invoke("set", "daemon", "budget_bytes").exit_code == 2
+
+
+def test_ls_lists_sequences_or_namespaces_or_the_blocks_of_one(client: FakeClient) -> None:
+    """By alias or id; a truncated list says so on stderr, not in the table. Programs get all of it."""
+    assert answer("ls")["namespaces"] == [NAMESPACE] and answer("ls")["sequences"] == [SEQUENCE]
+    table = invoke("ls").stdout
+    assert "small-lm" in table and "123 kB" in table and table.rstrip().endswith("7")
+    assert ID[:12] in invoke("ls", "--blocks").stdout
+    assert "123 kB" in invoke("ls", "small-lm").stdout
+    missing = invoke("ls", "other-lm")
+    assert (missing.exit_code, missing.stdout) == (1, "") and "'other-lm'" in missing.stderr
+    result = invoke("ls", "abab", "--blocks", "--limit", "5")
     assert client.asked == {"namespace_prefix": b"\xab\xab", "limit": 5}
     assert "8 bits" in result.stdout
     assert "affine, raw" in result.stdout
@@ -255,7 +319,8 @@ def test_show_tells_everything_or_that_there_is_nothing(client: FakeClient) -> N
     assert "200: 256 up to 456" in invoke("show", "cdcd").stdout
     missing = invoke("show", "ee")
     assert (missing.exit_code, missing.stdout) == (1, "")
-    assert missing.stderr == "kvstore: no block's key starts with ee\n"
+    assert missing.stderr.startswith("kvstore: no namespace has the alias 'ee', and no id or key starts so")
+    assert "mlx-lm 0.32" in invoke("show", "small-lm").stdout and "mlx-lm 0.32" in invoke("show", "abab").stdout
     assert client.closed
 
 
@@ -456,7 +521,7 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     """Flags become the configuration, relative places count from the working directory, the daemon's code is ours."""
     served = []
 
-    def serve(config: Any, *, create: bool) -> int:
+    def serve(config: Any, *, create: bool, log_json: bool) -> int:
         served.append((config, create))
         return 5
 
@@ -488,10 +553,13 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     result = invoke("run", "--address", "unix:/k.sock", "mlx_lm.server", "--model", "m", "--json", "--help", "-x")
     assert result.exit_code == 0
     assert ran == [(["mlx_lm.server", "--model", "m", "--json", "--help", "-x"], "unix:/k.sock", False)]
-    invoke("run", "--slow-hits", "mlx_lm.server", "--slow-hits")
+    assert client.address == "", "who asks for help needs no daemon"
+    result = invoke("run", "--address", "unix:/k.sock", "--slow-hits", "mlx_lm.server", "--slow-hits")
     assert ran[1:] == [(["mlx_lm.server", "--slow-hits"], "unix:/k.sock", True)]
+    assert client.address == "unix:/k.sock"
+    assert "kvstore: connected to unix:/k.sock" in result.stderr
     assert invoke("run").exit_code == 2
-    assert client.address == ""
+    assert invoke("run", "--no-start", "no.server").exit_code == 2
 
 
 def test_help_and_wrong_verbs_are_answered_without_a_daemon() -> None:

@@ -1,46 +1,74 @@
-"""`kvstore show`: everything recorded about blocks."""
+"""`kvstore show`: everything recorded about a namespace or a block."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 
 from kvstore.cli.common import (
+    age_text,
     client_config,
     common_options,
     connected,
     fidelity_text,
-    id_option,
     print_facts,
     print_json,
     size_text,
     time_text,
 )
+from kvstore.cli.names import as_id, find_namespaces
+from kvstore.cli.stats_text import saved_text, share_text
 from kvstore.errors import NotFoundError
 
 
 @click.command("show")
-@click.argument("key", type=id_option)
+@click.argument("name", metavar="ID|ALIAS|KEY")
 @common_options
-def command(key: bytes, address: str | None, config_path: str | None, as_json: bool) -> None:
-    """Show every block whose key starts with KEY, 100 at most."""
+def command(name: str, address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Show the namespaces with this alias or an id that starts so, and the blocks whose key starts so, 100 at most."""
     with connected(client_config(address, config_path)) as client:
-        found = client.show(key)
-    if not found["blocks"]:
-        raise NotFoundError(f"no block's key starts with {key.hex()}")
+        namespaces = find_namespaces(client.list()["namespaces"], name)
+        blocks = client.show(key)["blocks"] if (key := as_id(name)) else []
+    if not namespaces and not blocks:
+        raise NotFoundError(f"no namespace has the alias {name!r}, and no id or key starts so; see: kvstore ls")
     if as_json:
-        print_json(found)
+        print_json({"namespaces": namespaces, "blocks": blocks})
         return
-    for block in found["blocks"]:
-        last = block["start"] + block["n_tokens"]
-        facts = [
-            ("namespace", block["namespace_id"]),
-            ("after", block["parent"]),
-            ("tokens", f"{block['n_tokens']}: {block['start']} up to {last}"),
-            ("fidelity", fidelity_text(block["fidelity"])),
-            ("recipes", f"{', '.join(block['recipes'])} in {block['runs']} runs"),
-            ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
-            ("created", time_text(block["created_s"])),
-            ("used", time_text(block["accessed_s"])),
-            ("file", block["path"]),
-        ]
-        print_facts(block["key"], facts)
+    for one in namespaces:
+        print_facts(one["id"], _namespace(one))
+    for block in blocks:
+        print_facts(block["key"], _block(block))
+
+
+def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
+    traffic = one.get("traffic") or {}
+    refused = f" ({one['profile_refused']})" if one.get("profile_refused") else ""
+    speed = one.get("prefill_tokens_per_s")
+    return [
+        ("alias", one["alias"] or "-"),
+        ("engine", one["engine"]),
+        ("layers", f"{one['layers']} x {one['dtype']}"),
+        ("profile", one.get("profile", "-") + refused),
+        ("encrypted", "yes" if one.get("encrypted") else "no"),
+        ("holds", f"{one['tokens']:,} tokens in {one['blocks']:,} blocks, {one.get('checkpoints', 0):,} checkpoints"),
+        ("on disk", f"{size_text(one['bytes'])} for {size_text(one['logical_bytes'])} of raw KV"),
+        ("served", f"{share_text(traffic)} of the prompt tokens asked for, {traffic.get('hit_tokens', 0):,} tokens"),
+        ("saved", f"{saved_text(traffic)} of prefill" + (f" at {speed:,.0f} tokens/s" if speed else "")),
+        ("used", age_text(one.get("used_s", 0)) + (" (orphaned)" if one.get("orphaned") else "")),
+    ]
+
+
+def _block(block: dict[str, Any]) -> list[tuple[str, str]]:
+    last = block["start"] + block["n_tokens"]
+    return [
+        ("namespace", block["namespace_id"]),
+        ("after", block["parent"]),
+        ("tokens", f"{block['n_tokens']}: {block['start']} up to {last}"),
+        ("fidelity", fidelity_text(block["fidelity"])),
+        ("recipes", f"{', '.join(block['recipes'])} in {block['runs']} runs"),
+        ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
+        ("created", time_text(block["created_s"])),
+        ("used", time_text(block["accessed_s"])),
+        ("file", block["path"]),
+    ]

@@ -79,16 +79,21 @@ def test_stats_tell_of_daemon_disk_and_traffic(daemon: DaemonProcess) -> None:
     assert "small-lm" in text and "3 blobs" in text and daemon.listen in text
 
 
-def test_ls_lists_namespaces_and_the_blocks_of_one(daemon: DaemonProcess) -> None:
-    """By leading digits of its id."""
-    (namespace,) = answered(daemon, "ls")["namespaces"]
+def test_ls_lists_sequences_namespaces_and_the_blocks_of_one(daemon: DaemonProcess) -> None:
+    """By alias, or leading digits of its id."""
+    found = answered(daemon, "ls")
+    (namespace,), (one,) = found["namespaces"], found["sequences"]
     short = namespace["id"][:12]
-    assert short in said(daemon, "ls") and "small-lm" in said(daemon, "ls")
+    assert (one["label"], one["tokens"], one["own_bytes"]) == ("small-lm", 700, one["bytes"])
+    assert one["key"][:12] in said(daemon, "ls") and one["key"][:12] in said(daemon, "ls", "small-lm")
+    assert short in said(daemon, "ls", "--blocks") and "small-lm" in said(daemon, "ls", "--blocks")
     blocks = answered(daemon, "ls", short)["blocks"]
     assert sorted((block["start"], block["n_tokens"]) for block in blocks) == [(0, 256), (256, 256), (512, 188)]
-    assert all(block["key"][:12] in said(daemon, "ls", short) for block in blocks)
+    table = said(daemon, "ls", short, "--blocks")
+    assert all(block["key"][:12] in table for block in blocks)
     assert answered(daemon, "ls", short, "--limit", "1")["truncated"] is True
-    assert said(daemon, "ls", "ffff") and answered(daemon, "ls", "ffff")["blocks"] == []
+    for name in ("ffff", "other-lm"):
+        assert said(daemon, "ls", name, code=1) == said(daemon, "show", name, code=1) == ""
 
 
 def test_show_tells_all_about_a_block(daemon: DaemonProcess) -> None:
@@ -134,7 +139,10 @@ def test_an_address_given_by_hand_is_asked(daemon: DaemonProcess, tmp_path: Path
         assert answered(elsewhere, "stats", "--address", address)["disk"]["blobs"] == 3
 
 
-@pytest.mark.parametrize("verb", [["stats"], ["ls"], ["show", "ab"], ["evict", "--all"]])
+@pytest.mark.parametrize(
+    "verb",
+    [["stats"], ["stats", "--watch"], ["ls"], ["show", "ab"], ["set", "daemon", "log_level=info"], ["evict", "--all"]],
+)
 def test_a_daemon_that_is_not_there_is_exit_3(tmp_path: Path, verb: list[str]) -> None:
     """With one line on stderr that names the address, and nothing on stdout."""
     absent = DaemonProcess(tmp_path / "data")
@@ -150,7 +158,8 @@ def test_a_daemon_that_is_not_there_is_exit_3(tmp_path: Path, verb: list[str]) -
         ["frobnicate"],
         ["stats", "--frobnicate"],
         ["show"],
-        ["show", "xyz"],
+        ["set", "daemon", "budget_bytes"],
+        ["stats", "--watch", "--prometheus"],
         ["evict"],
         ["evict", "--all", "--bytes", "1GB"],
         ["evict", "--idle", "soon"],

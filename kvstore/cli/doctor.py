@@ -1,0 +1,169 @@
+"""`kvstore doctor`: what may keep the store from working, a line each: ok, or what to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvstore import __version__
+from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
+from kvstore.config import Config, default_data_dir
+from kvstore.errors import DirectoryError, KVStoreError, UnavailableError
+
+if TYPE_CHECKING:
+    from kvstore.client.client import Client
+    from kvstore.client.results import Hit, Miss
+
+DESCRIPTORS_MIN = 1024
+PROBE_TOKENS = 64
+PROBE_S = 10.0
+ALIAS = "kvstore doctor"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at: what was found, and what to do about it; nothing when it is well."""
+
+    name: str
+    found: str
+    fix: str = ""
+
+
+@click.command("doctor")
+@common_options
+def command(address: str | None, config_path: str | None, as_json: bool) -> int:
+    """Look at daemon, versions, data directory, disk and limits, and store and fetch something small.
+
+    Exit status 1 when anything needs fixing.
+    """
+    # What goes wrong is said here, once.
+    logging.getLogger("kvstore").addHandler(logging.NullHandler())
+    config = client_config(address, config_path)
+    lines = []
+    for line in examine(config):
+        lines.append(line)
+        if not as_json:
+            say(
+                f"{'ok ' if not line.fix else 'FIX'}  {line.name:<12}  {line.found}{': ' if line.fix else ''}{line.fix}"
+            )
+    if as_json:
+        print_json({"ok": not any(line.fix for line in lines), "lines": [asdict(line) for line in lines]})
+    return 1 if any(line.fix for line in lines) else 0
+
+
+def examine(config: Config) -> Iterator[Line]:
+    """All lines, as they are found out."""
+    try:
+        with connected(config) as client:
+            stats = client.stats()
+            yield from _daemon(stats["daemon"], config)
+            yield from _directory(Path(stats["daemon"].get("data_dir") or config.data_dir), config)
+            yield from _disk(stats["disk"])
+            yield from _limits(stats)
+            yield _round_trip(client, config)
+    except UnavailableError as error:
+        start = "start it with: kvstore serve"
+        yield Line("daemon", str(error), start if config.address.path else f"look at the host of {config.listen}")
+        yield from _directory(config.data_dir, config)
+    except KVStoreError as error:
+        yield Line("daemon", f"{config.listen} refuses", str(error))
+
+
+def _daemon(daemon: dict[str, Any], config: Config) -> Iterator[Line]:
+    found = f"{daemon['state']} on {config.listen}, pid {daemon['pid']}"
+    yield Line("daemon", found, "" if daemon["state"] == "serving" else daemon["detail"] or "wait until it serves")
+    versions = f"daemon {daemon['version']}, this command {__version__}"
+    same = daemon["version"] == __version__
+    yield Line("versions", versions, "" if same else "restart the daemon with the version that the workers have")
+
+
+def _directory(path: Path, config: Config) -> Iterator[Line]:
+    """Of a daemon on this host: who may read what it keeps, and who may talk to it."""
+    if not config.address.path:
+        return
+    from kvstore.engine import require_store
+
+    try:
+        if path == default_data_dir() and not path.exists():
+            yield Line("directory", f"{path} is made when the daemon first starts")
+            return
+        require_store(path)
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except DirectoryError as error:
+        yield Line("directory", str(path), str(error))
+        return
+    except OSError as error:
+        yield Line("directory", str(path), f"cannot be looked at: {error.strerror}")
+        return
+    yield Line("directory", str(path), "" if os.access(path, os.W_OK | os.X_OK) else "it cannot be written to")
+    yield Line("permissions", f"{path} has mode {mode:o}", f"run: chmod 700 {path}" if mode & 0o077 else "")
+    socket = Path(config.address.path)
+    if socket.is_socket():
+        mode = stat.S_IMODE(socket.stat().st_mode)
+        yield Line("socket", f"{socket} has mode {mode:o}", f"run: chmod 600 {socket}" if mode & 0o077 else "")
+
+
+def _disk(disk: dict[str, Any]) -> Iterator[Line]:
+    free, floor = disk["free_bytes"], disk["free_floor_bytes"]
+    found = f"{size_text(free)} free, nothing is written below {size_text(floor)}"
+    low = "free some space, or lower it: kvstore set daemon free_floor_bytes=SIZE" if free < floor else ""
+    yield Line("free floor", found, low)
+    used, budget = disk["used_bytes"], disk["budget_bytes"]
+    over = "raise it: kvstore set daemon budget_bytes=SIZE" if used > budget else ""
+    yield Line("budget", f"{size_text(used)} of {size_text(budget)} used", over)
+    damaged = f"{disk['quarantined']:,} damaged files in quarantine"
+    yield Line("blobs", damaged, "the disk may be failing; read all with: kvstore check" if disk["damaged"] else "")
+
+
+def _limits(stats: dict[str, Any]) -> Iterator[Line]:
+    most = stats["daemon"].get("descriptors_max", 0)
+    few = f"start the daemon with more: ulimit -n {DESCRIPTORS_MIN * 4}" if 0 < most < DESCRIPTORS_MIN else ""
+    yield Line("descriptors", f"the daemon may open {most:,} files and connections", few)
+    refused = sum(stats.get("refusals", {}).values())
+    reached = f"raise {', '.join(sorted(stats['refusals']))} in the configuration" if refused else ""
+    yield Line("limits", f"{refused:,} calls were refused by a limit since start", reached)
+
+
+def _round_trip(client: Client, config: Config) -> Line:
+    """Store a small sequence of our own, fetch it, and remove it."""
+    from kvstore.bench.shape import Shape
+
+    shape = Shape(
+        layers=1, kv_heads=1, head_dim=64, seq_len=max(PROBE_TOKENS, config.limits.min_prefix_tokens), dtype="bf16"
+    )
+    weights = f"kvstore doctor {secrets.token_hex(8)}".encode()
+    namespace = replace(shape.namespace("doctor"), weights=weights, alias=ALIAS, engine=ALIAS)
+    patient = int(PROBE_S * 1000)
+    session = client.session(namespace, connect_ms=patient, stall_ms=patient, total_ms=patient)
+    tokens = shape.tokens(0)
+    try:
+        stored = session.store(tokens, shape.kv(), wait=True, restored_tokens=0, timeout_s=PROBE_S)
+        if stored.stored_tokens < shape.seq_len:
+            return Line("store", f"nothing is stored: {stored.reason.value}", _cure(stored.reason.value))
+        hit = session.fetch(tokens)
+        if hit.n_tokens != shape.seq_len:
+            return Line("fetch", f"what was stored is not served: {hit.reason.value}", _detail(hit))
+        source = getattr(hit, "source", None)
+        way = f" by {source.transport} in {source.elapsed_s * 1e3:.0f} ms" if source else ""
+        return Line("round trip", f"{shape.seq_len} tokens stored and fetched{way}")
+    finally:
+        session.close()
+        client.evict(namespace_prefix=namespace.root)
+
+
+def _cure(reason: str) -> str:
+    from kvstore.core.reasons import words_of
+
+    return words_of(reason) or "the daemon's log says why"
+
+
+def _detail(answer: Hit | Miss) -> str:
+    return getattr(answer, "detail", "") or _cure(answer.reason.value)

@@ -1,0 +1,204 @@
+"""What people see of a real daemon: its log, `stats`, `doctor`, `set`; and counters that outlive a kill."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.core.blocks import Reason
+from kvstore.server.lifetime import FILE
+from tests.e2e.test_cli_live import LAYOUT, NAMESPACE, SLOW, TOKENS, answered, client_of, fill, said
+from tests.support.daemon import SERVE, DaemonProcess, run_cli
+from tests.support.servers import wait_until
+from tests.support.synthetic import make_layers
+
+LIFETIME = Path("settings") / FILE
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon with three blocks."""
+    with DaemonProcess(tmp_path / "data") as running:
+        fill(running)
+        yield running
+
+
+def ask(daemon: DaemonProcess) -> None:
+    """A whole hit, a hit of what two prompts share, a miss, and a miss that only matched; the speed is known."""
+    with client_of(daemon) as client:
+        session = client.session(NAMESPACE, **SLOW)
+        session.computes(100.0)
+        wait_until(lambda: bool(client.stats()["namespaces"][0]["prefill_tokens_per_s"]), 30, daemon.log_text)
+        assert session.fetch([*TOKENS, 1]).n_tokens == 700
+        assert session.fetch([*TOKENS[:300], *range(400)]).reason is Reason.UNKNOWN_PREFIX
+        assert not session.fetch([5] * 500) and not session.match([6] * 500)
+        # Of a hit by path the worker says when it is read.
+        wait_until(lambda: client.stats()["since_start"]["saved_s"] > 9, 30, daemon.log_text)
+
+
+def test_stats_tell_what_was_served_and_saved_and_what_kept_more_from_it(daemon: DaemonProcess) -> None:
+    """A hit of all that is shared is whole; matches count; what was not needed is not among what was refused."""
+    ask(daemon)
+    with client_of(daemon) as client:
+        again = client.session(NAMESPACE, **SLOW).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True)
+        assert again.reason is Reason.ALREADY_STORED
+    stats = answered(daemon, "stats")
+    want = {"hits": 2, "shortened": 0, "misses": 2, "prompt_tokens": 2401, "hit_tokens": 1000, "stored_tokens": 700}
+    for scope in ("since_start", "last_hour", "lifetime"):
+        assert {name: stats[scope][name] for name in want} == want, scope
+        assert 9 < stats[scope]["saved_s"] < 10
+    assert (stats["miss_reasons"], stats["shortened_reasons"]) == ({"unknown_prefix": 2}, {})
+    assert (stats["requests"]["hits"], stats["requests"]["partial_hits"]) == (2, 0)
+    assert stats["since_start"]["reused_bytes"] == stats["since_start"]["written_bytes"] > 0
+    (row,) = stats["namespaces"]
+    assert row["traffic"]["hit_tokens"] == 1000 and row["prefill_tokens_per_s"] == 100
+    asking = next(one for one in stats["sessions"] if one["traffic"]["hits"])
+    assert asking["alias"] == "small-lm" and asking["pid"] > 0 and asking["last_hit_s"] > 0
+    text = said(daemon, "stats")
+    for words in ("41.6 %", "10.0 s", "no stored prompt begins so", "stores not needed since start", "small-lm"):
+        assert words in text, text
+    assert "stores refused" not in text and "hits that were shortened" not in text
+
+
+def test_stats_for_prometheus_are_in_tokens(daemon: DaemonProcess) -> None:
+    """With the model as a label."""
+    ask(daemon)
+    text = said(daemon, "stats", "--prometheus")
+    label = f'{{namespace="{NAMESPACE.root.hex()[:12]}",model="small-lm"}}'
+    assert f"kvstore_prompt_tokens_total{label} 2401\n" in text and f"kvstore_hit_tokens_total{label} 1000\n" in text
+    assert 'kvstore_miss_total{reason="unknown_prefix"} 2\n' in text
+
+
+def test_watching_prints_a_line_a_second_until_it_is_interrupted(daemon: DaemonProcess) -> None:
+    """Exit 0 then; exit 3 and one line when the daemon goes."""
+    command = [sys.executable, "-m", "kvstore", "stats", "--watch"]
+    lines: list[str] = []
+    for end in (lambda one: one.send_signal(signal.SIGINT), lambda _: daemon.kill()):
+        with subprocess.Popen(
+            command, env=daemon.environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as watching:
+            assert watching.stdout is not None and watching.stderr is not None
+            lines = [watching.stdout.readline() for _ in range(3)]
+            end(watching)
+            code, complaint = watching.wait(60), watching.stderr.read()
+        assert all(re.match(r"\d\d:\d\d:\d\d  \d+ hits \d+ misses  ", line) for line in lines), lines
+        assert (code, complaint) == (0, "") or (code == 3 and complaint.count("\n") == 1)
+    assert code == 3
+
+
+def test_the_log_has_a_line_a_request_with_the_id_that_the_worker_has(
+    daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also at DEBUG nothing of asyncio or grpc."""
+    daemon.restart(log_level="debug")
+    caplog.set_level("DEBUG", "kvstore.client.request_lines")
+    ask(daemon)
+    wait_until(lambda: daemon.log_text().count(" miss ") == 2, 30, daemon.log_text)
+    log = daemon.log_text()
+    for pattern in (
+        r"INFO stored small-lm \+700 tokens [0-9.]+ kB \d+ ms \[[0-9a-f]{6}\]",
+        r"INFO hit small-lm 700/701 tokens [0-9.]+ kB \d+ ms \[[0-9a-f]{6}\]",
+        r"INFO hit small-lm 300/700 tokens [0-9.]+ kB \d+ ms \[[0-9a-f]{6}\]",
+        r"INFO miss small-lm 0/500 unknown_prefix \[[0-9a-f]{6}\]",
+    ):
+        assert re.search(pattern, log), log
+    ids = re.findall(r"\[([0-9a-f]{6})\]", "\n".join(record.getMessage() for record in caplog.records))
+    assert len(ids) == 3 and all(f"[{one}]" in log for one in ids)
+    assert "asyncio" not in log and "selector" not in log
+
+
+def test_the_log_in_json_has_the_fields_of_a_request(tmp_path: Path) -> None:
+    """An object a line, from the first to the last."""
+    with DaemonProcess(tmp_path / "data", program=SERVE.replace('"serve"', '"serve", "--log-json"')) as daemon:
+        fill(daemon)
+        assert daemon.stop() == 0
+        records = [json.loads(line) for line in daemon.log_text().splitlines()]
+    (stored,) = [one for one in records if one["message"].startswith("stored ")]
+    assert (stored["model"], stored["tokens"], stored["namespace"]) == ("small-lm", 700, NAMESPACE.root.hex())
+    assert stored["level"] == "info" and stored["bytes"] > 0 and f"[{stored['request']}]" in stored["message"]
+
+
+def test_a_kill_loses_no_more_than_a_minute_of_the_lifetime(daemon: DaemonProcess) -> None:
+    """What was written is there after kill -9; what was since start begins anew, and an orderly stop loses nothing."""
+    wait_until((daemon.data_dir / LIFETIME).exists, 30, daemon.log_text)
+    daemon.kill()
+    daemon.start()
+    stats = answered(daemon, "stats")
+    assert (stats["lifetime"]["stored_tokens"], stats["since_start"]["stored_tokens"]) == (700, 0)
+    ask(daemon)
+    daemon.restart()
+    stats = answered(daemon, "stats")
+    assert (stats["lifetime"]["hits"], stats["lifetime"]["misses"], stats["since_start"]["hits"]) == (2, 2, 0)
+    assert stats["namespaces"][0]["traffic"]["hits"] == 2 and stats["namespaces"][0]["prefill_tokens_per_s"] == 100
+    assert (daemon.data_dir / LIFETIME).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_budget_that_is_lowered_evicts_at_once_and_ends_with_the_daemon(daemon: DaemonProcess) -> None:
+    """The log says who and how much; the configuration is in force again after a restart."""
+    lower = answered(daemon, "stats")["disk"]["used_bytes"] - 4096
+    changed = answered(daemon, "set", "daemon", f"budget_bytes={lower}")
+    assert changed["before"] == str(2 * 10**9)
+    assert answered(daemon, "stats")["disk"]["budget_bytes"] == lower and len(daemon.blobs()) < 3
+    log = daemon.log_text()
+    assert "budget_bytes was set to" in log and re.search(r"INFO evicted \d blocks [0-9.]+ kB budget: ", log), log
+    assert "1.0 GB" in said(daemon, "set", "daemon", "budget_bytes=1GB")
+    assert (
+        said(daemon, "set", "daemon", "log_level=error") and answered(daemon, "stats")["daemon"]["log_level"] == "error"
+    )
+    daemon.restart()
+    assert answered(daemon, "stats")["disk"]["budget_bytes"] == 2 * 10**9
+
+
+@pytest.mark.parametrize("assignment", ["profile=exact", "budget_bytes=soon", "log_level=loud", "no_such_key=1"])
+def test_what_cannot_be_set_is_wrong_usage(daemon: DaemonProcess, assignment: str) -> None:
+    """One line, exit 2, nothing changed. Namespaces have no settings of their own."""
+    for target in ("daemon", "small-lm"):
+        ended = run_cli(["set", target, assignment], daemon.environ())
+        assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1), ended.stderr
+    assert answered(daemon, "stats")["disk"]["budget_bytes"] == 2 * 10**9
+
+
+def lines_of(report: dict[str, Any]) -> dict[str, str]:
+    """What a doctor's report says to do, by name."""
+    return {line["name"]: line["fix"] for line in report["lines"]}
+
+
+def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon: DaemonProcess) -> None:
+    """A line for each thing, all ok; what it stored is evicted."""
+    before = len(daemon.blobs())
+    text = said(daemon, "doctor")
+    assert all(line.startswith("ok   ") for line in text.splitlines()), text
+    assert "round trip" in text and "64 tokens stored and fetched" in text
+    assert len(daemon.blobs()) == before and len(answered(daemon, "stats")["namespaces"]) == 1
+    report = answered(daemon, "doctor")
+    assert report["ok"] is True and not any(lines_of(report).values())
+
+
+def test_the_doctor_names_the_floor_and_how_to_lower_it(daemon: DaemonProcess) -> None:
+    """Under it nothing is stored, and the round trip says why."""
+    daemon.restart(free_floor_bytes=str(1 << 50))
+    report = answered(daemon, "doctor", code=1)
+    assert "free_floor_bytes" in lines_of(report)["free floor"]
+    assert "free floor" in lines_of(report)["store"]
+    assert said(daemon, "set", "daemon", "free_floor_bytes=1")
+    assert not lines_of(answered(daemon, "doctor", code=0))["free floor"]
+
+
+def test_the_doctor_without_a_daemon_says_how_to_start_one(tmp_path: Path) -> None:
+    """And what would keep it from starting."""
+    absent = DaemonProcess(tmp_path / "data")
+    fixes = lines_of(answered(absent, "doctor", code=1))
+    assert "kvstore serve" in fixes["daemon"] and "serve --create" in fixes["directory"]
+    (absent.data_dir / "index").mkdir(parents=True)
+    absent.data_dir.chmod(0o755)
+    assert "chmod 700" in lines_of(answered(absent, "doctor", code=1))["permissions"]
+    text = said(absent, "doctor", code=1)
+    assert text.startswith("FIX  daemon") and absent.listen in text
