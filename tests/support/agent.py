@@ -19,6 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.support.limits import OPEN_DEADLINES, set_limits
+from tests.support.servers import WITH_STORE
+
 # As models that reason have it: the prompt ends in an opened thought, which the history does not show again.
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>\n{{ m.content }}\n</{{ m.role }}>\n{% endfor %}"
@@ -26,13 +29,14 @@ TEMPLATE = (
 )
 SYSTEM = "You are an agent. Call one tool at a time, look at what it answers, and go on until the task is done. " * 4
 
-LAUNCH = ["-m", "kvstore", "run", "--no-start", "mlx_lm.server"]
+LAUNCH = list(WITH_STORE)
 # The same without the segment ends that `kvstore run` adds.
 LAUNCH_WITHOUT_ENDS = [
     "-c",
     (
-        "import sys; from kvstore.integrations import run, segments; segments.plug_in = lambda *given: None; "
-        "run.run(['mlx_lm.server', *sys.argv[1:]])"
+        set_limits({"min_prefix_tokens": 1, **OPEN_DEADLINES})
+        + "import sys; from kvstore.integrations import checkpoints, run; checkpoints.plug_in = lambda *given: None; "
+        "run.run(['mlx_lm.server', *sys.argv[1:]], slow_hits=True)"
     ),
 ]
 
