@@ -193,7 +193,7 @@ class Client:
     def _ask(self, verb: str, request: Any, timeout_s: float) -> dict[str, Any]:
         if is_forked():
             raise ForkedError(FORKED)
-        with self._connection.attempt(), self._connection.admin(CONNECT_S) as admin:
+        with self._connection.attempt(for_people=True), self._connection.admin(CONNECT_S) as admin:
             return {"schema": SCHEMA, **message_to_dict(getattr(admin, verb)(request, timeout=timeout_s))}
 
     def close(self, timeout_s: float | None = None) -> None:

@@ -277,11 +277,12 @@ class Connection:
                 channel.close()
 
     @contextmanager
-    def attempt(self, *, hurried: bool = False) -> Iterator[None]:
+    def attempt(self, *, hurried: bool = False, for_people: bool = False) -> Iterator[None]:
         """Run calls and report to the breaker how they ended: UnavailableError and DeadlineError are its failures.
 
-        `hurried`: the caller has so little time that running out of it says nothing about the daemon. gRPC's errors
-        come out as kvstore's. Anything else that is raised says nothing about the daemon. UnansweredError when closed.
+        `hurried`: the caller has so little time that running out of it says nothing about the daemon. `for_people`: the
+        caller says itself what went wrong, so that the log need not. gRPC's errors come out as kvstore's. Anything else
+        that is raised says nothing about the daemon. UnansweredError when closed.
         """
         if self._closed:
             raise UnansweredError(CLOSED)
@@ -307,11 +308,13 @@ class Connection:
             raise
         except KVStoreError as error:
             if isinstance(error, CredentialsError):
-                self.health.notice.lost(str(error))
+                if not for_people:
+                    self.health.notice.lost(str(error))
                 self.renew()
             self.breaker.succeeded()
             raise
-        self.health.notice.back()
+        if not for_people:
+            self.health.notice.back()
         self.breaker.succeeded()
 
     def tell(self, report: pb.ReportRequest) -> None:

@@ -189,7 +189,8 @@ def test_the_doctor_names_the_floor_and_how_to_lower_it(daemon: DaemonProcess) -
     assert "free_floor_bytes" in lines_of(report)["free floor"]
     assert "free floor" in lines_of(report)["store"]
     assert said(daemon, "set", "daemon", "free_floor_bytes=1")
-    assert not lines_of(answered(daemon, "doctor", code=0))["free floor"]
+    wait_until(lambda: answered(daemon, "stats")["daemon"]["state"] == "serving", 30, daemon.log_text)
+    assert not lines_of(answered(daemon, "doctor"))["free floor"]
 
 
 def test_the_doctor_without_a_daemon_says_how_to_start_one(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ class CallHistories(Histories):
         assert self.client.check()["findings"] == []
         stats = self.client.stats()
         requests, disk = stats["requests"], stats["disk"]
-        assert requests["hits"] + requests["partial_hits"] + requests["misses"] <= requests["fetch"]
+        assert requests["hits"] + requests["partial_hits"] + requests["misses"] <= requests["fetch"] + requests["match"]
         assert sum(each["blocks"] + each["checkpoints"] for each in stats["namespaces"]) == disk["blobs"]
         assert sum(each["bytes"] for each in stats["namespaces"]) <= disk["used_bytes"] <= disk["budget_bytes"]
         assert disk["blobs"] == len(self.daemon.blobs())
