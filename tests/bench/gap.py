@@ -44,7 +44,8 @@ from tests.support.sessions import PATIENT, layers_of, normal_rows
 # The server with a slow disk: every read of a blob sleeps first.
 SLOW = "import os, time; preadv = os.preadv; os.preadv = lambda *given: (time.sleep({read_s}), preadv(*given))[1]; "
 ON_THE_GENERATION_THREAD = (
-    "from kvstore.integrations import checkpoints, prefetch; prefetch.generator = lambda: checkpoints.SegmentedGenerator; "
+    "from kvstore.integrations import checkpoints, prefetch; "
+    "prefetch.generator = lambda: checkpoints.SegmentedGenerator; "
 )
 RUN = "import sys; from kvstore.integrations import run; run.run(['mlx_lm.server', *sys.argv[1:]], slow_hits=True)"
 

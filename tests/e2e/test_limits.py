@@ -47,7 +47,7 @@ IDLE = """
 from kvstore.config import load_config
 from kvstore.server import daemon
 daemon.IDLE_MS = 1000
-daemon.serve(load_config())
+daemon.serve(load_config(), create=True)
 """
 
 
