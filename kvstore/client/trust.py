@@ -19,8 +19,6 @@ import logging
 import os
 import socket
 import stat
-import struct
-import sys
 import threading
 import time
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any
 
 import grpc
 
+from kvstore.core.unix_sockets import peer_uid
 from kvstore.errors import UnavailableError, UntrustedError
 
 log = logging.getLogger(__name__)
@@ -38,9 +37,6 @@ PROBE_S = 0.05
 COMPLAIN_EVERY_S = 60.0
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-# Of macOS's sys/un.h and sys/ucred.h, which Python does not name: cr_version, cr_uid, cr_ngroups, 16 groups.
-_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED = 0, 1, struct.Struct("=IIh2x16I")
-_UCRED = struct.Struct("=iII")  # Linux: pid, uid, gid
 
 
 class SocketGuard:
@@ -107,18 +103,6 @@ class GuardingInterceptor(
         return continuation(details, request)
 
     intercept_unary_unary = intercept_unary_stream = intercept_stream_unary = _intercept
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process at the other end of a unix connection. OSError when the system does not say.
-
-    The one place that knows how: SO_PEERCRED on Linux, LOCAL_PEERCRED on macOS.
-    """
-    if sys.platform == "darwin":
-        packed = connection.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size)
-        return int(_XUCRED.unpack(packed)[1])
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return int(_UCRED.unpack(packed)[1])
 
 
 def walk(path: str) -> os.stat_result | None:
