@@ -92,7 +92,7 @@ def offered(upload: FakeUpload) -> bool:
 
 @pytest.mark.parametrize("by_path", [True, False])
 def test_a_store_hands_over_the_tokens_and_then_the_states(daemon: FakeDaemon, session: Session, by_path: bool) -> None:
-    """Described when it is offered, sent after the last piece, by staging file or by stream."""
+    """Described when it is offered, sent after the last piece, over the upload socket or by stream."""
     daemon.by_path = by_path
     result = session.store(TOKENS, CACHE, wait=True)
     nbytes = 602 * LAYOUT.token_bytes + len(STATES)

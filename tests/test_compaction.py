@@ -90,7 +90,7 @@ def test_nothing_is_evicted_for_a_store_that_does_not_fit_even_so(data_dir: Path
         before = replace(engine.stats(), free_bytes=0)
         for _ in range(3):
             assert not engine.make_room(engine.budget_bytes)
-            assert not engine.could_reserve(engine.budget_bytes) and not engine.reserve(engine.budget_bytes)
+            assert not engine.could_make_room(engine.budget_bytes)
         assert replace(engine.stats(), free_bytes=0) == before
 
 
@@ -101,7 +101,7 @@ def test_upkeep_gives_the_free_pages_of_an_index_back(freed: Engine) -> None:
     assert find(freed, OTHER, KEPT).n_tokens == 600
     assert put(freed, NS, KEPT).reason is Reason.OK
     require_sound(freed)
-    root = freed.staging_dir.parent
+    root = freed._shared.directory.root
     assert stat.S_IMODE((root / "index" / "data.mdb").stat().st_mode) == 0o600
     crashed = Path(shutil.copytree(root, root.with_name("crashed")))
     with Engine.open(crashed, options()) as engine:
@@ -112,7 +112,7 @@ def test_upkeep_gives_the_free_pages_of_an_index_back(freed: Engine) -> None:
 def test_upkeep_leaves_an_index_that_is_mostly_used_and_one_that_was_compacted_just_now(freed: Engine) -> None:
     """A copy costs as much as it copies, so there is one a minute at most."""
     freed.maintain()
-    with Engine.open(freed.staging_dir.parent.with_name("second"), options()) as engine:
+    with Engine.open(freed._shared.directory.root.with_name("second"), options()) as engine:
         put(engine, OTHER, KEPT)
         before = engine.stats().index_bytes
         engine.maintain()
@@ -177,7 +177,7 @@ def test_of_a_copy_that_fails_nothing_is_left(freed: Engine, monkeypatch: pytest
     """The old file stays as it was; nothing is evicted in the hope of another copy until one succeeds."""
     monkeypatch.setattr(index, "_PROGRAM", PROGRAMS[program])
     monkeypatch.setattr(index, "_TIMEOUT_S", 0.5)
-    file = freed.staging_dir.parent / "index" / "data.mdb"
+    file = freed._shared.directory.root / "index" / "data.mdb"
     before = file.read_bytes()
     freed.maintain()
     assert file.read_bytes() == before and not file.with_name(COPY).exists()
@@ -208,7 +208,7 @@ def test_an_index_that_cannot_be_opened_again_displaces_the_engine(
     freed: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a daemon begins anew; what is stored is there."""
-    root = freed.staging_dir.parent
+    root = freed._shared.directory.root
     with monkeypatch.context() as patch:
         patch.setattr(index.os, "chmod", lambda *_: (_ for _ in ()).throw(OSError("too many files")))
         assert not freed._evictor.compaction.run()

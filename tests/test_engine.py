@@ -150,7 +150,7 @@ def test_a_tail_that_a_longer_sibling_covers_is_not_kept(engine: Engine) -> None
     put(engine, NS, list(range(100)))
     receipt = put(engine, NS, list(range(60)))
     assert (receipt.blocks, receipt.new_bytes, receipt.reason) == (1, 0, Reason.OK)
-    assert len(blob_paths(engine.staging_dir.parent)) == 1
+    assert len(blob_paths(engine._shared.directory.root)) == 1
     require_sound(engine)
 
 
@@ -366,7 +366,7 @@ def test_names_of_blobs_say_what_they_hold(engine: Engine) -> None:
     """Key and number in the name, one folder for one namespace."""
     put(engine, NS, list(range(600)))
     keys = Chain(NS.root, pack_tokens(list(range(600)))).keys()
-    paths = blob_paths(engine.staging_dir.parent)
+    paths = blob_paths(engine._shared.directory.root)
     assert {path.parent.name for path in paths} == {NS.root.hex()}
     assert {path.name.split("-")[0] for path in paths} >= {key.hex() for key in keys}
 
@@ -377,14 +377,6 @@ def test_a_second_engine_is_told_who_holds_the_directory(tmp_path: Path) -> None
         Engine.open(tmp_path / "data", options())
     assert str(os.getpid()) in str(caught.value) and "unix:/s" in str(caught.value)
     Engine.open(tmp_path / "data", options()).close()
-
-
-def test_staging_is_emptied_at_start(tmp_path: Path) -> None:
-    """What lay there was never acknowledged."""
-    with Engine.open(tmp_path / "data", options()) as engine:
-        (engine.staging_dir / "upload").write_bytes(bytes(10))
-    with Engine.open(tmp_path / "data", options()) as engine:
-        assert list(engine.staging_dir.iterdir()) == []
 
 
 def test_an_index_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -423,7 +415,7 @@ def test_stats_count_what_is_there(engine: Engine) -> None:
     assert (by_alias["weights"].blocks, by_alias["weights"].tokens) == (2, 300)
     assert by_alias["other weights"].logical_bytes == 10 * NS.layout.token_bytes
     assert stats.stored_bytes == sum(one.disk_bytes for one in stats.namespaces)
-    assert stats.stored_bytes + stats.index_bytes < stats.used_bytes == disk_usage(engine.staging_dir.parent)
+    assert stats.stored_bytes + stats.index_bytes < stats.used_bytes == disk_usage(engine._shared.directory.root)
 
 
 def test_the_first_unusable_file_of_a_plan_is_named(engine: Engine) -> None:

@@ -181,7 +181,7 @@ def test_a_start_that_stops_at_any_call_can_be_repeated(tmp_path: Path) -> None:
 
 def crashed_copy(engine: Engine, target: Path) -> Path:
     """The directory as SIGKILL would leave it now."""
-    shutil.copytree(engine.staging_dir.parent, target)
+    shutil.copytree(engine._shared.directory.root, target)
     return target
 
 

@@ -40,7 +40,6 @@ def test_a_fresh_directory_is_made_private_and_tagged(tmp_path: Path) -> None:
         "quarantine",
         "quality",
         "settings",
-        "staging",
     }
 
 
@@ -119,10 +118,10 @@ def test_things_that_are_in_the_way_are_named(tmp_path: Path) -> None:
 def test_a_refused_start_lets_go_of_the_lock(tmp_path: Path) -> None:
     """The next try, with the cause removed, works in the same process."""
     Engine.open(tmp_path / "data", options()).close()
-    (tmp_path / "data" / "staging").rmdir()
-    (tmp_path / "data" / "staging").write_bytes(b"")
+    (tmp_path / "data" / "quality").rmdir()
+    (tmp_path / "data" / "quality").write_bytes(b"")
     refused(tmp_path / "data")
-    (tmp_path / "data" / "staging").unlink()
+    (tmp_path / "data" / "quality").unlink()
     Engine.open(tmp_path / "data", options()).close()
 
 
@@ -179,13 +178,6 @@ def test_junk_among_the_keys_is_named_by_start_and_check(tmp_path: Path, what: s
         with pytest.raises(DirectoryError, match=f"{junk.name} cannot be read"):
             opening()
     assert os.path.lexists(junk)
-
-
-def test_a_folder_among_the_uploads_is_named_by_the_start(tmp_path: Path) -> None:
-    """Nothing of ours makes folders there."""
-    Engine.open(tmp_path / "data", options()).close()
-    (tmp_path / "data" / "staging" / "folder").mkdir()
-    assert "staging/folder cannot be removed" in refused(tmp_path / "data")
 
 
 def damage(path: Path) -> None:
@@ -291,7 +283,7 @@ def test_a_quarantine_that_became_a_link_is_not_trimmed(tmp_path: Path) -> None:
         (tmp_path / "data" / "quarantine").unlink()
 
 
-@pytest.mark.parametrize("folder", ["blobs.noindex", "staging", "settings", "index", "quarantine"])
+@pytest.mark.parametrize("folder", ["blobs.noindex", "settings", "index", "quarantine"])
 def test_a_directory_with_a_link_in_place_of_a_folder_is_displaced(tmp_path: Path, folder: str) -> None:
     """Even to the folder itself: nothing is stored, evicted or repaired through it."""
     with Engine.open(tmp_path / "data", options()) as engine:

@@ -77,19 +77,12 @@ def engine(tmp_path: Path, fs: Watch) -> Iterator[Engine]:
         fs.is_open.set()
 
 
-def stage(engine: Engine) -> None:
-    """An upload needs all the room that is left, and more; then it ends."""
-    nbytes = (1 << 20) - engine.used_bytes
-    assert engine.reserve(nbytes)
-    engine.add_usage(-nbytes)
-
-
 WAYS: dict[str, Callable[[Engine], object]] = {
     "replaced": lambda engine: put(engine, NS, [*TOKENS, *range(100)]),
     "bytes": lambda engine: engine.evict(Selection(bytes=1)),
     "key": lambda engine: engine.evict(Selection(key_prefix=find(engine, NS, TOKENS).slices[2].row.key)),
     "budget": lambda engine: engine.limit(engine.used_bytes - (12 << 10), 0),
-    "staging": stage,
+    "room": lambda engine: engine.make_room((1 << 20) - engine.used_bytes),
 }
 
 

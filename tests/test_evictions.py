@@ -148,29 +148,29 @@ def test_a_refused_upload_says_the_volume_is_short_until_one_of_its_size_fits(
     volume = Volume()
     volume.free = 1_100_000
     with Engine.open(tmp_path / "data", options(free_floor_bytes=1_000_000), volume) as engine:
-        assert engine.could_reserve(50_000) and not engine.could_reserve(10_000_000)
+        assert engine.could_make_room(50_000) and not engine.could_make_room(10_000_000)
         assert "free some" in engine.degraded
         for volume.free in (1_100_000, 9_000_000):
             engine.maintain()
-            assert not engine.could_reserve(10_000_000) and "free some" in engine.degraded
+            assert not engine.could_make_room(10_000_000) and "free some" in engine.degraded
         assert len([line for line in lines(caplog, logging.WARNING) if "nothing is stored" in line]) == 1
         volume.free = 20_000_000
         engine.maintain()
-        assert engine.degraded == "" and engine.could_reserve(10_000_000)
+        assert engine.degraded == "" and engine.could_make_room(10_000_000)
         assert [line for line in lines(caplog, logging.INFO) if "taken again" in line]
 
 
 def test_an_upload_that_is_too_large_for_the_budget_is_refused_and_nothing_is_degraded(tmp_path: Path) -> None:
     """The next one may be smaller."""
     with Engine.open(tmp_path / "data", options(budget_bytes=10_000_000), Volume()) as engine:
-        assert not engine.could_reserve(20_000_000) and engine.degraded == ""
+        assert not engine.could_make_room(20_000_000) and engine.degraded == ""
 
 
 def test_a_budget_that_the_index_and_the_quarantine_take_is_said(tmp_path: Path) -> None:
     """No eviction frees that, so stores of a usual size are refused until there is room again."""
     with Engine.open(tmp_path / "data", options(budget_bytes=10_000_000), Volume()) as engine:
         engine._shared.ledger.set("quarantine", 9_000_000)
-        assert not engine.could_reserve(2_000_000) and "quarantine" in engine.degraded
+        assert not engine.could_make_room(2_000_000) and "quarantine" in engine.degraded
         engine.maintain()
         assert "raise budget_bytes" in engine.degraded
         engine._shared.ledger.set("quarantine", 0)

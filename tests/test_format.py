@@ -83,7 +83,9 @@ def file_of(ready: ReadyBlob) -> bytes:
 def read_file(path: Path, verify: bool = True) -> tuple[Block, int, int]:
     """(block, where its payload starts, its size) of a file, read as a blob that has just these bytes."""
     blobs, blob = MemoryBlobs(), BlobId(bytes(32), bytes(32), 1)
-    blobs.put(blob, [memoryview(path.read_bytes())]).sync_and_rename()
+    pending = blobs.put(blob, [memoryview(path.read_bytes())])
+    pending.sync()
+    pending.rename()
     block, source = read_block(blobs, blob, path.stat().st_size, verify=verify)
     assert source.blob == blob
     return block, source.payload_offset, source.nbytes

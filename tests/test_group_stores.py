@@ -24,6 +24,7 @@ from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StorePath, StoreRequest
 from tests.support.groups import Computed, bits_of, encoded_once
+from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layout, make_namespace, prefix_seeds
 
@@ -81,7 +82,7 @@ class Store:
         config = make_config(data_dir=folder, min_prefix_tokens=1, **quiet)
         self.engine = Engine.open(folder, EngineOptions(budget_bytes=1 << 30))
         self.lane = Lane()
-        self.path = StorePath(self.engine, self.lane, config, self.engine.staging_dir)
+        self.path = StorePath(self.engine, self.lane, config)
         self.fetch_path = FetchPath(self.engine, self.lane, config)
         self.known: set[Tokens] = set()  # all that was ever stored, and so what groups may have been made of
         self.held: set[Tokens] = set()
@@ -107,10 +108,9 @@ class Store:
             for index, spec in enumerate(LAYOUT.layers)
         ]
         capture = Capture(layers, upload.start, upload.n_tokens)
-        assert upload.staging is not None
         views = [view for piece in upload.pieces for view in capture.piece_views(LAYOUT, piece)]
-        upload.staging.path.write_bytes(b"".join(views))
-        assert self.path.commit(upload).stored_tokens == len(tokens)
+        upload.intake.open(BytesSource(views))
+        assert carry_out(self.path, upload).stored_tokens == len(tokens)
 
     def fetch(self, tokens: Tokens) -> tuple[int, int, Rows]:
         """(length, fidelity, rows) of the longest prefix."""

@@ -19,6 +19,7 @@ from kvstore.errors import LimitError, NotFoundError, UnavailableError
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -37,7 +38,7 @@ class Rig:
         options = EngineOptions(budget_bytes, durability=self.config.durability, master_key=bytes(range(32)))
         self.engine = Engine.open(folder, options)
         self.lane = Lane()
-        self.path = StorePath(self.engine, self.lane, self.config, self.engine.staging_dir)
+        self.path = StorePath(self.engine, self.lane, self.config)
         self.fetch = FetchPath(self.engine, self.lane, self.config)
 
     def begin(self, tokens: list[int], profile: str = "", restored: int = 0, fidelity: int = 0) -> StorePlan:
@@ -48,23 +49,19 @@ class Rig:
         return self.path.begin(request)
 
     def hand_over(self, plan: StorePlan, layers: list[KVLayer]) -> None:
-        """Write what the plan wants into its staging file."""
+        """Let what the plan wants be there."""
         assert plan.upload is not None
         upload = plan.upload
-        assert upload.staging is not None
         capture = Capture(layers, upload.start, upload.n_tokens)
         views = [view for piece in upload.pieces for view in capture.piece_views(LAYOUT, piece)]
-        if upload.encrypted:
-            upload.staging.append(views)
-        else:
-            upload.staging.path.write_bytes(b"".join(views))
+        upload.intake.open(BytesSource(views))
 
     def store(self, tokens: list[int], wrong_from: int | None = None, **details: object) -> StoreOutcome:
         """A whole store; rows from `wrong_from` on are those of a model that read a lossy prefix."""
         plan = self.begin(tokens, **details)  # type: ignore[arg-type]
         assert plan.upload is not None, plan
         self.hand_over(plan, shifted(make_layers(LAYOUT, tokens), wrong_from))
-        return self.path.commit(plan.upload)
+        return carry_out(self.path, plan.upload)
 
     def exact_tokens(self, tokens: list[int]) -> int:
         """How many leading tokens a session that takes exact data only is given."""
@@ -72,7 +69,16 @@ class Rig:
 
     def key_files(self) -> list[Path]:
         """Files of namespace keys."""
-        return list(self.engine.staging_dir.parent.with_name("data.keys").rglob("*.json"))
+        return list(self.engine._shared.directory.root.with_name("data.keys").rglob("*.json"))
+
+    def files(self) -> list[Path]:
+        """Whatever lies among the blobs."""
+        return list(self.engine._shared.directory.blobs.rglob("*.safetensors*"))
+
+    def require(self, **settings: object) -> None:
+        """Go on with these settings."""
+        self.config = replace(self.config, **settings)  # type: ignore[arg-type]
+        self.path._config = self.path.receiver._config = self.config
 
     def close(self) -> None:
         """Stop."""
@@ -103,9 +109,9 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def test_what_was_computed_after_restored_tokens_is_no_better_than_they(rig: Rig) -> None:
     """Although the blocks of these tokens were stored exactly by somebody else meanwhile."""
     prefix = TOKENS[:256]
-    rig.path._config = replace(rig.config, min_quantize_tokens=1)
+    rig.require(min_quantize_tokens=1)
     rig.store(prefix, profile="affine4")
-    rig.path._config = rig.config
+    rig.require(min_quantize_tokens=500)
     rig.store(prefix, profile="raw")
     assert rig.exact_tokens(prefix) == 256
     rig.store(TOKENS[:300], wrong_from=256, restored=256, fidelity=AFFINE4)
@@ -114,9 +120,9 @@ def test_what_was_computed_after_restored_tokens_is_no_better_than_they(rig: Rig
 
 def test_extending_a_tail_does_not_forget_what_it_was_computed_from(rig: Rig) -> None:
     """The runs of a raw tail are exact; the lossy blocks before it, since replaced, were not."""
-    rig.path._config = replace(rig.config, min_quantize_tokens=1)
+    rig.require(min_quantize_tokens=1)
     rig.store(TOKENS[:256], profile="affine4")
-    rig.path._config = rig.config
+    rig.require(min_quantize_tokens=500)
     rig.store(TOKENS[:300], wrong_from=256, restored=256, fidelity=AFFINE4)
     rig.store(TOKENS[:256], profile="raw")
     rig.store(TOKENS[:310])
@@ -145,14 +151,14 @@ def test_planning_an_extension_does_not_evict_what_it_extends(tmp_path: Path) ->
 
 
 def test_a_commit_that_has_begun_is_nobody_elses_to_end(rig: Rig) -> None:
-    """Neither a late chunk's handler nor the reaper takes the staging file away from under it."""
+    """Neither a late chunk's handler nor the reaper takes the bytes away from under it."""
     plan = rig.begin(TOKENS[:300])
     assert plan.upload is not None
     rig.hand_over(plan, make_layers(LAYOUT, TOKENS[:300]))
     upload = rig.path.uploads.claim(plan.upload.upload_id)
     rig.path.uploads.give_up(upload)
     assert rig.path.uploads.reap(0.0) == []
-    outcome = rig.path.commit(upload)
+    outcome = carry_out(rig.path, upload)
     assert (outcome.stored_tokens, outcome.reason) == (300, Reason.OK)
 
 
@@ -160,12 +166,13 @@ def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
     """And leaves nothing."""
     plan = rig.begin(TOKENS[:300])
     assert plan.upload is not None
-    plan.upload.touched_s -= 100
+    plan.upload.intake._moved_s -= 100
+    plan.upload.intake._waiting_since_s -= 100
     assert rig.path.uploads.reap(10.0) == [plan.upload]
     with pytest.raises(NotFoundError):
         rig.path.uploads.claim(plan.upload.upload_id)
     plan.upload.release()
-    assert list(rig.engine.staging_dir.iterdir()) == []
+    assert rig.files() == []
 
 
 def test_stopping_leaves_a_running_commit_its_bytes(rig: Rig) -> None:
@@ -176,16 +183,16 @@ def test_stopping_leaves_a_running_commit_its_bytes(rig: Rig) -> None:
     upload = rig.path.uploads.claim(accepted.upload.upload_id)
     rig.path.uploads.end_all()
     assert idle.upload is not None
-    assert [path.name for path in rig.engine.staging_dir.iterdir()] == [upload.upload_id]
-    assert rig.path.commit(upload).stored_tokens == 300
-    assert list(rig.engine.staging_dir.iterdir()) == []
+    assert rig.path.uploads.under_way() == [upload]
+    assert carry_out(rig.path, upload).stored_tokens == 300
+    assert rig.path.uploads.under_way() == []
 
 
 def test_an_upload_that_is_too_slow_in_all_is_given_up_although_it_moves(rig: Rig) -> None:
     """The time that it may take follows from its size."""
     plan = rig.begin(TOKENS[:300])
     assert plan.upload is not None
-    plan.upload.begun_s -= 100
+    plan.upload.intake._waiting_since_s -= 100
     rate = plan.upload.upload_bytes // 95
     assert rig.path.uploads.reap(10.0, rate) == []
     assert rig.path.uploads.reap(10.0, 2 * rate) == [plan.upload]
@@ -193,14 +200,14 @@ def test_an_upload_that_is_too_slow_in_all_is_given_up_although_it_moves(rig: Ri
 
 def test_claims_are_bounded_together_and_one_that_never_fits_is_full(tmp_path: Path) -> None:
     """What is refused costs nothing; what ends makes room."""
-    rig = Rig(tmp_path / "data", budget_bytes=30_000 * LAYOUT.token_bytes, staging_share_percent=1)
+    rig = Rig(tmp_path / "data", budget_bytes=30_000 * LAYOUT.token_bytes, upload_share_percent=1)
     first = rig.begin(TOKENS[:200])
     assert first.upload is not None
     with pytest.raises(LimitError) as refused:
         rig.begin([7] * 200)
     assert refused.value.retry_s > 0
     assert rig.begin(TOKENS[:400] + [8] * 200).reason is Reason.STORE_FULL
-    assert len(list(rig.engine.staging_dir.iterdir())) == 1
+    assert len(rig.path.uploads.under_way()) == 1
     rig.path.uploads.give_up(first.upload)
     assert rig.begin([7] * 200).upload is not None
     rig.close()
@@ -213,9 +220,9 @@ def test_a_commit_that_the_stop_cannot_wait_for_leaves_nothing(rig: Rig) -> None
     rig.hand_over(plan, make_layers(LAYOUT, TOKENS))
     rig.path.give_up()
     with pytest.raises(UnavailableError):
-        rig.path.commit(rig.path.uploads.claim(plan.upload.upload_id))
+        carry_out(rig.path, plan.upload)
     assert rig.engine.stats().blobs == 0
-    assert list(rig.engine.staging_dir.iterdir()) == []
+    assert rig.files() == []
 
 
 def test_an_upload_that_was_encrypted_is_never_stored_plain(tmp_path: Path) -> None:
@@ -229,7 +236,7 @@ def test_an_upload_that_was_encrypted_is_never_stored_plain(tmp_path: Path) -> N
     rig.engine.evict(Selection(namespace_prefix=NAMESPACE.root))
     for plan in uploads:
         assert plan.upload is not None
-        assert rig.path.commit(plan.upload).stored_tokens == 0
+        assert carry_out(rig.path, plan.upload).stored_tokens == 0
     assert not rig.engine.stats().blobs
     rig.store(TOKENS[:300])
     assert rig.engine.is_encrypted(NAMESPACE.root)
@@ -267,6 +274,6 @@ def test_a_splice_source_that_was_evicted_is_named_evicted_not_corrupt(rig: Rig,
         rig.engine.limit(rig.engine.used_bytes - 1, 0)
         rig.engine.limit(1 << 30, 0)
         assert not path.exists()
-    outcome = rig.path.commit(rig.path.uploads.claim(plan.upload.upload_id))
+    outcome = carry_out(rig.path, plan.upload)
     assert outcome.reason is (Reason.CORRUPT if damaged else Reason.EVICTED)
     assert rig.engine.stats().quarantined == damaged

@@ -1,4 +1,4 @@
-"""A client that does not trust whoever listens: sockets, directories, peers, and the files it is asked to write."""
+"""A client that does not trust whoever listens: sockets, directories and peers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import trust
+from kvstore.client import trust, upload_socket
 from kvstore.client.client import Client
 from kvstore.client.session import Session
-from kvstore.client.staged import write_staged
-from kvstore.client.trust import SocketGuard, peer_uid
+from kvstore.client.trust import SocketGuard
+from kvstore.client.upload_socket import UploadConnection
 from kvstore.core.blocks import Reason
-from kvstore.errors import KVStoreError, UnavailableError, UntrustedError
-from tests.support.fake_daemon import FakeDaemon
+from kvstore.core.unix_sockets import peer_uid
+from kvstore.errors import UnavailableError, UntrustedError
+from kvstore.server.upload_socket import UPLOAD_ID_BYTES
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from tests.support.fake_daemon import FakeDaemon, FakeUpload
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -186,73 +189,49 @@ def test_the_peer_is_asked_for_once_for_each_socket(place: Path, monkeypatch: py
     assert asked == [os.geteuid()] * 2
 
 
-# -- staging files -----------------------------------------------------------------------------------------------------
+# -- the upload socket -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lie", ["victim", "outside", "held", "second_name", "fifo", "relative"])
-def test_a_daemon_that_lies_makes_a_worker_write_to_no_file(
-    daemon: FakeDaemon, session: Session, tmp_path: Path, lie: str
-) -> None:
-    """Neither outside of the directory that it named, nor into a file with bytes in it, or with two names."""
-    victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
-    inside = daemon.directory / "inside"
-    inside.touch()
-    empty = tmp_path / "empty"
-    empty.touch()
-    if lie == "held":
-        inside.write_bytes(b"precious")
-    elif lie == "second_name":
-        inside.unlink()
-        os.link(empty, inside)
-    elif lie == "fifo":
-        inside.unlink()
-        os.mkfifo(inside)
-    elif lie == "outside":
-        (daemon.directory / "deeper").mkdir()
-        (daemon.directory / "deeper" / "inside").touch()
-    daemon.staging_lie = {
-        "victim": str(victim),
-        "outside": str(daemon.directory / "deeper" / "inside"),
-        "relative": f"{daemon.directory}/../{daemon.directory.name}/inside",
-    }.get(lie, str(inside))
-    result = session.store(TOKENS, LAYERS, wait=True)
-    assert result.reason is (Reason.INTERNAL if lie == "fifo" else Reason.UNTRUSTED)
-    assert [upload.ended for upload in daemon.uploads] == ["aborted"]
-    assert victim.read_bytes() == b"precious" and not empty.read_bytes()
-    assert lie == "fifo" or inside.read_bytes() == (b"precious" if lie == "held" else b"")
-
-
-def test_a_staging_path_that_was_not_asked_for_is_refused(daemon: FakeDaemon, session: Session) -> None:
-    """After files turned out to be unusable a worker asks for none, and takes none."""
-    daemon.faults = {"staging_elsewhere"}
+def test_a_socket_that_was_not_offered_gets_no_byte(daemon: FakeDaemon, session: Session) -> None:
+    """After it turned out to be out of reach a worker asks for none, and takes none."""
+    socket_path = daemon.directory / "s.store"
+    socket_path.rename(daemon.directory / "away")
     assert session.store(TOKENS, LAYERS, wait=True).durable
-    daemon.faults = {"staging_unasked"}
+    (daemon.directory / "away").rename(socket_path)
+    daemon.faults = {"socket_unasked"}
     more = [*TOKENS, 1]
-    assert session.store(more, make_layers(LAYOUT, more), wait=True).reason is Reason.UNTRUSTED
-    assert not Path(daemon.uploads[-1].reply.staging_path).read_bytes()
+    assert session.store(more, make_layers(LAYOUT, more), wait=True).reason is Reason.INTERNAL
+    assert not daemon.uploads[-1].data
 
 
-def test_a_staging_file_gets_exactly_the_bytes_announced(tmp_path: Path) -> None:
-    """Over any number of views and short writes; a difference is an error, a missing file too."""
-    directory, path = str(tmp_path), tmp_path / "staging"
-    path.touch()
-    views = [memoryview(bytes([number % 256]) * (number % 5)) for number in range(3000)]
-    write_staged(directory, str(path), iter(views), sum(map(len, views)))
-    assert path.read_bytes() == b"".join(views)
-    (tmp_path / "other").touch()
-    with pytest.raises(KVStoreError, match="3 bytes captured where 4 are wanted"):
-        write_staged(directory, str(tmp_path / "other"), iter([memoryview(b"abc")]), 4)
-    with pytest.raises(FileNotFoundError):
-        write_staged(directory, str(tmp_path / "none"), iter([]), 0)
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
-        write_staged(directory, str(tmp_path / "folder"), iter([]), 0)
+@pytest.mark.parametrize("trick", ["uid", "mode", "link", "file"])
+def test_an_upload_socket_of_somebody_else_gets_no_byte(
+    daemon: FakeDaemon, session: Session, monkeypatch: pytest.MonkeyPatch, trick: str
+) -> None:
+    """It is trusted as the daemon's own socket is: by its way, its mode and the process that listens."""
+    path = daemon.directory / "s.store"
+    if trick == "uid":
+        monkeypatch.setattr(upload_socket, "peer_uid", lambda connection: 4242)
+    elif trick == "mode":
+        path.chmod(0o666)
+    else:
+        path.unlink()
+        if trick == "file":
+            path.touch()
+        else:
+            (daemon.directory / "open").mkdir()
+            (daemon.directory / "open").chmod(0o777)
+            path.symlink_to("open/s")
+    assert session.store(TOKENS, LAYERS, wait=True).reason is Reason.UNTRUSTED
+    assert [(upload.ended, upload.data) for upload in daemon.uploads] == [("aborted", b"")]
 
 
-def test_a_staging_directory_that_others_can_write_to_is_not_used(tmp_path: Path) -> None:
-    """They could put their own file there between its making and the writing."""
-    (tmp_path / "staging").touch()
-    tmp_path.chmod(0o777)
-    with pytest.raises(UntrustedError, match="not ours alone"):
-        write_staged(str(tmp_path), str(tmp_path / "staging"), iter([]), 0)
+def test_all_bytes_are_sent_over_any_number_of_views(daemon: FakeDaemon) -> None:
+    """Over more than a system call takes, and calls that send a part."""
+    upload = FakeUpload(pb.BeginStoreRequest(), pb.BeginStoreReply(upload_id="u".ljust(UPLOAD_ID_BYTES, "-")))
+    daemon.uploads.append(upload)
+    views = [memoryview(bytes([number % 256]) * (number % 5 * 1000)) for number in range(3000)]
+    connection = UploadConnection(f"{daemon.directory}/s.store", upload.reply.upload_id, 10.0)
+    assert connection.send(iter(views))
+    connection.close()
+    assert upload.data == b"".join(views)

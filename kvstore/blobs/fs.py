@@ -86,23 +86,33 @@ class PendingFile:
         self._fd = fd
         self._sync = sync
 
-    def sync_and_rename(self) -> None:
-        """Sync the file and rename it to its name. The directory is the caller's to sync."""
+    def sync(self) -> None:
+        """Sync the file and close it."""
         try:
-            try:
-                if self._sync:
-                    self._fs.fsync(self._fd)
-            finally:
-                os.close(self._fd)
+            if self._sync:
+                self._fs.fsync(self._fd)
+        except BaseException:
+            self.abandon()
+            raise
+        self._close()
+
+    def rename(self) -> None:
+        """Rename the file to its name. The directory is the caller's to sync."""
+        try:
             self._fs.rename(self._path + TMP_SUFFIX, self._path)
         except BaseException:
-            _drop(self._fs, self._path + TMP_SUFFIX)
+            self.abandon()
             raise
 
     def abandon(self) -> None:
         """Close the file and unlink it."""
-        os.close(self._fd)
+        self._close()
         _drop(self._fs, self._path + TMP_SUFFIX)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def write_pending(fs: Fs, path: str, parts: Iterable[memoryview], sync: bool) -> PendingFile:
@@ -135,7 +145,9 @@ def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) ->
 
     The caller syncs the directory.
     """
-    write_pending(fs, path, parts, sync).sync_and_rename()
+    pending = write_pending(fs, path, parts, sync)
+    pending.sync()
+    pending.rename()
 
 
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:

@@ -92,7 +92,10 @@ class _Pending:
     def __init__(self, blobs: dict[BlobId, bytes], blob: BlobId, data: bytes) -> None:
         self._blobs, self._blob, self._data = blobs, blob, data
 
-    def sync_and_rename(self) -> None:
+    def sync(self) -> None:
+        pass
+
+    def rename(self) -> None:
         self._blobs[self._blob] = self._data
 
     def abandon(self) -> None:

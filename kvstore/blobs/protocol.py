@@ -1,6 +1,6 @@
 """What a blob store is: how blobs are named, and the protocol behind which their bytes lie.
 
-    put      write all bytes under a temporary name; `Pending.sync_and_rename` makes the blob durable, under its name
+    put      write all bytes under a temporary name; `Pending` then syncs them and gives the blob its name
     sync     make the names of one namespace durable
     reader   read byte ranges of blobs
     delete   take names away
@@ -91,13 +91,16 @@ class BlobReader(RangeReader, Protocol):
 
 
 class Pending(Protocol):
-    """A blob that is written in full and has no name yet. Exactly one of both is to be called, on any thread."""
+    """A blob that is written in full and has no name yet: synced, then named, or abandoned. Any thread, in turn."""
 
-    def sync_and_rename(self) -> None:
-        """Make the bytes durable and give the blob its name. Raises OSError; then nothing of it is left."""
+    def sync(self) -> None:
+        """Make the bytes durable. Raises OSError; then nothing of the blob is left."""
+
+    def rename(self) -> None:
+        """Give the blob its name, once it is synced. Raises OSError; then nothing of it is left."""
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove what was written, unless it has its name. Safe to call twice."""
 
 
 class Blobs(Protocol):

@@ -16,12 +16,12 @@ from kvstore.client.breaker import Watchdog
 from kvstore.client.connection import Connection
 from kvstore.client.request_lines import new_request_id
 from kvstore.client.results import StoreResult, parse_reason
-from kvstore.client.staged import write_staged
+from kvstore.client.upload_socket import UploadConnection
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
-from kvstore.errors import DeadlineError, KVStoreError, NotFoundError
+from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -38,12 +38,12 @@ ACCEPTED_S = 10.0
 DONE_S = 60.0
 ABORT_S = 1.0
 REPORT_S = 5.0
-UPLOAD_S_MIN = 10.0
+# An upload may wait for others that bring what it builds on.
+UPLOAD_S_MIN = 60.0
 UPLOAD_BYTES_PER_S_MIN = 10_000_000
 
-_PATH_UNUSABLE = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.EROFS, errno.ELOOP)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
+# No such socket is within reach, as in a container that shares no more than the daemon's own one.
+_NO_SOCKET = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ class Uploader:
         self._layout = namespace.layout
         self._message = namespace_to_message(namespace)
         self._profile = profile
-        self._path_usable = same_host
-        self._staging: tuple[object, str] | None = None  # which daemon, the directory that it named
+        self._same_host = same_host and bool(connection.address.path)
+        self._no_socket_of: object = None  # the daemon whose upload socket is not within reach
         self._call: Any = None
         self._cancelled = False
         self._complained = False
@@ -127,17 +127,13 @@ class Uploader:
         if begun.upload_id and job.again is not None:
             job.again.let_go()
         try:
-            self._hand_over(job, begun)
+            whole = self._hand_over(job, begun)
         except OSError as error:
-            if error.errno not in (*_PATH_UNUSABLE, *_FULL):
-                raise KVStoreError(f"the staging file cannot be written: {error.strerror}") from error
-            self._path_usable = False
-            try:
-                begun = self._begin(job)
-                self._hand_over(job, begun)
-            finally:
-                # Of a stream the daemon makes room for each chunk before it writes it.
-                self._path_usable = error.errno in _FULL
+            if error.errno not in _NO_SOCKET:
+                raise UnavailableError(f"nothing can be sent to the daemon: {error.strerror}") from error
+            self._no_socket_of = self._connection.daemon
+            begun = self._begin(job)
+            whole = self._hand_over(job, begun)
         if not begun.upload_id:
             reason = parse_reason(begun.reason)
             if reason is not Reason.STORE_FULL:
@@ -145,23 +141,15 @@ class Uploader:
             elif begun.detail:  # else it has no room for this one store
                 self._connection.writes.refused(begun.detail)
             return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
-        job.release()
+        if whole:  # else the daemon may want it once more
+            job.release()
         self._connection.writes.taken()
         self._complain("stored", begun.detail)
         return self._commit(begun.upload_id)
 
-    def _staging_dir(self) -> str:
-        """The directory that the daemon named for staging files; empty where bytes do not go by path.
-
-        Asked once for each daemon, so a later reply cannot name another.
-        """
-        if not self._path_usable:
-            return ""
-        daemon = self._connection.daemon
-        if self._staging is None or self._staging[0] != daemon:
-            reply: pb.HelloReply = self._unary("Hello", pb.HelloRequest(), BEGIN_S)
-            self._staging = daemon, reply.staging_dir
-        return self._staging[1]
+    @property
+    def _by_socket(self) -> bool:
+        return self._same_host and (self._no_socket_of is None or self._no_socket_of != self._connection.daemon)
 
     def _complain(self, what: str, detail: str) -> None:
         """Say once in the log what the daemon has to say about what the session asked for."""
@@ -178,7 +166,7 @@ class Uploader:
             restored_tokens=job.restored_tokens,
             restored_fidelity=job.restored_fidelity,
             profile=self._profile,
-            transport=pb.TRANSPORT_PATH if self._staging_dir() else pb.TRANSPORT_STREAM,
+            transport=pb.TRANSPORT_PATH if self._by_socket else pb.TRANSPORT_STREAM,
             states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
             request_id=job.request_id,
         )
@@ -188,26 +176,36 @@ class Uploader:
             job.start <= reply.start <= reply.end == job.end
             and reply.upload_bytes == (reply.end - reply.start) * self._layout.token_bytes + state_bytes
             and bool(job.checkpoint or not reply.wants_states)
+            and (self._by_socket or not reply.by_socket)
         )
         if reply.upload_id and not sound:
             self._abort(reply.upload_id)
             raise KVStoreError("the daemon asked for something else than what it was offered")
         return reply
 
-    def _hand_over(self, job: StoreJob, begun: pb.BeginStoreReply) -> None:
-        """Hand over the wanted bytes, or abort the upload and raise."""
+    def _hand_over(self, job: StoreJob, begun: pb.BeginStoreReply) -> bool:
+        """Hand over the wanted bytes, or abort the upload and raise; False when the daemon wants no more of them."""
         if not begun.upload_id or not begun.upload_bytes:
-            return
+            return True
         try:
-            if begun.staging_path:
-                write_staged(self._staging_dir(), begun.staging_path, self._views(job, begun), begun.upload_bytes)
-            else:
-                timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
-                self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
-        except BaseException as error:
-            if not self._abort(begun.upload_id) and isinstance(error, FileNotFoundError):
-                raise NotFoundError("the daemon gave the upload up, such as for an eviction") from error
+            if begun.by_socket:
+                return self._send(begun.upload_id, self._views(job, begun))
+            timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
+            reply: pb.UploadReply = self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
+            whole: bool = reply.received_bytes == begun.upload_bytes
+            return whole
+        except BaseException:
+            self._abort(begun.upload_id)
             raise
+
+    def _send(self, upload_id: str, views: Iterator[memoryview]) -> bool:
+        connection = UploadConnection(self._connection.address.upload_path, upload_id, UPLOAD_S_MIN)
+        self._track(connection)
+        try:
+            return connection.send(views)
+        finally:
+            self._call = None
+            connection.close()
 
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
         """The wanted bytes in the order in which they travel: pieces, then states."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 # sun_path has 104 bytes on macOS (108 on Linux), one of them the closing NUL. The smaller limit holds everywhere, so
 # that a configuration that works on one machine works on the other.
-# Beside the socket there is one for admins, whose name is longer.
-ADMIN_SUFFIX = ".admin"
+# Beside the socket there are one for admins and one for uploads, whose names are longer.
+ADMIN_SUFFIX, UPLOAD_SUFFIX = ".admin", ".store"
 SOCKET_PATH_BYTES_MAX = 103 - len(ADMIN_SUFFIX)
 
 GB = 1000**3
@@ -137,6 +137,11 @@ class Address:
     def admin_path(self) -> str:
         """The unix socket on which admin verbs always find a place; empty over TCP."""
         return self.path and self.path + ADMIN_SUFFIX
+
+    @property
+    def upload_path(self) -> str:
+        """The unix socket on which workers of this host hand over what they store; empty over TCP."""
+        return self.path and self.path + UPLOAD_SUFFIX
 
     @property
     def target(self) -> str:

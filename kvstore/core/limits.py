@@ -22,10 +22,10 @@ class Limits:
     message_bytes_max: int = 32 * MIB
     # Longest sequence. With 8 bytes a token its ids fill a message exactly.
     tokens_max: int = 4 * MIB
-    # Open uploads, all workers together. Each holds a staging file, so this also bounds open files.
+    # Open uploads, all workers together. Each has a thread while its bytes come, so this also bounds threads.
     uploads_max: int = 64
     # An upload that is slower than this over its whole length is dropped. It is less than a tenth of what 100 Mbit/s
-    # carries: a slower upload would hold its place and its staged bytes for minutes.
+    # carries: a slower upload would hold its place and its memory for minutes.
     upload_bytes_per_s_min: int = MIB
     # Calls in progress, all workers together. A call over the limit is refused: a queue would only make it late.
     calls_max: int = 256
@@ -63,7 +63,7 @@ class Limits:
     # begins with it, so blocks get the larger part.
     checkpoint_share_percent: int = 20
     # Share of the budget for open uploads. The other half stays with what is already stored.
-    staging_share_percent: int = 50
+    upload_share_percent: int = 50
 
     def __post_init__(self) -> None:
         for one in fields(self):

@@ -53,11 +53,6 @@ class Directory:
         return self.root / "blobs.noindex"
 
     @property
-    def staging(self) -> Path:
-        """Uploads on their way in; empty after a start."""
-        return self.root / "staging"
-
-    @property
     def quarantine(self) -> Path:
         """Damaged blobs, for a person to look at."""
         return self.root / "quarantine"
@@ -95,7 +90,7 @@ class Directory:
 
     def own_bytes(self) -> int:
         """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
-        own = [self.root, self.index, self.staging, self.quarantine, self.settings, self.quality]
+        own = [self.root, self.index, self.quarantine, self.settings, self.quality]
         own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG", self.settings / "traffic.json"]
         own.append(self.root / "daemon.log")
         return sum(path.lstat().st_blocks * 512 for path in own if path.exists())
@@ -110,14 +105,6 @@ class Directory:
         _require_folder(self.quarantine)
         with contextlib.suppress(FileNotFoundError):
             fs.rename(str(path), str(self.quarantine / (name or path.name)))
-
-    def clean_staging(self, fs: Fs) -> None:
-        """Unlink what an earlier run left behind; it was never acknowledged. DirectoryError for a folder among it."""
-        for path in self.staging.iterdir():
-            try:
-                fs.unlink(str(path))
-            except (IsADirectoryError, PermissionError) as error:  # macOS says the second of a folder
-                raise DirectoryError(f"{path} cannot be removed: {error.strerror}") from error
 
 
 class DirectoryLock:
@@ -176,7 +163,7 @@ class DirectoryLock:
         directory = self._directory
         try:
             is_other = not os.path.samestat(self._path.lstat(), os.fstat(self._fd))
-            folders = [directory.blobs, directory.staging, directory.settings, directory.index]
+            folders = [directory.blobs, directory.settings, directory.index]
             # Nothing that is served is in quarantine: where it is missing, it is made again when it is needed.
             if os.path.lexists(directory.quarantine):
                 folders.append(directory.quarantine)
@@ -316,7 +303,6 @@ def _furnish(directory: Directory) -> None:
     folders = (
         directory.index,
         directory.blobs,
-        directory.staging,
         directory.quarantine,
         directory.quality,
         directory.settings,

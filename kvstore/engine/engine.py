@@ -2,14 +2,14 @@
 
 Invariants, each with its tests:
 
-1. A row never names a blob that is not complete. Write = tmp, length check, fsync, rename, fsync of the folder, then
-   one index commit for the whole request; only then is the request durable.
+1. A row never names a blob that is not complete. Write = tmp, length check, fsync, for each blob as it comes; then for
+   the whole request the renames, one fsync of the folder and one index commit; only then is the request durable.
 2. Delete = index commit, then unlink, then the folders synced; only then is an eviction acknowledged. What a crash
    leaves in between is a stray blob, never a dangling row. A deleted blob that stays on the disk, for a reader or
    because the disk keeps it, has a tombstone (`kvstore.engine.deletions`), so that no rebuild brings it back.
 3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
 4. A child is evicted before its parent, so every row can be reached from its root.
-5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, staging, quarantine and keys.
+5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, quarantine and keys.
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it goes to quarantine.
@@ -99,7 +99,6 @@ class Engine:
         directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
-            directory.clean_staging(fs)
             place = Place(directory, held, options, fs)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
@@ -245,6 +244,7 @@ class Engine:
         protect: Sequence[bytes] = (),
         encryption: NamespaceKey | None = None,
         since: int | None = None,
+        agreed: Callable[[], None] = lambda: None,
     ) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
@@ -252,11 +252,12 @@ class Engine:
         `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
         was evicted later.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
-        for. An exception out of it is raised again and nothing is stored.
+        for. `agreed` is called when all that will be stored is on the disk, under temporary names, before any of it is
+        visible: it may wait for the caller's word. An exception out of either is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
         no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
         """
-        return self._writer.store(namespace_record, blocks, protect, encryption, since)
+        return self._writer.store(namespace_record, blocks, protect, encryption, since, agreed)
 
     @property
     def evictions(self) -> int:
@@ -272,11 +273,6 @@ class Engine:
         return self._shared.drive.confirm()
 
     # -- room -----------------------------------------------------------------------------------------------------
-
-    @property
-    def staging_dir(self) -> Path:
-        """Where uploads wait; emptied when the engine opens. Count them with `add_usage`."""
-        return self._shared.directory.staging
 
     @property
     def used_bytes(self) -> int:
@@ -310,20 +306,12 @@ class Engine:
         """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
         return self._evictor.make_room(nbytes)
 
-    def add_usage(self, nbytes: int) -> None:
-        """Count the size of a staged file, or, with the same number negative, its end."""
-        self._evictor.book_staging(nbytes)
-
-    def could_reserve(self, nbytes: int) -> bool:
-        """Whether `reserve` may find room for so many staged bytes. Evicts nothing.
+    def could_make_room(self, nbytes: int) -> bool:
+        """Whether there may be room for so many bytes, by evicting or not. Evicts nothing.
 
         When there is none, and not because they are too many for the budget, `degraded` says why until there is.
         """
         return self._evictor.shortage.has_room(nbytes)
-
-    def reserve(self, nbytes: int) -> bool:
-        """`make_room` and `add_usage` in one step; False, and nothing counted, when there is no room."""
-        return self._evictor.reserve(nbytes)
 
     def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
         """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing.

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 
-from kvstore.blobs.protocol import BlobId, disk_bytes
+from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
 from kvstore.engine.deletions import ASKED, BUDGET, FLOOR, SHARE, Deletion
 from kvstore.engine.index import Compaction
@@ -99,14 +99,6 @@ class Evictor:
                     self._run(SHARE, over, shared.deletions.leased(), lambda table: table.where(checkpoints=True))
         except (StoreFullError, OSError) as error:
             shared.health.disk_error = str(error)
-
-    def book_staging(self, nbytes: int) -> None:
-        """Count staged bytes, or with a negative number the end of them."""
-        self._shared.ledger.add("staging", disk_bytes(nbytes) if nbytes >= 0 else -disk_bytes(-nbytes))
-
-    def reserve(self, nbytes: int) -> bool:
-        """Make room for staged bytes and count them, in one step; False, and nothing counted, when there is none."""
-        return self.make_room(disk_bytes(nbytes), book=lambda: self.book_staging(nbytes))
 
     def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
         """Remove what is selected, least recently used leaves first; a dry run chooses the same and removes nothing.

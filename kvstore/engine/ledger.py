@@ -31,10 +31,10 @@ class Ledger:
 
     blobs: files that rows name; pending: files being written, and what their rows will take; kept: files without a
     row that a lease or the disk keeps a moment longer; folders: of blobs, and what was dropped with one; index: LMDB's
-    files; staging: uploads; quarantine: damaged blobs; settings: tombstones.
+    files; quarantine: damaged blobs; settings: tombstones.
     """
 
-    ACCOUNTS = ("blobs", "pending", "kept", "folders", "index", "staging", "quarantine", "settings")
+    ACCOUNTS = ("blobs", "pending", "kept", "folders", "index", "quarantine", "settings")
 
     def __init__(self) -> None:
         self._bytes = dict.fromkeys(self.ACCOUNTS, 0)
@@ -212,7 +212,7 @@ class Shortage:
         return shared.ledger.fixed - shared.deletions.deleting_bytes - self._compaction.shrinkable_bytes
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether room for so many staged bytes may be found, by evicting or not. Notes in `health` when there is none.
+        """Whether room for so many bytes may be found, by evicting or not. Notes in `health` when there is none.
 
         A store that is too large for the budget is refused without a note.
         """

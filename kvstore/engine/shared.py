@@ -170,7 +170,7 @@ class Shared:
 
     def can_write(self) -> bool:
         """Whether the disk takes a file, synced, and lets it go again."""
-        path = str(self.directory.staging / "probe")
+        path = str(self.directory.root / "probe")
         try:
             fd = self.fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
@@ -320,7 +320,6 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
         stored_bytes=ledger.get("blobs"),
         pending_bytes=ledger.get("pending"),
         index_bytes=ledger.get("index"),
-        staging_bytes=ledger.get("staging"),
         quarantine_bytes=ledger.get("quarantine"),
         quarantined=_count(shared.directory.quarantine),
         written_bytes=shared.health.written_bytes,

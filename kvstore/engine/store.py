@@ -1,7 +1,8 @@
 """STORE: blocks of one request become files, then, in one index commit, rows.
 
-While the disk syncs a file, the next ones are made and written: a few at most, so that little is lost of a disk that
-refuses, and before the commit all of them are on the disk.
+Blocks are taken as they come, which may be as slowly as a worker sends them. While the disk syncs a file, the next ones
+are made and written: a few at most, so that little is lost of a disk that refuses. Until the commit every file has a
+temporary name, so a kill before it leaves nothing that the next start does not clear.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ import contextlib
 import errno
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 from kvstore.blobs.format import ReadyBlob, make_ready
 from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
@@ -36,13 +36,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.
 # Files of one request that are synced or wait for that; of more the disk gets no faster.
 UNSYNCED_MAX = 2
 
-# Key, parent, row of the file written, or None if it is held already.
-_Entry: TypeAlias = tuple[bytes, bytes, Row | None]
+
+@dataclass
+class _Entry:
+    """A block of a request; without a row and a file if it is held already. `pending` until the file has its name."""
+
+    key: bytes
+    parent: bytes
+    row: Row | None = None
+    pending: Pending | None = None
+    synced: Future[None] | None = None
 
 
 @dataclass
 class _Batch:
-    """One request on its way. `entries` have their files, those of `syncing_blobs` are being synced or wait for that.
+    """One request on its way. `entries` have synced files, those of `unsynced` are being synced or wait for that.
 
     `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores. `since` is
     the number of the last eviction before it began.
@@ -55,12 +63,12 @@ class _Batch:
     syncing: ThreadPoolExecutor
     since: int
     entries: list[_Entry] = field(default_factory=list)
-    syncing_blobs: deque[tuple[_Entry, Future[None] | None]] = field(default_factory=deque)
+    unsynced: deque[_Entry] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
         """Rows whose blobs are on the disk."""
-        return [row for _, _, row in self.entries if row is not None]
+        return [entry.row for entry in self.entries if entry.row is not None]
 
 
 @dataclass
@@ -89,6 +97,7 @@ class Writer:
         protect: Iterable[bytes],
         encryption: NamespaceKey | None,
         since: int | None = None,
+        agreed: Callable[[], None] = lambda: None,
     ) -> StoreReceipt:
         """See `Engine.store`."""
         root = NamespaceInfo.from_record(record).root
@@ -101,6 +110,7 @@ class Writer:
             reason = self._write_all(batch, blocks)
             if not batch.entries:
                 return StoreReceipt(0, 0, reason)
+            agreed()
             settled = self._commit(batch)
             why = reason if settled.reason is Reason.OK else settled.reason
             if settled.kept and why is Reason.OK:
@@ -122,21 +132,20 @@ class Writer:
             if self._shared.evictions.covers(batch.root, batch.since):
                 reason = Reason.EVICTED
                 break
-            if not self._has_parent(batch, block):
+            # Of a namespace whose key was dropped meanwhile nothing may be written, least of all as it is.
+            if self._shared.index.ring.key(batch.root) is not batch.key or not self._has_parent(batch, block):
                 reason = Reason.DEPENDENCY_LOST
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            row = synced = None
+            entry = _Entry(block.key, block.parent)
             if held is None or held.is_key_missing or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
-                written = self._write(batch, ready)
-                if written is None:
+                if not self._write(batch, ready, entry):
                     reason = Reason.STORE_FULL
                     break
-                row, synced = written
-            batch.syncing_blobs.append(((block.key, block.parent, row), synced))
+            batch.unsynced.append(entry)
             if not block.is_checkpoint:
                 batch.ends[block.key] = block.end
             if not self._await_synced(batch, UNSYNCED_MAX):
@@ -148,15 +157,15 @@ class Writer:
 
         What comes after that one has lost its parent: it is discarded with it.
         """
-        while len(batch.syncing_blobs) > most:
-            entry, synced = batch.syncing_blobs[0]
+        while len(batch.unsynced) > most:
+            entry = batch.unsynced[0]
             try:
-                synced and synced.result()
+                if entry.synced is not None:
+                    entry.synced.result()
             except OSError as error:
                 self._note_refused_write(error, batch)
                 return False
-            batch.syncing_blobs.popleft()
-            batch.entries.append(entry)
+            batch.entries.append(batch.unsynced.popleft())
         return True
 
     def _has_parent(self, batch: _Batch, block: Block) -> bool:
@@ -177,12 +186,12 @@ class Writer:
             raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
         return True
 
-    def _write(self, batch: _Batch, ready: ReadyBlob) -> tuple[Row, Future[None]] | None:
-        """Make room for a blob, write it and have it synced; None when there is no room."""
+    def _write(self, batch: _Batch, ready: ReadyBlob, entry: _Entry) -> bool:
+        """Make room for a blob, write it and have it synced; False when there is no room."""
         shared, key = self._shared, ready.block.key
         nbytes = shared.blobs.stored_bytes(batch.root, ready.nbytes)
         if ready.block.is_checkpoint and nbytes > shared.options.checkpoint_share_bytes:
-            return None
+            return False
         # The row is no longer than the header, on pages of its own, and has a few small entries beside it.
         nbytes += disk_bytes(len(ready.header)) + disk_bytes(1)
         blob = BlobId(batch.root, key, shared.take_number())
@@ -192,23 +201,24 @@ class Writer:
             shared.ledger.add("pending", nbytes)
 
         if not self._evictor.make_room(nbytes, batch.keep, book):
-            return None
+            return False
         try:
-            row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
-            pending = shared.blobs.put(blob, (memoryview(ready.header), *ready.payload))
-            return row, self._sync_later(batch, pending)
+            entry.row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
+            entry.pending = shared.blobs.put(blob, (memoryview(ready.header), *ready.payload))
+            entry.synced = self._sync_later(batch, entry.pending)
         except BaseException as error:
             self._end_flight(blob)
             if not isinstance(error, OSError):
                 raise
             self._note_refused_write(error, batch, nbytes)
-            return None
+            return False
+        return True
 
     @staticmethod
     def _sync_later(batch: _Batch, pending: Pending) -> Future[None]:
         """Have a blob synced on the thread of the request. OSError when there can be no thread, which passes."""
         try:
-            return batch.syncing.submit(pending.sync_and_rename)
+            return batch.syncing.submit(pending.sync)
         except RuntimeError as error:
             # The first of a request; what was queued all the same will never run.
             pending.abandon()
@@ -222,16 +232,20 @@ class Writer:
         health = self._shared.health
         health.disk_error = f"the disk refused a write: {error}; free some space on it, or see the system's log"
         with contextlib.suppress(OSError):
-            waiting = (row for (_, _, row), _ in batch.syncing_blobs if row is not None)
+            waiting = (entry.row for entry in batch.unsynced if entry.row is not None)
             self._evictor.shortage.note_full_disk(nbytes + sum(map(self._cost, [*batch.rows(), *waiting])))
         health.tell()
         if isinstance(error, OSError) and error.errno not in _FULL:
             raise DirectoryError(f"cannot write to {self._shared.directory.root}: {error}") from error
 
     def _commit(self, batch: _Batch) -> _Settled:
-        """One folder sync and one index commit for everything that was written."""
+        """Names, one folder sync and one index commit for everything that was written."""
         shared = self._shared
         try:
+            for entry in batch.entries:
+                if entry.pending is not None:
+                    entry.pending.rename()
+                    entry.pending = None
             if batch.rows():
                 shared.blobs.sync(batch.root)
             settled = self._commit_rows(batch)
@@ -260,7 +274,7 @@ class Writer:
                 return _Settled(reason=Reason.EVICTED)
             if not batch.rows():
                 with shared.index.view() as view:
-                    held = itertools.takewhile(lambda entry: view.stored(entry[0]), batch.entries)
+                    held = itertools.takewhile(lambda entry: view.stored(entry.key), batch.entries)
                     blocks = sum(1 for _ in held)
                 return _Settled(blocks, reason=Reason.OK if blocks == len(batch.entries) else Reason.DEPENDENCY_LOST)
             shared.blobs.write_identity(batch.root, batch.record)
@@ -288,12 +302,13 @@ class Writer:
         shared.uses.write(edit)
         # One moment for all of them: so a checkpoint, which is deeper, goes before the blocks that lead to it.
         moment = edit.table.next()
-        for key, parent, row in batch.entries:
-            if (parent != batch.root and parent not in edit.table) or (row is None and key not in edit.table):
+        for entry in batch.entries:
+            has_parent = entry.parent == batch.root or entry.parent in edit.table
+            if not has_parent or (entry.row is None and entry.key not in edit.table):
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
-            if row is not None and not is_covered(edit, row):
-                self._put(edit, row, settled, moment)
+            if entry.row is not None and not is_covered(edit, entry.row):
+                self._put(edit, entry.row, settled, moment)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         self._thin_checkpoints(edit, settled)
@@ -340,9 +355,13 @@ class Writer:
     def _discard(self, batch: _Batch) -> None:
         """Delete what a request wrote and no row names. A commit that failed may have happened: the index decides."""
         shared = self._shared
-        rows = batch.rows() + [row for (_, _, row), _ in batch.syncing_blobs if row is not None]
-        for row in rows:
-            if row.blob not in shared.in_flight:
+        for entry in (*batch.entries, *batch.unsynced):
+            row = entry.row
+            if row is None or row.blob not in shared.in_flight:
+                continue
+            if entry.pending is not None:
+                entry.pending.abandon()
+                self._end_flight(row.blob)
                 continue
             try:
                 with shared.index.view() as view:

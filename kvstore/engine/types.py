@@ -218,7 +218,7 @@ class NamespaceUsage:
 class EngineStats:
     """Counts of now and since the engine was opened. Sizes are bytes on disk.
 
-    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + staging + quarantine + keys.
+    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + quarantine + keys.
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
     `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.deletions`).
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
@@ -233,7 +233,6 @@ class EngineStats:
     stored_bytes: int
     pending_bytes: int
     index_bytes: int
-    staging_bytes: int
     quarantine_bytes: int
     quarantined: int
     written_bytes: int

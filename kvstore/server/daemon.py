@@ -48,8 +48,10 @@ from kvstore.server.service import KVStoreService
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath
+from kvstore.server.stores import Stores
 from kvstore.server.threads import Threads
 from kvstore.server.upkeep import Upkeep
+from kvstore.server.upload_socket import UploadSocket
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -94,7 +96,8 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
             limits = functools.partial(device.set_limits, config.limits.gpu_memory_bytes)
-            threads = Threads(limits, device.release_memory, apart=device.bears_two_threads())
+            apart = device.bears_two_threads()
+            threads = Threads(limits, device.release_memory, apart=apart, uploads_max=config.limits.uploads_max)
             stack.callback(threads.close)
             # The lock comes before the index and the port: a second daemon must not disturb the first.
             if not self._may_create:
@@ -116,19 +119,21 @@ class Daemon:
 
     async def _serve(self, engine: Engine, threads: Threads, files: CredentialFiles, lifetime: Lifetime) -> None:
         config, lane = self._config, threads.lane
-        store = StorePath(engine, lane, config, engine.staging_dir)
-        fetch = FetchPath(engine, lane, config)
         buffers = ByteBudget(config.memory_bytes)
+        store = StorePath(engine, lane, config, buffers)
+        fetch = FetchPath(engine, lane, config)
         layers = LayerFrames(engine, lane, buffers)
         counters, requests = Counters(), Requests(lifetime.traffic)
+        stores = Stores(store, threads, counters, requests, config)
         same_host = bool(config.address.path)
         service = KVStoreService(
-            engine, store, fetch, layers, buffers, threads, counters, requests, config, same_host=same_host
+            engine, store, stores, fetch, layers, buffers, threads, counters, requests, config, same_host=same_host
         )
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
 
         def load() -> pb.LoadStats:
+            uploads = store.uploads.under_way()
             return pb.LoadStats(
                 clients=admission.callers.count(),
                 clients_max=config.limits.connections_max,
@@ -136,8 +141,9 @@ class Daemon:
                 connections_max=sockets.connections_max,
                 calls=sum(admission.calls[:2]),
                 calls_max=config.limits.calls_max,
-                uploads=len(store.uploads.under_way()),
+                uploads=len(uploads),
                 uploads_max=config.limits.uploads_max,
+                received_bytes=sum(upload.intake.received_bytes for upload in uploads),
             )
 
         settings = Settings(engine, config)
@@ -159,8 +165,8 @@ class Daemon:
             reflection.enable_server_reflection(names, server)
         bind(server, config, files)
         await server.start()
-        for path in socket_paths(config):
-            close_socket_to_others(path)
+        receiving = UploadSocket(store.uploads, stores.begin, config.limits.uploads_max)
+        receive_by_socket(receiving, config)
         for name in ("", *services, WRITES):
             await health.set(name, SERVING)
         self._state = "serving"
@@ -178,16 +184,19 @@ class Daemon:
         await health.enter_graceful_shutdown()
         for task in tasks:
             task.cancel()
-        await self._drain(server, service, store)
+        await self._drain(server, service, receiving, stores, store)
         await threads.release(store.uploads.end_all)
         requests.settle(all=True)
 
-    async def _drain(self, server: Any, service: KVStoreService, store: StorePath) -> None:
+    async def _drain(
+        self, server: Any, service: KVStoreService, receiving: UploadSocket, stores: Stores, store: StorePath
+    ) -> None:
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
         service.end_leases()
+        receiving.close()
         grace = asyncio.get_running_loop().time() + self._config.limits.grace_s
         await server.stop(self._config.limits.grace_s)
-        if not await service.drain(max(0.0, grace - asyncio.get_running_loop().time())):
+        if not await stores.drain(max(0.0, grace - asyncio.get_running_loop().time())):
             log.warning("gave up commits that did not end within %d s", self._config.limits.grace_s)
             store.give_up()
 
@@ -301,9 +310,9 @@ def connection_options(config: Config, connections_max: int) -> list[tuple[str, 
 
 
 def socket_paths(config: Config) -> list[Path]:
-    """The unix sockets of an address: that of workers, and that on which admins always find a place."""
+    """The unix sockets of an address: that of workers, that on which admins always find a place, that for uploads."""
     address = config.address
-    return [Path(address.path), Path(address.admin_path)] if address.path else []
+    return [Path(address.path), Path(address.admin_path), Path(address.upload_path)] if address.path else []
 
 
 def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> None:
@@ -312,13 +321,22 @@ def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> Non
     DirectoryError names an address that is taken.
     """
     tls = tls_credentials(files)
-    for target in [f"unix:{path}" for path in socket_paths(config)] or [config.address.target]:
+    for target in [f"unix:{path}" for path in socket_paths(config)[:2]] or [config.address.target]:
         try:
             port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)
         except RuntimeError as error:
             raise DirectoryError(f"cannot listen on {target}: {error}") from error
         if not port:
             raise DirectoryError(f"cannot listen on {target}: the address is taken")
+
+
+def receive_by_socket(receiving: UploadSocket, config: Config) -> None:
+    """Listen for uploads beside the unix socket, if there is one, once all sockets are closed to other users."""
+    if config.address.path:
+        receiving.bind(config.address.upload_path)
+    for path in socket_paths(config):
+        close_socket_to_others(path)
+    receiving.listen()
 
 
 def close_socket_to_others(path: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from kvstore.config import Config
@@ -16,7 +15,6 @@ from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.server import uploads
 from kvstore.server.callers import caller_name, caller_pid
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.fetch import FetchPath, FetchPlan
@@ -25,7 +23,8 @@ from kvstore.server.requests import Asked, Requests, plain_id, who_asks
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
-from kvstore.server.stream_in import Intake
+from kvstore.server.stores import Stores
+from kvstore.server.stream_in import StreamIn
 from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
 from kvstore.wire import convert
@@ -46,6 +45,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self,
         engine: Engine,
         store: StorePath,
+        stores: Stores,
         fetch: FetchPath,
         layers: LayerFrames,
         buffers: ByteBudget,
@@ -58,6 +58,7 @@ class KVStoreService(rpc.KVStoreServicer):
     ) -> None:
         self._engine = engine
         self._store = store
+        self._stores = stores
         self._fetch = fetch
         self._layers = layers
         self._buffers = buffers
@@ -68,11 +69,6 @@ class KVStoreService(rpc.KVStoreServicer):
         self._config = config
         self._same_host = same_host
         self._stopping = asyncio.Event()
-        self._commits: set[asyncio.Task[Any]] = set()
-
-    @unary
-    async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
-        return pb.HelloReply(staging_dir=str(self._engine.staging_dir) if self._same_host else "")
 
     @unary
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
@@ -243,16 +239,13 @@ class KVStoreService(rpc.KVStoreServicer):
                 durable=plan.reason is Reason.ALREADY_STORED,
                 detail=plan.detail,
             )
-        sharing = request.transport == pb.TRANSPORT_PATH and self._may_share_files(
-            request.namespace, upload.namespace.root
-        )
-        by_path = sharing and upload.staging is not None and not upload.encrypted
+        by_socket = request.transport == pb.TRANSPORT_PATH and self._same_host and not request.namespace.salt
         return plan, pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,
             end=upload.n_tokens,
             upload_bytes=upload.upload_bytes,
-            staging_path=str(upload.staging.path) if by_path and upload.staging else "",
+            by_socket=by_socket and not upload.encrypted and upload.upload_bytes > 0,
             reason=plan.reason,
             held_tokens=plan.held_tokens,
             wants_states=bool(upload.states),
@@ -277,47 +270,22 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
-        uploads = self._store.uploads
-        intake = Intake(uploads, self._threads.plan, self._buffers, self._config.limits.upload_idle_s)
+        stream = StreamIn(self._store.uploads, self._stores.begin, self._buffers, self._config.limits.upload_idle_s)
         whole = False
         try:
-            received = await intake.receive(request_iterator)
+            received = await stream.receive(request_iterator)
             whole = True
             return pb.UploadReply(received_bytes=received)
         finally:
-            intake.close()
-            if intake.upload is not None and not whole:
-                await self._threads.release.finish(uploads.give_up, intake.upload)
+            if stream.upload is not None and not whole:
+                await self._stores.give_up(stream.upload)
 
     @streaming
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
-        upload = self._store.uploads.claim(request.upload_id)
-        # A commit that was accepted goes through, whether or not the worker stays to hear of it.
-        task = asyncio.ensure_future(self._commit(upload))
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
+        task = self._stores.commit(request.upload_id)
         yield pb.CommitStoreReply(reason=Reason.OK)
-        yield await asyncio.shield(task)
-
-    async def _ended(self, upload_ids: Sequence[str]) -> None:
-        """Wait until those uploads ended, at most upload_idle_s. On the loop: threads that wait for a commit must not
-        be those that it needs."""
-        deadline = time.monotonic() + self._config.limits.upload_idle_s
-        while self._store.uploads.any_listed(upload_ids) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-
-    async def _commit(self, upload: uploads.Upload) -> pb.CommitStoreReply:
-        try:
-            await self._ended(upload.depends_on)
-            outcome = await self._threads.write(self._store.commit, upload)
-        except BaseException:
-            self._threads.release.post(self._store.uploads.end, upload)
-            self._counters.stored(Reason.INVALID)
-            self._requests.stored(upload.upload_id, 0, 0, Reason.INVALID)
-            raise
-        self._counters.stored(outcome.reason)
-        self._requests.stored(upload.upload_id, outcome.stored_tokens, outcome.new_bytes, outcome.reason)
-        return pb.CommitStoreReply(
+        outcome = await asyncio.shield(task)
+        yield pb.CommitStoreReply(
             done=True,
             durable=outcome.durable,
             stored_tokens=outcome.stored_tokens,
@@ -327,8 +295,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def AbortStore(self, request: pb.AbortStoreRequest, context: Context) -> pb.AbortStoreReply:
-        upload = self._store.uploads.claim(request.upload_id)
-        await self._threads.release.finish(self._store.uploads.end, upload)
+        await self._stores.abort(request.upload_id)
         return pb.AbortStoreReply()
 
     @unary
@@ -351,12 +318,6 @@ class KVStoreService(rpc.KVStoreServicer):
     def end_leases(self) -> None:
         """Let go of what waits for workers; called once, when the daemon is told to stop."""
         self._stopping.set()
-
-    async def drain(self, grace_s: float) -> bool:
-        """Wait for commits that were accepted; whether all ended within `grace_s`."""
-        if self._commits:
-            await asyncio.wait(self._commits, timeout=grace_s)
-        return not self._commits
 
 
 def asked_by(request: Any, context: Context, profile: str = "") -> Asked:

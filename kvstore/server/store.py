@@ -1,57 +1,46 @@
 """STORE: plan what a worker must send, take it, and turn it into blocks.
 
-    begin    index only: what is held, what others are sending, what is wanted from this worker
-    (bytes)  into a staging file, by the worker itself (path) or by the Upload handler (stream)
-    commit   validate -> splice -> threshold -> encode, a block at a time -> blobs -> one index commit
-
-Memory: one block of raw KV and its encoded form at a time. What came out of the store is never quantized a second time:
-restored tokens are spliced from the daemon's own codes, or kept raw at the rank they were served with.
+begin      index only: what is held, what others are sending, what is wanted from this worker
+carry_out  receive -> validate -> splice -> threshold -> encode -> blob under a temporary name, a block at a time as
+           its bytes arrive; then, when the worker commits, names and one index commit
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
-from kvstore.codecs import device
-from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.profiles import AUTO, Profile
-from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_ANY,
     FIDELITY_EXACT,
     TOKEN_BYTES,
-    Block,
     LayerState,
     Reason,
 )
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, NamespaceInfo
-from kvstore.core.layers import Piece, cut_pieces
+from kvstore.core.layers import cut_pieces
 from kvstore.core.rules import check_states
-from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
+from kvstore.engine import Engine, Match, NamespaceKey
 from kvstore.errors import (
     CorruptDataError,
     InvalidRequestError,
     KeyMissingError,
+    KVStoreError,
     LimitError,
     NotFoundError,
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.booking import Booking, Shares
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
-from kvstore.server.staging import StagingFile
-from kvstore.server.uploads import RETRY_S, Upload, Uploads, block_range
+from kvstore.server.receive import Receiver
+from kvstore.server.shares import Shares
+from kvstore.server.uploads import RETRY_S, Upload, Uploads
 
 T = TypeVar("T")
 
@@ -95,23 +84,24 @@ class StoreOutcome:
 
 
 class StorePath:
-    """Plans and carries out stores. `begin` and `commit` block on disk: call them on worker threads, any of them."""
+    """Plans and carries out stores, on threads: `begin` blocks on the index, `carry_out` on the worker and the disk."""
 
-    def __init__(self, engine: Engine, lane: Lane, config: Config, staging_dir: Path) -> None:
+    def __init__(self, engine: Engine, lane: Lane, config: Config, buffers: ByteBudget | None = None) -> None:
+        """`buffers`: the daemon's memory_bytes."""
         self._engine = engine
-        self._lane = lane
         self._config = config
-        self._staging_dir = staging_dir
+        self.receiver = Receiver(engine, lane, config, buffers or ByteBudget(config.memory_bytes))
         self.gate = Gate(engine.quality, config.profile)
         self.uploads = Uploads(config.limits.uploads_max)
-        self._staged = ByteBudget(engine.budget_bytes * config.limits.staging_share_percent // 100)
-        self._shares = Shares(self._staged.limit_bytes // CALLER_SHARE)
-        self._given_up = False
+        self._under_way = ByteBudget(engine.budget_bytes * config.limits.upload_share_percent // 100)
+        self._shares = Shares(self._under_way.limit_bytes // CALLER_SHARE)
         self.tokens_stored = 0
 
     def give_up(self) -> None:
-        """End the commit that is running at its next block, and refuse further ones: the daemon must stop."""
-        self._given_up = True
+        """End what is committed and does not end by itself, and whatever comes later: the daemon must stop."""
+        self.receiver.give_up()
+        for upload in self.uploads.under_way():
+            upload.intake.give_up(UnavailableError("the daemon is stopping"))
 
     # -- begin ---------------------------------------------------------------------------------------------------
 
@@ -220,85 +210,89 @@ class StorePath:
         )
 
     def _open(self, upload: Upload, caller: str) -> bool:
-        """List the upload and make its staging file; False when there can be no room for it. Evicts nothing yet."""
+        """List the upload; False when there can be no room for it. Evicts nothing yet."""
         nbytes = upload.upload_bytes
-        if nbytes > self._staged.limit_bytes or not self._engine.could_reserve(nbytes):
+        if nbytes > self._under_way.limit_bytes or not self._engine.could_make_room(nbytes):
             return False
+        if (buffer := self.receiver.buffer_bytes(upload)) > (most := self.receiver.buffers.limit_bytes):
+            words = f"a block of {buffer} bytes is more than memory_bytes = {most}"
+            raise LimitError(words, limit="memory_bytes")
         words = "bytes of uploads are under way; try again later"
         if not self._shares.try_acquire(caller, nbytes):
-            raise LimitError(
-                f"{self._shares.share_bytes} {words} (one client's share)", RETRY_S, "staging_share_percent"
-            )
+            words = f"{self._shares.share_bytes} {words} (one client's share)"
+            raise LimitError(words, RETRY_S, "upload_share_percent")
         held = contextlib.ExitStack()
         upload.release = held.close
         held.callback(self._shares.release, caller, nbytes)
         try:
-            if not self._staged.try_acquire(nbytes):
-                raise LimitError(f"{self._staged.limit_bytes} {words}", RETRY_S, "staging_share_percent")
-            held.callback(self._staged.release, nbytes)
-            booking = Booking(self._engine, nbytes)
-            upload.cover = booking.cover
-            held.callback(booking.end)
+            if not self._under_way.try_acquire(nbytes):
+                raise LimitError(f"{self._under_way.limit_bytes} {words}", RETRY_S, "upload_share_percent")
+            held.callback(self._under_way.release, nbytes)
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
-            if upload.wants_bytes:
-                upload.staging = StagingFile(
-                    self._staging_dir, upload.upload_id, nbytes, encrypted=upload.encrypted, cover=upload.cover
-                )
-                held.callback(upload.staging.remove)
             self.uploads.add(upload)
         except BaseException:
             held.close()
             raise
         return True
 
-    # -- commit --------------------------------------------------------------------------------------------------
+    # -- carry out -----------------------------------------------------------------------------------------------
 
-    def commit(self, upload: Upload) -> StoreOutcome:
-        """Validate, encode, write, commit; always ends the upload. Uploads that it depends on have ended.
+    def carry_out(self, upload: Upload) -> StoreOutcome:
+        """Receive, encode, write, and commit when the worker does; always ends the upload.
 
-        Raises InvalidRequestError for bytes that are not what was asked for; then nothing of the upload is stored.
+        Uploads that it depends on have ended. Raises InvalidRequestError for bytes that are not what was asked for,
+        DeadlineError for a worker that stalls, LimitError without memory, NotFoundError when it was given up; then
+        nothing of the upload is stored, and nothing of it is left.
         """
         try:
-            if upload.staging is not None:
-                upload.staging.finish()
-                upload.cover(upload.upload_bytes)
-            floor = self._floor(upload)
-            needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
-            before = self._engine.match(upload.chain, floor, needed)
-            new_bytes, reason = 0, Reason.OK
-            if self._engine.is_evicted(upload.chain.root, upload.evictions):
-                reason = Reason.EVICTED
-            elif before.n_tokens < needed:
-                reason = Reason.DEPENDENCY_LOST
-            elif upload.wants_bytes:
-                new_bytes, reason = self._write(upload, before.fidelity)
-            after = self._engine.match(upload.chain, floor, upload.n_tokens)
-            self._engine.touch(after.parts)
-            if after.n_tokens < upload.n_tokens and reason is Reason.OK:
-                reason = Reason.DEPENDENCY_LOST
-            if upload.awaits_checkpoint and reason is Reason.OK:
-                row = self._engine.checkpoint_at(upload.chain)
-                if row is None or row.fidelity < floor:
-                    reason = Reason.DEPENDENCY_LOST
-            self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
-            # Part of it may be what another upload committed a moment ago.
-            return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
+            return self._carry_out(upload)
         except StoreFullError:
+            upload.intake.await_commit()
             return StoreOutcome(0, 0, Reason.STORE_FULL, durable=False)
+        except KVStoreError as error:
+            self.uploads.fail(upload, error)
+            raise
         finally:
+            upload.intake.close()
             self.uploads.end(upload)
+
+    def _carry_out(self, upload: Upload) -> StoreOutcome:
+        floor = self._floor(upload)
+        needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
+        before = self._engine.match(upload.chain, floor, needed)
+        new_bytes, reason = 0, Reason.OK
+        if self._engine.is_evicted(upload.chain.root, upload.evictions):
+            reason = Reason.EVICTED
+        elif before.n_tokens < needed:
+            reason = Reason.DEPENDENCY_LOST
+        elif upload.wants_bytes:
+            new_bytes, reason = self._write(upload, before.fidelity)
+        upload.intake.await_commit()
+        after = self._engine.match(upload.chain, floor, upload.n_tokens)
+        self._engine.touch(after.parts)
+        if after.n_tokens < upload.n_tokens and reason is Reason.OK:
+            reason = Reason.DEPENDENCY_LOST
+        if upload.awaits_checkpoint and reason is Reason.OK:
+            row = self._engine.checkpoint_at(upload.chain)
+            if row is None or row.fidelity < floor:
+                reason = Reason.DEPENDENCY_LOST
+        self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
+        # Part of it may be what another upload committed a moment ago.
+        return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
 
     def _write(self, upload: Upload, fidelity: int) -> tuple[int, Reason]:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
-            receipt = self._engine.store(
-                upload.namespace_record,
-                self._new_blocks(upload, fidelity),
-                # A block that is spliced may be another sequence's tail: nothing here may make room for what needs it.
-                protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
-                encryption=upload.encryption,
-                since=upload.evictions,
-            )
+            with self.receiver.memory(upload) as memory:
+                receipt = self._engine.store(
+                    upload.namespace_record,
+                    self.receiver.blocks(upload, fidelity, memory),
+                    # A spliced block may be another sequence's tail: nothing may make room for what needs it.
+                    protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
+                    encryption=upload.encryption,
+                    since=upload.evictions,
+                    agreed=upload.intake.await_commit,
+                )
         except CorruptDataError:
             evicted = [piece for piece in upload.spliced if not self._engine.show(piece.row.key)]
             for piece in upload.spliced:
@@ -308,115 +302,6 @@ class StorePath:
 
     def _floor(self, upload: Upload) -> int:
         return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
-
-    def _new_blocks(self, upload: Upload, fidelity: int) -> Iterator[NewBlock]:
-        """Encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last.
-
-        The bytes of a block are good until the next one is asked for.
-        """
-        root = upload.namespace.root
-        parent = upload.chain.parent(upload.first_block)
-        threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
-        quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
-        # What was computed after restored tokens, or stands after spliced ones, is no better than these.
-        fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
-        offset = 0
-        blocks = range(upload.first_block, len(upload.keys)) if upload.pieces else ()
-        # One for all blocks: fresh memory for each took longer than to read and hash what goes into it.
-        memory = np.empty(len(blocks[:1]) * BLOCK_TOKENS * upload.layout.token_bytes, np.uint8).data
-        for index in blocks:
-            if self._given_up:
-                raise UnavailableError("the daemon is stopping")
-            start, end = block_range(index, upload.n_tokens)
-            runs = self._spliced_runs(upload) if index == upload.first_block else []
-            for piece in upload.pieces:
-                if start <= piece.start < end:
-                    place = memory[(piece.start - start) * upload.layout.token_bytes :]
-                    runs.append(self._uploaded_run(upload, piece, offset, place))
-                    offset += piece.n_tokens * upload.layout.token_bytes
-            encoded = self._encode(upload, runs, quantize, start)
-            fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
-            block = Block(
-                root=root,
-                parent=parent,
-                key=upload.keys[index],
-                start=start,
-                tokens=upload.chain.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
-                fidelity=fidelity,
-                runs=tuple(one.run for one in encoded),
-                created_s=int(time.time()),
-                namespace=upload.namespace_record,
-            )
-            yield NewBlock(block, [buffer for one in encoded for buffer in one.buffers])
-            parent = block.key
-        if upload.states:
-            yield self._new_checkpoint(upload, fidelity)
-
-    def _new_checkpoint(self, upload: Upload, fidelity: int) -> NewBlock:
-        """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
-        if upload.staging is None:
-            raise InvalidRequestError("nothing was uploaded")
-        chain = upload.chain
-        block = Block(
-            root=chain.root,
-            parent=chain.parent(chain.full),
-            key=chain.checkpoint_key(),
-            start=chain.full * BLOCK_TOKENS,
-            tokens=chain.tail,
-            fidelity=fidelity,
-            runs=(),
-            created_s=int(time.time()),
-            namespace=upload.namespace_record,
-            states=upload.states,
-        )
-        buffers = []
-        offset = upload.pieces_bytes
-        for state in upload.states:
-            for array in state.arrays:
-                data = upload.staging.read(offset, array.nbytes)
-                if array.dtype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
-                    raise InvalidRequestError(f"array {array.name} of layer {state.layer} is not of booleans")
-                buffers.append(data)
-                offset += array.nbytes
-        return NewBlock(block, buffers)
-
-    def _spliced_runs(self, upload: Upload) -> list[EncodedRun]:
-        """The stored runs that the first block starts with, read back, verified and cut."""
-        runs: list[EncodedRun] = []
-        for piece in upload.spliced:
-            left = piece.take
-            with self._engine.reader([piece]) as reader:
-                for run in piece.row.block.runs:
-                    if left:
-                        shown = min(left, run.shown)
-                        runs.append(narrow_run(load_run(run, 0, reader), shown))
-                        left -= shown
-        return runs
-
-    def _uploaded_run(self, upload: Upload, piece: Piece, offset: int, memory: memoryview) -> EncodedRun:
-        """A piece of the staging file as a raw run in `memory`, validated."""
-        if upload.staging is None:
-            raise InvalidRequestError("nothing was uploaded")
-        layout, n_tokens = upload.layout, piece.n_tokens
-        fidelity = upload.restored_fidelity if piece.restored else FIDELITY_EXACT
-        payload = upload.staging.read(offset, n_tokens * layout.token_bytes, memory)
-        raw = payload_run(layout, payload, n_tokens, fidelity)
-        tensors = [(stack.part, tensor) for stack in raw.run.stacks for tensor in stack.tensors]
-        for (part, tensor), buffer in zip(tensors, raw.buffers, strict=True):
-            if tensor.name in ("scales", "biases") and not device.all_finite(buffer, tensor.dtype):
-                raise InvalidRequestError(f"non-finite {tensor.name} in quantized {part}")
-        return raw
-
-    def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool, start: int) -> list[EncodedRun]:
-        """Join neighbours, quantize what is first-hand when the sequence is long enough, pack what stays raw."""
-        layout, profile = upload.layout, upload.profile
-        encoded = join_runs(runs)
-        if quantize and any(is_first_hand(one.run) for one in encoded):
-            encoded = encode_runs(layout, runs, profile, start, self._on_lane)
-        return [pack_run(layout, one, profile) for one in encoded]
-
-    def _on_lane(self, work: Callable[[], T]) -> T:
-        return self._lane.submit_store(work).result()
 
 
 def restored_fidelity(request: StoreRequest) -> int:

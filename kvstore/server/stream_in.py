@@ -1,4 +1,4 @@
-"""Taking in the chunks of an upload: what arrives while a worker thread writes is the next batch that it writes.
+"""Taking in the chunks of an upload: what arrives while the upload's thread works waits here, as little as will do.
 
 Memory: two batches an upload, counted. A worker that sends faster than the disk takes it finds its stream held up.
 """
@@ -6,10 +6,10 @@ Memory: two batches an upload, counted. A worker that sends faster than the disk
 from __future__ import annotations
 
 import asyncio
-import functools
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, LimitError
@@ -21,54 +21,160 @@ from kvstore.wire.frames import UploadBytes
 ROOM_EVERY_S = 0.01
 
 
-class Intake:
-    """Receives one upload. Made and used on the event loop; `run(work, *args)` does `work` on a worker thread."""
+class ChunkSource:
+    """Chunks between the event loop, which puts them, and the upload's thread, which reads. See `intake.Source`.
 
-    def __init__(self, uploads: Uploads, run: Callable[..., Awaitable[Any]], budget: ByteBudget, idle_s: float) -> None:
+    Its bytes count against `budget` from before they are put until they are read.
+    """
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget = budget
+        self._loop = asyncio.get_running_loop()
+        self._taken = asyncio.Event()
+        self._changed = threading.Condition()
+        self._parts: deque[memoryview] = deque()
+        self._bytes = 0
+        self._ended = False
+        self.is_closed = False
+
+    async def put(self, part: memoryview) -> None:
+        """Add bytes that are counted, when little waits to be read; dropped once nobody reads any more."""
+        while not self._add(part):
+            await self._taken.wait()
+
+    def _add(self, part: memoryview) -> bool:
+        with self._changed:
+            self._taken.clear()
+            if self.is_closed:
+                self._budget.release(part.nbytes)
+                return True
+            if self._bytes and self._bytes + part.nbytes > 2 * BATCH_BYTES:
+                return False
+            self._parts.append(part)
+            self._bytes += part.nbytes
+            self._changed.notify()
+            return True
+
+    async def end(self) -> None:
+        """No more will come; returns when everything was read, or nobody reads any more."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify()
+        while not self._is_done():
+            await self._taken.wait()
+
+    def _is_done(self) -> bool:
+        with self._changed:
+            self._taken.clear()
+            return self.is_closed or not self._parts
+
+    def readinto(self, view: memoryview) -> int | None:
+        """See `intake.Source`. Who stalls is the stream's handler to notice."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._parts or self._ended or self.is_closed)
+            if self.is_closed or not self._parts:
+                return 0
+            part = self._parts[0]
+        got = min(len(view), part.nbytes)
+        view[:got] = part[:got]
+        if self._drop(got):
+            self._budget.release(got)
+            self._wake()
+        return got
+
+    def _drop(self, nbytes: int) -> bool:
+        """Forget the first bytes, which were read; False when all were forgotten meanwhile."""
+        with self._changed:
+            if self.is_closed:
+                return False
+            part = self._parts.popleft()
+            if nbytes < part.nbytes:
+                self._parts.appendleft(part[nbytes:])
+            self._bytes -= nbytes
+            return True
+
+    def confirm(self) -> None:
+        """See `intake.Source`: the reply to the stream says so."""
+
+    def close(self) -> None:
+        """See `intake.Source`."""
+        with self._changed:
+            self.is_closed = True
+            self._parts.clear()
+            nbytes, self._bytes = self._bytes, 0
+            self._changed.notify()
+        self._budget.release(nbytes)
+        self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._taken.set)
+        except RuntimeError:  # the daemon has stopped, and nobody waits
+            return
+
+
+class StreamIn:
+    """Receives one upload. Made and used on the event loop; `begin(upload)` starts the upload's thread."""
+
+    def __init__(self, uploads: Uploads, begin: Callable[[Upload], object], budget: ByteBudget, idle_s: float) -> None:
         self._uploads = uploads
-        self._run = run
+        self._begin = begin
         self._budget = budget
         self._idle_s = idle_s
-        self._batch: list[memoryview] = []
-        self._batch_bytes = 0
-        self._writing: asyncio.Future[None] | None = None
+        self._source: ChunkSource | None = None
+        self._received_bytes = 0
         self.upload: Upload | None = None
 
     async def receive(self, chunks: AsyncIterator[UploadBytes]) -> int:
-        """Take in all chunks; how many bytes that was.
+        """Take in all chunks; how many bytes that was: fewer than were asked for where the daemon wants no more.
 
-        Raises InvalidRequestError, NotFoundError, StoreFullError; DeadlineError when nothing comes for `idle_s`,
-        LimitError when memory_bytes stay in use for so long.
+        Raises InvalidRequestError, NotFoundError; DeadlineError when nothing comes for `idle_s`, LimitError when
+        memory_bytes stay in use for so long.
         """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._idle_s) as patience:
                 async for chunk in chunks:
                     patience.reschedule(None)
-                    await self._take(chunk)
+                    if not await self._take(chunk):
+                        return self._received_bytes
                     patience.reschedule(loop.time() + self._idle_s)
         except TimeoutError as error:
             raise DeadlineError(f"nothing came of the upload for {self._idle_s:g} s") from error
-        if self.upload is None or self.upload.staging is None:
-            raise InvalidRequestError("an upload names its upload_id in the first chunk")
-        await self._write()
-        await self._written()
-        received = self.upload.staging.received_bytes
-        if received != self.upload.upload_bytes:
-            raise InvalidRequestError(f"the upload has {received} bytes, {self.upload.upload_bytes} were asked for")
-        return received
-
-    async def _take(self, chunk: UploadBytes) -> None:
         if self.upload is None:
-            self.upload = self._uploads.get(chunk.upload_id)
-        if self.upload.staging is None or self.upload.committing:
-            raise InvalidRequestError("this upload takes no bytes")
+            raise InvalidRequestError("an upload names its upload_id in the first chunk")
+        nbytes = self.upload.upload_bytes
+        if self._received_bytes != nbytes:
+            raise InvalidRequestError(f"the upload has {self._received_bytes} bytes, {nbytes} were asked for")
+        if self._source is not None:
+            await self._source.end()
+            self._require_kept()
+        return self._received_bytes
+
+    async def _take(self, chunk: UploadBytes) -> bool:
+        """Pass a chunk on; False when the daemon wants no more."""
+        if self.upload is None:
+            self._open(self._uploads.get(chunk.upload_id))
+        assert self.upload is not None
+        assert self._source is not None
+        if self._received_bytes + chunk.data.nbytes > self.upload.upload_bytes:
+            words = f"the upload is longer than the {self.upload.upload_bytes} bytes that were asked for"
+            raise InvalidRequestError(words)
         await self._room(chunk.data.nbytes)
-        self._batch.append(chunk.data)
-        self._batch_bytes += chunk.data.nbytes
-        idle = self._writing is None or self._writing.done()
-        if idle or self._batch_bytes >= BATCH_BYTES:
-            await self._write()
+        await self._source.put(chunk.data)
+        self._received_bytes += chunk.data.nbytes
+        self._require_kept()
+        return not self._source.is_closed
+
+    def _open(self, upload: Upload) -> None:
+        source = ChunkSource(self._budget)
+        upload.intake.open(source)
+        self.upload, self._source = upload, source
+        self._begin(upload)
+
+    def _require_kept(self) -> None:
+        if self.upload is not None and self.upload.intake.error is not None:
+            raise self.upload.intake.error
 
     async def _room(self, nbytes: int) -> None:
         give_up_at = time.monotonic() + self._idle_s
@@ -76,29 +182,5 @@ class Intake:
             if nbytes > self._budget.limit_bytes or time.monotonic() >= give_up_at:
                 words = f"memory_bytes = {self._budget.limit_bytes} of buffers are in use; try again later"
                 raise LimitError(words, limit="memory_bytes")
-            await self._write()  # what this upload holds itself
+            self._require_kept()
             await asyncio.sleep(ROOM_EVERY_S)
-
-    async def _write(self) -> None:
-        """Have the batch written, when the one before it is."""
-        await self._written()
-        batch, nbytes = self._batch, self._batch_bytes
-        self._batch, self._batch_bytes = [], 0
-        if batch and self.upload is not None and self.upload.staging is not None:
-            self._writing = asyncio.ensure_future(self._run(self.upload.staging.append, batch))
-            self._writing.add_done_callback(functools.partial(self._ended, nbytes))
-
-    def _ended(self, nbytes: int, writing: asyncio.Future[None]) -> None:
-        self._budget.release(nbytes)
-        if not writing.cancelled():
-            writing.exception()  # whoever waits hears of it; after a cancelled call nobody does
-
-    async def _written(self) -> None:
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            await asyncio.shield(writing)
-
-    def close(self) -> None:
-        """Give back what was not written any more."""
-        self._budget.release(self._batch_bytes)
-        self._batch, self._batch_bytes = [], 0

@@ -64,7 +64,12 @@ class Threads:
     """The table. `close` ends all of them; until then every pool may be called on the event loop."""
 
     def __init__(
-        self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None, *, apart: bool = False
+        self,
+        start: Callable[[], None] | None = None,
+        idle: Callable[[], None] | None = None,
+        *,
+        apart: bool = False,
+        uploads_max: int = 64,
     ) -> None:
         """`start`, `idle` and `apart` are the lane's."""
         # Matches and plans of fetches: index and sizes of blobs. Never waits for a writer of the index.
@@ -73,10 +78,12 @@ class Threads:
         self.stream = Pool("stream", 4)
         # A batch of a dense stream: waits for the disk and for the lane, most of the time for the lane.
         self.decode = Pool("decode", 8)
-        # BeginStore, and the bytes of an upload into its staging file: both may wait until there is room.
+        # BeginStore: may wait for a writer of the index.
         self.plan = Pool("plan", 2)
-        # CommitStore, one after the other.
-        self.write = Pool("write", 1, background=True)
+        # A thread for each upload whose bytes come or are committed, from its first byte to its end: receives, encodes
+        # and writes a block at a time. It waits for its worker, for memory, for room on the disk and for the lane, so
+        # there are as many as uploads; what they hold of memory_bytes is bounded (`StorePath`).
+        self.write = Pool("write", uploads_max, background=True)
         # The end of uploads and leases: unlinks.
         self.release = Pool("release", 1)
         # Once a second: budget, free floor, deletions to settle, idle uploads, displaced directory, connections.

@@ -42,9 +42,8 @@ class Upkeep:
         return self._displaced >= DISPLACED_MAX
 
     def step(self) -> list[Upload]:
-        """Do it all once. Returns uploads that were given up: off the table, and still to be released."""
+        """Do it all once. Returns uploads that were given up, and are still to be released."""
         self._sockets.look()
-        over = self._uploads.keep_up()
         self._engine.maintain()
         self._requests.settle()
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
@@ -54,4 +53,4 @@ class Upkeep:
         for upload in idle:
             words = "gave up upload %s of %d tokens: nothing arrived, or too little"
             log.warning(words, upload.upload_id[:8], upload.n_tokens)
-        return over + idle
+        return idle

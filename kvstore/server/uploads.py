@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import secrets
 import threading
-import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,17 +15,19 @@ from kvstore.core.blocks import BLOCK_TOKENS, LayerState
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
-from kvstore.errors import LimitError, NotFoundError, StoreFullError
-from kvstore.server.staging import StagingFile
+from kvstore.errors import KVStoreError, LimitError, NotFoundError
+from kvstore.server.intake import Intake
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
+# Of so many uploads that failed before their worker asked what became of them, the reason is kept.
+FAILED_MAX = 256
 
 
 @dataclass
 class Upload:
-    """One store between BeginStore and its end. Owned by whichever handler works on it; the table only lists it."""
+    """One store between BeginStore and its end. The thread that carries it out owns it; the table only lists it."""
 
     namespace: NamespaceInfo
     namespace_record: bytes
@@ -39,17 +42,16 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
-    # What it is committed with or not at all. Its bytes are never on disk as they are, whatever becomes of this key.
+    # What it is written and committed with, or not at all.
     encryption: NamespaceKey | None = None
     evictions: int = 0  # of the engine when it began: a later one of its namespace takes it along
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
-    staging: StagingFile | None = None
     committing: bool = False
-    begun_s: float = field(default_factory=time.monotonic)
-    touched_s: float = field(default_factory=time.monotonic)
-    seen_bytes: int = 0
-    release: Callable[[], None] = lambda: None  # gives back lease, staging file and accounted bytes
-    cover: Callable[[int], None] = lambda nbytes: None  # makes room on disk for so many leading bytes; see `Booking`
+    release: Callable[[], None] = lambda: None  # gives back lease and accounted bytes
+    intake: Intake = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.intake = Intake(self.upload_bytes)
 
     @property
     def encrypted(self) -> bool:
@@ -98,20 +100,15 @@ class Upload:
         return bool(self.pieces or self.states)
 
     def alive(self, idle_s: float, bytes_per_s_min: int) -> bool:
-        """Whether anything moved within `idle_s`, and fast enough in all; a committing upload is always alive."""
-        now = time.monotonic()
-        if self.staging is not None:
-            seen = self.staging.progress()
-            if seen != self.seen_bytes:
-                self.seen_bytes, self.touched_s = seen, now
-        in_time = now - self.begun_s <= idle_s + self.upload_bytes / bytes_per_s_min
-        return self.committing or (in_time and now - self.touched_s <= idle_s)
+        """Whether its worker sent anything within `idle_s`, and fast enough in all; when it commits, it always is."""
+        in_time = self.intake.waited_s <= idle_s + self.upload_bytes / bytes_per_s_min
+        return self.committing or (in_time and self.intake.idle_s <= idle_s)
 
 
 class Uploads:
     """The table of uploads, at most `uploads_max`. Thread-safe; its lock is never held over I/O.
 
-    `add`, `get`, `claim` and `any_listed` may be called on the event loop. What ends an upload unlinks its file.
+    All but what ends an upload may be called on the event loop. The files of one that ends are unlinked by its thread.
     """
 
     def __init__(self, uploads_max: int) -> None:
@@ -119,6 +116,7 @@ class Uploads:
         self._lock = threading.Lock()
         self._by_id: dict[str, Upload] = {}
         self._by_key: dict[bytes, str] = {}
+        self._failed: OrderedDict[str, KVStoreError] = OrderedDict()
 
     def add(self, upload: Upload) -> None:
         """List the upload; LimitError when too many are under way."""
@@ -130,22 +128,34 @@ class Uploads:
                 self._by_key.setdefault(key, upload.upload_id)
 
     def get(self, upload_id: str) -> Upload:
-        """The upload; NotFoundError when it ended, was given up, or never was."""
+        """The upload; NotFoundError when it ended, was given up, or never was. One that failed raises why, once."""
         with self._lock:
-            upload = self._by_id.get(upload_id)
+            upload, failed = self._by_id.get(upload_id), self._failed.pop(upload_id, None)
+        if failed is not None:
+            raise failed
         if upload is None:
             raise NotFoundError("no such upload: it ended, was given up as idle, or belongs to an earlier daemon")
-        upload.touched_s = time.monotonic()
         return upload
 
     def claim(self, upload_id: str) -> Upload:
-        """The upload, marked as committing; a second claim is a NotFoundError."""
+        """The upload, marked as committing; a second claim is a NotFoundError. Raises as `get`."""
         upload = self.get(upload_id)
         with self._lock:
             if upload.committing or upload_id not in self._by_id:
                 raise NotFoundError("the upload is being committed already, or was given up")
             upload.committing = True
         return upload
+
+    def fail(self, upload: Upload, error: KVStoreError) -> None:
+        """The upload's thread could not carry it out: end it, and keep the reason if its worker has yet to ask."""
+        with self._lock:
+            listed = self._unlist(upload)
+            if listed and not upload.committing:
+                self._failed[upload.upload_id] = copy.copy(error)  # without its frames, which hold the upload's memory
+                while len(self._failed) > FAILED_MAX:
+                    self._failed.popitem(last=False)
+        if listed:
+            upload.release()
 
     def receiving(self, keys: tuple[bytes, ...], first: int, fidelity_min: int) -> tuple[int, tuple[str, ...]]:
         """How far, from block `first` on, others are already sending: (first block nobody sends, upload ids)."""
@@ -170,38 +180,26 @@ class Uploads:
         with self._lock:
             return list(self._by_id.values())
 
-    def keep_up(self) -> list[Upload]:
-        """Make room for what workers wrote to their staging files by themselves. To be called every second or so.
-
-        Takes uploads off the table for which there is none: the budget holds whichever way bytes come. The caller
-        releases them.
-        """
-        over = []
-        for upload in self.under_way():
-            if upload.staging is None or upload.committing:
-                continue
-            try:
-                upload.cover(upload.staging.progress())
-            except (StoreFullError, NotFoundError) as error:
-                log.warning("gave up upload %s of %d tokens: %s", upload.upload_id[:8], upload.n_tokens, error)
-                if self._give_up(upload):
-                    over.append(upload)
-        return over
-
     def any_listed(self, upload_ids: Sequence[str]) -> bool:
         """Whether any of those uploads is still under way."""
         with self._lock:
             return any(upload_id in self._by_id for upload_id in upload_ids)
 
-    def give_up(self, upload: Upload) -> None:
-        """End the upload, and free all that it held, unless its commit has begun: then it is the commit's."""
-        if self._give_up(upload):
-            upload.release()
+    def give_up(self, upload: Upload, error: KVStoreError | None = None) -> bool:
+        """End the upload, and free all that it held, unless its commit has begun: then it is the commit's.
 
-    def _give_up(self, upload: Upload) -> bool:
-        """Off the table, unless its commit has begun; whether the upload is to be released now."""
+        Its thread is told, and drops what it wrote. Whether it was under way.
+        """
+        if given_up := self._give_up(upload, error):
+            upload.release()
+        return given_up
+
+    def _give_up(self, upload: Upload, error: KVStoreError | None = None) -> bool:
         with self._lock:
-            return not upload.committing and self._by_id.get(upload.upload_id) is upload and self._unlist(upload)
+            given_up = not upload.committing and self._by_id.get(upload.upload_id) is upload and self._unlist(upload)
+        if given_up:
+            upload.intake.give_up(error)
+        return given_up
 
     def _unlist(self, upload: Upload) -> bool:
         """Off the table; whether it was on it. Hold the lock."""
@@ -218,10 +216,7 @@ class Uploads:
             upload.release()
 
     def reap(self, idle_s: float, bytes_per_s_min: int = 1) -> list[Upload]:
-        """Take uploads off the table in which nothing moved for `idle_s`, or not fast enough.
-
-        The caller releases them.
-        """
+        """Give up uploads whose worker was silent for `idle_s`, or not fast enough. The caller releases them."""
         idle = [upload for upload in self.under_way() if not upload.alive(idle_s, bytes_per_s_min)]
         return [upload for upload in idle if self._give_up(upload)]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from kvstore.integrations import mlx_lm as integration
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support import intake
 from tests.support.daemon import DaemonProcess
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -97,10 +99,10 @@ def peer(daemon: DaemonProcess) -> Iterator[Peer]:
 
 @pytest.fixture(autouse=True)
 def unharmed(daemon: DaemonProcess, client: Client) -> Iterator[None]:
-    """After every test nothing is staged, nothing more is used, and what was held is served as before."""
+    """After every test nothing is under way, nothing more is used, and what was held is served as before."""
     before = held(daemon, client)
     yield
-    wait_until(lambda: not daemon.files("staging"))
+    wait_until(lambda: not daemon.left_over())
     assert held(daemon, client) == before
     hit = client.session(NAMESPACE, **SLOW).fetch(HELD)
     assert hit.n_tokens == len(HELD) - 1
@@ -336,59 +338,70 @@ def test_an_upload_of_the_wrong_size_ends_it(peer: Peer, sizes: list[int], word:
 
 
 @pytest.mark.parametrize("size", [0, FRESH_BYTES - 1, FRESH_BYTES + 1])
-def test_a_staging_file_of_the_wrong_size_is_not_committed(peer: Peer, size: int) -> None:
-    """By path the daemon sees the size only at the end."""
+def test_bytes_of_the_wrong_size_over_the_upload_socket_are_not_committed(
+    peer: Peer, daemon: DaemonProcess, size: int
+) -> None:
+    """Whether the commit comes before the daemon sees it or after; then the upload is gone."""
     reply = peer.begin(transport=pb.TRANSPORT_PATH)
-    Path(reply.staging_path).write_bytes(bytes(size))
-    fails(INVALID, lambda: peer.commit(reply.upload_id), f"{size} bytes", f"{FRESH_BYTES} were")
+    assert reply.by_socket
+    intake.send(daemon.listen, reply.upload_id, bytes(size))
+    word = f"{size} bytes, {FRESH_BYTES} were" if size < FRESH_BYTES else f"longer than the {FRESH_BYTES} bytes"
+    fails(INVALID, lambda: peer.commit(reply.upload_id), word)
     fails(NOT_FOUND, lambda: peer.commit(reply.upload_id))
 
 
-@pytest.mark.parametrize("trick", ["symlink", "hardlink", "fifo", "gone"])
-def test_a_staging_file_that_is_not_the_daemons_own_is_not_read(peer: Peer, tmp_path: Path, trick: str) -> None:
-    """The daemon must not be made to read, block on, or share what it did not create."""
+@pytest.mark.parametrize("name", ["", "x", "0" * 32, "\0" * 32, "f" * 40, "../../index/data.mdb".ljust(32)])
+def test_the_upload_socket_takes_nothing_under_a_name_that_it_did_not_give(
+    peer: Peer, daemon: DaemonProcess, name: str
+) -> None:
+    """The connection is closed, and what comes over it goes nowhere."""
+    with intake.connect(daemon.listen, name) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(bytes(0 if len(name) < 32 else 10_000))
+        connection.shutdown(socket.SHUT_WR)
+        assert not intake.taken(connection)
+
+
+def test_an_upload_takes_one_source_of_bytes(peer: Peer, daemon: DaemonProcess) -> None:
+    """A second connection is closed and a stream refused; neither disturbs the first."""
     reply = peer.begin(transport=pb.TRANSPORT_PATH)
-    staged, secret = Path(reply.staging_path), tmp_path / "secret"
-    secret.write_bytes(bytes(reply.upload_bytes))
-    if trick == "hardlink":
-        staged.write_bytes(bytes(reply.upload_bytes))
-        (tmp_path / "link").hardlink_to(staged)
-    else:
-        staged.unlink()
-    if trick == "symlink":
-        staged.symlink_to(secret)
-    if trick == "fifo":
-        os.mkfifo(staged)
-    fails(NOT_FOUND if trick == "gone" else INVALID, lambda: peer.commit(reply.upload_id), "staging file")
-    assert secret.stat().st_size == reply.upload_bytes
+    with intake.connect(daemon.listen, reply.upload_id) as first:
+        assert intake.taken(first)
+        with intake.connect(daemon.listen, reply.upload_id) as second:
+            intake.taken(second)
+            assert second.recv(1) == b""
+        fails(INVALID, lambda: peer.upload(reply.upload_id, [10]), "takes no bytes")
+        first.sendall(bytes(FRESH_BYTES))
+        first.shutdown(socket.SHUT_WR)
+        assert first.recv(1) == b"\1"
+    peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
 
 
 def test_an_upload_cancelled_halfway_leaves_nothing(peer: Peer, daemon: DaemonProcess) -> None:
-    """The worker went away; so does its file, at once."""
-    reply = peer.begin()
+    """The worker went away; so does its upload, at once."""
+    reply = peer.begin(tokens=pack_tokens(range(10_000, 10_600)))
     called = threading.Event()  # gRPC asks for chunks before it hands out the call
 
     def half() -> Iterator[pb.UploadChunk]:
-        yield pb.UploadChunk(upload_id=reply.upload_id, data=bytes(10_000))
-        wait_until(lambda: any(path.stat().st_size == 10_000 for path in daemon.files("staging")))
+        yield pb.UploadChunk(upload_id=reply.upload_id, data=bytes(300 * LAYOUT.token_bytes))
+        wait_until(lambda: len(daemon.unfinished()) == 1)  # its first block
         called.wait(60)
         call.cancel()
-        wait_until(lambda: not daemon.files("staging"))
+        wait_until(lambda: not daemon.left_over())
 
     call = peer.kvstore.Upload.future(half())
     called.set()
     with pytest.raises(grpc.FutureCancelledError):
         call.result()
-    wait_until(lambda: not daemon.files("staging"))
+    wait_until(lambda: not daemon.left_over())
     fails(NOT_FOUND, lambda: peer.commit(reply.upload_id))
 
 
 def test_an_abort_ends_an_upload_once(peer: Peer, daemon: DaemonProcess) -> None:
-    """And takes the file along."""
+    """And takes along what was written of it."""
     reply = peer.begin()
-    assert len(daemon.files("staging")) == 1
+    assert daemon.uploads() == 1
     peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
-    assert not daemon.files("staging")
+    assert not daemon.left_over()
     fails(NOT_FOUND, lambda: peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id)), "no such upload")
     fails(NOT_FOUND, lambda: peer.upload(reply.upload_id, [FRESH_BYTES]), "no such upload")
 
@@ -404,10 +417,10 @@ def test_an_upload_that_never_was_is_not_found(peer: Peer) -> None:
 
 
 def test_more_uploads_than_the_limit_are_refused_until_one_ends(peer: Peer, daemon: DaemonProcess) -> None:
-    """Each holds disk and a descriptor."""
+    """Each holds memory, a thread and a descriptor once its bytes come."""
     begun = [peer.begin(tokens=pack_tokens(range(at, at + 40))) for at in (10_000, 20_000, 30_000)]
     fails(grpc.StatusCode.RESOURCE_EXHAUSTED, lambda: peer.begin(), "3 uploads")
-    assert len(daemon.files("staging")) == 3
+    assert daemon.uploads() == 3
     for reply in begun:
         peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
     peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=peer.begin().upload_id))
@@ -423,8 +436,8 @@ def test_scales_that_are_not_finite_are_refused(client: Client, peer: Peer, daem
         data = bytearray(reply.upload_bytes)
         scales = 100 * 64
         data[scales : scales + 2] = b"\x00\x7c"  # infinity
-        if reply.staging_path:
-            Path(reply.staging_path).write_bytes(data)
+        if reply.by_socket:
+            intake.send(daemon.listen, reply.upload_id, bytes(data))
         else:
             peer.kvstore.Upload(iter([pb.UploadChunk(upload_id=reply.upload_id, data=bytes(data))]))
         fails(INVALID, lambda reply=reply: peer.commit(reply.upload_id), "non-finite scales")
@@ -432,9 +445,10 @@ def test_scales_that_are_not_finite_are_refused(client: Client, peer: Peer, daem
 
 
 def test_a_commit_of_what_was_never_sent_stores_nothing(peer: Peer) -> None:
-    """By stream the file is there and empty."""
-    reply = peer.begin()
-    fails(INVALID, lambda: peer.commit(reply.upload_id), "0 bytes")
+    """Whichever way it was to come."""
+    for transport in (pb.TRANSPORT_PATH, pb.TRANSPORT_STREAM):
+        reply = peer.begin(transport=transport)
+        fails(INVALID, lambda reply=reply: peer.commit(reply.upload_id), "0 bytes")
 
 
 # -- admin -------------------------------------------------------------------------------------------------------------
@@ -552,7 +566,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
 
 
 def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
-    """By path and by stream, begun or not; one that a commit comes for in time is not."""
+    """By socket and by stream, begun, sent or neither; one that a commit comes for in time is not."""
     with (
         DaemonProcess(tmp_path / "data", profile="raw", limits={"upload_idle_s": 5}) as daemon,
         connect(daemon.listen) as client,
@@ -561,15 +575,19 @@ def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
         used = client.stats()["disk"]["used_bytes"]
         begun = [
             peer.begin(tokens=pack_tokens(range(at, at + 100)), transport=transport)
-            for at, transport in ((1000, pb.TRANSPORT_PATH), (2000, pb.TRANSPORT_STREAM))
+            for at, transport in ((1000, pb.TRANSPORT_PATH), (2000, pb.TRANSPORT_STREAM), (3000, pb.TRANSPORT_PATH))
         ]
-        Path(begun[0].staging_path).write_bytes(bytes(100))
+        silent = intake.connect(daemon.listen, begun[0].upload_id)
+        assert intake.taken(silent)
+        silent.sendall(bytes(100))
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # room is made as bytes arrive
         peer.upload(begun[1].upload_id, [begun[1].upload_bytes])
         assert client.stats()["disk"]["used_bytes"] > used
-        wait_until(lambda: not daemon.files("staging"), timeout_s=20)
+        wait_until(lambda: daemon.uploads() == 3 and len(daemon.unfinished()) == 1)
+        wait_until(lambda: not daemon.left_over(), timeout_s=20)
+        silent.close()
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # pages of the index, which never shrinks
-        for reply in begun:
+        for reply in begun[1:]:
             fails(NOT_FOUND, lambda reply=reply: peer.commit(reply.upload_id), "given up as idle")
         reply = peer.begin()
         peer.upload(reply.upload_id, [reply.upload_bytes])

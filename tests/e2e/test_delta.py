@@ -74,7 +74,7 @@ def windows(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize(("profile", "bits"), [("raw", 0), ("affine8", 8)])
 def test_a_cache_trimmed_after_a_hit_stores_exactly_its_tokens(tmp_path: Path, profile: str, bits: int) -> None:
-    """44 tokens stay 44, not 280, and nothing of the trimmed rows reaches staging or a blob."""
+    """44 tokens stay 44, not 280, and nothing of the trimmed rows is sent or reaches a blob."""
     namespace = make_namespace(LAYOUT)
     rows, garbage = normal_rows(LAYOUT, 44), normal_rows(LAYOUT, 400, seed=1)
     with (
@@ -90,9 +90,9 @@ def test_a_cache_trimmed_after_a_hit_stores_exactly_its_tokens(tmp_path: Path, p
             layer.update_and_fetch(own["keys"][0], own["values"][0])
             layer.update_and_fetch(junk["keys"][0][:, :, :236], junk["values"][0][:, :, :236])
         assert trim_prompt_cache(cache, 236) == 236
-        staged = staged_bytes(session, daemon)
+        sent = sent_bytes(session)
         result = session.store(TOKENS[:44], kv.capture(cache), wait=True)
-        assert result.stored_tokens == 44 and staged
+        assert result.stored_tokens == 44 and sent
         assert not session.store(TOKENS[:280], kv.capture(cache), wait=True).new_bytes
         assert session.match(TOKENS).n_tokens == 44
         want = affine_rows(rows, LAYOUT, bits) if bits else rows
@@ -101,23 +101,24 @@ def test_a_cache_trimmed_after_a_hit_stores_exactly_its_tokens(tmp_path: Path, p
         fresh = make_namespace(LAYOUT, "fresh")
         store(patient(client, fresh), TOKENS[:44], rows)
         assert bytes_held(client, namespace) == bytes_held(client, fresh)
-        on_disk = windows(b"".join([*staged, *(path.read_bytes() for path in daemon.files())]))
-    assert np.isin(row_heads(cut(rows, 40, 44), coded=False), on_disk).all(), "staging was searched"
+        on_disk = windows(b"".join([*sent, *(path.read_bytes() for path in daemon.files())]))
+    assert np.isin(row_heads(cut(rows, 40, 44), coded=False), on_disk).all(), "what was sent was searched"
     assert np.isin(row_heads(rows, coded=bool(bits)), on_disk).all(), "blobs were searched"
     for coded in (False, True):
         assert not np.isin(row_heads(garbage, coded), on_disk).any()
 
 
-def staged_bytes(session: object, daemon: DaemonProcess) -> list[bytes]:
-    """The staging files of this session's stores, read before each commit, from now on."""
+def sent_bytes(session: object) -> list[bytes]:
+    """What this session's stores hand over, from now on."""
     seen: list[bytes] = []
-    commit = session._uploader._commit  # type: ignore[attr-defined]
+    send = session._uploader._send  # type: ignore[attr-defined]
 
-    def watched(upload_id: str) -> object:
-        seen.extend(path.read_bytes() for path in daemon.files("staging"))
-        return commit(upload_id)
+    def watched(upload_id: str, views: Iterator[memoryview]) -> object:
+        kept = list(views)
+        seen.append(b"".join(kept))
+        return send(upload_id, iter(kept))
 
-    session._uploader._commit = watched  # type: ignore[attr-defined]
+    session._uploader._send = watched  # type: ignore[attr-defined]
     return seen
 
 
@@ -355,7 +356,7 @@ def test_a_worker_that_dies_halfway_leaves_others_told(client: Client, shared_da
     assert second.flush()
     assert second.stats.stores == {"dependency_lost": 1}
     assert not second.fetch(TOKENS)
-    until(lambda: not shared_daemon.files("staging"))
+    until(lambda: not shared_daemon.left_over())
     result = second.store(TOKENS[:600], layers_of(LAYOUT, rows, 600), wait=True)
     assert (result.stored_tokens, result.reason) == (600, Reason.OK)
     assert_same(hit_rows(fetch(second, [*TOKENS[:600], OTHER])), affine_rows(rows, LAYOUT, 8), LAYOUT)

@@ -15,12 +15,12 @@ from kvstore.config.credentials import CLIENT_KEY
 from kvstore.core.blocks import pack_tokens
 from kvstore.errors import LimitError
 from kvstore.server.store import CALLER_SHARE
-from kvstore.server.stream_out import BATCH_BYTES
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import DaemonProcess
+from tests.support.intake import connect, taken
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -94,12 +94,12 @@ def test_a_stream_displaces_what_it_brings_and_no_more(daemon: DaemonProcess, cl
     """Room is made as bytes arrive; it stays within the budget all the time."""
     before, greedy = client.stats()["disk"], Greedy(daemon)
     reply = greedy.claim(1)
-    sent_bytes = 18 * STEP_BYTES
+    sent_bytes, block_bytes = 18 * STEP_BYTES, 256 * LAYOUT.token_bytes
 
     def some() -> Iterator[pb.UploadChunk]:
         for at in range(0, sent_bytes, STEP_BYTES):
             yield pb.UploadChunk(upload_id="" if at else reply.upload_id, data=bytes(STEP_BYTES))
-        wait_until(lambda: staged(daemon) >= sent_bytes - BATCH_BYTES, 60, lambda: str(staged(daemon)))
+        wait_until(lambda: written(daemon) >= sent_bytes - block_bytes, 60, lambda: str(written(daemon)))
         during.append(client.stats()["disk"])
 
     during: list[dict[str, Any]] = []
@@ -110,26 +110,28 @@ def test_a_stream_displaces_what_it_brings_and_no_more(daemon: DaemonProcess, cl
     assert disk["used_bytes"] <= BUDGET
     assert disk["blobs"] < before["blobs"]
     lost_bytes = before["used_bytes"] + sent_bytes - disk["used_bytes"]
-    assert lost_bytes <= sent_bytes + 3 * STEP_BYTES, lost_bytes
+    assert lost_bytes <= sent_bytes + block_bytes, lost_bytes
+    assert daemon.unfinished() == []
     greedy.channel.close()
 
 
-def staged(daemon: DaemonProcess) -> int:
-    """Bytes in staging files."""
-    return sum(path.stat().st_size for path in daemon.files("staging"))
+def written(daemon: DaemonProcess) -> int:
+    """Bytes of blobs that are not committed yet."""
+    return sum(path.stat().st_size for path in daemon.unfinished())
 
 
-def test_a_worker_that_writes_by_itself_is_counted_as_it_writes(daemon: DaemonProcess, client: Client) -> None:
-    """By path the daemon looks once a second, and once more at the commit."""
+def test_a_worker_of_this_host_displaces_what_it_sends_and_no_more(daemon: DaemonProcess, client: Client) -> None:
+    """A block at a time; what it takes back is gone at once."""
     before, greedy = blobs(client), Greedy(daemon)
     reply = greedy.claim(1, pb.TRANSPORT_PATH)
-    assert reply.staging_path and blobs(client) == before
-    fd = os.open(reply.staging_path, os.O_WRONLY)
-    os.write(fd, os.urandom(18 * STEP_BYTES))
-    wait_until(lambda: blobs(client) < before, 30, lambda: "nothing made room")
-    assert client.stats()["disk"]["used_bytes"] <= BUDGET
-    os.close(fd)
-    greedy.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
+    assert reply.by_socket and blobs(client) == before
+    with connect(daemon.listen, reply.upload_id) as connection:
+        assert taken(connection)
+        connection.sendall(os.urandom(18 * STEP_BYTES))
+        wait_until(lambda: blobs(client) < before, 30, lambda: "nothing made room")
+        assert client.stats()["disk"]["used_bytes"] <= BUDGET
+        greedy.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
+        assert daemon.left_over() == []
     greedy.channel.close()
 
 
@@ -142,7 +144,7 @@ def test_one_callers_uploads_keep_to_its_share(daemon: DaemonProcess, client: Cl
         greedy.claim(2)
     error = from_rpc_error(refused.value)
     assert isinstance(error, LimitError) and error.retry_s > 0 and "one client's share" in str(error)
-    assert client.stats()["refusals"]["staging_share_percent"] == 1
+    assert client.stats()["refusals"]["upload_share_percent"] == 1
     greedy.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=first.upload_id))
     assert other.claim(3).upload_id
     greedy.channel.close()

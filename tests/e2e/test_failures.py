@@ -23,6 +23,7 @@ from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
+from tests.support.intake import send
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -199,27 +200,26 @@ def test_a_daemon_that_was_never_there_costs_the_connect_limit_and_is_found_when
 def test_a_daemon_killed_in_the_middle_of_a_store_loses_that_store_only(
     daemon: DaemonProcess, client: Client, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    """Not durable, and said so; nothing stays in staging; the same store goes through afterwards."""
+    """Not durable, and said so; nothing of it stays; the same store goes through afterwards."""
     stored(client, SHORT)
     if by == "path":
-        break_after(monkeypatch, uploader, "write_staged", daemon.kill)
+        break_after(monkeypatch, uploader.Uploader, "_send", daemon.kill)
     else:
-        monkeypatch.setattr(uploader, "write_staged", _refuse)
+        monkeypatch.setattr(uploader, "UploadConnection", _refuse)
         break_after(monkeypatch, uploader, "_chunks", daemon.kill)
     session = client.session(NAMESPACE, **PATIENT)
     layers = make_layers(LAYOUT, TOKENS)
     result = session.store(TOKENS, layers, wait=True)
     assert not result.durable and result.reason in (Reason.UNAVAILABLE, Reason.DEADLINE)
-    assert len(daemon.files("staging")) == 1
     daemon.start()
-    assert daemon.files("staging") == []
+    assert daemon.left_over() == []
     assert fetched(daemon, TOKENS).n_tokens == len(SHORT)
     eventually(lambda: session.store(TOKENS, layers, wait=True).durable)
     assert fetched(daemon, TOKENS).n_tokens == len(TOKENS)
 
 
 def _refuse(*_: Any) -> None:
-    """As if the staging directory were another user's."""
+    """As if the upload socket were out of reach."""
     raise PermissionError(1, "not permitted")
 
 
@@ -263,7 +263,7 @@ def test_what_was_acknowledged_is_there_after_a_kill(daemon: DaemonProcess, clie
             eventually(lambda writer=writer: len(writer.durable) >= 2)
             daemon.kill()
         daemon.start()
-        assert daemon.files("staging") == []
+        assert daemon.left_over() == []
         for number in writer.durable:
             assert fetched(daemon, sequence(number)).n_tokens == 600
         assert client_of(daemon).check()["findings"] == []
@@ -275,7 +275,7 @@ def test_an_orderly_stop_during_stores_ends_with_0_and_keeps_what_was_acknowledg
         eventually(lambda: len(writer.durable) >= 2)
         assert daemon.stop() == 0, daemon.log_text()
     assert "Traceback" not in daemon.log_text()
-    assert daemon.files("staging") == []
+    assert daemon.unfinished() == []
     daemon.start()
     assert "unclean" not in daemon.log_text()
     for number in writer.durable:
@@ -295,7 +295,7 @@ def test_a_store_that_was_accepted_before_the_stop_is_finished_and_acknowledged(
             profile="affine8",
         )
         begun = stub.BeginStore(request)
-        Path(begun.staging_path).write_bytes(bytes(begun.upload_bytes))
+        send(daemon.listen, begun.upload_id, bytes(begun.upload_bytes))
         replies = stub.CommitStore(pb.CommitStoreRequest(upload_id=begun.upload_id))
         assert not next(replies).done
         daemon.signal(signal.SIGTERM)
@@ -323,7 +323,7 @@ def test_a_store_never_holds_up_its_caller(daemon: DaemonProcess, client: Client
     assert session.flush(60)
     assert sum(session.stats.stores.values()) == 5
     eventually(lambda: session.store(sequence(9), make_layers(LAYOUT, sequence(9)), wait=True).durable)
-    eventually(lambda: daemon.files("staging") == [])
+    eventually(lambda: daemon.left_over() == [])
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -87,10 +87,10 @@ def peer(daemon: DaemonProcess) -> Iterator[Peer]:
 
 @pytest.fixture(autouse=True)
 def _lives_on(daemon: DaemonProcess, client: Client) -> Iterator[None]:
-    """Afterwards nothing is staged, no file is left open, and what was held is served as before."""
+    """Afterwards no upload is under way, no file is left open, and what was held is served as before."""
     before = open_files(daemon)
     yield
-    wait_until(lambda: not daemon.files("staging"), 30, lambda: str(daemon.files("staging")))
+    wait_until(lambda: not daemon.left_over(), 30, lambda: str(daemon.left_over()))
     wait_until(lambda: open_files(daemon) <= before, 30, lambda: f"{open_files(daemon)} open, {before} before")
     assert_served(client)
     assert "Traceback" not in daemon.log_text()
@@ -127,7 +127,7 @@ def test_a_claim_of_terabytes_makes_no_file_and_evicts_nothing(
     reply = peer.kvstore.BeginStore(request)
     assert 100_000 * huge.token_bytes > 10**12
     assert (reply.upload_id, reply.reason) == ("", Reason.STORE_FULL)
-    assert not daemon.files("staging")
+    assert not daemon.left_over()
     assert client.stats()["disk"]["blobs"] == before
 
 
@@ -207,7 +207,7 @@ def test_an_upload_that_trickles_is_ended_although_something_moves(tmp_path: Pat
 
         code, words = code_of(lambda: peer.kvstore.Upload(trickle(), timeout=120))
         assert (code, words) == (grpc.StatusCode.NOT_FOUND, "the upload was given up")
-        assert not daemon.files("staging")
+        assert not daemon.left_over()
         peer.channel.close()
 
 
@@ -228,7 +228,7 @@ def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
     error = upload.exception(timeout=60)
     ended.set()
     assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "nothing came for 1 s")
-    wait_until(lambda: not daemon.files("staging"), 10, lambda: "the upload is still there")
+    wait_until(lambda: not daemon.left_over(), 10, lambda: "the upload is still there")
 
 
 def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: DaemonProcess) -> None:

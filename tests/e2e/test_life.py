@@ -178,7 +178,7 @@ def test_a_stop_says_so_takes_nothing_new_and_ends_within_its_grace(tmp_path: Pa
                 assert answer.reason in (Reason.UNAVAILABLE, Reason.DEADLINE, Reason.CIRCUIT_OPEN), answer
             assert daemon.process is not None
             assert daemon.process.wait(STOP_TIMEOUT_S) == 0, daemon.log_text()
-        assert daemon.files("staging") == []
+        assert daemon.unfinished() == []
         daemon.start()
         assert "unclean" not in daemon.log_text() and own_tracebacks(daemon) == []
         assert os.path.exists(daemon.data_dir / "lock")

@@ -37,7 +37,7 @@ SMALL = {
     "calls_max": 6,
     "connection_calls_max": 4,
     "uploads_max": 2,
-    "staging_share_percent": 1,
+    "upload_share_percent": 1,
     "message_bytes_max": 6 << 20,
     "tokens_max": 100_000,
     "stream_stall_s": 20,
@@ -205,7 +205,7 @@ def test_one_connections_calls_beyond_its_share_are_counted(daemon: DaemonProces
 
 
 def test_uploads_and_their_bytes_are_bounded_and_counted(daemon: DaemonProcess, worker: Worker) -> None:
-    """`uploads_max` of any size, `staging_share_percent` of any number."""
+    """`uploads_max` of any size, `upload_share_percent` of any number."""
     opened = []
     with reaching(daemon, "uploads_max"):
         calls = [worker.begin(start * 10**6, 200) for start in range(3)]
@@ -214,7 +214,7 @@ def test_uploads_and_their_bytes_are_bounded_and_counted(daemon: DaemonProcess, 
         assert error_of(next(call for call in calls if call.exception())).retry_s > 0
     for upload_id in opened:
         worker.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=upload_id))
-    with reaching(daemon, "staging_share_percent"):
+    with reaching(daemon, "upload_share_percent"):
         first = worker.begin(10**8, 2 * 10**6 // LAYOUT.token_bytes).result().upload_id
         assert first and "bytes of uploads" in str(error_of(worker.begin(2 * 10**8, 2 * 10**6 // LAYOUT.token_bytes)))
     worker.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=first))

@@ -92,7 +92,7 @@ def busy(daemon: SlowDisk, client: Any) -> Iterator[None]:
         tokens = [number, *range(2000)]
         assert patient(client, DOOMED, "raw").store(tokens, make_layers(LAYOUT, tokens), wait=True).durable
     stop = threading.Event()
-    daemon.slow(verify=0.3, unlink_blob=0.3, fsync=0.3, fsync_dir=0.3, commit=0.3, unlink_staging=0.3)
+    daemon.slow(verify=0.3, unlink_blob=0.3, fsync=0.3, fsync_dir=0.3, commit=0.3)
 
     def store(number: int) -> None:
         with client_of(daemon) as own:
@@ -119,7 +119,7 @@ def busy(daemon: SlowDisk, client: Any) -> Iterator[None]:
             assert not work[-1].done(), "the eviction ended before the others were timed"
         finally:
             stop.set()
-            daemon.release("verify", "unlink_blob", "fsync", "fsync_dir", "commit", "unlink_staging")
+            daemon.release("verify", "unlink_blob", "fsync", "fsync_dir", "commit")
         for each in work:
             each.result(120)
         assert patient(client, HELD, "raw").store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable

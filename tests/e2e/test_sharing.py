@@ -139,7 +139,7 @@ def test_workers_that_store_the_same_at_once_write_it_once(daemon: DaemonProcess
     with connect(daemon.listen) as client:
         moved = client.stats()["bytes"]
         assert moved["written"] == moved["stored"] == sum(answer["new_bytes"] for answer in answers)
-    assert daemon.files("staging") == []
+    assert daemon.left_over() == []
 
 
 def begin_twice(stub: Any) -> tuple[pb.BeginStoreReply, pb.BeginStoreReply]:

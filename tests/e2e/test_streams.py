@@ -154,7 +154,7 @@ def test_a_slow_reader_is_not_a_stalled_one(daemon: DaemonProcess, stub: Any) ->
 
 
 def test_an_upload_that_stops_is_given_up(daemon: DaemonProcess, stub: Any) -> None:
-    """Also when the worker stays connected; its staging file is gone."""
+    """Also when the worker stays connected; nothing of it is left."""
     tokens = pack_tokens(range(10_000, 10_300))
     begun = stub.BeginStore(
         pb.BeginStoreRequest(
@@ -170,8 +170,8 @@ def test_an_upload_that_stops_is_given_up(daemon: DaemonProcess, stub: Any) -> N
         time.sleep(4 * STALL_S)
 
     upload = stub.Upload.future(chunks(), timeout=60)
-    assert within(3.0, lambda: len(daemon.files("staging")) == 1)
-    assert within(STALL_S + 2.0, lambda: daemon.files("staging") == [])
+    assert within(3.0, lambda: daemon.uploads() == 1)
+    assert within(STALL_S + 2.0, lambda: daemon.left_over() == [])
     upload.cancel()
 
 
@@ -188,7 +188,7 @@ def test_a_client_finds_out_by_itself_how_bytes_go(tmp_path: Path, listen: str |
         assert isinstance(hit, Hit)
         assert (hit.n_tokens, hit.source.transport) == (699, transport)
         assert_rows(hit.layers, LAYOUT, tokens[:699])
-        assert session._uploader._path_usable == (transport == "path")
+        assert session._uploader._by_socket == (transport == "path")
 
 
 # -- the sender by itself ----------------------------------------------------------------------------------------------

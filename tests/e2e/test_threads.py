@@ -154,38 +154,26 @@ def test_the_event_loop_does_not_wait_for_the_unlink_of_an_upload(
             stub.AbortStore(pb.AbortStoreRequest(upload_id=plan.upload_id), timeout=120)
 
     plans, end = [begin(stub, number) for number in range(6)], threading.Event()
-    uploads = [stub.Upload.future(chunks(plan.upload_id, end), timeout=120) for plan in plans[3:]]
-    wait_until(lambda: sum(path.stat().st_size > 0 for path in daemon.files("staging")) == 3, 60.0, lambda: "no bytes")
-    with held(daemon, "unlink_staging", begun=abort, pool=pool) as aborting:
-        for call in uploads:
+    uploads = [stub.Upload.future(chunks(plan.upload_id, end), timeout=120) for plan in plans]
+    wait_until(lambda: len(daemon.unfinished()) == 6, 60.0, lambda: "no bytes")
+    with held(daemon, "unlink_blob", begun=abort, pool=pool) as aborting:
+        for call in uploads[3:]:
             call.cancel()
-        end.set()
         answers_all(daemon, stub)
-        assert begin(stub, 99).upload_id
+        last = begin(stub, 99)
+        upload(stub, last, timeout=PATIENCE_S)
+        *_, reply = stub.CommitStore(pb.CommitStoreRequest(upload_id=last.upload_id), timeout=PATIENCE_S)
+        assert reply.durable
         assert not aborting.done()
     aborting.result(60)
-    wait_until(lambda: len(daemon.files("staging")) == 1, 60.0, lambda: f"{len(daemon.files('staging'))} uploads stay")
+    end.set()
+    wait_until(lambda: not daemon.left_over(), 60.0, lambda: f"{daemon.left_over()} stay")
 
 
 def chunks(upload_id: str, end: threading.Event) -> Iterator[pb.UploadChunk]:
-    """The beginning of an upload."""
-    yield pb.UploadChunk(upload_id=upload_id, data=bytes(64))
+    """A block of an upload, and then nothing."""
+    yield pb.UploadChunk(upload_id=upload_id, data=bytes(256 * LAYOUT.token_bytes))
     end.wait(60)
-
-
-def test_the_event_loop_does_not_wait_for_those_who_look_at_uploads(
-    daemon: SlowDisk, stub: Any, pool: ThreadPoolExecutor
-) -> None:
-    """Upkeep looks at staging files to find the idle ones; meanwhile others are committed and begun."""
-    plan = begin(stub, 0)
-    # It looks at each twice: to make room for what was written, then to see whether it moves.
-    with held(daemon, "stat_staging", begun=lambda: None, pool=pool, every=2):
-        upload(stub, plan, timeout=PATIENCE_S)
-        *_, reply = stub.CommitStore(pb.CommitStoreRequest(upload_id=plan.upload_id), timeout=PATIENCE_S)
-        assert reply.durable
-        assert begin(stub, 1).upload_id
-        assert daemon.healthy(PATIENCE_S)
-        assert fetch(stub).n_tokens == len(HELD)
 
 
 def test_a_lease_that_ends_unlinks_on_no_thread_that_others_need(

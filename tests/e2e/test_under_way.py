@@ -20,6 +20,7 @@ from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import DaemonProcess
+from tests.support.intake import send
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -63,7 +64,8 @@ def test_many_who_wait_for_one_store_do_not_keep_it_from_ending(daemon: DaemonPr
     base = list(range(5000, 5512))
     with grpc.insecure_channel(daemon.listen) as channel:
         stub = rpc.KVStoreStub(channel)
-        plans = [begin(stub, base), *(begin(stub, base + [number] * 50) for number in range(1, 8))]
+        plans = [begin(daemon.listen, stub, base)]
+        plans += [begin(daemon.listen, stub, base + [number] * 50) for number in range(1, 8)]
         assert [plan.start for plan in plans] == [0] + [512] * 7
         ended: dict[int, pb.CommitStoreReply] = {}
 
@@ -82,7 +84,7 @@ def test_many_who_wait_for_one_store_do_not_keep_it_from_ending(daemon: DaemonPr
     assert [ended[number].stored_tokens for number in sorted(ended)] == [512] + [562] * 7
 
 
-def begin(stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None) -> pb.BeginStoreReply:
+def begin(listen: str, stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None) -> pb.BeginStoreReply:
     """Plan a store and hand over what it wants."""
     reply: pb.BeginStoreReply = stub.BeginStore(
         pb.BeginStoreRequest(
@@ -93,19 +95,23 @@ def begin(stub: rpc.KVStoreStub, tokens: list[int], timeout: float | None = None
         ),
         timeout=timeout,
     )
-    Path(reply.staging_path).write_bytes(bytes(reply.upload_bytes))
+    if reply.by_socket:
+        # As workers do: in the background, since the daemon may have to wait for others first.
+        data = bytes(reply.upload_bytes)
+        threading.Thread(target=send, args=(listen, reply.upload_id, data), daemon=True).start()
     return reply
 
 
 @pytest.mark.parametrize("selection", [{"all": True}, {"namespace_prefix": NAMESPACE.root}])
 def test_an_eviction_takes_along_the_uploads_that_have_begun(daemon: DaemonProcess, selection: dict[str, Any]) -> None:
-    """They end with `evicted`, their staging files go, and nothing of them appears later; what begins later is kept."""
+    """They end with `evicted`, what was written goes, and nothing of them appears later; later ones are kept."""
     tokens = list(range(5000, 5512))
     with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
         stub = rpc.KVStoreStub(channel)
-        plans = [begin(stub, tokens), begin(stub, [*tokens, *range(50)])]
+        plans = [begin(daemon.listen, stub, tokens), begin(daemon.listen, stub, [*tokens, *range(50)])]
+        wait_until(lambda: len(daemon.unfinished()) == 2, 30.0, lambda: str(daemon.unfinished()))
         client.evict(**selection)
-        assert not daemon.files("staging")
+        wait_until(lambda: not daemon.left_over(), 30.0, lambda: str(daemon.left_over()))
         for plan in plans:
             with pytest.raises(grpc.RpcError) as ended:
                 list(stub.CommitStore(pb.CommitStoreRequest(upload_id=plan.upload_id), timeout=30))
@@ -118,28 +124,29 @@ def test_an_eviction_takes_along_the_uploads_that_have_begun(daemon: DaemonProce
 def test_a_worker_whose_upload_is_evicted_before_it_writes_does_not_begin_again(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its staging file is gone, which is no fault of the path: the next store goes by path, too."""
-    tokens, write = list(range(5000, 5512)), uploader.write_staged
+    """Its connection is not taken, which is no fault of the socket: the next store goes over it, too."""
+    tokens, connection = list(range(5000, 5512)), uploader.UploadConnection
     with client_of(daemon) as client:
         session = patient(client, NAMESPACE, "raw")
 
-        def late(*args: Any) -> None:
+        def late(*args: Any) -> Any:
             client.evict(all=True)
-            write(*args)
+            return connection(*args)
 
-        monkeypatch.setattr(uploader, "write_staged", late)
+        monkeypatch.setattr(uploader, "UploadConnection", late)
         ended = session.store(tokens, make_layers(LAYOUT, tokens), wait=True)
         assert (ended.reason, ended.stored_tokens) == (Reason.EVICTED, 0) and not daemon.blobs()
-        monkeypatch.setattr(uploader, "write_staged", write)
+        monkeypatch.setattr(uploader, "UploadConnection", connection)
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
-        assert session._uploader._path_usable
+        assert session._uploader._by_socket
 
 
 def test_an_eviction_of_another_namespace_leaves_an_upload_alone(daemon: DaemonProcess) -> None:
     """Nor does a dry run end any."""
     with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
         stub = rpc.KVStoreStub(channel)
-        plan = begin(stub, list(range(5000, 5512)))
+        plan = begin(daemon.listen, stub, list(range(5000, 5512)))
+        wait_until(lambda: len(daemon.unfinished()) == 2, 30.0, lambda: str(daemon.unfinished()))
         client.evict(namespace_prefix=make_namespace(LAYOUT, "other").root)
         client.evict(all=True, dry_run=True)
         *_, ended = stub.CommitStore(pb.CommitStoreRequest(upload_id=plan.upload_id), timeout=30)
@@ -169,8 +176,8 @@ def test_an_upload_of_which_the_caller_did_not_hear_any_more_is_given_up_at_once
     daemon = DaemonProcess(tmp_path / "data", program=BUSY, limits={"upload_idle_s": 600}, profile="raw")
     with daemon, grpc.insecure_channel(daemon.listen) as channel, client_of(daemon) as client:
         with pytest.raises(grpc.RpcError):
-            begin(rpc.KVStoreStub(channel), list(range(100)), timeout=0.5)
+            begin(daemon.listen, rpc.KVStoreStub(channel), list(range(100)), timeout=0.5)
         wait_until(lambda: client.stats()["requests"]["store"] == 1, 10.0, lambda: "the call has not begun")
-        wait_until(lambda: not daemon.files("staging"), 20.0, lambda: "the upload stays")
-        assert begin(rpc.KVStoreStub(channel), list(range(100)), timeout=60).upload_id
-        assert len(daemon.files("staging")) == 1
+        wait_until(lambda: not daemon.uploads(), 20.0, lambda: "the upload stays")
+        assert begin(daemon.listen, rpc.KVStoreStub(channel), list(range(100)), timeout=60).upload_id
+        assert daemon.uploads() == 1

@@ -11,7 +11,7 @@ from unittest import mock
 from kvstore.blobs.local import LocalBlobs
 from kvstore.engine import Fs
 from kvstore.engine.deletions import Deletions, Tombstones
-from kvstore.engine.directory import Directory, DirectoryLock
+from kvstore.engine.directory import DirectoryLock
 from kvstore.engine.index import Index
 from kvstore.engine.store import Writer
 
@@ -88,8 +88,8 @@ def _clean_too_early(_: Callable[[], None]) -> contextlib.AbstractContextManager
     return _patched(DirectoryLock, "write", says_clean)
 
 
-def _staging_kept(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
-    return _patched(Directory, "clean_staging", lambda self, fs: None)
+def _unfinished_kept(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
+    return _patched(LocalBlobs, "discard", lambda self, entry: None)
 
 
 def _acknowledged_unsynced(_: Callable[[], None]) -> contextlib.AbstractContextManager[Fs]:
@@ -161,7 +161,9 @@ BUGS = {
         script="evict all",
         calls=("openat", "write", "fdatasync"),
     ),
-    "staging kept": Bug("a start leaves uploads behind", _staging_kept, frozenset({KILL, CUT}), script="start"),
+    "unfinished kept": Bug(
+        "a start leaves blobs behind that were never finished", _unfinished_kept, frozenset({KILL, CUT}), script="start"
+    ),
 }
 
 

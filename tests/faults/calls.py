@@ -5,7 +5,7 @@ with several profiles, one of which encodes in groups), and beside it what worke
 that are aborted, cancelled, forgotten or committed twice, commits whose caller or whose daemon goes away, fetches of
 which nobody takes the rest. One of the two namespaces is an encrypted tenant's.
 
-What was acknowledged is there. What was given up leaves nothing: no tokens, no staging, no open file; and at once, not
+What was acknowledged is there. What was given up leaves nothing: no tokens, no file, no open one; and at once, not
 when a timeout finds it. What is in doubt is there in part, in whole or not at all, and never wrong. That the histories
 find operations that do nothing is proven by `BUGS`: `python -m tests.faults bugs`.
 """
@@ -117,7 +117,7 @@ class CallHistories(Histories):
         self.calls: Any = rpc.KVStoreStub(self.channel)
 
     def teardown(self) -> None:
-        """Nothing is staged, and no file of the store stays open."""
+        """No upload is under way, and no file of the store stays open."""
         if not hasattr(self, "client"):
             return
         self.calls_over()
@@ -130,11 +130,6 @@ class CallHistories(Histories):
     files = 0
     not_ended: ClassVar[set[str]] = set()  # uploads that nobody ended, of all examples: the log may tell of them late
 
-    @property
-    def staged(self) -> set[str]:
-        """The uploads that have a file."""
-        return {path.name for path in self.daemon.files("staging")}
-
     def blobs_of(self, space: int) -> int:
         """How many the daemon counts in a namespace."""
         rows = {row["id"]: row for row in self.client.stats()["namespaces"]}
@@ -143,7 +138,7 @@ class CallHistories(Histories):
 
     def calls_over(self) -> None:
         """Wait until no upload is under way."""
-        wait_until(lambda: not self.daemon.files("staging"), 20, lambda: "uploads stay")
+        wait_until(lambda: not self.daemon.left_over(), 20, lambda: "uploads stay")
         reaped = set(REAPED.findall(self.daemon.log_text()))
         assert reaped <= self.not_ended, "an upload that its worker ended was still there"
 
@@ -176,14 +171,14 @@ class CallHistories(Histories):
 
     def cancelled_upload(self, upload_id: str, data: bytes) -> None:
         """Half of it, and then nothing more until it is cancelled. Of what has not come, the daemon knows nothing."""
-        stop, path = threading.Event(), self.daemon.data_dir / "staging" / upload_id
+        stop = threading.Event()
 
         def half() -> Iterator[pb.UploadChunk]:
             yield pb.UploadChunk(upload_id=upload_id, data=data[: len(data) // 2])
             stop.wait(CALL_S)
 
         future = self.calls.Upload.future(half(), timeout=CALL_S)
-        wait_until(lambda: path.stat().st_size > 0, CALL_S, lambda: "nothing arrives")
+        wait_until(lambda: self.daemon.load().received_bytes >= len(data) // 2, CALL_S, lambda: "nothing arrives")
         future.cancel()
         stop.set()
 
@@ -242,7 +237,7 @@ class CallHistories(Histories):
         if ending.startswith("abort"):
             with contextlib.suppress(grpc.RpcError):  # half the bytes have ended it already
                 self.calls.AbortStore(pb.AbortStoreRequest(upload_id=upload_id), timeout=CALL_S)
-            assert upload_id not in self.staged, "an upload that was aborted is still there"
+            assert not self.daemon.unfinished(), "what was written of an upload that was aborted is still there"
             self.refused(upload_id)
         elif ending.startswith("commit"):
             done = self.commit(upload_id)

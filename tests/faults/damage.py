@@ -247,7 +247,7 @@ class Blobs:
 
     def _require_gone(self, damaged: Sequence[Row], what: str) -> list[str]:
         """At least one of the damaged blobs is in quarantine, and what is there has no row."""
-        quarantine = self._engine.staging_dir.with_name("quarantine")
+        quarantine = self._engine._shared.directory.quarantine
         gone = [row for row in damaged if (quarantine / row.blob.name).exists()]
         with self._engine._shared.index.view() as view:
             held = [row for row in gone if view.row(row.key) == row]

@@ -6,8 +6,10 @@ file or a descriptor behind, write outside the data directory, or change what ot
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import socket
 import threading
 import time
 from collections import Counter
@@ -24,6 +26,7 @@ from kvstore.core.blocks import pack_tokens
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support import intake
 from tests.support.daemon import DaemonProcess
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -78,6 +81,7 @@ class Attacker:
 
     def __init__(self, daemon: DaemonProcess, seed: int) -> None:
         self.dice = random.Random(seed)
+        self.listen = daemon.listen
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
         self.channel = grpc.insecure_channel(daemon.listen, options=options)
         self.kvstore: Any = rpc.KVStoreStub(self.channel)
@@ -112,7 +116,7 @@ class Attacker:
             self.short_upload,
             self.long_upload,
             self.dropped_upload,
-            self.planted,
+            self.by_socket,
             self.double_commit,
             self.abandoned_fetch,
             self.silent_stream,
@@ -254,20 +258,18 @@ class Attacker:
         future.cancel()
         future.result()
 
-    def planted(self) -> None:
-        """Something else in place of the staging file."""
+    def by_socket(self) -> None:
+        """Over the upload socket: the name of an upload or of none, and bytes until something is wrong with them."""
         reply = self.begin(transport=pb.TRANSPORT_PATH)
-        if not reply.staging_path:
-            return
-        staged = Path(reply.staging_path)
-        trick = self.dice.choice(
-            ["symlink", "directory link", "hardlink", "fifo", "socket name", "short", "long", "gone"]
-        )
-        plant(staged, trick, reply.upload_bytes)
-        try:
+        name = self.dice.choice([reply.upload_id, reply.upload_id, "0" * 32, "x", self.dice.randbytes(64).hex()])
+        nbytes = self.dice.choice([0, 1, reply.upload_bytes - 1, reply.upload_bytes, reply.upload_bytes + 1])
+        with contextlib.suppress(OSError), intake.connect(self.listen, name) as connection:
+            if intake.taken(connection):
+                connection.sendall(self.dice.randbytes(max(0, nbytes)))
+                if self.dice.random() < 0.5:
+                    connection.shutdown(socket.SHUT_WR)
+        if self.dice.random() < 0.5:
             list(self.call(self.kvstore.CommitStore, pb.CommitStoreRequest(upload_id=reply.upload_id)))
-        finally:
-            staged.with_name(f"{staged.name}.second").unlink(missing_ok=True)
 
     def double_commit(self) -> None:
         """Of bytes that are no KV but have the right size, by two calls at once, and an abort on top."""
@@ -308,24 +310,6 @@ class Attacker:
             future.result()
         finally:
             stop.set()
-
-
-def plant(staged: Path, trick: str, nbytes: int) -> None:
-    """Put something in place of a staging file. What it points to is none of the daemon's."""
-    if trick in ("short", "long"):
-        staged.write_bytes(bytes(nbytes - 1 if trick == "short" else nbytes + 1))
-        return
-    if trick == "hardlink":
-        staged.write_bytes(bytes(nbytes))
-        staged.with_name(f"{staged.name}.second").hardlink_to(staged)
-        return
-    staged.unlink()
-    if trick == "symlink":
-        staged.symlink_to("/etc/passwd")
-    elif trick == "directory link":
-        staged.symlink_to("/etc", target_is_directory=True)
-    elif trick == "fifo":
-        os.mkfifo(staged, 0o600)
 
 
 def open_files(daemon: DaemonProcess) -> int:
@@ -390,9 +374,9 @@ def assault(daemon: DaemonProcess, calls: int, seed: int, report: Report) -> Non
 
 
 def settle(daemon: DaemonProcess, limit_s: float = 20.0) -> bool:
-    """Whether nothing stays in staging once the uploads had their time."""
+    """Whether nothing stays of uploads once they had their time."""
     give_up_at = time.monotonic() + limit_s
-    while list((daemon.data_dir / "staging").iterdir()):
+    while daemon.left_over():
         if time.monotonic() > give_up_at:
             return False
         time.sleep(0.2)

@@ -216,7 +216,7 @@ def _odd(path: Path, name: bytes) -> None:
 
 
 def plant_all(data_dir: Path, namespace: Namespace) -> dict[str, Prompt]:
-    """Plant everything, in blobs and a little in staging; which prompt each of them claims."""
+    """Plant everything; which prompt each of them claims."""
     prompts = {}
     for number, (name, plant) in enumerate(PLANTS.items()):
         prompt = prompts[name] = Prompt(namespace, number)
@@ -225,7 +225,4 @@ def plant_all(data_dir: Path, namespace: Namespace) -> dict[str, Prompt]:
         plant(prompt, path)
     outside = data_dir.with_name("outside")
     outside.write_bytes(b"not yours")
-    os.mkfifo(data_dir / "staging" / "pipe")
-    (data_dir / "staging" / "symlink").symlink_to(outside)
-    (data_dir / "staging" / "hardlink").hardlink_to(outside)
     return prompts

@@ -5,7 +5,7 @@ own. Every hit is compared with what follows from its tokens, bit for bit. Worke
 the daemon after each ten minutes of its life, then a few times in a row; after each kill of the daemon what was
 acknowledged before it must be there. For a part of the time the disk, a tmpfs, is full; once it is not, stores must
 succeed again by themselves. Memory and descriptors of the daemon must stay flat in each of the long lives
-(`tests.faults.growth`); with `--leak` it has a leak, to see the soak find it. At the end: no damage, nothing staged, no
+(`tests.faults.growth`); with `--leak` it has a leak, to see the soak find it. At the end: no damage, no upload, no
 traceback.
 """
 

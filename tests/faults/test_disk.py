@@ -181,7 +181,7 @@ def test_nothing_is_changed_in_a_directory_that_took_the_place_of_another(tmp_pa
     (tmp_path / "data").symlink_to(tmp_path / "second")
     lease.release()
     assert put(engine, NS, GROWN).reason is Reason.STORE_FULL and engine.stats().degraded
-    assert not engine.reserve(1)
+    assert not engine.make_room(1)
     for change in (
         lambda: engine.evict(Selection(all=True)),
         lambda: engine.shred(SECRET.root),

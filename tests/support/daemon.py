@@ -16,6 +16,8 @@ from types import MappingProxyType, TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.limits import OPEN_DEADLINES, set_limits
 
 # A machine that is busy with other things needs longer; nothing that works is measured by these.
@@ -142,6 +144,25 @@ class DaemonProcess:
     def blobs(self) -> list[Path]:
         """The blob files."""
         return [path for path in self.files("blobs.noindex") if path.suffix == ".safetensors"]
+
+    def unfinished(self) -> list[Path]:
+        """Blobs that are being written, or were when the daemon ended."""
+        return [path for path in self.files("blobs.noindex") if path.name.endswith(".safetensors.tmp")]
+
+    def load(self) -> pb.LoadStats:
+        """What is under way."""
+        with grpc.insecure_channel(f"{self.listen}.admin") as channel:
+            stats = rpc.AdminStub(channel).Stats(pb.StatsRequest(), timeout=START_TIMEOUT_S)  # type: ignore[no-untyped-call]
+        load: pb.LoadStats = stats.load
+        return load
+
+    def uploads(self) -> int:
+        """How many are under way."""
+        return int(self.load().uploads)
+
+    def left_over(self) -> list[object]:
+        """What uploads that have ended must not leave: themselves, and files."""
+        return [*self.unfinished(), *range(self.uploads())]
 
     def disk_bytes(self) -> int:
         """Bytes that the data directory takes, as `du` counts them."""

@@ -165,7 +165,7 @@ def disk_usage(data_dir: Path) -> int:
 
 def blob_path(engine: Engine, row: Row) -> Path:
     """The file of a row's blob, encrypted or not."""
-    return engine.staging_dir.parent / "blobs.noindex" / row.root.hex() / row.blob.name
+    return engine._shared.directory.root / "blobs.noindex" / row.root.hex() / row.blob.name
 
 
 def blob_paths(data_dir: Path) -> set[Path]:
@@ -177,7 +177,7 @@ def require_sound(engine: Engine) -> None:
     """No finding, every file has its row, and the counter is what the disk says."""
     assert engine.check().findings == []
     rows = engine.list_blocks(limit=1 << 30)
-    root = engine.staging_dir.parent
+    root = engine._shared.directory.root
     assert blob_paths(root) == {blob_path(engine, info.row) for info in rows}
     assert engine.used_bytes == disk_usage(root)
 

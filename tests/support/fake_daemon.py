@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from kvstore.core.blocks import (
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, Piece
 from kvstore.core.records import runs_to_record
+from kvstore.server.intake import RECEIVED, TAKEN
+from kvstore.server.upload_socket import UPLOAD_ID_BYTES
 from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -76,6 +80,7 @@ class FakeUpload:
     data: bytes = b""
     chunks: int = 0
     ended: str = ""
+    whole: threading.Event = field(default_factory=threading.Event)
 
 
 class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
@@ -93,12 +98,12 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self.fetches: list[pb.FetchRequest] = []
         self.uploads: list[FakeUpload] = []
         self.reports: list[bytes] = []
-        self.calls: list[Any] = []  # Hello, Match, Fetch and BeginStore, as they came
-        self.staging_lie = ""  # the file that it asks a worker to write to, in place of its own
+        self.calls: list[Any] = []  # Match, Fetch and BeginStore, as they came
         self.by_path = True
         self.cancelled = threading.Event()
         self._released = threading.Event()
         self._server: grpc.Server | None = None
+        self._listener: socket.socket | None = None
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -114,11 +119,22 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self._server.add_generic_rpc_handlers((health,))
         self._server.add_insecure_port(self.address)
         self._server.start()
+        self._listener = socket.socket(socket.AF_UNIX)
+        Path(f"{self.directory}/s.store").unlink(missing_ok=True)
+        self._listener.bind(f"{self.directory}/s.store")
+        Path(f"{self.directory}/s.store").chmod(0o600)
+        self._listener.listen()
+        threading.Thread(target=self._receive, args=(self._listener,), daemon=True).start()
         return self
 
     def stop(self) -> None:
         """End every call and the server."""
         self._released.set()
+        if self._listener is not None:
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
         if self._server is not None:
             self._server.stop(0).wait()
             self._server = None
@@ -166,13 +182,6 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         return b""
 
     # -- fetch ---------------------------------------------------------------------------------------------------
-
-    def Hello(self, request: pb.HelloRequest, context: Any) -> pb.HelloReply:
-        """Name the directory of staging files."""
-        self._hang("hang")
-        self.calls.append(request)
-        nowhere = "/nowhere" if self._fault("staging_elsewhere") else ""
-        return pb.HelloReply(staging_dir=f"{self.directory}{nowhere}")
 
     def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchReply:
         """How much is held."""
@@ -346,7 +355,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         if self._fault("below_threshold"):
             return pb.BeginStoreReply(reason="below_threshold")
         reply = pb.BeginStoreReply(
-            upload_id=f"u{len(self.uploads)}",
+            upload_id=f"u{len(self.uploads)}".ljust(UPLOAD_ID_BYTES, "-"),
             start=held,
             end=n_tokens,
             upload_bytes=(n_tokens - held) * self.namespace.layout.token_bytes,
@@ -358,17 +367,9 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             reply.upload_bytes += sum(state.nbytes for state in states_from_bytes(request.states))
         if self._fault("wants_states_unasked"):
             reply.wants_states = True
-        if (request.transport == pb.TRANSPORT_PATH and self.by_path) or self._fault("staging_unasked"):
-            reply.staging_path = str(self.directory / f"staging-{reply.upload_id}")
-            Path(reply.staging_path).touch()
-            if self._fault("staging_elsewhere"):
-                reply.staging_path = str(self.directory / "nowhere" / reply.upload_id)
-            if self.staging_lie:
-                reply.staging_path = self.staging_lie
-            if self._fault("staging_link"):
-                link = self.directory / f"link-{reply.upload_id}"
-                link.symlink_to(reply.staging_path)
-                reply.staging_path = str(link)
+        reply.by_socket = request.transport == pb.TRANSPORT_PATH and self.by_path
+        if self._fault("socket_unasked"):
+            reply.by_socket = True
         if self._fault("bad_range"):
             reply.upload_bytes += 1
         self.uploads.append(FakeUpload(request, reply))
@@ -385,6 +386,31 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def _upload(self, upload_id: str) -> FakeUpload:
         return next(one for one in self.uploads if one.reply.upload_id == upload_id)
 
+    def _receive(self, listener: socket.socket) -> None:
+        """Collect bytes that come over the upload socket."""
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with connection, connection.makefile("rb") as file:
+                    name = b""
+                    while len(name) < UPLOAD_ID_BYTES and (part := file.read1(UPLOAD_ID_BYTES - len(name))):
+                        name += part
+                    if name:
+                        self._take(connection, file, name.decode())
+
+    def _take(self, connection: socket.socket, file: Any, name: str) -> None:
+        upload = self._upload(name)
+        if self._fault("not_taken"):
+            upload.ended = "given up"
+            return
+        connection.sendall(TAKEN)
+        if self._fault("upload_dies"):
+            upload.ended = "given up"
+            return
+        upload.data = file.read()
+        connection.sendall(RECEIVED)
+        upload.whole.set()
+
     def Upload(self, request_iterator: Iterator[pb.UploadChunk], context: Any) -> pb.UploadReply:
         """Collect the bytes."""
         upload: FakeUpload | None = None
@@ -395,18 +421,20 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             if self._fault("upload_dies"):
                 context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
         assert upload is not None
+        upload.whole.set()
         return pb.UploadReply(received_bytes=len(upload.data))
 
     def CommitStore(self, request: pb.CommitStoreRequest, context: Any) -> Iterator[pb.CommitStoreReply]:
         """Accept, then hold what came."""
         upload = self._upload(request.upload_id)
+        if upload.ended:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such upload")
         self._hang("hang_commit")
         yield pb.CommitStoreReply(reason="ok")
         self._hang("hang_done")
         if self._fault("no_final_word"):
             return
-        if upload.reply.staging_path:
-            upload.data = Path(upload.reply.staging_path).read_bytes()
+        assert upload.whole.wait(HANG_S if upload.reply.by_socket else 0) or not upload.reply.upload_bytes
         assert len(upload.data) == upload.reply.upload_bytes
         upload.ended = "committed"
         stored = count_tokens(upload.request.tokens)

@@ -18,7 +18,7 @@ from kvstore.cli import main
 from kvstore.engine import engine
 
 CONTROL = os.environ.pop("KVSTORE_TEST_DISK")
-plain_stat, plain_unlink, plain_reader = os.stat, os.unlink, local.LocalBlobs.reader
+plain_unlink, plain_reader = os.unlink, local.LocalBlobs.reader
 LONGEST_S = 300.0
 calls = {}
 
@@ -54,16 +54,9 @@ class SlowFs(fs.Fs):
         super().commit(commit)
 
 def unlink(path, *args, **kwargs):
-    if "/staging/" in str(path):
-        slow("unlink_staging")
-    elif "/blobs.noindex/" in str(path):
+    if "/blobs.noindex/" in str(path):
         slow("unlink_blob")
     plain_unlink(path, *args, **kwargs)
-
-def stat(path, *args, **kwargs):
-    if "/staging/" in str(path):
-        slow("stat_staging")
-    return plain_stat(path, *args, **kwargs)
 
 def reader(self, sources, open_max):
     if open_max == 1:  # a blob that is verified
@@ -75,7 +68,7 @@ def maintain(self, plain=engine.Engine.maintain):
     with open(f"{CONTROL}/upkeep.log", "a") as file:
         file.write(f"{time.monotonic()}\\n")
 
-engine.Fs, os.unlink, os.stat = SlowFs, unlink, stat
+engine.Fs, os.unlink = SlowFs, unlink
 local.LocalBlobs.reader, engine.Engine.maintain = reader, maintain
 sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
@@ -84,7 +77,7 @@ main()
 
 class SlowDisk(DaemonProcess):
     """The daemon, and the pace of its disk. Calls: fsync, fsync_dir, commit (of the index), unlink_blob,
-    unlink_staging, stat_staging, verify (a blob that is read whole)."""
+    verify (a blob that is read whole)."""
 
     def __init__(self, data_dir: Path, **config: Any) -> None:
         super().__init__(data_dir, program=PROGRAM, **config)

@@ -47,16 +47,6 @@ class Namespace(_message.Message):
     alias: str
     def __init__(self, weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout_digest: _Optional[bytes] = ..., dtype: _Optional[str] = ..., engine: _Optional[str] = ..., salt: _Optional[bytes] = ..., alias: _Optional[str] = ...) -> None: ...
 
-class HelloRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class HelloReply(_message.Message):
-    __slots__ = ("staging_dir",)
-    STAGING_DIR_FIELD_NUMBER: _ClassVar[int]
-    staging_dir: str
-    def __init__(self, staging_dir: _Optional[str] = ...) -> None: ...
-
 class MatchRequest(_message.Message):
     __slots__ = ("namespace", "tokens", "fidelity_min", "prefill_tokens_per_s", "covered_tokens", "request_id")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -194,12 +184,12 @@ class BeginStoreRequest(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
-    __slots__ = ("upload_id", "start", "end", "upload_bytes", "staging_path", "reason", "held_tokens", "wants_states", "durable", "detail")
+    __slots__ = ("upload_id", "start", "end", "upload_bytes", "by_socket", "reason", "held_tokens", "wants_states", "durable", "detail")
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
-    STAGING_PATH_FIELD_NUMBER: _ClassVar[int]
+    BY_SOCKET_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     HELD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WANTS_STATES_FIELD_NUMBER: _ClassVar[int]
@@ -209,13 +199,13 @@ class BeginStoreReply(_message.Message):
     start: int
     end: int
     upload_bytes: int
-    staging_path: str
+    by_socket: bool
     reason: str
     held_tokens: int
     wants_states: bool
     durable: bool
     detail: str
-    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., staging_path: _Optional[str] = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ..., durable: bool = ..., detail: _Optional[str] = ...) -> None: ...
+    def __init__(self, upload_id: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., upload_bytes: _Optional[int] = ..., by_socket: bool = ..., reason: _Optional[str] = ..., held_tokens: _Optional[int] = ..., wants_states: bool = ..., durable: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("upload_id", "data")
@@ -435,7 +425,7 @@ class Evicted(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class LoadStats(_message.Message):
-    __slots__ = ("clients", "clients_max", "connections", "connections_max", "calls", "calls_max", "uploads", "uploads_max")
+    __slots__ = ("clients", "clients_max", "connections", "connections_max", "calls", "calls_max", "uploads", "uploads_max", "received_bytes")
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_MAX_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -444,6 +434,7 @@ class LoadStats(_message.Message):
     CALLS_MAX_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_MAX_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
     clients: int
     clients_max: int
     connections: int
@@ -452,7 +443,8 @@ class LoadStats(_message.Message):
     calls_max: int
     uploads: int
     uploads_max: int
-    def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ...) -> None: ...
+    received_bytes: int
+    def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
 
 class DaemonStats(_message.Message):
     __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail", "profile", "log_level", "data_dir", "descriptors_max")

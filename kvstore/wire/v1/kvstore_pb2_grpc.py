@@ -35,11 +35,6 @@ class KVStoreStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Hello = channel.unary_unary(
-                '/kvstore.v1.KVStore/Hello',
-                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloRequest.SerializeToString,
-                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloReply.FromString,
-                _registered_method=True)
         self.Match = channel.unary_unary(
                 '/kvstore.v1.KVStore/Match',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.MatchRequest.SerializeToString,
@@ -81,14 +76,6 @@ class KVStoreServicer(object):
     """What inference workers call. Health is grpc.health.v1; reflection is on.
     """
 
-    def Hello(self, request, context):
-        """Hello names the directory in which the daemon makes staging files. A worker on the same host asks once for each
-        daemon that it connects to, and writes to no file anywhere else.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
     def Match(self, request, context):
         """Match plans from the index only: how much of a prompt a Fetch would return now.
         """
@@ -114,7 +101,8 @@ class KVStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """Upload carries the wanted bytes when they do not go by path.
+        """Upload carries the wanted bytes when they do not go over the upload socket. It may end early, when the daemon wants
+        no more of them; CommitStore says why.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,7 +116,7 @@ class KVStoreServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AbortStore(self, request, context):
-        """AbortStore drops an upload and its staging file.
+        """AbortStore drops an upload and what was written of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,11 +133,6 @@ class KVStoreServicer(object):
 
 def add_KVStoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Hello': grpc.unary_unary_rpc_method_handler(
-                    servicer.Hello,
-                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloRequest.FromString,
-                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloReply.SerializeToString,
-            ),
             'Match': grpc.unary_unary_rpc_method_handler(
                     servicer.Match,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.MatchRequest.FromString,
@@ -196,33 +179,6 @@ def add_KVStoreServicer_to_server(servicer, server):
 class KVStore(object):
     """What inference workers call. Health is grpc.health.v1; reflection is on.
     """
-
-    @staticmethod
-    def Hello(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/kvstore.v1.KVStore/Hello',
-            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloRequest.SerializeToString,
-            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HelloReply.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
 
     @staticmethod
     def Match(request,

@@ -1,0 +1,97 @@
+"""Sends captured bytes to the daemon of this host, over the socket that it has for that.
+
+The socket is found by the daemon's own, so no reply can lead elsewhere, and is trusted as that one is: see `trust`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+from kvstore.client.trust import walk
+from kvstore.core.unix_sockets import block_for, peer_uid
+from kvstore.errors import DeadlineError, UnavailableError, UntrustedError
+
+# IOV_MAX on Linux and macOS.
+VECTORS_MAX = 1024
+# Of one call: enough that what a call costs by itself does not show.
+SEND_BYTES = 64 << 20
+CONNECT_S = 5.0
+
+
+class UploadConnection:
+    """One upload's connection. One thread sends; any may cancel."""
+
+    def __init__(self, path: str, upload_id: str, stall_s: float) -> None:
+        """Connect and name the upload. Raises OSError without such a socket, UntrustedError for another user's.
+
+        UnavailableError when the daemon does not answer. `stall_s`: the most that sending waits.
+        """
+        if walk(path) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(CONNECT_S)
+            self._socket.connect(path)
+            if (uid := peer_uid(self._socket)) not in (os.geteuid(), 0):
+                raise UntrustedError(f"the process that listens at {path} is of user id {uid}; nothing is sent to it")
+            self._is_taken = self._greet(upload_id)
+            block_for(self._socket, stall_s)
+        except BaseException as error:
+            self._socket.close()
+            if isinstance(error, TimeoutError):
+                raise UnavailableError(f"no daemon answers at {path}") from error
+            raise
+
+    def _greet(self, upload_id: str) -> bool:
+        """Name the upload; whether the daemon takes it."""
+        try:
+            self._socket.sendall(upload_id.encode())
+            return bool(self._socket.recv(1))
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+
+    def send(self, views: Iterator[memoryview]) -> bool:
+        """Send all views, without another copy; whether the daemon has received them. If not, CommitStore says why.
+
+        Raises DeadlineError when nothing moves.
+        """
+        batch, nbytes = list[memoryview](), 0
+        if not self._is_taken:
+            return False
+        try:
+            for view in views:
+                batch.append(view)
+                nbytes += view.nbytes
+                if len(batch) == VECTORS_MAX or nbytes >= SEND_BYTES:
+                    self._send_all(batch)
+                    batch, nbytes = [], 0
+            self._send_all(batch)
+            self._socket.shutdown(socket.SHUT_WR)
+            return bool(self._socket.recv(1))
+        except BlockingIOError as error:
+            raise DeadlineError("the daemon takes nothing of the upload") from error
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+
+    def _send_all(self, views: list[memoryview]) -> None:
+        pending = [view for view in views if view.nbytes]
+        while pending:
+            count = self._socket.sendmsg(pending)
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if count:
+                pending[0] = pending[0][count:]
+
+    def cancel(self) -> None:
+        """End it, whatever is under way. Any thread."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # not connected
+
+    def close(self) -> None:
+        """Let go of the descriptor; the sending thread calls it."""
+        self._socket.close()

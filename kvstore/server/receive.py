@@ -1,0 +1,192 @@
+"""Receiving: the bytes of an upload become blocks, one by one, as the engine asks for them.
+
+Memory: for each upload that is being received one block of raw KV, counted, and the block's encoded form. What came out
+of the store is never quantized a second time: restored tokens are spliced from the daemon's own codes, or kept raw at
+the rank they were served with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from kvstore.codecs import device
+from kvstore.codecs.encode import encode_runs, is_first_hand
+from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
+from kvstore.config import Config
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.layers import Piece
+from kvstore.engine import Engine, NewBlock
+from kvstore.errors import InvalidRequestError, LimitError, UnavailableError
+from kvstore.server.lane import Lane
+from kvstore.server.shares import Shares
+from kvstore.server.uploads import RETRY_S, Upload, block_range
+
+T = TypeVar("T")
+
+# Of memory_bytes, blocks of uploads take this part, where there is more than one: a stalled worker leaves the rest.
+MEMORY_SHARE = 2
+# How often memory that is in use is looked at again.
+MEMORY_EVERY_S = 0.02
+
+
+class Receiver:
+    """Makes the blocks of uploads. Blocks on the worker and on the lane: for an upload's own thread."""
+
+    def __init__(self, engine: Engine, lane: Lane, config: Config, buffers: ByteBudget) -> None:
+        """`buffers`: the daemon's memory_bytes."""
+        self._engine = engine
+        self._lane = lane
+        self._config = config
+        self.buffers = buffers
+        self._blocks = Shares(buffers.limit_bytes // MEMORY_SHARE)
+        self._given_up = False
+
+    def give_up(self) -> None:
+        """End what is received at its next block: the daemon must stop."""
+        self._given_up = True
+
+    @staticmethod
+    def buffer_bytes(upload: Upload) -> int:
+        """What holds any block of the upload, or its checkpoint."""
+        states = sum(state.nbytes for state in upload.states)
+        return max(states, min(BLOCK_TOKENS, upload.n_tokens - upload.start) * upload.layout.token_bytes)
+
+    @contextlib.contextmanager
+    def memory(self, upload: Upload) -> Iterator[memoryview]:
+        """One buffer for all of an upload, counted. LimitError when memory_bytes stay in use.
+
+        One for all blocks: fresh memory for each took longer than to read and hash what goes into it.
+        """
+        nbytes, give_up_at = self.buffer_bytes(upload), time.monotonic() + self._config.limits.upload_idle_s
+        while not self._take_memory(nbytes):
+            if upload.intake.error is not None:
+                raise upload.intake.error
+            if time.monotonic() >= give_up_at:
+                words = f"memory_bytes = {self.buffers.limit_bytes} of buffers are in use; try again later"
+                raise LimitError(words, RETRY_S, "memory_bytes")
+            time.sleep(MEMORY_EVERY_S)
+        try:
+            yield np.empty(nbytes, np.uint8).data
+        finally:
+            self.buffers.release(nbytes)
+            self._blocks.release("", nbytes)
+
+    def _take_memory(self, nbytes: int) -> bool:
+        if not self._blocks.try_acquire("", nbytes):
+            return False
+        if self.buffers.try_acquire(nbytes):
+            return True
+        self._blocks.release("", nbytes)
+        return False
+
+    def blocks(self, upload: Upload, fidelity: int, memory: memoryview) -> Iterator[NewBlock]:
+        """Receive and encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last.
+
+        The bytes of a block lie in `memory`, and are good until the next one is asked for.
+        """
+        root = upload.namespace.root
+        parent = upload.chain.parent(upload.first_block)
+        threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
+        quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
+        # What was computed after restored tokens, or stands after spliced ones, is no better than these.
+        fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
+        for index in range(upload.first_block, len(upload.keys)) if upload.pieces else ():
+            if self._given_up:
+                raise UnavailableError("the daemon is stopping")
+            start, end = block_range(index, upload.n_tokens)
+            runs = self._spliced_runs(upload) if index == upload.first_block else []
+            free = memory
+            for piece in upload.pieces:
+                if start <= piece.start < end:
+                    place, free = _cut(free, piece.n_tokens * upload.layout.token_bytes)
+                    runs.append(self._uploaded_run(upload, piece, place))
+            encoded = self._encode(upload, runs, quantize, start)
+            fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
+            block = Block(
+                root=root,
+                parent=parent,
+                key=upload.keys[index],
+                start=start,
+                tokens=upload.chain.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
+                fidelity=fidelity,
+                runs=tuple(one.run for one in encoded),
+                created_s=int(time.time()),
+                namespace=upload.namespace_record,
+            )
+            yield NewBlock(block, [buffer for one in encoded for buffer in one.buffers])
+            parent = block.key
+        if upload.states:
+            yield self._new_checkpoint(upload, fidelity, memory)
+        upload.intake.finish(self._config.limits.upload_idle_s)
+
+    def _new_checkpoint(self, upload: Upload, fidelity: int, memory: memoryview) -> NewBlock:
+        """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
+        chain = upload.chain
+        block = Block(
+            root=chain.root,
+            parent=chain.parent(chain.full),
+            key=chain.checkpoint_key(),
+            start=chain.full * BLOCK_TOKENS,
+            tokens=chain.tail,
+            fidelity=fidelity,
+            runs=(),
+            created_s=int(time.time()),
+            namespace=upload.namespace_record,
+            states=upload.states,
+        )
+        buffers = []
+        for state in upload.states:
+            for array in state.arrays:
+                data, memory = _cut(memory, array.nbytes)
+                upload.intake.fill(data, self._config.limits.upload_idle_s)
+                if array.dtype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
+                    raise InvalidRequestError(f"array {array.name} of layer {state.layer} is not of booleans")
+                buffers.append(data)
+        return NewBlock(block, buffers)
+
+    def _spliced_runs(self, upload: Upload) -> list[EncodedRun]:
+        """The stored runs that the first block starts with, read back, verified and cut."""
+        runs: list[EncodedRun] = []
+        for piece in upload.spliced:
+            left = piece.take
+            with self._engine.reader([piece]) as reader:
+                for run in piece.row.block.runs:
+                    if left:
+                        shown = min(left, run.shown)
+                        runs.append(narrow_run(load_run(run, 0, reader), shown))
+                        left -= shown
+        return runs
+
+    def _uploaded_run(self, upload: Upload, piece: Piece, payload: memoryview) -> EncodedRun:
+        """The next piece, received into `payload`, as a raw run, validated."""
+        layout, n_tokens = upload.layout, piece.n_tokens
+        fidelity = upload.restored_fidelity if piece.restored else FIDELITY_EXACT
+        upload.intake.fill(payload, self._config.limits.upload_idle_s)
+        raw = payload_run(layout, payload, n_tokens, fidelity)
+        tensors = [(stack.part, tensor) for stack in raw.run.stacks for tensor in stack.tensors]
+        for (part, tensor), buffer in zip(tensors, raw.buffers, strict=True):
+            if tensor.name in ("scales", "biases") and not device.all_finite(buffer, tensor.dtype):
+                raise InvalidRequestError(f"non-finite {tensor.name} in quantized {part}")
+        return raw
+
+    def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool, start: int) -> list[EncodedRun]:
+        """Join neighbours, quantize what is first-hand when the sequence is long enough, pack what stays raw."""
+        layout, profile = upload.layout, upload.profile
+        encoded = join_runs(runs)
+        if quantize and any(is_first_hand(one.run) for one in encoded):
+            encoded = encode_runs(layout, runs, profile, start, self._on_lane)
+        return [pack_run(layout, one, profile) for one in encoded]
+
+    def _on_lane(self, work: Callable[[], T]) -> T:
+        return self._lane.submit_store(work).result()
+
+
+def _cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
+    """The first so many bytes, and the rest."""
+    return memory[:nbytes], memory[nbytes:]

@@ -1,0 +1,121 @@
+"""Stores under way: each upload's thread begins with its first byte, and ends with its commit or without."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from typing import Any
+
+from kvstore.config import Config
+from kvstore.core.blocks import Reason
+from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
+from kvstore.server.requests import Requests
+from kvstore.server.stats import Counters
+from kvstore.server.store import StoreOutcome, StorePath
+from kvstore.server.threads import Threads
+from kvstore.server.uploads import Upload
+
+log = logging.getLogger(__name__)
+
+# How often an upload looks whether those that it depends on have ended.
+LOOK_AGAIN_S = 0.02
+
+
+class Stores:
+    """Starts, commits and ends what `StorePath` carries out. All methods run on the event loop."""
+
+    def __init__(
+        self, store: StorePath, threads: Threads, counters: Counters, requests: Requests, config: Config
+    ) -> None:
+        self._store = store
+        self._threads = threads
+        self._counters = counters
+        self._requests = requests
+        self._config = config
+        self._running: dict[str, asyncio.Task[StoreOutcome]] = {}  # by upload_id
+        self._commits: set[asyncio.Task[Any]] = set()
+
+    def begin(self, upload: Upload) -> asyncio.Task[StoreOutcome]:
+        """Carry an upload out on a thread of its own, unless that has begun."""
+        task = self._running.get(upload.upload_id)
+        if task is None:
+            task = self._running[upload.upload_id] = asyncio.ensure_future(self._carry_out(upload))
+            task.add_done_callback(functools.partial(self._ended, upload))
+        return task
+
+    def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
+        """What becomes of an upload whose bytes are all sent. It goes through, whoever waits for it.
+
+        Raises InvalidRequestError, NotFoundError, and why an upload has failed already.
+        """
+        upload = self._store.uploads.claim(upload_id)
+        try:
+            upload.intake.commit()
+        except InvalidRequestError:
+            self._threads.release.post(self._store.uploads.end, upload)
+            self._told(upload, 0, 0, Reason.INVALID)
+            raise
+        task = self.begin(upload)
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return task
+
+    async def abort(self, upload_id: str) -> None:
+        """The worker takes an upload back. Raises as `Uploads.get`, NotFoundError also for one that is committed."""
+        upload = self._store.uploads.get(upload_id)
+        if upload.committing:
+            raise NotFoundError("the upload is being committed already")
+        await self.give_up(upload)
+
+    async def give_up(self, upload: Upload) -> None:
+        """Its worker is gone, or what it sends is wrong. Returns when nothing is left of the upload."""
+        if not await self._threads.release.finish(self._store.uploads.give_up, upload):
+            upload.intake.cut_off()
+        if (task := self._running.get(upload.upload_id)) is not None:
+            await asyncio.wait([task])
+
+    async def drain(self, grace_s: float) -> bool:
+        """Wait for commits that were accepted; whether all ended within `grace_s`."""
+        if self._commits:
+            await asyncio.wait(self._commits, timeout=grace_s)
+        return not self._commits
+
+    async def _carry_out(self, upload: Upload) -> StoreOutcome:
+        try:
+            await self._await_others(upload)
+            return await self._threads.write(self._store.carry_out, upload)
+        except BaseException:
+            self._threads.release.post(self._store.uploads.end, upload)
+            raise
+
+    async def _await_others(self, upload: Upload) -> None:
+        """Wait until the uploads that this one depends on have ended, at most upload_idle_s.
+
+        Here and not on a thread: those that wait must not take the threads that are waited for.
+        """
+        deadline = time.monotonic() + self._config.limits.upload_idle_s
+        while (
+            self._store.uploads.any_listed(upload.depends_on)
+            and upload.intake.error is None
+            and time.monotonic() < deadline
+        ):
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    def _ended(self, upload: Upload, task: asyncio.Task[StoreOutcome]) -> None:
+        del self._running[upload.upload_id]
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is None:
+            outcome = task.result()
+            self._told(upload, outcome.stored_tokens, outcome.new_bytes, outcome.reason)
+        elif upload.intake.error is None:
+            self._told(upload, 0, 0, Reason.INVALID)
+            if not isinstance(error, KVStoreError):
+                log.error("a store failed", exc_info=error)
+
+    def _told(self, upload: Upload, stored_tokens: int, new_bytes: int, reason: Reason) -> None:
+        self._counters.stored(reason)
+        self._requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)

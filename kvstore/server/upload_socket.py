@@ -1,0 +1,117 @@
+"""The socket on which workers of this host hand over what they store: beside the gRPC one, in the same directory.
+
+    worker   the upload_id of a BeginStoreReply, 32 bytes
+    daemon   one byte, when it takes the upload
+    worker   the bytes, in the order of the reply's tokens, and the end of its side
+    daemon   one byte, when it has received all of them, and the end
+
+An upload_id cannot be guessed, and the process that connects must run as the daemon does, or as root. CommitStore says
+what becomes of the bytes, and why a connection was closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+
+from kvstore.core.unix_sockets import peer_uid
+from kvstore.errors import DirectoryError, KVStoreError
+from kvstore.server.intake import TAKEN, SocketSource
+from kvstore.server.uploads import Upload, Uploads
+
+log = logging.getLogger(__name__)
+
+UPLOAD_ID_BYTES = 32
+# A connection that has not said which upload it is for by then is closed.
+GREETING_S = 5.0
+# For so long no connection is taken when the system refuses one.
+PAUSE_S = 1.0
+
+
+class UploadSocket:
+    """Listens, and opens uploads for those who name one. Made and used on the event loop, which reads the names only.
+
+    `begin(upload)` starts the upload's thread. At most `greetings_max` connections that have not named an upload yet.
+    """
+
+    def __init__(self, uploads: Uploads, begin: Callable[[Upload], object], greetings_max: int) -> None:
+        self._uploads = uploads
+        self._begin = begin
+        self._greetings_max = greetings_max
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        self._listener: socket.socket | None = None
+
+    def bind(self, path: str) -> None:
+        """Make the socket; its mode is the caller's to set before `listen`. DirectoryError where it cannot be."""
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.setblocking(False)
+        try:
+            self._listener.bind(path)
+        except OSError as error:
+            self.close()
+            raise DirectoryError(f"cannot listen on {path}: {error.strerror}") from error
+
+    def listen(self) -> None:
+        """Take connections from now on; none where the daemon is not on a unix socket."""
+        if self._listener is not None:
+            self._listener.listen(self._greetings_max)
+            self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Take no more connections; what uploads have begun goes on. Safe to call twice."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            self._loop.remove_reader(listener.fileno())
+            listener.close()
+        for greeting in self._greetings:
+            greeting.cancel()
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # gone already
+            return
+        except OSError as error:  # no descriptor is left: without a pause the loop would try nothing else
+            log.warning("an upload's connection was not accepted: %s", error)
+            self._loop.remove_reader(self._listener)
+            self._loop.call_later(PAUSE_S, self.listen)
+            return
+        connection.setblocking(False)
+        try:
+            uid = peer_uid(connection)
+        except OSError:
+            uid = -1
+        if uid not in (os.geteuid(), 0) or len(self._greetings) >= self._greetings_max:
+            log.warning("an upload's connection of user id %d was refused", uid)
+            connection.close()
+            return
+        greeting = self._loop.create_task(self._greet(connection))
+        self._greetings.add(greeting)
+        greeting.add_done_callback(self._greetings.discard)
+
+    async def _greet(self, connection: socket.socket) -> None:
+        """Read which upload the connection is for, and hand it over to that one's thread."""
+        with contextlib.ExitStack() as held:
+            held.callback(connection.close)
+            name = bytearray()
+            try:
+                async with asyncio.timeout(GREETING_S):
+                    while len(name) < UPLOAD_ID_BYTES:
+                        part = await self._loop.sock_recv(connection, UPLOAD_ID_BYTES - len(name))
+                        if not part:
+                            return
+                        name += part
+                upload = self._uploads.get(name.decode("ascii", "replace"))
+                upload.intake.open(SocketSource(connection))
+                connection.send(TAKEN)
+            except (OSError, TimeoutError, KVStoreError) as error:
+                log.info("an upload's connection was closed: %s", error)
+                return
+            held.pop_all()
+            self._begin(upload)
