@@ -272,8 +272,8 @@ def measure(fields: dict[str, Any], rounds: int, names: set[str]) -> tuple[list[
 
 # Why a peer may be better than the store in a column. One that is and has no reason here is reported without.
 WHY = {
-    "store_gb_per_s": "the store says so when everything is on disk: bytes go to a staging file, are hashed, written "
-    "again to blobs of 256 tokens each, and synced, files and index",
+    "store_gb_per_s": "the store says so when everything is on disk: bytes go over a socket, are hashed, written to "
+    "blobs of 256 tokens each, and synced, files and index",
     "blocked_ms": "the caller copies what is new, into memory that nobody had touched",
     "load_cold_gb_per_s": "32 MiB of a block is one file, and every byte is verified before anything is used",
     "load_hot_gb_per_s": "every byte is verified; 8-bit KV is dequantized, which on a CPU takes longer than reading",

@@ -161,10 +161,11 @@ def upload_by_stream(client: Client, base: Namespace, layers: list[KVLayer], tok
     handed_over: list[float] = []
     original = Uploader._hand_over
 
-    def timed(self: Any, job: Any, begun: Any) -> None:
+    def timed(self: Any, job: Any, begun: Any) -> bool:
         started = time.perf_counter()
-        original(self, job, begun)
+        whole = original(self, job, begun)
         handed_over.append(time.perf_counter() - started)
+        return whole
 
     Uploader._hand_over = timed  # type: ignore[method-assign]
     number = 0
@@ -172,7 +173,7 @@ def upload_by_stream(client: Client, base: Namespace, layers: list[KVLayer], tok
         number += 1
         handed_over.clear()
         session = client.session(base, "raw", **PATIENT)
-        session._uploader._path_usable = False
+        session._uploader._same_host = False
         result = session.store([number, *tokens[1:]], layers, wait=True, timeout_s=300)
         assert result.durable, result
         session.close()
