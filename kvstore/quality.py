@@ -125,9 +125,10 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A result, the thresholds that it was compared with, and whether the profile passed.
+    """A calibration result, the thresholds that it was compared with, and whether the profile passed.
 
-    What is kept is what `kvstore calibrate` decided. InvalidRequestError when the decision is not what the numbers say.
+    `kvstore calibrate` makes the decision, and it is stored with the numbers. Raises InvalidRequestError if the
+    decision contradicts the numbers.
     """
 
     quality: Quality
@@ -170,7 +171,7 @@ class Calibrated:
         return Calibrated(self.alias, self.engine, kept)
 
     def to_json(self) -> str:
-        """The results as they are kept."""
+        """Serialize the results for storage."""
         rows = [
             {**asdict(one.quality), "passed": one.passed, "thresholds": asdict(one.thresholds)}
             for one in self.results.values()

@@ -1,4 +1,4 @@
-"""A gRPC server that does nothing but hand out bytes: what the transport itself costs."""
+"""A minimal gRPC server that only sends bytes: the ceiling of the transport itself."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def _serve(address: str) -> None:
 
 
 class Bare:
-    """A client of it: calls without a message format, so that bytes go as they are."""
+    """Client of the minimal server. Payloads are raw bytes, without protobuf."""
 
     def __init__(self, channel: Any) -> None:
         self._empty = channel.unary_unary(f"/{_SERVICE}/Empty")
@@ -58,11 +58,11 @@ class Bare:
         self._empty(payload, wait_for_ready=True)
 
     def chunks(self, nbytes: int) -> Iterator[bytes]:
-        """So many bytes, as they come."""
+        """Receive `nbytes` bytes; yields each chunk as it arrives."""
         yield from self._stream(nbytes.to_bytes(8, "little"), wait_for_ready=True)
 
     def stream(self, nbytes: int) -> None:
-        """Receive so many bytes, and let go of them."""
+        """Receive `nbytes` bytes and discard them."""
         for _ in self.chunks(nbytes):
             pass
 

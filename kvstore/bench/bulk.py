@@ -1,7 +1,7 @@
-"""An index of many rows without a blob behind any: what a match costs depends on rows alone.
+"""Builds a large index without blobs, for benches of match: its time depends only on the rows.
 
-Rows go in through the engine's own index, in the order in which stores would have put them, without the files, the
-syncs and the commit for each request that make a store of as many blocks take hours.
+Rows are written through the engine's own index, in the order in which stores would write them. Real stores of this many
+blocks would take hours, because each request writes files, syncs and commits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runner: cases that take turns, and what came out of them."""
+"""The bench runner: runs cases in turn, and reports their times."""
 
 from __future__ import annotations
 
@@ -120,4 +120,4 @@ def machine() -> dict[str, Any]:
 
 
 class BenchError(KVStoreError):
-    """What was to be measured did not happen: a miss where a hit was due, a store that was cut short."""
+    """The measured operation failed, such as a miss instead of a hit, or an incomplete store."""

@@ -1,9 +1,8 @@
-"""What profiles make of synthetic KV: bytes, errors, time and memory, by the code that the store runs.
+"""`kvstore bench codec`: size, error, time and memory of profiles on synthetic KV, measured with the store's own code.
 
-Layer by layer and block by block, as in the daemon and the worker: encoded, written in full, and put together again
-from the written bytes, every checksum verified. The original of a layer is gone before it is decoded. Values are
-normal, with a few channels of keys eight times as large, as in real models; what a codec does to a real one
-`bench quality` tells.
+As in the daemon and the worker, each layer is encoded block by block, serialized in full, and assembled again from
+these bytes with all checksums verified. A layer's original is freed before it is decoded. Values are normally
+distributed, with a few key channels eight times as large, as in real models. `bench quality` measures on a real model.
 """
 
 from __future__ import annotations

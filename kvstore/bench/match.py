@@ -1,4 +1,4 @@
-"""`kvstore bench match`: the longest stored prefix, in the engine and over RPC, and what the size of the index does."""
+"""`kvstore bench match`: time of a longest-prefix match, in the engine and over RPC, for growing index sizes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run(shape: Shape, rounds: int, row_counts: Sequence[int]) -> Report:
 
 @dataclass(frozen=True)
 class _Index:
-    """A data directory with so many rows, the daemon for it, and prompts that it holds."""
+    """A data directory with `n_rows` rows, its daemon, and prompts that are stored in it."""
 
     shape: Shape
     n_rows: int
@@ -116,7 +116,7 @@ def demand(n_tokens: int, expected: int) -> None:
 
 
 def restart(daemon: ScratchDaemon) -> float:
-    """Stop it and start it again; seconds until it serves, interpreter and imports among them."""
+    """Restart the daemon. Returns the seconds until it serves, including interpreter start and imports."""
     daemon.stop()
     call_clean(daemon.folder / "data")
     return daemon.start()

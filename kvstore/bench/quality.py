@@ -1,4 +1,4 @@
-"""What `kvstore bench quality` measures on: a model in float32, perhaps with the keys that make codecs fail."""
+"""The model for `kvstore bench quality`: in float32, optionally with outlier key channels that are hard to quantize."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from kvstore.integrations.mlx_lm import loading
 # What caches did before: per token, groups of 64 values, keys and values alike.
 AFFINE = ("affine8", "affine6", "affine4", "affine3")
 
-# RoPE pairs (i, i + half the width) of every key head, and what they are multiplied by; queries by the inverse.
+# Artificial outlier channels: RoPE pairs (i, i + width / 2) of every key head, and the factor for their keys. Queries
+# are multiplied by the inverse, so that the model's output stays the same.
 OUTLIERS = {1: 8.0, 9: 32.0, 20: 16.0, 30: 8.0}
 
 

@@ -1,4 +1,4 @@
-"""A daemon of one's own with sessions that wait as long as it takes, and answers that must be whole."""
+"""Test rig for benches: a temporary daemon, sessions without time limits, and checks that results are complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIB = 1 << 20
 
 @dataclass
 class Rig:
-    """What the benches work with. Everything belongs to the thread that made it."""
+    """A temporary daemon with its client and sessions. Use it on the thread that made it."""
 
     shape: Shape
     daemon: ScratchDaemon

@@ -1,4 +1,4 @@
-"""A daemon of one's own on a temporary directory, in this interpreter's likeness, gone when it is done with."""
+"""A temporary daemon for benches: runs this interpreter on a temporary directory, and deletes that at the end."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Shape:
         return self.seq_len * self.layout.token_bytes
 
     def namespace(self, name: str) -> Namespace:
-        """A namespace of its own for each name."""
+        """A namespace for benches; each name gives a different one."""
         return Namespace(
             weights=f"kvstore bench {name}".encode(),
             layout=self.layout,
@@ -85,7 +85,7 @@ def load(path: Path) -> list[mx.array]:
 
 
 class Memory:
-    """Two buffers of equal size, touched, for a memcpy and for a read into memory that is there already."""
+    """Two buffers of equal size, already paged in: for a memcpy, and for a read into existing memory."""
 
     def __init__(self, nbytes: int) -> None:
         self.source = np.ones(nbytes, np.uint8)

@@ -46,7 +46,7 @@ def write(path: Path, memory: Memory) -> None:
 
 @dataclass
 class _Stores:
-    """Sequences that were never stored before, over arrays that stay the same."""
+    """Cases that store a new token sequence in each round, with the same arrays each time."""
 
     made: Rig
     layers: list[KVLayer]
@@ -69,7 +69,7 @@ class _Stores:
         return Case(name, store, ceiling, shape.nbytes, at_most, self.empty, functools.partial(settle, session))
 
     def sharing_case(self) -> Case:
-        """A second conversation with the same first 90 %: what it adds is all that it should cost."""
+        """Store a second sequence whose first 90 % are already stored. It should cost only the new 10 %."""
         session, shape = self.made.session("raw"), self.made.shape
         shared = shape.seq_len * SHARED_PERCENT // 100
         now = [0]
@@ -95,7 +95,7 @@ class _Stores:
         )
 
     def empty(self) -> None:
-        """Have nothing in the store."""
+        """Remove everything from the store."""
         self.made.client.evict(all=True)
 
 

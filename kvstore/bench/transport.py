@@ -1,4 +1,4 @@
-"""`kvstore bench transport`: what it costs to hand over the bytes of one sequence, by path and by stream."""
+"""`kvstore bench transport`: time to transfer the bytes of one sequence, by path and by stream."""
 
 from __future__ import annotations
 

@@ -56,7 +56,10 @@ def run(model_path: str, seq_len: int, rounds: int, profile: str) -> Report:
 
 
 class _FirstTokens:
-    """A model and a prompt. `restored_tokens`: of the prompt, at the last time that it was asked for."""
+    """Times the first token of one model and prompt, with and without the store.
+
+    `restored_tokens`: tokens of the prompt that the last call of `restored` got from the store.
+    """
 
     def __init__(self, model: Any, prompt: list[int]) -> None:
         self._model = model
@@ -85,7 +88,7 @@ class _FirstTokens:
 
 @contextlib.contextmanager
 def prefix_store(folder: str, listen: str, profile: str) -> Iterator[PrefixStore]:
-    """A store for the model that knows what the model is."""
+    """A PrefixStore for the model in `folder`, ready to use: its weights are hashed."""
     with PrefixStore(folder, listen, profile=profile) as store:
         store.wait()
         yield store

@@ -1,4 +1,4 @@
-"""A worker process that fetches when it is told to: `python -m kvstore.bench.worker`, one word a line both ways."""
+"""A worker process that fetches on command: `python -m kvstore.bench.worker`, with one word per line both ways."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class WorkerJob:
 
 
 class Worker:
-    """The parent's end. One thread."""
+    """The parent process's handle on a worker process. One thread at a time."""
 
     def __init__(self, job: WorkerJob) -> None:
         self._process = subprocess.Popen(

@@ -57,7 +57,7 @@ def exit_code(error: errors.KVStoreError) -> int:
 
 
 class Suggesting(click.Group):
-    """A group that names the command that was probably meant."""
+    """A command group that suggests the closest command for a misspelled one."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -71,7 +71,7 @@ class Suggesting(click.Group):
 
 
 class ClosedOutput(io.TextIOBase):
-    """Takes the place of a standard output that was closed before the process began, for which Python has None."""
+    """Replaces standard output if it was closed before the process started; Python sets it to None then."""
 
     def write(self, text: str) -> int:
         """OSError: nobody can read it."""
@@ -118,7 +118,7 @@ class Verbs(Suggesting):
         except errors.KVStoreError as error:
             _complain(str(error))
             sys.exit(exit_code(error))
-        except BrokenPipeError:  # the reader has what it wants
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
             _drop_output()
             sys.exit(EXIT_FAILURE)
         except OSError as error:
@@ -131,7 +131,7 @@ class Verbs(Suggesting):
 
 
 def _drop_output() -> None:
-    """Have Python's own flush at the end find nothing that fails."""
+    """Drop pending output, so that Python's flush at exit does not fail."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

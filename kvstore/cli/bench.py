@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Version of the fields under `--json`; they follow the rule of every other answer.
+# Default prompt length of `kvstore bench match`, in tokens.
 MATCH_TOKENS = 32_000
 
 
@@ -114,7 +114,7 @@ def print_report(report: Report) -> None:
 
 
 def time_text(seconds: float) -> str:
-    """A short time for people."""
+    """Format a short time for people."""
     return (
         f"{seconds:.2f} s"
         if seconds >= 1

@@ -131,7 +131,7 @@ def _measure(
 
     if not dry_run:
         with connected(config) as client:
-            client.stats()  # nobody should wait for minutes to hear that no daemon is there
+            client.stats()  # fail now if no daemon answers, not after minutes of measuring
     with kv.loading(model_path, adapter_path):
         model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
     tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
@@ -153,7 +153,10 @@ def _measure(
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`invalid`: why the result says nothing and is not recorded; `refused`: why the profile will not be used."""
+    """What follows from the result of one profile; both reasons are empty when the profile may be used.
+
+    `invalid`: why the measurement cannot be used and is not recorded. `refused`: why the profile will not be used.
+    """
 
     invalid: str = ""
     refused: str = ""
@@ -162,7 +165,7 @@ class Outcome:
 def _outcomes(
     config: Config, namespace: Namespace, results: Sequence[Quality], thresholds: Thresholds, dry_run: bool
 ) -> list[Outcome]:
-    """What becomes of each result. All that say something are recorded with the verdict, except in a dry run."""
+    """Judge each result, and record the valid ones with their verdicts except in a dry run."""
     from kvstore.codecs.plausible import fault_of
 
     outcomes = [Outcome(invalid=fault_of(one, namespace.layout)) for one in results]
@@ -234,9 +237,9 @@ def check_names(names: Sequence[str]) -> None:
 def measured(
     calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, quiet: bool
 ) -> list[Quality]:
-    """The results of these profiles, by way of a temporary daemon; a bar on stderr unless `quiet`.
+    """Measure these profiles with a temporary daemon. Shows a progress bar on stderr unless `quiet`.
 
-    That daemon quantizes sequences of any length, also under the names of profiles that do not.
+    The daemon ignores the minimum length of profiles, so that short sequences are quantized too.
     """
     from kvstore.bench.scratch import ScratchDaemon
     from kvstore.codecs.profiles import without_threshold

@@ -108,7 +108,7 @@ def _san(host: str) -> x509.GeneralName:
 
 
 def make_files(hosts: tuple[str, ...], days: int) -> dict[str, bytes]:
-    """Everything that the verb writes, by path: the CA, and a folder for each end as `tls_dir` wants it."""
+    """Generate all files, by relative path: the CA, and one folder each for daemon and worker in `tls_dir` layout."""
     ca = make_ca(days)
     pairs = {
         "daemon": make_pair(ca, DAEMON_NAME, days, hosts),

@@ -1,4 +1,4 @@
-"""What verbs share: the options that every verb has, the connection, and output for people or for programs."""
+"""Shared code of the verbs: common options, the connection, and output for people or for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kvstore doctor`: what may keep the store from working, a line each: ok, or what to do."""
+"""`kvstore doctor`: checks what may keep the store from working, and prints one line per check: ok, or what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALIAS = "kvstore doctor"
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at: what was found, and what to do about it; nothing when it is well."""
+    """The result of one check: what was found, and what to do about it (empty if all is well)."""
 
     name: str
     found: str

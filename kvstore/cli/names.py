@@ -1,4 +1,4 @@
-"""What verbs that only look make of a name: the leading digits of an id or key, or the alias of a model."""
+"""Resolves names for read-only verbs: the leading hex digits of an id or key, or the alias of a model."""
 
 from __future__ import annotations
 

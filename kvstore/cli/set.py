@@ -1,4 +1,4 @@
-"""`kvstore set`: what may change while the daemon runs."""
+"""`kvstore set`: changes settings of the running daemon."""
 
 from __future__ import annotations
 

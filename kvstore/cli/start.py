@@ -1,4 +1,4 @@
-"""Before `kvstore run` serves: find the daemon, start one where none answers, and say what there is."""
+"""Startup of `kvstore run`: finds the daemon, starts one if none answers, and prints its state."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _watch(ask: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
 
 
 def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
-    """What changed between two answers; without one before, how it stands."""
+    """The difference between two Stats replies; without an earlier reply, the current values."""
     since = before.get("since_start", {})
     more = {name: count - since.get(name, 0) for name, count in stats.get("since_start", {}).items()}
     hits = more.get("hits", 0) + more.get("shortened", 0)

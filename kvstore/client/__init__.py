@@ -1,4 +1,4 @@
-"""What inference workers use: the connection, the session that never raises for cache trouble, the admin verbs."""
+"""The client for inference workers: the connection, sessions that never raise for cache errors, and admin verbs."""
 
 from kvstore.client.client import Client, connect
 

@@ -1,4 +1,4 @@
-"""One fetch under way: who asks, until when, what it took so far, and the layers that are being decoded."""
+"""State of one running fetch: its caller, its deadlines, the time taken so far, and the layers being decoded."""
 
 from __future__ import annotations
 

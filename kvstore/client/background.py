@@ -1,7 +1,7 @@
-"""What a session does behind its caller: stores and reports, one after the other, on one thread.
+"""Background work of a session: stores and damage reports, one after the other, on one thread.
 
-The thread knows the parts of the session and never the session itself. So a session that is dropped without `close` is
-gone at once, and its thread ends when what was queued is stored, or after a few seconds.
+The thread holds references to parts of the session but never to the session itself. So a session that is dropped
+without `close` is freed at once. Its thread ends when the queue is empty, or after a few seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RETIRE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A block that did not verify, to be told to the daemon in the background."""
+    """A block that failed verification, to be reported to the daemon in the background."""
 
     key: bytes
     detail: str

@@ -73,8 +73,8 @@ class Client:
     ) -> Session:
         """A session for one namespace.
 
-        `profile`: how this session's KV is to be kept, and then nothing less exact is fetched; None: as the daemon is
-        configured, and whatever it holds is taken. The times default to the configuration's.
+        `profile`: the profile for stores; fetches then return nothing less exact. None: store with the daemon's
+        profile, and accept any fidelity. The times default to those of the configuration.
         `slow_hits`: return hits even when prefill would be faster. Raises ConfigError for an unknown profile,
         InvalidRequestError for a layout that cannot be stored.
         """

@@ -1,4 +1,4 @@
-"""The one gRPC channel of a client, and what is known of the daemon at its other end."""
+"""A client's gRPC channel to the daemon, with its health state and credentials."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _TLS_WORDS = ("ssl", "tls handshake", "certificate", "hostname verification")
 
 
 class _CallDetails(grpc.ClientCallDetails):  # type: ignore[misc]  # grpcio has no types
-    """A call's details with other metadata."""
+    """gRPC call details in which the metadata can be replaced."""
 
     def __init__(self, details: Any, metadata: list[tuple[str, str]]) -> None:
         self.method = details.method
@@ -84,10 +84,10 @@ class _Presenter(
     grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
 ):
-    """Sends the client's name, and a token if there is one, with every call.
+    """Interceptor that adds the client's name, and the token if there is one, to every call.
 
-    gRPC's own call credentials would be one token for all of a channel. The token is looked up for each call, so that
-    one that was read again is sent from the next call on.
+    gRPC's call credentials would fix one token per channel. This class looks the token up for each call, so that a
+    token that was reloaded is sent from the next call on.
     """
 
     def __init__(self, name: str, files: CredentialFiles, scope: Scope) -> None:
@@ -155,21 +155,21 @@ def _heard(of: weakref.ref[Connection], config: Config, is_tls: bool, error: Any
 
 
 class _Forked:
-    """In the place of a stub where no call can be made."""
+    """Stands in for the stub in a forked child, where gRPC cannot be used: every call fails."""
 
     def __getattr__(self, name: str) -> Any:
         raise ForkedError(FORKED)
 
 
 class Connection:
-    """A channel to one daemon. Any thread may call; several sessions share it, and with it health and circuit breaker.
+    """A channel to one daemon, with its health state and circuit breaker. Sessions share it. Any thread may call.
 
-    Whether there is a connection is asked with a health check, since only an answer tells a daemon from a socket that a
-    stopped process still holds. (Watching the channel's state was rejected: it costs a thread that polls five times a
-    second, and that thread dies noisily when the channel is closed.)
+    A health check decides whether the daemon is reachable: a stopped process still holds its socket, so a connection
+    alone proves nothing. (Watching the channel's state was rejected: it costs a thread that polls five times a second,
+    and that thread prints an error when the channel is closed.)
 
-    Tokens, keys and CAs are read again when a call was refused or the daemon does not answer, if their files have
-    changed since: on a thread for it, as no call may wait for a disk. With other keys or CAs there is another channel.
+    Tokens, keys and CAs are reloaded if their files have changed, after a call was refused or the daemon did not
+    answer. A separate thread reads them, because no call may wait for a disk. New keys or CAs need a new channel.
     """
 
     def __init__(self, config: Config) -> None:
@@ -202,11 +202,11 @@ class Connection:
         # gRPC keeps the connection and a thread of a channel that was dropped; an exit need not wait for it.
         closer = weakref.finalize(self, unless_forked, self._channel.close)
         closer.atexit = False
-        # Calls may just be made over the channel before this one; the one before that has none any more.
+        # Calls may still be running on the previous channel; older ones have none left and can be closed.
         for old in self._closers[:-1]:
             old()
         self._closers = [*self._closers[-1:], closer]
-        self._check = self._channel.unary_unary(HEALTH_METHOD)  # an empty message in, any answer will do
+        self._check = self._channel.unary_unary(HEALTH_METHOD)  # raw bytes: empty request, any reply will do
         self.kvstore = kvstore_stub(presenting(self._channel, self._name, self._files, Scope.WORKER))
 
     def renew(self) -> None:
@@ -244,7 +244,7 @@ class Connection:
         self.health.ask()
 
     def ensure(self, timeout_s: float) -> None:
-        """Ask until `timeout_s` whether the daemon answers: for callers who have that time. UnansweredError if not."""
+        """Wait up to `timeout_s` for the daemon to answer a health check. Raises UnansweredError if it does not."""
         if self.health.is_up:
             return
         try:

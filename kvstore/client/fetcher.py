@@ -1,11 +1,11 @@
-"""FETCH on the worker's side: ask for a plan, read or receive the bytes, verify, put the layers together.
+"""Client side of FETCH: request a plan, read or receive the bytes, verify them, assemble the layers.
 
-    path    the plan names files: open them, let the lease end, read layer by layer on the calling thread
-    stream  the plan is followed by every layer's bytes: collect one layer, put it together, take the next
+    path    the plan names files: open them, release the lease, read layer by layer on the calling thread
+    stream  the plan is followed by every layer's bytes: receive and assemble one layer after the other
 
-A block that does not verify makes the prefix shorter by path; by stream it ends the fetch. With window or state layers
-a prefix cannot be made shorter here: what comes before the damage is asked for again, once. Errors of kvstore come out
-of `Fetcher.fetch`; the session turns them into misses.
+A block that fails verification shortens the prefix by path, and ends the fetch by stream. With window or state layers
+the prefix cannot be shortened here; instead the part before the damage is requested again, once. `Fetcher.fetch` raises
+KVStoreError; the session turns it into a miss.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class _PathUnusableError(Exception):
-    """The files of a plan cannot be opened from here; the same blocks may well come by stream."""
+    """The files of a plan cannot be opened by this process. A stream may still deliver the same blocks."""
 
     def __init__(self, cause: CorruptDataError, *, for_good: bool) -> None:
         super().__init__(str(cause))
@@ -64,7 +64,7 @@ class _PathUnusableError(Exception):
 
 
 class _DamagedError(Exception):
-    """A source of a plan with states is damaged or gone; the first `sound_tokens` need nothing of it."""
+    """A blob of a plan with states is damaged or missing. The first `sound_tokens` tokens do not need that blob."""
 
     def __init__(self, sound_tokens: int, reason: Reason) -> None:
         super().__init__(reason.value)
@@ -74,7 +74,7 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FetchOptions:
-    """What a session fixes for all its fetches."""
+    """Options that apply to all fetches of a session."""
 
     fidelity_min: int
     min_prefix_tokens: int
@@ -83,9 +83,9 @@ class FetchOptions:
 
 
 class Fetcher:
-    """Carries out fetches of one session, each on its caller's thread; any number at once.
+    """Runs the fetches of one session, each on its caller's thread; any number at once.
 
-    `report(key, detail)` is told of blocks that did not verify, and must not block.
+    `report(key, detail)` is called for each block that fails verification, and must not block.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Fetcher:
         return _opened(self._one_by_one(attempt, pb.TRANSPORT_STREAM))
 
     def _one_by_one(self, attempt: Attempt, transport: pb.Transport) -> Iterator[Plan | Layer]:
-        """The plan, then its layers in order."""
+        """Yield the plan, then its layers in order."""
         request = Request(self._namespace, attempt.chain, self._options.fidelity_min, dense=False)
         with self._call(attempt, request, transport) as (messages, call):
             plan = _plan(messages, request)
@@ -193,7 +193,8 @@ class Fetcher:
                 if transport == "path":
                     raise unusable.cause from unusable
                 answer = self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
-                # Remembered only if the block is there after all: the files are another user's, or another mount's.
+                # Give up on paths for good only if the stream delivers the block. Then the block exists, and the files
+                # are just not readable here: another user owns them, or the mount differs.
                 if unusable.for_good and answer:
                     self._path_usable = False
                 return answer
@@ -390,7 +391,10 @@ def _hit(attempt: Attempt, plan: Plan, layers: tuple[Layer, ...], transport: str
 
 @contextmanager
 def _file_reader(plan: Plan) -> Iterator[FileReader]:
-    """A reader with a share of the process's open files, which a read that is abandoned keeps until it returns."""
+    """A file reader, with its open files counted against the process's limit.
+
+    An abandoned read keeps its share of the limit until it returns.
+    """
     wanted = min(len(plan.files), OPEN_FILES_MAX)
     granted = wanted if _FILES.try_acquire(wanted) else 0
     closed = functools.partial(_FILES.release, granted)

@@ -1,4 +1,4 @@
-"""Whether the daemon answers: asked in the background, with seconds for it; a fetch only looks at the answer."""
+"""Health of the daemon: checked in the background with a timeout of seconds. A fetch only reads the last result."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grp
 
 
 class Health:
-    """What is known of one daemon. Any thread may call; answers come on a thread of gRPC's.
+    """Health state of one daemon. Any thread may call; replies arrive on a gRPC thread.
 
-    A health check is asked when a session is made, after every failure, and then again and again while calls want the
-    daemon. `check` is gRPC's method for it. Checks take turns: one that fails at once, with the cause, when there is no
-    connection, and a patient one that gRPC sends when it has made one. None takes a thread. An answer that takes longer
-    than a fetch may wait is a miss for that fetch, and no failure: the next one finds it.
+    A check is sent when a session is made, after every failure, and repeatedly while calls need the daemon. `check` is
+    the gRPC method. Checks alternate: one fails at once, with the cause, if there is no connection; the next waits
+    until gRPC has connected. No check needs a thread. If a reply takes longer than a fetch may wait, that fetch is a
+    miss but not a failure, and the next fetch uses the reply.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Health:
         self._down: KVStoreError | None = None  # why the last check failed; None while that is not known
         self._asked_s: float | None = None  # since when a question is open
         self._wanted_s = 0.0
-        self._vain = 0  # calls that failed and looks in vain
+        self._vain = 0  # failed calls, and calls that found the daemon unreachable
         self._closed = False
         self.notice = DaemonNotice()
 

@@ -1,4 +1,4 @@
-"""What people should hear of the daemon in the worker's log: once when it begins, and once when it is over."""
+"""Warnings about the daemon in the worker's log: one when a problem starts, and one line when it is over."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ log = logging.getLogger(__name__)
 
 
 class DaemonNotice:
-    """Whether the daemon can be used: a warning when it cannot, INFO when it can again. One for a client; any thread.
+    """Logs a warning when the daemon becomes unusable, and INFO when it can be used again. One per client; any thread.
 
-    Requests go on without the store meanwhile, each with a line of its own.
+    Meanwhile requests run without the store, and each logs its own line.
     """
 
     def __init__(self) -> None:
@@ -19,14 +19,14 @@ class DaemonNotice:
         self._why = ""
 
     def lost(self, why: str, kind: str = "") -> None:
-        """It does not answer, or refuses what is asked, for this reason. `kind`: what else is the same reason."""
+        """The daemon does not answer or refuses calls; `why` says why. `kind` groups reasons that are logged once."""
         with self._lock:
             known, self._why = self._why, kind or why
         if known != self._why:
             log.warning("the store is not used: %s", why)
 
     def back(self) -> None:
-        """It has answered."""
+        """The daemon has answered."""
         if self._why:
             with self._lock:
                 known, self._why = self._why, ""
@@ -35,10 +35,10 @@ class DaemonNotice:
 
 
 class WritesNotice:
-    """Whether the daemon takes stores, as its replies to them tell. One for all sessions of a client; any thread.
+    """Logs when the daemon stops accepting stores, and when it accepts them again. One per client; any thread.
 
-    A daemon under its free-disk floor, or whose disk refuses writes, serves hits and stores nothing. It says so in its
-    own log, which the people who watch a model server do not read.
+    A daemon below its free-disk floor, or with a disk that refuses writes, serves hits and stores nothing. The daemon
+    logs that too, but the operators of a model server read the worker's log.
     """
 
     def __init__(self) -> None:

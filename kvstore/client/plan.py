@@ -1,4 +1,4 @@
-"""A daemon's fetch plan as nouns, checked against what was asked before a single byte is read."""
+"""The daemon's fetch plan, parsed and validated against the request before any data is read."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked: whose KV, for which prompt, at least how exact, and whether decoded by the daemon."""
+    """A fetch request: namespace, prompt, minimum fidelity, and whether the daemon decodes."""
 
     namespace: Namespace
     chain: Chain

@@ -1,4 +1,4 @@
-"""What a session remembers of prefixes that the store holds."""
+"""A session's record of prefixes that are already in the store."""
 
 from __future__ import annotations
 

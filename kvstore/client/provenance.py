@@ -1,8 +1,8 @@
-"""Provenance: which KV in this process's hands came out of the store, and how exact it is.
+"""Provenance: which KV of this process was restored from the store, and at which fidelity.
 
-Attributes on cache objects do not survive what engines do to them (merge, extract, quantize), so it is remembered by
-weights and token chain: one table for all sessions, layouts and profiles of a process. A lossy hit that an engine then
-quantizes, or that another session stores, is thus never taken for what the model computed.
+Engines merge, extract and quantize cache objects, which loses attributes set on them. So provenance is recorded by
+weights and token chain, in one table for all sessions, layouts and profiles of a process. A lossy hit that an engine
+quantizes, or that another session stores, is therefore never mistaken for KV that the model computed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HASHES = 4
 
 
 class _Filter:
-    """A Bloom filter of 32-byte digests: what was added is always found, other keys rarely are until it is full."""
+    """A Bloom filter of 32-byte digests: finds every added key; false positives are rare until the filter is full."""
 
     def __init__(self, bits: int) -> None:
         self._bits = bits

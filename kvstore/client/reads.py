@@ -1,4 +1,4 @@
-"""The reads of one fetch by path: on threads that may be left behind, waited for until the fetch's deadline."""
+"""File reads of one fetch by path, on reader threads. A read that misses the fetch's deadline is abandoned."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class FileReads:
-    """Runs what opens and reads files on the process's reader threads. Of the thread that fetches, and MLX's for it.
+    """Runs file operations on the process's reader threads. Used by the fetching thread and by MLX's load threads.
 
-    A read that does not return in time is abandoned. It may still write to its buffers, which are MLX's: they live on,
-    and count against `budget`, until it returns.
+    A read that does not return in time is abandoned. It may still write to MLX's buffers, so these stay allocated, and
+    count against `budget`, until the read returns.
     """
 
     def __init__(self, deadline: Deadline, budget: ByteBudget) -> None:

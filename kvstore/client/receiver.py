@@ -1,4 +1,4 @@
-"""Receiving the layers of a stream on a thread, one ahead of the caller, who puts the layer before together."""
+"""Receives the layers of a stream on a thread, one layer ahead of the one that the caller assembles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 Message = pb.FetchReply | LayerBytes
 
 LAYERS_AHEAD = 2
-# Smaller parts are joined: what they cost besides their bytes must not be a matter of who sends them.
+# Smaller parts are joined, so that a sender of tiny messages cannot raise the overhead per byte.
 PART_BYTES_MIN = 16 << 10
 
 

@@ -12,7 +12,7 @@ from kvstore.core.layers import KVLayer, StateLayer
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How much of a prompt a fetch would return now. False when that is nothing."""
+    """The result of a match: how much of a prompt a fetch would return now. False if it is nothing."""
 
     n_tokens: int
     reason: Reason
@@ -50,10 +50,10 @@ class Hit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerHit:
-    """A hit whose layers are still to be read: `layers` gives them once, in the layout's order, on the caller's thread.
+    """A hit that is read layer by layer: `layers` yields each layer once, in layout order, on the caller's thread.
 
-    Each is verified and usable before the next is read. A KVStoreError on the way ends it: then the whole prefix is to
-    be computed, and what was computed with the layers before is to be thrown away.
+    Each layer is verified and usable before the next is read. If `layers` raises KVStoreError, discard everything that
+    was computed with the earlier layers, and prefill the whole prefix.
     """
 
     n_tokens: int

@@ -1,6 +1,7 @@
-"""The session: what an inference worker holds. Its methods are the edge at which cache trouble ends.
+"""The session: an inference worker's interface to one namespace of the store.
 
-Whatever goes wrong here becomes a Miss or a StoreResult with a reason: generation never fails because of the cache.
+Its methods never raise for cache errors, so that generation never fails because of the cache. Every error becomes a
+Miss or a StoreResult with a reason.
 """
 
 from __future__ import annotations

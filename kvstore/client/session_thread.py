@@ -17,7 +17,7 @@ ITEMS_MAX = 256
 
 
 class Sender(Generic[J]):
-    """Does jobs one after the other on one daemon thread, which starts with the first. Any thread may submit.
+    """Runs jobs one after the other on one daemon thread, which starts with the first job. Any thread may submit.
 
     `work(job)` runs on that thread and must not raise; `drop(job)` is called instead for jobs that `close` leaves
     undone. A daemon thread, so that an interpreter that exits never waits for the store.

@@ -1,4 +1,4 @@
-"""What one session did: plain counters."""
+"""Counters of one session."""
 
 from __future__ import annotations
 

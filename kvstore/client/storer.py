@@ -1,4 +1,4 @@
-"""STORE on the worker's side, foreground half: what of a cache is new, copied out of the engine's arrays in pieces."""
+"""Client side of STORE, foreground half: finds the new tokens of a cache and copies them from the engine's arrays."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from kvstore.errors import InvalidRequestError
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
 KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
 
-# How long the rest of a sequence is kept for the background thread to copy, and how long that waits for room.
+# How long the uncopied rest of a sequence is kept for the background thread, and how long that thread waits for memory.
 REST_S = 60.0
 ROOM_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class StoreRequest:
-    """A prompt, the caller's whole cache, and what the caller says came out of the store (None: ask memory)."""
+    """Arguments of one store: the prompt and the caller's whole cache.
+
+    `restored_tokens`: leading tokens that the caller got from the store; None: use the session's own record.
+    """
 
     chain: Chain
     layers: Sequence[KVLayer | StateLayer]
@@ -211,9 +214,9 @@ class Storer:
         return sum(state.nbytes for state in describe(request.layers)), Reason.OK
 
     def _ends(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
-        """Where the pieces end: one if all fits the budget, else block boundaries half a budget apart.
+        """Token positions at which the pieces end: one piece if all fits the budget, else pieces of half a budget.
 
-        The end comes twice where the last piece leaves no room for the checkpoint.
+        If the last piece leaves no room for the checkpoint, its end is listed twice, and the checkpoint goes alone.
         """
         token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
         if (n_tokens - start) * token_bytes + state_bytes <= limit_bytes:

@@ -1,4 +1,4 @@
-"""What a fetch takes, measured where it is known: the daemon sees neither files being read nor layers being decoded."""
+"""Measures the time of a fetch in the client, since the daemon sees neither file reads nor decoding there."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Meter:
 
 
 class TimedReader:
-    """Another reader, counted, that ends with DeadlineError between two ranges when the time is over."""
+    """Wraps a reader, counts its bytes and time, and raises DeadlineError between two ranges after the deadline."""
 
     def __init__(self, reader: RangeReader, meter: Meter, deadline: Deadline) -> None:
         self._reader = reader

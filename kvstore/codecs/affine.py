@@ -24,7 +24,7 @@ GROUP_FALLBACK = 32
 
 
 def affine_recipe(bits: int, group: int, fold: bool = False) -> Recipe:
-    """The recipe; `fold`: all heads of a token are one row."""
+    """Make an affine recipe. `fold`: all heads of a token form one row."""
     params = (("bits", bits), ("group", group))
     return Recipe("affine", 1, (*params, ("fold", 1)) if fold else params)
 

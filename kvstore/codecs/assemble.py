@@ -121,7 +121,7 @@ def _load(
 def _decoded(
     part: PartSpec, segments: Sequence[Segment], loaded: Sequence[list[mx.array]], capacity: int
 ) -> tuple[mx.array, ...]:
-    """The arrays of a part: decoded and put together, or as they are where the engine keeps them quantized."""
+    """Decode and concatenate the arrays of a part. Arrays that the engine keeps quantized are returned unchanged."""
     if part.bits:
         return tuple(loaded[0])
     decoded = [_decode(segment, tensors, part) for segment, tensors in zip(segments, loaded, strict=True)]

@@ -1,8 +1,8 @@
-"""Which stored ranges make a layer of a hit, and where their rows go: plans, from the runs alone.
+"""Plans of byte ranges: which stored ranges make up a layer of a hit, and where their rows go. Needs only the runs.
 
-Neighbouring runs of one recipe share a segment: one tensor of the virtual file each, and one decode; what a byte codec
-packed is unpacked on the way and shares the segments of raw rows. A group codec's rows are whole groups: a hit that
-begins or ends inside one cuts after decoding, so its segment begins or ends there too.
+Adjacent runs of one recipe share a segment, which is decoded at once. Rows that a byte codec packed are unpacked when
+they are read, and share segments with raw rows. A group codec stores whole groups: if a hit starts or ends inside a
+group, the surplus rows are cut after decoding, so a segment starts or ends there too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvstore.errors import CorruptDataError
 
 @dataclass(frozen=True, slots=True)
 class HitBlock:
-    """A block of a hit: its runs, and how many tokens are used from its first."""
+    """One block of a hit: its runs, and how many of its leading tokens are used."""
 
     runs: tuple[Run, ...]
     take: int
@@ -61,7 +61,7 @@ class Segment:
 
     @property
     def group_tokens(self) -> int:
-        """Tokens that only go together."""
+        """Tokens per codec group: rows can be cut only at multiples of it."""
         return max(tensor.group_tokens for tensor in self.tensors)
 
     def takes(self, recipe: Recipe, lead: int) -> bool:
@@ -139,7 +139,7 @@ def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stac
 
 
 def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor, ...]:
-    """The stack's tensors without where they are, if they are what its recipe makes of this part."""
+    """The stack's tensors without offsets, after a check that the recipe gives these tensors for this part."""
     packed = packer_of(stack.recipe) is not None
     try:
         tensors = _tensors_of(part, stack.recipe)

@@ -1,4 +1,4 @@
-"""What a codec is, which codec a recipe names, and what reading stored bytes may raise."""
+"""The codec protocols, the table from recipe to codec, and the error for damaged stored bytes."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class Codec(Protocol):
 
 @runtime_checkable
 class ByteCodec(Protocol):
-    """A codec of bytes, in the place of raw: packs each layer's share of each raw tensor for itself.
+    """A codec that compresses bytes: it packs each layer's bytes of each raw tensor separately.
 
-    Towards arrays it is raw; it must be a `Codec` too, and exact. Both methods are pure, on any thread.
+    Its arrays are those of the raw codec. A ByteCodec must also be a `Codec`, and exact. Both methods are pure; any
+    thread may call them.
     """
 
     def pack(self, share: Bytes, item_bytes: int) -> bytes:
@@ -67,7 +68,7 @@ _PACKERS: dict[tuple[str, int], ByteCodec] = {}
 
 
 def register(codec: Codec) -> None:
-    """Let recipes of this name and version be read by `codec`. Codec modules do this once, when they are imported."""
+    """Register `codec` for recipes of this name and version. Each codec module does this once, when it is imported."""
     assert (codec.name, codec.version) not in _CODECS
     _CODECS[codec.name, codec.version] = codec
     if isinstance(codec, ByteCodec):

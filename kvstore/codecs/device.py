@@ -108,7 +108,7 @@ def begin(arrays: Sequence[mx.array]) -> None:
 
 
 def load_stream() -> mx.Stream | None:
-    """The stream on which this thread loads files; None is that of MLX, on the CPU."""
+    """The MLX stream on which this thread loads files; None selects MLX's default load stream, on the CPU."""
     stream: mx.Stream | None = getattr(_streams, "load", None)
     return stream
 
@@ -240,7 +240,7 @@ def _rows_of(array: mx.array, start: int, end: int) -> Bytes:
 
 
 def stack_position(layout: Layout, layer: int, part: str, name: str) -> int:
-    """Which array of a layer's part the tensor `name` is."""
+    """Index of the tensor `name` among the arrays of a layer's part."""
     return [tensor.name for tensor in layout.layers[layer].part(part).tensors()].index(name)
 
 

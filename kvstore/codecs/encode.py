@@ -1,7 +1,7 @@
-"""From raw rows to codes: which tokens of a block, which layers, in which order. The side of profiles that computes.
+"""Encodes blocks for storing: decides which tokens and layers of a block a profile encodes, and in which order.
 
-A block comes as runs: spliced ones, read back from the store, then what a worker computed. What is raw and first-hand
-is encoded, nothing else ever is:
+A block arrives as runs: spliced runs, which were read back from the store, then runs that a worker computed. Only raw
+values that did not come from the store are encoded:
 
 1. neighbours that are still raw become one run; of the sequence's first, the sinks are set apart
 2. stacks whose codec is exact at any token are encoded; then a remainder of an earlier store, whose keys waited for
@@ -150,7 +150,7 @@ def _by_target(layout: Layout, profile: Profile, stack: Stack) -> dict[Recipe, l
 
 
 def _some_layers(stack: Stack, buffers: list[Bytes], positions: list[int]) -> tuple[Stack, list[Bytes]]:
-    """The stack with the layers at these positions only; copies unless it is all of them."""
+    """Narrow a stack and its buffers to the layers at `positions`. Copies the buffers unless all layers are kept."""
     if len(positions) == len(stack.layers):
         return stack, buffers
     return replace(stack, layers=tuple(stack.layers[p] for p in positions)), [buffer[positions] for buffer in buffers]

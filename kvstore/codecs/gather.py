@@ -1,8 +1,8 @@
-"""The bytes of segments: read, verified, unpacked, and put where the rows belong.
+"""Reads the bytes of segments: reads, verifies and unpacks them, and writes the rows to their destination.
 
-Shares are read straight into their place, one read call each. Rejected: reading small ones (of 8-bit KV the scales and
-biases, four of the six ranges that a layer has in a block) for eight layers at once and copying them, an eighth of the
-calls; it took exactly as long.
+Each byte range is read directly into its destination with one read call. Rejected: reading small ranges (the scales and
+biases of 8-bit KV, four of the six ranges that a layer has in a block) for eight layers at once and copying them. That
+needs an eighth of the calls, but took exactly as long.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kvstore.codecs.device import Bytes
 from kvstore.core.blocks import ITEM_BYTES, Tensor
 from kvstore.errors import CorruptDataError
 
-# Tensors of this size and more are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.
-# Starting a thread for each read instead of keeping some ate that gain. They do not survive a fork; nor does MLX.
+# Tensors of at least this size are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.
+# The threads are kept: starting one for each read cost as much as it saved. They do not survive a fork; nor does MLX.
 HELPED_BYTES = 1 << 20
 
 
@@ -71,7 +71,7 @@ class Filler:
         helper.result()
 
     def _fill_span(self, place: _Place, span: Span) -> None:
-        """The rows of one span; those that are not used are verified with the rest."""
+        """Read the rows of one span. Unused rows of it are read and verified too."""
         if span.packer is None:
             self._read_rows(place, span)
             return
@@ -82,7 +82,7 @@ class Filler:
         place.rows[:, at : at + last - first] = rows[:, first:last]
 
     def _unpacked(self, tensor: Tensor, span: Span, packer: ByteCodec, stored: Tensor) -> Bytes:
-        """The bytes of a packed share: read, verified, unpacked."""
+        """Read, verify and unpack one layer's packed bytes of a tensor."""
         packed = memoryview(bytearray(stored.layer_range(span.position, span.n_tokens)[1]))
         self._read(span, stored, [packed])
         try:

@@ -1,4 +1,4 @@
-"""Byte planes and zstd: fewer bytes for the same bits, whatever they are.
+"""Lossless codec: byte planes compressed with zstd.
 
 The first bytes of all elements, then their second bytes, and so on ("planes"), each in zstd blocks of its own within
 one frame that says how long its content is. In bfloat16 the plane of sign and exponent shrinks to about a third and

@@ -69,7 +69,7 @@ def unpack(words: mx.array, fields: Fields) -> list[mx.array]:
 
 
 def _unpack_words(words: mx.array, n: int, bits: int) -> mx.array:
-    """Codes that no word boundary cuts: each word is spread over its codes."""
+    """Unpack codes whose width divides the word size, so that no code crosses a word boundary."""
     if bits == CODES_TOGETHER:
         return mx.contiguous(words).view(mx.uint8)[..., :n].astype(mx.uint32)
     words = words[..., : -(-n * bits // 32)]
@@ -88,5 +88,5 @@ def _unpack_at(words: mx.array, at: int, n: int, bits: int) -> mx.array:
 
 
 def _columns(words: mx.array, columns: npt.NDArray[np.uint32], shape: tuple[int, ...]) -> mx.array:
-    """`words[..., columns]`, at a tenth of what indexing costs on a CPU."""
+    """Select columns: `words[..., columns]`, in a tenth of the time that indexing takes on a CPU."""
     return mx.take_along_axis(words, mx.broadcast_to(mx.array(columns), shape), axis=-1)

@@ -62,7 +62,7 @@ class ChannelCodec:
         )
 
     def fidelity(self, recipe: Recipe) -> int:
-        """A bit more than affine of as many bits: on keys with large channels channel 4 does as well as affine 6."""
+        """One bit more than affine at the same width: on keys with outlier channels, 4 bits do as well as affine 6."""
         return 100 * (recipe.param("bits") + 1)
 
     def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:

@@ -1,8 +1,8 @@
-"""Whether a measurement can be of the profile it names: the bits that a layout kept in a profile must come to.
+"""Plausibility check of a calibration: whether the measured bits per value are possible for the named profile.
 
-Sequences that were never quantized (too short for the threshold or for a group of tokens) measure as lossless KV. Their
-bits give them away: whole groups take exactly what the recipes say, and only the rest of a group, and the sinks, may
-wait unquantized.
+Sequences that were never quantized (too short for the threshold or for a group of tokens) measure as lossless KV. The
+check finds them by their size: whole groups take exactly the bits of the recipes, and only an incomplete group and the
+sinks may be unquantized.
 """
 
 from __future__ import annotations

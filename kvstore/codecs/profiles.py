@@ -89,7 +89,7 @@ class Profile:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing is lost."""
+        """Whether the profile is lossless."""
         return self.fidelity == FIDELITY_EXACT
 
     @property

@@ -1,7 +1,7 @@
-"""The codec that changes nothing: one tensor `data` in the dtype of the part.
+"""The identity codec: one tensor `data` in the dtype of the part.
 
-Parts that the engine itself keeps quantized travel under this recipe too, as their three tensors; they are handed over
-as they are and never pass through `encode` or `decode`.
+Parts that the engine itself keeps quantized use this recipe too, as three tensors. They are stored and returned
+unchanged, without `encode` and `decode`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Runs with their bytes: what the store path makes, narrows, joins, packs and finally writes. numpy, on any thread.
+"""Runs with their bytes, for the store path, which makes, narrows, joins, packs and writes them. numpy, on any thread.
 
-What a byte codec packed is unpacked when it is read back (`load_run`) and packed again when it is written
-(`pack_run`): in between it is raw, and all else need not know of it.
+Data of a byte codec is unpacked when it is read back (`load_run`) and packed again when it is written (`pack_run`). In
+between it is raw, so all other code handles raw data only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Window and state layers <-> the bytes of a checkpoint: as they are, bit for bit, never through a codec.
+"""Converts window and state layers to the bytes of a checkpoint and back: bit for bit, without a codec.
 
 The bytes of a checkpoint are those of its arrays, row by row: by layer, then by array in the layer's own order, without
 gaps. What describes them (`blocks.LayerState`) travels beside them, and so do the whole numbers that belong to a layer.
@@ -45,10 +45,10 @@ def describe_layer(layer: StateLayer, index: int = 0) -> LayerState:
 
 
 class StateCapture:
-    """The window and state layers of a cache, copied out of the engine's hands.
+    """A copy of the window and state layers of a cache.
 
-    Made on the thread that owns the arrays. The copies are bytes of ours, not arrays: nothing that the engine does to
-    its own reaches them, no large buffer that an array was cut from stays alive, and any thread may take views.
+    Make it on the thread that owns the arrays. The copies are plain bytes, not arrays: the engine cannot change them,
+    they keep no larger buffer alive, and any thread may take views.
     """
 
     def __init__(self, layers: Sequence[KVLayer | StateLayer]) -> None:

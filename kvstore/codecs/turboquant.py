@@ -1,4 +1,4 @@
-"""TurboQuant: rows rotated at random, then each coordinate quantized with the codebook that is best for all of them.
+"""TurboQuant codec: rotates each row at random, then quantizes its coordinates with one optimal codebook.
 
 A row x of width d is one token of one head, or of `fold` neighbouring heads. Formats, version 1, by recipe parameters:
 
@@ -94,12 +94,12 @@ class RowFormat:
 
     @property
     def level_bits(self) -> int:
-        """Bits of a level."""
+        """Bits per level code."""
         return self.bits - self.prod
 
     @property
     def fields(self) -> packing.Fields:
-        """(codes, bits) of all that a row of `codes` holds."""
+        """Layout of a packed row: (number of codes, bits per code) of each field."""
         levels = (self.width, self.level_bits)
         return (levels, (self.width, 1)) if self.prod else (levels,)
 

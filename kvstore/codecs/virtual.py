@@ -1,7 +1,7 @@
-"""A safetensors file that is put together while MLX reads it.
+"""A virtual safetensors file: its content is assembled while MLX reads it.
 
-The header is ours, and when MLX asks for a tensor's bytes, `readinto` has them put straight into MLX's buffer: one
-copy, where preadv into numpy and `mx.array` are two at half the speed. From a file object mx.load is eager.
+kvstore makes the header. When MLX reads a tensor, `readinto` writes the bytes directly into MLX's buffer. That is one
+copy; preadv into numpy and then `mx.array` are two, at half the speed. mx.load of a file object is eager.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SMALL_BYTES = 256 << 10
 
 
 class Reads(Protocol):
-    """How the bytes of a file are read where a read may not return in time: see `kvstore.client.reads`."""
+    """Protocol for file reads that may miss their deadline: see `kvstore.client.reads`."""
 
     @property
     def left_s(self) -> float:

@@ -1,4 +1,4 @@
-"""Certificates and private keys as files hold them: whether they can be used at all, and until when."""
+"""Validates certificate and private-key files: whether they can be used, and until when."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Who may ask for what over TCP: scopes, tokens, and the certificates of both ends.
+"""Credentials for TCP: scopes, tokens, and the certificates of both ends.
 
-The unix socket needs none of this: its directory and mode let its owner in, who may do everything.
+The unix socket needs no credentials: its directory and mode admit only its owner, who may do everything.
 
 Both ends have a folder of the same shape, `tls_dir`; `kvstore config cert` makes one for each. A file that is not there
 when the process begins is not used:

@@ -89,7 +89,7 @@ def profile(value: object) -> str:
 
 
 def switch(value: object) -> bool:
-    """true, false, 1 or 0."""
+    """Parse a boolean: true, false, 1 or 0."""
     if isinstance(value, bool):
         return value
     text = value.strip().lower() if isinstance(value, str) else ""

@@ -1,13 +1,13 @@
-"""Frozen nouns: tokens, recipes, runs, blocks, reasons. Pure values; nothing here does I/O.
+"""Immutable data types: tokens, recipes, runs, blocks, reasons. Pure values; nothing here does I/O.
 
 A *block* holds the KV of up to `BLOCK_TOKENS` consecutive tokens for every layer; one with fewer is a *tail*. A block
 is a short list of *runs*, each encoded at one time. A run holds *stacks*: layers of equal geometry and recipe, whose
-tensors are stacked layer-major, head-major: `[layers, heads, rows, width]`, a row for each token or for each group of
-tokens. So the share of one layer in one tensor is one contiguous byte range, and it has its own checksum. A byte codec
-may pack each share for itself: then every layer's has its own length.
+tensors are stacked layer-major, head-major: `[layers, heads, rows, width]`, with one row per token or per group of
+tokens. So each layer's *share* of a tensor is one contiguous byte range with its own checksum. A byte codec may pack
+each share separately; then each share has its own length.
 
-A *checkpoint* is a block of `states` instead of runs: the layers that are valid at one exact token count only. Its
-tokens are those after the last full block, so it may have none.
+A *checkpoint* is a block of `states` instead of runs: layers that are valid only at one exact token count. Its tokens
+are those after the last full block, so it may have none.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How arrays became tensors: codec name, version of its byte format, parameters. Travels with the data."""
+    """How arrays were encoded: codec name, version of its byte format, parameters. Stored with the data."""
 
     name: str
     version: int = 1
@@ -285,7 +285,7 @@ class LayerState:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What a blob says of itself. `start` is the position of its first token in the sequence.
+    """The description of a block in its blob's header. `start`: position of its first token in the sequence.
 
     `fidelity` is the least of the runs' own and of the ancestors' at the time of storing. Either `runs` or `states`
     are empty; a checkpoint's states belong to the position `end`.

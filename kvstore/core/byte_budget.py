@@ -1,4 +1,4 @@
-"""A bound on the bytes that one process holds in queues and buffers; client and daemon each make one."""
+"""Limit on the bytes that one process holds in queues and buffers. Client and daemon have one each."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import time
 class ByteBudget:
     """Counts bytes held against `limit_bytes`. Any thread may call; acquire and release need not be the same one.
 
-    Whoever waits is served in no particular order, so a large request may be overtaken by small ones: callers either
-    do not wait, or wait with a timeout.
+    Waiting requests are served in no particular order, so small requests may overtake a large one. Therefore callers
+    either do not wait, or wait with a timeout.
     """
 
     def __init__(self, limit_bytes: int) -> None:

@@ -1,10 +1,10 @@
-"""Namespaces and the chain of prefix keys. Pure; golden vectors in tests/golden/keys.json hold it still.
+"""Namespaces and the chain of prefix keys. Pure functions; tests/golden/keys.json pins their results.
 
     root  = SHA-256(tag_root, each identity field as (name, length, bytes))
     key_i = SHA-256(tag_block, key_{i-1}, tokens of block i as 8-byte little-endian)
 
-A tail is keyed like a block, over the tokens that it has; a checkpoint likewise, under a tag of its own. Keys name,
-they never decide: token bytes are compared on every hit.
+The key of a tail is that of a block with fewer tokens; the key of a checkpoint has its own tag. Keys are used only for
+look-up: token bytes are compared on every hit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Namespace:
 
 @dataclass(frozen=True)
 class NamespaceInfo:
-    """A namespace as the store remembers it: its root instead of its salt, which data at rest must not give away."""
+    """A namespace as stored on disk: with its root in place of the salt, which stored data must not reveal."""
 
     root: bytes
     weights: bytes
@@ -132,9 +132,10 @@ def checkpoint_key(parent: bytes, tokens: bytes) -> bytes:
 
 
 class Chain:
-    """A prompt in one namespace: packed tokens and the keys of their blocks, each hashed once, when asked for.
+    """A prompt in one namespace: its packed tokens and the keys of its blocks. A key is hashed at its first use, once.
 
-    Make one where tokens come in, and pass it on: client and daemon then hash a prompt once each. Any thread may call.
+    Make a chain where tokens enter and pass it on, so that client and daemon hash a prompt once each. Any thread may
+    call.
     """
 
     __slots__ = ("_keys", "_known", "root", "tokens")

@@ -305,7 +305,7 @@ def _index(value: Any, limit: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens `[start, end)` of a sequence that lie in one block and have one origin; the unit in which raw KV travels.
+    """Tokens `[start, end)` of a sequence, in one block and of one origin: the unit in which raw KV is sent.
 
     Its bytes are, for each stack of `Layout.raw_stacks`, each tensor, each layer of it: `[heads, tokens, width]`.
     That is exactly the payload of a raw blob of these tokens. `restored` says that the values came out of the store.
@@ -343,7 +343,7 @@ def raw_ranges(layout: Layout, n_tokens: int) -> Iterator[tuple[Stack, Tensor, i
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """Arrays of one cache layer, in the hands of whoever owns them.
+    """Arrays of one cache layer. They belong to the engine or caller that supplied them.
 
     `keys` and `values` hold one array per tensor of their spec, each `[1, heads, capacity, width]` with
     `capacity >= n_tokens`; what lies beyond `n_tokens` is head-room or stale and is never stored.
@@ -361,10 +361,10 @@ class KVLayer:
 
 @dataclass(frozen=True, slots=True)
 class StateLayer:
-    """A window or state layer after exactly `n_tokens` tokens, in the hands of whoever owns its arrays.
+    """A window or state layer after exactly `n_tokens` tokens. Its arrays belong to the engine or caller.
 
-    `arrays` by name; an empty slot of the engine's is simply not there. `numbers`: what belongs to them. `rules` says
-    which arrays and numbers a layer may have.
+    `arrays` by name; an empty slot of the engine has no entry. `numbers`: integers of the layer, such as a ring index.
+    `rules` says which arrays and numbers a layer may have.
     """
 
     spec: LayerSpec

@@ -1,7 +1,7 @@
-"""The limits that nobody has to tune: one table, each with its unit in its name and the reason for its number.
+"""Internal limits that need no tuning: one table. Each name contains the unit, and a comment gives the reason.
 
-A `Config` carries them in `limits`. They are no keys: no flag, variable or file sets them. Tests make a `Config` with
-others, or set `DEFAULT` before a process begins.
+`Config.limits` holds them. They are not configuration keys: no flag, variable or file sets them. Tests make a `Config`
+with other limits, or set `DEFAULT` before a process starts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 from kvstore.errors import ConfigError
 
 MIB = 1 << 20
-_TOKEN_BYTES = 8  # as kvstore.core.blocks packs them; that module imports numpy, and a client's start need not
+_TOKEN_BYTES = 8  # same as in kvstore.core.blocks, which is not imported here because it would load numpy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bounds on queues, messages, calls and times. ConfigError for numbers that cannot go together."""
+    """Bounds on queues, messages, calls and times. Raises ConfigError for values that contradict each other."""
 
     # Largest gRPC message, either way. KV travels in frames of 1 MiB; the token ids of a prompt travel in one message.
     message_bytes_max: int = 32 * MIB

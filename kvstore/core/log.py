@@ -1,7 +1,7 @@
-"""Logging: one handler, three formats, and the lines that say what became of a request.
+"""Logging: one handler, three formats, and one line per request with its result.
 
-Only the `kvstore` loggers speak below WARNING: what asyncio and grpc have to say at INFO and DEBUG is about them.
-Request lines are the same in the daemon and in a worker, and end with the id that both know the request by:
+Only the `kvstore` loggers log below WARNING; INFO and DEBUG messages of asyncio and grpc concern their internals.
+Request lines have the same form in the daemon and in a worker, and end with the request id that both use:
 
     hit qwen3-8b 2368/2381 tokens 3.9 MB 17 ms [3f2a1c]
     miss qwen3-8b 0/2381 unknown_prefix [3f2a1c]
@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class PrefixFormatter(logging.Formatter):
-    """`kvstore: ` before each line, for a process whose log is another program's."""
+    """Puts `kvstore: ` before each line, for use in the log of another program."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The lines."""

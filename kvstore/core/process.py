@@ -1,6 +1,6 @@
-"""What holds for this process: signals that end it, and whether it was forked from one that had connected.
+"""Process-wide state: termination signals, and whether this process was forked from one that had connected.
 
-gRPC, MLX and our threads do not live on in a process that was forked.
+gRPC, MLX and kvstore's threads do not work in a forked child.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def connecting() -> None:
 
 
 def is_forked() -> bool:
-    """Whether nothing may be asked here, not even for a lock that another thread held at the fork. Takes none."""
+    """Whether this process was forked after it had connected: then gRPC and locks must not be used. Takes no lock."""
     return _connected_in is not None and _connected_in != os.getpid()
 
 
 def unless_forked(call: Callable[[], object]) -> None:
-    """Make a call that would wait for a thread or a lock of the process that this one was forked from."""
+    """Run `call`, except in a forked child: there it would wait for a thread or lock of the parent process."""
     if not is_forked():
         call()

@@ -1,12 +1,12 @@
-"""What a reason means for those who read statistics: which ones are healthy, and the words for each."""
+"""How statistics present a `Reason`: which reasons are healthy, and a phrase for each."""
 
 from __future__ import annotations
 
 from kvstore.core.blocks import Reason
 
-# A hit that ends for one of these gave all that its prompt shares with what is stored.
+# A hit that ends for one of these reasons returned every stored token of its prompt.
 WHOLE = frozenset({Reason.OK, Reason.UNKNOWN_PREFIX, Reason.IDENTITY})
-# A store that ends with one of these lost nothing.
+# Reasons of a store after which nothing is missing.
 NOT_NEEDED = frozenset({Reason.OK, Reason.ALREADY_STORED, Reason.BELOW_THRESHOLD})
 
 WORDS = {

@@ -1,7 +1,7 @@
-"""The serial form of blocks: msgpack, validated on every parse, since a header is outside input whoever wrote it.
+"""Serialization of blocks as msgpack. Every parse validates its input, because a blob header is untrusted data.
 
-A whole block stands in its blob's header (`block_to_record`). Index rows and fetch replies carry its runs or states
-(`runs_to_record`, `states_to_list`) beside fields of their own.
+A blob's header contains the whole block (`block_to_record`). Index rows and fetch replies contain its runs or states
+(`runs_to_record`, `states_to_list`) and fields of their own.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def unpack_record(record: bytes) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What runs of one kind have in common: parts, layers, recipes and the geometry of their tensors.
+    """The part of a run's record that many runs share: parts, layers, recipes and the geometry of the tensors.
 
     `record` is its serial form, `id` the xxh3_128 of that. `stacks` have tensors without offset, checksums or lengths;
     `packed` says of each tensor, in order, whether a byte codec packed its shares.
@@ -228,7 +228,7 @@ def _placed_stacks(
 
 
 def _check_rows(tensor: Tensor, n_tokens: int) -> None:
-    """Whole groups; and packed shares neither empty nor longer than packing may make them, nor without bound."""
+    """Validate a tensor's lengths: whole groups of tokens, and packed shares within the sizes that packing can give."""
     if n_tokens % tensor.group_tokens:
         raise CorruptDataError("a tensor of groups in a run that does not end with one")
     if not tensor.lengths:

@@ -1,9 +1,9 @@
-"""What a window or state layer may hold after so many tokens. Pure functions that daemon and worker share.
+"""Validity rules for window and state layers at a given token count. Pure functions that daemon and worker share.
 
-A ring with a wrong index, or a state of another shape, would end the thread of the engine that goes on from it.
-So the worker checks what it captures, the daemon what it is sent, before it acknowledges it, and what it plans to hand
-over, and the worker what it is handed. Scrub, `check` and rebuilds check every blob: one that breaks a rule is damaged,
-whatever its checksums say.
+A ring with a wrong index, or a state of the wrong shape, would crash the engine thread that continues from it. So the
+worker checks layers when it captures and when it receives them, and the daemon checks them before it acknowledges a
+store and before it sends a plan. Scrub, `check` and rebuilds check every blob: one that breaks a rule is damaged, even
+if its checksums are correct.
 
     params            numbers          what must hold after n tokens
     size, keep        index            min(n, size) rows; the next token goes to row `index`: n until the ring is full,

@@ -1,4 +1,4 @@
-"""Text that came from elsewhere, made fit for a terminal, a log or a table."""
+"""Sanitizes text from outside for a terminal, a log or a table."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Work that nobody waits for gives way to the work of those who wait: the priority of background threads.
+"""Lowers the priority of background threads, so that they do not slow down work that a caller waits for.
 
-Everything that differs between systems is here. Linux has a niceness for each thread, macOS a quality of service.
+All platform differences are in this module. Linux has a niceness per thread, macOS a quality-of-service class.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 import threading
 from contextlib import suppress
 
-# About a tenth of a core where others want all of them, and all that is left over where they do not.
+# At this niceness a thread gets about a tenth of a core on a busy machine, and all idle time otherwise.
 BACKGROUND_NICE = 10
-# <sys/qos.h>: QOS_CLASS_UTILITY, for work of which the user sees the end only. BACKGROUND, below it, would be held to
-# the efficiency cores and a throttled disk even on an idle machine.
+# <sys/qos.h>: QOS_CLASS_UTILITY, for work whose progress the user does not watch. The next lower class, BACKGROUND,
+# is restricted to the efficiency cores and throttled disk I/O even on an idle machine.
 _QOS_CLASS_UTILITY = 0x11
 
 

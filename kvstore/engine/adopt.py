@@ -1,4 +1,4 @@
-"""Blobs without a row: read, verified, and given one where they fit. Serves a rebuild of the index and a repair."""
+"""Adopts blobs without an index row: reads and verifies them, and adds rows. Used by index rebuilds and repairs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Rule: TypeAlias = Callable[[Layout, Block], None]
 
 @dataclass
 class Site:
-    """What a check or a rebuild works on. `rule` raises CorruptDataError for a block that no engine could go on from.
+    """The store that a check or rebuild works on. `rule` raises CorruptDataError for a block that no engine could use.
 
     `busy`: blobs that have no row for a good reason, such as those being written; ask it under `lock`.
     `delete` deletes blobs without a row so that no crash brings them back; it logs what the disk refuses.

@@ -1,4 +1,4 @@
-"""One walk over blobs and rows that finds what is wrong and, if asked, repairs it. It serves a running engine and the
+"""Checks all blobs and rows in one pass and, if requested, repairs what is damaged. Used by a running engine and by the
 offline check (`kvstore.engine.recover`). Blobs of another format version are reported and left alone.
 """
 
@@ -42,7 +42,7 @@ def verify_row(site: Site, row: Row) -> None:
     try:
         block, source = read_block(site.blobs, row.blob, row.blob_bytes if nbytes is None else nbytes, verify=True)
     except NotFoundError as error:
-        # No key is missing to a row that can be read: an encrypted file stands where a plain one belongs.
+        # A readable row without a namespace key is not encrypted, so an encrypted file is in place of a plain one.
         if site.index.ring.key(row.root) is not None:
             raise
         raise CorruptDataError(f"not the block that the index says: {error}") from error
@@ -264,10 +264,10 @@ def _is_linked(view: View, row: Row) -> bool:
 
 
 def settle_strays(site: Site, found: Strays) -> int:
-    """Adopt what is sound, delete what is not wanted, quarantine what is damaged; how many entries were dealt with.
+    """Adopt sound blobs, delete unwanted ones, quarantine damaged ones. Returns the number of entries handled.
 
-    Blobs of another format version stay, and so do those that may come after one; encrypted ones while the folder of
-    keys is missing.
+    Not touched: blobs of another format version, blobs that may be descendants of one, and encrypted blobs while the
+    key folder is missing.
     """
     unwanted, orphans = adopt(site, found.sound)
     keyless = [entry.blob for entry, _ in found.key_missing if entry.blob]
@@ -296,7 +296,7 @@ def _readable(text: str) -> str:
 
 # Beside the rows: the first 8 bytes of the next key as a number, 0 between passes; when the last pass ended.
 NEXT, DONE_S = "scrub_next", "scrub_done_s"
-# How much may be read at once after a long pause.
+# Largest burst after a long pause, in seconds of the allowed read rate.
 _BURST_S = 2.0
 _SAVE_EVERY_S = 600.0
 _POSITION_BYTES = 8

@@ -1,10 +1,10 @@
-"""Blobs without a row: deleted, or kept a moment longer for a reader; tombstones; what was deleted and why.
+"""Deletes blobs whose rows are gone, or keeps them while a reader needs them. Also tombstones, and deletion records.
 
-An eviction is acknowledged when no crash can bring back what it removed: the names are gone and synced, or, where a
-reader or the disk still holds one, a tombstone says so. Nothing in a blob says that it was deleted, so an index that is
-rebuilt from the blobs would bring it back. `settings/tombstones` names such blobs, `<root in hex>/<name>` a line. It is
-written before the deletion is acknowledged, and a line leaves it when the name is gone and that is durable. A start
-deletes what it names before anything looks for blobs. Lines that name no blob are ignored.
+An eviction is acknowledged only when no crash can undo it: each file name is removed and synced, or, if a reader or the
+disk still holds the file, a tombstone is written. Without a tombstone, an index that is rebuilt from the blobs would
+contain the deleted blob again. `settings/tombstones` lists such blobs, one `<root in hex>/<name>` per line. A line is
+written before the deletion is acknowledged, and removed when the file name is durably gone. At startup the listed blobs
+are deleted before anything else reads the blob folders. Lines that name no blob are ignored.
 """
 
 from __future__ import annotations
@@ -120,10 +120,10 @@ class Deletions:
         return Deletion(costs, leased)
 
     def finish(self, deletion: Deletion, *, dropped: bool = False) -> int:
-        """Delete the blobs; the bytes that stay on the disk for now. Never under the engine's lock.
+        """Delete the blobs. Returns the bytes that stay on disk for now. Never call it under the engine's lock.
 
-        What stays gets a tombstone. Raises OSError when the disk takes none; then the deletion must not be
-        acknowledged. `dropped`: they are gone already, with their folder.
+        Blobs that stay get a tombstone. Raises OSError if the tombstones cannot be written; then do not acknowledge the
+        deletion. `dropped`: the blobs are already deleted, together with their folder.
         """
         costs, now = deletion.costs, [blob for blob in deletion.costs if blob not in deletion.leased]
         kept: list[BlobId] = []
@@ -246,7 +246,7 @@ class Lease:
 
 
 class Lost:
-    """Why blocks are gone, of the last `limit` keys. Any thread."""
+    """Records why blocks were deleted, for the last `limit` keys. Any thread may call."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -4,14 +4,14 @@ Databases:
     rows        key -> row value (`kvstore.engine.rows`)
     children    entry (`kvstore.engine.rows`) -> key
     retain      number of a chunk -> the chunk of the table, xxh3_64 of it; none for a chunk without a row
-    templates   id -> what runs have in common (`kvstore.core.records`)
+    templates   id -> the part of a run's record that many runs share (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
     meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
 Everything here can be rebuilt from blob headers. LMDB never gives free pages back to the volume; `Index.compact` does.
 
-Threads: a `View` belongs to the thread that opened it; at most one `Edit` at a time, which the engine's lock sees to;
-the table, too, is for the holder of that lock.
+Threads: a `View` belongs to the thread that opened it. The engine's lock ensures that there is at most one `Edit` at a
+time, and it protects the table.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def translated() -> Iterator[None]:
 
 
 class Readers:
-    """Lets readers in, and keeps them out for a moment once all that are in have left. Any thread."""
+    """Gate for read transactions: waits until all readers have left and keeps new ones out meanwhile. Any thread."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -331,9 +331,10 @@ class Compaction:
         return (self._has_failed or 2 * index.used_bytes() < index.file_bytes) and self.run()
 
     def run(self) -> bool:
-        """Compact the index; False, and it is as it was, when that failed.
+        """Compact the index. Returns False, with the index unchanged, if that failed.
 
-        While the copy is made it is booked, too; it may pass the budget, which it ends below. Others match meanwhile.
+        The copy counts against the disk budget while it is made, and may exceed it for that time. Matches continue
+        meanwhile.
         """
         shared, index = self._shared, self._shared.index
         with shared.lock:

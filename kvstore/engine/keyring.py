@@ -1,13 +1,13 @@
-"""Keys of encrypted namespaces, and what they do to rows: AES-256-GCM with what must not change bound as AAD.
+"""Keys of encrypted namespaces, and the encryption of index rows: AES-256-GCM with the fixed fields as AAD.
 
-One data key a namespace, 32 random bytes, in `<root in hex>.json`, wrapped by the master key with the root as AAD.
-These files lie outside the data directory, so that copies of it hold none. The master key is never written.
-Dropping the file makes everything of the namespace unreadable for good, copies too. The folder is made with the first
-key. Where it is missing beside encrypted blobs, it was lost or left behind, and no new key is made in its place.
+Each namespace has one data key of 32 random bytes in `<root in hex>.json`, wrapped by the master key with the root as
+AAD. These files are outside the data directory, so that copies of it contain no keys. The master key is never written.
+Deleting a key file makes all data of its namespace unreadable for good, copies included. The key folder is created with
+the first key. If it is missing although there are encrypted blobs, it was lost, and no new key replaces a lost one.
 
-Until the first commit of a namespace its key is in memory only, for as long as somebody holds it, and from the commit
-on that takes its last row it is so again: there is a file for each namespace that holds something and for no other.
-Else a worker that only asks could fill the directory with keys.
+A key file exists only while its namespace holds data. Before the first commit, and after the commit that removes the
+last row, the key is in memory only, for as long as it is referenced. Otherwise a worker that only sends queries could
+fill the folder with keys.
 
     data key     HKDF-SHA256 of it, by purpose: rows, children, blobs
     row          nonce (12 random bytes), AES-GCM of tokens and runs; AAD: the block's key and the row's fixed fields,
@@ -83,7 +83,7 @@ def _derived(key: bytes, purpose: bytes) -> bytes:
 
 
 class KeyRing:
-    """The keys of one data directory. Any thread may ask; the others are for whoever holds the writer's lock."""
+    """The keys of one data directory. Any thread may read keys; to change them, hold the writer's lock."""
 
     def __init__(self, folder: Path, fs: Fs, master: bytes = b"", *, sync: bool = True) -> None:
         """Open every wrapped key. `master`: 32 bytes, or none; DirectoryError when it is not the one they need."""
@@ -156,7 +156,7 @@ class KeyRing:
             self._unsure.discard(root)
 
     def unwrite(self, roots: Iterable[bytes]) -> None:
-        """Unlink the files of these keys, of which nothing is stored any more: in memory again. Raises OSError."""
+        """Unlink the key files of namespaces that no longer store anything. The keys stay in memory. Raises OSError."""
         with self._lock:
             for root in roots:
                 self._erase(root)

@@ -1,4 +1,4 @@
-"""What is stored of a prompt: the longest prefix, from the index alone, and why there is no more.
+"""Finds the longest stored prefix of a prompt in the index, without reading blobs, and says why it ends there.
 
 Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
 cut: bisection over the levels of `kvstore.engine.rows` finds how many times 32 tokens any child shares, and the best
@@ -48,10 +48,10 @@ _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Rows of a prefix, as they stand in the index, with the tokens to take of each, and what hindered more.
+    """The longest stored prefix: index rows, not yet parsed, with the tokens to take of each.
 
-    The first `full` tokens come from full blocks, the last of which has key `parent`. `better`: a block of too low
-    fidelity would have given more.
+    The first `full` tokens come from full blocks; `parent` is the key of the last full block. `better`: the prefix
+    would be longer if a block of lower fidelity were allowed.
     """
 
     rows: tuple[Taken, ...]

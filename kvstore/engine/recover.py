@@ -1,4 +1,4 @@
-"""A start: validate the index, open or rebuild it, and reconcile it with the blobs."""
+"""Startup recovery: validates the index, opens or rebuilds it, and reconciles it with the blobs."""
 
 from __future__ import annotations
 
@@ -121,9 +121,9 @@ def _rebuilt(place: Place, why: CorruptDataError) -> Index:
 
 
 def open_validated(place: Place) -> Index:
-    """Open the index if it is what the last holder left, or if LMDB can follow every page of it. CorruptDataError.
+    """Open the index if it is unchanged since the last orderly stop, or if all its pages are valid.
 
-    LMDB trusts every offset it reads, so a damaged page would crash the process.
+    Raises CorruptDataError otherwise: LMDB trusts every offset it reads, so a damaged page would crash the process.
     """
     path = place.directory.index / "data.mdb"
     left = place.held.previous.get("index") if place.held.previous.get("clean") else None
@@ -234,9 +234,9 @@ def set_index_aside(place: Place) -> None:
 def check_directory(
     data_dir: Path, repair: bool = False, master_key: bytes = b"", keys_dir: Path | None = None
 ) -> CheckReport:
-    """Check a data directory that no daemon holds. DirectoryHeldError if one does.
+    """Check a data directory offline. Raises DirectoryHeldError if a daemon holds the directory.
 
-    A repair leaves it as an orderly stop would.
+    After a repair the directory is in the state of an orderly stop.
     """
     if not os.path.isdir(data_dir):
         return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])

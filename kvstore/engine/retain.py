@@ -1,18 +1,18 @@
-"""Which blobs stay: a table in memory with one row a blob, and the choices made from it.
+"""Retention: an in-memory table with one row per blob, and the policies that choose which blobs to evict.
 
-The table has what eviction, listings and counters ask for, so that none of them reads the index:
+The table holds all that eviction, listings and counters need, so that none of them reads the index:
 
     key, parent      the blob's key; the row number of its parent, -1 for the first block of a chain
     namespace        number of the namespace
-    last_use         a sequence: higher is later. Order never depends on a clock
+    last_use         a sequence number, higher is later: the order never depends on a clock
     used_s           wall clock of the last use, in seconds since 1970: age, for `--idle`
     hits, depth, children, nbytes (on disk), n_tokens, mark (when a prompt last diverged here, in the sequence), flags
 
-It is loaded from the index when the engine opens and saved with its commits, CHUNK rows at a time (`changed`). A policy
-is a function from rows to scores; the lowest score goes first, and never a parent before its children, so that every
-blob can be reached from its root.
+The engine loads the table from the index when it opens, and saves changed rows with its commits, CHUNK rows at a time
+(`changed`). A policy is a function from rows to scores. The row with the lowest score is evicted first, but never a
+parent before its children, so that every blob stays reachable from its root.
 
-Threads: not safe by itself. `Table` belongs to whoever holds the engine's lock.
+Threads: `Table` is not thread-safe. Hold the engine's lock to use it.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class Table:
         return copy
 
     def usage(self, namespace: int | None = None) -> Usage:
-        """Of one namespace, None: of all."""
+        """Usage of one namespace; None: of all."""
         if namespace is not None:
             return Usage(*self._usage.get(namespace, ()))
         return Usage(*(sum(column) for column in zip(*self._usage.values(), strict=True)))
@@ -276,7 +276,7 @@ class Table:
         return list(self._usage)
 
     def recent(self, namespaces: Collection[int], limit: int) -> list[bytes]:
-        """Keys of the blobs of these namespaces that were used last, the latest first."""
+        """Keys of at most `limit` most recently used blobs of these namespaces, newest first."""
         slots = np.flatnonzero(self.where(namespaces=namespaces))
         order = np.argsort(-self._rows["last_use"][slots], kind="stable")
         return self.keys(slots[order][:limit].tolist())

@@ -1,7 +1,7 @@
-"""Index rows and the entries by which children are found: pure functions from nouns to bytes and back.
+"""Byte format of index rows and of the entries in `children`: pure functions between objects and bytes.
 
-A row's value; integers are little-endian. The fields at fixed offsets are all that a match looks at; runs are parsed
-(`kvstore.core.records.runs_from_record`) only of rows that somebody looks into.
+The value of a row; integers are little-endian. A match reads only the fields at fixed offsets. Runs are parsed
+(`kvstore.core.records.runs_from_record`) when they are first used.
 
     offset  size  what
          0     2  format version, 3
@@ -210,14 +210,14 @@ def fidelities_of(rows: Iterable[Taken]) -> set[int]:
 
 
 def templates_digests_of(rows: Iterable[Taken]) -> set[int]:
-    """The digests of the templates of rows that are not parsed; 0 of one that has none."""
+    """The template digests of rows, read without parsing the rows; 0 stands for a row without templates."""
     return {int.from_bytes(raw, "little") for raw in {value[_TEMPLATES_AT : _TEMPLATES_AT + 4] for _, value, _ in rows}}
 
 
 def parse_row(key: bytes, value: bytes, templates: Templates) -> Row:
-    """A row as it stands in the index. CorruptDataError when it was changed or is another key's.
+    """Parse and verify an index row. Raises CorruptDataError if it is damaged or belongs to another key.
 
-    Where bytes lie and what they mean is decided by it; so every row is verified whenever it is read.
+    A row says where a blob's bytes are and how to decode them, so its checksum is verified at every read.
     """
     if len(value) < TOKENS_AT + CHECK_BYTES:
         raise CorruptDataError("index row: too short")
@@ -311,7 +311,7 @@ def checkpoint_prefix(parent: bytes, n_tokens: int) -> bytes:
 
 
 def child_entries(row: Row, key: NamespaceKey | None) -> list[bytes]:
-    """The entries under which a row stands among its parent's children; `key` is its namespace's, if it has one."""
+    """The row's entries in the `children` database. `key`: the key of its namespace, if it is encrypted."""
     number = row.number.to_bytes(NUMBER_BYTES, "big")
     if row.is_checkpoint:
         return [checkpoint_prefix(row.parent, row.n_tokens) + number]

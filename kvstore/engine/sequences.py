@@ -1,4 +1,4 @@
-"""Stored sequences: a block that nothing follows, and all blocks before it. From the table alone, in numpy."""
+"""Lists stored sequences: each is a block without children and all its ancestors. Computed from the table, in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a transaction reads and changes: rows, children, namespaces, templates, and the checksums of all values."""
+"""Read and write transactions on the index: rows, children, namespaces, templates, and the checksums of all values."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class View:
 
 
 class Edit(View):
-    """A write transaction: what it changes is seen by nobody until it is committed, and then all at once."""
+    """A write transaction: readers see none of its changes until the commit, and then all at once."""
 
     def __init__(self, txn: Any, databases: dict[str, Any], index: Index) -> None:
         super().__init__(txn, databases, index.ring, index.templates)
@@ -261,7 +261,7 @@ class Edit(View):
         self._txn.put(root, with_check(root, space.pack()), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
-        """Keep a number beside the rows."""
+        """Store a number in the `meta` database."""
         key = name.encode()
         self._txn.put(key, with_check(key, value.to_bytes(8, "little")), db=self._db["meta"])
 
@@ -304,7 +304,7 @@ class Edit(View):
                 self._txn.delete(name, db=self._db["retain"])
 
     def _entries_of(self, row: Row) -> list[bytes]:
-        """Where the row stands among its parent's children; without its key that can only be looked for."""
+        """The row's entries in the `children` database. Without the namespace key they can be found only by a scan."""
         if row.is_key_missing and not row.is_checkpoint:
             return [entry for entry, key in self.entries(row.parent) if key == row.key]
         return child_entries(row, self.ring.key(row.root))

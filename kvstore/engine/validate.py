@@ -81,7 +81,7 @@ class _Tree:
 
 
 class _File:
-    """The pages of the newest transaction, each handed out once."""
+    """Reads the pages of the newest transaction. A page that is referenced twice is an error."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

@@ -1,9 +1,9 @@
-"""Prompts that are looked up before their turn in vllm-mlx, whose scheduler computes for all requests on one thread.
+"""Prefetch for vllm-mlx: looks prompts up before the scheduler, which serves all requests on one thread, gets them.
 
-A request comes to the engine's `add_request` on the event loop. There its prompt is tokenized, on the scheduler's
-thread as it would be anyway, and looked up on one of a few threads of ours; only then the scheduler hears of it, and
-its `fetch` finds the layers read, verified and evaluated. A daemon that hangs so costs its own request some time, and
-the streams of others nothing.
+A request enters through the engine's `add_request` on the event loop. Its prompt is tokenized on the scheduler's
+thread, as in the stock engine, and looked up on a thread of a small pool. Only then is the request given to the
+scheduler, whose `fetch` finds the layers read, verified and evaluated. So a daemon that hangs delays only the request
+that waits for it, and no other stream.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kvstore.integrations.restoring import Found
 
 log = logging.getLogger(__name__)
 
-# How many of a prompt's neighbours among memory's sorted keys are compared with it.
+# Number of neighbouring keys in memory's sorted order with which a prompt is compared.
 NEAR_MAX = 8
 
 
 class Ahead:
-    """What was looked up, by prompt; bounded in number and bytes. Any thread may call."""
+    """Results of early look-ups, by prompt; bounded in number and bytes. Any thread may call."""
 
     def __init__(self, memory_bytes: int) -> None:
         self._budget = ByteBudget(memory_bytes)

@@ -1,4 +1,4 @@
-"""A probe for what a prefix is needed for: problems of several steps in it, and the loss on their answers after it.
+"""A quality probe: the prefix contains multi-step arithmetic problems, and the loss on their answers is measured.
 
     statement   A = 7 + 5          in the prefix, among text
                 B = A - 3

@@ -1,8 +1,8 @@
-"""What a profile costs on a model: the same text after a cold prefix and after one that went through the store.
+"""Measures the quality loss of a profile on a model: continues a text after a cold and after a restored prefix.
 
-For every window of text the model prefills a prefix once. The cache is stored by a daemon that keeps it in the profile,
-fetched again, and both caches are continued with the same next tokens. So everything counts that a user would meet:
-incomplete groups, tails, the dtype that decoding rounds to.
+For every window of text the model prefills a prefix once. A daemon stores the cache with the profile, the cache is
+fetched again, and both caches are continued with the same tokens. So the result includes all losses that a user would
+see: incomplete groups, tails, and the rounding of decoded values to the dtype.
 
     KL          of the next-token distributions, restored against cold, in nats: mean and 99th percentile of positions
     top-1       share of positions where the most likely token is the same
@@ -168,8 +168,8 @@ def _losses(logprobs: LogProbs, tokens: Sequence[int], scored: Sequence[int]) ->
 class Calibration:
     """A model and windows of text; `measure` runs one profile over them. Use it on the thread that owns the model.
 
-    `kv_dtype`: keep KV in this dtype, in the cold cache too, and compute in the model's own. With a model in float32
-    and KV in bfloat16 the codec shows, and not the rounding of the computation. None: as the model has it.
+    `kv_dtype`: the dtype of KV, also in the cold cache; the model still computes in its own dtype. A float32 model with
+    bfloat16 KV shows the error of the codec without the rounding of the computation. None: the model's dtype.
     """
 
     def __init__(self, model: Any, of: Sequence[Window], tree: str = "", kv_dtype: str | None = None) -> None:

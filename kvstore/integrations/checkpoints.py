@@ -1,4 +1,4 @@
-"""Segment ends for models that can only continue from a checkpoint, where `mlx_lm.server` sets too few of its own.
+"""Adds checkpoints in `mlx_lm.server`, for models whose caches cannot be cut: the server itself makes too few.
 
 A window or recurrent state cannot be cut, so what the next request shares with this one is of use only if the cache was
 kept exactly there. The server keeps it at the ends of segments, and has one segment for prompts that end in a tool's
@@ -55,7 +55,10 @@ Ends = dict[int, str]
 
 
 def message_ends(tokenizer: Any, messages: Sequence[Message], prompt: list[int], options: dict[str, Any]) -> Ends:
-    """Where messages end in `prompt`, as the chat template (with its `options`) has it; empty when it does not say."""
+    """Token positions in `prompt` at which messages end, from the chat template and its `options`.
+
+    Empty if the template does not show them.
+    """
     render = functools.partial(_render, tokenizer, options)
     whole = render(messages, True)
     ends = {_system_end(tokenizer, messages, prompt, whole, render): "system"}
@@ -67,7 +70,7 @@ def message_ends(tokenizer: Any, messages: Sequence[Message], prompt: list[int],
 
 
 def _render(tokenizer: Any, options: dict[str, Any], messages: Sequence[Message], generate: bool) -> str:
-    """The text of some of the messages; empty when the template does not take them."""
+    """Apply the chat template to some of the messages; an empty string if the template rejects them."""
     try:
         settings = {**options, "tokenize": False, "add_generation_prompt": generate}
         return str(tokenizer.apply_chat_template(list(messages), **settings))
@@ -99,7 +102,8 @@ def _find(tokenizer: Any, text: str, cut: int, prompt: list[int]) -> int:
 def _system_end(
     tokenizer: Any, messages: Sequence[Message], prompt: list[int], whole: str, render: Callable[..., str]
 ) -> int:
-    """Where the system prompt ends, found as the server finds it: by what another first message would not change."""
+    """Token position at which the system prompt ends: the part of the prompt that a different first message leaves
+    unchanged. The server finds it in the same way."""
     count = next((i for i, m in enumerate(messages) if m.get("role") != "system"), len(messages))
     if not count:
         return 0
@@ -136,7 +140,7 @@ def merge(
 
 
 def _own_ends(segments: Sequence[list[int]], kinds: Sequence[str]) -> Ends:
-    """The positions at which the server keeps the cache."""
+    """Token positions at which the server keeps a copy of the cache."""
     ends, position = {}, 0
     for segment, kind in zip(segments, kinds, strict=False):
         position += len(segment)
@@ -232,7 +236,7 @@ class SegmentedGenerator(ResponseGenerator):
 
     def _segmented(self, tokenizer: Any, request: Any, args: Any) -> tuple[tuple[Any, ...], Prefill | None]:
         """What the server wants of a request, and how to feed it with stops if that is needed. Any thread."""
-        # State and vision; mlx-lm 0.31 has no vision.
+        # `more`: the server's state and, since mlx-lm 0.32, the vision inputs.
         prompt, segments, kinds, *more = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
         cache: Any = self.prompt_cache
         key = self.model_provider.model_key

@@ -1,9 +1,9 @@
-"""The engine as a namespace names it: a digest of the code that computes a model.
+"""Digest of the engine code that computes a model: the engine field of a namespace.
 
-A version says too little and too much: a corrected computation in a patch release must not meet KV of before, and a
-release that leaves this model alone must not strand what was stored. So the digest covers the modules of the model's
-classes and of its cache classes, and all that these import from engine packages, as syntax trees without comments and
-docstrings. What MLX computes is not Python: its minor version stands beside the digest.
+A version number is not enough: a patch release that corrects a computation must not reuse older KV, and a release that
+does not change this model must not invalidate stored KV. The digest covers the modules of the model's classes and cache
+classes, and everything that these import from engine packages, as syntax trees without comments and docstrings. MLX's
+own computation is not Python, so its minor version is added to the digest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 _PACKAGES = frozenset({"mlx_lm", "mlx_vlm", "vllm_mlx"})
 _TAG = b"kvstore/engine/v1\0"
-# What foreign model code may raise.
+# Exceptions that third-party model code may raise.
 _MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Fields of syntax trees that say how code was written, not what it does.
 _WRITING = frozenset({"ctx", "kind", "type_comment", "type_ignores"})

@@ -1,9 +1,9 @@
-"""Epochs: which state of a model computed a cache.
+"""Epochs: they record which state of a model computed a cache.
 
-An epoch is one state of a model's files, adapter and draft model as loaded, with the fingerprint of the models in
-memory. Loading unchanged files again is the same epoch. It is known when KV is computed, before the files are hashed:
-it compares file states, and its pins learn their digests later. KV is attributed to the epoch in which its cache was
-begun, never to what a folder holds when the cache is stored.
+An epoch is one state of a model's files, adapter and draft model as loaded, plus the fingerprint of the models in
+memory. Loading unchanged files again gives the same epoch. Epochs compare file states, so the epoch is known when KV is
+computed; the digests of its files may be computed later. KV belongs to the epoch in which its cache was started, even
+if the folder has changed when the cache is stored.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Epoch:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """Models that were seen in memory, which are not kept alive, and their epoch."""
+    """Weak references to the models seen in memory, and their epoch."""
 
     key: tuple[str | None, ...]
     models: tuple[weakref.ref[Any], ...]
@@ -75,7 +75,7 @@ class Loaded:
 
 
 class Begun:
-    """A cache that an engine fills: its prompt, and the epoch in which it was begun."""
+    """A cache that an engine is filling: its prompt, and the epoch in which it was started."""
 
     __slots__ = ("at_s", "empty", "epoch", "key", "tokens")
 
@@ -173,7 +173,7 @@ class InFlight:
 
 
 def _packed(tokens: Sequence[int]) -> bytes:
-    """The tokens for comparison; empty for what is none: the store refuses it, and an engine may keep it."""
+    """The tokens packed for comparison; empty if they are no valid token ids, which the store refuses anyway."""
     try:
         return pack_tokens(tokens)
     except InvalidRequestError:

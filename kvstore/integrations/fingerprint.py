@@ -1,8 +1,8 @@
-"""Fingerprint of a loaded model: what the files do not say about the weights in memory.
+"""Fingerprint of a loaded model: a digest of its structure and weights in memory.
 
-Files say what a model was loaded from, not what it became: arguments can be overridden at load, a model can be
-quantized or given an adapter afterwards, and a folder can be replaced while it is read. The fingerprint is a SHA-256
-over the tree of modules in name order:
+A digest of the files is not enough: arguments can be overridden at load, a model can be quantized or get an adapter
+afterwards, and a folder can be replaced while it is read. The fingerprint is a SHA-256 over the tree of modules in name
+order:
 
     class names, and every public attribute that is a number, string or container of these (LoRA scale, bits, group
     size, the arguments the model was built with)

@@ -1,6 +1,6 @@
-"""What a model folder is: a digest of its weights and configuration, worked out in the background.
+"""Identity of a model folder: a digest of its weights and configuration, computed in the background.
 
-Names decide nothing: two fine-tunes of one base have the same shapes and often the same folder name. The digest is
+Names are not used: two fine-tunes of one base have the same shapes and often the same folder name. The digest is
 
     SHA-256(tag, for each file in order of name: (name, length-prefixed; SHA-256 of its content))
 
@@ -53,7 +53,7 @@ Signature = tuple[int, int, int, int]  # inode, size, mtime_ns, ctime_ns
 
 @dataclass(frozen=True)
 class FileState:
-    """One file as it was when the folder was looked at. `sha256` is known for blobs of a Hugging Face cache."""
+    """Stat of one file at the time of the pin. `sha256` is known only for blobs of a Hugging Face cache."""
 
     name: str
     path: str
@@ -87,13 +87,15 @@ class Pin:
         return None if self.withdrawn else self.digest
 
     def confirm(self) -> None:
-        """Look again after a model was loaded from the folder: if it was replaced meanwhile, what was read is unknown,
-        and the digest is withdrawn."""
+        """Check the folder again after a model was loaded from it, and withdraw the digest if it has changed.
+
+        A folder that was replaced during the load leaves unknown which weights were read.
+        """
         if _look(self.path) != self.files:
             self.withdraw(f"{self.path} was replaced while it was loaded; load it again")
 
     def withdraw(self, why: str) -> None:
-        """There is no digest from now on. Any thread."""
+        """Invalidate the digest for good, and log why. Any thread."""
         self.withdrawn = True
         log.warning("the store is not used: %s", why)
 
@@ -101,9 +103,9 @@ class Pin:
 class WeightsDigest:
     """Digests of model and adapter folders. Any thread may call; hashing happens on a background thread, one at a time.
 
-    A digest belongs to the state in which a folder was pinned: pin it when the model is loaded. If a file changes
-    before it is hashed there is no digest, so weights in memory never get the identity of what replaced them on disk. A
-    digest may be withdrawn again: ask for it each time.
+    A digest describes the folder at the time when it was pinned: pin the folder when the model is loaded. If a file
+    changes before it is hashed, there is no digest; otherwise weights in memory could get the identity of other weights
+    on disk. A digest may be withdrawn later, so read it at each use.
     """
 
     def __init__(self, cache_path: Path | None = None) -> None:
@@ -115,9 +117,9 @@ class WeightsDigest:
         self._read: dict[tuple[str, Signature], str] = {}  # hashes of blobs that were believed by name
 
     def pin(self, folder: str | Path) -> Pin:
-        """Look at the folder as it is now. Starts to hash unless that state is already known or under way.
+        """Record the current state of the folder, and start to hash it unless this state is known or being hashed.
 
-        The pin keeps the digest of this state, whatever the folder holds and whoever pins it later.
+        The pin keeps the digest of this state, even if the folder changes and is pinned again.
         """
         path = os.path.realpath(folder)
         files = _look(path)
@@ -221,7 +223,7 @@ class WeightsDigest:
 
 
 class _ChangedError(ValueError):
-    """A file is not, or no longer, the one that was pinned."""
+    """A file differs from the one that was pinned."""
 
 
 def _look(folder: str) -> tuple[FileState, ...]:

@@ -1,4 +1,4 @@
-"""Prompts with images: where one may be cut."""
+"""Prompts with images: positions at which such a prompt may be cut."""
 
 from __future__ import annotations
 

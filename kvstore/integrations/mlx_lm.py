@@ -161,15 +161,16 @@ class PrefixStore:
 
 
 class Prefix:
-    """One prompt on its way through a model. Unpacks to `(cache, rest)`: feed all of `rest`, at least one token.
+    """One prompt during generation. Unpacks to `(cache, rest)`: feed all of `rest`, which has at least one token.
 
-    A cache knows how many tokens it holds, not which. On exit the store gets those that are named: the prompt's, and
-    what was generated if you `extend` it; more in the cache is cut off. Layers that disagree (a forward pass was broken
-    off) are not stored, nor is anything when the block raises; leaving a generator early is not that.
+    A cache knows only the number of its tokens, not their ids. On exit, the KV of the known tokens is stored: the
+    prompt, and generated tokens that were passed to `extend`. Further tokens in the cache are cut off. If layers hold
+    different numbers of tokens (an interrupted forward pass), or if the block raises, nothing is stored. Leaving a
+    generator early does not count as an exception.
 
-    Layers of purely recurrent models (mamba, rwkv7) do not know how many tokens they hold, so what they hold at the end
-    cannot be checked against the names. Of these models the prompt is fed on entry, all but its last token, and stored
-    at once; what is generated is not.
+    Layers of purely recurrent models (mamba, rwkv7) do not know how many tokens they hold, so their content cannot be
+    checked on exit. For these models, all but the last token of the prompt is fed on entry and stored at once.
+    Generated tokens are not stored.
     """
 
     def __init__(self, store: ModelStore, key: ModelKey, model: Any, tokens: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
-"""Models and the store: which session belongs to which model, and fetch and store of whole caches.
+"""Fetches and stores whole caches for the models of a process, with one session per model.
 
-`ModelKey` is mlx_lm.server's: (model path or Hugging Face id, adapter path, draft model path). Everything here answers
-trouble with "nothing fetched" or "nothing stored" and counts why; generation goes on as if there were no store.
+`ModelKey` is that of mlx_lm.server: (model path or Hugging Face id, adapter path, draft model path). Errors here result
+in "nothing fetched" or "nothing stored", with the reason counted; generation continues without the store.
 """
 
 from __future__ import annotations
@@ -196,11 +196,11 @@ class ModelStore:
         self.pin(*(name for name in names if name not in folders))
 
     def epoch(self, key: ModelKey, *models: Any) -> Epoch:
-        """The epoch of a model: its folders as they were pinned (now, if they never were) and what is in memory.
+        """The current epoch of a model: its pinned folders, and the fingerprint of the models in memory.
 
-        `models`: the loaded model, and its draft model; on the thread that owns them. Other objects than were seen
-        before were loaded since: if nobody pinned their folders then, they are pinned now. Without `models` the epoch
-        of those that were seen last; any thread. Models that cannot be looked at have one without an identity.
+        `models`: the loaded model and its draft model; call on the thread that owns them. Folders without a pin are
+        pinned now, also if these objects are new and their folders were not pinned at load. Without `models`: the epoch
+        of the objects seen last; any thread. A model that cannot be inspected gets an epoch without an identity.
         """
         try:
             return self._epoch(key, models)
@@ -380,7 +380,7 @@ class ModelStore:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """The edge at which trouble with what an engine handed over ends: it is counted and said, never raised."""
+        """Context manager that counts and logs errors in an engine's data instead of raising them."""
         try:
             yield
         except KVStoreError as error:
@@ -412,12 +412,12 @@ class ModelStore:
 
     @property
     def memory_bytes(self) -> int:
-        """The bound on bytes in queues and buffers, of which each kind keeps to it by itself."""
+        """Limit in bytes for queues and buffers. Each kind of buffer may use the whole limit."""
         return self._client.config.memory_bytes
 
     @property
     def fetch_total_s(self) -> float:
-        """The longest that a fetch may take."""
+        """Time limit of one fetch, in seconds."""
         return self._client.config.fetch_total_ms / 1e3
 
     def flush(self, timeout_s: float) -> bool:

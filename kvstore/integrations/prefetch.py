@@ -1,9 +1,9 @@
-"""Fetches for `mlx_lm.server` before a request takes its turn.
+"""Prefetch for `mlx_lm.server`: fetches the prefix of a request before the request is queued.
 
-The server does everything on one generation thread, so a fetch there stops every answer that is being written. Here the
-thread of the HTTP request has the prompt tokenized and fetched first, waits for that at most as long as a fetch may
-take, and only then queues the request; the generation thread finds the layers read, verified and evaluated, and makes
-cache layers of them. In the server that is
+The server generates on one thread, so a fetch on that thread would stall all running answers. Instead, the thread of
+the HTTP request has the prompt tokenized and fetched first, waits at most the time limit of a fetch, and then queues
+the request. The generation thread gets layers that are read, verified and evaluated, and makes cache layers from them.
+The hooks in the server are
 
     generate    what an HTTP thread calls: prepares the request, then the stock one; watches the progress of its prompt
     _tokenize   what the generation thread calls: takes what was prepared for this request, if anything was

@@ -1,8 +1,8 @@
 """The prompt cache of `mlx_lm.server` with the store behind it.
 
-The stock `LRUPromptCache` stays what it is, as the tier in memory. A fetch takes from the store what memory does not
-have; an insert also stores. The server calls both on its one generation thread, which owns the arrays, and ends that
-thread on any exception: so nothing is raised here because of the store, and there is always a token left to feed.
+The stock `LRUPromptCache` remains the in-memory tier. A fetch gets from the store what memory does not have; an insert
+also stores. The server calls both on its one generation thread, which owns the arrays, and any exception ends that
+thread. So the store never causes an exception here, and a fetch always leaves at least one token to feed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def default_memory_bytes() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """What was found out about a prompt before its turn: in the store, and how many tokens of it memory had then."""
+    """Result of looking up a prompt early: `found` in the store, and `covered` tokens in memory at that time."""
 
     model: ModelKey
     tokens: list[int]
@@ -229,7 +229,7 @@ class PromptCache(LRUPromptCache):
         return self._enabled and any(one.exact_layers for one in self._layouts(model))
 
     def limit(self, model: ModelKey) -> int | None:
-        """How many tokens of a prompt to look up, None: all."""
+        """Maximum number of leading tokens of a prompt to look up; None means all."""
         return self._limit(self._layouts(model))
 
     def _limit(self, layouts: Sequence[Layout]) -> int | None:
@@ -241,12 +241,12 @@ class PromptCache(LRUPromptCache):
 
     @property
     def memory_bytes(self) -> int:
-        """The bound on bytes that are fetched ahead."""
+        """Limit in bytes for prefetched layers."""
         return self._store.memory_bytes
 
     @property
     def fetch_total_s(self) -> float:
-        """The longest that a fetch may take."""
+        """Time limit of one fetch, in seconds."""
         return self._store.fetch_total_s
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -287,7 +287,7 @@ class PromptCache(LRUPromptCache):
         return found.restored() if found is not None and worth else None
 
     def _in_memory(self, place: tuple[ModelKey, Epoch], tokens: list[int], *, cuttable: bool) -> int:
-        """About how many leading tokens memory has. Any thread: it only looks up one key after the other."""
+        """Approximate number of leading tokens in memory. Any thread may call: the trie is only read, key by key."""
         node, depth, held = self._trie._trie.get(place), 0, 0  # noqa: SLF001  # its own search walks all branches
         while node is not None and depth < len(tokens) - 1:
             node = node.get(tokens[depth])

@@ -1,4 +1,4 @@
-"""A guard around the generation thread of `mlx_lm.server`: no request ends it.
+"""Protects the generation thread of `mlx_lm.server` from invalid requests, which would end it.
 
 The stock server checks some parameters where a request arrives and finds the others wrong on its one generation thread,
 outside any `try`. An empty prompt, a stop word that is not text, `top_k` above the vocabulary, a number that does not
@@ -134,9 +134,9 @@ def _try_sampler(sampler: Callable[[mx.array], Any], logits: mx.array) -> None:
 
 
 class Handler(stock.APIHandler):
-    """The server's HTTP handler, which answers an error of a request with 404, and one while it generates not at all.
+    """HTTP handler that also reports errors during generation: status 500, or an error event in a stream.
 
-    Of the latter the client saw a connection that closes. Now it gets 500, or, in a stream, an event with the error.
+    The stock handler answers an invalid request with 404, and only closes the connection on an error in generation.
     """
 
     _headers_sent = False

@@ -1,8 +1,8 @@
-"""What came out of the store, on its way to an engine: the one place where making cache layers of it may fail.
+"""Converts restored layers to an engine's cache, and turns every failure of that into a miss.
 
-Every engine (mlx_lm.server, vllm-mlx, a loop of one's own) gets its layers through `Found.restored`. Whatever is raised
-there, by a layer that breaks a rule or by the engine's own classes, is a miss: it is counted, the daemon is told and
-checks the blob again by itself, and the engine computes the prompt.
+Every engine (mlx_lm.server, vllm-mlx, a custom loop) gets its layers through `Found.restored`. An exception there, from
+a layer that breaks a rule or from the engine's own classes, is a miss: it is counted and reported to the daemon, which
+verifies the blob again, and the engine computes the prompt.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Finish = Callable[[list[Any]], list[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """Layers that came out of the store, how many tokens they hold, and the epoch of the model that they belong to.
+    """Layers restored from the store, their number of tokens, and the model epoch that they belong to.
 
-    `unusable(error)` is told when no cache can be made of them.
+    `unusable(error)` is called if no cache can be made from the layers.
     """
 
     layers: Sequence[CacheLayer]

@@ -77,7 +77,7 @@ def _vllm_mlx(flags: Sequence[str], slow_hits: bool) -> int:
 
 
 def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: Callable[[float], None]) -> NoReturn:
-    """Call `main` with the flags as its command line, give the store `FLUSH_S` after it, and end the process."""
+    """Run `main` with the flags as its command line, then flush the store for at most `FLUSH_S` and end the process."""
     sys.argv = [name, *flags]
     for number in ending_signals():
         signal.signal(number, _interrupt)
@@ -91,7 +91,7 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
         code = 1
     finally:
         close(FLUSH_S)
-    # Without Python's own end: it races with the destructors of MLX's generation thread, and the process then aborts
+    # Skip Python's shutdown: it races with the destructors of MLX's generation thread, and the process then aborts
     # (the stock server in three of four stops), which launchd and systemd report as a crash.
     logging.shutdown()
     sys.stdout.flush()

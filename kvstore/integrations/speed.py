@@ -1,4 +1,4 @@
-"""How fast an engine computes prompts, measured from outside, so that only what is worth it is asked of the store."""
+"""Measures an engine's prefill speed from outside. The daemon needs it to skip hits that would not save time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The prefix cache of vllm-mlx with the store behind it (its batched engine; `kvstore run vllm-mlx serve MODEL ...`).
 
-The stock `MemoryAwarePrefixCache` stays what it is, as the tier in memory: a fetch takes from the store what memory
-does not have, and an entry that was taken into memory is also stored. The subclass stands in for it in the modules of
-the two schedulers, for text models and for models with vision, of which the token-only cache serves text requests.
+The stock `MemoryAwarePrefixCache` remains the in-memory tier: a fetch gets from the store what memory does not have,
+and an entry that memory accepts is also stored. The subclass replaces it in the modules of both schedulers, for text
+models and for vision models. For vision models the cache serves only requests without images.
 
 With `--kv-cache-quantization` an entry holds codes. These are stored, bit-exact, and expanded after a fetch as the
 stock class does it, so that a hit from the store is what the same hit in memory would be. A sequence that it leaves
@@ -189,7 +189,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
 
     @property
     def fetch_total_s(self) -> float:
-        """The longest that a fetch may take."""
+        """Time limit of one fetch, in seconds."""
         return self._tier.fetch_total_s
 
     def save_to_disk(self, cache_dir: str) -> bool:
@@ -270,7 +270,7 @@ def _with_codes(layer: Any) -> Any:
 
 
 def expand(cache: Sequence[Any]) -> list[Any]:
-    """The cache with plain layers in place of quantized ones: the engine computes with these only. Evaluated."""
+    """Replace quantized layers of a cache with plain, evaluated ones: the engine computes only with plain layers."""
     return [_expanded(layer) if type(layer) is QuantizedKVCache else layer for layer in cache]
 
 

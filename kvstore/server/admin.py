@@ -1,4 +1,4 @@
-"""The RPC edge of Admin: what people and scripts ask. Each verb runs on threads of its own (`threads.py`)."""
+"""RPC handlers of the Admin service, for people and scripts. Each verb runs on its own threads (`threads.py`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FINDINGS_MAX = 1000
 
 
 class AdminService(rpc.AdminServicer):
-    """What people and scripts call. All methods run on the event loop."""
+    """The gRPC Admin service. All methods run on the event loop."""
 
     def __init__(
         self,

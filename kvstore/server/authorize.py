@@ -1,4 +1,4 @@
-"""Who is let in over TCP: the daemon's certificate, and the guard that every call passes before its message is read."""
+"""Authorization over TCP: the daemon's certificate, and the guard that checks each call before its message is read."""
 
 from __future__ import annotations
 
@@ -107,10 +107,11 @@ def guards(files: CredentialFiles) -> list[grpc.aio.ServerInterceptor]:
 
 
 class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
-    """Refuses calls whose token, or whose certificate, does not give the scope that the method takes.
+    """Refuses calls whose token or certificate does not grant the scope that the method requires.
 
-    A call without a good token is refused before its message is read, so strangers cannot make the daemon buffer any.
-    With certificates alone, who has none was refused by TLS; the name in it tells an admin's from a worker's.
+    A call without a valid token is refused before its message is read, so strangers cannot make the daemon buffer data.
+    If only certificates are used, TLS has already refused clients without one; the name in the certificate
+    distinguishes an admin from a worker.
     """
 
     def __init__(self, files: CredentialFiles) -> None:

@@ -1,16 +1,16 @@
-"""How much is let in at once, and how long a caller may take: every call passes here before its message is read.
+"""Limits on calls: how many run at once, and how long a caller may stall. Checked before a call's message is read.
 
-    clients at most `connections_max` that called lately
-    count   at most `calls_max` calls under way; as many again of those that carry on with an upload
+    clients at most `connections_max` clients that called recently
+    count   at most `calls_max` running calls, and the same number again of calls that continue an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
-    pace    a message that is awaited, or a reply that is not taken, ends the call after `stream_stall_s`
+    pace    a call is cancelled if the caller sends no message, or reads no reply, for `stream_stall_s`
 
-Admin verbs and health checks take no part in these: people can always ask a busy daemon what is wrong with it. What is
-over a limit is refused with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged, and costs nothing more.
+Admin verbs and health checks are exempt, so that a busy daemon can always be inspected. A call above a limit is refused
+with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged.
 
-A call that is ended for its pace has its handler cancelled: lease, files, memory and upload are free at once. An upload
-is told so, with DEADLINE_EXCEEDED. A caller that sends no request, or takes no reply, has no use for a status: gRPC
-itself keeps the dead stream until it goes away or its deadline passes; `connection_calls_max` bounds how many.
+When a call is cancelled for its pace, its lease, files, memory and upload are released at once. An upload gets the
+status DEADLINE_EXCEEDED. Other stalled callers get no status, because they would not read it: gRPC keeps the dead
+stream until the caller disconnects or its deadline passes, and `connection_calls_max` limits the number of these.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 RETRY_S = 0.2
 MEMORY_SHARE = 4
-# Admin verbs and health checks have places of their own, and messages that need no account.
+# Separate limits for Admin verbs and health checks. Their messages are too small to be counted in bytes.
 ADMIN_CALLS_MAX = 64
 ADMIN_MESSAGE_BYTES_MAX = 64 << 10
 _BEGINS, _CARRIES_ON, _ADMIN = range(3)
 _ADMIN_PREFIXES = ("/grpc.health.v1.Health/Check", f"/{pb.DESCRIPTOR.services_by_name['Admin'].full_name}/")
-# Of an upload that has its place already: refusing these would keep that place taken, and they keep nobody else out.
+# Calls that continue an upload. Refusing them would only keep the upload's place occupied for longer.
 _CARRYING_ON = ("/Upload", "/CommitStore", "/AbortStore")
 
 
 class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has no types
-    """Counts calls and the bytes of their messages, and ends those that dawdle. Lives on the event loop."""
+    """Counts calls and the bytes of their messages, and cancels calls that stall. Call it on the event loop only."""
 
     def __init__(self, config: Config, refusals: Refusals) -> None:
         self._calls_max = (config.limits.calls_max, config.limits.calls_max, ADMIN_CALLS_MAX)
@@ -140,7 +140,7 @@ class Pace:
 
 
 class _Call:
-    """One admitted call: what it holds, given back when its handler ends. gRPC runs all of it in one task."""
+    """The share of the limits that one admitted call holds until its handler ends. gRPC runs a call in one task."""
 
     def __init__(self, admission: Admission, kind: int, caller: str) -> None:
         self._admission = admission

@@ -1,8 +1,8 @@
-"""Who calls: clients by the names that they give themselves, and the connections that the process holds.
+"""Counts the daemon's clients and its open connections.
 
-gRPC does not tell a handler which connection a call came on, and a connection without a call reaches no handler at all.
-So a client sends a random name with each call; those that called lately are counted, and one too many is refused in
-words. Connections that nobody uses show only among the sockets of the process.
+gRPC does not tell a handler on which connection a call arrived, and a connection without calls reaches no handler. So
+each client sends a random name with every call. The daemon counts recent names and refuses a client above the limit
+with an error message. Unused connections can be counted only among the sockets of the process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GRPC_MORE = 16
 
 
 class Callers:
-    """The clients that called lately, at most `callers_max`. Lives on the event loop."""
+    """The clients that called recently, at most `callers_max`. Call it on the event loop only."""
 
     def __init__(self, callers_max: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._callers_max = callers_max
@@ -90,7 +90,7 @@ def open_sockets() -> int:
 
 
 class Sockets:
-    """Connections of the process, counted now and then. `begin` and `look` read the file system: a worker thread's."""
+    """Counts the connections of the process. `begin` and `look` read the file system: call them on a worker thread."""
 
     def __init__(self, config: Config, refusals: Refusals) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -106,7 +106,7 @@ class Sockets:
         self._own = open_sockets()
 
     def look(self) -> None:
-        """Count again; at gRPC's own limit, say so, since gRPC does not."""
+        """Count the connections again. Logs when gRPC's own limit is reached, since gRPC does not log that."""
         self.connections = max(0, open_sockets() - self._own)
         if self.connections >= self.connections_max:
             words = f"{self.connections} connections are open, and gRPC drops new ones; idle ones end by themselves"

@@ -1,23 +1,23 @@
-"""What a fetch costs, learned from the fetches before it, and which prefix is worth that to its caller.
+"""Cost model of fetches: learns how long they take, and decides which prefix is worth restoring for a caller.
 
-A namespace has one model and one layout, so three numbers say what its fetches take, for each way of handing over:
+A namespace has one model and one layout, so three terms per transport describe the time of its fetches:
 
     seconds = fixed + reading + decoding
-    fixed     a call, and something for each layer
-    reading   something for each block (a file to open), and the stored bytes
-    decoding  the bytes of layers that codecs make
+    fixed     per call, and per layer
+    reading   per block (a file to open), and per stored byte
+    decoding  per byte that a codec decodes
 
-Each begins with a guess, and what is learned is by which factor the guess is wrong: a measured time moves the factors
-of what it was made of, in logarithms, most that of the larger part. So small hits teach the fixed part and large ones
-the rate, no fit can go negative, and a disk that is a hundred times slower is noticed at once and by everything. (A
-line through decayed sums was rejected: where all hits have one size it says nothing of the others.)
+Each term starts as an estimate, and the model learns a correction factor for it. A measured time corrects the factors
+of its terms, in logarithms; the largest term is corrected most. So small hits teach the fixed term and large hits the
+rate, no term can become negative, and one fetch from a disk that is a hundred times slower corrects all estimates.
+(Linear regression over decayed sums was rejected: if all hits have one size, it cannot predict other sizes.)
 
-Measured times are those of one fetch alone: they are divided by the fetches that were active, and multiplied by those
-that are when they are asked for. What was found to be slow fades, so that it is tried again: a namespace from which
-nothing is restored measures nothing.
+Factors describe a fetch that runs alone: measured times are divided by the number of active fetches, and predictions
+are multiplied by it. Corrections towards slow decay with time, so that restoring is tried again: a namespace from which
+nothing is restored gets no new measurements.
 
-A worker may report what only it can see, once, of a fetch of its own, and no more time than has passed here since the
-reply: what it says is believed for other callers of the namespace too.
+A worker may report times that only it can measure, once per fetch of its own. A report applies to all callers of the
+namespace, so the daemon accepts no more time than has passed since its reply.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ Way = Literal["path", "stream", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What a caller says of itself: its speed (0: not said), leading tokens it has anyway, how it takes the bytes."""
+    """The caller's side of a fetch: its prefill speed (0: unknown), leading tokens in its memory, and the transport."""
 
     prefill_tokens_per_s: float = 0.0
     covered_tokens: int = 0
@@ -86,7 +86,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a fetch has to do."""
+    """Amount of work in a fetch."""
 
     layers: int
     blocks: int
@@ -96,7 +96,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a fetch took: `read_s` from the call until all bytes were there, 0 when it was not measured."""
+    """Measured times of a fetch. `read_s`: from the call until all bytes have arrived; 0 if not measured."""
 
     read_bytes: int = 0
     read_s: float = 0.0
@@ -111,7 +111,7 @@ class Timing:
 
 @dataclass(slots=True)
 class Belief:
-    """By which factor one guess is wrong, as a logarithm, and since when that is known."""
+    """Learned correction of one estimate: the logarithm of its factor, and when it was last updated."""
 
     log_factor: float = 0.0
     at_s: float = 0.0
@@ -131,7 +131,7 @@ class Belief:
 
 @dataclass(slots=True)
 class _Way:
-    """What is known of one namespace and one way of handing over."""
+    """Estimates for one namespace and one transport."""
 
     fixed: Belief = field(default_factory=Belief)
     reading: Belief = field(default_factory=Belief)
@@ -166,7 +166,7 @@ class _Way:
             self.reading.move(error * (1 - share), now_s)
 
     def learn_decoding(self, work: Work, crowd: int, seconds: float, now_s: float) -> None:
-        """Take the time that decoding took."""
+        """Update the decoding estimate from a measured time."""
         step = max(STEP, 1 / (self.decodes + 1))
         self.decodes += 1
         self.decoding.move(step * _log_ratio(seconds, self.parts(work, now_s)[2] * crowd), now_s)
@@ -188,9 +188,9 @@ class _Answered:
 
 
 class Costs:
-    """Beliefs about the namespaces that were fetched from last, and the fetches that are active. Any thread may call.
+    """Cost estimates of recently used namespaces, and the active fetches. Any thread may call.
 
-    `backlog_s` says how long new work waits for the daemon's device.
+    `backlog_s` returns how long new work waits for the daemon's device.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Decoding on the daemon's device, in pieces of one layer.
+"""Decodes layers on the daemon's device, a few blocks at a time.
 
-A whole layer of a long hit would hold up every other fetch, and take device memory for all of it. So blocks are taken a
-few at a time: this thread reads and gathers, the lane only decodes, and while it does the next piece is being read. The
-device never waits for the disk.
+Decoding a whole layer of a long hit at once would delay every other fetch and need device memory for the full layer.
+The calling thread reads and gathers the next piece while the lane decodes the current one, so the device never waits
+for the disk.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""FETCH, its plan: from the index, with a lease. Who says how fast it computes gets what is worth it (`costs.py`).
+"""Plans a FETCH from the index and leases its blobs. A caller that states its prefill speed gets only hits that save
+time (`costs.py`).
 
 `layers.py` makes the bytes of it, `sender.py` sends them. Anything that is wrong with a block makes the prefix shorter
 before the plan is sent; after that it ends the stream, and the next fetch finds the block gone.
@@ -36,7 +37,7 @@ NOTHING_SAID = Offer()
 
 
 class Stopwatch:
-    """What a fetch takes, while the daemon itself carries it out. One thread at a time."""
+    """Measures the time of a fetch while the daemon works on it. One thread at a time."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()

@@ -1,9 +1,9 @@
-"""The gate: which profile a store gets.
+"""The quality gate: chooses the profile for each store.
 
-`kvstore calibrate` measures, decides and records (`kvstore.quality`); the gate reads what it recorded. A profile that
-was measured and failed is refused with the numbers, under every name that it has. One that was named, in the
-configuration or by a session, and never measured is used, warned of once and listed in `stats`. `auto` takes the
-smallest that was measured and passed: `safe` without any.
+`kvstore calibrate` measures profiles, decides which pass and records that (`kvstore.quality`); the gate reads the
+records. It refuses a profile that failed, under every name of it, and quotes the numbers. A profile that the
+configuration or a session names but that was never measured is used, with one warning and an entry in `stats`. `auto`
+selects the smallest profile that passed, or `safe` if none was measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kvstore.quality import Calibrated, Verdict
 log = logging.getLogger(__name__)
 
 
-# As many pairs of namespace and profile are logged and listed; every caller is told of each.
+# Limit on the pairs of namespace and profile that are logged and listed. Callers are warned in any case.
 WARNED_MAX = 1000
 
 NOT_MEASURED = "it was not measured on this model; run: kvstore calibrate --model PATH --profile "
@@ -30,7 +30,7 @@ NOT_MEASURED = "it was not measured on this model; run: kvstore calibrate --mode
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The profile that a store gets, why it is not the one asked for, and what its caller should be warned of."""
+    """The profile chosen for a store. `refused`: why it is not the requested one. `warning`: a text for the caller."""
 
     profile: Profile
     refused: str = ""
@@ -38,10 +38,10 @@ class Choice:
 
 
 class Gate:
-    """Chooses profiles. Any thread may call; one look at a dictionary, after a namespace's first."""
+    """Chooses profiles. Any thread may call. After the first call for a namespace a choice is a dictionary look-up."""
 
     def __init__(self, files: QualityFiles, default: str) -> None:
-        """`default`: the profile of who names none; one that `parse_profile` knows."""
+        """`default`: the profile for sessions that name none; a name that `parse_profile` accepts."""
         self._files = files
         self._default = default
         self._lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""The threads that own MLX: one, or where the device bears it a second one for stores."""
+"""The threads that own MLX: one, and on devices that support it a second one for stores."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from kvstore.errors import LimitError, UnavailableError
 
 T = TypeVar("T")
 
-# A store piece competes as if it had come this much later than it did: fetches go first, yet no store waits forever.
+# Delay added to a store piece's place in the queue: fetches go first, but no store waits forever.
 STORE_HANDICAP_S = 0.25
 QUEUE_MAX = 256
-# A lane that had nothing to do for so long gives back what MLX keeps for reuse.
+# A lane that has been idle for this long frees the memory that MLX keeps for reuse.
 IDLE_S = 5.0
-# How much of the mean duration of a piece the last one decides.
+# Weight of the newest piece in the moving average of durations.
 MEAN_STEP = 0.2
 RETRY_S = 0.5
 
 
 class Lane:
-    """Runs pieces of device work, fetches before stores. Any thread may submit.
+    """Queue of device work, which runs fetches before stores. Any thread may submit.
 
-    On one thread, one piece at a time; with `apart`, where the device bears it, stores have a second thread that gives
-    way to whatever else runs on the machine, and fetches never wait for them. Submit work in pieces of about 50 ms: a
-    running piece is never interrupted.
+    One thread runs one piece at a time. With `apart`, on devices that support it, stores run on a second thread of low
+    priority, so that fetches never wait for them. Submit work in pieces of about 50 ms: a running piece is never
+    interrupted.
     """
 
     def __init__(
         self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None, *, apart: bool = False
     ) -> None:
-        """`start` runs on each thread before its first piece (device limits are set there), `idle` whenever nothing
-        came for `IDLE_S` after some (device memory is given back there)."""
+        """`start` runs on each thread before its first piece, to set device limits. `idle` runs when a thread that
+        has worked gets no piece for `IDLE_S`, to free device memory."""
         self._idle = idle
         release = None if idle is None else self._release
         self._fetches = _Queue("kvstore-lane", start, release)

@@ -31,13 +31,14 @@ from kvstore.wire.frames import CHUNK_BYTES, layer_frame
 # Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.
 DENSE_BYTES = 5 * PIECE_BYTES + BATCHES_MAX * (BATCH_BYTES + PIECE_BYTES)
 PACKED_BYTES = 2 * CHUNK_BYTES + BATCHES_MAX * BATCH_BYTES
-# All fetches together keep OPEN_FILES_MAX files open, and each at least so many: launchd gives a process 256.
+# Open files that each fetch may have at least. All fetches together have at most OPEN_FILES_MAX: under launchd a
+# process may open 256.
 OPEN_FILES_MIN = 4
 RETRY_S = 0.2
 
 
 class Piece(Protocol):
-    """A range or a view."""
+    """Bytes to be sent: a stored byte range, or a view of memory."""
 
     @property
     def nbytes(self) -> int:
@@ -117,7 +118,7 @@ class LayerFrames:
 
     @contextlib.contextmanager
     def _reader(self, plan: FetchPlan) -> Iterator[RangeReader]:
-        """The plan's files, with a share of the daemon's descriptors. A fetch that finds none free reads with few."""
+        """Open the plan's files within the daemon's limit on open files. A fetch always gets a minimum of them."""
         wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
         granted = wanted if self._files.try_acquire(wanted) else 0
         try:

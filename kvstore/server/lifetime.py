@@ -1,7 +1,7 @@
 """Counters that outlive a daemon: `settings/traffic.json` in the data directory, written at most once a minute.
 
-A kill loses what happened since the last write. The file is small (a few numbers for each of 256 namespaces at most),
-and a lost or damaged one costs the counters, nothing else: the daemon says so and begins to count anew.
+If the daemon is killed, counts since the last write are lost. The file is small (a few numbers for each of at most 256
+namespaces). If it is lost or damaged, the daemon logs that and starts counting from zero; nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Lifetime:
     """The file, and the traffic that it was read into. One thread at a time: it reads and writes the disk."""
 
     def __init__(self, folder: Path, *, sync: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
-        """Read what is there. Never fails."""
+        """Read the file into the counters. Never raises: a missing or damaged file counts as empty."""
         self._folder = folder
         self._path = folder / FILE
         self._sync = sync

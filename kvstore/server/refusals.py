@@ -1,4 +1,4 @@
-"""What was refused because of a limit: counted by limit, and said in the log."""
+"""Counts and logs requests that were refused because of a limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Refusals:
         self._clock = clock
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
-        self._logged: dict[str, tuple[int, float]] = {}  # by limit: the count and the time of its last line
+        self._logged: dict[str, tuple[int, float]] = {}  # by limit: number of refusals, and time of the last log line
 
     def add(self, error: LimitError) -> None:
         """Count a refusal. Errors that name no limit are of the request itself, and are not counted."""

@@ -1,9 +1,9 @@
-"""Requests of workers: each is counted once and has one line in the log, whatever calls it is made of.
+"""Counts and logs the requests of workers: one count and one log line per request, even if it took several calls.
 
-A worker that has part of a prompt in memory asks with a match first, and fetches only what is worth it. So a match that
-no fetch of the same id follows is a request, too. It is counted at once, and taken back if a fetch, or another layout
-of the same model, gives something after all; its line waits a second for that. The line of a hit waits until the bytes
-are read: of files only the worker knows when that is.
+A worker with part of a prompt in memory sends a match first, and fetches only if that saves time. So a match without a
+following fetch of the same id is a request too. It is counted at once; the count is taken back if a fetch, or another
+layout of the same model, gives a hit after all, and its log line is delayed by a second for that. The log line of a hit
+waits until the bytes have been read; when files are read by path, only the worker knows when that is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One question of a worker: for how many tokens, of which it has `covered` anyway, and how fast it computes."""
+    """One request of a worker: its number of tokens, the `covered` ones in its memory, and its prefill speed."""
 
     who: Who
     request_id: str

@@ -1,4 +1,4 @@
-"""The RPC edge: errors become status codes. Handlers run on the event loop and only await (`threads.py`)."""
+"""Converts errors of RPC handlers to gRPC status codes. Handlers run on the event loop and must not block."""
 
 from __future__ import annotations
 

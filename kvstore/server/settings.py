@@ -1,4 +1,4 @@
-"""What may change while the daemon runs: `kvstore set daemon KEY=VALUE`. A restart goes back to the configuration."""
+"""Settings that `kvstore set daemon KEY=VALUE` changes at run time. A restart goes back to the configuration."""
 
 from __future__ import annotations
 

@@ -174,5 +174,5 @@ def namespace_message(one: NamespaceUsage, gate: Gate, traffic: Snapshot) -> pb.
 
 
 def quality_messages(verdicts: Iterable[Verdict]) -> list[pb.Quality]:
-    """Results, and why each profile may not be used."""
+    """Convert calibration verdicts to messages; a failed verdict says why."""
     return [verdict_to_message(one) for one in verdicts]

@@ -1,4 +1,4 @@
-"""Sending the frames of a fetch: read ahead on worker threads, at the pace of the worker that receives them.
+"""Sends the frames of a fetch: reads ahead on worker threads, at the pace of the receiving client.
 
 A stream holds two batches, the one being sent and the next; the maker of the frames counts them. A client that stops
 reading holds them for `stall_s` and no longer; one that goes away, until the batch in the making is done.

@@ -1,4 +1,4 @@
-"""What requests got and stores brought: since start, in the last hour, in all, and by namespace and session.
+"""Traffic counters of fetches and stores: since start, for the last hour, lifetime, by namespace and by session.
 
 Plain counters. `requests.py` counts, `lifetime.py` keeps the lifetime over a restart, `stats.py` and the command line
 read. Nothing here knows gRPC or the engine.
@@ -18,7 +18,7 @@ HOUR_MINUTES = 60
 NAMESPACES_MAX = 256
 SESSIONS_MAX = 256
 BLOCKS_MAX = 65_536
-# A session that asked nothing for so long is not listed any more: its worker is most likely gone.
+# A session without requests for this long is no longer listed: its worker has most likely ended.
 SESSION_S = 86_400.0
 
 

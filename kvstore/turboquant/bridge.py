@@ -144,7 +144,7 @@ def _joined(packed: PackedVectors) -> mx.array:
 
 
 def _split(rows: mx.array, like: PackedVectors) -> tuple[mx.array, ...]:
-    """The inverse of `_joined`; `like`: packed vectors of the same recipe."""
+    """Split joined rows into tensors again: the inverse of `_joined`. `like`: packed vectors of the same recipe."""
     tensors, at = [], 0
     for tensor in like.tensors:
         width = tensor.shape[-1]

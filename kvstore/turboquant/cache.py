@@ -31,10 +31,11 @@ Tensors = tuple[mx.array, ...]
 
 @dataclass(frozen=True, slots=True)
 class KVCacheConfig:
-    """How keys and values of `dim` coordinates are kept; values always by MSE.
+    """Configuration of the quantized cache of one head: `dim` coordinates per key and per value.
 
-    `max_tokens`: the oldest leave beyond so many; 0 keeps all. `store_norms`: vectors of any length, at four bytes more
-    for each of them; without it they must be unit vectors.
+    Values are always packed with MSE; `key_strategy` applies to keys only. `max_tokens`: when the cache is full, the
+    oldest tokens are dropped; 0 means no limit. `store_norms`: accept vectors of any length, at 4 bytes more per
+    vector. Without it, vectors must be unit vectors.
     """
 
     dim: int
@@ -57,12 +58,15 @@ class KVCacheConfig:
         return turboquant_mse_recipe(self.value_bits, self.seed + VALUE_SEED, unit=not self.store_norms)
 
     def to_dict(self) -> dict[str, Any]:
-        """What json takes, and `from_dict`."""
+        """The fields as a JSON-serializable dictionary. `from_dict` reads it back."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> KVCacheConfig:
-        """The config that these fields describe, defaults for those left out; InvalidVectorError (config) otherwise."""
+        """Build a configuration from a dictionary. Missing fields get their defaults.
+
+        Raises InvalidVectorError (config) for unknown fields, wrong types and values out of range.
+        """
         try:
             given = cls(**values)
             strategy = QuantStrategy(given.key_strategy)
@@ -97,12 +101,12 @@ class CacheStats:
 
     @property
     def total_bytes(self) -> int:
-        """Keys and values."""
+        """Packed bytes of keys and values together."""
         return self.key_bytes + self.value_bytes
 
     @property
     def compression_ratio(self) -> float:
-        """Baseline over packed; 0 when there is nothing."""
+        """Bytes in float32 divided by bytes as packed; 0 for an empty cache."""
         return self.baseline_bytes / self.total_bytes if self.total_bytes else 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,7 +220,10 @@ class QuantizedKVCache:
         self.append(*one)
 
     def prepare(self, keys: Any, values: Any) -> tuple[Tensors, Tensors]:
-        """Check and pack, without appending: what `commit` takes. InvalidVectorError for vectors that cannot be."""
+        """Validate and pack keys and values without appending them. Pass the result to `commit`.
+
+        Raises InvalidVectorError for vectors that cannot be packed.
+        """
         rows = [_rows(part, each.quantizer) for part, each in ((keys, self._keys), (values, self._values))]
         if rows[0].shape[0] != rows[1].shape[0]:
             raise InvalidVectorError("length", f"{rows[0].shape[0]} keys and {rows[1].shape[0]} values")
@@ -263,7 +270,7 @@ class QuantizedKVCache:
 
     @property
     def packed_keys(self) -> PackedVectors:
-        """The keys as they are kept."""
+        """All keys in packed form, without decoding."""
         return self._keys.packed
 
     @property

@@ -198,7 +198,7 @@ def inner_products(tensors: Sequence[mx.array], form: RowFormat, query: mx.array
 
 
 def weighted_sum(tensors: Sequence[mx.array], form: RowFormat, weights: mx.array) -> mx.array:
-    """float32 `[width]`: the sum of packed vectors `[n]`, each times its weight `[n]`, lazy. Rotates the sum alone."""
+    """Weighted sum of packed vectors: float32 `[width]`, lazy. Applies the inverse rotation only once, to the sum."""
     levels, signs = levels_and_signs(tensors[0], form)
     a, g = scales_of(tensors, form)
     column = weights[:, None]

@@ -1,4 +1,4 @@
-"""Nouns to messages and back. What a peer sends is validated here, once, before anything else sees it."""
+"""Converts between protobuf messages and kvstore's own types. Input from a peer is validated here, and only here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def namespace_from_message(message: pb.Namespace, layout_record: bytes) -> Names
 
 
 def states_to_bytes(states: Sequence[LayerState]) -> bytes:
-    """A checkpoint's layers as they travel."""
+    """Serialize a checkpoint's layers as msgpack."""
     packed: bytes = msgpack.packb(states_to_list(states))
     return packed
 

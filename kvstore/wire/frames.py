@@ -1,8 +1,8 @@
 """The two messages that carry bulk bytes, `FetchReply` and `UploadChunk`, written and read around protobuf.
 
-They are the messages of protos/kvstore.proto, byte for byte, so either side may also use the generated code. But what
-protobuf makes of 1 MiB of bytes is two more copies at each end, under the interpreter's lock. Here a message is its few
-bytes of tags and lengths and the data, joined in one copy, and is read as a view of what gRPC hands out.
+The encoding is that of protos/kvstore.proto, byte for byte, so either side may also use the generated code. Generated
+code copies 1 MiB of data twice more at each end while it holds the GIL. This module joins the tags, lengths and data in
+one copy, and reads a message as a view of the buffer that gRPC returns.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def add_kvstore_service(servicer: Any, server: Any) -> None:
 
 
 def _data_at(message: bytes, at: int, tag: int) -> int:
-    """Where the data of a field `tag` at `at` starts, if it is the last thing in the message; 0 if it is not."""
+    """Offset of the data of the field `tag` at offset `at`; 0 unless that field is the last of the message."""
     if at >= len(message) or message[at] != tag:
         return 0
     nbytes, start = _read_varint(message, at + 1)
@@ -127,7 +127,7 @@ def _data_at(message: bytes, at: int, tag: int) -> int:
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends); a value that does not end within the message ends beyond it."""
+    """Read the varint at `at`: (value, offset after it). The offset of a truncated varint is past the message's end."""
     value = 0
     for shift in range(0, 35, 7):
         byte = message[at] if at < len(message) else 0x80

@@ -12,9 +12,9 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 DETAILS_KEY = "grpc-status-details-bin"
 RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
-RETRY_S_MAX = 30.0  # whatever a daemon says
+RETRY_S_MAX = 30.0  # upper limit for the wait that a daemon asks for
 
-# Most specific first: the first class that an error is an instance of decides.
+# Most specific class first: the first match decides.
 _TABLE: tuple[tuple[type[errors.KVStoreError], grpc.StatusCode], ...] = (
     (errors.LayoutMismatchError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -72,7 +72,7 @@ def from_rpc_error(error: grpc.RpcError) -> errors.KVStoreError:
 
 
 def _retry_s(error: Any) -> float:
-    """How long the daemon asks to wait, 0 when it does not say so in words that we know."""
+    """Seconds that the daemon asks to wait before a retry (gRPC RetryInfo); 0 without that detail."""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_KEY:
             try:
