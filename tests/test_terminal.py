@@ -10,7 +10,7 @@ import pytest
 
 from kvstore import cli
 from kvstore.cli.common import note, print_facts, print_json, print_table, say
-from kvstore.cli.stats import print_namespaces
+from kvstore.cli.stats_text import print_namespaces
 from kvstore.core.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.errors import InvalidRequestError
 from kvstore.wire.convert import namespace_from_message, namespace_to_message, root_from_message

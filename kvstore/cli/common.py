@@ -135,7 +135,15 @@ def _listed(namespaces: Sequence[Mapping[str, Any]]) -> str:
 
 def print_json(fields: dict[str, Any]) -> None:
     """One JSON object on stdout, its schema first; what comes from the daemon brings its own."""
-    text = json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False)
+    _print_escaped(json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
+
+
+def print_json_line(fields: dict[str, Any]) -> None:
+    """The same in one line, for a program that reads lines."""
+    _print_escaped(json.dumps({"schema": SCHEMA_VERSION, **fields}, ensure_ascii=False))
+
+
+def _print_escaped(text: str) -> None:
     # JSON escapes only what is below a space; a terminal also obeys others.
     click.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
+from kvstore.cli.common import client_config, common_options, connected, print_json, print_json_line, say, size_text
 from kvstore.cli.stats_text import print_stats
 
 WATCH_EVERY_S = 1.0
@@ -32,7 +31,8 @@ def command(watch: bool, prometheus: bool, address: str | None, config_path: str
     if prometheus:
         from kvstore.metrics.exposition import exposition
 
-        click.echo(exposition(stats), nl=False)
+        for line in exposition(stats).splitlines():
+            say(line)
     elif as_json:
         print_json(stats)
     else:
@@ -46,7 +46,7 @@ def _watch(ask: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
         while True:
             stats = ask()
             if as_json:
-                click.echo(json.dumps(stats))
+                print_json_line(stats)
             else:
                 say(f"{time.strftime('%H:%M:%S')}  {watch_line(before, stats)}")
             before = stats

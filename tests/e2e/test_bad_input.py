@@ -111,10 +111,10 @@ def unharmed(daemon: DaemonProcess, client: Client) -> Iterator[None]:
 
 
 def held(daemon: DaemonProcess, client: Client) -> tuple[int, int, int]:
-    """(bytes outside the index, blobs, quarantined). The index grows by a page when the access order is written."""
+    """(bytes of blobs on disk, blobs, quarantined). Index and settings grow by themselves: access order, counters."""
     disk = client.stats()["disk"]
-    index_bytes = sum(path.stat().st_blocks * 512 for path in daemon.files("index"))
-    return disk["used_bytes"] - index_bytes, disk["blobs"], disk["quarantined"]
+    blob_bytes = sum(path.stat().st_blocks * 512 for path in daemon.blobs())
+    return blob_bytes, disk["blobs"], disk["quarantined"]
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float = 10.0) -> None:

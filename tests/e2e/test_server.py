@@ -42,8 +42,8 @@ TOTAL_MS = 4000
 # would wait for it longer than this.
 SLACK_S = 30.0
 # What a server's log has for each fetch that found something in the store, and for each that failed.
-HIT_LOGGED = "from the store"
-FAILURES_LOGGED = ("INFO - fetch: ", "INFO - match: ")
+HIT_LOGGED = "kvstore: hit "
+FAILURES_LOGGED = (" deadline [", " unavailable [")
 STORED_TIMEOUT_S = 120.0
 RECOVERY_TIMEOUT_S = 180.0
 
@@ -150,7 +150,7 @@ class Rig:
     def server(self, name: str, *flags: str, total_ms: int = 0, **limits: int) -> ServerProcess:
         """Another server that uses the daemon, not started; with a time and limits of its own for fetches."""
         environ = {**self.environ, **({"KVSTORE_FETCH_TOTAL_MS": str(total_ms)} if total_ms else {})}
-        launcher = launch("run", "--slow-hits", "mlx_lm.server", **{**OPEN_DEADLINES, **limits})
+        launcher = launch("run", "--no-start", "--slow-hits", "mlx_lm.server", **{**OPEN_DEADLINES, **limits})
         return ServerProcess(self.model.folder, self.folder / f"{name}.log", environ, launcher=launcher, flags=flags)
 
     def cold(self, messages: list[dict[str, str]], **options: Any) -> Answer:

@@ -327,7 +327,9 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     """Exit 0 once it serves, and the next start finds a clean stop."""
+    ignored = signal.signal(number, signal.SIG_DFL)  # what this process ignores, as under nohup, a child would too
     with DaemonProcess(tmp_path / "data") as daemon:
+        signal.signal(number, ignored)
         assert daemon.process is not None
         daemon.signal(number)
         assert daemon.process.wait(STOP_TIMEOUT_S) == 0, daemon.log_text()

@@ -118,7 +118,7 @@ def begin_store(data: bytes) -> None:
     request = store_request(pb.BeginStoreRequest.FromString(data))
     if request.namespace:
         assert NamespaceInfo.from_record(request.namespace.to_record()) == request.namespace
-    pack_tokens(request.tokens)
+    pack_tokens(request.chain.tokens)
 
 
 def plan(data: bytes) -> None:
@@ -126,7 +126,7 @@ def plan(data: bytes) -> None:
     ns = tiny.namespace(layout=tiny.LAYOUT)
     for dense in (False, True):
         try:
-            made = parse_plan(pb.FetchPlan.FromString(data), Request(ns, pack_tokens(TOKENS), 0, dense))
+            made = parse_plan(pb.FetchPlan.FromString(data), Request(ns, Chain(ns.root, pack_tokens(TOKENS)), 0, dense))
         except (CorruptDataError, InvalidRequestError):
             continue
         assert made.n_tokens < len(TOKENS)
