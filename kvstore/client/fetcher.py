@@ -193,8 +193,7 @@ class Fetcher:
                 if transport == "path":
                     raise unusable.cause from unusable
                 answer = self._once(attempt, pb.TRANSPORT_STREAM, dense=False)
-                # Give up on paths for good only if the stream delivers the block. Then the block exists, and the files
-                # are just not readable here: another user owns them, or the mount differs.
+                # Give up on paths only if the stream delivers the block: then the files are another user's or mount's.
                 if unusable.for_good and answer:
                     self._path_usable = False
                 return answer
@@ -391,10 +390,7 @@ def _hit(attempt: Attempt, plan: Plan, layers: tuple[Layer, ...], transport: str
 
 @contextmanager
 def _file_reader(plan: Plan) -> Iterator[FileReader]:
-    """A file reader, with its open files counted against the process's limit.
-
-    An abandoned read keeps its share of the limit until it returns.
-    """
+    """A file reader whose open files count against the process's limit, in an abandoned read too until it returns."""
     wanted = min(len(plan.files), OPEN_FILES_MAX)
     granted = wanted if _FILES.try_acquire(wanted) else 0
     closed = functools.partial(_FILES.release, granted)

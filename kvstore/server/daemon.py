@@ -165,8 +165,7 @@ class Daemon:
             reflection.enable_server_reflection(names, server)
         bind(server, config, files)
         await server.start()
-        receiving = UploadSocket(store.uploads, stores.begin, config.limits.uploads_max)
-        receive_by_socket(receiving, config)
+        receiving = receive_by_socket(UploadSocket(store.uploads, stores.begin, config.limits.uploads_max), config)
         for name in ("", *services, WRITES):
             await health.set(name, SERVING)
         self._state = "serving"
@@ -330,13 +329,14 @@ def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> Non
             raise DirectoryError(f"cannot listen on {target}: the address is taken")
 
 
-def receive_by_socket(receiving: UploadSocket, config: Config) -> None:
+def receive_by_socket(receiving: UploadSocket, config: Config) -> UploadSocket:
     """Listen for uploads beside the unix socket, if there is one, once all sockets are closed to other users."""
     if config.address.path:
         receiving.bind(config.address.upload_path)
     for path in socket_paths(config):
         close_socket_to_others(path)
     receiving.listen()
+    return receiving
 
 
 def close_socket_to_others(path: Path) -> None:
