@@ -177,7 +177,7 @@ def test_a_check_finds_damage_and_a_repair_mends_it(
 
 
 def test_a_repair_leaves_alone_what_a_store_is_writing(tmp_path: Path) -> None:
-    """Neither its temporary files nor the blobs that have their names, and no rows yet, are strays."""
+    """Its blobs have temporary names until the commit, and are no strays."""
 
     class Held(RecordingFs):
         """Files are synced once `let` is set, so until then they are temporary."""
@@ -202,7 +202,7 @@ def test_a_repair_leaves_alone_what_a_store_is_writing(tmp_path: Path) -> None:
                 yield block
 
         assert engine.store(NS.to_record(), blocks()).blocks == 4
-        assert seen == {".tmp", ".safetensors"} and find(engine, NS, LONG).n_tokens == 900
+        assert seen == {".tmp"} and find(engine, NS, LONG).n_tokens == 900
         require_sound(engine)
 
 

@@ -332,13 +332,13 @@ def make_daemon(folder: Path, bug: str = "") -> DaemonProcess:
     )
 
 
-def first_find(folder: Path, bug: str, examples: int = 20, steps: int = 25) -> str:
+def first_find(folder: Path, bug: str, examples: int = 60, steps: int = 25) -> str:
     """What the histories say of a daemon with a bug; empty when they do not find it."""
     folder.mkdir(parents=True)
     try:
         run(folder, examples, steps, (Phase.generate,), bug)
     except (AssertionError, Flaky) as error:  # what the daemon keeps makes a second run of a history another one
-        return (str(error).splitlines() or ["an assertion"])[0]
+        return next((line for line in str(error).splitlines() if line.strip()), "an assertion")
     return ""
 
 
