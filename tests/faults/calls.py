@@ -337,7 +337,8 @@ def first_find(folder: Path, bug: str, examples: int = 60, steps: int = 25) -> s
     folder.mkdir(parents=True)
     try:
         run(folder, examples, steps, (Phase.generate,), bug)
-    except (AssertionError, Flaky) as error:  # what the daemon keeps makes a second run of a history another one
+    # Flaky: what the daemon keeps makes a second run of a history another one.
+    except (AssertionError, pytest.fail.Exception, Flaky) as error:
         return next((line for line in str(error).splitlines() if line.strip()), "an assertion")
     return ""
 
