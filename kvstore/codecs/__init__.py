@@ -1,7 +1,7 @@
 """Arrays <-> tensors and the recipe that travels with them.
 
 device.py      everything that touches the MLX device, and every bridge between bytes and arrays
-base.py        what a codec is; recipe -> codec
+codec.py       what a codec is; recipe -> codec
 raw.py lossless.py affine.py per_channel.py turboquant.py
 rotation.py codebooks.py packing.py      what the last is made of
 profiles.py    which recipe for which part of which layer

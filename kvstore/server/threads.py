@@ -90,9 +90,9 @@ class Threads:
         self.care = Pool("care", 1)
         # Reads blobs from end to end: the scrub and `check`.
         self.check = Pool("check", 1)
-        # Evictions that an admin asks for.
+        # Evictions that an admin asks for, and `kvstore set`: a lower limit evicts.
         self.evict = Pool("evict", 1)
-        # Whatever else an admin asks: stats, ls, show, quality. Start and stop of the daemon.
+        # All other admin calls, credential files that changed, and the start and stop of the daemon.
         self.admin = Pool("admin", 1)
         # Everything that touches the device: pieces of about 50 ms, fetches before stores; a store that waits ages.
         self.lane = Lane(start, idle, apart=apart)
