@@ -3,7 +3,8 @@
 # make compat mlx-lm's own tests with the store plugged in; the integration of vllm-mlx, in an environment of its own:
 #             several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
-# make faults  kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half
+# make faults kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half;
+#             make faults SHARE=0.1 takes a tenth of the cases and of the time
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 #
@@ -27,6 +28,9 @@ GRPCIO_TOOLS := 1.76.0
 OLDEST_MLX_LM := 0.31.3
 OLDEST_MLX := 0.31.2
 LAYER_SUITE := tests/test_fingerprint.py tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
+
+# The part of `make faults` that is run: over 0, at most 1.
+SHARE := 1
 
 # Whose own tests of its server run with our prompt cache in place of the stock one: the version in constraints.txt, from
 # its source distribution.
@@ -75,7 +79,7 @@ bench: $(INSTALLED)
 	@for name in fingerprint dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
 
 faults: $(INSTALLED_FUZZ)
-	@$(BIN)/python -m tests.faults
+	@$(BIN)/python -m tests.faults --share $(SHARE)
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .

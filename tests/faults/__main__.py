@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -15,16 +16,41 @@ from hypothesis.errors import Flaky
 
 from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, soak
 from tests.faults.bugs import BUGS, CUT, KILL
-from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged
+from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged, spread
 from tests.faults.workload import SCRIPTS
 
 Item = TypeVar("Item")
 FLIPS_BLOB, FLIPS_PAGE = 60, 6
 HISTORIES = 60
-Share = Callable[[Sequence[Item]], list[Item]]
+SECONDS_FUZZ = 1800
+MINUTES_SOAK, MINUTES_SOAK_MIN = 30.0, 0.1
 
 
-def run_kills(folder: Path, share: Share[kills.Point]) -> list[Tally]:
+@dataclass(frozen=True)
+class Share:
+    """The part of a full run that is made, over 0 and at most 1. Of anything there is, at least one is taken."""
+
+    part: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """From the command line. Raises ValueError, which argparse prints, for what is no share."""
+        part = float(text)
+        if not 0 < part <= 1:
+            raise ValueError(text)
+        return cls(part)
+
+    def count(self, full: int) -> int:
+        """How many of `full` cases; never 0 unless `full` is."""
+        return min(full, max(1, round(full * self.part)))
+
+    def of(self, cases: Iterable[Item]) -> list[Item]:
+        """That many of the cases, evenly spread over all of them."""
+        listed = list(cases)
+        return spread(listed, self.count(len(listed)))
+
+
+def run_kills(folder: Path, share: Share) -> list[Tally]:
     """Every point at which a kill leaves another disk."""
     harness = kills.Kills(folder)
     tally = Tally(
@@ -32,23 +58,23 @@ def run_kills(folder: Path, share: Share[kills.Point]) -> list[Tally]:
         "at every call that changes the disk (strace inject), and at every point of the `Fs` seam",
         "at the next start",
     )
-    for point in share([point for script in SCRIPTS for point in harness.points(script)]):
+    for point in share.of([point for script in SCRIPTS for point in harness.points(script)]):
         tally.note(point, harness.strike(point))
-    for point in share([point for script in SCRIPTS for point in harness.seam_points(script)]):
+    for point in share.of([point for script in SCRIPTS for point in harness.seam_points(script)]):
         tally.note(point, harness.strike_seam(point))
     return [tally]
 
 
-def run_cuts(folder: Path, share: Share[cuts.Cut]) -> list[Tally]:
+def run_cuts(folder: Path, share: Share) -> list[Tally]:
     """Every point of the `Fs` seam and every acknowledgement."""
     harness = cuts.Cuts(folder)
     tally = Tally("power cut", "ext4 on a loop device, EXT4_IOC_SHUTDOWN without flushing", "at the next start")
-    for cut in share([cut for script in SCRIPTS for cut in harness.points(script)]):
+    for cut in share.of([cut for script in SCRIPTS for cut in harness.points(script)]):
         tally.note(cut, harness.strike(cut))
     return [tally]
 
 
-def run_blobs(folder: Path, share: Share[tuple[bytes, str, damage.Change]]) -> list[Tally]:
+def run_blobs(folder: Path, share: Share) -> list[Tally]:
     """Flips, cuts and zeros in every region of every blob; files exchanged; other versions."""
     tally = Tally(
         "damaged blob",
@@ -57,16 +83,16 @@ def run_blobs(folder: Path, share: Share[tuple[bytes, str, damage.Change]]) -> l
         can_keep=False,
     )
     blobs = damage.Blobs(folder / "blobs")
-    for key, what, change in share(damage.blob_cases(blobs, FLIPS_BLOB)):
+    for key, what, change in share.of(damage.blob_cases(blobs, FLIPS_BLOB)):
         tally.note(what, blobs.strike(key, change))
     keys = [row.key for row in blobs.rows()]
-    for one, two in share([(a, b) for a in keys for b in keys if a < b]):
+    for one, two in share.of([(a, b) for a in keys for b in keys if a < b]):
         tally.note("swapped", blobs.swap(one, two))
     blobs.close()
     return [tally]
 
 
-def run_indexes(folder: Path, share: Share[tuple[str, str, damage.Change]]) -> list[Tally]:
+def run_indexes(folder: Path, share: Share) -> list[Tally]:
     """Every page of the index; every fourth time `check --repair` comes before the start."""
     tally = Tally(
         "damaged index",
@@ -74,12 +100,12 @@ def run_indexes(folder: Path, share: Share[tuple[str, str, damage.Change]]) -> l
         "rebuilt from the blobs at the next start, or by `check --repair`",
     )
     indexes = damage.Indexes(folder / "indexes")
-    for number, (kind, what, change) in enumerate(share(indexes.cases(FLIPS_PAGE))):
+    for number, (kind, what, change) in enumerate(share.of(indexes.cases(FLIPS_PAGE))):
         tally.note(f"{kind}: {what}", indexes.strike(kind, change, repair=number % 4 == 0))
     return [tally]
 
 
-def run_errors(folder: Path, share: Share[tuple[str, kills.Point]]) -> list[Tally]:
+def run_errors(folder: Path, share: Share) -> list[Tally]:
     """Every call of every script, those that read too, with every error that it may meet."""
     tally = Tally(
         "EIO, ENOSPC, EROFS",
@@ -93,55 +119,54 @@ def run_errors(folder: Path, share: Share[tuple[str, kills.Point]]) -> list[Tall
         for script in scripts
         for point in (*harness.points(script), *harness.points(script, calls=disk.READS)[::16])
     ]
-    for error, point in share(found):
+    for error, point in share.of(found):
         tally.note((error, point), harness.strike_error(point, error))
     return [tally]
 
 
-def run_full(folder: Path, share: Share[tuple[int, bool]]) -> list[Tally]:
+def run_full(folder: Path, share: Share) -> list[Tally]:
     """Every number of blocks and of inodes that a store may find left."""
     tally = Tally("full disk", "tmpfs with so many blocks or inodes left", "by itself, once there is room")
-    for free, inodes in share([*((free, False) for free in range(40)), *((free, True) for free in range(20))]):
+    for free, inodes in share.of([*((free, False) for free in range(40)), *((free, True) for free in range(20))]):
         tally.note((free, inodes), disk.full_disk(folder / f"{free} {inodes}", free, inodes))
     return [tally]
 
 
-def run_hostile(folder: Path, share: Share[int]) -> list[Tally]:
+def run_hostile(folder: Path, share: Share) -> list[Tally]:
     """Calls of a hostile worker, a few at once."""
     tally = Tally("hostile calls", f"{hostile.ATTACKS} attacks at random, {hostile.THREADS} at once", "none is needed")
-    report = hostile.run(folder, len(share(range(hostile.CALLS))))
+    report = hostile.run(folder, share.count(hostile.CALLS))
     tally.runs, tally.wrong, tally.others = report.calls, report.wrong, report.faults
     tally.crashes = sum(fault == hostile.ENDED for fault in report.faults)
     return [tally]
 
 
-def run_fuzz(folder: Path, share: Share[str], seconds: int) -> list[Tally]:
-    """Every parser of foreign bytes, each for its part of the time."""
+def run_fuzz(folder: Path, share: Share) -> list[Tally]:
+    """Every parser of foreign bytes, each for an equal part of the time."""
     tally = Tally("bytes made up", "coverage-guided fuzzing of parsers (atheris)", "a typed error")
-    names = share(fuzz.TARGETS)
-    for name in names:
-        runs, found = fuzz.fuzz(name, folder, max(1, seconds // len(names)))
+    for name in fuzz.TARGETS:
+        runs, found = fuzz.fuzz(name, folder, share.count(SECONDS_FUZZ // len(fuzz.TARGETS)))
         tally.note(name, found)
         tally.runs += runs - 1
     return [tally]
 
 
-def run_histories(folder: Path, share: Share[int]) -> list[Tally]:
+def run_histories(folder: Path, share: Share) -> list[Tally]:
     """Random histories of calls against a model; each a few dozen calls."""
     tally = Tally(
         "calls that end anywhere", "abort, cancel, forget, kill -9, against a model (Hypothesis)", "by itself"
     )
-    examples = share(range(HISTORIES))
+    tally.runs = share.count(HISTORIES)
     try:
-        calls.run(folder, len(examples), 30)
+        calls.run(folder, tally.runs, 30)
     except (AssertionError, Flaky) as error:
         tally.others.append(f"histories: {error}")
-    tally.runs = len(examples)
     return [tally]
 
 
-def run_soak(folder: Path, share: Share[int], minutes: float, leak: str) -> list[Tally]:
+def run_soak(folder: Path, share: Share, leak: str) -> list[Tally]:
     """Workers, kills and a full disk, all at once."""
+    minutes = max(MINUTES_SOAK_MIN, MINUTES_SOAK * share.part)
     report = soak.run(folder, minutes, leak)
     how = (
         f"{soak.WORKERS} workers for {minutes:g} minutes; {report.worker_kills} kills of them, {report.daemon_kills} "
@@ -154,7 +179,8 @@ def run_soak(folder: Path, share: Share[int], minutes: float, leak: str) -> list
     return [tally]
 
 
-SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]] = {
+Section = tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]
+SECTIONS: dict[str, Section] = {
     "kills": (kills.missing, run_kills),
     "cuts": (cuts.missing, run_cuts),
     "errors": (kills.missing, run_errors),
@@ -163,6 +189,8 @@ SECTIONS: dict[str, tuple[Callable[[], str], Callable[[Path, Share], list[Tally]
     "indexes": (lambda: "", run_indexes),
     "hostile": (lambda: "", run_hostile),
     "histories": (lambda: "", run_histories),
+    "fuzz": (fuzz.missing, run_fuzz),
+    "soak": (cuts.missing, partial(run_soak, leak="")),
 }
 
 
@@ -178,16 +206,18 @@ def first_find(harness: kills.Kills | cuts.Cuts, bug: str) -> str:
     return ""
 
 
-def prove(folder: Path) -> bool:
+def prove(folder: Path, share: Share) -> bool:
     """The table of seeded bugs; whether every harness found what it must."""
     rows, right = [], True
-    for name, bug in BUGS.items():
+    for name, bug in share.of(BUGS.items()):
         found = {KILL: first_find(kills.Kills(folder / "k"), name), CUT: first_find(cuts.Cuts(folder / "c"), name)}
         right = right and all(found[by] for by in bug.found_by)
         rows.append((bug.what, found[KILL] or "not found", found[CUT] or "not found"))
         print(rows[-1], file=sys.stderr, flush=True)
     print(markdown(("seeded bug", "kills", "power cuts"), rows))
-    operations = [(bug, calls.first_find(folder / f"calls{number}", bug)) for number, bug in enumerate(calls.BUGS)]
+    operations = [
+        (bug, calls.first_find(folder / f"calls{number}", bug)) for number, bug in enumerate(share.of(calls.BUGS))
+    ]
     print(markdown(("seeded bug", "histories of calls"), [(bug, found or "not found") for bug, found in operations]))
     return right and all(found for _, found in operations)
 
@@ -195,24 +225,23 @@ def prove(folder: Path) -> bool:
 def main() -> int:
     """Run, print, and say by the exit code whether every promise was kept."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, fuzz, soak, bugs; all if none is named")
-    parser.add_argument("--slice", default="0/1", help="K/N: only every N-th run, from the K-th on")
-    parser.add_argument("--seconds", type=int, default=1800, help="how long fuzz takes")
-    parser.add_argument("--minutes", type=float, default=30, help="how long soak takes")
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}, bugs; all if none is named")
+    parser.add_argument(
+        "--share", type=Share.parse, default=Share(), help="a part of the cases and of the minutes, as 0.1; default 1"
+    )
     parser.add_argument("--leak", choices=soak.LEAKS, default="", help="seed a leak, which soak must find")
     parser.add_argument("--results", type=Path, help="append the rows here, and print what is there in all")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)
-    first, step = map(int, arguments.slice.split("/"))
-    sections = {**SECTIONS, "fuzz": (fuzz.missing, partial(run_fuzz, seconds=arguments.seconds))}
-    sections["soak"] = (cuts.missing, partial(run_soak, minutes=arguments.minutes, leak=arguments.leak))
+    share: Share = arguments.share
+    sections = {**SECTIONS, "soak": (cuts.missing, partial(run_soak, leak=arguments.leak))}
     tallies: list[Tally] = []
     right = True
     with tempfile.TemporaryDirectory(prefix="kvstore-faults-") as name:
         folder = Path(name)
         for section in arguments.sections or (*sections, "bugs"):
             if section == "bugs":
-                right = prove(folder) and right
+                right = prove(folder, share) and right
                 continue
             missing, run = sections[section]
             if why := missing():
@@ -220,7 +249,7 @@ def main() -> int:
                 right = False
                 continue
             (folder / section).mkdir()
-            tallies += run(folder / section, lambda points: list(points)[first::step])
+            tallies += run(folder / section, share)
     if arguments.results:
         keep(arguments.results, tallies)
         tallies = kept(arguments.results)

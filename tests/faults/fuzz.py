@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing with atheris: `python -m tests.faults fuzz --seconds N`.
+"""Coverage-guided fuzzing with atheris: `python -m tests.faults fuzz`.
 
 Each target runs in a process of its own, since a fuzzer ends by leaving it: `python -m tests.faults.fuzz TARGET NEW N`.
 It begins with the committed corpus; `python -m tests.faults.fuzz corpus` writes that anew from the seeds, beside what

@@ -1,4 +1,4 @@
-"""Eight workers on one daemon for as long as you like: `python -m tests.faults soak --minutes M`.
+"""Eight workers on one daemon, for half an hour or a share of it: `python -m tests.faults soak --share 0.1`.
 
 Each worker, a process of its own, stores and fetches prompts at random: most begin like those of others, some are its
 own. Every hit is compared with what follows from its tokens, bit for bit. Workers are killed at random all the time,
