@@ -7,6 +7,7 @@
 #             make faults SHARE=0.1 takes a tenth of the cases and of the time
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
+# make dist   the source archive, the wheel built from it, and the Homebrew formula for the archive, in dist/
 #
 # Each makes what it needs from nothing: Python 3.11 or newer with venv, and the network for the first install.
 
@@ -48,7 +49,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest compat compat-mlx-lm compat-vllm bench faults lint proto proto-check venv clean
+.PHONY: demo test test-oldest compat compat-mlx-lm compat-vllm bench faults lint proto proto-check dist venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -95,6 +96,13 @@ proto-check: $(INSTALLED_PROTO)
 	$(PROTOC) --python_out="$$out" --pyi_out="$$out" --grpc_python_out="$$out" && \
 	diff -ru -x __init__.py -x __pycache__ "$$out/kvstore/wire/v1" kvstore/wire/v1 || \
 	{ echo "kvstore/wire/v1 is not what protos/kvstore.proto generates; run: make proto" >&2; exit 1; }
+
+# DIST_URL: where the archive can be downloaded from, for a formula that others install.
+dist: $(INSTALLED)
+	@rm -rf dist && $(BIN)/python -m hatchling build -d dist
+	@archive=$$(ls dist/*.tar.gz) && url=$${DIST_URL:-file://$(CURDIR)/$$archive} && \
+	sum=$$($(BIN)/python -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' $$archive) && \
+	sed -e "s|@URL@|$$url|" -e "s|@SHA256@|$$sum|" deploy/homebrew/kvstore.rb > dist/kvstore.rb
 
 venv: $(INSTALLED)
 

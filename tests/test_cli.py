@@ -193,13 +193,15 @@ def answer(*args: str) -> dict[str, Any]:
 def leaf_commands() -> dict[str, click.Command]:
     """Every verb that does something."""
     context = click.Context(cli)
-    found = {verb: cli.get_command(context, verb) for verb in VERBS}
-    groups = {verb: found.pop(verb) for verb in ("config", "bench")}
-    leaves = {verb: command for verb, command in found.items() if command}
-    for verb, group in groups.items():
-        assert isinstance(group, click.Group)
-        names = group.list_commands(context)
-        leaves |= {f"{verb} {name}": command for name in names if (command := group.get_command(context, name))}
+    leaves: dict[str, click.Command] = {}
+    for verb in VERBS:
+        command = cli.get_command(context, verb)
+        assert command is not None
+        if isinstance(command, click.Group):
+            names = command.list_commands(context)
+            leaves |= {f"{verb} {name}": one for name in names if (one := command.get_command(context, name))}
+        else:
+            leaves[verb] = command
     return leaves
 
 

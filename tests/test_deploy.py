@@ -56,21 +56,27 @@ def test_the_launch_agent_is_a_property_list_that_restarts_and_has_files() -> No
     assert agent["Label"] == "dev.kvstore.daemon"
 
 
-def test_the_systemd_unit_is_one() -> None:
-    """systemd itself reads it without a complaint, where there is one."""
+def test_the_systemd_unit_starts_again_only_where_that_helps() -> None:
+    """A wrong configuration and a directory that is held stay so. systemd reads the unit in test_service.py."""
     unit = (DEPLOY / "kvstore.service").read_text(encoding="utf-8")
-    assert "RestartPreventExitStatus=2 5" in unit
-    analyze = shutil.which("systemd-analyze")
-    if analyze is None:
-        pytest.skip("no systemd here")
-    run = subprocess.run(
-        [analyze, "verify", "--user", "--man=no", str(DEPLOY / "kvstore.service")], capture_output=True, text=True
+    assert "Restart=on-failure" in unit and "RestartPreventExitStatus=2 5" in unit
+
+
+def test_the_formula_serves_as_the_launch_agent_does() -> None:
+    """The same command, started again in the same cases; ruby reads it, where there is one."""
+    path = DEPLOY / "homebrew" / "kvstore.rb"
+    formula, agent = (
+        path.read_text(encoding="utf-8"),
+        plistlib.loads((DEPLOY / "dev.kvstore.daemon.plist").read_bytes()),
     )
-    # The program is not installed on the machine that tests; that is all systemd may say about this unit.
-    complaints = [
-        line for line in run.stderr.splitlines() if "kvstore.service" in line and "is not executable" not in line
-    ]
-    assert complaints == []
+    service = formula.partition("service do\n")[2].partition("  end\n")[0]
+    assert f'run [opt_bin/"kvstore", "{agent["ProgramArguments"][1]}"]' in service
+    assert "keep_alive successful_exit: false" in service
+    assert f"process_type :{agent['ProcessType'].lower()}" in service
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert f'license "{project["license"]}"' in formula
+    if ruby := shutil.which("ruby"):
+        assert subprocess.run([ruby, "-c", str(path)], capture_output=True).returncode == 0
 
 
 def test_constraints_pin_exact_versions_and_name_no_index() -> None:

@@ -30,6 +30,7 @@ VERBS = {
     "calibrate": ("kvstore.cli.calibrate", "Measure what profiles cost on a model."),
     "bench": ("kvstore.cli.bench", "Measure the store on this machine."),
     "config": ("kvstore.cli.config", "Show the configuration in force; make certificates."),
+    "service": ("kvstore.cli.service", "Run the daemon from login on."),
 }
 
 EXIT_FAILURE = 1
