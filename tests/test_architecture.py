@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,27 @@ def test_importing_a_room_loads_nothing_it_must_not_have(module: str, banned: li
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize(("room", "modules_max", "floors_max"), [("engine", 15, 7), ("index", 7, 3), ("blobs", 10, 4)])
+def test_a_room_of_the_store_has_few_modules_on_few_floors(room: str, modules_max: int, floors_max: int) -> None:
+    """A module's floor is one above the highest that it imports of its own room, also for its types only."""
+    paths = {path.stem: path for path in (PACKAGE / room).glob("*.py") if path.stem != "__init__"}
+    imports = {
+        name: {
+            node.module.rpartition(".")[2]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"kvstore.{room}.")
+        }
+        for name, path in paths.items()
+    }
+
+    @functools.cache
+    def floor(name: str) -> int:
+        return 1 + max((floor(other) for other in imports[name]), default=0)
+
+    assert len(paths) <= modules_max
+    assert max(map(floor, paths)) <= floors_max
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

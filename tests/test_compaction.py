@@ -15,8 +15,10 @@ import pytest
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain
-from kvstore.engine import Engine, Fs, Selection, index
-from kvstore.engine.index import COPY, INDEX_BYTES_MIN
+from kvstore.engine import Engine, Fs, Selection
+from kvstore.engine.shortage import INDEX_BYTES_MIN
+from kvstore.index import index
+from kvstore.index.index import COPY
 from tests.support.engine import (
     Stopped,
     StoppingFs,

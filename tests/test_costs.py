@@ -12,8 +12,8 @@ from kvstore.codecs.affine import affine_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, TOKEN_BYTES, Block, Reason, Recipe, Run, Stack
 from kvstore.core.layers import PARTS
 from kvstore.engine import Match, Slice
-from kvstore.engine.rows import pack_row
 from kvstore.errors import InvalidRequestError
+from kvstore.index.rows import pack_row
 from kvstore.server import costs as costs_module
 from kvstore.server.costs import Costs, Offer, Timing, Work, work_of, worthwhile
 from tests.support.synthetic import make_layout

@@ -15,8 +15,8 @@ import pytest
 from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, NewBlock, Selection, check_directory
-from kvstore.engine.rows import Row
 from kvstore.errors import DirectoryHeldError, InvalidRequestError, UnknownFormatError
+from kvstore.index.rows import Row
 from tests.support.engine import (
     RecordingFs,
     Stopped,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Match
-from kvstore.engine.thinning import chain_of, spare
+from kvstore.engine.retain import chain_of, spare
 from tests.support.engine import HYBRID, checkpoint, find, namespace, options, put_checkpoint, require_sound, sequence
 
 NS = namespace("hybrid", HYBRID)

@@ -15,8 +15,8 @@ import xxhash
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Match, NewBlock, Selection, Slice, check_directory
-from kvstore.engine.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
+from kvstore.index.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from tests.support.engine import (
     HYBRID,
     RECURRENT,

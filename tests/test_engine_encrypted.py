@@ -19,8 +19,8 @@ from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.core.blocks import BLOCK_TOKENS, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Match, NamespaceKey, Selection, check_directory
-from kvstore.engine.rows import LEVEL_TOKENS
 from kvstore.errors import CorruptDataError, DirectoryError, NotFoundError
+from kvstore.index.rows import LEVEL_TOKENS
 from tests.support.engine import (
     HYBRID,
     blob_path,

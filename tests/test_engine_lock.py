@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from kvstore.blobs.fs import Fs
-from kvstore.engine import Engine, adopt, check, evict
-from kvstore.engine.retain import Table
-from kvstore.engine.transaction import Edit
-from kvstore.engine.types import Selection
+from kvstore.engine import Engine, Selection, adopt, check, evict
+from kvstore.index.table import Table
+from kvstore.index.transaction import Edit
 from tests.support.engine import blob_path, find, namespace, options, put, require_sound
 
 NS, OTHER = namespace(), namespace("other")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
 from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Selection
-from kvstore.engine.match import best_child
-from kvstore.engine.rows import LEVEL_TOKENS, Code, Row, token_code
+from kvstore.index.children import best_child
+from kvstore.index.rows import LEVEL_TOKENS, Code, Row, token_code
 from tests.support.engine import (
     HYBRID,
     RECURRENT,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from kvstore.bench.bulk import call_clean, load_rows, sequence_tokens
 from kvstore.blobs.fs import Fs
+from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_EXACT,
@@ -29,13 +30,14 @@ from kvstore.core.blocks import (
     pack_tokens,
 )
 from kvstore.core.keys import Chain, block_key
-from kvstore.engine import Engine, Match, types
-from kvstore.engine.index import Index
-from kvstore.engine.keyring import KeyRing
-from kvstore.engine.match import best_child, is_covered, longest_prefix, replaced_by
-from kvstore.engine.retain import CHUNK
-from kvstore.engine.rows import LEVEL_TOKENS, Row, Templates, child_entries, pack_row, parse_row
-from kvstore.engine.transaction import View
+from kvstore.engine import Engine, Match
+from kvstore.engine import match as matching
+from kvstore.engine.match import longest_prefix
+from kvstore.index.children import best_child, is_covered, replaced_by
+from kvstore.index.index import Index
+from kvstore.index.rows import LEVEL_TOKENS, Row, Templates, child_entries, pack_row, parse_row
+from kvstore.index.table import CHUNK
+from kvstore.index.transaction import View
 from tests.support.engine import find, namespace, new_block, options, put
 
 NS = namespace()
@@ -265,7 +267,7 @@ def test_a_match_parses_no_row_until_somebody_looks_into_it(tmp_path: Path, monk
         parsed.append(key)
         return parse_row(key, value, templates)
 
-    monkeypatch.setattr(types, "parse_row", watched)
+    monkeypatch.setattr(matching, "parse_row", watched)
     with loaded(tmp_path / "data", 2 * BLOCKS) as engine:
         match = engine.match(Chain(NS.root, sequence_tokens(1, BLOCKS * BLOCK_TOKENS)))
         assert (match.n_tokens, match.fidelity, parsed) == (BLOCKS * BLOCK_TOKENS, FIDELITY_EXACT, [])
@@ -303,7 +305,7 @@ def test_a_start_after_an_orderly_stop_reads_the_table_and_no_row(
         load_rows(tmp_path / str(n_rows), NS, n_rows, BLOCKS)
         with monkeypatch.context() as patch:
             patch.setattr(View, "_from", watched)
-            patch.setattr(types, "parse_row", None)
+            patch.setattr(matching, "parse_row", None)
             # Rows without blobs look as if there were blobs without rows, which may be encrypted.
             patch.setattr("kvstore.engine.engine.find_missing_keys", lambda site: None)
             read.clear()

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.engine.retain import CHECKPOINT, CHUNK, PINNED, Table, Usage
+from kvstore.engine.retain import reachable_bytes, tree, victims, where
 from kvstore.errors import CorruptDataError
+from kvstore.index.table import CHECKPOINT, CHUNK, PINNED, Table, Usage
 
 
 @dataclass
@@ -137,8 +138,8 @@ def test_victims_are_the_oldest_leaves_and_never_a_parent_before_its_children(
     keep = set(model.random.sample(sorted(model.nodes), min(keeps, len(model.nodes))))
     namespaces = {0, 1}
     selected = {node.key for node in model.nodes.values() if node.namespace in namespaces}
-    mask = model.table.where(namespaces=namespaces)
-    got = model.table.victims(need, keep, mask, count_max=count_max)
+    mask = where(model.table, namespaces=namespaces)
+    got = victims(model.table, need, keep, mask, count_max=count_max)
     assert len(set(got)) == len(got) and set(got) <= selected
     expected = model.expected_victims(need, keep, selected, count_max)
     assert len(got) == len(expected)
@@ -153,7 +154,7 @@ def test_scores_of_victims_never_fall(seed: int, steps: int) -> None:
     """A parent goes no earlier than its last child."""
     model = grown(seed, steps)
     expected = model.expected_victims(1 << 60, set(), set(model.nodes), 1 << 30)
-    assert len(model.table.victims(1 << 60, count_max=1 << 30)) == len(expected) == len(model.nodes)
+    assert len(victims(model.table, 1 << 60, count_max=1 << 30)) == len(expected) == len(model.nodes)
     assert expected == sorted(expected)
 
 
@@ -208,7 +209,7 @@ def test_a_tree_is_its_tops_and_all_that_comes_after_them(seed: int, steps: int)
         return node is not None and (node.key in tops or below(node.parent))
 
     expected = {node.key for node in model.nodes.values() if below(node)}
-    mask = model.table.tree(tops)
+    mask = tree(model.table, tops)
     assert {key for key in model.nodes if mask[model.table._slots[key]]} == expected
 
 
@@ -218,8 +219,8 @@ def test_what_is_pinned_stays_with_its_ancestors() -> None:
     table.add(b"a" * 32, None, 0, depth=0, nbytes=1, n_tokens=1)
     table.add(b"b" * 32, b"a" * 32, 0, depth=1, nbytes=1, n_tokens=1, flags=PINNED)
     table.add(b"c" * 32, b"a" * 32, 0, depth=1, nbytes=1, n_tokens=1)
-    assert table.victims(100) == [b"c" * 32]
-    assert table.reachable_bytes() == 1
+    assert victims(table, 100) == [b"c" * 32]
+    assert reachable_bytes(table) == 1
 
 
 def test_a_clock_that_was_ahead_poisons_neither_order_nor_age() -> None:
@@ -229,8 +230,8 @@ def test_a_clock_that_was_ahead_poisons_neither_order_nor_age() -> None:
         table.add(number * 32, None, 0, depth=0, nbytes=1, n_tokens=1)
         table.touch([number * 32], used_s)
     table.settle_clock(300)
-    assert table.victims(100, mask=table.where(unused_since_s=250)) == [b"a" * 32, b"c" * 32]
-    assert table.victims(100, mask=table.where(unused_since_s=300)) == [b"a" * 32, b"b" * 32, b"c" * 32]
+    assert victims(table, 100, mask=where(table, unused_since_s=250)) == [b"a" * 32, b"c" * 32]
+    assert victims(table, 100, mask=where(table, unused_since_s=300)) == [b"a" * 32, b"b" * 32, b"c" * 32]
 
 
 @pytest.mark.parametrize("damage", ["short", "parent", "children", "twice"])

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from kvstore.blobs.fs import Fs
+from kvstore.blobs.keyring import KeyRing
 from kvstore.blobs.protocol import disk_bytes
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run, Stack
 from kvstore.core.keys import Namespace, block_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.directory import claim
-from kvstore.engine.index import REBUILDING, Index
-from kvstore.engine.keyring import KeyRing
-from kvstore.engine.rows import Row, pack_row
-from kvstore.engine.validate import digest
+from kvstore.index.index import REBUILDING, Index
+from kvstore.index.rows import Row, pack_row
+from kvstore.index.validate import digest
 
 # Rows of one write transaction.
 COMMIT_ROWS = 20_000

@@ -19,12 +19,12 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kvstore.blobs.format import ENCRYPTED_FORMAT, FORMAT_VERSION, LENGTH_BYTES, NO_HEADER, require_version
+from kvstore.blobs.keyring import KeyRing, NamespaceKey
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs, Entry, Pending, Source
 from kvstore.errors import CorruptDataError
 
@@ -34,24 +34,10 @@ SALT_BYTES = 16
 TAG_BYTES = 16
 
 
-class BlobKey(Protocol):
-    """The key of a namespace."""
-
-    def blob_cipher(self, salt: bytes) -> AESGCM:
-        """The cipher of one blob."""
-
-
-class BlobKeys(Protocol):
-    """Which namespaces are encrypted."""
-
-    def key(self, root: bytes) -> BlobKey | None:
-        """The key of a namespace; None when it is not encrypted, or its key is gone."""
-
-
 class EncryptedBlobs:
     """See the module. A namespace without a key passes through unchanged."""
 
-    def __init__(self, inner: Blobs, keys: BlobKeys) -> None:
+    def __init__(self, inner: Blobs, keys: KeyRing) -> None:
         self._inner = inner
         self._keys = keys
         self.sync = inner.sync
@@ -114,7 +100,7 @@ def plain_bytes(nbytes: int) -> int:
 class _Reader:
     """A `RangeReader` over the chunks of another reader, whose sources begin at 0."""
 
-    def __init__(self, key: BlobKey, sources: Sequence[Source], inner: BlobReader) -> None:
+    def __init__(self, key: NamespaceKey, sources: Sequence[Source], inner: BlobReader) -> None:
         self._key = key
         self._sources = tuple(sources)
         self._inner = inner
@@ -176,7 +162,7 @@ class _Reader:
         self.close()
 
 
-def _encrypted(key: BlobKey, blob: BlobId, parts: Sequence[memoryview]) -> Iterator[memoryview]:
+def _encrypted(key: NamespaceKey, blob: BlobId, parts: Sequence[memoryview]) -> Iterator[memoryview]:
     """The stored bytes, piece by piece."""
     header = _header(blob, os.urandom(SALT_BYTES), sum(map(len, parts)))
     cipher = key.blob_cipher(_salt(header))

@@ -1,27 +1,18 @@
 """The durable store: blob files and the LMDB index that names them. Synchronous, one writer, any thread may read."""
 
 from kvstore.blobs.fs import Fs
+from kvstore.blobs.keyring import NamespaceKey
+from kvstore.engine.check import CheckReport, Finding
 from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import device_of, require_store
 from kvstore.engine.engine import Engine
-from kvstore.engine.keyring import NamespaceKey
+from kvstore.engine.evict import EvictReport, Selection
+from kvstore.engine.listing import BlockInfo, EngineStats, NamespaceUsage, StoredSequence
+from kvstore.engine.match import Match, Slice
 from kvstore.engine.recover import check_directory
-from kvstore.engine.rows import Row
-from kvstore.engine.sequences import StoredSequence
-from kvstore.engine.types import (
-    BlockInfo,
-    CheckReport,
-    EngineOptions,
-    EngineStats,
-    EvictReport,
-    Finding,
-    Match,
-    NamespaceUsage,
-    NewBlock,
-    Selection,
-    Slice,
-    StoreReceipt,
-)
+from kvstore.engine.shared import EngineOptions
+from kvstore.engine.store import NewBlock, StoreReceipt
+from kvstore.index.rows import Row
 
 __all__ = [
     "BlockInfo",

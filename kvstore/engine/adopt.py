@@ -20,11 +20,11 @@ from kvstore.core.blocks import BLOCK_TOKENS, Block, count_tokens
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
-from kvstore.engine.index import Index
-from kvstore.engine.match import is_covered, replaced_by
-from kvstore.engine.rows import Row, pack_row
-from kvstore.engine.transaction import Edit
 from kvstore.errors import CorruptDataError, KVStoreError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.index.children import is_covered, replaced_by
+from kvstore.index.index import Index
+from kvstore.index.rows import Row, pack_row
+from kvstore.index.transaction import Edit
 
 VERIFY_BYTES = 1 << 20
 # Rows added in one commit.

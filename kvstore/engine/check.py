@@ -9,24 +9,43 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from kvstore.blobs.fs import unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.core.blocks import Reason
 from kvstore.engine.adopt import Site, Strays, adopt, batched, keep_number, read_block, read_strays, require_rule
 from kvstore.engine.deletions import REPAIR
-from kvstore.engine.retain import CHECKPOINT
-from kvstore.engine.rows import Row, child_entries
 from kvstore.engine.shared import Shared
-from kvstore.engine.transaction import View
-from kvstore.engine.types import CheckReport, Finding
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
+from kvstore.index.rows import Row, child_entries
+from kvstore.index.table import CHECKPOINT
+from kvstore.index.transaction import View
 
 FINDINGS_MAX = 1000
 # Rows that are compared, removed or deleted while the lock is held.
 LOCKED_ROWS_MAX = 1024
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing wrong in a data directory. Kinds: missing_blob, stray_blob, corrupt_blob, missing_parent, size, row,
+    unknown_format."""
+
+    kind: str
+    path: str
+    detail: str
+
+
+@dataclass
+class CheckReport:
+    """What a check read (blobs, bytes), what it put right, and what it found, the first FINDINGS_MAX."""
+
+    blobs: int = 0
+    bytes: int = 0
+    repaired: int = 0
+    findings: list[Finding] = field(default_factory=list)
 
 
 def verify_row(site: Site, row: Row) -> None:

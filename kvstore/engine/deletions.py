@@ -20,13 +20,13 @@ from pathlib import Path
 from types import TracebackType
 
 from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
+from kvstore.blobs.keyring import KeyRing
 from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 from kvstore.core.blocks import TOKEN_BYTES, Reason
 from kvstore.core.keys import block_key
 from kvstore.core.text import size_text
-from kvstore.engine.keyring import KeyRing
 from kvstore.engine.ledger import DriveCache, Ledger
-from kvstore.engine.rows import Row
+from kvstore.index.rows import Row
 
 # A miss says "evicted" also when only the beginning of what was evicted is asked for.
 HEAD_TOKENS = 16

@@ -35,6 +35,7 @@ from pathlib import Path
 from types import TracebackType
 
 from kvstore.blobs.fs import Fs, sync_tree
+from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, BlobReader
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
@@ -42,34 +43,20 @@ from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import check as checking
 from kvstore.engine import match as matching
 from kvstore.engine.adopt import find_missing_keys
-from kvstore.engine.check import Scrub, after_repair, recheck
+from kvstore.engine.check import CheckReport, Finding, Scrub, after_repair, recheck
 from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, QualityFiles, claim
-from kvstore.engine.evict import Evictor
-from kvstore.engine.index import Index
-from kvstore.engine.keyring import NamespaceKey
-from kvstore.engine.match import checkpoint_at
-from kvstore.engine.recover import Place, recovered_index
+from kvstore.engine.evict import Evictor, EvictReport, Selection
+from kvstore.engine.listing import BlockInfo, EngineStats, StoredSequence, list_blocks, sequences, show, stats
+from kvstore.engine.match import Match, Slice, checkpoint_at
+from kvstore.engine.recover import recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
-from kvstore.engine.rows import Row
-from kvstore.engine.sequences import StoredSequence, sequences
-from kvstore.engine.shared import DISPLACED, Shared, list_blocks, show, stats
-from kvstore.engine.store import Writer
-from kvstore.engine.types import (
-    BlockInfo,
-    CheckReport,
-    EngineOptions,
-    EngineStats,
-    EvictReport,
-    Finding,
-    Match,
-    NewBlock,
-    Selection,
-    Slice,
-    StoreReceipt,
-)
-from kvstore.engine.validate import digest
+from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
+from kvstore.engine.store import NewBlock, StoreReceipt, Writer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
+from kvstore.index.index import Index
+from kvstore.index.rows import Row
+from kvstore.index.validate import digest
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +195,7 @@ class Engine:
 
     def touch(self, slices: Iterable[Slice]) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`."""
-        self._shared.uses.touch(slices)
+        self._shared.uses.touch(tuple(part.row.key for part in slices))
 
     def lease(self, rows: Iterable[Row]) -> Lease:
         """Protect the blobs of rows until they are open: evicted last, and those of replaced rows stay for now."""

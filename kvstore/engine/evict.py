@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 
 from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
 from kvstore.engine.deletions import ASKED, BUDGET, FLOOR, SHARE, Deletion
-from kvstore.engine.index import Compaction
-from kvstore.engine.ledger import COMMIT_BYTES, Shortage, gigabytes
-from kvstore.engine.retain import VICTIMS_MAX, Mask, Table
-from kvstore.engine.rows import Row
+from kvstore.engine.ledger import COMMIT_BYTES, gigabytes
+from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
 from kvstore.engine.shared import DISPLACED, Shared
-from kvstore.engine.transaction import Edit
-from kvstore.engine.types import EvictReport, Selection
+from kvstore.engine.shortage import Compaction, Shortage
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
+from kvstore.index.rows import Row
+from kvstore.index.table import Table
 
-NO_LIMIT = 1 << 62
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
 _SLACK_BYTES_MAX = 256 << 20
@@ -35,6 +34,34 @@ _LOOK_AGAIN_S = 0.05
 _NOTHING: frozenset[bytes] = frozenset()
 log = logging.getLogger(__name__)
 Choose = Callable[[Table], Mask]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What to evict. Filters are ANDed; an empty selection is an error unless `all`. `bytes`: stop after so many.
+
+    `key_prefix` takes the blocks whose key starts so, and everything after them. `idle_s`: not used for so long.
+    `orphans`: namespaces that no caller named for ORPHAN_S.
+    """
+
+    namespace_prefix: bytes = b""
+    key_prefix: bytes = b""
+    idle_s: float = 0
+    bytes: int = 0
+    orphans: bool = False
+    all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EvictReport:
+    """What was removed, or would be: blocks, checkpoints among them, and bytes on disk.
+
+    `kept_bytes` are deleted, too, but still on the disk: readers have the files open, or the disk did not let them go.
+    """
+
+    blocks: int
+    freed_bytes: int
+    kept_bytes: int = 0
 
 
 class Evictor:
@@ -96,7 +123,7 @@ class Evictor:
         try:
             if over > 0:
                 with self._evicting:
-                    self._run(SHARE, over, shared.deletions.leased(), lambda table: table.where(checkpoints=True))
+                    self._run(SHARE, over, shared.deletions.leased(), lambda table: where(table, checkpoints=True))
         except (StoreFullError, OSError) as error:
             shared.health.disk_error = str(error)
 
@@ -113,7 +140,7 @@ class Evictor:
                 shared.uses.apply(shared.index.table)
                 table = shared.index.table.snapshot()
                 mask = choose(table)
-            keys = table.victims(need, mask=mask, count_max=len(table) or 1)
+            keys = victims(table, need, mask=mask, count_max=len(table) or 1)
             return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.require_place()
         try:
@@ -154,7 +181,7 @@ class Evictor:
             with shared.lock:
                 space = shared.index.spaces.get(root)
                 only = [] if space is None else [space.number]
-                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: table.where(namespaces=only))  # noqa: B023
+                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: where(table, namespaces=only))  # noqa: B023
                 shared.lost.remember(removed, Reason.EVICTED)
                 steps.append(shared.deletions.begin(shared.costs(removed)))
         blobs = {blob for step in steps for blob in step.costs}
@@ -206,8 +233,8 @@ class Evictor:
 
         def choose(table: Table) -> Mask:
             numbers = [shared.index.spaces[root].number for root in self._roots(selection)]
-            mask = table.where(namespaces=numbers, unused_since_s=since)
-            return mask & table.tree(tops) if selection.key_prefix else mask
+            mask = where(table, namespaces=numbers, unused_since_s=since)
+            return mask & tree(table, tops) if selection.key_prefix else mask
 
         return choose
 
@@ -312,7 +339,7 @@ class Evictor:
         """
         shared = self._shared
         with shared.lock:
-            reachable = shared.index.table.reachable_bytes(keep)
+            reachable = reachable_bytes(shared.index.table, keep)
             held = shared.ledger.get("blobs")
         of_index = self.compaction.shrinkable_bytes * reachable // max(1, held) if cause == BUDGET else 0
         if reachable + of_index < needed:
@@ -332,7 +359,7 @@ class Evictor:
         cause: str,
         need_bytes: int,
         keep: Collection[bytes],
-        choose: Choose = Table.where,
+        choose: Choose = where,
         *,
         spare_leased: bool = True,
     ) -> EvictReport:
@@ -369,14 +396,6 @@ class Evictor:
     def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> tuple[list[Row], int]:
         with self._shared.edit() as edit:
             self._shared.uses.write(edit)
-            keys = edit.table.victims(need_bytes, keep, choose(edit.table), count_max=VICTIMS_MAX)
+            keys = victims(edit.table, need_bytes, keep, choose(edit.table), count_max=VICTIMS_MAX)
             nbytes = sum(edit.table.value(key, "nbytes") for key in keys)
             return remove_rows(edit, keys), nbytes
-
-
-def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
-    """Remove the rows of keys, children before parents; returns them."""
-    rows = [row for key in keys if (row := edit.row(key)) is not None]
-    for row in rows:
-        edit.remove(row)
-    return rows

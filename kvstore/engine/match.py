@@ -1,49 +1,85 @@
 """Finds the longest stored prefix of a prompt in the index, without reading blobs, and says why it ends there.
 
 Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
-cut: bisection over the levels of `kvstore.engine.rows` finds how many times 32 tokens any child shares, and the best
-child stands next to where the query would, so that the number of siblings does not count. For layouts that need a
-checkpoint, `longest_exact` looks for the longest position that has one.
+cut (`kvstore.index.children`). For layouts that need a checkpoint, `longest_exact` looks for the longest position that
+has one.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason, common_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason
 from kvstore.core.keys import Chain, block_key
 from kvstore.core.records import template_ids
 from kvstore.core.rules import check_states
 from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES
-from kvstore.engine.keyring import NamespaceKey
-from kvstore.engine.rows import (
-    LEVEL_TOKENS,
-    TAIL_MARK,
+from kvstore.engine.shared import Shared
+from kvstore.errors import CorruptDataError
+from kvstore.index.children import best_child
+from kvstore.index.rows import (
     TOKENS_AT,
-    Code,
     Row,
     Taken,
+    Templates,
+    fidelities_of,
     fidelity_of,
-    level_prefix,
-    level_tokens,
     parse_row,
-    tail_prefix,
+    templates_digests_of,
 )
-from kvstore.engine.transaction import View
-from kvstore.engine.types import Match, Slice
-from kvstore.errors import CorruptDataError
+from kvstore.index.transaction import View
 
-if TYPE_CHECKING:
-    from kvstore.engine.shared import Shared
-
-# Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
-# exactly as much as the best so far, one of which may be of higher fidelity.
-SIDE_MAX = 64
-TIES_MAX = 8
 _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The first `take` tokens of a stored block."""
+
+    row: Row
+    take: int
+
+
+@dataclass(frozen=True)
+class Match:
+    """The longest usable prefix: its blocks in order, and why there is no more.
+
+    Of an exact match also the checkpoint at its end, if there is one. `diverged`: what is stored goes on after it,
+    differently from what was asked for (`Engine.mark_divergence`). The rows are parsed when somebody looks into them,
+    which may raise what `parse_row` does.
+    """
+
+    n_tokens: int
+    reason: Reason
+    rows: tuple[Taken, ...] = ()
+    checkpoint: Row | None = None
+    diverged: bool = False
+    templates: Templates = field(default_factory=dict, repr=False)
+
+    @functools.cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """The blocks in order."""
+        return tuple([Slice(parse_row(key, value, self.templates), take) for key, value, take in self.rows])
+
+    @functools.cached_property
+    def fidelity(self) -> int:
+        """The least rank among blocks and checkpoint."""
+        own = FIDELITY_EXACT if self.checkpoint is None else self.checkpoint.fidelity
+        return min([own, *fidelities_of(self.rows)])
+
+    @property
+    def templates_digests(self) -> set[int]:
+        """The digests of the templates of its blocks, read without parsing the rows; 0 stands for none."""
+        return templates_digests_of(self.rows)
+
+    @property
+    def parts(self) -> tuple[Slice, ...]:
+        """Everything to be read: the slices, and, as one more, the checkpoint."""
+        row = self.checkpoint
+        return self.slices if row is None else (*self.slices, Slice(row, row.n_tokens))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,66 +123,6 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
         rows.append((best.key, best.value, take))
     full = at // TOKEN_BYTES
     return Found(tuple(rows), full + take, full, parent, low_take > take)
-
-
-def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min: int) -> tuple[Row | None, int, int]:
-    """The child of `parent` that shares most leading tokens with `rest`; of equals, one of higher fidelity.
-
-    Returns (row, tokens shared, most tokens shared by a child below `fidelity_min`).
-    """
-    best: Row | None = None
-    take = low_take = 0
-    key = view.ring.key(root)
-    for level in range(_deepest_level(view, parent, rest, key), -1, -1) if rest else ():
-        for side in _neighbours(view, parent, rest, level, key):
-            ties = TIES_MAX
-            for row in side:
-                shared = common_tokens(row.tokens, rest)
-                if key is None and (not shared or shared < take or not ties):
-                    break  # they stand in order: what comes next shares no more
-                if row.fidelity < fidelity_min:
-                    low_take = max(low_take, shared)
-                elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
-                    best, take = row, shared
-                else:
-                    ties -= 1
-        if best is not None:
-            break
-    return best, take, low_take
-
-
-def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> int:
-    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does."""
-    low, high = 0, len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if next(view.entries(level_prefix(parent, rest, middle, key)), None) is None:
-            high = middle - 1
-        else:
-            low = middle
-    return low
-
-
-def _neighbours(
-    view: View, parent: bytes, rest: bytes, level: int, key: NamespaceKey | None
-) -> tuple[Iterator[Row], Iterator[Row]]:
-    """Children that share the head of a level, upwards and downwards from where `rest` would stand: closest first.
-
-    SIDE_MAX on each side. In an encrypted namespace they stand in no order.
-    """
-    prefix = level_prefix(parent, rest, level, key)
-    code = b"" if key else Code.of(level_tokens(rest, level)).data
-    above, below = view.entries(prefix, code), view.entries(prefix, code, reverse=True)
-    return _rows_of(view, parent, above), _rows_of(view, parent, below)
-
-
-def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[Row]:
-    for _, child in itertools.islice(entries, SIDE_MAX):
-        row = view.row(child)
-        if row is not None and row.parent != parent:
-            raise CorruptDataError("index: a child of another parent")
-        if row is not None and not row.is_key_missing:
-            yield row
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,41 +176,6 @@ def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
         return take < row.n_tokens
     here = (child for key in view.children(row.key) if (child := view.row(key)) is not None)
     return any(not child.is_checkpoint or child.n_tokens for child in itertools.islice(here, 2))
-
-
-def is_covered(view: View, row: Row) -> bool:
-    """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
-    held = view.row(row.key)
-    if held is not None and not held.is_key_missing:
-        return held.fidelity >= row.fidelity
-    if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
-        return False
-    return best_child(view, row.root, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
-
-
-def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
-    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails.
-
-    A tail of higher fidelity stays, for those who take nothing less, unless it ends before `short_tokens`: so short a
-    sequence is not quantized whoever stores it, and what it is kept as until it grows is no promise.
-    """
-    held = view.row(row.key)
-    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.root, row.parent, row.tokens)
-    given = [old for old in shorter if old.fidelity <= row.fidelity or old.end < short_tokens]
-    return ([held] if held else []) + given
-
-
-def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> list[Row]:
-    """Children of `parent` whose tokens are a strict prefix of `tokens`: one lookup for each length that tails have."""
-    found: list[Row] = []
-    key, prefix = view.ring.key(root), parent + TAIL_MARK
-    at_most = len(tokens) // TOKEN_BYTES
-    while below := next(view.entries(prefix, at_most.to_bytes(2, "big"), reverse=True), None):
-        at_most = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
-        tail = tokens[: at_most * TOKEN_BYTES]
-        rows = [view.row(child) for _, child in view.entries(tail_prefix(parent, tail, key))]
-        found += [row for row in rows if row is not None and not row.is_key_missing and row.tokens == tail]
-    return found
 
 
 def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | None, exact: bool) -> Match:

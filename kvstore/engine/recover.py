@@ -6,63 +6,23 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from kvstore.blobs.encrypted import EncryptedBlobs
 from kvstore.blobs.fs import Fs, unlink_quietly
-from kvstore.blobs.local import LocalBlobs
-from kvstore.blobs.protocol import BlobId, Blobs, Entry
+from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, read_block, read_strays
-from kvstore.engine.check import Walk, quarantine, settle_strays
-from kvstore.engine.deletions import Tombstones
-from kvstore.engine.directory import Directory, DirectoryLock, claim
-from kvstore.engine.index import MAP_BYTES, REBUILDING, Index
-from kvstore.engine.keyring import KeyRing
+from kvstore.engine.check import CheckReport, Finding, Walk, quarantine, settle_strays
+from kvstore.engine.directory import claim
 from kvstore.engine.ledger import Ballast
-from kvstore.engine.rows import Row
-from kvstore.engine.types import CheckReport, EngineOptions, Finding
-from kvstore.engine.validate import digest, require_whole
+from kvstore.engine.shared import EngineOptions, Place
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, StoreFullError, UnknownFormatError
+from kvstore.index.index import MAP_BYTES, REBUILDING, Index
+from kvstore.index.rows import Row
+from kvstore.index.validate import digest, require_whole
 
 SWEEP_ROWS = 1024
 log = logging.getLogger(__name__)
-
-
-class Place:
-    """A claimed data directory with all that is needed to open its index."""
-
-    def __init__(self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs) -> None:
-        """Read the keys and the tombstones. Raises DirectoryError, OSError."""
-        self.directory = directory
-        self.held = held
-        self.options = options
-        self.fs = fs
-        self.sync = options.durability != "none"
-        self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
-        local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
-        self.blobs: Blobs = EncryptedBlobs(local, self.ring)
-        self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
-        self.dropped: list[Row] = []  # by the sweep
-
-    def site(self, index: Index) -> Site:
-        """For a walk over it."""
-        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.options.rule)
-
-    def _delete(self, blobs: Sequence[BlobId]) -> None:
-        """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
-        try:
-            left = self.blobs.delete(blobs)
-            if left:
-                self.tombstones.add(left)
-            for root in {blob.root for blob in blobs}:
-                self.blobs.sync(root)
-        except OSError as error:
-            log.warning("blobs that were deleted may come back: %s", error)
-
-    def open_index(self) -> Index:
-        """Open or create the index. Raises CorruptDataError, UnknownFormatError."""
-        return Index(self.directory.index, self.fs, self.ring, self.sync, self.options.map_bytes)
 
 
 def recovered_index(place: Place) -> Index:

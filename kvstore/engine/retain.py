@@ -1,54 +1,30 @@
-"""Retention: an in-memory table with one row per blob, and the policies that choose which blobs to evict.
+"""What goes and what stays: the policies that choose blobs to evict, and which checkpoints a chain keeps.
 
-The table holds all that eviction, listings and counters need, so that none of them reads the index:
+Policies are functions from rows of `kvstore.index.table` to scores. The blob with the lowest score is evicted first,
+but never a parent before its children, so that every blob stays reachable from its root.
 
-    key, parent      the blob's key; the row number of its parent, -1 for the first block of a chain
-    namespace        number of the namespace
-    last_use         a sequence number, higher is later: the order never depends on a clock
-    used_s           wall clock of the last use, in seconds since 1970: age, for `--idle`
-    hits, depth, children, nbytes (on disk), n_tokens, mark (when a prompt last diverged here, in the sequence), flags
+Checkpoints are bounded twice, in the commit of the store that added one: along every chain, and in all by their share
+of the budget. The chain of a checkpoint is every checkpoint whose tokens are a prefix of its own, and itself.
 
-The engine loads the table from the index when it opens, and saves changed rows with its commits, CHUNK rows at a time
-(`changed`). A policy is a function from rows to scores. The row with the lowest score is evicted first, but never a
-parent before its children, so that every blob stays reachable from its root.
-
-Threads: `Table` is not thread-safe. Hold the engine's lock to use it.
+Threads: hold the engine's lock, or use a `Table.snapshot`.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.errors import CorruptDataError
+from kvstore.index.rows import Row
+from kvstore.index.table import CHECKPOINT, LIVE, PINNED, Rows, Table
+from kvstore.index.transaction import Edit, View
 
-CHUNK = 64
 # Blobs removed in one commit: bounds the transaction, and how long the engine's lock is held.
 VICTIMS_MAX = 1024
-LIVE, CHECKPOINT, PINNED = 1, 2, 4
-
-COLUMNS = np.dtype(
-    [
-        ("key", "V32"),
-        ("last_use", "<i8"),
-        ("mark", "<i8"),
-        ("nbytes", "<i8"),
-        ("parent", "<i4"),
-        ("namespace", "<u4"),
-        ("used_s", "<u4"),
-        ("hits", "<u4"),
-        ("depth", "<u4"),
-        ("children", "<u4"),
-        ("n_tokens", "<u2"),
-        ("flags", "<u2"),
-    ]
-)
-Rows: TypeAlias = npt.NDArray[Any]
+NO_LIMIT = 1 << 62
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
 # Scores by which blobs go, lowest first.
@@ -57,344 +33,166 @@ POLICIES: dict[str, Callable[[Rows], npt.NDArray[Any]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one namespace, or all, hold. Blocks and tokens are without checkpoints, the bytes on disk with them."""
-
-    blocks: int = 0
-    tokens: int = 0
-    disk_bytes: int = 0
-    checkpoints: int = 0
-    checkpoint_bytes: int = 0
-
-
-class Table:
-    """See the module."""
-
-    def __init__(self) -> None:
-        self._rows: Rows = np.zeros(CHUNK, COLUMNS)
-        self._end = 0
-        self._free: list[int] = []
-        self._slots: dict[bytes, int] = {}
-        self._usage: dict[int, list[int]] = {}
-        self._changed: set[int] = set()
-        self.sequence = 0
-
-    # -- loading and saving ---------------------------------------------------------------------------------------
-
-    @classmethod
-    def load(cls, chunks: Iterable[tuple[int, bytes]]) -> Table:
-        """A table of what `changed` gave. CorruptDataError when parents, children or keys do not fit together."""
-        table = cls()
-        parts = dict(chunks)
-        if any(len(data) != CHUNK * COLUMNS.itemsize for data in parts.values()):
-            raise CorruptDataError("the table of blobs has a chunk of another size")
-        if parts:
-            count = max(parts) + 1
-            empty = bytes(CHUNK * COLUMNS.itemsize)
-            joined = b"".join(parts.get(number, empty) for number in range(count))
-            table._rows = np.frombuffer(bytearray(joined), COLUMNS)
-            table._end = count * CHUNK
-        table._index()
-        return table
-
-    def _index(self) -> None:
-        rows = self._rows[: self._end]
-        live = np.flatnonzero(rows["flags"] & LIVE)
-        self._free = np.flatnonzero(~(rows["flags"] & LIVE).astype(bool))[::-1].tolist()
-        keys = rows["key"][live].tobytes()
-        self._slots = {keys[32 * at : 32 * at + 32]: slot for at, slot in enumerate(live.tolist())}
-        parents = rows["parent"][live]
-        linked = parents[parents >= 0]
-        if len(self._slots) != len(live) or (len(linked) and not _all_live(rows, linked)):
-            raise CorruptDataError("the table of blobs does not fit together")
-        if not np.array_equal(np.bincount(linked, minlength=self._end), rows["children"]):
-            raise CorruptDataError("the table of blobs has wrong numbers of children")
-        self.sequence = int(max(rows["last_use"].max(initial=0), rows["mark"].max(initial=0)))
-        for namespace in np.unique(rows["namespace"][live]).tolist():
-            self._usage[namespace] = _sums(rows[live][rows["namespace"][live] == namespace])
-
-    def changed(self) -> dict[int, bytes]:
-        """The chunks that changed since the last call, by number: to be saved in the commit that is under way."""
-        changed, self._changed = self._changed, set()
-        self._grow(-(-self._end // CHUNK) * CHUNK)
-        return {number: self._rows[number * CHUNK : (number + 1) * CHUNK].tobytes() for number in sorted(changed)}
-
-    # -- rows -----------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        return len(self._slots)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._slots
-
-    def value(self, key: bytes, column: str) -> int:
-        """One number of one blob; 0 when it is not there."""
-        slot = self._slots.get(key, -1)
-        return int(self._rows[column][slot]) if slot >= 0 else 0
-
-    def keys(self, slots: Sequence[int]) -> list[bytes]:
-        """Keys of rows."""
-        return [self._rows["key"][slot].tobytes() for slot in slots]
-
-    def add(
-        self,
-        key: bytes,
-        parent: bytes | None,
-        namespace: int,
-        *,
-        depth: int,
-        nbytes: int,
-        n_tokens: int,
-        flags: int = 0,
-    ) -> None:
-        """Add a blob, last used now by order and at no known time. `parent` None: the first block of a chain."""
-        above = self._slots[parent] if parent is not None else -1
-        assert key not in self._slots
-        if self._free:
-            slot = self._free.pop()
-        else:
-            slot, self._end = self._end, self._end + 1
-            self._grow(self._end)
-        self._rows[slot] = (
-            np.void(key), self.next(), 0, nbytes, above, namespace, 0, 0, depth, 0, n_tokens, LIVE | flags
-        )  # fmt: skip
-        self._slots[key] = slot
-        if above >= 0:
-            self._rows["children"][above] += 1
-            self._changed.add(above // CHUNK)
-        self._count(slot, +1)
-
-    def remove(self, key: bytes) -> None:
-        """Take a blob out; it has no children, which is asserted."""
-        slot = self._slots[key]
-        assert not self._rows["children"][slot]
-        self._count(slot, -1)
-        above = int(self._rows["parent"][slot])
-        if above >= 0:
-            self._rows["children"][above] -= 1
-            self._changed.add(above // CHUNK)
-        self._rows[slot] = np.zeros((), COLUMNS)
-        del self._slots[key]
-        self._free.append(slot)
-
-    def resize(self, key: bytes, nbytes: int) -> None:
-        """Another blob lies in the place of this one."""
-        slot = self._slots[key]
-        self._count(slot, -1)
-        self._rows["nbytes"][slot] = nbytes
-        self._count(slot, +1)
-
-    def next(self) -> int:
-        """The next number of the sequence."""
-        self.sequence += 1
-        return self.sequence
-
-    def touch(self, keys: Iterable[bytes], used_s: int) -> None:
-        """Note that blobs were used together, at this wall clock. Keys that are not there do not count."""
-        slots = [slot for key in keys if (slot := self._slots.get(key, -1)) >= 0]
-        if not slots:
-            return
-        self._rows["last_use"][slots] = self.next()
-        self._rows["used_s"][slots] = used_s
-        self._rows["hits"][slots] += 1
-        self._changed.update(slot // CHUNK for slot in slots)
-
-    def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0) -> None:
-        """Set what a blob brings along: when it was used, its mark, its place in the order. 0 leaves what is there."""
-        slot = self._slots[key]
-        self._rows["used_s"][slot] = used_s
-        if mark:
-            self._rows["mark"][slot] = mark
-        if last_use:
-            self._rows["last_use"][slot] = last_use
-            self.sequence = max(self.sequence, last_use)
-        self._changed.add(slot // CHUNK)
-
-    def correct(self, key: bytes, namespace: int, *, depth: int, nbytes: int, n_tokens: int, flags: int) -> None:
-        """Set what the row of a blob says; what is known of its use stays."""
-        slot = self._slots[key]
-        self._count(slot, -1)
-        row = self._rows[slot]
-        row["namespace"], row["depth"], row["nbytes"], row["n_tokens"] = namespace, depth, nbytes, n_tokens
-        row["flags"] = LIVE | flags | (row["flags"] & PINNED)
-        self._count(slot, +1)
-
-    def link(self, key: bytes, parent: bytes) -> None:
-        """Set the parent of a blob that has none here, if it is one."""
-        slot, above = self._slots.get(key, -1), self._slots[parent]
-        if slot >= 0 and self._rows["parent"][slot] < 0:
-            self._rows["parent"][slot] = above
-            self._rows["children"][above] += 1
-            self._changed.update((slot // CHUNK, above // CHUNK))
-
-    def drop(self, key: bytes) -> None:
-        """Take out a blob whose row is lost; what came after it is the first of a chain now."""
-        slot, rows = self._slots[key], self._rows[: self._end]
-        below = np.flatnonzero(((rows["flags"] & LIVE) != 0) & (rows["parent"] == slot))
-        rows["parent"][below] = -1
-        rows["children"][slot] = 0
-        self._changed.update((below // CHUNK).tolist())
-        self.remove(key)
-
-    def mark(self, key: bytes) -> None:
-        """Note that a prompt diverged after a checkpoint. Keys of anything else do not count."""
-        slot = self._slots.get(key, -1)
-        if slot >= 0 and self._rows["flags"][slot] & CHECKPOINT:
-            self._rows["mark"][slot] = self.next()
-            self._changed.add(slot // CHUNK)
-
-    def settle_clock(self, now_s: int) -> None:
-        """Times in the future come from a clock that was ahead: they become now, and age from here on."""
-        ahead = np.flatnonzero(self._rows["used_s"][: self._end] > now_s)
-        if len(ahead):
-            self._rows["used_s"][ahead] = now_s
-            self._changed.update((ahead // CHUNK).tolist())
-
-    # -- sums -----------------------------------------------------------------------------------------------------
-
-    @property
-    def rows(self) -> Rows:
-        """Every row, those that are not live among them; for reading."""
-        return self._rows[: self._end]
-
-    def snapshot(self) -> Table:
-        """A copy to choose from, for a thread that does not hold the lock."""
-        copy = Table()
-        copy._rows, copy._end, copy._slots = self._rows[: self._end].copy(), self._end, dict(self._slots)
-        return copy
-
-    def usage(self, namespace: int | None = None) -> Usage:
-        """Usage of one namespace; None: of all."""
-        if namespace is not None:
-            return Usage(*self._usage.get(namespace, ()))
-        return Usage(*(sum(column) for column in zip(*self._usage.values(), strict=True)))
-
-    @property
-    def namespaces(self) -> list[int]:
-        """Numbers of the namespaces that hold something."""
-        return list(self._usage)
-
-    def recent(self, namespaces: Collection[int], limit: int) -> list[bytes]:
-        """Keys of at most `limit` most recently used blobs of these namespaces, newest first."""
-        slots = np.flatnonzero(self.where(namespaces=namespaces))
-        order = np.argsort(-self._rows["last_use"][slots], kind="stable")
-        return self.keys(slots[order][:limit].tolist())
-
-    def reachable_bytes(self, keep: Collection[bytes] = (), mask: Mask | None = None) -> int:
-        """What eviction could free at most: everything selected but `keep`, what is pinned, and their ancestors."""
-        free = self._selected(mask) & ~self._kept(keep)
-        return int(self._rows["nbytes"][: self._end][free].sum())
-
-    # -- choosing -------------------------------------------------------------------------------------------------
-
-    def where(
-        self, *, namespaces: Collection[int] | None = None, unused_since_s: int | None = None, checkpoints: bool = False
-    ) -> Mask:
-        """A selection of blobs; conditions are ANDed."""
-        rows = self._rows[: self._end]
-        mask: Mask = (rows["flags"] & LIVE) != 0
-        if namespaces is not None:
-            mask &= np.isin(rows["namespace"], list(namespaces))
-        if unused_since_s is not None:
-            mask &= rows["used_s"] <= max(0, unused_since_s)
-        if checkpoints:
-            mask &= (rows["flags"] & CHECKPOINT) != 0
-        return mask
-
-    def tree(self, tops: Collection[bytes]) -> Mask:
-        """A selection of these blobs and everything after them."""
-        mask, rows = np.zeros(self._end, np.bool_), self._rows[: self._end]
-        mask[[slot for key in tops if (slot := self._slots.get(key, -1)) >= 0]] = True
-        linked = np.flatnonzero(((rows["flags"] & LIVE) != 0) & (rows["parent"] >= 0))
-        linked = linked[np.argsort(rows["depth"][linked], kind="stable")]
-        depths = rows["depth"][linked]
-        for level in np.split(linked, np.flatnonzero(np.diff(depths)) + 1):
-            mask[level] |= mask[rows["parent"][level]]
-        return mask
-
-    def victims(
-        self,
-        need_bytes: int,
-        keep: Collection[bytes] = (),
-        mask: Mask | None = None,
-        policy: str = "lru",
-        count_max: int = VICTIMS_MAX,
-    ) -> list[bytes]:
-        """Keys to remove next, children before parents, until `need_bytes` are freed or `count_max` are named.
-
-        Leaves with the lowest score first; a parent follows once all its children are named, no earlier than they.
-        """
-        rows = self._rows[: self._end]
-        free = self._selected(mask) & ~self._kept(keep)
-        leaves = np.flatnonzero(free & (rows["children"] == 0))
-        scores = POLICIES[policy](rows[leaves])
-        if len(leaves) > count_max:
-            # No other leaf can be among the first `count_max`; ties at the end are as good as each other.
-            lowest = np.argpartition(scores, count_max - 1)[:count_max]
-            leaves, scores = leaves[lowest], scores[lowest]
-        depths = rows["depth"][leaves]
-        heap = list(zip(scores.tolist(), (-depths.astype(np.int64)).tolist(), leaves.tolist(), strict=True))
-        heapq.heapify(heap)
-        children: dict[int, int] = {}
-        named: list[int] = []
-        freed = 0
-        while heap and freed < need_bytes and len(named) < count_max:
-            score, _, slot = heapq.heappop(heap)
-            named.append(slot)
-            freed += int(rows["nbytes"][slot])
-            above = int(rows["parent"][slot])
-            if above < 0:
-                continue
-            children[above] = children.get(above, int(rows["children"][above])) - 1
-            if not children[above] and free[above]:
-                own = POLICIES[policy](rows[above : above + 1])[0].item()
-                heapq.heappush(heap, (max(score, own), -int(rows["depth"][above]), above))
-        return self.keys(named)
-
-    def _selected(self, mask: Mask | None) -> Mask:
-        return self.where() if mask is None else mask
-
-    def _kept(self, keep: Collection[bytes]) -> Mask:
-        """`keep`, what is pinned, and the ancestors of both."""
-        rows = self._rows[: self._end]
-        kept: Mask = (rows["flags"] & PINNED) != 0
-        for start in [*np.flatnonzero(kept).tolist(), *(self._slots.get(key, -1) for key in keep)]:
-            slot = start
-            while slot >= 0 and (slot == start or not kept[slot]):
-                kept[slot] = True
-                slot = int(rows["parent"][slot])
-        return kept
-
-    def _count(self, slot: int, sign: int) -> None:
-        namespace = int(self._rows["namespace"][slot])
-        sums = self._usage.setdefault(namespace, [0] * 5)
-        for at, number in enumerate(_sums(self._rows[slot : slot + 1])):
-            sums[at] += sign * number
-        if not any(sums):
-            del self._usage[namespace]
-        self._changed.add(slot // CHUNK)
-
-    def _grow(self, end: int) -> None:
-        if end > len(self._rows):
-            more = max(CHUNK, len(self._rows), -(-(end - len(self._rows)) // CHUNK) * CHUNK)
-            self._rows = np.concatenate([self._rows, np.zeros(more, COLUMNS)])
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._slots)
+def where(
+    table: Table,
+    *,
+    namespaces: Collection[int] | None = None,
+    unused_since_s: int | None = None,
+    checkpoints: bool = False,
+) -> Mask:
+    """A selection of blobs; conditions are ANDed."""
+    rows = table.rows
+    mask: Mask = (rows["flags"] & LIVE) != 0
+    if namespaces is not None:
+        mask &= np.isin(rows["namespace"], list(namespaces))
+    if unused_since_s is not None:
+        mask &= rows["used_s"] <= max(0, unused_since_s)
+    if checkpoints:
+        mask &= (rows["flags"] & CHECKPOINT) != 0
+    return mask
 
 
-def _all_live(rows: Rows, slots: npt.NDArray[np.int32]) -> bool:
-    return bool(slots.max() < len(rows) and (rows["flags"][slots] & LIVE).all())
+def tree(table: Table, tops: Iterable[bytes]) -> Mask:
+    """A selection of these blobs and everything after them."""
+    rows, mask = table.rows, np.zeros(len(table.rows), np.bool_)
+    mask[table.slots(tops)] = True
+    for level in levels(rows, where(table)):
+        mask[level] |= mask[rows["parent"][level]]
+    return mask
 
 
-def _sums(rows: Rows) -> list[int]:
-    """Blocks, tokens, bytes, checkpoints, their bytes."""
-    checkpoints = (rows["flags"] & CHECKPOINT) != 0
-    return [
-        int((~checkpoints).sum()),
-        int(rows["n_tokens"][~checkpoints].sum()),
-        int(rows["nbytes"].sum()),
-        int(checkpoints.sum()),
-        int(rows["nbytes"][checkpoints].sum()),
-    ]
+def levels(rows: Rows, mask: Mask) -> Iterator[npt.NDArray[np.intp]]:
+    """Those of a selection that have a parent: numbers of rows of one depth at a time, the shallowest first."""
+    linked = np.flatnonzero(mask & (rows["parent"] >= 0))
+    linked = linked[np.argsort(rows["depth"][linked], kind="stable")]
+    yield from np.split(linked, np.flatnonzero(np.diff(rows["depth"][linked])) + 1)
+
+
+def reachable_bytes(table: Table, keep: Iterable[bytes] = (), mask: Mask | None = None) -> int:
+    """What eviction could free at most: everything selected but `keep`, what is pinned, and their ancestors."""
+    return int(table.rows["nbytes"][_free(table, keep, mask)].sum())
+
+
+def victims(
+    table: Table,
+    need_bytes: int,
+    keep: Iterable[bytes] = (),
+    mask: Mask | None = None,
+    policy: str = "lru",
+    count_max: int = VICTIMS_MAX,
+) -> list[bytes]:
+    """Keys to remove next, children before parents, until `need_bytes` are freed or `count_max` are named.
+
+    Leaves with the lowest score first; a parent follows once all its children are named, no earlier than they.
+    """
+    rows, free = table.rows, _free(table, keep, mask)
+    leaves = np.flatnonzero(free & (rows["children"] == 0))
+    scores = POLICIES[policy](rows[leaves])
+    if len(leaves) > count_max:
+        # No other leaf can be among the first `count_max`; ties at the end are as good as each other.
+        lowest = np.argpartition(scores, count_max - 1)[:count_max]
+        leaves, scores = leaves[lowest], scores[lowest]
+    depths = rows["depth"][leaves]
+    heap = list(zip(scores.tolist(), (-depths.astype(np.int64)).tolist(), leaves.tolist(), strict=True))
+    heapq.heapify(heap)
+    children: dict[int, int] = {}
+    named: list[int] = []
+    freed = 0
+    while heap and freed < need_bytes and len(named) < count_max:
+        score, _, slot = heapq.heappop(heap)
+        named.append(slot)
+        freed += int(rows["nbytes"][slot])
+        above = int(rows["parent"][slot])
+        if above < 0:
+            continue
+        children[above] = children.get(above, int(rows["children"][above])) - 1
+        if not children[above] and free[above]:
+            own = POLICIES[policy](rows[above : above + 1])[0].item()
+            heapq.heappush(heap, (max(score, own), -int(rows["depth"][above]), above))
+    return table.keys(named)
+
+
+def _free(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
+    """What is selected, without `keep`, what is pinned, and the ancestors of both."""
+    rows = table.rows
+    kept: Mask = (rows["flags"] & PINNED) != 0
+    for start in [*np.flatnonzero(kept).tolist(), *table.slots(keep)]:
+        slot = start
+        while slot >= 0 and (slot == start or not kept[slot]):
+            kept[slot] = True
+            slot = int(rows["parent"][slot])
+    return (where(table) if mask is None else mask) & ~kept
+
+
+def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
+    """Remove the rows of keys, children before parents; returns them."""
+    rows = [row for key in keys if (row := edit.row(key)) is not None]
+    for row in rows:
+        edit.remove(row)
+    return rows
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+# Places of a chain that are not for marks: the first, the two newest, and two spaced ones.
+_NOT_FOR_MARKS = 5
+# To prefill a token or a few takes equally long, so checkpoints that are closer than this hardly add anything.
+_FEW_TOKENS = 256
+
+
+def chain_of(view: View, row: Row) -> list[Row]:
+    """The checkpoints whose tokens are a prefix of that of `row`, a checkpoint, in the order of their positions."""
+    chain: list[Row] = []
+    here: Row | None = row
+    while here is not None:
+        chain += view.checkpoints(here.parent, here.tokens)
+        here = view.row(here.parent)
+    return chain[::-1]
+
+
+def spare(positions: Sequence[int], marks: Sequence[int], keep_max: int) -> list[int]:
+    """Which of a chain are to go: indices into ascending `positions`; `marks`: when each was marked, 0 for never."""
+    last = len(positions) - 1
+    kept = [last, 0, max(0, last - 1)][:keep_max]
+    marked = sorted((at for at in range(last) if marks[at] and at not in kept), key=lambda at: -marks[at])
+    kept += marked[: max(0, keep_max - _NOT_FOR_MARKS)]
+    left = list(range(len(positions)))
+    while len(left) > max(1, keep_max):
+        inner = [at for at in range(1, len(left) - 1) if left[at] not in kept]
+        if not inner:
+            left = [index for index in left if index in kept]
+            break
+        del left[min(inner, key=lambda at: _loss([positions[index] for index in left], at))]
+    return sorted(set(range(len(positions))) - set(left))
+
+
+def _loss(positions: Sequence[int], at: int) -> float:
+    """How many times what it must a prompt would prefill at worst without the checkpoint `at`."""
+    end = positions[-1] + _FEW_TOKENS
+    return (end - positions[at - 1]) / (end - positions[at + 1])
+
+
+def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
+    """Remove what is too much along the chains of `added`, longest first; the rows removed."""
+    removed: list[Row] = []
+    for row in sorted(added, key=lambda row: -row.end):
+        if not row.is_checkpoint or row.key not in edit.table:
+            continue
+        chain = chain_of(edit, row)
+        if len(chain) <= keep_max:
+            continue
+        for index in spare(
+            [each.end for each in chain], [edit.table.value(each.key, "mark") for each in chain], keep_max
+        ):
+            edit.remove(chain[index])
+            removed.append(chain[index])
+    return removed
+
+
+def keep_share(edit: Edit, share_bytes: int, keep: Collection[bytes] = ()) -> list[Row]:
+    """Remove the least recently used checkpoints of all namespaces until the rest take no more than `share_bytes`."""
+    table = edit.table
+    over = table.usage().checkpoint_bytes - share_bytes
+    if over <= 0:
+        return []
+    return remove_rows(edit, victims(table, over, keep, where(table, checkpoints=True), count_max=NO_LIMIT))

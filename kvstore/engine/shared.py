@@ -7,32 +7,122 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from kvstore.blobs.protocol import BlobId, disk_bytes
+from kvstore.blobs.encrypted import EncryptedBlobs
+from kvstore.blobs.fs import Fs
+from kvstore.blobs.keyring import KeyRing, NamespaceKey
+from kvstore.blobs.local import LocalBlobs
+from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
+from kvstore.core.blocks import Block
 from kvstore.core.keys import NamespaceInfo
+from kvstore.core.layers import Layout
+from kvstore.core.rules import check_block
 from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
-from kvstore.engine.deletions import Deletions, Evictions, Lost
-from kvstore.engine.index import Index
-from kvstore.engine.keyring import NamespaceKey
+from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
+from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
-from kvstore.engine.retain import Table, Usage
-from kvstore.engine.rows import Row
-from kvstore.engine.transaction import Edit, Space
-from kvstore.engine.types import ORPHAN_S, BlockInfo, EngineStats, NamespaceUsage, Slice
-from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError
+from kvstore.errors import ConfigError, DirectoryError, InvalidRequestError, KVStoreError
+from kvstore.index.index import MAP_BYTES, Index
+from kvstore.index.rows import Row
+from kvstore.index.table import Table, Usage
+from kvstore.index.transaction import Edit, Space
 
-if TYPE_CHECKING:
-    from kvstore.engine.recover import Place
-
+# `none`, without any sync, is for tests: the configuration does not offer it.
+DURABILITIES = ("commit", "full", "none")
+# A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
+ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
 _UNWRITTEN_FACTOR = 16
 DISPLACED = "the data directory was deleted or replaced"
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How the engine is to run.
+
+    `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
+    written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
+    that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
+    `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
+    the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
+    lie in `keys_dir` (None: beside the data directory), never in the data directory.
+    A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
+    `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.core.rules`.
+    A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
+    """
+
+    budget_bytes: int
+    free_floor_bytes: int = 0
+    durability: str = "commit"
+    map_bytes: int = MAP_BYTES
+    socket: str = ""
+    touches_max: int = 4096
+    touches_age_s: float = 30.0
+    evicted_max: int = 65_536
+    quarantine_files_max: int = 64
+    checkpoints_max: int = 8
+    checkpoint_share_percent: int = 20
+    ballast_bytes: int = 1 << 20
+    short_tokens: int = 0
+    scrub_bytes_per_s: int = 0
+    scrub_interval_s: float = 7 * 86_400.0
+    master_key: bytes = field(default=b"", repr=False)
+    rule: Callable[[Layout, Block], None] = field(default=check_block, repr=False)
+    keys_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.durability not in DURABILITIES:
+            raise ConfigError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
+        if self.budget_bytes < 0 or self.free_floor_bytes < 0:
+            raise ConfigError("budget_bytes and free_floor_bytes cannot be negative")
+        if self.checkpoints_max < 1 or not 0 <= self.checkpoint_share_percent <= 100:
+            raise ConfigError("checkpoints_max must be 1 or more, checkpoint_share_percent 0 to 100")
+
+    @property
+    def checkpoint_share_bytes(self) -> int:
+        """What all checkpoints together may cost on disk."""
+        return self.budget_bytes * self.checkpoint_share_percent // 100
+
+
+class Place:
+    """A claimed data directory with all that is needed to open its index."""
+
+    def __init__(self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs) -> None:
+        """Read the keys and the tombstones. Raises DirectoryError, OSError."""
+        self.directory = directory
+        self.held = held
+        self.options = options
+        self.fs = fs
+        self.sync = options.durability != "none"
+        self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
+        local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
+        self.blobs: Blobs = EncryptedBlobs(local, self.ring)
+        self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
+        self.dropped: list[Row] = []  # by the sweep
+
+    def site(self, index: Index) -> Site:
+        """For a walk over it."""
+        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.options.rule)
+
+    def _delete(self, blobs: Sequence[BlobId]) -> None:
+        """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
+        try:
+            left = self.blobs.delete(blobs)
+            if left:
+                self.tombstones.add(left)
+            for root in {blob.root for blob in blobs}:
+                self.blobs.sync(root)
+        except OSError as error:
+            log.warning("blobs that were deleted may come back: %s", error)
+
+    def open_index(self) -> Index:
+        """Open or create the index. Raises CorruptDataError, UnknownFormatError."""
+        return Index(self.directory.index, self.fs, self.ring, self.sync, self.options.map_bytes)
 
 
 class Shared:
@@ -213,9 +303,8 @@ class Uses:
         self._count = 0
         self._written_s = clock()
 
-    def touch(self, slices: Iterable[Slice]) -> None:
+    def touch(self, keys: tuple[bytes, ...]) -> None:
         """Note that blobs were used together. Of notes that no commit takes the oldest are dropped."""
-        keys = tuple(part.row.key for part in slices)
         with self._lock:
             self._touches.pop(keys, None)
             self._touches[keys] = int(self._clock())
@@ -265,76 +354,3 @@ class Uses:
             table.touch(keys, used_s)
         for key in marks:
             table.mark(key)
-
-
-SHOW_MAX = 100
-
-
-def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
-    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-    with shared.lock:
-        spaces = shared.index.spaces.items()
-        numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
-        keys = shared.index.table.recent(numbers, limit)
-    with shared.index.view() as view:
-        return _infos(shared, (row for key in keys if (row := view.row(key)) is not None))
-
-
-def show(shared: Shared, key_prefix: bytes) -> list[BlockInfo]:
-    """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-    with shared.index.view() as view:
-        rows = [row for row, _ in zip(view.rows_of(key_prefix), range(SHOW_MAX), strict=False)]
-    return _infos(shared, rows)
-
-
-def _infos(shared: Shared, rows: Iterable[Row]) -> list[BlockInfo]:
-    value = shared.index.table.value
-    return [
-        BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), shared.blobs.path(row.blob) or row.blob.name)
-        for row in rows
-    ]
-
-
-def stats(shared: Shared, free_bytes: int) -> EngineStats:
-    """Counts of this moment."""
-    with shared.lock:
-        usage = {root: shared.usage(root) for root in shared.namespaces}
-        total = shared.index.table.usage()
-    ledger = shared.ledger
-    spaces = tuple(
-        replace(
-            NamespaceUsage(shared.namespaces[root], *astuple(use)),
-            encrypted=shared.index.ring.key(root) is not None,
-            used_s=shared.index.spaces[root].used_s,
-            orphaned=shared.is_orphan(shared.index.spaces[root]),
-        )
-        for root, use in usage.items()
-        if root in shared.namespaces and root in shared.index.spaces
-    )
-    return EngineStats(
-        used_bytes=ledger.total,
-        budget_bytes=shared.options.budget_bytes,
-        free_bytes=free_bytes,
-        free_floor_bytes=shared.options.free_floor_bytes,
-        blobs=total.blocks + total.checkpoints,
-        stored_bytes=ledger.get("blobs"),
-        pending_bytes=ledger.get("pending"),
-        index_bytes=ledger.get("index"),
-        quarantine_bytes=ledger.get("quarantine"),
-        quarantined=_count(shared.directory.quarantine),
-        written_bytes=shared.health.written_bytes,
-        evictions=shared.evictions.totals(),
-        degraded=shared.health.degraded,
-        namespaces=spaces,
-        checkpoints=total.checkpoints,
-        checkpoint_bytes=total.checkpoint_bytes,
-        checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
-    )
-
-
-def _count(folder: Path) -> int:
-    """How many files; none when the folder cannot be read, which `degraded` is about."""
-    try:
-        return len(os.listdir(folder))
-    except OSError:
-        return 0

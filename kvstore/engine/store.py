@@ -11,31 +11,51 @@ import contextlib
 import errno
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from kvstore.blobs.format import ReadyBlob, make_ready
+from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
+from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
 from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.deletions import CHAIN, Deletion
 from kvstore.engine.evict import Evictor
-from kvstore.engine.keyring import NamespaceKey
-from kvstore.engine.match import is_covered, replaced_by
-from kvstore.engine.rows import Row, pack_row
+from kvstore.engine.retain import keep_share, thin_chains
 from kvstore.engine.shared import Shared
-from kvstore.engine.thinning import keep_share, thin_chains
-from kvstore.engine.transaction import Edit
-from kvstore.engine.types import NewBlock, StoreReceipt
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
+from kvstore.index.children import is_covered, replaced_by
+from kvstore.index.rows import Row, pack_row
+from kvstore.index.transaction import Edit
 
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
 # Files of one request that are synced or wait for that; of more the disk gets no faster.
 UNSYNCED_MAX = 2
+
+
+@dataclass
+class NewBlock:
+    """A block to be stored. Its tensors carry no offsets or checksums yet; `buffers` holds one for each tensor.
+
+    Order: runs, stacks, tensors; each C-contiguous `[layers, heads, tokens, width]`. Of a checkpoint: one for each
+    state array, also the empty ones, in the order of layers and arrays.
+    """
+
+    block: Block
+    buffers: Sequence[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreReceipt:
+    """How many of the blocks given, counted from the first, are in the store now, and what they newly cost on disk."""
+
+    blocks: int
+    new_bytes: int
+    reason: Reason
 
 
 @dataclass

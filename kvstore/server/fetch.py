@@ -20,7 +20,6 @@ from kvstore.config import Config
 from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
-from kvstore.engine.rows import templates_digests_of
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
 from kvstore.server.lane import Lane
@@ -164,7 +163,7 @@ class Readable:
 
     def first_unreadable(self, match: Match) -> tuple[int, Reason] | None:
         """As `first_unreadable`, for less: runs are decoded only of rows with recipes that were not seen before."""
-        seen = templates_digests_of(match.rows)
+        seen = match.templates_digests
         if seen <= self._recipes and match.checkpoint is None:
             return None
         found = first_unreadable(match)

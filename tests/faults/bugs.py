@@ -12,8 +12,8 @@ from kvstore.blobs.local import LocalBlobs
 from kvstore.engine import Fs
 from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import DirectoryLock
-from kvstore.engine.index import Index
 from kvstore.engine.store import Writer
+from kvstore.index.index import Index
 
 Patch = Callable[[Callable[[], None]], "contextlib.AbstractContextManager[Fs]"]
 

@@ -33,7 +33,7 @@ from kvstore.client.results import LayerHit
 from kvstore.client.session import Session
 from kvstore.core.blocks import pack_tokens
 from kvstore.core.layers import cut_pieces, raw_ranges
-from kvstore.engine.rows import LEVEL_TOKENS
+from kvstore.index.rows import LEVEL_TOKENS
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

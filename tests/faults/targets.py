@@ -33,8 +33,8 @@ from kvstore.core.records import (
     templates_by_id,
     unpack_record,
 )
-from kvstore.engine import rows
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
+from kvstore.index import rows
 from kvstore.server.service import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.engine import Engine, check_directory, validate
+from kvstore.engine import Engine, check_directory
 from kvstore.errors import CorruptDataError
+from kvstore.index import validate
 from tests.faults import damage
 from tests.faults.table import spread
 from tests.support.engine import find, namespace, options, put

@@ -6,7 +6,7 @@ The value of a row; integers are little-endian. A match reads only the fields at
     offset  size  what
          0     2  format version, 3
          2     1  kind: 0 block or tail, 1 checkpoint
-         3     1  1 if what follows the fixed fields is encrypted (`kvstore.engine.keyring`), else 0
+         3     1  1 if what follows the fixed fields is encrypted (`kvstore.blobs.keyring`), else 0
          4     4  payload offset in the blob
          8     8  bytes of the blob
         16     8  number: makes the blob's name unique
@@ -49,10 +49,10 @@ import numpy as np
 import xxhash
 
 from kvstore.blobs.format import FORMAT_VERSION
+from kvstore.blobs.keyring import KeyRing, NamespaceKey
 from kvstore.blobs.protocol import BlobId, Source
 from kvstore.core.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
 from kvstore.core.records import runs_from_record, runs_to_record, states_from_list, states_to_list, unpack_record
-from kvstore.engine.keyring import KeyRing, NamespaceKey
 from kvstore.errors import CorruptDataError, UnknownFormatError
 
 _HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")

@@ -1,8 +1,8 @@
-"""The LMDB index: rows, children, and the table of `kvstore.engine.retain`. The only module that knows LMDB.
+"""The LMDB index: rows, children, and the table of `kvstore.index.table`. The only module that knows LMDB.
 
 Databases:
-    rows        key -> row value (`kvstore.engine.rows`)
-    children    entry (`kvstore.engine.rows`) -> key
+    rows        key -> row value (`kvstore.index.rows`)
+    children    entry (`kvstore.index.rows`) -> key
     retain      number of a chunk -> the chunk of the table, xxh3_64 of it; none for a chunk without a row
     templates   id -> the part of a run's record that many runs share (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
@@ -18,27 +18,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lmdb
 
 from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blobs.fs import Fs, unlink_quietly
-from kvstore.engine.keyring import KeyRing
-from kvstore.engine.retain import Table
-from kvstore.engine.transaction import DATABASES, Edit, Space, View, with_check, without_check
-from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, StoreFullError, UnknownFormatError
-
-if TYPE_CHECKING:
-    from kvstore.engine.shared import Shared
+from kvstore.blobs.keyring import KeyRing
+from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError, UnknownFormatError
+from kvstore.index.table import Table
+from kvstore.index.transaction import DATABASES, Contents, Edit, View, with_check, without_check
 
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.
@@ -114,10 +109,10 @@ class Readers:
                 self._changed.notify_all()
 
 
-class Index:
+class Index(Contents):
     """The environment. Open it only while holding the data directory's lock: LMDB's own locks are not relied on.
 
-    `table`, `spaces` (namespaces by root) and `templates` are what the last commit left, in memory.
+    Its `Contents` are the engine's to read, under the engine's lock.
     """
 
     def __init__(self, path: Path, fs: Fs, ring: KeyRing, sync: bool = True, map_bytes: int = MAP_BYTES) -> None:
@@ -125,13 +120,13 @@ class Index:
 
         `sync=False` (durability none): commits are not flushed; a crash of the machine may leave anything.
         """
+        super().__init__()
         self.path = path
         self.ring = ring
         self._fs = fs
         self._sync = sync
         self._map_bytes = map_bytes
         self._readers = Readers()
-        self.forget()
         if (path / COPY).exists():
             unlink_quietly(fs, [str(path / COPY)])
         self._open()
@@ -191,12 +186,6 @@ class Index:
             unlink_quietly(self._fs, [copy])
             raise
 
-    def forget(self) -> None:
-        """As if nothing had been stored."""
-        self.table = Table()
-        self.spaces: dict[bytes, Space] = {}
-        self.templates: dict[bytes, bytes] = {}
-
     def _load(self) -> None:
         """Read what is kept in memory. CorruptDataError when the table and the rows do not have as many blobs."""
         with self.view() as view:
@@ -247,7 +236,7 @@ class Index:
         """A write transaction, committed at the end unless the body raises. Hold the engine's lock."""
         with translated():
             txn = self._env.begin(self._databases["rows"], write=True)
-            edit = Edit(txn, self._databases, self)
+            edit = Edit(txn, self._databases, self.ring, self)
             try:
                 yield edit
                 edit.save()
@@ -300,58 +289,3 @@ def copy_index(fs: Fs, folder: Path, copy: Path, nbytes: int, *, sync: bool) -> 
         raise OSError(f"{error} {getattr(error, 'stderr', b'')!r}") from error
     finally:
         os.close(fd)
-
-
-# A smaller index is not worth a copy; and what a copy of one takes that has no rows, with some pages to spare.
-INDEX_BYTES_MIN, EMPTY_BYTES = 1 << 20, 128 << 10
-# Copies that no eviction waits for are this far apart.
-EVERY_S = 60.0
-log = logging.getLogger(__name__)
-
-
-class Compaction:
-    """Any thread; call it without the engine's lock, which is held over a copy."""
-
-    def __init__(self, shared: Shared) -> None:
-        self._shared = shared
-        self._not_before_s = 0.0
-        self._has_failed = False
-
-    @property
-    def shrinkable_bytes(self) -> int:
-        """By how much a copy would shrink the index if all its rows were evicted; 0 since one failed."""
-        file_bytes = self._shared.index.file_bytes
-        return file_bytes - EMPTY_BYTES if file_bytes > INDEX_BYTES_MIN and not self._has_failed else 0
-
-    def keep_up(self) -> bool:
-        """Compact a large index of which most pages are free, now and then; whether that was done."""
-        index = self._shared.index
-        if time.monotonic() < self._not_before_s or index.file_bytes <= INDEX_BYTES_MIN:
-            return False
-        return (self._has_failed or 2 * index.used_bytes() < index.file_bytes) and self.run()
-
-    def run(self) -> bool:
-        """Compact the index. Returns False, with the index unchanged, if that failed.
-
-        The copy counts against the disk budget while it is made, and may exceed it for that time. Matches continue
-        meanwhile.
-        """
-        shared, index = self._shared, self._shared.index
-        with shared.lock:
-            if shared.is_displaced():
-                return False
-            before, nbytes = index.file_bytes, index.used_bytes()
-            self._not_before_s = time.monotonic() + EVERY_S
-            shared.ledger.add("pending", nbytes)
-            try:
-                index.compact(nbytes)
-                self._has_failed = False
-            except (KVStoreError, OSError) as error:
-                self._has_failed = True
-                log.warning("the index could not be compacted: %s", error)
-                return False
-            finally:
-                shared.ledger.add("pending", -nbytes)
-                shared.measure()
-        log.info("the index was compacted from %d to %d bytes", before, index.file_bytes)
-        return True

@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import struct
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
+from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
 from kvstore.core.keys import checkpoint_key
-from kvstore.engine.keyring import KeyRing
-from kvstore.engine.retain import CHECKPOINT
-from kvstore.engine.rows import (
+from kvstore.errors import CorruptDataError, KVStoreError
+from kvstore.index.rows import (
     CHECKPOINT_MARK,
     ENCRYPTED,
     ENCRYPTED_AT,
@@ -26,10 +26,7 @@ from kvstore.engine.rows import (
     encrypt_row,
     parse_row,
 )
-from kvstore.errors import CorruptDataError, KVStoreError
-
-if TYPE_CHECKING:
-    from kvstore.engine.index import Index
+from kvstore.index.table import CHECKPOINT, Table
 
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
 _CHECK_BYTES = 8
@@ -66,6 +63,19 @@ def without_check(key: bytes, stored: bytes) -> bytes:
     if with_check(key, value) != stored:
         raise CorruptDataError("index: a value does not match its checksum")
     return value
+
+
+class Contents:
+    """What the last commit left, in memory: the table, namespaces by root, and templates by id."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been stored."""
+        self.table = Table()
+        self.spaces: dict[bytes, Space] = {}
+        self.templates: dict[bytes, bytes] = {}
 
 
 class View:
@@ -192,10 +202,10 @@ class View:
 class Edit(View):
     """A write transaction: readers see none of its changes until the commit, and then all at once."""
 
-    def __init__(self, txn: Any, databases: dict[str, Any], index: Index) -> None:
-        super().__init__(txn, databases, index.ring, index.templates)
-        self._index = index
-        self.table = index.table
+    def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing, contents: Contents) -> None:
+        super().__init__(txn, databases, ring, contents.templates)
+        self._contents = contents
+        self.table = contents.table
 
     def put(self, row: Row, nbytes: int) -> None:
         """Add a row, whose key must be free, its parent's row there and its namespace known; `nbytes` on disk."""
@@ -212,7 +222,7 @@ class Edit(View):
         self.table.add(
             row.key,
             row.parent if row.parent in self.table else None,
-            self._index.spaces[row.root].number,
+            self._contents.spaces[row.root].number,
             depth=row.depth,
             nbytes=nbytes,
             n_tokens=row.n_tokens,
@@ -231,9 +241,9 @@ class Edit(View):
         self.table.resize(new.key, nbytes)
 
     def _put_templates(self, row: Row) -> None:
-        for name in row.templates.keys() - self._index.templates.keys():
+        for name in row.templates.keys() - self._contents.templates.keys():
             self._txn.put(name, with_check(name, row.templates[name]), db=self._db["templates"])
-            self._index.templates[name] = row.templates[name]
+            self._contents.templates[name] = row.templates[name]
 
     def remove(self, row: Row) -> None:
         """Delete a row, which has no children, and everything that points to it."""
@@ -244,20 +254,20 @@ class Edit(View):
 
     def put_namespace(self, root: bytes, record: bytes) -> None:
         """Remember a namespace, before its first row. It is forgotten with its last."""
-        known = self._index.spaces.get(root)
+        known = self._contents.spaces.get(root)
         if known is None:
-            used = {space.number for space in self._index.spaces.values()}
+            used = {space.number for space in self._contents.spaces.values()}
             number = next(number for number in range(len(used) + 1) if number not in used)
             self._put_space(root, Space(number, 0, record))
 
     def use_namespace(self, root: bytes, used_s: int) -> None:
         """Note when a caller last named a namespace. One that is not known is ignored."""
-        known = self._index.spaces.get(root)
+        known = self._contents.spaces.get(root)
         if known is not None:
             self._put_space(root, known._replace(used_s=used_s))
 
     def _put_space(self, root: bytes, space: Space) -> None:
-        self._index.spaces[root] = space
+        self._contents.spaces[root] = space
         self._txn.put(root, with_check(root, space.pack()), db=self._db["namespaces"])
 
     def set_meta(self, name: str, value: int) -> None:
@@ -270,7 +280,7 @@ class Edit(View):
 
         One whose parent is not in the table counts as the first of a chain. One of an unknown namespace stays as it is.
         """
-        if row.root not in self._index.spaces:
+        if row.root not in self._contents.spaces:
             return
         if not row.is_key_missing or row.is_checkpoint:
             for entry in child_entries(row, self.ring.key(row.root)):
@@ -279,7 +289,7 @@ class Edit(View):
             self._add(row, nbytes)
             for child in self.children(row.key):
                 self.table.link(child, row.key)
-        number, flags = self._index.spaces[row.root].number, CHECKPOINT if row.is_checkpoint else 0
+        number, flags = self._contents.spaces[row.root].number, CHECKPOINT if row.is_checkpoint else 0
         self.table.correct(row.key, number, depth=row.depth, nbytes=nbytes, n_tokens=row.n_tokens, flags=flags)
 
     def clear(self) -> None:
@@ -287,15 +297,15 @@ class Edit(View):
         for name in DATABASES:
             if name != "meta":
                 self._txn.drop(self._db[name], delete=False)
-        self._index.forget()
-        self.table = self._index.table
+        self._contents.forget()
+        self.table = self._contents.table
 
     def save(self) -> None:
         """Write what changed of the table, and forget the namespaces that hold nothing any more."""
         held = set(self.table.namespaces)
-        for root in [root for root, space in self._index.spaces.items() if space.number not in held]:
+        for root in [root for root, space in self._contents.spaces.items() if space.number not in held]:
             self._txn.delete(root, db=self._db["namespaces"])
-            del self._index.spaces[root]
+            del self._contents.spaces[root]
         for number, data in self.table.changed().items():
             name = number.to_bytes(4, "big")
             if data.strip(b"\0"):

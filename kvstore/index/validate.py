@@ -2,7 +2,7 @@
 
 A damaged page would end the process (SIGSEGV, SIGBUS) or lead to another row. After an orderly stop the file is
 compared with the digest that the stop wrote down; otherwise every page that LMDB would reach is walked. A changed byte
-inside a value is not found here: the checksum of each row finds it (`kvstore.engine.rows`).
+inside a value is not found here: the checksum of each row finds it (`kvstore.index.rows`).
 
 The layout (LMDB 0.9, data version 1, little-endian, 64 bits), as far as it is needed here:
 

@@ -1,0 +1,246 @@
+"""Lists what is stored: blocks, sequences, and the counts of a moment. Sequences are computed from the table, in numpy.
+
+A sequence is a block without children and all its ancestors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.core.keys import NamespaceInfo
+from kvstore.engine.retain import levels, where
+from kvstore.engine.shared import Shared
+from kvstore.index.rows import Row
+from kvstore.index.table import CHECKPOINT, LIVE, Rows, Table
+
+SHOW_MAX = 100
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """A row, what its blob costs on disk, when it was last used, and where it lies."""
+
+    row: Row
+    nbytes: int
+    accessed_s: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceUsage:
+    """What one namespace holds. `blocks` and `tokens` do not count checkpoints; `disk_bytes` does.
+
+    `used_s`: when a caller last named it, by wall clock; `orphaned`: that was more than ORPHAN_S ago.
+    """
+
+    info: NamespaceInfo
+    blocks: int
+    tokens: int
+    disk_bytes: int
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    encrypted: bool = False
+    used_s: int = 0
+    orphaned: bool = False
+
+    @property
+    def logical_bytes(self) -> int:
+        """Raw size of the tokens held."""
+        return self.tokens * self.info.layout.token_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counts of now and since the engine was opened. Sizes are bytes on disk.
+
+    `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + quarantine + keys.
+    `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
+    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.deletions`).
+    `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
+    of the scrub ended, seconds since 1970, 0 if never; `damaged` counts blobs that it moved to quarantine since then.
+    """
+
+    used_bytes: int
+    budget_bytes: int
+    free_bytes: int
+    free_floor_bytes: int
+    blobs: int
+    stored_bytes: int
+    pending_bytes: int
+    index_bytes: int
+    quarantine_bytes: int
+    quarantined: int
+    written_bytes: int
+    evictions: dict[str, tuple[int, int]]
+    degraded: str
+    namespaces: tuple[NamespaceUsage, ...]
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0
+    checkpoint_share_bytes: int = 0
+    scrubbed_s: int = 0
+    damaged: int = 0
+
+    @property
+    def evicted_blocks(self) -> int:
+        """Blocks deleted since the start, whatever the cause."""
+        return sum(blocks for blocks, _ in self.evictions.values())
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSequence:
+    """One sequence, named by its last block.
+
+    `nbytes` counts what it shares with others, `own_bytes` only blocks that no other sequence has, whose keys are
+    `own`. Checkpoints count with the block that they stand after.
+    """
+
+    key: bytes
+    root: bytes
+    tokens: int
+    nbytes: int
+    own_bytes: int
+    used_s: int
+    created_s: int = 0
+    own: tuple[bytes, ...] = ()
+
+
+def sequences(shared: Shared, namespace_prefix: bytes, limit: int) -> list[StoredSequence]:
+    """Up to `limit` sequences of the namespaces that start so, the latest used first."""
+    with shared.lock:
+        shared.uses.apply(shared.index.table)
+        roots = {space.number: root for root, space in shared.index.spaces.items() if root.startswith(namespace_prefix)}
+        table = shared.index.table.snapshot()
+    found = list(_ordered(table, roots, limit))
+    with shared.index.view() as view:
+        rows = {one.key: view.row(one.key) for one in found}
+    return [replace(one, created_s=row.block.created_s) for one in found if (row := rows[one.key]) is not None]
+
+
+def _ordered(table: Table, roots: dict[int, bytes], limit: int) -> Iterator[StoredSequence]:
+    rows = table.rows
+    below, tokens, nbytes, own = _sums(rows)
+    leaves = np.flatnonzero((below == 1) & _ends(rows) & np.isin(rows["namespace"], list(roots)))
+    for slot in leaves[np.argsort(-rows["last_use"][leaves], kind="stable")][:limit].tolist():
+        chain = [slot]
+        while (above := int(rows["parent"][chain[-1]])) >= 0 and below[above] == 1:
+            chain.append(above)
+        yield StoredSequence(
+            key=rows["key"][slot].tobytes(),
+            root=roots[int(rows["namespace"][slot])],
+            tokens=int(tokens[slot]),
+            nbytes=int(nbytes[slot]),
+            own_bytes=int(own[slot]),
+            used_s=int(rows["used_s"][slot]),
+            own=tuple(table.keys(chain)),
+        )
+
+
+def _blocks(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Live blocks, without checkpoints."""
+    found: npt.NDArray[np.bool_] = (rows["flags"] & (LIVE | CHECKPOINT)) == LIVE
+    return found
+
+
+def _ends(rows: Rows) -> npt.NDArray[np.bool_]:
+    """Blocks that no other block follows."""
+    blocks = _blocks(rows)
+    parents = rows["parent"][blocks]
+    ends: npt.NDArray[np.bool_] = blocks & (np.bincount(parents[parents >= 0], minlength=len(rows)) == 0)
+    return ends
+
+
+def _sums(rows: Rows) -> tuple[npt.NDArray[np.int64], ...]:
+    """For each row: the sequences that have it; tokens, bytes and bytes of its own of the chain that ends with it."""
+    below, tokens = _ends(rows).astype(np.int64), rows["n_tokens"].astype(np.int64)
+    nbytes = np.where(_blocks(rows), rows["nbytes"], 0)
+    checkpoints = np.flatnonzero(((rows["flags"] & (LIVE | CHECKPOINT)) == (LIVE | CHECKPOINT)) & (rows["parent"] >= 0))
+    np.add.at(nbytes, rows["parent"][checkpoints], rows["nbytes"][checkpoints])
+    steps = list(levels(rows, _blocks(rows)))
+    for level in reversed(steps):
+        np.add.at(below, rows["parent"][level], below[level])
+    own = np.where(below == 1, nbytes, 0)
+    for level in steps:
+        parents = rows["parent"][level]
+        tokens[level] += tokens[parents]
+        nbytes[level] += nbytes[parents]
+        own[level] += np.where(below[level] == 1, own[parents], 0)
+    return below, tokens, nbytes, own
+
+
+def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
+    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
+    with shared.lock:
+        spaces = shared.index.spaces.items()
+        numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
+        table = shared.index.table
+        slots = np.flatnonzero(where(table, namespaces=numbers))
+        order = np.argsort(-table.rows["last_use"][slots], kind="stable")
+        keys = table.keys(slots[order][:limit].tolist())
+    with shared.index.view() as view:
+        return _infos(shared, (row for key in keys if (row := view.row(key)) is not None))
+
+
+def show(shared: Shared, key_prefix: bytes) -> list[BlockInfo]:
+    """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
+    with shared.index.view() as view:
+        rows = [row for row, _ in zip(view.rows_of(key_prefix), range(SHOW_MAX), strict=False)]
+    return _infos(shared, rows)
+
+
+def _infos(shared: Shared, rows: Iterable[Row]) -> list[BlockInfo]:
+    value = shared.index.table.value
+    return [
+        BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), shared.blobs.path(row.blob) or row.blob.name)
+        for row in rows
+    ]
+
+
+def stats(shared: Shared, free_bytes: int) -> EngineStats:
+    """Counts of this moment."""
+    with shared.lock:
+        usage = {root: shared.usage(root) for root in shared.namespaces}
+        total = shared.index.table.usage()
+    ledger = shared.ledger
+    spaces = tuple(
+        replace(
+            NamespaceUsage(shared.namespaces[root], *astuple(use)),
+            encrypted=shared.index.ring.key(root) is not None,
+            used_s=shared.index.spaces[root].used_s,
+            orphaned=shared.is_orphan(shared.index.spaces[root]),
+        )
+        for root, use in usage.items()
+        if root in shared.namespaces and root in shared.index.spaces
+    )
+    return EngineStats(
+        used_bytes=ledger.total,
+        budget_bytes=shared.options.budget_bytes,
+        free_bytes=free_bytes,
+        free_floor_bytes=shared.options.free_floor_bytes,
+        blobs=total.blocks + total.checkpoints,
+        stored_bytes=ledger.get("blobs"),
+        pending_bytes=ledger.get("pending"),
+        index_bytes=ledger.get("index"),
+        quarantine_bytes=ledger.get("quarantine"),
+        quarantined=_count(shared.directory.quarantine),
+        written_bytes=shared.health.written_bytes,
+        evictions=shared.evictions.totals(),
+        degraded=shared.health.degraded,
+        namespaces=spaces,
+        checkpoints=total.checkpoints,
+        checkpoint_bytes=total.checkpoint_bytes,
+        checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
+    )
+
+
+def _count(folder: Path) -> int:
+    """How many files; none when the folder cannot be read, which `degraded` is about."""
+    try:
+        return len(os.listdir(folder))
+    except OSError:
+        return 0

@@ -1,0 +1,154 @@
+"""Whether there is room: notes of refused stores, and the index, which only a compacting copy shrinks."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from kvstore.blobs.protocol import disk_bytes
+from kvstore.engine.ledger import COMMIT_BYTES, gigabytes
+from kvstore.engine.shared import Shared
+from kvstore.errors import KVStoreError
+
+# A smaller index is not worth a copy; and what a copy of one takes that has no rows, with some pages to spare.
+INDEX_BYTES_MIN, EMPTY_BYTES = 1 << 20, 128 << 10
+# Copies that no eviction waits for are this far apart.
+EVERY_S = 60.0
+
+
+# A store of more than this part of the budget is too large for it; that it is refused says nothing about the next one.
+_LARGE_DIVISOR = 2
+# Accounts that no eviction frees and that do not go by themselves, as uploads do.
+_LASTING = ("folders", "index", "quarantine", "settings")
+log = logging.getLogger(__name__)
+
+
+class Compaction:
+    """Any thread; call it without the engine's lock, which is held over a copy."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._not_before_s = 0.0
+        self._has_failed = False
+
+    @property
+    def shrinkable_bytes(self) -> int:
+        """By how much a copy would shrink the index if all its rows were evicted; 0 since one failed."""
+        file_bytes = self._shared.index.file_bytes
+        return file_bytes - EMPTY_BYTES if file_bytes > INDEX_BYTES_MIN and not self._has_failed else 0
+
+    def keep_up(self) -> bool:
+        """Compact a large index of which most pages are free, now and then; whether that was done."""
+        index = self._shared.index
+        if time.monotonic() < self._not_before_s or index.file_bytes <= INDEX_BYTES_MIN:
+            return False
+        return (self._has_failed or 2 * index.used_bytes() < index.file_bytes) and self.run()
+
+    def run(self) -> bool:
+        """Compact the index. Returns False, with the index unchanged, if that failed.
+
+        The copy counts against the disk budget while it is made, and may exceed it for that time. Matches continue
+        meanwhile.
+        """
+        shared, index = self._shared, self._shared.index
+        with shared.lock:
+            if shared.is_displaced():
+                return False
+            before, nbytes = index.file_bytes, index.used_bytes()
+            self._not_before_s = time.monotonic() + EVERY_S
+            shared.ledger.add("pending", nbytes)
+            try:
+                index.compact(nbytes)
+                self._has_failed = False
+            except (KVStoreError, OSError) as error:
+                self._has_failed = True
+                log.warning("the index could not be compacted: %s", error)
+                return False
+            finally:
+                shared.ledger.add("pending", -nbytes)
+                shared.measure()
+        log.info("the index was compacted from %d to %d bytes", before, index.file_bytes)
+        return True
+
+
+class Shortage:
+    """The smallest store that was refused for want of space, until one of its size would find room again.
+
+    Any thread may call; nothing is evicted here and no lock is taken.
+    """
+
+    def __init__(self, shared: Shared, compaction: Compaction) -> None:
+        self._shared = shared
+        self._compaction = compaction
+        self._refused_bytes = 0
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What stays on the disk whatever is evicted."""
+        shared = self._shared
+        return shared.ledger.fixed - shared.deletions.deleting_bytes - self._compaction.shrinkable_bytes
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether room for so many bytes may be found, by evicting or not. Notes in `health` when there is none.
+
+        A store that is too large for the budget is refused without a note.
+        """
+        shared, need = self._shared, disk_bytes(nbytes)
+        if shared.is_displaced():
+            return False
+        try:
+            fits, why = self._look(need)
+        except OSError as error:
+            shared.health.disk_error = f"the data directory cannot be reached: {error}"
+            return False
+        if why:
+            self._note(need, why)
+        return fits
+
+    def note_full_disk(self, nbytes: int) -> None:
+        """A write of so many bytes failed: note it if the volume has no room for them. Raises OSError."""
+        floor = self._shared.options.free_floor_bytes
+        spare = self.free_bytes() - floor
+        if floor and spare < nbytes + COMMIT_BYTES:
+            self._note(nbytes + COMMIT_BYTES, self._volume_words(spare))
+
+    def look_again(self) -> None:
+        """See whether what was refused would find room by now. Raises OSError."""
+        health = self._shared.health
+        if not health.no_space:
+            return
+        _, health.no_space = self._look(self._refused_bytes)
+
+    def free_bytes(self) -> int:
+        """Free on the volume."""
+        return self._shared.fs.free_bytes(str(self._shared.directory.root))
+
+    def _note(self, need: int, why: str) -> None:
+        health = self._shared.health
+        self._refused_bytes = min(need, self._refused_bytes) if health.no_space else need
+        health.no_space = why
+        health.tell()
+
+    def _look(self, need: int) -> tuple[bool, str]:
+        """(whether `need` may find room, why the store is short of space if not). Raises OSError."""
+        shared = self._shared
+        ledger, options = shared.ledger, shared.options
+        if self.fixed_bytes + need + COMMIT_BYTES > options.budget_bytes:
+            lasting = sum(ledger.get(account) for account in _LASTING) - self._compaction.shrinkable_bytes
+            is_large = need > options.budget_bytes // _LARGE_DIVISOR
+            is_short = lasting + need + COMMIT_BYTES > options.budget_bytes and not is_large
+            return False, self._budget_words(lasting) if is_short else ""
+        spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
+        if spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need):
+            return True, ""
+        return False, self._volume_words(spare)
+
+    def _budget_words(self, lasting: int) -> str:
+        budget = gigabytes(self._shared.options.budget_bytes)
+        words = f"the index and the quarantine take {gigabytes(lasting)} of the budget of {budget}"
+        return f"{words}: raise budget_bytes, or delete what is in quarantine/"
+
+    def _volume_words(self, spare: int) -> str:
+        floor = self._shared.options.free_floor_bytes
+        words = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
+        return f"{words}: free some, or lower free_floor_bytes"

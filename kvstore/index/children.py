@@ -1,0 +1,116 @@
+"""Finds children of a block: the one that shares most with a prompt, and those that a longer block covers.
+
+Bisection over the levels of `kvstore.index.rows` finds how many times 32 tokens any child shares, and the best child
+stands next to where the query would, so that the number of siblings does not count.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from kvstore.blobs.keyring import NamespaceKey
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
+from kvstore.errors import CorruptDataError
+from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Code, Row, level_prefix, level_tokens, tail_prefix
+from kvstore.index.transaction import View
+
+# Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
+# exactly as much as the best so far, one of which may be of higher fidelity.
+SIDE_MAX = 64
+TIES_MAX = 8
+
+
+def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min: int) -> tuple[Row | None, int, int]:
+    """The child of `parent` that shares most leading tokens with `rest`; of equals, one of higher fidelity.
+
+    Returns (row, tokens shared, most tokens shared by a child below `fidelity_min`).
+    """
+    best: Row | None = None
+    take = low_take = 0
+    key = view.ring.key(root)
+    for level in range(_deepest_level(view, parent, rest, key), -1, -1) if rest else ():
+        for side in _neighbours(view, parent, rest, level, key):
+            ties = TIES_MAX
+            for row in side:
+                shared = common_tokens(row.tokens, rest)
+                if key is None and (not shared or shared < take or not ties):
+                    break  # they stand in order: what comes next shares no more
+                if row.fidelity < fidelity_min:
+                    low_take = max(low_take, shared)
+                elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):
+                    best, take = row, shared
+                else:
+                    ties -= 1
+        if best is not None:
+            break
+    return best, take, low_take
+
+
+def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> int:
+    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does."""
+    low, high = 0, len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if next(view.entries(level_prefix(parent, rest, middle, key)), None) is None:
+            high = middle - 1
+        else:
+            low = middle
+    return low
+
+
+def _neighbours(
+    view: View, parent: bytes, rest: bytes, level: int, key: NamespaceKey | None
+) -> tuple[Iterator[Row], Iterator[Row]]:
+    """Children that share the head of a level, upwards and downwards from where `rest` would stand: closest first.
+
+    SIDE_MAX on each side. In an encrypted namespace they stand in no order.
+    """
+    prefix = level_prefix(parent, rest, level, key)
+    code = b"" if key else Code.of(level_tokens(rest, level)).data
+    above, below = view.entries(prefix, code), view.entries(prefix, code, reverse=True)
+    return _rows_of(view, parent, above), _rows_of(view, parent, below)
+
+
+def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[Row]:
+    for _, child in itertools.islice(entries, SIDE_MAX):
+        row = view.row(child)
+        if row is not None and row.parent != parent:
+            raise CorruptDataError("index: a child of another parent")
+        if row is not None and not row.is_key_missing:
+            yield row
+
+
+def is_covered(view: View, row: Row) -> bool:
+    """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
+    held = view.row(row.key)
+    if held is not None and not held.is_key_missing:
+        return held.fidelity >= row.fidelity
+    if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
+        return False
+    return best_child(view, row.root, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
+
+
+def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
+    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails.
+
+    A tail of higher fidelity stays, for those who take nothing less, unless it ends before `short_tokens`: so short a
+    sequence is not quantized whoever stores it, and what it is kept as until it grows is no promise.
+    """
+    held = view.row(row.key)
+    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.root, row.parent, row.tokens)
+    given = [old for old in shorter if old.fidelity <= row.fidelity or old.end < short_tokens]
+    return ([held] if held else []) + given
+
+
+def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> list[Row]:
+    """Children of `parent` whose tokens are a strict prefix of `tokens`: one lookup for each length that tails have."""
+    found: list[Row] = []
+    key, prefix = view.ring.key(root), parent + TAIL_MARK
+    at_most = len(tokens) // TOKEN_BYTES
+    while below := next(view.entries(prefix, at_most.to_bytes(2, "big"), reverse=True), None):
+        at_most = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
+        tail = tokens[: at_most * TOKEN_BYTES]
+        rows = [view.row(child) for _, child in view.entries(tail_prefix(parent, tail, key))]
+        found += [row for row in rows if row is not None and not row.is_key_missing and row.tokens == tail]
+    return found
