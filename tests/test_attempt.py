@@ -11,7 +11,9 @@ import pytest
 
 from kvstore.client.attempt import DECODING_MAX, Attempt, Caller
 from kvstore.client.breaker import Deadline
+from kvstore.client.results import Miss
 from kvstore.codecs import device
+from kvstore.core.blocks import Reason
 from kvstore.core.layers import KVLayer, LayerSpec, PartSpec
 from kvstore.errors import DeadlineError
 
@@ -76,7 +78,7 @@ def test_layers_that_may_be_lazy_are_left_alone(calls: list[tuple[str, float]]) 
         one.begin(each)
     assert len(list(one.decoded(generated(made)))) == 2
     assert calls == []
-    assert one.meter.report("1", by_path=True).timing.decode_s == 0
+    assert one.meter.report("1", 1, Miss(Reason.OK), by_path=True).timing.decode_s == 0
 
 
 def test_decoding_ends_with_the_time_of_the_fetch() -> None:

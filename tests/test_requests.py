@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from kvstore.core.blocks import Reason
-from kvstore.server.requests import HIT_S, MATCH_LINE_S, Asked, Requests
+from kvstore.server.recent import RECENT_MAX
+from kvstore.server.requests import HIT_S, MATCH_LINE_S, OPEN_MAX, Asked, Outcome, Requests
 from kvstore.server.traffic import Totals, Traffic, Who
 
 WHO = Who("worker", 7, bytes(32), "small-lm", "test 1")
@@ -73,12 +74,64 @@ def test_a_hit_by_path_ends_when_its_worker_reports(rig: Rig) -> None:
     for fetch_id in ("told", "untold"):
         rig.requests.fetched(asked(), fetch_id, 100, Reason.OK, 1000)
         rig.now_s += 0.002
-        rig.requests.handed_over(fetch_id, complete=False)
+        rig.requests.handed_over(fetch_id, complete=False, by_path=True)
     rig.now_s += 0.1
     rig.requests.reported("told")
     assert rig.lines() == ["hit small-lm 100/2381 tokens 1.0 kB 104 ms [3f2a1c]"]
     rig.settle(HIT_S)
     assert rig.lines()[1:] == ["hit small-lm 100/2381 tokens 1.0 kB 2 ms [3f2a1c]"]
+
+
+def test_a_hit_counts_as_what_its_worker_got(rig: Rig) -> None:
+    """Less than was planned is shortened, nothing is a miss; what is asked again counts once; a name that is none of
+    ours fills no counter."""
+    for fetch_id, outcome in (
+        ("less", Outcome(256, "corrupt")),
+        ("nothing", Outcome(0, "deadline")),
+        ("again", Outcome(0, "corrupt", again=True)),
+        ("more", Outcome(9999, "no such reason")),
+    ):
+        rig.requests.fetched(asked(), fetch_id, 2368, Reason.OK, 1)
+        rig.requests.reported(fetch_id, outcome)
+    assert (rig.totals.hits, rig.totals.shortened, rig.totals.misses) == (0, 2, 1)
+    assert (rig.totals.hit_tokens, rig.totals.prompt_tokens) == (256 + 2368, 3 * 2381)
+    assert rig.reasons == ({"deadline": 1}, {"corrupt": 1, "invalid": 1})
+
+
+def test_a_stream_that_breaks_and_is_never_spoken_of_is_a_miss(rig: Rig) -> None:
+    """Its worker is gone; by path a worker that says nothing has most likely read it."""
+    rig.requests.fetched(asked(), "stream", 100, Reason.OK, 1)
+    rig.requests.handed_over("stream", complete=False)
+    rig.requests.fetched(asked(request_id="other"), "path", 100, Reason.OK, 1)
+    rig.requests.handed_over("path", complete=False, by_path=True)
+    rig.settle(HIT_S)
+    assert (rig.totals.hits, rig.totals.misses, rig.reasons[0]) == (1, 1, {"deadline": 1})
+
+
+def test_requests_that_are_pushed_out_of_the_tables_count_too(rig: Rig) -> None:
+    """Matches that wait for a fetch, and hits that wait for a report."""
+    for number in range(OPEN_MAX + 3):
+        rig.requests.matched(asked(request_id=f"m{number}"), 0, Reason.UNKNOWN_PREFIX)
+        rig.requests.fetched(asked(request_id=f"f{number}"), f"f{number}", 100, Reason.OK, 1)
+    assert (rig.totals.misses, rig.totals.hits) == (3, 3)
+    rig.requests.settle(all=True)
+    assert (rig.totals.misses, rig.totals.hits) == (OPEN_MAX + 3, OPEN_MAX + 3)
+
+
+def test_the_last_requests_are_kept_with_what_they_got(rig: Rig) -> None:
+    """The latest first, and no more than a screen shows."""
+    rig.requests.fetched(asked(), "f", 2368, Reason.OK, 3_900_000)
+    rig.now_s += 0.5
+    rig.requests.reported("f")
+    rig.requests.not_stored(asked(), 0, Reason.STORE_FULL)
+    last, hit = rig.requests.recent.latest()
+    assert (last.kind, last.reason, last.tokens) == ("not_stored", "store_full", 0)
+    assert (hit.kind, hit.tokens, hit.prompt_tokens, hit.nbytes, hit.seconds) == ("hit", 2368, 2381, 3_900_000, 0.5)
+    assert (hit.alias, hit.request_id, hit.pid) == ("small-lm", "3f2a1c", 7)
+    for _ in range(2 * RECENT_MAX):
+        rig.requests.fetched(asked(), "", 0, Reason.EVICTED, 0)
+    assert len(rig.requests.recent.latest()) == RECENT_MAX
+    assert sum(rig.requests.fetch_s.snapshot().counts) == 1
 
 
 def test_a_hit_of_all_that_two_prompts_share_is_whole(rig: Rig) -> None:
@@ -90,13 +143,13 @@ def test_a_hit_of_all_that_two_prompts_share_is_whole(rig: Rig) -> None:
     assert [line for line in rig.lines() if "shortened: evicted" in line] == rig.lines()[1:]
 
 
-def test_a_match_with_nothing_is_a_miss_and_its_line_waits(rig: Rig) -> None:
-    """For a fetch that may follow."""
+def test_a_match_with_nothing_is_a_miss_that_waits(rig: Rig) -> None:
+    """For a fetch that may follow: no count is ever taken back."""
     rig.requests.matched(asked(), 0, Reason.UNKNOWN_PREFIX)
+    assert rig.lines() == [] and rig.totals == Totals()
+    rig.settle()
+    rig.settle()
     assert (rig.totals.misses, rig.totals.prompt_tokens, rig.reasons[0]) == (1, 2381, {"unknown_prefix": 1})
-    assert rig.lines() == []
-    rig.settle()
-    rig.settle()
     assert rig.lines() == ["miss small-lm 0/2381 unknown_prefix [3f2a1c]"]
 
 
@@ -116,8 +169,18 @@ def test_two_layouts_of_a_model_are_one_request(rig: Rig, order: tuple[Who, Who]
     for who in order:
         rig.requests.matched(asked(who=who), 100 * (who is WHO), Reason.OK if who is WHO else Reason.IDENTITY)
     rig.requests.fetched(asked(), "f", 100, Reason.OK, 1)
+    rig.requests.reported("f")
     rig.settle()
     assert (rig.totals.hits, rig.totals.misses, rig.reasons[0]) == (1, 0, {})
+
+
+def test_a_layout_that_is_asked_late_is_no_second_miss(rig: Rig) -> None:
+    """The request is counted, and its line is said."""
+    rig.requests.matched(asked(), 0, Reason.IDENTITY)
+    rig.settle()
+    rig.requests.matched(asked(who=OTHER), 0, Reason.IDENTITY)
+    rig.settle()
+    assert (rig.totals.misses, len(rig.lines())) == (1, 1)
 
 
 def test_two_layouts_without_anything_are_one_miss(rig: Rig) -> None:
@@ -135,6 +198,7 @@ def test_what_the_workers_memory_has_is_neither_hit_nor_miss(rig: Rig) -> None:
     assert rig.totals == Totals(in_memory=1) and rig.lines() == []
     assert rig.lines(logging.DEBUG) == ["in memory small-lm 2300/2381 tokens, and the store has no more [3f2a1c]"]
     rig.requests.fetched(asked(covered=300, request_id="other"), "f", 1300, Reason.OK, 1)
+    rig.requests.reported("f")
     assert (rig.totals.prompt_tokens, rig.totals.hit_tokens) == (2081, 1000)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvstore.server.lifetime import FILE, WRITE_EVERY_S, Lifetime
-from kvstore.server.traffic import NAMESPACES_MAX, Namespace, Totals, Traffic, Who
+from kvstore.server.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Totals, Traffic, Who
 
 ROOT = bytes(32)
 
@@ -52,15 +52,16 @@ def test_the_last_hour_forgets_and_the_others_do_not() -> None:
     assert traffic.snapshot().last_hour.hits == 0
 
 
-def test_what_was_counted_can_be_taken_back() -> None:
-    """With its reason; nothing goes below zero."""
+def test_labels_are_the_first_namespaces_for_good_and_the_rest_is_one() -> None:
+    """So that no counter that is scraped goes back; together they are what was counted since start."""
     traffic = Traffic(Clock())
-    traffic.count(who(), Totals(misses=1, prompt_tokens=5), miss="unknown_prefix")
-    traffic.count(who(), Totals(misses=1, prompt_tokens=5), miss="unknown_prefix", sign=-1)
-    found = traffic.snapshot()
-    assert found.since_start == found.last_hour == Totals() and found.miss_reasons == {}
-    traffic.count(who(), Totals(misses=1), sign=-1)
-    assert traffic.snapshot().since_start.misses == 0
+    for _ in range(2):
+        for number in range(3 * LABELS_MAX):
+            traffic.count(who(number.to_bytes(32, "big")), Totals(hits=1))
+    labelled = traffic.snapshot().labelled
+    assert len(labelled) == LABELS_MAX and labelled[-1].root == OTHER
+    assert [one.totals.hits for one in labelled] == [2] * (LABELS_MAX - 1) + [2 * (2 * LABELS_MAX + 1)]
+    assert sum(one.totals.hits for one in labelled) == traffic.snapshot().since_start.hits
 
 
 def test_namespaces_and_sessions_are_bounded() -> None:

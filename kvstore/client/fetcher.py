@@ -21,14 +21,14 @@ from typing import Any, Literal, cast
 
 import grpc
 
-from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader, unreadable_paths
+from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
 from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.connection import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
-from kvstore.client.reads import FileReads
+from kvstore.client.reads import FileReads, before_unreadable, require_readable
 from kvstore.client.receiver import Message, Receiver
-from kvstore.client.results import Hit, HitSource, Miss
+from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.client.timing import TimedReader
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.byte_plan import layer_ranges
@@ -38,7 +38,7 @@ from kvstore.core.blocks import Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states
-from kvstore.errors import CorruptDataError, DeadlineError, ReadDeadlineError, UnknownFormatError
+from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -173,7 +173,7 @@ class Fetcher:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
             with ending(call), _file_reader(plan) as reader:
                 reads = FileReads(attempt.deadline, self._budget)
-                _require_readable(plan)
+                require_readable(plan)
                 if reads.run(reader.open_all):
                     call.cancel()
                 yield plan
@@ -224,15 +224,33 @@ class Fetcher:
                 return Miss(plan.reason)
             self._check_rules(plan)
             by_path = transport == pb.TRANSPORT_PATH and bool(plan.files)
+            report = functools.partial(self._tell_end, attempt, plan, by_path)
             try:
+                answer: Hit | Miss
                 if by_path:
                     with ending(call):
-                        return self._from_files(attempt, plan, call)
-                layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call)))
-            finally:
-                if plan.fetch_id:
-                    self._connection.tell(attempt.meter.report(plan.fetch_id, by_path=by_path))
-        return _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
+                        answer = self._from_files(attempt, plan, call)
+                else:
+                    layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call)))
+                    answer = _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
+            except BaseException as error:
+                report(missed(error), again=self._asks_again(error))
+                raise
+            report(answer)
+            return answer
+
+    def _tell_end(
+        self, attempt: Attempt, plan: Plan, by_path: bool, answer: Hit | Miss, *, again: bool = False
+    ) -> None:
+        if plan.fetch_id:
+            said = attempt.meter.report(plan.fetch_id, plan.n_tokens, answer, by_path=by_path, again=again)
+            self._connection.tell(said)
+
+    def _asks_again(self, error: BaseException) -> bool:
+        """Whether another call for the same request follows."""
+        if isinstance(error, _DamagedError):
+            return error.sound_tokens >= max(1, self._options.min_prefix_tokens)
+        return isinstance(error, (_PathUnusableError, UnknownFormatError))
 
     def _check_rules(self, plan: Plan) -> None:
         """Report the checkpoint and raise _DamagedError unless an engine can go on from it (`core.rules`)."""
@@ -253,7 +271,7 @@ class Fetcher:
         """
         reads = FileReads(attempt.deadline, self._budget)
         try:
-            plan = _before_unreadable(plan)
+            plan = before_unreadable(plan)
             with _file_reader(plan) as reader:
                 with suppress(CorruptDataError):  # reading finds out which block it is
                     if reads.run(reader.open_all):
@@ -396,28 +414,6 @@ def _file_reader(plan: Plan) -> Iterator[FileReader]:
     closed = functools.partial(_FILES.release, granted)
     with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
         yield reader
-
-
-def _unreadable(plan: Plan) -> int | None:
-    """The first source of a plan whose file a read of this process waits for in vain."""
-    held = unreadable_paths()
-    return next((number for number, file in enumerate(plan.files) if file.path in held), None) if held else None
-
-
-def _require_readable(plan: Plan) -> None:
-    """ReadDeadlineError if a file of the plan is one of those: waiting for it too would take another thread."""
-    if (number := _unreadable(plan)) is not None:
-        raise ReadDeadlineError(f"an earlier read of {plan.files[number].path} has not returned")
-
-
-def _before_unreadable(plan: Plan) -> Plan:
-    """The plan without what such a file has and what comes after it. ReadDeadlineError where it cannot be cut."""
-    number = _unreadable(plan)
-    if number is None:
-        return plan
-    if plan.states or not number:
-        _require_readable(plan)
-    return plan.first(number, Reason.DEADLINE)
 
 
 def _errno(error: BaseException) -> int | None:

@@ -6,9 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import TypeVar
 
+from kvstore.blobs.ranges import unreadable_paths
 from kvstore.blobs.readers import READERS, Job
 from kvstore.client.breaker import Deadline
+from kvstore.client.plan import Plan
+from kvstore.core.blocks import Reason
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")
 
@@ -48,3 +52,25 @@ class FileReads:
         """Wait until all reads have returned."""
         for job in self._left:
             job.wait()
+
+
+def _unreadable(plan: Plan) -> int | None:
+    """The first source of a plan whose file a read of this process waits for in vain."""
+    held = unreadable_paths()
+    return next((number for number, file in enumerate(plan.files) if file.path in held), None) if held else None
+
+
+def require_readable(plan: Plan) -> None:
+    """ReadDeadlineError if a file of the plan is one of those: waiting for it too would take another thread."""
+    if (number := _unreadable(plan)) is not None:
+        raise ReadDeadlineError(f"an earlier read of {plan.files[number].path} has not returned")
+
+
+def before_unreadable(plan: Plan) -> Plan:
+    """The plan without what such a file has and what comes after it. ReadDeadlineError where it cannot be cut."""
+    number = _unreadable(plan)
+    if number is None:
+        return plan
+    if plan.states or not number:
+        require_readable(plan)
+    return plan.first(number, Reason.DEADLINE)

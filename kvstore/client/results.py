@@ -115,6 +115,11 @@ def reason_of(error: errors.KVStoreError) -> Reason:
     return Reason.INTERNAL
 
 
+def missed(error: BaseException) -> Miss:
+    """What a fetch that ended with an error of any kind comes to."""
+    return Miss(reason_of(error) if isinstance(error, errors.KVStoreError) else Reason.DEADLINE)
+
+
 def parse_reason(code: str) -> Reason:
     """A daemon's reason code; INTERNAL for one that a newer daemon invented."""
     try:

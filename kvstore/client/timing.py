@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from kvstore.blobs.ranges import RangeReader
 from kvstore.client.breaker import Deadline
+from kvstore.client.results import Hit, Miss
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 
@@ -31,12 +32,19 @@ class Meter:
         self._decoded_bytes += nbytes
         self._decode_s += seconds
 
-    def report(self, fetch_id: str, *, by_path: bool) -> pb.ReportRequest:
-        """The fetch so far as a message. Of a stream the daemon has measured the reading itself."""
+    def report(
+        self, fetch_id: str, planned_tokens: int, answer: Hit | Miss, *, by_path: bool, again: bool = False
+    ) -> pb.ReportRequest:
+        """The fetch as a message: what it took, and what it gave where that is not what was planned.
+
+        Of a stream the daemon has measured the reading itself. `again`: another call for the same request follows.
+        """
         timing = pb.FetchTiming(fetch_id=fetch_id, decoded_bytes=self._decoded_bytes, decode_s=self._decode_s)
         if by_path:
             timing.read_bytes = self._read_bytes
             timing.read_s = max(0.0, time.monotonic() - self._started_s - self._decode_s)
+        if answer.n_tokens != planned_tokens:
+            timing.got_tokens, timing.reason, timing.again = answer.n_tokens, answer.reason.value, again
         return pb.ReportRequest(timing=timing)
 
 

@@ -61,7 +61,7 @@ class AdminService(rpc.AdminServicer):
             device=self._device() if self._threads.lane.used else "idle",
             gate=self._store.gate,
             tokens_stored=self._store.tokens_stored,
-            traffic=self._requests.traffic.snapshot(),
+            requests=self._requests,
             profile=self._store.gate.default_profile,
             data_dir=str(self._settings.data_dir),
         )

@@ -46,7 +46,7 @@ from kvstore.server.masterkey import load_master_key
 from kvstore.server.requests import Requests
 from kvstore.server.service import KVStoreService
 from kvstore.server.settings import Settings, keep_to_limits
-from kvstore.server.stats import Counters
+from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath
 from kvstore.server.stores import Stores
 from kvstore.server.threads import Threads
@@ -132,20 +132,7 @@ class Daemon:
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
 
-        def load() -> pb.LoadStats:
-            uploads = store.uploads.under_way()
-            return pb.LoadStats(
-                clients=admission.callers.count(),
-                clients_max=config.limits.connections_max,
-                connections=sockets.connections,
-                connections_max=sockets.connections_max,
-                calls=sum(admission.calls[:2]),
-                calls_max=config.limits.calls_max,
-                uploads=len(uploads),
-                uploads_max=config.limits.uploads_max,
-                received_bytes=sum(upload.intake.received_bytes for upload in uploads),
-            )
-
+        load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
         settings = Settings(engine, config)
         admin = AdminService(
             engine, store, threads, counters, requests, settings, lambda: self._state, device.name, load

@@ -1,9 +1,10 @@
 """Counts and logs the requests of workers: one count and one log line per request, even if it took several calls.
 
-A worker with part of a prompt in memory sends a match first, and fetches only if that saves time. So a match without a
-following fetch of the same id is a request too. It is counted at once; the count is taken back if a fetch, or another
-layout of the same model, gives a hit after all, and its log line is delayed by a second for that. The log line of a hit
-waits until the bytes have been read; when files are read by path, only the worker knows when that is.
+A request is counted once, when its end is known, and no count is ever taken back: scrapers and the hourly history read
+differences. A worker with part of a prompt in memory sends a match first, and fetches only if that saves time. So a
+match without a following fetch of the same id is a request too; it counts after a second, since a fetch, or another
+layout of the same model, may give a hit after all. A hit counts once its bytes have been read. When files are read by
+path, only the worker knows when that is, and whether it failed.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from kvstore.core import log as lines
 from kvstore.core.blocks import KEY_BYTES, Reason
+from kvstore.core.histogram import Histogram
 from kvstore.core.reasons import WHOLE, is_needed
 from kvstore.core.text import plain_text
+from kvstore.server.recent import Done, Recent
 from kvstore.server.traffic import Totals, Traffic, Who
 
-# How long the line of a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
+# How long a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
 MATCH_LINE_S = 1.0
 MATCH_S = 10.0
 HIT_S = 10.0
+# Seconds from the plan of a fetch until its bytes were read.
+FETCH_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 OPEN_MAX = 1024
 PID_MAX = 1 << 32
+IN_MEMORY = "in_memory"
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -48,20 +55,34 @@ class Asked:
         return max(0, self.prompt_tokens - self.covered)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a worker got of a planned fetch, as it reports. `reason` is empty if that is all that was planned.
+
+    `again`: it asks once more for the same request, in another way, and that is what counts.
+    """
+
+    n_tokens: int = 0
+    reason: str = ""
+    again: bool = False
+
+
+AS_PLANNED = Outcome()
+
+
+@dataclass(frozen=True, slots=True)
 class _Matched:
-    """A match that may be all of its request: what was counted for it, and the line that waits."""
+    """A match that may be all of its request. `reason` is empty if it found something: then a fetch will follow."""
 
     asked: Asked
-    counted: Totals
     reason: str
     at_s: float
-    line: str
+    is_told: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Hit:
-    """A hit whose bytes are on their way."""
+    """A hit whose bytes are on their way. `is_broken`: its stream ended before all bytes were sent."""
 
     asked: Asked
     n_tokens: int
@@ -69,6 +90,7 @@ class _Hit:
     nbytes: int
     at_s: float
     end_s: float = 0.0
+    is_broken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +107,8 @@ class Requests:
 
     def __init__(self, traffic: Traffic, clock: Callable[[], float] = time.monotonic) -> None:
         self.traffic = traffic
+        self.recent = Recent()
+        self.fetch_s = Histogram(FETCH_BOUNDS_S)
         self._clock = clock
         self._lock = threading.Lock()
         self._matched: OrderedDict[tuple[str, str], _Matched] = OrderedDict()
@@ -96,90 +120,71 @@ class Requests:
     def matched(self, asked: Asked, n_tokens: int, reason: Reason) -> None:
         """A match was answered. With more than the worker has, a fetch will follow, and is what counts."""
         self.computes(asked.who.root, asked.tokens_per_s)
-        key = (asked.who.caller, asked.request_id)
+        why = "" if n_tokens > asked.covered else IN_MEMORY if asked.covered else reason.value
+        found, displaced = _Matched(asked, why, self._clock()), None
+        if not asked.request_id:
+            self._tell_match(found)
+            return
         with self._lock:
-            before = self._matched.get(key) if asked.request_id else None
-        if before is not None and not before.reason:
-            return  # another layout of the model has given something
-        self._take_back(before)
-        alias = lines.plain_alias(asked.who.alias, asked.who.root)
-        if n_tokens > asked.covered:
-            found = _Matched(asked, Totals(), "", self._clock(), "")
-        elif asked.covered:
-            words = f"in memory {alias} {asked.covered}/{asked.prompt_tokens} tokens, and the store has no more"
-            found = _Matched(asked, Totals(in_memory=1), "in_memory", self._clock(), words)
-        else:
-            counted = Totals(misses=1, prompt_tokens=asked.wanted)
-            line = lines.miss_line(alias, asked.prompt_tokens, reason)
-            found = _Matched(asked, counted, reason.value, self._clock(), line)
-        self._count(found)
-        if asked.request_id:
-            with self._lock:
-                _put(self._matched, key, found)
-        else:
-            self._say(found)
+            key = (asked.who.caller, asked.request_id)
+            before = self._matched.get(key)
+            # Another layout of the model has given something, or the request is counted already.
+            if before is None or (before.reason and not before.is_told):
+                displaced = _put(self._matched, key, found)
+        if displaced is not None:
+            self._tell_match(displaced)
 
     def fetched(self, asked: Asked, fetch_id: str, n_tokens: int, reason: Reason, nbytes: int) -> None:
         """A fetch was planned: a miss, or a hit of so many stored bytes, which are on their way."""
         self.computes(asked.who.root, asked.tokens_per_s)
+        displaced = None
         with self._lock:
-            before = self._matched.pop((asked.who.caller, asked.request_id), None) if asked.request_id else None
-        self._take_back(before)
-        gained = max(0, n_tokens - asked.covered)
+            if asked.request_id:
+                self._matched.pop((asked.who.caller, asked.request_id), None)
+            if n_tokens:
+                displaced = _put(self._hits, fetch_id, _Hit(asked, n_tokens, reason, nbytes, self._clock()))
         if not n_tokens:
-            self.traffic.count(asked.who, Totals(misses=1, prompt_tokens=asked.wanted), miss=reason.value)
-            alias = lines.plain_alias(asked.who.alias, asked.who.root)
-            _log(logging.INFO, lines.miss_line(alias, asked.prompt_tokens, reason), asked, reason=reason.value)
-            return
-        whole = reason in WHOLE
-        counted = Totals(hits=whole, shortened=not whole, prompt_tokens=asked.wanted, hit_tokens=gained)
-        self.traffic.count(asked.who, counted, shortened="" if whole else reason.value)
-        with self._lock:
-            _put(self._hits, fetch_id, _Hit(asked, n_tokens, reason, nbytes, self._clock()))
+            self._tell_miss(asked, reason)
+        elif displaced is not None:
+            self._tell_hit(displaced, self._clock(), AS_PLANNED)
 
-    def handed_over(self, fetch_id: str, *, complete: bool) -> None:
+    def handed_over(self, fetch_id: str, *, complete: bool, by_path: bool = False) -> None:
         """The call of a fetch has ended; `complete`: all bytes went by it. By path the worker reads on, and reports."""
         with self._lock:
             hit = self._hits.get(fetch_id)
             if hit is not None and not complete:
-                self._hits[fetch_id] = replace(hit, end_s=self._clock())
+                self._hits[fetch_id] = replace(hit, end_s=self._clock(), is_broken=not by_path)
         if complete:
-            self._ended(fetch_id, self._clock())
+            self.reported(fetch_id)
 
-    def reported(self, fetch_id: str) -> None:
-        """The worker says that it has read the bytes."""
-        self._ended(fetch_id, self._clock())
-
-    def _ended(self, fetch_id: str, end_s: float) -> None:
+    def reported(self, fetch_id: str, outcome: Outcome = AS_PLANNED) -> None:
+        """The worker says that it has read the bytes, or what it got instead."""
         with self._lock:
             hit = self._hits.pop(fetch_id, None)
-        if hit is None:
-            return
-        asked, took_s = hit.asked, max(0.0, end_s - hit.at_s)
-        gained = max(0, hit.n_tokens - asked.covered)
-        saved_s = self.traffic.saved_s(asked.who.root, gained, took_s)
-        if saved_s:
-            self.traffic.count(asked.who, Totals(saved_s=saved_s))
-        alias = lines.plain_alias(asked.who.alias, asked.who.root)
-        line = lines.hit_line(alias, hit.n_tokens, asked.prompt_tokens, hit.nbytes, took_s, hit.reason)
-        said = {"tokens": hit.n_tokens, "bytes": hit.nbytes, "seconds": round(took_s, 4), "saved_s": round(saved_s, 3)}
-        _log(logging.INFO, line, asked, **said, reason=hit.reason.value)
+        if hit is not None:
+            self._tell_hit(hit, self._clock(), outcome)
 
     def settle(self, *, all: bool = False) -> None:
-        """Say what has waited long enough; `all`: everything, since the daemon stops."""
+        """Count and say what has waited long enough; `all`: everything, since the daemon stops."""
         now_s = self._clock()
         with self._lock:
-            due = [one for one in self._matched.values() if one.line and (all or now_s >= one.at_s + MATCH_LINE_S)]
-            said = [replace(one) for one in due]
-            for one in due:
-                one.line = ""
+            due = [
+                (key, one)
+                for key, one in self._matched.items()
+                if not one.is_told and (all or now_s >= one.at_s + MATCH_LINE_S)
+            ]
+            for key, one in due:
+                self._matched[key] = replace(one, is_told=True)
             for key in [key for key, one in self._matched.items() if all or now_s >= one.at_s + MATCH_S]:
                 del self._matched[key]
-            late = [(key, one) for key, one in self._hits.items() if all or now_s >= one.at_s + HIT_S]
-        for one in said:
-            self._say(one)
-        for fetch_id, hit in late:
-            self._ended(fetch_id, hit.end_s or now_s)
+            late = [key for key, one in self._hits.items() if all or now_s >= one.at_s + HIT_S]
+            hits = [self._hits.pop(key) for key in late]
+        for _, one in due:
+            self._tell_match(one)
+        for hit in hits:
+            # A worker that does not say how it ended: gone if it left a stream, else an older one.
+            outcome = Outcome(reason=Reason.DEADLINE.value) if hit.is_broken else AS_PLANNED
+            self._tell_hit(hit, hit.end_s or now_s, outcome)
 
     def computes(self, root: bytes, tokens_per_s: float) -> None:
         """How fast a worker computes prompts, as it says; nothing for what cannot be."""
@@ -209,7 +214,7 @@ class Requests:
         line = lines.stored_line(lines.plain_alias(who.alias, who.root), new_tokens, new_bytes, took_s)
         short = "" if reason is Reason.OK else f", not all: {reason.value}"
         said = {"tokens": new_tokens, "bytes": new_bytes, "seconds": round(took_s, 4), "reason": reason.value}
-        _log(logging.INFO, line + short, store.asked, **said)
+        self._say(logging.INFO, line + short, "stored", store.asked, **said)
 
     def not_stored(self, asked: Asked, held_tokens: int, reason: Reason) -> None:
         """A store wrote nothing. That all of it is there already, or that it is short, is nobody's loss: a DEBUG line.
@@ -220,23 +225,81 @@ class Requests:
         self.traffic.count(asked.who, Totals(reused_bytes=reused))
         level = logging.INFO if is_needed(reason) else logging.DEBUG
         alias = lines.plain_alias(asked.who.alias, asked.who.root)
-        _log(level, lines.not_stored_line(alias, asked.prompt_tokens, reason), asked, reason=reason.value)
+        line = lines.not_stored_line(alias, asked.prompt_tokens, reason)
+        self._say(level, line, "not_stored", asked, tokens=held_tokens, reason=reason.value)
 
-    # -- helpers ---------------------------------------------------------------------------------------------------
+    # -- counting and saying ---------------------------------------------------------------------------------------
 
-    def _count(self, found: _Matched) -> None:
-        miss = found.reason if found.counted.misses else ""
-        self.traffic.count(found.asked.who, found.counted, miss=miss)
+    def _tell_match(self, found: _Matched) -> None:
+        asked = found.asked
+        if found.reason == IN_MEMORY:
+            self.traffic.count(asked.who, Totals(in_memory=1))
+            alias = lines.plain_alias(asked.who.alias, asked.who.root)
+            words = f"in memory {alias} {asked.covered}/{asked.prompt_tokens} tokens, and the store has no more"
+            self._say(logging.DEBUG, words, IN_MEMORY, asked, tokens=asked.covered)
+        elif found.reason:
+            self._tell_miss(asked, Reason(found.reason))
 
-    def _take_back(self, before: _Matched | None) -> None:
-        if before is not None and before.line:
-            miss = before.reason if before.counted.misses else ""
-            self.traffic.count(before.asked.who, before.counted, miss=miss, sign=-1)
+    def _tell_miss(self, asked: Asked, reason: Reason) -> None:
+        self.traffic.count(asked.who, Totals(misses=1, prompt_tokens=asked.wanted), miss=reason.value)
+        line = lines.miss_line(lines.plain_alias(asked.who.alias, asked.who.root), asked.prompt_tokens, reason)
+        self._say(logging.INFO, line, "miss", asked, reason=reason.value)
 
-    def _say(self, found: _Matched) -> None:
-        if found.line:
-            level = logging.INFO if found.counted.misses else logging.DEBUG
-            _log(level, found.line, found.asked, reason=found.reason)
+    def _tell_hit(self, hit: _Hit, end_s: float, outcome: Outcome) -> None:
+        if outcome.again:
+            return
+        asked, n_tokens, reason = hit.asked, hit.n_tokens, hit.reason
+        if outcome.reason:
+            n_tokens, reason = min(outcome.n_tokens, n_tokens), known_reason(outcome.reason)
+        if not n_tokens:
+            self._tell_miss(asked, reason)
+            return
+        took_s, gained = max(0.0, end_s - hit.at_s), max(0, n_tokens - asked.covered)
+        self.fetch_s.observe(took_s)
+        saved_s = self.traffic.saved_s(asked.who.root, gained, took_s)
+        whole = reason in WHOLE
+        counted = Totals(
+            hits=whole, shortened=not whole, prompt_tokens=asked.wanted, hit_tokens=gained, saved_s=saved_s
+        )
+        self.traffic.count(asked.who, counted, shortened="" if whole else reason.value)
+        alias = lines.plain_alias(asked.who.alias, asked.who.root)
+        line = lines.hit_line(alias, n_tokens, asked.prompt_tokens, hit.nbytes, took_s, reason)
+        said = {"tokens": n_tokens, "bytes": hit.nbytes, "seconds": round(took_s, 4), "saved_s": round(saved_s, 3)}
+        self._say(logging.INFO, line, "hit", asked, **said, reason=reason.value)
+
+    def _say(self, level: int, line: str, kind: str, asked: Asked, **fields: Any) -> None:
+        get, alias = fields.get, lines.plain_alias(asked.who.alias, asked.who.root)
+        self.recent.add(
+            Done(
+                at_s=time.time(),
+                kind=kind,
+                alias=alias,
+                tokens=get("tokens", 0),
+                prompt_tokens=asked.prompt_tokens,
+                nbytes=get("bytes", 0),
+                seconds=get("seconds", 0.0),
+                reason=get("reason", ""),
+                request_id=asked.request_id,
+                pid=asked.who.pid,
+            )
+        )
+        said = {
+            "request": asked.request_id,
+            "model": asked.who.alias,
+            "namespace": asked.who.root.hex(),
+            "pid": asked.who.pid,
+            "prompt_tokens": asked.prompt_tokens,
+            **fields,
+        }
+        log.log(level, "%s", lines.with_id(line, asked.request_id), extra={"fields": said})
+
+
+def known_reason(name: str) -> Reason:
+    """The reason a worker names; INVALID for one that is none, so that nobody fills the counters with names."""
+    try:
+        return Reason(name)
+    except ValueError:
+        return Reason.INVALID
 
 
 def who_asks(message: Any, root: bytes, caller: str, pid: int, profile: str = "") -> Who:
@@ -250,19 +313,7 @@ def plain_id(request_id: str) -> str:
     return plain_text(request_id, lines.ID_CHARACTERS_MAX)
 
 
-def _put(table: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+def _put(table: OrderedDict[Any, T], key: Any, value: T) -> T | None:
+    """Add to a bounded table; returns what had to leave for it."""
     table[key] = value
-    while len(table) > OPEN_MAX:
-        table.popitem(last=False)
-
-
-def _log(level: int, line: str, asked: Asked, **fields: Any) -> None:
-    said = {
-        "request": asked.request_id,
-        "model": asked.who.alias,
-        "namespace": asked.who.root.hex(),
-        "pid": asked.who.pid,
-        "prompt_tokens": asked.prompt_tokens,
-        **fields,
-    }
-    log.log(level, "%s", lines.with_id(line, asked.request_id), extra={"fields": said})
+    return table.popitem(last=False)[1] if len(table) > OPEN_MAX else None

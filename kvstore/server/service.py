@@ -19,7 +19,7 @@ from kvstore.server.callers import caller_name, caller_pid
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.layer_frames import LayerFrames, dense_block
-from kvstore.server.requests import Asked, Requests, plain_id, who_asks
+from kvstore.server.requests import Asked, Outcome, Requests, known_reason, plain_id, who_asks
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
@@ -106,7 +106,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 await self._stream(plan, plan.namespace.layout, way, context)
                 complete = True
         finally:
-            self._requests.handed_over(plan.fetch_id, complete=complete)
+            self._requests.handed_over(plan.fetch_id, complete=complete, by_path=way == "path")
             self._threads.release.post(plan.release)
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
@@ -303,7 +303,7 @@ class KVStoreService(rpc.KVStoreServicer):
         if request.HasField("timing"):
             caller = caller_name(context.invocation_metadata())
             self._fetch.costs.reported(request.timing.fetch_id, timing_of(request.timing), caller)
-            self._requests.reported(request.timing.fetch_id)
+            self._requests.reported(request.timing.fetch_id, outcome_of(request.timing))
             return pb.ReportReply()
         if request.HasField("speed"):
             self._requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)
@@ -356,12 +356,9 @@ def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreReque
     )
 
 
-def known_reason(name: str) -> Reason:
-    """The reason a worker names; INVALID for one that is none, so that nobody fills the counters with names."""
-    try:
-        return Reason(name)
-    except ValueError:
-        return Reason.INVALID
+def outcome_of(message: pb.FetchTiming) -> Outcome:
+    """What a worker got of a fetch."""
+    return Outcome(message.got_tokens, message.reason, message.again)
 
 
 def states_of(message: pb.BeginStoreRequest) -> tuple[LayerState, ...]:

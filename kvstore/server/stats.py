@@ -10,12 +10,20 @@ from collections import Counter
 from collections.abc import Iterable
 
 from kvstore.core.blocks import Reason
+from kvstore.core.histogram import Distribution
+from kvstore.core.limits import Limits
 from kvstore.core.log import level_in_force
 from kvstore.engine import Engine, EngineStats, NamespaceUsage
 from kvstore.quality import Verdict
+from kvstore.server.call_limits import Admission
+from kvstore.server.callers import Sockets
 from kvstore.server.gate import Gate
+from kvstore.server.recent import Done
 from kvstore.server.refusals import Refusals
-from kvstore.server.traffic import Namespace, Session, Snapshot, Totals, as_counts
+from kvstore.server.requests import Requests
+from kvstore.server.threads import Threads
+from kvstore.server.traffic import Labelled, Namespace, Session, Snapshot, Totals, as_counts
+from kvstore.server.uploads import Uploads
 from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -54,12 +62,12 @@ class Counters:
         device: str,
         gate: Gate,
         tokens_stored: int,
-        traffic: Snapshot,
+        requests: Requests,
         profile: str,
         data_dir: str,
     ) -> pb.StatsReply:
         """The Stats reply. Reads the index: call it on a worker thread."""
-        disk = engine.stats()
+        disk, traffic = engine.stats(), requests.traffic.snapshot()
         with self._lock:
             counts, stores = dict(self._counts), dict(self._store_reasons)
         get = counts.get
@@ -93,6 +101,9 @@ class Counters:
             lifetime=traffic_message(traffic.lifetime),
             lifetime_since_s=traffic.lifetime_since_s,
             sessions=map(session_message, traffic.sessions[:SESSIONS_MAX]),
+            labelled=map(labelled_message, traffic.labelled),
+            recent=map(request_message, requests.recent.latest()),
+            fetch_s=histogram_message(requests.fetch_s.snapshot()),
             store_reasons=stores,
             evictions={
                 cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
@@ -125,9 +136,54 @@ def disk_message(disk: EngineStats) -> pb.DiskStats:
     )
 
 
+def load_message(
+    admission: Admission, sockets: Sockets, uploads: Uploads, threads: Threads, limits: Limits
+) -> pb.LoadStats:
+    """What is under way, and its bounds. Call it on the event loop."""
+    begun = uploads.under_way()
+    return pb.LoadStats(
+        clients=admission.callers.count(),
+        clients_max=limits.connections_max,
+        connections=sockets.connections,
+        connections_max=sockets.connections_max,
+        calls=sum(admission.calls[:2]),
+        calls_max=limits.calls_max,
+        uploads=len(begun),
+        uploads_max=limits.uploads_max,
+        received_bytes=sum(upload.intake.received_bytes for upload in begun),
+        waiting=threads.waiting(),
+    )
+
+
 def traffic_message(totals: Totals) -> pb.Traffic:
     """Counters as they travel."""
     return pb.Traffic(**as_counts(totals))
+
+
+def labelled_message(one: Labelled) -> pb.NamespaceTraffic:
+    """The traffic of one label."""
+    return pb.NamespaceTraffic(namespace_id=one.root, alias=one.alias, traffic=traffic_message(one.totals))
+
+
+def request_message(done: Done) -> pb.Request:
+    """One request that has ended."""
+    return pb.Request(
+        at_s=done.at_s,
+        kind=done.kind,
+        alias=done.alias,
+        tokens=done.tokens,
+        prompt_tokens=done.prompt_tokens,
+        bytes=done.nbytes,
+        seconds=done.seconds,
+        reason=done.reason,
+        request_id=done.request_id,
+        pid=done.pid,
+    )
+
+
+def histogram_message(found: Distribution) -> pb.Histogram:
+    """Measured times."""
+    return pb.Histogram(bounds=found.bounds, counts=found.counts, sum=found.total)
 
 
 def session_message(session: Session) -> pb.SessionStats:

@@ -29,13 +29,24 @@ class Pool:
     def __init__(self, name: str, threads: int, *, background: bool = False) -> None:
         """`background`: its threads run at a lower priority than everything that somebody waits for."""
         self.name = name
+        self._threads = threads
+        self._callers = 0
         self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", lower_thread_priority if background else None)
         self._posted: set[asyncio.Future[Any]] = set()
         self._is_closed = False
 
     async def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Run `work(*args)` and return its result. If the caller is cancelled, work that has not begun is dropped."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(work, *args))
+        self._callers += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, functools.partial(work, *args))
+        finally:
+            self._callers -= 1
+
+    @property
+    def waiting(self) -> int:
+        """Callers whose work has not begun, since all threads are taken."""
+        return max(0, self._callers - self._threads)
 
     async def finish(self, work: Callable[..., T], *args: object) -> T:
         """As a call, but the work is done even if the caller is cancelled before it has begun."""
@@ -96,6 +107,11 @@ class Threads:
         self.admin = Pool("admin", 1)
         # Everything that touches the device: pieces of about 50 ms, fetches before stores; a store that waits ages.
         self.lane = Lane(start, idle, apart=apart)
+
+    def waiting(self) -> dict[str, int]:
+        """Callers that wait for a thread, by pool; pools without any are left out. On the event loop."""
+        pools = (self.read, self.stream, self.decode, self.plan, self.write, self.release, self.check, self.evict)
+        return {pool.name: pool.waiting for pool in pools if pool.waiting}
 
     def close(self) -> None:
         """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""

@@ -18,6 +18,10 @@ HOUR_MINUTES = 60
 NAMESPACES_MAX = 256
 SESSIONS_MAX = 256
 BLOCKS_MAX = 65_536
+# Namespaces that a scraper tells apart: the first ones since start, for good, so that no counter ever goes back. What
+# comes after them counts as one, whose root is empty.
+LABELS_MAX = 64
+OTHER = b""
 # A session without requests for this long is no longer listed: its worker has most likely ended.
 SESSION_S = 86_400.0
 
@@ -38,10 +42,10 @@ class Totals:
     written_bytes: int = 0
     reused_bytes: int = 0
 
-    def add(self, other: Totals, sign: int = 1) -> None:
-        """Count `other`, or with -1 take it back."""
+    def add(self, other: Totals) -> None:
+        """Count `other`."""
         for name in _NAMES:
-            setattr(self, name, max(0, getattr(self, name) + sign * getattr(other, name)))
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> Totals:
@@ -92,6 +96,15 @@ class Namespace:
         return self.totals.written_bytes / self.totals.stored_tokens if self.totals.stored_tokens else 0.0
 
 
+@dataclass(slots=True)
+class Labelled:
+    """What a scraper reads: since start, of one namespace, or of all that have no label of their own."""
+
+    root: bytes
+    alias: str
+    totals: Totals = field(default_factory=Totals)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """All counters of one moment."""
@@ -102,6 +115,7 @@ class Snapshot:
     lifetime_since_s: int
     namespaces: dict[bytes, Namespace]
     sessions: list[Session]
+    labelled: list[Labelled]
     miss_reasons: dict[str, int]
     shortened_reasons: dict[str, int]
 
@@ -120,6 +134,7 @@ class Traffic:
         self._minutes: deque[tuple[int, Totals]] = deque(maxlen=HOUR_MINUTES)
         self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()
         self._sessions: OrderedDict[tuple[str, bytes], Session] = OrderedDict()
+        self._labelled: dict[bytes, Labelled] = {}
         self._misses: Counter[str] = Counter()
         self._shortened: Counter[str] = Counter()
         self._ended_in: OrderedDict[bytes, int] = OrderedDict()
@@ -130,8 +145,8 @@ class Traffic:
         with self._lock:
             self._namespaces[root] = namespace
 
-    def count(self, who: Who, more: Totals, *, miss: str = "", shortened: str = "", sign: int = 1) -> None:
-        """Count what a request or a store came to, and why it was not more; with -1 take that back."""
+    def count(self, who: Who, more: Totals, *, miss: str = "", shortened: str = "") -> None:
+        """Count what a request or a store came to, and why it was not more. Counters never go back."""
         now_s = self._clock()
         with self._lock:
             self.changes += 1
@@ -142,13 +157,14 @@ class Traffic:
                 self._minute(now_s),
                 self._namespace(who.root).totals,
                 session.totals,
+                self._label(who).totals,
             ):
-                totals.add(more, sign)
+                totals.add(more)
             if more.hits or more.shortened:
                 session.last_hit_s = now_s
             for reasons, code in ((self._misses, miss), (self._shortened, shortened)):
                 if code:
-                    reasons[code] = max(0, reasons[code] + sign)
+                    reasons[code] += 1
 
     def ended_in(self, key: bytes) -> None:
         """A hit ended in this block."""
@@ -196,8 +212,9 @@ class Traffic:
                 lifetime_since_s=int(self._since_s),
                 namespaces=copy.deepcopy(dict(self._namespaces)),
                 sessions=copy.deepcopy(sorted(recent, key=lambda one: -one.last_s)),
-                miss_reasons={code: count for code, count in self._misses.items() if count},
-                shortened_reasons={code: count for code, count in self._shortened.items() if count},
+                labelled=copy.deepcopy(list(self._labelled.values())),
+                miss_reasons=dict(self._misses),
+                shortened_reasons=dict(self._shortened),
             )
 
     def _minute(self, now_s: float) -> Totals:
@@ -211,6 +228,13 @@ class Traffic:
         self._namespaces.move_to_end(root)
         while len(self._namespaces) > NAMESPACES_MAX:
             self._namespaces.popitem(last=False)
+        return known
+
+    def _label(self, who: Who) -> Labelled:
+        known = self._labelled.get(who.root)
+        if known is None:
+            root, alias = (who.root, who.alias) if len(self._labelled) < LABELS_MAX - 1 else (OTHER, "")
+            known = self._labelled.setdefault(root, Labelled(root, alias))
         return known
 
     def _session(self, who: Who, now_s: float) -> Session:

@@ -25,6 +25,7 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import OPEN_DEADLINES, DaemonProcess
 from tests.support.intake import send
 from tests.support.limits import small_config
+from tests.support.servers import wait_until
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=4, heads=2, width=128)
@@ -361,8 +362,12 @@ def test_a_damaged_blob_is_quarantined_counted_and_never_served(
     hit = session.fetch(TOKENS, representation, transport)
     assert (hit.n_tokens, hit.reason) == (512, Reason.CORRUPT)
     assert_rows(hit.layers, LAYOUT, TOKENS[:512])
-    stats = client.stats()
-    assert {**stats["miss_reasons"], **stats["shortened_reasons"]}["corrupt"] >= 1
+
+    def is_counted() -> bool:
+        stats = client.stats()
+        return bool({**stats["miss_reasons"], **stats["shortened_reasons"]}.get("corrupt"))
+
+    wait_until(is_counted, 30, daemon.log_text)
     stored(client)
     assert fetched(daemon, TOKENS).n_tokens == len(TOKENS)
 

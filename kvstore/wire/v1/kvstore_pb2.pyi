@@ -274,18 +274,24 @@ class PrefillSpeed(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
 
 class FetchTiming(_message.Message):
-    __slots__ = ("fetch_id", "read_bytes", "read_s", "decoded_bytes", "decode_s")
+    __slots__ = ("fetch_id", "read_bytes", "read_s", "decoded_bytes", "decode_s", "got_tokens", "reason", "again")
     FETCH_ID_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_S_FIELD_NUMBER: _ClassVar[int]
     DECODED_BYTES_FIELD_NUMBER: _ClassVar[int]
     DECODE_S_FIELD_NUMBER: _ClassVar[int]
+    GOT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     fetch_id: str
     read_bytes: int
     read_s: float
     decoded_bytes: int
     decode_s: float
-    def __init__(self, fetch_id: _Optional[str] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., decoded_bytes: _Optional[int] = ..., decode_s: _Optional[float] = ...) -> None: ...
+    got_tokens: int
+    reason: str
+    again: bool
+    def __init__(self, fetch_id: _Optional[str] = ..., read_bytes: _Optional[int] = ..., read_s: _Optional[float] = ..., decoded_bytes: _Optional[int] = ..., decode_s: _Optional[float] = ..., got_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., again: bool = ...) -> None: ...
 
 class ReportReply(_message.Message):
     __slots__ = ("quarantined",)
@@ -298,7 +304,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "labelled", "recent", "fetch_s", "idle_s", "reuse_s")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -351,6 +357,11 @@ class StatsReply(_message.Message):
     LIFETIME_SINCE_S_FIELD_NUMBER: _ClassVar[int]
     SHORTENED_REASONS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    LABELLED_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
+    FETCH_S_FIELD_NUMBER: _ClassVar[int]
+    IDLE_S_FIELD_NUMBER: _ClassVar[int]
+    REUSE_S_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -368,7 +379,12 @@ class StatsReply(_message.Message):
     lifetime_since_s: int
     shortened_reasons: _containers.ScalarMap[str, int]
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStats]
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ...) -> None: ...
+    labelled: _containers.RepeatedCompositeFieldContainer[NamespaceTraffic]
+    recent: _containers.RepeatedCompositeFieldContainer[Request]
+    fetch_s: Histogram
+    idle_s: Histogram
+    reuse_s: Histogram
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
 
 class Traffic(_message.Message):
     __slots__ = ("hits", "shortened", "misses", "in_memory", "prompt_tokens", "hit_tokens", "saved_s", "stores", "stored_tokens", "written_bytes", "reused_bytes")
@@ -395,6 +411,50 @@ class Traffic(_message.Message):
     written_bytes: int
     reused_bytes: int
     def __init__(self, hits: _Optional[int] = ..., shortened: _Optional[int] = ..., misses: _Optional[int] = ..., in_memory: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ..., stores: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., written_bytes: _Optional[int] = ..., reused_bytes: _Optional[int] = ...) -> None: ...
+
+class NamespaceTraffic(_message.Message):
+    __slots__ = ("namespace_id", "alias", "traffic")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    alias: str
+    traffic: Traffic
+    def __init__(self, namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ...) -> None: ...
+
+class Request(_message.Message):
+    __slots__ = ("at_s", "kind", "alias", "tokens", "prompt_tokens", "bytes", "seconds", "reason", "request_id", "pid")
+    AT_S_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    at_s: float
+    kind: str
+    alias: str
+    tokens: int
+    prompt_tokens: int
+    bytes: int
+    seconds: float
+    reason: str
+    request_id: str
+    pid: int
+    def __init__(self, at_s: _Optional[float] = ..., kind: _Optional[str] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., reason: _Optional[str] = ..., request_id: _Optional[str] = ..., pid: _Optional[int] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
 
 class SessionStats(_message.Message):
     __slots__ = ("pid", "namespace_id", "alias", "engine", "profile", "last_s", "last_hit_s", "traffic")
@@ -425,7 +485,14 @@ class Evicted(_message.Message):
     def __init__(self, blocks: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class LoadStats(_message.Message):
-    __slots__ = ("clients", "clients_max", "connections", "connections_max", "calls", "calls_max", "uploads", "uploads_max", "received_bytes")
+    __slots__ = ("clients", "clients_max", "connections", "connections_max", "calls", "calls_max", "uploads", "uploads_max", "received_bytes", "waiting")
+    class WaitingEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     CLIENTS_FIELD_NUMBER: _ClassVar[int]
     CLIENTS_MAX_FIELD_NUMBER: _ClassVar[int]
     CONNECTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -435,6 +502,7 @@ class LoadStats(_message.Message):
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_MAX_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
     clients: int
     clients_max: int
     connections: int
@@ -444,7 +512,8 @@ class LoadStats(_message.Message):
     uploads: int
     uploads_max: int
     received_bytes: int
-    def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ..., received_bytes: _Optional[int] = ...) -> None: ...
+    waiting: _containers.ScalarMap[str, int]
+    def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ..., received_bytes: _Optional[int] = ..., waiting: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DaemonStats(_message.Message):
     __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail", "profile", "log_level", "data_dir", "descriptors_max")
