@@ -88,6 +88,10 @@ class CircuitOpenError(UnansweredError):
     """The daemon has failed several times; until it answers in the background nothing is asked of it."""
 
 
+class VersionError(KVStoreError):
+    """Worker and daemon are of versions that do not understand each other."""
+
+
 class DeadlineError(KVStoreError):
     """The time that the caller allowed has passed."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pydoc
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from kvstore.core.blocks import Reason
 from kvstore.core.layers import Layout
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
 from tests.support.fake_daemon import FakeDaemon
-from tests.support.synthetic import make_layout, make_namespace
+from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 NAMESPACE = make_namespace(make_layout())
 
@@ -153,3 +155,33 @@ def test_an_address_that_cannot_be_is_blamed_on_the_program_that_gave_it(config:
     """It has no `--listen`."""
     with pytest.raises(ConfigError, match=r"\(got 'foo'\), from the address that was given$"):
         connect("foo", config)
+
+
+def test_objects_say_in_one_short_line_what_they_are(client: Client) -> None:
+    """Neither secrets nor arrays: a repr ends up in logs."""
+    session = client.session(NAMESPACE, "affine8")
+    layout = make_layout(layers=32)
+    salted = make_namespace(layout, "small")
+    salted = kvstore.Namespace(weights=b"w" * 32, layout=layout, salt=b"of a tenant", alias="small", engine="test 1")
+    made = (client, session, layout, salted, *make_layers(make_layout(layers=1), [1, 2, 3]))
+    for one in made:
+        assert len(repr(one)) < 200 and "\n" not in repr(one) and "of a tenant" not in repr(one), repr(one)
+    assert repr(layout) == "<Layout of 32 kv 2x64 BF16>"
+    assert "32 kv 2x64 BF16" in repr(salted) and "'small'" in repr(salted) and "salted" in repr(salted)
+    assert "affine8" in repr(session)
+    client.close()
+    assert repr(client).endswith(", closed>") and "closed" in repr(session)
+
+
+def test_ranks_are_said_in_words() -> None:
+    """A number means little to people."""
+    assert results.Match(1, Reason.OK, 1_000_000).precision == "exact"
+    assert results.Match(1, Reason.OK, 850).precision == "8.5 bits"
+
+
+def test_help_shows_the_public_face() -> None:
+    """The classes and functions of `__all__`, and no other."""
+    text = pydoc.plain(pydoc.render_doc(kvstore))
+    classes = set(re.findall(r"^    class (\w+)\(", text, re.MULTILINE))
+    functions = set(re.findall(r"^    (\w+)\(", text.partition("\nFUNCTIONS\n")[2], re.MULTILINE))
+    assert classes | functions == set(kvstore.__all__) - {"errors", "__version__"}

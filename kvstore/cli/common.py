@@ -207,6 +207,6 @@ def time_text(stamp_s: int) -> str:
 
 def fidelity_text(rank: int) -> str:
     """A fidelity rank for people: `exact`, or bits a value."""
-    from kvstore.core.blocks import FIDELITY_EXACT
+    from kvstore.core import blocks  # here, since it imports numpy
 
-    return "exact" if rank >= FIDELITY_EXACT else f"{rank / 100:g} bits"
+    return blocks.fidelity_text(rank)

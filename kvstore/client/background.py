@@ -94,7 +94,7 @@ class Background:
             if isinstance(job, Rest):
                 self._go_on(job)
             elif (away := self._connection.health.absence()) is not None:
-                result = StoreResult(reason=reason_of(away))
+                result = StoreResult(reason=reason_of(away), detail=str(away))
             elif isinstance(job, Report):
                 with self._connection.attempt():
                     self._uploader.report(job.key, job.detail)
@@ -105,7 +105,7 @@ class Background:
                     self._start_over(job)
         except KVStoreError as error:
             log.debug("background: %s", str(error))
-            result = StoreResult(reason=reason_of(error))
+            result = StoreResult(reason=reason_of(error), detail=str(error))
         except Exception:
             log.exception("background work failed")
         finally:

@@ -207,6 +207,9 @@ class Client:
                 session.close(timeout_s)
         self._connection.close()
 
+    def __repr__(self) -> str:
+        return f"<Client of {self.config.listen}, {self._connection.state}>"
+
     def __enter__(self) -> Self:
         return self
 

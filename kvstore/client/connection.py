@@ -41,9 +41,11 @@ from kvstore.errors import (
     UnansweredError,
     UnavailableError,
     UntrustedError,
+    VersionError,
 )
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
+from kvstore.wire.handshake import PROTOCOL, PROTOCOL_KEY, health_request, other_protocol
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -97,6 +99,7 @@ class _Presenter(
 
     def _intercept(self, continuation: Any, details: Any, request: Any) -> Any:
         metadata = [*(details.metadata or ()), (CLIENT_KEY, self._name), (PID_KEY, str(os.getpid()))]
+        metadata.append((PROTOCOL_KEY, str(PROTOCOL)))
         if secret := token_to_present(self._files.current.tokens, self._scope):
             metadata.append((METADATA_KEY, BEARER + secret))
         return continuation(_CallDetails(details, metadata), request)
@@ -139,6 +142,13 @@ def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
         return error
     if isinstance(error, UnavailableError):
         return UnansweredError(str(error))
+    code = getattr(error, "code", lambda: None)()
+    if code is grpc.StatusCode.NOT_FOUND:
+        return other_protocol(config.address.target)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return UnansweredError(
+            f"the daemon at {config.address.target} is not responding: it is stopped, or its machine is very busy"
+        )
     if not is_tls:
         return UnansweredError(f"no daemon answers at {config.address.target}")
     details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
@@ -206,7 +216,7 @@ class Connection:
         for old in self._closers[:-1]:
             old()
         self._closers = [*self._closers[-1:], closer]
-        self._check = self._channel.unary_unary(HEALTH_METHOD)  # raw bytes: empty request, any reply will do
+        self._check = self._channel.unary_unary(HEALTH_METHOD)  # raw bytes: any reply will do
         self.kvstore = kvstore_stub(presenting(self._channel, self._name, self._files, Scope.WORKER))
 
     def renew(self) -> None:
@@ -233,6 +243,11 @@ class Connection:
             self._looking.release()
 
     @property
+    def state(self) -> str:
+        """How the connection stands, for people."""
+        return "closed" if self._closed else "connected" if self.health.is_up else "not connected"
+
+    @property
     def daemon(self) -> object:
         """Tells one daemon on the unix socket from the next."""
         return self._guard.identity if self._guard is not None else None
@@ -248,7 +263,7 @@ class Connection:
         if self.health.is_up:
             return
         try:
-            self._check(b"", timeout=timeout_s)
+            self._check(health_request(), timeout=timeout_s)
         except (grpc.RpcError, KVStoreError) as error:
             if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
                 failed = self._heard(error)
@@ -267,7 +282,7 @@ class Connection:
         channel, stub = _admin_channel(self._config, self._files, self._name, workers_channel)
         try:
             try:
-                channel.unary_unary(HEALTH_METHOD)(b"", timeout=timeout_s)
+                channel.unary_unary(HEALTH_METHOD)(health_request(), timeout=timeout_s)
             except (grpc.RpcError, KVStoreError) as error:
                 if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
                     raise self._heard(error) from error
@@ -307,7 +322,7 @@ class Connection:
             self.health.lost()
             raise
         except KVStoreError as error:
-            if isinstance(error, CredentialsError):
+            if isinstance(error, (CredentialsError, VersionError)):
                 if not for_people:
                     self.health.notice.lost(str(error))
                 self.renew()

@@ -14,6 +14,7 @@ import grpc
 
 from kvstore.client.notices import DaemonNotice
 from kvstore.errors import CircuitOpenError, KVStoreError, TLSError, UnansweredError, UntrustedError
+from kvstore.wire.handshake import health_request
 
 ASK_S = 5.0
 # While it is away it is asked for again for so long after the last call that wanted it, then by the next call only.
@@ -25,7 +26,13 @@ PATIENT_S_MIN = 0.2
 # How long a question may be open before stores are refused, which have to copy KV first.
 OPEN_S_MAX = 1.0
 
-NOT_THERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+# NOT_FOUND: a daemon of another protocol, which does not have the health service that is asked for.
+NOT_THERE = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.NOT_FOUND,
+)
 
 
 class Health:
@@ -138,7 +145,7 @@ class Health:
         with suppress(ValueError):  # the channel is closed
             # Not a method of ours: a client that nobody holds must not live for an answer.
             ended = functools.partial(_ended, weakref.ref(self), check, patient, time.monotonic())
-            check.future(b"", timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
+            check.future(health_request(), timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
 
     def begin_anew(self, check: Any) -> None:
         """Ask by the check of another channel; what becomes of a question over the old one counts no more."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvstore import errors
-from kvstore.core.blocks import Reason
+from kvstore.core.blocks import Reason, fidelity_text
 from kvstore.core.layers import KVLayer, StateLayer
 
 
@@ -17,6 +17,11 @@ class Match:
     n_tokens: int
     reason: Reason
     fidelity: int = 0
+
+    @property
+    def precision(self) -> str:
+        """The fidelity in words: "exact", or "8 bits" a value."""
+        return fidelity_text(self.fidelity)
 
     def __bool__(self) -> bool:
         return self.n_tokens > 0
@@ -38,7 +43,8 @@ class Hit:
     """The cache after the first `n_tokens` of a prompt, always fewer than the prompt has; all layers or none.
 
     `layers` are in the layout's order and belong to the caller: KVLayer for kv, StateLayer for window and state layers.
-    `reason` says why there is no more; OK when there is only the last token left. `fidelity` is a rank, see `blocks`.
+    `reason` says why there is no more; OK when there is only the last token left. `fidelity` is a rank: the higher, the
+    more exact; `precision` says it in words.
     """
 
     n_tokens: int
@@ -46,6 +52,11 @@ class Hit:
     reason: Reason
     fidelity: int
     source: HitSource
+
+    @property
+    def precision(self) -> str:
+        """The fidelity in words: "exact", or "8 bits" a value."""
+        return fidelity_text(self.fidelity)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +71,11 @@ class LayerHit:
     layers: Iterator[KVLayer | StateLayer] = field(repr=False)
     reason: Reason
     fidelity: int
+
+    @property
+    def precision(self) -> str:
+        """The fidelity in words: "exact", or "8 bits" a value."""
+        return fidelity_text(self.fidelity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +95,14 @@ class StoreResult:
     """What became of a store. Without `wait`, OK says that it is queued; `durable` is known only with `wait`.
 
     `stored_tokens`: leading tokens of the sequence that are in the store now; `new_bytes`: written to disk for it.
+    `detail`: what the reason leaves open, for people, such as which limit; may be empty.
     """
 
     stored_tokens: int = 0
     new_bytes: int = 0
     reason: Reason = Reason.OK
     durable: bool = False
+    detail: str = field(default="", compare=False)
 
 
 # Most specific first: the first class that an error is an instance of decides.
@@ -100,6 +118,7 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.CircuitOpenError, Reason.CIRCUIT_OPEN),
     (errors.ForkedError, Reason.FORKED),
     (errors.TLSError, Reason.TLS),
+    (errors.VersionError, Reason.VERSION),
     (errors.UnavailableError, Reason.UNAVAILABLE),
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),

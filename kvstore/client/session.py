@@ -284,10 +284,10 @@ class Session:
             result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
         except KVStoreError as error:
             _tell("store", error)
-            result = StoreResult(reason=reason_of(error))
+            result = StoreResult(reason=reason_of(error), detail=str(error))
         except Exception:
             log.exception("store failed")
-            result = StoreResult(reason=Reason.INTERNAL)
+            result = StoreResult(reason=Reason.INTERNAL, detail="see the log")
         else:
             return result
         self.stats.stored(result)
@@ -365,6 +365,11 @@ class Session:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
         if not is_forked():
             self._background.close(timeout_s)
+
+    def __repr__(self) -> str:
+        profile = f", profile={self.options.profile!r}" if self.options.profile else ""
+        closed = ", closed" if self._background.closed else ""
+        return f"<Session of {self.namespace!r} at {self._connection.address.target}{profile}{closed}>"
 
     def __enter__(self) -> Self:
         return self

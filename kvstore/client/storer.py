@@ -281,4 +281,5 @@ def combine(results: Sequence[StoreResult], reason: Reason) -> StoreResult:
         new_bytes=sum(one.new_bytes for one in results),
         reason=bad,
         durable=bool(results) and bad in KV_STORED and all(one.durable for one in results),
+        detail=next((one.detail for one in results if one.reason is bad), ""),
     )

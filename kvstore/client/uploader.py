@@ -140,7 +140,8 @@ class Uploader:
                 self._complain("nothing is stored", begun.detail)
             elif begun.detail:  # else it has no room for this one store
                 self._connection.writes.refused(begun.detail)
-            return StoreResult(begun.held_tokens, 0, reason, begun.durable and reason is Reason.ALREADY_STORED)
+            durable = begun.durable and reason is Reason.ALREADY_STORED
+            return StoreResult(begun.held_tokens, 0, reason, durable, begun.detail)
         if whole:  # else the daemon may want it once more
             job.release()
         self._connection.writes.taken()

@@ -46,6 +46,11 @@ FIDELITY_EXACT = 1_000_000
 FIDELITY_ANY = 0
 
 
+def fidelity_text(rank: int) -> str:
+    """A fidelity rank for people: `exact`, or bits a value."""
+    return "exact" if rank >= FIDELITY_EXACT else f"{rank / 100:g} bits"
+
+
 class Reason(enum.StrEnum):
     """Why a match, fetch or store gave less than everything. `OK` is the absence of a reason."""
 
@@ -60,6 +65,7 @@ class Reason(enum.StrEnum):
     EVICTED = "evicted"
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
+    VERSION = "version"
     DENIED = "denied"
     UNTRUSTED = "untrusted"
     CIRCUIT_OPEN = "circuit_open"

@@ -54,6 +54,12 @@ class Namespace:
         if len(self.engine) + len(self.dtype) + len(self.alias) > FIELD_BYTES_MAX:
             raise InvalidRequestError("namespace names are too long")
 
+    def __repr__(self) -> str:
+        """Short, and without the salt, which is a secret."""
+        named = f" {self.alias!r}" if self.alias else ""
+        salted = ", salted" if self.salt else ""
+        return f"<Namespace {self.root.hex()[:12]}{named}, engine {self.engine!r}, {self.layout!r}{salted}>"
+
     @property
     def root(self) -> bytes:
         """The root of the key chain, 32 bytes: the namespace's id."""

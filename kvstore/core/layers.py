@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +55,9 @@ class PartSpec:
     dtype: str
     bits: int = 0
     group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.heads}x{self.width} {f'{self.bits} bits' if self.bits else self.dtype}"
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The raw tensors of this part, without offsets: one `data`, or `codes`, `scales`, `biases`."""
@@ -138,6 +142,15 @@ class LayerSpec:
     params: tuple[tuple[str, int], ...] = ()
     arrays: tuple[ArraySpec, ...] = ()
 
+    def __str__(self) -> str:
+        params = "".join(f" {name} {value}" for name, value in self.params)
+        parts = (
+            []
+            if self.kind == "state"
+            else [str(self.keys)] * (self.keys == self.values) or [f"keys {self.keys}", f"values {self.values}"]
+        )
+        return " ".join([self.kind, *parts]) + params
+
     @property
     def is_exact(self) -> bool:
         """Whether the layer is valid at its exact token count only."""
@@ -182,6 +195,11 @@ class Layout:
 
     layers: tuple[LayerSpec, ...]
     tree: str = ""
+
+    def __repr__(self) -> str:
+        """Equal layers are told once."""
+        counts = Counter(str(layer) for layer in self.layers)
+        return f"<Layout of {', '.join(f'{count} {layer}' for layer, count in counts.items())}>"
 
     def validate(self) -> None:
         """Raise InvalidRequestError unless the layout can be stored."""
@@ -354,6 +372,10 @@ class KVLayer:
     values: tuple[Any, ...]
     n_tokens: int
 
+    def __repr__(self) -> str:
+        """Without the arrays, which would be evaluated to be printed."""
+        return f"<KVLayer {self.spec}, {self.n_tokens} tokens>"
+
     def part(self, name: str) -> tuple[Any, ...]:
         """The arrays of "keys" or "values"."""
         return self.keys if name == "keys" else self.values
@@ -371,3 +393,7 @@ class StateLayer:
     arrays: tuple[tuple[str, Any], ...]
     numbers: tuple[tuple[str, int], ...]
     n_tokens: int
+
+    def __repr__(self) -> str:
+        """Without the arrays, which would be evaluated to be printed."""
+        return f"<StateLayer {self.spec}, {self.n_tokens} tokens>"

@@ -20,6 +20,7 @@ WORDS = {
     Reason.EVICTED: "was stored and has been evicted",
     Reason.DEADLINE: "not done in time",
     Reason.UNAVAILABLE: "no daemon answered",
+    Reason.VERSION: "worker and daemon are of different versions",
     Reason.DENIED: "the daemon refused the caller's credentials",
     Reason.UNTRUSTED: "the socket belongs to someone else",
     Reason.CIRCUIT_OPEN: "the daemon failed before; it is asked again soon",

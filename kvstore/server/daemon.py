@@ -43,6 +43,7 @@ from kvstore.server.fetch import FetchPath
 from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.masterkey import load_master_key
+from kvstore.server.protocol_guard import ProtocolGuard
 from kvstore.server.requests import Requests
 from kvstore.server.service import KVStoreService
 from kvstore.server.settings import Settings, keep_to_limits
@@ -54,6 +55,7 @@ from kvstore.server.upkeep import Upkeep
 from kvstore.server.upload_socket import UploadSocket
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import add_kvstore_service
+from kvstore.wire.handshake import health_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -141,7 +143,7 @@ class Daemon:
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
             options=connection_options(config, sockets.connections_max),
-            interceptors=[*guards(files), admission],
+            interceptors=[*guards(files), ProtocolGuard(), admission],
         )
         add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)
@@ -153,7 +155,7 @@ class Daemon:
         bind(server, config, files)
         await server.start()
         receiving = receive_by_socket(UploadSocket(store.uploads, stores.begin, config.limits.uploads_max), config)
-        for name in ("", *services, WRITES):
+        for name in ("", *services, WRITES, health_service()):
             await health.set(name, SERVING)
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)

@@ -8,6 +8,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from kvstore import errors
+from kvstore.wire.handshake import REMEDY
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -26,7 +27,8 @@ _TABLE: tuple[tuple[type[errors.KVStoreError], grpc.StatusCode], ...] = (
     (errors.CredentialsError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
     (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (errors.UnknownFormatError, grpc.StatusCode.UNIMPLEMENTED),
+    (errors.VersionError, grpc.StatusCode.UNIMPLEMENTED),  # as gRPC answers a call that an older daemon lacks
+    (errors.UnknownFormatError, grpc.StatusCode.OUT_OF_RANGE),
     (errors.CorruptDataError, grpc.StatusCode.DATA_LOSS),
 )
 
@@ -40,7 +42,8 @@ _FROM_CODE: dict[grpc.StatusCode, type[errors.KVStoreError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
     grpc.StatusCode.CANCELLED: errors.DeadlineError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
-    grpc.StatusCode.UNIMPLEMENTED: errors.UnknownFormatError,
+    grpc.StatusCode.UNIMPLEMENTED: errors.VersionError,
+    grpc.StatusCode.OUT_OF_RANGE: errors.UnknownFormatError,
     grpc.StatusCode.DATA_LOSS: errors.CorruptDataError,
 }
 
@@ -68,6 +71,8 @@ def from_rpc_error(error: grpc.RpcError) -> errors.KVStoreError:
     """The typed error for a failed call, carrying the daemon's sentence and when to try again."""
     kind = _FROM_CODE.get(error.code(), errors.KVStoreError)
     message = error.details() or str(error.code())
+    if kind is errors.VersionError and REMEDY not in message:  # gRPC's words, for a call that is not there
+        message = f"the daemon is of another version, which does not have this call; {REMEDY}"
     return errors.LimitError(message, _retry_s(error)) if kind is errors.LimitError else kind(message)
 
 
