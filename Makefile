@@ -1,5 +1,7 @@
 # make demo   two model servers sharing one store, on a small trained model
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
+# make gpu    a minute of checks of what computes, on MLX's default device; GPU_PYTHON=... names another environment's
+#             interpreter, such as one with mlx for CUDA
 # make compat mlx-lm's own tests with the store plugged in; the integration of vllm-mlx, in an environment of its own:
 #             several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
@@ -30,6 +32,9 @@ OLDEST_MLX_LM := 0.31.3
 OLDEST_MLX := 0.31.2
 LAYER_SUITE := tests/test_fingerprint.py tests/test_mlx_lm_capture.py tests/test_exact_caches.py tests/e2e/test_topologies.py
 
+# Runs the checks of `make gpu`; its environment needs the dependencies of '.[test]'.
+GPU_PYTHON := $(BIN)/python
+
 # The part of `make faults` that is run: over 0, at most 1.
 SHARE := 1
 
@@ -49,7 +54,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest compat compat-mlx-lm compat-vllm bench faults lint proto proto-check dist venv clean
+.PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm bench faults lint proto proto-check dist venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -59,6 +64,9 @@ test: $(INSTALLED) test-oldest
 
 test-oldest: $(INSTALLED_OLDEST)
 	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)
+
+gpu: $(INSTALLED)
+	@$(GPU_PYTHON) -m pytest -q -s -p no:cacheprovider tests/e2e/test_gpu.py
 
 compat: compat-mlx-lm compat-vllm
 
