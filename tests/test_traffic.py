@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.server.history import Moment
 from kvstore.server.lifetime import FILE, WRITE_EVERY_S, Lifetime
-from kvstore.server.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Totals, Traffic, Who
+from kvstore.server.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Snapshot, Totals, Traffic, Who
 
 ROOT = bytes(32)
 
@@ -26,6 +27,11 @@ class Clock:
 def who(root: bytes = ROOT, caller: str = "worker") -> Who:
     """A worker."""
     return Who(caller, 7, root, "small-lm", "test 1")
+
+
+def moment(known: Snapshot) -> Moment:
+    """What the history notes."""
+    return Moment(known.since_start)
 
 
 def test_a_hit_counts_in_every_scope() -> None:
@@ -95,7 +101,7 @@ def test_a_restart_goes_on_from_the_lifetime(tmp_path: Path) -> None:
     before = Lifetime(tmp_path, sync=False)
     before.traffic.count(who(), Totals(hits=2, saved_s=1.5))
     before.traffic.computes(ROOT, 250.0)
-    before.keep(now=True)
+    before.keep(moment, now=True)
     after = Lifetime(tmp_path, sync=False).traffic
     after.count(who(), Totals(hits=1))
     found = after.snapshot()
@@ -108,25 +114,25 @@ def test_a_kill_loses_at_most_a_minute(tmp_path: Path) -> None:
     """Changes are written within a minute of the last write, and nothing is when nothing changed."""
     clock = Clock(0.0)
     lifetime = Lifetime(tmp_path, sync=False, clock=clock)
-    lifetime.keep()
+    lifetime.keep(moment)
     assert not (tmp_path / FILE).exists()
     for _ in range(3 * int(WRITE_EVERY_S)):
         lifetime.traffic.count(who(), Totals(hits=1))
-        lifetime.keep()
+        lifetime.keep(moment)
         written = json.loads((tmp_path / FILE).read_bytes())["total"]["hits"]
         assert lifetime.traffic.snapshot().lifetime.hits - written <= WRITE_EVERY_S
         clock.now_s += 1
     assert list(tmp_path.iterdir()) == [tmp_path / FILE]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 1, "total": {"hits": "x"}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 1}', '{"version": 2, "total": {"hits": "x"}}'])
 def test_a_file_that_is_none_of_ours_begins_anew(tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture) -> None:
     """With a warning, and is replaced."""
     (tmp_path / FILE).write_text(text)
     lifetime = Lifetime(tmp_path, sync=False)
     assert lifetime.traffic.snapshot().lifetime == Totals() and "begin anew" in caplog.text
     lifetime.traffic.count(who(), Totals(hits=1))
-    lifetime.keep(now=True)
+    lifetime.keep(moment, now=True)
     assert Lifetime(tmp_path, sync=False).traffic.snapshot().lifetime.hits == 1
 
 
@@ -134,8 +140,8 @@ def test_a_disk_that_refuses_costs_nothing_but_the_counters(tmp_path: Path) -> N
     """It is tried again a minute later."""
     lifetime = Lifetime(tmp_path / "gone", sync=False, clock=(clock := Clock(0.0)))
     lifetime.traffic.count(who(), Totals(hits=1))
-    lifetime.keep()
+    lifetime.keep(moment)
     (tmp_path / "gone").mkdir()
     clock.now_s += WRITE_EVERY_S
-    lifetime.keep()
+    lifetime.keep(moment)
     assert Lifetime(tmp_path / "gone").traffic.snapshot().lifetime.hits == 1

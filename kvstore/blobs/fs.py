@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from kvstore.blobs.protocol import TMP_SUFFIX
 
@@ -148,6 +149,15 @@ def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) ->
     pending = write_pending(fs, path, parts, sync)
     pending.sync()
     pending.rename()
+
+
+def replace_file(path: Path, data: bytes, sync: bool) -> None:
+    """Replace a small file that only this process writes, folder synced; the old one stays if it fails. OSError."""
+    fs = Fs()
+    unlink_quietly(fs, [f"{path}{TMP_SUFFIX}"])
+    write_durably(fs, str(path), [memoryview(data)], sync)
+    if sync:
+        fs.fsync_dir(str(path.parent))
 
 
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:

@@ -113,6 +113,10 @@ class Client:
         """Counters of the daemon since it started and the state of its disk, as `kvstore stats --json` prints them."""
         return self._ask("Stats", pb.StatsRequest(), QUICK_S)
 
+    def history(self) -> dict[str, Any]:
+        """What the store did in each hour of the last 90 days, the oldest first; empty hours are left out."""
+        return self._ask("History", pb.HistoryRequest(), QUICK_S)
+
     def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT, sequences: bool = False) -> dict[str, Any]:
         """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first.
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from kvstore import __version__
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
+from kvstore.server.history import History
 from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, unary
 from kvstore.server.settings import Settings
-from kvstore.server.stats import Counters, namespace_message, quality_messages
+from kvstore.server.stats import Counters, hour_message, namespace_message, quality_messages
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.wire import convert
@@ -32,6 +33,7 @@ class AdminService(rpc.AdminServicer):
         threads: Threads,
         counters: Counters,
         requests: Requests,
+        history: History,
         settings: Settings,
         state: Callable[[], str],
         device: Callable[[], str],
@@ -42,6 +44,7 @@ class AdminService(rpc.AdminServicer):
         self._threads = threads
         self._counters = counters
         self._requests = requests
+        self._history = history
         self._settings = settings
         self.refusals = counters.refusals
         self._state = state
@@ -65,6 +68,13 @@ class AdminService(rpc.AdminServicer):
             profile=self._store.gate.default_profile,
             data_dir=str(self._settings.data_dir),
         )
+
+    @unary
+    async def History(self, request: pb.HistoryRequest, context: Context) -> pb.HistoryReply:
+        return await self._threads.admin(self._hours)
+
+    def _hours(self) -> pb.HistoryReply:
+        return pb.HistoryReply(hours=[hour_message(hour_s, row) for hour_s, row in self._history.rows().items()])
 
     @unary
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListReply:

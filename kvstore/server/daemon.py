@@ -111,7 +111,6 @@ class Daemon:
             await threads.admin(settle_limits, engine, config)
             lifetime = await threads.admin(keep_lifetime, config)
             await self._serve(engine, threads, files, lifetime)
-            await threads.admin(end_lifetime, engine, lifetime)
         return self._begin_anew
 
     def stop(self) -> None:
@@ -137,7 +136,16 @@ class Daemon:
         load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
         settings = Settings(engine, config)
         admin = AdminService(
-            engine, store, threads, counters, requests, settings, lambda: self._state, device.name, load
+            engine,
+            store,
+            threads,
+            counters,
+            requests,
+            lifetime.history,
+            settings,
+            lambda: self._state,
+            device.name,
+            load,
         )
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
@@ -160,7 +168,7 @@ class Daemon:
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
-        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, lifetime)
+        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, counters, lifetime)
         tasks = [
             asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
@@ -174,7 +182,7 @@ class Daemon:
             task.cancel()
         await self._drain(server, service, receiving, stores, store)
         await threads.release(store.uploads.end_all)
-        requests.settle(all=True)
+        await threads.admin(upkeep.end)
 
     async def _drain(
         self, server: Any, service: KVStoreService, receiving: UploadSocket, stores: Stores, store: StorePath
@@ -278,12 +286,6 @@ def settle_limits(engine: Engine, config: Config) -> None:
 def keep_lifetime(config: Config) -> Lifetime:
     """The counters that outlive a daemon."""
     return Lifetime(config.data_dir / "settings", sync=config.durability != "none")
-
-
-def end_lifetime(engine: Engine, lifetime: Lifetime) -> None:
-    """Write them for the last time, unless the directory is another one by now."""
-    if not engine.is_displaced():
-        lifetime.keep(now=True)
 
 
 def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:

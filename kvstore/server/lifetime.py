@@ -1,6 +1,7 @@
 """Counters that outlive a daemon: `settings/traffic.json` in the data directory, written at most once a minute.
 
-If the daemon is killed, counts since the last write are lost. The file is small (a few numbers for each of at most 256
+The hour of the history that is going on (`history.py`) is written with them. If the daemon is killed, counts since the
+last write are lost. The file is small (a few numbers for each of at most 256
 namespaces). If it is lost or damaged, the daemon logs that and starts counting from zero; nothing else depends on it.
 """
 
@@ -13,12 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
-from kvstore.blobs.protocol import TMP_SUFFIX
-from kvstore.server.traffic import Namespace, Totals, Traffic, as_counts
+from kvstore.blobs.fs import replace_file
+from kvstore.server.history import History, Moment
+from kvstore.server.traffic import Namespace, Snapshot, Totals, Traffic, as_counts
 
 FILE = "traffic.json"
-VERSION = 1
+VERSION = 2
 WRITE_EVERY_S = 60.0
 log = logging.getLogger(__name__)
 
@@ -28,32 +29,42 @@ class Lifetime:
 
     def __init__(self, folder: Path, *, sync: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
         """Read the file into the counters. Never raises: a missing or damaged file counts as empty."""
-        self._folder = folder
         self._path = folder / FILE
         self._sync = sync
         self._clock = clock
-        self._written_s = clock() - WRITE_EVERY_S
+        self._written_s = self._noted_s = clock() - WRITE_EVERY_S
+        self.history = History(folder, sync=sync)
         self.traffic = self._read()
-        self._changes = self.traffic.changes
+        self._changes = self._changed
 
-    def keep(self, *, now: bool = False) -> None:
-        """Write the counters if a minute has passed and they have changed; `now`: whenever they have changed."""
-        if self.traffic.changes == self._changes or not (now or self._clock() >= self._written_s + WRITE_EVERY_S):
+    @property
+    def _changed(self) -> tuple[int, int]:
+        return self.traffic.changes, self.history.changes
+
+    def keep(self, moment: Callable[[Snapshot], Moment], *, now: bool = False) -> None:
+        """Write the counters if a minute has passed and they have changed; `now`: whenever they have changed.
+
+        `moment`: what the history notes of the counters; called when they have changed, and once a minute.
+        """
+        is_news = self._changed != self._changes and self._clock() >= self._written_s + WRITE_EVERY_S
+        if not (now or is_news or self._clock() >= self._noted_s + WRITE_EVERY_S):
             return
-        self._written_s = self._clock()
-        changes, fs = self.traffic.changes, Fs()
+        self._noted_s = self._clock()
+        traffic_changes, known = self.traffic.changes, self.traffic.snapshot()
+        self.history.note(moment(known))
+        changes = traffic_changes, self.history.changes
         try:
-            unlink_quietly(fs, [f"{self._path}{TMP_SUFFIX}"])
-            write_durably(fs, str(self._path), [memoryview(self._record())], self._sync)
-            if self._sync:
-                fs.fsync_dir(str(self._folder))
+            self.history.save()
+            if changes == self._changes:
+                return
+            self._written_s = self._clock()
+            replace_file(self._path, self._record(known), self._sync)
         except OSError as error:  # a full disk, or one that is gone: the next minute tries again
             log.debug("the lifetime counters were not written: %s", error)
             return
         self._changes = changes
 
-    def _record(self) -> bytes:
-        known = self.traffic.snapshot()
+    def _record(self, known: Snapshot) -> bytes:
         namespaces = {
             root.hex(): {**as_counts(one.totals), "tokens_per_s": one.tokens_per_s}
             for root, one in known.namespaces.items()
@@ -63,12 +74,16 @@ class Lifetime:
             "since_s": known.lifetime_since_s,
             "total": as_counts(known.lifetime),
             "namespaces": namespaces,
+            "hour": self.history.open_row(),
         }
         return json.dumps(record).encode() + b"\n"
 
     def _read(self) -> Traffic:
         try:
-            return _traffic(json.loads(self._path.read_bytes()))
+            record = json.loads(self._path.read_bytes())
+            traffic = _traffic(record)
+            self.history.restore(record["hour"])
+            return traffic
         except FileNotFoundError:
             return Traffic()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

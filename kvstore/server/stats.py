@@ -18,6 +18,7 @@ from kvstore.quality import Verdict
 from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.gate import Gate
+from kvstore.server.history import Moment
 from kvstore.server.recent import Done
 from kvstore.server.refusals import Refusals
 from kvstore.server.requests import Requests
@@ -52,6 +53,11 @@ class Counters:
             with self._lock:
                 self._store_reasons[reason.value] += 1
 
+    def store_reasons(self) -> dict[str, int]:
+        """Why stores gave less than everything: reason code, count."""
+        with self._lock:
+            return dict(self._store_reasons)
+
     def reply(
         self,
         engine: Engine,
@@ -69,7 +75,7 @@ class Counters:
         """The Stats reply. Reads the index: call it on a worker thread."""
         disk, traffic = engine.stats(), requests.traffic.snapshot()
         with self._lock:
-            counts, stores = dict(self._counts), dict(self._store_reasons)
+            counts = dict(self._counts)
         get = counts.get
         return pb.StatsReply(
             daemon=pb.DaemonStats(
@@ -104,7 +110,7 @@ class Counters:
             labelled=map(labelled_message, traffic.labelled),
             recent=map(request_message, requests.recent.latest()),
             fetch_s=histogram_message(requests.fetch_s.snapshot()),
-            store_reasons=stores,
+            store_reasons=self.store_reasons(),
             evictions={
                 cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
             },
@@ -178,6 +184,19 @@ def request_message(done: Done) -> pb.Request:
         reason=done.reason,
         request_id=done.request_id,
         pid=done.pid,
+    )
+
+
+def hour_message(hour_s: int, row: Moment) -> pb.Hour:
+    """One hour of the history."""
+    return pb.Hour(
+        hour_s=hour_s,
+        traffic=traffic_message(row.totals),
+        miss_reasons=row.reasons.get("miss_reasons", {}),
+        shortened_reasons=row.reasons.get("shortened_reasons", {}),
+        store_reasons=row.reasons.get("store_reasons", {}),
+        evicted_bytes=row.evicted_bytes,
+        used_bytes=row.used_bytes,
     )
 
 

@@ -22,6 +22,8 @@ BLOCKS_MAX = 65_536
 # comes after them counts as one, whose root is empty.
 LABELS_MAX = 64
 OTHER = b""
+# A number above this in a file is damage; on the wire counters have 64 bits.
+COUNT_MAX = 1 << 62
 # A session without requests for this long is no longer listed: its worker has most likely ended.
 SESSION_S = 86_400.0
 
@@ -53,7 +55,7 @@ class Totals:
         known = cls()
         for name in _NAMES:
             kind, given = type(getattr(known, name)), counts.get(name)
-            if isinstance(given, int | float) and given >= 0:
+            if isinstance(given, int | float) and 0 <= given <= COUNT_MAX:
                 setattr(known, name, kind(given))
         return known
 

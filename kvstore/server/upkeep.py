@@ -7,8 +7,11 @@ import logging
 from kvstore.config import Config
 from kvstore.engine import Engine
 from kvstore.server.callers import Sockets
+from kvstore.server.history import Moment
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.requests import Requests
+from kvstore.server.stats import Counters
+from kvstore.server.traffic import Snapshot
 from kvstore.server.uploads import Upload, Uploads
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
@@ -26,6 +29,7 @@ class Upkeep:
         sockets: Sockets,
         config: Config,
         requests: Requests,
+        counters: Counters,
         lifetime: Lifetime,
     ) -> None:
         self._engine = engine
@@ -33,6 +37,7 @@ class Upkeep:
         self._sockets = sockets
         self._config = config
         self._requests = requests
+        self._counters = counters
         self._lifetime = lifetime
         self._displaced = 0
 
@@ -48,9 +53,28 @@ class Upkeep:
         self._requests.settle()
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
         if not self._displaced:
-            self._lifetime.keep()
+            self._lifetime.keep(self._moment)
         idle = self._uploads.reap(self._config.limits.upload_idle_s, self._config.limits.upload_bytes_per_s_min)
         for upload in idle:
             words = "gave up upload %s of %d tokens: nothing arrived, or too little"
             log.warning(words, upload.upload_id[:8], upload.n_tokens)
         return idle
+
+    def end(self) -> None:
+        """Write what is counted for the last time, unless the directory is another one by now."""
+        self._requests.settle(all=True)
+        if not self._engine.is_displaced():
+            self._lifetime.keep(self._moment, now=True)
+
+    def _moment(self, traffic: Snapshot) -> Moment:
+        disk = self._engine.stats()
+        return Moment(
+            totals=traffic.since_start,
+            reasons={
+                "miss_reasons": traffic.miss_reasons,
+                "shortened_reasons": traffic.shortened_reasons,
+                "store_reasons": self._counters.store_reasons(),
+            },
+            evicted_bytes=sum(nbytes for _, nbytes in disk.evictions.values()),
+            used_bytes=disk.used_bytes,
+        )

@@ -146,6 +146,65 @@ def test_a_kill_loses_no_more_than_a_minute_of_the_lifetime(daemon: DaemonProces
     assert (daemon.data_dir / LIFETIME).stat().st_mode & 0o777 == 0o600
 
 
+# The daemon's lifetime counters by a clock that the test sets.
+CLOCKED = """
+import functools, os, pathlib
+from kvstore.server import daemon
+clock = pathlib.Path(os.environ["KVSTORE_DATA_DIR"]).with_name("clock")
+daemon.Lifetime = functools.partial(daemon.Lifetime, clock=lambda: float(clock.read_text()))
+"""
+
+
+def test_a_kill_at_any_second_of_a_minute_loses_that_minute_and_no_more(tmp_path: Path) -> None:
+    """On a clock that the test sets: what is a minute old is on the disk, with its hour in the history."""
+    clock = tmp_path / "clock"
+    set_clock(clock, 0)
+    with DaemonProcess(tmp_path / "data", program=CLOCKED + SERVE) as daemon:
+        path = daemon.data_dir / LIFETIME
+        fill(daemon)
+        wait_until(lambda: path.exists() and written(path) == 0, 30, daemon.log_text)
+        set_clock(clock, 59.9)
+        miss(daemon, 1)
+        assert written(path) == 0, "not a minute since the last time"
+        daemon.kill()
+        daemon.start()
+        with client_of(daemon) as client:
+            stats, (hour,) = client.stats(), client.history()["hours"]
+        assert (stats["lifetime"]["stored_tokens"], stats["lifetime"]["misses"]) == (700, 0)
+        assert (hour["traffic"]["stored_tokens"], hour["traffic"]["misses"]) == (700, 0)
+        miss(daemon, 2)
+        wait_until(lambda: written(path) >= 1, 30, daemon.log_text)  # by now there may be one, or both
+        set_clock(clock, 59.9 + 60.1)
+        wait_until(lambda: written(path) == 2, 30, daemon.log_text)
+        daemon.kill()
+        daemon.start()
+        with client_of(daemon) as client:
+            stats, hours = client.stats(), client.history()["hours"]
+        assert stats["lifetime"]["misses"] == 2 == sum(hour["traffic"]["misses"] for hour in hours)
+        assert sum(hour["miss_reasons"].get("unknown_prefix", 0) for hour in hours) == 2
+
+
+def set_clock(path: Path, now_s: float) -> None:
+    """Atomically, since the daemon reads it all the time."""
+    path.with_suffix(".new").write_text(str(now_s))
+    path.with_suffix(".new").replace(path)
+
+
+def written(path: Path) -> int:
+    """Misses of the lifetime, as the disk has them."""
+    misses: int = json.loads(path.read_bytes())["total"]["misses"]
+    return misses
+
+
+def miss(daemon: DaemonProcess, count: int) -> None:
+    """So many misses, counted."""
+    with client_of(daemon) as client:
+        before = client.stats()["since_start"]["misses"]
+        session = client.session(NAMESPACE, **SLOW)
+        assert not any(session.fetch([number + 5] * 500) for number in range(count))
+        assert client.stats()["since_start"]["misses"] == before + count
+
+
 def test_a_budget_that_is_lowered_evicts_at_once_and_ends_with_the_daemon(daemon: DaemonProcess) -> None:
     """The log says who and how much; the configuration is in force again after a restart."""
     lower = answered(daemon, "stats")["disk"]["used_bytes"] - 4096

@@ -761,6 +761,55 @@ class ForgetQualityReply(_message.Message):
     results: int
     def __init__(self, results: _Optional[int] = ...) -> None: ...
 
+class HistoryRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class HistoryReply(_message.Message):
+    __slots__ = ("hours",)
+    HOURS_FIELD_NUMBER: _ClassVar[int]
+    hours: _containers.RepeatedCompositeFieldContainer[Hour]
+    def __init__(self, hours: _Optional[_Iterable[_Union[Hour, _Mapping]]] = ...) -> None: ...
+
+class Hour(_message.Message):
+    __slots__ = ("hour_s", "traffic", "miss_reasons", "shortened_reasons", "store_reasons", "evicted_bytes", "used_bytes")
+    class MissReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class ShortenedReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class StoreReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    HOUR_S_FIELD_NUMBER: _ClassVar[int]
+    TRAFFIC_FIELD_NUMBER: _ClassVar[int]
+    MISS_REASONS_FIELD_NUMBER: _ClassVar[int]
+    SHORTENED_REASONS_FIELD_NUMBER: _ClassVar[int]
+    STORE_REASONS_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    hour_s: int
+    traffic: Traffic
+    miss_reasons: _containers.ScalarMap[str, int]
+    shortened_reasons: _containers.ScalarMap[str, int]
+    store_reasons: _containers.ScalarMap[str, int]
+    evicted_bytes: int
+    used_bytes: int
+    def __init__(self, hour_s: _Optional[int] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evicted_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
+
 class ListRequest(_message.Message):
     __slots__ = ("namespace_prefix", "limit", "sequences")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]

@@ -385,6 +385,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsReply.FromString,
                 _registered_method=True)
+        self.History = channel.unary_unary(
+                '/kvstore.v1.Admin/History',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryReply.FromString,
+                _registered_method=True)
         self.List = channel.unary_unary(
                 '/kvstore.v1.Admin/List',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ListRequest.SerializeToString,
@@ -433,6 +438,13 @@ class AdminServicer(object):
 
     def Stats(self, request, context):
         """Stats counts since the daemon started, and the state of the disk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def History(self, request, context):
+        """History tells what each hour of the last 90 days brought.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -501,6 +513,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Stats,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsReply.SerializeToString,
+            ),
+            'History': grpc.unary_unary_rpc_method_handler(
+                    servicer.History,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryReply.SerializeToString,
             ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
@@ -571,6 +588,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Stats',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.StatsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def History(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/History',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.HistoryReply.FromString,
             options,
             channel_credentials,
             insecure,
