@@ -74,7 +74,10 @@ def freed(tmp_path: Path, freed_template: Path) -> Iterator[Engine]:
 def test_with_a_budget_below_the_size_of_the_index_stores_go_on(data_dir: Path, part: float) -> None:
     """Rows are evicted as far as it takes, and the index is compacted; the budget is kept."""
     with Engine.open(data_dir, options()) as engine:
-        budget_bytes = int(engine.stats().index_bytes * part)
+        stats = engine.stats()
+        # Folders of ext4 do not shrink, so what this one grew to comes on top.
+        folders_bytes = stats.used_bytes - stats.stored_bytes - stats.index_bytes
+        budget_bytes = int(stats.index_bytes * part) + folders_bytes
     with Engine.open(data_dir, options(budget_bytes=budget_bytes)) as engine:
         assert engine.used_bytes <= budget_bytes and engine.degraded == ""
         assert engine.stats().blobs > 0

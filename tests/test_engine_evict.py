@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.protocol import Room
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.engine import Engine, Fs, NewBlock, Selection
@@ -50,10 +51,10 @@ class SmallVolume(Fs):
         self.pinned = pinned
         self.most = 0
 
-    def free_bytes(self, path: str) -> int:
+    def room(self, path: str) -> Room:
         used = sum(-(-blob.stat().st_size // 4096) * 4096 for blob in blob_paths(self.data_dir))
         self.most = max(self.most, used)
-        return self.total_bytes - (self.most if self.pinned else used)
+        return Room(self.total_bytes - (self.most if self.pinned else used), 1 << 32)
 
 
 def first_tokens(engine: Engine) -> set[int]:
@@ -250,7 +251,7 @@ def test_under_the_free_floor_the_deficit_is_evicted_and_no_more(tmp_path: Path)
         engine.maintain()
         assert first_tokens(engine) == set(range(3, 10))
         assert put(engine, NS, [77] * 256).reason is Reason.OK
-        assert volume.free_bytes("") >= 5 * BLOCK_BYTES
+        assert volume.room("").free_bytes >= 5 * BLOCK_BYTES
         assert engine.stats().degraded == ""
         require_sound(engine)
 

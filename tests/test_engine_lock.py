@@ -82,6 +82,8 @@ WAYS: dict[str, Callable[[Engine], object]] = {
     "key": lambda engine: engine.evict(Selection(key_prefix=find(engine, NS, TOKENS).slices[2].row.key)),
     "budget": lambda engine: engine.limit(engine.used_bytes - (12 << 10), 0),
     "room": lambda engine: engine.make_room((1 << 20) - engine.used_bytes),
+    "lost blob": lambda engine: (lose_a_blob(engine), engine.check(repair=True)),
+    "strays": lambda engine: (lose_rows(engine, with_first_blob=True), engine.check(repair=True)),
 }
 
 
@@ -179,9 +181,11 @@ def lose_a_blob(engine: Engine) -> None:
     blob_path(engine, find(engine, NS, TOKENS).slices[0].row).unlink()
 
 
-def lose_rows(engine: Engine) -> None:
-    """Of all blobs of a chain, which become strays."""
+def lose_rows(engine: Engine, with_first_blob: bool = False) -> None:
+    """Of all blobs of a chain, which become strays; without the first one nothing leads to the others."""
     rows = [part.row for part in find(engine, NS, TOKENS).slices]
+    if with_first_blob:
+        blob_path(engine, rows[0]).unlink()
     with engine._shared.index.edit() as edit:
         for row in reversed(rows):
             edit.remove(row)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.protocol import Room
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Fs, Selection
 from tests.support.engine import HYBRID, blob_path, find, namespace, options, put, put_checkpoint
@@ -20,13 +21,9 @@ class Volume(Fs):
     def __init__(self) -> None:
         self.free, self.names = 1 << 40, 1 << 20
 
-    def free_bytes(self, path: str) -> int:
+    def room(self, path: str) -> Room:
         """As set."""
-        return self.free
-
-    def free_names(self, path: str) -> int:
-        """As set."""
-        return self.names
+        return Room(self.free, self.names)
 
 
 def fill(engine: Engine, n_prompts: int = 20) -> None:

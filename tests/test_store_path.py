@@ -26,6 +26,7 @@ from tests.support.synthetic import make_layers, make_layout, make_namespace
 LAYOUT = make_layout(layers=1, heads=1)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(1000, 1600))
+CHAIN = Chain(NAMESPACE.root, pack_tokens(TOKENS))
 AFFINE4 = 400
 
 
@@ -211,6 +212,44 @@ def test_claims_are_bounded_together_and_one_that_never_fits_is_full(tmp_path: P
     rig.path.uploads.give_up(first.upload)
     assert rig.begin([7] * 200).upload is not None
     rig.close()
+
+
+def test_the_share_of_uploads_follows_the_budget_in_force(tmp_path: Path) -> None:
+    """As `kvstore set daemon budget_bytes=...` changes it."""
+    rig = Rig(tmp_path / "data", budget_bytes=30_000 * LAYOUT.token_bytes, upload_share_percent=1)
+    assert rig.begin(TOKENS[:600]).reason is Reason.STORE_FULL
+    rig.engine.limit(90_000 * LAYOUT.token_bytes, 0)
+    assert rig.begin(TOKENS[:600]).upload is not None
+    rig.close()
+
+
+def test_an_exact_session_after_a_lossy_restore_hears_that_it_is_the_fidelity(rig: Rig) -> None:
+    """What it brings is stored, and does not count as exact."""
+    rig.require(min_quantize_tokens=1)
+    rig.store(TOKENS[:256], profile="affine4")
+    outcome = rig.store(TOKENS[:300], profile="raw", restored=256, fidelity=AFFINE4)
+    assert (outcome.stored_tokens, outcome.reason) == (0, Reason.FIDELITY)
+
+
+EVICTED: dict[str, Selection] = {
+    "key": Selection(key_prefix=CHAIN.key(0)),
+    "key of what is still to come": Selection(key_prefix=CHAIN.key(1)[:6]),
+    "idle": Selection(idle_s=1e-9),
+    "bytes": Selection(bytes=1 << 40),
+    "namespace": Selection(namespace_prefix=NAMESPACE.root[:4]),
+    "all": Selection(all=True),
+}
+
+
+@pytest.mark.parametrize("name", EVICTED)
+def test_an_eviction_ends_the_uploads_that_bring_or_continue_what_it_takes(rig: Rig, name: str) -> None:
+    """Others go on."""
+    rig.store(TOKENS[:256])
+    mine, other = rig.begin(TOKENS), rig.begin([9, *TOKENS[:300]])
+    assert mine.upload is not None and other.upload is not None
+    rig.engine.evict(EVICTED[name])
+    rig.path.end_evicted()
+    assert rig.path.uploads.under_way() == ([] if name in ("namespace", "all") else [other.upload])
 
 
 def test_a_commit_that_the_stop_cannot_wait_for_leaves_nothing(rig: Rig) -> None:

@@ -47,6 +47,9 @@ class EncryptedBlobs:
         self.clear = inner.clear
         self.discard = inner.discard
         self.quarantine = inner.quarantine
+        self.quarantined = inner.quarantined
+        self.trim_quarantine = inner.trim_quarantine
+        self.room = inner.room
 
     def put(self, blob: BlobId, parts: Iterable[memoryview]) -> Pending:
         """The parts in chunks, each encrypted."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from kvstore.blobs.protocol import TMP_SUFFIX
+from kvstore.blobs.protocol import NUMBER_END, TMP_SUFFIX, Room
 
 
 class Fs:
@@ -67,15 +67,10 @@ class Fs:
         """Run an index commit."""
         commit()
 
-    def free_bytes(self, path: str) -> int:
-        """Bytes that this user may still write on the volume."""
+    def room(self, path: str) -> Room:
+        """What this user may still write on the volume: bytes and files. Some volumes do not count files."""
         info = os.statvfs(path)
-        return info.f_bavail * info.f_frsize
-
-    def free_names(self, path: str) -> int:
-        """Files that this user may still create on the volume; many where it does not count them."""
-        info = os.statvfs(path)
-        return info.f_favail if info.f_files else 1 << 32
+        return Room(info.f_bavail * info.f_frsize, info.f_favail if info.f_files else NUMBER_END)
 
 
 class PendingFile:

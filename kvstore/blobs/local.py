@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kvstore.blobs.fs import Fs, PendingFile, unlink_quietly, write_durably, write_pending
-from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Entry, Source, disk_bytes, parse_name, parse_root
+from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Entry, Room, Source, disk_bytes, parse_name, parse_root
 from kvstore.blobs.ranges import FileReader, FileSource
 from kvstore.errors import DirectoryError
 
@@ -165,6 +165,26 @@ class LocalBlobs:
             raise DirectoryError(f"{self._quarantine} is not a directory")
         with contextlib.suppress(FileNotFoundError):
             self._fs.rename(place, os.path.join(self._quarantine, os.path.basename(place)))
+
+    def quarantined(self) -> tuple[int, int]:
+        """None where somebody has deleted the folder, or put a link in its place."""
+        files = self._in_quarantine()
+        return len(files), sum(map(_blocks, files))
+
+    def trim_quarantine(self, count_max: int) -> None:
+        """The oldest by the time of their last change."""
+        files = sorted(self._in_quarantine(), key=lambda path: os.lstat(path).st_mtime_ns)
+        unlink_quietly(self._fs, files[: max(0, len(files) - count_max)])
+
+    def _in_quarantine(self) -> list[str]:
+        if os.path.islink(self._quarantine) or not os.path.isdir(self._quarantine):
+            return []
+        with os.scandir(self._quarantine) as entries:
+            return [entry.path for entry in entries]
+
+    def room(self) -> Room:
+        """Of the volume, for this user."""
+        return self._fs.room(self._directory)
 
     def _dropped(self) -> list[str]:
         with os.scandir(self._directory) as folders:

@@ -6,18 +6,18 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 
-from kvstore.blobs.protocol import BlobId, Entry, Source, disk_bytes
+from kvstore.blobs.protocol import NUMBER_END, BlobId, Entry, Room, Source, disk_bytes
 from kvstore.errors import CorruptDataError
 
 
 class MemoryBlobs:
-    """A dict. `quarantined` holds what was moved out of the way, by place."""
+    """Dicts of what was put, and of what was moved out of the way."""
 
     def __init__(self) -> None:
         self._blobs: dict[BlobId, bytes] = {}
         self._dropped: list[bytes] = []
         self._lock = threading.Lock()
-        self.quarantined: dict[str, bytes] = {}
+        self._quarantine: dict[str, bytes] = {}
 
     def put(self, blob: BlobId, parts: Iterable[memoryview]) -> _Pending:
         """The bytes, joined."""
@@ -82,10 +82,23 @@ class MemoryBlobs:
         """Nothing is ever unfinished here."""
 
     def quarantine(self, what: Entry | BlobId) -> None:
-        """Into `quarantined`."""
+        """Into a dict of its own."""
         blob = what.blob if isinstance(what, Entry) else what
         if blob is not None and blob in self._blobs:
-            self.quarantined[f"{blob.root.hex()}/{blob.name}"] = self._blobs.pop(blob)
+            self._quarantine[f"{blob.root.hex()}/{blob.name}"] = self._blobs.pop(blob)
+
+    def quarantined(self) -> tuple[int, int]:
+        """As on a disk."""
+        return len(self._quarantine), sum(disk_bytes(len(data)) for data in self._quarantine.values())
+
+    def trim_quarantine(self, count_max: int) -> None:
+        """In the order in which they came."""
+        for place in list(self._quarantine)[: max(0, len(self._quarantine) - count_max)]:
+            del self._quarantine[place]
+
+    def room(self) -> Room:
+        """As much as one likes."""
+        return Room(NUMBER_END, NUMBER_END)
 
 
 class _Pending:

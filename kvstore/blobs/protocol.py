@@ -9,6 +9,7 @@
     path     its file, for readers in other processes on this host; None where only this process can read it
     drop     take a whole namespace away
     quarantine   move one blob or entry out of the way, for a person to look at
+    room     what may still be written
 
 Blobs never change: a new blob gets a new number, and a number is never used twice for one key. What implements this
 decides where bytes lie and whether they are encrypted; nothing above it knows.
@@ -43,6 +44,13 @@ class BlobId(NamedTuple):
     def name(self) -> str:
         """The name inside its namespace: <key in hex>-<number>.safetensors."""
         return f"{self.key.hex()}-{self.number}{SUFFIX}"
+
+
+class Room(NamedTuple):
+    """Bytes that may still be written, and new names that may still be given; many where nobody counts them."""
+
+    free_bytes: int
+    free_names: int
 
 
 class Source(NamedTuple):
@@ -151,6 +159,15 @@ class Blobs(Protocol):
 
     def quarantine(self, what: Entry | BlobId) -> None:
         """Move something out of the way; nothing if it is gone. Raises OSError, or DirectoryError for a bad folder."""
+
+    def quarantined(self) -> tuple[int, int]:
+        """How many files are in quarantine, and what they cost on disk. Raises OSError."""
+
+    def trim_quarantine(self, count_max: int) -> None:
+        """Delete the oldest files in quarantine until so many are left. What the disk refuses stays. Raises OSError."""
+
+    def room(self) -> Room:
+        """What may still be written here. Raises OSError."""
 
 
 def disk_bytes(nbytes: int) -> int:

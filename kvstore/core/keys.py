@@ -30,10 +30,11 @@ BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 
 @dataclass(frozen=True)
 class Namespace:
-    """Everything that must be equal for KV to be interchangeable (DESIGN: words). `alias` is for people only.
+    """Everything that must be equal for KV to be interchangeable. `alias` is for people only.
 
     weights: digest of the shards and the effective config; adapter: digest or b""; layout: the cache layout; dtype: of
-    the KV, as in the layout; engine: name and major.minor version ("mlx-lm 0.32"); salt: tenant secret, may be empty.
+    the KV, as in the layout; engine: its name, a digest of the code that computes the model, and MLX's minor version;
+    salt: tenant secret, may be empty.
     """
 
     weights: bytes

@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
 
@@ -44,17 +44,22 @@ class Site:
     """The store that a check or rebuild works on. `rule` raises CorruptDataError for a block that no engine could use.
 
     `busy`: blobs that have no row for a good reason, such as those being written; ask it under `lock`.
-    `delete` deletes blobs without a row so that no crash brings them back; it logs what the disk refuses.
+    `delete` takes blobs without a row, with their bytes on disk: from then on they are busy. The function that it
+    returns deletes them, without the lock, so that no crash brings them back, and logs what the disk refuses.
     `numbered` is told, under `lock`, the number of every blob that gets a row or stays without one: no other gets it.
     """
 
     blobs: Blobs
     index: Index
     busy: Callable[[], Container[BlobId]]
-    delete: Callable[[Sequence[BlobId]], None]
+    delete: Callable[[Mapping[BlobId, int]], Callable[[], None]]
     lock: threading.RLock = field(default_factory=threading.RLock)
     numbered: Callable[[int], None] = lambda number: None
     rule: Rule = check_block
+
+    def cost(self, row: Row) -> int:
+        """What the blob of a row costs on disk."""
+        return self.blobs.stored_bytes(row.root, row.blob_bytes)
 
 
 @dataclass(frozen=True, slots=True)

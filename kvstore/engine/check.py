@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.blobs.fs import unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.core.blocks import Reason
 from kvstore.engine.adopt import Site, Strays, adopt, batched, keep_number, read_block, read_strays, require_rule
@@ -100,7 +99,11 @@ def drop_tree(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
                 gone = _remove(site, batch)
                 if keep_blob and row.blob in gone:
                     quarantine(site, row.blob)
-                site.delete([blob for blob in gone if not (keep_blob and blob == row.blob)])
+                costs = {each.blob: site.cost(each) for each in batch if each.blob in gone}
+                if keep_blob:
+                    costs.pop(row.blob, None)
+                finish = site.delete(costs)
+            finish()
             removed += [each for each in batch if each.blob in gone]
     return removed
 
@@ -298,8 +301,7 @@ def settle_strays(site: Site, found: Strays) -> int:
         with site.lock, site.index.edit() as edit:
             keep_number(site, edit, max(blob.number for blob in left))
     for batch in batched([*unwanted, *gone, *(orphans if not found.unknown else ())], LOCKED_ROWS_MAX):
-        with site.lock:
-            site.delete(batch)
+        site.delete({blob: site.blobs.stored_bytes(blob.root, site.blobs.size(blob) or 0) for blob in batch})()
     with contextlib.suppress(OSError):
         for entry in found.unfinished:
             site.blobs.discard(entry)
@@ -390,8 +392,8 @@ def after_repair(shared: Shared, removed: list[Row]) -> None:
     costs = (shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in removed)
     shared.evictions.note(REPAIR, len(removed), sum(costs))
     shared.lost.remember(removed, Reason.CORRUPT)
-    for path in shared.directory.quarantined()[: -shared.options.quarantine_files_max]:
-        unlink_quietly(shared.fs, [str(path)])
+    with contextlib.suppress(OSError):
+        shared.blobs.trim_quarantine(shared.options.quarantine_files_max)
     with shared.lock:
         shared.measure()
 

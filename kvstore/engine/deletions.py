@@ -10,6 +10,7 @@ are deleted before anything else reads the blob folders. Lines that name no blob
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -147,10 +148,13 @@ class Deletions:
         """`begin` and `finish`, for a thread that does not hold the engine's lock."""
         return self.finish(self.begin(costs))
 
-    def delete_blobs(self, blobs: Iterable[BlobId]) -> None:
-        """Delete blobs without a row, sparing those with a lease. What the disk refuses is a line in the log."""
+    def delete_later(self, costs: Mapping[BlobId, int]) -> Callable[[], None]:
+        """`begin`; the function that is returned is `finish`, where what the disk refuses is a line in the log."""
+        return functools.partial(self._finish_anyhow, self.begin(costs))
+
+    def _finish_anyhow(self, deletion: Deletion) -> None:
         try:
-            self.delete({blob: self._cost(blob) for blob in blobs})
+            self.finish(deletion)
         except OSError as error:
             log.warning("blobs that were deleted may come back: %s", error)
 
@@ -360,7 +364,8 @@ class Evictions:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.number = 0
-        self._marks: dict[bytes, int] = {}  # prefix of namespaces: the number of its last eviction
+        # (prefix of namespaces, prefix of keys in them): the number of the last eviction
+        self._marks: dict[tuple[bytes, bytes], int] = {}
         self._blocks: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._told: Counter[str] = Counter()
@@ -373,19 +378,24 @@ class Evictions:
                 self._blocks[cause] += blocks
                 self._bytes[cause] += nbytes
 
-    def mark(self, namespace_prefix: bytes) -> None:
-        """Number an eviction of all namespaces that start so. Hold the engine's lock."""
+    def mark(self, namespace_prefix: bytes, key_prefix: bytes = b"") -> None:
+        """Number an eviction of what namespaces that start so hold, of keys that start so. Hold the engine's lock."""
         self.number += 1
-        self._marks = {prefix: at for prefix, at in self._marks.items() if not prefix.startswith(namespace_prefix)}
-        self._marks[namespace_prefix] = self.number
+        new = (namespace_prefix, key_prefix)
+        self._marks = {old: at for old, at in self._marks.items() if not all(map(bytes.startswith, old, new))} | {
+            new: self.number
+        }
         if len(self._marks) > MARKS_MAX:
-            # The oldest counts for every namespace from now on: only a store that saw so many evictions can tell.
-            oldest = next(prefix for prefix in self._marks if prefix)
-            self._marks[b""] = max(self._marks.pop(oldest), self._marks.get(b"", 0))
+            # The oldest counts for everything from now on: only a store that saw so many evictions can tell.
+            oldest = next(prefixes for prefixes in self._marks if any(prefixes))
+            self._marks[b"", b""] = max(self._marks.pop(oldest), self._marks.get((b"", b""), 0))
 
-    def covers(self, root: bytes, since: int) -> bool:
-        """Whether a namespace was evicted after the eviction of this number."""
-        return any(at > since and root.startswith(prefix) for prefix, at in self._marks.items())
+    def covers(self, root: bytes, since: int, keys: Collection[bytes] = ()) -> bool:
+        """Whether a namespace, or a sequence in it with these keys, was evicted after the eviction of this number."""
+        return any(
+            at > since and root.startswith(spaces) and (not tops or any(key.startswith(tops) for key in keys))
+            for (spaces, tops), at in self._marks.items()
+        )
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """(blocks, bytes on disk) by cause; causes that did not occur are left out."""

@@ -76,18 +76,6 @@ class Directory:
         """What profiles were measured to cost, a file a namespace."""
         return self.root / "quality"
 
-    def quarantined(self) -> list[Path]:
-        """Files in quarantine, oldest first; none when somebody has deleted the folder or put a link in its place."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.quarantine.is_symlink():
-                return []
-            return sorted(self.quarantine.iterdir(), key=lambda path: path.lstat().st_mtime_ns)
-        return []
-
-    def quarantine_bytes(self) -> int:
-        """What quarantine costs on disk."""
-        return sum(path.lstat().st_blocks * 512 for path in self.quarantined())
-
     def own_bytes(self) -> int:
         """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
         own = [self.root, self.index, self.quarantine, self.settings, self.quality]

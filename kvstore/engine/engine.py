@@ -29,7 +29,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -248,12 +248,16 @@ class Engine:
 
     @property
     def evictions(self) -> int:
-        """How many evictions of namespaces there were. A store that began before one of its own is evicted with it."""
+        """How many evictions there were. A store that began before one of what it brings is evicted with it."""
         return self._shared.evictions.number
 
-    def is_evicted(self, root: bytes, since: int) -> bool:
-        """Whether a namespace was evicted after the `evictions` were so many."""
-        return self._shared.evictions.covers(root, since)
+    def is_evicted(self, root: bytes, since: int, keys: Collection[bytes] = ()) -> bool:
+        """Whether a namespace, or a sequence in it with these keys, was evicted after the `evictions` were so many."""
+        return self._shared.evictions.covers(root, since, keys)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether a block or checkpoint is stored."""
+        return key in self._shared.index.table
 
     def await_durable(self) -> bool:
         """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""

@@ -148,6 +148,9 @@ class Evictor:
             with self._evicting:
                 if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
                     return self._evict_namespaces(selection)
+                if selection.key_prefix and not (selection.idle_s > 0 or selection.bytes):
+                    with shared.lock:
+                        shared.evictions.mark(selection.namespace_prefix, selection.key_prefix)
                 return self._run(ASKED, need, _NOTHING, choose)
         except OSError as error:
             raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
@@ -156,9 +159,9 @@ class Evictor:
         """Whole namespaces, one after the other, and what stores bring to them that have begun. Raises OSError."""
         report = EvictReport(0, 0)
         with self._shared.lock:
-            if not selection.orphans:
-                self._shared.evictions.mark(selection.namespace_prefix)
             roots = self._roots(selection)
+            for prefix in roots if selection.orphans else [selection.namespace_prefix]:
+                self._shared.evictions.mark(prefix)
         for root in roots:
             one = self._evict_namespace(root)
             self._shared.evictions.note(ASKED, one.blocks, one.freed_bytes)
@@ -301,7 +304,7 @@ class Evictor:
 
     def _has_names(self) -> bool:
         """Whether the volume has inodes left for a store's files."""
-        names = self._shared.fs.free_names(str(self._shared.directory.root))
+        names = self._shared.blobs.room().free_names
         if names < _NAMES_MIN:
             self._tell_floor("the volume has no inodes left: delete some files on it")
         return names >= _NAMES_MIN

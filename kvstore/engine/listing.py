@@ -5,10 +5,9 @@ A sequence is a block without children and all its ancestors.
 
 from __future__ import annotations
 
-import os
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -206,7 +205,9 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
     with shared.lock:
         usage = {root: shared.usage(root) for root in shared.namespaces}
         total = shared.index.table.usage()
-    ledger = shared.ledger
+    quarantined, ledger = 0, shared.ledger
+    with contextlib.suppress(OSError):  # which `degraded` is about
+        quarantined, _ = shared.blobs.quarantined()
     spaces = tuple(
         replace(
             NamespaceUsage(shared.namespaces[root], *astuple(use)),
@@ -227,7 +228,7 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
         pending_bytes=ledger.get("pending"),
         index_bytes=ledger.get("index"),
         quarantine_bytes=ledger.get("quarantine"),
-        quarantined=_count(shared.directory.quarantine),
+        quarantined=quarantined,
         written_bytes=shared.health.written_bytes,
         evictions=shared.evictions.totals(),
         degraded=shared.health.degraded,
@@ -236,11 +237,3 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
         checkpoint_bytes=total.checkpoint_bytes,
         checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
     )
-
-
-def _count(folder: Path) -> int:
-    """How many files; none when the folder cannot be read, which `degraded` is about."""
-    try:
-        return len(os.listdir(folder))
-    except OSError:
-        return 0

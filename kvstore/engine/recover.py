@@ -148,7 +148,7 @@ def sweep(site: Site) -> list[Row]:
     unknown = {entry for entry in strays if _must_stay(site, entry)}
     with site.index.edit() as edit:
         keep_number(site, edit, max((entry.blob.number for entry in unknown if entry.blob), default=0))
-    site.delete([entry.blob for entry in strays if entry.blob and entry not in unknown])
+    site.delete({entry.blob: entry.nbytes for entry in strays if entry.blob and entry not in unknown})()
     for entry in others:
         if not entry.is_unfinished:
             quarantine(site, entry)

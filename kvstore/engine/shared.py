@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,9 +107,10 @@ class Place:
 
     def site(self, index: Index) -> Site:
         """For a walk over it."""
-        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=self._delete, rule=self.options.rule)
+        delete = functools.partial(functools.partial, self._delete)
+        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=delete, rule=self.options.rule)
 
-    def _delete(self, blobs: Sequence[BlobId]) -> None:
+    def _delete(self, blobs: Collection[BlobId]) -> None:
         """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
         try:
             left = self.blobs.delete(blobs)
@@ -150,7 +151,7 @@ class Shared:
         self.uses = Uses(self.options.touches_max, self.options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
         self.site = Site(
-            self.blobs, index, self.busy, self.deletions.delete_blobs, self.lock, self.skip_number, self.options.rule
+            self.blobs, index, self.busy, self.deletions.delete_later, self.lock, self.skip_number, self.options.rule
         )
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, place.tombstones.next_number())
@@ -252,7 +253,7 @@ class Shared:
         """Take the counters from index and disk."""
         self._follow_index()
         with contextlib.suppress(OSError):
-            self.ledger.set("quarantine", self.directory.quarantine_bytes())
+            self.ledger.set("quarantine", self.blobs.quarantined()[1])
 
     def is_in_step(self) -> bool:
         """Whether there are as many blobs as rows: what could not be deleted is left to the next start."""

@@ -121,7 +121,7 @@ class Shortage:
 
     def free_bytes(self) -> int:
         """Free on the volume."""
-        return self._shared.fs.free_bytes(str(self._shared.directory.root))
+        return self._shared.blobs.room().free_bytes
 
     def _note(self, need: int, why: str) -> None:
         health = self._shared.health

@@ -150,7 +150,7 @@ class Writer:
         reason = Reason.OK
         for new in blocks:
             block = new.block
-            if self._shared.evictions.covers(batch.root, batch.since):
+            if self._shared.evictions.covers(batch.root, batch.since, [block.key]):
                 reason = Reason.EVICTED
                 break
             # Of a namespace whose key was dropped meanwhile nothing may be written, least of all as it is.
@@ -291,7 +291,7 @@ class Writer:
         with shared.lock:
             if shared.is_displaced():
                 return _Settled(reason=Reason.STORE_FULL)
-            if shared.evictions.covers(batch.root, batch.since):
+            if shared.evictions.covers(batch.root, batch.since, [entry.key for entry in batch.entries]):
                 return _Settled(reason=Reason.EVICTED)
             if not batch.rows():
                 with shared.index.view() as view:

@@ -133,11 +133,11 @@ class AdminService(rpc.AdminServicer):
         return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
 
     def _evict(self, selection: Selection, dry_run: bool) -> EvictReport:
-        """Evict, and end the uploads that go along with their namespaces."""
+        """Evict, and end the uploads that go along."""
         try:
             return self._engine.evict(selection, dry_run)
         finally:
-            self._store.uploads.end_evicted(self._engine.is_evicted)
+            self._store.end_evicted()
 
     @unary
     async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:

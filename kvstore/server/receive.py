@@ -44,7 +44,7 @@ class Receiver:
         self._lane = lane
         self._config = config
         self.buffers = buffers
-        self._blocks = Shares(buffers.limit_bytes // MEMORY_SHARE)
+        self._blocks = Shares(lambda: buffers.limit_bytes, MEMORY_SHARE)
         self._given_up = False
 
     def give_up(self) -> None:
@@ -78,7 +78,7 @@ class Receiver:
             self._blocks.release("", nbytes)
 
     def _take_memory(self, nbytes: int) -> bool:
-        if not self._blocks.try_acquire("", nbytes):
+        if self._blocks.try_acquire("", nbytes) is not None:
             return False
         if self.buffers.try_acquire(nbytes):
             return True

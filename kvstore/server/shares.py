@@ -1,35 +1,40 @@
-"""What each caller may have under way of something that all share."""
+"""What callers may have under way of something that all share."""
 
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Callable
 
 
 class Shares:
-    """Bytes under way by caller. Any thread may call.
+    """Bytes under way, in all and by caller. Any thread may call.
 
     One thing may be of any size that all together may have; more than one of a caller stay within its share, so that
     what nobody has committed yet displaces at most so much of what others have.
     """
 
-    def __init__(self, share_bytes: int) -> None:
-        self.share_bytes = share_bytes
+    def __init__(self, limit_bytes: Callable[[], int], callers: int) -> None:
+        """`limit_bytes` of all is asked each time: it follows the budget. One caller's share is 1/`callers` of it."""
+        self._limit_bytes = limit_bytes
+        self._callers = callers
         self._lock = threading.Lock()
-        self._held: dict[str, int] = {}
+        self._held: Counter[str] = Counter()
 
-    def try_acquire(self, caller: str, nbytes: int) -> bool:
-        """Count bytes; False when the caller has others, and no room for these in its share."""
+    def try_acquire(self, caller: str, nbytes: int) -> int | None:
+        """Count bytes: None; or the limit in bytes that leaves no room for them, of all or of this caller."""
+        limit = self._limit_bytes()
         with self._lock:
-            held = self._held.get(caller, 0)
-            if held and held + nbytes > self.share_bytes:
-                return False
+            held = self._held[caller]
+            if held and held + nbytes > limit // self._callers:
+                return limit // self._callers
+            if self._held.total() + nbytes > limit:
+                return limit
             self._held[caller] = held + nbytes
-            return True
+            return None
 
     def release(self, caller: str, nbytes: int) -> None:
         """So many have ended."""
         with self._lock:
-            # An upload of no bytes of its own leaves no entry, and may end after others of its caller.
-            left = self._held.pop(caller, 0) - nbytes
-            if left:
-                self._held[caller] = left
+            self._held[caller] -= nbytes
+            self._held = +self._held

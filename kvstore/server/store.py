@@ -93,8 +93,7 @@ class StorePath:
         self.receiver = Receiver(engine, lane, config, buffers or ByteBudget(config.memory_bytes))
         self.gate = Gate(engine.quality, config.profile)
         self.uploads = Uploads(config.limits.uploads_max)
-        self._under_way = ByteBudget(engine.budget_bytes * config.limits.upload_share_percent // 100)
-        self._shares = Shares(self._under_way.limit_bytes // CALLER_SHARE)
+        self._shares = Shares(self._share_bytes, CALLER_SHARE)
         self.tokens_stored = 0
 
     def give_up(self) -> None:
@@ -102,6 +101,19 @@ class StorePath:
         self.receiver.give_up()
         for upload in self.uploads.under_way():
             upload.intake.give_up(UnavailableError("the daemon is stopping"))
+
+    def end_evicted(self) -> None:
+        """After an eviction: give up the uploads that it takes along, and those whose base it removed."""
+        for upload in self.uploads.under_way():
+            if self._is_evicted(upload):
+                self.uploads.give_up(upload)
+
+    def _is_evicted(self, upload: Upload) -> bool:
+        """Whether what it brings was evicted since it began, or the block that it continues is gone."""
+        if self._engine.is_evicted(upload.chain.root, upload.evictions, upload.keys):
+            return True
+        continues = upload.first_block and not upload.depends_on
+        return bool(continues) and not self._engine.holds(upload.keys[upload.first_block - 1])
 
     # -- begin ---------------------------------------------------------------------------------------------------
 
@@ -209,25 +221,25 @@ class StorePath:
             awaits_checkpoint=not held_states and sender is not None,
         )
 
+    def _share_bytes(self) -> int:
+        """Most bytes that uploads may have under way: a part of the budget in force."""
+        return self._engine.budget_bytes * self._config.limits.upload_share_percent // 100
+
     def _open(self, upload: Upload, caller: str) -> bool:
         """List the upload; False when there can be no room for it. Evicts nothing yet."""
         nbytes = upload.upload_bytes
-        if nbytes > self._under_way.limit_bytes or not self._engine.could_make_room(nbytes):
+        if nbytes > self._share_bytes() or not self._engine.could_make_room(nbytes):
             return False
         if (buffer := self.receiver.buffer_bytes(upload)) > (most := self.receiver.buffers.limit_bytes):
             words = f"a block of {buffer} bytes is more than memory_bytes = {most}"
             raise LimitError(words, limit="memory_bytes")
-        words = "bytes of uploads are under way; try again later"
-        if not self._shares.try_acquire(caller, nbytes):
-            words = f"{self._shares.share_bytes} {words} (one client's share)"
+        if (share := self._shares.try_acquire(caller, nbytes)) is not None:
+            words = f"{share} bytes of uploads are under way, in all or of one client; try again later"
             raise LimitError(words, RETRY_S, "upload_share_percent")
         held = contextlib.ExitStack()
         upload.release = held.close
         held.callback(self._shares.release, caller, nbytes)
         try:
-            if not self._under_way.try_acquire(nbytes):
-                raise LimitError(f"{self._under_way.limit_bytes} {words}", RETRY_S, "upload_share_percent")
-            held.callback(self._under_way.release, nbytes)
             held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             self.uploads.add(upload)
         except BaseException:
@@ -261,21 +273,21 @@ class StorePath:
         needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
         before = self._engine.match(upload.chain, floor, needed)
         new_bytes, reason = 0, Reason.OK
-        if self._engine.is_evicted(upload.chain.root, upload.evictions):
+        if self._is_evicted(upload):
             reason = Reason.EVICTED
         elif before.n_tokens < needed:
-            reason = Reason.DEPENDENCY_LOST
+            reason = _why_less(before)
         elif upload.wants_bytes:
             new_bytes, reason = self._write(upload, before.fidelity)
         upload.intake.await_commit()
         after = self._engine.match(upload.chain, floor, upload.n_tokens)
         self._engine.touch(after.parts)
         if after.n_tokens < upload.n_tokens and reason is Reason.OK:
-            reason = Reason.DEPENDENCY_LOST
+            reason = _why_less(after)
         if upload.awaits_checkpoint and reason is Reason.OK:
             row = self._engine.checkpoint_at(upload.chain)
             if row is None or row.fidelity < floor:
-                reason = Reason.DEPENDENCY_LOST
+                reason = Reason.FIDELITY if row else Reason.DEPENDENCY_LOST
         self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
         # Part of it may be what another upload committed a moment ago.
         return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
@@ -294,7 +306,7 @@ class StorePath:
                     agreed=upload.intake.await_commit,
                 )
         except CorruptDataError:
-            evicted = [piece for piece in upload.spliced if not self._engine.show(piece.row.key)]
+            evicted = [piece for piece in upload.spliced if not self._engine.holds(piece.row.key)]
             for piece in upload.spliced:
                 self._engine.recheck(piece.row.key)
             return 0, Reason.EVICTED if evicted else Reason.CORRUPT
@@ -302,6 +314,11 @@ class StorePath:
 
     def _floor(self, upload: Upload) -> int:
         return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
+
+
+def _why_less(match: Match) -> Reason:
+    """Why a store has less than it should: it is there at a lower rank than was asked for, or it went away."""
+    return Reason.FIDELITY if match.reason is Reason.FIDELITY else Reason.DEPENDENCY_LOST
 
 
 def restored_fidelity(request: StoreRequest) -> int:

@@ -44,7 +44,7 @@ class Upload:
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
     # What it is written and committed with, or not at all.
     encryption: NamespaceKey | None = None
-    evictions: int = 0  # of the engine when it began: a later one of its namespace takes it along
+    evictions: int = 0  # of the engine when it began: a later one of what it brings takes it along
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
     committing: bool = False
     release: Callable[[], None] = lambda: None  # gives back lease and accounted bytes
@@ -220,26 +220,10 @@ class Uploads:
         idle = [upload for upload in self.under_way() if not upload.alive(idle_s, bytes_per_s_min)]
         return [upload for upload in idle if self._give_up(upload)]
 
-    def end_evicted(self, is_evicted: Callable[[bytes, int], bool]) -> None:
-        """Give up what an eviction of its namespace takes along, with what was staged. The engine refuses a commit."""
-        for upload in self.under_way():
-            if is_evicted(upload.namespace.root, upload.evictions):
-                self.give_up(upload)
-
     def end_all(self) -> None:
         """Give up everything, at shutdown. A commit that is still running ends its upload itself."""
         for upload in self.under_way():
             self.give_up(upload)
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointPlace:
-    """Key and place of a checkpoint: after `parent`, the last full block, and the `tokens` that follow it."""
-
-    key: bytes
-    parent: bytes
-    start: int
-    tokens: bytes
 
 
 def block_range(index: int, n_tokens: int) -> tuple[int, int]:

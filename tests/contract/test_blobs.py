@@ -227,6 +227,18 @@ def test_what_is_put_in_quarantine_has_no_name_any_more(place: Place) -> None:
     assert listed(place) == {}
     if place.directory is not None:
         assert len(list((place.directory.parent / "quarantine").iterdir())) == 2
+    count, nbytes = place.blobs.quarantined()
+    assert count == 2 and nbytes == 2 * place.blobs.stored_bytes(ROOT, 3)
+    place.blobs.trim_quarantine(3)
+    assert place.blobs.quarantined() == (2, nbytes)
+    place.blobs.trim_quarantine(1)
+    assert place.blobs.quarantined()[0] == 1
+
+
+def test_a_blob_store_says_what_may_still_be_written(place: Place) -> None:
+    """Bytes, and names."""
+    free_bytes, free_names = place.blobs.room()
+    assert free_bytes > 0 and free_names > 0
 
 
 @pytest.mark.parametrize("name", ["local", "encrypted local"])

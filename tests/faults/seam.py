@@ -34,7 +34,7 @@ class PointFs(Fs):
         self._at = at
 
     def __getattribute__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("free_bytes", "free_names"):
+        if name.startswith("_") or name == "room":
             return object.__getattribute__(self, name)
         inner, at = object.__getattribute__(self, "_inner"), object.__getattribute__(self, "_at")
 

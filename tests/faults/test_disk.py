@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.protocol import Room
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Selection
@@ -129,8 +130,8 @@ class Volume(Fs):
 
     free = 1 << 40
 
-    def free_bytes(self, path: str) -> int:
-        return self.free
+    def room(self, path: str) -> Room:
+        return Room(self.free, 1 << 32)
 
 
 @pytest.mark.parametrize("durability", ["commit", "none"])
