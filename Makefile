@@ -116,11 +116,11 @@ venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(FIND_PYTHON); echo "making $(VENV) with $$p" >&2; "$$p" -m venv $(VENV); }
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint]'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics]'
 	@touch $@
 
 $(INSTALLED_FUZZ): $(INSTALLED)
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,fuzz]'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics,fuzz]'
 	@touch $@
 
 $(INSTALLED_PROTO): Makefile

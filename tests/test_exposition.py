@@ -1,72 +1,107 @@
-"""Prometheus' text format, made from an answer of `stats`."""
+"""What Prometheus reads, made from an answer of `stats`, and read back by the library's own parser."""
 
 from __future__ import annotations
 
-import re
+import sys
 from typing import Any
 
-from kvstore.metrics.exposition import NAMESPACES_MAX, exposition
+import pytest
 
-LINE = re.compile(r'[a-z_]+(\{([a-z]+="([^"\\\n]|\\.)*",?)+\})? [0-9.]+')
+from kvstore.errors import ConfigError
+from kvstore.metrics.exposition import LABELS_MAX, exposition
+
+parser = pytest.importorskip("prometheus_client.parser")
+
+NAMES = {
+    "kvstore_prompt_tokens_total",
+    "kvstore_hit_tokens_total",
+    "kvstore_miss_total",
+    "kvstore_saved_seconds_total",
+    "kvstore_written_bytes_total",
+    "kvstore_reused_bytes_total",
+    "kvstore_evicted_bytes_total",
+    "kvstore_fetch_seconds_bucket",
+    "kvstore_idle_before_eviction_seconds_bucket",
+    "kvstore_reuse_gap_seconds_bucket",
+}
+TIMES = {"bounds": [0.1, 1.0], "counts": [3, 0, 2], "sum": 7.5}
 
 
 def stats(namespaces: int = 1, alias: str = "small-lm") -> dict[str, Any]:
     """An answer of a daemon with so many namespaces, each with 10 hit tokens."""
-    rows = [
-        {"id": f"{number:012x}{0:052x}", "alias": alias, "traffic": {"prompt_tokens": 20 + number, "hit_tokens": 10}}
+    labelled = [
+        {
+            "namespace_id": f"{number:012x}{0:052x}",
+            "alias": alias,
+            "traffic": {"prompt_tokens": 20 + number, "hit_tokens": 10, "saved_s": 0.25},
+        }
         for number in range(namespaces)
     ]
-    total = {"hits": 3, "misses": 1, "prompt_tokens": 10**6, "hit_tokens": 10 * namespaces + 5, "saved_s": 1.25}
     return {
         "daemon": {"version": "0.1.0", "state": "serving", "uptime_s": 5},
         "disk": {"used_bytes": 1, "budget_bytes": 2},
-        "namespaces": rows,
-        "lifetime": total,
+        "labelled": labelled,
+        "since_start": {"hits": 3, "misses": 1},
         "miss_reasons": {"unknown_prefix": 1},
         "evictions": {"budget": {"blocks": 1, "bytes": 4096}},
+        **dict.fromkeys(("fetch_s", "idle_s", "reuse_s"), TIMES),
     }
 
 
-def samples(text: str) -> dict[str, str]:
+def samples(answer: dict[str, Any]) -> dict[tuple[str, str], float]:
     """Values by name and labels."""
-    return dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    families = parser.text_string_to_metric_families(exposition(answer).decode())
+    found = [sample for family in families for sample in family.samples]
+    return {(one.name, ",".join(f"{key}={one.labels[key]}" for key in sorted(one.labels))): one.value for one in found}
 
 
-def test_every_line_is_a_sample_or_about_the_next() -> None:
-    """And each metric says what it is before its samples; text ends with a newline."""
-    text = exposition(stats())
-    assert text.endswith("\n")
-    for line in text.splitlines():
-        assert line.startswith(("# HELP ", "# TYPE ")) or LINE.fullmatch(line), line
-    found = samples(text)
-    assert found['kvstore_miss_total{reason="unknown_prefix"}'] == "1"
-    assert found['kvstore_evicted_bytes_total{cause="budget"}'] == "4096"
-    assert "ratio" not in text and "share" not in text
+def test_the_metrics_are_in_tokens_seconds_and_bytes_and_none_is_a_ratio() -> None:
+    """By these names, each with what it says."""
+    found = samples(stats())
+    assert {name for name, _ in found} >= NAMES
+    assert found["kvstore_hit_tokens_total", "model=small-lm,namespace=000000000000,tier=disk"] == 10
+    assert found["kvstore_miss_total", "reason=unknown_prefix"] == 1
+    assert found["kvstore_evicted_bytes_total", "cause=budget"] == 4096
+    assert (found["kvstore_serving", ""], found["kvstore_info", "version=0.1.0"]) == (1, 1)
+    assert not [name for name, _ in found if "ratio" in name or "rate" in name or "share" in name]
+    assert samples({**stats(), "daemon": {"state": "degraded"}})["kvstore_serving", ""] == 0
 
 
-def test_namespaces_and_the_rest_add_up_to_the_total() -> None:
-    """What namespaces that are gone had is in `other`."""
-    found = samples(exposition(stats()))
-    parts = [float(value) for name, value in found.items() if name.startswith("kvstore_hit_tokens_total{")]
-    assert parts == [10, 5] and found['kvstore_hit_tokens_total{namespace="other",model=""}'] == "5"
+def test_histograms_are_cumulative() -> None:
+    """Each bucket holds those before it; the last one all."""
+    found = samples(stats())
+    buckets = [found["kvstore_fetch_seconds_bucket", f"le={bound}"] for bound in ("0.1", "1", "+Inf")]
+    assert buckets == [3, 3, 5]
+    assert (found["kvstore_fetch_seconds_count", ""], found["kvstore_fetch_seconds_sum", ""]) == (5, 7.5)
 
 
 def test_at_most_64_namespaces_have_labels() -> None:
-    """Those that are asked for most; the others are one."""
-    found = samples(exposition(stats(200)))
-    labels = [name for name in found if name.startswith("kvstore_prompt_tokens_total{")]
-    assert len(labels) == NAMESPACES_MAX
-    assert f'namespace="{199:012x}"' in labels[0]
+    """The rest is one, and together they are all."""
+    labelled = stats(200)["labelled"]
+    labelled.append({"namespace_id": "", "alias": "", "traffic": {"prompt_tokens": 7, "hit_tokens": 3}})
+    found = samples({**stats(), "labelled": labelled})
+    hits = {labels: value for (name, labels), value in found.items() if name == "kvstore_hit_tokens_total"}
+    assert len(hits) == LABELS_MAX and sum(hits.values()) == 2003
+    assert hits["model=,namespace=other,tier=disk"] == 2003 - 10 * (LABELS_MAX - 1)
 
 
 def test_a_name_cannot_end_its_label() -> None:
-    """Quotes, backslashes and newlines are escaped."""
-    text = exposition(stats(alias='a"b\\c\nd'))
-    assert 'model="a\\"b\\\\c\\nd"' in text
-    assert all(line.startswith("#") or LINE.fullmatch(line) for line in text.splitlines())
+    """Quotes, backslashes and newlines are escaped; what a terminal obeys is said, not done."""
+    text = exposition(stats(alias='a"} 1\nevil 2\\\x1b[2J')).decode()
+    assert "\x1b" not in text and not [line for line in text.splitlines() if line.startswith("evil")]
+    assert ("kvstore_prompt_tokens_total", 'model=a"} 1\\nevil 2\\\\x1b[2J,namespace=000000000000') in samples(
+        stats(alias='a"} 1\nevil 2\\\x1b[2J')
+    )
 
 
 def test_an_older_daemon_has_fewer_numbers() -> None:
-    """What it does not say is left out, or zero."""
-    text = exposition({"daemon": {}, "disk": {}, "namespaces": [{"id": "ab", "alias": ""}]})
-    assert 'kvstore_hit_tokens_total{namespace="other",model=""} 0' in text and "kvstore_disk" not in text
+    """What it does not say is left out."""
+    found = samples({"daemon": {}, "disk": {}})
+    assert not [name for name, _ in found if name.startswith(("kvstore_disk", "kvstore_fetch", "kvstore_hit"))]
+
+
+def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong usage, one sentence."""
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match=r"kvstore\[metrics\]"):
+        exposition(stats())

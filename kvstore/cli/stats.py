@@ -31,8 +31,7 @@ def command(watch: bool, prometheus: bool, address: str | None, config_path: str
     if prometheus:
         from kvstore.metrics.exposition import exposition
 
-        for line in exposition(stats).splitlines():
-            say(line)
+        click.echo(exposition(stats), nl=False)
     elif as_json:
         print_json(stats)
     else:

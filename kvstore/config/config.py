@@ -112,6 +112,14 @@ class Config:
         "milliseconds",
         default=5000,
     )
+    metrics_listen: str = _key(
+        "network",
+        parsers.metrics_listen,
+        "Serve metrics for Prometheus here: a loopback address such as 127.0.0.1:9464, or unix:/path. Empty: off. "
+        "Needs kvstore[metrics].",
+        "address",
+        default="",
+    )
     insecure_tcp: bool = _key(
         "security",
         parsers.switch,
@@ -178,6 +186,10 @@ class Config:
     def __post_init__(self) -> None:
         for key in KEYS:
             object.__setattr__(self, key, _parsed(key, getattr(self, key), self.sources.get(key, "")))
+        if self.metrics_listen in (self.listen, f"{self.listen}.admin", f"{self.listen}.store"):
+            raise _error(
+                "metrics_listen", "is where the daemon listens for workers", self.sources.get("metrics_listen", "")
+            )
         if self.encrypt != "off" and not self.encryption_key:
             raise _error("encrypt", "needs an encryption_key", self.sources.get("encrypt", ""))
         if not (self.address.path or self.tls_dir or self.insecure_tcp):
@@ -193,6 +205,11 @@ class Config:
     def address(self) -> Address:
         """`listen`, taken apart."""
         return parse_address(self.listen)
+
+    @property
+    def metrics_address(self) -> Address | None:
+        """`metrics_listen`, taken apart; None when it is off."""
+        return parse_address(self.metrics_listen) if self.metrics_listen else None
 
     def source(self, key: str) -> str:
         """Where the value of `key` came from: a flag, a variable, a file, or `default`."""

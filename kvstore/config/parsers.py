@@ -5,6 +5,7 @@ Every parser takes any object, and raises ValueError with what is wrong and how 
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from collections.abc import Callable
@@ -173,3 +174,22 @@ def parse_address(value: object) -> Address:
 def listen(value: object) -> str:
     """An address in the form that gRPC takes."""
     return parse_address(value).target
+
+
+def metrics_listen(value: object) -> str:
+    """A loopback address or a unix socket, or nothing. What is scraped has no password, so it stays on this host."""
+    if value == "":
+        return ""
+    address = parse_address(value)
+    if address.host == "localhost":
+        return Address(host="127.0.0.1", port=address.port).target
+    if not address.path and not _is_loopback(address.host):
+        raise ValueError("metrics are for this host only; write 127.0.0.1:9464, [::1]:9464 or unix:/path")
+    return address.target
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may resolve to anything
+        return False

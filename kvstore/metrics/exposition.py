@@ -1,29 +1,52 @@
-"""The Prometheus text exposition of what `Client.stats` answers. No library: the format is a line a number.
+"""The metrics of a daemon for Prometheus: one collector over what `Client.stats` answers, by prometheus-client.
 
-Counters are in tokens, bytes and seconds, and of the lifetime where the daemon keeps one, so that a restart is no
-reset. There is no ratio: divide rates, as in rate(kvstore_hit_tokens_total) / rate(kvstore_prompt_tokens_total).
+Counters are in tokens, bytes and seconds, and count since the daemon started: they begin at 0 with each daemon, as
+scrapers expect, and never go back in between. (Lifetime counters were rejected: a kill loses up to a minute of them,
+and a scraper takes a counter that went back for one that began at 0, and adds all of it again.) There is no ratio:
+divide rates, as in rate(kvstore_hit_tokens_total[1h]) / rate(kvstore_prompt_tokens_total[1h]).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-# Namespaces that have a label of their own, those with most prompt tokens first; the rest is one, called "other".
-NAMESPACES_MAX = 64
+from kvstore.core.text import NAME_CHARACTERS_MAX, plain_text
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+EXTRA = "pip install 'kvstore[metrics]'"
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Namespaces that have a label of their own, with one called "other" for the rest. The daemon keeps to it as well.
+LABELS_MAX = 64
+OTHER = "other"
 ID_DIGITS = 12
-
-Labels = Mapping[str, str]
-Sample = tuple[Labels, float]
+# The tier that a hit came from. There is one so far: the data directory.
+TIER = "disk"
 
 # name, field of Traffic, help
 _TRAFFIC = (
-    ("kvstore_prompt_tokens_total", "prompt_tokens", "Prompt tokens that workers asked for, without those in memory."),
-    ("kvstore_hit_tokens_total", "hit_tokens", "Prompt tokens that were restored."),
-    ("kvstore_saved_seconds_total", "saved_s", "Prefill that hits saved, less what restoring took."),
-    ("kvstore_stored_tokens_total", "stored_tokens", "Tokens that were stored."),
-    ("kvstore_written_bytes_total", "written_bytes", "Bytes written to disk for stores."),
-    ("kvstore_reused_bytes_total", "reused_bytes", "Bytes not written, since they were stored already; estimated."),
+    ("kvstore_prompt_tokens", "prompt_tokens", "Prompt tokens that workers asked for, without those in their memory."),
+    ("kvstore_saved_seconds", "saved_s", "Prefill that hits saved, less what restoring took."),
+    ("kvstore_stored_tokens", "stored_tokens", "Tokens that were stored."),
+    ("kvstore_written_bytes", "written_bytes", "Bytes written to disk for stores."),
+    ("kvstore_reused_bytes", "reused_bytes", "Bytes not written, since they were stored already; estimated."),
+)
+# name, field of the answer, label, help
+_BY_CODE = (
+    ("kvstore_miss", "miss_reasons", "reason", "Requests that got nothing."),
+    ("kvstore_shortened", "shortened_reasons", "reason", "Hits that gave less than is shared."),
+    ("kvstore_store_short", "store_reasons", "reason", "Stores that wrote less than all, or nothing."),
+    ("kvstore_refused", "refusals", "limit", "Calls that a limit refused."),
+)
+# name, field of the answer, help
+_HISTOGRAMS = (
+    ("kvstore_fetch_seconds", "fetch_s", "From the plan of a fetch until its bytes were read."),
+    ("kvstore_idle_before_eviction_seconds", "idle_s", "Since the last use of blocks that limits evicted."),
+    ("kvstore_reuse_gap_seconds", "reuse_s", "Since the last use of the blocks that a fetch used."),
 )
 # name, where it is in the answer, help
 _GAUGES = (
@@ -40,72 +63,105 @@ _GAUGES = (
 )
 
 
-def exposition(stats: Mapping[str, Any]) -> str:
-    """All metrics as text."""
-    return "".join(f"{line}\n" for line in _lines(stats))
+def require_prometheus() -> None:
+    """ConfigError that names the extra, where prometheus-client is not installed."""
+    try:
+        import prometheus_client  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"metrics for Prometheus need prometheus-client; install it: {EXTRA}") from error
 
 
-def _lines(stats: Mapping[str, Any]) -> Iterator[str]:
-    spaces = _namespaces(stats.get("namespaces", []))
-    total = stats.get("lifetime", {})
-    for name, field, about in _TRAFFIC:
-        yield from _metric(name, "counter", about, _by_namespace(spaces, total, field))
-    requests = [({"outcome": one}, total.get(one, 0)) for one in ("hits", "shortened", "misses", "in_memory")]
-    yield from _metric("kvstore_requests_total", "counter", "Requests of workers by what they got.", requests)
-    for name, key, label, about in (
-        ("kvstore_miss_total", "miss_reasons", "reason", "Requests that got nothing, since start."),
-        ("kvstore_shortened_total", "shortened_reasons", "reason", "Hits that gave less than is shared, since start."),
-        ("kvstore_store_short_total", "store_reasons", "reason", "Stores that wrote less than all, since start."),
-        ("kvstore_refused_total", "refusals", "limit", "Calls refused by a limit, since start."),
-    ):
-        yield from _metric(name, "counter", about, [({label: one}, n) for one, n in stats.get(key, {}).items()])
-    evicted = [({"cause": cause}, one["bytes"]) for cause, one in stats.get("evictions", {}).items()]
-    yield from _metric("kvstore_evicted_bytes_total", "counter", "Bytes evicted by cause, since start.", evicted)
-    for name, (group, field), about in _GAUGES:
-        if field in stats.get(group, {}):
-            yield from _metric(name, "gauge", about, [({}, stats[group][field])])
-    daemon = stats.get("daemon", {})
-    known = {"version": daemon.get("version", ""), "state": daemon.get("state", "")}
-    yield from _metric("kvstore_info", "gauge", "The daemon; always 1.", [(known, 1)])
+def exposition(stats: Mapping[str, Any]) -> bytes:
+    """All metrics in Prometheus' text format. ConfigError where prometheus-client is not installed."""
+    require_prometheus()
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(StatsCollector(stats))
+    text: bytes = generate_latest(registry)
+    return text
 
 
-def _namespaces(rows: Iterable[Mapping[str, Any]]) -> Sequence[tuple[Labels, Mapping[str, Any]]]:
-    """Labels and traffic of the namespaces that have labels of their own."""
-    known = [row for row in rows if row.get("traffic")]
-    known.sort(key=lambda row: -row["traffic"].get("prompt_tokens", 0))
-    shown = known[: NAMESPACES_MAX - 1]
-    return [({"namespace": row["id"][:ID_DIGITS], "model": row["alias"]}, row["traffic"]) for row in shown]
+class StatsCollector:
+    """Makes metrics of one answer of `Client.stats`."""
 
+    def __init__(self, stats: Mapping[str, Any]) -> None:
+        self._stats = stats
 
-def _by_namespace(
-    spaces: Sequence[tuple[Labels, Mapping[str, Any]]], total: Mapping[str, Any], field: str
-) -> Iterator[Sample]:
-    """A counter by namespace; what is left of the total, also of namespaces that are gone, is `other`."""
-    left = total.get(field, 0)
-    for labels, traffic in spaces:
-        value = traffic.get(field, 0)
-        left -= value
-        yield labels, value
-    yield {"namespace": "other", "model": ""}, max(0, left)
+    def collect(self) -> Iterator[Metric]:
+        """Every metric; what an older daemon does not say is left out."""
+        yield from self._traffic()
+        yield from self._codes()
+        yield from self._histograms()
+        yield from self._state()
 
+    def _traffic(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import CounterMetricFamily
 
-def _metric(name: str, kind: str, about: str, samples: Iterable[Sample]) -> Iterator[str]:
-    lines = [f"{name}{_labels(labels)} {_number(value)}" for labels, value in samples]
-    if lines:
-        yield f"# HELP {name} {about}"
-        yield f"# TYPE {name} {kind}"
-        yield from lines
+        rows = list(self._labelled())
+        hits = CounterMetricFamily(
+            "kvstore_hit_tokens", "Prompt tokens that were restored.", labels=("namespace", "model", "tier")
+        )
+        for labels, traffic in rows:
+            hits.add_metric((*labels, TIER), traffic.get("hit_tokens", 0))
+        yield hits
+        for name, field, about in _TRAFFIC:
+            metric = CounterMetricFamily(name, about, labels=("namespace", "model"))
+            for labels, traffic in rows:
+                metric.add_metric(labels, traffic.get(field, 0))
+            yield metric
+        requests = CounterMetricFamily("kvstore_requests", "Requests of workers by what they got.", labels=["outcome"])
+        for outcome in ("hits", "shortened", "misses", "in_memory"):
+            requests.add_metric([outcome], self._stats.get("since_start", {}).get(outcome, 0))
+        yield requests
+        served = self._stats.get("bytes", {}).get("served", 0)
+        yield CounterMetricFamily("kvstore_served_bytes", "Stored bytes handed over to workers.", value=served)
 
+    def _labelled(self) -> Iterator[tuple[tuple[str, str], Mapping[str, Any]]]:
+        """(namespace, model) and traffic, of at most LABELS_MAX, the last of them the rest."""
+        rest: dict[str, float] = {}
+        for number, row in enumerate(self._stats.get("labelled", [])):
+            if row["namespace_id"] and number < LABELS_MAX - 1:
+                alias = plain_text(row["alias"], NAME_CHARACTERS_MAX)
+                yield (row["namespace_id"][:ID_DIGITS], alias), row["traffic"]
+            else:
+                rest = {field: rest.get(field, 0) + value for field, value in row["traffic"].items()}
+        if rest:
+            yield (OTHER, ""), rest
 
-def _labels(labels: Labels) -> str:
-    if not labels:
-        return ""
-    return "{" + ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items()) + "}"
+    def _codes(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import CounterMetricFamily
 
+        for name, field, label, about in _BY_CODE:
+            metric = CounterMetricFamily(name, about, labels=[label])
+            for code, count in self._stats.get(field, {}).items():
+                metric.add_metric([code], count)
+            yield metric
+        evicted = CounterMetricFamily("kvstore_evicted_bytes", "Bytes on disk that were evicted.", labels=["cause"])
+        for cause, one in self._stats.get("evictions", {}).items():
+            evicted.add_metric([cause], one["bytes"])
+        yield evicted
 
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    def _histograms(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import HistogramMetricFamily
 
+        for name, field, about in _HISTOGRAMS:
+            found = self._stats.get(field) or {}
+            if counts := list(itertools.accumulate(found.get("counts", []))):
+                bounds = [f"{bound:g}" for bound in found["bounds"]] + ["+Inf"]
+                buckets = list(zip(bounds, counts, strict=True))
+                yield HistogramMetricFamily(name, about, buckets=buckets, sum_value=found["sum"])
 
-def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6f}".rstrip("0").rstrip(".")
+    def _state(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import GaugeMetricFamily
+
+        for name, (group, field), about in _GAUGES:
+            if field in self._stats.get(group, {}):
+                yield GaugeMetricFamily(name, about, value=self._stats[group][field])
+        daemon = self._stats.get("daemon", {})
+        stores = float(daemon.get("state") == "serving")
+        yield GaugeMetricFamily("kvstore_serving", "1 if the daemon serves and stores, 0 if it is degraded.", stores)
+        info = GaugeMetricFamily("kvstore_info", "The daemon; always 1.", labels=["version"])
+        info.add_metric([daemon.get("version", "")], 1)
+        yield info

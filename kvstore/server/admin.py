@@ -53,6 +53,10 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
+        return await self.snapshot()
+
+    async def snapshot(self) -> pb.StatsReply:
+        """All counters now: what Stats answers, and what scrapers read."""
         return await self._threads.admin(self._stats, self._load())
 
     def _stats(self, load: pb.LoadStats) -> pb.StatsReply:

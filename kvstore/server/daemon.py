@@ -35,6 +35,7 @@ from kvstore.core.log import log_daemon
 from kvstore.core.process import ending_signals
 from kvstore.engine import Engine, EngineOptions, device_of, require_store
 from kvstore.errors import DirectoryError, DirectoryHeldError
+from kvstore.metrics.exposition import require_prometheus
 from kvstore.server.admin import AdminService
 from kvstore.server.authorize import daemon_credentials, guards, keep_up, tls_credentials
 from kvstore.server.call_limits import Admission
@@ -43,6 +44,7 @@ from kvstore.server.fetch import FetchPath
 from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.masterkey import load_master_key
+from kvstore.server.metrics_listener import MetricsListener, serving_metrics
 from kvstore.server.protocol_guard import ProtocolGuard
 from kvstore.server.requests import Requests
 from kvstore.server.service import KVStoreService
@@ -161,6 +163,7 @@ class Daemon:
             names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
             reflection.enable_server_reflection(names, server)
         bind(server, config, files)
+        metrics = MetricsListener.bound(config.metrics_address, admin.snapshot)
         await server.start()
         receiving = receive_by_socket(UploadSocket(store.uploads, stores.begin, config.limits.uploads_max), config)
         for name in ("", *services, WRITES, health_service()):
@@ -174,7 +177,8 @@ class Daemon:
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
             asyncio.create_task(keep_up(files, threads.admin)),
         ]
-        await self._stop.wait()
+        with serving_metrics(metrics, threads):
+            await self._stop.wait()
         self._state = "draining"
         log.info("draining")
         await health.enter_graceful_shutdown()
@@ -226,6 +230,8 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False) -> in
     os.umask(0o077)
     raise_file_limit()
     keep_freed_memory()
+    if config.metrics_listen:
+        require_prometheus()
     check_profile(config.profile)  # a name that the codecs do not know ends the start before anything is touched
 
     async def main() -> None:

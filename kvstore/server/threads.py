@@ -105,6 +105,8 @@ class Threads:
         self.evict = Pool("evict", 1)
         # All other admin calls, credential files that changed, and the start and stop of the daemon.
         self.admin = Pool("admin", 1)
+        # The event loop that scrapers are answered on, where there is one.
+        self.metrics = Pool("metrics", 1, background=True)
         # Everything that touches the device: pieces of about 50 ms, fetches before stores; a store that waits ages.
         self.lane = Lane(start, idle, apart=apart)
 
@@ -117,7 +119,7 @@ class Threads:
         """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""
         for pool in (self.write, self.plan, self.decode, self.stream, self.read):
             pool.close()
-        for pool in (self.evict, self.check, self.care, self.admin):
+        for pool in (self.metrics, self.evict, self.check, self.care, self.admin):
             pool.close()
         self.release.close(drop=False)
         self.lane.close()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,13 +75,49 @@ def test_stats_tell_what_was_served_and_saved_and_what_kept_more_from_it(daemon:
     assert "stores refused" not in text and "hits that were shortened" not in text
 
 
-def test_stats_for_prometheus_are_in_tokens(daemon: DaemonProcess) -> None:
-    """With the model as a label."""
+def test_scrapers_read_over_loopback_what_stats_prints(daemon: DaemonProcess) -> None:
+    """In tokens, with the model as a label; a restart begins at 0. Off by default."""
+    pytest.importorskip("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    daemon.restart(metrics_listen=f"localhost:{port}")
     ask(daemon)
-    text = said(daemon, "stats", "--prometheus")
-    label = f'{{namespace="{NAMESPACE.root.hex()[:12]}",model="small-lm"}}'
-    assert f"kvstore_prompt_tokens_total{label} 2401\n" in text and f"kvstore_hit_tokens_total{label} 1000\n" in text
-    assert 'kvstore_miss_total{reason="unknown_prefix"} 2\n' in text
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        scraped = answer.read().decode()
+    label = f'model="small-lm",namespace="{NAMESPACE.root.hex()[:12]}"'
+    for text in (scraped, said(daemon, "stats", "--prometheus")):
+        assert f"kvstore_prompt_tokens_total{{{label}}} 2401.0\n" in text
+        assert f'kvstore_hit_tokens_total{{{label},tier="disk"}} 1000.0\n' in text
+        assert 'kvstore_miss_total{reason="unknown_prefix"} 2.0\n' in text
+        assert "kvstore_fetch_seconds_count 2.0\n" in text and "kvstore_serving 1.0\n" in text
+    daemon.restart()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        assert 'kvstore_requests_total{outcome="hits"} 0.0' in answer.read().decode()
+
+
+WITHOUT_EXTRA = "import sys\nsys.modules['prometheus_client'] = None\n"
+
+
+@pytest.mark.parametrize(
+    ("listen", "program", "code", "words"),
+    [
+        ("0.0.0.0:9464", SERVE, 2, "metrics_listen: metrics are for this host only"),
+        ("127.0.0.1:9464", WITHOUT_EXTRA + SERVE, 2, "kvstore[metrics]"),
+        ("127.0.0.1:{taken}", SERVE, 1, "metrics_listen: cannot listen on"),
+    ],
+)
+def test_metrics_that_cannot_be_served_end_the_start(
+    tmp_path: Path, listen: str, program: str, code: int, words: str
+) -> None:
+    """Elsewhere than on this host, without the library, or where another process listens: one line each."""
+    pytest.importorskip("prometheus_client")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = listen.format(taken=taken.getsockname()[1])
+        absent = DaemonProcess(tmp_path / "data", program=program, metrics_listen=listen)
+        absent.start(wait=False)
+        assert absent.process is not None and absent.process.wait(120) == code, absent.log_text()
+    (line,) = [line for line in absent.log_text().splitlines() if line.startswith("kvstore: ")]
+    assert words in line and "Traceback" not in absent.log_text()
 
 
 def test_watching_prints_a_line_a_second_until_it_is_interrupted(daemon: DaemonProcess) -> None:
