@@ -10,6 +10,7 @@ import pytest
 
 from kvstore.blobs.protocol import Room
 from kvstore.core.blocks import Reason
+from kvstore.core.histogram import Distribution
 from kvstore.core.keys import Namespace
 from kvstore.engine import Engine, Fs, NewBlock, Selection
 from kvstore.errors import InvalidRequestError, StoreFullError
@@ -429,3 +430,33 @@ def test_on_a_full_volume_the_ballast_lets_an_eviction_through(tmp_path: Path) -
     volume.ballast.mkdir()
     with pytest.raises(StoreFullError), Engine.open(copy, options(), volume) as engine:
         engine.evict(Selection(all=True))
+
+
+def counted(distribution: Distribution) -> dict[float, int]:
+    """How many values are in the bucket up to each bound, where there are any."""
+    bounds = (*distribution.bounds, float("inf"))
+    return {bound: count for bound, count in zip(bounds, distribution.counts, strict=True) if count}
+
+
+def test_the_times_between_uses_and_before_an_eviction_are_counted(tmp_path: Path) -> None:
+    """Also over a restart; what a user asked to evict and what a store touches tell nothing."""
+    clock = Clock()
+    with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
+        fill(engine, range(3))
+    clock.now_s += 7200
+    with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
+        slices = find(engine, NS, [0] * 256).slices
+        engine.touch(slices)
+        assert counted(engine.stats().reuse_s) == {}
+        clock.now_s += 120
+        engine.touch(slices, fetched=True)
+        engine.touch(find(engine, NS, [1] * 256).slices, fetched=True)
+        engine.touch((), fetched=True)
+        assert counted(engine.stats().reuse_s) == {300: 1, 21600: 1}
+        clock.now_s += 600
+        engine.evict(Selection(bytes=1))
+        assert counted(engine.stats().idle_s) == {}
+        engine.limit(engine.used_bytes - 1, 1)
+        engine.maintain()
+        assert sum(counted(engine.stats().idle_s).values()) >= 1
+        assert min(counted(engine.stats().idle_s)) == 1800

@@ -24,6 +24,7 @@ from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
 from kvstore.blobs.keyring import KeyRing
 from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Blobs, disk_bytes, parse_name, parse_root
 from kvstore.core.blocks import TOKEN_BYTES, Reason
+from kvstore.core.histogram import AGE_BOUNDS_S, Histogram
 from kvstore.core.keys import block_key
 from kvstore.core.text import size_text
 from kvstore.engine.ledger import DriveCache, Ledger
@@ -363,6 +364,8 @@ class Evictions:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        # How long blocks had not been used when limits evicted them.
+        self.idle_s = Histogram(AGE_BOUNDS_S)
         self.number = 0
         # (prefix of namespaces, prefix of keys in them): the number of the last eviction
         self._marks: dict[tuple[bytes, bytes], int] = {}

@@ -193,9 +193,14 @@ class Engine:
         """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule."""
         return matching.first_unusable(self._shared, slices)
 
-    def touch(self, slices: Iterable[Slice]) -> None:
-        """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`."""
-        self._shared.uses.touch(tuple(part.row.key for part in slices))
+    def touch(self, slices: Iterable[Slice], *, fetched: bool = False) -> None:
+        """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`.
+
+        `fetched`: for a fetch, so that the time since their last use counts as a reuse gap.
+        """
+        keys = tuple(part.row.key for part in slices)
+        used_s = self._shared.index.table.value(keys[-1], "used_s") if fetched and keys else None
+        self._shared.uses.touch(keys, used_s)
 
     def lease(self, rows: Iterable[Row]) -> Lease:
         """Protect the blobs of rows until they are open: evicted last, and those of replaced rows stay for now."""

@@ -184,7 +184,7 @@ class Evictor:
             with shared.lock:
                 space = shared.index.spaces.get(root)
                 only = [] if space is None else [space.number]
-                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: where(table, namespaces=only))  # noqa: B023
+                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: where(table, namespaces=only), ASKED)  # noqa: B023
                 shared.lost.remember(removed, Reason.EVICTED)
                 steps.append(shared.deletions.begin(shared.costs(removed)))
         blobs = {blob for step in steps for blob in step.costs}
@@ -370,7 +370,7 @@ class Evictor:
         blocks = taken = kept = 0
         done = False
         while not done and taken < need_bytes:
-            removed, nbytes, kept_now = self._step(need_bytes - taken, keep, choose, spare_leased)
+            removed, nbytes, kept_now = self._step(need_bytes - taken, keep, choose, cause, spare_leased)
             self._shared.evictions.note(cause, len(removed), nbytes)
             blocks, taken, kept = blocks + len(removed), taken + nbytes, kept + kept_now
             done = len(removed) < VICTIMS_MAX
@@ -380,25 +380,29 @@ class Evictor:
         return EvictReport(blocks, taken - kept, kept)
 
     def _step(
-        self, need_bytes: int, keep: Collection[bytes], choose: Choose, spare_leased: bool
+        self, need_bytes: int, keep: Collection[bytes], choose: Choose, cause: str, spare_leased: bool
     ) -> tuple[list[Row], int, int]:
         """(rows removed, their bytes, how many of these stay on the disk for now): one commit, then the deletion."""
         shared = self._shared
         with shared.lock:
             try:
-                removed, nbytes = self._remove(need_bytes, keep, choose)
+                removed, nbytes = self._remove(need_bytes, keep, choose, cause)
             except StoreFullError:
                 # The disk is so full that not even a delete goes through.
                 if not shared.ballast.drop():
                     raise
-                removed, nbytes = self._remove(need_bytes, keep, choose)
+                removed, nbytes = self._remove(need_bytes, keep, choose, cause)
             shared.lost.remember(removed, Reason.EVICTED)
             deletion = shared.deletions.begin(shared.costs(removed), spare_leased)
         return removed, nbytes, shared.deletions.finish(deletion)
 
-    def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> tuple[list[Row], int]:
-        with self._shared.edit() as edit:
-            self._shared.uses.write(edit)
+    def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose, cause: str) -> tuple[list[Row], int]:
+        shared = self._shared
+        with shared.edit() as edit:
+            shared.uses.write(edit)
             keys = victims(edit.table, need_bytes, keep, choose(edit.table), count_max=VICTIMS_MAX)
             nbytes = sum(edit.table.value(key, "nbytes") for key in keys)
+            if cause != ASKED:
+                for used_s in (edit.table.value(key, "used_s") for key in keys):
+                    shared.evictions.idle_s.observe(shared.clock() - used_s)
             return remove_rows(edit, keys), nbytes

@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.histogram import Distribution
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.retain import levels, where
 from kvstore.engine.shared import Shared
@@ -61,6 +62,7 @@ class EngineStats:
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + quarantine + keys.
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
     `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.deletions`).
+    `idle_s` is how long blocks had not been used when limits evicted them, `reuse_s` when a fetch used them.
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
     of the scrub ended, seconds since 1970, 0 if never; `damaged` counts blobs that it moved to quarantine since then.
     """
@@ -79,6 +81,8 @@ class EngineStats:
     evictions: dict[str, tuple[int, int]]
     degraded: str
     namespaces: tuple[NamespaceUsage, ...]
+    idle_s: Distribution
+    reuse_s: Distribution
     checkpoints: int = 0
     checkpoint_bytes: int = 0
     checkpoint_share_bytes: int = 0
@@ -233,6 +237,8 @@ def stats(shared: Shared, free_bytes: int) -> EngineStats:
         evictions=shared.evictions.totals(),
         degraded=shared.health.degraded,
         namespaces=spaces,
+        idle_s=shared.evictions.idle_s.snapshot(),
+        reuse_s=shared.uses.reuse_s.snapshot(),
         checkpoints=total.checkpoints,
         checkpoint_bytes=total.checkpoint_bytes,
         checkpoint_share_bytes=shared.options.checkpoint_share_bytes,

@@ -17,6 +17,7 @@ from kvstore.blobs.keyring import KeyRing, NamespaceKey
 from kvstore.blobs.local import LocalBlobs
 from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
 from kvstore.core.blocks import Block
+from kvstore.core.histogram import AGE_BOUNDS_S, Histogram
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
@@ -297,6 +298,8 @@ class Uses:
         self._age_s = age_s
         self._clock = clock
         self._lock = threading.Lock()
+        # How long blocks had not been used when a fetch used them: by its last block, which decides how far it reached.
+        self.reuse_s = Histogram(AGE_BOUNDS_S)
         self._touches: dict[tuple[bytes, ...], int] = {}
         self._marks: dict[bytes, None] = {}
         self._named: dict[bytes, int] = {}  # namespaces by the day on which they were last named
@@ -304,16 +307,22 @@ class Uses:
         self._count = 0
         self._written_s = clock()
 
-    def touch(self, keys: tuple[bytes, ...]) -> None:
-        """Note that blobs were used together. Of notes that no commit takes the oldest are dropped."""
+    def touch(self, keys: tuple[bytes, ...], used_s: int | None = None) -> None:
+        """Note that blobs were used together. Of notes that no commit takes the oldest are dropped.
+
+        `used_s`, for a fetch: when the table says that the last of them was used before.
+        """
+        now_s = int(self._clock())
         with self._lock:
-            self._touches.pop(keys, None)
-            self._touches[keys] = int(self._clock())
+            before_s = self._touches.pop(keys, used_s or 0)
+            self._touches[keys] = now_s
             self._count += len(keys)
             while self._count > _UNWRITTEN_FACTOR * self._count_max and self._touches:
                 oldest = next(iter(self._touches))
                 del self._touches[oldest]
                 self._count -= len(oldest)
+        if before_s and used_s is not None:
+            self.reuse_s.observe(now_s - before_s)
 
     def mark(self, key: bytes) -> None:
         """Note that a prompt diverged after a checkpoint; as `touch`."""

@@ -138,7 +138,7 @@ class FetchPath:
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
             unusable_at = self._engine.first_unusable(match.parts)
             if unusable_at is None:
-                self._engine.touch(match.parts)
+                self._engine.touch(match.parts, fetched=True)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 work = work_of(match, namespace.layout)

@@ -110,6 +110,8 @@ class Counters:
             labelled=map(labelled_message, traffic.labelled),
             recent=map(request_message, requests.recent.latest()),
             fetch_s=histogram_message(requests.fetch_s.snapshot()),
+            idle_s=histogram_message(disk.idle_s),
+            reuse_s=histogram_message(disk.reuse_s),
             store_reasons=self.store_reasons(),
             evictions={
                 cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
