@@ -25,6 +25,7 @@ compares bytes, so nothing can hide in it.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -153,6 +154,19 @@ def _checksum(view: memoryview) -> bytes:
 def payload_bytes(block: Block) -> int:
     """Bytes of all tensors and state arrays."""
     return sum(run.nbytes() for run in block.runs) + sum(state.nbytes for state in block.states)
+
+
+def payload_parts(block: Block, payload: memoryview) -> list[memoryview]:
+    """The bytes of each tensor or state array, in order, of a block's whole payload: what `make_ready` takes."""
+    sizes = [
+        tensor.stored_bytes(len(stack.layers), run.n_tokens)
+        for run in block.runs
+        for stack in run.stacks
+        for tensor in stack.tensors
+    ]
+    sizes += [array.nbytes for state in block.states for array in state.arrays]
+    ends = list(itertools.accumulate(sizes))
+    return [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
 def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:

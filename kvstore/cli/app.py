@@ -27,6 +27,8 @@ VERBS = {
     "set": ("kvstore.cli.set", "Change a setting of the running daemon."),
     "evict": ("kvstore.cli.evict", "Remove blocks from the store."),
     "check": ("kvstore.cli.check", "Verify every blob, and repair."),
+    "export": ("kvstore.cli.export", "Write a namespace or a sequence to a file."),
+    "import": ("kvstore.cli.import_", "Take such a file into the store."),
     "calibrate": ("kvstore.cli.calibrate", "Measure what profiles cost on a model."),
     "bench": ("kvstore.cli.bench", "Measure the store on this machine."),
     "config": ("kvstore.cli.config", "Show the configuration in force; make certificates."),

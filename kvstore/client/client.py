@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +19,7 @@ from kvstore.wire.convert import message_to_dict, namespace_to_message, verdict_
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
+    from kvstore.blobs.pack_file import PackFile
     from kvstore.client.session import Session
     from kvstore.core.keys import Namespace
     from kvstore.quality import Verdict
@@ -174,6 +177,40 @@ class Client:
         request = pb.SetRequest(namespace_prefix=namespace_prefix, key=key, value=value)
         return self._ask("Set", request, EVICT_S)
 
+    def export_pack(
+        self,
+        path: str,
+        namespace_prefix: bytes = b"",
+        key_prefix: bytes = b"",
+        force: bool = False,
+        tell: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, Any]:
+        """Write a namespace, or the chain up to a key, to a .kvpack file; `force` replaces an existing one.
+
+        `tell` hears the bytes that are done, and all of them. Raises what `write_pack` of `kvstore.client.packs` does.
+        """
+        from kvstore.client.packs import write_pack
+
+        request = pb.ExportRequest(namespace_prefix=namespace_prefix, key_prefix=key_prefix)
+        with self._asking() as admin:
+            done = write_pack(admin.Export(request, timeout=CHECK_S), path, tell, force=force)
+        about = {**done.manifest.namespace.identity, "alias": done.manifest.namespace.alias}
+        counts = {"blobs": done.blobs, "bytes": done.nbytes, "skipped": done.skipped}
+        return {"schema": SCHEMA, "path": path, "namespace": about, **counts}
+
+    def import_pack(
+        self, pack: PackFile, tell: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """Store what is in a .kvpack file that was verified, parents first; what is here already is not written again.
+
+        `tell` as in `export_pack`. `reason` in the answer is "ok", or says with `detail` why the rest was not wanted.
+        """
+        from kvstore.client.packs import send_pack
+
+        with self._asking() as admin:
+            reply = send_pack(lambda pieces: admin.Import(pieces, timeout=CHECK_S), pack, tell)
+        return {"schema": SCHEMA, **message_to_dict(reply)}
+
     def record_quality(self, namespace: Namespace, verdict: Verdict) -> dict[str, Any]:
         """Let the daemon keep what a profile costs on a model, and whether it passed; `refused` says why not."""
         request = pb.RecordQualityRequest(
@@ -195,10 +232,16 @@ class Client:
         return self._ask("ForgetQuality", request, QUICK_S)
 
     def _ask(self, verb: str, request: Any, timeout_s: float) -> dict[str, Any]:
+        with self._asking() as admin:
+            return {"schema": SCHEMA, **message_to_dict(getattr(admin, verb)(request, timeout=timeout_s))}
+
+    @contextmanager
+    def _asking(self) -> Iterator[Any]:
+        """The stub of the admin verbs, for one of them."""
         if is_forked():
             raise ForkedError(FORKED)
         with self._connection.attempt(for_people=True), self._connection.admin(CONNECT_S) as admin:
-            return {"schema": SCHEMA, **message_to_dict(getattr(admin, verb)(request, timeout=timeout_s))}
+            yield admin
 
     def close(self, timeout_s: float | None = None) -> None:
         """Close all sessions, each within `timeout_s` (see `Session.close`), then the connection."""

@@ -318,8 +318,7 @@ class Connection:
             if hurried and isinstance(error, DeadlineError):
                 self.breaker.undecided()
                 raise
-            self.breaker.failed()
-            self.health.lost()
+            self._failed(quietly=for_people)
             raise
         except KVStoreError as error:
             if isinstance(error, (CredentialsError, VersionError)):
@@ -331,6 +330,11 @@ class Connection:
         if not for_people:
             self.health.notice.back()
         self.breaker.succeeded()
+
+    def _failed(self, *, quietly: bool) -> None:
+        self.breaker.failed()
+        if not quietly:
+            self.health.lost()
 
     def tell(self, report: pb.ReportRequest) -> None:
         """Send a report without waiting; it is lost when no daemon is there."""

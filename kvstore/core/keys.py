@@ -10,6 +10,7 @@ look-up: token bytes are compared on every hit.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +96,23 @@ class NamespaceInfo:
         packed: bytes = msgpack.packb(fields)
         return packed
 
+    @property
+    def is_salted(self) -> bool:
+        """Whether this is a tenant's: with its salt left out, the identity has another root."""
+        return self.root != root_key(self.weights, self.adapter, self.layout.digest, self.dtype, self.engine, b"")
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The identity fields by name, digests in hex, and the `id` that they come to."""
+        return {
+            "id": self.root.hex(),
+            "weights": self.weights.hex(),
+            "adapter": self.adapter.hex(),
+            "layout": self.layout.digest.hex(),
+            "dtype": self.dtype,
+            "engine": self.engine,
+        }
+
     @classmethod
     def from_record(cls, record: bytes) -> NamespaceInfo:
         """Parse `to_record`; CorruptDataError when it is not one."""
@@ -110,6 +128,13 @@ class NamespaceInfo:
             return cls(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
         except (InvalidRequestError, TypeError) as error:
             raise CorruptDataError(f"namespace record: {error}") from error
+
+
+def differing_fields(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Names of the identity fields in which two `NamespaceInfo.identity` differ; none when KV is interchangeable."""
+    if one["id"] == other["id"]:
+        return []
+    return [name for name in one if name != "id" and one[name] != other[name]] or ["salt"]
 
 
 def root_key(weights: bytes, adapter: bytes, layout_digest: bytes, dtype: str, engine: str, salt: bytes) -> bytes:

@@ -101,6 +101,14 @@ def read_block(blobs: Blobs, blob: BlobId, nbytes: int, *, verify: bool) -> tupl
         raise
 
 
+def require_own_namespace(block: Block) -> NamespaceInfo:
+    """The namespace that a block says it belongs to. CorruptDataError when its chain is another's."""
+    info = NamespaceInfo.from_record(block.namespace)
+    if info.root != block.root:
+        raise CorruptDataError("the blob is not what its namespace says")
+    return info
+
+
 def require_rule(rule: Rule, block: Block) -> None:
     """CorruptDataError for a block that breaks the rule. One in a recipe that this build does not know is left."""
     with contextlib.suppress(UnknownFormatError):
@@ -152,9 +160,9 @@ def _read_stray(site: Site, entry: Entry) -> Stray:
     if entry.blob is None:
         raise CorruptDataError("not a name of a blob")
     block, source = read_block(site.blobs, entry.blob, entry.nbytes, verify=True)
-    same = (block.root, block.key) == entry.blob[:2]
-    if not same or NamespaceInfo.from_record(block.namespace).root != block.root:
-        raise CorruptDataError("the blob is not what its name or namespace says")
+    if (block.root, block.key) != entry.blob[:2]:
+        raise CorruptDataError("the blob is not what its name says")
+    require_own_namespace(block)
     require_rule(site.rule, block)
     return Stray(block, entry, source)
 

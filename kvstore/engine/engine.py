@@ -53,6 +53,7 @@ from kvstore.engine.recover import recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
 from kvstore.engine.store import NewBlock, StoreReceipt, Writer
+from kvstore.engine.transfer import Transfer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
 from kvstore.index.index import Index
 from kvstore.index.rows import Row
@@ -71,6 +72,7 @@ class Engine:
         self._evictor = Evictor(shared)
         self._writer = Writer(shared, self._evictor)
         self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
+        self.transfer = Transfer(shared)
         self._scrub = Scrub(shared, self.recheck)
         self._closed = False
 

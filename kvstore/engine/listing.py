@@ -176,15 +176,20 @@ def _sums(rows: Rows) -> tuple[npt.NDArray[np.int64], ...]:
     return below, tokens, nbytes, own
 
 
-def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
-    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
+def recent_keys(shared: Shared, namespace_prefix: bytes) -> list[bytes]:
+    """Keys of all blobs of the namespaces that start so, most recently used first."""
     with shared.lock:
         spaces = shared.index.spaces.items()
         numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
         table = shared.index.table
         slots = np.flatnonzero(where(table, namespaces=numbers))
         order = np.argsort(-table.rows["last_use"][slots], kind="stable")
-        keys = table.keys(slots[order][:limit].tolist())
+        return table.keys(slots[order].tolist())
+
+
+def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
+    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
+    keys = recent_keys(shared, namespace_prefix)[:limit]
     with shared.index.view() as view:
         return _infos(shared, (row for key in keys if (row := view.row(key)) is not None))
 

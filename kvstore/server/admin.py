@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import AsyncIterator, Callable
 
 from kvstore import __version__
+from kvstore.core.text import size_text
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
 from kvstore.server.history import History
+from kvstore.server.importer import Importer
 from kvstore.server.requests import Requests
-from kvstore.server.rpc_errors import Context, unary
+from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
 from kvstore.server.stats import Counters, hour_message, namespace_message, quality_messages
 from kvstore.server.store import StorePath
@@ -21,6 +25,7 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 SHOW_MAX = 100
 LIST_MAX = 10_000
 FINDINGS_MAX = 1000
+log = logging.getLogger(__name__)
 
 
 class AdminService(rpc.AdminServicer):
@@ -149,6 +154,45 @@ class AdminService(rpc.AdminServicer):
         findings = [pb.Finding(kind=one.kind, path=one.path, detail=one.detail) for one in report.findings]
         return pb.CheckReply(
             blobs=report.blobs, bytes=report.bytes, repaired=report.repaired, findings=findings[:FINDINGS_MAX]
+        )
+
+    @streaming
+    async def Export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[pb.ExportReply]:
+        if bool(request.namespace_prefix) == bool(request.key_prefix):
+            raise InvalidRequestError("an export is of a namespace or of a key")
+        run = self._threads.pack
+        shipment = await run(self._engine.transfer.plan, request.namespace_prefix, request.key_prefix)
+        plan = pb.ExportPlan(namespace=shipment.record, blobs=len(shipment.keys), bytes=shipment.nbytes)
+        yield pb.ExportReply(plan=plan)
+        pieces = self._engine.transfer.pieces(shipment)
+        try:
+            while piece := await run(next, pieces, None):
+                yield pb.ExportReply(piece=pb.BlobPiece(blob_bytes=piece[0], data=piece[1]))
+        finally:
+            run.post(pieces.close)
+
+    @unary
+    async def Import(self, request_iterator: AsyncIterator[pb.BlobPiece], context: Context) -> pb.ImportReply:
+        importer = self._importer()
+        run = self._threads.pack
+        try:
+            async for piece in request_iterator:
+                if not await run.finish(importer.take, piece.blob_bytes, piece.data):
+                    break
+            done = await run.finish(importer.finish)
+        finally:
+            run.post(importer.close)
+        if done.blobs:
+            log.info("imported %d blobs, %d of them new, %s", done.blobs, done.stored, size_text(done.new_bytes))
+        return pb.ImportReply(
+            blobs=done.blobs, held=done.held, new_bytes=done.new_bytes, reason=done.reason, detail=done.detail
+        )
+
+    def _importer(self) -> Importer:
+        return Importer(
+            self._engine,
+            functools.partial(self._store.encryption, isolated=False),
+            self._store.receiver.buffers,
         )
 
     @unary

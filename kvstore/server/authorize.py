@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,13 +149,29 @@ def bearer(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 def for_admins(handler: Any) -> Any:
-    """The handler, behind a look at the name in the client's certificate. All admin verbs are unary."""
-    if handler.unary_unary is None:
-        return refusing(ScopeError("no such admin verb"))
+    """The handler, behind a look at the name in the client's certificate."""
 
-    async def guarded(request: Any, context: Context) -> Any:
+    async def admit(context: Context) -> None:
         if ADMIN_NAME.encode() not in context.auth_context().get("x509_common_name", ()):
             await abort(context, ScopeError(f"this takes the certificate of an admin, whose name is {ADMIN_NAME}"))
-        return await handler.unary_unary(request, context)
 
-    return handler._replace(unary_unary=guarded)
+    def answering(behaviour: Any) -> Any:
+        async def guarded(request: Any, context: Context) -> Any:
+            await admit(context)
+            return await behaviour(request, context)
+
+        return guarded
+
+    def streaming(behaviour: Any) -> Any:
+        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
+            await admit(context)
+            async for reply in behaviour(request, context):
+                yield reply
+
+        return guarded
+
+    wrappers = (("unary_unary", answering), ("stream_unary", answering), ("unary_stream", streaming))
+    for name, wrap in wrappers:
+        if (behaviour := getattr(handler, name)) is not None:
+            return handler._replace(**{name: wrap(behaviour)})
+    return refusing(ScopeError("no such admin verb"))

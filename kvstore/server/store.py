@@ -136,7 +136,7 @@ class StorePath:
         profile, named = choice.profile, request.profile not in ("", AUTO)
         floor = profile.fidelity if named else FIDELITY_ANY
         try:
-            encryption = self._encryption(request)
+            encryption = self.encryption(request.chain.root, isolated=request.isolated)
         except KeyMissingError as error:
             return StorePlan(None, 0, Reason.KEY_MISSING, str(error))
         held = self._engine.match(request.chain, floor, n_tokens)
@@ -153,10 +153,12 @@ class StorePath:
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL, self._engine.degraded)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
 
-    def _encryption(self, request: StoreRequest) -> NamespaceKey | None:
-        """The key of an encrypted namespace; before the first store of one that is to be, a new key."""
-        wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and request.isolated)
-        root = request.chain.root
+    def encryption(self, root: bytes, *, isolated: bool) -> NamespaceKey | None:
+        """The key of an encrypted namespace; before the first store of one that is to be, a new key.
+
+        KeyMissingError while the keys of what is stored are missing.
+        """
+        wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and isolated)
         return self._engine.encrypt(root) if wanted or self._engine.is_encrypted(root) else None
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:

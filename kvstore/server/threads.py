@@ -103,6 +103,9 @@ class Threads:
         self.check = Pool("check", 1)
         # Evictions that an admin asks for, and `kvstore set`: a lower limit evicts.
         self.evict = Pool("evict", 1)
+        # Export and import, a piece at a time: one thread, so that pieces of one stay in order and none is closed while
+        # it works. It waits for the disk.
+        self.pack = Pool("pack", 1, background=True)
         # All other admin calls, credential files that changed, and the start and stop of the daemon.
         self.admin = Pool("admin", 1)
         # The event loop that scrapers are answered on, where there is one.
@@ -119,7 +122,7 @@ class Threads:
         """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""
         for pool in (self.write, self.plan, self.decode, self.stream, self.read):
             pool.close()
-        for pool in (self.metrics, self.evict, self.check, self.care, self.admin):
+        for pool in (self.metrics, self.pack, self.evict, self.check, self.care, self.admin):
             pool.close()
         self.release.close(drop=False)
         self.lane.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from kvstore.blobs.pack_file import PackFile
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
@@ -26,6 +27,7 @@ LAYOUT = make_layout(layers=2, heads=1, width=64)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(300))
 CERT = ("config", "cert")
+GOLDEN_PACK = Path(__file__).parents[1] / "golden" / "pack-v3.kvpack"
 HOSTS = ("--host", "localhost", "--host", "127.0.0.1")
 SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
 
@@ -172,6 +174,27 @@ def test_what_is_not_a_known_verb_is_refused_before_its_message_is_read(by_token
             with pytest.raises(grpc.RpcError) as caught:
                 next(silent)
             assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("by", ["tokens", "certificates"])
+def test_prefixes_are_moved_by_admins_alone(
+    by: str, by_token: DaemonProcess, by_certificate: DaemonProcess, tls: Path, tmp_path: Path
+) -> None:
+    """Over TCP, too: whoever imports decides what models go on from."""
+    daemon = by_token if by == "tokens" else by_certificate
+    names = ("ca", "tokens") if by == "tokens" else ("cert", "key", "ca")
+    with connecting(daemon, part(tls, "worker", *names)) as worker, PackFile(str(GOLDEN_PACK)) as pack:
+        roundtrip(worker)
+        with pytest.raises(ScopeError, match="admin"):
+            worker.import_pack(pack)
+        with pytest.raises(ScopeError, match="admin"):
+            worker.export_pack(str(tmp_path / "stolen.kvpack"), namespace_prefix=NAMESPACE.root)
+        assert not list(tmp_path.iterdir())
+    with connecting(daemon, part(tls, "admin", *names)) as admin, PackFile(str(GOLDEN_PACK)) as pack:
+        assert admin.import_pack(pack)["blobs"] == 3
+        exported = admin.export_pack(str(tmp_path / "back.kvpack"), namespace_prefix=pack.manifest.namespace.root)
+        assert exported["blobs"] == 3
+        admin.evict(namespace_prefix=pack.manifest.namespace.root)
 
 
 def test_certificates_let_workers_in_and_admins_further(by_certificate: DaemonProcess, tls: Path) -> None:

@@ -96,11 +96,16 @@ def checkpoint(
     key = checkpoint_key(parent, tail)
     block = Block(ns.root, parent, key, start, tail, fidelity, (), states=states)
     buffers = [
-        values(key + bytes([layer, number]), array.nbytes)
+        state_values(key, layer, number, array)
         for layer in ns.layout.exact_layers
         for number, array in enumerate(arrays)
     ]
     return NewBlock(block, buffers)
+
+
+def state_values(key: bytes, layer: int, number: int, array: StateArray) -> np.ndarray:
+    """Bytes that only this array has; a boolean is 0 or 1."""
+    return values(key + bytes([layer, number]), array.nbytes) & (1 if array.dtype == "BOOL" else 0xFF)
 
 
 def options(**changes: Any) -> EngineOptions:
@@ -155,7 +160,7 @@ def require_right_states(engine: Engine, row: Row) -> None:
             for number, array in enumerate(state.arrays):
                 got = bytearray(array.nbytes)
                 reader.readinto(0, array.offset, [memoryview(got)])
-                assert bytes(got) == values(row.key + bytes([state.layer, number]), array.nbytes).tobytes()
+                assert bytes(got) == state_values(row.key, state.layer, number, array).tobytes()
 
 
 def disk_usage(data_dir: Path) -> int:

@@ -600,7 +600,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s", "weights", "adapter", "layout")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -621,6 +621,9 @@ class NamespaceStats(_message.Message):
     UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     TRAFFIC_FIELD_NUMBER: _ClassVar[int]
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -641,7 +644,10 @@ class NamespaceStats(_message.Message):
     unmeasured: _containers.RepeatedScalarFieldContainer[str]
     traffic: Traffic
     prefill_tokens_per_s: float
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ...) -> None: ...
+    weights: bytes
+    adapter: bytes
+    layout: bytes
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss", "passed", "thresholds")
@@ -913,6 +919,54 @@ class SetReply(_message.Message):
     before: str
     value: str
     def __init__(self, before: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+
+class ExportRequest(_message.Message):
+    __slots__ = ("namespace_prefix", "key_prefix")
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    namespace_prefix: bytes
+    key_prefix: bytes
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ...) -> None: ...
+
+class ExportReply(_message.Message):
+    __slots__ = ("plan", "piece")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    plan: ExportPlan
+    piece: BlobPiece
+    def __init__(self, plan: _Optional[_Union[ExportPlan, _Mapping]] = ..., piece: _Optional[_Union[BlobPiece, _Mapping]] = ...) -> None: ...
+
+class ExportPlan(_message.Message):
+    __slots__ = ("namespace", "blobs", "bytes")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    namespace: bytes
+    blobs: int
+    bytes: int
+    def __init__(self, namespace: _Optional[bytes] = ..., blobs: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class BlobPiece(_message.Message):
+    __slots__ = ("blob_bytes", "data")
+    BLOB_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    blob_bytes: int
+    data: bytes
+    def __init__(self, blob_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class ImportReply(_message.Message):
+    __slots__ = ("blobs", "held", "new_bytes", "reason", "detail")
+    BLOBS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    blobs: int
+    held: int
+    new_bytes: int
+    reason: str
+    detail: str
+    def __init__(self, blobs: _Optional[int] = ..., held: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run", "shred", "orphans")

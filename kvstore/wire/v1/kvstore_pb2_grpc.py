@@ -430,6 +430,16 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.FromString,
                 _registered_method=True)
+        self.Export = channel.unary_stream(
+                '/kvstore.v1.Admin/Export',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportReply.FromString,
+                _registered_method=True)
+        self.Import = channel.stream_unary(
+                '/kvstore.v1.Admin/Import',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -506,6 +516,20 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Export(self, request, context):
+        """Export hands over the blobs of a namespace, or of one chain: a plan, then the blobs in pieces, parents first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Import(self, request_iterator, context):
+        """Import takes in blobs as Export hands them over. It may end before all were sent; the reply says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -558,6 +582,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Set,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.SerializeToString,
+            ),
+            'Export': grpc.unary_stream_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportReply.SerializeToString,
+            ),
+            'Import': grpc.stream_unary_rpc_method_handler(
+                    servicer.Import,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -831,6 +865,60 @@ class Admin(object):
             '/kvstore.v1.Admin/Set',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstore.v1.Admin/Export',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ExportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Import(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kvstore.v1.Admin/Import',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,53 @@
+"""`kvstore export`: a namespace, or the chain up to one block, as a .kvpack file for another store."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from kvstore.cli.common import client_config, common_options, connected, note, say, size_text
+from kvstore.cli.names import NAMESPACES_MAX, as_id, find_namespaces
+from kvstore.cli.progress import print_summary, progress
+from kvstore.client.client import Client
+from kvstore.errors import InvalidRequestError, NotFoundError
+
+
+@click.command("export")
+@click.argument("name", metavar="KEY|ID|ALIAS")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The .kvpack file to write.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@common_options
+def command(name: str, output: str, force: bool, address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Write stored KV to a file that `kvstore import` takes in, here or on another machine.
+
+    KEY (from `kvstore ls` or `kvstore show`) selects the sequence up to that block; an ID or ALIAS everything of that
+    namespace. The file has the tokens of prompts in readable form: only you can read it. Encrypted and tenants'
+    namespaces are not exported.
+    """
+    path = os.path.abspath(os.path.expanduser(output))
+    with connected(client_config(address, config_path)) as client:
+        selected = _selected(client, name)
+        with progress("exporting", as_json=as_json) as tell:
+            done = client.export_pack(path, force=force, tell=tell, **selected)
+    if as_json:
+        print_summary(done)
+        return
+    if done["skipped"]:
+        note(f"{done['skipped']:,} blobs were evicted or damaged before their turn, and are not in the file")
+    alias = done["namespace"]["alias"]
+    say(f"exported {done['blobs']:,} blobs of {alias or name}, {size_text(done['bytes'])}, to {output}")
+
+
+def _selected(client: Client, name: str) -> dict[str, Any]:
+    """What a name selects, as `Client.export_pack` takes it. NotFoundError for nothing, a namespace goes first."""
+    namespaces = find_namespaces(client.list(limit=NAMESPACES_MAX)["namespaces"], name)
+    if len(namespaces) > 1:
+        ids = ", ".join(one["id"][:12] for one in namespaces[:5])
+        raise InvalidRequestError(f"{name!r} names {len(namespaces)} namespaces ({ids}): give more digits of an id")
+    if namespaces:
+        return {"namespace_prefix": bytes.fromhex(namespaces[0]["id"])}
+    if key := as_id(name):
+        return {"key_prefix": key}
+    raise NotFoundError(f"no namespace has the alias {name!r}, and no id or key starts so; see: kvstore ls")

@@ -1,0 +1,189 @@
+"""Blobs for another store: which ones, in which order, and their bytes, verified, piece by piece.
+
+The store is used and evicts meanwhile. Each blob is leased while it is read, so that no eviction unlinks it. One that
+was evicted or replaced before its turn is left out, with everything after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvstore.blobs.protocol import Source
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Block
+from kvstore.core.keys import NamespaceInfo
+from kvstore.engine.check import recheck, verify_row
+from kvstore.engine.listing import recent_keys
+from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError
+from kvstore.index.children import is_covered
+from kvstore.index.rows import Row, pack_row
+
+if TYPE_CHECKING:
+    from kvstore.engine.shared import Shared
+    from kvstore.index.transaction import View
+
+# Bytes of a blob that are read and handed over at once.
+PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """Blobs to be handed over, parents before children, of one namespace, with its record. `nbytes`: of the blobs."""
+
+    record: bytes
+    keys: tuple[bytes, ...]
+    nbytes: int
+
+
+class Transfer:
+    """What another store may have of this one, and what of another's is here already. Any thread may call."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    def plan(self, namespace_prefix: bytes = b"", key_prefix: bytes = b"") -> Shipment:
+        """All blobs of the namespace whose id starts so, the latest used chains first; or one chain up to a key.
+
+        With a chain go the checkpoints along it. NotFoundError when nothing starts so; InvalidRequestError when several
+        do, or when the namespace is encrypted or a tenant's: what is moved can be read by whoever has it.
+        """
+        return _planned(self._shared, namespace_prefix, key_prefix)
+
+    def pieces(self, shipment: Shipment) -> Generator[tuple[int, bytes], None, None]:
+        """The blobs of a shipment, each as one or more (its length with its first piece, else 0; bytes).
+
+        Every blob is verified before its first piece. DirectoryError when the data directory is displaced meanwhile,
+        CorruptDataError when a blob cannot be read to its end.
+        """
+        return _shipped_pieces(self._shared, shipment)
+
+    def is_held(self, block: Block) -> bool:
+        """Whether what is stored gives the tokens of this block, or the checkpoint, at no lower a rank."""
+        with self._shared.index.view() as view:
+            return is_covered(view, pack_row(replace(block, namespace=b""), 0, 0, 0))
+
+    def fidelity_of(self, key: bytes) -> int | None:
+        """The rank of a stored block; None when it is not stored."""
+        with self._shared.index.view() as view:
+            row = view.row(key)
+        return None if row is None else row.fidelity
+
+
+def _planned(shared: Shared, namespace_prefix: bytes, key_prefix: bytes) -> Shipment:
+    if key_prefix:
+        with shared.index.view() as view:
+            row = _row_of(view, key_prefix)
+            chain = _chain(view, row)
+        return _shipment(shared, row.root, chain)
+    roots = [root for root in list(shared.namespaces) if root.startswith(namespace_prefix)]
+    if len(roots) != 1:
+        raise _unclear("namespace", "id", namespace_prefix, roots)
+    recent = recent_keys(shared, roots[0])
+    with shared.index.view() as view:
+        return _shipment(shared, roots[0], _parents_first(view, recent))
+
+
+def _unclear(what: str, name: str, prefix: bytes, found: list[bytes]) -> NotFoundError | InvalidRequestError:
+    if not found:
+        return NotFoundError(f"no {what} has the {name} {prefix.hex()[:12] or '-'}, or one that starts so")
+    some = ", ".join(one.hex()[:16] for one in found[:5])
+    return InvalidRequestError(f"{len(found)} {what}s have a {name} that starts so ({some}): give more digits")
+
+
+def _row_of(view: View, key_prefix: bytes) -> Row:
+    found = [row for row, _ in zip(view.rows_of(key_prefix), range(6), strict=False)]
+    if len(found) != 1:
+        raise _unclear("block", "key", key_prefix, [row.key for row in found])
+    return found[0]
+
+
+def _chain(view: View, row: Row) -> list[Row]:
+    """The blocks up to a row and the checkpoints along them; of a checkpoint also the tail that covers it."""
+    chain = [row]
+    while chain[-1].parent != row.root:
+        above = view.row(chain[-1].parent)
+        if above is None:
+            raise NotFoundError("the blocks before this one are not stored any more")
+        chain.append(above)
+    chain.reverse()
+    if row.is_checkpoint and row.n_tokens:
+        siblings = (view.row(key) for key in view.children(row.parent))
+        covering = (one for one in siblings if one and not one.is_checkpoint and one.tokens.startswith(row.tokens))
+        chain[-1:] = [next(covering, row), row]
+    found: dict[bytes, Row] = {}
+    for one in chain:
+        found[one.key] = one
+        if not one.is_checkpoint:
+            # At the end of a full block a checkpoint is a child of that block, and has no tokens of its own.
+            inside = one.tokens[: (BLOCK_TOKENS - 1) * TOKEN_BYTES]
+            found |= {mark.key: mark for mark in view.checkpoints(one.parent, inside) if mark.n_tokens}
+            if one.n_tokens == BLOCK_TOKENS:
+                found |= {mark.key: mark for mark in view.checkpoints(one.key, b"")}
+    return list(found.values())
+
+
+def _parents_first(view: View, keys: list[bytes]) -> list[Row]:
+    """The rows of all keys of a namespace, in their order but each after its parent."""
+    found: dict[bytes, Row] = {}
+    for key in keys:
+        chain: list[Row] = []
+        while key not in found and (row := view.row(key)) is not None:
+            chain.append(row)
+            key = row.parent
+        found |= {row.key: row for row in reversed(chain)}
+    return list(found.values())
+
+
+def _shipment(shared: Shared, root: bytes, rows: list[Row]) -> Shipment:
+    space = shared.index.spaces.get(root)
+    if space is None:
+        raise NotFoundError(f"namespace {root.hex()[:12]} was evicted just now")
+    info = NamespaceInfo.from_record(space.record)
+    named = f"namespace {root.hex()[:12]} ({info.alias or '-'})"
+    if shared.index.ring.key(root) is not None or any(row.is_key_missing for row in rows[:1]):
+        raise InvalidRequestError(
+            f"{named} is encrypted: it is not exported, since a pack is readable by all who have it"
+        )
+    if info.is_salted:
+        raise InvalidRequestError(f"{named} is a tenant's (it has a salt): it is not exported, nor could others use it")
+    return Shipment(space.record, tuple(row.key for row in rows), sum(row.blob_bytes for row in rows))
+
+
+def _shipped_pieces(shared: Shared, shipment: Shipment) -> Generator[tuple[int, bytes], None, None]:
+    shipped: set[bytes] = set()
+    for key in shipment.keys:
+        shared.require_place()
+        with shared.index.view() as view:
+            row = view.row(key)
+        if row is None or (row.parent != row.root and row.parent not in shipped):
+            continue
+        with shared.deletions.lease((row,), shared.index.ring):
+            with shared.index.view() as view:
+                if not _is_same(view.row(key), row):
+                    continue  # it went before it was leased; what took its place is of no use without its parent's
+            for number, piece in enumerate(_pieces(shared, row)):
+                yield (0 if number else row.blob_bytes), piece
+                shipped.add(key)
+
+
+def _is_same(found: Row | None, row: Row) -> bool:
+    return found is not None and found.number == row.number
+
+
+def _pieces(shared: Shared, row: Row) -> Iterator[bytes]:
+    """A blob, verified first; nothing of one that is damaged or gone."""
+    with shared.blobs.reader([Source(row.blob, 0, row.blob_bytes)], 1) as reader:
+        for at in range(0, row.blob_bytes, PIECE_BYTES):
+            piece = bytearray(min(PIECE_BYTES, row.blob_bytes - at))
+            try:
+                if not at:
+                    verify_row(shared.site, row)
+                # From here on the file is open, whatever becomes of its name.
+                reader.readinto(0, at, [memoryview(piece)])
+            except CorruptDataError:
+                if at:
+                    raise
+                recheck(shared, row.key)
+                return
+            yield bytes(piece)
