@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from kvstore.bench import concurrency
+from kvstore.bench import concurrency, quality
 from kvstore.bench.bare import bare_server
 from kvstore.bench.cases import BenchError, Case, Measured, Report, measure
 from kvstore.bench.scratch import ScratchDaemon
@@ -23,7 +24,7 @@ from kvstore.bench.shape import Shape, arrays_of, load, save
 from kvstore.cli.app import cli
 from kvstore.cli.bench import command
 from kvstore.codecs.profiles import PROFILES
-from kvstore.errors import ConfigError, UnavailableError
+from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
 from tests.support.models import write_tiny
 
 TINY = ("--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--seq-len", "300", "--rounds", "2")
@@ -284,3 +285,13 @@ def answer_rows(*args: str) -> list[dict[str, Any]]:
     assert result.exit_code == 0, (result.output, result.exception)
     rows: list[dict[str, Any]] = json.loads(result.stdout)["rows"]
     return rows
+
+
+def test_token_ids_may_come_from_files_of_numpy(tmp_path: Path) -> None:
+    """For `bench quality` and `calibrate`; a file that has none is a sentence."""
+    np.save(tmp_path / "ids.npy", np.array([[1, 2], [3, 4]], np.uint16))
+    (tmp_path / "text.npy").write_text("no numbers")
+    assert quality.tokens_of(None, [str(tmp_path / "ids.npy")], lambda paths: "") == [1, 2, 3, 4]
+    for name in ("text.npy", "none.npy"):
+        with pytest.raises(InvalidRequestError, match="token ids cannot be read"):
+            quality.tokens_of(None, [str(tmp_path / name)], lambda paths: "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,8 @@ from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
 from kvstore.cli.stats import watch_line
-from kvstore.config import KEYS, Config, parse_size
+from kvstore.codecs.profiles import AUTO, PROFILES
+from kvstore.config import KEYS, SHIPPED_PROFILES, Config, parse_size
 
 ROOT = Path(__file__).parents[1]
 ID = "ab" * 32
@@ -109,6 +109,7 @@ class FakeClient:
         self.error: errors.KVStoreError | None = None
         self.findings: list[dict[str, str]] = []
         self.namespaces = [NAMESPACE]
+        self.told: list[dict[str, str]] = []
 
     def _answer(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         if self.error is not None:
@@ -145,6 +146,10 @@ class FakeClient:
         """It was 10 GB before."""
         asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix}
         return self._answer(asked, {"before": "10000000000", "value": "20000000000"})
+
+    def settings(self) -> dict[str, Any]:
+        """What the test says."""
+        return self._answer(self.asked, {"settings": self.told})
 
     def evict(self, **selection: Any) -> dict[str, Any]:
         """Always the same freed bytes."""
@@ -435,7 +440,7 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     result = invoke("check", "--repair")
     assert result.exit_code == 4
     assert "corrupt_blob" in result.stdout
-    assert "1 findings in 9 blobs, 1.0 MB read, 1 put right" in result.stdout
+    assert "1 finding in 9 blobs, 1.0 MB read, 1 put right" in result.stdout
     assert client.asked == {"repair": True}
     parsed = json.loads(invoke("check", "--json").stdout)
     assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
@@ -479,6 +484,8 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
         (errors.DirectoryHeldError("x"), 5),
         (errors.UnavailableError("x"), 3),
         (errors.DeadlineError("x"), 3),
+        (errors.UntrustedError("x"), 3),
+        (errors.VersionError("x"), 1),
         (errors.ConfigError("x"), 2),
         (errors.LayoutMismatchError("x"), 2),
     ],
@@ -618,20 +625,6 @@ def kvstore(*args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_daemon_that_cannot_be_reached_is_exit_3(tmp_path: Path) -> None:
-    """No socket, and a socket nobody listens on."""
-    address = tmp_path / "k.sock"
-    for verb in (["stats"], ["ls"], ["show", "ab"], ["evict", "--all"], ["check"]):
-        run = kvstore(*verb, "--address", f"unix:{address}")
-        assert (run.returncode, run.stdout) == (3, ""), run.stderr
-        assert run.stderr.startswith("kvstore: ")
-        assert run.stderr.count("\n") == 1
-    stale = socket.socket(socket.AF_UNIX)
-    stale.bind(str(address))
-    stale.close()
-    assert kvstore("stats", "--address", str(address)).returncode == 3
-
-
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     """`kvstore config show | head -1` ends quietly."""
     command = f"{sys.executable} -m kvstore config show --json | head -1"
@@ -680,7 +673,86 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, verb: list[str]) 
         assert result.stderr.startswith("kvstore: ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "verb", ["stats", "ls", "check", "show ab", "evict --all", "set daemon log_level=info", "serve"]
+)
+def test_a_profile_that_no_codec_knows_fails_in_every_verb(
+    client: FakeClient, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Whether the verb uses it or not: the next daemon will."""
+    monkeypatch.setattr("kvstore.server.daemon.serve", lambda *args, **options: 0)
+    monkeypatch.setenv("KVSTORE_PROFILE", "nonsense")
+    result = invoke(*verb.split())
+    assert (result.exit_code, result.stdout, client.asked) == (2, "", {})
+    assert "unknown profile 'nonsense'" in result.stderr
+    monkeypatch.setenv("KVSTORE_PROFILE", "affine8")
+    assert invoke(*verb.split()).exit_code in (0, 1)
+
+
+def test_profiles_that_need_no_look_at_the_codecs_are_those_that_ship() -> None:
+    """A list that is written twice."""
+    assert (AUTO, *PROFILES) == SHIPPED_PROFILES
+
+
+def test_everything_is_not_removed_without_a_question(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal; a script is not asked, nor who says --yes or looks only."""
+    monkeypatch.setattr("kvstore.cli.evict.someone_is_there", lambda: True)
+    runner = CliRunner()
+    no = runner.invoke(cli, ["evict", "--all"], input="n\n")
+    assert (no.exit_code, no.stdout, client.asked) == (1, "", {})
+    assert "Remove everything that is stored (5.0 MB in 9 files" in no.stderr
+    assert runner.invoke(cli, ["evict", "--all"], input="y\n").exit_code == 0 and client.asked["all"]
+    for more in (["--all", "--yes"], ["--all", "--dry-run"], ["--idle", "1d"]):
+        assert "Remove everything" not in runner.invoke(cli, ["evict", *more]).stderr
+
+
+def test_config_show_tells_what_differs(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the defaults; and, asked of the daemon, from the configuration here."""
+    assert answer("config", "show", "--changed")["keys"] == {}
+    assert "every key has its default" in invoke("config", "show", "--changed").stderr
+    monkeypatch.setenv("KVSTORE_BUDGET_BYTES", "10GB")
+    assert list(answer("config", "show", "--changed")["keys"]) == ["budget_bytes"]
+    told = {key: str(getattr(Config(), key)) for key in KEYS} | {
+        "log_level": "debug",
+        "free_floor_bytes": "20000000000",
+    }
+    sources = {"log_level": "kvstore set", "free_floor_bytes": "automatic"}
+    client.told = [{"key": key, "value": told[key], "source": sources.get(key, "default")} for key in KEYS]
+    keys = answer("config", "show", "--effective")["keys"]
+    assert list(keys) == list(KEYS) and keys["free_floor_bytes"]["value"] == 20_000_000_000
+    assert keys["free_floor_bytes"]["here"] is None, "it is automatic here, too"
+    changed = answer("config", "show", "--effective", "--changed")["keys"]
+    assert list(changed) == ["budget_bytes", "log_level"]
+    assert changed["log_level"] == {"value": "debug", "source": "kvstore set", "here": "info", "unit": "choice"}
+    assert changed["budget_bytes"]["here"] == 10**10
+    text = invoke("config", "show", "--effective", "--changed").stdout
+    assert re.search(r"log_level +debug +kvstore set +info", text)
+
+
+def test_tables_fold_words_and_neither_ids_nor_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide as COLUMNS says, whatever it is written to; longer where nothing can be folded. No line is padded."""
+    rows = [(ID, "/a/path/" + 40 * "x", "1,234.5 GB", "a few words that may go to the next line " * 3)]
+    for columns in ("80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with CliRunner().isolation() as (out, _, _):
+            common.print_table(("id", "place", "size", "meaning"), rows, numbers="  n")
+            lines = out.getvalue().decode().splitlines()
+        assert all(any(cell in line for line in lines) for cell in rows[0][:3])
+        assert all(line == line.rstrip() for line in lines)
+        assert max(map(len, lines)) <= max(int(columns), len(ID) + 48 + 10 + 3 * common.GAP + 12)
+    monkeypatch.setenv("COLUMNS", "100")
+    with CliRunner().isolation() as (out, _, _):
+        common.print_table(("key", "meaning"), [("k", "word " * 60)])
+        assert 90 < max(map(len, out.getvalue().decode().splitlines())) <= 100
+
+
+def test_counts_of_one_are_singular() -> None:
+    """1 finding."""
+    assert [common.counted(count, "finding") for count in (0, 1, 2000)] == ["0 findings", "1 finding", "2,000 findings"]
+
+
 def test_colours_are_for_terminals_that_want_them() -> None:
     """NO_COLOR, and no colours into a pipe even where a terminal is claimed."""
     assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color").stdout
-    assert "\x1b[3" not in kvstore("config", "show", TERM="xterm-256color", NO_COLOR="1", FORCE_COLOR="1").stdout
+    assert "\x1b" in kvstore("config", "show", TERM="xterm-256color", FORCE_COLOR="1").stdout
+    assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color", NO_COLOR="1", FORCE_COLOR="1").stdout

@@ -34,9 +34,12 @@ def load_float32(model_path: str) -> tuple[Any, Any]:
 
 
 def tokens_of(tokenizer: Any, paths: Sequence[str], text_of: Callable[[Sequence[str]], str]) -> list[int]:
-    """Token ids out of .npy files and of text."""
+    """Token ids out of .npy files and of text. InvalidRequestError for a file that has neither."""
     arrays = [path for path in paths if path.endswith(".npy")]
-    ids = [int(token) for path in arrays for token in np.load(path, allow_pickle=False).reshape(-1)]
+    try:
+        ids = [int(token) for path in arrays for token in np.load(path, allow_pickle=False).reshape(-1)]
+    except (OSError, EOFError, ValueError) as error:
+        raise InvalidRequestError(f"a file of token ids cannot be read: {error}") from error
     texts = [path for path in paths if path not in arrays]
     return ids + (list(tokenizer.encode(text_of(texts))) if texts or not paths else [])
 

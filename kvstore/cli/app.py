@@ -7,6 +7,7 @@ import difflib
 import errno
 import importlib
 import io
+import logging
 import os
 import sys
 from typing import Any, NoReturn
@@ -46,6 +47,7 @@ EXIT_CODES: tuple[tuple[type[errors.KVStoreError], int], ...] = (
     (errors.DirectoryHeldError, EXIT_HELD),
     (errors.UnavailableError, EXIT_UNREACHABLE),
     (errors.DeadlineError, EXIT_UNREACHABLE),
+    (errors.UntrustedError, EXIT_UNREACHABLE),
     (errors.ConfigError, EXIT_USAGE),
     (errors.InvalidRequestError, EXIT_USAGE),
 )
@@ -104,6 +106,7 @@ class Verbs(Suggesting):
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run a command line and exit."""
         kwargs["standalone_mode"] = False
+        logging.getLogger("kvstore").addHandler(logging.NullHandler())  # an error is one line, and is said below
         if sys.stdout is None:
             sys.stdout = ClosedOutput()
         try:
@@ -154,8 +157,8 @@ def _show_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 def cli() -> None:
     """Persistent KV prefix cache store for MLX inference.
 
-    Exit status: 0 done, 1 failure, 2 wrong usage or configuration, 3 the daemon cannot be reached, 4 damage was found,
-    5 another daemon holds the directory.
+    Exit status: 0 done, 1 failure, 2 wrong usage or configuration, 3 the daemon cannot be reached or trusted, 4 damage
+    was found, 5 another daemon holds the directory.
     """
 
 

@@ -15,6 +15,7 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
+    counted,
     namespace_id,
     note,
     print_json,
@@ -61,7 +62,13 @@ def threshold_options(command: F) -> F:
 @click.command("calibrate")
 @click.option("--model", "model_path", metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--adapter-path", metavar="PATH", help="LoRA adapter, as the server is given it.")
-@click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text like yours; may be repeated.")
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    multiple=True,
+    metavar="FILE",
+    help="Text like yours, or token ids as .npy; may be repeated.",
+)
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
 @click.option("--prefixes", type=PREFIXES, default=24, show_default=True, help="Prefixes to measure.")
 @click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
@@ -125,6 +132,7 @@ def _measure(
 ) -> None:
     from mlx_lm.utils import load
 
+    from kvstore.bench.quality import tokens_of
     from kvstore.codecs.profiles import LOSSY
     from kvstore.integrations import mlx_lm as kv
     from kvstore.integrations.calibrate import Calibration, windows
@@ -134,7 +142,7 @@ def _measure(
             client.stats()  # fail now if no daemon answers, not after minutes of measuring
     with kv.loading(model_path, adapter_path):
         model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
-    tokens = tokenizer.encode(text_of(prompt_files))[:TEXT_TOKENS_MAX]
+    tokens = tokens_of(tokenizer, prompt_files, text_of)[:TEXT_TOKENS_MAX]
     calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
     namespace = kv.namespace(model, model_path, adapter_path=adapter_path)
     results = measured(calibration, namespace, list(profiles or LOSSY), windows_asked[0], quiet=as_json)
@@ -218,7 +226,7 @@ def _forget(config: Config, namespace: str, profiles: Sequence[str], as_json: bo
     if as_json:
         print_json({"forgotten": forgotten})
         return
-    say(f"forgot {forgotten} results")
+    say(f"forgot {counted(forgotten, 'result')}")
 
 
 def plain_encode(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -11,8 +11,10 @@ from kvstore.cli.app import EXIT_DAMAGE
 from kvstore.cli.common import (
     ADDRESS,
     absolute_address,
+    checked,
     common_options,
     connected,
+    counted,
     note,
     print_json,
     print_table,
@@ -20,7 +22,7 @@ from kvstore.cli.common import (
     size_text,
 )
 from kvstore.config import Config, keys_home, load_config
-from kvstore.errors import UnavailableError
+from kvstore.errors import DirectoryError, UnavailableError
 
 
 @click.command("check")
@@ -38,7 +40,8 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
         raise click.UsageError("--data-dir checks offline and --address asks a daemon; give one of them")
     if data_dir is not None:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
-    config = load_config({"listen": absolute_address(address), "data_dir": data_dir}, config_path, places=ADDRESS)
+    flags = {"listen": absolute_address(address), "data_dir": data_dir}
+    config = checked(load_config(flags, config_path, places=ADDRESS))
     report = _check(config, repair, online=data_dir is None, offline=address is None and bool(config.address.path))
     if as_json:
         print_json(report)
@@ -48,6 +51,10 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
 
 
 def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict[str, Any]:
+    from kvstore.engine import check_directory, require_store
+    from kvstore.server.masterkey import load_master_key
+
+    away = ""
     if online:
         try:
             with connected(config) as client:
@@ -55,11 +62,13 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
         except UnavailableError:
             if not offline:
                 raise
-        note(f"no daemon at {config.listen}; checking {config.data_dir} offline")
-    from kvstore.engine import check_directory, require_store
-    from kvstore.server.masterkey import load_master_key
-
-    require_store(config.data_dir)
+        away = f"no daemon at {config.listen}"
+    try:
+        require_store(config.data_dir)
+    except DirectoryError as error:
+        raise DirectoryError(f"{away}, and {error}" if away else str(error)) from error
+    if away:
+        note(f"{away}; checking {config.data_dir} offline")
     found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config))
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
@@ -70,8 +79,8 @@ def _print(report: dict[str, Any], repair: bool) -> None:
     findings = report["findings"]
     if findings:
         print_table(("finding", "file", "detail"), [(one["kind"], one["path"], one["detail"]) for one in findings])
-    verdict = "no damage" if not findings else f"{len(findings)} findings"
+    verdict = counted(len(findings), "finding") if findings else "no damage"
     mended = f", {report['repaired']} put right" if repair else ""
-    say(f"{verdict} in {report['blobs']:,} blobs, {size_text(report['bytes'])} read{mended}")
+    say(f"{verdict} in {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])} read{mended}")
     if findings and not repair:
         note("`kvstore check --repair` puts right what can be")

@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.config import Config, load_config, parse_size
+from kvstore.config import SHIPPED_PROFILES, Config, load_config, parse_size
+from kvstore.core.text import counted as counted
 from kvstore.core.text import plain_text
 from kvstore.core.text import size_text as size_text
 from kvstore.core.text import span_text as span_text
-from kvstore.errors import InvalidRequestError, NotFoundError
+from kvstore.errors import ConfigError, InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -32,6 +34,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 SCHEMA_VERSION = 1
 # Columns that a table may use when it is not written to a terminal, which has its own width.
 WIDTH_PIPED = 200
+WIDTH_MAX = 10_000
+GAP = 2
+SHORT = 24  # a cell of so few characters is not folded
 # What errors call the configuration's `listen` where it was given as `--address`.
 ADDRESS = {"listen": "--address"}
 # Digits of an id that tables show; every verb that takes an id takes its leading digits.
@@ -57,7 +62,22 @@ def common_options(command: F) -> F:
 
 def client_config(address: str | None, config_path: str | None) -> Config:
     """The configuration for a verb that talks to the daemon at `address`, or at the configured one."""
-    return load_config({"listen": absolute_address(address)}, config_path, places=ADDRESS)
+    return checked(load_config({"listen": absolute_address(address)}, config_path, places=ADDRESS))
+
+
+def checked(config: Config) -> Config:
+    """The configuration; ConfigError for a profile that no codec knows.
+
+    Codecs import MLX, which a verb does not wait for unless the profile is one that is made of words.
+    """
+    if config.profile not in SHIPPED_PROFILES:
+        from kvstore.codecs.profiles import check_profile
+
+        try:
+            check_profile(config.profile)
+        except ConfigError as error:
+            raise ConfigError(f"profile: {error}, from {config.source('profile')}") from error
+    return config
 
 
 def absolute_address(address: str | None) -> str | None:
@@ -149,14 +169,48 @@ def _print_escaped(text: str) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "", numbers: str = "") -> None:
-    """A table for people on stdout; columns whose letter in `numbers` is `n` are set to the right."""
-    heading = _cell(title) if title else None
-    table = Table(box=None, title=heading, title_justify="left", pad_edge=False, padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if numbers[index : index + 1] == "n" else "left", overflow="fold")
+    """A table for people on stdout; columns whose letter in `numbers` is `n` are set to the right.
+
+    Only cells with several words are folded: an id or a path is there to be copied. Where the rest is wider than the
+    terminal, lines are longer than it.
+    """
+    out = console()
+    is_number = [numbers[index : index + 1] == "n" for index in range(len(columns))]
+    cells = [columns, *([plain_text(cell) for cell in row] for row in rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    least = [
+        max(
+            cell_len(word)
+            for cell in column
+            for word in ([cell] if number or cell_len(cell) <= SHORT else cell.split())
+        )
+        for column, number in zip(zip(*cells, strict=True), is_number, strict=True)
+    ]
+    _fold(widths, least, out.width - GAP * len(columns))
+    table = Table(box=None, title=_cell(title) if title else None, title_justify="left", padding=(0, GAP, 0, 0))
+    for column, width, number in zip(columns, widths, is_number, strict=True):
+        table.add_column(column, justify="right" if number else "left", overflow="fold", width=width)
     for row in rows:
         table.add_row(*map(_cell, row))
-    console().print(table)
+    out.width = max(out.width, sum(widths) + GAP * len(columns))
+    _print_unpadded(out, table)
+
+
+def _fold(widths: list[int], least: Sequence[int], room: int) -> None:
+    """Make columns narrower until all have room: first the one with most to fold, and none below its longest word."""
+    while (over := sum(widths) - room) > 0:
+        slack, index = max((width - low, index) for index, (width, low) in enumerate(zip(widths, least, strict=True)))
+        if slack <= 0:
+            return
+        widths[index] -= min(over, slack)
+
+
+def _print_unpadded(out: Console, table: Table) -> None:
+    """Print a table without the spaces with which rich fills its lines."""
+    with out.capture() as captured:
+        out.print(table)
+    lines = captured.get().splitlines()
+    click.echo("\n".join(re.sub(r" +((?:\x1b\[[0-9;]*m)*)$", r"\1", line) for line in lines), color=True)
 
 
 def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
@@ -165,7 +219,7 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     out = console()
     out.print(_cell(title, "bold"))
     for name, value in facts:
-        out.print(Text.assemble(_cell(f"  {name:<{width}}  ", "dim"), _cell(value)), soft_wrap=True)
+        out.print(Text.assemble(_cell(f"  {name:<{width}}  ", "dim"), _cell(value or "-")), soft_wrap=True)
 
 
 def _cell(text: str, style: str = "") -> Text:
@@ -178,14 +232,29 @@ def say(message: str) -> None:
     click.echo(plain_text(message))
 
 
+def someone_is_there() -> bool:
+    """Whether a person can be asked: a terminal at both ends."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
 def note(message: str) -> None:
     """A line for people beside the answer, on stderr."""
     click.echo(f"kvstore: {plain_text(message)}", err=True)
 
 
 def console() -> Console:
-    """A rich console on today's stdout. It honours NO_COLOR, and colours nothing that is not a terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_PIPED, emoji=False)
+    """A rich console on today's stdout: without any style under NO_COLOR, and where it is no terminal.
+
+    As wide as COLUMNS says, else as the terminal is.
+    """
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isascii() and columns.isdigit() and 0 < int(columns) <= WIDTH_MAX else None
+    return Console(
+        highlight=False,
+        width=width or (None if sys.stdout.isatty() else WIDTH_PIPED),
+        emoji=False,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )
 
 
 def exact_size_text(nbytes: int) -> str:

@@ -9,9 +9,17 @@ from typing import Any
 import click
 
 from kvstore.cli.app import Suggesting
-from kvstore.cli.common import client_config, common_options, exact_size_text, print_json, print_table, say
+from kvstore.cli.common import (
+    client_config,
+    common_options,
+    connected,
+    exact_size_text,
+    note,
+    print_json,
+    print_table,
+    say,
+)
 from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
-from kvstore.errors import ConfigError
 
 
 class _Verbs(Suggesting):
@@ -36,13 +44,18 @@ def command() -> None:
 
 
 @command.command("show")
+@click.option("--effective", is_flag=True, help="Ask the running daemon which values are in force there.")
+@click.option("--changed", is_flag=True, help="Only keys that differ from the default, or from the configuration here.")
 @common_options
-def show(address: str | None, config_path: str | None, as_json: bool) -> None:
+def show(effective: bool, changed: bool, address: str | None, config_path: str | None, as_json: bool) -> None:
     """Show every key, its value, and where that came from: a flag, a variable, the file, or the default."""
     config = client_config(address, config_path)
-    _check_profile(config)
+    if effective:
+        _show_effective(config, changed=changed, as_json=as_json)
+        return
+    shown = {key: field for key, field in KEYS.items() if not changed or _differs(key, getattr(config, key))}
     file = Path(config_path or os.environ.get(ENV_CONFIG) or default_config_path())
-    values = {key: _plain(getattr(config, key)) for key in KEYS}
+    values = {key: _plain(getattr(config, key)) for key in shown}
     if as_json:
         keys = {
             key: {
@@ -51,25 +64,56 @@ def show(address: str | None, config_path: str | None, as_json: bool) -> None:
                 "unit": field.metadata["unit"],
                 "help": field.metadata["help"],
             }
-            for key, field in KEYS.items()
+            for key, field in shown.items()
         }
         print_json({"file": str(file), "file_found": file.exists(), "keys": keys})
         return
     say(f"{file}{'' if file.exists() else ' (no such file)'}")
+    if not shown:
+        note("every key has its default")
+        return
     print_table(
         ("key", "value", "from", "meaning"),
-        [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in KEYS.items()],
+        [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in shown.items()],
     )
 
 
-def _check_profile(config: Config) -> None:
-    """ConfigError for a profile that the codecs do not know. They import MLX, which other verbs do not wait for."""
-    from kvstore.codecs.profiles import check_profile
+def _show_effective(config: Config, *, changed: bool, as_json: bool) -> None:
+    """The keys of the daemon, and how the configuration here differs from them."""
+    with connected(config) as client:
+        found = {one["key"]: one for one in client.settings()["settings"]}
+    rows = {}
+    for key, field in KEYS.items():
+        if key not in found:  # a daemon that is older
+            continue
+        value, here = field.metadata["parse"](found[key]["value"]), getattr(config, key)
+        automatic = found[key]["source"] == "automatic" and not here
+        other = value != here and not automatic
+        if not changed or other or not (automatic or not _differs(key, value)):
+            rows[key] = (_plain(value), found[key]["source"], _plain(here) if other else None)
+    if as_json:
+        keys = {
+            key: {"value": value, "source": source, "here": here, "unit": KEYS[key].metadata["unit"]}
+            for key, (value, source, here) in rows.items()
+        }
+        print_json({"address": config.listen, "keys": keys})
+        return
+    say(f"in force at {config.listen}")
+    if not rows:
+        note("every key has its default, here and there")
+        return
+    columns = ("key", "value", "from", "here")
+    print_table(
+        columns,
+        [
+            (key, _text(key, value), source, "the same" if here is None else _text(key, here))
+            for key, (value, source, here) in rows.items()
+        ],
+    )
 
-    try:
-        check_profile(config.profile)
-    except ConfigError as error:
-        raise ConfigError(f"profile: {error}, from {config.source('profile')}") from error
+
+def _differs(key: str, value: Any) -> bool:
+    return bool(value != getattr(Config(), key))
 
 
 def _plain(value: Any) -> Any:

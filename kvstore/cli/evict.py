@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from kvstore.cli.common import (
@@ -9,13 +11,16 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
+    counted,
     id_option,
     namespace_id,
     print_json,
     say,
     size_option,
     size_text,
+    someone_is_there,
 )
+from kvstore.config import Config
 
 LIST_MAX = 10_000  # what the daemon answers at most
 
@@ -43,6 +48,7 @@ LIST_MAX = 10_000  # what the daemon answers at most
 @click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore ls`.")
 @click.option("--all", "everything", is_flag=True, help="Every block.")
 @click.option("--shred", is_flag=True, help="Drop the key of the encrypted namespace too: no copy can be read again.")
+@click.option("--yes", is_flag=True, help="Do not ask before --all removes everything; a script is never asked.")
 @click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
 @common_options
 def command(
@@ -53,6 +59,7 @@ def command(
     orphans: bool,
     everything: bool,
     shred: bool,
+    yes: bool,
     dry_run: bool,
     address: str | None,
     config_path: str | None,
@@ -68,7 +75,10 @@ def command(
         raise click.UsageError("--shred takes --namespace and no other selection: the key is all or nothing")
     if nbytes == 0:
         raise click.UsageError("--bytes 0 frees nothing")
-    with connected(client_config(address, config_path)) as client:
+    config = client_config(address, config_path)
+    with connected(config) as client:
+        if everything and not (yes or dry_run) and someone_is_there():
+            _confirm(client.stats()["disk"], config)
         prefix = b"" if namespace is None else namespace_id(namespace, client.list(limit=LIST_MAX)["namespaces"])
         report = client.evict(
             namespace_prefix=prefix,
@@ -86,4 +96,10 @@ def command(
     freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
     kept = report.get("kept_bytes", 0)
     later = f"; {size_text(kept)} more when readers let go" if kept else ""
-    say(f"{'would free' if dry_run else 'freed'} {freed} in {report['blocks']} blocks{later}")
+    say(f"{'would free' if dry_run else 'freed'} {freed} in {counted(report['blocks'], 'block')}{later}")
+
+
+def _confirm(disk: dict[str, Any], config: Config) -> None:
+    """Ask on a terminal; click.Abort for any answer but yes."""
+    what = f"{size_text(disk['used_bytes'])} in {counted(disk['blobs'], 'file')}"
+    click.confirm(f"Remove everything that is stored ({what}, at {config.listen})?", abort=True, err=True)

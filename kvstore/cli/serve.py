@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from kvstore.cli.common import ADDRESS, absolute_address, exact_size_text, print_json
+from kvstore.cli.common import ADDRESS, absolute_address, checked, exact_size_text, print_json
 from kvstore.config import KEYS, load_config
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -84,7 +84,7 @@ def command(
     if address is not None and flags["listen"] is not None:
         raise click.UsageError("--address is the same as --listen; give one of them")
     flags["listen"] = absolute_address(flags["listen"] if address is None else address)
-    config = load_config(flags, config_path, places={} if address is None else ADDRESS)
+    config = checked(load_config(flags, config_path, places={} if address is None else ADDRESS))
     if as_json:
         print_json({"pid": os.getpid(), "listen": config.listen, "data_dir": str(config.data_dir)})
         sys.stdout.flush()

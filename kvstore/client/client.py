@@ -211,6 +211,10 @@ class Client:
             reply = send_pack(lambda pieces: admin.Import(pieces, timeout=CHECK_S), pack, tell)
         return {"schema": SCHEMA, **message_to_dict(reply)}
 
+    def settings(self) -> dict[str, Any]:
+        """Every configuration key of the daemon, its value in force, and where that came from."""
+        return self._ask("Settings", pb.SettingsRequest(), QUICK_S)
+
     def record_quality(self, namespace: Namespace, verdict: Verdict) -> dict[str, Any]:
         """Let the daemon keep what a profile costs on a model, and whether it passed; `refused` says why not."""
         request = pb.RecordQualityRequest(

@@ -17,7 +17,7 @@ import grpc
 from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.health import NOT_THERE, Health
 from kvstore.client.notices import WritesNotice
-from kvstore.client.trust import GuardingInterceptor, SocketGuard
+from kvstore.client.trust import GuardingInterceptor, SocketGuard, not_responding
 from kvstore.config import Config
 from kvstore.config.credentials import (
     BEARER,
@@ -145,13 +145,11 @@ def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
     code = getattr(error, "code", lambda: None)()
     if code is grpc.StatusCode.NOT_FOUND:
         return other_protocol(config.address.target)
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return UnansweredError(
-            f"the daemon at {config.address.target} is not responding: it is stopped, or its machine is very busy"
-        )
+    details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED or "timed out" in details:
+        return UnansweredError(not_responding(config.address.target))
     if not is_tls:
         return UnansweredError(f"no daemon answers at {config.address.target}")
-    details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
     if any(word in details.lower() for word in _TLS_WORDS):
         return TLSError(f"no secure connection to {config.address.target}: {details}")
     return UnansweredError(f"no daemon answers at {config.address.target}: {details}")

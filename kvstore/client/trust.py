@@ -39,6 +39,11 @@ COMPLAIN_EVERY_S = 60.0
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
+def not_responding(target: str) -> str:
+    """What to say of a daemon that is there and does not answer, which is something else than none."""
+    return f"the daemon at {target} is not responding: it is stopped, or its machine is very busy"
+
+
 class SocketGuard:
     """Decides for one socket path whether calls may be made. Any thread may call; nothing blocks over `PROBE_S`."""
 
@@ -74,6 +79,8 @@ class SocketGuard:
             try:
                 probe.connect(self._path)
                 uid = peer_uid(probe)
+            except (TimeoutError, BlockingIOError) as error:  # it listens, and takes no connections
+                raise UnavailableError(not_responding(f"unix:{self._path}")) from error
             except OSError as error:
                 raise UnavailableError(f"no daemon answers at unix:{self._path}") from error
         if uid not in (os.geteuid(), 0):

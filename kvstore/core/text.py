@@ -33,6 +33,11 @@ def size_text(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts: "1 block", "2,000 blocks"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def span_text(seconds: int) -> str:
     """A length of time for people, in its largest unit that fits."""
     for unit, length_s in (("d", 86_400), ("h", 3600), ("m", 60)):

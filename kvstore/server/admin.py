@@ -125,6 +125,11 @@ class AdminService(rpc.AdminServicer):
         return pb.SetReply(before=before, value=value)
 
     @unary
+    async def Settings(self, request: pb.SettingsRequest, context: Context) -> pb.SettingsReply:
+        found = await self._threads.admin(self._settings.in_force)
+        return pb.SettingsReply(settings=[pb.Setting(key=key, value=text, source=of) for key, text, of in found])
+
+    @unary
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
         selection = Selection(
             namespace_prefix=request.namespace_prefix,

@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+from kvstore.config import KEYS as CONFIG_KEYS
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.core.log import level_in_force, set_level
 from kvstore.engine import Engine
@@ -15,6 +16,7 @@ from kvstore.errors import ConfigError, InvalidRequestError
 
 log = logging.getLogger(__name__)
 
+SET = "kvstore set"
 KEYS = ("budget_bytes", "free_floor_bytes", "log_level")
 
 
@@ -40,7 +42,8 @@ class Settings:
             raise InvalidRequestError(f"{key or 'nothing'} cannot be set while the daemon runs; {', '.join(KEYS)} can")
         with self._lock:
             try:
-                config = replace(self._config, **{key: value}, sources={})  # type: ignore[arg-type]
+                sources = {**self._config.sources, key: SET}
+                config = replace(self._config, **{key: value}, sources=sources)  # type: ignore[arg-type]
             except ConfigError as error:
                 raise InvalidRequestError(str(error)) from error
             before = self._in_force(key)
@@ -52,6 +55,18 @@ class Settings:
             now = self._in_force(key)
         log.info("%s was set to %s (before: %s), until the daemon stops", key, now, before)
         return before, now
+
+    def in_force(self) -> list[tuple[str, str, str]]:
+        """Every configuration key, its value in force as the configuration writes it, and where that came from."""
+        with self._lock:
+            config = self._config
+            automatic = [key for key in ("budget_bytes", "free_floor_bytes") if not getattr(config, key)]
+            return [
+                (key, self._in_force(key), "automatic")
+                if key in automatic
+                else (key, str(getattr(config, key)), config.source(key))
+                for key in CONFIG_KEYS
+            ]
 
     def _in_force(self, key: str) -> str:
         if key == "log_level":

@@ -139,17 +139,17 @@ def test_an_address_given_by_hand_is_asked(daemon: DaemonProcess, tmp_path: Path
         assert answered(elsewhere, "stats", "--address", address)["disk"]["blobs"] == 3
 
 
-@pytest.mark.parametrize(
-    "verb",
-    [["stats"], ["stats", "--watch"], ["ls"], ["show", "ab"], ["set", "daemon", "log_level=info"], ["evict", "--all"]],
-)
-def test_a_daemon_that_is_not_there_is_exit_3(tmp_path: Path, verb: list[str]) -> None:
-    """With one line on stderr that names the address, and nothing on stdout."""
-    absent = DaemonProcess(tmp_path / "data")
-    for flags in ([], ["--json"]):
-        ended = run_cli([*verb, *flags], absent.environ())
-        assert (ended.returncode, ended.stdout) == (3, "")
-        assert ended.stderr.count("\n") == 1 and absent.listen in ended.stderr
+def test_the_daemon_says_which_settings_are_in_force(daemon: DaemonProcess) -> None:
+    """Its own, and what was set since; automatic ones as numbers, and the configuration here beside them."""
+    keys = answered(daemon, "config", "show", "--effective")["keys"]
+    assert list(keys) == list(KEYS)
+    place = {"value": str(daemon.data_dir), "source": "KVSTORE_DATA_DIR", "here": None, "unit": "path"}
+    assert keys["data_dir"] == place
+    said(daemon, "set", "daemon", "free_floor_bytes=0")
+    floor = answered(daemon, "config", "show", "--effective", "--changed")["keys"]["free_floor_bytes"]
+    assert (floor["source"], floor["here"]) == ("automatic", 1) and floor["value"] >= 20 * 10**9
+    said(daemon, "set", "daemon", "free_floor_bytes=1")
+    assert answered(daemon, "config", "show", "--effective")["keys"]["free_floor_bytes"]["source"] == "kvstore set"
 
 
 @pytest.mark.parametrize(

@@ -440,6 +440,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
                 _registered_method=True)
+        self.Settings = channel.unary_unary(
+                '/kvstore.v1.Admin/Settings',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsReply.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -530,6 +535,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Settings(self, request, context):
+        """Settings tells every configuration key with the value in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -592,6 +604,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Import,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.SerializeToString,
+            ),
+            'Settings': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settings,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -919,6 +936,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Import',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Settings',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsReply.FromString,
             options,
             channel_credentials,
             insecure,
