@@ -22,6 +22,7 @@ VERBS = {
     "serve": ("kvstore.cli.serve", "Run the daemon that owns the store."),
     "run": ("kvstore.cli.run", "Start an inference server with the store plugged in."),
     "stats": ("kvstore.cli.stats", "Counters of the daemon and the state of its disk."),
+    "top": ("kvstore.cli.top", "What the daemon does now, once a second."),
     "ls": ("kvstore.cli.ls", "Stored sequences; namespaces and blocks."),
     "show": ("kvstore.cli.show", "Everything recorded about a namespace or a block."),
     "doctor": ("kvstore.cli.doctor", "Check daemon, disk and limits; say what to fix."),

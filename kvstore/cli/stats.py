@@ -56,7 +56,8 @@ def _watch(ask: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
 
 def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
     """The difference between two Stats replies; without an earlier reply, the current values."""
-    since = before.get("since_start", {})
+    is_same = bool(before) and before["daemon"]["pid"] == stats["daemon"]["pid"]
+    since = before.get("since_start", {}) if is_same else {}
     more = {name: count - since.get(name, 0) for name, count in stats.get("since_start", {}).items()}
     hits = more.get("hits", 0) + more.get("shortened", 0)
     parts = [

@@ -1,0 +1,105 @@
+"""`kvstore top`: what the daemon does now, once a second."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from kvstore.cli.common import client_config, common_options, connected, print_json_line, say
+from kvstore.cli.stats import watch_line
+from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
+
+EVERY_S = 1.0
+Ask = Callable[[], dict[str, Any]]
+
+
+@click.command("top")
+@common_options
+def command(address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Watch hits, savings, traffic, disk, workers and the last requests, once a second, until Ctrl-C.
+
+    Where the output is no terminal, and with --json, it is a line a second. A daemon that goes away is waited for.
+    """
+    config = client_config(address, config_path)
+    # A terminal is left as it was, however this ends.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with connected(config) as client:
+        try:
+            if as_json or not is_screen():
+                watch(client.stats, as_json=as_json)
+            else:
+                draw(client.stats, config.listen)
+        except KeyboardInterrupt:
+            return
+
+
+def is_screen() -> bool:
+    """Whether stdout is a terminal that can be drawn on."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def replies(ask: Ask) -> Iterator[tuple[dict[str, Any], float] | KVStoreError]:
+    """A reply with the seconds since the one before, or why there is none, once a second, for ever.
+
+    What the first one raises is raised: a wrong address would be waited for in vain.
+    """
+    asked_s = time.monotonic()
+    yield ask(), 0.0
+    due_s = asked_s
+    while True:
+        due_s = max(due_s + EVERY_S, time.monotonic())
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        try:
+            before_s, stats = asked_s, ask()
+            asked_s = time.monotonic()
+            yield stats, asked_s - before_s
+        except (UnavailableError, DeadlineError) as error:
+            yield error
+
+
+def watch(ask: Ask, *, as_json: bool) -> None:
+    """A line a second; the first says how the daemon stands."""
+    before: dict[str, Any] = {}
+    for reply in replies(ask):
+        if isinstance(reply, KVStoreError):
+            if as_json:
+                print_json_line({"at_s": time.time(), "error": str(reply)})
+            else:
+                say(f"{time.strftime('%H:%M:%S')}  {reply}; trying again every second")
+        elif as_json:
+            print_json_line({"at_s": time.time(), **reply[0]})
+        else:
+            say(f"{time.strftime('%H:%M:%S')}  {watch_line(before, reply[0])}")
+        before = before if isinstance(reply, KVStoreError) else reply[0]
+        sys.stdout.flush()
+
+
+def draw(ask: Ask, listen: str) -> None:
+    """The screen, drawn anew every second on the terminal's second page, so that what was there comes back."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from kvstore.cli.top_screen import Screen, rates_between
+
+    screen, console = Screen(listen), Console(highlight=False, emoji=False)
+    answers = replies(ask)
+    before: dict[str, Any] = {}
+    first = next(answers)
+    assert not isinstance(first, KVStoreError)
+    screen.show(first[0], rates_between(before, *first))
+    before = first[0]
+    with Live(screen, console=console, screen=True, auto_refresh=False) as live:
+        live.refresh()
+        for reply in answers:
+            if isinstance(reply, KVStoreError):
+                screen.lose(str(reply))
+            else:
+                screen.show(reply[0], rates_between(before, *reply))
+                before = reply[0]
+            live.refresh()
