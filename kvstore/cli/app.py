@@ -25,6 +25,7 @@ VERBS = {
     "top": ("kvstore.cli.top", "What the daemon does now, once a second."),
     "ls": ("kvstore.cli.ls", "Stored sequences; namespaces and blocks."),
     "show": ("kvstore.cli.show", "Everything recorded about a namespace or a block."),
+    "why": ("kvstore.cli.why", "Why a prompt missed: where it parts from what is stored."),
     "doctor": ("kvstore.cli.doctor", "Check daemon, disk and limits; say what to fix."),
     "set": ("kvstore.cli.set", "Change a setting of the running daemon."),
     "evict": ("kvstore.cli.evict", "Remove blocks from the store."),

@@ -183,3 +183,7 @@ def _print_reasons(stats: dict[str, Any]) -> None:
         if reasons:
             ordered = sorted(reasons.items(), key=lambda item: -item[1])
             print_facts(title, [(code, f"{count:,}  {words_of(code)}".rstrip()) for code, count in ordered])
+    for place in stats.get("places", []):
+        named = place["alias"] or place["namespace_id"][:ID_DIGITS]
+        shared = f"{place['prompts']:,} prompts share their first {place['common_tokens']:,} tokens"
+        say(f"{named}: {shared}, then something changes with each: kvstore why --last 3")

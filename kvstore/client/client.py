@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from kvstore.client.breaker import Deadlines
 from kvstore.client.connection import Connection
 from kvstore.config import Config, load_config
-from kvstore.core.blocks import FIDELITY_ANY, Reason
+from kvstore.core.blocks import FIDELITY_ANY, Reason, pack_tokens
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError
@@ -32,6 +32,7 @@ LIST_LIMIT = 1000
 # People wait for these; a daemon that is busy answers late, one that is gone at once.
 CONNECT_S = 2.0
 QUICK_S = 10.0
+WHY_S = 30.0
 EVICT_S = 600.0
 CHECK_S = 24 * 3600.0
 
@@ -133,6 +134,28 @@ class Client:
         """Everything recorded about the blocks whose key starts with `key_prefix`."""
         _check(bool(key_prefix), "a key prefix has at least one byte")
         return self._ask("Show", pb.ShowRequest(key_prefix=key_prefix), QUICK_S)
+
+    def why(
+        self,
+        tokens: Sequence[int] = (),
+        *,
+        last: int = 0,
+        namespace_prefix: bytes = b"",
+        alias: str = "",
+        context: bool = False,
+    ) -> dict[str, Any]:
+        """Why a prompt, or each of the `last` requests, was not restored as a whole; `found` has one row each.
+
+        A namespace is given by the leading bytes of its id or by its alias; else that of the latest request is meant.
+        `context`: more than the 12 tokens before and after the place where the prompt parts from what is stored.
+        """
+        _check(bool(last) != bool(len(tokens)), "why takes the tokens of a prompt, or a number of requests")
+        _check(last >= 0, "a number of requests must not be negative")
+        packed = pack_tokens(tokens) if len(tokens) else b""
+        request = pb.WhyRequest(
+            last=last, tokens=packed, namespace_prefix=namespace_prefix, alias=alias, context=context
+        )
+        return self._ask("Why", request, WHY_S)
 
     def evict(
         self,

@@ -251,32 +251,46 @@ class Lease:
 
 
 class Lost:
-    """Records why blocks were deleted, for the last `limit` keys. Any thread may call."""
+    """Records why blocks were deleted, for the last `limit` keys. Any thread may call.
+
+    Deletions are numbered, so that whoever remembers something of a block can ask whether it was deleted since.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threading.Lock()
-        self._reasons: OrderedDict[bytes, Reason] = OrderedDict()
+        self._gone: OrderedDict[bytes, tuple[Reason, int]] = OrderedDict()
+        self._forgotten = 0  # the number of the latest deletion that is no longer known
+        self.number = 0
 
     def remember(self, rows: Iterable[Row], reason: Reason) -> None:
         """A checkpoint that is gone costs no tokens of its own."""
         with self._lock:
+            self.number += 1
             for row in rows:
                 if not row.is_checkpoint:
-                    self._reasons[row.key] = reason
-                    self._reasons[block_key(row.parent, row.tokens[:HEAD_TOKENS_BYTES])] = reason
-            while len(self._reasons) > self._limit:
-                self._reasons.popitem(last=False)
+                    for key in (row.key, block_key(row.parent, row.tokens[:HEAD_TOKENS_BYTES])):
+                        self._gone[key] = reason, self.number
+                        self._gone.move_to_end(key)
+            while len(self._gone) > self._limit:
+                _, (_, self._forgotten) = self._gone.popitem(last=False)
 
     def forget(self, key: bytes) -> None:
         """It is here again."""
         with self._lock:
-            self._reasons.pop(key, None)
+            self._gone.pop(key, None)
 
     def why(self, key: bytes) -> Reason | None:
         """Why a block is gone, if that is remembered."""
         with self._lock:
-            return self._reasons.get(key)
+            gone = self._gone.get(key)
+        return gone[0] if gone else None
+
+    def any_since(self, keys: Iterable[bytes], number: int) -> bool:
+        """Whether a block of these keys was deleted after the deletion of this number. Yes where that is forgotten."""
+        with self._lock:
+            gone = [self._gone[key][1] for key in keys if key in self._gone]
+            return number < self._forgotten or any(at > number for at in gone)
 
 
 class Tombstones:

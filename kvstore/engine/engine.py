@@ -48,7 +48,7 @@ from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, QualityFiles, claim
 from kvstore.engine.evict import Evictor, EvictReport, Selection
 from kvstore.engine.listing import BlockInfo, EngineStats, StoredSequence, list_blocks, sequences, show, stats
-from kvstore.engine.match import Match, Slice, checkpoint_at
+from kvstore.engine.match import Match, Nearest, Slice, checkpoint_at
 from kvstore.engine.recover import recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
@@ -74,6 +74,7 @@ class Engine:
         self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
         self.transfer = Transfer(shared)
         self._scrub = Scrub(shared, self.recheck)
+        self.nearest = Nearest(shared)
         self._closed = False
 
     @classmethod

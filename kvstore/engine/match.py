@@ -2,18 +2,18 @@
 
 Full blocks are found by key, one lookup each, and their token bytes compared. After the last of them the best child is
 cut (`kvstore.index.children`). For layouts that need a checkpoint, `longest_exact` looks for the longest position that
-has one.
+has one. `Nearest` looks at what is stored instead of the rest of a prompt.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason
-from kvstore.core.keys import Chain, block_key
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
+from kvstore.core.keys import Chain, NamespaceInfo, block_key, root_key
 from kvstore.core.records import template_ids
 from kvstore.core.rules import check_states
 from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES
@@ -21,6 +21,8 @@ from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError
 from kvstore.index.children import best_child
 from kvstore.index.rows import (
+    HEAD_BYTES,
+    NUMBER_BYTES,
     TOKENS_AT,
     Row,
     Taken,
@@ -33,6 +35,8 @@ from kvstore.index.rows import (
 from kvstore.index.transaction import View
 
 _BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
+# Children of a block among which the newest is looked for.
+CHILDREN_MAX = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class Match:
 
     Of an exact match also the checkpoint at its end, if there is one. `diverged`: what is stored goes on after it,
     differently from what was asked for (`Engine.mark_divergence`). The rows are parsed when somebody looks into them,
-    which may raise what `parse_row` does.
+    which may raise what `parse_row` does. `common_tokens`: how many tokens the prompt shares with the nearest stored
+    chain, whether they can be used or not, and `nearest` is the key of the block in which they end.
     """
 
     n_tokens: int
@@ -58,6 +63,8 @@ class Match:
     checkpoint: Row | None = None
     diverged: bool = False
     templates: Templates = field(default_factory=dict, repr=False)
+    common_tokens: int = 0
+    nearest: bytes = b""
 
     @functools.cached_property
     def slices(self) -> tuple[Slice, ...]:
@@ -180,10 +187,10 @@ def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
 
 def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | None, exact: bool) -> Match:
     """See `Engine.match`."""
-    root, tokens = chain.root, chain.tokens
+    root = chain.root
     limit = chain.n_tokens if limit_tokens is None else max(0, min(limit_tokens, chain.n_tokens))
     if limit and root not in shared.namespaces:
-        why = _why(shared, Found((), 0, 0, root, False), tokens, limit)
+        why = _why(shared, Found((), 0, 0, root, False), chain, limit)
         return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
     if shared.is_key_missing(root):
         return Match(0, Reason.KEY_MISSING)
@@ -192,33 +199,39 @@ def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | N
         found = longest_prefix(view, chain, limit, fidelity_min)
         cut = longest_exact(view, chain, found, fidelity_min) if exact and found.n_tokens else None
         templates = view.templates
+    nearest = found.rows[-1][0] if found.rows else b""
     if cut is None:
-        return Match(found.n_tokens, _why(shared, found, tokens, limit), found.rows, templates=templates)
-    return replace(_exact(shared, found, cut, tokens, limit), templates=templates)
+        why = _why(shared, found, chain, limit)
+        return Match(found.n_tokens, why, found.rows, None, False, templates, found.n_tokens, nearest)
+    matched = _exact(shared, found, cut, chain, limit)
+    return replace(matched, templates=templates, common_tokens=found.n_tokens, nearest=nearest)
 
 
-def _exact(shared: Shared, found: Found, cut: Exact, tokens: bytes, limit: int) -> Match:
+def _exact(shared: Shared, found: Found, cut: Exact, chain: Chain, limit: int) -> Match:
     """A match that ends at a checkpoint, or nothing for want of one."""
     end = cut.checkpoint.end if cut.checkpoint else 0
-    reason = Reason.NO_CHECKPOINT if end < found.n_tokens else _why(shared, found, tokens, limit)
+    reason = Reason.NO_CHECKPOINT if end < found.n_tokens else _why(shared, found, chain, limit)
     if reason is Reason.NO_CHECKPOINT and cut.better:
         reason = Reason.FIDELITY
     return Match(end, reason, cut.rows, cut.checkpoint, cut.diverged and end < limit)
 
 
-def _why(shared: Shared, found: Found, tokens: bytes, limit: int) -> Reason:
+def _why(shared: Shared, found: Found, chain: Chain, limit: int) -> Reason:
     """Why a match gives no more."""
     if found.n_tokens >= limit:
         return Reason.OK
     if found.better:
         return Reason.FIDELITY
-    rest = tokens[found.full * TOKEN_BYTES : min(limit, found.full + BLOCK_TOKENS) * TOKEN_BYTES]
-    heads = [rest] if found.n_tokens - found.full >= HEAD_TOKENS else [rest, rest[:HEAD_TOKENS_BYTES]]
-    for head in heads:
-        reason = shared.lost.why(block_key(found.parent, head))
-        if reason is not None:
-            return reason
-    return Reason.UNKNOWN_PREFIX
+    return gone_reason(shared, chain, found.n_tokens, limit) or Reason.UNKNOWN_PREFIX
+
+
+def gone_reason(shared: Shared, chain: Chain, n_tokens: int, limit: int) -> Reason | None:
+    """Why what a prompt had after its first `n_tokens`, which are stored, is gone; None if that is not remembered."""
+    full = n_tokens // BLOCK_TOKENS
+    rest = chain.tokens[full * _BLOCK_BYTES : min(limit, (full + 1) * BLOCK_TOKENS) * TOKEN_BYTES]
+    heads = [rest] if n_tokens - full * BLOCK_TOKENS >= HEAD_TOKENS else [rest, rest[:HEAD_TOKENS_BYTES]]
+    reasons = (shared.lost.why(block_key(chain.parent(full), head)) for head in heads)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def templates(match: Match) -> dict[bytes, bytes]:
@@ -243,3 +256,112 @@ def first_unusable(shared: Shared, slices: Sequence[Slice]) -> int | None:
             except CorruptDataError:
                 return number
     return None
+
+
+class Nearest:
+    """Looks at what is stored next to a prompt, to explain a miss: where they part, and what stands there instead.
+
+    Nothing here counts as a use, takes a lease or reads a blob. Any thread may call; one read transaction each.
+    """
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+
+    def common_tokens(self, chain: Chain, limit_tokens: int) -> int:
+        """How many of the first `limit_tokens` of a prompt are stored, at any fidelity."""
+        with self._shared.index.view() as view:
+            return longest_prefix(view, chain, limit_tokens, 0).n_tokens
+
+    def after(self, root: bytes, key: bytes, n_tokens: int, limit_tokens: int) -> bytes:
+        """Tokens of the stored chain after its first `n_tokens`, which end in block `key`; of none: after the root.
+
+        Empty at the end of the chain, and when the block is gone. Where several chains go on, the newest.
+        """
+        with self._shared.index.view() as view:
+            if not key:
+                return _descend(view, root, b"", limit_tokens)
+            row = view.row(key)
+            if row is None:
+                return b""
+            rest = row.tokens[(n_tokens - row.start) * TOKEN_BYTES :]
+            return _descend(view, key if row.n_tokens == BLOCK_TOKENS else b"", rest, limit_tokens)
+
+    def upto(self, key: bytes, n_tokens: int) -> bytes:
+        """The first `n_tokens` of the chain that block `key` belongs to; empty when any of it is gone."""
+        pieces: list[bytes] = []
+        with self._shared.index.view() as view:
+            row = view.row(key)
+            while row is not None:
+                pieces.append(row.tokens)
+                if not row.start:
+                    return b"".join(reversed(pieces))[: n_tokens * TOKEN_BYTES]
+                row = view.row(row.parent)
+        return b""
+
+    def follow(self, root: bytes, parent: bytes, head: bytes, limit_tokens: int) -> bytes:
+        """Tokens of the stored chain that goes on with `head` after block `parent`, after it; empty without one."""
+        with self._shared.index.view() as view:
+            block, rest = head[: BLOCK_TOKENS * TOKEN_BYTES], head[BLOCK_TOKENS * TOKEN_BYTES :]
+            row, take, _ = best_child(view, root, parent, block, 0)
+            if row is None or take < count_tokens(block):
+                return b""
+            after = _descend(view, row.key if row.n_tokens == BLOCK_TOKENS else b"", row.tokens[len(block) :], 1 << 10)
+            return after[len(rest) :][: limit_tokens * TOKEN_BYTES] if after.startswith(rest) else b""
+
+    # -- what was deleted meanwhile ---------------------------------------------------------------------------------
+
+    @property
+    def since(self) -> tuple[int, int]:
+        """The numbers of the last eviction of a namespace and of the last deletion of blocks."""
+        return self._shared.evictions.number, self._shared.lost.number
+
+    def is_gone(self, root: bytes, keys: Iterable[bytes], since: tuple[int, int]) -> bool:
+        """Whether a namespace, or one of the blocks with these keys or heads, was deleted after `since`."""
+        with self._shared.lock:
+            evicted = self._shared.evictions.covers(root, since[0])
+        return evicted or self._shared.lost.any_since(keys, since[1])
+
+    def head_key(self, parent: bytes, tokens: bytes) -> bytes:
+        """The key under which the deletion of any block that begins so after `parent` is remembered."""
+        return block_key(parent, tokens[:HEAD_TOKENS_BYTES])
+
+    # -- namespaces -------------------------------------------------------------------------------------------------
+
+    def namespaces(self, count: int, *, readable: bool) -> list[NamespaceInfo]:
+        """Up to `count` namespaces that are neither encrypted nor a tenant's, or that are, the last named first."""
+        shared = self._shared
+        with shared.lock:
+            used = [(space.used_s, root) for root, space in shared.index.spaces.items()]
+            infos = [shared.namespaces[root] for _, root in sorted(used, reverse=True) if root in shared.namespaces]
+        return list(itertools.islice((info for info in infos if self.is_readable(info) is readable), count))
+
+    def is_encrypted(self, root: bytes) -> bool:
+        """Whether a namespace is encrypted."""
+        return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
+
+    def is_readable(self, info: NamespaceInfo) -> bool:
+        """Whether the tokens of a namespace may be shown to an admin: not a tenant's, nor what is encrypted."""
+        return not (is_salted(info) or self.is_encrypted(info.root))
+
+
+def is_salted(info: NamespaceInfo) -> bool:
+    """Whether a namespace belongs to a tenant with a salt, which is in its root alone."""
+    return info.root != root_key(info.weights, info.adapter, info.layout.digest, info.dtype, info.engine, b"")
+
+
+def _descend(view: View, parent: bytes, rest: bytes, limit_tokens: int) -> bytes:
+    """`rest`, then the tokens of the newest chain after block `parent`, `limit_tokens` of them in all."""
+    while parent and count_tokens(rest) < limit_tokens:
+        row = _newest(view, parent)
+        if row is None:
+            break
+        rest += row.tokens
+        parent = row.key if row.n_tokens == BLOCK_TOKENS else b""
+    return rest[: limit_tokens * TOKEN_BYTES]
+
+
+def _newest(view: View, parent: bytes) -> Row | None:
+    """The newest block after `parent`, by the number at the end of its entry: no other row is parsed."""
+    entries = itertools.islice(view.entries(parent + bytes(1 + HEAD_BYTES)), CHILDREN_MAX)
+    newest = max(((entry[-NUMBER_BYTES:], key) for entry, key in entries), default=None)
+    return None if newest is None else view.row(newest[1])

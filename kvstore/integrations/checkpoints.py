@@ -26,15 +26,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
 from mlx_lm.server import ResponseGenerator
 
 from kvstore.integrations.images import before_image
 from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.prompts import common_length, render
 
-# What a chat template may raise over messages that are not a whole conversation.
-_TEMPLATE_ERRORS = (TemplateError, AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 # The server also keeps the cache before the prompt's last token. With a kept end this close before it that is one
 # checkpoint too many: for a large hybrid model each has some 70 MB.
 NEAR_TOKENS = 64
@@ -59,23 +57,14 @@ def message_ends(tokenizer: Any, messages: Sequence[Message], prompt: list[int],
 
     Empty if the template does not show them.
     """
-    render = functools.partial(_render, tokenizer, options)
-    whole = render(messages, True)
-    ends = {_system_end(tokenizer, messages, prompt, whole, render): "system"}
+    rendered = functools.partial(render, tokenizer, options)
+    whole = rendered(messages, True)
+    ends = {_system_end(tokenizer, messages, prompt, whole, rendered): "system"}
     for count in _counts(messages):
-        text = render(messages[:count], False)
+        text = rendered(messages[:count], False)
         if text and whole.startswith(text):
             ends[_find(tokenizer, whole, len(text), prompt)] = "user"
     return {end: ends[end] for end in sorted(ends) if 0 < end < len(prompt)}
-
-
-def _render(tokenizer: Any, options: dict[str, Any], messages: Sequence[Message], generate: bool) -> str:
-    """Apply the chat template to some of the messages; an empty string if the template rejects them."""
-    try:
-        settings = {**options, "tokenize": False, "add_generation_prompt": generate}
-        return str(tokenizer.apply_chat_template(list(messages), **settings))
-    except _TEMPLATE_ERRORS:
-        return ""
 
 
 def _counts(messages: Sequence[Message]) -> set[int]:
@@ -100,22 +89,16 @@ def _find(tokenizer: Any, text: str, cut: int, prompt: list[int]) -> int:
 
 
 def _system_end(
-    tokenizer: Any, messages: Sequence[Message], prompt: list[int], whole: str, render: Callable[..., str]
+    tokenizer: Any, messages: Sequence[Message], prompt: list[int], whole: str, rendered: Callable[..., str]
 ) -> int:
     """Token position at which the system prompt ends: the part of the prompt that a different first message leaves
     unchanged. The server finds it in the same way."""
     count = next((i for i, m in enumerate(messages) if m.get("role") != "system"), len(messages))
     if not count:
         return 0
-    other = render([*messages[:count], {"role": "user", "content": ""}], False)
-    head = tokenizer.encode(whole[: _common(other, whole)], add_special_tokens=False)
-    return _common(head, prompt)
-
-
-def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The length of the longest common prefix."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    other = rendered([*messages[:count], {"role": "user", "content": ""}], False)
+    head = tokenizer.encode(whole[: common_length(other, whole)], add_special_tokens=False)
+    return common_length(head, prompt)
 
 
 def merge(

@@ -10,6 +10,7 @@ from kvstore import __version__
 from kvstore.core.text import size_text
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
+from kvstore.server.explain import Explainer, place_message
 from kvstore.server.history import History
 from kvstore.server.importer import Importer
 from kvstore.server.requests import Requests
@@ -39,6 +40,7 @@ class AdminService(rpc.AdminServicer):
         counters: Counters,
         requests: Requests,
         history: History,
+        explainer: Explainer,
         settings: Settings,
         state: Callable[[], str],
         device: Callable[[], str],
@@ -50,6 +52,7 @@ class AdminService(rpc.AdminServicer):
         self._counters = counters
         self._requests = requests
         self._history = history
+        self._explainer = explainer
         self._settings = settings
         self.refusals = counters.refusals
         self._state = state
@@ -65,7 +68,7 @@ class AdminService(rpc.AdminServicer):
         return await self._threads.admin(self._stats, self._load())
 
     def _stats(self, load: pb.LoadStats) -> pb.StatsReply:
-        return self._counters.reply(
+        reply = self._counters.reply(
             self._engine,
             load,
             version=__version__,
@@ -77,6 +80,8 @@ class AdminService(rpc.AdminServicer):
             profile=self._store.gate.default_profile,
             data_dir=str(self._settings.data_dir),
         )
+        reply.places.extend(map(place_message, self._explainer.why.places.reported()))
+        return reply
 
     @unary
     async def History(self, request: pb.HistoryRequest, context: Context) -> pb.HistoryReply:
@@ -117,6 +122,10 @@ class AdminService(rpc.AdminServicer):
         return pb.ShowReply(blocks=map(block_message, self._engine.show(key_prefix)[:SHOW_MAX]))
 
     @unary
+    async def Why(self, request: pb.WhyRequest, context: Context) -> pb.WhyReply:
+        return await self._threads.admin(self._explainer.reply, request)
+
+    @unary
     async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:
         if request.namespace_prefix:
             raise InvalidRequestError("a namespace has no settings of its own; say: kvstore set daemon KEY=VALUE")
@@ -152,6 +161,7 @@ class AdminService(rpc.AdminServicer):
             return self._engine.evict(selection, dry_run)
         finally:
             self._store.end_evicted()
+            self._explainer.why.forget()
 
     @unary
     async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:

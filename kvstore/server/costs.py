@@ -315,7 +315,8 @@ def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Wor
     if best == match.n_tokens:
         return match
     kept = sum(1 for end, piece, _ in _candidates(match, layout) if piece is not None and end <= best)
-    return Match(best, Reason.SLOWER_THAN_PREFILL, match.rows[:kept], templates=match.templates)
+    rows, reason = match.rows[:kept], Reason.SLOWER_THAN_PREFILL
+    return replace(match, n_tokens=best, reason=reason, rows=rows, checkpoint=None, diverged=False)
 
 
 def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, Slice | None, Work]]:

@@ -38,8 +38,9 @@ from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.metrics.exposition import require_prometheus
 from kvstore.server.admin import AdminService
 from kvstore.server.authorize import daemon_credentials, guards, keep_up, tls_credentials
-from kvstore.server.call_limits import Admission
+from kvstore.server.call_limits import Admission, connection_options
 from kvstore.server.callers import Sockets
+from kvstore.server.explain import Explainer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.lifetime import Lifetime
@@ -55,7 +56,7 @@ from kvstore.server.stores import Stores
 from kvstore.server.threads import Threads
 from kvstore.server.upkeep import Upkeep
 from kvstore.server.upload_socket import UploadSocket
-from kvstore.wire.convert import channel_options
+from kvstore.server.why import Why
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.handshake import health_service
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -73,9 +74,6 @@ GRPC_LOGGER, BATCH_FAILED = "grpc._cython.cygrpc", 'Failed "execute_batch"'
 # Of malloc.h: from what size on memory comes straight from the system, and how much of what is freed is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
-# A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
-HANDSHAKE_MS = 10_000
-IDLE_MS = 300_000
 
 
 class Daemon:
@@ -127,16 +125,17 @@ class Daemon:
         fetch = FetchPath(engine, lane, config)
         layers = LayerFrames(engine, lane, buffers)
         counters, requests = Counters(), Requests(lifetime.traffic)
-        stores = Stores(store, threads, counters, requests, config)
+        why = Why(engine.nearest, keeps=config.encrypt != "all")
+        stores = Stores(store, threads, counters, requests, why, config)
         same_host = bool(config.address.path)
         service = KVStoreService(
-            engine, store, stores, fetch, layers, buffers, threads, counters, requests, config, same_host=same_host
+            engine, store, stores, fetch, layers, buffers, threads, counters, requests, why, config, same_host=same_host
         )
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
-
         load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
         settings = Settings(engine, config)
+        explainer = Explainer(engine, fetch, why)
         admin = AdminService(
             engine,
             store,
@@ -144,6 +143,7 @@ class Daemon:
             counters,
             requests,
             lifetime.history,
+            explainer,
             settings,
             lambda: self._state,
             device.name,
@@ -171,7 +171,7 @@ class Daemon:
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
-        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, counters, lifetime)
+        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, counters, why, lifetime)
         tasks = [
             asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
@@ -292,17 +292,6 @@ def settle_limits(engine: Engine, config: Config) -> None:
 def keep_lifetime(config: Config) -> Lifetime:
     """The counters that outlive a daemon."""
     return Lifetime(config.data_dir / "settings", sync=config.durability != "none")
-
-
-def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:
-    """gRPC's own limits on messages, on connections to each address and on the calls of each connection."""
-    return [
-        *channel_options(config.limits.message_bytes_max),
-        ("grpc.max_concurrent_streams", config.limits.connection_calls_max),
-        ("grpc.max_allowed_incoming_connections", connections_max),
-        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-        ("grpc.max_connection_idle_ms", IDLE_MS),
-    ]
 
 
 def socket_paths(config: Config) -> list[Path]:

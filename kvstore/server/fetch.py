@@ -113,13 +113,14 @@ class FetchPath:
         while (found := unusable(match)) is not None:
             start, reason = found
             shorter = self._engine.match(chain, fidelity_min, start, exact=exact)
-            match = replace(shorter, reason=reason)
+            match = replace(shorter, reason=reason, common_tokens=match.common_tokens, nearest=match.nearest)
         if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
             cost_s = functools.partial(self.costs.seconds, root, offer.way)
             match = worthwhile(match, namespace.layout, offer, cost_s)
         short = 0 < match.n_tokens < self._config.limits.min_prefix_tokens
         if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
-            return Match(0, Reason.BELOW_THRESHOLD)
+            reason = Reason.BELOW_THRESHOLD
+            return Match(0, reason, common_tokens=match.common_tokens, nearest=match.nearest)
         return match
 
     def plan(self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = "") -> FetchPlan:

@@ -12,7 +12,9 @@ from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
+from kvstore.core.log import ALIAS_CHARACTERS_MAX
 from kvstore.core.records import runs_to_record
+from kvstore.core.text import plain_text
 from kvstore.engine import Engine, Row
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.server.callers import caller_name, caller_pid
@@ -27,6 +29,7 @@ from kvstore.server.stores import Stores
 from kvstore.server.stream_in import StreamIn
 from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
+from kvstore.server.why import Identity, Why
 from kvstore.wire import convert
 from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -52,6 +55,7 @@ class KVStoreService(rpc.KVStoreServicer):
         threads: Threads,
         counters: Counters,
         requests: Requests,
+        why: Why,
         config: Config,
         *,
         same_host: bool,
@@ -65,6 +69,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._threads = threads
         self._counters = counters
         self._requests = requests
+        self._why = why
         self.refusals = counters.refusals
         self._config = config
         self._same_host = same_host
@@ -74,21 +79,23 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         asked = asked_by(request, context)
-        reply = await self._threads.read(self._match, request)
+        reply = await self._threads.read(self._match, request, asked)
         self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
         return reply
 
-    def _match(self, request: pb.MatchRequest) -> pb.MatchReply:
+    def _match(self, request: pb.MatchRequest, asked: Asked) -> pb.MatchReply:
         root = convert.root_from_message(request.namespace)
         offer = offer_of(request, self._way(request.namespace, root, pb.TRANSPORT_PATH, dense=False))
-        match = self._fetch.match(Chain(root, request.tokens), request.fidelity_min, offer)
+        chain = Chain(root, request.tokens)
+        match = self._fetch.match(chain, request.fidelity_min, offer)
+        self._why.note(asked, chain, match, identity_of(request.namespace))
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @unary
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
         self._counters.add("fetch")
         asked = asked_by(request, context)
-        plan, way, message = await self._planned(request, asked.who.caller)
+        plan, way, message = await self._planned(request, asked)
         complete = False
         try:
             self._counters.add("tokens_served", plan.match.n_tokens)
@@ -116,8 +123,8 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
-    async def _planned(self, request: pb.FetchRequest, caller: str) -> tuple[FetchPlan, Way, pb.FetchReply]:
-        planning = asyncio.ensure_future(self._threads.read(self._plan, request, caller))
+    async def _planned(self, request: pb.FetchRequest, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
+        planning = asyncio.ensure_future(self._threads.read(self._plan, request, asked))
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
@@ -125,12 +132,14 @@ class KVStoreService(rpc.KVStoreServicer):
             planning.add_done_callback(self._release_plan)
             raise
 
-    def _plan(self, request: pb.FetchRequest, caller: str) -> tuple[FetchPlan, Way, pb.FetchReply]:
+    def _plan(self, request: pb.FetchRequest, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
         """A plan, how its bytes will go, and the message that says so."""
         root = convert.root_from_message(request.namespace)
         dense = request.representation == pb.REPRESENTATION_DENSE
         way = self._way(request.namespace, root, request.transport, dense=dense)
-        plan = self._fetch.plan(Chain(root, request.tokens), request.fidelity_min, offer_of(request, way), caller)
+        chain, offer = Chain(root, request.tokens), offer_of(request, way)
+        plan = self._fetch.plan(chain, request.fidelity_min, offer, asked.who.caller)
+        self._why.note(asked, chain, plan.match, identity_of(request.namespace))
         if plan.namespace is None:
             return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
         try:
@@ -230,9 +239,11 @@ class KVStoreService(rpc.KVStoreServicer):
 
     def _begin(self, request: pb.BeginStoreRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
-        plan = self._store.begin(store_request(request, caller))
+        wanted = store_request(request, caller)
+        plan = self._store.begin(wanted)
         upload = plan.upload
         if upload is None:
+            self._stores.note(wanted.chain, plan.held_tokens, 0, plan.reason, wanted.isolated)
             return plan, pb.BeginStoreReply(
                 reason=plan.reason,
                 held_tokens=plan.held_tokens,
@@ -329,6 +340,13 @@ def asked_by(request: Any, context: Context, profile: str = "") -> Asked:
     covered = getattr(request, "covered_tokens", 0)
     speed = getattr(request, "prefill_tokens_per_s", 0.0)
     return Asked(who, plain_id(request.request_id), n_tokens, min(covered, n_tokens), speed)
+
+
+def identity_of(message: pb.Namespace) -> Identity:
+    """The identity that a request names, without its salt."""
+    alias = plain_text(message.alias, ALIAS_CHARACTERS_MAX)
+    digests = (message.weights, message.adapter, message.layout_digest)
+    return Identity(*digests, message.dtype, message.engine, bool(message.salt), alias)
 
 
 def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:

@@ -10,12 +10,15 @@ from typing import Any
 
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
+from kvstore.core.keys import Chain
+from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
 from kvstore.server.requests import Requests
 from kvstore.server.stats import Counters
 from kvstore.server.store import StoreOutcome, StorePath
 from kvstore.server.threads import Threads
 from kvstore.server.uploads import Upload
+from kvstore.server.why import StoreEnd, Why
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +30,13 @@ class Stores:
     """Starts, commits and ends what `StorePath` carries out. All methods run on the event loop."""
 
     def __init__(
-        self, store: StorePath, threads: Threads, counters: Counters, requests: Requests, config: Config
+        self, store: StorePath, threads: Threads, counters: Counters, requests: Requests, why: Why, config: Config
     ) -> None:
         self._store = store
         self._threads = threads
         self._counters = counters
         self._requests = requests
+        self._why = why
         self._config = config
         self._running: dict[str, asyncio.Task[StoreOutcome]] = {}  # by upload_id
         self._commits: set[asyncio.Task[Any]] = set()
@@ -119,3 +123,9 @@ class Stores:
     def _told(self, upload: Upload, stored_tokens: int, new_bytes: int, reason: Reason) -> None:
         self._counters.stored(reason)
         self._requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
+        private = upload.encryption is not None or is_salted(upload.namespace)
+        self._threads.release.post(self.note, upload.chain, stored_tokens, new_bytes, reason, private)
+
+    def note(self, chain: Chain, stored_tokens: int, new_bytes: int, reason: Reason, private: bool) -> None:
+        """Remember what became of a store, for `kvstore why`. Not on the loop: it hashes."""
+        self._why.stored(chain, StoreEnd(chain.n_tokens, stored_tokens, new_bytes, reason), private=private)

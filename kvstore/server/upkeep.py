@@ -13,6 +13,7 @@ from kvstore.server.requests import Requests
 from kvstore.server.stats import Counters
 from kvstore.server.traffic import Snapshot
 from kvstore.server.uploads import Upload, Uploads
+from kvstore.server.why import Why
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
 DISPLACED_MAX = 3
@@ -30,6 +31,7 @@ class Upkeep:
         config: Config,
         requests: Requests,
         counters: Counters,
+        why: Why,
         lifetime: Lifetime,
     ) -> None:
         self._engine = engine
@@ -38,6 +40,7 @@ class Upkeep:
         self._config = config
         self._requests = requests
         self._counters = counters
+        self._why = why
         self._lifetime = lifetime
         self._displaced = 0
 
@@ -51,6 +54,7 @@ class Upkeep:
         self._sockets.look()
         self._engine.maintain()
         self._requests.settle()
+        self._why.forget()
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
         if not self._displaced:
             self._lifetime.keep(self._moment)

@@ -45,8 +45,8 @@ SMALL = {
 }
 IDLE = """
 from kvstore.config import load_config
-from kvstore.server import daemon
-daemon.IDLE_MS = 1000
+from kvstore.server import call_limits, daemon
+call_limits.IDLE_MS = 1000
 daemon.serve(load_config(), create=True)
 """
 

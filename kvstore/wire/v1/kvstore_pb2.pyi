@@ -304,7 +304,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "labelled", "recent", "fetch_s", "idle_s", "reuse_s")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -357,6 +357,7 @@ class StatsReply(_message.Message):
     LIFETIME_SINCE_S_FIELD_NUMBER: _ClassVar[int]
     SHORTENED_REASONS_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
     LABELLED_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
@@ -379,12 +380,25 @@ class StatsReply(_message.Message):
     lifetime_since_s: int
     shortened_reasons: _containers.ScalarMap[str, int]
     sessions: _containers.RepeatedCompositeFieldContainer[SessionStats]
+    places: _containers.RepeatedCompositeFieldContainer[Place]
     labelled: _containers.RepeatedCompositeFieldContainer[NamespaceTraffic]
     recent: _containers.RepeatedCompositeFieldContainer[Request]
     fetch_s: Histogram
     idle_s: Histogram
     reuse_s: Histogram
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+
+class Place(_message.Message):
+    __slots__ = ("namespace_id", "alias", "common_tokens", "prompts")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    COMMON_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    alias: str
+    common_tokens: int
+    prompts: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., common_tokens: _Optional[int] = ..., prompts: _Optional[int] = ...) -> None: ...
 
 class Traffic(_message.Message):
     __slots__ = ("hits", "shortened", "misses", "in_memory", "prompt_tokens", "hit_tokens", "saved_s", "stores", "stored_tokens", "written_bytes", "reused_bytes")
@@ -921,6 +935,90 @@ class Setting(_message.Message):
     value: str
     source: str
     def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+
+class WhyRequest(_message.Message):
+    __slots__ = ("last", "tokens", "namespace_prefix", "alias", "context")
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    tokens: bytes
+    namespace_prefix: bytes
+    alias: str
+    context: bool
+    def __init__(self, last: _Optional[int] = ..., tokens: _Optional[bytes] = ..., namespace_prefix: _Optional[bytes] = ..., alias: _Optional[str] = ..., context: bool = ...) -> None: ...
+
+class WhyReply(_message.Message):
+    __slots__ = ("found", "not_kept")
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    NOT_KEPT_FIELD_NUMBER: _ClassVar[int]
+    found: _containers.RepeatedCompositeFieldContainer[Explanation]
+    not_kept: int
+    def __init__(self, found: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., not_kept: _Optional[int] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("at_ms", "request_id", "pid", "namespace_id", "alias", "prompt_tokens", "given_tokens", "common_tokens", "reason", "cause", "identity_field", "other_namespace_id", "other_alias", "other_tokens", "unstored_reason", "before", "asked", "stored", "nearest_key", "store", "prefix", "asked_more", "stored_more")
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMMON_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CAUSE_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_FIELD_NUMBER: _ClassVar[int]
+    OTHER_NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    OTHER_ALIAS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    UNSTORED_REASON_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    NEAREST_KEY_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    ASKED_MORE_FIELD_NUMBER: _ClassVar[int]
+    STORED_MORE_FIELD_NUMBER: _ClassVar[int]
+    at_ms: int
+    request_id: str
+    pid: int
+    namespace_id: bytes
+    alias: str
+    prompt_tokens: int
+    given_tokens: int
+    common_tokens: int
+    reason: str
+    cause: str
+    identity_field: str
+    other_namespace_id: bytes
+    other_alias: str
+    other_tokens: int
+    unstored_reason: str
+    before: bytes
+    asked: bytes
+    stored: bytes
+    nearest_key: bytes
+    store: StoreResult
+    prefix: bytes
+    asked_more: bytes
+    stored_more: bytes
+    def __init__(self, at_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., pid: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., given_tokens: _Optional[int] = ..., common_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., cause: _Optional[str] = ..., identity_field: _Optional[str] = ..., other_namespace_id: _Optional[bytes] = ..., other_alias: _Optional[str] = ..., other_tokens: _Optional[int] = ..., unstored_reason: _Optional[str] = ..., before: _Optional[bytes] = ..., asked: _Optional[bytes] = ..., stored: _Optional[bytes] = ..., nearest_key: _Optional[bytes] = ..., store: _Optional[_Union[StoreResult, _Mapping]] = ..., prefix: _Optional[bytes] = ..., asked_more: _Optional[bytes] = ..., stored_more: _Optional[bytes] = ...) -> None: ...
+
+class StoreResult(_message.Message):
+    __slots__ = ("offered_tokens", "stored_tokens", "new_bytes", "reason")
+    OFFERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    offered_tokens: int
+    stored_tokens: int
+    new_bytes: int
+    reason: str
+    def __init__(self, offered_tokens: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SetRequest(_message.Message):
     __slots__ = ("namespace_prefix", "key", "value")

@@ -425,6 +425,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
                 _registered_method=True)
+        self.Why = channel.unary_unary(
+                '/kvstore.v1.Admin/Why',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.FromString,
+                _registered_method=True)
         self.Set = channel.unary_unary(
                 '/kvstore.v1.Admin/Set',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
@@ -514,6 +519,13 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Why(self, request, context):
+        """Why explains the latest requests, or a prompt: what it shares with the nearest stored chain, and why not more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Set(self, request, context):
         """Set changes a setting of the running daemon, until it stops.
         """
@@ -589,6 +601,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.ForgetQuality,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.SerializeToString,
+            ),
+            'Why': grpc.unary_unary_rpc_method_handler(
+                    servicer.Why,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.SerializeToString,
             ),
             'Set': grpc.unary_unary_rpc_method_handler(
                     servicer.Set,
@@ -855,6 +872,33 @@ class Admin(object):
             '/kvstore.v1.Admin/ForgetQuality',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ForgetQualityReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Why(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Why',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.FromString,
             options,
             channel_credentials,
             insecure,
