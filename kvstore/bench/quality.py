@@ -1,4 +1,4 @@
-"""The model for `kvstore bench quality`: in float32, optionally with outlier key channels that are hard to quantize."""
+"""The model for `kvstore bench quality`: in float32, optionally with outlier channels that are hard to quantize."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model, load
 
@@ -16,8 +17,8 @@ from kvstore.integrations.mlx_lm import loading
 # What caches did before: per token, groups of 64 values, keys and values alike.
 AFFINE = ("affine8", "affine6", "affine4", "affine3")
 
-# Artificial outlier channels: RoPE pairs (i, i + width / 2) of every key head, and the factor for their keys. Queries
-# are multiplied by the inverse, so that the model's output stays the same.
+# Artificial outlier channels and their factors: RoPE pairs (i, i + width / 2) of every key head, channels i of every
+# value head. What reads them is multiplied by the inverse, so that the model's output stays the same.
 OUTLIERS = {1: 8.0, 9: 32.0, 20: 16.0, 30: 8.0}
 
 
@@ -44,28 +45,51 @@ def tokens_of(tokenizer: Any, paths: Sequence[str], text_of: Callable[[Sequence[
     return ids + (list(tokenizer.encode(text_of(texts))) if texts or not paths else [])
 
 
-def harden(model: Any) -> None:
+def _attentions(model: Any, *projections: str) -> list[Any]:
+    """The attention of each layer. InvalidRequestError for a model whose attention has no such projections."""
+    found = [getattr(layer, "self_attn", None) for layer in model.layers]
+    if not all(hasattr(one, name) for one in found for name in (*projections, "n_heads", "n_kv_heads")):
+        raise InvalidRequestError(f"outlier channels need attention with {', '.join(projections)}")
+    return found
+
+
+def harden_keys(model: Any) -> None:
     """Scale a few channels of all keys by powers of two, and of the queries that read them by the inverse.
 
     The function of the model is unchanged, bit for bit but for overflow: its keys get the outlier channels that large
     models have. InvalidRequestError for a model that does not rotate halves of heads of 64 and more.
     """
-    for layer in model.layers:
-        attention: Any = getattr(layer, "self_attn", None)
-        if not all(hasattr(attention, name) for name in ("q_proj", "k_proj", "rope", "n_heads", "n_kv_heads")):
-            raise InvalidRequestError("hard keys need attention with q_proj, k_proj and rotary positions")
+    for attention in _attentions(model, "q_proj", "k_proj", "rope"):
         width = attention.k_proj.weight.shape[0] // attention.n_kv_heads
         if attention.rope.traditional or width < 2 * (max(OUTLIERS) + 1):
             raise InvalidRequestError("hard keys need heads of 64 or more that are rotated by halves")
         scale = np.ones(width, np.float32)
         for pair, factor in OUTLIERS.items():
             scale[[pair, pair + width // 2]] = factor
-        for projection, factors in (
-            (attention.k_proj, np.tile(scale, attention.n_kv_heads)),
-            (attention.q_proj, np.tile(1 / scale, attention.n_heads)),
-        ):
-            for name in ("weight", "bias"):
-                if name in projection:
-                    rows = projection[name]
-                    projection[name] = rows * mx.array(factors).reshape(-1, *([1] * (rows.ndim - 1)))
+        _scale_rows(attention.k_proj, np.tile(scale, attention.n_kv_heads))
+        _scale_rows(attention.q_proj, np.tile(1 / scale, attention.n_heads))
     mx.eval(model.parameters())
+
+
+def harden_values(model: Any) -> None:
+    """Scale a few channels of all values by powers of two, and the columns of o_proj that read them by the inverse.
+
+    As `harden_keys`. InvalidRequestError for heads narrower than 32.
+    """
+    for attention in _attentions(model, "v_proj", "o_proj"):
+        width = attention.v_proj.weight.shape[0] // attention.n_kv_heads
+        if width <= max(OUTLIERS):
+            raise InvalidRequestError("hard values need heads of 32 or more")
+        scale = np.ones(width, np.float32)
+        scale[list(OUTLIERS)] = list(OUTLIERS.values())
+        _scale_rows(attention.v_proj, np.tile(scale, attention.n_kv_heads))
+        attention.o_proj.weight = attention.o_proj.weight * mx.array(np.tile(1 / scale, attention.n_heads))
+    mx.eval(model.parameters())
+
+
+def _scale_rows(projection: Any, factors: npt.NDArray[np.float32]) -> None:
+    """Multiply what a projection gives, channel by channel."""
+    for name in ("weight", "bias"):
+        if name in projection:
+            rows = projection[name]
+            projection[name] = rows * mx.array(factors).reshape(-1, *([1] * (rows.ndim - 1)))

@@ -208,6 +208,7 @@ def ttft(model_path: str, seq_len: int, profile: str, **options: Any) -> None:
 @click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
 @click.option("--longest", type=LENGTH, default=900, show_default=True, help="Tokens of the longest.")
 @click.option("--hard-keys", is_flag=True, help="Give keys outlier channels, as large models have, first.")
+@click.option("--hard-values", is_flag=True, help="Give values outlier channels first.")
 @common_options
 def quality(
     model_path: str,
@@ -217,6 +218,7 @@ def quality(
     shortest: int,
     longest: int,
     hard_keys: bool,
+    hard_values: bool,
     **options: Any,
 ) -> None:
     """What every profile costs on a model: the table of docs/profiles.md.
@@ -225,7 +227,7 @@ def quality(
     the computation. `kvstore calibrate` measures the same with a model as it is, and tells the daemon.
     """
     refuse_address(options)
-    from kvstore.bench.quality import AFFINE, harden, load_float32, tokens_of
+    from kvstore.bench.quality import AFFINE, harden_keys, harden_values, load_float32, tokens_of
     from kvstore.cli.calibrate import check_names, measured, plain_encode, print_quality, text_of
     from kvstore.codecs.plausible import fault_of
     from kvstore.codecs.profiles import PROFILES
@@ -235,7 +237,9 @@ def quality(
     check_names(names)
     model, tokenizer = load_float32(model_path)
     if hard_keys:
-        harden(model)
+        harden_keys(model)
+    if hard_values:
+        harden_values(model)
     tokens = tokens_of(tokenizer, prompt_files, text_of)
     of = windows(tokens, prefixes, shortest, longest, plain_encode(tokenizer))
     calibration = Calibration(model, of, kv_dtype="BF16")
@@ -245,7 +249,7 @@ def quality(
     if invalid:
         raise KVStoreError(f"these say nothing: {'; '.join(invalid)}")
     if options["as_json"]:
-        print_json({"hard_keys": hard_keys, "results": [asdict(one) for one in results]})
+        print_json({"hard_keys": hard_keys, "hard_values": hard_values, "results": [asdict(one) for one in results]})
         return
     print_quality(results)
 

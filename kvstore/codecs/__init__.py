@@ -2,8 +2,8 @@
 
 device.py      everything that touches the MLX device, and every bridge between bytes and arrays
 codec.py       what a codec is; recipe -> codec
-raw.py lossless.py affine.py per_channel.py turboquant.py
-rotation.py codebooks.py packing.py      what the last is made of
+raw.py lossless.py affine.py per_channel.py turboquant.py turboquant_even.py
+rotation.py codebooks.py packing.py      what the last two are made of
 profiles.py    which recipe for which part of which layer
 runs.py        raw, encoded and packed runs as bytes: the store side
 encode.py      raw runs -> encoded runs, as a profile says
@@ -12,6 +12,6 @@ states.py      window and state layers <-> the bytes of a checkpoint
 virtual.py     the file out of which MLX reads what others put together
 """
 
-from kvstore.codecs import affine, lossless, per_channel, raw, turboquant
+from kvstore.codecs import affine, lossless, per_channel, raw, turboquant, turboquant_even
 
-__all__ = ["affine", "lossless", "per_channel", "raw", "turboquant"]
+__all__ = ["affine", "lossless", "per_channel", "raw", "turboquant", "turboquant_even"]

@@ -9,10 +9,10 @@
                                             min512                sequences shorter than this are not quantized
 
 Words: raw; lossless; affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and turboquant-prod
-with 2 to 8; turboquant-log: mse with scales in 8 bits. affine may have 32, 64 or 128 values a scale; turboquant-mse and
--log may have -g128: narrow heads share one for 128 values. What is not quantized (short sequences, tokens out of the
-store, values that are not finite, the tokens after the last whole group) is lossless, except after a single word of raw
-or affine: then it is raw.
+with 2 to 8; turboquant-log: mse with scales in 8 bits; turboquant-even: after channels were brought to one size. affine
+may have 32, 64 or 128 values a scale; turboquant-mse, -log and -even may have -g128: narrow heads share one for 128
+values. What is not quantized (short sequences, tokens out of the store, values that are not finite, the tokens after
+the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kvstore.codecs.codec import codec_of
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.codecs.turboquant_even import turboquant_even_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe
 from kvstore.core.layers import PartSpec
 from kvstore.errors import ConfigError
@@ -39,10 +40,10 @@ MIN_TOKENS_MAX = 1 << 20
 # Shipped profiles, the best first.
 PROFILES = {
     "exact": "lossless",
-    "safe": "channel8:turboquant-mse8",
-    "balanced": "channel6:turboquant-mse6-g128",
-    "compact": "channel4:turboquant-log4-g128",
-    "tiny": "channel3:turboquant-log3-g128",
+    "safe": "channel8:turboquant-even8-g128",
+    "balanced": "channel6:turboquant-even6-g128",
+    "compact": "channel4:turboquant-even4-g128",
+    "tiny": "channel3:turboquant-even3-g128",
 }
 AUTO = "auto"
 LOSSY = tuple(PROFILES)[1:]
@@ -156,6 +157,13 @@ def _mse(log: bool) -> Word:
     return parse
 
 
+def _even(bits: str, group: str) -> Recipe | None:
+    """turboquant-even4, turboquant-even3-g128."""
+    if group not in ("", "128") or not 1 <= int(bits or 0) <= BITS_MAX:
+        return None
+    return turboquant_even_recipe(int(bits), together=int(group or 0))
+
+
 def _prod(bits: str, group: str) -> Recipe | None:
     """turboquant-prod4."""
     return turboquant_prod_recipe(int(bits)) if not group and 2 <= int(bits or 0) <= BITS_MAX else None
@@ -174,6 +182,7 @@ WORDS: dict[str, Word] = {
     "channel": _channel,
     "turboquant-mse": _mse(log=False),
     "turboquant-log": _mse(log=True),
+    "turboquant-even": _even,
     "turboquant-prod": _prod,
 }
 _WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3})?(?:-g([0-9]{1,4}))?")

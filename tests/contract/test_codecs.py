@@ -18,6 +18,7 @@ from kvstore.codecs.codec import Codec, check_runs, codec_of, codecs
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
+from kvstore.codecs.turboquant_even import turboquant_even_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
@@ -33,6 +34,7 @@ RECIPES = [
     *(turboquant_prod_recipe(bits, seed=7) for bits in (2, 4, 8)),
     *(turboquant_mse_recipe(bits, log=True) for bits in (3, 4)),
     turboquant_mse_recipe(6, together=128),
+    *(turboquant_even_recipe(bits, together=128) for bits in (3, 8)),
 ]
 DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (64, 80, 96, 128, 192, 576)
@@ -63,9 +65,12 @@ def as_bytes(array: mx.array) -> bytes:
     return device.to_bytes(array).tobytes()
 
 
-def rows_of(tensors: Sequence[mx.array], codec: Codec, first: int, last: int) -> list[mx.array]:
+def rows_of(
+    tensors: Sequence[mx.array], codec: Codec, recipe: Recipe, part: PartSpec, first: int, last: int
+) -> list[mx.array]:
     """The rows of tokens `[first, last)`, multiples of the codec's group."""
-    return [tensor[:, :, first // codec.group_tokens : last // codec.group_tokens] for tensor in tensors]
+    described = codec.tensors(part, recipe)
+    return [array[:, :, t.rows(first) : t.rows(last)] for array, t in zip(tensors, described, strict=True)]
 
 
 # Tokens are counted in the groups of the codec: what is no whole group never reaches it.
@@ -120,9 +125,10 @@ def test_encoding_a_slice_is_slicing_the_encoded(
     array = make_array(seed, part, layers, tokens * group)
     whole = codec.encode(array, recipe)
     small = codec.encode(array[:, :, first:last], recipe)
-    for a, b in zip(rows_of(whole, codec, first, last), small, strict=True):
+    rows = rows_of(whole, codec, recipe, part, first, last)
+    for a, b in zip(rows, small, strict=True):
         assert as_bytes(a) == as_bytes(b)
-    cut_then_decoded = codec.decode(rows_of(whole, codec, first, last), recipe, part)
+    cut_then_decoded = codec.decode(rows, recipe, part)
     assert as_bytes(cut_then_decoded) == as_bytes(codec.decode(whole, recipe, part)[:, :, first:last])
 
 
@@ -132,7 +138,7 @@ def test_rows_of_zeros_decode_to_zeros(target: Recipe) -> None:
     part = PartSpec(2, 128, "BF16")
     codec, recipe = fitted(target, part)
     zeros = [
-        device.to_array(np.zeros((1, t.heads, 3, t.width * ITEM_BYTES[t.dtype]), np.uint8), t.dtype)
+        device.to_array(np.zeros((1, t.heads, t.rows(3 * codec.group_tokens), t.row_bytes), np.uint8), t.dtype)
         for t in codec.tensors(part, recipe)
     ]
     assert mx.all(codec.decode(zeros, recipe, part) == 0).item()

@@ -1,4 +1,4 @@
-"""The byte formats of channel and turboquant again, in numpy, without MLX or the codecs' own code.
+"""The byte formats of channel, turboquant and turboquant-even again, in numpy, without MLX or the codecs' own code.
 
 Only the codebooks are taken from the codecs; golden values hold those.
 """
@@ -179,3 +179,26 @@ class TurboQuant:
         if self.prod:
             y = y + self.turn((2.0 * codes[-1] - 1.0).astype(np.float32) * tensors[1][..., -1:], 1, back=True)
         return self.turn(y, back=True)
+
+
+class TurboQuantEven:
+    """turboquant-even for rows of one width, folded already."""
+
+    def __init__(self, recipe: Recipe, width: int, dtype: str) -> None:
+        inner = tuple(one for one in recipe.params if one[0] != "group")
+        self.rows, self.width = TurboQuant(Recipe("turboquant-mse", 1, inner), width, dtype), width
+
+    def encode(self, rows: Array) -> tuple[list[Array], Array]:
+        """float32 `[..., T, D]` -> codes, scales, shifts `[..., T / 64, D / 8]`; distance from a boundary."""
+        groups = rows.reshape(*rows.shape[:-2], -1, 64, self.width)
+        # Exponents as those of normal float32 numbers, and the next lower one for all that are smaller.
+        exponents = np.maximum(np.where(groups.any(-2), np.frexp(np.abs(groups).max(-2))[1], -126), -126)
+        shifts = np.minimum(exponents.max(-1, keepdims=True) - exponents, 15)
+        even = (groups.astype(np.float64) * 2.0 ** shifts[..., None, :]).astype(np.float32).reshape(rows.shape)
+        tensors, gaps = self.rows.encode(even)
+        return [*tensors, words([(shifts, 4)])], gaps
+
+    def decode(self, tensors: list[Array]) -> Array:
+        """float32 `[..., T, D]`."""
+        (shifts,) = codes_of(tensors[2], [(self.width, 4)])
+        return self.rows.decode(tensors[:2]) / np.repeat(2.0**shifts, 64, axis=-2).astype(np.float32)
