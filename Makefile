@@ -81,6 +81,7 @@ compat-vllm: $(INSTALLED_VLLM)
 bench: $(INSTALLED)
 	@$(BIN)/python tests/bench/topologies.py
 	@$(BIN)/python tests/bench/turboquant.py
+	@$(BIN)/python -m tests.bench.rate_distortion
 	@$(BIN)/kvstore bench match --rows 1000,100000,1000000
 	@for verb in transport fetch store concurrency; do $(BIN)/kvstore bench $$verb $(BENCH) || exit 1; done
 	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
