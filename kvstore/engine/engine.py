@@ -36,7 +36,7 @@ from types import TracebackType
 
 from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.keyring import NamespaceKey
-from kvstore.blobs.protocol import BlobId, BlobReader
+from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
 from kvstore.core.keys import Chain, NamespaceInfo
@@ -79,9 +79,15 @@ class Engine:
 
     @classmethod
     def open(
-        cls, data_dir: Path, options: EngineOptions, fs: Fs | None = None, clock: Callable[[], float] = time.time
+        cls,
+        data_dir: Path,
+        options: EngineOptions,
+        fs: Fs | None = None,
+        clock: Callable[[], float] = time.time,
+        blobs: Blobs | None = None,
     ) -> Engine:
-        """Take the directory and put it in order. `fs` and `clock` are seams for tests.
+        """Take the directory and put it in order. `fs` and `clock` are seams for tests; `blobs` is where bytes
+        lie, None: files in the directory.
 
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
@@ -89,7 +95,7 @@ class Engine:
         directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
-            place = Place(directory, held, options, fs)
+            place = Place(directory, held, options, fs, blobs)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
             shared = Shared(place, index, clock)

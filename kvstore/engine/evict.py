@@ -140,7 +140,7 @@ class Evictor:
                 shared.uses.apply(shared.index.table)
                 table = shared.index.table.snapshot()
                 mask = choose(table)
-            keys = victims(table, need, mask=mask, count_max=len(table) or 1)
+            keys = victims(table, need, mask=mask, policy=shared.options.policy, count_max=len(table) or 1)
             return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.require_place()
         try:
@@ -400,7 +400,7 @@ class Evictor:
         shared = self._shared
         with shared.edit() as edit:
             shared.uses.write(edit)
-            keys = victims(edit.table, need_bytes, keep, choose(edit.table), count_max=VICTIMS_MAX)
+            keys = victims(edit.table, need_bytes, keep, choose(edit.table), shared.options.policy, VICTIMS_MAX)
             nbytes = sum(edit.table.value(key, "nbytes") for key in keys)
             if cause != ASKED:
                 for used_s in (edit.table.value(key, "used_s") for key in keys):

@@ -25,6 +25,7 @@ from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
 from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
+from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, DirectoryError, InvalidRequestError, KVStoreError
 from kvstore.index.index import MAP_BYTES, Index
 from kvstore.index.rows import Row
@@ -53,6 +54,7 @@ class EngineOptions:
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
     lie in `keys_dir` (None: beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
+    `policy` is a name of `kvstore.engine.retain.POLICIES`.
     `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.core.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
     """
@@ -75,6 +77,7 @@ class EngineOptions:
     master_key: bytes = field(default=b"", repr=False)
     rule: Callable[[Layout, Block], None] = field(default=check_block, repr=False)
     keys_dir: Path | None = None
+    policy: str = "lru"
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:
@@ -83,6 +86,8 @@ class EngineOptions:
             raise ConfigError("budget_bytes and free_floor_bytes cannot be negative")
         if self.checkpoints_max < 1 or not 0 <= self.checkpoint_share_percent <= 100:
             raise ConfigError("checkpoints_max must be 1 or more, checkpoint_share_percent 0 to 100")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
 
     @property
     def checkpoint_share_bytes(self) -> int:
@@ -93,15 +98,17 @@ class EngineOptions:
 class Place:
     """A claimed data directory with all that is needed to open its index."""
 
-    def __init__(self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs) -> None:
-        """Read the keys and the tombstones. Raises DirectoryError, OSError."""
+    def __init__(
+        self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs, blobs: Blobs | None = None
+    ) -> None:
+        """Read the keys and the tombstones. `blobs` None: files in the directory. Raises DirectoryError, OSError."""
         self.directory = directory
         self.held = held
         self.options = options
         self.fs = fs
         self.sync = options.durability != "none"
         self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
-        local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync)
+        local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync) if blobs is None else blobs
         self.blobs: Blobs = EncryptedBlobs(local, self.ring)
         self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
         self.dropped: list[Row] = []  # by the sweep
