@@ -2,7 +2,7 @@
 
 A trace is in Mooncake's format: one JSON object a line, with `timestamp` (milliseconds) and `hash_ids`, the blocks of
 the prompt in order; equal ids mean equal prefixes. Each id becomes one block of a few real bytes that counts as
-BLOCK_BYTES, so that budgets are those of a large model and the index is small beside them. Every request is matched,
+BLOCK_BYTES, so that the index is small beside them. Every request is matched,
 what it hit is touched, and the rest is stored, as a worker without a memory of its own does.
 
 Two rows a budget are models, computed from the trace alone. `optimum` knows the future: it evicts the block whose next
@@ -19,11 +19,13 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from kvstore.bench import plot
 from kvstore.bench.cases import BenchError
 from kvstore.blobs.memory import MemoryBlobs
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Run
@@ -31,8 +33,9 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions, NewBlock
 
-# 512 tokens of an 8B model at 8 bits: what the published traces count as a block.
-BLOCK_BYTES = 32 << 20
+# Large beside a row of the index, so that the index hardly counts; and so small that the engine, which frees up to
+# 256 MB at a time, frees many blocks in one commit.
+BLOCK_BYTES = 4 << 20
 BUDGET_SHARES = (0.01, 0.05, 0.2, 0.5)
 POLICY_NAMES = ("lru",)
 OPTIMUM, MODEL_LRU, ALWAYS = "optimum", "model-lru", "always"
@@ -128,18 +131,18 @@ def optimum(requests: Sequence[Request], capacity: int) -> _Counts:
     """Belady's rule with a bypass, for blocks of equal size."""
     upcoming = _next_uses(requests)
     held: dict[int, int] = {}
-    farthest: list[tuple[int, int]] = []
+    farthest: list[tuple[int, int, int]] = []
     hit = written = 0
     for number, request in enumerate(requests):
         hit += _common(request.blocks, held)
-        for block, use in zip(request.blocks, upcoming[number], strict=True):
+        for depth, (block, use) in enumerate(zip(request.blocks, upcoming[number], strict=True)):
             written += block not in held and use > 0
             held.pop(block, None)
             if use > 0:
                 held[block] = use
-                heapq.heappush(farthest, (-use, block))
+                heapq.heappush(farthest, (-use, -depth, block))
         while len(held) > capacity:
-            use, block = heapq.heappop(farthest)
+            use, _, block = heapq.heappop(farthest)
             if held.get(block) == -use:
                 del held[block]
     return _Counts(hit, written)
@@ -180,14 +183,16 @@ class LogicalBlobs(MemoryBlobs):
     """A few bytes each, in memory, that count as BLOCK_BYTES on disk."""
 
     def stored_bytes(self, root: bytes, nbytes: int) -> int:
-        """What a large model's block would cost."""
+        """The same for every block."""
         return BLOCK_BYTES
 
 
 def replay(requests: Sequence[Request], capacity: int, policy: str) -> _Counts:
     """The trace through an engine of its own, whose index lies in a temporary directory. Its clock is the trace's."""
     now_s = requests[0].at_s
-    options = EngineOptions(capacity * BLOCK_BYTES, durability="none", ballast_bytes=0, policy=policy)
+    # One block's bytes, all but one, are for the index.
+    budget_bytes = (capacity + 1) * BLOCK_BYTES - 1
+    options = EngineOptions(budget_bytes, durability="none", ballast_bytes=0, policy=policy)
     folder = tempfile.mkdtemp(prefix="kvstore-bench-")
     try:
         namespace = Namespace(weights=b"kvstore bench eviction", layout=_LAYOUT, dtype="BF16", engine="bench 1")
@@ -223,3 +228,25 @@ def _new_block(namespace: Namespace, keys: Sequence[bytes], tokens: bytes, at: i
     part = tokens[at * step : (at + 1) * step]
     block = Block(namespace.root, parent, keys[at], at * BLOCK_TOKENS, part, FIDELITY_EXACT, (run,))
     return NewBlock(block, [_BYTES, _BYTES])
+
+
+def as_fields(rows: Sequence[EvictionRow]) -> list[dict[str, Any]]:
+    """Rows for `--json`."""
+    return [asdict(row) for row in rows]
+
+
+def plot_rows(rows: Sequence[EvictionRow], path: Path) -> None:
+    """An SVG of hit shares by budget, a line a policy. ConfigError without matplotlib, or for a path not writable."""
+    plot.require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for policy in dict.fromkeys(row.policy for row in rows):
+        points = [(row.budget_share, row.hit_share) for row in rows if row.policy == policy]
+        axes.plot(*zip(*points, strict=True), marker="o", label=policy)
+    axes.set_xscale("log")
+    axes.set_xlabel("budget, as a share of the different blocks")
+    axes.set_ylabel("share of blocks hit")
+    axes.legend()
+    plot.save(figure, path)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvstore.bench.cases import Report
 from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BAR_INCHES = 0.4
 
@@ -36,6 +40,11 @@ def plot(report: Report, path: Path) -> None:
     axes.set_title(
         f"kvstore bench {report.bench}: {', '.join(f'{key} {value}' for key, value in report.shape.items())}"
     )
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG. ConfigError when the file cannot be written."""
     try:
         figure.savefig(path, format="svg")
     except OSError as error:

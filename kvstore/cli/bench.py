@@ -317,6 +317,51 @@ def codec(
     )
 
 
+@command.command("eviction")
+@click.option("--trace", "trace_path", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
+@click.option(
+    "--budget", "budgets", multiple=True, type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
+    help="Of the trace's different blocks; may be repeated. Default: 0.01, 0.05, 0.2, 0.5.",
+)  # fmt: skip
+@click.option("--requests", "limit", type=click.IntRange(1), metavar="N", help="Only the first N.")
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also an SVG."
+)
+@common_options
+def eviction(
+    trace_path: Path, budgets: tuple[float, ...], limit: int | None, plot_path: Path | None, **options: Any
+) -> None:
+    """What the eviction policy keeps of a trace of requests, beside an optimum that knows the future.
+
+    The trace is replayed against the engine, in Mooncake's format: a JSON object a line, with `timestamp` in
+    milliseconds and `hash_ids`, the blocks of the prompt. `model-lru` is a list by last use, leaf first, computed from
+    the trace alone. 10,000 requests take several minutes.
+    """
+    refuse_address(options)
+    if plot_path:
+        importlib.import_module("kvstore.bench.plot").require_matplotlib()
+    bench = importlib.import_module("kvstore.bench.eviction")
+    rows = list(bench.run(bench.load_trace(trace_path, limit), shares=sorted(budgets) or bench.BUDGET_SHARES))
+    if plot_path:
+        bench.plot_rows(rows, plot_path)
+    if options["as_json"]:
+        print_json({"trace": str(trace_path), "rows": bench.as_fields(rows)})
+        return
+    cells = [
+        (
+            row.policy,
+            row.admission,
+            f"{row.budget_share:.0%}",
+            f"{row.hit_share:.3f}",
+            f"{row.optimum_hit_share:.3f}",
+            f"{row.written_per_reused:.2f}" if row.written_per_reused is not None else "",
+        )
+        for row in rows
+    ]
+    columns = ("policy", "admission", "budget", "hit", "optimum", "written / reused")
+    print_table(columns, cells, title=f"{trace_path.name}: shares of blocks", numbers="  nnnn")
+
+
 def _numbers(text: str, option: str) -> list[int]:
     """Whole numbers with commas between them; a usage error otherwise."""
     try:

@@ -235,9 +235,10 @@ class Writer:
             return False
         return True
 
-    @staticmethod
-    def _sync_later(batch: _Batch, pending: Pending) -> Future[None]:
+    def _sync_later(self, batch: _Batch, pending: Pending) -> Future[None] | None:
         """Have a blob synced on the thread of the request. OSError when there can be no thread, which passes."""
+        if not self._shared.sync:
+            return None
         try:
             return batch.syncing.submit(pending.sync)
         except RuntimeError as error:
