@@ -46,7 +46,7 @@ from kvstore.errors import (
 from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
 from kvstore.wire.handshake import PROTOCOL, PROTOCOL_KEY, health_request, other_protocol
-from kvstore.wire.status import from_rpc_error
+from kvstore.wire.status import from_rpc_error, said
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -148,6 +148,8 @@ def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
     details = str(getattr(error, "details", str)() or "").rpartition("last error: ")[2].removesuffix(": OK")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or "timed out" in details:
         return UnansweredError(not_responding(config.address.target))
+    if sentence := said(error):
+        return UnansweredError(sentence)
     if not is_tls:
         return UnansweredError(f"no daemon answers at {config.address.target}")
     if any(word in details.lower() for word in _TLS_WORDS):

@@ -47,6 +47,8 @@ class Site:
     `delete` takes blobs without a row, with their bytes on disk: from then on they are busy. The function that it
     returns deletes them, without the lock, so that no crash brings them back, and logs what the disk refuses.
     `numbered` is told, under `lock`, the number of every blob that gets a row or stays without one: no other gets it.
+    `require_reach` raises DirectoryError when what cannot be read (with the error that says so) is out of reach instead
+    of damaged: the volume is away, or the disk answers nothing.
     """
 
     blobs: Blobs
@@ -56,6 +58,7 @@ class Site:
     lock: threading.RLock = field(default_factory=threading.RLock)
     numbered: Callable[[int], None] = lambda number: None
     rule: Rule = check_block
+    require_reach: Callable[[CorruptDataError | None], None] = lambda error: None
 
     def cost(self, row: Row) -> int:
         """What the blob of a row costs on disk."""

@@ -166,6 +166,7 @@ class Walk:
                 else:
                     self._find("key_missing", entry.place, str(error))
             except CorruptDataError as error:
+                self._site.require_reach(error)
                 self._damaged(row, "corrupt_blob", entry.place, str(error))
         return strays
 
@@ -187,6 +188,7 @@ class Walk:
             if row is None or row.blob != blob:
                 continue
             if self._site.blobs.size(blob) is None:
+                self._site.require_reach(None)
                 self._damaged(row, "missing_blob", blob.name, "the index names a blob that does not exist")
             elif parent != root and self._row(parent) is None:
                 self._damaged(row, "missing_parent", blob.name, "the block before this one is not in the index")
@@ -201,6 +203,7 @@ class Walk:
         found = read_strays(self._site, strays)
         self.report.blobs += len(found.sound)
         self.report.bytes += sum(stray.source.nbytes for stray in found.sound)
+        self._site.require_reach(None)  # or they are no strays, and not damaged
         self._tell(found)
         self.report.repaired += settle_strays(self._site, found)
 
@@ -410,6 +413,10 @@ def recheck(shared: Shared, key: bytes) -> bool:
     except (NotFoundError, UnknownFormatError):
         return False
     except CorruptDataError as error:
+        try:
+            shared.require_reach(error)
+        except DirectoryError:
+            return False
         log.warning("a blob is damaged: %s", error)
     removed = drop_tree(shared.site, row, keep_blob=True)
     after_repair(shared, removed)

@@ -116,7 +116,12 @@ class Health:
         return self.displaced or self.disk_error or self.under_floor or self.no_space or self.over_budget
 
     def tell(self) -> None:
-        """A line in the log when stores begin to be refused, and one when they are taken again."""
+        """A line in the log when stores begin to be refused, and one when they are taken again.
+
+        None of a displaced directory, which may be back in a second: the daemon says what it makes of it.
+        """
+        if self.displaced:
+            return
         why, told = self.degraded, self.told
         self.told = bool(why)
         if why and not told:

@@ -189,6 +189,8 @@ def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | N
     """See `Engine.match`."""
     root = chain.root
     limit = chain.n_tokens if limit_tokens is None else max(0, min(limit_tokens, chain.n_tokens))
+    if not shared.index.is_there:
+        return Match(0, Reason.UNAVAILABLE)
     if limit and root not in shared.namespaces:
         why = _why(shared, Found((), 0, 0, root, False), chain, limit)
         return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)

@@ -26,7 +26,7 @@ from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import POLICIES
-from kvstore.errors import ConfigError, DirectoryError, InvalidRequestError, KVStoreError
+from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
 from kvstore.index.index import MAP_BYTES, Index
 from kvstore.index.rows import Row
 from kvstore.index.table import Table, Usage
@@ -39,7 +39,7 @@ ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
 _UNWRITTEN_FACTOR = 16
-DISPLACED = "the data directory was deleted or replaced"
+DISPLACED = "the data directory was deleted or replaced, or its volume is away"
 log = logging.getLogger(__name__)
 
 
@@ -159,7 +159,14 @@ class Shared:
         self.uses = Uses(self.options.touches_max, self.options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
         self.site = Site(
-            self.blobs, index, self.busy, self.deletions.delete_later, self.lock, self.skip_number, self.options.rule
+            self.blobs,
+            index,
+            self.busy,
+            self.deletions.delete_later,
+            self.lock,
+            self.skip_number,
+            self.options.rule,
+            self.require_reach,
         )
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, place.tombstones.next_number())
@@ -174,6 +181,17 @@ class Shared:
         """DirectoryError when the data directory was displaced: names lead to files that are not ours, or to none."""
         if self.is_displaced():
             raise DirectoryError(f"{DISPLACED}: {self.directory.root}")
+
+    def require_reach(self, error: CorruptDataError | None = None) -> None:
+        """DirectoryError when the directory was displaced, or a read failed (`error`) on a disk that takes no write.
+
+        A single file that a sound disk cannot read is damaged. A disk that was unplugged fails every read.
+        """
+        self.require_place()
+        cause = error.__cause__ if error is not None else None
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) and not self.can_write():
+            self.health.disk_error = f"the disk of {self.directory.root} does not answer: {cause}"
+            raise DirectoryError(self.health.disk_error) from error
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[Edit]:

@@ -122,6 +122,7 @@ class Index(Contents):
         """
         super().__init__()
         self.path = path
+        self._file = f"{path}/data.mdb"
         self.ring = ring
         self._fs = fs
         self._sync = sync
@@ -245,6 +246,11 @@ class Index(Contents):
                 txn.abort()
                 self._load()  # a commit that failed may have happened
                 raise
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the data file is at its place. LMDB maps it: on a disk that was unplugged, touching the map kills."""
+        return os.path.lexists(self._file)
 
     @property
     def file_bytes(self) -> int:

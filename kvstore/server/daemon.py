@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
-import fcntl
 import functools
 import logging
 import os
 import resource
-import stat
-from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc.aio
@@ -29,21 +26,21 @@ from kvstore.codecs.byte_plan import check_block
 from kvstore.codecs.profiles import check_profile
 from kvstore.config import Config, default_data_dir, keys_home
 from kvstore.config.credentials import CredentialFiles
-from kvstore.config.private_files import require_private_directory
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.log import log_daemon
 from kvstore.core.process import ending_signals
 from kvstore.engine import Engine, EngineOptions, device_of, require_store
-from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.metrics.exposition import require_prometheus
+from kvstore.server.absence import AWAY, until_there
 from kvstore.server.admin import AdminService
-from kvstore.server.authorize import daemon_credentials, guards, keep_up, tls_credentials
+from kvstore.server.authorize import daemon_credentials, guards, keep_up
 from kvstore.server.call_limits import Admission, connection_options
 from kvstore.server.callers import Sockets
 from kvstore.server.explain import Explainer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.lifetime import Lifetime
+from kvstore.server.listening import bind, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
 from kvstore.server.protocol_guard import ProtocolGuard
@@ -79,9 +76,13 @@ KEPT_BYTES = 32 << 20
 class Daemon:
     """The running daemon: owns engine, threads and the gRPC server. Made and used on the event loop."""
 
-    def __init__(self, config: Config, *, may_create: bool) -> None:
-        """`may_create`: make a store where there is none. `device`: what it is on, once the engine was opened."""
+    def __init__(self, config: Config, *, may_create: bool, awaits: bool = False) -> None:
+        """`may_create`: make a store where there is none. `device`: what it is on, once the engine was opened.
+
+        `awaits`: wait until there is one, since its volume is away.
+        """
         self._config = config
+        self._awaits = awaits
         self._may_create = may_create
         self.device = 0
         self._state = "starting"
@@ -101,6 +102,8 @@ class Daemon:
             apart = device.bears_two_threads()
             threads = Threads(limits, device.release_memory, apart=apart, uploads_max=config.limits.uploads_max)
             stack.callback(threads.close)
+            if self._awaits and not await until_there(config, files, threads.admin, self._stop):
+                return False
             # The lock comes before the index and the port: a second daemon must not disturb the first.
             if not self._may_create:
                 await threads.admin(require_store, config.data_dir)
@@ -117,6 +120,10 @@ class Daemon:
         """Ask `run` to drain and return; safe from signal handlers of the loop."""
         self._begin_anew = False
         self._stop.set()
+
+    def is_away(self) -> bool:
+        """Whether another volume is where the store was, or none: it may come back. Waits for the disk."""
+        return device_of(self._config.data_dir) != self.device
 
     async def _serve(self, engine: Engine, threads: Threads, files: CredentialFiles, lifetime: Lifetime) -> None:
         config, lane = self._config, threads.lane
@@ -205,7 +212,8 @@ class Daemon:
             threads.release.post(upload.release)
         await health.set(WRITES, NOT_SERVING if engine.degraded else SERVING)
         if upkeep.is_displaced and not self._stop.is_set():
-            log.error("the data directory %s was deleted or replaced; beginning anew", self._config.data_dir)
+            words = "the data directory %s was deleted or replaced; beginning anew"
+            log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)
             self._begin_anew = True
             self._stop.set()
 
@@ -236,14 +244,15 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False) -> in
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        begin, may_create = True, create or config.data_dir == default_data_dir()
+        begin, may_create, awaits = True, create or config.data_dir == default_data_dir(), False
         while begin:
-            daemon = Daemon(config, may_create=may_create)
+            daemon = Daemon(config, may_create=may_create, awaits=awaits)
             for number in ending_signals():
                 loop.add_signal_handler(number, daemon.stop)
             begin = await daemon.run()
             # A directory that was deleted is made anew, but not beneath a volume that was taken away.
-            may_create = begin and device_of(config.data_dir) == daemon.device
+            awaits = begin and daemon.is_away()
+            may_create = not awaits
 
     asyncio.run(main())
     return 0
@@ -292,100 +301,6 @@ def settle_limits(engine: Engine, config: Config) -> None:
 def keep_lifetime(config: Config) -> Lifetime:
     """The counters that outlive a daemon."""
     return Lifetime(config.data_dir / "settings", sync=config.durability != "none")
-
-
-def socket_paths(config: Config) -> list[Path]:
-    """The unix sockets of an address: that of workers, that on which admins always find a place, that for uploads."""
-    address = config.address
-    return [Path(address.path), Path(address.admin_path), Path(address.upload_path)] if address.path else []
-
-
-def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> None:
-    """Bind the address and, beside a unix socket, the one for admins. With TLS where there is a certificate.
-
-    DirectoryError names an address that is taken.
-    """
-    tls = tls_credentials(files)
-    for target in [f"unix:{path}" for path in socket_paths(config)[:2]] or [config.address.target]:
-        try:
-            port = server.add_secure_port(target, tls) if tls else server.add_insecure_port(target)
-        except RuntimeError as error:
-            raise DirectoryError(f"cannot listen on {target}: {error}") from error
-        if not port:
-            raise DirectoryError(f"cannot listen on {target}: the address is taken")
-
-
-def receive_by_socket(receiving: UploadSocket, config: Config) -> UploadSocket:
-    """Listen for uploads beside the unix socket, if there is one, once all sockets are closed to other users."""
-    if config.address.path:
-        receiving.bind(config.address.upload_path)
-    for path in socket_paths(config):
-        close_socket_to_others(path)
-    receiving.listen()
-    return receiving
-
-
-def close_socket_to_others(path: Path) -> None:
-    """Give the socket mode 0600, and make sure of it; DirectoryError where the volume keeps no modes."""
-    os.chmod(path, 0o600)
-    info = path.lstat()
-    if not stat.S_ISSOCK(info.st_mode) or stat.S_IMODE(info.st_mode) != 0o600 or info.st_uid != os.geteuid():
-        raise DirectoryError(f"the socket {path} cannot be closed to other users; listen on another volume")
-
-
-@contextlib.contextmanager
-def listening_place(config: Config) -> Iterator[None]:
-    """Make the socket's directory safe, hold its lock, remove stale socket files, and clean up in the end.
-
-    gRPC would bind over the socket of a running daemon without a word, so a lock beside it decides. Raises
-    DirectoryHeldError when another daemon listens there, DirectoryError when the directory is open to others.
-    """
-    path = Path(config.address.path)
-    if not config.address.path:
-        yield
-        return
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        require_private_directory(path.parent, "listen in one of your own, such as unix:~/.kvstore/kvstore.sock")
-    except OSError as error:
-        raise DirectoryError(f"cannot make the socket directory {path.parent}: {error.strerror}") from error
-    lock = Path(f"{path}.lock")
-    fd = lock_socket(lock, config.listen)
-    try:
-        for one in socket_paths(config):
-            if one.is_socket():
-                one.unlink()
-            elif one.exists() or one.is_symlink():
-                raise DirectoryError(f"{one} is in the way and is not a socket; remove it or listen elsewhere")
-        yield
-        for one in socket_paths(config):
-            one.unlink(missing_ok=True)
-    finally:
-        # While it is locked: whoever opened it before finds another name, or none, and opens that.
-        with contextlib.suppress(OSError):
-            lock.unlink()
-        os.close(fd)
-
-
-def lock_socket(lock: Path, listen: str) -> int:
-    """A descriptor of the locked file beside a socket. DirectoryHeldError while another daemon has it."""
-    while True:
-        try:
-            fd = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise DirectoryError(f"cannot open {lock}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-            os.close(fd)
-            raise DirectoryHeldError(f"another daemon (pid {holder}) listens on {listen}") from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), os.stat(lock)):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-                return fd
-        os.close(fd)  # of a daemon that has just ended, and removed it
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ from kvstore.wire.handshake import REMEDY
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 DETAILS_KEY = "grpc-status-details-bin"
+SAID_KEY = "kvstore-said-bin"
 RETRY_INFO = "type.googleapis.com/google.rpc.RetryInfo"
 RETRY_S_MAX = 30.0  # upper limit for the wait that a daemon asks for
 
@@ -57,7 +58,9 @@ def to_status(error: errors.KVStoreError) -> grpc.StatusCode:
 
 
 def trailing_metadata(error: errors.KVStoreError) -> tuple[tuple[str, bytes], ...]:
-    """What goes with the status: a RetryInfo, where it is worth to try again."""
+    """What goes with the status: a RetryInfo, where it is worth to try again; a word that a daemon said UNAVAILABLE."""
+    if isinstance(error, errors.UnavailableError):
+        return ((SAID_KEY, b""),)
     if not isinstance(error, errors.LimitError) or not error.retry_s:
         return ()
     info = pb.RetryInfo()
@@ -74,6 +77,12 @@ def from_rpc_error(error: grpc.RpcError) -> errors.KVStoreError:
     if kind is errors.VersionError and REMEDY not in message:  # gRPC's words, for a call that is not there
         message = f"the daemon is of another version, which does not have this call; {REMEDY}"
     return errors.LimitError(message, _retry_s(error)) if kind is errors.LimitError else kind(message)
+
+
+def said(error: Any) -> str:
+    """The sentence of a daemon that refuses all calls; empty when gRPC itself says UNAVAILABLE."""
+    metadata: Any = getattr(error, "trailing_metadata", tuple)() or ()
+    return str(error.details()) if any(key == SAID_KEY for key, _ in metadata) else ""
 
 
 def _retry_s(error: Any) -> float:

@@ -61,6 +61,11 @@ def mount(folder: Path, *options: str) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(("mode=0700", *options)), "tmpfs", str(folder)], check=True)
 
 
+def bind(real: Path, folder: Path) -> None:
+    """The folder `real` on another folder."""
+    subprocess.run(["mount", "--bind", str(real), str(folder)], check=True)
+
+
 def unmount(folder: Path) -> None:
     """Although somebody may use it."""
     subprocess.run(["umount", "-l", str(folder)], check=True)
