@@ -554,8 +554,8 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     monkeypatch.setenv("KVSTORE_LISTEN", "unix:/before.sock")
     ran = []
 
-    def run(argv: list[str], *, slow_hits: bool) -> int:
-        ran.append((argv, os.environ["KVSTORE_LISTEN"], slow_hits))
+    def run(argv: list[str], *, slow_hits: bool, strip_headers: tuple[str, ...]) -> int:
+        ran.append((argv, os.environ["KVSTORE_LISTEN"], slow_hits, *strip_headers))
         return 0
 
     monkeypatch.setattr("kvstore.integrations.run.run", run)
@@ -567,8 +567,12 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     assert ran[1:] == [(["mlx_lm.server", "--slow-hits"], "unix:/k.sock", True)]
     assert client.address == "unix:/k.sock"
     assert "kvstore: connected to unix:/k.sock" in result.stderr
+    strip = ["--strip-header", "billing", "--strip-header", "^Time: .*"]
+    assert invoke("run", "--no-start", *strip, "mlx_lm.server").exit_code == 0
+    assert ran[2][3:] == ("billing", "^Time: .*")
     assert invoke("run").exit_code == 2
     assert invoke("run", "--no-start", "no.server").exit_code == 2
+    assert invoke("run", "--strip-header", "[a", "mlx_lm.server").exit_code == 2
 
 
 def test_help_and_wrong_verbs_are_answered_without_a_daemon() -> None:

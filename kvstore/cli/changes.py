@@ -70,7 +70,7 @@ def billing_header(spot: Spot) -> Change | None:
     """The first line that a coding agent puts into the system prompt: its hash differs in every request."""
     if not any(_BILLING.search(line) for line in spot.lines):
         return None
-    cure = "set CLAUDE_CODE_ATTRIBUTION_HEADER=0 where the client runs"
+    cure = "kvstore run --strip-header billing ...; or CLAUDE_CODE_ATTRIBUTION_HEADER=0 where the client runs"
     return Change("billing_header", "the client's billing header, which differs in every request", cure)
 
 
@@ -283,7 +283,8 @@ def header_hash(spot: Spot) -> Change | None:
     found, header = spot.both(_HASH), _HEADER.match(spot.lines[0])
     if found is None or header is None or header.end(1) > spot.at:
         return None
-    return Change("header_hash", f"a hash in the header {header[1]}", "turn the header off in the client")
+    cure = f"kvstore run --strip-header {header[1]} ..., if the model does not need the line"
+    return Change("header_hash", f"a hash in the header {header[1]}", cure)
 
 
 def hexadecimal(spot: Spot) -> Change | None:

@@ -14,12 +14,20 @@ from kvstore.config import ENV_CONFIG, ENV_PREFIX
 @click.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--no-start", is_flag=True, help="Start no daemon where none answers; serve without the store.")
 @click.option("--slow-hits", is_flag=True, help="Return hits even when prefill would be faster.")
+@click.option(
+    "--strip-header",
+    "strip_headers",
+    multiple=True,
+    metavar="NAME|REGEX",
+    help="Tokenize system text without these lines, such as `billing`, a coding agent's; may be repeated.",
+)
 @common_options
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SERVER [FLAGS]...")
 def command(
     argv: tuple[str, ...],
     no_start: bool,
     slow_hits: bool,
+    strip_headers: tuple[str, ...],
     address: str | None,
     config_path: str | None,
     as_json: bool,
@@ -43,7 +51,7 @@ def command(
     from kvstore.cli.start import ensure_daemon
     from kvstore.integrations.run import require_server, run
 
-    require_server(argv)
+    require_server(argv, strip_headers)
     if not {"-h", "--help"} & set(argv):
         ensure_daemon(config, start=not no_start)
-    return run(list(argv), slow_hits=slow_hits)
+    return run(list(argv), slow_hits=slow_hits, strip_headers=strip_headers)

@@ -28,49 +28,60 @@ from kvstore.client.request_lines import say_requests
 from kvstore.core.log import log_worker
 from kvstore.core.process import ending_signals
 from kvstore.errors import ConfigError
+from kvstore.integrations.headers import header_patterns
 
 FLUSH_S = 5.0
 log = logging.getLogger(__name__)
 
 
-def require_server(argv: Sequence[str]) -> None:
-    """ConfigError when `argv[0]` names no server that `run` knows, or one that is not installed."""
+def require_server(argv: Sequence[str], strip_headers: Sequence[str] = ()) -> None:
+    """ConfigError when `argv[0]` names no server that `run` knows, or one that is not installed.
+
+    Also for headers to strip that are no names or expressions, or that this server is not shown.
+    """
     name = argv[0] if argv else ""
     if name not in _SERVERS:
         raise ConfigError(f"kvstore run knows {', '.join(_SERVERS)}, not {name!r}")
     if name == "vllm-mlx" and importlib.util.find_spec("vllm_mlx") is None:
         raise ConfigError("vllm-mlx is not installed in the Python environment of this kvstore")
+    if strip_headers and name != "mlx_lm.server":
+        raise ConfigError("--strip-header works with mlx_lm.server; vllm-mlx removes the billing header by itself")
+    header_patterns(strip_headers)
 
 
-def run(argv: Sequence[str], *, slow_hits: bool = False) -> int:
+def run(argv: Sequence[str], *, slow_hits: bool = False, strip_headers: Sequence[str] = ()) -> int:
     """Run the server named by `argv[0]` with the flags after it until it ends; its exit code.
 
-    `slow_hits`: return hits even when prefill would be faster. ConfigError when there is no such server, or it is not
-    installed. Servers end the process themselves.
+    `slow_hits`: return hits even when prefill would be faster. `strip_headers`: see `headers`. ConfigError when there
+    is no such server, or it is not installed. Servers end the process themselves.
     """
     require_server(argv)
     log_worker()
     say_requests()
     name, *flags = argv
-    return _SERVERS[name](flags, slow_hits)
+    return _SERVERS[name](flags, slow_hits, strip_headers)
 
 
-def _mlx_lm_server(flags: Sequence[str], slow_hits: bool) -> int:
+def _mlx_lm_server(flags: Sequence[str], slow_hits: bool, strip_headers: Sequence[str]) -> int:
     from mlx_lm import server
 
     from kvstore.client import connect
-    from kvstore.integrations import checkpoints, prefetch, request_guard
+    from kvstore.integrations import checkpoints, headers, prefetch, request_guard
     from kvstore.integrations.models import ModelStore
 
     store = ModelStore(connect(), slow_hits=slow_hits)
     announce(store.digests, named_model(flags))
     plug_in(server, store)
-    checkpoints.plug_in(server, request_guard.guarded(prefetch.generator()))
+    generator = request_guard.guarded(prefetch.generator())
+    if strip_headers:
+        log.info("system text is tokenized without what --strip-header names: %s", ", ".join(strip_headers))
+        generator = headers.stripping(generator, headers.header_patterns(strip_headers))
+    checkpoints.plug_in(server, generator)
     request_guard.plug_in(server)
     _serve("mlx_lm.server", flags, server.main, store.close)
 
 
-def _vllm_mlx(flags: Sequence[str], slow_hits: bool) -> int:
+def _vllm_mlx(flags: Sequence[str], slow_hits: bool, strip_headers: Sequence[str]) -> int:
     from kvstore.integrations.vllm_mlx import prepare
 
     _serve("vllm-mlx", flags, *prepare(flags, slow_hits=slow_hits))
@@ -159,4 +170,7 @@ def plug_in(server: Any, store: Any) -> None:
     server.load, server.run = load, run_with_store
 
 
-_SERVERS: dict[str, Callable[[Sequence[str], bool], int]] = {"mlx_lm.server": _mlx_lm_server, "vllm-mlx": _vllm_mlx}
+_SERVERS: dict[str, Callable[[Sequence[str], bool, Sequence[str]], int]] = {
+    "mlx_lm.server": _mlx_lm_server,
+    "vllm-mlx": _vllm_mlx,
+}

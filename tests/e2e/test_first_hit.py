@@ -16,7 +16,7 @@ from mlx_lm.utils import load_tokenizer
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.limits import OPEN_DEADLINES, launch
 from tests.support.models import expand_small_lm, heldout_tokens
-from tests.support.servers import ServerProcess, wait_until
+from tests.support.servers import NO_MEMORY, ServerProcess, wait_until
 
 RUN = launch("run", "--slow-hits", "mlx_lm.server", **OPEN_DEADLINES)
 NO_START = launch("run", "--no-start", "--slow-hits", "mlx_lm.server", **OPEN_DEADLINES)
@@ -116,3 +116,32 @@ def test_no_start_serves_without_the_store_and_says_so(model: Path, absent: Daem
             wait_until(is_used, 60, server.log_text)
         server.chat(messages(model), seed=2)
         wait_until(lambda: server.log_text().count("the store is not used") == 2, 60, server.log_text)
+
+
+def test_a_header_that_differs_in_every_request_is_stripped_and_prompts_hit(
+    absent: DaemonProcess, model: Path, tmp_path: Path
+) -> None:
+    """What the tokenizer sees is the same; a user who says the same line is heard. Without the flag nothing hits."""
+    text = load_tokenizer(model).decode(heldout_tokens()[:400])
+
+    def agent(digest: str, said: str = "Go on.") -> list[dict[str, str]]:
+        header = f"x-anthropic-billing-header: cc_version=2.1.37.{digest[:3]}; cc_entrypoint=cli; cch={digest};"
+        return [{"role": "system", "content": f"{header}\n{text}"}, {"role": "user", "content": said}]
+
+    stripping = launch(
+        "run", "--no-start", "--slow-hits", "--strip-header", "billing", "mlx_lm.server", **OPEN_DEADLINES
+    )
+    with absent:
+        server = ServerProcess(model, tmp_path / "a.log", absent.environ(), launcher=stripping, flags=NO_MEMORY)
+        with server:
+            first = server.chat(agent("fa690"))
+            wait_until(lambda: "kvstore: stored small" in server.log_text(), 60.0, server.log_text)
+            second = server.chat(agent("0aaa9"))
+            spoken = [server.chat(agent("0aaa9", f"A{line}")) for line in ("", "x-anthropic-billing-header: cch=1;")]
+        with ServerProcess(model, tmp_path / "b.log", absent.environ(), launcher=NO_START, flags=NO_MEMORY) as plain:
+            third = plain.chat(agent("eb6c6"))
+    (said,) = [one for one in server.log_text().splitlines() if "--strip-header" in one]
+    assert said.startswith("kvstore: ") and said.endswith("billing")
+    assert (first.cached_tokens, second.cached_tokens) == (0, second.prompt_tokens - 1)
+    assert first.text == second.text and first.prompt_tokens == second.prompt_tokens < third.prompt_tokens
+    assert spoken[1].prompt_tokens > spoken[0].prompt_tokens and third.cached_tokens < 100
