@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,16 +76,23 @@ def test_a_pass_begins_again_only_after_the_interval(tmp_path: Path, clock: Cloc
     assert first
 
 
-def test_the_rate_holds_and_a_restart_goes_on_where_it_was(tmp_path: Path, clock: Clock) -> None:
+def test_the_rate_holds_and_a_restart_goes_on_where_it_was(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A blob a second at most, here; none is read twice in a pass."""
     read: list[bytes] = []
     slow = {"scrub_bytes_per_s": 1000}
 
     def opened() -> Engine:
-        engine = Engine.open(tmp_path / "data", options(**slow), clock=clock)
-        recheck = engine.recheck
-        engine._scrub._recheck = lambda key: [read.append(key), recheck(key)][1]  # type: ignore[func-returns-value]
-        return engine
+        return Engine.open(tmp_path / "data", options(**slow), clock=clock)
+
+    recheck = scrubbing.recheck
+
+    def watched(shared: Any, key: bytes) -> bool:
+        read.append(key)
+        return recheck(shared, key)
+
+    monkeypatch.setattr(scrubbing, "recheck", watched)
 
     with opened() as engine:
         for tokens in SEQUENCES:

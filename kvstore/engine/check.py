@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from kvstore.blobs.protocol import BlobId, Entry
@@ -330,9 +330,8 @@ _LAST = (1 << 8 * _POSITION_BYTES) - 1
 class Scrub:
     """One engine's scrub. One thread at a time; `recheck` moves what is damaged to quarantine."""
 
-    def __init__(self, shared: Shared, recheck: Callable[[bytes], bool]) -> None:
+    def __init__(self, shared: Shared) -> None:
         self._shared = shared
-        self._recheck = recheck
         with shared.index.view() as view:
             self._next = view.meta(NEXT) or 0
             self.done_s = view.meta(DONE_S) or 0
@@ -358,7 +357,7 @@ class Scrub:
                 self._end()
                 return
             self._has_moved = True
-            self.damaged += self._recheck(row.key)
+            self.damaged += recheck(self._shared, row.key)
             # Keys are hashes: no two share their first 8 bytes.
             self._next = min(int.from_bytes(row.key[:_POSITION_BYTES], "big") + 1, _LAST)
             self._spare_bytes -= row.blob_bytes
@@ -402,7 +401,10 @@ def after_repair(shared: Shared, removed: list[Row]) -> None:
 
 
 def recheck(shared: Shared, key: bytes) -> bool:
-    """See `Engine.recheck`."""
+    """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
+
+    What is of another format version, what has no key and what is in a displaced directory stays.
+    """
     with shared.index.view() as view:
         row = view.row(key)
     if row is None or shared.is_displaced():

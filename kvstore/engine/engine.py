@@ -27,32 +27,31 @@ LMDB's read transaction; `lease` and `touch` take one that is never held over I/
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 from kvstore.blobs.fs import Fs, sync_tree
-from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
-from kvstore.core.keys import Chain, NamespaceInfo
+from kvstore.core.keys import NamespaceInfo
 from kvstore.engine import check as checking
-from kvstore.engine import match as matching
 from kvstore.engine.adopt import find_missing_keys
 from kvstore.engine.check import CheckReport, Finding, Scrub, after_repair, recheck
 from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, QualityFiles, claim
-from kvstore.engine.evict import Evictor, EvictReport, Selection
-from kvstore.engine.listing import BlockInfo, EngineStats, StoredSequence, list_blocks, sequences, show, stats
-from kvstore.engine.match import Match, Nearest, Slice, checkpoint_at
+from kvstore.engine.evict import Evictor
+from kvstore.engine.listing import EngineStats, Listing
+from kvstore.engine.match import Matcher, Nearest, Slice
 from kvstore.engine.recover import recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
-from kvstore.engine.store import NewBlock, StoreReceipt, Writer
+from kvstore.engine.store import Writer
 from kvstore.engine.transfer import Transfer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
 from kvstore.index.index import Index
@@ -63,19 +62,39 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """See the module. Make one with `Engine.open`."""
+    """See the module. Make one with `Engine.open`.
+
+    Verbs that one part carries out alone are that part's methods, bound here and documented there.
+    """
 
     def __init__(self, shared: Shared, held: DirectoryLock) -> None:
         """Not for callers: `open` is."""
         self._shared = shared
         self._held = held
-        self._evictor = Evictor(shared)
-        self._writer = Writer(shared, self._evictor)
+        self._closed = False
+        self._evictor = evictor = Evictor(shared)
         self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
         self.transfer = Transfer(shared)
-        self._scrub = Scrub(shared, self.recheck)
+        # STORE
+        self.store = Writer(shared, evictor).store
+        self.encrypt, self.shred = shared.encrypt, shared.shred
+        self.is_evicted = shared.evictions.covers
+        self.await_durable = shared.drive.confirm
+        # FETCH
+        matcher = Matcher(shared)
+        self.match, self.checkpoint_at = matcher.match, matcher.checkpoint_at
+        self.first_unusable = matcher.first_unusable
         self.nearest = Nearest(shared)
-        self._closed = False
+        # Room
+        self.evict, self.make_room = evictor.evict, evictor.make_room
+        self.could_make_room = evictor.shortage.has_room
+        # Care
+        self.is_displaced = shared.is_displaced
+        self.recheck = functools.partial(recheck, shared)
+        self._scrub = Scrub(shared)
+        # Looking
+        self._listing = listing = Listing(shared)
+        self.list_blocks, self.show, self.sequences = listing.list_blocks, listing.show, listing.sequences
 
     @classmethod
     def open(
@@ -122,7 +141,7 @@ class Engine:
                 return
             self._closed = True
             try:
-                if not self.is_displaced():
+                if not self._shared.is_displaced():
                     self._leave_in_order()
             finally:
                 self._shared.index.close()
@@ -155,25 +174,6 @@ class Engine:
         """What is known of a namespace; None if nothing is stored in it."""
         return self._shared.namespaces.get(root)
 
-    def match(
-        self,
-        chain: Chain,
-        fidelity_min: int = 0,
-        limit_tokens: int | None = None,
-        exact: bool = False,
-    ) -> Match:
-        """The longest stored prefix of a prompt, at most `limit_tokens`, of blocks of `fidelity_min` or more.
-
-        `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
-        for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
-        """
-        return matching.match(self._shared, chain, fidelity_min, limit_tokens, exact)
-
-    def checkpoint_at(self, chain: Chain) -> Row | None:
-        """The checkpoint after exactly the last token. Whether there are blocks up to it, a match says."""
-        with self._shared.index.view() as view:
-            return checkpoint_at(view, chain)
-
     def mark_divergence(self, row: Row) -> None:
         """Note that a prompt went another way after this checkpoint, so that its chain keeps it. Written like `touch`.
 
@@ -189,18 +189,9 @@ class Engine:
         """Whether the blobs of a namespace have files that others can read."""
         return self._shared.blobs.path(BlobId(root, bytes(KEY_BYTES), 0)) is not None
 
-    @staticmethod
-    def templates(match: Match) -> dict[bytes, bytes]:
-        """The templates that the runs of a match name, by id."""
-        return matching.templates(match)
-
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
         """A reader of the blocks of a plan, all of one namespace."""
         return self._shared.blobs.reader([part.row.source for part in slices], open_max)
-
-    def first_unusable(self, slices: Sequence[Slice]) -> int | None:
-        """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule."""
-        return matching.first_unusable(self._shared, slices)
 
     def touch(self, slices: Iterable[Slice], *, fetched: bool = False) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`.
@@ -221,61 +212,16 @@ class Engine:
         """Whether a namespace is encrypted."""
         return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
 
-    def encrypt(self, root: bytes) -> NamespaceKey | None:
-        """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
-
-        Hold it until `store` has it: before the first store it is nowhere else. KeyMissingError while the keys of what
-        is stored are missing.
-        """
-        return self._shared.encrypt(root)
-
-    def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
-        """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards.
-
-        InvalidRequestError, having done nothing, when one of them is not encrypted, or there is none.
-        """
-        return self._shared.shred(namespace_prefix, dry_run)
-
     # -- storing --------------------------------------------------------------------------------------------------
-
-    def store(
-        self,
-        namespace_record: bytes,
-        blocks: Iterable[NewBlock],
-        protect: Sequence[bytes] = (),
-        encryption: NamespaceKey | None = None,
-        since: int | None = None,
-        agreed: Callable[[], None] = lambda: None,
-    ) -> StoreReceipt:
-        """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
-
-        `encryption`: with this key or not at all; when it is not the namespace's (any more), DEPENDENCY_LOST.
-        `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
-        was evicted later.
-        `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
-        for. `agreed` is called when all that will be stored is on the disk, under temporary names, before any of it is
-        visible: it may wait for the caller's word. An exception out of either is raised again and nothing is stored.
-        Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
-        no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
-        """
-        return self._writer.store(namespace_record, blocks, protect, encryption, since, agreed)
 
     @property
     def evictions(self) -> int:
         """How many evictions there were. A store that began before one of what it brings is evicted with it."""
         return self._shared.evictions.number
 
-    def is_evicted(self, root: bytes, since: int, keys: Collection[bytes] = ()) -> bool:
-        """Whether a namespace, or a sequence in it with these keys, was evicted after the `evictions` were so many."""
-        return self._shared.evictions.covers(root, since, keys)
-
     def holds(self, key: bytes) -> bool:
         """Whether a block or checkpoint is stored."""
         return key in self._shared.index.table
-
-    def await_durable(self) -> bool:
-        """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""
-        return self._shared.drive.confirm()
 
     # -- room -----------------------------------------------------------------------------------------------------
 
@@ -307,31 +253,13 @@ class Engine:
         """Why nothing is stored at present; empty when all is well."""
         return self._shared.health.degraded
 
-    def make_room(self, nbytes: int) -> bool:
-        """Evict until `nbytes` more fit under budget and floor; False when they do not even then."""
-        return self._evictor.make_room(nbytes)
-
-    def could_make_room(self, nbytes: int) -> bool:
-        """Whether there may be room for so many bytes, by evicting or not. Evicts nothing.
-
-        When there is none, and not because they are too many for the budget, `degraded` says why until there is.
-        """
-        return self._evictor.shortage.has_room(nbytes)
-
-    def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
-        """Remove what is selected, least recently used leaves first; `dry_run` reports the same and changes nothing.
-
-        What it reports stays deleted, whatever happens afterwards. DirectoryError when the disk does not confirm that.
-        """
-        return self._evictor.evict(selection, dry_run)
-
     def maintain(self) -> None:
         """To be called every second or so: write the access order when due, keep to budget and floor.
 
         When the disk refused a write, see whether it takes one again. Raises nothing that a disk can do.
         """
         shared = self._shared
-        shared.health.displaced = DISPLACED if self.is_displaced() else ""
+        shared.health.displaced = DISPLACED if shared.is_displaced() else ""
         if shared.health.displaced:
             shared.health.tell()
             return
@@ -358,23 +286,12 @@ class Engine:
         Raises nothing that a disk can do.
         """
         try:
-            if not self.is_displaced():
+            if not self._shared.is_displaced():
                 self._scrub.step()
         except (KVStoreError, OSError) as error:
             self._shared.health.disk_error = str(error)
 
-    def is_displaced(self) -> bool:
-        """Whether the data directory was deleted or replaced underneath. Then open another engine: none can heal it."""
-        return self._shared.is_displaced()
-
     # -- care -----------------------------------------------------------------------------------------------------
-
-    def recheck(self, key: bytes) -> bool:
-        """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
-
-        What is of another format version, what has no key and what is in a displaced directory stays.
-        """
-        return recheck(self._shared, key)
 
     def check(self, repair: bool = False) -> CheckReport:
         """Read and verify everything, while others go on. The same walk as `check_directory`."""
@@ -397,18 +314,6 @@ class Engine:
 
     # -- looking --------------------------------------------------------------------------------------------------
 
-    def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
-        """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-        return list_blocks(self._shared, namespace_prefix, limit)
-
-    def sequences(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[StoredSequence]:
-        """Up to `limit` sequences of the namespaces that start so, the latest used first."""
-        return sequences(self._shared, namespace_prefix, limit)
-
-    def show(self, key_prefix: bytes) -> list[BlockInfo]:
-        """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-        return show(self._shared, key_prefix)
-
     def stats(self) -> EngineStats:
         """Counts of this moment."""
         try:
@@ -416,4 +321,5 @@ class Engine:
         except OSError as error:
             self._shared.health.disk_error = f"the data directory cannot be reached: {error}"
             free_bytes = 0
-        return replace(stats(self._shared, free_bytes), scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged)
+        counted = self._listing.stats(free_bytes)
+        return replace(counted, scrubbed_s=self._scrub.done_s, damaged=self._scrub.damaged)

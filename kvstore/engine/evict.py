@@ -127,10 +127,11 @@ class Evictor:
         except (StoreFullError, OSError) as error:
             shared.health.disk_error = str(error)
 
-    def evict(self, selection: Selection, dry_run: bool) -> EvictReport:
+    def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
         """Remove what is selected, least recently used leaves first; a dry run chooses the same and removes nothing.
 
-        DirectoryError unless the disk confirms all of it, and what was deleted before.
+        What it reports stays deleted, whatever happens afterwards. DirectoryError unless the disk confirms all of it,
+        and what was deleted before.
         """
         shared = self._shared
         choose = self._chooser(selection)
@@ -295,8 +296,7 @@ class Evictor:
         spare = self.shortage.free_bytes() - floor if floor else nbytes
         if spare < nbytes:
             self._floor_wanted = max(self._floor_wanted, nbytes)
-            short = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
-            self._tell_floor(f"{short}: free some, or lower free_floor_bytes")
+            self._tell_floor(self.shortage.volume_words(spare))
         elif spare >= self._floor_wanted:
             self._floor_freed = self._floor_wanted = 0
             self._tell_floor("")

@@ -156,7 +156,7 @@ class DriveCache:
             self._changed.notify_all()
 
     def confirm(self) -> bool:
-        """As `wait`; False when the flush failed."""
+        """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""
         try:
             self.wait()
         except OSError as error:

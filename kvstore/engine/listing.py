@@ -113,18 +113,6 @@ class StoredSequence:
     own: tuple[bytes, ...] = ()
 
 
-def sequences(shared: Shared, namespace_prefix: bytes, limit: int) -> list[StoredSequence]:
-    """Up to `limit` sequences of the namespaces that start so, the latest used first."""
-    with shared.lock:
-        shared.uses.apply(shared.index.table)
-        roots = {space.number: root for root, space in shared.index.spaces.items() if root.startswith(namespace_prefix)}
-        table = shared.index.table.snapshot()
-    found = list(_ordered(table, roots, limit))
-    with shared.index.view() as view:
-        rows = {one.key: view.row(one.key) for one in found}
-    return [replace(one, created_s=row.block.created_s) for one in found if (row := rows[one.key]) is not None]
-
-
 def _ordered(table: Table, roots: dict[int, bytes], limit: int) -> Iterator[StoredSequence]:
     rows = table.rows
     below, tokens, nbytes, own = _sums(rows)
@@ -187,64 +175,82 @@ def recent_keys(shared: Shared, namespace_prefix: bytes) -> list[bytes]:
         return table.keys(slots[order].tolist())
 
 
-def list_blocks(shared: Shared, namespace_prefix: bytes, limit: int) -> list[BlockInfo]:
-    """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
-    keys = recent_keys(shared, namespace_prefix)[:limit]
-    with shared.index.view() as view:
-        return _infos(shared, (row for key in keys if (row := view.row(key)) is not None))
+class Listing:
+    """Lists and counts of one engine. Any thread may call."""
 
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
 
-def show(shared: Shared, key_prefix: bytes) -> list[BlockInfo]:
-    """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
-    with shared.index.view() as view:
-        rows = [row for row, _ in zip(view.rows_of(key_prefix), range(SHOW_MAX), strict=False)]
-    return _infos(shared, rows)
+    def list_blocks(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[BlockInfo]:
+        """Up to `limit` blocks and checkpoints of the namespaces that start so, most recently used first."""
+        keys = recent_keys(self._shared, namespace_prefix)[:limit]
+        with self._shared.index.view() as view:
+            return self._infos(row for key in keys if (row := view.row(key)) is not None)
 
+    def show(self, key_prefix: bytes) -> list[BlockInfo]:
+        """Blocks and checkpoints whose key starts so, at most SHOW_MAX."""
+        with self._shared.index.view() as view:
+            rows = [row for row, _ in zip(view.rows_of(key_prefix), range(SHOW_MAX), strict=False)]
+        return self._infos(rows)
 
-def _infos(shared: Shared, rows: Iterable[Row]) -> list[BlockInfo]:
-    value = shared.index.table.value
-    return [
-        BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), shared.blobs.path(row.blob) or row.blob.name)
-        for row in rows
-    ]
+    def sequences(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[StoredSequence]:
+        """Up to `limit` sequences of the namespaces that start so, the latest used first."""
+        shared = self._shared
+        with shared.lock:
+            shared.uses.apply(shared.index.table)
+            roots = {
+                space.number: root for root, space in shared.index.spaces.items() if root.startswith(namespace_prefix)
+            }
+            table = shared.index.table.snapshot()
+        found = list(_ordered(table, roots, limit))
+        with shared.index.view() as view:
+            rows = {one.key: view.row(one.key) for one in found}
+        return [replace(one, created_s=row.block.created_s) for one in found if (row := rows[one.key]) is not None]
 
-
-def stats(shared: Shared, free_bytes: int) -> EngineStats:
-    """Counts of this moment."""
-    with shared.lock:
-        usage = {root: shared.usage(root) for root in shared.namespaces}
-        total = shared.index.table.usage()
-    quarantined, ledger = 0, shared.ledger
-    with contextlib.suppress(OSError):  # which `degraded` is about
-        quarantined, _ = shared.blobs.quarantined()
-    spaces = tuple(
-        replace(
-            NamespaceUsage(shared.namespaces[root], *astuple(use)),
-            encrypted=shared.index.ring.key(root) is not None,
-            used_s=shared.index.spaces[root].used_s,
-            orphaned=shared.is_orphan(shared.index.spaces[root]),
+    def stats(self, free_bytes: int) -> EngineStats:
+        """Counts of this moment."""
+        shared = self._shared
+        with shared.lock:
+            usage = {root: shared.usage(root) for root in shared.namespaces}
+            total = shared.index.table.usage()
+        quarantined, ledger = 0, shared.ledger
+        with contextlib.suppress(OSError):  # which `degraded` is about
+            quarantined, _ = shared.blobs.quarantined()
+        spaces = tuple(
+            replace(
+                NamespaceUsage(shared.namespaces[root], *astuple(use)),
+                encrypted=shared.index.ring.key(root) is not None,
+                used_s=shared.index.spaces[root].used_s,
+                orphaned=shared.is_orphan(shared.index.spaces[root]),
+            )
+            for root, use in usage.items()
+            if root in shared.namespaces and root in shared.index.spaces
         )
-        for root, use in usage.items()
-        if root in shared.namespaces and root in shared.index.spaces
-    )
-    return EngineStats(
-        used_bytes=ledger.total,
-        budget_bytes=shared.options.budget_bytes,
-        free_bytes=free_bytes,
-        free_floor_bytes=shared.options.free_floor_bytes,
-        blobs=total.blocks + total.checkpoints,
-        stored_bytes=ledger.get("blobs"),
-        pending_bytes=ledger.get("pending"),
-        index_bytes=ledger.get("index"),
-        quarantine_bytes=ledger.get("quarantine"),
-        quarantined=quarantined,
-        written_bytes=shared.health.written_bytes,
-        evictions=shared.evictions.totals(),
-        degraded=shared.health.degraded,
-        namespaces=spaces,
-        idle_s=shared.evictions.idle_s.snapshot(),
-        reuse_s=shared.uses.reuse_s.snapshot(),
-        checkpoints=total.checkpoints,
-        checkpoint_bytes=total.checkpoint_bytes,
-        checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
-    )
+        return EngineStats(
+            used_bytes=ledger.total,
+            budget_bytes=shared.options.budget_bytes,
+            free_bytes=free_bytes,
+            free_floor_bytes=shared.options.free_floor_bytes,
+            blobs=total.blocks + total.checkpoints,
+            stored_bytes=ledger.get("blobs"),
+            pending_bytes=ledger.get("pending"),
+            index_bytes=ledger.get("index"),
+            quarantine_bytes=ledger.get("quarantine"),
+            quarantined=quarantined,
+            written_bytes=shared.health.written_bytes,
+            evictions=shared.evictions.totals(),
+            degraded=shared.health.degraded,
+            namespaces=spaces,
+            idle_s=shared.evictions.idle_s.snapshot(),
+            reuse_s=shared.uses.reuse_s.snapshot(),
+            checkpoints=total.checkpoints,
+            checkpoint_bytes=total.checkpoint_bytes,
+            checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
+        )
+
+    def _infos(self, rows: Iterable[Row]) -> list[BlockInfo]:
+        value, blobs = self._shared.index.table.value, self._shared.blobs
+        return [
+            BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), blobs.path(row.blob) or row.blob.name)
+            for row in rows
+        ]

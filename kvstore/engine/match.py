@@ -82,6 +82,12 @@ class Match:
         """The digests of the templates of its blocks, read without parsing the rows; 0 stands for none."""
         return templates_digests_of(self.rows)
 
+    def needed_templates(self) -> dict[bytes, bytes]:
+        """The templates that its runs name, by id. Rows with one digest name the same ones."""
+        some = {part.row.templates_digest: part.row for part in self.slices}
+        names = {name for row in some.values() for name in template_ids(row.described, self.templates)}
+        return {name: self.templates[name] for name in names}
+
     @property
     def parts(self) -> tuple[Slice, ...]:
         """Everything to be read: the slices, and, as one more, the checkpoint."""
@@ -163,12 +169,6 @@ def longest_exact(view: View, chain: Chain, found: Found, fidelity_min: int) -> 
     return Exact((), None, better, False)
 
 
-def checkpoint_at(view: View, chain: Chain) -> Row | None:
-    """The checkpoint after exactly the last token."""
-    found = next(view.checkpoints(chain.parent(chain.full), chain.tail), None)
-    return found if found is not None and found.tokens == chain.tail else None
-
-
 def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:
     """Rows with the tokens to take of each, no further than position `end`. All but the last are full blocks."""
     starts = range(0, end, BLOCK_TOKENS)
@@ -183,30 +183,6 @@ def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
         return take < row.n_tokens
     here = (child for key in view.children(row.key) if (child := view.row(key)) is not None)
     return any(not child.is_checkpoint or child.n_tokens for child in itertools.islice(here, 2))
-
-
-def match(shared: Shared, chain: Chain, fidelity_min: int, limit_tokens: int | None, exact: bool) -> Match:
-    """See `Engine.match`."""
-    root = chain.root
-    limit = chain.n_tokens if limit_tokens is None else max(0, min(limit_tokens, chain.n_tokens))
-    if not shared.index.is_there:
-        return Match(0, Reason.UNAVAILABLE)
-    if limit and root not in shared.namespaces:
-        why = _why(shared, Found((), 0, 0, root, False), chain, limit)
-        return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
-    if shared.is_key_missing(root):
-        return Match(0, Reason.KEY_MISSING)
-    shared.uses.name(root)
-    with shared.index.view() as view:
-        found = longest_prefix(view, chain, limit, fidelity_min)
-        cut = longest_exact(view, chain, found, fidelity_min) if exact and found.n_tokens else None
-        templates = view.templates
-    nearest = found.rows[-1][0] if found.rows else b""
-    if cut is None:
-        why = _why(shared, found, chain, limit)
-        return Match(found.n_tokens, why, found.rows, None, False, templates, found.n_tokens, nearest)
-    matched = _exact(shared, found, cut, chain, limit)
-    return replace(matched, templates=templates, common_tokens=found.n_tokens, nearest=nearest)
 
 
 def _exact(shared: Shared, found: Found, cut: Exact, chain: Chain, limit: int) -> Match:
@@ -236,28 +212,61 @@ def gone_reason(shared: Shared, chain: Chain, n_tokens: int, limit: int) -> Reas
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def templates(match: Match) -> dict[bytes, bytes]:
-    """The templates that the runs of a match name, by id. Rows with one digest name the same ones."""
-    some = {part.row.templates_digest: part.row for part in match.slices}
-    names = {name for row in some.values() for name in template_ids(row.described, match.templates)}
-    return {name: match.templates[name] for name in names}
+class Matcher:
+    """Matches of one engine. Any thread may call; takes no lock but LMDB's read transaction."""
 
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
 
-def first_unusable(shared: Shared, slices: Sequence[Slice]) -> int | None:
-    """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule.
+    def match(self, chain: Chain, fidelity_min: int = 0, limit_tokens: int | None = None, exact: bool = False) -> Match:
+        """The longest stored prefix of a prompt, at most `limit_tokens`, of blocks of `fidelity_min` or more.
 
-    Everything else that a fetch takes is verified with the checksums of the row, by the reader of the bytes.
-    """
-    for number, part in enumerate(slices):
-        row = part.row
-        if shared.blobs.size(row.blob) != row.blob_bytes:
-            return number
-        if row.is_checkpoint and (info := shared.namespaces.get(row.root)) is not None:
-            try:
-                check_states(info.layout, row.block.states, row.block.end)
-            except CorruptDataError:
+        `exact`: the longest that ends at a checkpoint, likewise of `fidelity_min`; NO_CHECKPOINT when there are blocks
+        for more. Plans from the index alone. CorruptDataError when the index is damaged: a miss.
+        """
+        shared = self._shared
+        root = chain.root
+        limit = chain.n_tokens if limit_tokens is None else max(0, min(limit_tokens, chain.n_tokens))
+        if not shared.index.is_there:
+            return Match(0, Reason.UNAVAILABLE)
+        if limit and root not in shared.namespaces:
+            why = _why(shared, Found((), 0, 0, root, False), chain, limit)
+            return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
+        if shared.is_key_missing(root):
+            return Match(0, Reason.KEY_MISSING)
+        shared.uses.name(root)
+        with shared.index.view() as view:
+            found = longest_prefix(view, chain, limit, fidelity_min)
+            cut = longest_exact(view, chain, found, fidelity_min) if exact and found.n_tokens else None
+            templates = view.templates
+        nearest = found.rows[-1][0] if found.rows else b""
+        if cut is None:
+            why = _why(shared, found, chain, limit)
+            return Match(found.n_tokens, why, found.rows, None, False, templates, found.n_tokens, nearest)
+        matched = _exact(shared, found, cut, chain, limit)
+        return replace(matched, templates=templates, common_tokens=found.n_tokens, nearest=nearest)
+
+    def checkpoint_at(self, chain: Chain) -> Row | None:
+        """The checkpoint after exactly the last token. Whether there are blocks up to it, a match says."""
+        with self._shared.index.view() as view:
+            found = next(view.checkpoints(chain.parent(chain.full), chain.tail), None)
+        return found if found is not None and found.tokens == chain.tail else None
+
+    def first_unusable(self, slices: Sequence[Slice]) -> int | None:
+        """Index of the first slice whose blob is gone, has another size than its row says, or breaks a rule.
+
+        Everything else that a fetch takes is verified with the checksums of the row, by the reader of the bytes.
+        """
+        for number, part in enumerate(slices):
+            row = part.row
+            if self._shared.blobs.size(row.blob) != row.blob_bytes:
                 return number
-    return None
+            if row.is_checkpoint and (info := self._shared.namespaces.get(row.root)) is not None:
+                try:
+                    check_states(info.layout, row.block.states, row.block.end)
+                except CorruptDataError:
+                    return number
+        return None
 
 
 class Nearest:

@@ -109,7 +109,8 @@ class Place:
         self.sync = options.durability != "none"
         self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
         local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync) if blobs is None else blobs
-        self.blobs: Blobs = EncryptedBlobs(local, self.ring)
+        # Without a master key there are no keys, and none can be made.
+        self.blobs: Blobs = EncryptedBlobs(local, self.ring) if options.master_key else local
         self.tombstones = Tombstones(directory.settings, self.blobs, fs, sync=self.sync)
         self.dropped: list[Row] = []  # by the sweep
 
@@ -174,7 +175,10 @@ class Shared:
         self.measure()
 
     def is_displaced(self) -> bool:
-        """Whether the data directory, or the folder of its keys, was deleted or replaced, or the index was lost."""
+        """Whether the data directory, or the folder of its keys, was deleted or replaced, or the index was lost.
+
+        Then open another engine: none can heal it.
+        """
         return not self.index.is_open or self._held.is_displaced() or self.index.ring.is_gone()
 
     def require_place(self) -> None:
@@ -217,7 +221,11 @@ class Shared:
             return bool(view.is_unreadable(root))
 
     def encrypt(self, root: bytes) -> NamespaceKey | None:
-        """See `Engine.encrypt`."""
+        """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
+
+        Hold it until `store` has it: before the first store it is nowhere else. KeyMissingError while the keys of what
+        is stored are missing.
+        """
         ring = self.index.ring
         if ring.is_missing:
             find_missing_keys(self.site)  # what needs them may be evicted by now
@@ -227,8 +235,11 @@ class Shared:
                 is_plain = view.is_unreadable(root) is False
             return ring.key(root) if is_plain else ring.make(root)
 
-    def shred(self, namespace_prefix: bytes, dry_run: bool) -> int:
-        """See `Engine.shred`."""
+    def shred(self, namespace_prefix: bytes, dry_run: bool = False) -> int:
+        """Drop the keys of the encrypted namespaces that start so; how many. Evict what they held afterwards.
+
+        InvalidRequestError, having done nothing, when one of them is not encrypted, or there is none.
+        """
         ring = self.index.ring
         with self.lock:
             self.require_place()

@@ -110,7 +110,7 @@ class Shortage:
         floor = self._shared.options.free_floor_bytes
         spare = self.free_bytes() - floor
         if floor and spare < nbytes + COMMIT_BYTES:
-            self._note(nbytes + COMMIT_BYTES, self._volume_words(spare))
+            self._note(nbytes + COMMIT_BYTES, self.volume_words(spare))
 
     def look_again(self) -> None:
         """See whether what was refused would find room by now. Raises OSError."""
@@ -141,14 +141,15 @@ class Shortage:
         spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
         if spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need):
             return True, ""
-        return False, self._volume_words(spare)
+        return False, self.volume_words(spare)
 
     def _budget_words(self, lasting: int) -> str:
         budget = gigabytes(self._shared.options.budget_bytes)
         words = f"the index and the quarantine take {gigabytes(lasting)} of the budget of {budget}"
         return f"{words}: raise budget_bytes, or delete what is in quarantine/"
 
-    def _volume_words(self, spare: int) -> str:
+    def volume_words(self, spare: int) -> str:
+        """That the volume keeps no more than its floor, and what to do."""
         floor = self._shared.options.free_floor_bytes
         words = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
         return f"{words}: free some, or lower free_floor_bytes"

@@ -115,12 +115,22 @@ class Writer:
         self,
         record: bytes,
         blocks: Iterable[NewBlock],
-        protect: Iterable[bytes],
-        encryption: NamespaceKey | None,
+        protect: Iterable[bytes] = (),
+        encryption: NamespaceKey | None = None,
         since: int | None = None,
         agreed: Callable[[], None] = lambda: None,
     ) -> StoreReceipt:
-        """See `Engine.store`."""
+        """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
+
+        `encryption`: with this key or not at all; when it is not the namespace's (any more), DEPENDENCY_LOST.
+        `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
+        was evicted later.
+        `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
+        for. `agreed` is called when all that will be stored is on the disk, under temporary names, before any of it is
+        visible: it may wait for the caller's word. An exception out of either is raised again and nothing is stored.
+        Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
+        no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
+        """
         root = NamespaceInfo.from_record(record).root
         syncing = ThreadPoolExecutor(1, "kvstore-sync")
         since = self._shared.evictions.number if since is None else since

@@ -183,7 +183,7 @@ class KVStoreService(rpc.KVStoreServicer):
             runs, templates = runs_to_record(block.runs)
             slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=runs)]
         else:
-            templates = self._engine.templates(match)
+            templates = match.needed_templates()
             slices = [
                 pb.BlockSlice(
                     key=piece.row.key,
