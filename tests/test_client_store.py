@@ -206,12 +206,59 @@ def test_a_queue_that_is_full_drops_and_counts(daemon: FakeDaemon) -> None:
     daemon.faults = {"hang_begin"}
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
-        results = [session.store(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600])).reason for _ in range(5)]
+        prompts = [list(range(start, start + 600)) for start in range(5)]
+        results = [session.store(tokens, make_layers(LAYOUT, tokens)).reason for tokens in prompts]
         assert results == [Reason.OK, *[Reason.QUEUE_FULL] * 4]
         assert session.stats.stores == {"queue_full": 4}
         daemon._released.set()
         assert session.flush(10)
         assert client._budget.used_bytes == 0
+
+
+def test_parts_of_a_prompt_and_its_end_send_every_token_once(daemon: FakeDaemon) -> None:
+    """Whole blocks while it is computed; what is queued is not copied again, and what has no room comes later."""
+    daemon.faults, tokens = {"hang_begin"}, list(range(900))
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+
+        def part(n_tokens: int, tokens_max: int = 1024) -> tuple[int, Reason]:
+            layers = make_layers(LAYOUT, tokens[:n_tokens])
+            result = session.store_part(tokens[:n_tokens], layers, tokens_max, checkpoint=False)
+            return result.stored_tokens, result.reason
+
+        assert part(300) == (256, Reason.OK)
+        assert part(300) == (256, Reason.ALREADY_STORED)
+        assert part(900, tokens_max=256) == (512, Reason.OK)
+        room = client._budget.limit_bytes - client._budget.used_bytes
+        client._budget.acquire(room, 0)
+        assert part(900) == (512, Reason.QUEUE_FULL)
+        client._budget.release(room)
+        assert session.store(tokens[:900], make_layers(LAYOUT, tokens[:900])).reason is Reason.OK
+        daemon.faults = set()
+        daemon._released.set()
+        assert session.flush(10)
+    assert [(one.request.captured_from, len(one.request.tokens) // 8) for one in daemon.uploads] == [
+        (0, 256),
+        (256, 512),
+        (512, 900),
+    ]
+    assert b"".join(one.data for one in daemon.uploads) == b"".join(
+        raw_bytes(tokens, start, end) for start, end in ((0, 256), (256, 512), (512, 900))
+    )
+
+
+def test_a_part_that_was_not_stored_is_sent_again_with_the_next(daemon: FakeDaemon) -> None:
+    """As queued it counts as held, until it fails."""
+    daemon.faults = {"begin_full"}
+    with Client(daemon.config()) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        session.store_part(TOKENS[:300], make_layers(LAYOUT, TOKENS[:300]), 1024, checkpoint=False)
+        assert session.flush(10)
+        daemon.faults = set()
+        result = session.store_part(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600]), 1024, checkpoint=False)
+        assert (result.stored_tokens, result.reason) == (512, Reason.OK)
+        assert session.flush(10)
+    assert [one.data for one in daemon.uploads] == [raw_bytes(TOKENS, 0, 512)]
 
 
 @pytest.mark.parametrize("by_path", [True, False])

@@ -703,7 +703,7 @@ def test_the_launcher_replaces_three_names_and_passes_everything_on(
         calls.append((path, adapter_path, return_config))
         return "loaded"
 
-    server = types.SimpleNamespace(load=stock_load, run=stock_run, LRUPromptCache=None)
+    server = types.SimpleNamespace(load=stock_load, run=stock_run, LRUPromptCache=None, stream_generate=print)
     plug_in(server, store)
     assert server.load(folders["one"], adapter_path=None, return_config=True) == "loaded"
     assert store.digests.wait(folders["one"], 30.0)

@@ -145,10 +145,13 @@ class Background:
         whole = result.stored_tokens >= job.end
         held = job.end if whole else result.stored_tokens // BLOCK_TOKENS * BLOCK_TOKENS
         self._held.forget(job.chain, held)
-        checkpoint = whole and bool(job.checkpoint) and result.reason in (Reason.OK, Reason.ALREADY_STORED)
+        lasting = whole and bool(job.checkpoint) and not job.interim
+        checkpoint = lasting and result.reason in (Reason.OK, Reason.ALREADY_STORED)
         self._held.hold(job.chain.head(held), checkpoint=checkpoint)
 
     def _end(self, job: StoreJob, result: StoreResult) -> None:
+        if result.stored_tokens < job.end:  # what is queued is believed to be held
+            self._held.forget(job.chain, max(job.start, result.stored_tokens))
         self._stats.stored(result, job.end)
         took_s = time.monotonic() - job.begun_s
         say_stored(self._namespace, job.request_id, (job.start, job.end), result, took_s)

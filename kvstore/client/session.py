@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self, get_args
@@ -278,18 +278,40 @@ class Session:
         DEADLINE after `timeout_s`.
         `restored_tokens`: so many leading tokens came out of the store; None: as all hits of this process say.
         """
+        return self._never_raising(
+            lambda: self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
+        )
+
+    def store_part(
+        self, tokens: Iterable[int] | bytes, layers: Iterable[KVLayer | StateLayer], tokens_max: int, checkpoint: bool
+    ) -> StoreResult:
+        """Queue what is new of a prompt that is still being computed, between two steps of the engine; never waits.
+
+        Of `layers`, as for `store`, whole blocks are read from the first token that is neither held nor queued, and
+        nothing is kept. `checkpoint`: window and state layers too, until the sequence has its next checkpoint.
+        `stored_tokens` are those held or queued. What finds no room (QUEUE_FULL) comes with the next part or `store`.
+        """
+
+        def work() -> StoreResult:
+            request, reason = self._request(pack_tokens(tokens), list(layers), None)
+            if request is None:
+                return self._refused(reason)
+            held, reason = self._storer.capture_part(request, tokens_max, checkpoint=checkpoint)
+            return StoreResult(held, reason=reason)
+
+        return self._never_raising(work)
+
+    def _never_raising(self, work: Callable[[], StoreResult]) -> StoreResult:
         if is_forked():
             return StoreResult(reason=Reason.FORKED)
         try:
-            result = self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
+            return work()
         except KVStoreError as error:
             _tell("store", error)
             result = StoreResult(reason=reason_of(error), detail=str(error))
         except Exception:
             log.exception("store failed")
             result = StoreResult(reason=Reason.INTERNAL, detail="see the log")
-        else:
-            return result
         self.stats.stored(result)
         return result
 
@@ -301,17 +323,10 @@ class Session:
         restored_tokens: int | None,
         timeout_s: float,
     ) -> StoreResult:
-        if self._background.closed:
-            raise UnavailableError("the session is closed")
-        if (away := self._connection.health.absence()) is not None:
-            return self._refused(reason_of(away))
-        n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
-        if not n_tokens:
+        request, reason = self._request(tokens, layers, restored_tokens)
+        if request is None:
             return self._refused(reason)
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
-        request = StoreRequest(
-            self._chain(tokens[: n_tokens * TOKEN_BYTES]), layers, restored_tokens, self.options.fidelity_min
-        )
         result = StoreResult(reason=Reason.NOT_CAPTURED)
         for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed
             jobs, reason = self._storer.capture(request, deadline, wait=wait)
@@ -323,6 +338,19 @@ class Session:
             if result.reason is not Reason.NOT_CAPTURED:
                 break
         return result
+
+    def _request(
+        self, tokens: bytes, layers: Sequence[KVLayer | StateLayer], restored_tokens: int | None
+    ) -> tuple[StoreRequest | None, Reason]:
+        """What is to be stored, or None and why nothing is."""
+        if self._background.closed:
+            raise UnavailableError("the session is closed")
+        if (away := self._connection.health.absence()) is not None:
+            return None, reason_of(away)
+        n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
+        chain = self._chain(tokens[: n_tokens * TOKEN_BYTES])
+        request = StoreRequest(chain, layers, restored_tokens, self.options.fidelity_min)
+        return request if n_tokens else None, reason
 
     def _refused(self, reason: Reason) -> StoreResult:
         result = StoreResult(reason=reason)

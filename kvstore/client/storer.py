@@ -167,12 +167,44 @@ class Storer:
             job = self._job(request, start, end, nbytes, with_states=with_states)
             if start and not jobs and not wait:
                 job.again = self._keep_whole(request)
-            if not self._submit(job):
-                job.release()
+            if not self._queue(job):
                 return jobs, Reason.QUEUE_FULL
             jobs.append(job)
             start = end
         return jobs, reason
+
+    def capture_part(self, request: StoreRequest, tokens_max: int, *, checkpoint: bool) -> tuple[int, Reason]:
+        """Copy and queue what is new of a prompt that is still being computed: (tokens held or queued, why not all).
+
+        Never waits, and holds none of the caller's arrays afterwards, since the engine writes into them with its next
+        step. Whole blocks only, at most `tokens_max` tokens; with the `checkpoint` at their end, all tokens.
+        """
+        start, n_tokens = self.held_tokens(request), request.chain.n_tokens
+        state_bytes = self._checkpoint(request)[0] if checkpoint and n_tokens - start <= tokens_max else None
+        end = min(n_tokens, start + tokens_max) // BLOCK_TOKENS * BLOCK_TOKENS if state_bytes is None else n_tokens
+        if end <= start and state_bytes is None:
+            return start, Reason.ALREADY_STORED
+        ends = self._pieces(start, end, state_bytes or 0)
+        for number, piece_end in enumerate(ends, 1):
+            with_states = state_bytes is not None and number == len(ends)
+            nbytes = (piece_end - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
+            if not self._budget.try_acquire(nbytes):
+                return start, Reason.QUEUE_FULL
+            job = self._job(request, start, piece_end, nbytes, with_states=with_states)
+            job.interim = with_states
+            if not self._queue(job):
+                return start, Reason.QUEUE_FULL
+            start = piece_end
+        return start, Reason.OK
+
+    def _queue(self, job: StoreJob) -> bool:
+        """Queue a job; its tokens then count as held, until it fails, so that no later one brings them again."""
+        self._held.hold(job.chain)
+        if self._submit(job):
+            return True
+        self._held.forget(job.chain, job.start)
+        job.release()
+        return False
 
     def _keep_whole(self, request: StoreRequest) -> Rest:
         """The whole sequence, until it is known that its first tokens are held. Of the latest store only."""

@@ -55,6 +55,7 @@ class StoreJob:
     `checkpoint` describes the window and state layers after them, where the job offers these; `states` are the bytes.
     Made on the caller's thread, then owned by the background thread. `finish` is called exactly once; `release` gives
     the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
+    `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
     `again` is the whole sequence, for the case that the store does not hold the tokens before `start` after all.
     """
 
@@ -68,6 +69,7 @@ class StoreJob:
     capture: Capture | None
     states: StateCapture | None = None
     checkpoint: tuple[LayerState, ...] = ()
+    interim: bool = False
     again: Rest | None = None
     request_id: str = field(default_factory=new_request_id)
     begun_s: float = field(default_factory=time.monotonic)
@@ -170,6 +172,7 @@ class Uploader:
             transport=pb.TRANSPORT_PATH if self._by_socket else pb.TRANSPORT_STREAM,
             states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
             request_id=job.request_id,
+            interim=job.interim,
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
         state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.index.rows import Row
-from kvstore.index.table import CHECKPOINT, LIVE, PINNED, Rows, Table
+from kvstore.index.table import CHECKPOINT, INTERIM, LIVE, PINNED, Rows, Table
 from kvstore.index.transaction import Edit, View
 
 # Blobs removed in one commit: bounds the transaction, and how long the engine's lock is held.
@@ -173,20 +173,25 @@ def _loss(positions: Sequence[int], at: int) -> float:
 
 
 def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
-    """Remove what is too much along the chains of `added`, longest first; the rows removed."""
+    """Remove what is too much along the chains of `added`, longest first, and what is passed; the rows removed."""
     removed: list[Row] = []
     for row in sorted(added, key=lambda row: -row.end):
         if not row.is_checkpoint or row.key not in edit.table:
             continue
         chain = chain_of(edit, row)
-        if len(chain) <= keep_max:
-            continue
-        for index in spare(
-            [each.end for each in chain], [edit.table.value(each.key, "mark") for each in chain], keep_max
-        ):
-            edit.remove(chain[index])
-            removed.append(chain[index])
+        passed = [each for each in chain[:-1] if _is_passed(edit, each)]
+        chain = [each for each in chain if each not in passed]
+        marks = [edit.table.value(each.key, "mark") for each in chain]
+        spared = [chain[index] for index in spare([each.end for each in chain], marks, keep_max)]
+        for each in (*passed, *(spared if len(chain) > keep_max else ())):
+            edit.remove(each)
+            removed.append(each)
     return removed
+
+
+def _is_passed(edit: Edit, row: Row) -> bool:
+    """Whether a checkpoint before another one was interim, and no prompt was seen to diverge after it."""
+    return bool(edit.table.value(row.key, "flags") & INTERIM) and not edit.table.value(row.key, "mark")
 
 
 def keep_share(edit: Edit, share_bytes: int, keep: Collection[bytes] = ()) -> list[Row]:

@@ -28,6 +28,7 @@ from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.index.children import is_covered, replaced_by
 from kvstore.index.rows import Row, pack_row
+from kvstore.index.table import INTERIM
 from kvstore.index.transaction import Edit
 
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
@@ -43,10 +44,13 @@ class NewBlock:
 
     Order: runs, stacks, tensors; each C-contiguous `[layers, heads, tokens, width]`. Of a checkpoint: one for each
     state array, also the empty ones, in the order of layers and arrays.
+
+    `interim`: a checkpoint within a prompt that is still being computed. The next one of the sequence replaces it.
     """
 
     block: Block
     buffers: Sequence[Buffer]
+    interim: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class _Entry:
     parent: bytes
     row: Row | None = None
     pending: Pending | None = None
+    interim: bool = False
     synced: Future[None] | None = None
 
 
@@ -169,7 +174,7 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            entry = _Entry(block.key, block.parent)
+            entry = _Entry(block.key, block.parent, interim=new.interim)
             if held is None or held.is_key_missing or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
@@ -340,13 +345,13 @@ class Writer:
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
             if entry.row is not None and not is_covered(edit, entry.row):
-                self._put(edit, entry.row, settled, moment)
+                self._put(edit, entry.row, settled, moment, INTERIM if entry.interim else 0)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         self._thin_checkpoints(edit, settled)
         return settled
 
-    def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int) -> None:
+    def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int, flags: int) -> None:
         """A row in the place of those that it replaces, last used at this number of the sequence."""
         for old in replaced_by(edit, row, self._shared.options.short_tokens):
             if old.key == row.key:
@@ -356,7 +361,7 @@ class Writer:
             settled.replaced.append(old)
         if row.key not in edit.table:
             edit.put(row, self._cost(row))
-        edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment)
+        edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment, flags=flags)
         settled.kept.append(row)
 
     def _thin_checkpoints(self, edit: Edit, settled: _Settled) -> None:

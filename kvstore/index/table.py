@@ -24,7 +24,7 @@ import numpy.typing as npt
 from kvstore.errors import CorruptDataError
 
 CHUNK = 64
-LIVE, CHECKPOINT, PINNED = 1, 2, 4
+LIVE, CHECKPOINT, PINNED, INTERIM = 1, 2, 4, 8
 
 COLUMNS = np.dtype(
     [
@@ -192,10 +192,11 @@ class Table:
         self._rows["hits"][slots] += 1
         self._changed.update(slot // CHUNK for slot in slots)
 
-    def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0) -> None:
-        """Set what a blob brings along: when it was used, its mark, its place in the order. 0 leaves what is there."""
+    def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0, flags: int = 0) -> None:
+        """Set what a blob brings along: when it was used, mark, place in the order, flags. 0 leaves what is there."""
         slot = self._slots[key]
         self._rows["used_s"][slot] = used_s
+        self._rows["flags"][slot] |= flags
         if mark:
             self._rows["mark"][slot] = mark
         if last_use:
@@ -209,7 +210,7 @@ class Table:
         self._count(slot, -1)
         row = self._rows[slot]
         row["namespace"], row["depth"], row["nbytes"], row["n_tokens"] = namespace, depth, nbytes, n_tokens
-        row["flags"] = LIVE | flags | (row["flags"] & PINNED)
+        row["flags"] = LIVE | flags | (row["flags"] & (PINNED | INTERIM))
         self._count(slot, +1)
 
     def link(self, key: bytes, parent: bytes) -> None:

@@ -25,6 +25,7 @@ from kvstore.client.breaker import Deadline
 from kvstore.client.request_lines import one_request, request_id, say_miss
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
+from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import Layout
@@ -404,16 +405,15 @@ class ModelStore:
             log.warning("the store is not used: %s", str(error))
 
     def _count(self, reason: Reason) -> None:
-        if is_forked():
-            return
-        with self._lock:
-            self.reasons[reason] += 1
-        self._client.count_refusal(reason)
+        if not is_forked():
+            with self._lock:
+                self.reasons[reason] += 1
+            self._client.count_refusal(reason)
 
     @property
-    def memory_bytes(self) -> int:
-        """Limit in bytes for queues and buffers. Each kind of buffer may use the whole limit."""
-        return self._client.config.memory_bytes
+    def config(self) -> Config:
+        """Of the client. Each kind of buffer may use the whole of `memory_bytes`."""
+        return self._client.config
 
     @property
     def fetch_total_s(self) -> float:

@@ -19,8 +19,9 @@ from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prom
 
 from kvstore.client import connect
 from kvstore.core.layers import Layout
+from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
-from kvstore.integrations.caches import align, layout, probe, quantized
+from kvstore.integrations.caches import align, capture, layout, probe, quantized, token_count
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
 from kvstore.integrations.restoring import Found
@@ -61,6 +62,16 @@ class Expected:
         return covered >= self.covered if self.found is None else self.found.epoch == epoch
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that was looked up: in which epoch of its model, and how many of its tokens the engine was given."""
+
+    model: ModelKey
+    tokens: list[int]
+    epoch: Epoch | None
+    covered: int
+
+
 def _as_list(tokens: Any) -> list[int]:
     """Tokens as the stock class wants them: an array's elements would be arrays."""
     return tokens if isinstance(tokens, list) else list(tokens.tolist() if hasattr(tokens, "tolist") else tokens)
@@ -81,7 +92,8 @@ def _provider_of(cache: Any) -> Any:
 class PromptCache(LRUPromptCache):
     """Drop-in for `mlx_lm.server.LRUPromptCache`. Methods are called on the generation thread, unless they say any.
 
-    `speed` says how fast prompts are computed, as far as somebody has measured it.
+    `speed` says how fast prompts are computed, as far as somebody has measured it; `computing` is the prompt that was
+    looked up last, which the engine computes next (see `prefilling`).
 
     `provider` is the server's ModelProvider: from its model the layout is known before anything was inserted, from its
     flags whether the engine quantizes its caches. Without it, that of the server's ResponseGenerator is taken when this
@@ -119,6 +131,7 @@ class PromptCache(LRUPromptCache):
         self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
         self._expected: Expected | None = None
         self._in_flight = InFlight()
+        self.computing: Prompt | None = None
         self.speed = PrefillSpeed()
 
     def fetch_nearest_cache(self, model: Any, tokens: Iterable[int]) -> tuple[list[Any] | None, list[int]]:
@@ -132,6 +145,7 @@ class PromptCache(LRUPromptCache):
             cache, covered = found
             log.debug("prefix of %d of %d tokens from the store", covered, len(tokens))
         self._in_flight.begin(model, tokens, epoch, cache)
+        self.computing = Prompt(model, tokens, epoch, covered) if epoch is not None else None
         return cache, tokens[covered:]
 
     def covered(self, model: ModelKey, tokens: list[int]) -> int:
@@ -185,6 +199,29 @@ class PromptCache(LRUPromptCache):
                     model, held, prompt_cache, exactly=True, epoch=epoch, prefill_tokens_per_s=speed
                 )
         self._keep((model, epoch), held, prompt_cache, cache_type, bounded=stored or self._is_strict)
+
+    def store_part(self, prompt: Prompt, n_tokens: int, view: Callable[[], Sequence[Any]], *, checkpoint: bool) -> int:
+        """Store what is new of a prompt that is still being computed; how many of its tokens are held or queued then.
+
+        `view()` gives layers that hold its first `n_tokens`; they are let go. If they hold another number, or the model
+        has changed since, nothing is stored. Never raises.
+        """
+        held = 0
+        with self._store.guard():
+            layers, layouts = view(), self._layouts(prompt.model)
+            if layouts and self._epoch(prompt.model) == prompt.epoch and token_count(layers) in (None, n_tokens):
+                captured = capture(layers, n_tokens)
+                session = self._store.session(prompt.model, layouts[0], prompt.epoch)
+                # What the engine is yet to quantize is not what it will go on with.
+                if session and [one.spec for one in captured] == list(layouts[0].layers):
+                    tokens_max = self.limits.prefill_part_tokens_max
+                    held = session.store_part(prompt.tokens[:n_tokens], captured, tokens_max, checkpoint).stored_tokens
+        return held
+
+    @property
+    def limits(self) -> Limits:
+        """Of the client."""
+        return self._store.config.limits
 
     def _keep(
         self, place: tuple[Any, Any], tokens: list[int], layers: list[Any], cache_type: str, *, bounded: bool
@@ -242,7 +279,7 @@ class PromptCache(LRUPromptCache):
     @property
     def memory_bytes(self) -> int:
         """Limit in bytes for prefetched layers."""
-        return self._store.memory_bytes
+        return self._store.config.memory_bytes
 
     @property
     def fetch_total_s(self) -> float:

@@ -6,9 +6,10 @@ Names of the server's module are replaced before its `main` reads the command li
     load             the stock one, noting what the model's folder holds when it is loaded
     run              the stock one, told which ModelProvider the cache belongs to
 
-and those that `checkpoints` says, so that models whose caches cannot be cut find a place to continue from, `prefetch`,
-so that answers being written do not wait for fetches, and `request_guard`, so that no request ends the server's
-generation thread. vllm-mlx is done likewise, see `vllm_mlx`.
+and those that `checkpoints` says, so that models whose caches cannot be cut find a place to continue from,
+`prefilling`, so that a prompt is stored while it is computed, `prefetch`, so that answers being written do not wait for
+fetches, and `request_guard`, so that no request ends the server's generation thread. vllm-mlx is done
+likewise, see `vllm_mlx`.
 """
 
 from __future__ import annotations
@@ -149,6 +150,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def plug_in(server: Any, store: Any) -> None:
     """Put the store behind the prompt cache of `server`, the module `mlx_lm.server`."""
+    from kvstore.integrations import prefilling
     from kvstore.integrations.prompt_cache import PromptCache
 
     stock_load, stock_run = server.load, server.run
@@ -162,9 +164,13 @@ def plug_in(server: Any, store: Any) -> None:
     @functools.wraps(stock_run)
     def run_with_store(host: str, port: int, model_provider: Any, *args: Any, **options: Any) -> Any:
         max_bytes = getattr(model_provider.cli_args, "prompt_cache_bytes", None)
-        server.LRUPromptCache = functools.partial(
-            PromptCache, max_bytes=max_bytes, store=store, provider=model_provider
-        )
+
+        def prompt_cache(*sizes: Any, **more: Any) -> PromptCache:
+            made = PromptCache(*sizes, **{**more, "max_bytes": max_bytes}, store=store, provider=model_provider)
+            prefilling.plug_in(server, made)
+            return made
+
+        server.LRUPromptCache = prompt_cache
         return stock_run(host, port, model_provider, *args, **options)
 
     server.load, server.run = load, run_with_store

@@ -89,7 +89,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._known_layouts: list[Layout] | None = None
         self._in_flight = InFlight()
         self._epoch = self._look()
-        self._ahead = Ahead(store.memory_bytes)
+        self._ahead = Ahead(store.config.memory_bytes)
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
 

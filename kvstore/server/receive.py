@@ -148,7 +148,7 @@ class Receiver:
                 if array.dtype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
                     raise InvalidRequestError(f"array {array.name} of layer {state.layer} is not of booleans")
                 buffers.append(data)
-        return NewBlock(block, buffers)
+        return NewBlock(block, buffers, upload.interim)
 
     def _spliced_runs(self, upload: Upload) -> list[EncodedRun]:
         """The stored runs that the first block starts with, read back, verified and cut."""

@@ -371,6 +371,7 @@ def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreReque
         isolated=bool(message.namespace.salt),
         caller=caller,
         states=states_of(message),
+        interim=message.interim,
     )
 
 

@@ -61,6 +61,7 @@ class StoreRequest:
     isolated: bool = False  # a tenant with a salt of its own
     caller: str = ""  # the name that the client gives itself
     states: tuple[LayerState, ...] = ()
+    interim: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ class StorePath:
             spliced=spliced,
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
             states=() if held_states or sender else request.states,
+            interim=request.interim,
             depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
             awaits_checkpoint=not held_states and sender is not None,
         )

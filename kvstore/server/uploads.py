@@ -41,6 +41,7 @@ class Upload:
     pieces: tuple[Piece, ...]  # what the worker hands over, in order
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
+    interim: bool = False  # the checkpoint is one within a prompt that is still being computed
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
     # What it is written and committed with, or not at all.
     encryption: NamespaceKey | None = None

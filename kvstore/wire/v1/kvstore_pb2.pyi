@@ -160,7 +160,7 @@ class LayerChunk(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id")
+    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id", "interim")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -171,6 +171,7 @@ class BeginStoreRequest(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     STATES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    INTERIM_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: bytes
     tokens: bytes
@@ -181,7 +182,8 @@ class BeginStoreRequest(_message.Message):
     transport: Transport
     states: bytes
     request_id: str
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+    interim: bool
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ..., interim: bool = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
     __slots__ = ("upload_id", "start", "end", "upload_bytes", "by_socket", "reason", "held_tokens", "wants_states", "durable", "detail")
