@@ -7,6 +7,7 @@
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
 # make faults kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half;
 #             make faults SHARE=0.1 takes a tenth of the cases and of the time
+# make page   looks at the page of `kvstore stats --html` in headless Chromium
 # make lint   ruff, mypy, import-linter, and that the generated wire code is what protos/ says
 # make proto  regenerate kvstore/wire/v1
 # make dist   the source archive, the wheel built from it, and the Homebrew formula for the archive, in dist/
@@ -54,7 +55,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm bench faults lint proto proto-check dist venv clean
+.PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm bench faults page lint proto proto-check dist venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -90,6 +91,9 @@ bench: $(INSTALLED)
 
 faults: $(INSTALLED_FUZZ)
 	@$(BIN)/python -m tests.faults --share $(SHARE)
+
+page: $(INSTALLED)
+	@$(BIN)/python tests/bench/page.py
 
 lint: $(INSTALLED) proto-check
 	@$(BIN)/ruff check .

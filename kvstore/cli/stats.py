@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
-from kvstore.cli.common import client_config, common_options, connected, print_json, print_json_line, say, size_text
+from kvstore.cli.common import (
+    client_config,
+    common_options,
+    connected,
+    note,
+    print_json,
+    print_json_line,
+    say,
+    size_text,
+)
 from kvstore.cli.stats_text import print_stats
 
 WATCH_EVERY_S = 1.0
@@ -17,18 +27,30 @@ WATCH_EVERY_S = 1.0
 @click.command("stats")
 @click.option("--watch", is_flag=True, help="A line a second, until Ctrl-C: what that second brought.")
 @click.option("--prometheus", is_flag=True, help="Metrics as Prometheus reads them.")
+@click.option("--html", metavar="FILE", help="Write a page with the last 90 days, which any browser shows.")
 @common_options
-def command(watch: bool, prometheus: bool, address: str | None, config_path: str | None, as_json: bool) -> None:
+def command(
+    watch: bool, prometheus: bool, html: str | None, address: str | None, config_path: str | None, as_json: bool
+) -> None:
     """What the store served, saved and wrote, why it did not, and the state of its disk."""
-    if watch and prometheus:
-        raise click.UsageError("--watch is for people and --prometheus prints once; give one of them")
+    if watch + prometheus + (html is not None) > 1:
+        raise click.UsageError("--watch, --prometheus and --html are different answers; give one of them")
     config = client_config(address, config_path)
     with connected(config) as client:
         if watch:
             _watch(client.stats, as_json=as_json)
             return
         stats = client.stats()
-    if prometheus:
+        history = client.history() if html is not None else {}
+    if html is not None:
+        from kvstore.cli.page import write_page
+
+        write_page(Path(html), stats, history, time.time())
+        if as_json:
+            print_json({"html": html})
+        else:
+            note(f"wrote {html}")
+    elif prometheus:
         from kvstore.metrics.exposition import exposition
 
         click.echo(exposition(stats), nl=False)

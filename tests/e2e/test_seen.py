@@ -95,6 +95,21 @@ def test_scrapers_read_over_loopback_what_stats_prints(daemon: DaemonProcess) ->
         assert 'kvstore_requests_total{outcome="hits"} 0.0' in answer.read().decode()
 
 
+def test_the_page_has_what_the_daemon_counted(daemon: DaemonProcess, tmp_path: Path) -> None:
+    """Its figures, the hour of the history, the model; exit 1 and one line where it cannot be written."""
+    ask(daemon)
+    daemon.restart()  # an orderly end writes the hour
+    page = tmp_path / "page.html"
+    assert said(daemon, "stats", "--html", str(page)) == ""
+    text = page.read_text()
+    for words in ("41.6 %", "small-lm", "1,000 from the store, 1,401 computed", "unknown_prefix", "<svg"):
+        assert words in text, words
+    ended = run_cli(["stats", "--html", str(tmp_path / "none" / "page.html")], daemon.environ())
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1) and "none/page.html" in ended.stderr
+    assert answered(daemon, "stats", "--html", str(page))["html"] == str(page)
+    assert run_cli(["stats", "--html", "x", "--watch"], daemon.environ()).returncode == 2
+
+
 WITHOUT_EXTRA = "import sys\nsys.modules['prometheus_client'] = None\n"
 
 
