@@ -2,8 +2,8 @@
 # make test   the whole test suite: the cache layers also with the oldest mlx-lm that is supported
 # make gpu    a minute of checks of what computes, on MLX's default device; GPU_PYTHON=... names another environment's
 #             interpreter, such as one with mlx for CUDA
-# make compat mlx-lm's own tests with the store plugged in; the integration of vllm-mlx, in an environment of its own:
-#             several minutes and GB the first time
+# make compat mlx-lm's own tests with the store plugged in; the integration of vllm-mlx and the adapter of
+#             mlx-openai-server, each in an environment of its own: several minutes and GB the first time
 # make bench  what 8 bits cost, by kind of model; TurboQuant beside mx.quantize; the store beside its ceilings and its peers
 # make faults kills, power cuts, damage, failing disks, fuzzing and a soak at length; as root on Linux, an hour and a half;
 #             make faults SHARE=0.1 takes a tenth of the cases and of the time
@@ -18,12 +18,14 @@ VENV := .venv
 VENV_PROTO := .venv-proto
 VENV_OLDEST := .venv-oldest
 VENV_VLLM := .venv-vllm
+VENV_OPENAI := .venv-openai
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_FUZZ := $(VENV)/.installed-fuzz
 INSTALLED_PROTO := $(VENV_PROTO)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
+INSTALLED_OPENAI := $(VENV_OPENAI)/.installed
 
 # The oldest toolchain whose code the supported runtimes read: newer generated code does not load in older runtimes.
 GRPCIO_TOOLS := 1.76.0
@@ -48,6 +50,9 @@ MLX_LM_TESTS := .upstream/mlx_lm-$(MLX_LM)/tests
 VLLM_MLX := 0.6.0
 VLLM_TORCH := 2.13.0
 
+# Pins mlx-lm < 0.32, too.
+OPENAI_SERVER := 1.8.1
+
 # The first interpreter that starts, is new enough and can make an environment (a pyenv shim may exist and do none of it).
 FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
 	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; p=; done; \
@@ -55,7 +60,7 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
-.PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm bench faults page lint proto proto-check dist venv clean
+.PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm compat-openai bench faults page lint proto proto-check dist venv clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
@@ -69,7 +74,7 @@ test-oldest: $(INSTALLED_OLDEST)
 gpu: $(INSTALLED)
 	@$(GPU_PYTHON) -m pytest -q -s -p no:cacheprovider tests/e2e/test_gpu.py
 
-compat: compat-mlx-lm compat-vllm
+compat: compat-mlx-lm compat-vllm compat-openai
 
 compat-mlx-lm: $(INSTALLED) $(MLX_LM_TESTS)/test_server.py
 	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt requests
@@ -88,6 +93,9 @@ bench: $(INSTALLED)
 	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
 	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
 	@for name in fingerprint dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
+
+compat-openai: $(INSTALLED_OPENAI)
+	@$(VENV_OPENAI)/bin/python -m pytest -p no:cacheprovider tests/contract/test_adapters.py
 
 faults: $(INSTALLED_FUZZ)
 	@$(BIN)/python -m tests.faults --share $(SHARE)
@@ -154,5 +162,12 @@ $(INSTALLED_VLLM): pyproject.toml Makefile
 	@$(VENV_VLLM)/bin/python -m pip --quiet uninstall --yes torchvision
 	@touch $@
 
+# Its prompt cache alone, which needs these two; all of it asks for torch and packages for pictures and sound.
+$(INSTALLED_OPENAI): pyproject.toml Makefile
+	@test -x $(VENV_OPENAI)/bin/python || { $(FIND_PYTHON); "$$p" -m venv $(VENV_OPENAI); }
+	@$(VENV_OPENAI)/bin/python $(PIP_INSTALL) mlx-lm==$(OLDEST_MLX_LM) -e '.[test]'
+	@$(VENV_OPENAI)/bin/python $(PIP_INSTALL) --no-deps mlx-openai-server==$(OPENAI_SERVER) loguru dill
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) .upstream build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_OPENAI) .upstream build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -44,6 +44,7 @@ from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, model_folder
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
 from kvstore.integrations.restoring import Found
+from kvstore.integrations.run import announce
 from kvstore.integrations.speed import PrefillSpeed
 
 log = logging.getLogger(__name__)
@@ -332,6 +333,7 @@ def prepare(flags: Sequence[str], *, slow_hits: bool = False) -> tuple[Callable[
     if args.command == "serve" and (why := _unused(args)):
         log.warning("the store is not used: %s", why)
     elif args.command == "serve":
+        announce(digests, str(args.model or ""))
         engines = [engine_version(name) for name in ("mlx-lm", "mlx-vlm")]
         plug_in(*(ModelStore(client, digests, engine=engine, slow_hits=slow_hits) for engine in engines))
     return cli.main, client.close

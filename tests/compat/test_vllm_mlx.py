@@ -140,6 +140,7 @@ def test_what_one_server_prefilled_another_takes_from_the_store(
             assert (first.text, first.prefilled_tokens) == (cold[0].text, first.prompt_tokens)
             again = one.complete(prompts[0])
             assert (again.text, again.prefilled_tokens) == (cold[0].text, 1), "from memory"
+            assert "kvstore: identity of" in one.log_text() or "kvstore: hashing" in one.log_text()
             assert one.stop() == 0, one.log_text()
             same = other.complete(prompts[0])
             assert (same.text, same.prefilled_tokens) == (cold[0].text, 1)
