@@ -159,6 +159,7 @@ OTHERS = [
     ("header_hash", "x-request-mark: v1=9f3a2c\n", "x-request-mark: v1=1b7e0d\n"),
     ("date", "Today is Sunday, November 29, 2026.\n", "Today is Monday, November 30, 2026.\n"),
     ("path", "Output goes to /tmp/run-8f2a/out.txt\n", "Output goes to /tmp/run-77b1/out.txt\n"),
+    ("white_space", "assistant: Four is the answer to it.\n", "assistant:\n\nFour is the answer to it.\n"),
     ("counter", "request_count: 17\n", "request_count: 18\n"),
     ("metadata", 'user: Conversation info (untrusted metadata):\n{"message_id": "1"}\nHi', "user: Hi there, all"),
 ]

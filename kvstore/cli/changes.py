@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 _LATER = "let the client send it after what stays the same, in the last message"
 _LIST_LINES_MIN = 5
+_SAME_CHARACTERS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,15 @@ def stripped_reasoning(spot: Spot) -> Change | None:
         return None
     cure = "keep the reasoning in the history, where client and template can; else only that answer is computed again"
     return Change("reasoning", "reasoning that the history leaves out", cure)
+
+
+def white_space(spot: Spot) -> Change | None:
+    """The same text after other white space: templates and clients trim what a model wrote."""
+    one, other = spot.asked.lstrip(), spot.stored.lstrip()
+    same = min(len(one), len(other), _SAME_CHARACTERS)
+    if same < _SAME_CHARACTERS or one[:same] != other[:same]:
+        return None
+    return Change("white_space", "white space before the same text", "send answers back as they came, not trimmed")
 
 
 _JSON_ID = re.compile(r'"(\w*_id|\w+I[dD]|id|uuid)"\s*:\s*"?[^",}\n]*"?')
@@ -299,6 +309,7 @@ def hexadecimal(spot: Spot) -> Change | None:
 PATTERNS: tuple[Callable[[Spot], Change | None], ...] = (
     billing_header,
     stripped_reasoning,
+    white_space,
     json_id,
     counter,
     uuid,

@@ -174,7 +174,7 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [("cause", _cause(row)), ("restored", _restored(row))]
+    facts = [("cause", _cause(row)), ("offered", _offered(row))]
     if row["region"]:
         facts.append(("where", row["region"]))
     if row["cause"] != Cause.WHOLE:
@@ -212,7 +212,7 @@ def _cause(row: dict[str, Any]) -> str:
     return words
 
 
-def _restored(row: dict[str, Any]) -> str:
+def _offered(row: dict[str, Any]) -> str:
     reason = row["reason"]
     why = f", {reason}: {words_of(reason)}" if reason != "ok" else ""
     return f"{row['given_tokens']:,} tokens{why}"

@@ -152,7 +152,8 @@ def _marks(tokenizer: Any) -> dict[str, str]:
         first = _before(tokenizer, [*turn[:count], marked])
         later = _before(tokenizer, [*turn, *next_turn[:count], marked])
         common = common_length(first[::-1], later[::-1]) if first and later else 0
-        mark = (first[len(first) - common :] if common else first or later).lstrip()
+        # A token may end before the space after a mark.
+        mark = (first[len(first) - common :] if common else first or later).strip()
         if mark:
             marks[role] = mark
     return marks

@@ -71,7 +71,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class StoreEnd:
-    """What became of a store: tokens offered, of these stored now, bytes newly on disk, why not more."""
+    """What became of the stores of a prompt: tokens offered, of these stored now, bytes newly on disk, why not more."""
 
     offered_tokens: int
     stored_tokens: int
@@ -265,9 +265,10 @@ class Why:
         for key, one in reversed(waiting):
             more = one.store is None or one.store.offered_tokens <= end.offered_tokens
             if more and _spot(chain, one.common_tokens, one.asked.prompt_tokens) == one.spot:
+                written = end.new_bytes + (one.store.new_bytes if one.store else 0)
                 with self._lock:
                     if self._entries.get(key) is one:
-                        self._entries[key] = replace(one, store=end)
+                        self._entries[key] = replace(one, store=replace(end, new_bytes=written))
                 return
 
     # -- telling ---------------------------------------------------------------------------------------------------
