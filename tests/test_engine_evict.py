@@ -363,7 +363,7 @@ def test_what_was_evicted_is_remembered_within_bounds(tmp_path: Path) -> None:
         fill(engine, range(10, 20))
         engine.evict(Selection(all=True))
         assert find(engine, NS, list(range(100))).reason is Reason.IDENTITY
-        assert len(engine._shared.lost._reasons) <= 8
+        assert len(engine._shared.lost._gone) <= 8
         put(engine, NS, list(range(100)))
         assert find(engine, NS, list(range(100))).reason is Reason.OK
 

@@ -198,7 +198,7 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
                 for old in replaced_by(edit, row):
                     edit.remove(old)
                     unwanted.append(old.blob)
-                edit.put(row, site.blobs.stored_bytes(row.root, row.blob_bytes))
+                edit.put(row, site.cost(row))
                 edit.table.stamp(row.key, row.created_s, last_use=moments[row.created_s])
                 keep_number(site, edit, blob.number)
     return unwanted, orphans

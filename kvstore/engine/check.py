@@ -238,7 +238,7 @@ class Walk:
                 if odd and self._repair:
                     with site.index.edit() as edit:
                         for row in odd:
-                            edit.mend(row, site.blobs.stored_bytes(row.root, row.blob_bytes))
+                            edit.mend(row, site.cost(row))
             wrong += odd.values()
             if not rows:
                 break
@@ -269,7 +269,7 @@ def _difference(view: View, site: Site, row: Row) -> str:
     """How table and children differ from a row, in words; empty when they do not."""
     table, space = site.index.table, site.index.spaces.get(row.root)
     expected = {
-        "nbytes": site.blobs.stored_bytes(row.root, row.blob_bytes),
+        "nbytes": site.cost(row),
         "n_tokens": row.n_tokens,
         "depth": row.depth,
         "namespace": space.number if space else -1,
@@ -391,8 +391,7 @@ class Scrub:
 
 def after_repair(shared: Shared, removed: list[Row]) -> None:
     """Rows changed behind the counters: take them again, and keep quarantine in its bounds."""
-    costs = (shared.blobs.stored_bytes(row.root, row.blob_bytes) for row in removed)
-    shared.evictions.note(REPAIR, len(removed), sum(costs))
+    shared.evictions.note(REPAIR, len(removed), sum(map(shared.site.cost, removed)))
     shared.lost.remember(removed, Reason.CORRUPT)
     with contextlib.suppress(OSError):
         shared.blobs.trim_quarantine(shared.options.quarantine_files_max)

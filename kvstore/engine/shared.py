@@ -254,7 +254,7 @@ class Shared:
 
     def costs(self, rows: Iterable[Row]) -> dict[BlobId, int]:
         """The blobs of rows, and what they cost on disk."""
-        return {row.blob: self.blobs.stored_bytes(row.root, row.blob_bytes) for row in rows}
+        return {row.blob: self.site.cost(row) for row in rows}
 
     def is_orphan(self, space: Space) -> bool:
         """Whether no caller named this namespace for long."""

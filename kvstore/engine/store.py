@@ -152,13 +152,10 @@ class Writer:
             if settled.kept and why is Reason.OK:
                 self._shared.health.disk_error = ""
             lasting = [row for row in settled.kept if row not in settled.evicted]
-            return StoreReceipt(settled.blocks, sum(map(self._cost, lasting)), why)
+            return StoreReceipt(settled.blocks, sum(map(self._shared.site.cost, lasting)), why)
         finally:
             syncing.shutdown()
             self._discard(batch)
-
-    def _cost(self, row: Row) -> int:
-        return self._shared.blobs.stored_bytes(row.root, row.blob_bytes)
 
     def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
         """Write blobs until the blocks end or something stops them; those before it are on the disk."""
@@ -270,7 +267,7 @@ class Writer:
         health.disk_error = f"the disk refused a write: {error}; free some space on it, or see the system's log"
         with contextlib.suppress(OSError):
             waiting = (entry.row for entry in batch.unsynced if entry.row is not None)
-            self._evictor.shortage.note_full_disk(nbytes + sum(map(self._cost, [*batch.rows(), *waiting])))
+            self._evictor.shortage.note_full_disk(nbytes + sum(map(self._shared.site.cost, [*batch.rows(), *waiting])))
         health.tell()
         if isinstance(error, OSError) and error.errno not in _FULL:
             raise DirectoryError(f"cannot write to {self._shared.directory.root}: {error}") from error
@@ -355,12 +352,12 @@ class Writer:
         """A row in the place of those that it replaces, last used at this number of the sequence."""
         for old in replaced_by(edit, row, self._shared.options.short_tokens):
             if old.key == row.key:
-                edit.replace(old, row, self._cost(row))
+                edit.replace(old, row, self._shared.site.cost(row))
             else:
                 edit.remove(old)
             settled.replaced.append(old)
         if row.key not in edit.table:
-            edit.put(row, self._cost(row))
+            edit.put(row, self._shared.site.cost(row))
         edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment, flags=flags)
         settled.kept.append(row)
 
@@ -377,9 +374,9 @@ class Writer:
         shared = self._shared
         for row in settled.kept:
             self._end_flight(row.blob)
-            shared.health.written_bytes += self._cost(row)
+            shared.health.written_bytes += self._shared.site.cost(row)
             shared.lost.forget(row.key)
-        shared.evictions.note(CHAIN, len(settled.evicted), sum(map(self._cost, settled.evicted)))
+        shared.evictions.note(CHAIN, len(settled.evicted), sum(map(self._shared.site.cost, settled.evicted)))
         # A request may hold one key twice: what it replaced of its own is deleted with what was not kept.
         own = {row.blob for row in settled.kept}
         gone = [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]
