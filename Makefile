@@ -60,6 +60,9 @@ FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python
 PIP_INSTALL = -m pip --disable-pip-version-check install --quiet
 PROTOC = $(VENV_PROTO)/bin/python -m grpc_tools.protoc -Ikvstore/wire/v1=protos protos/kvstore.proto
 
+# Modules and tests are compiled once and not by each of a thousand processes.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-oldest gpu compat compat-mlx-lm compat-vllm compat-openai bench faults page lint proto proto-check dist venv clean
 
 demo: $(INSTALLED)

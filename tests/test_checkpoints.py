@@ -249,7 +249,7 @@ def test_quantized_caches_are_kept_quantized(tokenizer: Any) -> None:
     tokens, _ = generate(stops(kept), model, tokenizer, kv_bits=8)
     assert tokens == generate(None, model, tokenizer, kv_bits=8, prefill_step_size=50)[0]
     for _, cache, _ in kept:
-        assert [type(layer).__name__ for layer in cache] == [*["ArraysCache"] * 3, "QuantizedKVCache"]
+        assert [type(layer).__name__ for layer in cache] == [*["ArraysCache"] * 2, "QuantizedKVCache"]
 
 
 def test_logits_processors_see_the_whole_prompt(tokenizer: Any) -> None:

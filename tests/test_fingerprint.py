@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from tests.support.topologies import TOPOLOGIES
 # Topologies that differ in how they are used, not in the model, are built once.
 MODELS = {json.dumps(one.config): name for name, one in TOPOLOGIES.items() if one.is_there}
 TOKENS = range(1, 45)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _interpreted() -> Iterator[None]:
+    """Run models as they are written: the compiler of MLX would spend a minute in g++."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 def fingerprints() -> dict[str, str]:

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.limits import OPEN_DEADLINES, launch
-from tests.support.models import expand_small_lm, heldout_tokens
+from tests.support.models import heldout_tokens, write_tiny
 from tests.support.servers import NO_MEMORY, ServerProcess, wait_until
 
 RUN = launch("run", "--slow-hits", "mlx_lm.server", **OPEN_DEADLINES)
@@ -25,8 +26,8 @@ HIT = r"kvstore: hit small {}/{} tokens [0-9.]+ [kM]B \d+ ms \[([0-9a-f]{{6}})\]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small trained model."""
-    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+    """A tiny model, under the alias `small`."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "small", dtype=mx.bfloat16)
 
 
 @pytest.fixture

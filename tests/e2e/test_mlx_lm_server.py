@@ -14,7 +14,7 @@ from mlx_lm.utils import load_tokenizer
 
 from tests.support.daemon import DaemonProcess
 from tests.support.limits import OPEN_DEADLINES, set_limits
-from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
+from tests.support.models import heldout_tokens, write_attentive, write_tiny
 from tests.support.servers import NO_MEMORY, PLAIN, ServerProcess, clean_environ, wait_until
 
 QUESTIONS = ("What is a cache?", "How are tokens stored?")
@@ -34,8 +34,8 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small trained model."""
-    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+    """A tiny model."""
+    return write_attentive(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -60,9 +60,7 @@ import sys
 from kvstore.engine import match
 from kvstore.server import daemon, store
 
-store.check_states = lambda *_: None
-if sys.argv[1] == "all":
-    daemon.check_block = match.check_states = lambda *_: None
+store.check_states = daemon.check_block = match.check_states = lambda *_: None
 from kvstore.cli import main
 sys.argv = ["kvstore", "serve", "--create"]
 main()
@@ -72,10 +70,10 @@ PROMPT = [{"role": "user", "content": " ".join(f"word {number}" for number in he
 
 
 @contextlib.contextmanager
-def blind(daemon: DaemonProcess, how: str) -> Iterator[None]:
+def blind(daemon: DaemonProcess) -> Iterator[None]:
     """The daemon's directory in the hands of one that does not validate."""
     with daemon.log_path.open("ab") as log:
-        command = [sys.executable, "-c", set_limits({"min_prefix_tokens": 1}) + BLIND, how]
+        command = [sys.executable, "-c", set_limits({"min_prefix_tokens": 1}) + BLIND]
         daemon.process = subprocess.Popen(command, env=daemon.environ(), cwd=ROOT, stdout=log, stderr=log)
     try:
         daemon.wait_serving()
@@ -100,24 +98,25 @@ def server_of(folder: Path, daemon: DaemonProcess, *launcher: str) -> ServerProc
 
 
 @pytest.mark.parametrize("topology", ["gemma3", "qwen3_5"])
-@pytest.mark.parametrize("trusting", ["store", "all"])
-def test_a_server_lives_through_a_poisoned_checkpoint(tmp_path: Path, topology: str, trusting: str) -> None:
-    """It answers as before the store had anything; then the blob is in quarantine, and another is stored and used."""
+def test_a_server_lives_through_a_poisoned_checkpoint(tmp_path: Path, topology: str) -> None:
+    """It answers as before the store had anything; then the blob is in quarantine, and another is stored and used.
+
+    The daemon first takes the checkpoint without validating it and serves it so, then one that validates finds it.
+    """
     folder = with_template(write_tiny(tmp_path / "model", topology))
     daemon = DaemonProcess(tmp_path / "data")
-    with blind(daemon, trusting):
+    with blind(daemon):
         with server_of(folder, daemon, "-c", set_limits(OPEN_DEADLINES) + POISONER) as server:
             expected = server.chat(PROMPT)
             wait_until(lambda: counts(daemon)["tokens"]["stored"] > 100, 60, daemon.log_text)
             assert server.stop() == 0
-        if trusting == "all":
-            with server_of(folder, daemon) as server:
-                answers = [server.chat(PROMPT) for _ in range(2)]
-                assert server.stop() == 0
-                assert [answer.text for answer in answers] == [expected.text] * 2
-                assert not any(answer.cached_tokens for answer in answers)
-                assert "failed" not in server.log_text(), server.log_text()
-            assert counts(daemon)["disk"]["quarantined"] == 0
+        with server_of(folder, daemon) as server:
+            answers = [server.chat(PROMPT) for _ in range(2)]
+            assert server.stop() == 0
+            assert [answer.text for answer in answers] == [expected.text] * 2
+            assert not any(answer.cached_tokens for answer in answers)
+            assert "failed" not in server.log_text(), server.log_text()
+        assert counts(daemon)["disk"]["quarantined"] == 0
     with daemon, server_of(folder, daemon) as server:
         answer = server.chat(PROMPT)
         assert (answer.text, answer.cached_tokens) == (expected.text, 0)

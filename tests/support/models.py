@@ -83,6 +83,22 @@ def write_tiny(folder: Path, name: str = "llama", dtype: mx.Dtype = mx.float32, 
     return folder
 
 
+def write_attentive(folder: Path) -> Path:
+    """A tiny random llama in bfloat16 whose texts depend on all of its KV, to be served where texts are compared.
+
+    Random models mostly repeat their last token. This one attends strongly: where the first 20 keys of one layer are
+    off by a row, the text is another. It computes a prompt in a tenth of the small trained model's time.
+    """
+    write_tiny(folder, dtype=mx.bfloat16)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    louder = {"q_proj": 4, "o_proj": 8}
+    scaled = {name: array * louder.get(name.split(".")[-2], 1) for name, array in weights.items()}
+    mx.eval(scaled)
+    (folder / "model.safetensors").unlink()
+    mx.save_safetensors(str(folder / "model.safetensors"), scaled, {"format": "mlx"})
+    return folder
+
+
 def _with_vocabulary(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with the vocabulary of the tokenizer, wherever it names the size of one."""
     sizes = {name: SERVED_VOCAB for name in ("vocab_size", "vocab_size_per_layer_input") if name in config}

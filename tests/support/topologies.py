@@ -67,7 +67,7 @@ TOPOLOGIES: dict[str, Topology] = {
     "deepseek_v32": Topology(DEEPSEEK_V32),  # sparse attention: a list of latents and index keys in each layer
     "minimax_m3": Topology(MINIMAX_M3),  # lists of one or two; index keys without values
     "gpt_oss": Topology(GPT_OSS, is_moe=True),  # rotating and plain by turns, sinks
-    "gemma3": Topology(GEMMA3),  # five rotating layers to one plain
+    "gemma3": Topology(GEMMA3),  # two rotating layers to one plain
     "gemma3_unwrapped": Topology(GEMMA3, n_tokens=20),
     "gemma4": Topology(GEMMA4),  # fewer caches than layers
     "rotating_keep": Topology(QWEN3, max_kv_size=32),  # pinned rows
@@ -80,7 +80,7 @@ TOPOLOGIES: dict[str, Topology] = {
         n_tokens=300,
         is_moe=True,
     ),
-    "qwen3_5": Topology(QWEN3_5),  # three recurrent layers to one plain
+    "qwen3_5": Topology(QWEN3_5),  # two recurrent layers to one plain
     "qwen3_5_8bit": Topology(QWEN3_5, bits=8),
     "qwen3_next": Topology(QWEN3_NEXT, is_moe=True),
     "lfm2": Topology(LFM2),  # short convolutions
