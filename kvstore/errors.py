@@ -42,7 +42,7 @@ class NotFoundError(KVStoreError):
 class LimitError(KVStoreError):
     """A documented limit on size, count or memory would be exceeded.
 
-    `retry_s`: trying again may work after so many seconds; 0 when it is the request itself that is too large. `limit`:
+    `retry_s`: a retry may succeed after this many seconds; 0 if the request itself is too large. `limit`:
     the configuration's key that sets it, by which refusals are counted; empty for what is no key's.
     """
 

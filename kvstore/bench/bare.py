@@ -41,7 +41,7 @@ async def _serve(address: str) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     server.add_insecure_port(address)
     await server.start()
-    # Whoever started it holds the other end: when that is closed, it ends.
+    # The parent process holds the other end of the pipe. The server ends when that end is closed.
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
     await server.stop(None)
 

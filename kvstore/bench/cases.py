@@ -43,7 +43,7 @@ class Measured:
     seconds: tuple[float, ...]
 
     def percentile(self, share: float) -> float:
-        """The smallest of the measured times that so many of them do not pass."""
+        """A percentile: the smallest measured time that at least this share of the times does not exceed."""
         ordered = sorted(self.seconds)
         return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 

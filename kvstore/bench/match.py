@@ -29,7 +29,7 @@ HASHING, EMPTY = "hashing alone", "empty RPC"
 
 
 def run(shape: Shape, rounds: int, row_counts: Sequence[int]) -> Report:
-    """Prompts of `seq_len` tokens that are stored in whole, in indexes of so many rows.
+    """Times matches of fully stored prompts of `seq_len` tokens, in indexes of these numbers of rows.
 
     Every prompt comes up before it counts, as in a daemon that has been running. First in the engine, then, on the same
     directories, over RPC; last, starts.
@@ -132,7 +132,7 @@ def _whole_tokens(shape: Shape) -> int:
 
 
 def run_remote(shape: Shape, rounds: int, client: Client) -> Report:
-    """Only what harms nobody: prompts of a namespace that the daemon does not know, beside an empty RPC."""
+    """Read-only cases for a daemon in use: matches in a namespace that it does not know, and an empty RPC."""
     session = patient(client, shape, PROFILE)
     prompts = _prompts(shape, PROMPTS)
     with bare_server() as bare:

@@ -97,7 +97,7 @@ class KeyRing:
         # Whose file may be there, in part, or not: writing or erasing it has not ended well.
         self._unsure: set[bytes] = set()
         self.has_folder = folder.is_dir()
-        self.is_missing = False  # set by whoever finds encrypted blobs and no folder
+        self.is_missing = False  # set where encrypted blobs are found without a key folder
         if self.has_folder:
             _require_private(folder)
         for path in sorted(folder.iterdir()) if self.has_folder else ():
@@ -122,7 +122,7 @@ class KeyRing:
         return list({*self._keys, *self._unsure})
 
     def make(self, root: bytes) -> NamespaceKey:
-        """The key of a namespace, a new one if it has none. A new one is forgotten when nobody holds it any more.
+        """The key of a namespace, a new one if it has none. A new key is forgotten when its last holder drops it.
 
         NotFoundError without a master key, KeyMissingError while the folder of keys is missing.
         """

@@ -29,7 +29,7 @@ class MemoryBlobs:
         """Nothing to do."""
 
     def reader(self, sources: Sequence[Source], open_max: int) -> _Reader:
-        """Reads what is there at the time of the read."""
+        """Reads the blob's present bytes on every call."""
         return _Reader(self._blobs, sources)
 
     def delete(self, blobs: Iterable[BlobId]) -> list[BlobId]:
@@ -59,7 +59,7 @@ class MemoryBlobs:
         return None
 
     def write_identity(self, root: bytes, text: bytes) -> None:
-        """Nobody reads it here."""
+        """Does nothing: memory needs no read-ahead."""
 
     def drop(self, root: bytes) -> None:
         """Out of the names, still in memory."""

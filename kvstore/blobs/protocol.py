@@ -4,7 +4,7 @@
     sync     make the names of one namespace durable
     reader   read byte ranges of blobs
     delete   take names away
-    names    list what is there, also names that kvstore never gives
+    names    list every entry, including names that kvstore never uses
     size     bytes of one blob
     path     its file, for readers in other processes on this host; None where only this process can read it
     drop     take a whole namespace away
@@ -127,7 +127,7 @@ class Blobs(Protocol):
         """Take names away; those that are gone already do not count. Returns the blobs that are still there."""
 
     def names(self, root: bytes | None = None) -> Iterator[Entry]:
-        """What is there, in one namespace or in all, in no order."""
+        """Every entry of one namespace, or of all, in no order."""
 
     def size(self, blob: BlobId) -> int | None:
         """Bytes of a blob as a reader sees them; None when it is not there, or is no regular file."""

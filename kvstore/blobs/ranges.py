@@ -195,7 +195,7 @@ _ABANDONED: set[FileReader] = set()
 
 
 def unreadable_paths() -> set[str]:
-    """Files that this process waits for although nobody wants their bytes any more: a read has not returned."""
+    """Number of files with a read that has not returned although its caller has given up."""
     return {path for reader in list(_ABANDONED) for path in reader.busy_paths()} if _ABANDONED else set()
 
 
@@ -253,7 +253,7 @@ def _close(fds: Sequence[int]) -> None:
 def _open_checked(source: FileSource) -> int:
     """Open a blob for reading; CorruptDataError unless it is a regular file of the exact size."""
     try:
-        # Not blocking: whoever opens a FIFO waits for one who writes to it.
+        # Not blocking: opening a FIFO would wait until another process opens it for writing.
         fd = os.open(source.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CorruptDataError(f"{source.path}: {error.strerror}") from error

@@ -81,7 +81,7 @@ class ClosedOutput(io.TextIOBase):
     """Replaces standard output if it was closed before the process started; Python sets it to None then."""
 
     def write(self, text: str) -> int:
-        """OSError: nobody can read it."""
+        """Raises OSError: this stream cannot be read."""
         raise OSError(errno.EBADF, "standard output is closed")
 
 

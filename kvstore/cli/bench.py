@@ -144,7 +144,7 @@ def transport(**options: Any) -> None:
 def match(rows: str, **options: Any) -> None:
     """Find a prompt in indexes of several sizes, beside hashing alone and an empty RPC; and open them.
 
-    With --address only what harms nobody: prompts that the daemon does not know. A million rows take two minutes to
+    With --address only read-only cases run: prompts that the daemon does not know. A million rows take two minutes to
     make, and 6 GB.
     """
     bench = importlib.import_module("kvstore.bench.match")

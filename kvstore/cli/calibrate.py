@@ -139,7 +139,7 @@ def _measure(
 
     if not dry_run:
         with connected(config) as client:
-            client.stats()  # fail now if no daemon answers, not after minutes of measuring
+            client.stats()  # fail now if no daemon runs, not after minutes of measuring
     with kv.loading(model_path, adapter_path):
         model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
     tokens = tokens_of(tokenizer, prompt_files, text_of)[:TEXT_TOKENS_MAX]

@@ -71,7 +71,11 @@ def examine(config: Config) -> Iterator[Line]:
             yield _round_trip(client, config)
     except UnavailableError as error:
         start = "start it with: kvstore serve"
-        yield Line("daemon", str(error), start if config.address.path else f"look at the host of {config.listen}")
+        yield Line(
+            "daemon",
+            str(error).removesuffix(f"; {start}"),
+            start if config.address.path else f"look at the host of {config.listen}",
+        )
         yield from _directory(config.data_dir, config)
     except KVStoreError as error:
         yield Line("daemon", f"{config.listen} refuses", str(error))

@@ -34,7 +34,7 @@ def command(
 ) -> int:
     """Start SERVER (mlx_lm.server) with the store plugged in; all FLAGS go to it unchanged.
 
-    Where no daemon answers, one is started in the background, with its log in the data directory; it goes on when the
+    If no daemon runs, one is started in the background, with its log in the data directory; it goes on when the
     server ends. What kvstore has to say begins with `kvstore:`.
 
     For example: kvstore run mlx_lm.server --model mlx-community/Qwen3-8B-4bit --port 8080

@@ -30,7 +30,7 @@ def ensure_daemon(config: Config, *, start: bool) -> None:
     if isinstance(found, UnavailableError) and start and config.address.path:
         found = _start(config)
     if isinstance(found, KVStoreError):
-        why = str(found).rstrip(".")
+        why = str(found).partition("; start it with")[0].rstrip(".")
         note(f"{why}; serving without the store{_way_out(config, found)}")
         return
     daemon, disk = found["daemon"], found["disk"]
@@ -73,7 +73,7 @@ def _start(config: Config) -> dict[str, Any] | KVStoreError:
                 start_new_session=True,
             )
     except (KVStoreError, OSError) as error:
-        return KVStoreError(f"no daemon answers at {config.listen}, and none can be started: {error}")
+        return KVStoreError(f"no daemon at {config.listen}, and none can be started: {error}")
     note(f"no daemon at {config.listen}; starting one (pid {process.pid}, log {log_path})")
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
@@ -90,7 +90,7 @@ def _start(config: Config) -> dict[str, Any] | KVStoreError:
 
 
 def _log_path(config: Config) -> Path:
-    """The log of a daemon that nobody watches, in its data directory, which is made as the daemon would make it.
+    """The log file of a daemon in the background: in its data directory, which is created as the daemon would.
 
     Raises DirectoryError where a daemon could not use it, DirectoryHeldError where another one does.
     """

@@ -151,10 +151,15 @@ def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
     if sentence := said(error):
         return UnansweredError(sentence)
     if not is_tls:
-        return UnansweredError(f"no daemon answers at {config.address.target}")
+        return UnansweredError(f"no daemon at {config.address.target}; {_advice(config)}")
     if any(word in details.lower() for word in _TLS_WORDS):
         return TLSError(f"no secure connection to {config.address.target}: {details}")
-    return UnansweredError(f"no daemon answers at {config.address.target}: {details}")
+    return UnansweredError(f"no daemon at {config.address.target}: {details}; {_advice(config)}")
+
+
+def _advice(config: Config) -> str:
+    """What to do about a daemon that does not answer."""
+    return "start it with: kvstore serve" if config.address.path else "start kvstore serve on that host"
 
 
 def _heard(of: weakref.ref[Connection], config: Config, is_tls: bool, error: Any) -> KVStoreError:
@@ -340,7 +345,7 @@ class Connection:
         """Send a report without waiting; it is lost when no daemon is there."""
         if not (is_forked() or self.breaker.is_open):
             with suppress(ValueError):  # the channel is closed
-                # The callback holds the call: gRPC cancels one that nobody holds any more.
+                # The callback keeps a reference to the call: gRPC cancels a call without references.
                 self.kvstore.Report.future(report, timeout=REPORT_S).add_done_callback(lambda call: None)
 
     def close(self) -> None:

@@ -372,7 +372,7 @@ class Fetcher:
         except BaseException:
             call.cancel()
             raise
-        # The callback holds the call until the daemon's status is there: gRPC cancels one that nobody holds any more.
+        # The callback keeps a reference to the call until its status arrives: gRPC cancels a call without references.
         call.add_done_callback(lambda call: None)
 
 

@@ -143,7 +143,7 @@ class Health:
     def _begin(self, *, patient: bool) -> None:
         check = self.check
         with suppress(ValueError):  # the channel is closed
-            # Not a method of ours: a client that nobody holds must not live for an answer.
+            # Not a bound method: a pending answer must not keep an unused client alive.
             ended = functools.partial(_ended, weakref.ref(self), check, patient, time.monotonic())
             check.future(health_request(), timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
 

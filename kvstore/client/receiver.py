@@ -87,7 +87,7 @@ class Receiver:
                     layer == len(self._sizes) - 1
                 )  # before the layer is there to be taken, and the caller leaves
                 self._received.put(received)
-        except BaseException as error:  # noqa: BLE001  # handed to whoever takes the layer
+        except BaseException as error:  # noqa: BLE001  # raised again in the thread that takes the layer
             self._received.put(error)
 
 

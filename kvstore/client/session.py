@@ -276,7 +276,7 @@ class Session:
         state layers make a checkpoint if they are at exactly that offset; if not, the rest is stored and the reason is
         NO_CHECKPOINT. Without `wait` the answer is OK when that is queued; with it, the daemon's final word, or
         DEADLINE after `timeout_s`.
-        `restored_tokens`: so many leading tokens came out of the store; None: as all hits of this process say.
+        `restored_tokens`: how many leading tokens came out of the store; None: as recorded for this process's hits.
         """
         return self._never_raising(
             lambda: self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)

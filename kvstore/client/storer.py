@@ -22,7 +22,7 @@ from kvstore.errors import InvalidRequestError
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
 KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
 
-# How long the uncopied rest of a sequence is kept for the background thread, and how long that thread waits for memory.
+# REST_S: how long the uncopied rest of a sequence is kept. ROOM_S: how long the background thread waits for memory.
 REST_S = 60.0
 ROOM_S = 10.0
 
@@ -41,12 +41,12 @@ class StoreRequest:
 
 
 class Rest:
-    """What of a sequence is still to be copied, by views of the caller's evaluated arrays.
+    """The part of a sequence that is not copied yet, as views of the caller's evaluated arrays.
 
-    Of one that is larger than the budget; and of one whose first tokens were left out, until the daemon has said that
-    it holds these. The background thread copies it piece by piece (`next_job`) as there is room. While it is held, an
-    engine that writes into these arrays gets a copy of them: that costs one copy and its memory, so a rest is let go
-    after `REST_S`, or for the next one of its session.
+    Used for a sequence larger than the budget, and for one whose first tokens were left out, until the daemon confirms
+    that it holds them. The background thread copies it in pieces (`next_job`) when memory is free. While a rest is
+    held, an engine that writes into these arrays has to copy them first. So a rest is dropped after `REST_S`, or when
+    the session's next one is made.
     """
 
     def __init__(self, storer: Storer, request: StoreRequest, start: int, after: StoreJob | None) -> None:
@@ -57,7 +57,7 @@ class Rest:
         self._give_up_at_s = time.monotonic() + REST_S
 
     def next_job(self) -> StoreJob | None:
-        """Copy the next piece; None when it was let go, there is no room, or what it builds on was not stored."""
+        """Copy the next piece. None if the rest was dropped, memory is short, or the piece before it was not stored."""
         request, left_s = self.request, self._give_up_at_s - time.monotonic()
         after, self._after = self._after, None
         if request is None or left_s <= 0 or (after is not None and after.result.reason not in KV_STORED):
@@ -135,7 +135,7 @@ class Storer:
                 raise InvalidRequestError(f"layer {index} is not what the layout says")
         kv = [layer for layer in layers if isinstance(layer, KVLayer)]
         offsets = {layer.n_tokens for layer in kv or layers}
-        # More KV than tokens, or layers that disagree: nobody can say which tokens these values belong to.
+        # More KV than tokens, or layers that disagree: which tokens the values belong to is unknown.
         if len(offsets) != 1 or max(offsets) > n_tokens:
             return 0, Reason.OFFSET_MISMATCH
         offset = offsets.pop()
@@ -162,7 +162,7 @@ class Storer:
                 later = len(ends) > 1 and not wait and self._leave(request, start, jobs[-1] if jobs else None)
                 return jobs, reason if later else Reason.QUEUE_FULL
             if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in KV_STORED:
-                self._budget.release(nbytes)  # the pieces before this one are not there to build on
+                self._budget.release(nbytes)  # the piece before this one was not stored
                 return jobs, jobs[-1].result.reason
             job = self._job(request, start, end, nbytes, with_states=with_states)
             if start and not jobs and not wait:
@@ -207,21 +207,21 @@ class Storer:
         return False
 
     def _keep_whole(self, request: StoreRequest) -> Rest:
-        """The whole sequence, until it is known that its first tokens are held. Of the latest store only."""
+        """Keep the whole sequence until the daemon confirms its first tokens. Only the latest store is kept."""
         if self._again is not None:
             self._again.let_go()
         self._again = Rest(self, request, 0, None)
         return self._again
 
     def _leave(self, request: StoreRequest, start: int, after: StoreJob | None) -> bool:
-        """Have the background thread copy what follows `start`; whether it was queued."""
+        """Let the background thread copy the tokens after `start`. Returns whether that was queued."""
         if self._rest is not None:
             self._rest.let_go()
         self._rest = Rest(self, request, start, after)
         return self._submit(self._rest)
 
     def next_piece(self, request: StoreRequest, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
-        """(the next piece from `start`, whether it is the last); None without room. On the background thread."""
+        """(the next piece from `start`, whether it is the last); None if memory is short. Background thread."""
         state_bytes, _ = self._checkpoint(request)
         n_tokens = request.chain.n_tokens
         ends = self._pieces(start, n_tokens, state_bytes or 0) if start < n_tokens else [n_tokens]
@@ -232,9 +232,9 @@ class Storer:
         return self._job(request, start, ends[0], nbytes, with_states=with_states), len(ends) == 1
 
     def _checkpoint(self, request: StoreRequest) -> tuple[int | None, Reason]:
-        """(bytes of the checkpoint at the end of the tokens, or None to offer none; why the layers have none there).
+        """(bytes of the checkpoint to offer, None for no checkpoint; the reason why there is none).
 
-        Window and state layers are valid at their exact token count only, so one that is not at the end is no use.
+        Window and state layers are valid only at their exact token count, so all must be at the end.
         """
         states = [layer for layer in request.layers if isinstance(layer, StateLayer)]
         if not states:
@@ -248,7 +248,7 @@ class Storer:
     def _ends(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
         """Token positions at which the pieces end: one piece if all fits the budget, else pieces of half a budget.
 
-        If the last piece leaves no room for the checkpoint, its end is listed twice, and the checkpoint goes alone.
+        If the checkpoint does not fit beside the last piece, the last end is listed twice: the checkpoint goes alone.
         """
         token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
         if (n_tokens - start) * token_bytes + state_bytes <= limit_bytes:
@@ -265,7 +265,7 @@ class Storer:
         return ends if fits or not state_bytes else [*ends, n_tokens]
 
     def _job(self, request: StoreRequest, start: int, end: int, nbytes: int, *, with_states: bool) -> StoreJob:
-        """Copy tokens `[start, end)`; the caller's share of the budget goes to the job, or back if this raises."""
+        """Copy tokens `[start, end)`. The acquired budget passes to the job, or is released if this raises."""
         try:
             restored_tokens, fidelity = self._restored_part(request)
             capture = Capture(request.layers, start, end) if end > start else None
@@ -289,8 +289,8 @@ class Storer:
     def _restored_part(self, request: StoreRequest) -> tuple[int, int]:
         """(leading tokens that came out of the store, their fidelity).
 
-        Of tokens that only the caller knows to be restored, the rank is unknown: the least that the session accepts or
-        that any hit had. It is never 0, which is "not said", and refused.
+        If only the caller knows that tokens were restored, their rank is unknown: the lower of what the session accepts
+        and the lowest rank of any hit is used. It is never 0: the daemon refuses 0, which means "not given".
         """
         known, fidelity = self._provenance.restored(self._weights, request.chain.tokens)
         if request.restored_tokens is None or request.restored_tokens <= known:
@@ -301,9 +301,9 @@ class Storer:
 
 
 def combine(results: Sequence[StoreResult], reason: Reason) -> StoreResult:
-    """One result for the pieces of a store; `reason` is why not all of it was queued.
+    """One result for the pieces of a store; `reason` says why not all pieces were queued.
 
-    Bytes add up, the last good piece says how many tokens are held, and the first piece that fell short says why.
+    Bytes are summed. `stored_tokens` is that of the last good piece, and the reason that of the first failed piece.
     """
     bad = next((one.reason for one in results if one.reason not in _GOOD), reason)
     if bad is Reason.OK and results and all(one.reason is Reason.ALREADY_STORED for one in results):

@@ -61,7 +61,7 @@ class SocketGuard:
     def check(self) -> None:
         """Return when the socket and its daemon are trusted, or when there is no socket in a directory that is.
 
-        Raises UntrustedError, logged as a warning, and UnavailableError where nobody can be listening.
+        Raises UntrustedError, logged as a warning, and UnavailableError if there is no socket to connect to.
         """
         try:
             found = walk(self._path)
@@ -82,7 +82,7 @@ class SocketGuard:
             except (TimeoutError, BlockingIOError) as error:  # it listens, and takes no connections
                 raise UnavailableError(not_responding(f"unix:{self._path}")) from error
             except OSError as error:
-                raise UnavailableError(f"no daemon answers at unix:{self._path}") from error
+                raise UnavailableError(f"no daemon at unix:{self._path}; start it with: kvstore serve") from error
         if uid not in (os.geteuid(), 0):
             raise UntrustedError(f"the process that listens at {self._path} is of user id {uid}; nothing is sent to it")
 
@@ -128,10 +128,12 @@ def walk(path: str) -> os.stat_result | None:
             info = os.lstat(here)
         except FileNotFoundError:
             if names:
-                raise UnavailableError(f"no daemon answers at unix:{path}: there is no {here}") from None
+                raise UnavailableError(
+                    f"no daemon at unix:{path}: there is no {here}; start it with: kvstore serve"
+                ) from None
             return None
         except OSError as error:
-            raise UnavailableError(f"no daemon answers at unix:{path}: {here}: {error.strerror}") from error
+            raise UnavailableError(f"no daemon at unix:{path}: {here}: {error.strerror}") from error
         if stat.S_ISLNK(info.st_mode):
             links += 1
             if links > LINKS_MAX:

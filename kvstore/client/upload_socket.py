@@ -1,6 +1,7 @@
-"""Sends captured bytes to the daemon of this host, over the socket that it has for that.
+"""Sends captured bytes to the daemon on the same host over its upload socket.
 
-The socket is found by the daemon's own, so no reply can lead elsewhere, and is trusted as that one is: see `trust`.
+The path is derived from the daemon's gRPC socket, so a reply cannot redirect the bytes. It is checked like that socket:
+see `trust`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kvstore.errors import DeadlineError, UnavailableError, UntrustedError
 
 # IOV_MAX on Linux and macOS.
 VECTORS_MAX = 1024
-# Of one call: enough that what a call costs by itself does not show.
+# Bytes of one sendmsg call: large enough that the cost of the call itself is negligible.
 SEND_BYTES = 64 << 20
 CONNECT_S = 5.0
 
@@ -25,9 +26,9 @@ class UploadConnection:
     """One upload's connection. One thread sends; any may cancel."""
 
     def __init__(self, path: str, upload_id: str, stall_s: float) -> None:
-        """Connect and name the upload. Raises OSError without such a socket, UntrustedError for another user's.
+        """Connect and name the upload. Raises OSError if there is no socket, UntrustedError if another user owns it.
 
-        UnavailableError when the daemon does not answer. `stall_s`: the most that sending waits.
+        Raises UnavailableError if the daemon does not answer. `stall_s`: longest wait of a send.
         """
         if walk(path) is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -42,11 +43,11 @@ class UploadConnection:
         except BaseException as error:
             self._socket.close()
             if isinstance(error, TimeoutError):
-                raise UnavailableError(f"no daemon answers at {path}") from error
+                raise UnavailableError(f"the daemon does not answer at {path}") from error
             raise
 
     def _greet(self, upload_id: str) -> bool:
-        """Name the upload; whether the daemon takes it."""
+        """Send the upload_id. Returns whether the daemon accepts the upload."""
         try:
             self._socket.sendall(upload_id.encode())
             return bool(self._socket.recv(1))
@@ -54,9 +55,9 @@ class UploadConnection:
             return False
 
     def send(self, views: Iterator[memoryview]) -> bool:
-        """Send all views, without another copy; whether the daemon has received them. If not, CommitStore says why.
+        """Send all views without copying. Returns whether the daemon received them; if not, CommitStore says why.
 
-        Raises DeadlineError when nothing moves.
+        Raises DeadlineError if the daemon reads nothing for `stall_s`.
         """
         batch, nbytes = list[memoryview](), 0
         if not self._is_taken:
@@ -72,7 +73,7 @@ class UploadConnection:
             self._socket.shutdown(socket.SHUT_WR)
             return bool(self._socket.recv(1))
         except BlockingIOError as error:
-            raise DeadlineError("the daemon takes nothing of the upload") from error
+            raise DeadlineError("the daemon stopped reading the upload") from error
         except (BrokenPipeError, ConnectionResetError):
             return False
 
@@ -86,12 +87,12 @@ class UploadConnection:
                 pending[0] = pending[0][count:]
 
     def cancel(self) -> None:
-        """End it, whatever is under way. Any thread."""
+        """Break off whatever the sending thread does. Any thread."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             return  # not connected
 
     def close(self) -> None:
-        """Let go of the descriptor; the sending thread calls it."""
+        """Close the descriptor. Sending thread only."""
         self._socket.close()

@@ -1,4 +1,4 @@
-"""STORE on the worker's side, background half: ask what is wanted, hand over the bytes, hear what became of them."""
+"""Background half of STORE in the worker: ask what the daemon wants, send those bytes, wait for the outcome."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
 
-# Nobody waits for these but the background thread, so they only have to end.
+# Only the background thread waits for these calls, so the limits only have to end a call that hangs.
 CONNECT_S = 5.0
 BEGIN_S = 10.0
 ACCEPTED_S = 10.0
 DONE_S = 60.0
 ABORT_S = 1.0
 REPORT_S = 5.0
-# An upload may wait for others that bring what it builds on.
+# An upload may wait for other uploads that send the blocks before its own.
 UPLOAD_S_MIN = 60.0
 UPLOAD_BYTES_PER_S_MIN = 10_000_000
 
-# No such socket is within reach, as in a container that shares no more than the daemon's own one.
+# The upload socket cannot be reached, for example from a container that mounts only the daemon's gRPC socket.
 _NO_SOCKET = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 
 log = logging.getLogger(__name__)
@@ -50,13 +50,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class StoreJob:
-    """Leading tokens of a sequence, and the KV of `[start, end)` of them in the session's hands.
+    """One piece of a store: the leading tokens of a sequence and the captured KV of `[start, end)`.
 
-    `checkpoint` describes the window and state layers after them, where the job offers these; `states` are the bytes.
-    Made on the caller's thread, then owned by the background thread. `finish` is called exactly once; `release` gives
-    the captured arrays and their share of the budget back, as soon as they are sent or it is clear that they never are.
+    `checkpoint` describes the window and state layers at `end`, if the job offers them; `states` holds their bytes.
+    Created on the caller's thread, then owned by the background thread. `finish` is called exactly once. `release`
+    drops the captured arrays and their share of the budget once they are sent or will not be sent.
     `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
-    `again` is the whole sequence, for the case that the store does not hold the tokens before `start` after all.
+    `again` is the whole sequence. It is needed if the store turns out not to hold the tokens before `start`.
     """
 
     chain: Chain
@@ -77,7 +77,7 @@ class StoreJob:
     done: threading.Event = field(default_factory=threading.Event)
 
     def release(self) -> None:
-        """Let go of the captured arrays; safe to call twice."""
+        """Drop the captured arrays. Safe to call twice."""
         self.capture = None
         self.states = None
         again, self.again = self.again, None
@@ -87,7 +87,7 @@ class StoreJob:
         self.budget.release(nbytes)
 
     def finish(self, result: StoreResult) -> None:
-        """Set the result and wake whoever waits for it."""
+        """Set the result and wake the threads that wait for it."""
         self.release()
         self.result = result
         self.done.set()
@@ -102,27 +102,27 @@ class Uploader:
         self._message = namespace_to_message(namespace)
         self._profile = profile
         self._same_host = same_host and bool(connection.address.path)
-        self._no_socket_of: object = None  # the daemon whose upload socket is not within reach
+        self._no_socket_of: object = None  # the daemon whose upload socket cannot be reached
         self._call: Any = None
         self._cancelled = False
         self._complained = False
 
     def cancel(self) -> None:
-        """End the call in progress, and any later one, with an error."""
+        """Make the call in progress and all later calls fail. Any thread."""
         self._cancelled = True
         call = self._call
         if call is not None:
             call.cancel()
 
     def report(self, key: bytes, detail: str) -> None:
-        """Tell the daemon that a block did not verify."""
+        """Report to the daemon that a block failed verification."""
         self._connection.ensure(CONNECT_S)
         self._unary("Report", pb.ReportRequest(key=key, detail=detail), REPORT_S)
 
     def store(self, job: StoreJob) -> StoreResult:
-        """Store what the daemon wants of a job. Raises KVStoreError or grpc.RpcError; then nothing is left behind.
+        """Send what the daemon wants of a job. Raises KVStoreError or grpc.RpcError; the upload is then aborted.
 
-        NOT_CAPTURED comes with the leading tokens that the daemon does hold.
+        With NOT_CAPTURED the result says how many leading tokens the daemon holds.
         """
         self._connection.ensure(CONNECT_S)
         begun = self._begin(job)
@@ -140,11 +140,11 @@ class Uploader:
             reason = parse_reason(begun.reason)
             if reason is not Reason.STORE_FULL:
                 self._complain("nothing is stored", begun.detail)
-            elif begun.detail:  # else it has no room for this one store
+            elif begun.detail:  # without detail, only this store has no room
                 self._connection.writes.refused(begun.detail)
             durable = begun.durable and reason is Reason.ALREADY_STORED
             return StoreResult(begun.held_tokens, 0, reason, durable, begun.detail)
-        if whole:  # else the daemon may want it once more
+        if whole:  # otherwise the daemon may ask for it again
             job.release()
         self._connection.writes.taken()
         self._complain("stored", begun.detail)
@@ -155,7 +155,7 @@ class Uploader:
         return self._same_host and (self._no_socket_of is None or self._no_socket_of != self._connection.daemon)
 
     def _complain(self, what: str, detail: str) -> None:
-        """Say once in the log what the daemon has to say about what the session asked for."""
+        """Log once what the daemon says about the session's profile."""
         if detail and not self._complained:
             self._complained = True
             log.warning("%s: %s", what, detail)
@@ -184,11 +184,11 @@ class Uploader:
         )
         if reply.upload_id and not sound:
             self._abort(reply.upload_id)
-            raise KVStoreError("the daemon asked for something else than what it was offered")
+            raise KVStoreError("the daemon asked for bytes that were not offered")
         return reply
 
     def _hand_over(self, job: StoreJob, begun: pb.BeginStoreReply) -> bool:
-        """Hand over the wanted bytes, or abort the upload and raise; False when the daemon wants no more of them."""
+        """Send the wanted bytes; abort the upload on an error. False if the daemon stopped receiving before the end."""
         if not begun.upload_id or not begun.upload_bytes:
             return True
         try:
@@ -212,7 +212,7 @@ class Uploader:
             connection.close()
 
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
-        """The wanted bytes in the order in which they travel: pieces, then states."""
+        """The wanted bytes in the order in which they are sent: pieces, then states."""
         for view in self._captured(job, begun):
             if self._cancelled:
                 raise DeadlineError("the session was closed")
@@ -221,7 +221,7 @@ class Uploader:
     def _captured(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
         for piece in cut_pieces(begun.start, begun.end, job.restored_tokens):
             if job.capture is None:
-                raise KVStoreError("the daemon wants tokens of which nothing was captured")
+                raise KVStoreError("the daemon asked for tokens that were not captured")
             yield from job.capture.piece_views(self._layout, piece)
         if begun.wants_states and job.states is not None:
             yield from job.states.views()
@@ -241,7 +241,7 @@ class Uploader:
             call.cancel()
             self._call = None
         if reply is None or not reply.done:
-            raise KVStoreError("the daemon ended a store without its final word")
+            raise KVStoreError("the daemon ended a store without a result")
         return StoreResult(reply.stored_tokens, reply.new_bytes, parse_reason(reply.reason), reply.durable)
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:
@@ -255,12 +255,14 @@ class Uploader:
 
     def _track(self, call: Any) -> Any:
         self._call = call
-        if self._cancelled:  # after the assignment: `cancel` sets the flag first, so one of us sees the other
+        if (
+            self._cancelled
+        ):  # checked after the assignment; `cancel` sets the flag first, so either it or this line sees the other
             call.cancel()
         return call
 
     def _abort(self, upload_id: str) -> bool:
-        """Best effort: an upload that nobody ends is ended by the daemon when it is idle. False if it has ended it."""
+        """Ends the upload, best effort: the daemon ends idle ones itself. False if it has already ended this one."""
         request = pb.AbortStoreRequest(upload_id=upload_id)
         try:
             self._connection.kvstore.AbortStore(request, timeout=ABORT_S)

@@ -140,7 +140,7 @@ def _decode(segment: Segment, tensors: Sequence[mx.array], part: PartSpec) -> mx
 
 
 def dense_runs(layout: Layout, rows_of_runs: Sequence[int], fidelity: int = FIDELITY_EXACT) -> tuple[Run, ...]:
-    """The raw runs, of so many tokens each, that a dense answer is, as if it were one block; without checksums."""
+    """Describes a dense answer as raw runs of one block, with these token counts; without checksums."""
     offset = 0
     runs = []
     for rows in rows_of_runs:

@@ -5,7 +5,7 @@ A row x of width d is one token of one head, or of `fold` neighbouring heads. Fo
 bits            a value: turboquant-mse has 1 to 8, turboquant-prod 2 to 8 (the sign bit of the residual counts; its
                 levels have one bit less)
 seed            of the rotation (`rotation.py`); 0 if absent. The residual's rotation has seed + 1.
-fold            so many heads share a row and its scale, where heads are narrow; 1 if absent
+fold            number of narrow heads that share a row and its scale; 1 if absent
 unit = 1        rows are float32 unit vectors: no norm is stored
 log = 1         scales in 8 bits (turboquant-mse, not with unit=1): 16 of them weigh much in a short row of few bits
 

@@ -12,7 +12,7 @@ SECRET_BYTES_MAX = 1 << 20
 
 
 def read_private(path: Path | str) -> bytes:
-    """The bytes of a file that nobody else can read or write.
+    """The bytes of a file that only its owner can read and write.
 
     Raises DirectoryError, naming the fix, when it is missing, not a regular file, another user's, open to others, or
     longer than SECRET_BYTES_MAX. What is checked is what was opened, so a name that is swapped meanwhile gains nothing.

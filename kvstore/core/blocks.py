@@ -159,7 +159,7 @@ UNPACKED_BYTES_MAX = 1 << 28
 
 
 def packed_bytes_max(nbytes: int) -> int:
-    """The longest packed form of so many bytes."""
+    """Upper bound on the packed size of this many bytes."""
     return nbytes + nbytes // PACKED_SLACK + PACKED_SLACK_BYTES
 
 
@@ -187,7 +187,7 @@ class Tensor:
         return self.width * ITEM_BYTES[self.dtype]
 
     def rows(self, n_tokens: int) -> int:
-        """Rows of so many tokens, which are whole groups."""
+        """Number of rows for this many tokens. Tokens must be whole groups."""
         return n_tokens // self.group_tokens
 
     def layer_bytes(self, n_tokens: int) -> int:

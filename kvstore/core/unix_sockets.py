@@ -15,7 +15,7 @@ import sys
 # Of macOS's sys/un.h and sys/ucred.h, which Python does not name: cr_version, cr_uid, cr_ngroups, 16 groups.
 _SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED = 0, 1, struct.Struct("=IIh2x16I")
 _UCRED = struct.Struct("=iII")  # Linux: pid, uid, gid
-# macOS gives a unix socket 8 KiB if nobody asks for more.
+# The default buffer of a unix socket on macOS is 8 KiB.
 _BUFFER_BYTES = 1 << 20
 
 

@@ -146,7 +146,7 @@ class DirectoryLock:
     def is_displaced(self) -> bool:
         """Whether what was claimed is no longer at its place: deleted, moved, unmounted, in whole or in parts.
 
-        What the names lead to now says nothing about the blobs. False where nobody can tell.
+        What the names lead to now says nothing about the blobs. False if that cannot be determined.
         """
         directory = self._directory
         try:
@@ -155,7 +155,7 @@ class DirectoryLock:
             # Nothing that is served is in quarantine: where it is missing, it is made again when it is needed.
             if os.path.lexists(directory.quarantine):
                 folders.append(directory.quarantine)
-            # Not behind links either: what is there is another's to move and to unlink.
+            # Links are not followed: their targets do not belong to the store and must not be moved or unlinked.
             is_whole = all(stat.S_ISDIR(path.lstat().st_mode) for path in folders)
             return is_other or not is_whole or not (directory.index / "data.mdb").exists()
         except (FileNotFoundError, NotADirectoryError):

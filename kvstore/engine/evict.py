@@ -38,9 +38,10 @@ Choose = Callable[[Table], Mask]
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What to evict. Filters are ANDed; an empty selection is an error unless `all`. `bytes`: stop after so many.
+    """What to evict. Filters are ANDed; an empty selection is an error unless `all`.
 
-    `key_prefix` takes the blocks whose key starts so, and everything after them. `idle_s`: not used for so long.
+    `bytes`: stop after freeing this many. `key_prefix`: the blocks whose key starts with it, and all that follow them.
+    `idle_s`: blocks not used for this long.
     `orphans`: namespaces that no caller named for ORPHAN_S.
     """
 

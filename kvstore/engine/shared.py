@@ -120,7 +120,7 @@ class Place:
         return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=delete, rule=self.options.rule)
 
     def _delete(self, blobs: Collection[BlobId]) -> None:
-        """Nobody reads yet, so all names go; those that the disk keeps get tombstones."""
+        """Unlink all pending names: there are no readers yet. A name that cannot be unlinked gets a tombstone."""
         try:
             left = self.blobs.delete(blobs)
             if left:

@@ -89,7 +89,7 @@ class Shortage:
         return shared.ledger.fixed - shared.deletions.deleting_bytes - self._compaction.shrinkable_bytes
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether room for so many bytes may be found, by evicting or not. Notes in `health` when there is none.
+        """Whether this many bytes may fit, with or without evicting. Records a shortage in `health`.
 
         A store that is too large for the budget is refused without a note.
         """
@@ -106,7 +106,7 @@ class Shortage:
         return fits
 
     def note_full_disk(self, nbytes: int) -> None:
-        """A write of so many bytes failed: note it if the volume has no room for them. Raises OSError."""
+        """Record a failed write of this many bytes as a shortage if the volume has no room for it. Raises OSError."""
         floor = self._shared.options.free_floor_bytes
         spare = self.free_bytes() - floor
         if floor and spare < nbytes + COMMIT_BYTES:

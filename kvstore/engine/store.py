@@ -186,7 +186,7 @@ class Writer:
         return reason if self._await_synced(batch, 0) else Reason.STORE_FULL
 
     def _await_synced(self, batch: _Batch, most: int) -> bool:
-        """Wait until no more than so many blobs are to be synced; False when the disk refuses one, the first in order.
+        """Wait until at most this many blobs are unsynced; False if the disk refuses one.
 
         What comes after that one has lost its parent: it is discarded with it.
         """

@@ -280,7 +280,7 @@ class Index(Contents):
 
 
 def copy_index(fs: Fs, folder: Path, copy: Path, nbytes: int, *, sync: bool) -> None:
-    """Write a copy, of about `nbytes`, of the index in `folder`. Nobody may write to it meanwhile. Raises OSError."""
+    """Write a copy of about `nbytes` of the index in `folder`, which must not be written meanwhile. Raises OSError."""
     fd = fs.open(str(copy), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         os.fchmod(fd, 0o600)

@@ -305,7 +305,7 @@ def tail_prefix(parent: bytes, tokens: bytes, key: NamespaceKey | None) -> bytes
 
 
 def checkpoint_prefix(parent: bytes, n_tokens: int) -> bytes:
-    """How the entries begin of the checkpoints that are so many tokens after their parent."""
+    """Key prefix of the entries of checkpoints at this distance in tokens from their parent."""
     return parent + CHECKPOINT_MARK + n_tokens.to_bytes(2, "big")
 
 

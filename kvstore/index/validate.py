@@ -278,7 +278,7 @@ def _require_trees(file: _File) -> None:
 
 
 def _require_free(file: _File, data: bytes) -> None:
-    """A list of pages that LMDB would write to next: within the file, descending, and nobody's."""
+    """Validate a free list, the pages that LMDB writes to next: within the file, descending, and not in use."""
     count = int.from_bytes(data[:8], "little")
     if len(data) % 8 or not 0 <= count <= len(data) // 8 - 1:
         raise CorruptDataError("index: a list of free pages has another length")

@@ -151,8 +151,9 @@ class InFlight:
         return len(earlier) < len(related) and not any(one.empty for one in earlier)
 
     def _end(self, ended: Sequence[Begun], epoch: Epoch | None, *, accepted: bool) -> None:
-        """Forget what has come back: a cache of `epoch`, and with it hits of other epochs that nobody continued; or, if
-        it was refused, the first that may have been of another epoch."""
+        """Forget a returned cache of `epoch`, and with it hits of other epochs that no request continued.
+
+        If it was refused, forget the first that may belong to another epoch."""
         mine = [one for one in ended if one.epoch == epoch]
         others = [one for one in ended if one.epoch != epoch]
         for one in [*mine[:1], *(other for other in others if not other.empty)] if accepted else others[:1]:

@@ -34,7 +34,7 @@ SAMPLES = 16
 # forward pass would; a model that was loaded lazily is not read behind its owner's back. By bytes.
 LAZY_SHARE_MAX = 0.25
 
-# Arrays are summed so many bytes at a time: what is not contiguous is copied for it.
+# Arrays are summed in pieces of this many bytes, which bounds the copies of arrays that are not contiguous.
 BATCH_BYTES = 256 << 20
 
 _TAG = b"kvstore/fingerprint/v2\0"

@@ -41,10 +41,10 @@ PREPARED_MAX = 64
 
 
 class Prepared:
-    """What was done for one request before its turn. The lock decides whose the hit is: the request's, or nobody's."""
+    """What was fetched for a request before its turn. The lock decides whether the request takes the hit."""
 
     def __init__(self, request: Any, budget: ByteBudget) -> None:
-        self.request = request  # kept, so that its id is nobody else's
+        self.request = request  # kept, so that no other request can get its id
         self.origin: tuple[ModelKey | None, Any] = (None, None)  # model and tokenizer
         self.tokenized: tuple[tuple[Any, ...], Prefill | None] | None = None
         self.covered = 0  # tokens that memory had when the store was asked
@@ -63,7 +63,7 @@ class Prepared:
         return True
 
     def finish(self, found: Found | None) -> None:
-        """The fetch has ended; what it gave is dropped if nobody waits for it any more."""
+        """The fetch has ended. Its result is dropped if the request no longer waits for it."""
         with self._lock:
             self._found = None if self._over else found
             if self._found is None:
@@ -183,7 +183,7 @@ class PrefetchingGenerator(SegmentedGenerator):
             with self._tokenizing:
                 tokenized = self._segmented(tokenizer, request, args)
             if prepared is not None and prepared.tokenized is not None:
-                prepared = None  # for another model: nobody has looked for this one's
+                prepared = None  # prepared for another model: this model's prefix was not looked up
         else:
             tokenized = prepared.tokenized
         result = self._begin(tokenized)

@@ -36,7 +36,7 @@ _UNBOUNDED = 1 << 63
 
 
 def default_memory_bytes() -> int:
-    """Bytes for the tier in memory when nobody says: an eighth of the machine's memory.
+    """Default size of the memory tier in bytes: an eighth of the machine's memory.
 
     The stock server bounds the number of sequences only, and ten long ones fill a machine.
     """
@@ -369,7 +369,7 @@ class PromptCache(LRUPromptCache):
         try:
             plain = probe(*self._models())
             bits = getattr(provider.cli_args, "kv_bits", None)
-            # Only with --kv-bits: a quantized cache cannot join a batch, and nobody asked for its error.
+            # Only with --kv-bits: a quantized cache cannot join a batch, and its error must be asked for.
             return [quantized(plain, bits, provider.cli_args.kv_group_size), plain] if bits else [plain]
         except KVStoreError as error:
             self._store.refuse(error)

@@ -27,7 +27,7 @@ class PrefillSpeed:
         self._started: OrderedDict[tuple[Hashable, tuple[int, ...]], tuple[int, float]] = OrderedDict()
 
     def add(self, model: Hashable, n_tokens: int, seconds: float) -> None:
-        """So many tokens of a prompt were computed in this time. Too few are ignored."""
+        """Record that this many tokens of a prompt were computed in this time. Short prompts are ignored."""
         if n_tokens < TOKENS_MIN or seconds <= 0:
             return
         with self._lock:
@@ -79,7 +79,7 @@ class Progress:
             self._last = (0, self._speed.clock())
 
     def __call__(self, done: int, total: int) -> None:
-        """So many of its tokens are computed. The engine may say so more than once."""
+        """Record how many of its tokens are computed. The engine may report the same count more than once."""
         now_s = self._speed.clock()
         if self._last is not None and done > self._last[0]:
             self._tokens += done - self._last[0]

@@ -122,7 +122,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             prepared.finish(found)
 
     def _from_store(self, tokens: list[int], covered: int) -> tuple[list[Any], int] | None:
-        """What was fetched ahead for this prompt, or what the store has now if nobody looked or memory has lost it."""
+        """The prefix fetched ahead for this prompt; if there is none, or memory has lost it, a fetch made now."""
         assert self._key is not None
         looked, found, covered_then = self._ahead.take(tokens)
         if found is not None and found.epoch == self._epoch:

@@ -102,7 +102,7 @@ class Sockets:
         self._own = 0
 
     def begin(self) -> None:
-        """Nobody is connected yet: what sockets there are, are the daemon's own."""
+        """Note the daemon's own sockets. Call it before any client connects."""
         self._own = open_sockets()
 
     def look(self) -> None:

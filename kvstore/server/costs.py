@@ -60,7 +60,7 @@ NAMESPACES_MAX = 256
 ANSWERED_MAX = 1024
 # No honest report comes later than this.
 REPORT_S_MAX = 60.0
-# A fetch by path that nobody reports the end of counts as active for so many times what was expected of it.
+# A fetch by path without a report of its end counts as active for this many times its expected duration.
 OVERDUE = 3.0
 
 
@@ -217,7 +217,7 @@ class Costs:
         return self._clock()
 
     def start(self, root: bytes, way: Way, work: Work, caller: str = "", asked_s: float | None = None) -> str:
-        """Count a fetch as active; the id under which it is measured and ended, which nobody can guess.
+        """Count a fetch as active. Returns its id, which cannot be guessed; reports and the end refer to it.
 
         `asked_s`: when its call came, None: just now.
         """

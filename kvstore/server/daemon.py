@@ -90,7 +90,7 @@ class Daemon:
         self._begin_anew = False
 
     async def run(self) -> bool:
-        """Serve until `stop`; whether to begin anew, since the data directory was deleted or replaced underneath.
+        """Serve until `stop`; True if the daemon must start again because its data directory was deleted or replaced.
 
         Raises DirectoryError and DirectoryHeldError before anything is served.
         """
@@ -212,7 +212,7 @@ class Daemon:
             threads.release.post(upload.release)
         await health.set(WRITES, NOT_SERVING if engine.degraded else SERVING)
         if upkeep.is_displaced and not self._stop.is_set():
-            words = "the data directory %s was deleted or replaced; beginning anew"
+            words = "the data directory %s was deleted or replaced; starting again"
             log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)
             self._begin_anew = True
             self._stop.set()
@@ -250,7 +250,7 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False) -> in
             for number in ending_signals():
                 loop.add_signal_handler(number, daemon.stop)
             begin = await daemon.run()
-            # A directory that was deleted is made anew, but not beneath a volume that was taken away.
+            # A deleted directory is created again, but never where a volume is no longer mounted.
             awaits = begin and daemon.is_away()
             may_create = not awaits
 

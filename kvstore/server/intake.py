@@ -1,8 +1,8 @@
-"""The bytes of one upload: the next so many of them into this buffer, wherever they come from.
+"""Receives the bytes of one upload into buffers of the upload's thread.
 
-A worker of this host sends them over a socket (`SocketSource`), any other one in chunks of a gRPC stream
-(`kvstore.server.stream_in.ChunkSource`). The thread that encodes and writes an upload pulls them, and so a worker that
-is faster than the disk finds itself held up, and one that is slower holds up nobody but its own thread.
+A worker on this host sends them over a socket (`SocketSource`), any other worker as chunks of a gRPC stream
+(`kvstore.server.stream_in.ChunkSource`). The thread that encodes and writes the upload pulls them. So a worker that is
+faster than the disk is slowed down, and a slow worker blocks only the thread of its own upload.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Protocol
 from kvstore.core.unix_sockets import block_for
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, NotFoundError
 
-# What a worker hears over its connection: the upload is taken, and all of it was received.
+# Sent to the worker over its connection: the upload is accepted; all bytes were received.
 TAKEN = RECEIVED = b"\1"
-# How often a thread that waits for a worker looks up. What it has received by then counts as progress.
+# A thread that waits for a worker wakes this often. Bytes received since the last time count as progress.
 LOOK_UP_S = 1.0
-# Most bytes of one call: so progress is seen even of an upload that is never out of bytes.
+# Upper bound of one receive call, so that progress is seen during a continuous upload too.
 RECEIVE_BYTES = 4 << 20
 
 
@@ -29,17 +29,17 @@ class Source(Protocol):
     """Where the bytes of an upload come from. One thread reads; any may close."""
 
     def readinto(self, view: memoryview) -> int | None:
-        """Bytes put at the beginning of `view`: 0 at the end, None when nothing came for `LOOK_UP_S`."""
+        """Read into `view`. Returns the number of bytes; 0 at the end, None if nothing came for `LOOK_UP_S`."""
 
     def confirm(self) -> None:
-        """All bytes are here: let the worker know."""
+        """Tell the worker that all bytes were received."""
 
     def close(self) -> None:
-        """Take no more bytes, and let the worker know. Whoever reads is woken. Safe to call twice."""
+        """Accept no more bytes, tell the worker, and wake the reading thread. Safe to call twice."""
 
 
 class SocketSource:
-    """A connection of which all that follows is the upload's bytes."""
+    """A connection that has been greeted: from now on it carries only the upload's bytes."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -60,7 +60,7 @@ class SocketSource:
 
     def confirm(self) -> None:
         """See `Source`."""
-        with contextlib.suppress(OSError):  # a worker that does not want to hear it
+        with contextlib.suppress(OSError):  # the worker has gone
             self._connection.send(RECEIVED)
 
     def _enter(self) -> bool:
@@ -75,7 +75,7 @@ class SocketSource:
                 self._connection.close()
 
     def close(self) -> None:
-        """See `Source`. A descriptor is not closed under a thread that reads from it, which closes it then."""
+        """See `Source`. If a thread is reading, that thread closes the descriptor afterwards."""
         with self._lock:
             self._is_closed = True
             with contextlib.suppress(OSError):
@@ -85,9 +85,9 @@ class SocketSource:
 
 
 class Intake:
-    """The `nbytes` of one upload. The upload's thread pulls; any thread may open, commit, give up, or look.
+    """The `nbytes` bytes of one upload. The upload's thread reads; any thread may call the other methods.
 
-    Bytes in are counted, and so is the time spent waiting for the worker: the rest of an upload's time is the daemon's.
+    Counts the received bytes and the time spent waiting for the worker. The rest of an upload's time is the daemon's.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -103,7 +103,7 @@ class Intake:
     # -- the worker's side ------------------------------------------------------------------------------------------
 
     def open(self, source: Source) -> None:
-        """Bytes come from here. InvalidRequestError for a second source, or where none are wanted."""
+        """Set the source of the bytes. Raises InvalidRequestError for a second source or if no bytes are wanted."""
         with self._changed:
             if self._error is not None:
                 raise self._error
@@ -113,7 +113,7 @@ class Intake:
             self._stop_waiting()
 
     def commit(self) -> None:
-        """The worker has sent everything and wants it stored. InvalidRequestError when it never began to send."""
+        """The worker has sent everything and asks to store it. Raises InvalidRequestError if no source was opened."""
         with self._changed:
             if self.nbytes and self._source is None and self._error is None:
                 raise InvalidRequestError(f"the upload has 0 bytes, {self.nbytes} were asked for")
@@ -121,7 +121,7 @@ class Intake:
             self._changed.notify_all()
 
     def give_up(self, error: KVStoreError | None = None) -> None:
-        """Nothing comes of the upload any more; its thread gets the error. Without effect once it has ended."""
+        """End the upload with an error, which its thread raises. No effect once the upload has ended."""
         with self._changed:
             if self._ended or self._error is not None:
                 return
@@ -130,33 +130,33 @@ class Intake:
         self._close_source()
 
     def cut_off(self) -> None:
-        """No more bytes will come, be there enough of them or not."""
+        """Close the source, whether or not all bytes have come."""
         self._close_source()
 
     @property
     def error(self) -> KVStoreError | None:
-        """What it was given up with."""
+        """The error of `give_up`; None before."""
         return self._error
 
     @property
     def idle_s(self) -> float:
-        """For how long the worker has been waited for in vain; 0 while the daemon itself is at work."""
+        """Seconds without a byte while waiting for the worker; 0 while the daemon itself is at work."""
         since = self._waiting_since_s
         return time.monotonic() - max(since, self._moved_s) if since else 0.0
 
     @property
     def waited_s(self) -> float:
-        """For how long the worker was waited for in all."""
+        """Total seconds spent waiting for the worker."""
         since = self._waiting_since_s
         return self._waited_s + (time.monotonic() - since if since else 0.0)
 
     # -- the upload's thread ----------------------------------------------------------------------------------------
 
     def fill(self, view: memoryview, idle_s: float) -> None:
-        """The next `len(view)` bytes into it.
+        """Fill `view` with the next bytes.
 
-        Raises InvalidRequestError when there are no more, DeadlineError when nothing comes for `idle_s`, and what the
-        upload was given up with.
+        Raises InvalidRequestError if the upload ends early, DeadlineError if nothing comes for `idle_s`, and the error
+        of `give_up`.
         """
         with self._waiting():
             while view:
@@ -170,10 +170,10 @@ class Intake:
                         f"the upload has {self.received_bytes} bytes, {self.nbytes} were asked for"
                     )
                 elif self.idle_s >= idle_s:
-                    raise DeadlineError(f"nothing came of the upload for {idle_s:g} s")
+                    raise DeadlineError(f"no bytes of the upload for {idle_s:g} s; the worker may store again")
 
     def finish(self, idle_s: float) -> None:
-        """After the last byte: InvalidRequestError when there is another one, else the worker hears of it."""
+        """Expect the end of the upload and confirm it to the worker. Raises InvalidRequestError if more bytes come."""
         if self._source is None:
             return
         with self._waiting():
@@ -185,8 +185,8 @@ class Intake:
         self._source.confirm()
 
     def await_commit(self) -> None:
-        """Wait until the worker wants it stored, or the upload is given up, which then is raised."""
-        self._close_source()  # all is here, or there is no room for the rest
+        """Wait for the worker's commit. Raises the error of `give_up` if the upload ends without one."""
+        self._close_source()  # all bytes are here, or there is no room for the rest
         with self._waiting(), self._changed:
             self._changed.wait_for(lambda: self._committed or self._error is not None)
             if self._error is not None:
@@ -194,7 +194,7 @@ class Intake:
             self._ended = True
 
     def close(self) -> None:
-        """The upload is over, one way or the other."""
+        """Mark the upload as over, committed or not."""
         self._ended = True
         self._close_source()
 
@@ -208,7 +208,7 @@ class Intake:
         except OSError as error:
             got = 0
             self.give_up(InvalidRequestError(f"the worker's connection broke: {error.strerror}"))
-        if self._error is not None:  # meanwhile: what ended the source is no end of the bytes
+        if self._error is not None:  # given up during the read: 0 bytes are then not the end of the upload
             raise self._error
         return got
 

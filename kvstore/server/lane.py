@@ -143,7 +143,7 @@ class _Queue:
                     self._start()
                 self.used = True
                 future.set_result(work())
-            except BaseException as error:  # noqa: BLE001  # handed to whoever waits; the lane itself must live on
+            except BaseException as error:  # noqa: BLE001  # raised in the thread that waits; the lane must go on
                 future.set_exception(error)
             took_s = time.monotonic() - started
             self._piece_s += MEAN_STEP * (took_s - self._piece_s)

@@ -106,7 +106,7 @@ class LayerFrames:
     def _buffered(self, nbytes: int) -> Iterator[None]:
         """Count `nbytes` against the memory of all streams; LimitError at once when there is none left.
 
-        Nobody waits here: the threads that would wait are those that the other streams need to go on.
+        Never waits: a waiting thread would be one that other streams need.
         """
         if not self._buffers.try_acquire(nbytes):
             limit = self._buffers.limit_bytes

@@ -87,7 +87,7 @@ class Lifetime:
         except FileNotFoundError:
             return Traffic()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s cannot be read, so the lifetime counters begin anew: %s", self._path, error)
+            log.warning("%s cannot be read, so the lifetime counters start at 0: %s", self._path, error)
             return Traffic()
 
 

@@ -1,8 +1,8 @@
-"""Receiving: the bytes of an upload become blocks, one by one, as the engine asks for them.
+"""Turns the bytes of an upload into blocks, one by one, as the engine asks for them.
 
-Memory: for each upload that is being received one block of raw KV, counted, and the block's encoded form. What came out
-of the store is never quantized a second time: restored tokens are spliced from the daemon's own codes, or kept raw at
-the rank they were served with.
+Memory per upload: one block of raw KV, which is counted, and its encoded form. KV that came out of the store is never
+quantized a second time: restored tokens are spliced from the daemon's own codes, or kept raw at the rank at which they
+were served.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from kvstore.server.uploads import RETRY_S, Upload, block_range
 
 T = TypeVar("T")
 
-# Of memory_bytes, blocks of uploads take this part, where there is more than one: a stalled worker leaves the rest.
+# Blocks of uploads take at most 1/MEMORY_SHARE of memory_bytes, so that stalled workers cannot take all of it.
 MEMORY_SHARE = 2
-# How often memory that is in use is looked at again.
+# How often a full budget is checked again.
 MEMORY_EVERY_S = 0.02
 
 
 class Receiver:
-    """Makes the blocks of uploads. Blocks on the worker and on the lane: for an upload's own thread."""
+    """Makes the blocks of uploads. Waits for the worker and for the lane, so call it on the upload's own thread."""
 
     def __init__(self, engine: Engine, lane: Lane, config: Config, buffers: ByteBudget) -> None:
         """`buffers`: the daemon's memory_bytes."""
@@ -48,20 +48,20 @@ class Receiver:
         self._given_up = False
 
     def give_up(self) -> None:
-        """End what is received at its next block: the daemon must stop."""
+        """End every upload at its next block, because the daemon stops."""
         self._given_up = True
 
     @staticmethod
     def buffer_bytes(upload: Upload) -> int:
-        """What holds any block of the upload, or its checkpoint."""
+        """Size of a buffer that holds any block of the upload, or its checkpoint."""
         states = sum(state.nbytes for state in upload.states)
         return max(states, min(BLOCK_TOKENS, upload.n_tokens - upload.start) * upload.layout.token_bytes)
 
     @contextlib.contextmanager
     def memory(self, upload: Upload) -> Iterator[memoryview]:
-        """One buffer for all of an upload, counted. LimitError when memory_bytes stay in use.
+        """The upload's counted buffer, used for each block in turn. Raises LimitError while memory_bytes are in use.
 
-        One for all blocks: fresh memory for each took longer than to read and hash what goes into it.
+        One buffer for all blocks: allocating one per block took longer than reading and hashing the block.
         """
         nbytes, give_up_at = self.buffer_bytes(upload), time.monotonic() + self._config.limits.upload_idle_s
         while not self._take_memory(nbytes):
@@ -88,13 +88,13 @@ class Receiver:
     def blocks(self, upload: Upload, fidelity: int, memory: memoryview) -> Iterator[NewBlock]:
         """Receive and encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last.
 
-        The bytes of a block lie in `memory`, and are good until the next one is asked for.
+        The bytes of a block are in `memory` and valid until the next block is requested.
         """
         root = upload.namespace.root
         parent = upload.chain.parent(upload.first_block)
         threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
         quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
-        # What was computed after restored tokens, or stands after spliced ones, is no better than these.
+        # Tokens that follow restored or spliced ones are at most as exact as those.
         fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         for index in range(upload.first_block, len(upload.keys)) if upload.pieces else ():
             if self._given_up:
@@ -176,7 +176,7 @@ class Receiver:
         return raw
 
     def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool, start: int) -> list[EncodedRun]:
-        """Join neighbours, quantize what is first-hand when the sequence is long enough, pack what stays raw."""
+        """Join adjacent runs, quantize first-hand ones if the sequence is long enough, and pack what stays raw."""
         layout, profile = upload.layout, upload.profile
         encoded = join_runs(runs)
         if quantize and any(is_first_hand(one.run) for one in encoded):
@@ -188,5 +188,5 @@ class Receiver:
 
 
 def _cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
-    """The first so many bytes, and the rest."""
+    """Split into the first `nbytes` bytes and the rest."""
     return memory[:nbytes], memory[nbytes:]

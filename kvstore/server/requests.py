@@ -135,7 +135,7 @@ class Requests:
             self._tell_match(displaced)
 
     def fetched(self, asked: Asked, fetch_id: str, n_tokens: int, reason: Reason, nbytes: int) -> None:
-        """A fetch was planned: a miss, or a hit of so many stored bytes, which are on their way."""
+        """A fetch was planned: a miss, or a hit whose stored bytes are now being sent."""
         self.computes(asked.who.root, asked.tokens_per_s)
         displaced = None
         with self._lock:
@@ -295,7 +295,7 @@ class Requests:
 
 
 def known_reason(name: str) -> Reason:
-    """The reason a worker names; INVALID for one that is none, so that nobody fills the counters with names."""
+    """The reason that a worker names; INVALID for an unknown one, so that made-up names fill no counters."""
     try:
         return Reason(name)
     except ValueError:

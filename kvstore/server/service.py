@@ -128,7 +128,7 @@ class KVStoreService(rpc.KVStoreServicer):
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
-            # The thread goes on and takes its lease, for nobody: release it as soon as it is there.
+            # The thread goes on and takes a lease that no call needs: release it as soon as it is taken.
             planning.add_done_callback(self._release_plan)
             raise
 
@@ -149,7 +149,7 @@ class KVStoreService(rpc.KVStoreServicer):
             raise
 
     def _release_plan(self, planning: asyncio.Future[tuple[FetchPlan, Way, pb.FetchReply]]) -> None:
-        """Release a plan that nobody waits for any more."""
+        """Release the plan of a call that has gone away."""
         if not planning.cancelled() and planning.exception() is None:
             self._threads.release.post(planning.result()[0].release)
 
@@ -227,7 +227,7 @@ class KVStoreService(rpc.KVStoreServicer):
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
         except asyncio.CancelledError:
-            # Nobody will hear of the upload that the thread opened, or goes on to open.
+            # The caller will not learn of the upload that the thread opened or is about to open.
             planning.add_done_callback(self._forget)
             raise
         if plan.upload is None:
@@ -275,7 +275,7 @@ class KVStoreService(rpc.KVStoreServicer):
             raise
 
     def _forget(self, planning: asyncio.Future[tuple[StorePlan, pb.BeginStoreReply]]) -> None:
-        """Give up the upload of a plan that nobody waits for any more."""
+        """Give up the upload of a call that has gone away."""
         if not planning.cancelled() and planning.exception() is None and (upload := planning.result()[0].upload):
             self._threads.release.post(self._store.uploads.give_up, upload)
 

@@ -34,7 +34,7 @@ class Shares:
             return None
 
     def release(self, caller: str, nbytes: int) -> None:
-        """So many have ended."""
+        """Give back `nbytes` that the caller held."""
         with self._lock:
             self._held[caller] -= nbytes
             self._held = +self._held

@@ -1,4 +1,4 @@
-"""Stores under way: each upload's thread begins with its first byte, and ends with its commit or without."""
+"""Stores in progress. An upload's thread starts with its first byte and ends with its commit or failure."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from kvstore.server.why import StoreEnd, Why
 
 log = logging.getLogger(__name__)
 
-# How often an upload looks whether those that it depends on have ended.
+# How often an upload checks whether the uploads that it depends on have ended.
 LOOK_AGAIN_S = 0.02
 
 
 class Stores:
-    """Starts, commits and ends what `StorePath` carries out. All methods run on the event loop."""
+    """Starts, commits and ends uploads, which `StorePath` carries out. Event loop only."""
 
     def __init__(
         self, store: StorePath, threads: Threads, counters: Counters, requests: Requests, why: Why, config: Config
@@ -42,7 +42,7 @@ class Stores:
         self._commits: set[asyncio.Task[Any]] = set()
 
     def begin(self, upload: Upload) -> asyncio.Task[StoreOutcome]:
-        """Carry an upload out on a thread of its own, unless that has begun."""
+        """Start the upload's thread, if it has not been started."""
         task = self._running.get(upload.upload_id)
         if task is None:
             task = self._running[upload.upload_id] = asyncio.ensure_future(self._carry_out(upload))
@@ -50,9 +50,9 @@ class Stores:
         return task
 
     def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
-        """What becomes of an upload whose bytes are all sent. It goes through, whoever waits for it.
+        """The outcome of an upload whose bytes are all sent. The upload completes even if the caller goes away.
 
-        Raises InvalidRequestError, NotFoundError, and why an upload has failed already.
+        Raises InvalidRequestError, NotFoundError, and the error of an upload that has failed already.
         """
         upload = self._store.uploads.claim(upload_id)
         try:
@@ -67,21 +67,21 @@ class Stores:
         return task
 
     async def abort(self, upload_id: str) -> None:
-        """The worker takes an upload back. Raises as `Uploads.get`, NotFoundError also for one that is committed."""
+        """End an upload at the worker's request. Raises as `Uploads.get`; NotFoundError if it is being committed."""
         upload = self._store.uploads.get(upload_id)
         if upload.committing:
             raise NotFoundError("the upload is being committed already")
         await self.give_up(upload)
 
     async def give_up(self, upload: Upload) -> None:
-        """Its worker is gone, or what it sends is wrong. Returns when nothing is left of the upload."""
+        """End an upload whose worker is gone or sends wrong bytes. Returns when nothing is left of it."""
         if not await self._threads.release.finish(self._store.uploads.give_up, upload):
             upload.intake.cut_off()
         if (task := self._running.get(upload.upload_id)) is not None:
             await asyncio.wait([task])
 
     async def drain(self, grace_s: float) -> bool:
-        """Wait for commits that were accepted; whether all ended within `grace_s`."""
+        """Wait for accepted commits. Returns whether all ended within `grace_s`."""
         if self._commits:
             await asyncio.wait(self._commits, timeout=grace_s)
         return not self._commits
@@ -97,7 +97,7 @@ class Stores:
     async def _await_others(self, upload: Upload) -> None:
         """Wait until the uploads that this one depends on have ended, at most upload_idle_s.
 
-        Here and not on a thread: those that wait must not take the threads that are waited for.
+        It waits here and not on a thread: waiting uploads must not use up the threads that the others need.
         """
         deadline = time.monotonic() + self._config.limits.upload_idle_s
         while (

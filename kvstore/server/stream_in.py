@@ -1,6 +1,6 @@
-"""Taking in the chunks of an upload: what arrives while the upload's thread works waits here, as little as will do.
+"""Receives the chunks of an upload over gRPC and queues them for the upload's thread.
 
-Memory: two batches an upload, counted. A worker that sends faster than the disk takes it finds its stream held up.
+Memory: two batches per upload, counted. A worker that sends faster than the disk writes is slowed down.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kvstore.server.stream_out import BATCH_BYTES
 from kvstore.server.uploads import Upload, Uploads
 from kvstore.wire.frames import UploadBytes
 
-# How often a full budget is looked at again. Nobody can be woken: it is given back on other threads.
+# How often a full budget is checked again. It is polled, since other threads give memory back without a signal.
 ROOM_EVERY_S = 0.01
 
 
 class ChunkSource:
-    """Chunks between the event loop, which puts them, and the upload's thread, which reads. See `intake.Source`.
+    """A queue of chunks: the event loop puts, the upload's thread reads. See `intake.Source`.
 
-    Its bytes count against `budget` from before they are put until they are read.
+    Its bytes are counted in `budget` until they are read; the caller of `put` has acquired them.
     """
 
     def __init__(self, budget: ByteBudget) -> None:
@@ -38,7 +38,7 @@ class ChunkSource:
         self.is_closed = False
 
     async def put(self, part: memoryview) -> None:
-        """Add bytes that are counted, when little waits to be read; dropped once nobody reads any more."""
+        """Add counted bytes, once few are unread. They are dropped if the reader has gone."""
         while not self._add(part):
             await self._taken.wait()
 
@@ -56,7 +56,7 @@ class ChunkSource:
             return True
 
     async def end(self) -> None:
-        """No more will come; returns when everything was read, or nobody reads any more."""
+        """Mark the end. Returns when everything was read or the reader has gone."""
         with self._changed:
             self._ended = True
             self._changed.notify()
@@ -69,7 +69,7 @@ class ChunkSource:
             return self.is_closed or not self._parts
 
     def readinto(self, view: memoryview) -> int | None:
-        """See `intake.Source`. Who stalls is the stream's handler to notice."""
+        """See `intake.Source`. Waits without a limit: the stream's handler ends uploads that stall."""
         with self._changed:
             self._changed.wait_for(lambda: self._parts or self._ended or self.is_closed)
             if self.is_closed or not self._parts:
@@ -83,7 +83,7 @@ class ChunkSource:
         return got
 
     def _drop(self, nbytes: int) -> bool:
-        """Forget the first bytes, which were read; False when all were forgotten meanwhile."""
+        """Remove the first bytes, which were read. False if `close` has removed everything meanwhile."""
         with self._changed:
             if self.is_closed:
                 return False
@@ -94,7 +94,7 @@ class ChunkSource:
             return True
 
     def confirm(self) -> None:
-        """See `intake.Source`: the reply to the stream says so."""
+        """See `intake.Source`. Does nothing: the reply of the call confirms."""
 
     def close(self) -> None:
         """See `intake.Source`."""
@@ -109,7 +109,7 @@ class ChunkSource:
     def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._taken.set)
-        except RuntimeError:  # the daemon has stopped, and nobody waits
+        except RuntimeError:  # the daemon has stopped: no reader waits
             return
 
 
@@ -126,10 +126,10 @@ class StreamIn:
         self.upload: Upload | None = None
 
     async def receive(self, chunks: AsyncIterator[UploadBytes]) -> int:
-        """Take in all chunks; how many bytes that was: fewer than were asked for where the daemon wants no more.
+        """Receive all chunks. Returns the number of bytes; fewer than asked for if the daemon stops receiving.
 
-        Raises InvalidRequestError, NotFoundError; DeadlineError when nothing comes for `idle_s`, LimitError when
-        memory_bytes stay in use for so long.
+        Raises InvalidRequestError, NotFoundError, DeadlineError if nothing comes for `idle_s`, and LimitError if
+        memory_bytes stay in use that long.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -140,7 +140,7 @@ class StreamIn:
                         return self._received_bytes
                     patience.reschedule(loop.time() + self._idle_s)
         except TimeoutError as error:
-            raise DeadlineError(f"nothing came of the upload for {self._idle_s:g} s") from error
+            raise DeadlineError(f"no bytes of the upload for {self._idle_s:g} s; the worker may store again") from error
         if self.upload is None:
             raise InvalidRequestError("an upload names its upload_id in the first chunk")
         nbytes = self.upload.upload_bytes
@@ -152,7 +152,7 @@ class StreamIn:
         return self._received_bytes
 
     async def _take(self, chunk: UploadBytes) -> bool:
-        """Pass a chunk on; False when the daemon wants no more."""
+        """Queue one chunk. False if the daemon stops receiving."""
         if self.upload is None:
             self._open(self._uploads.get(chunk.upload_id))
         assert self.upload is not None

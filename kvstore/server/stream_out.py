@@ -56,7 +56,7 @@ class Sender:
         """Return when the generator is closed."""
         await asyncio.wait([self._ahead])
         if not self._ahead.cancelled():
-            self._ahead.exception()  # whoever sent has heard of it, or is gone
+            self._ahead.exception()  # the sender was told, or has gone
         await self._run(close_frames, self._frames)
 
 

@@ -188,13 +188,13 @@ class Traffic:
                 self._namespace(root).tokens_per_s = tokens_per_s
 
     def saved_s(self, root: bytes, n_tokens: int, took_s: float) -> float:
-        """Seconds that restoring so many tokens saved over computing them; 0 where the speed is not known."""
+        """Seconds saved by restoring this many tokens instead of computing them; 0 if the speed is unknown."""
         with self._lock:
             speed = self._namespace(root).tokens_per_s
         return max(0.0, n_tokens / speed - took_s) if speed else 0.0
 
     def reused_bytes(self, root: bytes, n_tokens: int) -> int:
-        """What so many tokens, stored already, would have cost on disk: estimated from what was written."""
+        """Estimated bytes on disk that were not written because this many tokens were already stored."""
         with self._lock:
             return int(n_tokens * self._namespace(root).token_bytes)
 

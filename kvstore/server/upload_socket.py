@@ -1,12 +1,12 @@
-"""The socket on which workers of this host hand over what they store: beside the gRPC one, in the same directory.
+"""The unix socket over which workers on this host send the bytes of stores. It lies beside the gRPC socket.
 
     worker   the upload_id of a BeginStoreReply, 32 bytes
-    daemon   one byte, when it takes the upload
-    worker   the bytes, in the order of the reply's tokens, and the end of its side
-    daemon   one byte, when it has received all of them, and the end
+    daemon   one byte, when it accepts the upload
+    worker   the bytes in token order, then the end of its side
+    daemon   one byte, when it has received all of them, then the end
 
-An upload_id cannot be guessed, and the process that connects must run as the daemon does, or as root. CommitStore says
-what becomes of the bytes, and why a connection was closed.
+An upload_id cannot be guessed, and the connecting process must run as the daemon's user or as root. CommitStore returns
+the outcome, including why a connection was closed.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from kvstore.server.uploads import Upload, Uploads
 log = logging.getLogger(__name__)
 
 UPLOAD_ID_BYTES = 32
-# A connection that has not said which upload it is for by then is closed.
+# A connection that has not named its upload by then is closed.
 GREETING_S = 5.0
-# For so long no connection is taken when the system refuses one.
+# Pause after the system refused to accept a connection.
 PAUSE_S = 1.0
 
 
 class UploadSocket:
-    """Listens, and opens uploads for those who name one. Made and used on the event loop, which reads the names only.
+    """Listens, and opens the upload that a connection names. Event loop only, which reads no more than the names.
 
-    `begin(upload)` starts the upload's thread. At most `greetings_max` connections that have not named an upload yet.
+    `begin(upload)` starts the upload's thread. `greetings_max`: how many connections may be about to name an upload.
     """
 
     def __init__(self, uploads: Uploads, begin: Callable[[Upload], object], greetings_max: int) -> None:
@@ -47,7 +47,7 @@ class UploadSocket:
         self._listener: socket.socket | None = None
 
     def bind(self, path: str) -> None:
-        """Make the socket; its mode is the caller's to set before `listen`. DirectoryError where it cannot be."""
+        """Create the socket. The caller sets its mode before `listen`. Raises DirectoryError if that fails."""
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.setblocking(False)
         try:
@@ -57,13 +57,13 @@ class UploadSocket:
             raise DirectoryError(f"cannot listen on {path}: {error.strerror}") from error
 
     def listen(self) -> None:
-        """Take connections from now on; none where the daemon is not on a unix socket."""
+        """Start to accept connections. Does nothing without `bind`, when the daemon listens on TCP."""
         if self._listener is not None:
             self._listener.listen(self._greetings_max)
             self._loop.add_reader(self._listener.fileno(), self._accept)
 
     def close(self) -> None:
-        """Take no more connections; what uploads have begun goes on. Safe to call twice."""
+        """Accept no more connections. Uploads that have begun go on. Safe to call twice."""
         listener, self._listener = self._listener, None
         if listener is not None:
             self._loop.remove_reader(listener.fileno())
@@ -77,7 +77,7 @@ class UploadSocket:
             connection, _ = self._listener.accept()
         except (BlockingIOError, ConnectionAbortedError):  # gone already
             return
-        except OSError as error:  # no descriptor is left: without a pause the loop would try nothing else
+        except OSError as error:  # no descriptor is free: without a pause the loop would only retry this
             log.warning("an upload's connection was not accepted: %s", error)
             self._loop.remove_reader(self._listener)
             self._loop.call_later(PAUSE_S, self.listen)
@@ -96,7 +96,7 @@ class UploadSocket:
         greeting.add_done_callback(self._greetings.discard)
 
     async def _greet(self, connection: socket.socket) -> None:
-        """Read which upload the connection is for, and hand it over to that one's thread."""
+        """Read the upload_id and pass the connection to that upload's thread."""
         with contextlib.ExitStack() as held:
             held.callback(connection.close)
             name = bytearray()

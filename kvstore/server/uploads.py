@@ -21,7 +21,7 @@ from kvstore.server.intake import Intake
 log = logging.getLogger(__name__)
 
 RETRY_S = 1.0
-# Of so many uploads that failed before their worker asked what became of them, the reason is kept.
+# The reason of this many failed uploads is kept until their workers ask for it.
 FAILED_MAX = 256
 
 
@@ -159,7 +159,7 @@ class Uploads:
             upload.release()
 
     def receiving(self, keys: tuple[bytes, ...], first: int, fidelity_min: int) -> tuple[int, tuple[str, ...]]:
-        """How far, from block `first` on, others are already sending: (first block nobody sends, upload ids)."""
+        """What other uploads already send, from block `first` on: (first block that none of them sends, upload ids)."""
         ids: list[str] = []
         with self._lock:
             while first < len(keys) and (upload_id := self._by_key.get(keys[first])) is not None:

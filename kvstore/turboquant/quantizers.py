@@ -154,7 +154,7 @@ class Quantizer:
 
 
 def packed_width(dim: int) -> int:
-    """Coordinates of a packed row: `dim` where rows can have so many, else the next width that they can have."""
+    """Coordinates of a packed row: `dim`, or the next larger width that rows can have."""
     if dim < DIM_MIN:
         return dim  # no vector has so few, and no row format either
     return max(WIDTH_MIN, -(-dim // CODES_TOGETHER) * CODES_TOGETHER)

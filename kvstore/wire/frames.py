@@ -22,7 +22,7 @@ SERVICE = pb.DESCRIPTOR.services_by_name["KVStore"].full_name
 
 Bytes: TypeAlias = bytes | bytearray | memoryview
 
-# Tags: number << 3 | kind, where kind 0 is a varint and 2 a length with so many bytes.
+# Tags: number << 3 | kind, where kind 0 is a varint and kind 2 a length followed by that many bytes.
 _REPLY_CHUNK = 2 << 3 | 2
 _CHUNK_LAYER = 1 << 3
 _CHUNK_DATA = 2 << 3 | 2

@@ -251,14 +251,14 @@ def test_a_restored_cache_that_gives_no_probabilities_is_the_worst_there_is() ->
 @pytest.mark.parametrize("hard", [False, True])
 def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(model: Path, hard: bool) -> None:
     """On a few prefixes; docs/profiles.md has `bench quality` on many. With outlier channels it is far less."""
-    names = ("compact", "affine4", "affine8") if hard_keys else ("exact", "compact", "affine4")
+    names = ("compact", "affine4", "affine8") if hard else ("exact", "compact", "affine4")
     profiles = [flag for name in names for flag in ("--profile", name)]
     text = ["--prompt-file", str(SMALL_LM / "heldout_tokens.npy")]
     command = ["bench", "quality", "--model", str(model), *text, *QUICK, *profiles, "--json"]
     done = run_cli([*command, "--hard-keys", "--hard-values"] if hard else command, dict(os.environ), timeout_s=500)
     assert done.returncode == 0, done.stderr
     rows = {row["profile"]: row for row in json.loads(done.stdout)["results"]}
-    if not hard_keys:
+    if not hard:
         assert rows["exact"]["kl_mean"] == 0 and rows["exact"]["bits_per_value"] < 0.7 * 16
         assert rows["exact"]["answer_loss"] == 0 < rows["affine4"]["answer_loss"]
     assert rows["compact"]["bits_per_value"] < 5
