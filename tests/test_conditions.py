@@ -17,20 +17,23 @@ from pathlib import Path
 import click
 import pytest
 
-from kvstore.cli.app import EXIT_FAILURE, EXIT_UNREACHABLE
+from kvstore.cli.app import EXIT_FAILURE, EXIT_UNREACHABLE, EXIT_USAGE
 from kvstore.wire import handshake
 from tests.support.daemon import SERVE, DaemonProcess
+from tests.support.sessions import client_of
+from tests.support.synthetic import make_layers, make_namespace
 from tests.support.verbs import Ended, run_verbs
 from tests.test_cli import leaf_commands
-from tests.test_versions import OTHER, NoCalls
+from tests.test_versions import LAYOUT, OTHER, TOKENS, NoCalls
 
 # Root may go everywhere, unless it gives that up.
 AS_ANYONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+NO_ROOM = ["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]
 # What a verb is given for an argument that it requires; a verb that asks for another gets a word that means nothing.
 VALUES = {"target": "daemon", "assignment": "log_level=info", "model_path": "/nonexistent"}
 NO_VALUE = "ab"
 # More words for verbs that would refuse to do nothing, or would do more than look.
-MORE = {"evict": ["--all", "--dry-run"], "calibrate": ["--list"]}
+MORE = {"evict": ["--all", "--dry-run"], "calibrate": ["--list"], "why": ["--last", "1"]}
 # Verbs that need no daemon, with what makes them say something at once. All others ask it.
 AT_HOME = {
     "bench": ["--help"],
@@ -39,8 +42,8 @@ AT_HOME = {
     "serve": ["--help"],
     "service": ["--help"],
 }
-# Verbs that need a block or a file that is there, and say so; import before it asks the daemon.
-NEED = {"show", "export", "import"}
+# Verbs that need a block, a request or a file that is there, and say so; import before it asks the daemon.
+NEED = {"show", "why", "export", "import"}
 FILE_FIRST = {"import"}
 # Verbs that look at what is wrong, and have an answer without a daemon.
 LOOKS = {"doctor", "check"}
@@ -90,14 +93,16 @@ def assert_all(found: Mapping[str, Ended], code: int, words: str) -> None:
     """One line with these words, nothing on stdout, and the code; verbs that look have their own answer."""
     for verb, ended in found.items():
         assert "Traceback" not in ended.stderr, f"{verb}: {ended}"
+        if verb in FILE_FIRST:
+            assert_one_line(verb, ended)
+            assert ended.code and not ended.stdout, f"{verb}: {ended}"
+            continue
         if verb in LOOKS:
             assert ended.code in (EXIT_FAILURE, EXIT_UNREACHABLE), f"{verb}: {ended}"
             assert ended.stderr.count("\n") + ("FIX" in ended.stdout) == 1, f"{verb}: {ended}"
             continue
+        assert ended.code != EXIT_USAGE or code == EXIT_USAGE, f"put words for {verb} into MORE: {ended}"
         assert_one_line(verb, ended)
-        if verb in FILE_FIRST:
-            assert ended.code and not ended.stdout, f"{verb}: {ended}"
-            continue
         assert re.search(words, ended.stderr), f"{verb}: {ended}"
         assert (ended.code, ended.stdout) == (code, ""), f"{verb}: {ended}"
 
@@ -114,8 +119,11 @@ def test_without_a_daemon_every_verb_says_so(home: Path) -> None:
     stale.bind(str(home / "stale"))
     stale.close()
     (home / "file").touch()
-    for name in ("none", "no/folder", "file", "stale"):
-        assert_all(asked(home, f"unix:{home}/{name}"), EXIT_UNREACHABLE, "no daemon|is not a socket")
+    jobs = [(name, verb) for name in ("none", "no/folder", "file", "stale") for verb in ASK]
+    words = [([*ASK[verb], "--address", f"unix:{home}/{name}"], "pipe") for name, verb in jobs]
+    ended = run_verbs(words, environ_of(home, f"unix:{home}/none"))
+    for (_, verb), one in zip(jobs, ended, strict=True):
+        assert_all({verb: one}, EXIT_UNREACHABLE, "no daemon|is not a socket")
 
 
 def test_where_the_socket_may_not_be_reached_every_verb_says_so(home: Path) -> None:
@@ -169,3 +177,23 @@ def test_an_answer_that_cannot_be_written_is_a_failure_of_every_verb(
             continue
         assert_one_line(verb, one)
         assert one.code == EXIT_FAILURE and "the answer cannot be written" in one.stderr, f"{verb}: {one}"
+
+
+def test_a_disk_without_room_is_one_line_of_every_verb_that_writes(home: Path, daemon: DaemonProcess) -> None:
+    """No file may grow, as on a full disk: certificates, a pack, a page, a service, a daemon."""
+    namespace = make_namespace(LAYOUT, "full")
+    with client_of(daemon) as client:
+        session = client.session(namespace, connect_ms=20_000, stall_ms=20_000, total_ms=60_000)
+        assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
+    writes = {
+        "config cert": ["config", "cert", "--dir", str(home / "certificates")],
+        "export": ["export", "full", "-o", str(home / "full.kvpack")],
+        "stats": ["stats", "--html", str(home / "page.html")],
+        "serve": ["serve", "--data-dir", str(home / "data"), "--create", "--address", f"unix:{home}/other"],
+    }
+    ended = run_verbs([(words, "pipe") for words in writes.values()], environ_of(home, daemon.listen), NO_ROOM)
+    for verb, one in zip(writes, ended, strict=True):
+        assert one.code == EXIT_FAILURE and "File too large" in one.stderr and "Traceback" not in one.stderr, one
+        if verb != "serve":  # which logs what it does
+            assert_one_line(verb, one)
+        assert not one.stdout, one
