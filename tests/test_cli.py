@@ -155,7 +155,7 @@ class FakeClient:
         """Always the same freed bytes."""
         return self._answer(selection, {"blocks": 3, "freed_bytes": 4_000_000})
 
-    def check(self, repair: bool = False) -> dict[str, Any]:
+    def check(self, repair: bool = False, tell: Any = lambda done, total: None) -> dict[str, Any]:
         """The findings set by the test."""
         report = {"blobs": 9, "bytes": 1_000_000, "repaired": len(self.findings) * repair, "findings": self.findings}
         return self._answer({"repair": repair}, report)
@@ -454,7 +454,7 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
     finding = SimpleNamespace(kind="stray_blob", path="/data/y", detail="no row")
     asked: list[tuple[Path, bool]] = []
 
-    def check_directory(data_dir: Path, repair: bool, master_key: bytes, keys_dir: Path) -> SimpleNamespace:
+    def check_directory(data_dir: Path, repair: bool, master_key: bytes, keys_dir: Path, tell: Any) -> SimpleNamespace:
         assert not master_key and keys_dir != data_dir
         asked.append((data_dir, repair))
         return SimpleNamespace(blobs=1, bytes=2, repaired=0, findings=[finding])
@@ -760,3 +760,49 @@ def test_colours_are_for_terminals_that_want_them() -> None:
     assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color").stdout
     assert "\x1b" in kvstore("config", "show", TERM="xterm-256color", FORCE_COLOR="1").stdout
     assert "\x1b" not in kvstore("config", "show", TERM="xterm-256color", NO_COLOR="1", FORCE_COLOR="1").stdout
+
+
+def test_run_calibrates_the_model_of_the_server_and_starts_it_in_any_case(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, what was not measured; what it prints goes to stderr, and a failure is a line."""
+    from kvstore.cli import start
+
+    commands: list[list[str]] = []
+
+    def run(command: list[str], stdout: object, check: bool) -> SimpleNamespace:
+        assert stdout is start.sys.stderr and not check
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=len(commands) - 1)
+
+    monkeypatch.setattr(start.subprocess, "run", run)
+    verb = ["-m", "kvstore", "calibrate", "--missing", "--model"]
+    start.calibrate_once(("mlx_lm.server", "--model", "m", "--adapter-path=a", "--port", "1"))
+    assert commands == [[*verb, "m", "--adapter-path", "a"]] and capsys.readouterr().err == ""
+    start.calibrate_once(("vllm-mlx", "serve", "other"))
+    assert commands[1] == [*verb, "other"] and "was not calibrated" in capsys.readouterr().err
+    start.calibrate_once(("mlx_lm.server", "--port", "1"))
+    assert len(commands) == 2 and "needs the server's --model" in capsys.readouterr().err
+
+
+def test_progress_is_a_line_a_second_for_programs_and_nothing_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each line is an object with a schema; what is quick says nothing; the summary comes last."""
+    from kvstore.cli import progress as progressing
+
+    now = [100.0]
+    monkeypatch.setattr(progressing.time, "monotonic", lambda: now[0])
+    with progressing.progress("testing", as_json=True) as tell:
+        for done in range(0, 101, 10):
+            tell(done, 100)
+            now[0] += 0.4
+    progressing.print_summary({"result": 1})
+    *lines, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [line["done"] for line in lines] == [30, 60, 90]
+    assert {line["message_type"] for line in lines} == {"status"} and lines[0]["schema"] == 1
+    assert lines[1]["seconds_elapsed"] == 2.4 and lines[1]["seconds_remaining"] == 1.6
+    assert (summary["message_type"], summary["result"]) == ("summary", 1)
+    with progressing.progress("testing", as_json=False) as tell:
+        tell(1, 2)
+    assert capsys.readouterr() == ("", "")

@@ -244,7 +244,7 @@ def quality(
     of = windows(tokens, prefixes, shortest, longest, plain_encode(tokenizer))
     calibration = Calibration(model, of, kv_dtype="BF16")
     namespace = calibration.namespace()
-    results = measured(calibration, namespace, names, prefixes, quiet=options["as_json"])
+    results = measured(calibration, namespace, names, prefixes, as_json=False)
     invalid = [f"{one.profile}: {why}" for one in results if (why := fault_of(one, namespace.layout))]
     if invalid:
         raise KVStoreError(f"these say nothing: {'; '.join(invalid)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from kvstore.cli.common import (
     say,
     time_text,
 )
+from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
 from kvstore.errors import InvalidRequestError
 from kvstore.quality import Thresholds, Verdict
@@ -73,6 +73,7 @@ def threshold_options(command: F) -> F:
 @click.option("--prefixes", type=PREFIXES, default=24, show_default=True, help="Prefixes to measure.")
 @click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
 @click.option("--longest", type=LENGTH, default=900, show_default=True, help="Tokens of the longest.")
+@click.option("--missing", is_flag=True, help="Measure only what has no result on this model yet.")
 @click.option("--dry-run", is_flag=True, help="Measure only; tell the daemon nothing.")
 @click.option("--list", "listing", is_flag=True, help="Show what was measured and recorded; measure nothing.")
 @click.option(
@@ -90,6 +91,7 @@ def command(
     prefixes: int,
     shortest: int,
     longest: int,
+    missing: bool,
     dry_run: bool,
     listing: bool,
     forget: str | None,
@@ -115,21 +117,24 @@ def command(
         _forget(config, forget, profiles, as_json)
     else:
         assert model_path is not None
-        windows_asked, limits = (prefixes, shortest, longest), Thresholds(**thresholds)
-        _measure(config, model_path, adapter_path, prompt_files, profiles, windows_asked, limits, dry_run, as_json)
+        of = (prefixes, shortest, longest)
+        asked = _Asked(profiles, prompt_files, of, Thresholds(**thresholds), missing, dry_run)
+        _measure(config, model_path, adapter_path, asked, as_json)
 
 
-def _measure(
-    config: Config,
-    model_path: str,
-    adapter_path: str | None,
-    prompt_files: Sequence[str],
-    profiles: Sequence[str],
-    windows_asked: tuple[int, int, int],
-    thresholds: Thresholds,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What to measure, and how: profiles (none: all), files of text, windows as `windows` takes them."""
+
+    profiles: Sequence[str]
+    prompt_files: Sequence[str]
+    windows: tuple[int, int, int]
+    thresholds: Thresholds
+    missing: bool
+    dry_run: bool
+
+
+def _measure(config: Config, model_path: str, adapter_path: str | None, asked: _Asked, as_json: bool) -> None:
     from mlx_lm.utils import load
 
     from kvstore.bench.quality import tokens_of
@@ -137,26 +142,39 @@ def _measure(
     from kvstore.integrations import mlx_lm as kv
     from kvstore.integrations.calibrate import Calibration, windows
 
-    if not dry_run:
+    if not asked.dry_run:
         with connected(config) as client:
             client.stats()  # fail now if no daemon runs, not after minutes of measuring
     with kv.loading(model_path, adapter_path):
         model, tokenizer = load(model_path, adapter_path=adapter_path)[:2]
-    tokens = tokens_of(tokenizer, prompt_files, text_of)[:TEXT_TOKENS_MAX]
-    calibration = Calibration(model, windows(tokens, *windows_asked, plain_encode(tokenizer)))
     namespace = kv.namespace(model, model_path, adapter_path=adapter_path)
-    results = measured(calibration, namespace, list(profiles or LOSSY), windows_asked[0], quiet=as_json)
-    outcomes = _outcomes(config, namespace, results, thresholds, dry_run)
+    names = _unmeasured(config, namespace, asked.profiles or LOSSY) if asked.missing else list(asked.profiles or LOSSY)
+    if not names:
+        note("every profile was measured on this model; without --missing they are measured again")
+    results: list[Quality] = []
+    if names:
+        tokens = tokens_of(tokenizer, asked.prompt_files, text_of)[:TEXT_TOKENS_MAX]
+        calibration = Calibration(model, windows(tokens, *asked.windows, plain_encode(tokenizer)))
+        results = measured(calibration, namespace, names, asked.windows[0], as_json=as_json)
+    outcomes = _outcomes(config, namespace, results, asked.thresholds, asked.dry_run)
     if as_json:
         rows = [
             {**asdict(one), "answers_tell": one.answers_tell, "invalid": said.invalid, "refused": said.refused}
             for one, said in zip(results, outcomes, strict=True)
         ]
-        print_json({"recorded": not dry_run, "thresholds": asdict(thresholds), "results": rows})
-    else:
+        print_summary({"recorded": not asked.dry_run, "thresholds": asdict(asked.thresholds), "results": rows})
+    elif results:
         print_quality(results, [said.invalid or said.refused for said in outcomes])
     if any(said.invalid for said in outcomes):
         raise click.exceptions.Exit(1)
+
+
+def _unmeasured(config: Config, namespace: Namespace, names: Sequence[str]) -> list[str]:
+    """Those of these profiles that the daemon has no result of on this model."""
+    with connected(config) as client:
+        known = client.list_quality(namespace.root)["namespaces"]
+    measured_names = {one["profile"] for space in known for one in space["quality"]}
+    return [name for name in names if name not in measured_names]
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +261,9 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def measured(
-    calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, quiet: bool
+    calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, as_json: bool
 ) -> list[Quality]:
-    """Measure these profiles with a temporary daemon. Shows a progress bar on stderr unless `quiet`.
+    """Measure these profiles with a temporary daemon, with progress.
 
     The daemon ignores the minimum length of profiles, so that short sequences are quantized too.
     """
@@ -263,8 +281,9 @@ def measured(
             )
             for name in names
         }
-        with click.progressbar(length=prefixes, label="prefixes", file=sys.stderr, hidden=quiet) as bar:
-            return calibration.measure(sessions, lambda _: bar.update(1))
+        with progress("measuring", as_json=as_json, in_bytes=False) as tell:
+            tell(0, prefixes)
+            return calibration.measure(sessions, lambda number: tell(number + 1, prefixes))
 
 
 def text_of(paths: Sequence[str]) -> str:

@@ -16,11 +16,11 @@ from kvstore.cli.common import (
     connected,
     counted,
     note,
-    print_json,
     print_table,
     say,
     size_text,
 )
+from kvstore.cli.progress import Tell, print_summary, progress
 from kvstore.config import Config, keys_home, load_config
 from kvstore.errors import DirectoryError, UnavailableError
 
@@ -42,15 +42,17 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
     flags = {"listen": absolute_address(address), "data_dir": data_dir}
     config = checked(load_config(flags, config_path, places=ADDRESS))
-    report = _check(config, repair, online=data_dir is None, offline=address is None and bool(config.address.path))
+    ways = {"online": data_dir is None, "offline": address is None and bool(config.address.path)}
+    with progress("checking", as_json=as_json, in_bytes=False) as tell:
+        report = _check(config, repair, tell, **ways)
     if as_json:
-        print_json(report)
+        print_summary(report)
     else:
         _print(report, repair)
     return EXIT_DAMAGE if report["findings"] else 0
 
 
-def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict[str, Any]:
+def _check(config: Config, repair: bool, tell: Tell, *, online: bool, offline: bool) -> dict[str, Any]:
     from kvstore.engine import check_directory, require_store
     from kvstore.server.masterkey import load_master_key
 
@@ -58,7 +60,7 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
     if online:
         try:
             with connected(config) as client:
-                return {"offline": False, **client.check(repair=repair)}
+                return {"offline": False, **client.check(repair=repair, tell=tell)}
         except UnavailableError:
             if not offline:
                 raise
@@ -69,7 +71,7 @@ def _check(config: Config, repair: bool, *, online: bool, offline: bool) -> dict
         raise DirectoryError(f"{away}, and {error}" if away else str(error)) from error
     if away:
         note(f"{away}; checking {config.data_dir} offline")
-    found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config))
+    found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config), tell)
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
     return {"offline": True, **counts, "findings": findings}

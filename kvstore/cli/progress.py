@@ -44,12 +44,14 @@ def progress(action: str, *, as_json: bool, in_bytes: bool = True) -> Iterator[T
 
 
 def _status(action: str) -> Tell:
-    """A line a second, the first one after a second: what is quick says nothing."""
-    began = told = time.monotonic()
+    """A line a second, the first one a second after the work began: what is quick says nothing."""
+    began = told = 0.0
 
     def tell(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal began, told
         now = time.monotonic()
+        if not began:
+            began = told = now
         if now - told < STATUS_EVERY_S:
             return
         told, elapsed_s = now, now - began

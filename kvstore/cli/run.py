@@ -21,6 +21,8 @@ from kvstore.config import ENV_CONFIG, ENV_PREFIX
     metavar="NAME|REGEX",
     help="Tokenize system text without these lines, such as `billing`, a coding agent's; may be repeated.",
 )
+@click.option("--warm", "packs", multiple=True, metavar="FILE", help="Import this .kvpack first; may be repeated.")
+@click.option("--calibrate", is_flag=True, help="First measure what profiles cost on the model, once per model.")
 @common_options
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="SERVER [FLAGS]...")
 def command(
@@ -28,6 +30,8 @@ def command(
     no_start: bool,
     slow_hits: bool,
     strip_headers: tuple[str, ...],
+    packs: tuple[str, ...],
+    calibrate: bool,
     address: str | None,
     config_path: str | None,
     as_json: bool,
@@ -35,7 +39,8 @@ def command(
     """Start SERVER (mlx_lm.server) with the store plugged in; all FLAGS go to it unchanged.
 
     If no daemon runs, one is started in the background, with its log in the data directory; it goes on when the
-    server ends. What kvstore has to say begins with `kvstore:`.
+    server ends. What kvstore has to say begins with `kvstore:`. What --warm and --calibrate do is done before SERVER
+    listens; if it fails, SERVER starts all the same.
 
     For example: kvstore run mlx_lm.server --model mlx-community/Qwen3-8B-4bit --port 8080
     """
@@ -48,10 +53,13 @@ def command(
     if as_json:
         print_json({"pid": os.getpid(), "address": config.listen, "argv": list(argv)})
         sys.stdout.flush()
-    from kvstore.cli.start import ensure_daemon
+    from kvstore.cli.start import calibrate_once, ensure_daemon, warm_up
     from kvstore.integrations.run import require_server, run
 
     require_server(argv, strip_headers)
     if not {"-h", "--help"} & set(argv):
         ensure_daemon(config, start=not no_start)
+        warm_up(config, packs)
+        if calibrate:
+            calibrate_once(argv)
     return run(list(argv), slow_hits=slow_hits, strip_headers=strip_headers)

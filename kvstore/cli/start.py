@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,42 @@ def ensure_daemon(config: Config, *, start: bool) -> None:
     note(f"profile {daemon.get('profile') or 'as the daemon is configured'}")
     if daemon["state"] != "serving":
         note(f"the daemon is {daemon['state']}: {daemon['detail'] or 'it stores nothing now'}")
+
+
+def warm_up(config: Config, packs: Sequence[str]) -> None:
+    """Import packs, with progress. One that cannot be imported is said; never fails."""
+    from kvstore.blobs.pack_file import PackFile
+    from kvstore.cli.import_ import import_with_progress, summary_text
+
+    for path in packs:
+        try:
+            with connected(config) as client, PackFile(os.path.expanduser(path)) as pack:
+                done = import_with_progress(client, pack)
+                note(summary_text(done, pack))
+                if done["reason"] != "ok":
+                    note(f"warning: not all of {path} was imported: {done['detail'] or done['reason']}")
+        except (KVStoreError, OSError) as error:
+            note(f"warning: {path} was not imported: {error}")
+
+
+def calibrate_once(argv: Sequence[str]) -> None:
+    """Measure the profiles that have no result on the model of this command line of a server; never fails.
+
+    In a process of its own, so that the memory of this model is free again before the server loads it.
+    """
+    from kvstore.integrations.run import named
+
+    model, adapter = named(argv, "--model"), named(argv, "--adapter-path")
+    if not model and argv[:2] == ("vllm-mlx", "serve"):
+        model = argv[2] if len(argv) > 2 else ""
+    if not model:
+        note("warning: --calibrate needs the server's --model; nothing was measured")
+        return
+    command = [sys.executable, "-m", "kvstore", "calibrate", "--missing", "--model", model]
+    command += ["--adapter-path", adapter] if adapter else []
+    # What it prints is not what the server prints.
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode:
+        note("warning: the model was not calibrated")
 
 
 def _way_out(config: Config, error: KVStoreError) -> str:

@@ -14,7 +14,7 @@ from kvstore.config import Config, load_config
 from kvstore.core.blocks import FIDELITY_ANY, Reason, pack_tokens
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import FORKED, is_forked
-from kvstore.errors import ForkedError, InvalidRequestError
+from kvstore.errors import ForkedError, InvalidRequestError, UnavailableError
 from kvstore.wire.convert import message_to_dict, namespace_to_message, verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -191,9 +191,18 @@ class Client:
         )
         return self._ask("Evict", request, EVICT_S)
 
-    def check(self, repair: bool = False) -> dict[str, Any]:
-        """Verify every blob against its checksums and the index."""
-        return self._ask("Check", pb.CheckRequest(repair=repair), CHECK_S)
+    def check(
+        self, repair: bool = False, tell: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[str, Any]:
+        """Verify every blob against its checksums and the index. `tell` hears how many blobs of how many are done."""
+        reply = pb.CheckReply()
+        with self._asking() as admin:
+            for reply in admin.Check(pb.CheckRequest(repair=repair), timeout=CHECK_S):
+                if not reply.done:
+                    tell(reply.blobs, reply.blobs_total)
+        if not reply.done:
+            raise UnavailableError("the daemon ended before the check did")
+        return {"schema": SCHEMA, **message_to_dict(reply)}
 
     def set(self, key: str, value: str, namespace_prefix: bytes = b"") -> dict[str, Any]:
         """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes or log_level."""

@@ -8,8 +8,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.core.blocks import Reason
@@ -22,6 +23,7 @@ from kvstore.index.table import CHECKPOINT
 from kvstore.index.transaction import View
 
 FINDINGS_MAX = 1000
+Tell: TypeAlias = Callable[[int, int], None]
 # Rows that are compared, removed or deleted while the lock is held.
 LOCKED_ROWS_MAX = 1024
 log = logging.getLogger(__name__)
@@ -124,9 +126,11 @@ def _remove(site: Site, rows: Sequence[Row]) -> set[BlobId]:
 class Walk:
     """One check of one site; use once. `removed` collects the rows that a repair deleted."""
 
-    def __init__(self, site: Site, repair: bool) -> None:
+    def __init__(self, site: Site, repair: bool, tell: Tell = lambda done, total: None) -> None:
+        """`tell` hears how many blobs of about how many are done."""
         self._site = site
         self._repair = repair
+        self._say = tell
         self.report = CheckReport()
         self.removed: list[Row] = []
 
@@ -156,6 +160,7 @@ class Walk:
                 continue
             self.report.blobs += 1
             self.report.bytes += row.blob_bytes
+            self._say(self.report.blobs, len(self._site.index.table))
             try:
                 verify_row(self._site, row)
             except UnknownFormatError as error:

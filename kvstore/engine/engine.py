@@ -293,14 +293,17 @@ class Engine:
 
     # -- care -----------------------------------------------------------------------------------------------------
 
-    def check(self, repair: bool = False) -> CheckReport:
-        """Read and verify everything, while others go on. The same walk as `check_directory`."""
+    def check(self, repair: bool = False, tell: checking.Tell = lambda done, total: None) -> CheckReport:
+        """Read and verify everything, while others go on. The same walk as `check_directory`.
+
+        `tell` hears how many blobs of about how many are done.
+        """
         shared = self._shared
         shared.require_place()
         if repair:
             with contextlib.suppress(OSError):  # `maintain` will tell
                 shared.deletions.settle()
-        walk = checking.Walk(shared.site, repair)
+        walk = checking.Walk(shared.site, repair, tell)
         try:
             walk.run()
         except CorruptDataError as error:

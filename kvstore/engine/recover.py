@@ -12,7 +12,7 @@ from pathlib import Path
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, read_block, read_strays
-from kvstore.engine.check import CheckReport, Finding, Walk, quarantine, settle_strays
+from kvstore.engine.check import CheckReport, Finding, Tell, Walk, quarantine, settle_strays
 from kvstore.engine.directory import claim
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.shared import EngineOptions, Place
@@ -192,11 +192,16 @@ def set_index_aside(place: Place) -> None:
 
 
 def check_directory(
-    data_dir: Path, repair: bool = False, master_key: bytes = b"", keys_dir: Path | None = None
+    data_dir: Path,
+    repair: bool = False,
+    master_key: bytes = b"",
+    keys_dir: Path | None = None,
+    tell: Tell = lambda done, total: None,
 ) -> CheckReport:
     """Check a data directory offline. Raises DirectoryHeldError if a daemon holds the directory.
 
-    After a repair the directory is in the state of an orderly stop.
+    After a repair the directory is in the state of an orderly stop. `tell` hears how many blobs of about how many are
+    done.
     """
     if not os.path.isdir(data_dir):
         return CheckReport(findings=[Finding("row", str(data_dir), "there is no such data directory")])
@@ -206,21 +211,21 @@ def check_directory(
         if repair:
             place.tombstones.settle()
         try:
-            return _check_offline(place, open_validated(place), repair)
+            return _check_offline(place, open_validated(place), repair, tell)
         except CorruptDataError as error:
             found = Finding("row", str(directory.index), str(error))
         if not repair:
             return CheckReport(findings=[found])
         set_index_aside(place)
-        report = _check_offline(place, place.open_index(), repair)
+        report = _check_offline(place, place.open_index(), repair, tell)
         report.findings.insert(0, found)
         report.repaired += 1
         return report
 
 
-def _check_offline(place: Place, index: Index, repair: bool) -> CheckReport:
+def _check_offline(place: Place, index: Index, repair: bool, tell: Tell) -> CheckReport:
     try:
-        report = Walk(place.site(index), repair).run()
+        report = Walk(place.site(index), repair, tell).run()
         if repair:
             _leave(place, index, report)
         return report

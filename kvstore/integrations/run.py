@@ -71,7 +71,7 @@ def _mlx_lm_server(flags: Sequence[str], slow_hits: bool, strip_headers: Sequenc
     from kvstore.integrations.models import ModelStore
 
     store = ModelStore(connect(), slow_hits=slow_hits)
-    announce(store.digests, named_model(flags))
+    announce(store.digests, named(flags, "--model"))
     plug_in(server, store)
     generator = request_guard.guarded(prefetch.generator())
     if strip_headers:
@@ -111,12 +111,12 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
     os._exit(code)
 
 
-def named_model(flags: Sequence[str]) -> str:
-    """The model that the command line of a server names; empty when it names none."""
+def named(flags: Sequence[str], name: str) -> str:
+    """The value of a flag, such as `--model`, on the command line of a server; empty without it."""
     for flag, value in zip(flags, [*flags[1:], ""], strict=True):
-        if flag == "--model":
+        if flag == name:
             return value
-        if flag.startswith("--model="):
+        if flag.startswith(f"{name}="):
             return flag.partition("=")[2]
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import AsyncIterator, Callable
@@ -26,6 +27,7 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 SHOW_MAX = 100
 LIST_MAX = 10_000
 FINDINGS_MAX = 1000
+PROGRESS_EVERY_S = 1.0
 log = logging.getLogger(__name__)
 
 
@@ -163,12 +165,25 @@ class AdminService(rpc.AdminServicer):
             self._store.end_evicted()
             self._explainer.why.forget()
 
-    @unary
-    async def Check(self, request: pb.CheckRequest, context: Context) -> pb.CheckReply:
-        report = await self._threads.check(self._engine.check, request.repair)
+    @streaming
+    async def Check(self, request: pb.CheckRequest, context: Context) -> AsyncIterator[pb.CheckReply]:
+        far = [0, 0]
+
+        def tell(done: int, total: int) -> None:
+            far[:] = done, total
+
+        checking = asyncio.ensure_future(self._threads.check(self._engine.check, request.repair, tell))
+        while not (await asyncio.wait([checking], timeout=PROGRESS_EVERY_S))[0]:
+            yield pb.CheckReply(blobs=far[0], blobs_total=far[1])
+        report = checking.result()
         findings = [pb.Finding(kind=one.kind, path=one.path, detail=one.detail) for one in report.findings]
-        return pb.CheckReply(
-            blobs=report.blobs, bytes=report.bytes, repaired=report.repaired, findings=findings[:FINDINGS_MAX]
+        yield pb.CheckReply(
+            blobs=report.blobs,
+            bytes=report.bytes,
+            repaired=report.repaired,
+            findings=findings[:FINDINGS_MAX],
+            done=True,
+            blobs_total=far[1],
         )
 
     @streaming

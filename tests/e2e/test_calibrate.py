@@ -62,7 +62,10 @@ def results(daemon: DaemonProcess, model: Path, text: Path) -> dict[str, dict[st
     command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, *profiles, "--json"]
     done = run_cli(command, daemon.environ(), timeout_s=500)
     assert done.returncode == 0, done.stderr
-    return {row["profile"]: row for row in json.loads(done.stdout)["results"]}
+    *far, summary = map(json.loads, done.stdout.splitlines())
+    assert all(one["message_type"] == "status" and 0 <= one["done"] <= one["total"] == 3 for one in far)
+    assert summary["message_type"] == "summary" and summary["schema"] == 1
+    return {row["profile"]: row for row in summary["results"]}
 
 
 def namespace_of(model: Path) -> Any:
@@ -98,6 +101,16 @@ def test_a_planted_bad_profile_is_refused_with_its_numbers(
         assert row["profile"] == "balanced"  # the smaller one does not pass, so auto takes the next
         assert {one["profile"]: one["passed"] for one in row["quality"]} == {PLANTED: False, "balanced": True}
         assert {one["thresholds"]["kl_mean_max"] for one in row["quality"]} == {0.01}
+
+
+def test_what_was_measured_is_not_measured_again(
+    results: dict[str, dict[str, Any]], daemon: DaemonProcess, model: Path, text: Path
+) -> None:
+    """With --missing, as `kvstore run --calibrate` has it."""
+    command = ["calibrate", "--missing", "--model", str(model), "--prompt-file", str(text), *QUICK, "--json"]
+    done = run_cli([*command, "--profile", "balanced", "--profile", PLANTED], daemon.environ(), timeout_s=500)
+    assert done.returncode == 0 and "every profile was measured" in done.stderr, done.stderr
+    assert json.loads(done.stdout)["results"] == []
 
 
 def test_the_probe_tells_the_worst_profile_and_that_this_model_guesses(results: dict[str, dict[str, Any]]) -> None:

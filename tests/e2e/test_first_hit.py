@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -146,3 +147,35 @@ def test_a_header_that_differs_in_every_request_is_stripped_and_prompts_hit(
     assert (first.cached_tokens, second.cached_tokens) == (0, second.prompt_tokens - 1)
     assert first.text == second.text and first.prompt_tokens == second.prompt_tokens < third.prompt_tokens
     assert spoken[1].prompt_tokens > spoken[0].prompt_tokens and third.cached_tokens < 100
+
+
+def test_a_server_is_warm_before_it_listens(model: Path, absent: DaemonProcess, tmp_path: Path) -> None:
+    """With a pack the first request of an empty store hits; what cannot be imported is said, and no more."""
+    pack, bad = tmp_path / "small.kvpack", tmp_path / "bad.kvpack"
+    bad.write_bytes(b"no pack")
+    with absent:
+        with ServerProcess(model, tmp_path / "one.log", absent.environ(), launcher=RUN) as one:
+            cold = one.chat(messages(model))
+            wait_until(lambda: "kvstore: stored small +" in one.log_text(), 30, one.log_text)
+            assert one.stop() == 0
+        assert run_cli(["export", "small", "-o", str(pack)], absent.environ()).returncode == 0
+        assert run_cli(["evict", "--all"], absent.environ()).returncode == 0
+        other = tmp_path / "other"
+        shutil.copytree(model, other)
+        config = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2 * config["rms_norm_eps"]}))
+        refused = run_cli(["import", str(pack), "--model", str(other)], absent.environ())
+        assert refused.returncode == 2 and "the weights differs" in refused.stderr, refused.stderr
+        taken = run_cli(["import", str(pack), "--model", str(model)], absent.environ())
+        assert taken.returncode == 0, taken.stderr
+        assert run_cli(["evict", "--all"], absent.environ()).returncode == 0
+        flags = ("--warm", str(bad), "--warm", str(pack), "--warm", str(tmp_path / "none"))
+        launcher = launch("run", "--slow-hits", *flags, "mlx_lm.server", **OPEN_DEADLINES)
+        with ServerProcess(model, tmp_path / "two.log", absent.environ(), launcher=launcher) as two:
+            text = two.log_text()
+            assert f"kvstore: warning: {bad} was not imported: {bad} is not a .kvpack file" in text
+            assert f"kvstore: warning: {tmp_path}/none was not imported" in text
+            assert re.search(r"kvstore: imported [1-9] blobs of small, ", text), text
+            warm = two.chat(messages(model))
+            assert (warm.text, warm.cached_tokens) == (cold.text, warm.prompt_tokens - 1)
+            assert two.stop() == 0

@@ -482,8 +482,10 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         """Says what was selected, in numbers."""
         return pb.EvictReply(blocks=1 if request.dry_run else 2, freed_bytes=request.bytes)
 
-    def Check(self, request: pb.CheckRequest, context: Any) -> pb.CheckReply:
-        """Finds something."""
+    def Check(self, request: pb.CheckRequest, context: Any) -> Iterator[pb.CheckReply]:
+        """Says how far it is, then finds something."""
         if self._fault("check_fails"):
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no")
-        return pb.CheckReply(blobs=3, repaired=int(request.repair), findings=[pb.Finding(kind="row", detail="bad")])
+        yield pb.CheckReply(blobs=1, blobs_total=3)
+        found = [pb.Finding(kind="row", detail="bad")]
+        yield pb.CheckReply(blobs=3, repaired=int(request.repair), findings=found, done=True, blobs_total=3)

@@ -405,7 +405,7 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.EvictReply.FromString,
                 _registered_method=True)
-        self.Check = channel.unary_unary(
+        self.Check = channel.unary_stream(
                 '/kvstore.v1.Admin/Check',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckReply.FromString,
@@ -492,7 +492,8 @@ class AdminServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Check(self, request, context):
-        """Check reads and verifies every blob against its checksums and the index.
+        """Check reads and verifies every blob against its checksums and the index. How far it is comes every second, then the
+        result.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -582,7 +583,7 @@ def add_AdminServicer_to_server(servicer, server):
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.EvictRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.EvictReply.SerializeToString,
             ),
-            'Check': grpc.unary_unary_rpc_method_handler(
+            'Check': grpc.unary_stream_rpc_method_handler(
                     servicer.Check,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.CheckReply.SerializeToString,
@@ -785,7 +786,7 @@ class Admin(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/kvstore.v1.Admin/Check',
