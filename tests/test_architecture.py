@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.cli.app import VERBS
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "kvstore"
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if "v1" not in path.relative_to(PACKAGE).parts)
@@ -92,6 +94,15 @@ def test_every_module_class_and_public_function_says_what_it_is(path: Path) -> N
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             assert ast.get_docstring(node), node.name
+
+
+def test_a_basename_stands_twice_only_where_it_is_a_verb() -> None:
+    """Verbs go through the layers, from `cli` or `bench` to `engine`; any other name has one meaning and one file."""
+    homes: dict[str, list[str]] = {}
+    for path in SOURCES:
+        homes.setdefault(path.stem, []).append(name_of(path))
+    verbs = {*VERBS, "store", "match", "fetch", "__init__"}
+    assert [names for stem, names in homes.items() if len(names) > 1 and stem not in verbs] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

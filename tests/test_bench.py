@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from kvstore.bench import concurrency, quality
+from kvstore.bench import concurrency, hard_model
 from kvstore.bench.bare import bare_server
 from kvstore.bench.cases import BenchError, Case, Measured, Report, measure
 from kvstore.bench.scratch import ScratchDaemon
@@ -291,7 +291,7 @@ def test_token_ids_may_come_from_files_of_numpy(tmp_path: Path) -> None:
     """For `bench quality` and `calibrate`; a file that has none is a sentence."""
     np.save(tmp_path / "ids.npy", np.array([[1, 2], [3, 4]], np.uint16))
     (tmp_path / "text.npy").write_text("no numbers")
-    assert quality.tokens_of(None, [str(tmp_path / "ids.npy")], lambda paths: "") == [1, 2, 3, 4]
+    assert hard_model.tokens_of(None, [str(tmp_path / "ids.npy")], lambda paths: "") == [1, 2, 3, 4]
     for name in ("text.npy", "none.npy"):
         with pytest.raises(InvalidRequestError, match="token ids cannot be read"):
-            quality.tokens_of(None, [str(tmp_path / name)], lambda paths: "")
+            hard_model.tokens_of(None, [str(tmp_path / name)], lambda paths: "")

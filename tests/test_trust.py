@@ -18,7 +18,7 @@ from kvstore.client import trust, upload_socket
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.client.trust import SocketGuard
-from kvstore.client.upload_socket import UploadConnection
+from kvstore.client.upload_connection import UploadConnection
 from kvstore.core.blocks import Reason
 from kvstore.core.unix_sockets import peer_uid
 from kvstore.errors import UnavailableError, UntrustedError

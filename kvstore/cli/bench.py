@@ -227,7 +227,7 @@ def quality(
     the computation. `kvstore calibrate` measures the same with a model as it is, and tells the daemon.
     """
     refuse_address(options)
-    from kvstore.bench.quality import AFFINE, harden_keys, harden_values, load_float32, tokens_of
+    from kvstore.bench.hard_model import AFFINE, harden_keys, harden_values, load_float32, tokens_of
     from kvstore.cli.calibrate import check_names, measured, plain_encode, print_quality, text_of
     from kvstore.codecs.plausible import fault_of
     from kvstore.codecs.profiles import PROFILES
@@ -279,7 +279,7 @@ def codec(
     refuse_address(options)
     if plot_path:
         importlib.import_module("kvstore.bench.plot").require_matplotlib()
-    bench = importlib.import_module("kvstore.bench.codec")
+    bench = importlib.import_module("kvstore.bench.codec_costs")
     shapes = [
         bench.CodecShape(layers, seq_len, heads, head_dim, dtype)
         for seq_len in _numbers(seq_lens, "--seq-len")

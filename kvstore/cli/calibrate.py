@@ -137,7 +137,7 @@ class _Asked:
 def _measure(config: Config, model_path: str, adapter_path: str | None, asked: _Asked, as_json: bool) -> None:
     from mlx_lm.utils import load
 
-    from kvstore.bench.quality import tokens_of
+    from kvstore.bench.hard_model import tokens_of
     from kvstore.codecs.profiles import LOSSY
     from kvstore.integrations import mlx_lm as kv
     from kvstore.integrations.calibrate import Calibration, windows

@@ -16,7 +16,7 @@ from kvstore.client.breaker import Watchdog
 from kvstore.client.connection import Connection
 from kvstore.client.request_lines import new_request_id
 from kvstore.client.results import StoreResult, parse_reason
-from kvstore.client.upload_socket import UploadConnection
+from kvstore.client.upload_connection import UploadConnection
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace

@@ -1,1 +1,1 @@
-"""The daemon. STORE is `store.py`, FETCH is `fetch.py`; `service.py` and `admin.py` are the RPC edge."""
+"""The daemon. STORE is `store.py`, FETCH is `fetch.py`; `handlers.py` and `admin.py` are the RPC edge."""

@@ -38,6 +38,7 @@ from kvstore.server.call_limits import Admission, connection_options
 from kvstore.server.callers import Sockets
 from kvstore.server.explain import Explainer
 from kvstore.server.fetch import FetchPath
+from kvstore.server.handlers import KVStoreService
 from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.listening import bind, listening_place, receive_by_socket
@@ -45,7 +46,6 @@ from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
 from kvstore.server.protocol_guard import ProtocolGuard
 from kvstore.server.requests import Requests
-from kvstore.server.service import KVStoreService
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath

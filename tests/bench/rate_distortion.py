@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kvstore.bench.quality import AFFINE
+from kvstore.bench.hard_model import AFFINE
 from kvstore.codecs.codec import codec_of, packer_of
 from kvstore.codecs.lossless import LosslessCodec
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile

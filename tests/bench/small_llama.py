@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.utils import load_tokenizer
 
-from kvstore.bench.quality import OUTLIERS
+from kvstore.bench.hard_model import OUTLIERS
 from kvstore.cli.calibrate import plain_encode
 from kvstore.integrations.calibrate import NEXT_TOKENS, Window, windows
 
@@ -57,7 +57,7 @@ class SmallLlama:
                 self._harden(layer, "v_proj", "o_proj", (0,))
 
     def _harden(self, layer: dict[str, Array], written: str, read: str, places: tuple[int, ...]) -> None:
-        """As `kvstore.bench.quality`."""
+        """As `kvstore.bench.hard_model`."""
         scale = np.ones(self.width, np.float32)
         for channel, factor in OUTLIERS.items():
             scale[[channel + place for place in places]] = factor

@@ -53,7 +53,7 @@ REAPED = re.compile("gave up upload ([0-9a-f]{8})")
 # Operations that do nothing and say that they did.
 BUGS = {
     "AbortStore does nothing": """
-from kvstore.server.service import KVStoreService, pb
+from kvstore.server.handlers import KVStoreService, pb
 async def nothing(self, request, context):
     return pb.AbortStoreReply()
 KVStoreService.AbortStore = nothing
