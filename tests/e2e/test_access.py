@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -145,12 +146,14 @@ def test_a_worker_token_stores_and_fetches_and_an_admin_token_does_all(by_token:
     """Admin verbs are a scope of their own."""
     with connecting(by_token, part(tls, "worker", "ca", "tokens")) as worker:
         roundtrip(worker)
-        for verb in (worker.stats, worker.list, worker.check, lambda: worker.evict(all=True)):
+        why = functools.partial(worker.why, last=1)
+        for verb in (worker.stats, worker.list, why, worker.check, lambda: worker.evict(all=True)):
             with pytest.raises(ScopeError, match="admin"):
                 verb()
     with connecting(by_token, part(tls, "admin", "ca", "tokens")) as admin:
         roundtrip(admin)
         assert admin.stats()["disk"]["blobs"] == 2
+        assert admin.why(last=9)["found"]
     with connecting(by_token, part(tls, "daemon", "ca", "tokens")) as both:
         assert both.list()["namespaces"]
 
