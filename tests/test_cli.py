@@ -121,12 +121,14 @@ class FakeClient:
         """A small store."""
         return self._answer({}, STATS)
 
-    def list(self, namespace_prefix: bytes = b"", limit: int = 0, sequences: bool = False) -> dict[str, Any]:
+    def list(
+        self, namespace_prefix: bytes = b"", limit: int = 0, sequences: bool = False, blocks: bool = False
+    ) -> dict[str, Any]:
         """One namespace, or one block and a note that there are more, or one sequence."""
-        if sequences:
-            return self._answer(self.asked, {"sequences": [SEQUENCE], "truncated": False})
         asked = {"namespace_prefix": namespace_prefix, "limit": limit}
-        if namespace_prefix:
+        if sequences:
+            return self._answer(asked, {"sequences": [SEQUENCE], "truncated": False})
+        if blocks:
             return self._answer(asked, {"namespaces": [], "blocks": [BLOCK], "truncated": True})
         return self._answer(asked, {"namespaces": self.namespaces, "blocks": [], "truncated": False})
 
@@ -304,12 +306,14 @@ def test_set_changes_a_setting_and_says_for_how_long(client: FakeClient) -> None
     assert invoke("set", "daemon", "budget_bytes").exit_code == 2
 
 
-def test_ls_lists_sequences_or_namespaces_or_the_blocks_of_one(client: FakeClient) -> None:
+def test_ls_lists_sequences_or_blocks_of_one_model_or_of_all(client: FakeClient) -> None:
     """By alias or id; a truncated list says so on stderr, not in the table. Programs get all of it."""
     assert answer("ls")["namespaces"] == [NAMESPACE] and answer("ls")["sequences"] == [SEQUENCE]
+    assert answer("ls", "--blocks")["blocks"] == [BLOCK]
     table = invoke("ls").stdout
     assert "small-lm" in table and "123 kB" in table and table.rstrip().endswith("7")
-    assert ID[:12] in invoke("ls", "--blocks").stdout
+    table = invoke("ls", "--blocks").stdout
+    assert BLOCK["key"][:12] in table and "small-lm" in table and client.asked["namespace_prefix"] == b""
     assert "123 kB" in invoke("ls", "small-lm").stdout
     missing = invoke("ls", "other-lm")
     assert (missing.exit_code, missing.stdout) == (1, "") and "'other-lm'" in missing.stderr

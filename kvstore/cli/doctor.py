@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
+import socket
 import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +19,17 @@ import click
 from kvstore import __version__
 from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
 from kvstore.config import Config, default_data_dir
-from kvstore.errors import DirectoryError, KVStoreError, UnavailableError
+from kvstore.errors import DeadlineError, DirectoryError, KVStoreError, UnavailableError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
     from kvstore.client.results import Hit, Miss
 
 DESCRIPTORS_MIN = 1024
+# Of what may be open, what may be open already.
+DESCRIPTORS_SHARE = 0.8
+START = "start it with: kvstore serve"
+LIBRARIES = ("mlx", "mlx-lm", "grpcio", "lmdb")
 PROBE_TOKENS = 64
 PROBE_S = 10.0
 ALIAS = "kvstore doctor"
@@ -68,14 +75,11 @@ def examine(config: Config) -> Iterator[Line]:
             yield from _directory(Path(stats["daemon"].get("data_dir") or config.data_dir), config)
             yield from _disk(stats["disk"])
             yield from _limits(stats)
+            yield from _metrics(config)
+            yield _workers(stats)
             yield _round_trip(client, config)
-    except UnavailableError as error:
-        start = "start it with: kvstore serve"
-        yield Line(
-            "daemon",
-            str(error).removesuffix(f"; {start}"),
-            start if config.address.path else f"look at the host of {config.listen}",
-        )
+    except (UnavailableError, DeadlineError) as error:
+        yield Line("daemon", str(error).removesuffix(f"; {START}"), _way_back(config))
         yield from _directory(config.data_dir, config)
     except KVStoreError as error:
         yield Line("daemon", f"{config.listen} refuses", str(error))
@@ -87,6 +91,31 @@ def _daemon(daemon: dict[str, Any], config: Config) -> Iterator[Line]:
     versions = f"daemon {daemon['version']}, this command {__version__}"
     same = daemon["version"] == __version__
     yield Line("versions", versions, "" if same else "restart the daemon with the version that the workers have")
+    yield _libraries()
+
+
+def _libraries() -> Line:
+    """What this environment has of the libraries that decide about results."""
+    found = [f"Python {platform.python_version()}"]
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    missing = [name for name in LIBRARIES if f"no {name}" in found]
+    return Line("libraries", ", ".join(found), f"run: pip install {' '.join(missing)}" if missing else "")
+
+
+def _way_back(config: Config) -> str:
+    """What to do about a daemon that does not answer: it is another thing if its process is there."""
+    if not config.address.path:
+        return f"look at the host of {config.listen}"
+    try:
+        pid = int(Path(f"{config.address.path}.lock").read_text(encoding="ascii"))
+        os.kill(pid, 0)
+    except (OSError, ValueError):  # an orderly end removes the file, any other leaves the number of no process
+        return START
+    return f"look at its log and at the load of the machine; if it was stopped: kill -CONT {pid}"
 
 
 def _directory(path: Path, config: Config) -> Iterator[Line]:
@@ -129,11 +158,45 @@ def _disk(disk: dict[str, Any]) -> Iterator[Line]:
 
 def _limits(stats: dict[str, Any]) -> Iterator[Line]:
     most = stats["daemon"].get("descriptors_max", 0)
-    few = f"start the daemon with more: ulimit -n {DESCRIPTORS_MIN * 4}" if 0 < most < DESCRIPTORS_MIN else ""
-    yield Line("descriptors", f"the daemon may open {most:,} files and connections", few)
+    open_now = stats["daemon"].get("descriptors", 0)
+    is_short = 0 < most < DESCRIPTORS_MIN or open_now > most * DESCRIPTORS_SHARE
+    few = f"start the daemon with more: ulimit -n {max(DESCRIPTORS_MIN, most) * 4}" if is_short else ""
+    yield Line("descriptors", f"{open_now:,} files and connections are open, {most:,} may be", few)
     refused = sum(stats.get("refusals", {}).values())
     reached = f"raise {', '.join(sorted(stats['refusals']))} in the configuration" if refused else ""
     yield Line("limits", f"{refused:,} calls were refused by a limit since start", reached)
+
+
+def _metrics(config: Config) -> Iterator[Line]:
+    """Whether scrapers are answered, where this configuration says that they are."""
+    address = config.metrics_address
+    if address is None:
+        return
+    family = socket.AF_UNIX if address.path else socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as scraper:
+            scraper.settimeout(PROBE_S)
+            scraper.connect(address.path or (address.host, address.port))
+            scraper.sendall(b"HEAD /metrics HTTP/1.1\r\n\r\n")
+            answer = scraper.recv(64).split(b"\r\n")[0].decode("ascii", "replace")
+    except OSError as error:
+        yield Line(
+            "metrics", f"{address.target}: {error.strerror or error}", "restart the daemon: it read the key at start"
+        )
+        return
+    yield Line("metrics", f"{address.target} answers {answer}", "" if " 200 " in answer else "look at the daemon's log")
+
+
+def _workers(stats: dict[str, Any]) -> Line:
+    """Who asks; nobody is no fault, and often the question."""
+    since = stats.get("since_start") or {}
+    requests = sum(since.get(name, 0) for name in ("hits", "shortened", "misses", "in_memory"))
+    if not requests:
+        return Line("requests", "none since start; servers use the store when started by: kvstore run")
+    workers = len({one["pid"] for one in stats.get("sessions", [])})
+    return Line(
+        "requests", f"{requests:,} since start, {since['hits'] + since['shortened']:,} hits, workers: {workers}"
+    )
 
 
 def _round_trip(client: Client, config: Config) -> Line:

@@ -21,6 +21,7 @@ from kvstore.cli.common import (
     someone_is_there,
 )
 from kvstore.config import Config
+from kvstore.errors import NotFoundError
 
 LIST_MAX = 10_000  # what the daemon answers at most
 
@@ -45,7 +46,7 @@ LIST_MAX = 10_000  # what the daemon answers at most
     metavar="SIZE",
     help="Free so much, the least recently used first.",
 )
-@click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore ls`.")
+@click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore stats`.")
 @click.option("--all", "everything", is_flag=True, help="Every block.")
 @click.option("--shred", is_flag=True, help="Drop the key of the encrypted namespace too: no copy can be read again.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all removes everything; a script is never asked.")
@@ -79,7 +80,10 @@ def command(
     with connected(config) as client:
         if everything and not (yes or dry_run) and someone_is_there():
             _confirm(client.stats()["disk"], config)
-        prefix = b"" if namespace is None else namespace_id(namespace, client.list(limit=LIST_MAX)["namespaces"])
+        namespaces = [] if namespace is None else client.list(limit=LIST_MAX)["namespaces"]
+        prefix = b"" if namespace is None else namespace_id(namespace, namespaces)
+        if key and not client.show(key)["blocks"]:
+            raise NotFoundError(f"no key starts with {key.hex()}; see: kvstore ls")
         report = client.evict(
             namespace_prefix=prefix,
             key_prefix=key or b"",
@@ -90,6 +94,10 @@ def command(
             dry_run=dry_run,
             shred=shred,
         )
+    # Asked for all the same: an upload to a namespace that holds nothing yet ends with it.
+    is_known = any(one["id"].startswith(prefix.hex()) for one in namespaces)
+    if namespace is not None and not (is_known or shred or report["blocks"]):
+        raise NotFoundError(f"no namespace has an id that starts with {namespace!r}; see: kvstore ls")
     if as_json:
         print_json({"dry_run": dry_run, **report})
         return

@@ -1,8 +1,8 @@
-"""`kvstore ls`: stored sequences; with --blocks namespaces, or the blocks of one."""
+"""`kvstore ls`: stored sequences, or with --blocks the blocks that they are made of."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,10 +19,6 @@ from kvstore.cli.common import (
     size_text,
 )
 from kvstore.cli.names import require_namespace
-from kvstore.cli.stats_text import print_namespaces
-
-if TYPE_CHECKING:
-    from kvstore.client.client import Client
 
 ROWS_DEFAULT = 50
 ROWS_MAX = 10_000  # what the daemon answers at most
@@ -30,38 +26,31 @@ ROWS_MAX = 10_000  # what the daemon answers at most
 
 @click.command("ls")
 @click.argument("namespace", required=False)
-@click.option("--blocks", is_flag=True, help="Namespaces, or the blocks of NAMESPACE, instead of sequences.")
+@click.option("--blocks", is_flag=True, help="Blocks and checkpoints instead of sequences.")
 @click.option("--limit", type=click.IntRange(1, ROWS_MAX), default=ROWS_DEFAULT, show_default=True, help="Most rows.")
 @common_options
 def command(
     namespace: str | None, blocks: bool, limit: int, address: str | None, config_path: str | None, as_json: bool
 ) -> None:
-    """List the stored sequences, of all models or of NAMESPACE (its alias, or how its id starts), latest used first.
+    """List what is stored, of all models or of NAMESPACE (its alias, or how its id starts), the latest used first.
 
     A sequence is named by its last block: `kvstore show` tells more of it, `kvstore evict --prefix` removes it.
     """
     with connected(client_config(address, config_path)) as client:
-        found = _listed(client, b"" if namespace is None else require_namespace(client, namespace), limit)
+        prefix = b"" if namespace is None else require_namespace(client, namespace)
+        namespaces = [one for one in client.list()["namespaces"] if one["id"].startswith(prefix.hex())]
+        found = client.list(prefix, limit, sequences=not blocks, blocks=blocks)
     if as_json:
-        print_json(found)
+        print_json({**found, "namespaces": namespaces})
         return
-    if not blocks:
-        print_sequences(found["sequences"])
-    elif namespace is None:
-        print_namespaces(found["namespaces"])
+    if blocks:
+        print_blocks(found["blocks"], {one["id"]: one["alias"] for one in namespaces})
     else:
-        print_blocks(found["blocks"])
-    if namespace is None and not found["namespaces"]:
+        print_sequences(found["sequences"])
+    if not namespaces:
         note("the store is empty")
     if found["truncated"]:
         note(f"there are more than {limit}; raise --limit to see them")
-
-
-def _listed(client: Client, prefix: bytes, limit: int) -> dict[str, Any]:
-    """Namespaces, or the blocks of those that start so; and sequences."""
-    found, sequences = client.list(prefix, limit), client.list(prefix, limit, sequences=True)
-    truncated = found["truncated"] or sequences["truncated"]
-    return {**found, "sequences": sequences.get("sequences", []), "truncated": truncated}
 
 
 def print_sequences(sequences: list[dict[str, Any]]) -> None:
@@ -85,20 +74,23 @@ def print_sequences(sequences: list[dict[str, Any]]) -> None:
     print_table(columns, rows, numbers="  nnn  n")
 
 
-def print_blocks(blocks: list[dict[str, Any]]) -> None:
-    """The table of blocks, in the order given."""
+def print_blocks(blocks: list[dict[str, Any]], aliases: dict[str, str]) -> None:
+    """The table of blocks, in the order given; `aliases` by namespace id. Nothing when there are none."""
+    if not blocks:
+        return
     rows = [
         (
             block["key"][:ID_DIGITS],
-            block["parent"][:ID_DIGITS],
+            aliases.get(block["namespace_id"]) or block["namespace_id"][:ID_DIGITS],
+            block["parent"][:ID_DIGITS] if block["start"] or block.get("checkpoint") else "-",
             f"{block['start']:,}",
             f"{block['n_tokens']:,}",
             size_text(block["bytes"]),
-            fidelity_text(block["fidelity"]),
+            "checkpoint" if block.get("checkpoint") else fidelity_text(block["fidelity"]),
             ", ".join(block["recipes"]),
             age_text(block["accessed_s"]),
         )
         for block in blocks
     ]
-    columns = ("block", "after", "start", "tokens", "on disk", "fidelity", "recipes", "used")
-    print_table(columns, rows, numbers="  nnn  n")
+    columns = ("block", "label", "after", "start", "tokens", "on disk", "fidelity", "recipes", "used")
+    print_table(columns, rows, numbers="   nnn")

@@ -121,13 +121,16 @@ class Client:
         """What the store did in each hour of the last 90 days, the oldest first; empty hours are left out."""
         return self._ask("History", pb.HistoryRequest(), QUICK_S)
 
-    def list(self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT, sequences: bool = False) -> dict[str, Any]:
-        """Namespaces, or the blocks of the one whose id starts with `namespace_prefix`, the latest used first.
+    def list(
+        self, namespace_prefix: bytes = b"", limit: int = LIST_LIMIT, sequences: bool = False, blocks: bool = False
+    ) -> dict[str, Any]:
+        """Namespaces, or the blocks of those whose id starts with `namespace_prefix`, the latest used first.
 
-        `sequences`: instead, the stored sequences of the namespaces that start so, or of all.
+        `sequences`: instead, the stored sequences of the namespaces that start so, or of all. `blocks`: blocks also
+        without a prefix, of all namespaces.
         """
         _check(limit > 0, "a limit must be at least 1")
-        request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit, sequences=sequences)
+        request = pb.ListRequest(namespace_prefix=namespace_prefix, limit=limit, sequences=sequences, blocks=blocks)
         return self._ask("List", request, QUICK_S)
 
     def show(self, key_prefix: bytes) -> dict[str, Any]:

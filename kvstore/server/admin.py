@@ -97,13 +97,16 @@ class AdminService(rpc.AdminServicer):
         limit = min(request.limit or LIST_MAX, LIST_MAX)
         if request.sequences:
             return await self._threads.admin(self._list_sequences, request.namespace_prefix, limit)
-        return await self._threads.admin(self._list, request.namespace_prefix, limit)
+        if request.namespace_prefix or request.blocks:
+            return await self._threads.admin(self._list_blocks, request.namespace_prefix, limit)
+        return await self._threads.admin(self._list_namespaces, limit)
 
-    def _list(self, namespace_prefix: bytes, limit: int) -> pb.ListReply:
-        if not namespace_prefix:
-            traffic = self._requests.traffic.snapshot()
-            rows = [namespace_message(one, self._store.gate, traffic) for one in self._engine.stats().namespaces]
-            return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
+    def _list_namespaces(self, limit: int) -> pb.ListReply:
+        traffic = self._requests.traffic.snapshot()
+        rows = [namespace_message(one, self._store.gate, traffic) for one in self._engine.stats().namespaces]
+        return pb.ListReply(namespaces=rows[:limit], truncated=len(rows) > limit)
+
+    def _list_blocks(self, namespace_prefix: bytes, limit: int) -> pb.ListReply:
         found = self._engine.list_blocks(namespace_prefix, limit + 1)
         return pb.ListReply(blocks=map(block_message, found[:limit]), truncated=len(found) > limit)
 

@@ -89,6 +89,7 @@ class Counters:
                 log_level=level_in_force(),
                 data_dir=data_dir,
                 descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                descriptors=len(os.listdir("/dev/fd")),
             ),
             disk=disk_message(disk),
             tokens=pb.TokenStats(stored=tokens_stored, served=get("tokens_served", 0)),

@@ -79,26 +79,30 @@ def test_stats_tell_of_daemon_disk_and_traffic(daemon: DaemonProcess) -> None:
     assert "small-lm" in text and "3 blobs" in text and daemon.listen in text
 
 
-def test_ls_lists_sequences_namespaces_and_the_blocks_of_one(daemon: DaemonProcess) -> None:
+def test_ls_lists_sequences_and_blocks_of_all_and_of_one(daemon: DaemonProcess) -> None:
     """By alias, or leading digits of its id."""
     found = answered(daemon, "ls")
     (namespace,), (one,) = found["namespaces"], found["sequences"]
     short = namespace["id"][:12]
     assert (one["label"], one["tokens"], one["own_bytes"]) == ("small-lm", 700, one["bytes"])
     assert one["key"][:12] in said(daemon, "ls") and one["key"][:12] in said(daemon, "ls", "small-lm")
-    assert short in said(daemon, "ls", "--blocks") and "small-lm" in said(daemon, "ls", "--blocks")
-    blocks = answered(daemon, "ls", short)["blocks"]
+    blocks = answered(daemon, "ls", short, "--blocks")["blocks"]
+    assert answered(daemon, "ls", "--blocks")["blocks"] == blocks
+    every = said(daemon, "ls", "--blocks")
+    assert all(block["key"][:12] in every for block in blocks) and every.count("small-lm") == 3
     assert sorted((block["start"], block["n_tokens"]) for block in blocks) == [(0, 256), (256, 256), (512, 188)]
     table = said(daemon, "ls", short, "--blocks")
     assert all(block["key"][:12] in table for block in blocks)
-    assert answered(daemon, "ls", short, "--limit", "1")["truncated"] is True
+    assert answered(daemon, "ls", short, "--blocks", "--limit", "1")["truncated"] is True
     for name in ("ffff", "other-lm"):
         assert said(daemon, "ls", name, code=1) == said(daemon, "show", name, code=1) == ""
+        assert said(daemon, "evict", "--namespace", name, code=1) == ""
+    assert said(daemon, "evict", "--prefix", "ffffffff", "--dry-run", code=1) == ""
 
 
 def test_show_tells_all_about_a_block(daemon: DaemonProcess) -> None:
     """The file among it, which is there."""
-    key = answered(daemon, "ls", NAMESPACE.root.hex()[:12])["blocks"][0]["key"]
+    key = answered(daemon, "ls", NAMESPACE.root.hex()[:12], "--blocks")["blocks"][0]["key"]
     (block,) = answered(daemon, "show", key)["blocks"]
     assert block["key"] == key and Path(block["path"]) in daemon.blobs()
     assert block["bytes"] == Path(block["path"]).stat().st_blocks * 512
@@ -238,7 +242,7 @@ def damaged(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A daemon in whose second block one byte of KV is flipped."""
     with DaemonProcess(tmp_path / "data") as running:
         fill(running)
-        blocks = answered(running, "ls", NAMESPACE.root.hex()[:12])["blocks"]
+        blocks = answered(running, "ls", NAMESPACE.root.hex()[:12], "--blocks")["blocks"]
         flip_last_byte(Path(next(block["path"] for block in blocks if block["start"] == 256)))
         yield running
 

@@ -299,6 +299,33 @@ def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon:
     assert report["ok"] is True and not any(lines_of(report).values())
 
 
+def test_the_doctor_tells_a_daemon_that_is_stopped_from_one_that_is_away(daemon: DaemonProcess) -> None:
+    """By a signal: it holds the socket and says nothing; the cure names its process."""
+    assert daemon.process is not None
+    daemon.signal(signal.SIGSTOP)
+    try:
+        report = answered(daemon, "doctor", code=1)
+    finally:
+        daemon.signal(signal.SIGCONT)
+    assert f"kill -CONT {daemon.process.pid}" in lines_of(report)["daemon"]
+    assert "kvstore serve" not in lines_of(report)["daemon"]
+
+
+def test_the_doctor_looks_at_the_metrics_that_it_is_told_of(daemon: DaemonProcess) -> None:
+    """In the configuration of both: they answer. In its own only: the daemon has not read it."""
+    pytest.importorskip("prometheus_client")
+    path = daemon.listen.removeprefix("unix:") + ".metrics"
+    daemon.config["metrics_listen"] = f"unix:{path}"
+    assert "restart the daemon" in lines_of(answered(daemon, "doctor", code=1))["metrics"]
+    daemon.restart()
+    report = answered(daemon, "doctor")
+    assert lines_of(report)["metrics"] == "" and not Path(path).stat().st_mode & 0o077
+    found = {line["name"]: line["found"] for line in report["lines"]}
+    assert "200 OK" in found["metrics"] and "none since start" in found["requests"] and "mlx" in found["libraries"]
+    daemon.stop()
+    assert not Path(path).exists(), "an orderly end leaves no socket"
+
+
 def test_the_doctor_names_the_floor_and_how_to_lower_it(daemon: DaemonProcess) -> None:
     """Under it nothing is stored, and the round trip says why."""
     daemon.restart(free_floor_bytes=str(1 << 50))

@@ -532,7 +532,7 @@ class LoadStats(_message.Message):
     def __init__(self, clients: _Optional[int] = ..., clients_max: _Optional[int] = ..., connections: _Optional[int] = ..., connections_max: _Optional[int] = ..., calls: _Optional[int] = ..., calls_max: _Optional[int] = ..., uploads: _Optional[int] = ..., uploads_max: _Optional[int] = ..., received_bytes: _Optional[int] = ..., waiting: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DaemonStats(_message.Message):
-    __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail", "profile", "log_level", "data_dir", "descriptors_max")
+    __slots__ = ("version", "pid", "uptime_s", "state", "device", "detail", "profile", "log_level", "data_dir", "descriptors_max", "descriptors")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
@@ -543,6 +543,7 @@ class DaemonStats(_message.Message):
     LOG_LEVEL_FIELD_NUMBER: _ClassVar[int]
     DATA_DIR_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTORS_MAX_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
     version: str
     pid: int
     uptime_s: int
@@ -553,7 +554,8 @@ class DaemonStats(_message.Message):
     log_level: str
     data_dir: str
     descriptors_max: int
-    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ..., profile: _Optional[str] = ..., log_level: _Optional[str] = ..., data_dir: _Optional[str] = ..., descriptors_max: _Optional[int] = ...) -> None: ...
+    descriptors: int
+    def __init__(self, version: _Optional[str] = ..., pid: _Optional[int] = ..., uptime_s: _Optional[int] = ..., state: _Optional[str] = ..., device: _Optional[str] = ..., detail: _Optional[str] = ..., profile: _Optional[str] = ..., log_level: _Optional[str] = ..., data_dir: _Optional[str] = ..., descriptors_max: _Optional[int] = ..., descriptors: _Optional[int] = ...) -> None: ...
 
 class DiskStats(_message.Message):
     __slots__ = ("used_bytes", "budget_bytes", "free_bytes", "free_floor_bytes", "blobs", "quarantined", "checkpoints", "checkpoint_bytes", "scrubbed_s", "damaged")
@@ -833,14 +835,16 @@ class Hour(_message.Message):
     def __init__(self, hour_s: _Optional[int] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evicted_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
 
 class ListRequest(_message.Message):
-    __slots__ = ("namespace_prefix", "limit", "sequences")
+    __slots__ = ("namespace_prefix", "limit", "sequences", "blocks")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
     namespace_prefix: bytes
     limit: int
     sequences: bool
-    def __init__(self, namespace_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ..., sequences: bool = ...) -> None: ...
+    blocks: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., limit: _Optional[int] = ..., sequences: bool = ..., blocks: bool = ...) -> None: ...
 
 class ListReply(_message.Message):
     __slots__ = ("namespaces", "blocks", "truncated", "sequences")
