@@ -52,6 +52,16 @@ class User:
         return int(json.loads(self.run("stats", "--json"))["daemon"]["pid"])
 
 
+def first_line_of(user: User, verb: str) -> str:
+    """Of a verb that does not end by itself."""
+    with subprocess.Popen([*user.command, verb], env=user.environ, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+    return line
+
+
 XDG = {
     "XDG_CONFIG_HOME": ".config",
     "XDG_DATA_HOME": ".local/share",
@@ -89,7 +99,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_all_that_the_first_minutes_take(user: User) -> None:
     """Each verb has a line, and each option that is used below."""
     listed = user.run("--help")
-    used = {"run": "--slow-hits", "stats": "--json", "evict": "--all", "export": "--output", "import": "", "ls": ""}
+    used = {"run": "--slow-hits", "stats": "--html", "top": "", "why": "--last", "ls": ""}
+    used |= {"evict": "--all", "export": "--output", "import": "FILE"}
     for verb, option in used.items():
         assert re.search(rf"^  {verb} ", listed, re.MULTILINE) and option in user.run(verb, "--help")
     verbs = user.run("service", "--help")
@@ -97,8 +108,9 @@ def test_help_names_all_that_the_first_minutes_take(user: User) -> None:
 
 
 def test_a_prompt_is_stored_hit_seen_moved_and_evicted(user: User, model: Path) -> None:
-    """`run` starts the daemon; the second request is a hit, in the log and in `stats`."""
-    request = [{"role": "system", "content": load_tokenizer(model).decode(heldout_tokens()[:600])}]
+    """`run` starts the daemon; a later request is a hit, in the log, in `stats` and in `top`; `why` names a clock."""
+    text = load_tokenizer(model).decode(heldout_tokens()[:600])
+    request = [{"role": "system", "content": text}]
     start = f"import os, sys; os.execvp({user.command[0]!r}, {[*user.command, 'run', '--slow-hits']!r} + sys.argv[1:])"
     launcher = ("-c", start, "mlx_lm.server")
     log = user.home.with_suffix(".log")
@@ -114,8 +126,16 @@ def test_a_prompt_is_stored_hit_seen_moved_and_evicted(user: User, model: Path) 
         assert re.search(r"prompt tokens", told) and "small" in told
         stats = json.loads(user.run("stats", "--json"))
         assert stats["since_start"]["hit_tokens"] > 0 and stats["sessions"][0]["alias"] == "small"
+        assert re.search(r"\d\d:\d\d:\d\d", first_line_of(user, "top"))
+        for clock in ("15:09:20", "15:10:47"):
+            server.chat([{"role": "system", "content": f"Current time is {clock}. {text}"}])
+        why = user.run("why", "--last", "1", "--model", str(model))
+        assert "the time of day" in why and '"10:47.' in why and "cure" in why
         assert server.stop() == 0
     log.unlink()
+    user.run("stats", "--html", "page.html")
+    assert "<svg" in (user.home / "page.html").read_text()
+    (user.home / "page.html").unlink()
     assert "small" in user.run("ls")
     assert "small.kvpack" in user.run("export", "small", "-o", "small.kvpack")
     assert "would free" in user.run("evict", "--all", "--dry-run")
