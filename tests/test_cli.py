@@ -144,8 +144,10 @@ class FakeClient:
         """One block for keys that start with cd."""
         return self._answer({"key_prefix": key_prefix}, {"blocks": [BLOCK] if key_prefix[:1] == b"\xcd" else []})
 
-    def set(self, key: str, value: str, namespace_prefix: bytes = b"") -> dict[str, Any]:
-        """It was 10 GB before."""
+    def set(self, key: str, value: str, namespace_prefix: bytes = b"", dry_run: bool = False) -> dict[str, Any]:
+        """It was 10 GB before; and nothing would be deleted."""
+        if dry_run:
+            return {"deletes_bytes": 0, "stored_bytes": 1}
         asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix}
         return self._answer(asked, {"before": "10000000000", "value": "20000000000"})
 

@@ -9,7 +9,7 @@ import pytest
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NewBlock, Selection
-from kvstore.engine.deletions import MARKS_MAX, Evictions
+from kvstore.engine.evictions import MARKS_MAX, Evictions
 from kvstore.engine.shared import ORPHAN_S
 from tests.support.engine import (
     RecordingFs,

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.config import SHIPPED_PROFILES, Config, load_config, parse_size
+from kvstore.config import SHIPPED_PROFILES, Config, load_config, parse_age, parse_size
 from kvstore.core.text import counted as counted
 from kvstore.core.text import plain_text
 from kvstore.core.text import size_text as size_text
@@ -46,7 +46,6 @@ ID_DIGITS = 12
 NAMED_MAX = 5
 
 _ID = r"(?:[0-9a-fA-F]{2}){1,32}"
-_AGE_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 def common_options(command: F) -> F:
@@ -110,10 +109,12 @@ def size_option(text: str) -> int:
 
 def age_option(text: str) -> int:
     """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
-    match = re.fullmatch(r"([0-9]{1,9})\s*([smhdw]?)", text.strip().lower())
-    if match is None or not int(match[1]):
-        raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w")
-    return int(match[1]) * _AGE_UNITS_S[match[2]]
+    try:
+        if age_s := parse_age(text):
+            return age_s
+    except ValueError:
+        pass
+    raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w")
 
 
 def id_option(text: str) -> bytes:

@@ -24,6 +24,7 @@ _METAVARS = {
     "profile": "NAME",
     "tokens": "N",
     "milliseconds": "MS",
+    "time": "TIME",
 }
 
 

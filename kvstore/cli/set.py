@@ -1,38 +1,99 @@
-"""`kvstore set`: changes settings of the running daemon."""
+"""`kvstore set`: changes settings of the running daemon, and of a namespace."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from kvstore.cli.common import client_config, common_options, connected, note, print_json, say, size_text
-from kvstore.cli.names import require_namespace
+from kvstore.cli.common import (
+    client_config,
+    common_options,
+    connected,
+    note,
+    print_json,
+    say,
+    size_text,
+    someone_is_there,
+    span_text,
+)
+from kvstore.cli.names import as_id, require_namespace
+from kvstore.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from kvstore.client.client import Client
 
 DAEMON = "daemon"
+# A change that deletes more than this part of what is stored is asked about.
+MANY_DIVISOR = 10
 
 
 @click.command("set")
 @click.argument("target", metavar="NAMESPACE|daemon")
-@click.argument("assignment", metavar="KEY=VALUE")
+@click.argument("assignments", metavar="KEY=VALUE", nargs=-1, required=True)
+@click.option("--yes", is_flag=True, help="Do not ask before much is deleted; a script is never asked.")
 @common_options
-def command(target: str, assignment: str, address: str | None, config_path: str | None, as_json: bool) -> None:
-    """Change a setting of the running daemon, until it stops.
+def command(
+    target: str,
+    assignments: tuple[str, ...],
+    yes: bool,
+    address: str | None,
+    config_path: str | None,
+    as_json: bool,
+) -> None:
+    """Change a setting of the running daemon, until it stops, or of a namespace, for good.
 
-    Of the daemon: budget_bytes, free_floor_bytes (sizes such as 50GB; 0: automatic) and log_level. A lower budget
-    evicts at once. To keep a change, write it into the configuration file.
+    Of the daemon: budget_bytes, free_floor_bytes (sizes such as 50GB; 0: automatic), ttl (30d; 0: none) and log_level.
+    To keep a change, write it into the configuration file. Of a namespace, by id or alias: quota (20GB; 0: none) and
+    ttl (30d; 0: as the daemon's). What is over a new limit is evicted at once.
     """
+    pairs = [_pair(assignment) for assignment in assignments]
+    with connected(client_config(address, config_path)) as client:
+        prefix = b"" if target == DAEMON else _namespace(client, target)
+        for key, value in pairs:
+            _confirm(client, key, value, prefix, asked=not yes)
+            changed = client.set(key, value, prefix)
+            if as_json:
+                print_json({"key": key, "before": changed["before"], "value": changed["value"]})
+                continue
+            before, now = (_text(key, changed[name]) for name in ("before", "value"))
+            say(f"{key} is {now} now (before: {before})")
+    if not prefix and not as_json:
+        note("until the daemon stops; the configuration file keeps it")
+
+
+def _namespace(client: Client, target: str) -> bytes:
+    try:
+        return require_namespace(client, target)
+    except NotFoundError:
+        if not as_id(target):
+            raise
+        return as_id(target)  # it may have limits of its own and hold nothing
+
+
+def _pair(assignment: str) -> tuple[str, str]:
     key, equals, value = assignment.partition("=")
     if not equals or not key or not value:
         raise click.UsageError(f"{assignment!r} is not KEY=VALUE")
-    with connected(client_config(address, config_path)) as client:
-        prefix = b"" if target == DAEMON else require_namespace(client, target)
-        changed = client.set(key, value, prefix)
-    if as_json:
-        print_json({"key": key, **changed})
+    return key, value
+
+
+def _confirm(client: Client, key: str, value: str, prefix: bytes, *, asked: bool) -> None:
+    """Say what a limit would delete when it is much, and ask on a terminal; click.Abort for any answer but yes."""
+    plan = client.set(key, value, prefix, dry_run=True)
+    deletes, stored = plan["deletes_bytes"], plan["stored_bytes"]
+    if deletes * MANY_DIVISOR <= stored or not deletes:
         return
-    before, now = (_text(key, changed[name]) for name in ("before", "value"))
-    say(f"{key} is {now} now (before: {before})")
-    note("until the daemon stops; the configuration file keeps it")
+    what = f"{key}={value} deletes {size_text(deletes)} of {size_text(stored)} stored"
+    if asked and someone_is_there():
+        click.confirm(f"{what}. Go on?", abort=True, err=True)
+    else:
+        note(what)
 
 
 def _text(key: str, value: str) -> str:
-    return size_text(int(value)) if key.endswith("_bytes") and value.isdigit() else value
+    if value.isdigit() and key in ("quota", "ttl") and not int(value):
+        return "none"
+    if key == "ttl" and value.isdigit():
+        return span_text(int(value))
+    return size_text(int(value)) if (key.endswith("_bytes") or key == "quota") and value.isdigit() else value

@@ -15,6 +15,7 @@ from kvstore.cli.common import (
     print_facts,
     print_json,
     size_text,
+    span_text,
     time_text,
 )
 from kvstore.cli.names import as_id, find_namespaces
@@ -55,6 +56,8 @@ def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
         ("on disk", f"{size_text(one['bytes'])} for {size_text(one['logical_bytes'])} of raw KV"),
         ("served", f"{share_text(traffic)} of the prompt tokens asked for, {traffic.get('hit_tokens', 0):,} tokens"),
         ("saved", f"{saved_text(traffic)} of prefill" + (f" at {speed:,.0f} tokens/s" if speed else "")),
+        ("quota", size_text(one["quota_bytes"]) if one.get("quota_bytes") else "none"),
+        ("time to live", span_text(one["ttl_s"]) if one.get("ttl_s") else "as the daemon's"),
         ("used", age_text(one.get("used_s", 0)) + (" (orphaned)" if one.get("orphaned") else "")),
     ]
 

@@ -39,6 +39,7 @@ SEE = "docs/operations.md#reason-codes"
 # What to do about a cause, where that does not depend on what changed.
 _CURES = {
     Cause.EVICTED: "a larger budget keeps more: kvstore set daemon budget_bytes=SIZE",
+    Cause.EXPIRED: "a longer time to live keeps more: kvstore set NAMESPACE ttl=TIME",
     Cause.NEVER_STORED: "nothing, if this is the first time; else see whether its store was refused: kvstore stats",
     Cause.IDENTITY: "serve with the same files, adapter, engine and profile, or let it be stored again",
 }

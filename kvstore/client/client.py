@@ -207,10 +207,29 @@ class Client:
             raise UnavailableError("the daemon ended before the check did")
         return {"schema": SCHEMA, **message_to_dict(reply)}
 
-    def set(self, key: str, value: str, namespace_prefix: bytes = b"") -> dict[str, Any]:
-        """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes or log_level."""
-        request = pb.SetRequest(namespace_prefix=namespace_prefix, key=key, value=value)
+    def set(self, key: str, value: str, namespace_prefix: bytes = b"", dry_run: bool = False) -> dict[str, Any]:
+        """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes, ttl or log_level.
+
+        With `namespace_prefix` quota or ttl of the namespace whose id starts so, for good. A dry run says what it
+        would delete.
+        """
+        request = pb.SetRequest(namespace_prefix=namespace_prefix, key=key, value=value, dry_run=dry_run)
         return self._ask("Set", request, EVICT_S)
+
+    def pin(
+        self,
+        key_prefix: bytes = b"",
+        tokens: Sequence[int] | bytes = (),
+        namespace_prefix: bytes = b"",
+        remove: bool = False,
+    ) -> dict[str, Any]:
+        """Keep a block and all before it until the pin is removed, or the block evicted by name; without any, list.
+
+        The block whose key starts so, or the last stored one of a prompt. NotFoundError, LimitError.
+        """
+        packed = pack_tokens(tokens) if len(tokens) else b""
+        request = pb.PinRequest(key_prefix=key_prefix, tokens=packed, namespace_prefix=namespace_prefix, remove=remove)
+        return self._ask("Pin", request, EVICT_S)
 
     def export_pack(
         self,

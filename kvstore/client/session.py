@@ -40,6 +40,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
+from kvstore.core.reasons import ABSENT
 from kvstore.errors import InvalidRequestError, KVStoreError, LimitError, UnavailableError
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -49,19 +50,6 @@ STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
 # Less than a call to the daemon takes.
 ASK_MS = 1.0
-
-# Answers of a daemon that say what it does not hold; what the session believed about these tokens is then forgotten.
-_ABSENT = frozenset(
-    {
-        Reason.UNKNOWN_PREFIX,
-        Reason.IDENTITY,
-        Reason.NO_CHECKPOINT,
-        Reason.FIDELITY,
-        Reason.CORRUPT,
-        Reason.EVICTED,
-        Reason.UNKNOWN_RECIPE,
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +203,7 @@ class Session:
             self._provenance.remember(
                 self._weights, found.tokens, answer.fidelity if isinstance(answer, Hit) else FIDELITY_EXACT
             )
-        if answer.reason in _ABSENT:
+        if answer.reason in ABSENT:
             self._held.forget(chain, answer.n_tokens)
         return answer
 
@@ -249,7 +237,7 @@ class Session:
             return Miss(refusal)
         with self._resting(), self._connection.attempt():
             plan, layers = self._fetcher.open(chain, transport, self.options.deadlines, caller)
-        if plan.reason in _ABSENT:
+        if plan.reason in ABSENT:
             self._held.forget(chain, plan.n_tokens)
         if not plan.n_tokens:
             return Miss(plan.reason)

@@ -15,7 +15,7 @@ from kvstore.config.config import (
     keys_home,
     load_config,
 )
-from kvstore.config.parsers import SOCKET_PATH_BYTES_MAX, Address, parse_address, parse_size
+from kvstore.config.parsers import SOCKET_PATH_BYTES_MAX, Address, parse_address, parse_age, parse_size
 
 __all__ = [
     "ENV_CONFIG",
@@ -32,5 +32,6 @@ __all__ = [
     "keys_home",
     "load_config",
     "parse_address",
+    "parse_age",
     "parse_size",
 ]

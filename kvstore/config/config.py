@@ -78,6 +78,13 @@ class Config:
         "size",
         default=0,
     )
+    ttl: int = _key(
+        "storage",
+        parsers.parse_age,
+        "Evict what was not used for so long, such as 30d or 12h. 0: keep it until its space is needed.",
+        "time",
+        default=0,
+    )
     durability: str = _key(
         "storage",
         parsers.choice("commit", "full"),

@@ -63,6 +63,7 @@ class Reason(enum.StrEnum):
     SLOWER_THAN_PREFILL = "slower_than_prefill"
     CORRUPT = "corrupt"
     EVICTED = "evicted"
+    EXPIRED = "expired"
     DEADLINE = "deadline"
     UNAVAILABLE = "unavailable"
     VERSION = "version"

@@ -27,7 +27,7 @@ WORDS = {
     Cause.WHOLE: "all of the prompt is stored",
     Cause.CHANGED: "the stored prompt goes on differently",
     Cause.EVICTED: "the rest was stored and has been evicted",
-    Cause.EXPIRED: "the rest was stored and its time is over",
+    Cause.EXPIRED: "the rest was stored and not used within its time to live",
     Cause.NEVER_STORED: "the rest was never stored",
     Cause.REFUSED: "the store of the rest was refused",
     Cause.CUT: "the store was cut short here",

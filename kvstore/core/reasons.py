@@ -9,6 +9,20 @@ WHOLE = frozenset({Reason.OK, Reason.UNKNOWN_PREFIX, Reason.IDENTITY})
 # Reasons of a store after which nothing is missing.
 NOT_NEEDED = frozenset({Reason.OK, Reason.ALREADY_STORED, Reason.BELOW_THRESHOLD})
 
+# Answers of a daemon that say what it does not hold.
+ABSENT = frozenset(
+    {
+        Reason.UNKNOWN_PREFIX,
+        Reason.IDENTITY,
+        Reason.NO_CHECKPOINT,
+        Reason.FIDELITY,
+        Reason.CORRUPT,
+        Reason.EVICTED,
+        Reason.EXPIRED,
+        Reason.UNKNOWN_RECIPE,
+    }
+)
+
 WORDS = {
     Reason.UNKNOWN_PREFIX: "no stored prompt begins so",
     Reason.IDENTITY: "nothing is stored for this model yet",
@@ -18,6 +32,7 @@ WORDS = {
     Reason.SLOWER_THAN_PREFILL: "computing is faster than restoring",
     Reason.CORRUPT: "damaged, and moved to quarantine",
     Reason.EVICTED: "was stored and has been evicted",
+    Reason.EXPIRED: "was stored and not used within its time to live",
     Reason.DEADLINE: "not done in time",
     Reason.UNAVAILABLE: "no daemon answered",
     Reason.VERSION: "worker and daemon are of different versions",

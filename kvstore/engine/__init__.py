@@ -7,6 +7,7 @@ from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import device_of, require_store
 from kvstore.engine.engine import Engine
 from kvstore.engine.evict import EvictReport, Selection
+from kvstore.engine.keep import Terms
 from kvstore.engine.listing import BlockInfo, EngineStats, NamespaceUsage, StoredSequence
 from kvstore.engine.match import Match, Slice
 from kvstore.engine.recover import check_directory
@@ -33,6 +34,7 @@ __all__ = [
     "Slice",
     "StoreReceipt",
     "StoredSequence",
+    "Terms",
     "check_directory",
     "device_of",
     "require_store",

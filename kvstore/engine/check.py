@@ -15,7 +15,7 @@ from typing import TypeAlias
 from kvstore.blobs.protocol import BlobId, Entry
 from kvstore.core.blocks import Reason
 from kvstore.engine.adopt import Site, Strays, adopt, batched, keep_number, read_block, read_strays, require_rule
-from kvstore.engine.deletions import REPAIR
+from kvstore.engine.evictions import REPAIR
 from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.index.rows import Row, child_entries

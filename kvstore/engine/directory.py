@@ -68,7 +68,7 @@ class Directory:
 
     @property
     def settings(self) -> Path:
-        """What no blob says and every rebuild of the index must obey: `kvstore.engine.deletions`."""
+        """What no blob says and every rebuild of the index must obey: tombstones, pins, quotas, TTLs."""
         return self.root / "settings"
 
     @property
@@ -80,7 +80,7 @@ class Directory:
         """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
         own = [self.root, self.index, self.quarantine, self.settings, self.quality]
         own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG", self.settings / "traffic.json"]
-        own.append(self.root / "daemon.log")
+        own += [self.root / "daemon.log", self.settings / "keep.json"]
         return sum(path.lstat().st_blocks * 512 for path in own if path.exists())
 
     def put_in_quarantine(self, fs: Fs, path: Path, name: str = "") -> None:

@@ -52,6 +52,7 @@ from kvstore.engine.recover import recovered_index
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
 from kvstore.engine.store import Writer
+from kvstore.engine.terms import Keeper
 from kvstore.engine.transfer import Transfer
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
 from kvstore.index.index import Index
@@ -75,6 +76,7 @@ class Engine:
         self._evictor = evictor = Evictor(shared)
         self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
         self.transfer = Transfer(shared)
+        self.keeper = Keeper(shared, evictor.keep_terms)
         # STORE
         self.store = Writer(shared, evictor).store
         self.encrypt, self.shred = shared.encrypt, shared.shred
@@ -235,16 +237,19 @@ class Engine:
         """Most bytes that it may cost."""
         return self._shared.options.budget_bytes
 
-    def limit(self, budget_bytes: int, free_floor_bytes: int) -> None:
+    def limit(self, budget_bytes: int, free_floor_bytes: int, ttl_s: int = 0) -> None:
         """Keep to these limits from now on, and at once."""
         shared = self._shared
-        shared.options = replace(shared.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes)
+        shared.options = replace(
+            shared.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes, ttl_s=ttl_s
+        )
         self._keep_to_limits()
 
     def _keep_to_limits(self) -> None:
         self._evictor.announce()
         self._evictor.make_room(0)
         self._evictor.keep_checkpoint_share()
+        self._evictor.keep_terms()
         self._shared.evictions.tell()
         self._shared.health.tell()
 
@@ -271,6 +276,7 @@ class Engine:
                 with shared.lock:
                     shared.measure()
             self._evictor.keep_to_limits()
+            self._evictor.keep_terms()
             shared.evictions.tell()
             shared.ballast.lay()
             if shared.health.disk_error and shared.can_write():

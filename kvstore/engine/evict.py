@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
-from kvstore.engine.deletions import ASKED, BUDGET, FLOOR, SHARE, Deletion
+from kvstore.engine.deletions import Deletion
+from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, TTL
 from kvstore.engine.ledger import COMMIT_BYTES, gigabytes
 from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.shortage import Compaction, Shortage
+from kvstore.engine.terms import Choose, end_pins, over_terms
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
 from kvstore.index.rows import Row
 from kvstore.index.table import Table
@@ -33,7 +35,6 @@ _NAMES_MIN = 8
 _LOOK_AGAIN_S = 0.05
 _NOTHING: frozenset[bytes] = frozenset()
 log = logging.getLogger(__name__)
-Choose = Callable[[Table], Mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,21 @@ class Evictor:
         except (StoreFullError, OSError) as error:
             shared.health.disk_error = str(error)
 
+    def keep_terms(self) -> None:
+        """Evict what namespaces have over their quota, and what was not used within its time to live."""
+        shared = self._shared
+        if not shared.keep.terms and not shared.options.ttl_s:
+            return
+        try:
+            with shared.lock:
+                shared.uses.apply(shared.index.table)
+                due = list(over_terms(shared))
+            for cause, need, choose in due:
+                with self._evicting:
+                    self._run(cause, need, shared.deletions.leased(), choose)
+        except (StoreFullError, OSError) as error:
+            shared.health.disk_error = str(error)
+
     def evict(self, selection: Selection, dry_run: bool = False) -> EvictReport:
         """Remove what is selected, least recently used leaves first; a dry run chooses the same and removes nothing.
 
@@ -137,17 +153,22 @@ class Evictor:
         shared = self._shared
         choose = self._chooser(selection)
         need = selection.bytes or NO_LIMIT
+        is_named = not (selection.idle_s > 0 or selection.bytes or selection.orphans)
         if dry_run:
             with shared.lock:
                 shared.uses.apply(shared.index.table)
                 table = shared.index.table.snapshot()
                 mask = choose(table)
+            if is_named:
+                table.pin(())
             keys = victims(table, need, mask=mask, policy=shared.options.policy, count_max=len(table) or 1)
             return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
         shared.require_place()
         try:
             # Stores that need room wait, looking whether they have it by now; nothing is evicted twice for them.
             with self._evicting:
+                if is_named:
+                    end_pins(shared, choose)
                 if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
                     return self._evict_namespaces(selection)
                 if selection.key_prefix and not (selection.idle_s > 0 or selection.bytes):
@@ -393,7 +414,7 @@ class Evictor:
                 if not shared.ballast.drop():
                     raise
                 removed, nbytes = self._remove(need_bytes, keep, choose, cause)
-            shared.lost.remember(removed, Reason.EVICTED)
+            shared.lost.remember(removed, Reason.EXPIRED if cause == TTL else Reason.EVICTED)
             deletion = shared.deletions.begin(shared.costs(removed), spare_leased)
         return removed, nbytes, shared.deletions.finish(deletion)
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from kvstore.core.histogram import Distribution
 from kvstore.core.keys import NamespaceInfo
+from kvstore.engine.keep import Terms
 from kvstore.engine.retain import levels, where
 from kvstore.engine.shared import Shared
 from kvstore.index.rows import Row
@@ -48,6 +49,7 @@ class NamespaceUsage:
     encrypted: bool = False
     used_s: int = 0
     orphaned: bool = False
+    terms: Terms = Terms()
 
     @property
     def logical_bytes(self) -> int:
@@ -61,7 +63,7 @@ class EngineStats:
 
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + quarantine + keys.
     `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
-    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.deletions`).
+    `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.evictions`).
     `idle_s` is how long blocks had not been used when limits evicted them, `reuse_s` when a fetch used them.
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
     of the scrub ended, seconds since 1970, 0 if never; `damaged` counts blobs that it moved to quarantine since then.
@@ -222,6 +224,7 @@ class Listing:
                 encrypted=shared.index.ring.key(root) is not None,
                 used_s=shared.index.spaces[root].used_s,
                 orphaned=shared.is_orphan(shared.index.spaces[root]),
+                terms=shared.keep.terms.get(root, Terms()),
             )
             for root, use in usage.items()
             if root in shared.namespaces and root in shared.index.spaces

@@ -16,7 +16,7 @@ from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reaso
 from kvstore.core.keys import Chain, NamespaceInfo, block_key, root_key
 from kvstore.core.records import template_ids
 from kvstore.core.rules import check_states
-from kvstore.engine.deletions import HEAD_TOKENS, HEAD_TOKENS_BYTES
+from kvstore.engine.evictions import HEAD_TOKENS, HEAD_TOKENS_BYTES
 from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError
 from kvstore.index.children import best_child

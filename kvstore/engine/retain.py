@@ -112,8 +112,17 @@ def victims(
     return table.keys(named)
 
 
+def pinned_bytes(table: Table) -> int:
+    """What pinned blobs and their ancestors cost on disk."""
+    return int(table.rows["nbytes"][_kept(table, ())].sum())
+
+
 def _free(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
     """What is selected, without `keep`, what is pinned, and the ancestors of both."""
+    return (where(table) if mask is None else mask) & ~_kept(table, keep)
+
+
+def _kept(table: Table, keep: Iterable[bytes]) -> Mask:
     rows = table.rows
     kept: Mask = (rows["flags"] & PINNED) != 0
     for start in [*np.flatnonzero(kept).tolist(), *table.slots(keep)]:
@@ -121,7 +130,7 @@ def _free(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
         while slot >= 0 and (slot == start or not kept[slot]):
             kept[slot] = True
             slot = int(rows["parent"][slot])
-    return (where(table) if mask is None else mask) & ~kept
+    return kept
 
 
 def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
@@ -184,8 +193,9 @@ def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
         marks = [edit.table.value(each.key, "mark") for each in chain]
         spared = [chain[index] for index in spare([each.end for each in chain], marks, keep_max)]
         for each in (*passed, *(spared if len(chain) > keep_max else ())):
-            edit.remove(each)
-            removed.append(each)
+            if not edit.table.value(each.key, "flags") & PINNED:
+                edit.remove(each)
+                removed.append(each)
     return removed
 
 

@@ -22,8 +22,10 @@ from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
 from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
-from kvstore.engine.deletions import Deletions, Evictions, Lost, Tombstones
+from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
+from kvstore.engine.evictions import Evictions, Lost
+from kvstore.engine.keep import Keep
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
@@ -54,6 +56,7 @@ class EngineOptions:
     the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
     lie in `keys_dir` (None: beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
+    What was not used for `ttl_s` is evicted, unless its namespace has a TTL of its own; 0: nothing is.
     `policy` is a name of `kvstore.engine.retain.POLICIES`.
     `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.core.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
@@ -78,6 +81,7 @@ class EngineOptions:
     rule: Callable[[Layout, Block], None] = field(default=check_block, repr=False)
     keys_dir: Path | None = None
     policy: str = "lru"
+    ttl_s: int = 0
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:
@@ -156,6 +160,8 @@ class Shared:
         self.ballast = Ballast(self.directory.ballast, min(self.options.ballast_bytes, self.options.budget_bytes // 64))
         self.ballast.lay()
         self.deletions = Deletions(self.blobs, place.tombstones, self.ledger, self.drive, self.is_displaced)
+        self.keep = Keep(self.directory.settings, self.fs, sync=self.sync)
+        index.table.pin(self.keep.pins)
         self.lost = Lost(self.options.evicted_max)
         self.uses = Uses(self.options.touches_max, self.options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}

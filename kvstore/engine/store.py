@@ -21,8 +21,9 @@ from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
 from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.adopt import NEXT_NUMBER
-from kvstore.engine.deletions import CHAIN, Deletion
+from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
+from kvstore.engine.evictions import CHAIN
 from kvstore.engine.retain import keep_share, thin_chains
 from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
@@ -297,6 +298,7 @@ class Writer:
         own = {row.key for row in settled.kept}
         if not self._evictor.make_room(0, batch.keep | own):
             self._evictor.make_room(0)
+        self._evictor.keep_terms()
         return settled
 
     def _commit_rows(self, batch: _Batch) -> _Settled:
@@ -350,14 +352,19 @@ class Writer:
 
     def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int, flags: int) -> None:
         """A row in the place of those that it replaces, last used at this number of the sequence."""
+        pins = self._shared.keep.pins
         for old in replaced_by(edit, row, self._shared.options.short_tokens):
             if old.key == row.key:
                 edit.replace(old, row, self._shared.site.cost(row))
+            elif old.key in pins:
+                continue
             else:
                 edit.remove(old)
             settled.replaced.append(old)
         if row.key not in edit.table:
             edit.put(row, self._shared.site.cost(row))
+            if row.key in pins:
+                edit.table.pin(pins)
         edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment, flags=flags)
         settled.kept.append(row)
 

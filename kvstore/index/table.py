@@ -237,6 +237,14 @@ class Table:
             self._rows["mark"][slot] = self.next()
             self._changed.add(slot // CHUNK)
 
+    def pin(self, keys: Iterable[bytes]) -> None:
+        """These blobs are pinned, and no others."""
+        flags = self._rows["flags"][: self._end]
+        before, now = np.flatnonzero(flags & PINNED), self.slots(keys)
+        flags[before] &= ~np.uint16(PINNED)
+        flags[now] |= PINNED
+        self._changed.update(slot // CHUNK for slot in [*before.tolist(), *now])
+
     def settle_clock(self, now_s: int) -> None:
         """Times in the future come from a clock that was ahead: they become now, and age from here on."""
         ahead = np.flatnonzero(self._rows["used_s"][: self._end] > now_s)

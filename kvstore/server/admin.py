@@ -14,6 +14,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.server.explain import Explainer, place_message
 from kvstore.server.history import History
 from kvstore.server.importer import Importer
+from kvstore.server.pins import Pinner
 from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
@@ -56,6 +57,7 @@ class AdminService(rpc.AdminServicer):
         self._history = history
         self._explainer = explainer
         self._settings = settings
+        self._pinner = Pinner(engine)
         self.refusals = counters.refusals
         self._state = state
         self._device = device
@@ -131,11 +133,21 @@ class AdminService(rpc.AdminServicer):
         return await self._threads.admin(self._explainer.reply, request)
 
     @unary
+    async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:
+        # It writes a file; and evictions by name end pins.
+        return await self._threads.evict.finish(self._pinner.reply, request)
+
+    @unary
     async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:
-        if request.namespace_prefix:
-            raise InvalidRequestError("a namespace has no settings of its own; say: kvstore set daemon KEY=VALUE")
+        prefix, key, value = request.namespace_prefix, request.key, request.value
+        if request.dry_run:
+            deletes, stored = await self._threads.admin(self._settings.would_delete, prefix, key, value)
+            return pb.SetReply(deletes_bytes=deletes, stored_bytes=stored)
         # Lower limits evict at once.
-        before, value = await self._threads.evict.finish(self._settings.set, request.key, request.value)
+        if prefix:
+            before, value = await self._threads.evict.finish(self._settings.set_terms, prefix, key, value)
+        else:
+            before, value = await self._threads.evict.finish(self._settings.set, key, value)
         return pb.SetReply(before=before, value=value)
 
     @unary

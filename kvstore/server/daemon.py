@@ -289,6 +289,7 @@ def engine_options(config: Config) -> EngineOptions:
         master_key=load_master_key(config),
         rule=check_block,
         keys_dir=keys_home(config),
+        ttl_s=config.ttl,
     )
 
 

@@ -1,23 +1,32 @@
-"""Settings that `kvstore set daemon KEY=VALUE` changes at run time. A restart goes back to the configuration."""
+"""What `kvstore set` changes at run time.
+
+Settings of the daemon go back to the configuration when it restarts; quota and TTL of a namespace stay.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from kvstore.config import KEYS as CONFIG_KEYS
-from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
+from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, parse_age, parse_size
 from kvstore.core.log import level_in_force, set_level
-from kvstore.engine import Engine
+from kvstore.engine import Engine, Terms
 from kvstore.errors import ConfigError, InvalidRequestError
 
 log = logging.getLogger(__name__)
 
 SET = "kvstore set"
-KEYS = ("budget_bytes", "free_floor_bytes", "log_level")
+KEYS = ("budget_bytes", "free_floor_bytes", "ttl", "log_level")
+# Settings of a namespace: the field of its terms, and the parser.
+NAMESPACE_KEYS: dict[str, tuple[str, Callable[[object], int]]] = {
+    "quota": ("quota_bytes", parse_size),
+    "ttl": ("ttl_s", parse_age),
+}
 
 
 class Settings:
@@ -38,14 +47,8 @@ class Settings:
 
         InvalidRequestError for a key that cannot change while the daemon runs, or a value that cannot be.
         """
-        if key not in KEYS:
-            raise InvalidRequestError(f"{key or 'nothing'} cannot be set while the daemon runs; {', '.join(KEYS)} can")
         with self._lock:
-            try:
-                sources = {**self._config.sources, key: SET}
-                config = replace(self._config, **{key: value}, sources=sources)  # type: ignore[arg-type]
-            except ConfigError as error:
-                raise InvalidRequestError(str(error)) from error
+            config = self._with(key, value)
             before = self._in_force(key)
             self._config = config
             if key == "log_level":
@@ -55,6 +58,53 @@ class Settings:
             now = self._in_force(key)
         log.info("%s was set to %s (before: %s), until the daemon stops", key, now, before)
         return before, now
+
+    def _with(self, key: str, value: str) -> Config:
+        if key not in KEYS:
+            raise InvalidRequestError(f"{key or 'nothing'} cannot be set while the daemon runs; {', '.join(KEYS)} can")
+        try:
+            sources = {**self._config.sources, key: SET}
+            return replace(self._config, **{key: value}, sources=sources)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def set_terms(self, namespace_prefix: bytes, key: str, value: str) -> tuple[str, str]:
+        """Change quota or ttl of the one namespace whose id starts so: (the value before, the value now in force).
+
+        It outlives the daemon. InvalidRequestError for another key, a value that cannot be, or not one namespace.
+        """
+        with self._lock:
+            root, terms = self._terms(namespace_prefix, key, value)
+            before = self._engine.keeper.terms(root)
+            self._engine.keeper.change_terms(root, terms)
+        field = NAMESPACE_KEYS[key][0]
+        log.info("%s of namespace %s was set to %s", key, root.hex()[:12], value)
+        return str(getattr(before, field)), str(getattr(terms, field))
+
+    def _terms(self, namespace_prefix: bytes, key: str, value: str) -> tuple[bytes, Terms]:
+        if key not in NAMESPACE_KEYS:
+            names = ", ".join(NAMESPACE_KEYS)
+            raise InvalidRequestError(f"{key or 'nothing'} is no setting of a namespace; {names} are")
+        # A namespace that holds nothing any more keeps its terms.
+        known = {one.info.root for one in self._engine.stats().namespaces} | self._engine.keeper.namespaces
+        found = [root for root in known if root.startswith(namespace_prefix)]
+        if len(found) != 1:
+            raise InvalidRequestError(f"{len(found) or 'no'} namespaces have an id that starts so")
+        field, parse = NAMESPACE_KEYS[key]
+        try:
+            return found[0], replace(self._engine.keeper.terms(found[0]), **{field: parse(value)})
+        except ValueError as error:
+            raise InvalidRequestError(f"{key}: {error}") from error
+
+    def would_delete(self, namespace_prefix: bytes, key: str, value: str) -> tuple[int, int]:
+        """(bytes that setting this would delete at once, bytes stored). Raises what setting it does."""
+        keeper = self._engine.keeper
+        if namespace_prefix:
+            root, terms = self._terms(namespace_prefix, key, value)
+            return keeper.would_delete(root=root, terms=terms)
+        config = self._with(key, value)
+        budget_bytes = config.budget_bytes if key == "budget_bytes" else 0
+        return keeper.would_delete(budget_bytes=budget_bytes, ttl_s=config.ttl if key == "ttl" else 0)
 
     def in_force(self) -> list[tuple[str, str, str]]:
         """Every configuration key, its value in force as the configuration writes it, and where that came from."""
@@ -71,6 +121,8 @@ class Settings:
     def _in_force(self, key: str) -> str:
         if key == "log_level":
             return level_in_force()
+        if key == "ttl":
+            return str(self._config.ttl)
         stats = self._engine.stats()
         return str(stats.budget_bytes if key == "budget_bytes" else stats.free_floor_bytes)
 
@@ -82,4 +134,5 @@ def keep_to_limits(engine: Engine, config: Config) -> None:
     engine.limit(
         config.budget_bytes or automatic_budget_bytes(available_bytes),
         config.free_floor_bytes or automatic_floor_bytes(volume.f_blocks * volume.f_frsize),
+        config.ttl,
     )

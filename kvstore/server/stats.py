@@ -251,6 +251,8 @@ def namespace_message(one: NamespaceUsage, gate: Gate, traffic: Snapshot) -> pb.
         orphaned=one.orphaned,
         traffic=traffic_message(known.totals),
         prefill_tokens_per_s=known.tokens_per_s,
+        quota_bytes=one.terms.quota_bytes,
+        ttl_s=one.terms.ttl_s,
     )
 
 

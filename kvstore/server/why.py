@@ -69,6 +69,10 @@ class Identity:
         return ", ".join(name for name, ours, theirs in pairs if ours != theirs) or SALT
 
 
+# Reasons of a miss that say what became of what was stored.
+_GONE = {Reason.EVICTED: Cause.EVICTED, Reason.EXPIRED: Cause.EXPIRED}
+
+
 @dataclass(frozen=True, slots=True)
 class StoreEnd:
     """What became of the stores of a prompt: tokens offered, of these stored now, bytes newly on disk, why not more."""
@@ -215,8 +219,8 @@ class Why:
             return replace(entry, cause=Cause.LIMITED)
         if common >= chain.n_tokens - 1:
             return entry if reason is Reason.OK else replace(entry, cause=Cause.LIMITED)
-        if reason is Reason.EVICTED:
-            return replace(entry, cause=Cause.EVICTED)
+        if reason in _GONE:
+            return replace(entry, cause=_GONE[reason])
         looks = common < OTHER_TOKENS_MIN or others_max > OTHERS_MAX
         is_empty = reason is Reason.IDENTITY
         other = self._other(chain, common, identity, others_max, is_empty=is_empty) if looks else None

@@ -618,7 +618,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s", "weights", "adapter", "layout")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s", "weights", "adapter", "layout", "quota_bytes", "ttl_s")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -642,6 +642,8 @@ class NamespaceStats(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -665,7 +667,9 @@ class NamespaceStats(_message.Message):
     weights: bytes
     adapter: bytes
     layout: bytes
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout: _Optional[bytes] = ...) -> None: ...
+    quota_bytes: int
+    ttl_s: int
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., quota_bytes: _Optional[int] = ..., ttl_s: _Optional[int] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss", "passed", "thresholds")
@@ -1027,22 +1031,62 @@ class StoreResult(_message.Message):
     def __init__(self, offered_tokens: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SetRequest(_message.Message):
-    __slots__ = ("namespace_prefix", "key", "value")
+    __slots__ = ("namespace_prefix", "key", "value", "dry_run")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
     namespace_prefix: bytes
     key: str
     value: str
-    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    dry_run: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key: _Optional[str] = ..., value: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class SetReply(_message.Message):
-    __slots__ = ("before", "value")
+    __slots__ = ("before", "value", "deletes_bytes", "stored_bytes")
     BEFORE_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
+    DELETES_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     before: str
     value: str
-    def __init__(self, before: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    deletes_bytes: int
+    stored_bytes: int
+    def __init__(self, before: _Optional[str] = ..., value: _Optional[str] = ..., deletes_bytes: _Optional[int] = ..., stored_bytes: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("key_prefix", "tokens", "namespace_prefix", "remove")
+    KEY_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
+    REMOVE_FIELD_NUMBER: _ClassVar[int]
+    key_prefix: bytes
+    tokens: bytes
+    namespace_prefix: bytes
+    remove: bool
+    def __init__(self, key_prefix: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., namespace_prefix: _Optional[bytes] = ..., remove: bool = ...) -> None: ...
+
+class PinReply(_message.Message):
+    __slots__ = ("pins", "kept_bytes", "kept_bytes_max")
+    PINS_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    pins: _containers.RepeatedCompositeFieldContainer[Pin]
+    kept_bytes: int
+    kept_bytes_max: int
+    def __init__(self, pins: _Optional[_Iterable[_Union[Pin, _Mapping]]] = ..., kept_bytes: _Optional[int] = ..., kept_bytes_max: _Optional[int] = ...) -> None: ...
+
+class Pin(_message.Message):
+    __slots__ = ("key", "namespace_id", "alias", "tokens")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    key: bytes
+    namespace_id: bytes
+    alias: str
+    tokens: int
+    def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
     __slots__ = ("namespace_prefix", "key_prefix")

@@ -430,6 +430,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvstore.v1.Admin/Pin',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinReply.FromString,
+                _registered_method=True)
         self.Set = channel.unary_unary(
                 '/kvstore.v1.Admin/Set',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SetRequest.SerializeToString,
@@ -527,8 +532,15 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Pin keeps a block and everything before it until it is unpinned or evicted by name; or lists what is pinned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Set(self, request, context):
-        """Set changes a setting of the running daemon, until it stops.
+        """Set changes a setting of the running daemon, until it stops, or the quota or TTL of a namespace, for good.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -607,6 +619,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Why,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinReply.SerializeToString,
             ),
             'Set': grpc.unary_unary_rpc_method_handler(
                     servicer.Set,
@@ -900,6 +917,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Why',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.WhyReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Pin',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,

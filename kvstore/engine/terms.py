@@ -1,0 +1,152 @@
+"""What pins, quotas and times to live mean for the table of blobs: what goes, what stays, what a change would delete.
+
+Any thread may call, without the engine's lock unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from kvstore.core.text import size_text
+from kvstore.engine.evictions import QUOTA, TTL
+from kvstore.engine.keep import PINS_DIVISOR, Terms
+from kvstore.engine.retain import Mask, pinned_bytes, reachable_bytes, where
+from kvstore.engine.shared import Shared
+from kvstore.errors import DirectoryError, LimitError, NotFoundError
+from kvstore.index.table import Table
+
+Choose: TypeAlias = Callable[[Table], Mask]
+
+
+def over_terms(shared: Shared) -> Iterator[tuple[str, int, Choose]]:
+    """(why, bytes to free, what may go) of namespaces that are over their terms. Hold the engine's lock."""
+    table, leased = shared.index.table, shared.deletions.leased()
+    for root, space in shared.index.spaces.items():
+        terms = shared.keep.terms.get(root, Terms())
+        own = functools.partial(where, namespaces=[space.number])
+        if ttl_s := terms.ttl_s or shared.options.ttl_s:
+            aged = functools.partial(own, unused_since_s=int(shared.clock() - ttl_s))
+            if nbytes := reachable_bytes(table, leased, aged(table)):
+                yield TTL, nbytes, aged
+        over = table.usage(space.number).disk_bytes - terms.quota_bytes if terms.quota_bytes else 0
+        if over > 0 and reachable_bytes(table, leased, own(table)):
+            yield QUOTA, over, own
+
+
+def end_pins(shared: Shared, choose: Choose) -> None:
+    """What is evicted by its name is no longer pinned. Raises OSError."""
+    with shared.lock:
+        table = shared.index.table
+        selected = set(table.keys(np.flatnonzero(choose(table)).tolist()))
+    gone = selected & shared.keep.pins.keys()
+    if gone:
+        unpin(shared, sorted(gone))
+
+
+def unpin(shared: Shared, keys: Sequence[bytes]) -> int:
+    """Let these blobs go like others: bytes that the other pins keep on disk. Raises OSError."""
+    shared.keep.remove_pins(keys)
+    with shared.lock:
+        shared.index.table.pin(shared.keep.pins)
+        shared.measure()
+        return pinned_bytes(shared.index.table)
+
+
+class Keeper:
+    """The engine's terms and pins. Changes are durable and in force on return; DirectoryError when they are not."""
+
+    def __init__(self, shared: Shared, enforce: Callable[[], None]) -> None:
+        self._shared = shared
+        self._enforce = enforce
+
+    @property
+    def pins(self) -> Mapping[bytes, bytes]:
+        """Keys of pinned blobs, each with its namespace."""
+        return self._shared.keep.pins
+
+    @property
+    def namespaces(self) -> frozenset[bytes]:
+        """Those that have terms."""
+        return frozenset(self._shared.keep.terms)
+
+    def terms(self, root: bytes) -> Terms:
+        """Of a namespace."""
+        return self._shared.keep.terms.get(root, Terms())
+
+    def change_terms(self, root: bytes, terms: Terms) -> None:
+        """Evicts at once what is over them. A namespace that is evicted keeps its terms. LimitError: too many have."""
+        self._shared.require_place()
+        try:
+            self._shared.keep.change_terms(root, terms)
+        except OSError as error:
+            raise DirectoryError(f"the terms of a namespace could not be written: {error}") from error
+        with self._shared.lock:
+            self._shared.measure()
+        self._enforce()
+
+    def would_delete(
+        self, *, budget_bytes: int = 0, ttl_s: int = 0, root: bytes = b"", terms: Terms | None = None
+    ) -> tuple[int, int]:
+        """(bytes that these limits would delete at once, bytes stored). A limit of 0 is none.
+
+        `terms` are those of the namespace `root`; without them `ttl_s` is that of all.
+        """
+        shared = self._shared
+        with shared.lock:
+            shared.uses.apply(shared.index.table)
+            table, held = shared.index.table, shared.index.table.usage().disk_bytes
+            over = [shared.ledger.total - budget_bytes] if budget_bytes else []
+            space, only = shared.index.spaces.get(root), None
+            if space is not None and terms is not None:
+                only, ttl_s = [space.number], terms.ttl_s
+                over += [table.usage(space.number).disk_bytes - terms.quota_bytes] if terms.quota_bytes else []
+            if ttl_s:
+                aged = where(table, namespaces=only, unused_since_s=int(shared.clock() - ttl_s))
+                over.append(reachable_bytes(table, mask=aged))
+        return max(0, min(held, max(over, default=0))), held
+
+    def pin(self, root: bytes, keys: Sequence[bytes]) -> int:
+        """Keep these blobs and what leads to them until they are unpinned, or evicted by name.
+
+        Returns the bytes on disk that all pins keep. NotFoundError when a blob is not there, LimitError when pins would
+        keep too much: then nothing was changed.
+        """
+        shared = self._shared
+        shared.require_place()
+        with shared.lock:
+            table, before = shared.index.table, shared.keep.pins
+            if len(table.slots(keys)) < len(keys):
+                raise NotFoundError("it was evicted meanwhile")
+            gone = [key for key in before if key not in table]
+            table.pin([*before, *keys])
+            nbytes, most = pinned_bytes(table), shared.options.budget_bytes // PINS_DIVISOR
+            table.pin(before)
+        if nbytes > most:
+            words = f"with it pins would keep {size_text(nbytes)}, and they may keep {size_text(most)}"
+            raise LimitError(f"{words}: 1/{PINS_DIVISOR} of the budget")
+        try:
+            shared.keep.remove_pins(gone)
+            shared.keep.add_pins(root, keys)
+        except OSError as error:
+            raise DirectoryError(f"the pin could not be written: {error}") from error
+        with shared.lock:
+            shared.index.table.pin(shared.keep.pins)
+            shared.measure()
+        return nbytes
+
+    def pinned_bytes(self) -> tuple[int, int]:
+        """(what all pins keep on disk, what they may keep)."""
+        shared = self._shared
+        with shared.lock:
+            return pinned_bytes(shared.index.table), shared.options.budget_bytes // PINS_DIVISOR
+
+    def unpin(self, keys: Sequence[bytes]) -> int:
+        """Let these blobs go like others. Returns the bytes on disk that the other pins keep."""
+        try:
+            return unpin(self._shared, keys)
+        except OSError as error:
+            raise DirectoryError(f"pins could not be written: {error}") from error

@@ -1,0 +1,370 @@
+"""Pins, quotas and times to live: what stays, what goes and why, and that both survive restarts and rebuilds."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import Chain
+from kvstore.engine import Engine, EngineOptions, Selection, Terms
+from kvstore.engine.keep import PINS_MAX
+from kvstore.errors import LimitError, NotFoundError
+from tests.support.engine import (
+    HYBRID,
+    disk_usage,
+    find,
+    namespace,
+    options,
+    put,
+    put_checkpoint,
+    require_sound,
+)
+
+NS, OTHER = namespace(), namespace("other weights")
+DAY_S = 86_400
+
+
+class Clock:
+    """Wall clock of the tests."""
+
+    def __init__(self) -> None:
+        self.now_s = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def prompt(number: int, n_tokens: int = 300) -> list[int]:
+    """Tokens that no other prompt begins with."""
+    return [number * 1_000_003, *range(n_tokens - 1)]
+
+
+def chain_of(tokens: list[int]) -> Chain:
+    """The chain of a prompt."""
+    return Chain(NS.root, pack_tokens(tokens))
+
+
+def last_key(engine: Engine, tokens: list[int]) -> bytes:
+    """The key of the last block of a stored prompt."""
+    return engine.match(chain_of(tokens)).slices[-1].row.key
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Stands until it is moved."""
+    return Clock()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, clock: Clock) -> Iterator[Engine]:
+    """An engine with room for about forty prompts."""
+    with Engine.open(tmp_path / "data", options(budget_bytes=2 << 20, durability="none"), clock=clock) as engine:
+        yield engine
+
+
+def test_a_pinned_prompt_stays_while_everything_else_goes(engine: Engine) -> None:
+    """Also what leads to it; and it goes like others once the pin is removed."""
+    put(engine, NS, prompt(1, 600))
+    key = last_key(engine, prompt(1, 600))
+    kept = engine.keeper.pin(NS.root, [key])
+    assert kept == engine.stats().namespaces[0].disk_bytes
+    for number in range(2, 80):
+        put(engine, NS, prompt(number))
+    assert find(engine, NS, prompt(2)).reason is Reason.EVICTED
+    assert find(engine, NS, prompt(1, 600)).n_tokens == 600
+    engine.keeper.unpin([key])
+    for number in range(200, 280):
+        put(engine, NS, prompt(number))
+    assert find(engine, NS, prompt(1, 600)).n_tokens == 0
+    require_sound(engine)
+
+
+def test_pins_and_terms_survive_a_restart_and_a_rebuild(tmp_path: Path, engine: Engine, clock: Clock) -> None:
+    """They lie in settings/, which every rebuild of the index obeys."""
+    put(engine, NS, prompt(1))
+    put(engine, OTHER, prompt(1))
+    engine.keeper.pin(NS.root, [last_key(engine, prompt(1))])
+    engine.keeper.change_terms(OTHER.root, Terms(quota_bytes=1 << 30, ttl_s=DAY_S))
+    engine.close()
+    shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options(budget_bytes=2 << 20, durability="none"), clock=clock) as again:
+        assert again.keeper.terms(OTHER.root) == Terms(1 << 30, DAY_S)
+        for number in range(2, 80):
+            put(again, NS, prompt(number))
+        assert find(again, NS, prompt(1)).n_tokens == 300
+        require_sound(again)
+
+
+def test_pins_keep_at_most_a_fifth_of_the_budget(engine: Engine) -> None:
+    """What would pass it is refused, and nothing changes."""
+    for number in range(100):
+        put(engine, NS, prompt(number))
+        key = last_key(engine, prompt(number))
+        before = engine.keeper.pinned_bytes()[0]
+        room = engine.keeper.pinned_bytes()[1] - before
+        if sum(part.row.blob_bytes for part in engine.match(chain_of(prompt(number))).slices) > room:
+            with pytest.raises(LimitError, match="1/5 of the budget"):
+                engine.keeper.pin(NS.root, [key])
+            break
+        engine.keeper.pin(NS.root, [key])
+    assert len(engine.keeper.pins) == number > 0
+    assert engine.keeper.pinned_bytes() == (before, (2 << 20) // 5)
+
+
+def test_a_tail_that_is_pinned_stays_beside_the_longer_one(engine: Engine) -> None:
+    """A longer tail takes the place of shorter ones, but not of what somebody pinned."""
+    put(engine, NS, prompt(1, 40))
+    key = last_key(engine, prompt(1, 40))
+    engine.keeper.pin(NS.root, [key])
+    put(engine, NS, prompt(1, 80))
+    assert len(engine.show(key)) == 1
+    assert find(engine, NS, prompt(1, 80)).n_tokens == 80
+
+
+def test_a_pin_of_what_was_damaged_and_stored_again_holds(engine: Engine) -> None:
+    """The pin is of the tokens, not of the file."""
+    put(engine, NS, prompt(1))
+    key = last_key(engine, prompt(1))
+    engine.keeper.pin(NS.root, [key])
+    (info,) = engine.show(key)
+    Path(info.path).write_bytes(b"\0" * Path(info.path).stat().st_size)
+    assert engine.recheck(key)
+    put(engine, NS, prompt(1))
+    for number in range(2, 80):
+        put(engine, NS, prompt(number))
+    assert find(engine, NS, prompt(1)).n_tokens == 300
+
+
+@pytest.mark.parametrize("selection", ["all", "namespace", "key"])
+def test_evicting_by_name_ends_the_pin(engine: Engine, selection: str) -> None:
+    """Whoever names it means it; a dry run says the same."""
+    put(engine, NS, prompt(1))
+    key = last_key(engine, prompt(1))
+    engine.keeper.pin(NS.root, [key])
+    named = {"all": Selection(all=True), "namespace": Selection(NS.root), "key": Selection(key_prefix=key)}[selection]
+    planned = engine.evict(named, dry_run=True)
+    assert engine.evict(named) == planned
+    assert planned.blocks > 0
+    assert not engine.keeper.pins
+    assert find(engine, NS, prompt(1)).n_tokens < 300
+
+
+@pytest.mark.parametrize("selection", [Selection(idle_s=1), Selection(bytes=1 << 30)])
+def test_evicting_by_age_or_bytes_leaves_pins(engine: Engine, clock: Clock, selection: Selection) -> None:
+    """They select what is worth least, and somebody said that this is worth something."""
+    put(engine, NS, prompt(1))
+    put(engine, NS, prompt(2))
+    engine.keeper.pin(NS.root, [last_key(engine, prompt(1))])
+    clock.now_s += DAY_S
+    engine.evict(selection)
+    assert find(engine, NS, prompt(1)).n_tokens == 300
+    assert find(engine, NS, prompt(2)).n_tokens == 0
+
+
+def test_a_quota_takes_from_its_own_namespace_only(engine: Engine) -> None:
+    """At once when it is set, and at every store after that; the oldest goes first."""
+    for number in range(8):
+        put(engine, NS, prompt(number))
+        put(engine, OTHER, prompt(number))
+    usage = {one.info.root: one.disk_bytes for one in engine.stats().namespaces}
+    quota_bytes = usage[NS.root] // 2
+    assert engine.keeper.would_delete(root=NS.root, terms=Terms(quota_bytes))[0] == usage[NS.root] - quota_bytes
+    engine.keeper.change_terms(NS.root, Terms(quota_bytes))
+    for number in range(8, 16):
+        put(engine, NS, prompt(number))
+        after = {one.info.root: one.disk_bytes for one in engine.stats().namespaces}
+        assert after[NS.root] <= quota_bytes
+        assert after[OTHER.root] == usage[OTHER.root]
+        assert find(engine, NS, prompt(number)).n_tokens == 300
+    assert find(engine, NS, prompt(0)).reason is Reason.EVICTED
+    assert engine.stats().evictions["quota"][0] > 0
+    require_sound(engine)
+
+
+def test_what_is_not_used_within_its_time_to_live_expires(engine: Engine, clock: Clock) -> None:
+    """A use renews it; other namespaces keep theirs; the miss says expired."""
+    put(engine, NS, prompt(1))
+    put(engine, NS, prompt(2))
+    put(engine, OTHER, prompt(1))
+    engine.keeper.change_terms(NS.root, Terms(ttl_s=DAY_S))
+    clock.now_s += DAY_S - 10
+    engine.touch(engine.match(chain_of(prompt(2))).slices)
+    engine.maintain()
+    assert find(engine, NS, prompt(1)).n_tokens == 300
+    clock.now_s += 20
+    engine.maintain()
+    assert find(engine, NS, prompt(1)).reason is Reason.EXPIRED
+    assert find(engine, NS, prompt(2)).n_tokens == 300
+    assert find(engine, OTHER, prompt(1)).n_tokens == 300
+    assert engine.stats().evictions["ttl"][0] == 2
+    require_sound(engine)
+
+
+def test_a_general_time_to_live_holds_where_a_namespace_has_none(engine: Engine, clock: Clock) -> None:
+    """And is enforced when the store is opened, too."""
+    put(engine, NS, prompt(1))
+    put(engine, OTHER, prompt(1))
+    engine.keeper.change_terms(OTHER.root, Terms(ttl_s=30 * DAY_S))
+    clock.now_s += 2 * DAY_S
+    assert engine.keeper.would_delete(ttl_s=DAY_S)[0] > 0
+    engine.limit(2 << 20, 0, DAY_S)
+    assert find(engine, NS, prompt(1)).n_tokens == 0
+    assert find(engine, OTHER, prompt(1)).n_tokens == 300
+
+
+def test_a_clock_that_goes_back_expires_nothing(engine: Engine, clock: Clock) -> None:
+    """Ages are differences; one that is negative is no age."""
+    put(engine, NS, prompt(1))
+    engine.keeper.change_terms(NS.root, Terms(ttl_s=DAY_S))
+    clock.now_s -= 400 * DAY_S
+    engine.maintain()
+    assert find(engine, NS, prompt(1)).n_tokens == 300
+
+
+def test_a_checkpoint_that_is_pinned_is_not_thinned(tmp_path: Path) -> None:
+    """A hybrid's prompt starts from its checkpoint, so the pin is worth nothing without it."""
+    hybrid = namespace(layout=HYBRID)
+    with Engine.open(tmp_path / "data", options(checkpoints_max=3)) as engine:
+        put(engine, hybrid, list(range(256 * 9)))
+        put_checkpoint(engine, hybrid, list(range(600)))
+        chain = Chain(hybrid.root, pack_tokens(list(range(600))))
+        row = engine.checkpoint_at(chain)
+        assert row is not None
+        engine.keeper.pin(hybrid.root, [row.key])
+        for length in (100, 700, 800, 1500, 1700, 1900, 2100, 2200, 2300):
+            put_checkpoint(engine, hybrid, list(range(length)))
+        assert engine.checkpoint_at(chain) is not None
+
+
+def test_a_damaged_file_is_set_aside_and_the_store_opens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pins are lost, which the log says; what is stored is not."""
+    for damage in (b"", b"{", b'{"pins": [], "namespaces": {}}', b'{"pins": {"00": "11"}, "namespaces": {}}'):
+        folder = tmp_path / str(len(damage))
+        with Engine.open(folder, options()) as engine:
+            put(engine, NS, prompt(1))
+            engine.keeper.pin(NS.root, [last_key(engine, prompt(1))])
+        (folder / "settings" / "keep.json").write_bytes(damage)
+        with Engine.open(folder, options()) as engine:
+            assert not engine.keeper.pins
+            assert find(engine, NS, prompt(1)).n_tokens == 300
+        assert (folder / "settings" / "keep.json.damaged").read_bytes() == damage
+    assert "pins, quotas and TTLs are lost" in caplog.text
+
+
+def test_what_is_not_stored_cannot_be_pinned_and_there_are_not_too_many(tmp_path: Path) -> None:
+    """And a refused pin leaves no trace."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        with pytest.raises(NotFoundError):
+            engine.keeper.pin(NS.root, [bytes(32)])
+        put(engine, NS, prompt(1))
+        key = last_key(engine, prompt(1))
+        engine._shared.keep.add_pins(NS.root, [number.to_bytes(32, "big") for number in range(PINS_MAX)])
+        engine.keeper.pin(NS.root, [key])  # pins of what is gone make room
+        assert list(engine.keeper.pins) == [key]
+        assert json.loads((tmp_path / "data" / "settings" / "keep.json").read_text())["pins"] == {
+            key.hex(): NS.root.hex()
+        }
+
+
+class Retention(RuleBasedStateMachine):
+    """Stores, fetches, pins, terms, budgets, clock jumps and restarts in any order."""
+
+    BUDGET_BYTES = 1 << 20
+
+    @initialize(seed=st.integers(0, 1000))
+    def begin(self, seed: int) -> None:
+        """A new directory."""
+        self.folder = Path(tempfile.mkdtemp())
+        self.clock = Clock()
+        self.draw = random.Random(seed)
+        self.budget_bytes = self.BUDGET_BYTES
+        self.pinned: dict[int, list[bytes]] = {}
+        self.engine = Engine.open(self.folder / "data", self.options(), clock=self.clock)
+
+    def options(self) -> EngineOptions:
+        """Without syncs, which are not what this is about."""
+        return options(budget_bytes=self.budget_bytes, durability="none")
+
+    @rule(number=st.integers(0, 30), length=st.sampled_from([40, 256, 300, 600]))
+    def store(self, number: int, length: int) -> None:
+        """As much as finds room."""
+        put(self.engine, NS, prompt(number, length))
+
+    @rule(number=st.integers(0, 30))
+    def fetch(self, number: int) -> None:
+        """What is found is right, which `find` asserts."""
+        self.engine.touch(find(self.engine, NS, prompt(number, 600)).slices)
+
+    @rule(number=st.integers(0, 30))
+    def pin(self, number: int) -> None:
+        """What is stored of it."""
+        match = self.engine.match(chain_of(prompt(number, 600)))
+        if not match.n_tokens:
+            return
+        keys = [match.slices[-1].row.key]
+        try:
+            self.engine.keeper.pin(NS.root, keys)
+        except LimitError:
+            return
+        self.pinned.setdefault(number, []).extend(keys)
+
+    @rule(number=st.integers(0, 30))
+    def unpin(self, number: int) -> None:
+        """All of one prompt."""
+        self.engine.keeper.unpin(self.pinned.pop(number, []))
+
+    @rule(quota=st.sampled_from([0, 200_000, 600_000]), ttl=st.sampled_from([0, 3600, DAY_S]))
+    def terms(self, quota: int, ttl: int) -> None:
+        """New terms."""
+        self.engine.keeper.change_terms(NS.root, Terms(quota, ttl))
+
+    @rule(seconds=st.sampled_from([60, 4000, 2 * DAY_S, -5000]))
+    def wait(self, seconds: int) -> None:
+        """Time passes, or is set back."""
+        self.clock.now_s += seconds
+        self.engine.maintain()
+
+    @rule(budget=st.sampled_from([1 << 19, 1 << 20]))
+    def limit(self, budget: int) -> None:
+        """A pin that was accepted may keep more than a fifth of a smaller budget."""
+        self.budget_bytes = budget
+        self.engine.limit(budget, 0)
+
+    @rule()
+    def restart(self) -> None:
+        """In order."""
+        self.engine.close()
+        self.engine = Engine.open(self.folder / "data", self.options(), clock=self.clock)
+
+    @invariant()
+    def pins_hit_and_limits_hold(self) -> None:
+        """Every pinned block is there with all before it; the directory costs what is counted, within the budget."""
+        keys = [key for held in self.pinned.values() for key in held]
+        assert set(keys) == set(self.engine.keeper.pins)
+        for key in keys:
+            (info,) = self.engine.show(key)
+            while info.row.parent != NS.root:
+                (info,) = self.engine.show(info.row.parent)
+        assert self.engine.used_bytes == disk_usage(self.folder / "data")
+        assert self.engine.used_bytes <= self.budget_bytes
+
+    def teardown(self) -> None:
+        """Close and remove."""
+        if hasattr(self, "engine"):
+            require_sound(self.engine)
+            self.engine.close()
+            shutil.rmtree(self.folder)
+
+
+TestRetention = Retention.TestCase
+TestRetention.settings = settings(max_examples=10, stateful_step_count=25, deadline=None)
