@@ -130,7 +130,7 @@ def test_a_file_that_is_none_of_ours_begins_anew(tmp_path: Path, text: str, capl
     """With a warning, and is replaced."""
     (tmp_path / FILE).write_text(text)
     lifetime = Lifetime(tmp_path, sync=False)
-    assert lifetime.traffic.snapshot().lifetime == Totals() and "begin anew" in caplog.text
+    assert lifetime.traffic.snapshot().lifetime == Totals() and "start at 0" in caplog.text
     lifetime.traffic.count(who(), Totals(hits=1))
     lifetime.keep(moment, now=True)
     assert Lifetime(tmp_path, sync=False).traffic.snapshot().lifetime.hits == 1

@@ -6,7 +6,7 @@ read. Nothing here knows gRPC or the engine.
 
 from __future__ import annotations
 
-import copy
+import operator
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -49,6 +49,10 @@ class Totals:
         for name in _NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
+    def copied(self) -> Totals:
+        """A copy. Fast (1 us), since a snapshot copies hundreds under the lock that requests count under."""
+        return Totals(*_VALUES(self))
+
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> Totals:
         """Of what `asdict` made of one; what is missing, or no number, is 0."""
@@ -61,6 +65,7 @@ class Totals:
 
 
 _NAMES = tuple(one.name for one in fields(Totals))
+_VALUES = operator.attrgetter(*_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +211,21 @@ class Traffic:
             for minute, totals in self._minutes:
                 if minute > now_s // 60 - HOUR_MINUTES:
                     hour.add(totals)
-            recent = [one for one in self._sessions.values() if one.last_s > now_s - SESSION_S]
+            sessions = [
+                Session(one.who, one.last_s, one.last_hit_s, one.totals.copied())
+                for one in self._sessions.values()
+                if one.last_s > now_s - SESSION_S
+            ]
             return Snapshot(
-                since_start=copy.copy(self._start),
+                since_start=self._start.copied(),
                 last_hour=hour,
-                lifetime=copy.copy(self._lifetime),
+                lifetime=self._lifetime.copied(),
                 lifetime_since_s=int(self._since_s),
-                namespaces=copy.deepcopy(dict(self._namespaces)),
-                sessions=copy.deepcopy(sorted(recent, key=lambda one: -one.last_s)),
-                labelled=copy.deepcopy(list(self._labelled.values())),
+                namespaces={
+                    root: Namespace(one.totals.copied(), one.tokens_per_s) for root, one in self._namespaces.items()
+                },
+                sessions=sorted(sessions, key=lambda one: -one.last_s),
+                labelled=[Labelled(one.root, one.alias, one.totals.copied()) for one in self._labelled.values()],
                 miss_reasons=dict(self._misses),
                 shortened_reasons=dict(self._shortened),
             )
