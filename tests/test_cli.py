@@ -581,6 +581,17 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     assert invoke("run", "--strip-header", "[a", "mlx_lm.server").exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"), [("kvstore ser", {"serve", "service"}), ("kvstore evict --al", {"--all"})]
+)
+def test_the_shell_completes_verbs_and_options(words: str, offered: set[str]) -> None:
+    """As docs/getting-started.md says how; each shell has a script."""
+    at = str(len(words.split()) - 1)
+    run = kvstore(_KVSTORE_COMPLETE="bash_complete", COMP_WORDS=words, COMP_CWORD=at)
+    assert {line.partition(",")[2] for line in run.stdout.splitlines()} == offered
+    assert "complete" in kvstore(_KVSTORE_COMPLETE="zsh_source").stdout
+
+
 def test_help_and_wrong_verbs_are_answered_without_a_daemon() -> None:
     """Help is on stdout and exit 0; no verb at all is help and exit 2."""
     assert invoke("--help").exit_code == 0

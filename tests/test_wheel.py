@@ -1,15 +1,14 @@
-"""The wheel has what the command line needs, and the source archive makes the same wheel."""
+"""The wheel has what the command line needs, the source archive makes the same; e2e/test_first_minutes.py uses it."""
 
 from __future__ import annotations
 
-import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from tests.support.wheel import ROOT, bare, build, install
+from tests.support.wheel import ROOT, build
 
 pytest.importorskip("hatchling")
 
@@ -45,14 +44,3 @@ def test_the_wheel_has_types_and_service_files_and_no_tests(made: tuple[Path, Pa
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kvstore").rglob("*.py")}
     assert modules <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kvstore"}
-
-
-def test_the_installed_wheel_finds_its_service_files(made: tuple[Path, Path], tmp_path: Path) -> None:
-    """In an environment where this checkout is out of reach."""
-    command = install(made[1], tmp_path / "env") / "kvstore"
-    environ = {**bare(), "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config")}
-    ended = subprocess.run(
-        [command, "service", "install", "--dry-run"], env=environ, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert f"{command} serve" in ended.stdout or f"<string>{command}</string>" in ended.stdout
