@@ -13,6 +13,7 @@ from kvstore.core.causes import WORDS, Cause
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, Selection
+from kvstore.errors import CorruptDataError
 from kvstore.server.requests import Asked
 from kvstore.server.traffic import Who
 from kvstore.server.why import ENTRIES_MAX, OTHERS_ASKED_MAX, UNSTORED_MAX, Entry, Identity, StoreEnd, Why
@@ -237,6 +238,17 @@ def test_a_match_and_its_fetch_are_one_request(rig: Rig) -> None:
     rig.ask(changed(40), other, name="3f2a1c")
     (entry,) = rig.why.last(9)
     assert (entry.root, entry.common_tokens) == (NS.root, 40)
+
+
+def test_a_damaged_index_costs_the_note_and_nothing_else(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request itself is answered."""
+
+    def damaged(*_: object) -> bytes:
+        raise CorruptDataError("index row: too short")
+
+    monkeypatch.setattr(rig.engine.nearest, "after", damaged)
+    with pytest.raises(IndexError):  # nothing is remembered
+        rig.ask(changed(40))
 
 
 def test_what_is_remembered_is_bounded(rig: Rig) -> None:

@@ -139,10 +139,10 @@ class KVStoreService(rpc.KVStoreServicer):
         way = self._way(request.namespace, root, request.transport, dense=dense)
         chain, offer = Chain(root, request.tokens), offer_of(request, way)
         plan = self._fetch.plan(chain, request.fidelity_min, offer, asked.who.caller)
-        self._why.note(asked, chain, plan.match, identity_of(request.namespace))
-        if plan.namespace is None:
-            return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
         try:
+            self._why.note(asked, chain, plan.match, identity_of(request.namespace))
+            if plan.namespace is None:
+                return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
             return plan, way, pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
         except BaseException:
             plan.release()

@@ -154,7 +154,8 @@ class Why:
     def _note(self, asked: Asked, chain: Chain, match: Match, identity: Identity) -> None:
         root = chain.root
         if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
-            self.not_kept += 1
+            with self._lock:
+                self.not_kept += 1
             return
         with self._lock:
             self._identities[root] = identity
