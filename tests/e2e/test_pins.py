@@ -89,9 +89,11 @@ def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
     """A script is not asked; a person on a terminal is."""
     for number in range(3):
         fill(daemon, 20_000 + 1000 * number)
-    run = run_cli(["set", "small-lm", "quota=10kB"], daemon.environ())
+    (shown,) = verb(daemon, "show", "small-lm")["namespaces"]
+    quota = f"quota={shown['bytes'] // 2}"
+    run = run_cli(["set", "small-lm", quota], daemon.environ())
     assert run.returncode == 0
-    assert "quota=10kB deletes" in run.stderr and "stored" in run.stderr
+    assert f"{quota} deletes" in run.stderr and "stored" in run.stderr
     verb(daemon, "set", "small-lm", "quota=0")
 
 
