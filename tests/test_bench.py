@@ -257,7 +257,7 @@ def test_every_sub_verb_has_help_and_the_common_options() -> None:
     for verb, sub in command.commands.items():
         flags = {flag for param in sub.params for flag in param.opts}
         assert {"--json", "--address", "--config"} <= flags, verb
-        assert {"--rounds", "--plot"} <= flags or verb == "quality", "every other one is timed"
+        assert {"--rounds", "--plot"} <= flags or verb in ("quality", "eviction"), "every other one is timed"
         assert sub.help
 
 

@@ -27,11 +27,9 @@ NAMESPACE = make_namespace(make_layout())
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that holds two blocks."""
-    fake = FakeDaemon(NAMESPACE)
-    fake.hold(range(300))
-    fake.start()
-    yield fake
-    fake.close()
+    with FakeDaemon(NAMESPACE) as fake:
+        fake.hold(range(300))
+        yield fake
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from tests.support.checkpoints import (
     state_bytes,
     state_spec,
 )
-from tests.support.fake_daemon import FakeDaemon, FakeUpload
+from tests.support.fake_daemon import FakeDaemon, FakeUpload, client_of
 from tests.support.synthetic import make_layout, make_namespace
 
 LAYOUT = hybrid_layout()
@@ -42,9 +42,8 @@ WAYS = [("packed", "path"), ("packed", "stream"), ("dense", "auto")]
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that holds nothing yet."""
-    fake = FakeDaemon(make_namespace(LAYOUT)).start()
-    yield fake
-    fake.close()
+    with FakeDaemon(make_namespace(LAYOUT)) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -58,9 +57,8 @@ def holding(daemon: FakeDaemon) -> FakeDaemon:
 @pytest.fixture
 def client(daemon: FakeDaemon) -> Iterator[Client]:
     """A client whose budget must be free again when the test is over."""
-    with Client(daemon.config()) as made:
+    with client_of(daemon) as made:
         yield made
-    assert made._budget.used_bytes == 0
 
 
 @pytest.fixture

@@ -33,11 +33,9 @@ SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that holds the KV of TOKENS, raw."""
-    fake = FakeDaemon(make_namespace(LAYOUT))
-    fake.hold(TOKENS)
-    fake.start()
-    yield fake
-    fake.close()
+    with FakeDaemon(make_namespace(LAYOUT)) as fake:
+        fake.hold(TOKENS)
+        yield fake
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, unpack_tokens
 from kvstore.core.layers import KVLayer, cut_pieces
-from tests.support.fake_daemon import FakeDaemon, FakeUpload
+from tests.support.fake_daemon import FakeDaemon, FakeUpload, client_of
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -29,17 +29,15 @@ SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that holds nothing yet."""
-    fake = FakeDaemon(make_namespace(LAYOUT)).start()
-    yield fake
-    fake.close()
+    with FakeDaemon(make_namespace(LAYOUT)) as fake:
+        yield fake
 
 
 @pytest.fixture
 def client(daemon: FakeDaemon) -> Iterator[Client]:
     """A client whose budget must be free again when the test is over."""
-    with Client(daemon.config()) as made:
+    with client_of(daemon) as made:
         yield made
-    assert made._budget.used_bytes == 0
 
 
 @pytest.fixture

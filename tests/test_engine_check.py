@@ -24,6 +24,7 @@ from tests.support.engine import (
     blob_path,
     blob_paths,
     disk_usage,
+    drop_children,
     find,
     namespace,
     options,
@@ -123,11 +124,6 @@ def damage_table(engine: Engine) -> None:
         edit.table.resize(engine.match(Chain(NS.root, pack_tokens(LONG))).slices[1].row.key, 12345)
 
 
-def damage_children(engine: Engine) -> None:
-    with engine._shared.index.edit() as edit:
-        edit._txn.drop(edit._db["children"], delete=False)
-
-
 def set_version(path: Path) -> None:
     """Another format version, in as many bytes."""
     data, count = re.subn(rb'"version":"[0-9]"', b'"version":"9"', path.read_bytes(), count=1)
@@ -142,7 +138,7 @@ DAMAGES: list[tuple[Callable[[Engine], None], set[str], int]] = [
     # Offline the table that does not agree with the rows is reason enough to rebuild all of the index.
     (damage_row, {"stray_blob", "missing_parent", "row"}, 768),
     (damage_table, {"row"}, 900),
-    (damage_children, {"row"}, 900),
+    (drop_children, {"row"}, 900),
 ]
 
 

@@ -26,6 +26,7 @@ from tests.support.engine import (
     blob_path,
     checkpoint,
     disk_usage,
+    drop_children,
     find,
     namespace,
     new_block,
@@ -375,8 +376,7 @@ def test_marks_and_order_survive_a_reindex_and_a_restart(tmp_path: Path) -> None
         engine.mark_divergence(marked)
         engine.mark_divergence(find(engine, NS, LONG).slices[0].row)
     with Engine.open(tmp_path / "data", options()) as engine:
-        with engine._shared.index.edit() as edit:
-            edit._txn.drop(edit._db["children"], delete=False)
+        drop_children(engine)
         assert {finding.kind for finding in engine.check(repair=True).findings} == {"row"}
         table = engine._shared.index.table
         with engine._shared.index.view() as view:

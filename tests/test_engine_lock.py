@@ -15,7 +15,7 @@ from kvstore.blobs.fs import Fs
 from kvstore.engine import Engine, Selection, adopt, check, evict
 from kvstore.index.table import Table
 from kvstore.index.transaction import Edit
-from tests.support.engine import blob_path, find, namespace, options, put, require_sound
+from tests.support.engine import blob_path, drop_children, find, namespace, options, put, require_sound
 
 NS, OTHER = namespace(), namespace("other")
 TOKENS = list(range(2000))
@@ -191,12 +191,6 @@ def lose_rows(engine: Engine, with_first_blob: bool = False) -> None:
             edit.remove(row)
 
 
-def lose_children(engine: Engine) -> None:
-    """All entries of all children."""
-    with engine._shared.index.edit() as edit:
-        edit._txn.drop(edit._db["children"], delete=False)
-
-
 def lose_the_table(engine: Engine) -> None:
     """Every other blob in it, and a namespace's worth of sizes is wrong."""
     rows = [part.row for part in find(engine, NS, TOKENS).slices]
@@ -215,7 +209,7 @@ def lose_what_the_table_names(engine: Engine) -> None:
             edit._txn.delete(row.key, db=edit._db["rows"])
 
 
-@pytest.mark.parametrize("lose", [lose_a_blob, lose_rows, lose_children, lose_the_table, lose_what_the_table_names])
+@pytest.mark.parametrize("lose", [lose_a_blob, lose_rows, drop_children, lose_the_table, lose_what_the_table_names])
 def test_a_repair_holds_the_lock_over_a_batch_of_rows_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lose: Callable[[Engine], None]
 ) -> None:

@@ -49,7 +49,8 @@ def test_options_follow_the_codecs() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", ":", "affine4:", ":affine4", "affine4:affine4:affine4",
+        "", "affine", "affine7", "affine8-g48", "affine8-g", "affine16", "RAW", "zstd", "raw ",
+        ":", "affine4:", ":affine4", "affine4:affine4:affine4",
         "channel4-g32", "channel7", "channel", "lossless8",
         "raw-g64", "affine4,", "affine4,sinks", "affine4,sinks0", "affine4,sinks65", "affine4,edge=raw",
         "affine4,edge0=raw", "affine4,rest=affine8", "affine4,min", "affine4,sinks4=2", "affine4,foo", "affine4.5",

@@ -90,11 +90,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[HungDisk]:
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that holds the KV of TOKENS, raw."""
-    fake = FakeDaemon(make_namespace(LAYOUT))
-    fake.hold(TOKENS)
-    fake.start()
-    yield fake
-    fake.close()
+    with FakeDaemon(make_namespace(LAYOUT)) as fake:
+        fake.hold(TOKENS)
+        yield fake
 
 
 @pytest.fixture

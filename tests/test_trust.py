@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import trust, upload_socket
+from kvstore.client import trust, upload_connection
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.client.trust import SocketGuard
@@ -39,9 +39,8 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user id")
 @pytest.fixture
 def daemon() -> Iterator[FakeDaemon]:
     """A daemon that remembers every call that it gets."""
-    fake = FakeDaemon(make_namespace(LAYOUT)).start()
-    yield fake
-    fake.close()
+    with FakeDaemon(make_namespace(LAYOUT)) as fake:
+        yield fake
 
 
 @pytest.fixture
@@ -211,7 +210,7 @@ def test_an_upload_socket_of_somebody_else_gets_no_byte(
     """It is trusted as the daemon's own socket is: by its way, its mode and the process that listens."""
     path = daemon.directory / "s.store"
     if trick == "uid":
-        monkeypatch.setattr(upload_socket, "peer_uid", lambda connection: 4242)
+        monkeypatch.setattr(upload_connection, "peer_uid", lambda connection: 4242)
     elif trick == "mode":
         path.chmod(0o666)
     else:

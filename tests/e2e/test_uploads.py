@@ -155,15 +155,22 @@ def test_an_orderly_stop_ends_uploads_that_were_not_committed(daemon: DaemonProc
     assert "Traceback" not in daemon.log_text()
 
 
-def test_workers_that_stall_hold_up_neither_stores_nor_fetches(daemon: DaemonProcess) -> None:
-    """Many at a time, with half a block each; others store, and fetch dense and packed."""
+@contextlib.contextmanager
+def stalled_uploads(daemon: DaemonProcess, count: int) -> Iterator[None]:
+    """Workers that have sent half a block each and send nothing more."""
     with grpc.insecure_channel(daemon.listen) as channel, contextlib.ExitStack() as stack:
         stub = rpc.KVStoreStub(channel)
-        for number in range(1, 11):
+        for number in range(1, count + 1):
             reply = begin(stub, [number * 10**6 + at for at in range(600)])
             stalled = stack.enter_context(intake.connect(daemon.listen, reply.upload_id))
             assert intake.taken(stalled)
             stalled.sendall(bytes(BLOCK_BYTES // 2))
+        yield
+
+
+def test_workers_that_stall_hold_up_neither_stores_nor_fetches(daemon: DaemonProcess) -> None:
+    """Many at a time, with half a block each; others store, and fetch dense and packed."""
+    with stalled_uploads(daemon, 10):
         with client_of(daemon) as client:
             session = patient(client, NAMESPACE)
             started = time.monotonic()
@@ -178,19 +185,12 @@ def test_uploads_that_find_no_memory_wait_and_are_told_when_to_come_again(tmp_pa
     """Their share is taken by workers that stall; once these are given up, the store goes through."""
     with (
         holding(tmp_path, {"upload_idle_s": 3}, memory_bytes=str(16 * BLOCK_BYTES)) as daemon,
-        grpc.insecure_channel(daemon.listen) as channel,
-        contextlib.ExitStack() as stack,
+        stalled_uploads(daemon, 8),
+        client_of(daemon) as client,
     ):
-        stub = rpc.KVStoreStub(channel)
-        for number in range(1, 9):
-            reply = begin(stub, [number * 10**6 + at for at in range(600)])
-            stalled = stack.enter_context(intake.connect(daemon.listen, reply.upload_id))
-            assert intake.taken(stalled)
-            stalled.sendall(bytes(BLOCK_BYTES // 2))
-        with client_of(daemon) as client:
-            session = patient(client, NAMESPACE)
-            assert session.fetch([*HELD, -1], "packed", "stream").n_tokens == len(HELD)
-            assert session.store(SENT, make_layers(LAYOUT, SENT), wait=True).durable
+        session = patient(client, NAMESPACE)
+        assert session.fetch([*HELD, -1], "packed", "stream").n_tokens == len(HELD)
+        assert session.store(SENT, make_layers(LAYOUT, SENT), wait=True).durable
 
 
 FOREIGN = """

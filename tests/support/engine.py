@@ -263,3 +263,9 @@ class StoppingFs(RecordingFs):
         shutil.copytree(self._data_dir, self._snapshot)
         self.dead = True
         raise Stopped
+
+
+def drop_children(engine: Engine) -> None:
+    """Lose the index's entries of all children, as damage would."""
+    with engine._shared.index.edit() as edit:
+        edit._txn.drop(edit._db["children"], delete=False)

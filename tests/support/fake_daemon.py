@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 
 from kvstore.blobs.ranges import FileSource
+from kvstore.client.client import Client
 from kvstore.codecs.assemble import dense_bytes, dense_runs
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.device import Capture
@@ -143,6 +144,12 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         """Stop, and remove the files."""
         self.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> FakeDaemon:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def config(self, **settings: Any) -> Config:
         """A configuration that leads to this daemon."""
@@ -434,7 +441,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self._hang("hang_done")
         if self._fault("no_final_word"):
             return
-        assert upload.whole.wait(HANG_S if upload.reply.by_socket else 0) or not upload.reply.upload_bytes
+        assert not upload.reply.upload_bytes or upload.whole.wait(HANG_S if upload.reply.by_socket else 0)
         assert len(upload.data) == upload.reply.upload_bytes
         upload.ended = "committed"
         stored = count_tokens(upload.request.tokens)
@@ -489,3 +496,11 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         yield pb.CheckReply(blobs=1, blobs_total=3)
         found = [pb.Finding(kind="row", detail="bad")]
         yield pb.CheckReply(blobs=3, repaired=int(request.repair), findings=found, done=True, blobs_total=3)
+
+
+@contextlib.contextmanager
+def client_of(daemon: FakeDaemon) -> Iterator[Client]:
+    """A client of a daemon; all of its memory budget must be free when the block ends without an error."""
+    with Client(daemon.config()) as made:
+        yield made
+    assert made._budget.used_bytes == 0
