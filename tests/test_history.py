@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_a_row_is_what_its_hour_added(tmp_path: Path) -> None:
         {"identity": 1},
     )
     assert (last.totals.hits, last.used_bytes, last.evicted_bytes) == (1, 1500, 10)
+
+
+def test_a_moment_that_comes_late_counts_nothing(tmp_path: Path) -> None:
+    """Two threads note: whoever was slower must not make the next difference larger."""
+    history = History(tmp_path, sync=False, clock=Clock())
+    for hits, changes in ((1, 1), (5, 5), (3, 3), (6, 6)):
+        history.note(replace(moment(hits), changes=changes))
+    (row,) = history.rows().values()
+    assert row.totals.hits == 6
 
 
 def test_the_file_is_replaced_once_an_hour_and_is_read_back(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvstore.server.pins import Pinner
 from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
-from kvstore.server.stats import Counters, hour_message, namespace_message, quality_messages
+from kvstore.server.stats import Counters, hour_message, moment_of, namespace_message, quality_messages
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.wire import convert
@@ -92,6 +92,8 @@ class AdminService(rpc.AdminServicer):
         return await self._threads.admin(self._hours)
 
     def _hours(self) -> pb.HistoryReply:
+        # The hour that is going on is noted once a minute; who asks wants it up to now.
+        self._history.note(moment_of(self._engine, self._requests.traffic.snapshot(), self._counters))
         return pb.HistoryReply(hours=[hour_message(hour_s, row) for hour_s, row in self._history.rows().items()])
 
     @unary

@@ -34,13 +34,14 @@ log = logging.getLogger(__name__)
 class Moment:
     """The counters since start at one moment, and what the disk holds; of an hour: what it added to them.
 
-    `reasons` are counts by kind (`KINDS`) and reason code.
+    `reasons` are counts by kind (`KINDS`) and reason code. `changes` orders moments, since two threads take them.
     """
 
     totals: Totals = field(default_factory=Totals)
     reasons: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     evicted_bytes: int = 0
     used_bytes: int = 0
+    changes: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -69,6 +70,8 @@ class History:
         """Count what was added since the last call, in this hour."""
         hour_s = int(self._clock()) // HOUR_S * HOUR_S
         with self._lock:
+            if now.changes < self._before.changes:
+                return  # a later one was quicker
             row = self._rows.get(hour_s, Moment())
             more = _difference(now, self._before)
             self._before = now

@@ -190,6 +190,22 @@ def request_message(done: Done) -> pb.Request:
     )
 
 
+def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:
+    """What the history notes. Reads the index: call it on a worker thread."""
+    disk = engine.stats()
+    return Moment(
+        totals=traffic.since_start,
+        reasons={
+            "miss_reasons": traffic.miss_reasons,
+            "shortened_reasons": traffic.shortened_reasons,
+            "store_reasons": counters.store_reasons(),
+        },
+        evicted_bytes=sum(nbytes for _, nbytes in disk.evictions.values()),
+        used_bytes=disk.used_bytes,
+        changes=traffic.changes,
+    )
+
+
 def hour_message(hour_s: int, row: Moment) -> pb.Hour:
     """One hour of the history."""
     return pb.Hour(

@@ -114,8 +114,9 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All counters of one moment."""
+    """All counters of one moment. `changes`: how often anything was counted before it."""
 
+    changes: int
     since_start: Totals
     last_hour: Totals
     lifetime: Totals
@@ -217,6 +218,7 @@ class Traffic:
                 if one.last_s > now_s - SESSION_S
             ]
             return Snapshot(
+                changes=self.changes,
                 since_start=self._start.copied(),
                 last_hour=hour,
                 lifetime=self._lifetime.copied(),

@@ -10,7 +10,7 @@ from kvstore.server.callers import Sockets
 from kvstore.server.history import Moment
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.requests import Requests
-from kvstore.server.stats import Counters
+from kvstore.server.stats import Counters, moment_of
 from kvstore.server.traffic import Snapshot
 from kvstore.server.uploads import Upload, Uploads
 from kvstore.server.why import Why
@@ -71,14 +71,4 @@ class Upkeep:
             self._lifetime.keep(self._moment, now=True)
 
     def _moment(self, traffic: Snapshot) -> Moment:
-        disk = self._engine.stats()
-        return Moment(
-            totals=traffic.since_start,
-            reasons={
-                "miss_reasons": traffic.miss_reasons,
-                "shortened_reasons": traffic.shortened_reasons,
-                "store_reasons": self._counters.store_reasons(),
-            },
-            evicted_bytes=sum(nbytes for _, nbytes in disk.evictions.values()),
-            used_bytes=disk.used_bytes,
-        )
+        return moment_of(self._engine, traffic, self._counters)

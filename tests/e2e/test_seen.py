@@ -98,7 +98,6 @@ def test_scrapers_read_over_loopback_what_stats_prints(daemon: DaemonProcess) ->
 def test_the_page_has_what_the_daemon_counted(daemon: DaemonProcess, tmp_path: Path) -> None:
     """Its figures, the hour of the history, the model; exit 1 and one line where it cannot be written."""
     ask(daemon)
-    daemon.restart()  # an orderly end writes the hour
     page = tmp_path / "page.html"
     assert said(daemon, "stats", "--html", str(page)) == ""
     text = page.read_text()
