@@ -14,6 +14,7 @@ from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace, differing_fields
 from kvstore.engine import Engine, Selection
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
+from kvstore.server import importer
 from tests.support.engine import (
     HYBRID,
     blob_path,
@@ -227,6 +228,30 @@ def test_blobs_that_do_not_fit_together_are_refused(target: Engine) -> None:
         assert not blob_paths(target._shared.directory.root), words
     assert take_in(target, pieces_of([tail])).reason is Reason.DEPENDENCY_LOST
     assert not blob_paths(target._shared.directory.root)
+
+
+def test_names_are_those_that_a_worker_may_give(target: Engine) -> None:
+    """An alias is for reading alone, and short; an engine that is not for reading is refused."""
+    loud = replace(PACKED, alias="\x1b[2J" + "x" * 3000)
+    assert take_in(target, pieces_of(blobs_of(sequence(loud, range(40)), loud.to_record()))).stored == 1
+    kept = target.namespace(loud.root)
+    assert kept is not None and kept.alias.isprintable() and len(kept.alias) < 1000
+    for named in (replace(PACKED, engine="mlx\n0"), replace(PACKED, dtype="x" * 4000)):
+        with pytest.raises(InvalidRequestError):
+            take_in(target, pieces_of(blobs_of(sequence(named, range(40)), named.to_record())))
+
+
+def test_a_full_store_is_said_to_be_full_whatever_comes_after(
+    source: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blob that made the last batch go is not tried by itself."""
+    monkeypatch.setattr(importer, "BATCH_BYTES", 30_000)
+    pieces = shipped(source, NS.root)
+    with Engine.open(tmp_path / "small", options(durability="none")) as small:
+        small.limit(small.used_bytes + 100_000, 0)
+        done = take_in(small, pieces)
+        assert done.reason is Reason.STORE_FULL and done.blobs == len(blobs_in(small))
+        require_sound(small)
 
 
 def test_states_that_break_a_rule_are_refused(target: Engine) -> None:

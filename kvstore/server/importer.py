@@ -21,6 +21,8 @@ from kvstore.core.keys import NamespaceInfo
 from kvstore.engine import Engine, NamespaceKey, NewBlock
 from kvstore.engine.adopt import require_own_namespace
 from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError
+from kvstore.wire.convert import namespace_from_message
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Blobs that are stored together, with one sync of the folder and one commit: as many as this, or of so many bytes.
 BATCH_BLOBS, BATCH_BYTES = 128, 32 << 20
@@ -72,6 +74,7 @@ class Importer:
         self._buffers = buffers
         self._since = engine.evictions
         self._info: NamespaceInfo | None = None
+        self._record = b""  # the last one that was found to say `_info`
         self._incoming: _Incoming | None = None
         self._batch: list[NewBlock] = []
         self._batch_bytes = 0
@@ -123,12 +126,14 @@ class Importer:
 
     def _admitted(self, block: Block) -> Block:
         """A block that may be stored, by all that its header says."""
-        info = require_own_namespace(block)
-        if info.is_salted:
-            raise InvalidRequestError("a tenant's blobs are not imported: the identity leaves out its salt")
-        if self._info is not None and info.root != self._info.root:
-            raise InvalidRequestError("an import is of one namespace")
-        self._info = self._info or info
+        info = self._info
+        if info is None or block.namespace != self._record:
+            info = _namespace(block)
+            if self._info is not None and info.root != self._info.root:
+                raise InvalidRequestError("an import is of one namespace")
+            self._info, self._record = self._info or info, block.namespace
+        elif info.root != block.root:
+            raise CorruptDataError("the blob is not what its namespace says")
         check_block(info.layout, block)
         above = self._rank_above(block)
         if above is not None and block.fidelity > above:
@@ -156,6 +161,8 @@ class Importer:
         block = coming.block
         if block is None:
             raise CorruptDataError("not a blob: it ends within its header")
+        if self.done.reason is not Reason.OK:
+            return
         self.done.blobs += 1
         if coming.payload is None:
             self.done.held += 1
@@ -169,12 +176,10 @@ class Importer:
 
     def _store_batch(self) -> None:
         batch, self._batch, self._batch_bytes = self._batch, [], 0
-        if not batch:
+        if not batch or self._info is None:
             return
-        root = batch[0].block.root
-        receipt = self._engine.store(
-            batch[0].block.namespace, batch, tuple(self._ours), self._encryption(root), self._since
-        )
+        encryption = self._encryption(self._info.root)
+        receipt = self._engine.store(self._info.to_record(), batch, tuple(self._ours), encryption, self._since)
         self._buffers.release(self._held_bytes)
         self._held_bytes = 0
         self.done.new_bytes += receipt.new_bytes
@@ -205,6 +210,23 @@ class Importer:
         held, self._held_bytes = self._held_bytes, 0
         self._batch, self._incoming = [], None
         self._buffers.release(held)
+
+
+def _namespace(block: Block) -> NamespaceInfo:
+    """The namespace of a block, checked as one that a worker sends. InvalidRequestError, CorruptDataError."""
+    said = require_own_namespace(block)
+    message = pb.Namespace(
+        weights=said.weights,
+        adapter=said.adapter,
+        layout_digest=said.layout.digest,
+        dtype=said.dtype,
+        engine=said.engine,
+        alias=said.alias,
+    )
+    info = namespace_from_message(message, said.layout.record)
+    if info is None or info.root != block.root:
+        raise InvalidRequestError("a tenant's blobs are not imported: the identity leaves out its salt")
+    return info
 
 
 def _verify(block: Block, payload: memoryview) -> None:
