@@ -115,6 +115,20 @@ def test_an_eviction_of_one_prompt_drops_what_was_noted_of_it_alone(rig: Rig) ->
     assert [one.asked.request_id for one in rig.why.last(9)] == ["other"]
 
 
+def test_a_note_goes_where_it_is_no_longer_known_what_was_evicted_since(tmp_path: Path) -> None:
+    """The table of evicted blocks is bounded: rather a note less than the tokens of what a user had evicted."""
+    with Engine.open(tmp_path, options(evicted_max=2)) as engine:
+        rig = Rig(engine)
+        for first in (0, 5000, 6000):
+            put(engine, NS, list(range(first, first + 200)))
+        rig.ask([*range(100), 7, 8])
+        for first in (0, 5000, 6000):
+            row = engine.match(Chain(NS.root, pack_tokens(range(first, first + 200)))).rows[0][0]
+            engine.evict(Selection(key_prefix=row))
+        rig.why.forget()
+        assert rig.why.last(9) == []
+
+
 def test_an_eviction_of_a_prompts_own_chain_drops_its_note(rig: Rig) -> None:
     """The tokens that it asked for were stored afterwards, and then evicted."""
     own = list(range(9000, 9600))
