@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from kvstore import __version__
 from kvstore.cli import managers, service
 from kvstore.cli.app import cli
 from kvstore.cli.managers import Host, Launchd, Systemd, daemon_command
-from kvstore.errors import KVStoreError, UnavailableError
+from kvstore.errors import KVStoreError, UnavailableError, VersionError
 from tests.support.service_tools import ServiceTools
 
 UID = 501
@@ -39,6 +40,7 @@ class Desk:
     platform: str
     tools: ServiceTools
     folder: Path
+    version: str = __version__  # of the daemon that answers
 
     @property
     def file(self) -> Path:
@@ -80,7 +82,7 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(service, "this_host", lambda: host)
 
     def ask(config: object) -> dict[str, Any] | KVStoreError:
-        return {"pid": 7, "version": "1"} if made.tools.is_running() else UnavailableError("nobody answers")
+        return {"pid": 7, "version": made.version} if made.tools.is_running() else UnavailableError("nobody answers")
 
     monkeypatch.setattr(service, "_ask", ask)
     yield made
@@ -101,6 +103,19 @@ def test_install_writes_the_file_starts_the_daemon_and_is_idempotent(desk: Desk)
     (desk.folder / "my config.toml").touch()
     assert json.loads(desk.invoke("install", "--config", f"{desk.folder}/my config.toml", "--json").stdout)["changed"]
     assert desk.tools.calls() == desk.changes("installed") and desk.file.read_bytes() != content
+
+
+def test_install_starts_a_daemon_of_another_version_again(desk: Desk) -> None:
+    """After an upgrade the file is the same, and what runs is the old one."""
+    desk.invoke("install")
+    desk.tools.calls()
+    desk.version = "0.0.1"
+    result = desk.invoke("install")
+    assert result.exit_code == 0 and desk.tools.is_running()
+    if desk.platform == "linux":
+        assert desk.tools.calls() == desk.changes()
+    else:
+        assert desk.tools.calls() == [f"launchctl kickstart -k {AGENT}"]
 
 
 def test_uninstall_stops_the_daemon_removes_the_file_and_is_idempotent(desk: Desk) -> None:
@@ -167,8 +182,8 @@ def test_a_daemon_that_does_not_stay_is_a_failure_that_names_the_log(
     assert result.exit_code == 1 and result.stderr.count("\n") == 1
     assert "nobody answers" in result.stderr and "kvstore service logs" in result.stderr
     desk.tools.fail()
-    monkeypatch.setattr(Systemd, "installation", lambda self, content: [])
-    monkeypatch.setattr(Launchd, "installation", lambda self, content: [])
+    for manager in (Systemd, Launchd):
+        monkeypatch.setattr(manager, "installation", lambda self, content, **options: [])
     assert "ended with exit status 5" in desk.invoke("install").stderr
 
 
@@ -211,9 +226,11 @@ def test_a_daemon_that_runs_already_is_not_fought_over_the_directory(
 ) -> None:
     """It is named, with how to stop it; so is a directory that holds no store."""
     with monkeypatch.context() as patched:
-        patched.setattr(service, "_ask", lambda config: {"pid": 4711})
+        patched.setattr(service, "_ask", lambda config: {"pid": 4711, "version": __version__})
         held = desk.invoke("install")
         assert held.exit_code == 5 and "kill 4711" in held.stderr and not desk.file.exists()
+        patched.setattr(service, "_ask", lambda config: VersionError("no"))
+        assert desk.invoke("install").exit_code == 5 and not desk.file.exists()
     config = desk.folder / "config" / "kvstore" / "config.toml"
     config.parent.mkdir(parents=True)
     config.write_text(f'data_dir = "{desk.folder / "elsewhere"}"\n')

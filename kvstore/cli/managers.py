@@ -142,8 +142,11 @@ class Manager(ABC):
         """How the service stands."""
 
     @abstractmethod
-    def installation(self, content: bytes) -> list[Step]:
-        """The steps that bring the service to this content and start it; none if that is so already."""
+    def installation(self, content: bytes, *, restart: bool = False) -> list[Step]:
+        """The steps that bring the service to this content and start it; none if that is so already.
+
+        `restart`: what runs is to be started again, whatever its file says.
+        """
 
     @abstractmethod
     def removal(self) -> list[Step]:
@@ -206,11 +209,13 @@ class Launchd(Manager):
         detail = f"exit status {ended}" if ended and ended != "(never exited)" and not number else ""
         return ServiceState(self.path.is_file() or printed is not None, bool(number), number, detail)
 
-    def installation(self, content: bytes) -> list[Step]:
+    def installation(self, content: bytes, *, restart: bool = False) -> list[Step]:
         """A service of another content is booted out first; one that was disabled is enabled."""
         loaded = self._answer("launchctl", "print", self._target) is not None
         if loaded and self.has(content):
-            return [] if self.state().running else [Step(("launchctl", "kickstart", self._target))]
+            kill = ("-k",) if restart else ()
+            is_done = self.state().running and not restart
+            return [] if is_done else [Step(("launchctl", "kickstart", *kill, self._target))]
         stop = [Step(("launchctl", "bootout", self._target), may_fail=True)] if loaded else []
         return [
             Step(path=self.path, content=content),
@@ -265,10 +270,14 @@ class Systemd(Manager):
         detail = "" if running or facts.get("Result") == "success" else f"exit status {facts.get('ExecMainStatus')}"
         return ServiceState(self.path.is_file(), running, int(facts.get("MainPID") or 0), detail if shown else "")
 
-    def installation(self, content: bytes) -> list[Step]:
+    def installation(self, content: bytes, *, restart: bool = False) -> list[Step]:
         """Started again if its content has changed."""
         has = self.has(content)
-        if has and all(self._answer("systemctl", "--user", verb, UNIT) for verb in ("is-enabled", "is-active")):
+        if (
+            has
+            and not restart
+            and all(self._answer("systemctl", "--user", verb, UNIT) for verb in ("is-enabled", "is-active"))
+        ):
             return []
         return [
             *([] if has else [Step(path=self.path, content=content)]),

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from kvstore import __version__
 from kvstore.cli.app import EXIT_FAILURE, EXIT_UNREACHABLE, Suggesting
 from kvstore.cli.common import (
     absolute_address,
@@ -23,7 +24,7 @@ from kvstore.cli.common import (
 )
 from kvstore.cli.managers import Manager, ServiceState, Step, daemon_command, manager_of, this_host
 from kvstore.config import ENV_CONFIG, ENV_PREFIX, Config, default_data_dir, keys_home
-from kvstore.errors import DirectoryHeldError, InvalidRequestError, KVStoreError
+from kvstore.errors import DirectoryHeldError, InvalidRequestError, KVStoreError, VersionError
 
 # A daemon reads its index before it answers; a large one takes seconds.
 ANSWER_S = 30.0
@@ -56,10 +57,11 @@ def install(dry_run: bool, address: str | None, config_path: str | None, as_json
     content = manager.render(
         daemon_command(sys.argv[0], config_path or os.environ.get(ENV_CONFIG), absolute_address(address))
     )
+    daemon = _ask(config)
     if not dry_run:
         manager.require()
-        _require_free(manager, config)
-    steps = manager.installation(content)
+        _require_free(manager, config, daemon)
+    steps = manager.installation(content, restart=_is_of_another_version(daemon))
     for name in sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name != ENV_CONFIG):
         note(f"the service does not see {name} of this shell; write it into the configuration file")
     if _planned(manager, steps, dry_run=dry_run, as_json=as_json):
@@ -176,15 +178,19 @@ def _planned(manager: Manager, steps: list[Step], *, dry_run: bool, as_json: boo
     return True
 
 
-def _require_free(manager: Manager, config: Config) -> None:
+def _is_of_another_version(daemon: dict[str, Any] | KVStoreError) -> bool:
+    """Whether what answers is not of this kvstore, as after an upgrade."""
+    return daemon["version"] != __version__ if isinstance(daemon, dict) else isinstance(daemon, VersionError)
+
+
+def _require_free(manager: Manager, config: Config, daemon: dict[str, Any] | KVStoreError) -> None:
     """DirectoryHeldError while a daemon runs that is not the service; DirectoryError if it could not start."""
     from kvstore.engine import require_store
 
-    daemon = _ask(config)
-    if isinstance(daemon, dict) and not manager.state().running:
+    if isinstance(daemon, (dict, VersionError)) and not manager.state().running:
+        how = f"with `kill {daemon['pid']}`" if isinstance(daemon, dict) else "first; it is of another version"
         raise DirectoryHeldError(
-            f"a daemon (pid {daemon['pid']}) runs already, and the service would be refused the directory; stop it "
-            f"with `kill {daemon['pid']}`, then install again"
+            f"a daemon runs already, and the service would be refused the directory; stop it {how}, then install again"
         )
     if config.data_dir != default_data_dir():
         require_store(config.data_dir)

@@ -54,7 +54,7 @@ case "$1 $2" in
         if alive; then printf '\\tstate = running\\n\\n\\tpid = %s\\n' "$(cat "$state/pid")"
         else printf '\\tstate = not running\\n\\tlast exit code = 5\\n'; fi ;;
     print*|enable*) ;;
-    kickstart*) begin "$(cat "$state/loaded")" ;;
+    kickstart*) end; begin "$(cat "$state/loaded")" ;;
     bootstrap*)
         @PYTHON@ -c 'import plistlib, shlex, sys
 print(shlex.join(plistlib.load(open(sys.argv[1], "rb"))["ProgramArguments"]))' "$3" > "$state/loaded"
