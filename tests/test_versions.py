@@ -48,7 +48,16 @@ def assert_misses(client: Client) -> None:
 
 
 def test_a_worker_and_a_daemon_of_another_protocol_miss(newer: DaemonProcess) -> None:
-    """The health check of the worker finds no service of its number."""
+    """As they are."""
+    with Client(small_config(newer.listen)) as client:
+        assert_misses(client)
+
+
+def test_a_worker_misses_at_a_daemon_that_would_take_its_calls(
+    newer: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that does not look at the number: its health has no service of ours."""
+    monkeypatch.setattr("kvstore.client.connection.PROTOCOL", handshake.PROTOCOL + 1)
     with Client(small_config(newer.listen)) as client:
         assert_misses(client)
 
