@@ -2,7 +2,7 @@
 
 A row is made of differences of the counters since start. The hour that is going on is written with the lifetime
 counters, once a minute; a finished one goes into `settings/history.json`, which is replaced once an hour and holds at
-most ROWS_MAX rows, about 300 kB. If the file is lost or damaged, the daemon logs that and begins a new one; nothing
+most ROWS_MAX rows, less than 500 kB. If the file is lost or damaged, the daemon logs that and begins a new one; nothing
 else depends on it.
 """
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 HOUR_MINUTES = 60
@@ -265,4 +265,4 @@ class Traffic:
 
 def as_counts(totals: Totals) -> dict[str, Any]:
     """The counters by name."""
-    return asdict(totals)
+    return dict(zip(_NAMES, _VALUES(totals), strict=True))
