@@ -87,6 +87,16 @@ def test_every_path_of_the_repository_that_is_named_exists(path: Path) -> None:
     assert set(re.findall(r"`(\w+\.py)`", prose_of(path))) <= modules
 
 
+def test_every_name_that_is_said_to_be_in_a_module_is_there() -> None:
+    """CONTRIBUTING.md says `NAME` in `kvstore/x.py`: what a change touches must be found where it is looked for."""
+    text = " ".join(text_of(ROOT / "CONTRIBUTING.md").split())
+    pattern = r"((?:`[\w.]+`(?:, | and | or )?)+)[^`.;]{0,24}?(?:of|in|to|from) `((?:kvstore|tests)/[\w/.]+\.py)`"
+    found = [(name, path) for names, path in re.findall(pattern, text) for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(found) > 20
+    for name, path in found:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", text_of(ROOT / path)), f"{name} in {path}"
+
+
 def test_every_reason_is_explained_and_no_other() -> None:
     """A line in the table of docs/operations.md: what it means, and what to do."""
     text = text_of(ROOT / "docs" / "operations.md")
