@@ -1,4 +1,4 @@
-"""What a lossy profile costs on a model, as `kvstore calibrate` measured it, and whether the profile passed.
+"""Measured loss of a lossy profile on a model (`kvstore calibrate`), and whether the profile passed.
 
 A result belongs to a namespace and to one profile. It is bound to what the profile was made of when it was measured
 (`spec`): a profile whose recipes changed since counts as not measured.
@@ -89,7 +89,7 @@ class Quality:
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What a profile may cost at most. A measurement with a number that is not finite passes nothing.
+    """Limits on the loss of a profile. A measurement with a number that is not finite never passes.
 
     KL and NLL in nats a token, `top1_min` as a share of positions, `answer_loss_max` in nats a token of right answers.
     """
@@ -153,7 +153,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What was measured in one namespace: verdicts by profile, and how the namespace is shown to people."""
+    """The measurements of one namespace: verdicts by profile, and the namespace's display name."""
 
     alias: str = ""
     engine: str = ""

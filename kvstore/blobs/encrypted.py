@@ -71,7 +71,7 @@ class EncryptedBlobs:
             yield replace(entry, nbytes=plain_bytes(entry.nbytes)) if inside else entry
 
     def size(self, blob: BlobId) -> int | None:
-        """Of the blob inside."""
+        """Delegates to the blob inside."""
         size = self._inner.size(blob)
         return size if size is None or self._keys.key(blob.root) is None else plain_bytes(size)
 

@@ -42,12 +42,12 @@ from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError,
 FORMAT = "kvstore-block"
 # The bytes that hold an encrypted blob (`kvstore.blobs.encrypted`) begin like any other safetensors file.
 ENCRYPTED_FORMAT = "kvstore-encrypted"
-# Of blobs, index rows and the directory. There is one; anything else is refused.
+# The only format version, of blobs, index rows and the directory. Any other is refused.
 FORMAT_VERSION = 3
 HEADER_BYTES_MAX = 1 << 20
 LENGTH_BYTES = 8
 ALIGN_BYTES = 64
-# What looking into bytes raises that are no header of ours.
+# Exceptions raised by parsing bytes that are not a valid header.
 NO_HEADER = (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError)
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[Any, Any]"
@@ -121,7 +121,7 @@ def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryvie
 
 
 def _require_valid(block: Block) -> None:
-    """What a reader will insist on, insisted on before anything is written."""
+    """Check before a write what readers will check later."""
     try:
         if block_from_record(block_to_record(block)) != block:
             raise CorruptDataError("it does not come back as it was written")
@@ -130,7 +130,7 @@ def _require_valid(block: Block) -> None:
         raise InvalidRequestError(f"not a block that can be stored: {error}") from error
     if block.key != _key(block):
         raise InvalidRequestError("a block's key must follow from its parent and tokens")
-    # What a checkpoint holds is exact; its fidelity is that of the tokens before it, from which it was computed.
+    # A checkpoint is stored exactly, but its fidelity is that of the tokens from which it was computed.
     if block.fidelity > min((run.fidelity for run in block.runs), default=FIDELITY_EXACT):
         raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
 

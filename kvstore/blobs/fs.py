@@ -68,7 +68,7 @@ class Fs:
         commit()
 
     def room(self, path: str) -> Room:
-        """What this user may still write on the volume: bytes and files. Some volumes do not count files."""
+        """Free bytes and files of the volume for this user. Some volumes do not count files."""
         info = os.statvfs(path)
         return Room(info.f_bavail * info.f_frsize, info.f_favail if info.f_files else NUMBER_END)
 

@@ -149,7 +149,7 @@ class KeyRing:
             self._unsure.add(root)
             self._keys[root] = key
             self._unwritten.pop(root, None)
-            # What an attempt may have left that could not be cleared away either.
+            # Files that a failed attempt may have left and that could not be removed.
             unlink_quietly(self._fs, [path + TMP_SUFFIX])
             write_durably(self._fs, path, [memoryview(key.wrapped)], self._sync)
             self._sync_folder()

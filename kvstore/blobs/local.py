@@ -183,7 +183,7 @@ class LocalBlobs:
             return [entry.path for entry in entries]
 
     def room(self) -> Room:
-        """Of the volume, for this user."""
+        """Free space of the volume for this user."""
         return self._fs.room(self._directory)
 
     def _dropped(self) -> list[str]:

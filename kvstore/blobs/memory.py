@@ -46,7 +46,7 @@ class MemoryBlobs:
                 yield Entry(f"{blob.root.hex()}/{blob.name}", blob, len(data))
 
     def size(self, blob: BlobId) -> int | None:
-        """Of what was put."""
+        """The sizes of the blobs that were put."""
         data = self._blobs.get(blob)
         return None if data is None else len(data)
 
@@ -75,7 +75,7 @@ class MemoryBlobs:
 
     @property
     def overhead_bytes(self) -> int:
-        """Of what `clear` has still to free."""
+        """Bytes that `clear` has not freed yet."""
         return sum(disk_bytes(len(data)) for data in self._dropped)
 
     def discard(self, entry: Entry) -> None:
@@ -97,7 +97,7 @@ class MemoryBlobs:
             del self._quarantine[place]
 
     def room(self) -> Room:
-        """As much as one likes."""
+        """Unlimited."""
         return Room(NUMBER_END, NUMBER_END)
 
 

@@ -52,7 +52,7 @@ _TRAILER_BYTES = 8 + 8 + 16
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a pack says of itself. `blobs` and `nbytes` are those planned: what was evicted meanwhile is not in it."""
+    """A pack's manifest. `blobs` and `nbytes` are as planned; blobs evicted meanwhile are missing."""
 
     namespace: NamespaceInfo
     blobs: int

@@ -1,4 +1,4 @@
-"""What a blob store is: how blobs are named, and the protocol behind which their bytes lie.
+"""The protocol of a blob store, and the names of blobs.
 
     put      write all bytes under a temporary name; `Pending` then syncs them and gives the blob its name
     sync     make the names of one namespace durable
@@ -133,7 +133,7 @@ class Blobs(Protocol):
         """Bytes of a blob as a reader sees them; None when it is not there, or is no regular file."""
 
     def stored_bytes(self, root: bytes, nbytes: int) -> int:
-        """What a blob of `nbytes` costs on disk in this namespace."""
+        """Bytes on disk of a blob of `nbytes` in this namespace."""
 
     def path(self, blob: BlobId) -> str | None:
         """The file of a blob, None where others cannot read it."""
@@ -152,7 +152,7 @@ class Blobs(Protocol):
 
     @property
     def overhead_bytes(self) -> int:
-        """What is on disk beside named blobs: folders, identities, and what was dropped and not cleared."""
+        """Bytes on disk besides named blobs: folders, identities, and dropped files that are not cleared yet."""
 
     def discard(self, entry: Entry) -> None:
         """Remove an entry that is no blob, such as an unfinished one. Raises OSError."""
@@ -167,11 +167,11 @@ class Blobs(Protocol):
         """Delete the oldest files in quarantine until so many are left. What the disk refuses stays. Raises OSError."""
 
     def room(self) -> Room:
-        """What may still be written here. Raises OSError."""
+        """Free space. Raises OSError."""
 
 
 def disk_bytes(nbytes: int) -> int:
-    """What a file of this size costs on disk."""
+    """Bytes on disk of a file of this size."""
     return -(-nbytes // DISK_BLOCK_BYTES) * DISK_BLOCK_BYTES
 
 

@@ -278,7 +278,7 @@ def _read_fully(fd: int, position: int, views: Sequence[memoryview], path: str) 
 
 
 def _at_once(views: Sequence[memoryview]) -> list[memoryview]:
-    """Of these views, as much as one call may fill."""
+    """The leading views that one call may fill."""
     batch: list[memoryview] = []
     room = READ_BYTES_MAX
     for view in views[:VECTORS_MAX]:
@@ -291,7 +291,7 @@ def _at_once(views: Sequence[memoryview]) -> list[memoryview]:
 
 
 def _left(views: Sequence[memoryview], got: int) -> list[memoryview]:
-    """What is still to be filled after `got` bytes."""
+    """The views that remain to be filled after `got` bytes."""
     for index, view in enumerate(views):
         if got < view.nbytes:
             return [view.cast("B")[got:], *views[index + 1 :]]

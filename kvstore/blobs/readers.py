@@ -33,7 +33,7 @@ class Job:
         self._result: Any = None
         self._error: BaseException | None = None
         self.helpers: list[Job] = []
-        # Of the pool, under its lock.
+        # Set by the pool under its lock.
         self.running = False
         self.stuck = False
         self.at_end: Callable[[], None] | None = None
@@ -43,7 +43,7 @@ class Job:
         return self._ended.wait(timeout_s)
 
     def result(self) -> Any:
-        """What the work returned, once it has ended; what it raised is raised here."""
+        """Wait for the end. Returns the work's result or raises its exception."""
         if self._error is not None:
             raise self._error
         return self._result

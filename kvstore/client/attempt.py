@@ -24,7 +24,7 @@ DECODING_MAX = 2
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What a caller says of itself: its speed (0: not said), leading tokens that it has anyway, whether it wants every
+    """What a caller states: its speed (0: unknown), leading tokens that it holds already, whether it wants every
     layer evaluated, so that the arrays may be viewed on any thread, and whether it attends to quantized layers.
     `request_id` names what it asks in the logs of both ends."""
 

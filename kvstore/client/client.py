@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvstore.core.keys import Namespace
     from kvstore.quality import Verdict
 
-# What errors call the address that a program gives.
+# How errors name an address that was passed as an argument.
 _ADDRESS = {"listen": "the address that was given"}
 SCHEMA = 1
 LIST_LIMIT = 1000
@@ -279,7 +279,7 @@ class Client:
         return self._ask("RecordQuality", request, QUICK_S)
 
     def list_quality(self, namespace_prefix: bytes = b"") -> dict[str, Any]:
-        """What `record_quality` was told, by namespace, also of models that nothing is stored of."""
+        """The results of `record_quality` by namespace, including models without stored KV."""
         request = pb.ListQualityRequest(namespace_prefix=namespace_prefix)
         return self._ask("ListQuality", request, QUICK_S)
 

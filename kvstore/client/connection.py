@@ -65,7 +65,7 @@ CLOSED = "the client is closed: make another one with kvstore.connect()"
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 
-# What gRPC says where TLS is the trouble, in lower case.
+# Words in gRPC's error details that point to TLS, in lower case.
 _TLS_WORDS = ("ssl", "tls handshake", "certificate", "hostname verification")
 
 
@@ -137,7 +137,7 @@ def _admin_channel(config: Config, files: CredentialFiles, name: str, worker_cha
 
 
 def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
-    """What the failure of a health check means. The guard's own errors say it themselves."""
+    """The error that a failed health check stands for. The guard's own errors are passed on."""
     if isinstance(error, UntrustedError):
         return error
     if isinstance(error, UnavailableError):
@@ -163,7 +163,7 @@ def _advice(config: Config) -> str:
 
 
 def _heard(of: weakref.ref[Connection], config: Config, is_tls: bool, error: Any) -> KVStoreError:
-    """What the failure of a health check means; files that have changed may be what ends it."""
+    """The error that a failed health check stands for. Also reloads changed credential files."""
     if (connection := of()) is not None:
         connection.renew()
     return _unanswered(config, is_tls, error)
@@ -199,7 +199,7 @@ class Connection:
         self._looked_s = -LOOK_EVERY_S
         self._name = secrets.token_hex(8)
         connecting()
-        # What failed before it was away is no measure of the daemon.
+        # Failures before the absence say nothing about the daemon.
         is_tls = speaks_tls(config, self._files.current)
         self._heard = functools.partial(_heard, weakref.ref(self), config, is_tls)
         self.health = Health(None, self._heard, self.breaker.succeeded)

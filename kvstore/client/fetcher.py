@@ -49,7 +49,7 @@ Transport = Literal["auto", "path", "stream"]
 _FILES = ByteBudget(OPEN_FILES_MAX)
 OPEN_FILES_MIN = 4
 
-# What opening a blob can fail with although the blob may be sound: other user, other mount, no descriptors left.
+# Errors of opening a blob that may be sound: another user, another mount, no free descriptors.
 _REFUSED = (errno.EACCES, errno.EPERM)
 _NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
@@ -377,7 +377,7 @@ class Fetcher:
 
 
 def _opened(answer: Iterator[Plan | Layer]) -> tuple[Plan, Iterator[Layer]]:
-    """What `_one_by_one` yields first, and the rest."""
+    """The first item of `_one_by_one`, and the rest of it."""
     plan = next(answer)
     assert isinstance(plan, Plan)
     return plan, cast(Iterator[Layer], answer)

@@ -24,7 +24,7 @@ Tell = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What was written: the pack's manifest, blobs, their bytes, and those that went before their turn."""
+    """Result of an export: the manifest, number of blobs, their bytes, and blobs evicted before they were written."""
 
     manifest: Manifest
     blobs: int

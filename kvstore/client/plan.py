@@ -24,7 +24,7 @@ STATE_BYTES_MAX = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a fetch will give: blocks in order, their keys, and for path transport their files. 0 tokens is a miss.
+    """The plan of a fetch: blocks in order, their keys, and their files for path transport. 0 tokens is a miss.
 
     `states` is the checkpoint at `n_tokens` where the layout needs one. It is one more source after the blocks, so
     `keys` and `files` have one more entry, and then the plan cannot be cut: the states are good at its end only.
@@ -45,7 +45,7 @@ class Plan:
         return len(self.blocks)
 
     def state(self, layer: int) -> LayerState:
-        """What the checkpoint has of a window or state layer."""
+        """A window or state layer's part of the checkpoint."""
         return next(state for state in self.states if state.layer == layer)
 
     @property

@@ -1,4 +1,4 @@
-"""What a worker logs of its requests: one line each, with the id under which the daemon logs the same request.
+"""The worker's log lines: one per request, with the id under which the daemon logs the same request.
 
 DEBUG, since a server has a log of its own; `kvstore run` says it at INFO (`say_requests`).
 """

@@ -1,4 +1,4 @@
-"""What a session answers. Every answer that is less than everything carries a reason."""
+"""Results of a session's methods. Every result that is not complete has a reason."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class StoreResult:
-    """What became of a store. Without `wait`, OK says that it is queued; `durable` is known only with `wait`.
+    """Result of a store. Without `wait`, OK means queued; `durable` is known only with `wait`.
 
     `stored_tokens`: leading tokens of the sequence that are in the store now; `new_bytes`: written to disk for it.
     `detail`: what the reason leaves open, for people, such as which limit; may be empty.
@@ -135,7 +135,7 @@ def reason_of(error: errors.KVStoreError) -> Reason:
 
 
 def missed(error: BaseException) -> Miss:
-    """What a fetch that ended with an error of any kind comes to."""
+    """The miss for a fetch that ended with an error."""
     return Miss(reason_of(error) if isinstance(error, errors.KVStoreError) else Reason.DEADLINE)
 
 

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
-# Less than a call to the daemon takes.
+# Shorter than any call to the daemon.
 ASK_MS = 1.0
 
 
@@ -330,7 +330,7 @@ class Session:
     def _request(
         self, tokens: bytes, layers: Sequence[KVLayer | StateLayer], restored_tokens: int | None
     ) -> tuple[StoreRequest | None, Reason]:
-        """What is to be stored, or None and why nothing is."""
+        """The request to store, or None and the reason."""
         if self._background.closed:
             raise UnavailableError("the session is closed")
         if (away := self._connection.health.absence()) is not None:

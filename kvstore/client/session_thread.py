@@ -78,9 +78,9 @@ class Sender(Generic[J]):
         return not thread.is_alive()
 
     def retire(self, within_s: float) -> None:
-        """Take nothing more; the thread ends by itself when the queue is empty, and begins no job after `within_s`.
+        """Accept no more jobs. The thread ends when the queue is empty; it starts no job after `within_s`.
 
-        Does not wait: for owners that are gone. A job that is under way then ends at its own limits.
+        Does not wait, since the owner may be gone. A job in progress ends at its own time limits.
         """
         with self._changed:
             self._closed = True

@@ -40,7 +40,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def not_responding(target: str) -> str:
-    """What to say of a daemon that is there and does not answer, which is something else than none."""
+    """Message for a daemon that exists but does not answer; another one is used if there is no daemon."""
     return f"the daemon at {target} is not responding: it is stopped, or its machine is very busy"
 
 

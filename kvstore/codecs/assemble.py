@@ -132,7 +132,7 @@ def _decoded(
 
 
 def _decode(segment: Segment, tensors: Sequence[mx.array], part: PartSpec) -> mx.array:
-    """A segment's rows, and those of the head-room behind it; without what its groups hold beside them."""
+    """Rows of a segment and of the head-room after it; other rows of its groups are cut off."""
     array = codec_of(segment.recipe).decode(tensors, segment.recipe, part)
     if segment.lead + segment.shown == segment.held and not segment.lead:
         return array

@@ -79,7 +79,7 @@ def check_block(layout: Layout, block: Block) -> None:
 
 
 def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
-    """What is read for one layer, in the order in which a stream carries it: by block, run, stack, tensor."""
+    """Byte ranges of one layer in stream order: by block, run, stack, tensor."""
     return [
         Range(source, *tensor.layer_range(position, run.n_tokens))
         for source, run, _ in _used_runs(blocks)
@@ -156,5 +156,5 @@ def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor,
 
 @functools.lru_cache(256)
 def _tensors_of(part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """What a recipe makes of a part. CorruptDataError when it cannot be made of it."""
+    """The tensors that a recipe gives for a part. Raises CorruptDataError if it does not fit the part."""
     return codec_of(recipe).tensors(part, recipe)

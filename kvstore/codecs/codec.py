@@ -41,7 +41,7 @@ class Codec(Protocol):
         """Tensors of a finite array."""
 
     def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
-        """A boolean scalar, lazy: decoding these stays finite. False keeps the values raw."""
+        """A lazy boolean scalar: whether all decoded values are finite. If False, the values stay raw."""
 
     def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
         """The array in the part's dtype. Tensors must be row-contiguous: see `affine`."""

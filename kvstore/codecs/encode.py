@@ -114,7 +114,7 @@ def _encode_groups(layout: Layout, run: EncodedRun, profile: Profile, submit: Su
 
 
 def _target(layout: Layout, profile: Profile, stack: Stack, layer: int) -> Recipe:
-    """What becomes of a raw stack's part of a layer; RAW also where bytes will be packed."""
+    """Target recipe for a raw stack's part; RAW also where the bytes will be packed later."""
     part = layout.layers[layer].part(stack.part)
     recipe = profile.recipe(stack.part, part, layer, len(layout.layers))
     return RAW if packer_of(recipe) is not None else recipe

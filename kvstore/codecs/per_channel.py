@@ -81,7 +81,7 @@ class ChannelCodec:
         return words.reshape(layers, heads, groups, width * words.shape[-1]), scales, biases
 
     def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
-        """As of affine: every value that the codes could name is finite in the dtype of the scales."""
+        """Same check as affine: every value that the codes can represent is finite in the dtype of the scales."""
         _, scales, biases = tensors
         return reaches(scales, biases, recipe.param("bits"))
 

@@ -38,7 +38,7 @@ class ExpectedBits:
 
 
 def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
-    """What the recipes come to; KV layers only, as a measurement counts them. A layout without any has 0 bits."""
+    """Mean bits per value of the recipes, over KV layers as in measurements. 0 if the layout has none."""
     values, least, most, raw, group = 0, 0.0, 0.0, 0.0, 1
     lossy = False
     for index, layer in enumerate(layout.layers):

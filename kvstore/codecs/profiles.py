@@ -84,7 +84,7 @@ class Profile:
 
     @property
     def spec(self) -> str:
-        """What it is made of: equal specs keep KV alike."""
+        """Normalized form. Profiles with equal specs store KV identically."""
         edge = f"{self.edge_layers}={self.edge_keys}:{self.edge_values}"
         return f"{self.keys}:{self.values},rest={self.rest},edge{edge},sinks{self.sinks}"
 

@@ -27,7 +27,7 @@ class RawCodec:
         return RAW
 
     def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-        """What the layer schema says."""
+        """Taken from the layer's schema."""
         return part.tensors()
 
     def fidelity(self, recipe: Recipe) -> int:

@@ -22,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-# What mx.hadamard_transform takes in float32 on every device.
+# Widths that mx.hadamard_transform supports in float32 on every device.
 WIDTH_ROTATED_MAX = 8192
 
 Floats = npt.NDArray[np.float32]

@@ -97,7 +97,7 @@ def cut_run(encoded: EncodedRun, at: int) -> tuple[EncodedRun, EncodedRun]:
 
 
 def group_tokens(run: Run) -> int:
-    """Tokens that only go together: the least common multiple of the tensors' groups."""
+    """Number of tokens that can only be kept together: the least common multiple of the tensors' groups."""
     return lcm(*(tensor.group_tokens for stack in run.stacks for tensor in stack.tensors))
 
 

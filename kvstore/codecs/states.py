@@ -24,7 +24,7 @@ from kvstore.errors import CorruptDataError, InvalidRequestError
 
 
 def describe(layers: Sequence[KVLayer | StateLayer]) -> tuple[LayerState, ...]:
-    """What the window and state layers of a whole cache hold, in order; without offsets and checksums.
+    """Descriptions of all window and state layers of a cache, in order; without offsets and checksums.
 
     Reads shapes and dtypes only. InvalidRequestError for what cannot be stored or breaks a rule of its layer's spec,
     UnsupportedLayerError for a dtype that is never stored.
@@ -75,7 +75,7 @@ def _copy(array: mx.array) -> Bytes:
 
 
 def state_ranges(state: LayerState, source: int) -> list[Range]:
-    """What is read for one layer, in the order in which a stream carries it; `source` is the checkpoint's number."""
+    """Byte ranges of one layer in stream order; `source` is the checkpoint's number."""
     return [Range(source, array.offset, array.nbytes) for array in state.arrays if array.nbytes]
 
 

@@ -53,12 +53,12 @@ SEED_MAX = (1 << 48) - 1
 FOLD_MAX = 16
 _RMS_MIN = 2.0**-62  # rows whose squares are no numbers of float32: their codes say little more than signs
 _DEFAULTS = {"bits": -1, "seed": 0, "unit": 0, "log": 0, "fold": 1}
-# Of a target only: how many values a scale should have at least; `fit` makes a fold of it.
+# Minimum number of values per scale, in targets only; `fit` turns it into a fold.
 _TOGETHER = "together"
 _LOG_STEPS = 12
 _LOG_ONE = 128
 _LOG_OVER = 255
-# What the codes of a scale say, as float32.
+# Decoded scales as float32.
 _OCTAVES = (np.arange(1.0, 256.0) - _LOG_ONE) / _LOG_STEPS
 LOG_SCALES = np.concatenate([[0.0], np.exp2(_OCTAVES)]).astype(np.float32)
 
@@ -83,7 +83,7 @@ def _recipe(name: str, bits: int, seed: int, unit: bool, log: bool) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """What a recipe makes of rows of `width`: see the module docstring."""
+    """Tensors of a recipe for rows of `width`; see the module docstring."""
 
     width: int
     bits: int
@@ -307,7 +307,7 @@ class TurboQuantCodec:
             return mx.array(True)
         width = tensors[0].shape[-1] * 32 // recipe.param("bits")
         if tensors[1].dtype == mx.uint8:
-            # Of no dtype: within the range of the narrowest.
+            # No dtype is given: stay within the range of the narrowest one.
             codes = tensors[1].astype(mx.uint32)
             reach = _look_up(mx.array(LOG_SCALES), codes) * LEVEL_REACH * math.sqrt(width)
             return mx.all((codes < _LOG_OVER) & (reach <= float(mx.finfo(mx.float16).max)))

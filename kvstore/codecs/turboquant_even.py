@@ -104,7 +104,7 @@ class TurboQuantEvenCodec:
         return (*encoded, packing.pack([shifts.astype(mx.uint8)], _fields(rows.shape[-1])))
 
     def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
-        """As of the multiplied rows: none of their values is less than what is decoded."""
+        """Same check as for the multiplied rows, whose values are not smaller than the decoded ones."""
         inner = _inner(recipe)
         return codec_of(inner).trusted(tensors[:2], inner)
 

@@ -67,7 +67,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Credentials:
-    """What one end of a TCP connection holds, read and checked. PEM bytes; empty where not configured."""
+    """Validated credentials of one end of a TCP connection. PEM bytes; empty if not configured."""
 
     chain: bytes = b""
     key: bytes = b""
@@ -155,7 +155,7 @@ class CredentialFiles:
         return not self._paths
 
     def _look(self) -> dict[str, tuple[int, ...]]:
-        """What tells one state of each file from the next; empty for one that is not there."""
+        """Signature of each file's state, to notice changes; empty for a missing file."""
         seen: dict[str, tuple[int, ...]] = {}
         for key, path in self._paths.items():
             try:

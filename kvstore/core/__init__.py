@@ -1,1 +1,1 @@
-"""What every room shares: blocks, keys, layers, their serial form and rules. No I/O, no gRPC, no MLX."""
+"""Types shared by all rooms: blocks, keys, layers, their serial form and rules. No I/O, gRPC or MLX."""

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Of ages of stored blocks, from seconds to the months that a store on a disk lives.
+# Bounds of block ages, from seconds to months.
 AGE_BOUNDS_S = (10, 60, 300, 1800, 3600, 6 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400, 90 * 86_400)
 
 

@@ -176,7 +176,7 @@ class Chain:
         """`tokens`: 8 bytes each, little-endian; what `pack_tokens` gives."""
         self.root = root
         self.tokens = tokens
-        # Of full blocks, the first `_known` of them hashed. Two threads may write the same key to the same place.
+        # Keys of full blocks; the first `_known` are computed. Two threads may write the same key to the same place.
         self._keys = [b""] * (len(tokens) // BLOCK_BYTES)
         self._known = 0
 

@@ -120,5 +120,5 @@ def with_id(line: str, request_id: str) -> str:
 
 
 def plain_alias(alias: str, root: bytes) -> str:
-    """What people call a model, fit for a line; the leading digits of its namespace for one without a name."""
+    """A model's alias, made safe for a log line; without an alias the leading digits of its namespace."""
     return plain_text(alias, ALIAS_CHARACTERS_MAX) or root.hex()[:12]

@@ -47,5 +47,5 @@ def span_text(seconds: int) -> str:
 
 
 def took_text(seconds: float) -> str:
-    """What a request took: milliseconds up to ten seconds, then seconds."""
+    """Duration of a request: milliseconds up to ten seconds, then seconds."""
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""What the standard library does not say about unix sockets: who is at the other end, and calls that block for a while.
+"""Unix sockets beyond the standard library: the peer's user id, and calls that block for a limited time.
 
 A socket with a timeout of Python's is polled before each call, which moves at most what the socket buffers, 200 KiB.
 These block with a timeout in the kernel: one call moves megabytes, and the interpreter's lock is free meanwhile.
@@ -12,7 +12,7 @@ import socket
 import struct
 import sys
 
-# Of macOS's sys/un.h and sys/ucred.h, which Python does not name: cr_version, cr_uid, cr_ngroups, 16 groups.
+# From macOS's sys/un.h and sys/ucred.h, missing in Python: cr_version, cr_uid, cr_ngroups, 16 groups.
 _SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED = 0, 1, struct.Struct("=IIh2x16I")
 _UCRED = struct.Struct("=iII")  # Linux: pid, uid, gid
 # The default buffer of a unix socket on macOS is 8 KiB.

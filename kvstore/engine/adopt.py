@@ -30,7 +30,7 @@ VERIFY_BYTES = 1 << 20
 # Rows added in one commit.
 ADOPTED_MAX = 1024
 NEXT_NUMBER = "next_number"
-# What a process lacks, which says nothing about the blob.
+# Errors caused by this process's limits, not by the blob.
 _LACKING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Site:
     require_reach: Callable[[CorruptDataError | None], None] = lambda error: None
 
     def cost(self, row: Row) -> int:
-        """What the blob of a row costs on disk."""
+        """Bytes on disk of a row's blob."""
         return self.blobs.stored_bytes(row.root, row.blob_bytes)
 
 

@@ -41,7 +41,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What a check read (blobs, bytes), what it put right, and what it found, the first FINDINGS_MAX."""
+    """Report of a check: blobs and bytes read, repairs, and the first FINDINGS_MAX findings."""
 
     blobs: int = 0
     bytes: int = 0

@@ -70,7 +70,7 @@ class Deletions:
         return Lease(self, keys, [ring.key(root) for root in {row.root for row in rows}])
 
     def end_lease(self, keys: Iterable[bytes]) -> None:
-        """Let go, and delete what was kept only for that."""
+        """End a lease, and delete the blobs that waited only for it."""
         with self._lock:
             self._leases.subtract(keys)
             over = [key for key in set(keys) if self._leases[key] <= 0]
@@ -80,7 +80,7 @@ class Deletions:
         self._delete(blobs)
 
     def end_all_leases(self) -> None:
-        """As if every lease had ended."""
+        """End every lease, and delete the blobs that waited for one."""
         with self._lock:
             blobs = [blob for waiting in self._waiting.values() for blob in waiting]
             self._waiting.clear()
@@ -154,7 +154,7 @@ class Deletions:
 
     @property
     def deleting_bytes(self) -> int:
-        """What deletions under way will free."""
+        """Bytes that pending deletions will free."""
         with self._lock:
             return sum(self._kept.get(blob, 0) for blob in self._deleting)
 
@@ -260,7 +260,7 @@ class Tombstones:
         return max((blob.number + 1 for blob in self.blobs), default=1)
 
     def disk_bytes(self) -> int:
-        """What the file of tombstones costs on disk."""
+        """Bytes on disk of the tombstone file."""
         return disk_bytes(sum(len(_line(blob)) for blob in self.blobs))
 
     def add(self, blobs: Iterable[BlobId]) -> None:

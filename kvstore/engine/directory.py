@@ -68,16 +68,16 @@ class Directory:
 
     @property
     def settings(self) -> Path:
-        """What no blob says and every rebuild of the index must obey: tombstones, pins, quotas, TTLs."""
+        """State that blobs do not contain and every index rebuild must obey: tombstones, pins, quotas, TTLs."""
         return self.root / "settings"
 
     @property
     def quality(self) -> Path:
-        """What profiles were measured to cost, a file a namespace."""
+        """Measured losses of profiles, one file per namespace."""
         return self.root / "quality"
 
     def own_bytes(self) -> int:
-        """What the directory itself costs on disk: its folders but those of blobs, the lock, the tag."""
+        """Bytes on disk of the directory itself: its folders except blob folders, the lock, the tag."""
         own = [self.root, self.index, self.quarantine, self.settings, self.quality]
         own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG", self.settings / "traffic.json"]
         own += [self.root / "daemon.log", self.settings / "keep.json"]

@@ -229,7 +229,7 @@ class Engine:
 
     @property
     def used_bytes(self) -> int:
-        """What the data directory costs on disk."""
+        """Bytes on disk of the data directory."""
         return self._shared.ledger.total
 
     @property

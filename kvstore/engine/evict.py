@@ -27,7 +27,7 @@ from kvstore.index.table import Table
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
 _SLACK_BYTES_MAX = 256 << 20
-# What limits delete at once is announced when it is more than this part of the store.
+# Evictions by limits are announced when they remove more than this part of the store.
 _MANY_DIVISOR = 10
 # A request makes a few files; with fewer inodes left it would fail half-way.
 _NAMES_MIN = 8
@@ -274,7 +274,7 @@ class Evictor:
         need = nbytes + (COMMIT_BYTES if nbytes else 0)
         over = ledger.total + need - budget
         if over > 0:
-            # What can never fit must not empty the store; a budget that others have used up may.
+            # A blob that can never fit must not empty the store. A blob that only finds the budget used up may evict.
             may_evict = nbytes == 0 or self.shortage.fixed_bytes + need <= budget
             slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
             return (BUDGET, over, over + slack) if may_evict and BUDGET not in exhausted else None

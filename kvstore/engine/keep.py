@@ -52,7 +52,7 @@ class Keep:
 
     @property
     def disk_bytes(self) -> int:
-        """What the file costs on disk."""
+        """Bytes on disk of the file."""
         return disk_bytes(self._nbytes)
 
     def change_terms(self, root: bytes, terms: Terms) -> None:

@@ -35,7 +35,7 @@ class Ledger:
             self._bytes[account] = max(0, self._bytes[account] + nbytes)
 
     def set(self, account: str, nbytes: int) -> None:
-        """What was measured replaces what was booked."""
+        """A measured size replaces the booked one."""
         with self._lock:
             self._bytes[account] = nbytes
 
@@ -51,7 +51,7 @@ class Ledger:
 
     @property
     def fixed(self) -> int:
-        """What no eviction can free."""
+        """Bytes that no eviction can free."""
         with self._lock:
             return sum(self._bytes.values()) - self._bytes["blobs"]
 

@@ -116,7 +116,7 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
     rows: list[Taken] = []
     stored, key_of = view.stored, chain.key
-    # Of the time for a block, hashing and the lookup take most; whatever else stands in this loop shows.
+    # Hashing and the lookup take most of the time per block, so anything else in this loop is noticeable.
     for index in range(end // _BLOCK_BYTES):
         chunk = tokens[index * _BLOCK_BYTES : (index + 1) * _BLOCK_BYTES]
         key = key_of(index)
@@ -195,7 +195,7 @@ def _exact(shared: Shared, found: Found, cut: Exact, chain: Chain, limit: int) -
 
 
 def _why(shared: Shared, found: Found, chain: Chain, limit: int) -> Reason:
-    """Why a match gives no more."""
+    """The reason why a match is not longer."""
     if found.n_tokens >= limit:
         return Reason.OK
     if found.better:

@@ -205,7 +205,7 @@ class Shared:
 
     @contextlib.contextmanager
     def edit(self) -> Iterator[Edit]:
-        """A write transaction, with what was used noted in it; afterwards the counters agree. Hold `lock`."""
+        """A write transaction that also saves noted uses and updates the counters. Hold `lock`."""
         with self.index.edit() as edit:
             yield edit
             self.uses.write(edit)
@@ -286,7 +286,7 @@ class Shared:
             except OSError as error:
                 log.warning("the key of a namespace that holds nothing could not be unlinked: %s", error)
         self.ledger.set("blobs", self.index.table.usage().disk_bytes)
-        # What was measured last stands while a folder cannot be read.
+        # While a folder cannot be read, its last measured size is used.
         with contextlib.suppress(OSError):
             self.ledger.set("index", self.index.disk_bytes())
         with contextlib.suppress(OSError):

@@ -84,7 +84,7 @@ class Shortage:
 
     @property
     def fixed_bytes(self) -> int:
-        """What stays on the disk whatever is evicted."""
+        """Bytes that stay on disk even if everything is evicted."""
         shared = self._shared
         return shared.ledger.fixed - shared.deletions.deleting_bytes - self._compaction.shrinkable_bytes
 

@@ -100,7 +100,7 @@ class _Batch:
 
 @dataclass
 class _Settled:
-    """What a commit does with a batch."""
+    """The result of committing one batch."""
 
     blocks: int = 0
     kept: list[Row] = field(default_factory=list)
@@ -249,7 +249,7 @@ class Writer:
         return True
 
     def _sync_later(self, batch: _Batch, pending: Pending) -> Future[None] | None:
-        """Have a blob synced on the thread of the request. OSError when there can be no thread, which passes."""
+        """Queue a blob for the request's sync thread. Raises OSError if no thread can be started."""
         if not self._shared.sync:
             return None
         try:

@@ -265,7 +265,7 @@ class Index(Contents):
         return int((2 + pages) * trees[0]["psize"])
 
     def disk_bytes(self) -> int:
-        """What the index's files cost on disk."""
+        """Bytes on disk of the index's files."""
         return sum(os.stat(entry.path).st_blocks * 512 for entry in os.scandir(self.path))
 
     def sync(self) -> None:

@@ -47,7 +47,7 @@ Rows: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one namespace, or all, hold. Blocks and tokens are without checkpoints, the bytes on disk with them."""
+    """Usage of one namespace or of all. Blocks and tokens exclude checkpoints; bytes on disk include them."""
 
     blocks: int = 0
     tokens: int = 0

@@ -41,12 +41,12 @@ class Space(NamedTuple):
     record: bytes
 
     def pack(self) -> bytes:
-        """As it stands in the index."""
+        """The value as stored in the index."""
         return _SPACE.pack(self.number, self.used_s) + self.record
 
     @classmethod
     def parse(cls, value: bytes) -> Space:
-        """What `pack` gave."""
+        """Inverse of `pack`."""
         number, used_s = _SPACE.unpack_from(value)
         return cls(number, used_s, value[_SPACE.size :])
 
@@ -58,7 +58,7 @@ def with_check(key: bytes, value: bytes) -> bytes:
 
 
 def without_check(key: bytes, stored: bytes) -> bytes:
-    """What `with_check` was given; CorruptDataError when it was changed or is another key's."""
+    """Inverse of `with_check`. Raises CorruptDataError if the value was changed or belongs to another key."""
     value = stored[:-_CHECK_BYTES]
     if with_check(key, value) != stored:
         raise CorruptDataError("index: a value does not match its checksum")
@@ -72,7 +72,7 @@ class Contents:
         self.forget()
 
     def forget(self) -> None:
-        """As if nothing had been stored."""
+        """The state of an empty index."""
         self.table = Table()
         self.spaces: dict[bytes, Space] = {}
         self.templates: dict[bytes, bytes] = {}
@@ -186,7 +186,7 @@ class View:
         return entries
 
     def trees(self) -> dict[str, Any]:
-        """What LMDB counts of each database: pages and entries."""
+        """LMDB's statistics for each database: pages and entries."""
         return {name: self._txn.stat(db) for name, db in self._db.items()}
 
     def _from(self, name: str, start: bytes, reverse: bool = False) -> Iterator[tuple[bytes, bytes]]:

@@ -1,14 +1,14 @@
 """Cache layers of mlx-lm <-> engine-neutral `KVLayer`s and `StateLayer`s, bit-exact, by attribute.
 
 `.state` is not used: it changed its meaning between mlx-lm 0.31 and 0.32, while `keys`, `values` and `offset` are the
-same in both. Classes are looked up in one table by exact type, so that a subclass with other semantics, or a class that
-nobody has looked at, is refused instead of guessed at. This module has the layers that can be cut at any token,
+same in both. Classes are looked up in one table by exact type, so that a subclass with other semantics, or an unknown
+class, is refused and not guessed at. This module has the layers that can be cut at any token,
 `exact_caches` those that cannot.
 
 Nested layers (CacheList) are laid out flat, depth first; `Layout.tree` keeps the nesting.
 
-Arrays are handed on as `array[:]`: a new object over the same buffer. Whoever then writes into a slice of the one does
-not change the other; whoever is left alone with the buffer appends to it in place. So capture copies nothing, and an
+Arrays are passed as `array[:]`: a new object over the same buffer. Writing into a slice of one object
+does not change the other; the last object on a buffer appends in place. So capture copies nothing, and an
 engine's first token after a restore goes into the head-room of the very buffer that was read from disk.
 """
 

@@ -44,8 +44,9 @@ LOOK_EVERY_S = 1.0
 
 
 def daemon_credentials(config: Config, files: Mapping[str, Path] | None = None) -> Credentials:
-    """What the daemon needs for its address. ConfigError when strangers could connect, or the files are not a pair or
-    not valid now.
+    """Server credentials for the daemon's address.
+
+    Raises ConfigError if strangers could connect, or if the files are not a pair or not valid now.
 
     Raises DirectoryError for keys or tokens that others can read.
     """

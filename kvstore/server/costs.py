@@ -240,7 +240,7 @@ class Costs:
                 self._answered[fetch_id].active_until_s = 0.0
 
     def reported(self, fetch_id: str, timing: Timing, caller: str) -> None:
-        """What a caller says that its fetch took. Once, and not of another's.
+        """Record the duration that a caller reports for its fetch: once, and only for its own.
 
         No more is believed than the time from its call until now. Of a stream only the decoding: its reading was
         measured here.
@@ -297,7 +297,7 @@ def _log_ratio(measured: float, expected: float) -> float:
 
 
 def work_of(match: Match, layout: Layout) -> Work:
-    """What fetching a match has to do."""
+    """The amount of work of fetching a match."""
     return [work for _, _, work in _candidates(match, layout)][-1]
 
 

@@ -68,7 +68,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
 GRPC_LOGGER, BATCH_FAILED = "grpc._cython.cygrpc", 'Failed "execute_batch"'
-# Of malloc.h: from what size on memory comes straight from the system, and how much of what is freed is kept.
+# Options of mallopt (malloc.h): the size from which memory is mapped directly, and how much freed memory is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
 

@@ -56,7 +56,7 @@ class Stopwatch:
 
 @dataclass(frozen=True)
 class FetchPlan:
-    """What a fetch will hand over. `match.n_tokens` is 0 for a miss; then there is no lease.
+    """A planned fetch. For a miss `match.n_tokens` is 0 and there is no lease.
 
     `fetch_id` is that of `costs.Costs`, to which it is active until it is measured or ended.
     """

@@ -78,11 +78,11 @@ class Gate:
         return verdict.fault if verdict else ""
 
     def calibrated(self, root: bytes) -> list[Verdict]:
-        """What was measured in a namespace, by the names of profiles."""
+        """Measurements of a namespace by profile name."""
         return [one for _, one in sorted(self._files.results(root).items())]
 
     def all_calibrated(self, prefix: bytes) -> list[tuple[bytes, Calibrated]]:
-        """What was measured in every namespace whose root starts with `prefix`."""
+        """Measurements of all namespaces whose root starts with `prefix`."""
         return list(self._files.all(prefix).items())
 
     def unmeasured(self, root: bytes) -> list[str]:
@@ -118,7 +118,7 @@ class Gate:
         return not trusted and self._result(root, profile) is None
 
     def _smallest(self, root: bytes) -> Profile:
-        """Of what was measured and passes the one with the fewest bits; `safe` without any, unless that failed."""
+        """The profile with the fewest bits that passed; without one `safe`, unless that failed."""
         passing = [
             (one.quality.bits_per_value, name)
             for name, one in self._files.results(root).items()

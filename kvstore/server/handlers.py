@@ -42,7 +42,7 @@ HEARING_TURNS = 3
 
 
 class KVStoreService(rpc.KVStoreServicer):
-    """What inference workers call. All methods run on the event loop."""
+    """RPC handlers for inference workers. All methods run on the event loop."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 self._fetch.costs.end(plan.fetch_id)
 
     async def _lease(self) -> None:
-        """As long as the worker stays, at most `lease_s`; a stop ends it, since nothing is evicted after that."""
+        """Keep the lease while the worker is connected, at most `lease_s`. A stop of the daemon ends it."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
@@ -332,7 +332,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
 
 def asked_by(request: Any, context: Context, profile: str = "") -> Asked:
-    """Who asks, and for what. InvalidRequestError when the identity cannot be."""
+    """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
     metadata = context.invocation_metadata()
     root = convert.root_from_message(request.namespace)
     who = who_asks(request.namespace, root, caller_name(metadata), caller_pid(metadata), profile)
@@ -350,12 +350,12 @@ def identity_of(message: pb.Namespace) -> Identity:
 
 
 def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:
-    """What the caller says of itself; InvalidRequestError when that cannot be."""
+    """The caller's statements about itself. Raises InvalidRequestError for invalid ones."""
     return Offer(request.prefill_tokens_per_s, request.covered_tokens, way)
 
 
 def timing_of(message: pb.FetchTiming) -> Timing:
-    """What a worker measured."""
+    """A worker's measurements."""
     return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
 
 
@@ -376,7 +376,7 @@ def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreReque
 
 
 def outcome_of(message: pb.FetchTiming) -> Outcome:
-    """What a worker got of a fetch."""
+    """A worker's report on a fetch."""
     return Outcome(message.got_tokens, message.reason, message.again)
 
 

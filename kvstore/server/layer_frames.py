@@ -174,7 +174,7 @@ def checkpoint_ranges(plan: FetchPlan, layer: int) -> list[Range]:
 
 
 def gathered(pieces: Iterable[P]) -> Iterator[list[P]]:
-    """Neighbours together, up to CHUNK_BYTES; none of the pieces may be larger."""
+    """Group adjacent pieces into chunks of at most CHUNK_BYTES. No piece may be larger than that."""
     group: list[P] = []
     nbytes = 0
     for piece in pieces:

@@ -20,7 +20,7 @@ import xxhash
 from kvstore.core.blocks import TOKEN_BYTES
 
 PLACES_MAX = 256
-# Less is the head of a chat template; after more than that, little is lost.
+# Shorter common prefixes are only the chat template; longer ones lose little.
 COMMON_TOKENS_MIN = 20
 COMMON_TOKENS_MAX = 2000
 PROMPTS_MIN = 3

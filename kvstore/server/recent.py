@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
-# What a screen can show.
+# As many as fit a screen.
 RECENT_MAX = 32
 
 

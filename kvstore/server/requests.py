@@ -128,7 +128,7 @@ class Requests:
         with self._lock:
             key = (asked.who.caller, asked.request_id)
             before = self._matched.get(key)
-            # Another layout of the model has given something, or the request is counted already.
+            # Another layout of the model gave a hit, or the request is counted already.
             if before is None or (before.reason and not before.is_told):
                 displaced = _put(self._matched, key, found)
         if displaced is not None:
@@ -303,7 +303,7 @@ def known_reason(name: str) -> Reason:
 
 
 def who_asks(message: Any, root: bytes, caller: str, pid: int, profile: str = "") -> Who:
-    """Who sent a message with a namespace."""
+    """The sender of a message with a namespace."""
     engine = plain_text(message.engine, lines.ALIAS_CHARACTERS_MAX)
     return Who(caller, pid, root, plain_text(message.alias, lines.ALIAS_CHARACTERS_MAX), engine, profile)
 
@@ -314,6 +314,6 @@ def plain_id(request_id: str) -> str:
 
 
 def _put(table: OrderedDict[Any, T], key: Any, value: T) -> T | None:
-    """Add to a bounded table; returns what had to leave for it."""
+    """Add to a bounded table. Returns the entry that was dropped for it."""
     table[key] = value
     return table.popitem(last=False)[1] if len(table) > OPEN_MAX else None

@@ -46,7 +46,7 @@ async def _end(context: Context, code: Any, details: str, metadata: Any) -> None
 
 
 def gone() -> asyncio.CancelledError:
-    """What a handler ends with when gRPC could not write for it, since its caller is gone.
+    """Exceptions of a handler whose caller is gone, so that gRPC could not write.
 
     gRPC may not have noticed yet that the call was cancelled, as every fetch by path is when its files are open. A
     status would be one more thing that it cannot send, and each such failure is a traceback in the log.

@@ -1,4 +1,4 @@
-"""What `kvstore set` changes at run time.
+"""Settings that `kvstore set` changes at run time.
 
 Settings of the daemon go back to the configuration when it restarts; quota and TTL of a namespace stay.
 """

@@ -1,4 +1,4 @@
-"""What callers may have under way of something that all share."""
+"""Divides a shared resource among callers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 class Shares:
     """Bytes under way, in all and by caller. Any thread may call.
 
-    One thing may be of any size that all together may have; more than one of a caller stay within its share, so that
-    what nobody has committed yet displaces at most so much of what others have.
+    A single item may take the whole limit. Several items of one caller stay within its share, so that its uncommitted
+    bytes displace only that much of what others have.
     """
 
     def __init__(self, limit_bytes: Callable[[], int], callers: int) -> None:

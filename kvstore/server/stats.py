@@ -33,7 +33,7 @@ SESSIONS_MAX = 64
 
 
 class Counters:
-    """What happened since start. Any thread may count."""
+    """Counters since start. Any thread may count."""
 
     def __init__(self) -> None:
         self.refusals = Refusals()
@@ -148,7 +148,7 @@ def disk_message(disk: EngineStats) -> pb.DiskStats:
 def load_message(
     admission: Admission, sockets: Sockets, uploads: Uploads, threads: Threads, limits: Limits
 ) -> pb.LoadStats:
-    """What is under way, and its bounds. Call it on the event loop."""
+    """Calls, connections and uploads in progress, with their limits. Event loop only."""
     begun = uploads.under_way()
     return pb.LoadStats(
         clients=admission.callers.count(),
@@ -240,7 +240,7 @@ def session_message(session: Session) -> pb.SessionStats:
 
 
 def namespace_message(one: NamespaceUsage, gate: Gate, traffic: Snapshot) -> pb.NamespaceStats:
-    """One namespace's row, with how KV that comes in now is kept."""
+    """One namespace's row, with the profile used for new KV."""
     choice = gate.choose(one.info.root)
     known = traffic.namespaces.get(one.info.root, Namespace())
     return pb.NamespaceStats(

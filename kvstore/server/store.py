@@ -50,7 +50,7 @@ CALLER_SHARE = 4
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """What BeginStore asks, validated as far as it can be without the index."""
+    """A BeginStore request, validated as far as possible without the index."""
 
     chain: Chain
     namespace: NamespaceInfo | None  # None when the worker sent no layout

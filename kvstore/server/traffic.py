@@ -55,7 +55,7 @@ class Totals:
 
     @classmethod
     def from_dict(cls, counts: Mapping[str, Any]) -> Totals:
-        """Of what `asdict` made of one; what is missing, or no number, is 0."""
+        """Inverse of `asdict`. A missing field, or one that is no number, is 0."""
         known = cls()
         for name in _NAMES:
             kind, given = type(getattr(known, name)), counts.get(name)
@@ -99,7 +99,7 @@ class Namespace:
 
     @property
     def token_bytes(self) -> float:
-        """What a token costs on disk, by what was written; 0 when nothing was."""
+        """Mean bytes on disk per stored token; 0 if nothing was written."""
         return self.totals.written_bytes / self.totals.stored_tokens if self.totals.stored_tokens else 0.0
 
 
@@ -149,7 +149,7 @@ class Traffic:
         self.changes = 0
 
     def restore(self, root: bytes, namespace: Namespace) -> None:
-        """What an earlier daemon counted of a namespace."""
+        """Counters of a namespace from an earlier daemon."""
         with self._lock:
             self._namespaces[root] = namespace
 

@@ -1,4 +1,4 @@
-"""What the daemon does once a second: keep to limits, give up uploads that stall, notice a directory that is gone."""
+"""The daemon's work once a second: enforce limits, end stalled uploads, notice a missing directory."""
 
 from __future__ import annotations
 

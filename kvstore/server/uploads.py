@@ -43,7 +43,7 @@ class Upload:
     depends_on: tuple[str, ...] = ()
     interim: bool = False  # the checkpoint is one within a prompt that is still being computed
     awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
-    # What it is written and committed with, or not at all.
+    # The key with which it is written and committed; None: not encrypted.
     encryption: NamespaceKey | None = None
     evictions: int = 0  # of the engine when it began: a later one of what it brings takes it along
     upload_id: str = field(default_factory=lambda: secrets.token_hex(16))

@@ -35,7 +35,7 @@ class _Session(Protocol):
 
 
 class StoreClient(Protocol):
-    """What `save` and `load` need of `kvstore.connect()`."""
+    """The part of a client that `save` and `load` use."""
 
     def session(self, namespace: Namespace, profile: str | None = None) -> Any:
         """A session for one namespace."""

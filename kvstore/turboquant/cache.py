@@ -82,7 +82,7 @@ class KVCacheConfig:
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """What a cache of one head holds: bytes as packed, and what float32 would take.
+    """Sizes of a cache of one head: packed bytes, and bytes in float32.
 
     `key_bits` and `value_bits` as configured; `key_bits_packed` and `value_bits_packed` are the bits that a coordinate
     takes with everything: scales, and the zeros that rows are filled up with.
@@ -306,7 +306,7 @@ class QuantizedKVCache:
 
 
 def _quantizer(packed: PackedVectors, dim: int) -> Quantizer:
-    """What packs further vectors in the same way."""
+    """The quantizer for further vectors."""
     return Quantizer(packed.recipe, dim, packed.tensors[1].dtype if len(packed.tensors) > 1 else mx.float32)
 
 

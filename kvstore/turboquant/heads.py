@@ -14,7 +14,7 @@ from kvstore.turboquant.cache import HEAD_SEED, CacheStats, KVCacheConfig, Quant
 
 @dataclass(frozen=True, slots=True)
 class MultiHeadStats:
-    """What the heads of a cache hold: of each, and bytes of all together."""
+    """Sizes of a cache's heads, each and in total."""
 
     heads: tuple[CacheStats, ...]
 
@@ -50,7 +50,7 @@ class MultiHeadStats:
 
     @property
     def baseline_bytes(self) -> int:
-        """What float32 would take."""
+        """Bytes in float32."""
         return sum(head.baseline_bytes for head in self.heads)
 
     @property
@@ -148,7 +148,7 @@ class MultiHeadKVCache:
         return [head.reconstruct_values() for head in self.heads]
 
     def stats(self) -> MultiHeadStats:
-        """What every head holds, and all together."""
+        """Sizes of every head and in total."""
         return MultiHeadStats(tuple(head.stats() for head in self.heads))
 
     def clear(self) -> None:

@@ -68,7 +68,7 @@ class PackedVectors:
 
 
 def as_array(vectors: Any) -> mx.array:
-    """What mx.array makes of it; InvalidVectorError (dimension) for ragged lists and what is no number."""
+    """Convert with mx.array. Raises InvalidVectorError (dimension) for ragged lists and non-numbers."""
     try:
         return vectors if isinstance(vectors, mx.array) else mx.array(vectors)
     except (TypeError, ValueError) as error:
@@ -102,7 +102,7 @@ def checked_vectors(vectors: Any, dim: int, unit: bool) -> mx.array:
 
 
 class Quantizer:
-    """What both quantizers do; `recipe` says how vectors are packed. Any thread; results belong to it."""
+    """Base of both quantizers; `recipe` says how vectors are packed. Any thread may call; results belong to it."""
 
     def __init__(self, recipe: Recipe, dim: int, dtype: mx.Dtype = mx.float32) -> None:
         """`dtype`: of the scales, and to which vectors are rounded. InvalidVectorError (bits, dimension, seed)."""

@@ -58,7 +58,7 @@ def to_status(error: errors.KVStoreError) -> grpc.StatusCode:
 
 
 def trailing_metadata(error: errors.KVStoreError) -> tuple[tuple[str, bytes], ...]:
-    """What goes with the status: a RetryInfo, where it is worth to try again; a word that a daemon said UNAVAILABLE."""
+    """Trailing metadata of a status: RetryInfo if a retry may help; a marker that a daemon itself said UNAVAILABLE."""
     if isinstance(error, errors.UnavailableError):
         return ((SAID_KEY, b""),)
     if not isinstance(error, errors.LimitError) or not error.retry_s:
