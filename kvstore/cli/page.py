@@ -191,9 +191,16 @@ def tiles(stats: Mapping[str, Any], now_s: float) -> list[dict[str, Any]]:
         {
             "name": "Written a year",
             "figure": " ".join(year.split(" ")[:2]) if is_known else "-",
-            "about": f"{size_text(written)} written so far, {size_text(reused)} reused" if is_known else year,
+            "about": (f"{size_text(written)} written so far, {size_text(reused)} reused" if is_known else year)
+            + held_back_text(stats.get("writes") or {}),
         },
     ]
+
+
+def held_back_text(writes: Mapping[str, Any]) -> str:
+    """What admission and the write budget held back since start; nothing where they held back nothing."""
+    stores = writes.get("held_back_stores", 0)
+    return f"; {count_text(stores)} stores held back since start" if stores else ""
 
 
 def charts(buckets: Sequence[Bucket], budget_bytes: int) -> list[Chart]:

@@ -43,7 +43,8 @@ def command(
 ) -> None:
     """Change a setting of the running daemon, until it stops, or of a namespace, for good.
 
-    Of the daemon: budget_bytes, free_floor_bytes (sizes such as 50GB; 0: automatic), ttl (30d; 0: none) and log_level.
+    Of the daemon: budget_bytes, free_floor_bytes, write_bytes_per_day_max (sizes such as 50GB; 0: automatic), ttl (30d;
+    0: none), admission (auto, always, read-only) and log_level.
     To keep a change, write it into the configuration file. Of a namespace, by id or alias: quota (20GB; 0: none) and
     ttl (30d; 0: as the daemon's). What is over a new limit is evicted at once.
     """
@@ -96,4 +97,4 @@ def _text(key: str, value: str) -> str:
         return "none"
     if key == "ttl" and value.isdigit():
         return span_text(int(value))
-    return size_text(int(value)) if (key.endswith("_bytes") or key == "quota") and value.isdigit() else value
+    return size_text(int(value)) if ("bytes" in key or key == "quota") and value.isdigit() else value

@@ -153,11 +153,24 @@ def _writes(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("written", f"{size_text(written)} in all, {size_text(moved['written'])} since start"),
         ("reused", f"{size_text(reused)} were stored already and not written again"),
         ("a year", projected_text(stats, time.time())),
+        *_admission(stats.get("writes") or _EMPTY),
         ("kept", f"{size_text(moved['stored'])} on disk for {size_text(moved['logical'])} of raw KV"),
         ("served", f"{size_text(moved['served'])} since start"),
     ]
     for cause, one in sorted(stats.get("evictions", {}).items()):
         facts.append((f"evicted ({cause})", f"{one['blocks']:,} blocks, {size_text(one['bytes'])} since start"))
+    return facts
+
+
+def _admission(writes: dict[str, Any]) -> list[tuple[str, str]]:
+    """What stores may write, and what was held back; nothing of a daemon that does not say."""
+    if not writes:
+        return []
+    left, most = size_text(writes["left_bytes"]), size_text(writes["day_bytes"])
+    facts = [("admission", f"{writes['admission']}, {left} of {most} a day may be written now")]
+    if stores := writes["held_back_stores"]:
+        held_back = f"{stores:,} stores, {size_text(writes['held_back_bytes'])} of raw KV since start"
+        facts.append(("held back", held_back))
     return facts
 
 

@@ -208,7 +208,8 @@ class Client:
         return {"schema": SCHEMA, **message_to_dict(reply)}
 
     def set(self, key: str, value: str, namespace_prefix: bytes = b"", dry_run: bool = False) -> dict[str, Any]:
-        """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes, ttl or log_level.
+        """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes, ttl, admission,
+        write_bytes_per_day_max or log_level.
 
         With `namespace_prefix` quota or ttl of the namespace whose id starts so, for good. A dry run says what it
         would delete.

@@ -85,6 +85,20 @@ class Config:
         "time",
         default=0,
     )
+    admission: str = _key(
+        "storage",
+        parsers.choice("auto", "always", "read-only"),
+        "Which stores are written. always, auto: all that the write budget allows. read-only: none; hits are served.",
+        "choice",
+        default="auto",
+    )
+    write_bytes_per_day_max: int = _key(
+        "storage",
+        parsers.size(),
+        "Most bytes that stores write in a day; it refills continuously. 0: 10 % of the volume, at most 100 GB.",
+        "size",
+        default=0,
+    )
     durability: str = _key(
         "storage",
         parsers.choice("commit", "full"),
@@ -275,6 +289,11 @@ def automatic_budget_bytes(available_bytes: int) -> int:
 def automatic_floor_bytes(volume_bytes: int) -> int:
     """The free-disk floor when none is set, for a volume of `volume_bytes` in all."""
     return max(20 * GB, volume_bytes * 5 // 100)
+
+
+def automatic_write_bytes(volume_bytes: int) -> int:
+    """What may be written in a day when nothing is set, for a volume of `volume_bytes` in all."""
+    return min(100 * GB, volume_bytes * 10 // 100)
 
 
 def _read_toml(path: Path, required: bool) -> dict[str, object]:

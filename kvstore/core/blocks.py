@@ -81,6 +81,8 @@ class Reason(enum.StrEnum):
     NOT_CAPTURED = "not_captured"
     DEPENDENCY_LOST = "dependency_lost"
     STORE_FULL = "store_full"
+    WRITE_BUDGET = "write_budget"
+    READ_ONLY = "read_only"
     KEY_MISSING = "key_missing"
     INVALID = "invalid"
     PROFILE_REFUSED = "profile_refused"

@@ -233,6 +233,11 @@ class Engine:
         return self._shared.ledger.total
 
     @property
+    def put_bytes(self) -> int:
+        """What was written for blobs since the engine was opened, those that came to nothing among them."""
+        return self._shared.health.put_bytes
+
+    @property
     def budget_bytes(self) -> int:
         """Most bytes that it may cost."""
         return self._shared.options.budget_bytes

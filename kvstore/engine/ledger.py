@@ -97,12 +97,14 @@ class Ballast:
 class Health:
     """Plain counters since the engine was opened, and why stores are refused at present. Plain values: no lock.
 
+    written_bytes: of blobs that rows came to name; put_bytes: of all that were begun, counted before they are written.
     over_budget: what is stored passes it; under_floor: the volume has less free than the floor, or no inodes; no_space:
     a store of a usual size was refused, and would be again; disk_error: a write failed; displaced: the directory is
     gone.
     """
 
     written_bytes: int = 0
+    put_bytes: int = 0
     over_budget: str = ""
     under_floor: str = ""
     no_space: str = ""

@@ -233,6 +233,7 @@ class Writer:
         def book() -> None:
             shared.in_flight[blob] = nbytes
             shared.ledger.add("pending", nbytes)
+            shared.health.put_bytes += nbytes
 
         if not self._evictor.make_room(nbytes, batch.keep, book):
             return False

@@ -42,6 +42,11 @@ _BY_CODE = (
     ("kvstore_store_short", "store_reasons", "reason", "Stores that wrote less than all, or nothing."),
     ("kvstore_refused", "refusals", "limit", "Calls that a limit refused."),
 )
+# name, field of `writes`, help
+_HELD_BACK = (
+    ("kvstore_held_back_stores", "held_back_stores", "Stores that admission or the write budget did not let write."),
+    ("kvstore_held_back_bytes", "held_back_bytes", "Raw bytes of KV that they would have brought."),
+)
 # name, field of the answer, help
 _HISTOGRAMS = (
     ("kvstore_fetch_seconds", "fetch_s", "From the plan of a fetch until its bytes were read."),
@@ -56,6 +61,8 @@ _GAUGES = (
     ("kvstore_disk_free_floor_bytes", ("disk", "free_floor_bytes"), "Below this nothing is written."),
     ("kvstore_blobs", ("disk", "blobs"), "Files of blocks and checkpoints."),
     ("kvstore_quarantined_blobs", ("disk", "quarantined"), "Damaged files in quarantine."),
+    ("kvstore_write_budget_bytes", ("writes", "day_bytes"), "Most bytes that stores write in a day."),
+    ("kvstore_write_budget_left_bytes", ("writes", "left_bytes"), "Of these, what may be written now."),
     ("kvstore_clients", ("load", "clients"), "Workers that called within the last seconds."),
     ("kvstore_calls", ("load", "calls"), "Calls of workers under way."),
     ("kvstore_uploads", ("load", "uploads"), "Stores under way."),
@@ -142,6 +149,8 @@ class StatsCollector:
         for cause, one in self._stats.get("evictions", {}).items():
             evicted.add_metric([cause], one["bytes"])
         yield evicted
+        for name, field, about in _HELD_BACK:
+            yield CounterMetricFamily(name, about, value=self._stats.get("writes", {}).get(field, 0))
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.metrics_core import HistogramMetricFamily

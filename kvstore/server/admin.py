@@ -8,9 +8,11 @@ import logging
 from collections.abc import AsyncIterator, Callable
 
 from kvstore import __version__
+from kvstore.core.blocks import Reason
 from kvstore.core.text import size_text
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
+from kvstore.server.admission import DETAILS, READ_ONLY
 from kvstore.server.explain import Explainer, place_message
 from kvstore.server.history import History
 from kvstore.server.importer import Importer
@@ -18,7 +20,14 @@ from kvstore.server.pins import Pinner
 from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
-from kvstore.server.stats import Counters, hour_message, moment_of, namespace_message, quality_messages
+from kvstore.server.stats import (
+    Counters,
+    hour_message,
+    moment_of,
+    namespace_message,
+    quality_messages,
+    writes_message,
+)
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.wire import convert
@@ -84,6 +93,7 @@ class AdminService(rpc.AdminServicer):
             profile=self._store.gate.default_profile,
             data_dir=str(self._settings.data_dir),
         )
+        reply.writes.CopyFrom(writes_message(self._store.admission))
         reply.places.extend(map(place_message, self._explainer.why.places.reported()))
         return reply
 
@@ -220,6 +230,8 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def Import(self, request_iterator: AsyncIterator[pb.BlobPiece], context: Context) -> pb.ImportReply:
+        if self._store.admission.mode == READ_ONLY:
+            return pb.ImportReply(reason=Reason.READ_ONLY, detail=DETAILS[Reason.READ_ONLY])
         importer = self._importer()
         run = self._threads.pack
         try:

@@ -141,7 +141,7 @@ class Daemon:
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
         load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
-        settings = Settings(engine, config)
+        settings = Settings(engine, store.admission, config)
         explainer = Explainer(engine, fetch, why)
         admin = AdminService(
             engine,
@@ -178,7 +178,7 @@ class Daemon:
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
-        upkeep = Upkeep(engine, store.uploads, sockets, config, requests, counters, why, lifetime)
+        upkeep = Upkeep(engine, store, sockets, config, requests, counters, why, lifetime)
         tasks = [
             asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
             asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),

@@ -17,11 +17,13 @@ from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.core.log import level_in_force, set_level
 from kvstore.engine import Engine, Terms
 from kvstore.errors import ConfigError, InvalidRequestError
+from kvstore.server.admission import StoreAdmission
 
 log = logging.getLogger(__name__)
 
 SET = "kvstore set"
-KEYS = ("budget_bytes", "free_floor_bytes", "ttl", "log_level")
+KEYS = ("budget_bytes", "free_floor_bytes", "ttl", "admission", "write_bytes_per_day_max", "log_level")
+AUTOMATIC = ("budget_bytes", "free_floor_bytes", "write_bytes_per_day_max")
 # Settings of a namespace: the field of its terms, and the parser.
 NAMESPACE_KEYS: dict[str, tuple[str, Callable[[object], int]]] = {
     "quota": ("quota_bytes", parse_size),
@@ -32,8 +34,9 @@ NAMESPACE_KEYS: dict[str, tuple[str, Callable[[object], int]]] = {
 class Settings:
     """The settings in force. Blocks: lower limits evict at once. Any thread may call; changes take turns."""
 
-    def __init__(self, engine: Engine, config: Config) -> None:
+    def __init__(self, engine: Engine, admission: StoreAdmission, config: Config) -> None:
         self._engine = engine
+        self._admission = admission
         self._config = config
         self._lock = threading.Lock()
 
@@ -53,6 +56,8 @@ class Settings:
             self._config = config
             if key == "log_level":
                 set_level(config.log_level)
+            elif key in ("admission", "write_bytes_per_day_max"):
+                self._admission.change(config)
             else:
                 keep_to_limits(self._engine, config)
             now = self._in_force(key)
@@ -110,7 +115,7 @@ class Settings:
         """Every configuration key, its value in force as the configuration writes it, and where that came from."""
         with self._lock:
             config = self._config
-            automatic = [key for key in ("budget_bytes", "free_floor_bytes") if not getattr(config, key)]
+            automatic = [key for key in AUTOMATIC if not getattr(config, key)]
             return [
                 (key, self._in_force(key), "automatic")
                 if key in automatic
@@ -121,8 +126,10 @@ class Settings:
     def _in_force(self, key: str) -> str:
         if key == "log_level":
             return level_in_force()
-        if key == "ttl":
-            return str(self._config.ttl)
+        if key in ("ttl", "admission"):
+            return str(getattr(self._config, key))
+        if key == "write_bytes_per_day_max":
+            return str(self._admission.budget.day_bytes)
         stats = self._engine.stats()
         return str(stats.budget_bytes if key == "budget_bytes" else stats.free_floor_bytes)
 

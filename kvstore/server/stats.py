@@ -15,6 +15,7 @@ from kvstore.core.limits import Limits
 from kvstore.core.log import level_in_force
 from kvstore.engine import Engine, EngineStats, NamespaceUsage
 from kvstore.quality import Verdict
+from kvstore.server.admission import StoreAdmission
 from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.gate import Gate
@@ -142,6 +143,18 @@ def disk_message(disk: EngineStats) -> pb.DiskStats:
         checkpoint_bytes=disk.checkpoint_bytes,
         scrubbed_s=disk.scrubbed_s,
         damaged=disk.damaged,
+    )
+
+
+def writes_message(admission: StoreAdmission) -> pb.WriteStats:
+    """What stores may write, and what was held back."""
+    held_back = admission.held_back
+    return pb.WriteStats(
+        admission=admission.mode,
+        day_bytes=admission.budget.day_bytes,
+        left_bytes=max(0, admission.budget.left_bytes),
+        held_back_stores=held_back.stores,
+        held_back_bytes=held_back.nbytes,
     )
 
 

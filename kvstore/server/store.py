@@ -36,6 +36,7 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
+from kvstore.server.admission import DETAILS, Taken, store_admission
 from kvstore.server.gate import Gate
 from kvstore.server.lane import Lane
 from kvstore.server.receive import Receiver
@@ -93,6 +94,7 @@ class StorePath:
         self._config = config
         self.receiver = Receiver(engine, lane, config, buffers or ByteBudget(config.memory_bytes))
         self.gate = Gate(engine.quality, config.profile)
+        self.admission = store_admission(engine, config)
         self.uploads = Uploads(config.limits.uploads_max)
         self._shares = Shares(self._share_bytes, CALLER_SHARE)
         self.tokens_stored = 0
@@ -150,6 +152,11 @@ class StorePath:
         if upload.pieces and request.captured_from > upload.start:
             return StorePlan(None, held.n_tokens, Reason.NOT_CAPTURED)
         self._engine.touch(held.slices)
+        if upload.wants_bytes and (refusal := self.admission.refusal()) is not Reason.OK:
+            self.admission.hold_back(upload.upload_bytes)
+            # Read-only is what a person wants: workers do not complain of it.
+            detail = "" if refusal is Reason.READ_ONLY else DETAILS[refusal]
+            return StorePlan(None, held.n_tokens, refusal, detail)
         if not self._open(upload, request.caller):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL, self._engine.degraded)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
@@ -288,6 +295,8 @@ class StorePath:
         self._engine.touch(after.parts)
         if after.n_tokens < upload.n_tokens and reason is Reason.OK:
             reason = _why_less(after)
+        if reason in DETAILS:
+            self.admission.hold_back((upload.n_tokens - after.n_tokens) * upload.layout.token_bytes)
         if upload.awaits_checkpoint and reason is Reason.OK:
             row = self._engine.checkpoint_at(upload.chain)
             if row is None or row.fidelity < floor:
@@ -300,9 +309,10 @@ class StorePath:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
             with self.receiver.memory(upload) as memory:
+                taken = Taken(self.admission, self.receiver.blocks(upload, fidelity, memory))
                 receipt = self._engine.store(
                     upload.namespace_record,
-                    self.receiver.blocks(upload, fidelity, memory),
+                    taken,
                     # A spliced block may be another sequence's tail: nothing may make room for what needs it.
                     protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
                     encryption=upload.encryption,
@@ -314,7 +324,7 @@ class StorePath:
             for piece in upload.spliced:
                 self._engine.recheck(piece.row.key)
             return 0, Reason.EVICTED if evicted else Reason.CORRUPT
-        return receipt.new_bytes, receipt.reason
+        return receipt.new_bytes, taken.reason if receipt.reason is Reason.OK else receipt.reason
 
     def _floor(self, upload: Upload) -> int:
         return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY

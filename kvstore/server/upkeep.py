@@ -11,8 +11,9 @@ from kvstore.server.history import Moment
 from kvstore.server.lifetime import Lifetime
 from kvstore.server.requests import Requests
 from kvstore.server.stats import Counters, moment_of
+from kvstore.server.store import StorePath
 from kvstore.server.traffic import Snapshot
-from kvstore.server.uploads import Upload, Uploads
+from kvstore.server.uploads import Upload
 from kvstore.server.why import Why
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
@@ -26,7 +27,7 @@ class Upkeep:
     def __init__(
         self,
         engine: Engine,
-        uploads: Uploads,
+        store: StorePath,
         sockets: Sockets,
         config: Config,
         requests: Requests,
@@ -35,7 +36,8 @@ class Upkeep:
         lifetime: Lifetime,
     ) -> None:
         self._engine = engine
-        self._uploads = uploads
+        self._uploads = store.uploads
+        self._write_budget = store.admission.budget
         self._sockets = sockets
         self._config = config
         self._requests = requests
@@ -58,6 +60,7 @@ class Upkeep:
         self._displaced = self._displaced + 1 if self._engine.is_displaced() else 0
         if not self._displaced:
             self._lifetime.keep(self._moment)
+            self._write_budget.keep()
         idle = self._uploads.reap(self._config.limits.upload_idle_s, self._config.limits.upload_bytes_per_s_min)
         for upload in idle:
             words = "gave up upload %s of %d tokens: nothing arrived, or too little"
@@ -69,6 +72,7 @@ class Upkeep:
         self._requests.settle(all=True)
         if not self._engine.is_displaced():
             self._lifetime.keep(self._moment, now=True)
+            self._write_budget.keep(now=True)
 
     def _moment(self, traffic: Snapshot) -> Moment:
         return moment_of(self._engine, traffic, self._counters)

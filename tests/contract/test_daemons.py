@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,19 @@ from tests.support.synthetic import make_layout, make_namespace
 NAMESPACE = make_namespace(make_layout(layers=3, heads=2, width=64), "contract")
 TOKENS = list(range(1000, 1700))
 OTHER = list(range(5000, 5300))
+# What makes a real daemon refuse every store.
+REFUSED_BY = {
+    Reason.READ_ONLY: ("admission", "read-only"),
+    Reason.WRITE_BUDGET: ("write_bytes_per_day_max", "1"),
+}
 
 
 class End:
-    """One daemon that holds TOKENS, raw, and a client of it."""
+    """One daemon that holds TOKENS, raw, and a client of it. `refuse`: from now on nothing is written, for a reason."""
 
-    def __init__(self, client: Client, address: str) -> None:
+    def __init__(self, client: Client, address: str, refuse: Callable[[Reason], object]) -> None:
         self.client = client
+        self.refuse = refuse
         self.session = self.session_of(NAMESPACE)
         self.address = address
 
@@ -59,12 +65,14 @@ def end(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[End]:
             fake = FakeDaemon(NAMESPACE).start()
             stack.callback(fake.close)
             fake.hold(TOKENS)
-            yield End(stack.enter_context(connect(config=fake.config())), fake.address)
+            client = stack.enter_context(connect(config=fake.config()))
+            yield End(client, fake.address, lambda reason: fake.faults.add(reason.value))
             return
         daemon = stack.enter_context(DaemonProcess(tmp_path / "data", profile="raw"))
-        made = End(stack.enter_context(client_of(daemon)), daemon.listen)
+        client = stack.enter_context(client_of(daemon))
+        made = End(client, daemon.listen, lambda reason: client.set(*REFUSED_BY[reason]))
         assert made.session.store(TOKENS, make_cache(NAMESPACE.layout, TOKENS), wait=True).durable
-        yield End(stack.enter_context(client_of(daemon)), daemon.listen)
+        yield End(stack.enter_context(client_of(daemon)), daemon.listen, made.refuse)
 
 
 @pytest.mark.parametrize("way", WAYS, ids="-".join)
@@ -111,6 +119,16 @@ def test_a_longer_prompt_is_stored_and_found(end: End) -> None:
     assert (result.stored_tokens, result.reason, result.durable) == (800, Reason.OK, True)
     assert result.new_bytes > 0
     assert end.session.match([*longer, 7]).n_tokens == 800
+
+
+@pytest.mark.parametrize("reason", REFUSED_BY)
+def test_a_daemon_that_writes_nothing_says_why_and_serves_on(end: End, reason: Reason) -> None:
+    """The store is refused before any byte is handed over, and says what is held."""
+    end.refuse(reason)
+    longer = [*TOKENS, *range(9000, 9100)]
+    result = end.session.store(longer, make_cache(NAMESPACE.layout, longer), wait=True)
+    assert (result.stored_tokens, result.new_bytes, result.durable, result.reason) == (700, 0, False, reason)
+    assert end.session.match([*longer, 7]).n_tokens == 700
 
 
 @pytest.mark.parametrize("transport", ["PATH", "STREAM"])

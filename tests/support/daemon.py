@@ -29,6 +29,7 @@ SMALL = {
     "fetch_total_ms": str(OPEN_DEADLINES["fetch_total_ms"]),
     "free_floor_bytes": "1",
     "budget_bytes": "2GB",
+    "write_bytes_per_day_max": "1TB",
     "profile": "affine8",
     # A scrub that comes first would find the damage that a test is about.
     "scrub_bytes_per_s": "0",

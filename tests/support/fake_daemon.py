@@ -385,6 +385,9 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def _refusal(self, held: int, context: Any) -> pb.BeginStoreReply | None:
         if self._fault("begin_full"):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
+        for reason in ("read_only", "write_budget"):
+            if self._fault(reason):
+                return pb.BeginStoreReply(reason=reason, held_tokens=held)
         if self._fault("under_floor"):
             why = "1.00 GB are free, the floor is 20.00 GB"
             return pb.BeginStoreReply(reason="store_full", held_tokens=held, detail=why)

@@ -306,7 +306,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s", "writes")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -365,6 +365,7 @@ class StatsReply(_message.Message):
     FETCH_S_FIELD_NUMBER: _ClassVar[int]
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
     REUSE_S_FIELD_NUMBER: _ClassVar[int]
+    WRITES_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -388,7 +389,22 @@ class StatsReply(_message.Message):
     fetch_s: Histogram
     idle_s: Histogram
     reuse_s: Histogram
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ...) -> None: ...
+    writes: WriteStats
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ..., writes: _Optional[_Union[WriteStats, _Mapping]] = ...) -> None: ...
+
+class WriteStats(_message.Message):
+    __slots__ = ("admission", "day_bytes", "left_bytes", "held_back_stores", "held_back_bytes")
+    ADMISSION_FIELD_NUMBER: _ClassVar[int]
+    DAY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_STORES_FIELD_NUMBER: _ClassVar[int]
+    HELD_BACK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    admission: str
+    day_bytes: int
+    left_bytes: int
+    held_back_stores: int
+    held_back_bytes: int
+    def __init__(self, admission: _Optional[str] = ..., day_bytes: _Optional[int] = ..., left_bytes: _Optional[int] = ..., held_back_stores: _Optional[int] = ..., held_back_bytes: _Optional[int] = ...) -> None: ...
 
 class Place(_message.Message):
     __slots__ = ("namespace_id", "alias", "common_tokens", "prompts")
