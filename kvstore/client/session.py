@@ -330,11 +330,11 @@ class Session:
     def _request(
         self, tokens: bytes, layers: Sequence[KVLayer | StateLayer], restored_tokens: int | None
     ) -> tuple[StoreRequest | None, Reason]:
-        """The request to store, or None and the reason."""
+        """The request to store, or None and the reason. Raises why the daemon is away."""
         if self._background.closed:
             raise UnavailableError("the session is closed")
         if (away := self._connection.health.absence()) is not None:
-            return None, reason_of(away)
+            raise type(away)(str(away))  # not the one that others raise, too
         n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
         chain = self._chain(tokens[: n_tokens * TOKEN_BYTES])
         request = StoreRequest(chain, layers, restored_tokens, self.options.fidelity_min)
