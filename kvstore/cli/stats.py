@@ -53,7 +53,8 @@ def command(
     elif prometheus:
         from kvstore.metrics.exposition import exposition
 
-        click.echo(exposition(stats), nl=False)
+        for line in exposition(stats).decode().splitlines():
+            say(line)
     elif as_json:
         print_json(stats)
     else:
