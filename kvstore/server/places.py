@@ -20,6 +20,8 @@ import xxhash
 from kvstore.core.blocks import TOKEN_BYTES
 
 PLACES_MAX = 256
+# Prompts that are told apart at one place.
+SIDES_MAX = 256
 # Shorter common prefixes are only the chat template; longer ones lose little.
 COMMON_TOKENS_MIN = 20
 COMMON_TOKENS_MAX = 2000
@@ -48,7 +50,6 @@ class _Seen:
     alias: str
     common_tokens: int
     sides: set[int] = field(default_factory=set)
-    prompts: int = 0
     looks: int = 0
     reported: bool = False
 
@@ -83,23 +84,22 @@ class Places:
             if len(self._seen) > PLACES_MAX:
                 self._seen.popitem(last=False)
             new = {xxhash.xxh3_64_intdigest(side) for side in sides} - seen.sides
-            seen.prompts += len(new)
-            if len(seen.sides) < PLACES_MAX:
+            if len(seen.sides) < SIDES_MAX:
                 seen.sides |= new
-            due = bool(new) and not seen.reported and seen.prompts >= PROMPTS_MIN and seen.looks < LOOKS_MAX
+            due = bool(new) and not seen.reported and len(seen.sides) >= PROMPTS_MIN and seen.looks < LOOKS_MAX
             seen.looks += due
         if due and alike(*ahead()):
             with self._lock:
                 due, seen.reported = not seen.reported, True
             if due:
                 words = "%d prompts of %s share their first %d tokens, then something differs: kvstore why --last %d"
-                log.warning(words, seen.prompts, alias, common_tokens, PROMPTS_MIN)
+                log.warning(words, len(seen.sides), alias, common_tokens, PROMPTS_MIN)
 
     def reported(self) -> list[Place]:
         """The places that were reported, the latest last."""
         with self._lock:
             found = [(root, seen) for (root, _), seen in self._seen.items() if seen.reported]
-        return [Place(root, seen.alias, seen.common_tokens, seen.prompts) for root, seen in found]
+        return [Place(root, seen.alias, seen.common_tokens, len(seen.sides)) for root, seen in found]
 
     def forget(self, roots: frozenset[bytes]) -> None:
         """Drop what is known of these namespaces."""

@@ -137,16 +137,20 @@ def test_a_header_that_differs_in_every_request_is_stripped_and_prompts_hit(
         server = ServerProcess(model, tmp_path / "a.log", absent.environ(), launcher=stripping, flags=NO_MEMORY)
         with server:
             first = server.chat(agent("fa690"))
-            wait_until(lambda: "kvstore: stored small" in server.log_text(), 60.0, server.log_text)
+            # The question that it answered when it started is stored, too, and has ten tokens.
+            whole = first.prompt_tokens + 10
+            wait_until(lambda: stats_of(absent.environ())["tokens"]["stored"] >= whole, 60.0, server.log_text)
             second = server.chat(agent("0aaa9"))
             spoken = [server.chat(agent("0aaa9", f"A{line}")) for line in ("", "x-anthropic-billing-header: cch=1;")]
         with ServerProcess(model, tmp_path / "b.log", absent.environ(), launcher=NO_START, flags=NO_MEMORY) as plain:
             third = plain.chat(agent("eb6c6"))
+        why = run_cli(["why", "--last", "1", "--model", str(model)], absent.environ()).stdout
     (said,) = [one for one in server.log_text().splitlines() if "--strip-header" in one]
     assert said.startswith("kvstore: ") and said.endswith("billing")
     assert (first.cached_tokens, second.cached_tokens) == (0, second.prompt_tokens - 1)
     assert first.text == second.text and first.prompt_tokens == second.prompt_tokens < third.prompt_tokens
     assert spoken[1].prompt_tokens > spoken[0].prompt_tokens and third.cached_tokens < 100
+    assert "billing header" in why and "--strip-header billing" in why
 
 
 def test_a_server_is_warm_before_it_listens(model: Path, absent: DaemonProcess, tmp_path: Path) -> None:
