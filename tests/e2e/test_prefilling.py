@@ -144,32 +144,40 @@ class NoStore:
     """In the place of a store that nobody asks."""
 
 
-@pytest.mark.parametrize("kind", ["batched", "sequential"])
-@pytest.mark.parametrize("name", ["llama", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("llama", "batched"),
+        ("llama", "sequential"),
+        ("qwen3_5", "batched"),
+        ("qwen3_5", "sequential"),
+        ("gemma3", "batched"),
+    ],
+)
 def test_a_prompt_that_was_given_up_is_found_where_it_was(
     name: str, kind: str, folders: dict[str, str], daemon: DaemonProcess
 ) -> None:
     """By another process, at most one part below; and the answer is that of a cold run."""
-    prompt = TOKENS[:1200]
+    prompt = TOKENS[:700]
     first = Worker(name, folders, daemon, f"given-up-{kind}")
-    assert first.generate([prompt], cancel_at=960, kind=kind) == [(0, [])]
+    assert first.generate([prompt], cancel_at=640, kind=kind) == [(0, [])]
     first.close()
     other = Worker(name, folders, daemon, f"given-up-{kind}")
     ((covered, made),) = other.generate([prompt], kind=kind)
     other.close()
-    assert 960 - PART <= covered <= 1024
-    assert made == cold(name, 0, 1200)
+    assert 640 - PART <= covered <= 640
+    assert made == cold(name, 0, 700)
 
 
 def test_prompts_of_a_batch_are_stored_apart_and_once(folders: dict[str, str], daemon: DaemonProcess) -> None:
     """Different lengths share one padded batch; what is inserted at the end moves only what is left."""
-    prompts = [TOKENS[:1100], TOKENS[1500:2000], TOKENS[3000:3800]]
+    prompts = [TOKENS[:700], TOKENS[1500:1800], TOKENS[3000:3550]]
     first = Worker("llama", folders, daemon, "batch")
     before = tokens_stored(daemon)
     assert [made for _, made in first.generate(prompts)] == [
-        cold("llama", 0, 1100),
-        cold("llama", 1500, 2000),
-        cold("llama", 3000, 3800),
+        cold("llama", 0, 700),
+        cold("llama", 1500, 1800),
+        cold("llama", 3000, 3550),
     ]
     first.close()
     assert tokens_stored(daemon) - before == sum(len(prompt) + 5 for prompt in prompts)
@@ -179,14 +187,14 @@ def test_prompts_of_a_batch_are_stored_apart_and_once(folders: dict[str, str], d
 
 
 def test_the_next_checkpoint_replaces_the_one_before(folders: dict[str, str], daemon: DaemonProcess) -> None:
-    """Of a prompt with four interim checkpoints one is left, beside the one at its end."""
+    """Of a prompt with two interim checkpoints one is left, beside the one at its end."""
     worker = Worker("qwen3_5", folders, daemon, "replaced")
     before = checkpoints(daemon)
-    worker.generate([TOKENS[:1200]], cancel_at=1100)
+    worker.generate([TOKENS[:700]], cancel_at=640)
     worker.close()
     assert checkpoints(daemon) - before == 1
     worker = Worker("qwen3_5", folders, daemon, "replaced")
-    worker.generate([TOKENS[:1200]])
+    worker.generate([TOKENS[:700]])
     worker.close()
     assert checkpoints(daemon) - before == 1
 
@@ -223,27 +231,27 @@ def test_a_prompt_of_four_times_the_memory_is_stored_in_one_turn(
 
 def test_a_daemon_that_dies_meanwhile_changes_no_token(folders: dict[str, str], tmp_path: Path) -> None:
     """Nor does one that comes back with less than was acknowledged: what is missing is stored once more."""
-    prompt = TOKENS[:1200]
+    prompt = TOKENS[:700]
     daemon = DaemonProcess(tmp_path / "data", profile="raw").start()
     worker = Worker("llama", folders, daemon, "dies")
-    worker.generate([prompt], cancel_at=700)
+    worker.generate([prompt], cancel_at=384)
     assert worker.store.flush(60.0)
     daemon.kill()
     ((_, made),) = worker.generate([prompt])
-    assert made == cold("llama", 0, 1200)
+    assert made == cold("llama", 0, 700)
     for path in daemon.data_dir.iterdir():
         if path.name in ("index", "blobs.noindex"):
             shutil.rmtree(path)
     daemon.start()
     wait_until(worker.is_heard, 60.0, daemon.log_text)
-    worker.generate([prompt], cancel_at=1000)
+    worker.generate([prompt], cancel_at=640)
     worker.close()
     other = Worker("llama", folders, daemon, "dies")
     ((covered, made),) = other.generate([prompt])
     other.close()
     daemon.kill()
-    assert covered >= 1000 - PART, daemon.log_text()
-    assert made == cold("llama", 0, 1200)
+    assert covered >= 640 - PART, daemon.log_text()
+    assert made == cold("llama", 0, 700)
 
 
 WITH_PARTS = launch("run", "--no-start", "--slow-hits", "mlx_lm.server", min_prefix_tokens=1, **OPEN_DEADLINES, **PARTS)
@@ -272,7 +280,7 @@ def test_a_cancelled_request_and_a_killed_server_keep_their_prefill(
 ) -> None:
     """Hung up in a batched prompt; killed in a sequential one. The texts are those of a stock server."""
     folder = Path(folders["qwen3_5"])
-    one, other = (load_tokenizer(folder).decode(TOKENS[start : start + 1500]) for start in (0, 4000))
+    one, other = (load_tokenizer(folder).decode(TOKENS[start : start + 1000]) for start in (0, 4000))
     stock = ServerProcess(folder, tmp_path / "cold.log", clean_environ(), launcher=PLAIN, flags=FLAGS)
     first, last = (
         ServerProcess(folder, tmp_path / f"{name}.log", daemon.environ(), launcher=WITH_PARTS, flags=FLAGS)
