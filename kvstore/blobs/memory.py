@@ -46,7 +46,7 @@ class MemoryBlobs:
                 yield Entry(f"{blob.root.hex()}/{blob.name}", blob, len(data))
 
     def size(self, blob: BlobId) -> int | None:
-        """The sizes of the blobs that were put."""
+        """Bytes of the blob; None if it is missing."""
         data = self._blobs.get(blob)
         return None if data is None else len(data)
 

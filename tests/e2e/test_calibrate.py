@@ -154,18 +154,19 @@ def test_a_dry_run_shows_what_the_thresholds_refuse(
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As `used no`, with the numbers; nothing is recorded. What was measured above is measured again, under a name."""
+    """As `used no`, with the numbers; nothing is recorded: the result that passed stays. Here it is measured again."""
     names = [field.name for field in fields(Quality)]
-    again = Quality(**{name: results["balanced"][name] for name in names} | {"profile": "again"})
+    again = Quality(**{name: results["balanced"][name] for name in names})
     monkeypatch.setattr(calibrate, "measured", lambda *_, **__: [again])
     command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, "--profile", "balanced"]
     done = CliRunner().invoke(cli, [*command, "--address", daemon.listen, "--dry-run", "--kl-mean-max", "0"])
     assert done.exit_code == 0, (done.output, done.exception)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("again ")]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("balanced ")]
     assert line.split()[-1] == "no"
-    assert "again: mean KL" in done.stdout
+    assert "balanced: mean KL" in done.stdout
     with client_of(daemon) as client:
-        assert all(one["profile"] != "again" for row in client.list_quality()["namespaces"] for one in row["quality"])
+        (space,) = client.list_quality()["namespaces"]
+    assert {one["profile"]: one["refused"] == "" for one in space["quality"]} == {PLANTED: False, "balanced": True}
 
 
 def test_results_survive_a_restart_and_an_index_that_is_rebuilt(
@@ -193,7 +194,7 @@ def test_results_are_listed_and_forgotten_though_nothing_is_stored(
     assert rows == {PLANTED: "no", "balanced": "yes"}
     forgotten = run_cli(["calibrate", "--forget", root[:8], "--profile", PLANTED, "--json"], daemon.environ())
     assert json.loads(forgotten.stdout)["forgotten"] == 1
-    assert run_cli(["calibrate", "--forget", "all"], daemon.environ()).stdout == "forgot 1 results\n"
+    assert run_cli(["calibrate", "--forget", "all"], daemon.environ()).stdout == "forgot 1 result\n"
     with client_of(daemon) as client:
         assert client.list_quality()["namespaces"] == []
     assert run_cli(["calibrate", "--list", "--model", str(model)], daemon.environ()).returncode == 2
