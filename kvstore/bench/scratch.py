@@ -50,7 +50,7 @@ class ScratchDaemon:
         raise ConfigError("the temporary daemon did not start")
 
     def stop(self) -> None:
-        """Stop it in good order."""
+        """Stop the daemon with SIGTERM and wait for its end."""
         process, self._process = self._process, None
         if process is not None:
             process.terminate()

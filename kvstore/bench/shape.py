@@ -71,7 +71,7 @@ def arrays_of(layers: Sequence[KVLayer | StateLayer]) -> list[mx.array]:
 
 
 def save(path: Path, arrays: Sequence[mx.array]) -> int:
-    """One safetensors file with these arrays; its bytes of payload."""
+    """Write these arrays to one safetensors file. Returns the payload bytes."""
     mx.save_safetensors(str(path), {f"a{index:04d}": array for index, array in enumerate(arrays)})
     return sum(array.nbytes for array in arrays)
 

@@ -100,5 +100,5 @@ class _Stores:
 
 
 def settle(session: Session) -> None:
-    """Wait until nothing is on its way any more."""
+    """Wait until all stores have ended."""
     session.flush()

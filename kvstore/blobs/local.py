@@ -45,7 +45,7 @@ class LocalBlobs:
         return write_pending(self._fs, self._path(blob), parts, self._sync)
 
     def sync(self, root: bytes) -> None:
-        """fsync of the folder; of the one above when it is not there."""
+        """Sync the namespace's folder; its parent if the folder is missing."""
         if self._sync:
             try:
                 self._fs.fsync_dir(self._folder(root))

@@ -98,7 +98,7 @@ class Readers:
         return result
 
     def start(self, work: Callable[[], Any]) -> Job:
-        """Queue `work`. From a reader thread it helps the work that runs there, and is abandoned with it."""
+        """Queue `work`. Work queued by a reader thread is abandoned with the work that runs there."""
         job = Job(work)
         parent: Job | None = getattr(self._current, "job", None)
         if parent is not None:

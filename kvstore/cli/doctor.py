@@ -107,7 +107,7 @@ def _libraries() -> Line:
 
 
 def _way_back(config: Config) -> str:
-    """What to do about a daemon that does not answer: it is another thing if its process is there."""
+    """Advice for a daemon that does not answer; another one if its process exists."""
     if not config.address.path:
         return f"look at the host of {config.listen}"
     try:

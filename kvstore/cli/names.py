@@ -21,7 +21,7 @@ def as_id(name: str) -> bytes:
 
 
 def find_namespaces(namespaces: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Those of what the daemon has whose alias is `name` or whose id starts so."""
+    """Entries of the daemon whose alias is `name` or whose id starts with it."""
     prefix = as_id(name).hex()
     return [one for one in namespaces if one["alias"] == name or (prefix and one["id"].startswith(prefix))]
 

@@ -80,7 +80,7 @@ def _pair(assignment: str) -> tuple[str, str]:
 
 
 def _confirm(client: Client, key: str, value: str, prefix: bytes, *, asked: bool) -> None:
-    """Say what a limit would delete when it is much, and ask on a terminal; click.Abort for any answer but yes."""
+    """If a limit would delete much, say so and ask on a terminal. Raises click.Abort unless the answer is yes."""
     plan = client.set(key, value, prefix, dry_run=True)
     deletes, stored = plan["deletes_bytes"], plan["stored_bytes"]
     if deletes * MANY_DIVISOR <= stored or not deletes:

@@ -17,8 +17,8 @@ from kvstore.core.layers import KVLayer, StateLayer
 
 Layer: TypeAlias = KVLayer | StateLayer
 
-# Layers that are being decoded while the next one is read. Where decoding is the faster one, one would do; where it is
-# not, what waits for it takes memory.
+# Layers that are decoded while the next one is read. If decoding is faster than reading, one is enough; if it is
+# slower, waiting layers take memory.
 DECODING_MAX = 2
 
 

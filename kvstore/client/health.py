@@ -47,7 +47,7 @@ class Health:
     def __init__(
         self, check: Any, failed: Callable[[Any], KVStoreError], came_back: Callable[[], object] = lambda: None
     ) -> None:
-        """`failed(error)`: what the error of a check means. `came_back()` is called when an answer ends an absence."""
+        """`failed(error)` translates the error of a check. `came_back()` is called when the daemon answers again."""
         self.check = check
         self._failed = failed
         self._came_back = came_back

@@ -61,7 +61,7 @@ class Plan:
         return total
 
     def tokens_without(self, source: int) -> int:
-        """The longest prefix that needs nothing of a source: less than all for the checkpoint."""
+        """The longest prefix that needs no bytes of this source; all but one token if the source is the checkpoint."""
         if source == self.state_source:
             return self.n_tokens - 1
         return sum(block.take for block in self.blocks[:source])
@@ -160,7 +160,7 @@ def _check_checkpoint(plan: Plan, request: Request) -> None:
 
 
 def _check_ranges(states: Sequence[LayerState]) -> None:
-    """No more bytes than a checkpoint may have, one array after the other, each verifiable."""
+    """Check a checkpoint: not too large, arrays one after the other, each with checksums."""
     arrays = [array for state in states for array in state.arrays]
     if sum(array.nbytes for array in arrays) > STATE_BYTES_MAX:
         raise CorruptDataError("the checkpoint of a plan is too large")

@@ -52,7 +52,7 @@ class Sender(Generic[J]):
             return True
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything submitted so far is done; whether it is."""
+        """Wait for all jobs submitted so far. Returns whether they are done."""
         give_up_at = time.monotonic() + timeout_s
         with self._changed:
             while self._jobs or self._busy:

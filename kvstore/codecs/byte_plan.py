@@ -120,7 +120,7 @@ def _used_runs(blocks: Sequence[HitBlock]) -> Iterator[tuple[int, Run, int]]:
             yield source, run, min(run.shown, left)
             left -= run.shown
         if left > 0:
-            raise BlockCorruptError(f"block {source} shows {left} tokens less than its plan takes", source)
+            raise BlockCorruptError(f"block {source} has {left} tokens fewer than the plan reads from it", source)
 
 
 def _stacks_of(run: Run, layer: int) -> Iterator[tuple[Stack, int]]:

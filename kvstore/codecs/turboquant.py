@@ -205,7 +205,7 @@ def _look_up(table: mx.array, indices: mx.array) -> mx.array:
 
 
 def _levels(codes: mx.array, form: RowFormat) -> mx.array:
-    """The levels that codes name, float32 `[..., width]`, in units of 1 / sqrt(width)."""
+    """Decoded levels of codes, float32 `[..., width]`, in units of 1 / sqrt(width)."""
     return _look_up(mx.array(codebook(form.width, form.level_bits).levels), codes)
 
 

@@ -35,7 +35,7 @@ class Limits:
     # hold several.
     connections_max: int = 256
     # A call is ended when its peer sends or takes nothing for this long: twice the default of `fetch_total_ms`, after
-    # which a worker gives up by itself.
+    # which a worker gives up.
     stream_stall_s: int = 10
     # An upload is dropped when nothing arrives for this long. Three stalls: a worker that lost its stream has time to
     # continue the same upload over another one.

@@ -199,7 +199,7 @@ class Walk:
                 self._damaged(row, "missing_parent", blob.name, "the block before this one is not in the index")
 
     def _check_strays(self, entries: Sequence[Entry]) -> None:
-        """Entries without a row. A repair adopts what is sound and reachable and deletes the rest."""
+        """Check entries without a row. A repair adopts sound, reachable blobs and deletes the others."""
         strays = [entry for entry in entries if self._is_stray(entry)]
         for entry in strays:
             self._find("stray_blob", entry.place, "no row of the index names this blob")

@@ -54,7 +54,7 @@ class Directory:
 
     @property
     def quarantine(self) -> Path:
-        """Damaged blobs, for a person to look at."""
+        """Damaged blobs, kept for inspection."""
         return self.root / "quarantine"
 
     @property

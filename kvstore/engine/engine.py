@@ -205,7 +205,7 @@ class Engine:
         self._shared.uses.touch(keys, used_s)
 
     def lease(self, rows: Iterable[Row]) -> Lease:
-        """Protect the blobs of rows until they are open: evicted last, and those of replaced rows stay for now."""
+        """Protect the blobs of rows until readers have opened them: evicted last, not unlinked when replaced."""
         return self._shared.deletions.lease(tuple(rows), self._shared.index.ring)
 
     # -- encryption -----------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ class Engine:
     # -- looking --------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Counts of this moment."""
+        """Current counts."""
         try:
             free_bytes = self._evictor.shortage.free_bytes()
         except OSError as error:

@@ -275,7 +275,7 @@ class Writer:
             raise DirectoryError(f"cannot write to {self._shared.directory.root}: {error}") from error
 
     def _commit(self, batch: _Batch) -> _Settled:
-        """Names, one folder sync and one index commit for everything that was written."""
+        """Rename all written blobs, sync their folder once, and commit the index once."""
         shared = self._shared
         try:
             for entry in batch.entries:
@@ -328,7 +328,7 @@ class Writer:
             return settled
 
     def _settle(self, edit: Edit, batch: _Batch) -> _Settled:
-        """Put the rows of a batch as far as the index still bears them out."""
+        """Insert the rows of a batch that the index can still hold: their parents and namespace exist."""
         settled, shared = _Settled(), self._shared
         if shared.index.ring.key(batch.root) is not batch.key:
             # Its key was dropped, or it was first encrypted, while this request was under way.
@@ -385,7 +385,7 @@ class Writer:
             shared.health.written_bytes += self._shared.site.cost(row)
             shared.lost.forget(row.key)
         shared.evictions.note(CHAIN, len(settled.evicted), sum(map(self._shared.site.cost, settled.evicted)))
-        # A request may hold one key twice: what it replaced of its own is deleted with what was not kept.
+        # A request may contain one key twice: its first blob is then deleted with the blobs that were not kept.
         own = {row.blob for row in settled.kept}
         gone = [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]
         settled.deletion = shared.deletions.begin(shared.costs(gone))

@@ -112,7 +112,7 @@ class Row(_Fields):
 
     @property
     def source(self) -> Source:
-        """Its blob for a reader."""
+        """The blob's id and size, as a reader needs them."""
         return Source(self.blob, self.payload_offset, self.blob_bytes)
 
     @property

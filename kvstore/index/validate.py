@@ -128,7 +128,7 @@ class _File:
         self.seen.update(pages)
         page = os.pread(self._fd, self.page_bytes, number * self.page_bytes)
         if len(page) != self.page_bytes or _HEADER.unpack_from(page)[0] != number:
-            raise CorruptDataError(f"index: page {number} is another one")
+            raise CorruptDataError(f"index: page {number} has another page's number")
         return page
 
     def read(self, number: int, at: int, length: int) -> bytes:

@@ -141,7 +141,7 @@ class PrefixStore:
         return Prefix(self._store, self._key, model, tokens)
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until the folders of the model are hashed; whether they are."""
+        """Wait until the model's folders are hashed. Returns whether they are."""
         epoch = self._store.epoch(self._key)
         return not epoch.unknown and all(pin is None or pin.wait(timeout_s) for pin in epoch.pins)
 

@@ -151,7 +151,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         return restored, tokens[n_tokens:]
 
     def prepare_store(self, tokens: list[int], cache: list[Any], *auxiliary: Any, **named: Any) -> Any:
-        """As the stock one. What it will not keep, since it is larger than memory's bound, is stored all the same."""
+        """As in the stock class. A cache too large for the memory tier is stored as well."""
         entry = super().prepare_store(tokens, cache, *auxiliary, **named)
         if entry is None and cache and self._key is not None and len(tokens) >= self._config.min_prefix_tokens:
             self._offer_unkept(self._key, tokens, cache)

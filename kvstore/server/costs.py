@@ -302,9 +302,9 @@ def work_of(match: Match, layout: Layout) -> Work:
 
 
 def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Work], float]) -> Match:
-    """The prefix of a match that saves its caller most, or a miss: the match itself where that is all of it.
+    """The prefix of a match that saves the caller the most time: all of the match, a part of it, or a miss.
 
-    It is worth it when restoring takes at most `WORTH_SHARE` of what it saves.
+    A prefix is used if restoring takes at most `WORTH_SHARE` of the prefill time that it saves.
     """
     best, best_s = 0, 0.0
     for n_tokens, _, work in _candidates(match, layout):

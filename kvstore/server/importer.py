@@ -199,7 +199,7 @@ class Importer:
         return words.get(reason, "")
 
     def finish(self) -> Imported:
-        """Store what waits; what came of it all. InvalidRequestError when the last blob is not complete."""
+        """Store the remaining blobs; returns the result. InvalidRequestError if the last blob is incomplete."""
         if self._incoming is not None and self.done.reason is Reason.OK:
             raise InvalidRequestError("the last blob is not complete")
         self._store_batch()

@@ -42,7 +42,9 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     interim: bool = False  # the checkpoint is one within a prompt that is still being computed
-    awaits_checkpoint: bool = False  # the one after the last token comes from an upload that this one depends on
+    awaits_checkpoint: bool = (
+        False  # another upload, which this one depends on, sends the checkpoint after the last token
+    )
     # The key with which it is written and committed; None: not encrypted.
     encryption: NamespaceKey | None = None
     evictions: int = 0  # of the engine when it began: a later one of what it brings takes it along
@@ -66,7 +68,7 @@ class Upload:
 
     @property
     def fidelity(self) -> int:
-        """At most this comes of it."""
+        """Upper bound on the fidelity of what this upload stores."""
         return min(self.profile.fidelity, self.restored_fidelity)
 
     @property
@@ -171,7 +173,7 @@ class Uploads:
         return first, tuple(ids)
 
     def sender_of(self, key: bytes, fidelity_min: int) -> str | None:
-        """The upload that brings what has this key, if it will be of `fidelity_min`."""
+        """Id of the upload that sends the block of this key with at least `fidelity_min`; None if there is none."""
         with self._lock:
             upload_id = self._by_key.get(key)
             return upload_id if upload_id and self._by_id[upload_id].fidelity >= fidelity_min else None
