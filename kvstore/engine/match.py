@@ -22,6 +22,7 @@ from kvstore.errors import CorruptDataError
 from kvstore.index.children import best_child
 from kvstore.index.rows import (
     HEAD_BYTES,
+    LEVEL_TOKENS,
     NUMBER_BYTES,
     TOKENS_AT,
     Row,
@@ -29,6 +30,7 @@ from kvstore.index.rows import (
     Templates,
     fidelities_of,
     fidelity_of,
+    level_prefix,
     parse_row,
     templates_digests_of,
 )
@@ -279,8 +281,14 @@ class Nearest:
         self._shared = shared
 
     def common_tokens(self, chain: Chain, limit_tokens: int) -> int:
-        """How many of the first `limit_tokens` of a prompt are stored, at any fidelity."""
+        """How many of the first `limit_tokens` of a prompt are stored, at any fidelity; 0 for fewer than LEVEL_TOKENS.
+
+        Most prompts share nothing with most namespaces, and one lookup tells that. Not for encrypted namespaces.
+        """
         with self._shared.index.view() as view:
+            head = level_prefix(chain.root, chain.tokens, 1, None)
+            if limit_tokens < LEVEL_TOKENS or next(view.entries(head), None) is None:
+                return 0
             return longest_prefix(view, chain, limit_tokens, 0).n_tokens
 
     def after(self, root: bytes, key: bytes, n_tokens: int, limit_tokens: int) -> bytes:
