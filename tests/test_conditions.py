@@ -29,8 +29,8 @@ from tests.test_versions import LAYOUT, OTHER, TOKENS, NoCalls
 # Root may go everywhere, unless it gives that up.
 AS_ANYONE = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 NO_ROOM = ["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"]
-# What a verb is given for an argument that it requires; a verb that asks for another gets a word that means nothing.
-VALUES = {"target": "daemon", "assignment": "log_level=info", "model_path": "/nonexistent"}
+# What a verb is given for what it requires, by how its help writes it; for anything else, a word that means nothing.
+VALUES = {"NAMESPACE|daemon": "daemon", "KEY=VALUE": "log_level=info", "PATH": "/nonexistent"}
 NO_VALUE = "ab"
 # More words for verbs that would refuse to do nothing, or would do more than look.
 MORE = {"evict": ["--all", "--dry-run"], "calibrate": ["--list"], "why": ["--last", "1"]}
@@ -54,7 +54,7 @@ def words_of(verb: str, command: click.Command) -> list[str]:
     words = verb.split()
     for param in command.params:
         if param.required:
-            value = VALUES.get(param.name or "", NO_VALUE)
+            value = VALUES.get(param.metavar or "", NO_VALUE)
             words += [param.opts[0], value] if isinstance(param, click.Option) else [value]
     return words + MORE.get(verb, [])
 
