@@ -225,7 +225,7 @@ def test_people_get_a_table() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", [verb for verb in command.commands if verb not in ("match", "ttft", "codec", "quality")]
+    "verb", [verb for verb in command.commands if verb not in ("match", "ttft", "codec", "quality", "eviction")]
 )
 def test_a_daemon_in_use_is_not_written_to(verb: str) -> None:
     """A usage error before anything is started."""
