@@ -53,7 +53,7 @@ class LocalBlobs:
                 self._fs.fsync_dir(self._directory)
 
     def reader(self, sources: Sequence[Source], open_max: int) -> FileReader:
-        """Positions count in the file."""
+        """Positions are offsets in the file."""
         files = [FileSource(self._path(one.blob), one.payload_offset, one.nbytes) for one in sources]
         return FileReader(files, open_max)
 

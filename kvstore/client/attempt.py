@@ -57,9 +57,9 @@ class Attempt:
         self.deadline.check()
 
     def decoded(self, layers: Generator[Layer, None, None]) -> Iterator[Layer]:
-        """Layers that were begun, waited for if the caller wants them evaluated: each while others are read.
+        """Yields layers. If the caller wants them evaluated, each is computed while the next ones are read.
 
-        DeadlineError when time is over. Whatever ends it, the reading ends with it.
+        Raises DeadlineError at the deadline. Reading ends when the iteration ends, for whatever reason.
         """
         begun: deque[Layer] = deque()
         try:

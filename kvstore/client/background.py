@@ -116,7 +116,7 @@ class Background:
         """The store held less than the session believed: have all of it copied, if the caller's arrays are there."""
         again = job.again
         if again is not None and again.start_over() and self._sender.submit(again):
-            job.again = None  # no longer the job's to let go
+            job.again = None  # from now on the job must not drop it
 
     def _go_on(self, rest: Rest) -> None:
         """Copy and store a piece of the rest of a large sequence; what is left then goes to the end of the queue."""

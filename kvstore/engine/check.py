@@ -319,7 +319,7 @@ def settle_strays(site: Site, found: Strays) -> int:
 
 
 def _readable(text: str) -> str:
-    """With what is not Unicode, as the name of a file may be, spelled out: findings go over the wire."""
+    """Escape bytes that are not Unicode, as file names may contain: findings are sent as Unicode text."""
     return text.encode(errors="backslashreplace").decode()
 
 

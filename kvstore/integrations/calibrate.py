@@ -44,7 +44,7 @@ LogProbs = npt.NDArray[np.float32]
 
 NEXT_TOKENS = 48
 PREFILL_STEP = 512
-# A fetch is waited for as long as it takes: what is measured is what comes back.
+# A fetch may take as long as it needs: only its result is measured.
 PATIENT_MS = 120_000
 
 

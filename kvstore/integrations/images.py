@@ -24,7 +24,7 @@ def splits_image(tokens: Sequence[int], n_tokens: int) -> bool:
 
 
 def around_images(session: Session, tokens: Sequence[int]) -> Sequence[int]:
-    """`tokens`, without so many at the end that the longest prefix the store has of the others splits no image.
+    """Shorten `tokens` so that the longest prefix in the store does not end inside an image.
 
     A hit cannot be cut where layers are valid at one position only; the next lower position is up to the store.
     """

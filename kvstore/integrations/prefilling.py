@@ -128,7 +128,7 @@ def watched(cache: PromptCache, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `stream_generate` for the prompt that was looked up last, with parts of it stored."""
     prompt, report = cache.computing, options.get("prompt_progress_callback")
     rest, layers = options.get("prompt"), options.get("prompt_cache")
-    # A prompt with images is looked up by other tokens than it is computed from, one for one.
+    # For lookups, image tokens of a prompt are replaced one for one by tokens that identify the image.
     if prompt is None or rest is None or layers is None or len(rest) != len(prompt.tokens) - prompt.covered:
         return options
     filling = Filling(cache, prompt)

@@ -41,7 +41,7 @@ class RequestGuard(stock.ResponseGenerator):
     """Mixed into the server's generator by `guarded`. The methods run on the generation thread."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # Before the generation thread, which the stock class starts, looks for them.
+        # Set before the stock class starts the generation thread, which reads them.
         self._taken: weakref.WeakSet[Any] = weakref.WeakSet()
         self._vocabulary: tuple[Callable[[], Any], int] = (lambda: None, 0)
         super().__init__(*args, **options)

@@ -1,1 +1,1 @@
-"""Numbers for machines that watch machines."""
+"""Metrics for monitoring systems."""

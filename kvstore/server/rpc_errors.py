@@ -41,7 +41,7 @@ async def _end(context: Context, code: Any, details: str, metadata: Any) -> None
     try:
         await asyncio.wait_for(context.abort(code, details, metadata), ABORT_S)
     except TimeoutError:
-        # A peer that reads nothing has the status behind what it did not read; gRPC keeps it for as long as the call.
+        # If a peer reads nothing, its status waits behind unread messages, and gRPC keeps the call's memory until then.
         raise asyncio.CancelledError from None
 
 
