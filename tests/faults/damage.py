@@ -46,6 +46,7 @@ from tests.support.engine import (
     put_checkpoint,
     require_right,
     sequence,
+    state_values,
     values,
 )
 
@@ -305,9 +306,8 @@ class Blobs:
 def _is_right(row: Row, number: int, got: bytes) -> bool:
     """Whether a checked range has the bytes that follow from its tokens (`tests.support.engine`)."""
     if row.is_checkpoint:
-        arrays = [(state.layer, at) for state in row.block.states for at, _ in enumerate(state.arrays)]
-        layer, at = arrays[number]
-        return got == values(row.key + bytes([layer, at]), len(got)).tobytes()
+        arrays = [(state.layer, at, array) for state in row.block.states for at, array in enumerate(state.arrays)]
+        return got == state_values(row.key, *arrays[number]).tobytes()
     stacks = row.block.runs[0].stacks
     at, position = [(at, position) for at, stack in enumerate(stacks) for position in range(len(stack.layers))][number]
     stack = stacks[at]
