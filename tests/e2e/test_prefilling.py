@@ -75,7 +75,7 @@ class Worker:
         self.cache = PromptCache(0, store=self.store, provider=Provider(self.key, self.model))
 
     def generate(self, prompts: Sequence[list[int]], cancel_at: int = 1 << 30, kind: str = "batched") -> list[Any]:
-        """(tokens that were restored, tokens generated) of each prompt; all are given up after `cancel_at` tokens."""
+        """(tokens that were restored, tokens generated) of each prompt; all are given up when one has `cancel_at`."""
         if kind == "sequential":
             return [self._one(prompt, cancel_at) for prompt in prompts]
         batch = StoringBatch(self.model, max_tokens=5, prefill_step_size=STEP, prompt_cache=self.cache)
@@ -88,7 +88,8 @@ class Worker:
         left = set(made)
         while left:
             computed, generated = batch.next()
-            given_up = [one.uid for one in computed if covered[one.uid] + one.progress[0] >= cancel_at]
+            reached = any(covered[one.uid] + one.progress[0] >= cancel_at for one in computed)
+            given_up = [one.uid for one in computed] if reached else []
             batch.remove(given_up)
             left.difference_update(given_up)
             for one in generated:
@@ -184,6 +185,21 @@ def test_prompts_of_a_batch_are_stored_apart_and_once(folders: dict[str, str], d
     other = Worker("llama", folders, daemon, "batch")
     assert [covered for covered, _ in other.generate(prompts)] == [len(prompt) - 1 for prompt in prompts]
     other.close()
+
+
+def test_padded_prompts_of_a_batch_are_stored_too(folders: dict[str, str], daemon: DaemonProcess) -> None:
+    """One begins with what was restored, the others beside it are padded by as much; all are given up."""
+    prompts = [TOKENS[:700], TOKENS[3000:3700]]
+    worker = Worker("llama", folders, daemon, "padded")
+    worker.generate(prompts[:1], cancel_at=256)
+    assert worker.store.flush(60.0)
+    assert [covered for covered, _ in worker.generate(prompts, cancel_at=512)] == [256, 0]
+    worker.close()
+    other = Worker("llama", folders, daemon, "padded")
+    answers = other.generate(prompts)
+    other.close()
+    assert [covered for covered, _ in answers] == [512, 256]
+    assert [made for _, made in answers] == [cold("llama", 0, 700), cold("llama", 3000, 3700)]
 
 
 def test_the_next_checkpoint_replaces_the_one_before(folders: dict[str, str], daemon: DaemonProcess) -> None:
