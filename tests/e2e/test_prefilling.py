@@ -231,10 +231,9 @@ def test_a_prompt_of_four_times_the_memory_is_stored_in_one_turn(
     folders: dict[str, str], daemon: DaemonProcess
 ) -> None:
     """And nothing of it twice."""
-    prompt = TOKENS[:1400]
-    layers = tiny("llama").layers
-    nbytes = len(prompt) * len(layers) * 2 * 2 * 64 * 4
-    worker = Worker("llama", folders, daemon, "memory", memory_bytes=nbytes // 4)
+    memory_bytes = 1 << 20
+    prompt = TOKENS[: 4 * memory_bytes // (len(tiny("llama").layers) * 2 * 2 * 64 * 4)]
+    worker = Worker("llama", folders, daemon, "memory", memory_bytes=memory_bytes)
     before = tokens_stored(daemon)
     worker.generate([prompt])
     worker.close()
@@ -242,7 +241,7 @@ def test_a_prompt_of_four_times_the_memory_is_stored_in_one_turn(
     other = Worker("llama", folders, daemon, "memory")
     ((covered, made),) = other.generate([prompt])
     other.close()
-    assert (covered, made) == (len(prompt) - 1, cold("llama", 0, 1400))
+    assert (covered, made) == (len(prompt) - 1, cold("llama", 0, len(prompt)))
 
 
 def test_a_daemon_that_dies_meanwhile_changes_no_token(folders: dict[str, str], tmp_path: Path) -> None:
