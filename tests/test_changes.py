@@ -20,7 +20,7 @@ TOOLS = '\n# Tools\n{"type": "function", "function": {"name": "read", "parameter
 FILES = [f"kvstore/engine/part_{number:03}.py" for number in range(200)]
 MAP = [
     "kvstore/engine/match.py:\n⋮\n│class Found:\n│    rows: tuple\n⋮",
-    "kvstore/server/why.py:\n⋮\n│class Why:\n│    def note(self):\n⋮",
+    "kvstore/telemetry/why.py:\n⋮\n│class Why:\n│    def note(self):\n⋮",
     "kvstore/core/keys.py:\n⋮\n│class Chain:\n│    def key(self):\n⋮",
     "kvstore/client/session.py:\n⋮\n│class Session:\n│    def fetch(self):\n⋮",
 ]

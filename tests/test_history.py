@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.server.history import CODES_MAX, COLUMNS, FILE, HOUR_S, ROWS_MAX, History, Moment
-from kvstore.server.lifetime import WRITE_EVERY_S, Lifetime
-from kvstore.server.traffic import Totals, Who
+from kvstore.telemetry.history import CODES_MAX, COLUMNS, FILE, HOUR_S, ROWS_MAX, History, Moment
+from kvstore.telemetry.lifetime import WRITE_EVERY_S, Lifetime
+from kvstore.telemetry.traffic import Totals, Who
 
 NOON_S = 1_700_002_800 // HOUR_S * HOUR_S
 WHO = Who("worker", 7, bytes(32), "small-lm", "test 1")

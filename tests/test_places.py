@@ -8,7 +8,7 @@ import random
 import pytest
 
 from kvstore.core.blocks import pack_tokens
-from kvstore.server.places import COMMON_TOKENS_MAX, COMMON_TOKENS_MIN, PLACES_MAX, Places, alike
+from kvstore.telemetry.places import COMMON_TOKENS_MAX, COMMON_TOKENS_MIN, PLACES_MAX, Places, alike
 
 ROOT = bytes(32)
 REST = list(range(5000, 5150))

@@ -7,9 +7,9 @@ import logging
 import pytest
 
 from kvstore.core.blocks import Reason
-from kvstore.server.recent import RECENT_MAX
-from kvstore.server.requests import HIT_S, MATCH_LINE_S, OPEN_MAX, Asked, Outcome, Requests
-from kvstore.server.traffic import Totals, Traffic, Who
+from kvstore.telemetry.recent import RECENT_MAX
+from kvstore.telemetry.requests import HIT_S, MATCH_LINE_S, OPEN_MAX, Asked, Outcome, Requests
+from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 WHO = Who("worker", 7, bytes(32), "small-lm", "test 1")
 OTHER = Who("worker", 7, bytes([1]) * 32, "small-lm", "test 1")
@@ -23,7 +23,7 @@ class Rig:
         self.traffic = Traffic()
         self.requests = Requests(self.traffic, lambda: self.now_s)
         self._caplog = caplog
-        caplog.set_level(logging.DEBUG, "kvstore.server.requests")
+        caplog.set_level(logging.DEBUG, "kvstore.telemetry.requests")
 
     def settle(self, seconds: float = MATCH_LINE_S) -> None:
         """So much later."""

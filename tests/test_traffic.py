@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.server.history import Moment
-from kvstore.server.lifetime import FILE, WRITE_EVERY_S, Lifetime
-from kvstore.server.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Snapshot, Totals, Traffic, Who
+from kvstore.telemetry.history import Moment
+from kvstore.telemetry.lifetime import FILE, WRITE_EVERY_S, Lifetime
+from kvstore.telemetry.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Snapshot, Totals, Traffic, Who
 
 ROOT = bytes(32)
 

@@ -14,9 +14,9 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, Selection
 from kvstore.errors import CorruptDataError
-from kvstore.server.requests import Asked
-from kvstore.server.traffic import Who
-from kvstore.server.why import ENTRIES_MAX, OTHERS_ASKED_MAX, UNSTORED_MAX, Entry, Identity, StoreEnd, Why
+from kvstore.telemetry.requests import Asked
+from kvstore.telemetry.traffic import Who
+from kvstore.telemetry.why import ENTRIES_MAX, OTHERS_ASKED_MAX, UNSTORED_MAX, Entry, Identity, StoreEnd, Why
 from tests.support.engine import HYBRID, LAYOUT, checkpoint, namespace, options, put, sequence
 
 TOKENS = list(range(1000, 1700))

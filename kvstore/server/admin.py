@@ -14,10 +14,8 @@ from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequ
 from kvstore.errors import InvalidRequestError
 from kvstore.server.admission import DETAILS, READ_ONLY
 from kvstore.server.explain import Explainer, place_message
-from kvstore.server.history import History
 from kvstore.server.importer import Importer
 from kvstore.server.pins import Pinner
-from kvstore.server.requests import Requests
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
 from kvstore.server.stats import (
@@ -30,6 +28,8 @@ from kvstore.server.stats import (
 )
 from kvstore.server.store import StorePath
 from kvstore.server.threads import Threads
+from kvstore.telemetry.history import History
+from kvstore.telemetry.requests import Requests
 from kvstore.wire import convert
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc

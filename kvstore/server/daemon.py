@@ -40,12 +40,10 @@ from kvstore.server.explain import Explainer
 from kvstore.server.fetch import FetchPath
 from kvstore.server.handlers import KVStoreService
 from kvstore.server.layer_frames import LayerFrames
-from kvstore.server.lifetime import Lifetime
 from kvstore.server.listening import bind, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
 from kvstore.server.protocol_guard import ProtocolGuard
-from kvstore.server.requests import Requests
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath
@@ -53,7 +51,9 @@ from kvstore.server.stores import Stores
 from kvstore.server.threads import Threads
 from kvstore.server.upkeep import Upkeep
 from kvstore.server.upload_socket import UploadSocket
-from kvstore.server.why import Why
+from kvstore.telemetry.lifetime import Lifetime
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.why import Why
 from kvstore.wire.frames import add_kvstore_service
 from kvstore.wire.handshake import health_service
 from kvstore.wire.v1 import kvstore_pb2 as pb

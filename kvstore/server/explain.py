@@ -8,10 +8,10 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine
 from kvstore.errors import InvalidRequestError, NotFoundError
 from kvstore.server.fetch import FetchPath
-from kvstore.server.places import Place
-from kvstore.server.requests import Asked
-from kvstore.server.traffic import Who
-from kvstore.server.why import ENTRIES_MAX, OTHERS_ASKED_MAX, SIDE_TOKENS, Entry, Identity, Why
+from kvstore.telemetry.places import Place
+from kvstore.telemetry.requests import Asked
+from kvstore.telemetry.traffic import Who
+from kvstore.telemetry.why import ENTRIES_MAX, OTHERS_ASKED_MAX, SIDE_TOKENS, Entry, Identity, Why
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 MORE_TOKENS = 128

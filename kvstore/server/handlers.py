@@ -21,7 +21,6 @@ from kvstore.server.callers import caller_name, caller_pid
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.layer_frames import LayerFrames, dense_block
-from kvstore.server.requests import Asked, Outcome, Requests, known_reason, plain_id, who_asks
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
 from kvstore.server.store import StorePath, StorePlan, StoreRequest
@@ -29,7 +28,8 @@ from kvstore.server.stores import Stores
 from kvstore.server.stream_in import StreamIn
 from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
-from kvstore.server.why import Identity, Why
+from kvstore.telemetry.requests import Asked, Outcome, Requests, known_reason, plain_id, who_asks
+from kvstore.telemetry.why import Identity, Why
 from kvstore.wire import convert
 from kvstore.wire.frames import UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -19,13 +19,13 @@ from kvstore.server.admission import StoreAdmission
 from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.gate import Gate
-from kvstore.server.history import Moment
-from kvstore.server.recent import Done
 from kvstore.server.refusals import Refusals
-from kvstore.server.requests import Requests
 from kvstore.server.threads import Threads
-from kvstore.server.traffic import Labelled, Namespace, Session, Snapshot, Totals, as_counts
 from kvstore.server.uploads import Uploads
+from kvstore.telemetry.history import Moment
+from kvstore.telemetry.recent import Done
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.traffic import Labelled, Namespace, Session, Snapshot, Totals, as_counts
 from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 

@@ -13,12 +13,12 @@ from kvstore.core.blocks import Reason
 from kvstore.core.keys import Chain
 from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
-from kvstore.server.requests import Requests
 from kvstore.server.stats import Counters
 from kvstore.server.store import StoreOutcome, StorePath
 from kvstore.server.threads import Threads
 from kvstore.server.uploads import Upload
-from kvstore.server.why import StoreEnd, Why
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.why import StoreEnd, Why
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ import logging
 from kvstore.config import Config
 from kvstore.engine import Engine
 from kvstore.server.callers import Sockets
-from kvstore.server.history import Moment
-from kvstore.server.lifetime import Lifetime
-from kvstore.server.requests import Requests
 from kvstore.server.stats import Counters, moment_of
 from kvstore.server.store import StorePath
-from kvstore.server.traffic import Snapshot
 from kvstore.server.uploads import Upload
-from kvstore.server.why import Why
+from kvstore.telemetry.history import Moment
+from kvstore.telemetry.lifetime import Lifetime
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.traffic import Snapshot
+from kvstore.telemetry.why import Why
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
 DISPLACED_MAX = 3

@@ -22,9 +22,9 @@ from kvstore.bench.bulk import load_rows, sequence_tokens
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, EngineOptions
-from kvstore.server.requests import Asked
-from kvstore.server.traffic import Who
-from kvstore.server.why import OTHERS_ASKED_MAX, Identity, Why
+from kvstore.telemetry.requests import Asked
+from kvstore.telemetry.traffic import Who
+from kvstore.telemetry.why import OTHERS_ASKED_MAX, Identity, Why
 from tests.support.engine import namespace, put
 
 AT_MOST = 3.0

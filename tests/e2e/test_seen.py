@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kvstore.core.blocks import Reason
-from kvstore.server.lifetime import FILE
+from kvstore.telemetry.lifetime import FILE
 from tests.e2e.test_cli_live import LAYOUT, NAMESPACE, SLOW, TOKENS, answered, client_of, fill, said
 from tests.support.daemon import SERVE, DaemonProcess, run_cli
 from tests.support.servers import wait_until

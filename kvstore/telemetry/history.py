@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.blobs.fs import replace_file
-from kvstore.server.traffic import COUNT_MAX, Totals, as_counts
+from kvstore.telemetry.traffic import COUNT_MAX, Totals, as_counts
 
 FILE = "history.json"
 VERSION = 1

@@ -23,8 +23,8 @@ from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.histogram import Histogram
 from kvstore.core.reasons import WHOLE, is_needed
 from kvstore.core.text import plain_text
-from kvstore.server.recent import Done, Recent
-from kvstore.server.traffic import Totals, Traffic, Who
+from kvstore.telemetry.recent import Done, Recent
+from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 # How long a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
 MATCH_LINE_S = 1.0

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.blobs.fs import replace_file
-from kvstore.server.history import History, Moment
-from kvstore.server.traffic import Namespace, Snapshot, Totals, Traffic, as_counts
+from kvstore.telemetry.history import History, Moment
+from kvstore.telemetry.traffic import Namespace, Snapshot, Totals, Traffic, as_counts
 
 FILE = "traffic.json"
 VERSION = 2

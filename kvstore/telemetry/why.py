@@ -22,8 +22,8 @@ from kvstore.core.reasons import is_needed
 from kvstore.engine import Match
 from kvstore.engine.match import Nearest, is_salted
 from kvstore.errors import KVStoreError
-from kvstore.server.places import AHEAD_TOKENS, Places
-from kvstore.server.requests import Asked
+from kvstore.telemetry.places import AHEAD_TOKENS, Places
+from kvstore.telemetry.requests import Asked
 
 ENTRIES_MAX = 256
 SIDE_TOKENS = 12
