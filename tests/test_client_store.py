@@ -13,10 +13,12 @@ from kvstore.client import storer
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
+from kvstore.client.storer import Touch
 from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, unpack_tokens
 from kvstore.core.layers import KVLayer, cut_pieces
+from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.fake_daemon import FakeDaemon, FakeUpload, client_of
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -55,6 +57,22 @@ def raw_bytes(tokens: list[int], start: int, end: int, restored: int = 0) -> byt
 def sent(upload: FakeUpload) -> tuple[int, int, int]:
     """(captured from, first and last token sent) of an upload."""
     return upload.request.captured_from, upload.reply.start, upload.reply.end
+
+
+def test_parts_of_a_prompt_that_was_deferred_are_not_copied_again(daemon: FakeDaemon) -> None:
+    """Its end is offered all the same, so that the daemon knows all of it; the next prompt's parts are."""
+    daemon.faults = {"deferred"}
+    layers = make_layers(LAYOUT, TOKENS[:600])
+    with Client(daemon.config()) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        for reason in (Reason.OK, Reason.DEFERRED):
+            assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=Touch(5)).reason is reason
+            assert session.flush(10)
+        assert session.store(TOKENS[:600], layers, wait=True, touch=Touch(5, 3)).reason is Reason.DEFERRED
+        assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=Touch(6)).reason is Reason.OK
+        assert session.flush(10)
+    offered = [(one.prompt, one.touched_tokens) for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
+    assert offered == [(5, 0), (5, 3), (6, 0)] and not daemon.uploads
 
 
 @pytest.mark.parametrize("by_path", [True, False])

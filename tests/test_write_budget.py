@@ -12,11 +12,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvstore.core.blocks import Reason
+from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import Chain
+from kvstore.server.store import StoreOutcome, StorePlan, StoreRequest
 from kvstore.server.write_budget import DAY_S, FILE, WriteBudget
 from tests.support.intake import carry_out
 from tests.support.synthetic import make_layers
-from tests.test_store_path import CHAIN, LAYOUT, TOKENS, Rig
+from tests.test_store_path import CHAIN, LAYOUT, NAMESPACE, TOKENS, Rig
 
 DAY_BYTES = 86_400_000  # 1,000 bytes a second
 START_S = 1_800_000_000.0
@@ -173,8 +175,9 @@ TestBudgetMachine.settings = settings(max_examples=40, stateful_step_count=20, d
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    """Engine and store path, in raw, so that sizes are known."""
-    rig = Rig(tmp_path / "data", profile="raw", write_bytes_per_day_max=10**12)
+    """Engine and store path, in raw, so that sizes are known, and a clock that stands."""
+    rig = Rig(tmp_path / "data", profile="raw")
+    rig.path.admission.budget = WriteBudget(10**12, lambda: rig.engine.put_bytes, clock=lambda: START_S)
     yield rig
     rig.close()
 
@@ -205,6 +208,57 @@ def test_a_store_under_way_keeps_the_blocks_that_it_has_written(rig: Rig) -> Non
     assert rig.path.admission.held_back.nbytes == (len(TOKENS) - 256) * LAYOUT.token_bytes
     rig.path.admission.budget.day_bytes = 10**12
     assert rig.store(TOKENS).stored_tokens == CHAIN.n_tokens
+
+
+def offer(rig: Rig, tokens: list[int], prompt: int, touched: int = 0) -> StorePlan:
+    """Plan a store of a worker with a memory tier."""
+    chain = Chain(NAMESPACE.root, pack_tokens(tokens))
+    return rig.path.begin(
+        StoreRequest(chain, NAMESPACE.info, 0, 0, 0, "", states=(), prompt=prompt, touched_tokens=touched)
+    )
+
+
+def take(rig: Rig, plan: StorePlan, tokens: list[int]) -> StoreOutcome:
+    """Hand over what a plan wants, and commit."""
+    assert plan.upload is not None
+    rig.hand_over(plan, make_layers(LAYOUT, tokens))
+    return carry_out(rig.path, plan.upload)
+
+
+def test_staged_writes_what_a_second_prompt_offers(rig: Rig) -> None:
+    """First nothing; then the blocks that both have, and the rest waits; a caller without memory is written."""
+    rig.path.admission.mode = "staged"
+    for _ in range(3):  # a prompt comes in parts, and once more at its end
+        plan = offer(rig, TOKENS, 1)
+        assert (plan.upload, plan.held_tokens, plan.reason) == (None, 0, Reason.DEFERRED)
+    assert not rig.files() and rig.path.admission.held_back.stores == 3
+    other = [*TOKENS[:520], *range(9000, 9100)]
+    plan = offer(rig, other, 2)
+    assert plan.reason is Reason.DEFERRED
+    assert take(rig, plan, other).stored_tokens == 512
+    assert offer(rig, other, 2).held_tokens == 512
+    assert take(rig, offer(rig, TOKENS, 3), TOKENS).stored_tokens == len(TOKENS)
+    alone = list(range(50_000, 50_300))
+    assert take(rig, offer(rig, alone, 0), alone).stored_tokens == 300
+
+
+def test_what_the_worker_had_in_memory_counts_as_seen(rig: Rig) -> None:
+    """Whole blocks of it; all of a sequence that was found whole. It does not depend on the marks."""
+    rig.path.admission.mode = "staged"
+    assert take(rig, offer(rig, TOKENS, 1, touched=300), TOKENS).stored_tokens == 256
+    assert take(rig, offer(rig, TOKENS, 1, touched=len(TOKENS)), TOKENS).stored_tokens == len(TOKENS)
+
+
+def test_auto_is_staged_once_a_fifth_is_left(rig: Rig) -> None:
+    """And no longer once there is more again."""
+    admission = rig.path.admission
+    take(rig, offer(rig, TOKENS, 1), TOKENS)
+    put = rig.engine.put_bytes
+    fresh = list(range(50_000, 50_300))
+    admission.budget.day_bytes = put * 5 // 4 - 2
+    assert offer(rig, fresh, 2).reason is Reason.DEFERRED
+    admission.budget.day_bytes = put * 2
+    assert take(rig, offer(rig, fresh, 3), fresh).stored_tokens == 300
 
 
 def test_read_only_serves_and_writes_nothing(rig: Rig) -> None:

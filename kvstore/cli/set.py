@@ -44,7 +44,7 @@ def command(
     """Change a setting of the running daemon, until it stops, or of a namespace, for good.
 
     Of the daemon: budget_bytes, free_floor_bytes, write_bytes_per_day_max (sizes such as 50GB; 0: automatic), ttl (30d;
-    0: none), admission (auto, always, read-only) and log_level.
+    0: none), admission (auto, always, staged, read-only) and log_level.
     To keep a change, write it into the configuration file. Of a namespace, by id or alias: quota (20GB; 0: none) and
     ttl (30d; 0: as the daemon's). What is over a new limit is evicted at once.
     """

@@ -55,6 +55,7 @@ class Background:
         self._uploader = uploader
         self._held = held
         self._stats = stats
+        self.deferred_prompt = 0  # the last one of which the daemon left something to the caller's memory
         self._closing = threading.Event()
         self._sender: Sender[StoreJob | Report | Rest] = Sender(self._work, self._drop)
 
@@ -101,6 +102,8 @@ class Background:
             else:
                 result = self._store_patiently(job)
                 self._learn(job, result)
+                if result.reason is Reason.DEFERRED and job.touch:
+                    self.deferred_prompt = job.touch.prompt
                 if result.reason is Reason.NOT_CAPTURED:
                     self._start_over(job)
         except KVStoreError as error:

@@ -25,7 +25,7 @@ from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.request_lines import request_id, say_fetched
 from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
 from kvstore.client.stats import SessionStats
-from kvstore.client.storer import Storer, StoreRequest, combine
+from kvstore.client.storer import Storer, StoreRequest, Touch, combine
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
@@ -46,6 +46,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+Layers = Sequence[KVLayer | StateLayer]
 STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
 # Shorter than any call to the daemon.
@@ -257,6 +258,7 @@ class Session:
         wait: bool = False,
         restored_tokens: int | None = None,
         timeout_s: float = STORE_WAIT_S,
+        touch: Touch | None = None,
     ) -> StoreResult:
         """Store the KV of `tokens`; `layers` are the whole cache, in the layout's order, and stay the caller's.
 
@@ -265,13 +267,19 @@ class Session:
         NO_CHECKPOINT. Without `wait` the answer is OK when that is queued; with it, the daemon's final word, or
         DEADLINE after `timeout_s`.
         `restored_tokens`: how many leading tokens came out of the store; None: as recorded for this process's hits.
+        `touch`: of a caller whose own memory keeps the sequence, so that it need not be written yet.
         """
         return self._never_raising(
-            lambda: self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s)
+            lambda: self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s, touch)
         )
 
     def store_part(
-        self, tokens: Iterable[int] | bytes, layers: Iterable[KVLayer | StateLayer], tokens_max: int, checkpoint: bool
+        self,
+        tokens: Iterable[int] | bytes,
+        layers: Iterable[KVLayer | StateLayer],
+        tokens_max: int,
+        checkpoint: bool,
+        touch: Touch | None = None,
     ) -> StoreResult:
         """Queue what is new of a prompt that is still being computed, between two steps of the engine; never waits.
 
@@ -281,7 +289,9 @@ class Session:
         """
 
         def work() -> StoreResult:
-            request, reason = self._request(pack_tokens(tokens), list(layers), None)
+            if touch and touch.prompt == self._background.deferred_prompt:
+                return StoreResult(reason=Reason.DEFERRED)
+            request, reason = self._request(pack_tokens(tokens), list(layers), None, touch)
             if request is None:
                 return self._refused(reason)
             held, reason = self._storer.capture_part(request, tokens_max, checkpoint=checkpoint)
@@ -306,12 +316,13 @@ class Session:
     def _store(
         self,
         tokens: bytes,
-        layers: Sequence[KVLayer | StateLayer],
+        layers: Layers,
         wait: bool,
         restored_tokens: int | None,
         timeout_s: float,
+        touch: Touch | None,
     ) -> StoreResult:
-        request, reason = self._request(tokens, layers, restored_tokens)
+        request, reason = self._request(tokens, layers, restored_tokens, touch)
         if request is None:
             return self._refused(reason)
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
@@ -328,7 +339,7 @@ class Session:
         return result
 
     def _request(
-        self, tokens: bytes, layers: Sequence[KVLayer | StateLayer], restored_tokens: int | None
+        self, tokens: bytes, layers: Layers, restored_tokens: int | None, touch: Touch | None
     ) -> tuple[StoreRequest | None, Reason]:
         """The request to store, or None and the reason. Raises why the daemon is away."""
         if self._background.closed:
@@ -337,7 +348,7 @@ class Session:
             raise type(away)(str(away))  # not the one that others raise, too
         n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
         chain = self._chain(tokens[: n_tokens * TOKEN_BYTES])
-        request = StoreRequest(chain, layers, restored_tokens, self.options.fidelity_min)
+        request = StoreRequest(chain, layers, restored_tokens, self.options.fidelity_min, touch)
         return request if n_tokens else None, reason
 
     def _refused(self, reason: Reason) -> StoreResult:

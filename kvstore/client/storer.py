@@ -28,6 +28,19 @@ ROOM_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Touch:
+    """Marks the store of a caller whose own memory keeps the sequence, too: the daemon may defer it (DEFERRED).
+
+    Such a caller offers it again, without this, when it ends soon after. `prompt` is the number, not 0, of the prompt
+    that it was computed for, below 2^24: what two prompts offer is written. `tokens`: leading tokens that this prompt
+    found in the caller's memory.
+    """
+
+    prompt: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StoreRequest:
     """Arguments of one store: the prompt and the caller's whole cache.
 
@@ -38,6 +51,7 @@ class StoreRequest:
     layers: Sequence[KVLayer | StateLayer]
     restored_tokens: int | None
     fidelity_min: int
+    touch: Touch | None = None
 
 
 class Rest:
@@ -284,6 +298,7 @@ class Storer:
             capture=capture,
             states=states,
             checkpoint=states.states if states else (),
+            touch=request.touch,
         )
 
     def _restored_part(self, request: StoreRequest) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -27,7 +27,7 @@ from kvstore.wire.frames import CHUNK_BYTES, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.client.storer import Rest
+    from kvstore.client.storer import Rest, Touch
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
 
@@ -56,6 +56,7 @@ class StoreJob:
     Created on the caller's thread, then owned by the background thread. `finish` is called exactly once. `release`
     drops the captured arrays and their share of the budget once they are sent or will not be sent.
     `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
+    `touch`: the daemon may defer it.
     `again` is the whole sequence. It is needed if the store turns out not to hold the tokens before `start`.
     """
 
@@ -70,6 +71,7 @@ class StoreJob:
     states: StateCapture | None = None
     checkpoint: tuple[LayerState, ...] = ()
     interim: bool = False
+    touch: Touch | None = None
     again: Rest | None = None
     request_id: str = field(default_factory=new_request_id)
     begun_s: float = field(default_factory=time.monotonic)
@@ -148,7 +150,9 @@ class Uploader:
             job.release()
         self._connection.writes.taken()
         self._complain("stored", begun.detail)
-        return self._commit(begun.upload_id)
+        result = self._commit(begun.upload_id)
+        is_deferred = begun.reason == Reason.DEFERRED and result.reason is Reason.OK
+        return replace(result, reason=Reason.DEFERRED) if is_deferred else result
 
     @property
     def _by_socket(self) -> bool:
@@ -173,11 +177,14 @@ class Uploader:
             states=states_to_bytes(job.checkpoint) if job.checkpoint else b"",
             request_id=job.request_id,
             interim=job.interim,
+            prompt=job.touch.prompt if job.touch else 0,
+            touched_tokens=job.touch.tokens if job.touch else 0,
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
         state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0
         sound = (
-            job.start <= reply.start <= reply.end == job.end
+            job.start <= reply.start <= reply.end <= job.end
+            and (reply.end == job.end or reply.reason == Reason.DEFERRED)
             and reply.upload_bytes == (reply.end - reply.start) * self._layout.token_bytes + state_bytes
             and bool(job.checkpoint or not reply.wants_states)
             and (self._by_socket or not reply.by_socket)

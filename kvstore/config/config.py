@@ -87,8 +87,9 @@ class Config:
     )
     admission: str = _key(
         "storage",
-        parsers.choice("auto", "always", "read-only"),
-        "Which stores are written. always, auto: all that the write budget allows. read-only: none; hits are served.",
+        parsers.choice("auto", "always", "staged", "read-only"),
+        "Which stores are written. always: all. staged: what is offered twice. auto: always, until a fifth of the "
+        "write budget is left, then staged. read-only: none; hits are served.",
         "choice",
         default="auto",
     )

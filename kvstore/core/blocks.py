@@ -83,6 +83,7 @@ class Reason(enum.StrEnum):
     STORE_FULL = "store_full"
     WRITE_BUDGET = "write_budget"
     READ_ONLY = "read_only"
+    DEFERRED = "deferred"
     KEY_MISSING = "key_missing"
     INVALID = "invalid"
     PROFILE_REFUSED = "profile_refused"

@@ -7,7 +7,7 @@ from kvstore.core.blocks import Reason
 # A hit that ends for one of these reasons returned every stored token of its prompt.
 WHOLE = frozenset({Reason.OK, Reason.UNKNOWN_PREFIX, Reason.IDENTITY})
 # Reasons of a store after which nothing is missing.
-NOT_NEEDED = frozenset({Reason.OK, Reason.ALREADY_STORED, Reason.BELOW_THRESHOLD, Reason.READ_ONLY})
+NOT_NEEDED = frozenset({Reason.OK, Reason.ALREADY_STORED, Reason.BELOW_THRESHOLD, Reason.READ_ONLY, Reason.DEFERRED})
 
 # Answers of a daemon that say what it does not hold.
 ABSENT = frozenset(
@@ -52,6 +52,7 @@ WORDS = {
     Reason.STORE_FULL: "no room within the budget and above the free floor",
     Reason.WRITE_BUDGET: "the write budget of the day is used up",
     Reason.READ_ONLY: "the store only serves at present: admission is read-only",
+    Reason.DEFERRED: "the worker's memory holds it until it is asked for again",
     Reason.KEY_MISSING: "the key of the encrypted data is missing",
     Reason.INVALID: "the request contradicts itself",
     Reason.PROFILE_REFUSED: "the profile was measured as too lossy",

@@ -116,7 +116,7 @@ class Engine:
         directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
-            place = Place(directory, held, options, fs, blobs, clock)
+            place = Place(directory, held, options, fs, blobs)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
             shared = Shared(place, index, clock)
@@ -215,6 +215,15 @@ class Engine:
         return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
 
     # -- storing --------------------------------------------------------------------------------------------------
+
+    def mark(self, keys: Sequence[bytes], prompt: int) -> int:
+        """Note that a prompt offered these blocks of a chain: how many, from the first to the last that another did.
+
+        Kept in memory, written as `touch`. A rebuild of the index loses it.
+        """
+        seen = self._shared.index.marks.touch(keys, prompt, int(self._shared.clock()))
+        self._shared.uses.remind()
+        return seen
 
     @property
     def evictions(self) -> int:

@@ -6,6 +6,7 @@ Databases:
     retain      number of a chunk -> the chunk of the table, xxh3_64 of it; none for a chunk without a row
     templates   id -> the part of a run's record that many runs share (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
+    marks       number of a chunk -> marks of first touches (`kvstore.index.marks`), xxh3_64 of them
     meta        format version, next blob number, whether it is being rebuilt, where the scrub is
 
 Everything here can be rebuilt from blob headers. LMDB never gives free pages back to the volume; `Index.compact` does.
@@ -32,6 +33,7 @@ from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.keyring import KeyRing
 from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError, UnknownFormatError
+from kvstore.index.marks import Marks
 from kvstore.index.table import Table
 from kvstore.index.transaction import DATABASES, Contents, Edit, View, with_check, without_check
 
@@ -191,7 +193,7 @@ class Index(Contents):
         """Read what is kept in memory. CorruptDataError when the table and the rows do not have as many blobs."""
         with self.view() as view:
             self.templates, self.spaces = view.read_templates(), view.namespaces()
-            self.table = Table.load(view.chunks())
+            self.table, self.marks = Table.load(view.chunks()), Marks.load(view.marks())
             rows = view.count()
         numbers = [space.number for space in self.spaces.values()]
         known = set(numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import struct
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
 from kvstore.core.keys import checkpoint_key
 from kvstore.errors import CorruptDataError, KVStoreError
+from kvstore.index.marks import Marks
 from kvstore.index.rows import (
     CHECKPOINT_MARK,
     ENCRYPTED,
@@ -28,7 +30,7 @@ from kvstore.index.rows import (
 )
 from kvstore.index.table import CHECKPOINT, Table
 
-DATABASES = ("rows", "children", "retain", "templates", "namespaces", "meta")
+DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
 _CHECK_BYTES = 8
 _SPACE = struct.Struct("<IQ")
 
@@ -66,7 +68,7 @@ def without_check(key: bytes, stored: bytes) -> bytes:
 
 
 class Contents:
-    """What the last commit left, in memory: the table, namespaces by root, and templates by id."""
+    """What the last commit left, in memory: the table, namespaces by root, templates by id, and marks."""
 
     def __init__(self) -> None:
         self.forget()
@@ -76,6 +78,7 @@ class Contents:
         self.table = Table()
         self.spaces: dict[bytes, Space] = {}
         self.templates: dict[bytes, bytes] = {}
+        self.marks = Marks()
 
 
 class View:
@@ -167,6 +170,12 @@ class View:
         for number, stored in self._from("retain", b""):
             yield int.from_bytes(number, "big"), without_check(number, stored)
 
+    def marks(self) -> Iterator[tuple[int, bytes]]:
+        """Marks, for `Marks.load`, without chunks that were changed: nothing depends on them."""
+        for number, stored in self._from("marks", b""):
+            with contextlib.suppress(CorruptDataError):
+                yield int.from_bytes(number, "big"), without_check(number, stored)
+
     def namespaces(self) -> dict[bytes, Space]:
         """Every namespace by its root. CorruptDataError when one was changed."""
         return {root: Space.parse(without_check(root, stored)) for root, stored in self._from("namespaces", b"")}
@@ -252,16 +261,13 @@ class Edit(View):
             self._txn.delete(entry, db=self._db["children"])
         self.table.remove(row.key)
 
-    def put_namespace(self, root: bytes, record: bytes, used_s: int) -> None:
-        """Remember a namespace, before its first row. It is forgotten with its last.
-
-        `used_s`: when a caller last named it, for one that is new. Without it, it would count as unused for years.
-        """
+    def put_namespace(self, root: bytes, record: bytes) -> None:
+        """Remember a namespace, before its first row. It is forgotten with its last."""
         known = self._contents.spaces.get(root)
         if known is None:
             used = {space.number for space in self._contents.spaces.values()}
             number = next(number for number in range(len(used) + 1) if number not in used)
-            self._put_space(root, Space(number, used_s, record))
+            self._put_space(root, Space(number, 0, record))
 
     def use_namespace(self, root: bytes, used_s: int) -> None:
         """Note when a caller last named a namespace. One that is not known is ignored."""
@@ -315,6 +321,9 @@ class Edit(View):
                 self._txn.put(name, with_check(name, data), db=self._db["retain"])
             else:
                 self._txn.delete(name, db=self._db["retain"])
+        for number, data in self._contents.marks.changed().items():
+            name = number.to_bytes(4, "big")
+            self._txn.put(name, with_check(name, data), db=self._db["marks"])
 
     def _entries_of(self, row: Row) -> list[bytes]:
         """The row's entries in the `children` database. Without the namespace key they can be found only by a scan."""

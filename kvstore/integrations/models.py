@@ -25,6 +25,7 @@ from kvstore.client.breaker import Deadline
 from kvstore.client.request_lines import one_request, request_id, say_miss
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
+from kvstore.client.storer import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
@@ -38,6 +39,7 @@ from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.images import around_images, splits_image
 from kvstore.integrations.restoring import Finish, Found
+from kvstore.integrations.touches import Endings
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +168,7 @@ class ModelStore:
         self._sessions: dict[Namespace, Session] = {}
         self._refusals: set[str] = set()
         self._lock = threading.RLock()
+        self.endings = Endings()
 
     def pin(self, *paths: str | None) -> None:
         """Note what folders (or Hugging Face ids) hold now: call it when they are loaded. See `WeightsDigest.pin`.
@@ -291,9 +294,7 @@ class ModelStore:
         `reserve(nbytes)` is asked before anything is read, and may refuse. All together takes as long as a fetch may.
         """
         deadline = Deadline(self.fetch_total_s)
-        if is_forked():
-            return None
-        if len(tokens) - 1 < (covered + GAIN_TOKENS_MIN if covered else 1):
+        if is_forked() or len(tokens) - 1 < (covered + GAIN_TOKENS_MIN if covered else 1):
             return None
         try:
             with one_request() as name:
@@ -354,15 +355,14 @@ class ModelStore:
         exactly: bool = False,
         epoch: Epoch | None = None,
         prefill_tokens_per_s: float = 0.0,
+        touch: Touch | None = None,
     ) -> bool:
         """Store the KV of `tokens`, as far as the cache holds it; what it holds beyond them is left out.
 
-        Whether the store took it: it was queued, or is there.
-        `epoch`: in which the cache was begun; None: that of the model now.
-
+        Whether the store took it: it was queued, or is there. `epoch`: in which the cache was begun; None: that of now.
         Window and state layers cannot be cut: they are stored if the cache holds exactly `tokens`. Where no layer knows
         how many it holds, the caller must say so with `exactly`. Both are the caller's again on return.
-        `prefill_tokens_per_s`: as measured, for the statistics; 0: not known.
+        `prefill_tokens_per_s`: as measured, for the statistics; 0: not known. `touch`: as of `Session.store`.
         """
         if is_forked():
             return False
@@ -374,7 +374,7 @@ class ModelStore:
             layers = capture(cache, len(tokens) if held is None else min(held, len(tokens)))
             if session := self.session(key, layout(cache), epoch):
                 session.computes(prefill_tokens_per_s)
-                return session.store(tokens, layers).reason in (Reason.OK, Reason.ALREADY_STORED)
+                return session.store(tokens, layers, touch=touch).reason in (Reason.OK, Reason.ALREADY_STORED)
         except KVStoreError as error:
             self.refuse(error)
         return False
@@ -427,4 +427,4 @@ class ModelStore:
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Give each session `timeout_s` for what it has queued, then end them and the connection. Idempotent."""
-        self._client.close(timeout_s)
+        self._client.close(self.endings.run(timeout_s))

@@ -18,6 +18,7 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from kvstore.client import connect
+from kvstore.client.storer import Touch
 from kvstore.core.layers import Layout
 from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
@@ -26,6 +27,7 @@ from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
+from kvstore.integrations.touches import FirstTouches
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Prompt:
     tokens: list[int]
     epoch: Epoch | None
     covered: int
+    touch: Touch | None = None
 
 
 def _as_list(tokens: Any) -> list[int]:
@@ -131,6 +134,8 @@ class PromptCache(LRUPromptCache):
         self._probed: tuple[Any, list[Layout]] = (lambda: None, [])
         self._expected: Expected | None = None
         self._in_flight = InFlight()
+        self._touches = FirstTouches(self._offer, self._store.flush)
+        self._store.endings.add(self._touches.end)
         self.computing: Prompt | None = None
         self.speed = PrefillSpeed()
 
@@ -141,11 +146,12 @@ class PromptCache(LRUPromptCache):
         wanted = tokens[: self.limit(model)]
         cache, rest = self._from_memory(model, epoch, wanted)
         covered = len(wanted) - len(rest)
+        touch = self._touches.begin(model, tokens, covered) if self._enabled else None
         if self._enabled and (found := self._from_store(model, epoch, tokens, wanted, covered)):
             cache, covered = found
             log.debug("prefix of %d of %d tokens from the store", covered, len(tokens))
         self._in_flight.begin(model, tokens, epoch, cache)
-        self.computing = Prompt(model, tokens, epoch, covered) if epoch is not None else None
+        self.computing = Prompt(model, tokens, epoch, covered, touch) if epoch is not None else None
         return cache, tokens[covered:]
 
     def covered(self, model: ModelKey, tokens: list[int]) -> int:
@@ -191,14 +197,28 @@ class PromptCache(LRUPromptCache):
             return
         held = tokens if n_tokens is None else tokens[:n_tokens]
         stored = False
+        # System prompts are asked for again, so they are written at once.
+        touch = self._touches.of(model, held) if self._enabled and cache_type != "system" else None
         if self._enabled:
             with self._store.guard():
                 self._learn(model, prompt_cache)
                 speed = self.speed.get(model)
                 stored = self._store.store(
-                    model, held, prompt_cache, exactly=True, epoch=epoch, prefill_tokens_per_s=speed
+                    model, held, prompt_cache, exactly=True, epoch=epoch, prefill_tokens_per_s=speed, touch=touch
                 )
+                if touch and touch.tokens and self.needs_checkpoints(model):
+                    self._offer((model, epoch), held[: touch.tokens])
         self._keep((model, epoch), held, prompt_cache, cache_type, bounded=stored or self._is_strict)
+        if touch:
+            self._touches.offered((model, epoch), held)
+
+    def _offer(self, place: tuple[Any, Any], tokens: list[int]) -> None:
+        """Store a sequence of which memory may have been left the only holder, if it is still there."""
+        with self._store.guard():
+            found = self._trie.search(place, tokens).exact
+            if found is not None:
+                entry = self._trie.get(place, tokens)
+                self._store.store(place[0], tokens, entry.prompt_cache, exactly=True, epoch=place[1])
 
     def store_part(self, prompt: Prompt, n_tokens: int, view: Callable[[], Sequence[Any]], *, checkpoint: bool) -> int:
         """Store what is new of a prompt that is still being computed; how many of its tokens are held or queued then.
@@ -215,7 +235,8 @@ class PromptCache(LRUPromptCache):
                 # What the engine is yet to quantize is not what it will go on with.
                 if session and [one.spec for one in captured] == list(layouts[0].layers):
                     tokens_max = self.limits.prefill_part_tokens_max
-                    held = session.store_part(prompt.tokens[:n_tokens], captured, tokens_max, checkpoint).stored_tokens
+                    part = prompt.tokens[:n_tokens]
+                    held = session.store_part(part, captured, tokens_max, checkpoint, prompt.touch).stored_tokens
         return held
 
     @property

@@ -1,7 +1,12 @@
 """Admission: which stores are written. It decides about disk writes alone; what is stored is always served.
 
-auto, always   all that the write budget of the day allows
+always         all that the write budget of the day allows
+staged         of those, what is offered for the second time; the first time it stays in the worker's memory
+auto           always, until a fifth of the day's write budget is left; then staged
 read-only      none
+
+Staged stores are those of workers with a memory tier, which name the prompt that they compute: the tier offers them
+again when they are asked for again, or when the worker ends soon after. What other callers bring is always written.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NewBlock
 from kvstore.server.write_budget import FILE, WriteBudget
 
-READ_ONLY = "read-only"
+STAGED, AUTO, READ_ONLY = "staged", "auto", "read-only"
+# `auto` is staged once less than this part of the day's write budget is left.
+STAGED_DIVISOR = 5
 DETAILS = {
     Reason.READ_ONLY: "admission is read-only: kvstore set daemon admission=auto",
     Reason.WRITE_BUDGET: "write_bytes_per_day_max is used up, and refills continuously: kvstore stats",
@@ -46,6 +53,14 @@ class StoreAdmission:
         if self.mode == READ_ONLY:
             return Reason.READ_ONLY
         return Reason.WRITE_BUDGET if self.budget.is_empty else Reason.OK
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether what is offered for the first time waits in the worker's memory. Not when nothing may be written."""
+        budget = self.budget
+        if self.refusal() is not Reason.OK:
+            return False
+        return self.mode == STAGED or (self.mode == AUTO and budget.left_bytes * STAGED_DIVISOR <= budget.day_bytes)
 
     def change(self, config: Config) -> None:
         """Go by other settings from now on. What was used of the day stays used."""

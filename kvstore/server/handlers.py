@@ -230,8 +230,8 @@ class KVStoreService(rpc.KVStoreServicer):
             # The caller will not learn of the upload that the thread opened or is about to open.
             planning.add_done_callback(self._forget)
             raise
+        self._counters.stored(plan.reason)
         if plan.upload is None:
-            self._counters.stored(plan.reason)
             self._requests.not_stored(asked, plan.held_tokens, plan.reason)
         else:
             self._requests.begun(asked, reply.upload_id, plan.upload.start)
@@ -254,7 +254,7 @@ class KVStoreService(rpc.KVStoreServicer):
         return plan, pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,
-            end=upload.n_tokens,
+            end=upload.n_tokens,  # of a deferred store before the last token
             upload_bytes=upload.upload_bytes,
             by_socket=by_socket and not upload.encrypted and upload.upload_bytes > 0,
             reason=plan.reason,
@@ -372,6 +372,8 @@ def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreReque
         caller=caller,
         states=states_of(message),
         interim=message.interim,
+        prompt=message.prompt,
+        touched_tokens=message.touched_tokens,
     )
 
 

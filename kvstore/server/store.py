@@ -8,7 +8,7 @@ carry_out  receive -> validate -> splice -> threshold -> encode -> blob under a 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from kvstore.codecs.profiles import AUTO, Profile
@@ -63,6 +63,8 @@ class StoreRequest:
     caller: str = ""  # the name that the client gives itself
     states: tuple[LayerState, ...] = ()
     interim: bool = False
+    prompt: int = 0  # of a worker that would offer it again
+    touched_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,9 @@ class StorePath:
         except KeyMissingError as error:
             return StorePlan(None, 0, Reason.KEY_MISSING, str(error))
         held = self._engine.match(request.chain, floor, n_tokens)
+        admitted = self._admitted_tokens(request, namespace, held)
+        if admitted < n_tokens:
+            return self._begin_part(request, namespace, held, admitted)
         upload = self._plan(request, namespace, profile, floor, held)
         upload.encryption, upload.evictions = encryption, evictions
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
@@ -160,6 +165,36 @@ class StorePath:
         if not self._open(upload, request.caller):
             return StorePlan(None, held.n_tokens, Reason.STORE_FULL, self._engine.degraded)
         return StorePlan(upload, min(upload.start, n_tokens), Reason.OK, choice.warning)
+
+    def _admitted_tokens(self, request: StoreRequest, namespace: NamespaceInfo, held: Match) -> int:
+        """How many leading tokens may be written now: all, but where the worker's memory keeps the rest for now.
+
+        Those that another prompt offered, too, or found in the worker's memory. A sequence with window or state layers
+        is of use only as a whole, with its checkpoint.
+        """
+        chain, exact = request.chain, namespace.layout.exact_layers
+        n_tokens = chain.n_tokens
+        lacks_states = bool(request.states) and self._engine.checkpoint_at(chain) is None
+        is_missing = held.n_tokens < n_tokens or lacks_states
+        if not (request.prompt and is_missing and self.admission.is_staged):
+            return n_tokens
+        keys = (*chain.block_keys(), chain.checkpoint_key()) if exact else chain.block_keys()
+        seen = self._engine.mark(keys, request.prompt)
+        if seen == len(keys) or request.touched_tokens >= n_tokens:
+            return n_tokens
+        return 0 if exact else max(seen, request.touched_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+    def _begin_part(self, request: StoreRequest, namespace: NamespaceInfo, held: Match, n_tokens: int) -> StorePlan:
+        """Take so many leading tokens; the worker keeps the others, and offers them again."""
+        part = max(n_tokens, held.n_tokens)
+        self.admission.hold_back((request.chain.n_tokens - part) * namespace.layout.token_bytes)
+        if n_tokens <= max(held.n_tokens, request.captured_from):
+            self._engine.touch(held.slices)
+            return StorePlan(None, held.n_tokens, Reason.DEFERRED)
+        chain, restored = request.chain.head(n_tokens), min(request.restored_tokens, n_tokens)
+        plan = self.begin(replace(request, chain=chain, restored_tokens=restored, states=(), prompt=0))
+        is_well = plan.reason in (Reason.OK, Reason.ALREADY_STORED)
+        return replace(plan, reason=Reason.DEFERRED) if is_well else plan
 
     def encryption(self, root: bytes, *, isolated: bool) -> NamespaceKey | None:
         """The key of an encrypted namespace; before the first store of one that is to be, a new key.

@@ -13,6 +13,7 @@ import pytest
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, LayerHit, Miss
 from kvstore.client.session import Session
+from kvstore.client.storer import Touch
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Namespace
 from kvstore.wire.convert import namespace_to_message
@@ -31,6 +32,7 @@ OTHER = list(range(5000, 5300))
 REFUSED_BY = {
     Reason.READ_ONLY: ("admission", "read-only"),
     Reason.WRITE_BUDGET: ("write_bytes_per_day_max", "1"),
+    Reason.DEFERRED: ("admission", "staged"),
 }
 
 
@@ -126,7 +128,8 @@ def test_a_daemon_that_writes_nothing_says_why_and_serves_on(end: End, reason: R
     """The store is refused before any byte is handed over, and says what is held."""
     end.refuse(reason)
     longer = [*TOKENS, *range(9000, 9100)]
-    result = end.session.store(longer, make_cache(NAMESPACE.layout, longer), wait=True)
+    touch = Touch(7)
+    result = end.session.store(longer, make_cache(NAMESPACE.layout, longer), wait=True, touch=touch)
     assert (result.stored_tokens, result.new_bytes, result.durable, result.reason) == (700, 0, False, reason)
     assert end.session.match([*longer, 7]).n_tokens == 700
 

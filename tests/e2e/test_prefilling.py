@@ -22,6 +22,7 @@ from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prefilling import StoringBatch, watched
 from kvstore.integrations.prompt_cache import PromptCache
+from kvstore.integrations.touches import Endings
 from tests.support.daemon import DaemonProcess
 from tests.support.limits import OPEN_DEADLINES, launch, small_config
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
@@ -143,6 +144,11 @@ def cold(name: str, start: int, end: int) -> list[int]:
 
 class NoStore:
     """In the place of a store that nobody asks."""
+
+    endings = Endings()
+
+    def flush(self, timeout_s: float) -> None:
+        """Nothing is queued."""
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
     def _refusal(self, held: int, context: Any) -> pb.BeginStoreReply | None:
         if self._fault("begin_full"):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many uploads")
-        for reason in ("read_only", "write_budget"):
+        for reason in ("read_only", "write_budget", "deferred"):
             if self._fault(reason):
                 return pb.BeginStoreReply(reason=reason, held_tokens=held)
         if self._fault("under_floor"):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
+from kvstore.client.storer import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
@@ -32,6 +33,7 @@ class FakeSession:
     def __init__(self, namespace: Namespace) -> None:
         self.namespace = namespace
         self.stored: list[tuple[list[int], list[KVLayer | StateLayer]]] = []
+        self.touches: list[Touch | None] = []  # of the stores
         self.fetches = 0
         self.said: list[dict[str, float]] = []
         self.rejected: list[list[int]] = []
@@ -64,7 +66,7 @@ class FakeSession:
         )
         return Hit(n_tokens, cut, Reason.OK, 0, HitSource("fake", "packed", 1, 0, 0.0))
 
-    def store(self, tokens: Sequence[int], layers: Layers) -> StoreResult:
+    def store(self, tokens: Sequence[int], layers: Layers, touch: Touch | None = None) -> StoreResult:
         """Keep the layers as they are, and the tokens that they hold; nothing when exact layers are somewhere else."""
         assert [layer.spec for layer in layers] == list(self.namespace.layout.layers)
         offset = max(layer.n_tokens for layer in [one for one in layers if isinstance(one, KVLayer)] or layers)
@@ -72,6 +74,7 @@ class FakeSession:
         if any(layer.n_tokens != offset for layer in layers):
             return StoreResult(reason=Reason.NO_CHECKPOINT)
         mx.eval([a for one in layers for a in _arrays(one)])  # whoever fetches them may be another thread
+        self.touches.append(touch)
         self.stored.append((list(tokens[:offset]), list(layers)))
         return StoreResult()
 
