@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,27 @@ def test_orphans_are_evicted_and_nothing_else(tmp_path: Path, clock: Clock) -> N
         assert (told.blocks, told.freed_bytes) == (report.blocks, report.freed_bytes) == (2, expected)
         assert [one.info.root for one in engine.stats().namespaces] == [NS.root]
         assert engine.evict(Selection(orphans=True)).blocks == 0
+
+
+@pytest.mark.parametrize("how", ["stored again after an eviction", "the index is lost"])
+def test_a_namespace_that_is_new_in_the_index_is_no_orphan_and_its_blocks_do_not_expire(
+    tmp_path: Path, clock: Clock, how: str
+) -> None:
+    """When it was last named is known on the first day; when it is not known, it is now."""
+    with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
+        put(engine, NS, list(range(300)))
+        if how == "stored again after an eviction":
+            engine.evict(Selection(all=True))
+            put(engine, NS, list(range(300)))
+        else:
+            clock.now_s += ORPHAN_S + DAY_S
+    if how == "the index is lost":
+        shutil.rmtree(tmp_path / "data" / "index")
+    with Engine.open(tmp_path / "data", options(ttl_s=int(DAY_S)), clock=clock) as engine:
+        assert orphans(engine) == {}
+        assert engine.evict(Selection(orphans=True)).blocks == 0
+        engine.maintain()
+        assert find(engine, NS, [*range(300), 7]).n_tokens == 300
 
 
 def test_a_namespace_is_evicted_by_one_rename_however_many_blobs_it_has(tmp_path: Path) -> None:

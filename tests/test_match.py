@@ -69,7 +69,7 @@ class Shelf:
     def put(self, rows: list[Row]) -> None:
         """In one transaction; a key that is there stays as it is."""
         with self.index.edit() as edit:
-            edit.put_namespace(ROOT, b"record")
+            edit.put_namespace(ROOT, b"record", 1)
             for row in rows:
                 if row.key not in self.rows:
                     edit.put(row, 4096)

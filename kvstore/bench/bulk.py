@@ -7,6 +7,7 @@ blocks would take hours, because each request writes files, syncs and commits.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def load_rows(data_dir: Path, namespace: Namespace, n_rows: int, sequence_blocks
         try:
             for batch in iter(lambda: list(itertools.islice(rows, COMMIT_ROWS)), []):
                 with index.edit() as edit:
-                    edit.put_namespace(namespace.root, namespace.to_record())
+                    edit.put_namespace(namespace.root, namespace.to_record(), int(time.time()))
                     for row in batch:
                         edit.put(row, disk_bytes(row.blob_bytes))
                     edit.set_meta(NEXT_NUMBER, batch[-1].number + 1)

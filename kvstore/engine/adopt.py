@@ -8,6 +8,7 @@ import functools
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, TypeVar
@@ -59,6 +60,7 @@ class Site:
     numbered: Callable[[int], None] = lambda number: None
     rule: Rule = check_block
     require_reach: Callable[[CorruptDataError | None], None] = lambda error: None
+    clock: Callable[[], float] = time.time
 
     def cost(self, row: Row) -> int:
         """Bytes on disk of a row's blob."""
@@ -174,7 +176,8 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
     """Give rows to sound blobs whose parents have one. Returns (those that others cover, those that nothing leads to).
 
     Parents first; of equals the highest rank, then the longest. Their order of use is that of their creation, after
-    all that is there. Neither kind returned has a row; deleting is the caller's.
+    all that is there. When they were last used is not known, so idle times, TTLs and orphans count from now: by their
+    creation, prompts that are in use daily would expire. Neither kind returned has a row; deleting is the caller's.
     """
     unwanted: list[BlobId] = []
     orphans: list[BlobId] = []
@@ -182,6 +185,7 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
         sound, key=lambda s: (s.block.start, -s.block.fidelity, -count_tokens(s.block.tokens), s.entry.place)
     )
     created = sorted({stray.block.created_s for stray in order})
+    now_s = int(site.clock())
     moments = {created_s: site.index.table.sequence + 1 + at for at, created_s in enumerate(created)}
     for at in range(0, len(order), ADOPTED_MAX):
         with site.lock, site.index.edit() as edit:
@@ -194,12 +198,12 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
                 if is_covered(edit, row):
                     unwanted.append(blob)
                     continue
-                edit.put_namespace(row.root, stray.block.namespace)
+                edit.put_namespace(row.root, stray.block.namespace, now_s)
                 for old in replaced_by(edit, row):
                     edit.remove(old)
                     unwanted.append(old.blob)
                 edit.put(row, site.cost(row))
-                edit.table.stamp(row.key, row.created_s, last_use=moments[row.created_s])
+                edit.table.stamp(row.key, now_s, last_use=moments[row.created_s])
                 keep_number(site, edit, blob.number)
     return unwanted, orphans
 

@@ -116,7 +116,7 @@ class Engine:
         directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
-            place = Place(directory, held, options, fs, blobs)
+            place = Place(directory, held, options, fs, blobs, clock)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
             shared = Shared(place, index, clock)

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,13 +104,20 @@ class Place:
     """A claimed data directory with all that is needed to open its index."""
 
     def __init__(
-        self, directory: Directory, held: DirectoryLock, options: EngineOptions, fs: Fs, blobs: Blobs | None = None
+        self,
+        directory: Directory,
+        held: DirectoryLock,
+        options: EngineOptions,
+        fs: Fs,
+        blobs: Blobs | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         """Read the keys and the tombstones. `blobs` None: files in the directory. Raises DirectoryError, OSError."""
         self.directory = directory
         self.held = held
         self.options = options
         self.fs = fs
+        self.clock = clock
         self.sync = options.durability != "none"
         self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
         local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync) if blobs is None else blobs
@@ -121,7 +129,7 @@ class Place:
     def site(self, index: Index) -> Site:
         """For a walk over it."""
         delete = functools.partial(functools.partial, self._delete)
-        return Site(self.blobs, index, busy=lambda: self.tombstones.blobs, delete=delete, rule=self.options.rule)
+        return Site(self.blobs, index, lambda: self.tombstones.blobs, delete, rule=self.options.rule, clock=self.clock)
 
     def _delete(self, blobs: Collection[BlobId]) -> None:
         """Unlink all pending names: there are no readers yet. A name that cannot be unlinked gets a tombstone."""
@@ -174,6 +182,7 @@ class Shared:
             self.skip_number,
             self.options.rule,
             self.require_reach,
+            clock,
         )
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, place.tombstones.next_number())

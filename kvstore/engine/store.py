@@ -334,7 +334,7 @@ class Writer:
             # Its key was dropped, or it was first encrypted, while this request was under way.
             settled.reason = Reason.DEPENDENCY_LOST
             return settled
-        edit.put_namespace(batch.root, batch.record)
+        edit.put_namespace(batch.root, batch.record, int(shared.clock()))
         shared.uses.name(batch.root)
         shared.uses.write(edit)
         # One moment for all of them: so a checkpoint, which is deeper, goes before the blocks that lead to it.

@@ -261,13 +261,16 @@ class Edit(View):
             self._txn.delete(entry, db=self._db["children"])
         self.table.remove(row.key)
 
-    def put_namespace(self, root: bytes, record: bytes) -> None:
-        """Remember a namespace, before its first row. It is forgotten with its last."""
+    def put_namespace(self, root: bytes, record: bytes, used_s: int) -> None:
+        """Remember a namespace, before its first row. It is forgotten with its last.
+
+        `used_s`: when a caller last named it, for one that is new. Without it, it would count as unused for years.
+        """
         known = self._contents.spaces.get(root)
         if known is None:
             used = {space.number for space in self._contents.spaces.values()}
             number = next(number for number in range(len(used) + 1) if number not in used)
-            self._put_space(root, Space(number, 0, record))
+            self._put_space(root, Space(number, used_s, record))
 
     def use_namespace(self, root: bytes, used_s: int) -> None:
         """Note when a caller last named a namespace. One that is not known is ignored."""
