@@ -271,6 +271,17 @@ def test_an_oversized_or_hostile_header_is_corrupt() -> None:
         parse_header(len(bomb).to_bytes(8, "little") + bomb, 64 * 1000)
 
 
+def test_the_message_for_a_damaged_header_holds_nothing_of_the_header() -> None:
+    """It is logged, and the header has the tokens of a prompt."""
+    ready = ready_golden()
+    for at in range(8, len(ready.header)):
+        changed = bytearray(ready.header)
+        changed[at] ^= 0x80
+        with pytest.raises(CorruptDataError) as caught:
+            parse_header(bytes(changed), ready.nbytes)
+        assert len(str(caught.value)) < 200
+
+
 def test_blocks_that_cannot_be_are_not_made_ready() -> None:
     """Wrong buffers, a key that does not follow, a fidelity that the runs do not have: refused before writing."""
     ready = ready_golden()

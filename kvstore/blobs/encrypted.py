@@ -223,7 +223,7 @@ def _require_salt(header: bytes, blob: BlobId, nbytes: int) -> bytes:
         salt = _salt(header)
         require_version(json.loads(header[LENGTH_BYTES:])["__metadata__"])
     except NO_HEADER as error:
-        raise CorruptDataError(f"encrypted blob: {error!r}") from error
+        raise CorruptDataError(f"encrypted blob: {type(error).__name__}: {error}") from error
     if len(salt) != SALT_BYTES or _header(blob, salt, nbytes) != header:
         raise CorruptDataError(f"{blob.name}: the header of another blob, or none")
     return salt

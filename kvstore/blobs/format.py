@@ -279,7 +279,8 @@ def _record(text: bytes) -> bytes:
         record = base64.b64decode(metadata["record"], validate=True)
         check = metadata["check"]
     except NO_HEADER as error:
-        raise CorruptDataError(f"blob header: {error!r}") from error
+        # Not its repr, which holds all of the bytes in some cases: they are tokens of a prompt, and this is logged.
+        raise CorruptDataError(f"blob header: {type(error).__name__}: {error}") from error
     if xxhash.xxh3_64_hexdigest(record) != check:
         raise CorruptDataError("blob header: the record does not match its checksum")
     return record
