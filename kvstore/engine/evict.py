@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
+from kvstore.core.text import size_text
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, TTL
-from kvstore.engine.ledger import COMMIT_BYTES, gigabytes
+from kvstore.engine.ledger import COMMIT_BYTES
 from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.shortage import Compaction, Shortage
@@ -301,7 +302,7 @@ class Evictor:
         shared = self._shared
         ledger, budget = shared.ledger, shared.options.budget_bytes
         if nbytes == 0:
-            full = f"the index and uploads alone pass the budget of {gigabytes(budget)}: raise budget_bytes"
+            full = f"the index and uploads alone pass the budget of {size_text(budget)}: raise budget_bytes"
             shared.health.over_budget = full if ledger.total > budget else ""
         need = nbytes + (COMMIT_BYTES if nbytes else 0)
         return ledger.total + need <= budget and self._is_above_floor(nbytes)
@@ -353,8 +354,8 @@ class Evictor:
             cause = max(over, key=lambda each: over[each])
             if held and over[cause] > held // _MANY_DIVISOR:
                 words = "about to delete %s of %s stored (%s): budget_bytes is %s, free_floor_bytes %s"
-                lost = gigabytes(min(held, over[cause]))
-                log.warning(words, lost, gigabytes(held), cause, gigabytes(budget), gigabytes(floor))
+                lost = size_text(min(held, over[cause]))
+                log.warning(words, lost, size_text(held), cause, size_text(budget), size_text(floor))
 
     def _evict_bytes(self, cause: str, needed: int, wanted: int, keep: AbstractSet[bytes]) -> int:
         """Evict least recently used leaves until `wanted` bytes are freed; leased ones last, `keep` never.

@@ -188,8 +188,3 @@ class DriveCache:
                     self._is_flushing = False
                     self._flushed = max(self._flushed, covered)
                     self._changed.notify_all()
-
-
-def gigabytes(nbytes: int) -> str:
-    """A size for people, in GB."""
-    return f"{nbytes / 1e9:.2f} GB"

@@ -6,7 +6,8 @@ import logging
 import time
 
 from kvstore.blobs.protocol import disk_bytes
-from kvstore.engine.ledger import COMMIT_BYTES, gigabytes
+from kvstore.core.text import size_text
+from kvstore.engine.ledger import COMMIT_BYTES
 from kvstore.engine.shared import Shared
 from kvstore.errors import KVStoreError
 
@@ -144,12 +145,12 @@ class Shortage:
         return False, self.volume_words(spare)
 
     def _budget_words(self, lasting: int) -> str:
-        budget = gigabytes(self._shared.options.budget_bytes)
-        words = f"the index and the quarantine take {gigabytes(lasting)} of the budget of {budget}"
+        budget = size_text(self._shared.options.budget_bytes)
+        words = f"the index and the quarantine take {size_text(lasting)} of the budget of {budget}"
         return f"{words}: raise budget_bytes, or delete what is in quarantine/"
 
     def volume_words(self, spare: int) -> str:
         """That the volume keeps no more than its floor, and what to do."""
         floor = self._shared.options.free_floor_bytes
-        words = f"the volume has {gigabytes(spare + floor)} free, and the floor is {gigabytes(floor)}"
+        words = f"the volume has {size_text(spare + floor)} free, and the floor is {size_text(floor)}"
         return f"{words}: free some, or lower free_floor_bytes"
