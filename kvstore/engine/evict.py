@@ -353,9 +353,9 @@ class Evictor:
             over = {BUDGET: shared.ledger.total - budget, FLOOR: short, SHARE: share}
             cause = max(over, key=lambda each: over[each])
             if held and over[cause] > held // _MANY_DIVISOR:
-                words = "about to delete %s of %s stored (%s): budget_bytes is %s, free_floor_bytes %s"
-                lost = size_text(min(held, over[cause]))
-                log.warning(words, lost, size_text(held), cause, size_text(budget), size_text(floor))
+                lost, all_, budget_, floor_ = map(size_text, (min(held, over[cause]), held, budget, floor))
+                limits = f"budget_bytes is {budget_}, free_floor_bytes {floor_}"
+                log.warning("about to delete %s of %s stored (%s): %s", lost, all_, cause, limits)
 
     def _evict_bytes(self, cause: str, needed: int, wanted: int, keep: AbstractSet[bytes]) -> int:
         """Evict least recently used leaves until `wanted` bytes are freed; leased ones last, `keep` never.
