@@ -105,6 +105,25 @@ def test_a_namespace_that_is_new_in_the_index_is_no_orphan_and_its_blocks_do_not
         assert find(engine, NS, [*range(300), 7]).n_tokens == 300
 
 
+def test_a_clock_that_is_set_only_after_boot_expires_nothing_that_was_used_before(tmp_path: Path, clock: Clock) -> None:
+    """1971 for a while, with hits of one namespace; then the year that it is."""
+    place = tmp_path / "stored"
+    for moment_s in (clock.now_s, 400 * DAY_S, clock.now_s + 60):
+        clock.now_s = moment_s
+        with Engine.open(tmp_path / "data", options(ttl_s=int(DAY_S)), clock=clock) as engine:
+            if not place.exists():
+                place.touch()
+                put(engine, NS, list(range(300)))
+                put(engine, OTHER, list(range(300)))
+            engine.maintain()
+            match = find(engine, NS, [*range(300), 7])
+            assert match.n_tokens == find(engine, OTHER, [*range(300), 7]).n_tokens == 300
+            engine.touch(match.slices)
+            clock.now_s += 3600
+            engine.maintain()
+            assert orphans(engine) == {}
+
+
 def test_a_namespace_is_evicted_by_one_rename_however_many_blobs_it_has(tmp_path: Path) -> None:
     """A commit, a rename, a synced folder; then the unlinks; nothing of it returns when the index is lost."""
     fs = RecordingFs()

@@ -40,6 +40,9 @@ DURABILITIES = ("commit", "full", "none")
 # A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
 ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
+# 2026-01-01. A clock before this code was written has not been set yet, as at the boot of a machine whose battery is
+# empty. Uses that seem to be in its future are not; taken back to it, they would be years old once the clock is right.
+CLOCK_MIN_S = 1_767_225_600
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
 _UNWRITTEN_FACTOR = 16
 DISPLACED = "the data directory was deleted or replaced, or its volume is away"
@@ -224,7 +227,8 @@ class Shared:
         """A commit of its own for what was used. Losing it is no reason to fail."""
         try:
             with self.lock, self.edit() as edit:
-                edit.table.settle_clock(int(self.clock()))
+                if (now_s := int(self.clock())) >= CLOCK_MIN_S:
+                    edit.table.settle_clock(now_s)
         except (KVStoreError, OSError) as error:
             log.warning("the access order could not be written: %s", error)
 

@@ -183,12 +183,15 @@ class Table:
         return self.sequence
 
     def touch(self, keys: Iterable[bytes], used_s: int) -> None:
-        """Note that blobs were used together, at this wall clock. Keys that are not there do not count."""
+        """Note that blobs were used together, at this wall clock; one that was set back makes no use older.
+
+        Keys that are not there do not count.
+        """
         slots = self.slots(keys)
         if not slots:
             return
         self._rows["last_use"][slots] = self.next()
-        self._rows["used_s"][slots] = used_s
+        self._rows["used_s"][slots] = np.maximum(self._rows["used_s"][slots], used_s)
         self._rows["hits"][slots] += 1
         self._changed.update(slot // CHUNK for slot in slots)
 

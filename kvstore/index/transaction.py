@@ -276,7 +276,7 @@ class Edit(View):
         """Note when a caller last named a namespace. One that is not known is ignored."""
         known = self._contents.spaces.get(root)
         if known is not None:
-            self._put_space(root, known._replace(used_s=used_s))
+            self._put_space(root, known._replace(used_s=max(known.used_s, used_s)))
 
     def _put_space(self, root: bytes, space: Space) -> None:
         self._contents.spaces[root] = space
