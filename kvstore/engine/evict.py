@@ -343,8 +343,7 @@ class Evictor:
         shared = self._shared
         with shared.lock:
             usage = shared.index.table.usage()
-            held = usage.disk_bytes
-            budget, floor = shared.options.budget_bytes, shared.options.free_floor_bytes
+            held, budget, floor = usage.disk_bytes, shared.options.budget_bytes, shared.options.free_floor_bytes
             try:
                 short = floor - self.shortage.free_bytes() if floor else 0
             except OSError:
