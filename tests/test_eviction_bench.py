@@ -14,7 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.bench.cases import BenchError
-from kvstore.bench.eviction import EvictionRow, Request, load_trace, model_lru, optimum, replay, run
+from kvstore.bench.eviction import (
+    ADMISSIONS,
+    TIER_S,
+    EvictionRow,
+    MemoryTier,
+    Request,
+    load_trace,
+    model_lru,
+    optimum,
+    replay,
+    run,
+)
 from kvstore.cli.app import cli
 
 
@@ -90,6 +101,24 @@ def test_with_room_for_everything_each_block_is_written_once() -> None:
         assert row.hit_share == pytest.approx((asked - distinct) / asked)
         assert row.hit_share == row.optimum_hit_share
         assert row.written_bytes == distinct * (4 << 20)
+
+
+def test_staged_writes_less_and_the_memory_of_workers_makes_up_for_it() -> None:
+    """At most what is written always; killed workers cost hits, and nothing more is written than was seen twice."""
+    requests = conversations(120)
+    found = list(run(requests, shares=[0.5], admissions=ADMISSIONS))
+    rows = {row.admission: row for row in found[2:]}
+    always, staged, killed = (rows[name] for name in ADMISSIONS)
+    assert staged.written_bytes < always.written_bytes and staged.tier_bytes > 0 == always.tier_bytes
+    assert killed.hit_share <= staged.hit_share and staged.hit_share >= always.hit_share
+
+
+def test_the_memory_of_workers_holds_what_was_used_within_its_time() -> None:
+    """And loses all of it where they are killed."""
+    requests = [Request(at_s, (1, 2)) for at_s in (0.0, TIER_S, 2 * TIER_S + 1)]
+    for is_killed, found in ((False, [0, 2, 0]), (True, [0, 0, 0])):
+        tier = MemoryTier(0.0, is_killed=is_killed)
+        assert [tier.use(request) for request in requests] == found
 
 
 def test_the_verb_prints_a_row_a_policy_and_budget(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 A trace is in Mooncake's format: one JSON object a line, with `timestamp` (milliseconds) and `hash_ids`, the blocks of
 the prompt in order; equal ids mean equal prefixes. Each id becomes one block of a few real bytes that counts as
 BLOCK_BYTES, so that the index is small beside them. Every request is matched,
-what it hit is touched, and the rest is stored, as a worker without a memory of its own does.
+what it hit is touched, and the rest is stored: all of it (`always`), as a worker without a memory of its own does; or
+what another prompt offered before (`staged`), while the worker's memory holds what was used within TIER_S, and serves
+it. `staged-killed` is the same with workers that are killed every TIER_S, so that their memory is lost.
 
 Two rows a budget are models, computed from the trace alone. `optimum` knows the future: it evicts the block whose next
 use is farthest, and does not take what is never used again (Belady's rule; as a prefix is used whenever what follows it
@@ -18,7 +20,7 @@ import json
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,11 @@ from kvstore.engine import Engine, EngineOptions, NewBlock
 BLOCK_BYTES = 4 << 20
 BUDGET_SHARES = (0.01, 0.05, 0.2, 0.5)
 POLICY_NAMES = ("lru",)
-OPTIMUM, MODEL_LRU, ALWAYS = "optimum", "model-lru", "always"
+OPTIMUM, MODEL_LRU = "optimum", "model-lru"
+ALWAYS, STAGED, STAGED_KILLED = "always", "staged", "staged-killed"
+ADMISSIONS = (ALWAYS, STAGED, STAGED_KILLED)
+# What was used within eight minutes is in the worker's memory.
+TIER_S = 480.0
 _PART = PartSpec(1, 1, "BF16")
 _LAYOUT = Layout((LayerSpec(_PART, _PART),))
 _BYTES = bytes(2 * BLOCK_TOKENS)
@@ -58,6 +64,7 @@ class EvictionRow:
 
     `budget_share` is of the trace's different blocks, `hit_share` of all blocks asked for, `written_bytes` are those of
     all blocks stored, `written_per_reused` divides them by the bytes of blocks that were hit (None: nothing was).
+    `tier_bytes` is the most that the workers' memory held, whose hits count as well.
     """
 
     policy: str
@@ -67,14 +74,16 @@ class EvictionRow:
     optimum_hit_share: float
     written_per_reused: float | None
     written_bytes: int
+    tier_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Counts:
-    """Blocks hit and written."""
+    """Blocks hit and written, and the most that were in workers' memory."""
 
     hit: int
     written: int
+    in_memory: int = 0
 
 
 def load_trace(path: Path, limit: int | None = None) -> list[Request]:
@@ -107,24 +116,31 @@ def _request(line: str, where: str) -> Request:
 
 
 def run(
-    requests: Sequence[Request], policies: Sequence[str] = POLICY_NAMES, shares: Sequence[float] = BUDGET_SHARES
+    requests: Sequence[Request],
+    policies: Sequence[str] = POLICY_NAMES,
+    shares: Sequence[float] = BUDGET_SHARES,
+    admissions: Sequence[str] = (ALWAYS,),
 ) -> Iterator[EvictionRow]:
-    """The rows of every budget, one after the other: the models first, then each policy in the engine."""
+    """The rows of every budget: the models first, then each policy in the engine, with each admission."""
     distinct = len({block for request in requests for block in request.blocks})
     asked = sum(len(request.blocks) for request in requests)
     for share in shares:
         capacity = max(1, round(share * distinct))
         best = optimum(requests, capacity)
 
-        def row(policy: str, counts: _Counts, best: _Counts = best, share: float = share) -> EvictionRow:
+        def row(
+            policy: str, counts: _Counts, admission: str = ALWAYS, best: _Counts = best, share: float = share
+        ) -> EvictionRow:
             per_reused = counts.written / counts.hit if counts.hit else None
-            written = counts.written * BLOCK_BYTES
-            return EvictionRow(policy, ALWAYS, share, counts.hit / asked, best.hit / asked, per_reused, written)
+            hits, most = counts.hit / asked, best.hit / asked
+            written, in_memory = counts.written * BLOCK_BYTES, counts.in_memory * BLOCK_BYTES
+            return EvictionRow(policy, admission, share, hits, most, per_reused, written, in_memory)
 
         yield row(OPTIMUM, best)
         yield row(MODEL_LRU, model_lru(requests, capacity))
         for policy in policies:
-            yield row(policy, replay(requests, capacity, policy))
+            for admission in admissions:
+                yield row(policy, replay(requests, capacity, policy, admission), admission)
 
 
 def optimum(requests: Sequence[Request], capacity: int) -> _Counts:
@@ -174,7 +190,7 @@ def model_lru(requests: Sequence[Request], capacity: int) -> _Counts:
     return _Counts(hit, written)
 
 
-def _common(blocks: Sequence[int], held: dict[int, int] | OrderedDict[int, None]) -> int:
+def _common(blocks: Sequence[int], held: Container[int]) -> int:
     """How many blocks at the start of a prompt are held."""
     return next((count for count, block in enumerate(blocks) if block not in held), len(blocks))
 
@@ -187,7 +203,31 @@ class LogicalBlobs(MemoryBlobs):
         return BLOCK_BYTES
 
 
-def replay(requests: Sequence[Request], capacity: int, policy: str) -> _Counts:
+class MemoryTier:
+    """The blocks that workers hold in memory: those used within TIER_S; of workers that are killed none outlives it."""
+
+    def __init__(self, begun_s: float, *, is_killed: bool) -> None:
+        self._is_killed = is_killed
+        self._begun_s = begun_s
+        self._used_s: OrderedDict[int, float] = OrderedDict()
+        self.most = 0
+
+    def use(self, request: Request) -> int:
+        """How many leading blocks of a prompt are in memory; afterwards all are."""
+        if self._is_killed and request.at_s >= self._begun_s + TIER_S:
+            self._begun_s = request.at_s
+            self._used_s.clear()
+        while self._used_s and next(iter(self._used_s.values())) < request.at_s - TIER_S:
+            self._used_s.popitem(last=False)
+        found = _common(request.blocks, self._used_s)
+        for block in request.blocks:
+            self._used_s[block] = request.at_s
+            self._used_s.move_to_end(block)
+        self.most = max(self.most, len(self._used_s))
+        return found
+
+
+def replay(requests: Sequence[Request], capacity: int, policy: str, admission: str = ALWAYS) -> _Counts:
     """The trace through an engine of its own, whose index lies in a temporary directory. Its clock is the trace's."""
     now_s = requests[0].at_s
     # One block's bytes, all but one, are for the index.
@@ -197,27 +237,32 @@ def replay(requests: Sequence[Request], capacity: int, policy: str) -> _Counts:
     try:
         namespace = Namespace(weights=b"kvstore bench eviction", layout=_LAYOUT, dtype="BF16", engine="bench 1")
         with Engine.open(Path(folder) / "data", options, clock=lambda: now_s, blobs=LogicalBlobs()) as engine:
+            tier = None if admission == ALWAYS else MemoryTier(now_s, is_killed=admission == STAGED_KILLED)
             hit = written = 0
-            for request in requests:
+            for number, request in enumerate(requests, 1):
                 now_s = request.at_s
-                one = _ask(engine, namespace, request)
+                one = _ask(engine, namespace, request, number, tier)
                 hit, written = hit + one.hit, written + one.written
-        return _Counts(hit, written)
+        return _Counts(hit, written, tier.most if tier else 0)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ask(engine: Engine, namespace: Namespace, request: Request) -> _Counts:
-    """Match a prompt, touch what was hit, and store the rest."""
+def _ask(engine: Engine, namespace: Namespace, request: Request, number: int, tier: MemoryTier | None) -> _Counts:
+    """Match a prompt, touch what was hit, and store the rest; with a tier, as far as another prompt had it, too."""
     tokens = np.repeat(np.asarray(request.blocks, "<i8"), BLOCK_TOKENS).tobytes()
     chain = Chain(namespace.root, tokens)
     match = engine.match(chain)
     engine.touch(match.slices)
     held = match.n_tokens // BLOCK_TOKENS
     keys = chain.keys()
-    new = [_new_block(namespace, keys, tokens, at) for at in range(held, len(request.blocks))]
+    in_memory, admitted = 0, len(request.blocks)
+    if tier is not None:
+        in_memory = tier.use(request)
+        admitted = max(in_memory, engine.mark(keys, number))
+    new = [_new_block(namespace, keys, tokens, at) for at in range(held, admitted)]
     receipt = engine.store(namespace.to_record(), new, protect=keys[:held])
-    return _Counts(held, receipt.blocks)
+    return _Counts(max(held, in_memory), receipt.blocks)
 
 
 def _new_block(namespace: Namespace, keys: Sequence[bytes], tokens: bytes, at: int) -> NewBlock:

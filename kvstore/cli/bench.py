@@ -323,13 +323,22 @@ def codec(
     "--budget", "budgets", multiple=True, type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",
     help="Of the trace's different blocks; may be repeated. Default: 0.01, 0.05, 0.2, 0.5.",
 )  # fmt: skip
+@click.option(
+    "--admission", "admissions", multiple=True, type=click.Choice(["always", "staged", "staged-killed"]),
+    help="May be repeated: staged writes what is offered twice. Default: always.",
+)  # fmt: skip
 @click.option("--requests", "limit", type=click.IntRange(1), metavar="N", help="Only the first N.")
 @click.option(
     "--plot", "plot_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Also an SVG."
 )
 @common_options
 def eviction(
-    trace_path: Path, budgets: tuple[float, ...], limit: int | None, plot_path: Path | None, **options: Any
+    trace_path: Path,
+    budgets: tuple[float, ...],
+    admissions: tuple[str, ...],
+    limit: int | None,
+    plot_path: Path | None,
+    **options: Any,
 ) -> None:
     """What the eviction policy keeps of a trace of requests, beside an optimum that knows the future.
 
@@ -341,7 +350,8 @@ def eviction(
     if plot_path:
         importlib.import_module("kvstore.bench.plot").require_matplotlib()
     bench = importlib.import_module("kvstore.bench.eviction")
-    rows = list(bench.run(bench.load_trace(trace_path, limit), shares=sorted(budgets) or bench.BUDGET_SHARES))
+    shares, requests = sorted(budgets) or bench.BUDGET_SHARES, bench.load_trace(trace_path, limit)
+    rows = list(bench.run(requests, shares=shares, admissions=admissions or (bench.ALWAYS,)))
     if plot_path:
         bench.plot_rows(rows, plot_path)
     if options["as_json"]:
