@@ -66,9 +66,10 @@ def command(
 def _namespace(client: Client, target: str) -> bytes:
     try:
         return require_namespace(client, target)
-    except NotFoundError:
+    except NotFoundError as error:
         if not as_id(target):
-            raise
+            empty = "one that holds nothing, as under a quota that is too small, goes by its id: see the daemon's log"
+            raise NotFoundError(f"{error}; {empty}") from None
         return as_id(target)  # it may have limits of its own and hold nothing
 
 

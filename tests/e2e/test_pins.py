@@ -107,6 +107,7 @@ def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
         (["set", "small-lm", "ttl=soon"], 2, "not a length of time"),
         (["set", "small-lm", "colour=red"], 2, "quota, ttl"),
         (["set", "nobody", "ttl=1d"], 1, "nobody"),
+        (["set", "nobody", "quota=0"], 1, "goes by its id"),
     ],
 )
 def test_what_cannot_be_is_one_line(daemon: DaemonProcess, arguments: list[str], status: int, said: str) -> None:
