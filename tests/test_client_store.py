@@ -64,15 +64,15 @@ def test_parts_of_a_prompt_that_was_deferred_are_not_copied_again(daemon: FakeDa
     daemon.faults = {"deferred"}
     layers = make_layers(LAYOUT, TOKENS[:600])
     with Client(daemon.config()) as client:
-        session = client.session(daemon.namespace, **SLOW)
+        session, touch = client.session(daemon.namespace, **SLOW), Touch(5, 3)
         for reason in (Reason.OK, Reason.DEFERRED):
-            assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=Touch(5)).reason is reason
+            assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=touch).reason is reason
             assert session.flush(10)
-        assert session.store(TOKENS[:600], layers, wait=True, touch=Touch(5, 3)).reason is Reason.DEFERRED
+        assert session.store(TOKENS[:600], layers, wait=True, touch=touch).reason is Reason.DEFERRED
         assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=Touch(6)).reason is Reason.OK
         assert session.flush(10)
     offered = [(one.prompt, one.touched_tokens) for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
-    assert offered == [(5, 0), (5, 3), (6, 0)] and not daemon.uploads
+    assert offered == [(5, 3), (5, 3), (6, 0)] and not daemon.uploads
 
 
 @pytest.mark.parametrize("by_path", [True, False])

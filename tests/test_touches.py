@@ -42,18 +42,17 @@ def test_every_part_of_a_prompt_is_of_it() -> None:
     assert one.prompt != other.prompt and one.prompt
     assert touches.of("model", [1, 2, 3, 4, 5, 6]) == one and touches.of("model", [1, 9, 9]) == other
     assert touches.of("model", [1, 2, 3]) == one
-    assert touches.of("model", [1, 2, 3, 4, 5]).tokens == 2
     assert touches.of("model", [7, 7]) not in (one, other) and touches.of("another", [1, 9]) != other
     later = touches.begin("model", [1, 2, 3, 4], 4)
     assert touches.of("model", [1, 2, 3, 4, 5]) == later, "the latest"
-    assert touches.of("model", [1, 2, 3]) == Touch(later.prompt, 3)
+    assert touches.of("model", [1, 2, 3]) is later, "so that all of it knows whether it was deferred"
 
 
 def test_at_the_end_what_is_young_is_offered_once_the_newest_first() -> None:
     """Older than eight minutes it was not asked for in the time in which most is."""
     rig = Rig()
     for number in range(4):
-        rig.touches.offered(PLACE, [number])
+        rig.touches.offered(PLACE, [number], Touch(1, deferred=True))
         rig.now_s += YOUNG_S / 2 - 1
     rig.touches.end(Deadline(60.0))
     assert rig.offers == [[3], [2]]
@@ -61,10 +60,18 @@ def test_at_the_end_what_is_young_is_offered_once_the_newest_first() -> None:
     assert rig.offers == [[3], [2]]
 
 
+def test_what_was_not_deferred_is_not_offered_again() -> None:
+    """It is stored."""
+    rig = Rig()
+    rig.touches.offered(PLACE, [1], Touch(1))
+    rig.touches.end(Deadline(60.0))
+    assert rig.offers == [] and not rig.touches.is_deferred(PLACE, [1])
+
+
 def test_an_end_without_time_offers_nothing() -> None:
     """A stop is not held up."""
     rig = Rig()
-    rig.touches.offered(PLACE, [1])
+    rig.touches.offered(PLACE, [1], Touch(1, deferred=True))
     rig.touches.end(Deadline(0.0))
     assert rig.offers == []
 
@@ -73,8 +80,8 @@ def test_a_model_that_is_left_has_its_young_sequences_offered() -> None:
     """Those of the model that is asked for now stay for later."""
     rig = Rig()
     rig.touches.begin("model", [1], 0)
-    rig.touches.offered(PLACE, [1])
-    rig.touches.offered(("another", None), [2])
+    rig.touches.offered(PLACE, [1], Touch(1, deferred=True))
+    rig.touches.offered(("another", None), [2], Touch(2, deferred=True))
     rig.touches.begin("another", [3], 0)
     assert rig.offers == [[1]]
     rig.touches.begin("another", [3], 0)

@@ -55,7 +55,6 @@ class Background:
         self._uploader = uploader
         self._held = held
         self._stats = stats
-        self.deferred_prompt = 0  # the last one of which the daemon left something to the caller's memory
         self._closing = threading.Event()
         self._sender: Sender[StoreJob | Report | Rest] = Sender(self._work, self._drop)
 
@@ -103,7 +102,7 @@ class Background:
                 result = self._store_patiently(job)
                 self._learn(job, result)
                 if result.reason is Reason.DEFERRED and job.touch:
-                    self.deferred_prompt = job.touch.prompt
+                    job.touch.deferred = True
                 if result.reason is Reason.NOT_CAPTURED:
                     self._start_over(job)
         except KVStoreError as error:

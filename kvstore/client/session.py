@@ -289,7 +289,7 @@ class Session:
         """
 
         def work() -> StoreResult:
-            if touch and touch.prompt == self._background.deferred_prompt:
+            if touch and touch.deferred:
                 return StoreResult(reason=Reason.DEFERRED)
             request, reason = self._request(pack_tokens(tokens), list(layers), None, touch)
             if request is None:

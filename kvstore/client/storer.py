@@ -27,17 +27,18 @@ REST_S = 60.0
 ROOM_S = 10.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Touch:
     """Marks the store of a caller whose own memory keeps the sequence, too: the daemon may defer it (DEFERRED).
 
     Such a caller offers it again, without this, when it ends soon after. `prompt` is the number, not 0, of the prompt
     that it was computed for, below 2^24: what two prompts offer is written. `tokens`: leading tokens that this prompt
-    found in the caller's memory.
+    found in the caller's memory. `deferred`: the daemon has left something of the prompt to the caller's memory.
     """
 
     prompt: int
     tokens: int = 0
+    deferred: bool = False
 
 
 @dataclass(frozen=True, slots=True)

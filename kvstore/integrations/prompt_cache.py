@@ -206,11 +206,14 @@ class PromptCache(LRUPromptCache):
                 stored = self._store.store(
                     model, held, prompt_cache, exactly=True, epoch=epoch, prefill_tokens_per_s=speed, touch=touch
                 )
-                if touch and touch.tokens and self.needs_checkpoints(model):
-                    self._offer((model, epoch), held[: touch.tokens])
+                # What this prompt went on from cannot be cut out of it, where a checkpoint belongs to it.
+                if touch and self.needs_checkpoints(model):
+                    begun = held[: touch.tokens]
+                    if self._touches.is_deferred((model, epoch), begun):
+                        self._offer((model, epoch), begun)
         self._keep((model, epoch), held, prompt_cache, cache_type, bounded=stored or self._is_strict)
         if touch:
-            self._touches.offered((model, epoch), held)
+            self._touches.offered((model, epoch), held, touch)
 
     def _offer(self, place: tuple[Any, Any], tokens: list[int]) -> None:
         """Store a sequence of which memory may have been left the only holder, if it is still there."""

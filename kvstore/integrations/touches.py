@@ -53,6 +53,7 @@ class Offered:
 
     place: Place
     tokens: list[int]
+    touch: Touch
     at_s: float
 
 
@@ -93,19 +94,25 @@ class FirstTouches:
             for key, prompt, touch in reversed(self._prompts):
                 shared = min(len(prompt), len(tokens))
                 if key == model and prompt[:shared] == tokens[:shared]:
-                    return Touch(touch.prompt, min(touch.tokens, len(tokens)))
+                    return touch
         return Touch(1 + secrets.randbelow(_NUMBERS))
 
-    def offered(self, place: Place, tokens: list[int]) -> None:
+    def offered(self, place: Place, tokens: list[int], touch: Touch) -> None:
         """A sequence that is in memory was offered with a touch."""
         now_s = self._clock()
         with self._lock:
-            self._offered.append(Offered(place, tokens, now_s))
+            self._offered.append(Offered(place, tokens, touch, now_s))
             while self._offered[0].at_s < now_s - YOUNG_S:
                 self._offered.popleft()
 
+    def is_deferred(self, place: Place, tokens: list[int]) -> bool:
+        """Whether a young sequence may have been left to memory alone."""
+        with self._lock:
+            return any(one.touch.deferred for one in self._offered if one.place == place and one.tokens == tokens)
+
     def end(self, deadline: Deadline) -> None:
         """The worker ends: what is young is offered, the newest first, as far as the time goes."""
+        self._flush(deadline.left_s)  # until it has answered, nobody knows what the daemon deferred
         for one in self._take_young():
             if deadline.left_s <= 0:
                 return
@@ -117,6 +124,6 @@ class FirstTouches:
         now_s = self._clock()
         with self._lock:
             young = [one for one in self._offered if one.at_s >= now_s - YOUNG_S]
-            taken = [one for one in reversed(young) if but is None or one.place[0] != but]
+            taken = [one for one in reversed(young) if one.touch.deferred and (but is None or one.place[0] != but)]
             self._offered = deque(one for one in young if but is not None and one.place[0] == but)
         return taken
