@@ -18,7 +18,13 @@ from kvstore.config import Config
 from kvstore.config.parsers import parse_address
 from kvstore.errors import ConfigError, DirectoryError, UnavailableError
 from kvstore.server import metrics_listener
-from kvstore.server.metrics_listener import CONNECTIONS_MAX, HEAD_BYTES_MAX, MetricsListener, serving_metrics
+from kvstore.server.metrics_listener import (
+    CONNECTIONS_MAX,
+    HEAD_BYTES_MAX,
+    MetricsListener,
+    names_this_host,
+    serving_metrics,
+)
 from kvstore.server.threads import Threads
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -122,6 +128,23 @@ def test_other_requests_have_their_status(rig: Rig, head: bytes, status: bytes) 
     # What was sent and not read may end the connection before its answer is read.
     assert answer.startswith(b"HTTP/1.1 " + status) or (status == b"431" and not answer)
     assert not (head.startswith(b"HEAD") and answer.partition(b"\r\n\r\n")[2])
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        (b"Host: 127.0.0.1:9464\r\n", True),
+        (b"host: localhost\r\n", True),
+        (b"HOST:[::1]:9464\r\n", True),
+        (b"X: y\r\n", True),
+        (b"Host: attacker.example:9464\r\n", False),
+        (b"Host: 192.168.1.2\r\n", False),
+        (b"Host:\r\n", False),
+    ],
+)
+def test_a_request_for_another_host_is_not_answered_on_loopback(host: bytes, is_ours: bool) -> None:
+    """A page in a browser may have its own name lead here."""
+    assert names_this_host(b"GET /metrics HTTP/1.1\r\n" + host + b"\r\n") == is_ours
 
 
 def test_a_daemon_that_does_not_answer_is_503(rig: Rig) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from kvstore.cli.app import EXIT_FAILURE
 from kvstore.cli.common import client_config, common_options, connected, note, say, size_text
 from kvstore.cli.names import NAMESPACES_MAX, as_id, find_namespaces
 from kvstore.cli.progress import print_summary, progress
@@ -19,12 +20,13 @@ from kvstore.errors import InvalidRequestError, NotFoundError
 @click.option("-o", "--output", required=True, metavar="FILE", help="The .kvpack file to write.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @common_options
-def command(name: str, output: str, force: bool, address: str | None, config_path: str | None, as_json: bool) -> None:
+def command(name: str, output: str, force: bool, address: str | None, config_path: str | None, as_json: bool) -> int:
     """Write stored KV to a file that `kvstore import` takes in, here or on another machine.
 
     KEY (from `kvstore ls` or `kvstore show`) selects the sequence up to that block; an ID or ALIAS everything of that
     namespace. The file has the tokens of prompts in readable form: only you can read it. Encrypted and tenants'
-    namespaces are not exported.
+    namespaces are not exported. Where blocks were evicted before their turn, the file lacks them, and the exit status
+    is 1.
     """
     path = os.path.abspath(os.path.expanduser(output))
     with connected(client_config(address, config_path)) as client:
@@ -33,11 +35,12 @@ def command(name: str, output: str, force: bool, address: str | None, config_pat
             done = client.export_pack(path, force=force, tell=tell, **selected)
     if as_json:
         print_summary(done)
-        return
+        return EXIT_FAILURE if done["skipped"] else 0
     if done["skipped"]:
         note(f"{done['skipped']:,} blobs were evicted or damaged before their turn, and are not in the file")
     alias = done["namespace"]["alias"]
     say(f"exported {done['blobs']:,} blobs of {alias or name}, {size_text(done['bytes'])}, to {output}")
+    return EXIT_FAILURE if done["skipped"] else 0
 
 
 def _selected(client: Client, name: str) -> dict[str, Any]:

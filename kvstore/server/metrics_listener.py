@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
+import re
 import socket
 import stat
 import time
@@ -51,6 +53,20 @@ def serving_metrics(listener: MetricsListener | None, threads: Threads) -> Itera
         yield
     finally:
         listener.stop()
+
+
+def names_this_host(head: bytes) -> bool:
+    """Whether a request is for a loopback address, or does not say for what.
+
+    A page in a browser on this host can have its own name resolve to 127.0.0.1 and read what is answered there. Its
+    requests still carry that name.
+    """
+    found = re.search(rb"(?im)^host:[ \t]*(\[[^\]\r]*\]|[^:\r]*)", head)
+    name = found[1].decode("latin-1").strip().strip("[]") if found else "localhost"
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class MetricsListener:
@@ -130,6 +146,8 @@ class MetricsListener:
             return response("405 Method Not Allowed", b"only GET\n")
         if target not in (b"/", b"/metrics"):
             return response("404 Not Found", b"the metrics are at /metrics\n")
+        if not self._path and not names_this_host(head):
+            return response("421 Misdirected Request", b"ask for a loopback address\n")
         try:
             body = await self._text()
         except (KVStoreError, OSError, RuntimeError, CancelledError):
