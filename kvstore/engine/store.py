@@ -252,6 +252,7 @@ class Writer:
     def _sync_later(self, batch: _Batch, pending: Pending) -> Future[None] | None:
         """Queue a blob for the request's sync thread. Raises OSError if no thread can be started."""
         if not self._shared.sync:
+            pending.sync()  # it is quick: the file is closed
             return None
         try:
             return batch.syncing.submit(pending.sync)
