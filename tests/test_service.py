@@ -8,6 +8,7 @@ import plistlib
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,10 @@ def on_unit(*verbs: str) -> list[str]:
 
 
 @pytest.fixture(params=list(SYSTEMS))
-def desk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
     """A machine of each system, with a `kvstore` that only sleeps, and no variable of kvstore set."""
+    # A socket lies in the home, and its path must be short.
+    tmp_path = Path(tempfile.mkdtemp(prefix="kvd-"))
     made = Desk(request.param, ServiceTools(tmp_path / "tools"), tmp_path)
     for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / {"HOME": "home", "XDG_CONFIG_HOME": "config"}.get(name, "data")))
@@ -87,6 +90,7 @@ def desk(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(service, "_ask", ask)
     yield made
     made.tools.end()
+    shutil.rmtree(tmp_path)
 
 
 def test_install_writes_the_file_starts_the_daemon_and_is_idempotent(desk: Desk) -> None:

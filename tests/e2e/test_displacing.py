@@ -143,7 +143,7 @@ def test_one_callers_uploads_keep_to_its_share(daemon: DaemonProcess, client: Cl
     with pytest.raises(grpc.RpcError) as refused:
         greedy.claim(2)
     error = from_rpc_error(refused.value)
-    assert isinstance(error, LimitError) and error.retry_s > 0 and "one client's share" in str(error)
+    assert isinstance(error, LimitError) and error.retry_s > 0 and "of one client" in str(error)
     assert client.stats()["refusals"]["upload_share_percent"] == 1
     greedy.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=first.upload_id))
     assert other.claim(3).upload_id

@@ -147,8 +147,10 @@ def test_selections_narrow_each_other(daemon: DaemonProcess) -> None:
     """A namespace and a number of bytes: no block of another namespace pays for it."""
     assert evict_and_compare(daemon, "--namespace", NEW.root.hex()[:12], "--bytes", "1GB") == 3
     assert held_tokens(daemon) == (700, len(BRANCH), 0)
-    assert evict_and_compare(daemon, "--namespace", NEW.root.hex()[:12]) == 0
-    assert evict_and_compare(daemon, "--prefix", "ff" * 32) == 0
+    for selection in (("--namespace", NEW.root.hex()[:12]), ("--prefix", "ff" * 32)):
+        ended = run_cli(["evict", *selection], daemon.environ())
+        assert ended.returncode == 1 and "starts with" in ended.stderr, ended
+    assert held_tokens(daemon) == (700, len(BRANCH), 0)
 
 
 def test_what_was_evicted_stays_evicted_after_a_crash(tmp_path: Path) -> None:
