@@ -36,8 +36,11 @@ def test_text_is_escaped_and_what_is_readable_stays() -> None:
     assert plain_text("x" * 300, 10) == "x" * 9 + "…"
 
 
-def test_tables_and_facts_show_markup_and_escapes_as_they_stand(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_facts_show_markup_and_escapes_as_they_stand(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of rich, too: a name in brackets is no colour, and one that closes nothing is no error."""
+    monkeypatch.setenv("COLUMNS", "200")
     print_table(("name", "n"), [(EVIL, "1"), ("[/]", "2")], title=EVIL)
     assert_harmless(capsys.readouterr().out, 4)
     print_facts(EVIL, [("name", EVIL), (EVIL, "[/]")])

@@ -74,6 +74,11 @@ def test_one_command_starts_a_daemon_and_the_second_server_hits(
         assert f"kvstore: connected to {absent.listen}" in text and "kvstore: profile affine8" in text
         assert "kvstore: identity of" in text or "kvstore: hashing the weights" in text
         wait_until(lambda: "kvstore: stored small +" in one.log_text(), 30, one.log_text)
+
+        def is_measured() -> bool:
+            return any(space["prefill_tokens_per_s"] > 0 for space in stats_of(environ)["namespaces"])
+
+        wait_until(is_measured, 30, one.log_text)
         assert one.stop() == 0
     log = tmp_path / "share" / "kvstore" / "daemon.log"
     assert log.stat().st_mode & 0o777 == 0o600
@@ -91,7 +96,6 @@ def test_one_command_starts_a_daemon_and_the_second_server_hits(
     assert session["alias"] == "small" and session["last_hit_s"] > 0
     assert two.process is not None and session["pid"] == two.process.pid
     assert stats["since_start"]["hit_tokens"] >= warm.cached_tokens
-    assert stats["namespaces"][0]["prefill_tokens_per_s"] > 0, "the first server measured how fast it computes"
 
 
 def test_no_store_is_made_where_a_volume_may_be_away(model: Path, absent: DaemonProcess, tmp_path: Path) -> None:

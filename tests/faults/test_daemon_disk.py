@@ -141,7 +141,7 @@ def test_a_directory_that_is_deleted_under_a_daemon_is_begun_anew(
     assert fetched(daemon, KEPT) == 0
     eventually(lambda: health(daemon, "kvstore.writes") == NOT_SERVING)
     assert state(daemon) == "degraded"
-    eventually(lambda: "beginning anew" in daemon.log_text())
+    eventually(lambda: "starting again" in daemon.log_text())
     daemon.wait_serving()
     eventually(lambda: health(daemon, "kvstore.writes") == SERVING and state(daemon) == "serving")
     assert fetched(daemon, KEPT) == 0
