@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,22 @@ def test_pins_and_terms_survive_a_restart_and_a_rebuild(tmp_path: Path, engine: 
             put(again, NS, prompt(number))
         assert find(again, NS, prompt(1)).n_tokens == 300
         require_sound(again)
+
+
+def test_nothing_is_evicted_between_the_decision_and_the_write_of_a_pin(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pin that was acknowledged is of something that is there."""
+    put(engine, NS, prompt(1))
+    key, write = last_key(engine, prompt(1)), engine._shared.keep.add_pins
+
+    def evict_first(root: bytes, keys: Iterable[bytes]) -> None:
+        engine.evict(Selection(bytes=1 << 30))
+        write(root, keys)
+
+    monkeypatch.setattr(engine._shared.keep, "add_pins", evict_first)
+    engine.keeper.pin(NS.root, [key])
+    assert find(engine, NS, prompt(1)).n_tokens == 300
 
 
 def test_pins_keep_at_most_a_fifth_of_the_budget(engine: Engine) -> None:

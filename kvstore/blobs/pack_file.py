@@ -4,7 +4,7 @@
     0              8  "kvpack", carriage return, line feed: a copy that was taken for text is noticed at once
     8              4  format version, that of the blobs
     12             4  N: length of the manifest, at most 1 MiB
-    16             N  manifest: JSON, what is inside, for people and for whoever asks before reading on
+    16             N  manifest: JSON, what is inside
     16 + N         8  xxh3_64 of everything before
     24 + N            the blobs, parents before children, each as: 1 (one byte), its length L (8 bytes), L bytes as in
                       `kvstore.blobs.format`, never encrypted
@@ -17,7 +17,7 @@
     manifest        {"kvstore": version, "created_s": seconds since 1970, "blobs": as planned, "bytes": as planned,
                      "namespace": {"id", "weights", "adapter" (hex), "layout" (base64), "dtype", "engine", "alias"}}
 
-The checksums are against accidents: whoever can write the file can also make them fit. What a blob says is believed no
+The checksums detect accidents, not forgery. What a blob says is believed no
 more than what a worker sends (`kvstore.engine.transfer`). Reading and writing hold `PIECE_BYTES` at a time.
 """
 
@@ -131,7 +131,7 @@ class PackFile:
         Raises OSError, CorruptDataError for what is no such file, UnknownFormatError for another format version.
         """
         self.path = path
-        # Not blocking: whoever opens a FIFO waits for one who writes to it.
+        # Not blocking: opening a FIFO would wait for a writer.
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             info = os.fstat(self._fd)

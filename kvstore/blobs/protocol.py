@@ -47,7 +47,7 @@ class BlobId(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Bytes that may still be written, and new names that may still be given; many where nobody counts them."""
+    """Free bytes and free names; very large numbers where there is no limit."""
 
     free_bytes: int
     free_names: int
@@ -164,7 +164,7 @@ class Blobs(Protocol):
         """How many files are in quarantine, and what they cost on disk. Raises OSError."""
 
     def trim_quarantine(self, count_max: int) -> None:
-        """Delete the oldest files in quarantine until so many are left. What the disk refuses stays. Raises OSError."""
+        """Delete the oldest files in quarantine; keep this many. What the disk refuses stays. Raises OSError."""
 
     def room(self) -> Room:
         """Free space. Raises OSError."""

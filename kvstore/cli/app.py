@@ -23,7 +23,7 @@ VERBS = {
     "run": ("kvstore.cli.run", "Start an inference server with the store plugged in."),
     "stats": ("kvstore.cli.stats", "Counters of the daemon and the state of its disk."),
     "top": ("kvstore.cli.top", "What the daemon does now, once a second."),
-    "ls": ("kvstore.cli.ls", "Stored sequences, or the blocks of which they are made."),
+    "ls": ("kvstore.cli.ls", "Stored sequences, or their blocks."),
     "show": ("kvstore.cli.show", "Everything recorded about a namespace or a block."),
     "why": ("kvstore.cli.why", "Why a prompt missed: where it parts from what is stored."),
     "doctor": ("kvstore.cli.doctor", "Check daemon, disk and limits; say what to fix."),

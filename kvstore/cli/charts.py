@@ -43,7 +43,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """All that is drawn. `limit`: a line at so many percent, above which there must be nothing; below 0: none."""
+    """All that is drawn. `limit`: a line at this percentage, which no value may pass; below 0: no line."""
 
     title: str
     about: str

@@ -130,7 +130,7 @@ class Evictor:
         except (StoreFullError, OSError) as error:
             shared.health.disk_error = str(error)
 
-    def keep_terms(self) -> None:
+    def keep_terms(self, *, wait: bool = True) -> None:
         """Evict what namespaces have over their quota, and what was not used within its time to live."""
         shared = self._shared
         if not shared.keep.terms and not shared.options.ttl_s:
@@ -139,7 +139,7 @@ class Evictor:
             with shared.lock:
                 shared.uses.apply(shared.index.table)
                 due = list(over_terms(shared))
-            for cause, need, choose in due:
+            for cause, need, choose in due if wait or not self._evicting.locked() else ():
                 with self._evicting:
                     self._run(cause, need, shared.deletions.leased(), choose)
         except (StoreFullError, OSError) as error:

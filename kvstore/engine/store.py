@@ -300,7 +300,7 @@ class Writer:
         own = {row.key for row in settled.kept}
         if not self._evictor.make_room(0, batch.keep | own):
             self._evictor.make_room(0)
-        self._evictor.keep_terms()
+        self._evictor.keep_terms(wait=False)  # while another thread evicts, the next upkeep does it
         return settled
 
     def _commit_rows(self, batch: _Batch) -> _Settled:

@@ -124,18 +124,21 @@ class Keeper:
             gone = [key for key in before if key not in table]
             table.pin([*before, *keys])
             nbytes, most = pinned_bytes(table), shared.options.budget_bytes // PINS_DIVISOR
-            table.pin(before)
+            if nbytes > most:
+                table.pin(before)
         if nbytes > most:
             words = f"with it pins would keep {size_text(nbytes)}, and they may keep {size_text(most)}"
             raise LimitError(f"{words}: 1/{PINS_DIVISOR} of the budget")
+        # From here on nothing evicts them, so that what is written is there.
         try:
             shared.keep.remove_pins(gone)
             shared.keep.add_pins(root, keys)
         except OSError as error:
             raise DirectoryError(f"the pin could not be written: {error}") from error
-        with shared.lock:
-            shared.index.table.pin(shared.keep.pins)
-            shared.measure()
+        finally:
+            with shared.lock:
+                shared.index.table.pin(shared.keep.pins)
+                shared.measure()
         return nbytes
 
     def pinned_bytes(self) -> tuple[int, int]:
