@@ -132,11 +132,11 @@ venv: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { $(FIND_PYTHON); echo "making $(VENV) with $$p" >&2; "$$p" -m venv $(VENV); }
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics]'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics,remote]'
 	@touch $@
 
 $(INSTALLED_FUZZ): $(INSTALLED)
-	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics,fuzz]'
+	@$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[test,lint,metrics,remote,fuzz]'
 	@touch $@
 
 $(INSTALLED_PROTO): Makefile
