@@ -100,6 +100,14 @@ class ReadDeadlineError(DeadlineError):
     """Files did not give their bytes in time. That is the disk's doing and says nothing about the daemon."""
 
 
+class RemoteError(KVStoreError):
+    """The remote store did not do what was asked: it cannot be reached, refuses, is full, or was never set up."""
+
+
+class ObjectChangedError(RemoteError):
+    """An object of the remote store is gone, or is another one than its ETag says."""
+
+
 class CorruptDataError(KVStoreError):
     """Stored bytes do not match their checksum, header or key. Never served; quarantined."""
 

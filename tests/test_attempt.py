@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 
 from kvstore.client.attempt import DECODING_MAX, Attempt, Caller
-from kvstore.client.breaker import Deadline
 from kvstore.client.results import Miss
 from kvstore.codecs import device
 from kvstore.core.blocks import Reason
+from kvstore.core.breaker import Deadline
 from kvstore.core.layers import KVLayer, LayerSpec, PartSpec
 from kvstore.errors import DeadlineError
 

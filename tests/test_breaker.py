@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvstore.client.breaker import CircuitBreaker, Deadline, Watchdog
+from kvstore.core.breaker import CircuitBreaker, Deadline, Watchdog
 from kvstore.errors import DeadlineError
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.client import Client
 from kvstore.codecs import assemble
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
+from kvstore.core.breaker import CircuitBreaker
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 

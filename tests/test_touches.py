@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from kvstore.client.breaker import Deadline
 from kvstore.client.client import Client
 from kvstore.client.storer import Touch
+from kvstore.core.breaker import Deadline
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache

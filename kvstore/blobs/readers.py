@@ -67,8 +67,9 @@ class Job:
 class Readers:
     """At most `threads_max` daemon threads, started when they are needed. Any thread may call."""
 
-    def __init__(self, threads_max: int = THREADS_MAX) -> None:
+    def __init__(self, threads_max: int = THREADS_MAX, name: str = "kvstore-read") -> None:
         self._threads_max = threads_max
+        self._name = name
         self._jobs: SimpleQueue[Job] = SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
@@ -113,7 +114,7 @@ class Readers:
 
     def _start_thread(self) -> None:
         try:
-            threading.Thread(target=self._serve, name="kvstore-read", daemon=True).start()
+            threading.Thread(target=self._serve, name=self._name, daemon=True).start()
         except RuntimeError:  # no more threads; those that are there do the job
             self._threads -= 1
             if not self._threads:

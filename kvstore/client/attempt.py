@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kvstore.client.breaker import Deadline
 from kvstore.client.timing import Meter
 from kvstore.codecs import device
+from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer, StateLayer
 

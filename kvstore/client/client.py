@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
-from kvstore.client.breaker import Deadlines
 from kvstore.client.connection import Connection
 from kvstore.config import Config, load_config
 from kvstore.core.blocks import FIDELITY_ANY, Reason, pack_tokens
+from kvstore.core.breaker import Deadlines
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError, UnavailableError

@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 
-from kvstore.client.breaker import CircuitBreaker
 from kvstore.client.health import NOT_THERE, Health
 from kvstore.client.notices import WritesNotice
 from kvstore.client.trust import GuardingInterceptor, SocketGuard, not_responding
@@ -30,6 +29,7 @@ from kvstore.config.credentials import (
     speaks_tls,
     token_to_present,
 )
+from kvstore.core.breaker import CircuitBreaker
 from kvstore.core.process import FORKED, connecting, is_forked, unless_forked
 from kvstore.errors import (
     CredentialsError,

@@ -23,7 +23,6 @@ import grpc
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
-from kvstore.client.breaker import Deadline, Deadlines, Watchdog
 from kvstore.client.connection import Connection
 from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, require_readable
@@ -35,6 +34,7 @@ from kvstore.codecs.byte_plan import layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.core.blocks import Reason
+from kvstore.core.breaker import Deadline, Deadlines, Watchdog
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states

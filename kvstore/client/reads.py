@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from kvstore.blobs.ranges import unreadable_paths
 from kvstore.blobs.readers import READERS, Job
-from kvstore.client.breaker import Deadline
 from kvstore.client.plan import Plan
 from kvstore.core.blocks import Reason
+from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import ReadDeadlineError
 

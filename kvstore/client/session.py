@@ -18,7 +18,6 @@ from typing import Self, get_args
 from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
-from kvstore.client.breaker import Deadline, Deadlines
 from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes
@@ -36,6 +35,7 @@ from kvstore.core.blocks import (
     count_tokens,
     pack_tokens,
 )
+from kvstore.core.breaker import Deadline, Deadlines
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer

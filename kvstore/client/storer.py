@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.client.breaker import Deadline
 from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.provenance import Provenance, weights_of
 from kvstore.client.results import StoreResult
@@ -14,6 +13,7 @@ from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
+from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer

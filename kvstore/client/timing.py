@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.client.breaker import Deadline
 from kvstore.client.results import Hit, Miss
+from kvstore.core.breaker import Deadline
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 

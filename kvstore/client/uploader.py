@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from kvstore.client.breaker import Watchdog
 from kvstore.client.connection import Connection
 from kvstore.client.request_lines import new_request_id
 from kvstore.client.results import StoreResult, parse_reason
 from kvstore.client.upload_connection import UploadConnection
 from kvstore.core.blocks import LayerState, Reason
+from kvstore.core.breaker import Watchdog
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces

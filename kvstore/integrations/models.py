@@ -21,13 +21,13 @@ from typing import Any
 from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.client import Client
-from kvstore.client.breaker import Deadline
 from kvstore.client.request_lines import one_request, request_id, say_miss
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
 from kvstore.client.storer import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
+from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import Layout
 from kvstore.core.process import is_forked

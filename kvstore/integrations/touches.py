@@ -15,8 +15,8 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.client.breaker import Deadline
 from kvstore.client.storer import Touch
+from kvstore.core.breaker import Deadline
 from kvstore.core.process import is_forked
 
 # Younger sequences are offered when the worker ends, or leaves the model. On a public trace, nearly all that was asked

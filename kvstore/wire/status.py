@@ -27,6 +27,7 @@ _TABLE: tuple[tuple[type[errors.KVStoreError], grpc.StatusCode], ...] = (
     (errors.ScopeError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.CredentialsError, grpc.StatusCode.UNAUTHENTICATED),
     (errors.UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (errors.RemoteError, grpc.StatusCode.ABORTED),  # the daemon is well; what lies behind it is not
     (errors.DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.VersionError, grpc.StatusCode.UNIMPLEMENTED),  # as gRPC answers a call that an older daemon lacks
     (errors.UnknownFormatError, grpc.StatusCode.OUT_OF_RANGE),
@@ -41,6 +42,7 @@ _FROM_CODE: dict[grpc.StatusCode, type[errors.KVStoreError]] = {
     grpc.StatusCode.PERMISSION_DENIED: errors.ScopeError,
     grpc.StatusCode.UNAUTHENTICATED: errors.CredentialsError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
+    grpc.StatusCode.ABORTED: errors.RemoteError,
     grpc.StatusCode.CANCELLED: errors.DeadlineError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineError,
     grpc.StatusCode.UNIMPLEMENTED: errors.VersionError,

@@ -92,11 +92,11 @@ class Watchdog:
 
 
 class CircuitBreaker:
-    """Refuses calls to a daemon that answers, but failed `failures_max` of them in a row: for 1, 2, 4 .. 30 s.
+    """Refuses calls to a peer (a daemon, a remote store) that failed `failures_max` of them in a row: 1, 2, 4 .. 30 s.
 
     When the time is over one call is let through as a trial, and another each second until one of them has ended. A
-    success closes the circuit, the failure of a trial doubles the time. Whether the daemon is there at all is not asked
-    here: see `health.py`. Any thread may call.
+    success closes the circuit, the failure of a trial doubles the time. Whether a daemon is there at all is not asked
+    here: see `kvstore/client/health.py`. Any thread may call.
     """
 
     def __init__(
@@ -134,21 +134,21 @@ class CircuitBreaker:
             return True
 
     def succeeded(self) -> None:
-        """The daemon answered: close the circuit."""
+        """The peer answered: close the circuit."""
         with self._lock:
             self._failures = 0
             self._trial = False
             self._open_s = self._open_s_first
 
     def undecided(self) -> None:
-        """A call has ended in a way that says nothing about the daemon: where it was a trial, the next one is, too."""
+        """A call has ended in a way that says nothing about the peer: where it was a trial, the next one is, too."""
         with self._lock:
             if self._trial:
                 self._trial = False
                 self._open_until = self._clock()
 
     def failed(self) -> None:
-        """The daemon did not answer a call, or not in time.
+        """The peer did not answer a call, or not in time.
 
         Calls that were under way when the circuit opened fail late and together; only a trial's failure doubles.
         """
