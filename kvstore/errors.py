@@ -112,6 +112,14 @@ class CorruptDataError(KVStoreError):
     """Stored bytes do not match their checksum, header or key. Never served; quarantined."""
 
 
+class AuxMissingError(KVStoreError):
+    """A recipe refers to a file (a codec's basis) that is not at hand; `digest` names it. The data may be sound."""
+
+    def __init__(self, digest: bytes) -> None:
+        super().__init__(f"what is needed to decode is missing: file {digest.hex()[:12]}")
+        self.digest = digest
+
+
 class UnknownFormatError(KVStoreError):
     """Data written by a newer kvstore, or with a recipe that this build cannot read."""
 

@@ -113,8 +113,8 @@ def share_of(run: Run, stack: Stack, number: int, buffer: np.ndarray, position: 
     if packer is None:
         return buffer[position]
     at, length = replace(tensor, offset=0).layer_range(position, run.n_tokens)
-    share = packer.unpack(buffer[at : at + length].data, tensor.layer_bytes(run.n_tokens), ITEM_BYTES[tensor.dtype])
-    return share.reshape(tensor.heads, tensor.rows(run.n_tokens), tensor.row_bytes)
+    shape = tensor.heads, tensor.rows(run.n_tokens), tensor.row_bytes
+    return packer.unpack(buffer[at : at + length].data, shape, ITEM_BYTES[tensor.dtype])
 
 
 def make_run(layout: Layout, n_tokens: int, seed: int, profile: str, skip: int = 0, hidden: int = 0) -> EncodedRun:

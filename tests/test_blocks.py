@@ -133,6 +133,20 @@ def test_runs_of_one_kind_share_a_template() -> None:
     assert [run.stacks[0].tensors[0].offset for run in parsed] == [0, *list(ends)[:-1]]
 
 
+def test_references_of_a_recipe_travel_with_it_and_only_digests_are_taken() -> None:
+    """A decoder must know which files it needs; a record without references is as short as before."""
+    recipe = replace(RUN.stacks[0].recipe, references=(bytes(range(32)),))
+    run = replace(RUN, stacks=(replace(RUN.stacks[0], recipe=recipe), *RUN.stacks[1:]))
+    data, templates = runs_to_record((run,))
+    assert runs_from_record(data, templates)[0].stacks[0].recipe == recipe
+    assert str(recipe).endswith("@" + bytes(range(32)).hex())
+    for bad in ([], [b"short"], [bytes(32)] * 99, ["0" * 32], [7]):
+        fields = msgpack.unpackb(template_of(run).record)
+        fields[0][2][3] = bad
+        with pytest.raises(CorruptDataError):
+            parse_template(msgpack.packb(fields))
+
+
 def test_runs_whose_template_is_another_one_are_corrupt() -> None:
     """Not there, or not what its name says: then nothing is taken from it."""
     data, templates = runs_to_record((RUN,))

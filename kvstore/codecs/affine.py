@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from kvstore.codecs.codec import register
+from kvstore.codecs.codec import NO_CONTEXT, Context, register
 from kvstore.core.blocks import RAW, Recipe, Tensor
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
@@ -78,7 +78,7 @@ class AffineCodec:
         """Hundredths of a bit: 800 for 8 bits."""
         return 100 * recipe.param("bits")
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
         """[L, H, T, D] -> codes, scales, biases."""
         if is_folded(recipe):
             layers, heads, tokens, width = array.shape
@@ -86,7 +86,7 @@ class AffineCodec:
         codes, scales, biases = mx.quantize(array, group_size=recipe.param("group"), bits=recipe.param("bits"))
         return codes, scales, biases
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """Every value that the codes could name is finite in the dtype of the scales.
 
         Finite scales are not enough: fp16 rows that reach both +65504 and -65504 get finite scales, yet
@@ -95,7 +95,9 @@ class AffineCodec:
         _, scales, biases = tensors
         return reaches(scales, biases, recipe.param("bits"))
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
         """codes, scales, biases -> [L, H, T, D] in the dtype of the scales.
 
         mx.contiguous first: mx.dequantize on slices that are not contiguous was silently wrong on Metal (mlx#4370).

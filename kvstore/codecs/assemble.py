@@ -24,7 +24,7 @@ from kvstore.blobs.ranges import RangeReader
 from kvstore.codecs import device
 from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments
-from kvstore.codecs.codec import codec_of
+from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of
 from kvstore.codecs.gather import Filler
 from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
@@ -41,14 +41,16 @@ def assemble_layer(
     verify: bool = True,
     keep_codes: bool = False,
     reads: Reads | None = None,
+    context: Context = NO_CONTEXT,
 ) -> KVLayer:
     """One kv layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
 
     `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a quantized cache, as codes,
-    scales and biases, under a spec that says so. Everything is read when this returns; decoding may still be lazy, so
-    evaluate on this thread. Raises BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or
-    misdescribed data, UnknownFormatError for a recipe that this build cannot read, OSError if the disk fails, and what
-    `reads` raises.
+    scales and biases, under a spec that says so. `context`: the position of the first token, and files that recipes
+    refer to. Everything is read when this returns; decoding may still be lazy, so evaluate on this thread. Raises
+    BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or misdescribed data, UnknownFormatError
+    for a recipe that this build cannot read, AuxMissingError for a file that `context` lacks, OSError if the disk
+    fails, and what `reads` raises.
     """
     spec = layout.layers[layer]
     assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
@@ -59,7 +61,10 @@ def assemble_layer(
     if keep_codes and (quantized := _quantized_spec(spec, plan)):
         keys, values = (tuple(loaded[part][0]) for part in PARTS)
         return KVLayer(quantized, keys, values, n_tokens)
-    parts = {part: _decoded(spec.part(part), segments, loaded[part], capacity) for part, segments in plan.items()}
+    parts = {
+        part: _decoded(spec.part(part), segments, loaded[part], capacity, replace(context, part=part, layers=(layer,)))
+        for part, segments in plan.items()
+    }
     return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
 
 
@@ -119,21 +124,22 @@ def _load(
 
 
 def _decoded(
-    part: PartSpec, segments: Sequence[Segment], loaded: Sequence[list[mx.array]], capacity: int
+    part: PartSpec, segments: Sequence[Segment], loaded: Sequence[list[mx.array]], capacity: int, context: Context
 ) -> tuple[mx.array, ...]:
     """Decode and concatenate the arrays of a part. Arrays that the engine keeps quantized are returned unchanged."""
     if part.bits:
         return tuple(loaded[0])
-    decoded = [_decode(segment, tensors, part) for segment, tensors in zip(segments, loaded, strict=True)]
+    decoded = [_decode(segment, tensors, part, context) for segment, tensors in zip(segments, loaded, strict=True)]
     missing = capacity - sum(array.shape[2] for array in decoded)
     if missing:
         decoded.append(device.zeros((1, part.heads, missing, part.width), part.dtype))
     return (decoded[0] if len(decoded) == 1 else mx.concatenate(decoded, axis=2),)
 
 
-def _decode(segment: Segment, tensors: Sequence[mx.array], part: PartSpec) -> mx.array:
+def _decode(segment: Segment, tensors: Sequence[mx.array], part: PartSpec, context: Context) -> mx.array:
     """Rows of a segment and of the head-room after it; other rows of its groups are cut off."""
-    array = codec_of(segment.recipe).decode(tensors, segment.recipe, part)
+    placed = replace(context, first_token=context.first_token + segment.start - segment.lead)
+    array = codec_of(segment.recipe).decode(tensors, segment.recipe, part, placed)
     if segment.lead + segment.shown == segment.held and not segment.lead:
         return array
     return mx.contiguous(array[:, :, segment.lead : segment.lead + segment.shown])

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.blobs.ranges import Range
-from kvstore.codecs.codec import BlockCorruptError, ByteCodec, codec_of, packer_of
+from kvstore.codecs.codec import BlockCorruptError, ByteCodec, codec_of, packer_of, unpacked
 from kvstore.core import rules
-from kvstore.core.blocks import RAW, Block, Recipe, Run, Stack, Tensor
+from kvstore.core.blocks import Block, Recipe, Run, Stack, Tensor
 from kvstore.core.layers import Layout, PartSpec
 from kvstore.errors import CorruptDataError
 
@@ -47,14 +47,15 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Segment:
-    """Spans of one recipe, raw where they are packed. Of the `held` tokens `shown` are used, after `lead` others.
+    """Spans of one recipe, that of the unpacked rows where they are packed. `shown` of `held` tokens follow `lead`.
 
-    `tensors` say nothing of places and lengths.
+    `start`: the token of the hit that is the first used. `tensors` say nothing of places and lengths.
     """
 
     recipe: Recipe
     tensors: tuple[Tensor, ...]
     lead: int
+    start: int
     spans: list[Span] = field(default_factory=list)
     held: int = 0
     shown: int = 0
@@ -92,21 +93,23 @@ def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
 def plan_segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[HitBlock]) -> list[Segment]:
     """Segments of one part of a layer. BlockCorruptError when a run does not hold what the layout says it must."""
     segments: list[Segment] = []
+    start = 0
     for source, run, used in _used_runs(blocks):
         stack, position = _find_stack(run, source, part_name, layer)
         tensors = _checked_tensors(stack, part, source)
         packer = packer_of(stack.recipe)
-        recipe = stack.recipe if packer is None else RAW
+        recipe = unpacked(stack.recipe)
         # Whole groups, with the `used` first of the tokens that the run shows.
         group = max([tensor.group_tokens for tensor in tensors])
         first = run.skip // group * group
         last = -(-(run.skip + used) // group) * group
         if not segments or not segments[-1].takes(recipe, run.skip - first):
-            segments.append(Segment(recipe, tensors, run.skip - first))
+            segments.append(Segment(recipe, tensors, run.skip - first, start))
         segment = segments[-1]
         segment.spans.append(Span(source, run.n_tokens, first, last, segment.held, stack, position, packer))
         segment.held += last - first
         segment.shown += used
+        start += used
     return segments
 
 

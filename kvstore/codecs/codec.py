@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import xxhash
 
 from kvstore.codecs.device import Bytes
-from kvstore.core.blocks import Recipe, Run, Tensor
+from kvstore.core.blocks import RAW, Recipe, Run, Tensor
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a codec may need to know of arrays beyond their geometry. Most codecs need nothing.
+
+    `first_token`: position in the sequence of the first token of the arrays, hidden ones too; the others follow.
+    `part` ("keys" or "values") and `layers`, by index in the layout: which the arrays are, in their order.
+    `aux`: digest -> bytes of the files that recipes refer to (`Recipe.references`), checked against the digest by
+    whoever loaded them. Immutable; any thread.
+    """
+
+    first_token: int = 0
+    part: str = ""
+    layers: tuple[int, ...] = ()
+    aux: Mapping[bytes, bytes] = field(default_factory=lambda: MappingProxyType({}))
+
+
+NO_CONTEXT = Context()
 
 
 class Codec(Protocol):
@@ -37,29 +58,40 @@ class Codec(Protocol):
     def fidelity(self, recipe: Recipe) -> int:
         """Rank of what comes back: FIDELITY_EXACT, or hundredths of a bit per value."""
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
-        """Tensors of a finite array."""
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
+        """Tensors of a finite array. AuxMissingError when `context` lacks a file that the recipe refers to."""
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """A lazy boolean scalar: whether all decoded values are finite. If False, the values stay raw."""
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
-        """The array in the part's dtype. Tensors must be row-contiguous: see `affine`."""
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
+        """The array in the part's dtype. Tensors must be row-contiguous: see `affine`.
+
+        AuxMissingError when `context` lacks a file that the recipe refers to.
+        """
 
 
 @runtime_checkable
 class ByteCodec(Protocol):
-    """A codec that compresses bytes: it packs each layer's bytes of each raw tensor separately.
+    """A codec that compresses bytes: it packs each layer's bytes of each tensor separately, without loss.
 
-    Its arrays are those of the raw codec. A ByteCodec must also be a `Codec`, and exact. Both methods are pure; any
-    thread may call them.
+    A ByteCodec must also be a `Codec`: its tensors are those of `unpacked(recipe)`. All methods are pure; any thread
+    may call them.
     """
 
-    def pack(self, share: Bytes, item_bytes: int) -> bytes:
-        """At most `packed_bytes_max` bytes for the C-contiguous bytes of a share, of elements of `item_bytes`."""
+    def unpacked(self, recipe: Recipe) -> Recipe:
+        """The recipe of tensors that were unpacked: RAW for a codec that only packs; else what decodes them."""
 
-    def unpack(self, packed: memoryview, nbytes: int, item_bytes: int) -> Bytes:
-        """The `nbytes` bytes that were packed, in one dimension. CorruptDataError when it is anything else."""
+    def pack(self, share: Bytes, item_bytes: int) -> bytes:
+        """At most `packed_bytes_max` bytes for a share `[heads, rows, row_bytes]` of elements of `item_bytes`.
+
+        C-contiguous.
+        """
+
+    def unpack(self, packed: memoryview, shape: tuple[int, int, int], item_bytes: int) -> Bytes:
+        """The share of that shape that was packed, C-contiguous. CorruptDataError when it is anything else."""
 
 
 _CODECS: dict[tuple[str, int], Codec] = {}
@@ -92,6 +124,18 @@ def packer_of(recipe: Recipe) -> ByteCodec | None:
     """The codec that packed the bytes of this recipe; None where they are as arrays have them."""
     codec_of(recipe)
     return _PACKERS.get((recipe.name, recipe.version))
+
+
+def is_packing(recipe: Recipe) -> bool:
+    """Whether the recipe is one of a codec that only packs raw tensors: exact, and applied when they are written."""
+    packer = packer_of(recipe)
+    return packer is not None and packer.unpacked(recipe) == RAW
+
+
+def unpacked(recipe: Recipe) -> Recipe:
+    """The recipe of the tensors once a byte codec has unpacked them; the same for all other codecs."""
+    packer = packer_of(recipe)
+    return recipe if packer is None else packer.unpacked(recipe)
 
 
 def check_runs(runs: Iterable[Run]) -> None:

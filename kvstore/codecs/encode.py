@@ -16,14 +16,14 @@ the block does, and no group is stretched by the sinks' outliers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import lcm
 
 import numpy as np
 
 from kvstore.codecs import device
-from kvstore.codecs.codec import Codec, codec_of, packer_of
+from kvstore.codecs.codec import NO_CONTEXT, Codec, Context, codec_of, is_packing
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.codecs.runs import EncodedRun, cut_run, group_tokens, join_runs, stacks_of
@@ -42,18 +42,39 @@ def at_once(work: Callable[[], list[Bytes] | None]) -> list[Bytes] | None:
 
 
 def encode_runs(
-    layout: Layout, runs: Sequence[EncodedRun], profile: Profile, start: int, submit: Submit = at_once
+    layout: Layout,
+    runs: Sequence[EncodedRun],
+    profile: Profile,
+    start: int,
+    submit: Submit = at_once,
+    aux: Mapping[bytes, bytes] = NO_CONTEXT.aux,
 ) -> list[EncodedRun]:
     """The runs of a block whose first token has position `start`, in as few, encoded as far as they can be.
 
     `submit` runs a piece of device work on the MLX thread and returns what it does; everything else is done here.
-    Nothing is packed.
+    `aux`: the files that the profile's recipes refer to, by digest; AuxMissingError when one is not there. Nothing is
+    packed.
     """
     joined = join_runs(runs)
     sinks, others = _set_apart(joined, profile.sinks) if start == 0 and profile.sinks else ([], joined)
-    exact = [_encode(layout, run, profile, _is_exact, submit) if is_first_hand(run.run) else run for run in others]
-    grouped = [piece for run in join_runs(exact) for piece in _encode_groups(layout, run, profile, submit)]
+    shown = start + sum(run.run.shown for run in sinks)
+    exact = [
+        _encode(layout, run, profile, _is_exact, submit, Context(first, aux=aux)) if is_first_hand(run.run) else run
+        for run, first in _placed(others, shown)
+    ]
+    grouped = [
+        piece
+        for run, first in _placed(join_runs(exact), shown)
+        for piece in _encode_groups(layout, run, profile, submit, Context(first, aux=aux))
+    ]
     return join_runs([*sinks, *grouped])
+
+
+def _placed(runs: Sequence[EncodedRun], start: int) -> Iterator[tuple[EncodedRun, int]]:
+    """Each run and the position of its first row, a hidden one too, where the first of them shows position `start`."""
+    for run in runs:
+        yield run, start - run.run.skip
+        start += run.run.shown
 
 
 def is_first_hand(run: Run) -> bool:
@@ -66,13 +87,16 @@ def is_first_hand(run: Run) -> bool:
     return any(raw) and (run.fidelity == FIDELITY_EXACT or not all(raw))
 
 
-def encode_run(layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once) -> EncodedRun:
+def encode_run(
+    layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once, context: Context = NO_CONTEXT
+) -> EncodedRun:
     """The run with its raw stacks encoded as the profile says, those of group codecs if it is whole groups.
 
     A stack with a value that is not finite, or whose codes would overflow its dtype, stays raw, bit for bit; so does
-    what is encoded already. Values in rows that the run hides are encoded with the rest.
+    what is encoded already. Values in rows that the run hides are encoded with the rest. `context`: the position of the
+    run's first row, and files.
     """
-    return _encode(layout, raw, profile, lambda codec: raw.run.n_tokens % codec.group_tokens == 0, submit)
+    return _encode(layout, raw, profile, lambda codec: raw.run.n_tokens % codec.group_tokens == 0, submit, context)
 
 
 def _is_exact(codec: Codec) -> bool:
@@ -97,7 +121,9 @@ def _set_apart(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], li
     return [apart], [EncodedRun(run, tuple(buffers)), *others]
 
 
-def _encode_groups(layout: Layout, run: EncodedRun, profile: Profile, submit: Submit) -> list[EncodedRun]:
+def _encode_groups(
+    layout: Layout, run: EncodedRun, profile: Profile, submit: Submit, context: Context
+) -> list[EncodedRun]:
     """The run cut after its last whole group, with the groups encoded."""
     if not is_first_hand(run.run):
         return [run]
@@ -109,7 +135,7 @@ def _encode_groups(layout: Layout, run: EncodedRun, profile: Profile, submit: Su
     if group == 1 or whole <= run.run.skip:
         return [run]
     first, rest = cut_run(run, whole) if whole < run.run.n_tokens else (run, None)
-    encoded = encode_run(layout, first, profile, submit)
+    encoded = encode_run(layout, first, profile, submit, context)
     return [encoded] if rest is None else [encoded, rest]
 
 
@@ -117,11 +143,16 @@ def _target(layout: Layout, profile: Profile, stack: Stack, layer: int) -> Recip
     """Target recipe for a raw stack's part; RAW also where the bytes will be packed later."""
     part = layout.layers[layer].part(stack.part)
     recipe = profile.recipe(stack.part, part, layer, len(layout.layers))
-    return RAW if packer_of(recipe) is not None else recipe
+    return RAW if is_packing(recipe) else recipe
 
 
 def _encode(
-    layout: Layout, raw: EncodedRun, profile: Profile, wanted: Callable[[Codec], bool], submit: Submit
+    layout: Layout,
+    raw: EncodedRun,
+    profile: Profile,
+    wanted: Callable[[Codec], bool],
+    submit: Submit,
+    context: Context,
 ) -> EncodedRun:
     """The run with those raw stacks encoded whose codec is wanted; raw stacks are split by what becomes of them."""
     stacks: list[Stack] = []
@@ -131,7 +162,8 @@ def _encode(
         for recipe, positions in _by_target(layout, profile, stack).items():
             one, rows = _some_layers(stack, mine, positions)
             codec, part = codec_of(recipe), layout.layers[one.layers[0]].part(stack.part)
-            encoded = _encode_stack(rows[0], part, recipe, submit) if recipe != RAW and wanted(codec) else None
+            where = replace(context, part=stack.part, layers=one.layers)
+            encoded = _encode_stack(rows[0], part, recipe, submit, where) if recipe != RAW and wanted(codec) else None
             if encoded is not None:
                 one = replace(one, recipe=recipe, tensors=codec.tensors(part, recipe))
                 fidelity = min(fidelity, codec.fidelity(recipe))
@@ -156,7 +188,7 @@ def _some_layers(stack: Stack, buffers: list[Bytes], positions: list[int]) -> tu
     return replace(stack, layers=tuple(stack.layers[p] for p in positions)), [buffer[positions] for buffer in buffers]
 
 
-def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -> list[Bytes] | None:
+def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit, context: Context) -> list[Bytes] | None:
     """The tensors of `rows` [L, H, T, row_bytes], a few layers at a time; None when they must stay raw."""
     if not device.all_finite(rows, part.dtype):
         return None
@@ -167,7 +199,8 @@ def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -
     ]
     step = max(1, PIECE_BYTES * n_layers // max(1, rows.nbytes))
     for at in range(0, n_layers, step):
-        tensors = submit(functools.partial(_encode_piece, rows[at : at + step], part, recipe))
+        some = replace(context, layers=context.layers[at : at + step])
+        tensors = submit(functools.partial(_encode_piece, rows[at : at + step], part, recipe, some))
         if tensors is None:
             return None
         for buffer, tensor in zip(out, tensors, strict=True):
@@ -175,10 +208,10 @@ def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit) -
     return out
 
 
-def _encode_piece(rows: Bytes, part: PartSpec, recipe: Recipe) -> list[Bytes] | None:
+def _encode_piece(rows: Bytes, part: PartSpec, recipe: Recipe, context: Context) -> list[Bytes] | None:
     """The tensors of a few layers, None when their codes cannot be trusted. MLX thread only."""
     codec = codec_of(recipe)
-    tensors = codec.encode(device.to_array(rows, part.dtype), recipe)
-    trusted = codec.trusted(tensors, recipe)
+    tensors = codec.encode(device.to_array(rows, part.dtype), recipe, context)
+    trusted = codec.trusted(tensors, recipe, context)
     device.evaluate([*tensors, trusted])
     return [device.to_bytes(tensor) for tensor in tensors] if trusted.item() else None

@@ -77,16 +77,16 @@ class Filler:
             return
         tensor = place.tensor
         at, first, last = tensor.rows(span.at), tensor.rows(span.first), tensor.rows(span.last)
-        share = self._unpacked(tensor, span, span.packer, span.stack.tensors[place.number])
-        rows = share.reshape(tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes)
+        rows = self._unpacked(tensor, span, span.packer, span.stack.tensors[place.number])
         place.rows[:, at : at + last - first] = rows[:, first:last]
 
     def _unpacked(self, tensor: Tensor, span: Span, packer: ByteCodec, stored: Tensor) -> Bytes:
-        """Read, verify and unpack one layer's packed bytes of a tensor."""
+        """Read, verify and unpack one layer's packed bytes of a tensor: `[heads, rows, row_bytes]`."""
         packed = memoryview(bytearray(stored.layer_range(span.position, span.n_tokens)[1]))
         self._read(span, stored, [packed])
         try:
-            return packer.unpack(packed, tensor.layer_bytes(span.n_tokens), ITEM_BYTES[tensor.dtype])
+            shape = tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes
+            return packer.unpack(packed, shape, ITEM_BYTES[tensor.dtype])
         except CorruptDataError as error:
             raise BlockCorruptError(f"block {span.source}: {error}", span.source) from error
 

@@ -10,6 +10,7 @@ written and unpacked when it is read, so that raw and lossless rows are the same
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
@@ -18,7 +19,7 @@ import zstandard
 from kvstore.codecs.codec import register
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.raw import RawCodec
-from kvstore.core.blocks import Recipe
+from kvstore.core.blocks import RAW, Recipe
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
 
@@ -38,6 +39,10 @@ class LosslessCodec(RawCodec):
         """Lossless fits everything, also what an engine keeps quantized."""
         return LOSSLESS
 
+    def unpacked(self, recipe: Recipe) -> Recipe:
+        """Raw."""
+        return RAW
+
     def pack(self, share: Bytes, item_bytes: int) -> bytes:
         """One zstd frame of a layer's share of a tensor; `share`: its bytes, C-contiguous."""
         planes = np.ascontiguousarray(share.reshape(-1, item_bytes).T)
@@ -48,11 +53,12 @@ class LosslessCodec(RawCodec):
             parts.append(frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
         return b"".join([*parts, frame.flush()])
 
-    def unpack(self, packed: memoryview, nbytes: int, item_bytes: int) -> Bytes:
-        """The `nbytes` bytes that were packed, as uint8 in one dimension. CorruptDataError when it is anything else.
+    def unpack(self, packed: memoryview, shape: tuple[int, int, int], item_bytes: int) -> Bytes:
+        """The share that was packed, as uint8. CorruptDataError when it is anything else.
 
         The size comes from the geometry, never from the frame, so that a small frame cannot ask for much memory.
         """
+        nbytes = math.prod(shape)
         try:
             if zstandard.frame_content_size(packed) != nbytes:
                 raise CorruptDataError("a packed tensor is not of the size that its geometry says")
@@ -65,7 +71,7 @@ class LosslessCodec(RawCodec):
         share = np.empty((nbytes // item_bytes, item_bytes), np.uint8)
         for number, plane in enumerate(planes):
             share[:, number] = plane
-        return share.reshape(-1)
+        return share.reshape(shape)
 
     def _compressor(self) -> zstandard.ZstdCompressor:
         """This thread's: a context is a megabyte, and not to be shared."""

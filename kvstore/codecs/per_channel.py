@@ -25,7 +25,7 @@ import mlx.core as mx
 
 from kvstore.codecs import packing
 from kvstore.codecs.affine import BITS, reaches
-from kvstore.codecs.codec import register
+from kvstore.codecs.codec import NO_CONTEXT, Context, register
 from kvstore.core.blocks import RAW, Recipe, Tensor
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
@@ -65,7 +65,7 @@ class ChannelCodec:
         """One bit more than affine at the same width: on keys with outlier channels, 4 bits do as well as affine 6."""
         return 100 * (recipe.param("bits") + 1)
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
         """[L, H, T, D], T whole groups -> codes, scales, biases."""
         layers, heads, tokens, width = array.shape
         bits, groups = recipe.param("bits"), tokens // GROUP_TOKENS
@@ -80,12 +80,14 @@ class ChannelCodec:
         words = packing.pack([codes], ((GROUP_TOKENS, bits),))
         return words.reshape(layers, heads, groups, width * words.shape[-1]), scales, biases
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """Same check as affine: every value that the codes can represent is finite in the dtype of the scales."""
         _, scales, biases = tensors
         return reaches(scales, biases, recipe.param("bits"))
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
         """codes, scales, biases -> [L, H, T, D] in the dtype of the scales."""
         codes, scales, biases = tensors
         bits, (layers, heads, groups, width) = recipe.param("bits"), scales.shape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvstore.codecs.codec import codec_of, packer_of
+from kvstore.codecs.codec import codec_of, is_packing
 from kvstore.codecs.profiles import Profile, parse_profile
 from kvstore.core.blocks import RAW
 from kvstore.core.layers import PARTS, Layout
@@ -50,7 +50,7 @@ def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
             raw_bits = sum(8.0 * tensor.layer_bytes(1) for tensor in plain)
             values += sum(tensor.heads * tensor.width for tensor in plain)
             raw += raw_bits
-            if not plain or recipe == RAW or packer_of(recipe) is not None:
+            if not plain or recipe == RAW or is_packing(recipe):
                 least += raw_bits * PACKED_SHARE_MIN
                 most += raw_bits
                 continue

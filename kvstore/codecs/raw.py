@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from kvstore.codecs.codec import register
+from kvstore.codecs.codec import NO_CONTEXT, Context, register
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe, Tensor
 from kvstore.core.layers import PartSpec
 
@@ -34,15 +34,17 @@ class RawCodec:
         """Exact."""
         return FIDELITY_EXACT
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
         """The array."""
         return (array,)
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """Always."""
         return mx.array(True)
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
         """The array."""
         return tensors[0]
 

@@ -1,7 +1,7 @@
 """Runs with their bytes, for the store path, which makes, narrows, joins, packs and writes them. numpy, on any thread.
 
 Data of a byte codec is unpacked when it is read back (`load_run`) and packed again when it is written (`pack_run`). In
-between it is raw, so all other code handles raw data only.
+between it is as the codec's arrays are (raw for one that only packs), so all other code handles rows of tokens only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import lcm
 import numpy as np
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.codecs.codec import BlockCorruptError, packer_of, verify_range
+from kvstore.codecs.codec import BlockCorruptError, is_packing, packer_of, unpacked, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
@@ -159,7 +159,7 @@ def _unquantized(layout: Layout, stack: Stack, profile: Profile) -> Recipe:
     """How a raw stack is kept: as the profile wants it where that is exact in every layer, else as its `rest`."""
     part = layout.layers[stack.layers[0]].part(stack.part)
     recipes = {profile.recipe(stack.part, part, layer, len(layout.layers)) for layer in stack.layers}
-    exact = {recipe for recipe in recipes if recipe == RAW or packer_of(recipe) is not None}
+    exact = {recipe for recipe in recipes if recipe == RAW or is_packing(recipe)}
     return exact.pop() if len(recipes) == 1 and exact else profile.rest
 
 
@@ -188,8 +188,7 @@ def load_run(run: Run, source: int, reader: RangeReader) -> EncodedRun:
     stacks = []
     for stack in run.stacks:
         buffers += [_load_tensor(run, stack, tensor, source, reader) for tensor in stack.tensors]
-        recipe = stack.recipe if packer_of(stack.recipe) is None else RAW
-        stacks.append(replace(stack, recipe=recipe, tensors=tuple(t.bare() for t in stack.tensors)))
+        stacks.append(replace(stack, recipe=unpacked(stack.recipe), tensors=tuple(t.bare() for t in stack.tensors)))
     return EncodedRun(replace(run, stacks=tuple(stacks)), tuple(buffers))
 
 
@@ -204,7 +203,7 @@ def _load_tensor(run: Run, stack: Stack, tensor: Tensor, source: int, reader: Ra
             reader.readinto(source, offset, [stored.data.cast("B")])
             verify_range([stored.data], tensor.checksum(position), source)
             if packer is not None:
-                share[...] = packer.unpack(stored.data, share.nbytes, ITEM_BYTES[tensor.dtype]).reshape(share.shape)
+                share[...] = packer.unpack(stored.data, _shape(tensor, run.n_tokens), ITEM_BYTES[tensor.dtype])
     except BlockCorruptError:
         raise
     except CorruptDataError as error:

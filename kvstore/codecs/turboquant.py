@@ -37,7 +37,7 @@ import numpy as np
 
 from kvstore.codecs import packing, rotation
 from kvstore.codecs.codebooks import BINS, BINS_PER_UNIT, BITS_MAX, codebook
-from kvstore.codecs.codec import register
+from kvstore.codecs.codec import NO_CONTEXT, Context, register
 from kvstore.codecs.device import dtype_of
 from kvstore.core.blocks import RAW, Recipe, Tensor
 from kvstore.core.layers import PartSpec
@@ -293,12 +293,12 @@ class TurboQuantCodec:
         """Hundredths of a bit: 400 for 4 bits."""
         return 100 * recipe.param("bits")
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
         """[L, H, T, D] -> the tensors."""
         rows = folded(array, fold_of(recipe))
         return encode_rows(rows, row_format(recipe, rows.shape[-1]))
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """No decoded value can leave its dtype: a rotated row is no longer than sqrt(d) times what its scales reach.
 
         Sums of d such values occur inside the transform, in float32; the width follows from that of the codes.
@@ -315,7 +315,9 @@ class TurboQuantCodec:
         inside = float(mx.finfo(mx.float32).max) / width
         return mx.all(reach <= min(float(mx.finfo(tensors[1].dtype).max), inside))
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
         """The tensors -> [L, H, T, D] in the part's dtype."""
         fold = fold_of(recipe)
         form = row_format(recipe, part.width * fold)

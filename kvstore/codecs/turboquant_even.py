@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from kvstore.codecs import packing
-from kvstore.codecs.codec import codec_of, register
+from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of, register
 from kvstore.codecs.device import dtype_of
 from kvstore.codecs.per_channel import GROUP_TOKENS
 from kvstore.codecs.turboquant import (
@@ -93,7 +93,7 @@ class TurboQuantEvenCodec:
         """Hundredths of a bit: 400 for 4 bits."""
         return 100 * recipe.param("bits")
 
-    def encode(self, array: mx.array, recipe: Recipe) -> tuple[mx.array, ...]:
+    def encode(self, array: mx.array, recipe: Recipe, context: Context = NO_CONTEXT) -> tuple[mx.array, ...]:
         """[L, H, T, D], T whole groups -> codes, scales, shifts."""
         rows = folded(array, fold_of(recipe))
         groups = _grouped(rows.astype(mx.float32))
@@ -103,12 +103,14 @@ class TurboQuantEvenCodec:
         encoded = encode_rows(even, row_format(_inner(recipe), rows.shape[-1]))
         return (*encoded, packing.pack([shifts.astype(mx.uint8)], _fields(rows.shape[-1])))
 
-    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe) -> mx.array:
+    def trusted(self, tensors: Sequence[mx.array], recipe: Recipe, context: Context = NO_CONTEXT) -> mx.array:
         """Same check as for the multiplied rows, whose values are not smaller than the decoded ones."""
         inner = _inner(recipe)
         return codec_of(inner).trusted(tensors[:2], inner)
 
-    def decode(self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec) -> mx.array:
+    def decode(
+        self, tensors: Sequence[mx.array], recipe: Recipe, part: PartSpec, context: Context = NO_CONTEXT
+    ) -> mx.array:
         """codes, scales, shifts -> [L, H, T, D] in the part's dtype."""
         fold = fold_of(recipe)
         width = part.width * fold

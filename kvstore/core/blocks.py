@@ -136,14 +136,19 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How arrays were encoded: codec name, version of its byte format, parameters. Stored with the data."""
+    """How arrays were encoded: codec name, version of its byte format, parameters. Stored with the data.
+
+    `references`: SHA-256 digests of files that decoding needs beside the tensors (a codec's basis).
+    """
 
     name: str
     version: int = 1
     params: tuple[tuple[str, int], ...] = ()
+    references: tuple[bytes, ...] = ()
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{key}{value}" for key, value in self.params)])
+        words = [self.name, *(f"{key}{value}" for key, value in self.params)]
+        return "-".join(words) + "".join(f"@{digest.hex()}" for digest in self.references)
 
     def param(self, key: str) -> int:
         """The parameter `key`; CorruptDataError if the recipe lacks it."""

@@ -44,6 +44,7 @@ SHARES_MAX = 1 << 16
 TEMPLATES_MAX = 4096
 DIMENSIONS_MAX = 8
 NUMBERS_MAX = 32
+REFERENCES_MAX = 4
 
 
 def block_to_record(block: Block) -> bytes:
@@ -145,12 +146,18 @@ def template_of(run: Run) -> Template:
         [
             stack.part,
             list(stack.layers),
-            [stack.recipe.name, stack.recipe.version, [list(pair) for pair in stack.recipe.params]],
+            _recipe_fields(stack.recipe),
             [[t.name, t.dtype, t.heads, t.width, t.group_tokens, bool(t.lengths)] for t in stack.tensors],
         ]
         for stack in run.stacks
     ]
     return parse_template(msgpack.packb(fields))
+
+
+def _recipe_fields(recipe: Recipe) -> list[Any]:
+    """The references of a recipe stand last, and only where it has any."""
+    fields = [recipe.name, recipe.version, [list(pair) for pair in recipe.params]]
+    return [*fields, list(recipe.references)] if recipe.references else fields
 
 
 def runs_to_record(runs: Sequence[Run]) -> tuple[bytes, dict[bytes, bytes]]:
@@ -241,13 +248,16 @@ def _check_rows(tensor: Tensor, n_tokens: int) -> None:
 def _stack(part: Any, layers: Any, recipe: Any, tensors: Any) -> Stack:
     if part not in ("keys", "values") or len(tensors) > TENSORS_MAX or len(layers) > TENSORS_MAX:
         raise CorruptDataError("bad stack")
-    name, version, params = recipe
-    if not isinstance(name, str):
+    name, version, params, *more = recipe
+    references = tuple(more[0]) if more else ()
+    if not isinstance(name, str) or len(more) > 1 or bool(more) != bool(references):
         raise CorruptDataError("bad recipe")
+    if len(references) > REFERENCES_MAX or not all(isinstance(d, bytes) and len(d) == KEY_BYTES for d in references):
+        raise CorruptDataError("bad references of a recipe")
     pairs = tuple((str(k), _whole(v, "recipe parameter")) for k, v in params)
     indices = tuple(_whole(layer, "layer") for layer in layers)
     parsed = tuple(_tensor(*fields) for fields in tensors)
-    return Stack(part, indices, Recipe(name, _whole(version, "recipe version"), pairs), parsed)
+    return Stack(part, indices, Recipe(name, _whole(version, "recipe version"), pairs, references), parsed)
 
 
 def _tensor(name: Any, dtype: Any, heads: Any, width: Any, group_tokens: Any, packed: Any) -> Tensor:

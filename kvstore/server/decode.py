@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
 from kvstore.blobs.ranges import BufferReader, RangeReader
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
-from kvstore.codecs.codec import BlockCorruptError
+from kvstore.codecs.codec import NO_CONTEXT, BlockCorruptError, Context
 from kvstore.codecs.encode import PIECE_BYTES
+from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import Layout
 from kvstore.errors import CorruptDataError
 from kvstore.server.lane import Lane
@@ -42,14 +43,16 @@ def decode_piece(
     first: int,
     reader: RangeReader,
     decoded: Callable[[int, float], None],
+    aux: Mapping[bytes, bytes] = NO_CONTEXT.aux,
 ) -> Future[list[memoryview]]:
-    """Read some blocks of a kv layer and have them decoded; `first`: the number of the first of them in the hit.
+    """Read some blocks of a kv layer and have them decoded; `first`: the number of the first of them in the hit,
+    whose blocks are full up to there. `aux`: files that recipes refer to, by digest.
 
     The result: their bytes in the order of `layer_ranges` over `dense_runs`; `decoded(nbytes, seconds)` is told of it.
     Raises BlockCorruptError, here or in the result, LimitError, UnavailableError.
     """
     gathered = _gathered(layer, group, first, reader)
-    return lane.submit_fetch(functools.partial(_decode, layout, layer, group, first, gathered, decoded))
+    return lane.submit_fetch(functools.partial(_decode, layout, layer, group, first, gathered, decoded, aux))
 
 
 def _gathered(layer: int, group: Sequence[HitBlock], first: int, reader: RangeReader) -> BufferReader:
@@ -73,11 +76,13 @@ def _decode(
     first: int,
     reader: BufferReader,
     decoded: Callable[[int, float], None],
+    aux: Mapping[bytes, bytes],
 ) -> list[memoryview]:
     """One piece, on the lane."""
     started = time.monotonic()
+    context = Context(first * BLOCK_TOKENS, aux=aux)
     try:
-        views = dense_bytes(assemble_layer(layout, layer, group, reader, headroom_tokens=0))
+        views = dense_bytes(assemble_layer(layout, layer, group, reader, headroom_tokens=0, context=context))
     except BlockCorruptError as error:
         raise BlockCorruptError(str(error), first + error.source) from error
     decoded(sum(view.nbytes for view in views), time.monotonic() - started)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.bench.hard_model import AFFINE
-from kvstore.codecs.codec import codec_of, packer_of
+from kvstore.codecs.codec import codec_of, is_packing
 from kvstore.codecs.lossless import LosslessCodec
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.core.layers import PARTS, PartSpec
@@ -54,7 +54,7 @@ def _encoded(
     part = PartSpec(rows.shape[0], rows.shape[2], "BF16")
     recipe = profile.recipe(part_name, part, layer, n_layers)
     codec = codec_of(recipe)
-    whole = 0 if packer_of(recipe) is not None else rows.shape[1] // codec.group_tokens * codec.group_tokens
+    whole = 0 if is_packing(recipe) else rows.shape[1] // codec.group_tokens * codec.group_tokens
     decoded, bits = [rows[:, whole:]], 0
     if whole:
         tensors = codec.encode(mx.array(rows[None, :, :whole]).astype(mx.bfloat16), recipe)
