@@ -1,0 +1,242 @@
+"""Finds how much of a prompt the remote store holds, without an index: by asking for names that follow from keys.
+
+Full blocks take at most three round trips, each a batch of HEADs:
+
+    1  the blocks at depths 1, 2, 4, 8 .. and the last one
+    2  32 blocks spread evenly over the gap between the last one that was found and the first one that was not, and all
+       blocks before the gap that were not asked for yet
+    3  the rest up to the first one that was not found
+
+Every block of the answer was seen: presence is not monotone, since others evict and pushes are dropped. A hole ends the
+prefix. One listing below the last block finds tails and checkpoints, whose keys are computed from the prompt for every
+length and compared with the names. What was not there is not asked for again for `ABSENT_S`. What was there is asked
+for again by every prompt: a remembered presence would be a false hit when the object has gone.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
+from kvstore.core.breaker import Deadline
+from kvstore.core.keys import BLOCK_BYTES, Chain, block_key, checkpoint_key
+from kvstore.remote.object_names import Naming, parse_object_name
+from kvstore.remote.object_store import Head, Listed, ObjectStore
+
+ABSENT_S = 60.0
+ABSENCES_MAX = 65_536
+ARY = 32
+# Of a prompt that needs a checkpoint and has none below its last block: blocks before it that are listed, too.
+LISTED_BACK_MAX = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteBlock:
+    """An object that was seen, and the block that it must hold. `start`: position of its first token."""
+
+    name: str
+    head: Head
+    label: str
+    root: bytes
+    parent: bytes
+    key: bytes
+    tokens: bytes
+    start: int
+    is_checkpoint: bool = False
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.start + count_tokens(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What the remote store holds of a prompt after its first `first` full blocks, at one moment.
+
+    `blocks`: consecutive full blocks, then perhaps a tail. `checkpoints`: of positions that these blocks reach, the
+    longest first.
+    """
+
+    first: int
+    blocks: tuple[RemoteBlock, ...] = ()
+    checkpoints: tuple[RemoteBlock, ...] = ()
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the prompt that blocks cover, with those before the first."""
+        return self.blocks[-1].end if self.blocks else self.first * BLOCK_TOKENS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks."""
+        return sum(one.head.nbytes for one in self.blocks)
+
+
+class Absences:
+    """Names that were not there a short while ago: at most `count_max`, the oldest forgotten first. Any thread."""
+
+    def __init__(
+        self, absent_s: float = ABSENT_S, count_max: int = ABSENCES_MAX, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._absent_s, self._count_max, self._clock = absent_s, count_max, clock
+        self._until_s: OrderedDict[str, float] = OrderedDict()
+        self._lock = threading.Lock()
+        self.hits = 0
+
+    def __len__(self) -> int:
+        return len(self._until_s)
+
+    def note(self, names: Iterable[str]) -> None:
+        """They were not there just now."""
+        until_s = self._clock() + self._absent_s
+        with self._lock:
+            for name in names:
+                self._until_s[name] = until_s
+                self._until_s.move_to_end(name)
+            while len(self._until_s) > self._count_max:
+                self._until_s.popitem(last=False)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """They were written just now."""
+        with self._lock:
+            for name in names:
+                self._until_s.pop(name, None)
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Those that are worth asking for."""
+        now_s = self._clock()
+        with self._lock:
+            given = list(names)
+            left = [name for name in given if self._until_s.get(name, 0.0) <= now_s]
+            self.hits += len(given) - len(left)
+            return left
+
+
+class Finder:
+    """See the module. Any thread may call; a call takes a thread for its round trips."""
+
+    def __init__(self, store: ObjectStore, absences: Absences | None = None) -> None:
+        self._store = store
+        self.absences = absences or Absences()
+
+    def find(
+        self,
+        chain: Chain,
+        naming: Naming,
+        labels: Sequence[str],
+        deadline: Deadline,
+        *,
+        first: int = 0,
+        needs_checkpoint: bool = False,
+    ) -> Reach:
+        """What there is of a prompt after its first `first` full blocks, under the first of `labels` that is there.
+
+        Cut the chain (`Chain.head`) to what may be restored. With `needs_checkpoint` a few more listings are made when
+        there is none below the last block. DeadlineError, RemoteError when the store does not answer.
+        """
+        known = self._full_blocks(chain, naming, labels, deadline, first)
+        blocks: list[RemoteBlock] = []
+        for depth in range(first, chain.full):
+            found = known.get(depth)
+            if found is None:
+                break
+            blocks.append(found)
+        full = first + len(blocks)
+        tail, marks = self._children(chain, naming, labels, deadline, full)
+        if tail is not None:
+            blocks.append(tail)
+        reached = blocks[-1].end if blocks else full * BLOCK_TOKENS
+        checkpoints = [one for one in marks if one.end <= reached]
+        for depth in range(full - 1, max(full - 1 - LISTED_BACK_MAX, first, 0), -1):
+            if checkpoints or not needs_checkpoint:
+                break
+            checkpoints = self._children(chain, naming, labels, deadline, depth)[1]
+        return Reach(first, tuple(blocks), tuple(checkpoints))
+
+    def _full_blocks(
+        self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, first: int
+    ) -> dict[int, RemoteBlock | None]:
+        known: dict[int, RemoteBlock | None] = {}
+
+        def ask(depths: Iterable[int]) -> int:
+            """Ask for blocks that are not known yet; the first depth that is missing."""
+            wanted = [depth for depth in depths if depth not in known]
+            names = {d: [naming.name(chain.parent(d), chain.key(d), label) for label in labels] for d in wanted}
+            heads = self._heads([name for depth in wanted for name in names[depth]], deadline)
+            for depth in wanted:
+                there = ((name, label) for name, label in zip(names[depth], labels, strict=True) if name in heads)
+                name, label = next(there, ("", ""))
+                known[depth] = _full_block(chain, depth, name, heads[name], label) if name else None
+            return min((depth for depth, found in known.items() if found is None), default=chain.full)
+
+        if first >= chain.full:
+            return known
+        steps = (first + (1 << power) - 1 for power in range((chain.full - first).bit_length()))
+        missing = ask([*(depth for depth in steps if depth < chain.full), chain.full - 1])
+        reached = max((depth for depth in known if depth < missing), default=first - 1)
+        gap = missing - reached - 1
+        if gap > ARY:
+            spread = (reached + 1 + gap * step // (ARY + 1) for step in range(1, ARY + 1))
+            missing = ask([*range(first, reached), *spread])
+        ask(range(first, missing))
+        return known
+
+    def _heads(self, names: list[str], deadline: Deadline) -> dict[str, Head]:
+        asked = self.absences.unknown(names)
+        if not asked:
+            return {}
+        heads = self._store.head(asked, deadline)
+        self.absences.note(name for name, head in zip(asked, heads, strict=True) if head is None)
+        return {name: head for name, head in zip(asked, heads, strict=True) if head is not None}
+
+    def _children(
+        self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, depth: int
+    ) -> tuple[RemoteBlock | None, list[RemoteBlock]]:
+        """(the longest tail, all checkpoints, the longest first) of the prompt among what follows its first `depth` full blocks.
+
+        Nothing is listed at the start of a namespace: all of its prompts begin there, and less than a block is not
+        worth it. Tails and checkpoints are of this prompt to their last token.
+        """
+        parent = chain.parent(depth)
+        prefix = naming.children(parent)
+        if not depth or not self.absences.unknown([prefix]):
+            return None, []
+        listed = self._store.names(prefix, "", deadline)
+        if not listed:
+            self.absences.note([prefix])
+            return None, []
+        by_key: dict[str, dict[str, Listed]] = {}
+        for one in listed:
+            parts = parse_object_name(one.name)
+            if parts is not None and parts.label in labels:
+                by_key.setdefault(parts.key, {})[parts.label] = one
+        rest = chain.tokens[depth * BLOCK_BYTES :][: BLOCK_BYTES - TOKEN_BYTES]
+        tails: list[RemoteBlock] = []
+        checkpoints: list[RemoteBlock] = []
+        for end in range(len(rest), -1, -TOKEN_BYTES):
+            tokens = rest[:end]
+            for kind, made in ((block_key, tails), (checkpoint_key, checkpoints)):
+                key = kind(parent, tokens)
+                under = by_key.get(naming.hexed(key), {})
+                label = next((label for label in labels if label in under), None)
+                if label is not None and (end or kind is checkpoint_key):
+                    found, start = under[label], depth * BLOCK_TOKENS
+                    is_checkpoint = kind is checkpoint_key
+                    made.append(
+                        RemoteBlock(
+                            found.name, found.head, label, chain.root, parent, key, tokens, start, is_checkpoint
+                        )
+                    )
+        return (tails[0] if tails else None), checkpoints
+
+
+def _full_block(chain: Chain, depth: int, name: str, head: Head, label: str) -> RemoteBlock:
+    tokens = chain.tokens[depth * BLOCK_BYTES : (depth + 1) * BLOCK_BYTES]
+    return RemoteBlock(
+        name, head, label, chain.root, chain.parent(depth), chain.key(depth), tokens, depth * BLOCK_TOKENS
+    )
