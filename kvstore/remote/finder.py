@@ -122,7 +122,7 @@ class Finder:
 
     def __init__(self, store: ObjectStore, absences: Absences | None = None) -> None:
         self._store = store
-        self.absences = absences or Absences()
+        self.absences = Absences() if absences is None else absences
 
     def find(
         self,
@@ -197,7 +197,7 @@ class Finder:
     def _children(
         self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, depth: int
     ) -> tuple[RemoteBlock | None, list[RemoteBlock]]:
-        """(the longest tail, all checkpoints, the longest first) of the prompt among what follows its first `depth` full blocks.
+        """(the longest tail, all checkpoints, the longest first) of the prompt after its first `depth` full blocks.
 
         Nothing is listed at the start of a namespace: all of its prompts begin there, and less than a block is not
         worth it. Tails and checkpoints are of this prompt to their last token.
