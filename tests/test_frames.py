@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -9,15 +11,19 @@ from hypothesis import strategies as st
 
 from kvstore.wire.frames import (
     LayerBytes,
+    Prompt,
     UploadBytes,
     layer_frame,
     parse_fetch_reply,
+    parse_prompt,
     parse_upload_chunk,
-    serialize_fetch_reply,
+    prompt_frame,
+    serialize,
     upload_frame,
 )
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
+PROMPTS = (pb.MatchRequest, pb.FetchRequest, pb.BeginStoreRequest)
 PARTS = st.lists(st.binary(max_size=300), max_size=4)
 
 
@@ -46,6 +52,36 @@ def test_uploads_too(upload_id: str, parts: list[bytes]) -> None:
         assert parse_upload_chunk(message) == UploadBytes(upload_id, memoryview(data))
 
 
+@given(st.sampled_from(PROMPTS), st.binary(max_size=300), st.text(max_size=40))
+def test_requests_about_a_prompt_too(kind: Any, tokens: bytes, request_id: str) -> None:
+    """Both ways: ours have the tokens first, protobuf's where their number puts them."""
+    about = kind(namespace=pb.Namespace(weights=b"w"), request_id=request_id)
+    whole = kind(namespace=about.namespace, request_id=request_id, tokens=tokens)
+    assert kind.FromString(prompt_frame(about, tokens)) == whole
+    assert parse_prompt(kind, prompt_frame(about, tokens)) == Prompt(about, tokens)
+    found = parse_prompt(kind, whole.SerializeToString())
+    assert (found.tokens, found.message.request_id, found.message.namespace) == (tokens, request_id, about.namespace)
+
+
+@given(st.sampled_from(PROMPTS), st.binary(max_size=40))
+def test_a_request_that_is_none_is_what_protobuf_says_it_is(kind: Any, request: bytes) -> None:
+    """Also where tokens stand first, twice, or longer than the message is."""
+    for message in (
+        request,
+        prompt_frame(kind(), b"12345678") + request,
+        prompt_frame(kind(), bytes(20))[:9] + request,
+    ):
+        try:
+            expected = kind.FromString(message)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                parse_prompt(kind, message)
+            continue
+        found = parse_prompt(kind, message)
+        found.message.tokens = found.tokens
+        assert found.message == expected
+
+
 def test_data_is_a_view_of_the_message() -> None:
     """1 MiB is not copied to be looked at."""
     message = layer_frame(3, [bytes(1 << 20)])
@@ -57,8 +93,8 @@ def test_data_is_a_view_of_the_message() -> None:
 def test_a_plan_is_protobufs() -> None:
     """Only chunks are ours."""
     reply = pb.FetchReply(plan=pb.FetchPlan(n_tokens=3, reason="ok"))
-    assert parse_fetch_reply(serialize_fetch_reply(reply)) == reply
-    assert serialize_fetch_reply(b"as it is") == b"as it is"
+    assert parse_fetch_reply(serialize(reply)) == reply
+    assert serialize(b"as it is") == b"as it is"
 
 
 @given(st.binary(max_size=40))

@@ -57,7 +57,7 @@ class Rig:
 def identity_of(ns: Namespace) -> Identity:
     """As a request names it."""
     digest = ns.layout.digest
-    return Identity(ns.weights, ns.adapter, digest, ns.dtype, ns.engine, bool(ns.salt), ns.alias)
+    return Identity(ns.root, ns.weights, ns.adapter, digest, ns.dtype, ns.engine, bool(ns.salt), ns.alias)
 
 
 @pytest.fixture

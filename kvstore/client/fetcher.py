@@ -40,6 +40,7 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError
 from kvstore.wire.convert import namespace_to_message
+from kvstore.wire.frames import prompt_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "quantized", "dense"]
@@ -110,14 +111,13 @@ class Fetcher:
         self._connection.health.look(min(deadlines.connect_ms / 1e3, deadline.left_s))
         request = pb.MatchRequest(
             namespace=self._message,
-            tokens=chain.tokens,
             fidelity_min=self._options.fidelity_min,
             prefill_tokens_per_s=caller.prefill_tokens_per_s,
             covered_tokens=caller.covered_tokens,
             request_id=caller.request_id,
         )
         reply: pb.MatchReply = self._connection.kvstore.Match(
-            request, timeout=min(deadlines.stall_ms / 1e3, deadline.left_s)
+            prompt_frame(request, chain.tokens), timeout=min(deadlines.stall_ms / 1e3, deadline.left_s)
         )
         return reply
 
@@ -357,7 +357,6 @@ class Fetcher:
         attempt.deadline.check()
         message = pb.FetchRequest(
             namespace=self._message,
-            tokens=request.chain.tokens,
             fidelity_min=request.fidelity_min,
             representation=pb.REPRESENTATION_DENSE if request.dense else pb.REPRESENTATION_PACKED,
             transport=transport,
@@ -365,7 +364,9 @@ class Fetcher:
             covered_tokens=attempt.caller.covered_tokens,
             request_id=attempt.caller.request_id,
         )
-        call = self._connection.kvstore.Fetch(message, timeout=attempt.deadline.left_s)
+        call = self._connection.kvstore.Fetch(
+            prompt_frame(message, request.chain.tokens), timeout=attempt.deadline.left_s
+        )
         try:
             with Watchdog(call.cancel, attempt.stall_s) as watchdog:
                 yield _watched(call, watchdog, attempt.stall_s), call

@@ -23,7 +23,7 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
-from kvstore.wire.frames import CHUNK_BYTES, upload_frame
+from kvstore.wire.frames import CHUNK_BYTES, prompt_frame, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
@@ -168,7 +168,6 @@ class Uploader:
         request = pb.BeginStoreRequest(
             namespace=self._message,
             layout=self._layout.record,
-            tokens=job.chain.tokens,
             captured_from=job.start,
             restored_tokens=job.restored_tokens,
             restored_fidelity=job.restored_fidelity,
@@ -180,7 +179,7 @@ class Uploader:
             prompt=job.touch.prompt if job.touch else 0,
             touched_tokens=job.touch.tokens if job.touch else 0,
         )
-        reply: pb.BeginStoreReply = self._unary("BeginStore", request, BEGIN_S)
+        reply: pb.BeginStoreReply = self._unary("BeginStore", prompt_frame(request, job.chain.tokens), BEGIN_S)
         state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0
         sound = (
             job.start <= reply.start <= reply.end <= job.end

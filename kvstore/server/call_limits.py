@@ -1,5 +1,6 @@
 """Limits on calls: how many run at once, and how long a caller may stall. Checked before a call's message is read.
 
+    version callers that speak another protocol are refused (`kvstore.wire.handshake`)
     clients at most `connections_max` clients that called recently
     count   at most `calls_max` running calls, and the same number again of calls that continue an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
@@ -31,6 +32,7 @@ from kvstore.server.callers import Callers, caller_name
 from kvstore.server.refusals import Refusals
 from kvstore.server.rpc_errors import Context, abort
 from kvstore.wire.convert import channel_options
+from kvstore.wire.handshake import refusal
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
@@ -42,6 +44,7 @@ MEMORY_SHARE = 4
 ADMIN_CALLS_MAX = 64
 ADMIN_MESSAGE_BYTES_MAX = 64 << 10
 _BEGINS, _CARRIES_ON, _ADMIN = range(3)
+_OURS = f"/{pb.DESCRIPTOR.package}."
 _ADMIN_PREFIXES = ("/grpc.health.v1.Health/Check", f"/{pb.DESCRIPTOR.services_by_name['Admin'].full_name}/")
 # Calls that continue an upload. Refusing them would only keep the upload's place occupied for longer.
 _CARRYING_ON = ("/Upload", "/CommitStore", "/AbortStore")
@@ -66,15 +69,17 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         return self._bytes.used_bytes
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
-        """gRPC asks here for the handler of each call."""
-        handler = await continuation(details)
+        """gRPC asks here for the handler of each call. Health and reflection are the same in every protocol."""
+        handler, metadata = await continuation(details), details.invocation_metadata
         if handler is None:
             return None
+        if details.method.startswith(_OURS) and (error := refusal(metadata)) is not None:
+            return refusing(error)
         kind = kind_of(details.method)
         if self.calls[kind] >= self._calls_max[kind]:
             words = f"{self._calls_max[kind]} calls are under way; try again later"
             return self.refusing(LimitError(words, RETRY_S, "calls_max"))
-        name = "" if kind == _ADMIN else caller_name(details.invocation_metadata)
+        name = "" if kind == _ADMIN else caller_name(metadata)
         if kind != _ADMIN and not self._enter(name, anyway=kind == _CARRIES_ON):
             words = f"{self._connections_max} clients are at work; try again later"
             return self.refusing(LimitError(words, callers.RETRY_S, "connections_max"))

@@ -43,7 +43,6 @@ from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.listening import bind, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
-from kvstore.server.protocol_guard import ProtocolGuard
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath
@@ -160,7 +159,7 @@ class Daemon:
         # Strangers are turned away first, so that they take no place from those who may come in.
         server = grpc.aio.server(
             options=connection_options(config, sockets.connections_max),
-            interceptors=[*guards(files), ProtocolGuard(), admission],
+            interceptors=[*guards(files), admission],
         )
         add_kvstore_service(service, server)
         rpc.add_AdminServicer_to_server(admin, server)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 from kvstore.config import Config
 from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, LayerState, Reason
@@ -28,10 +28,11 @@ from kvstore.server.stores import Stores
 from kvstore.server.stream_in import StreamIn
 from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
-from kvstore.telemetry.requests import Asked, Outcome, Requests, known_reason, plain_id, who_asks
+from kvstore.telemetry.requests import Asked, Outcome, Requests, known_reason, plain_id
+from kvstore.telemetry.traffic import Who
 from kvstore.telemetry.why import Identity, Why
 from kvstore.wire import convert
-from kvstore.wire.frames import UploadBytes
+from kvstore.wire.frames import Prompt, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -39,6 +40,8 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 # on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
 # the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
 HEARING_TURNS = 3
+# A daemon serves a handful of models; of tenants each has an identity of its own.
+IDENTITIES_MAX = 1024
 
 
 class KVStoreService(rpc.KVStoreServicer):
@@ -73,28 +76,29 @@ class KVStoreService(rpc.KVStoreServicer):
         self.refusals = counters.refusals
         self._config = config
         self._same_host = same_host
+        self._identities = Identities()
         self._stopping = asyncio.Event()
 
     @unary
-    async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchReply:
+    async def Match(self, request: Prompt, context: Context) -> pb.MatchReply:
         self._counters.add("match")
-        asked = asked_by(request, context)
+        asked = self._asked(request, context)
         reply = await self._threads.read(self._match, request, asked)
         self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
         return reply
 
-    def _match(self, request: pb.MatchRequest, asked: Asked) -> pb.MatchReply:
-        root = convert.root_from_message(request.namespace)
-        offer = offer_of(request, self._way(request.namespace, root, pb.TRANSPORT_PATH, dense=False))
-        chain = Chain(root, request.tokens)
-        match = self._fetch.match(chain, request.fidelity_min, offer)
-        self._why.note(asked, chain, match, identity_of(request.namespace))
+    def _match(self, request: Prompt, asked: Asked) -> pb.MatchReply:
+        identity = self._identities.of(request.message.namespace)
+        offer = offer_of(request.message, self._way(identity, pb.TRANSPORT_PATH, dense=False))
+        chain = Chain(identity.root, request.tokens)
+        match = self._fetch.match(chain, request.message.fidelity_min, offer)
+        self._why.note(asked, chain, match, identity)
         return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
 
     @unary
-    async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:
+    async def Fetch(self, request: Prompt, context: Context) -> None:
         self._counters.add("fetch")
-        asked = asked_by(request, context)
+        asked = self._asked(request, context)
         plan, way, message = await self._planned(request, asked)
         complete = False
         try:
@@ -123,7 +127,7 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
-    async def _planned(self, request: pb.FetchRequest, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
+    async def _planned(self, request: Prompt, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
         planning = asyncio.ensure_future(self._threads.read(self._plan, request, asked))
         try:
             return await asyncio.shield(planning)
@@ -132,15 +136,14 @@ class KVStoreService(rpc.KVStoreServicer):
             planning.add_done_callback(self._release_plan)
             raise
 
-    def _plan(self, request: pb.FetchRequest, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
+    def _plan(self, request: Prompt, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
         """A plan, how its bytes will go, and the message that says so."""
-        root = convert.root_from_message(request.namespace)
-        dense = request.representation == pb.REPRESENTATION_DENSE
-        way = self._way(request.namespace, root, request.transport, dense=dense)
-        chain, offer = Chain(root, request.tokens), offer_of(request, way)
-        plan = self._fetch.plan(chain, request.fidelity_min, offer, asked.who.caller)
+        message, identity = request.message, self._identities.of(request.message.namespace)
+        way = self._way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
+        chain, offer = Chain(identity.root, request.tokens), offer_of(message, way)
+        plan = self._fetch.plan(chain, message.fidelity_min, offer, asked.who.caller)
         try:
-            self._why.note(asked, chain, plan.match, identity_of(request.namespace))
+            self._why.note(asked, chain, plan.match, identity)
             if plan.namespace is None:
                 return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
             return plan, way, pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
@@ -167,14 +170,22 @@ class KVStoreService(rpc.KVStoreServicer):
             self._counters.add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
 
-    def _way(self, identity: pb.Namespace, root: bytes, transport: pb.Transport, *, dense: bool) -> Way:
+    def _asked(self, request: Prompt, context: Context, profile: str = "") -> Asked:
+        """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
+        metadata, message = context.invocation_metadata(), request.message
+        identity, caller = self._identities.of(message.namespace), caller_name(metadata)
+        who = Who(caller, caller_pid(metadata), identity.root, identity.alias, identity.engine, profile)
+        n_tokens = len(request.tokens) // TOKEN_BYTES
+        covered = getattr(message, "covered_tokens", 0)
+        speed = getattr(message, "prefill_tokens_per_s", 0.0)
+        return Asked(who, plain_id(message.request_id), n_tokens, min(covered, n_tokens), speed)
+
+    def _way(self, identity: Identity, transport: pb.Transport, *, dense: bool) -> Way:
+        """How bytes go. As files not those of tenants, nor where there are none."""
         if dense:
             return "dense"
-        return "path" if transport == pb.TRANSPORT_PATH and self._may_share_files(identity, root) else "stream"
-
-    def _may_share_files(self, identity: pb.Namespace, root: bytes) -> bool:
-        """Whether this namespace's bytes may change hands as files: not of tenants, nor where there are none."""
-        return self._same_host and not identity.salt and self._engine.has_paths(root)
+        same_files = transport == pb.TRANSPORT_PATH and self._same_host and not identity.salted
+        return "path" if same_files and self._engine.has_paths(identity.root) else "stream"
 
     def _plan_message(self, plan: FetchPlan, layout: Layout, way: Way) -> pb.FetchPlan:
         match, by_path = plan.match, way == "path"
@@ -216,10 +227,10 @@ class KVStoreService(rpc.KVStoreServicer):
         )
 
     @unary
-    async def BeginStore(self, request: pb.BeginStoreRequest, context: Context) -> pb.BeginStoreReply:
+    async def BeginStore(self, request: Prompt, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
         with self._counting_invalid():
-            asked = asked_by(request, context, request.profile)
+            asked = self._asked(request, context, request.message.profile)
         planning = asyncio.ensure_future(self._threads.plan(self._begin, request, asked.who.caller))
         try:
             with self._counting_invalid(asked):
@@ -237,7 +248,7 @@ class KVStoreService(rpc.KVStoreServicer):
             self._requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
-    def _begin(self, request: pb.BeginStoreRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
+    def _begin(self, request: Prompt, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
         wanted = store_request(request, caller)
         plan = self._store.begin(wanted)
@@ -250,7 +261,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 durable=plan.reason is Reason.ALREADY_STORED,
                 detail=plan.detail,
             )
-        by_socket = request.transport == pb.TRANSPORT_PATH and self._same_host and not request.namespace.salt
+        by_socket = request.message.transport == pb.TRANSPORT_PATH and self._same_host and not wanted.isolated
         return plan, pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,
@@ -331,22 +342,27 @@ class KVStoreService(rpc.KVStoreServicer):
         self._stopping.set()
 
 
-def asked_by(request: Any, context: Context, profile: str = "") -> Asked:
-    """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
-    metadata = context.invocation_metadata()
-    root = convert.root_from_message(request.namespace)
-    who = who_asks(request.namespace, root, caller_name(metadata), caller_pid(metadata), profile)
-    n_tokens = len(request.tokens) // TOKEN_BYTES
-    covered = getattr(request, "covered_tokens", 0)
-    speed = getattr(request, "prefill_tokens_per_s", 0.0)
-    return Asked(who, plain_id(request.request_id), n_tokens, min(covered, n_tokens), speed)
+class Identities:
+    """The identities of requests, each validated and hashed once. Any thread may call.
 
+    Remembered under a digest of the message, since that has the salt, which is a secret.
+    """
 
-def identity_of(message: pb.Namespace) -> Identity:
-    """The identity that a request names, without its salt."""
-    alias = plain_text(message.alias, ALIAS_CHARACTERS_MAX)
-    digests = (message.weights, message.adapter, message.layout_digest)
-    return Identity(*digests, message.dtype, message.engine, bool(message.salt), alias)
+    def __init__(self) -> None:
+        self._known: dict[bytes, Identity] = {}
+
+    def of(self, message: pb.Namespace) -> Identity:
+        """The identity that a request names. Raises InvalidRequestError for an invalid one."""
+        name = hashlib.sha256(message.SerializeToString()).digest()
+        known = self._known.get(name)
+        if known is None:
+            root, alias = convert.root_from_message(message), plain_text(message.alias, ALIAS_CHARACTERS_MAX)
+            digests = (message.weights, message.adapter, message.layout_digest)
+            known = Identity(root, *digests, message.dtype, message.engine, bool(message.salt), alias)
+            if len(self._known) >= IDENTITIES_MAX:
+                self._known.clear()
+            self._known[name] = known
+        return known
 
 
 def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:
@@ -359,10 +375,11 @@ def timing_of(message: pb.FetchTiming) -> Timing:
     return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
 
 
-def store_request(message: pb.BeginStoreRequest, caller: str = "") -> StoreRequest:
+def store_request(request: Prompt, caller: str = "") -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
+    message = request.message
     return StoreRequest(
-        chain=Chain(convert.root_from_message(message.namespace), message.tokens),
+        chain=Chain(convert.root_from_message(message.namespace), request.tokens),
         namespace=convert.namespace_from_message(message.namespace, message.layout),
         captured_from=message.captured_from,
         restored_tokens=message.restored_tokens,

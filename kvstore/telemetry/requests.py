@@ -302,12 +302,6 @@ def known_reason(name: str) -> Reason:
         return Reason.INVALID
 
 
-def who_asks(message: Any, root: bytes, caller: str, pid: int, profile: str = "") -> Who:
-    """The sender of a message with a namespace."""
-    engine = plain_text(message.engine, lines.ALIAS_CHARACTERS_MAX)
-    return Who(caller, pid, root, plain_text(message.alias, lines.ALIAS_CHARACTERS_MAX), engine, profile)
-
-
 def plain_id(request_id: str) -> str:
     """The id of a request as a line shows it."""
     return plain_text(request_id, lines.ID_CHARACTERS_MAX)

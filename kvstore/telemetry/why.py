@@ -41,8 +41,9 @@ _UNUSABLE = frozenset({Reason.CORRUPT, Reason.KEY_MISSING, Reason.UNKNOWN_RECIPE
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What makes a namespace, without the salt itself."""
+    """What makes a namespace, without the salt itself, and the root that it comes to."""
 
+    root: bytes
     weights: bytes
     adapter: bytes
     layout: bytes
@@ -55,7 +56,7 @@ class Identity:
     def of(cls, info: NamespaceInfo) -> Identity:
         """Of a namespace that is stored."""
         layout = info.layout.digest
-        return cls(info.weights, info.adapter, layout, info.dtype, info.engine, is_salted(info), info.alias)
+        return cls(info.root, info.weights, info.adapter, layout, info.dtype, info.engine, is_salted(info), info.alias)
 
     def differs(self, other: Identity) -> str:
         """The fields in which two identities differ, for people."""

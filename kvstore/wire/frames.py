@@ -1,12 +1,14 @@
-"""The two messages that carry bulk bytes, `FetchReply` and `UploadChunk`, written and read around protobuf.
+"""The messages that carry bulk bytes, written and read around protobuf: data of layers, and the tokens of prompts.
 
 The encoding is that of protos/kvstore.proto, byte for byte, so either side may also use the generated code. Generated
 code copies 1 MiB of data twice more at each end while it holds the GIL. This module joins the tags, lengths and data in
-one copy, and reads a message as a view of the buffer that gRPC returns.
+one copy, and reads a message as a view of the buffer that gRPC returns. The tokens of a prompt go first in its request:
+generated code copies them, too, and a match of 32,000 tokens took 0.2 ms more.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -28,6 +30,10 @@ _CHUNK_LAYER = 1 << 3
 _CHUNK_DATA = 2 << 3 | 2
 _UPLOAD_ID = 1 << 3 | 2
 _UPLOAD_DATA = 2 << 3 | 2
+_PROMPT_TOKENS = {
+    kind: kind.DESCRIPTOR.fields_by_name["tokens"].number << 3 | 2
+    for kind in (pb.MatchRequest, pb.FetchRequest, pb.BeginStoreRequest)
+}
 
 
 class LayerBytes(NamedTuple):
@@ -44,6 +50,13 @@ class UploadBytes(NamedTuple):
     data: memoryview
 
 
+class Prompt(NamedTuple):
+    """A request about a prompt, as it arrives: the packed tokens, and the message with everything else."""
+
+    message: Any
+    tokens: bytes
+
+
 def layer_frame(layer: int, parts: Sequence[Bytes]) -> bytes:
     """A FetchReply whose chunk holds `parts`, one after the other."""
     data = b"%c%b" % (_CHUNK_DATA, _varint(sum(map(len, parts))))
@@ -57,6 +70,25 @@ def upload_frame(upload_id: str, parts: Sequence[Bytes]) -> bytes:
     name = upload_id.encode()
     head = b"%c%b%b" % (_UPLOAD_ID, _varint(len(name)), name) if name else b""
     return b"".join([b"%b%c%b" % (head, _UPLOAD_DATA, _varint(sum(map(len, parts)))), *parts])
+
+
+def prompt_frame(message: pb.MatchRequest | pb.FetchRequest | pb.BeginStoreRequest, tokens: bytes) -> bytes:
+    """A request about these packed tokens; `message` has everything else."""
+    head = b"%c%b" % (_PROMPT_TOKENS[type(message)], _varint(len(tokens)))
+    return b"".join([head, tokens, message.SerializeToString()])
+
+
+def parse_prompt(kind: Any, request: bytes) -> Prompt:
+    """A request of this message class. Raises google.protobuf's DecodeError for what is none."""
+    if request[:1] == bytes([_PROMPT_TOKENS[kind]]):
+        nbytes, start = _read_varint(request, 1)
+        end = start + nbytes
+        if end <= len(request):
+            message = kind.FromString(request[end:])
+            if not message.tokens:  # of a field that comes twice, the last one counts
+                return Prompt(message, request[start:end])
+    message = kind.FromString(request)  # from who knows where
+    return Prompt(message, message.tokens)
 
 
 def parse_fetch_reply(message: bytes) -> pb.FetchReply | LayerBytes:
@@ -85,37 +117,38 @@ def parse_upload_chunk(message: bytes) -> UploadBytes:
     return UploadBytes(chunk.upload_id, memoryview(chunk.data))
 
 
-def serialize_fetch_reply(reply: pb.FetchReply | bytes) -> bytes:
-    """A reply as it travels; one made by `layer_frame` is that already."""
-    return reply if isinstance(reply, bytes) else reply.SerializeToString()
+def serialize(message: Any) -> bytes:
+    """A message as it travels; one made by `layer_frame` or `prompt_frame` is that already."""
+    serial: bytes = message if isinstance(message, bytes) else message.SerializeToString()
+    return serial
 
 
 def kvstore_stub(channel: grpc.Channel) -> Any:
-    """The generated stub, but `Fetch` gives what `parse_fetch_reply` returns and `Upload` takes `upload_frame`s."""
+    """The generated stub, but calls about a prompt take `prompt_frame`s, too, and `Upload` only `upload_frame`s.
+
+    `Fetch` gives what `parse_fetch_reply` returns.
+    """
     stub: Any = rpc.KVStoreStub(channel)
-    stub.Fetch = channel.unary_stream(
-        f"/{SERVICE}/Fetch",
-        request_serializer=pb.FetchRequest.SerializeToString,
-        response_deserializer=parse_fetch_reply,
-    )
+    stub.Match = channel.unary_unary(f"/{SERVICE}/Match", serialize, pb.MatchReply.FromString)
+    stub.BeginStore = channel.unary_unary(f"/{SERVICE}/BeginStore", serialize, pb.BeginStoreReply.FromString)
+    stub.Fetch = channel.unary_stream(f"/{SERVICE}/Fetch", serialize, parse_fetch_reply)
     stub.Upload = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=pb.UploadReply.FromString)
     return stub
 
 
 def add_kvstore_service(servicer: Any, server: Any) -> None:
-    """Serve KVStore, but `Fetch` may write `layer_frame`s and `Upload` reads `UploadBytes`."""
+    """Serve KVStore, but calls about a prompt read a `Prompt`, `Fetch` may write `layer_frame`s, and `Upload` reads
+    `UploadBytes`."""
     rpc.add_KVStoreServicer_to_server(servicer, server)
-    server.add_registered_method_handlers(
-        SERVICE,
-        {
-            "Fetch": grpc.unary_stream_rpc_method_handler(
-                servicer.Fetch, pb.FetchRequest.FromString, serialize_fetch_reply
-            ),
-            "Upload": grpc.stream_unary_rpc_method_handler(
-                servicer.Upload, parse_upload_chunk, pb.UploadReply.SerializeToString
-            ),
-        },
-    )
+    match, fetch = functools.partial(parse_prompt, pb.MatchRequest), functools.partial(parse_prompt, pb.FetchRequest)
+    begin = functools.partial(parse_prompt, pb.BeginStoreRequest)
+    handlers = {
+        "Match": grpc.unary_unary_rpc_method_handler(servicer.Match, match, serialize),
+        "BeginStore": grpc.unary_unary_rpc_method_handler(servicer.BeginStore, begin, serialize),
+        "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, fetch, serialize),
+        "Upload": grpc.stream_unary_rpc_method_handler(servicer.Upload, parse_upload_chunk, serialize),
+    }
+    server.add_registered_method_handlers(SERVICE, handlers)
 
 
 def _data_at(message: bytes, at: int, tag: int) -> int:

@@ -71,7 +71,7 @@ def main() -> None:
 def measure(engine: Engine, at: int, whole: int, rounds: int) -> tuple[float, float, float]:
     """Medians, microseconds: a match, what is noted of it, and the answer to a question about the prompt."""
     why = Why(engine.nearest)
-    identity = Identity(NS.weights, NS.adapter, NS.layout.digest, NS.dtype, NS.engine, False, NS.alias)
+    identity = Identity(NS.root, NS.weights, NS.adapter, NS.layout.digest, NS.dtype, NS.engine, False, NS.alias)
     times: list[tuple[float, float, float]] = []
     for number in range(rounds + 10):
         tokens = changed(sequence_tokens(number % whole, PROMPT_BLOCKS * BLOCK_TOKENS), at)

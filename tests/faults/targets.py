@@ -115,7 +115,7 @@ def namespace(data: bytes) -> None:
 
 def begin_store(data: bytes) -> None:
     """What a worker asks when it stores."""
-    request = store_request(pb.BeginStoreRequest.FromString(data))
+    request = store_request(frames.parse_prompt(pb.BeginStoreRequest, data))
     if request.namespace:
         assert NamespaceInfo.from_record(request.namespace.to_record()) == request.namespace
     pack_tokens(request.chain.tokens)
