@@ -98,6 +98,24 @@ def test_a_checkpoint_is_added_where_the_tokens_are_held(daemon: DaemonProcess, 
         check(session, layout, TOKENS, 600, Reason.NO_CHECKPOINT)
 
 
+def test_a_loop_of_thirty_calls_keeps_few_checkpoints_and_its_hits(daemon: DaemonProcess) -> None:
+    """Every call continues where the one before it ended; then the thinking of all calls is stripped, and it hits."""
+    layout = LAYOUTS["hybrid"]
+    asked, thinking, call = TOKENS[:300], list(range(9000, 9150)), list(range(8000, 8040))
+    with client_of(daemon) as client:
+        session = client.session(make_namespace(layout), "raw", **SLOW)
+        loop = list(asked)
+        store(session, layout, loop)
+        for turn in range(30):
+            assert session.match([*loop, -1, -1]).n_tokens == len(loop)
+            loop += [turn, *thinking, *call]
+            store(session, layout, loop)
+        disk = client.stats()["disk"]
+        assert disk["checkpoints"] <= 8
+        stripped = [*asked, *(token for turn in range(30) for token in (turn, *call))]
+        check(session, layout, stripped, 300, Reason.NO_CHECKPOINT)
+
+
 def test_states_are_exact_whatever_the_profile(daemon: DaemonProcess) -> None:
     """Quantized tokens beside them; a session that asks for exact tokens gets none of it."""
     layout = LAYOUTS["hybrid"]

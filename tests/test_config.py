@@ -232,7 +232,7 @@ def test_limits_are_no_keys_and_are_those_of_the_process_when_a_config_is_made(m
     [
         ({"tokens_max": 1 << 30}, "over message_bytes_max"),
         ({"lease_s": 0}, "lease_s: 0 is too small"),
-        ({"checkpoint_share_percent": 101}, "checkpoint_share_percent: 101 is over 100"),
+        ({"upload_share_percent": 101}, "upload_share_percent: 101 is over 100"),
     ],
 )
 def test_limits_that_cannot_be_are_errors(changes: dict[str, int], message: str) -> None:

@@ -280,9 +280,10 @@ def test_without_room_for_a_tombstone_the_reader_loses_its_file(tmp_path: Path) 
 @pytest.mark.parametrize("how", ["replaced", "thinned"])
 def test_what_the_engine_deletes_by_itself_under_a_lease_does_not_return(tmp_path: Path, how: str) -> None:
     """Replaced by a longer block, thinned out of its chain: after a kill without an index it stays gone."""
-    with Engine.open(tmp_path / "data", options(checkpoints_max=1)) as engine:
+    with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, OTHER, PROMPT[:600])
-        put_checkpoint(engine, OTHER, PROMPT[:520])
+        for length in (500, 520, 540):
+            put_checkpoint(engine, OTHER, PROMPT[:length])
         match = engine.match(Chain(OTHER.root, pack_tokens(PROMPT[:520])), exact=True)
         tail = engine.match(Chain(OTHER.root, pack_tokens(PROMPT[:600]))).slices[-1].row
         assert match.checkpoint is not None

@@ -15,7 +15,7 @@ import xxhash
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Match, NewBlock, Selection, Slice, check_directory
-from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
+from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.index.rows import CHECK_BYTES, Row, checkpoint_prefix, parse_row
 from tests.support.engine import (
     HYBRID,
@@ -25,7 +25,6 @@ from tests.support.engine import (
     StoppingFs,
     blob_path,
     checkpoint,
-    disk_usage,
     drop_children,
     find,
     namespace,
@@ -65,17 +64,19 @@ def checkpoints(engine: Engine) -> list[Row]:
 
 
 @pytest.mark.parametrize("ns", [NS, BARE])
-def test_a_checkpoint_is_found_at_and_after_its_position_and_after_a_restart(tmp_path: Path, ns: Namespace) -> None:
+@pytest.mark.parametrize("ends", [(1, 300, 600), (100, 256, 512)])
+def test_a_checkpoint_is_found_at_and_after_its_position_and_after_a_restart(
+    tmp_path: Path, ns: Namespace, ends: tuple[int, ...]
+) -> None:
     """At a block's end and between, in the first block and later; also where no layer has KV."""
-    ends = [1, 100, 256, 300, 512, 600]
     with Engine.open(tmp_path / "data", options()) as engine:
         receipt = engine.store(ns.to_record(), with_checkpoints(ns, LONG, ends))
-        assert (receipt.blocks, receipt.reason) == (9, Reason.OK)
+        assert (receipt.blocks, receipt.reason) == (6, Reason.OK)
     with Engine.open(tmp_path / "data", options()) as engine:
         for asked in (1, 2, 99, 100, 101, 255, 256, 257, 299, 300, 511, 512, 513, 599, 600, 601):
             match = exact(engine, list(range(asked)), ns)
-            best = max(end for end in ends if end <= asked)
-            assert match.n_tokens == best and match.checkpoint is not None
+            best = max((end for end in ends if end <= asked), default=0)
+            assert match.n_tokens == best and (match.checkpoint is not None) == (best > 0)
             assert sum(part.take for part in match.slices) == best
             usual = Reason.OK if asked == best else Reason.UNKNOWN_PREFIX
             assert match.reason is (Reason.NO_CHECKPOINT if best < min(asked, 600) else usual)
@@ -287,46 +288,11 @@ def test_stats_tell_checkpoints_from_blocks(engine: Engine) -> None:
     assert (use["hybrid"].blocks, use["hybrid"].tokens, use["hybrid"].checkpoints) == (3, 600, 2)
     assert (use["hybrid"].checkpoint_bytes, use["recurrent"].checkpoints) == (8192, 0)
     assert stats.stored_bytes == sum(one.disk_bytes for one in stats.namespaces)
-    assert stats.checkpoint_share_bytes == stats.budget_bytes // 5
     [shown] = engine.show(checkpoints(engine)[0].key[:8])
     assert shown.row.is_checkpoint and Path(shown.path).exists() and shown.row.block.states
     assert engine.evict(Selection(namespace_prefix=NS.root)).blocks == 5
     stats = engine.stats()
     assert (stats.checkpoints, stats.checkpoint_bytes) == (0, 0)
-
-
-def test_checkpoints_over_their_share_go_least_recently_used_first(tmp_path: Path) -> None:
-    """Blocks stay however old; what was used stays; the disk agrees."""
-    limits = options(budget_bytes=2_000_000, checkpoint_share_percent=10)
-    with Engine.open(tmp_path / "data", limits) as engine:
-        for name in range(12):
-            tokens = [name] * 100
-            engine.store(NS.to_record(), [*sequence(NS, tokens), checkpoint(NS, tokens, n_floats=6000)])
-            assert engine.stats().checkpoint_bytes <= limits.checkpoint_share_bytes == 200_000
-            engine.touch(exact(engine, [0] * 100).parts)
-        held = {row.tokens[0] for row in checkpoints(engine)}
-        assert len(held) == 6 and {0, 11} <= held and 1 not in held
-        assert engine.stats().evicted_blocks == 6
-        assert find(engine, NS, [1] * 100).n_tokens == 100
-        assert exact(engine, [1] * 100).reason is Reason.NO_CHECKPOINT
-        assert engine.used_bytes == disk_usage(tmp_path / "data")
-        require_sound(engine)
-    with Engine.open(tmp_path / "data", replace(limits, checkpoint_share_percent=4)) as engine:
-        assert engine.stats().checkpoints == 2
-        require_sound(engine)
-
-
-def test_a_checkpoint_over_the_share_is_not_written(tmp_path: Path) -> None:
-    """It could only be evicted again; the blocks before it are kept."""
-    with Engine.open(tmp_path / "data", options(budget_bytes=1_000_000, checkpoint_share_percent=5)) as engine:
-        made = [*sequence(NS, LONG), checkpoint(NS, LONG, n_floats=20_000)]
-        receipt = engine.store(NS.to_record(), made)
-        assert (receipt.blocks, receipt.reason) == (3, Reason.STORE_FULL)
-        assert engine.stats().degraded == "" and not checkpoints(engine)
-        require_sound(engine)
-    for changes in ({"checkpoints_max": 0}, {"checkpoint_share_percent": 101}, {"checkpoint_share_percent": -1}):
-        with pytest.raises(ConfigError):
-            options(**changes)
 
 
 def test_a_damaged_checkpoint_is_quarantined_alone(engine: Engine) -> None:
@@ -400,12 +366,12 @@ def test_many_marks_are_written_before_they_are_many(tmp_path: Path) -> None:
 def test_retention_is_part_of_the_one_commit(tmp_path: Path) -> None:
     """The row of what goes is deleted with the commit that adds, and its file unlinked after it."""
     fs = RecordingFs()
-    with Engine.open(tmp_path / "data", options(checkpoints_max=3), fs) as engine:
-        engine.store(NS.to_record(), with_checkpoints(NS, LONG, [100, 200, 300]))
+    with Engine.open(tmp_path / "data", options(), fs) as engine:
+        engine.store(NS.to_record(), with_checkpoints(NS, LONG, [300, 320, 340]))
         fs.calls.clear()
         put_checkpoint(engine, NS, LONG[:400])
         assert [name for name, _ in fs.calls if name != "write"][-2:] == ["commit", "unlink"]
-        assert sorted(row.end for row in checkpoints(engine)) == [100, 300, 400]
+        assert sorted(row.end for row in checkpoints(engine)) == [300, 340, 400]
         require_sound(engine)
 
 
@@ -414,19 +380,19 @@ def test_a_stop_at_any_call_loses_no_checkpoint_that_was_to_stay(tmp_path: Path)
     for at in itertools.count(0, 2):
         data_dir, snapshot = tmp_path / f"d{at}", tmp_path / f"s{at}"
         with Engine.open(data_dir, options()) as engine:
-            engine.store(NS.to_record(), with_checkpoints(NS, LONG, [100, 200, 300, 400]))
-        engine = Engine.open(data_dir, options(checkpoints_max=3), StoppingFs(at, data_dir, snapshot))
+            engine.store(NS.to_record(), with_checkpoints(NS, LONG, [300, 350, 400]))
+        engine = Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot))
         try:
             engine.store(NS.to_record(), [checkpoint(NS, LONG[:500])])
             engine.close()
             break
         except Stopped:
             pass
-        with Engine.open(snapshot, options(checkpoints_max=3)) as engine:
+        with Engine.open(snapshot, options()) as engine:
             require_sound(engine)
-            assert {100, 400} <= {row.end for row in checkpoints(engine)}
+            assert {300, 400} <= {row.end for row in checkpoints(engine)}
             put_checkpoint(engine, NS, LONG[:500])
-            assert [row.end for row in sorted(checkpoints(engine), key=lambda row: row.end)] == [100, 400, 500]
+            assert [row.end for row in sorted(checkpoints(engine), key=lambda row: row.end)] == [300, 400, 500]
     assert at > 8
 
 

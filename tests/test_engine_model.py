@@ -121,7 +121,7 @@ def test_an_exact_match_ends_at_the_longest_checkpoint_that_blocks_cover(
 ) -> None:
     """Against brute force: every checkpoint that is held, wherever it lies, whatever was evicted or thinned out."""
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.open(Path(folder) / "data", options(durability="none", checkpoints_max=3))
+        engine = Engine.open(Path(folder) / "data", options(durability="none"))
         for name, detail, fidelity in actions:
             if name == "store" and isinstance(detail, list):
                 assert put(engine, ns, detail, fidelity=fidelity).reason is Reason.OK
@@ -131,7 +131,7 @@ def test_an_exact_match_ends_at_the_longest_checkpoint_that_blocks_cover(
                 engine.evict(Selection(bytes=detail))
             elif name == "reopen":
                 engine.close()
-                engine = Engine.open(Path(folder) / "data", options(durability="none", checkpoints_max=3))
+                engine = Engine.open(Path(folder) / "data", options(durability="none"))
             elif isinstance(detail, list):
                 limit = data.draw(st.integers(0, len(detail)), "limit")
                 require_longest(engine, ns, pack_tokens(detail), limit, fidelity)

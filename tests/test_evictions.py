@@ -74,14 +74,14 @@ def test_a_small_correction_at_start_is_told_without_a_warning(
 
 
 def test_every_cause_has_its_counter(tmp_path: Path) -> None:
-    """Asked for, over the budget, under the floor, over the share, thinned, damaged."""
+    """Asked for, over the budget, under the floor, redundant, damaged."""
     volume = Volume()
-    with Engine.open(tmp_path / "data", options(checkpoints_max=1), volume) as engine:
+    with Engine.open(tmp_path / "data", options(), volume) as engine:
         fill(engine, 10)
         engine.evict(Selection(bytes=1))
         put(engine, OTHER, range(600))
-        put_checkpoint(engine, OTHER, range(520))
-        put_checkpoint(engine, OTHER, range(560))
+        for length in (500, 520, 540, 560):
+            put_checkpoint(engine, OTHER, range(length))
         row = find(engine, OTHER, range(600)).slices[-1].row
         path = blob_path(engine, row)
         path.write_bytes(path.read_bytes()[:-1] + b"?")

@@ -250,7 +250,7 @@ def test_a_clock_that_goes_back_expires_nothing(engine: Engine, clock: Clock) ->
 def test_a_checkpoint_that_is_pinned_is_not_thinned(tmp_path: Path) -> None:
     """A hybrid's prompt starts from its checkpoint, so the pin is worth nothing without it."""
     hybrid = namespace(layout=HYBRID)
-    with Engine.open(tmp_path / "data", options(checkpoints_max=3)) as engine:
+    with Engine.open(tmp_path / "data", options()) as engine:
         put(engine, hybrid, list(range(256 * 9)))
         put_checkpoint(engine, hybrid, list(range(600)))
         chain = Chain(hybrid.root, pack_tokens(list(range(600))))

@@ -56,9 +56,6 @@ class Limits:
     fetch_connect_ms: int = 50
     # A fetch gives up when no bytes arrive for this long: a tenth of the default of `fetch_total_ms`.
     fetch_stall_ms: int = 500
-    # Checkpoints kept along one sequence, for models with sliding-window or recurrent layers. Each is a whole copy of
-    # those layers, so their number decides what a sequence costs.
-    checkpoints_max: int = 8
     # New tokens after which a prompt that is being computed is stored: one step of mlx-lm's prefill. A server that is
     # killed loses as many.
     prefill_part_tokens: int = 2048
@@ -67,9 +64,6 @@ class Limits:
     # Tokens between the checkpoints of a prompt while it is computed. Each is a whole copy of the window and recurrent
     # layers and replaces the one before.
     prefill_checkpoint_tokens: int = 8192
-    # Share of the budget for all checkpoints. A checkpoint serves one position; a block serves every prompt that
-    # begins with it, so blocks get the larger part.
-    checkpoint_share_percent: int = 20
     # Share of the budget for open uploads. The other half stays with what is already stored.
     upload_share_percent: int = 50
 

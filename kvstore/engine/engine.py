@@ -13,7 +13,7 @@ Invariants, each with its tests:
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it goes to quarantine.
-7. Checkpoints are bounded along every chain and in all (`kvstore.engine.store`), in the commit that adds one.
+7. Checkpoints that hardly save anything go in the commit that adds one after them (`kvstore.engine.retain`).
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
@@ -262,7 +262,6 @@ class Engine:
     def _keep_to_limits(self) -> None:
         self._evictor.announce()
         self._evictor.make_room(0)
-        self._evictor.keep_checkpoint_share()
         self._evictor.keep_terms()
         self._shared.evictions.tell()
         self._shared.health.tell()

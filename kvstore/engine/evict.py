@@ -15,7 +15,7 @@ from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
 from kvstore.core.text import size_text
 from kvstore.engine.deletions import Deletion
-from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, SHARE, TTL
+from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, TTL
 from kvstore.engine.ledger import COMMIT_BYTES
 from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
 from kvstore.engine.shared import DISPLACED, Shared
@@ -117,18 +117,6 @@ class Evictor:
                 self.compaction.keep_up()
             self.make_room(0)
         self.shortage.look_again()
-
-    def keep_checkpoint_share(self) -> None:
-        """Evict checkpoints over their share of the budget; after commits they are kept to it anyhow."""
-        shared = self._shared
-        with shared.lock:
-            over = shared.index.table.usage().checkpoint_bytes - shared.options.checkpoint_share_bytes
-        try:
-            if over > 0:
-                with self._evicting:
-                    self._run(SHARE, over, shared.deletions.leased(), lambda table: where(table, checkpoints=True))
-        except (StoreFullError, OSError) as error:
-            shared.health.disk_error = str(error)
 
     def keep_terms(self, *, wait: bool = True) -> None:
         """Evict what namespaces have over their quota, and what was not used within its time to live."""
@@ -342,14 +330,16 @@ class Evictor:
         """Before limits take effect: WARN when they delete more than a tenth of the store. A typo can."""
         shared = self._shared
         with shared.lock:
-            usage = shared.index.table.usage()
-            held, budget, floor = usage.disk_bytes, shared.options.budget_bytes, shared.options.free_floor_bytes
+            held, budget, floor = (
+                shared.index.table.usage().disk_bytes,
+                shared.options.budget_bytes,
+                shared.options.free_floor_bytes,
+            )
             try:
                 short = floor - self.shortage.free_bytes() if floor else 0
             except OSError:
                 short = 0
-            share = usage.checkpoint_bytes - shared.options.checkpoint_share_bytes
-            over = {BUDGET: shared.ledger.total - budget, FLOOR: short, SHARE: share}
+            over = {BUDGET: shared.ledger.total - budget, FLOOR: short}
             cause = max(over, key=lambda each: over[each])
             if held and over[cause] > held // _MANY_DIVISOR:
                 lost, all_, budget_, floor_ = map(size_text, (min(held, over[cause]), held, budget, floor))

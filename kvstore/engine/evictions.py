@@ -21,15 +21,14 @@ log = logging.getLogger(__name__)
 
 # Evictions of single namespaces that are told apart.
 MARKS_MAX = 64
-ASKED, BUDGET, FLOOR, SHARE, CHAIN, REPAIR = "asked", "budget", "floor", "share", "chain", "repair"
+ASKED, BUDGET, FLOOR, CHAIN, REPAIR = "asked", "budget", "floor", "chain", "repair"
 QUOTA, TTL = "quota", "ttl"
 _WHY = {
     BUDGET: "the budget was reached",
     FLOOR: "the volume had less free space than the floor",
-    SHARE: "checkpoints took more than their share of the budget",
     QUOTA: "namespaces took more than their quota",
     TTL: "it was not used within its time to live",
-    CHAIN: "sequences had more checkpoints than are kept",
+    CHAIN: "sequences had others that save almost as much",
     REPAIR: "blobs were damaged or missing",
 }
 

@@ -62,7 +62,7 @@ class EngineStats:
     """Counts of now and since the engine was opened. Sizes are bytes on disk.
 
     `used_bytes` = `stored_bytes` (blobs) + `pending_bytes` (being written) + index + quarantine + keys.
-    `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`, at most `checkpoint_share_bytes`.
+    `blobs` are blocks and checkpoints; `stored_bytes` includes `checkpoint_bytes`.
     `evictions` are (blocks, bytes on disk) deleted since the start, by cause (`kvstore.engine.evictions`).
     `idle_s` is how long blocks had not been used when limits evicted them, `reuse_s` when a fetch used them.
     `degraded` says why nothing is written at present; empty when all is well. `scrubbed_s` is when the last full pass
@@ -87,7 +87,6 @@ class EngineStats:
     reuse_s: Distribution
     checkpoints: int = 0
     checkpoint_bytes: int = 0
-    checkpoint_share_bytes: int = 0
     scrubbed_s: int = 0
     damaged: int = 0
 
@@ -248,7 +247,6 @@ class Listing:
             reuse_s=shared.uses.reuse_s.snapshot(),
             checkpoints=total.checkpoints,
             checkpoint_bytes=total.checkpoint_bytes,
-            checkpoint_share_bytes=shared.options.checkpoint_share_bytes,
         )
 
     def _infos(self, rows: Iterable[Row]) -> list[BlockInfo]:

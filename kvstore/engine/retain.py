@@ -1,10 +1,13 @@
 """What goes and what stays: the policies that choose blobs to evict, and which checkpoints a chain keeps.
 
-Policies are functions from rows of `kvstore.index.table` to scores. The blob with the lowest score is evicted first,
-but never a parent before its children, so that every blob stays reachable from its root.
+Policies are functions from the rows of `kvstore.index.table` to scores. The blob with the lowest score is evicted
+first, but never a parent before its children, so that every blob stays reachable from its root.
 
-Checkpoints are bounded twice, in the commit of the store that added one: along every chain, and in all by their share
-of the budget. The chain of a checkpoint is every checkpoint whose tokens are a prefix of its own, and itself.
+A checkpoint is worth the tokens that it saves, divided by its bytes. A prompt that ends after it starts from it instead
+of the checkpoint before it, so of a chain the last one and those where prompts diverge are worth most. The others have
+one continuation and nothing else. The commit that adds a checkpoint removes those of its chain that hardly save
+anything (`redundant`), whatever room there is; eviction takes what is left of them earlier than its last use says
+(`by_last_use`). The chain of a checkpoint is every checkpoint whose tokens are a prefix of its own, and itself.
 
 Threads: hold the engine's lock, or use a `Table.snapshot`.
 """
@@ -18,6 +21,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.index.rows import Row
 from kvstore.index.table import CHECKPOINT, INTERIM, LIVE, PINNED, Rows, Table
 from kvstore.index.transaction import Edit, View
@@ -26,10 +30,26 @@ from kvstore.index.transaction import Edit, View
 VICTIMS_MAX = 1024
 NO_LIMIT = 1 << 62
 Mask: TypeAlias = npt.NDArray[np.bool_]
+# A prompt uses a checkpoint that another one passed only when its history was edited, and then once.
+_PASSED_AGING = 8
+
+
+def by_last_use(rows: Rows) -> npt.NDArray[Any]:
+    """The number of the last use. A passed checkpoint ages _PASSED_AGING times as fast, divided by its worth.
+
+    It does not simply go first: in a store that is always full, no history could be stripped or edited and still hit.
+    """
+    scores: npt.NDArray[Any] = rows["last_use"]
+    passed, worth = passed_checkpoints(rows)
+    if len(passed):
+        scores, now = scores.copy(), int(scores.max())
+        scores[passed] = now - (now - scores[passed]) * _PASSED_AGING / worth
+    return scores
+
 
 # Scores by which blobs go, lowest first.
 POLICIES: dict[str, Callable[[Rows], npt.NDArray[Any]]] = {
-    "lru": lambda rows: rows["last_use"],
+    "lru": by_last_use,
 }
 
 
@@ -38,7 +58,6 @@ def where(
     *,
     namespaces: Collection[int] | None = None,
     unused_since_s: int | None = None,
-    checkpoints: bool = False,
 ) -> Mask:
     """A selection of blobs; conditions are ANDed."""
     rows = table.rows
@@ -47,8 +66,6 @@ def where(
         mask &= np.isin(rows["namespace"], list(namespaces))
     if unused_since_s is not None:
         mask &= rows["used_s"] <= max(0, unused_since_s)
-    if checkpoints:
-        mask &= (rows["flags"] & CHECKPOINT) != 0
     return mask
 
 
@@ -87,7 +104,8 @@ def victims(
     """
     rows, free = table.rows, _free(table, keep, mask)
     leaves = np.flatnonzero(free & (rows["children"] == 0))
-    scores = POLICIES[policy](rows[leaves])
+    score_of = POLICIES[policy](rows)
+    scores = score_of[leaves]
     if len(leaves) > count_max:
         # No other leaf can be among the first `count_max`; ties at the end are as good as each other.
         lowest = np.argpartition(scores, count_max - 1)[:count_max]
@@ -107,8 +125,7 @@ def victims(
             continue
         children[above] = children.get(above, int(rows["children"][above])) - 1
         if not children[above] and free[above]:
-            own = POLICIES[policy](rows[above : above + 1])[0].item()
-            heapq.heappush(heap, (max(score, own), -int(rows["depth"][above]), above))
+            heapq.heappush(heap, (max(score, score_of[above].item()), -int(rows["depth"][above]), above))
     return table.keys(named)
 
 
@@ -143,10 +160,84 @@ def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
 
-# Places of a chain that are not for marks: the first, the two newest, and two spaced ones.
-_NOT_FOR_MARKS = 5
+# Of the places where prompts were seen to diverge once, those that a chain keeps: the last ones. An agent whose
+# thinking is stripped from its history diverges once a turn, and never there again.
+_FORKS = 3
+# Prompts that diverged at a place so often make it one that is kept.
+_FORK_HITS = 2
+# Without a checkpoint a prompt may have to prefill at most so many times what it must. That keeps at most 8
+# checkpoints of an agent's 30 calls, and 14 of 1,000; 2 times would keep 10 and 20.
+_TIMES_MAX = 3.0
+# One that saves at least such a part of the whole chain stays: the end of a user's message, when the round of calls
+# before it was long. There are few of them by themselves.
+_PARTS = 6
 # To prefill a token or a few takes equally long, so checkpoints that are closer than this hardly add anything.
 _FEW_TOKENS = 256
+# A checkpoint that saves nothing still has an age.
+_WORTH_MIN = 1 / 128
+
+
+def redundant(rows: Rows, ends: Sequence[int]) -> list[int]:
+    """Which of a chain are to go: places in `rows`, whose checkpoints end at these positions, in ascending order.
+
+    The first and the last two stay, and those where prompts diverge, and what is pinned. The last two: prompts of an
+    agent share one of them with the prompt before, or, when its thinking is stripped, only the one before it. Interim
+    checkpoints go when there is one after them. Of the others those stay that save a large part
+    of the chain, and some at growing distances from the end.
+    """
+    marks, pinned = rows["mark"], (rows["flags"] & PINNED) != 0
+    passed = ((rows["flags"] & INTERIM) != 0) & (marks == 0) & ~pinned
+    passed[-1] = False
+    left = np.flatnonzero(~passed).tolist()
+    stays = pinned | ((marks > 0) & (rows["hits"] >= _FORK_HITS))
+    latest = [at for at in sorted(left, key=lambda at: -marks[at]) if marks[at] and at != left[-1]]
+    stays[[left[0], *left[-2:], *latest[:_FORKS]]] = True
+    while True:
+        positions = [ends[at] for at in left]
+        times = {at: _times(positions, at) for at in range(1, len(left) - 1) if not stays[left[at]]}
+        little = [at for at in times if (positions[at] - positions[at - 1]) * _PARTS < positions[-1]]
+        least = min(little, key=times.__getitem__, default=0)
+        if not little or times[least] > _TIMES_MAX:
+            break
+        del left[least]
+    return sorted(set(range(len(ends))) - set(left))
+
+
+def _times(positions: Sequence[int], at: int) -> float:
+    """How many times what it must a prompt would prefill at worst without the checkpoint `at`."""
+    end = positions[-1] + _FEW_TOKENS
+    return (end - positions[at - 1]) / (end - positions[at + 1])
+
+
+def passed_checkpoints(rows: Rows) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """Row numbers of the checkpoints that have one continuation, with another one on it, and what each is worth.
+
+    Worth is in tokens saved for a byte, compared with the block before it, at most 1. The table has no tokens, so a
+    checkpoint within a block counts as one on the way to everything after that block.
+    """
+    live, flags, parent = (rows["flags"] & LIVE) != 0, rows["flags"], rows["parent"]
+    all_ = np.flatnonzero(live & ((flags & CHECKPOINT) != 0) & (parent >= 0))
+    if not len(all_):
+        return all_, np.empty(0)
+    all_ = all_[np.lexsort((rows["n_tokens"][all_], parent[all_]))]
+    above = parent[all_]
+    # The depth of a checkpoint is one more than that of a block in its place.
+    ends = (rows["depth"][all_].astype(np.int64) - 1) * BLOCK_TOKENS + rows["n_tokens"][all_]
+    furthest = np.zeros(len(rows), np.int64)
+    np.maximum.at(furthest, above, ends)
+    blocks = list(levels(rows, live & ((flags & CHECKPOINT) == 0)))
+    before, is_below, next_blocks = np.zeros_like(furthest), np.zeros(len(rows), np.bool_), np.zeros_like(furthest)
+    for level in blocks:
+        before[level] = np.maximum(before[parent[level]], furthest[parent[level]])
+        np.add.at(next_blocks, parent[level], 1)
+    for level in reversed(blocks):
+        is_below[parent[level[is_below[level] | (furthest[level] > 0)]]] = True
+    is_same = above[1:] == above[:-1]
+    is_last_there = ~np.append(is_same, False)
+    previous = np.where(np.insert(is_same, 0, False), np.insert(ends[:-1], 0, 0), before[above])
+    passed = (next_blocks[above] == 1) & (rows["mark"][all_] == 0) & (~is_last_there | is_below[above])
+    worth = (ends - previous) / rows["nbytes"][all_] * rows["nbytes"][above] / rows["n_tokens"][above]
+    return all_[passed], np.clip(worth[passed], _WORTH_MIN, 1.0)
 
 
 def chain_of(view: View, row: Row) -> list[Row]:
@@ -159,55 +250,14 @@ def chain_of(view: View, row: Row) -> list[Row]:
     return chain[::-1]
 
 
-def spare(positions: Sequence[int], marks: Sequence[int], keep_max: int) -> list[int]:
-    """Which of a chain are to go: indices into ascending `positions`; `marks`: when each was marked, 0 for never."""
-    last = len(positions) - 1
-    kept = [last, 0, max(0, last - 1)][:keep_max]
-    marked = sorted((at for at in range(last) if marks[at] and at not in kept), key=lambda at: -marks[at])
-    kept += marked[: max(0, keep_max - _NOT_FOR_MARKS)]
-    left = list(range(len(positions)))
-    while len(left) > max(1, keep_max):
-        inner = [at for at in range(1, len(left) - 1) if left[at] not in kept]
-        if not inner:
-            left = [index for index in left if index in kept]
-            break
-        del left[min(inner, key=lambda at: _loss([positions[index] for index in left], at))]
-    return sorted(set(range(len(positions))) - set(left))
-
-
-def _loss(positions: Sequence[int], at: int) -> float:
-    """How many times what it must a prompt would prefill at worst without the checkpoint `at`."""
-    end = positions[-1] + _FEW_TOKENS
-    return (end - positions[at - 1]) / (end - positions[at + 1])
-
-
-def thin_chains(edit: Edit, added: Iterable[Row], keep_max: int) -> list[Row]:
-    """Remove what is too much along the chains of `added`, longest first, and what is passed; the rows removed."""
+def thin_chains(edit: Edit, added: Iterable[Row]) -> list[Row]:
+    """Remove what is redundant in the chains of the checkpoints among `added`; the rows removed."""
     removed: list[Row] = []
     for row in sorted(added, key=lambda row: -row.end):
-        if not row.is_checkpoint or row.key not in edit.table:
-            continue
-        chain = chain_of(edit, row)
-        passed = [each for each in chain[:-1] if _is_passed(edit, each)]
-        chain = [each for each in chain if each not in passed]
-        marks = [edit.table.value(each.key, "mark") for each in chain]
-        spared = [chain[index] for index in spare([each.end for each in chain], marks, keep_max)]
-        for each in (*passed, *(spared if len(chain) > keep_max else ())):
-            if not edit.table.value(each.key, "flags") & PINNED:
+        if row.is_checkpoint and row.key in edit.table:
+            chain = chain_of(edit, row)
+            columns = edit.table.rows[edit.table.slots(each.key for each in chain)]
+            removed += (gone := [chain[at] for at in redundant(columns, [each.end for each in chain])])
+            for each in gone:
                 edit.remove(each)
-                removed.append(each)
     return removed
-
-
-def _is_passed(edit: Edit, row: Row) -> bool:
-    """Whether a checkpoint before another one was interim, and no prompt was seen to diverge after it."""
-    return bool(edit.table.value(row.key, "flags") & INTERIM) and not edit.table.value(row.key, "mark")
-
-
-def keep_share(edit: Edit, share_bytes: int, keep: Collection[bytes] = ()) -> list[Row]:
-    """Remove the least recently used checkpoints of all namespaces until the rest take no more than `share_bytes`."""
-    table = edit.table
-    over = table.usage().checkpoint_bytes - share_bytes
-    if over <= 0:
-        return []
-    return remove_rows(edit, victims(table, over, keep, where(table, checkpoints=True), count_max=NO_LIMIT))

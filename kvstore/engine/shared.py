@@ -55,10 +55,9 @@ class EngineOptions:
 
     `budget_bytes` bounds what the data directory costs on disk; under `free_floor_bytes` of free disk nothing is
     written. `socket` is told to a second daemon that wants the same directory. `evicted_max` keys are remembered, so
-    that a miss can say why. Along one chain stay `checkpoints_max` checkpoints, and all of them together take at most
-    `checkpoint_share_percent` of the budget. `ballast_bytes` (at most 1/64 of it) are kept on disk, to be given up when
-    the disk is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which
-    lie in `keys_dir` (None: beside the data directory), never in the data directory.
+    that a miss can say why. `ballast_bytes` (at most 1/64 of the budget) are kept on disk, to be given up when the disk
+    is full. `master_key` (32 bytes, or none) opens the keys of encrypted namespaces, which lie in `keys_dir` (None:
+    beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
     What was not used for `ttl_s` is evicted, unless its namespace has a TTL of its own; 0: nothing is.
     `policy` is a name of `kvstore.engine.retain.POLICIES`.
@@ -75,8 +74,6 @@ class EngineOptions:
     touches_age_s: float = 30.0
     evicted_max: int = 65_536
     quarantine_files_max: int = 64
-    checkpoints_max: int = 8
-    checkpoint_share_percent: int = 20
     ballast_bytes: int = 1 << 20
     short_tokens: int = 0
     scrub_bytes_per_s: int = 0
@@ -92,15 +89,8 @@ class EngineOptions:
             raise ConfigError(f"durability must be one of {', '.join(DURABILITIES)}, not {self.durability!r}")
         if self.budget_bytes < 0 or self.free_floor_bytes < 0:
             raise ConfigError("budget_bytes and free_floor_bytes cannot be negative")
-        if self.checkpoints_max < 1 or not 0 <= self.checkpoint_share_percent <= 100:
-            raise ConfigError("checkpoints_max must be 1 or more, checkpoint_share_percent 0 to 100")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-
-    @property
-    def checkpoint_share_bytes(self) -> int:
-        """What all checkpoints together may cost on disk."""
-        return self.budget_bytes * self.checkpoint_share_percent // 100
 
 
 class Place:

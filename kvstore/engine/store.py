@@ -24,7 +24,7 @@ from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
 from kvstore.engine.evictions import CHAIN
-from kvstore.engine.retain import keep_share, thin_chains
+from kvstore.engine.retain import thin_chains
 from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.index.children import is_covered, replaced_by
@@ -224,8 +224,6 @@ class Writer:
         """Make room for a blob, write it and have it synced; False when there is no room."""
         shared, key = self._shared, ready.block.key
         nbytes = shared.blobs.stored_bytes(batch.root, ready.nbytes)
-        if ready.block.is_checkpoint and nbytes > shared.options.checkpoint_share_bytes:
-            return False
         # The row is no longer than the header, on pages of its own, and has a few small entries beside it.
         nbytes += disk_bytes(len(ready.header)) + disk_bytes(1)
         blob = BlobId(batch.root, key, shared.take_number())
@@ -349,7 +347,7 @@ class Writer:
                 self._put(edit, entry.row, settled, moment, INTERIM if entry.interim else 0)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
-        self._thin_checkpoints(edit, settled)
+        settled.evicted += thin_chains(edit, settled.kept)
         return settled
 
     def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int, flags: int) -> None:
@@ -369,14 +367,6 @@ class Writer:
                 edit.table.pin(pins)
         edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment, flags=flags)
         settled.kept.append(row)
-
-    def _thin_checkpoints(self, edit: Edit, settled: _Settled) -> None:
-        """In the same commit: no more checkpoints than their chains and their share of the budget have places for."""
-        added = [row for row in settled.kept if row.is_checkpoint]
-        if added:
-            options = self._shared.options
-            settled.evicted += thin_chains(edit, added, options.checkpoints_max)
-            settled.evicted += keep_share(edit, options.checkpoint_share_bytes, self._shared.deletions.leased())
 
     def _after_commit(self, settled: _Settled) -> None:
         """Names are no longer in flight, what was replaced is to be deleted."""

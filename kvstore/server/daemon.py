@@ -279,8 +279,6 @@ def engine_options(config: Config) -> EngineOptions:
         budget_bytes=config.budget_bytes or UNLIMITED_BYTES,
         free_floor_bytes=config.free_floor_bytes,
         durability=config.durability,
-        checkpoints_max=config.limits.checkpoints_max,
-        checkpoint_share_percent=config.limits.checkpoint_share_percent,
         short_tokens=config.min_quantize_tokens,
         socket=config.listen,
         scrub_bytes_per_s=config.scrub_bytes_per_s,
