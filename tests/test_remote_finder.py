@@ -215,4 +215,4 @@ def test_labels_begin_with_what_the_session_stores() -> None:
     assert labels_from(850) == ("b8", "exact")
     assert labels_from(FIDELITY_EXACT) == ("exact",)
     assert labels_from(0, first=650) == ("b6", "exact", "b8", "b4", "b3")
-    assert labels_from(450) == ("b4", "exact", "b8")
+    assert labels_from(450) == ("b4", "exact", "b8", "b6")

@@ -185,6 +185,16 @@ def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
         yield array.offset, array.nbytes, int.from_bytes(array.checksum, "little")
 
 
+def require_payload(block: Block, payload: memoryview) -> None:
+    """CorruptDataError unless every range of a block's whole payload has its checksum, and booleans are 0 or 1."""
+    for offset, length, checksum in checked_ranges(block):
+        if xxhash.xxh3_64_intdigest(payload[offset : offset + length]) != checksum:
+            raise CorruptDataError("a blob does not match its checksums")
+    for array in (array for state in block.states for array in state.arrays):
+        if array.dtype == "BOOL" and payload[array.offset : array.offset + array.nbytes].tobytes().strip(b"\0\1"):
+            raise CorruptDataError(f"array {array.name} is not of booleans")
+
+
 def table(block: Block) -> dict[str, Any]:
     """The tensor table that follows from the record. CorruptDataError when tensors leave gaps or are too many."""
     if block.is_checkpoint:

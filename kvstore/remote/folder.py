@@ -38,7 +38,9 @@ from kvstore.remote.object_store import (
     ByteRange,
     Head,
     Listed,
+    Wanted,
     is_name,
+    only,
     require_name,
     unmarked,
 )
@@ -76,9 +78,27 @@ class FolderStore:
         return self._run(lambda root: [_head_of(_stat(root, require_name(name))) for name in names], deadline)
 
     def read(self, name: str, etag: str, ranges: Sequence[ByteRange], deadline: Deadline) -> list[memoryview]:
-        """pread of one open file, whose ETag is that of the descriptor."""
-        require_name(name)
-        return self._run(lambda root: self._read(root, name, etag, ranges), deadline)
+        """As `read_all`."""
+        return only(self.read_all([Wanted(name, etag, ranges)], deadline))
+
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
+        """pread of one open file after the other, whose ETag is that of the descriptor."""
+
+        def read(root: int) -> list[list[memoryview] | RemoteError]:
+            answers: list[list[memoryview] | RemoteError] = []
+            for one in wanted:
+                deadline.check()  # nobody waits for the rest of what is late
+                try:
+                    answers.append(self._read(root, one))
+                except RemoteError as error:
+                    answers.append(error)
+                except OSError as error:
+                    answers.append(self._failed(error))
+            return answers
+
+        for one in wanted:
+            require_name(one.name)
+        return self._run(read, deadline)
 
     def names(self, prefix: str, after: str, deadline: Deadline) -> list[Listed]:
         """Walk of the folders that the page can lie in."""
@@ -175,7 +195,8 @@ class FolderStore:
                 os.mkdir(folder, _FOLDER_MODE, dir_fd=root)
         return _write(root, name, parts)
 
-    def _read(self, root: int, name: str, etag: str, ranges: Sequence[ByteRange]) -> list[memoryview]:
+    def _read(self, root: int, wanted: Wanted) -> list[memoryview]:
+        name = wanted.name
         try:
             fd = os.open(name, _OPEN_READ, dir_fd=root)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -183,9 +204,9 @@ class FolderStore:
             raise ObjectChangedError(f"{self.place}: {name} is gone") from error
         try:
             head = _head_of(os.fstat(fd))
-            if head is None or head.etag != etag:
+            if head is None or head.etag != wanted.etag:
                 raise ObjectChangedError(f"{self.place}: {name} is another object by now")
-            return [_pread(fd, one, head.nbytes, name) for one in ranges]
+            return [_pread(fd, one, head.nbytes, name) for one in wanted.ranges]
         finally:
             os.close(fd)
 

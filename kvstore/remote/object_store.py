@@ -2,7 +2,7 @@
 
     create   write a whole object under a name that is free
     head     ETags and sizes of many objects, in one batch
-    read     byte ranges of one object, pinned to its ETag
+    read     byte ranges of objects, each pinned to its ETag, in one batch
     names    a page of a listing, in the order of names
     delete   take objects away
     sweep    remove what interrupted writes left behind
@@ -47,6 +47,14 @@ class Head(NamedTuple):
     nbytes: int
 
 
+class Wanted(NamedTuple):
+    """Ranges of the object of this name that has this ETag."""
+
+    name: str
+    etag: str
+    ranges: Sequence[ByteRange]
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
     """One object of a listing. `modified_s`: seconds since 1970 by the clock of the store."""
@@ -76,6 +84,9 @@ class ObjectStore(Protocol):
 
         Raises ObjectChangedError when the object is gone or has another ETag, RemoteError when bytes are missing.
         """
+
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
+        """As `read`, of many objects: one round trip for all. The error of an object stands in its place."""
 
     def names(self, prefix: str, after: str, deadline: Deadline) -> list[Listed]:
         """Up to PAGE_NAMES_MAX objects whose names start with `prefix` and come after `after`, in the order of names.
@@ -119,3 +130,11 @@ def unmarked(place: str) -> RemoteError:
 def whole(head: Head) -> list[ByteRange]:
     """The range that is all of an object."""
     return [ByteRange(0, head.nbytes)] if head.nbytes else []
+
+
+def only(answers: Sequence[list[memoryview] | RemoteError]) -> list[memoryview]:
+    """The answer of a `read_all` of one object; its error is raised."""
+    (answer,) = answers
+    if isinstance(answer, RemoteError):
+        raise answer
+    return answer

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 
 from kvstore.blobs import format as blob_format
 from kvstore.codecs.byte_plan import check_block
@@ -168,7 +167,7 @@ class Importer:
             self.done.held += 1
             self._ours.add(block.key)
             return
-        _verify(block, coming.payload)
+        blob_format.require_payload(block, coming.payload)
         self._batch.append(NewBlock(block, blob_format.payload_parts(block, coming.payload)))
         self._batch_bytes += coming.nbytes
         if len(self._batch) >= BATCH_BLOBS or self._batch_bytes >= BATCH_BYTES:
@@ -227,12 +226,3 @@ def _namespace(block: Block) -> NamespaceInfo:
     if info is None or info.root != block.root:
         raise InvalidRequestError("a tenant's blobs are not imported: the identity leaves out its salt")
     return info
-
-
-def _verify(block: Block, payload: memoryview) -> None:
-    for offset, length, checksum in blob_format.checked_ranges(block):
-        if xxhash.xxh3_64_intdigest(payload[offset : offset + length]) != checksum:
-            raise CorruptDataError("a blob does not match its checksums")
-    for array in (array for state in block.states for array in state.arrays):
-        if array.dtype == "BOOL" and payload[array.offset : array.offset + array.nbytes].tobytes().strip(b"\0\1"):
-            raise InvalidRequestError(f"array {array.name} is not of booleans")

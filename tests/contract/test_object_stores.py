@@ -15,7 +15,7 @@ from kvstore.blobs.readers import Readers
 from kvstore.core.breaker import Deadline
 from kvstore.errors import DeadlineError, InvalidRequestError, ObjectChangedError, RemoteError
 from kvstore.remote.folder import THREADS_MAX, FolderStore
-from kvstore.remote.object_store import MARKER, PAGE_NAMES_MAX, ByteRange, Head, ObjectStore, whole
+from kvstore.remote.object_store import MARKER, PAGE_NAMES_MAX, ByteRange, Head, ObjectStore, Wanted, whole
 from tests.support.memory_objects import MemoryStore
 
 LONG_S = 60.0
@@ -120,6 +120,19 @@ def test_a_read_is_of_the_object_that_was_pinned_or_an_error(store: ObjectStore)
     with pytest.raises(ObjectChangedError):
         store.read("a/1", pinned.etag, whole(pinned), soon())
     assert read(store, "a/1") == b"other"
+
+
+def test_of_many_objects_each_has_its_own_answer(store: ObjectStore) -> None:
+    """One that is gone, or another by now, says nothing about the others."""
+    for name in ("a/1", "a/2", "a/3"):
+        create(store, name, name.encode() * 10)
+    wanted = [Wanted(name, head(store, name).etag, whole(head(store, name))) for name in ("a/3", "a/2", "a/1")]
+    store.delete(["a/2"], soon())
+    third, second, first = store.read_all(wanted, soon())
+    assert isinstance(second, ObjectChangedError)
+    assert isinstance(first, list) and isinstance(third, list)
+    assert (bytes(first[0]), bytes(third[0])) == (b"a/1" * 10, b"a/3" * 10)
+    assert store.read_all([], soon()) == []
 
 
 def test_a_range_beyond_the_end_is_an_error(store: ObjectStore) -> None:

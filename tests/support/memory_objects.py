@@ -16,6 +16,8 @@ from kvstore.remote.object_store import (
     ByteRange,
     Head,
     Listed,
+    Wanted,
+    only,
     require_name,
     unmarked,
 )
@@ -67,7 +69,19 @@ class MemoryStore:
         return [self.objects[name][0] if require_name(name) in self.objects else None for name in names]
 
     def read(self, name: str, etag: str, ranges: Sequence[ByteRange], deadline: Deadline) -> list[memoryview]:
+        return only(self.read_all([Wanted(name, etag, ranges)], deadline))
+
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
         self._call("read", deadline)
+        answers: list[list[memoryview] | RemoteError] = []
+        for one in wanted:
+            try:
+                answers.append(self._read(*one))
+            except RemoteError as error:
+                answers.append(error)
+        return answers
+
+    def _read(self, name: str, etag: str, ranges: Sequence[ByteRange]) -> list[memoryview]:
         head, data, _ = self.objects.get(require_name(name), (None, b"", 0.0))
         if head is None or head.etag != etag:
             raise ObjectChangedError(f"{name} is another object")
