@@ -30,7 +30,7 @@ from typing import TypeVar
 from kvstore.blobs.protocol import TMP_SUFFIX
 from kvstore.blobs.readers import Readers
 from kvstore.core.breaker import Deadline
-from kvstore.errors import ObjectChangedError, RemoteError
+from kvstore.errors import KVStoreError, ObjectChangedError, RemoteError
 from kvstore.remote.object_store import (
     MARKER,
     MARKER_TEXT,
@@ -81,16 +81,16 @@ class FolderStore:
         """As `read_all`."""
         return only(self.read_all([Wanted(name, etag, ranges)], deadline))
 
-    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | KVStoreError]:
         """pread of one open file after the other, whose ETag is that of the descriptor."""
 
-        def read(root: int) -> list[list[memoryview] | RemoteError]:
-            answers: list[list[memoryview] | RemoteError] = []
+        def read(root: int) -> list[list[memoryview] | KVStoreError]:
+            answers: list[list[memoryview] | KVStoreError] = []
             for one in wanted:
-                deadline.check()  # nobody waits for the rest of what is late
                 try:
+                    deadline.check()
                     answers.append(self._read(root, one))
-                except RemoteError as error:
+                except KVStoreError as error:
                     answers.append(error)
                 except OSError as error:
                     answers.append(self._failed(error))

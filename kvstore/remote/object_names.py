@@ -1,11 +1,12 @@
 """Names of objects in the remote store. They follow from keys alone, so nothing has to be looked up to know one.
 
-    <namespace>/identity.json                                   what the namespace is, for people
-    <namespace>/<first byte of the parent>/<parent>.<key>.<label>     a block, tail or checkpoint
+    <namespace>/identity.json                                         what the namespace is, for people
+    <namespace>/<first byte of the parent>/<parent>/<key>.<label>     a block, tail or checkpoint
 
 Namespace, parent and key are in hex. The label says which rank the block has: daemons with other profiles store
-their own objects beside it. The parent stands in the name so that one listing gives all that follows a block (its tails
-and checkpoints have no key that a prompt knows), and so that a listing alone tells leaves from heads for eviction.
+their own objects beside it. The parent stands in the name so that one listing gives all that follows a block (a prompt
+does not know how long the tails are that were stored), and so that a listing alone tells leaves from heads for
+eviction. It is a folder, since clients of S3 list whole folders.
 
 A namespace with a salt has keyed hashes in place of namespace, parent and key: HMAC-SHA256 under a key made from
 its root, which follows from the salt. Whoever lists the store cannot tell whether it holds a text that they guess. Its
@@ -27,7 +28,7 @@ _TAG = b"kvstore/remote/v1\0"
 _FOLDER = b"namespace"
 IDENTITY = "identity.json"
 EXACT = "exact"
-_NAME = re.compile(r"([0-9a-f]{64})/([0-9a-f]{2})/([0-9a-f]{64})\.([0-9a-f]{64})\.(exact|b[0-9]{1,3})")
+_NAME = re.compile(r"([0-9a-f]{64})/([0-9a-f]{2})/([0-9a-f]{64})/([0-9a-f]{64})\.(exact|b[0-9]{1,3})")
 # The labels of what the shipped profiles store, the best first. Others are found only under a session's own label.
 SHIPPED = (EXACT, "b8", "b6", "b4", "b3")
 
@@ -68,7 +69,7 @@ class Naming:
     def children(self, parent: bytes) -> str:
         """What the names of all blocks, tails and checkpoints after `parent` start with."""
         shown = self.hexed(parent)
-        return f"{self.folder}/{shown[:2]}/{shown}."
+        return f"{self.folder}/{shown[:2]}/{shown}/"
 
     @property
     def identity_name(self) -> str:

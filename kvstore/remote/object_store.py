@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.core.breaker import Deadline
-from kvstore.errors import InvalidRequestError, RemoteError
+from kvstore.errors import InvalidRequestError, KVStoreError, RemoteError
 
 # Of a listing. It is what S3 gives at once.
 PAGE_NAMES_MAX = 1000
@@ -85,20 +85,23 @@ class ObjectStore(Protocol):
         Raises ObjectChangedError when the object is gone or has another ETag, RemoteError when bytes are missing.
         """
 
-    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
-        """As `read`, of many objects: one round trip for all. The error of an object stands in its place."""
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | KVStoreError]:
+        """As `read`, of many objects: one round trip for all.
+
+        The error of an object, a RemoteError or DeadlineError, stands in its place: what came is not lost.
+        """
 
     def names(self, prefix: str, after: str, deadline: Deadline) -> list[Listed]:
         """Up to PAGE_NAMES_MAX objects whose names start with `prefix` and come after `after`, in the order of names.
 
-        An empty page is the end. The marker is no object of a listing.
+        `prefix` is empty or ends with `/`. An empty page is the end. The marker is no object of a listing.
         """
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:
         """Take objects away; those that are gone already do not count."""
 
     def mark(self, deadline: Deadline) -> bool:
-        """Write the marker, and make the place if it is missing; False if it is marked already."""
+        """Write the marker, in a folder that is made if it is missing; False if the place is marked already."""
 
     def require_mark(self, deadline: Deadline) -> None:
         """RemoteError, naming the fix, when the place has no marker."""
@@ -132,9 +135,9 @@ def whole(head: Head) -> list[ByteRange]:
     return [ByteRange(0, head.nbytes)] if head.nbytes else []
 
 
-def only(answers: Sequence[list[memoryview] | RemoteError]) -> list[memoryview]:
+def only(answers: Sequence[list[memoryview] | KVStoreError]) -> list[memoryview]:
     """The answer of a `read_all` of one object; its error is raised."""
     (answer,) = answers
-    if isinstance(answer, RemoteError):
+    if isinstance(answer, KVStoreError):
         raise answer
     return answer

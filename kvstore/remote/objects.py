@@ -17,7 +17,7 @@ from kvstore.core.blocks import Block
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.rules import check_block
-from kvstore.errors import CorruptDataError, KVStoreError, RemoteError
+from kvstore.errors import CorruptDataError, KVStoreError
 from kvstore.remote.finder import RemoteBlock
 from kvstore.remote.object_store import ByteRange, ObjectStore, Wanted, whole
 
@@ -65,14 +65,14 @@ def pull(
 ) -> list[Pulled | KVStoreError]:
     """Blobs, whole and verified, in one batch. In the place of each that cannot be had stands why.
 
-    That is RemoteError for what is gone or did not come, and CorruptDataError, UnknownFormatError or NotFoundError for
-    an object that is not what it should be. DeadlineError and RemoteError are raised when nothing came at all.
+    That is RemoteError or DeadlineError for what is gone or did not come; CorruptDataError, UnknownFormatError or
+    NotFoundError for an object that is not what it should be. Either may be raised when nothing came at all.
     Memory: all of them at once, so batch them.
     """
     wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in blocks]
     pulled: list[Pulled | KVStoreError] = []
     for one, answer in zip(blocks, store.read_all(wanted, deadline), strict=True):
-        if isinstance(answer, RemoteError):
+        if isinstance(answer, KVStoreError):
             pulled.append(answer)
             continue
         try:
@@ -105,7 +105,6 @@ class RemoteReader:
         does not answer at all.
         """
         guesses = [ByteRange(0, min(HEADER_GUESS_BYTES, one.head.nbytes)) for one in self._blocks]
-        reason: KVStoreError | None
         heads, reason = self._read(self._blocks, guesses)
         longer = [n for n, head in enumerate(heads) if self._header_bytes(n, head) > len(head)]
         if longer:
@@ -139,12 +138,12 @@ class RemoteReader:
 
     def _read(
         self, blocks: Sequence[RemoteBlock], ranges: Sequence[ByteRange]
-    ) -> tuple[list[memoryview], RemoteError | None]:
+    ) -> tuple[list[memoryview], KVStoreError | None]:
         """The first bytes of blocks up to the first that cannot be read, and why that is."""
         asked = [Wanted(one.name, one.head.etag, [at]) for one, at in zip(blocks, ranges, strict=True)]
         read: list[memoryview] = []
         for answer in self._store.read_all(asked, self._deadline):
-            if isinstance(answer, RemoteError):
+            if isinstance(answer, KVStoreError):
                 return read, answer
             read.append(answer[0])
         return read, None
@@ -161,7 +160,7 @@ class RemoteReader:
         asked = [self._wanted(number, some) for number, some in merged.items()]
         loaded: dict[int, list[tuple[ByteRange, memoryview]]] = {}
         for (number, some), answer in zip(merged.items(), self._store.read_all(asked, self._deadline), strict=True):
-            if isinstance(answer, RemoteError):
+            if isinstance(answer, KVStoreError):
                 raise CorruptDataError(str(answer)) from answer
             loaded[number] = list(zip(some, answer, strict=True))
         self._loaded = loaded

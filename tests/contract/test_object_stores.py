@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kvstore.blobs.readers import Readers
+from kvstore.config.remote_address import RemoteAddress, S3Access
 from kvstore.core.breaker import Deadline
-from kvstore.errors import DeadlineError, InvalidRequestError, ObjectChangedError, RemoteError
+from kvstore.errors import ConfigError, DeadlineError, InvalidRequestError, ObjectChangedError, RemoteError
 from kvstore.remote.folder import THREADS_MAX, FolderStore
 from kvstore.remote.object_store import MARKER, PAGE_NAMES_MAX, ByteRange, Head, ObjectStore, Wanted, whole
+from kvstore.remote.open_store import honours_create, open_store
+from kvstore.remote.s3 import S3Store
 from tests.support.memory_objects import MemoryStore
+from tests.support.moto_server import KEY_ID, SECRET, new_bucket, s3_server
 
 LONG_S = 60.0
-MAKERS: dict[str, Callable[[Path], ObjectStore]] = {
-    "memory": lambda tmp: MemoryStore(marked=False),
-    "folder": lambda tmp: FolderStore(str(tmp / "share")),
+MAKERS: dict[str, Callable[[Path, str], ObjectStore]] = {
+    "memory": lambda tmp, endpoint: MemoryStore(marked=False),
+    "folder": lambda tmp, endpoint: FolderStore(str(tmp / "share")),
+    "s3": lambda tmp, endpoint: S3Store(*new_bucket(endpoint)),
 }
 
 
@@ -30,10 +38,17 @@ def soon() -> Deadline:
     return Deadline(LONG_S)
 
 
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """Of an S3 server."""
+    with s3_server() as url:
+        yield url
+
+
 @pytest.fixture(params=MAKERS)
-def unmarked_store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+def unmarked_store(request: pytest.FixtureRequest, tmp_path: Path, endpoint: str) -> ObjectStore:
     """Each of them, empty, without a marker."""
-    return MAKERS[request.param](tmp_path)
+    return MAKERS[request.param](tmp_path, endpoint)
 
 
 @pytest.fixture
@@ -148,10 +163,11 @@ def test_names_come_in_order_and_by_page(store: ObjectStore) -> None:
     for name in reversed(names):
         create(store, name)
     assert [one.name for one in store.names("", "", soon())] == names
-    assert [one.name for one in store.names("a", "a/x", soon())] == [n for n in names if n > "a/x" and n[0] == "a"]
+    assert [one.name for one in store.names("", "a/x", soon())] == [name for name in names if name > "a/x"]
     assert [one.name for one in store.names("b/", "", soon())] == ["b/1", "b/2"]
-    assert store.names("c", "", soon()) == []
-    one = store.names("b/2", "", soon())[0]
+    assert [one.name for one in store.names("a/", "a/x", soon())] == ["a/x.y"]
+    assert store.names("c/", "", soon()) == []
+    (one,) = store.names("b/", "b/1", soon())
     assert one.head == head(store, "b/2")
     assert abs(one.modified_s - time.time()) < 3600
 
@@ -208,6 +224,45 @@ def test_a_deadline_that_has_passed_is_held(store: ObjectStore) -> None:
         with pytest.raises(DeadlineError):
             call()
     assert [one.name for one in store.names("", "", soon())] == ["a/1"]
+
+
+def test_the_probe_finds_that_an_object_that_is_there_stays(store: ObjectStore) -> None:
+    """And leaves nothing behind."""
+    assert honours_create(store, soon())
+    assert store.names("", "", soon()) == []
+
+
+def test_the_probe_finds_that_a_second_write_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some stores ignore the condition. It is said, and that is all: what is read is verified anyway."""
+    store = MemoryStore()
+
+    def overwrite(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        store.put(name, b"".join(parts))
+        return True
+
+    monkeypatch.setattr(store, "create", overwrite)
+    assert not honours_create(store, soon())
+    assert store.names("", "", soon()) == []
+
+
+def test_no_message_of_an_s3_store_has_a_secret(endpoint: str) -> None:
+    """Neither what is shown of it, nor of how it is reached, nor what it says when the store refuses."""
+    address, access = new_bucket(endpoint)
+    for where in (access, replace(access, endpoint="http://127.0.0.1:9")):
+        store = open_store(replace(address, bucket="kv-of-nobody"), where)
+        with pytest.raises(RemoteError) as caught:
+            store.create("a/1", [memoryview(b"x")], soon())
+        shown = "".join(traceback.format_exception(caught.value)) + repr(store) + repr(where) + str(store.place)
+        assert SECRET not in shown
+        assert KEY_ID not in shown
+
+
+def test_s3_without_the_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder needs no extra."""
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(ConfigError, match="remote"):
+        open_store(RemoteAddress(bucket="kv-x"), S3Access("http://127.0.0.1:9"))
+    assert isinstance(open_store(RemoteAddress(folder="/share"), S3Access()), FolderStore)
 
 
 def folder_at(tmp_path: Path, **given: object) -> tuple[FolderStore, Path]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from kvstore.core.breaker import Deadline
-from kvstore.errors import ObjectChangedError, RemoteError
+from kvstore.errors import KVStoreError, ObjectChangedError, RemoteError
 from kvstore.remote.object_store import (
     MARKER,
     MARKER_TEXT,
@@ -71,9 +71,9 @@ class MemoryStore:
     def read(self, name: str, etag: str, ranges: Sequence[ByteRange], deadline: Deadline) -> list[memoryview]:
         return only(self.read_all([Wanted(name, etag, ranges)], deadline))
 
-    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | RemoteError]:
+    def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | KVStoreError]:
         self._call("read", deadline)
-        answers: list[list[memoryview] | RemoteError] = []
+        answers: list[list[memoryview] | KVStoreError] = []
         for one in wanted:
             try:
                 answers.append(self._read(*one))

@@ -1,0 +1,30 @@
+"""Opens the object store of an address, and finds out what it promises."""
+
+from __future__ import annotations
+
+import secrets
+
+from kvstore.config.remote_address import RemoteAddress, S3Access
+from kvstore.core.breaker import Deadline
+from kvstore.remote.folder import FolderStore
+from kvstore.remote.object_store import ObjectStore
+from kvstore.remote.s3 import S3Store
+
+
+def open_store(address: RemoteAddress, access: S3Access) -> ObjectStore:
+    """The store; nothing is asked of it yet. ConfigError where S3 is wanted and its extra is not installed."""
+    return FolderStore(address.folder) if address.folder else S3Store(address, access)
+
+
+def honours_create(store: ObjectStore, deadline: Deadline) -> bool:
+    """Whether a second create of one name is refused, by trying it; for people and logs only.
+
+    Where it is not, two daemons that push one block at the same moment both pay for it, and a reader that began with
+    one object starts again with the other. What is read is verified in any case. RemoteError, DeadlineError.
+    """
+    name = f"probe/{secrets.token_hex(8)}"
+    store.create(name, [memoryview(b"first")], deadline)
+    try:
+        return not store.create(name, [memoryview(b"second")], deadline)
+    finally:
+        store.delete([name], deadline)
