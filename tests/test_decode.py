@@ -79,7 +79,7 @@ def dense_layer(
     tensors = [tensor for stack in layout.raw_stacks if layer in stack.layers for tensor in stack.tensors]
     rows: list[list[np.ndarray]] = [[] for _ in tensors]
     for first, group in pieces(blocks, layout.layer_token_bytes(layer)):
-        views = decode_piece(lane, layout, layer, group, first, reader, told).result(10)
+        views = decode_piece(lane.submit_fetch, layout, layer, group, first, reader, told).result(10)
         for tensor, view, parts in zip(tensors, views, rows, strict=True):
             parts.append(np.frombuffer(view, np.uint8).reshape(tensor.heads, sum(b.take for b in group), -1))
     return [np.concatenate(parts, axis=1).tobytes() for parts in rows]

@@ -63,9 +63,9 @@ def verdict(profile: str, **changes: object) -> Verdict:
     return Verdict.of(quality(profile, **changes), Thresholds())
 
 
-def gate(files: QualityFiles, profile: str = "auto") -> Gate:
-    """A gate over `files`."""
-    return Gate(files, profile)
+def gate(files: QualityFiles, profile: str = "auto", *, fills_up: bool = True) -> Gate:
+    """A gate over `files`, of a store that fills up unless told otherwise."""
+    return Gate(files, profile, lambda: fills_up)
 
 
 def test_without_a_measurement_auto_is_safe(files: QualityFiles) -> None:
@@ -132,6 +132,27 @@ def test_safe_that_was_measured_and_failed_gives_way_to_exact(files: QualityFile
     guard.record(SPACE, verdict("safe", kl_mean=0.8, kl_p99=3.0))
     assert guard.choose(ROOT).profile.name == "exact"
     assert "mean KL" in guard.choose(ROOT, "safe").refused
+
+
+def test_auto_is_safe_while_there_is_room_whatever_passed(files: QualityFiles) -> None:
+    """It says what it may become, and that nobody named it."""
+    guard = gate(files, fills_up=False)
+    guard.record(SPACE, verdict("compact"))
+    choice, smaller = guard.choose(ROOT), guard.smaller(ROOT)
+    assert (choice.profile.name, choice.auto, choice.smallest) == ("safe", True, False)
+    assert smaller is not None and smaller.name == "compact"
+    full = gate(files).choose(ROOT)
+    assert (full.profile.name, full.auto, full.smallest) == ("compact", True, True)
+    assert not guard.choose(ROOT, "safe").auto and not gate(files, "compact").choose(ROOT).auto
+
+
+@pytest.mark.parametrize("name", ["safe", "exact", "affine8"])
+def test_what_is_no_smaller_than_safe_is_nothing_to_go_down_to(files: QualityFiles, name: str) -> None:
+    """Then `auto` is the same at any level."""
+    guard = gate(files)
+    assert guard.smaller(ROOT) is None
+    guard.record(SPACE, verdict(name))
+    assert guard.smaller(ROOT) is None and guard.choose(ROOT).profile.name == "safe"
 
 
 def test_a_measured_profile_that_passes_is_used_in_its_namespace_only(files: QualityFiles) -> None:

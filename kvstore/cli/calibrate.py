@@ -104,8 +104,9 @@ def command(
 
     The model is loaded here; a daemon of its own, in a temporary directory, keeps the prefixes, quantized whatever
     their length. The results go to the daemon at --address with the thresholds: from then on it refuses profiles that
-    did not pass, and profile "auto" takes the smallest that passed. Without --prompt-file the text is Python's own
-    documentation. Results stay when the store is emptied: see --list and --forget.
+    did not pass, and while the store is over 80 % of its budget profile "auto" takes the smallest that passed. Without
+    --prompt-file the text is Python's own documentation. Results stay when the store is emptied: see --list and
+    --forget.
     """
     if [model_path is not None, listing, forget is not None].count(True) != 1:
         raise click.UsageError("give one of --model PATH, --list and --forget")

@@ -159,6 +159,23 @@ def _writes(stats: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     for cause, one in sorted(stats.get("evictions", {}).items()):
         facts.append((f"evicted ({cause})", f"{one['blocks']:,} blocks, {size_text(one['bytes'])} since start"))
+    return facts + _pressure(stats.get("pressure") or _EMPTY)
+
+
+def _pressure(pressure: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was re-encoded with fewer bits, how far it is off, and why nothing is now; nothing of an older daemon."""
+    if not pressure:
+        return []
+    blocks, before, after = (pressure[name] for name in ("blocks", "before_bytes", "after_bytes"))
+    facts = [("re-encoding", pressure["idle_reason"] or "under way")]
+    if blocks:
+        words = f"{blocks:,} blocks since start, {size_text(before)} became {size_text(after)}"
+        facts.append(("re-encoded", f"{words}, {size_text(before - after)} freed"))
+    if held := pressure["held_blocks"]:
+        mean, most = pressure["error_mean"], pressure["error_max"]
+        facts.append(("re-encoding error", f"mean {mean:.2%}, at most {most:.2%}, of {held:,} stored blocks"))
+    if left := pressure["left_blocks"]:
+        facts.append(("left alone", f"{left:,} blocks that cannot be read or would not be smaller: see the log"))
     return facts
 
 

@@ -184,8 +184,8 @@ class Config:
     profile: str = _key(
         "quality",
         parsers.profile,
-        "How KV is compressed: exact, safe, balanced, compact, tiny, or auto: the smallest that passed `kvstore "
-        "calibrate`.",
+        "How KV is compressed: exact, safe, balanced, compact, tiny, or auto: safe, and from 80 % of the budget "
+        "on the smallest that passed `kvstore calibrate`.",
         "profile",
         default="auto",
     )

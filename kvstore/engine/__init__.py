@@ -11,6 +11,7 @@ from kvstore.engine.keep import Terms
 from kvstore.engine.listing import BlockInfo, EngineStats, NamespaceUsage, StoredSequence
 from kvstore.engine.match import Match, Slice
 from kvstore.engine.recover import check_directory
+from kvstore.engine.reencode import Reencoded
 from kvstore.engine.shared import EngineOptions
 from kvstore.engine.store import NewBlock, StoreReceipt
 from kvstore.index.rows import Row
@@ -29,6 +30,7 @@ __all__ = [
     "NamespaceKey",
     "NamespaceUsage",
     "NewBlock",
+    "Reencoded",
     "Row",
     "Selection",
     "Slice",

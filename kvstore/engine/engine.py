@@ -7,7 +7,8 @@ Invariants, each with its tests:
 2. Delete = index commit, then unlink, then the folders synced; only then is an eviction acknowledged. What a crash
    leaves in between is a stray blob, never a dangling row. A deleted blob that stays on the disk, for a reader or
    because the disk keeps it, has a tombstone (`kvstore.engine.deletions`), so that no rebuild brings it back.
-3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction.
+3. Blobs never change. A new one gets a new name, and its row replaces the old one's in one transaction; so does a
+   re-encoded one, of a lower rank (`kvstore.engine.reencode`).
 4. A child is evicted before its parent, so every row can be reached from its root.
 5. One counter of size (`Ledger`), in bytes on disk: files rounded up to 4096, plus index, quarantine and keys.
    It is compared with the budget when the engine opens and before every write.
@@ -49,6 +50,7 @@ from kvstore.engine.evict import Evictor
 from kvstore.engine.listing import EngineStats, Listing
 from kvstore.engine.match import Matcher, Nearest, Slice
 from kvstore.engine.recover import recovered_index
+from kvstore.engine.reencode import Reencoder
 from kvstore.engine.retain import VICTIMS_MAX
 from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
 from kvstore.engine.store import Writer
@@ -80,6 +82,7 @@ class Engine:
         # STORE
         self.store = Writer(shared, evictor).store
         self.encrypt, self.shred = shared.encrypt, shared.shred
+        self.reencoder = Reencoder(shared, evictor)
         self.is_evicted = shared.evictions.covers
         self.await_durable = shared.drive.confirm
         # FETCH
@@ -207,6 +210,10 @@ class Engine:
     def lease(self, rows: Iterable[Row]) -> Lease:
         """Protect the blobs of rows until readers have opened them: evicted last, not unlinked when replaced."""
         return self._shared.deletions.lease(tuple(rows), self._shared.index.ring)
+
+    def has_leases(self) -> bool:
+        """Whether any reader has one."""
+        return bool(self._shared.deletions.leased())
 
     # -- encryption -----------------------------------------------------------------------------------------------
 

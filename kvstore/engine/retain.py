@@ -87,7 +87,7 @@ def levels(rows: Rows, mask: Mask) -> Iterator[npt.NDArray[np.intp]]:
 
 def reachable_bytes(table: Table, keep: Iterable[bytes] = (), mask: Mask | None = None) -> int:
     """What eviction could free at most: everything selected but `keep`, what is pinned, and their ancestors."""
-    return int(table.rows["nbytes"][_free(table, keep, mask)].sum())
+    return int(table.rows["nbytes"][evictable(table, keep, mask)].sum())
 
 
 def victims(
@@ -102,7 +102,7 @@ def victims(
 
     Leaves with the lowest score first; a parent follows once all its children are named, no earlier than they.
     """
-    rows, free = table.rows, _free(table, keep, mask)
+    rows, free = table.rows, evictable(table, keep, mask)
     leaves = np.flatnonzero(free & (rows["children"] == 0))
     score_of = POLICIES[policy](rows)
     scores = score_of[leaves]
@@ -134,7 +134,7 @@ def pinned_bytes(table: Table) -> int:
     return int(table.rows["nbytes"][_kept(table, ())].sum())
 
 
-def _free(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
+def evictable(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
     """What is selected, without `keep`, what is pinned, and the ancestors of both."""
     return (where(table) if mask is None else mask) & ~_kept(table, keep)
 

@@ -29,7 +29,7 @@ from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.index.children import is_covered, replaced_by
 from kvstore.index.rows import Row, pack_row
-from kvstore.index.table import INTERIM
+from kvstore.index.table import AUTO, INTERIM, SETTLED
 from kvstore.index.transaction import Edit
 
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
@@ -47,11 +47,19 @@ class NewBlock:
     state array, also the empty ones, in the order of layers and arrays.
 
     `interim`: a checkpoint within a prompt that is still being computed. The next one of the sequence replaces it.
+    `auto`: the profile `auto` chose how it is encoded; `settled`: and it is not to be re-encoded.
     """
 
     block: Block
     buffers: Sequence[Buffer]
     interim: bool = False
+    auto: bool = False
+    settled: bool = False
+
+    @property
+    def flags(self) -> int:
+        """As the table of blobs keeps them."""
+        return (INTERIM if self.interim else 0) | (AUTO if self.auto else 0) | (SETTLED if self.settled else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +79,7 @@ class _Entry:
     parent: bytes
     row: Row | None = None
     pending: Pending | None = None
-    interim: bool = False
+    flags: int = 0
     synced: Future[None] | None = None
 
 
@@ -172,7 +180,7 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            entry = _Entry(block.key, block.parent, interim=new.interim)
+            entry = _Entry(block.key, block.parent, flags=new.flags)
             if held is None or held.is_key_missing or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
@@ -344,7 +352,7 @@ class Writer:
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
             if entry.row is not None and not is_covered(edit, entry.row):
-                self._put(edit, entry.row, settled, moment, INTERIM if entry.interim else 0)
+                self._put(edit, entry.row, settled, moment, entry.flags)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         settled.evicted += thin_chains(edit, settled.kept)

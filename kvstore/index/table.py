@@ -5,6 +5,7 @@
     last_use         a sequence number, higher is later: the order never depends on a clock
     used_s           wall clock of the last use, in seconds since 1970: age, for `--idle`
     hits, depth, children, nbytes (on disk), n_tokens, mark (when a prompt last diverged here, in the sequence), flags
+    error            relative error of its re-encoding; 0 for what was not re-encoded
 
 The index loads it when it opens, and saves changed rows with its commits, CHUNK rows at a time (`changed`).
 `kvstore.engine.retain` chooses from it what is evicted.
@@ -25,6 +26,8 @@ from kvstore.errors import CorruptDataError
 
 CHUNK = 64
 LIVE, CHECKPOINT, PINNED, INTERIM = 1, 2, 4, 8
+# The profile `auto` chose how it is encoded; it is not to be re-encoded (again). See `kvstore.engine.reencode`.
+AUTO, SETTLED = 16, 32
 
 COLUMNS = np.dtype(
     [
@@ -40,6 +43,7 @@ COLUMNS = np.dtype(
         ("children", "<u4"),
         ("n_tokens", "<u2"),
         ("flags", "<u2"),
+        ("error", "<f4"),
     ]
 )
 Rows: TypeAlias = npt.NDArray[Any]
@@ -149,7 +153,7 @@ class Table:
             slot, self._end = self._end, self._end + 1
             self._grow(self._end)
         self._rows[slot] = (
-            np.void(key), self.next(), 0, nbytes, above, namespace, 0, 0, depth, 0, n_tokens, LIVE | flags
+            np.void(key), self.next(), 0, nbytes, above, namespace, 0, 0, depth, 0, n_tokens, LIVE | flags, 0
         )  # fmt: skip
         self._slots[key] = slot
         if above >= 0:
@@ -171,10 +175,11 @@ class Table:
         self._free.append(slot)
 
     def resize(self, key: bytes, nbytes: int) -> None:
-        """Another blob lies in the place of this one."""
+        """Another blob lies in the place of this one; how it was encoded is not known yet."""
         slot = self._slots[key]
         self._count(slot, -1)
-        self._rows["nbytes"][slot] = nbytes
+        self._rows["nbytes"][slot], self._rows["error"][slot] = nbytes, 0
+        self._rows["flags"][slot] &= ~np.uint16(AUTO | SETTLED)
         self._count(slot, +1)
 
     def next(self) -> int:
@@ -213,7 +218,7 @@ class Table:
         self._count(slot, -1)
         row = self._rows[slot]
         row["namespace"], row["depth"], row["nbytes"], row["n_tokens"] = namespace, depth, nbytes, n_tokens
-        row["flags"] = LIVE | flags | (row["flags"] & (PINNED | INTERIM))
+        row["flags"] = LIVE | flags | (row["flags"] & (PINNED | INTERIM | AUTO | SETTLED))
         self._count(slot, +1)
 
     def link(self, key: bytes, parent: bytes) -> None:
@@ -247,6 +252,19 @@ class Table:
         flags[before] &= ~np.uint16(PINNED)
         flags[now] |= PINNED
         self._changed.update(slot // CHUNK for slot in [*before.tolist(), *now])
+
+    def claim(self, keys: Iterable[bytes]) -> None:
+        """Blobs that `auto` stored, and that somebody relies on who named a profile: they stay as they are."""
+        slots = self.slots(keys)
+        self._rows["flags"][slots] &= ~np.uint16(AUTO | SETTLED)
+        self._changed.update(slot // CHUNK for slot in slots)
+
+    def settle(self, key: bytes, error: float = 0.0) -> None:
+        """A blob is not re-encoded from now on: it was, with this relative error, or it cannot be."""
+        slot = self._slots[key]
+        self._rows["flags"][slot] |= AUTO | SETTLED
+        self._rows["error"][slot] = error
+        self._changed.add(slot // CHUNK)
 
     def settle_clock(self, now_s: int) -> None:
         """Times in the future come from a clock that was ahead: they become now, and age from here on."""

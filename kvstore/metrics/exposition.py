@@ -47,6 +47,13 @@ _HELD_BACK = (
     ("kvstore_held_back_stores", "held_back_stores", "Stores that admission or the write budget did not let write."),
     ("kvstore_held_back_bytes", "held_back_bytes", "Raw bytes of KV that they would have brought."),
 )
+# name, field of `pressure`, help
+_REENCODED = (
+    ("kvstore_reencoded_blocks", "blocks", "Blocks that were re-encoded with fewer bits."),
+    ("kvstore_reencoded_before_bytes", "before_bytes", "What they took on disk before."),
+    ("kvstore_reencoded_after_bytes", "after_bytes", "What they took after it."),
+    ("kvstore_reencoding_left_blocks", "left_blocks", "Blocks that could not be, and stay as they are."),
+)
 # name, field of the answer, help
 _HISTOGRAMS = (
     ("kvstore_fetch_seconds", "fetch_s", "From the plan of a fetch until its bytes were read."),
@@ -63,6 +70,7 @@ _GAUGES = (
     ("kvstore_quarantined_blobs", ("disk", "quarantined"), "Damaged files in quarantine."),
     ("kvstore_write_budget_bytes", ("writes", "day_bytes"), "Most bytes that stores write in a day."),
     ("kvstore_write_budget_left_bytes", ("writes", "left_bytes"), "Of these, what may be written now."),
+    ("kvstore_reencoding_error_max", ("pressure", "error_max"), "Largest relative error of a re-encoded block."),
     ("kvstore_clients", ("load", "clients"), "Workers that called within the last seconds."),
     ("kvstore_calls", ("load", "calls"), "Calls of workers under way."),
     ("kvstore_uploads", ("load", "uploads"), "Stores under way."),
@@ -151,6 +159,8 @@ class StatsCollector:
         yield evicted
         for name, field, about in _HELD_BACK:
             yield CounterMetricFamily(name, about, value=self._stats.get("writes", {}).get(field, 0))
+        for name, field, about in _REENCODED:
+            yield CounterMetricFamily(name, about, value=self._stats.get("pressure", {}).get(field, 0))
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.metrics_core import HistogramMetricFamily

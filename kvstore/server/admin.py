@@ -16,6 +16,7 @@ from kvstore.server.admission import DETAILS, READ_ONLY
 from kvstore.server.explain import Explainer, place_message
 from kvstore.server.importer import Importer
 from kvstore.server.pins import Pinner
+from kvstore.server.pressure import Pressure
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
 from kvstore.server.stats import (
@@ -23,6 +24,7 @@ from kvstore.server.stats import (
     hour_message,
     moment_of,
     namespace_message,
+    pressure_message,
     quality_messages,
     writes_message,
 )
@@ -54,6 +56,7 @@ class AdminService(rpc.AdminServicer):
         history: History,
         explainer: Explainer,
         settings: Settings,
+        pressure: Pressure,
         state: Callable[[], str],
         device: Callable[[], str],
         load: Callable[[], pb.LoadStats],
@@ -66,6 +69,7 @@ class AdminService(rpc.AdminServicer):
         self._history = history
         self._explainer = explainer
         self._settings = settings
+        self._pressure = pressure
         self._pinner = Pinner(engine)
         self.refusals = counters.refusals
         self._state = state
@@ -94,6 +98,7 @@ class AdminService(rpc.AdminServicer):
             data_dir=str(self._settings.data_dir),
         )
         reply.writes.CopyFrom(writes_message(self._store.admission))
+        reply.pressure.CopyFrom(pressure_message(self._pressure, self._engine.reencoder.stats()))
         reply.places.extend(map(place_message, self._explainer.why.places.reported()))
         return reply
 

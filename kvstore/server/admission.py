@@ -57,10 +57,14 @@ class StoreAdmission:
     @property
     def is_staged(self) -> bool:
         """Whether what is offered for the first time waits in the worker's memory. Not when nothing may be written."""
-        budget = self.budget
         if self.refusal() is not Reason.OK:
             return False
-        return self.mode == STAGED or (self.mode == AUTO and budget.left_bytes * STAGED_DIVISOR <= budget.day_bytes)
+        return self.mode == STAGED or (self.mode == AUTO and self.is_short)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether less than a fifth of the day's write budget is left."""
+        return self.budget.left_bytes * STAGED_DIVISOR <= self.budget.day_bytes
 
     def change(self, config: Config) -> None:
         """Go by other settings from now on. What was used of the day stays used."""

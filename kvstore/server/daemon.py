@@ -43,6 +43,8 @@ from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.listening import bind, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
+from kvstore.server.power import Power
+from kvstore.server.pressure import Pressure, Quiet
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath
@@ -140,8 +142,7 @@ class Daemon:
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
         load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
-        settings = Settings(engine, store.admission, config)
-        explainer = Explainer(engine, fetch, why)
+        pressure = self._pressure(engine, threads, store, buffers, counters)
         admin = AdminService(
             engine,
             store,
@@ -149,8 +150,9 @@ class Daemon:
             counters,
             requests,
             lifetime.history,
-            explainer,
-            settings,
+            Explainer(engine, fetch, why),
+            Settings(engine, store.admission, config),
+            pressure,
             lambda: self._state,
             device.name,
             load,
@@ -178,10 +180,10 @@ class Daemon:
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
         upkeep = Upkeep(engine, store, sockets, config, requests, counters, why, lifetime)
+        again = (lambda: threads.check(engine.scrub), lambda: threads.reencode(pressure.step))
+        upkeeping = every_second(lambda: self._keep_up(upkeep, engine, threads, health))
         tasks = [
-            asyncio.create_task(every_second(lambda: self._keep_up(upkeep, engine, threads, health))),
-            asyncio.create_task(every_second(lambda: threads.check(engine.scrub))),
-            asyncio.create_task(keep_up(files, threads.admin)),
+            asyncio.create_task(work) for work in (upkeeping, *map(every_second, again), keep_up(files, threads.admin))
         ]
         with serving_metrics(metrics, threads):
             await self._stop.wait()
@@ -193,6 +195,19 @@ class Daemon:
         await self._drain(server, service, receiving, stores, store)
         await threads.release(store.uploads.end_all)
         await threads.admin(upkeep.end)
+
+    def _pressure(
+        self, engine: Engine, threads: Threads, store: StorePath, buffers: ByteBudget, counters: Counters
+    ) -> Pressure:
+        quiet = Quiet(lambda: bool(store.uploads.under_way()) or engine.has_leases(), lambda: counters.begun)
+
+        def is_over() -> bool:
+            return self._stop.is_set() or threads.reencode.is_closed
+
+        watermark, admission = store.watermark, store.admission
+        return Pressure(
+            engine, threads.lane, store.gate, admission, buffers, self._config, watermark, quiet, Power(), is_over
+        )
 
     async def _drain(
         self, server: Any, service: KVStoreService, receiving: UploadSocket, stores: Stores, store: StorePath

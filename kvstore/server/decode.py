@@ -11,6 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from typing import TypeAlias
 
 from kvstore.blobs.ranges import BufferReader, RangeReader
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
@@ -20,7 +21,8 @@ from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import Layout
 from kvstore.errors import CorruptDataError
-from kvstore.server.lane import Lane
+
+Submit: TypeAlias = Callable[[Callable[[], list[memoryview]]], Future[list[memoryview]]]
 
 
 def pieces(blocks: Sequence[HitBlock], token_bytes: int) -> Iterator[tuple[int, list[HitBlock]]]:
@@ -36,7 +38,7 @@ def pieces(blocks: Sequence[HitBlock], token_bytes: int) -> Iterator[tuple[int, 
 
 
 def decode_piece(
-    lane: Lane,
+    submit: Submit,
     layout: Layout,
     layer: int,
     group: Sequence[HitBlock],
@@ -44,15 +46,20 @@ def decode_piece(
     reader: RangeReader,
     decoded: Callable[[int, float], None],
     aux: Mapping[bytes, bytes] = NO_CONTEXT.aux,
+    start: int | None = None,
 ) -> Future[list[memoryview]]:
-    """Read some blocks of a kv layer and have them decoded; `first`: the number of the first of them in the hit,
-    whose blocks are full up to there. `aux`: files that recipes refer to, by digest.
+    """Read some blocks of a kv layer and have them decoded; `submit` queues a piece of work on the lane.
+
+    `first`: the number of the first of them in the hit. `start`: the position of its first token; None: all blocks of
+    the hit up to there are full. `aux`: files that recipes refer to, by digest.
 
     The result: their bytes in the order of `layer_ranges` over `dense_runs`; `decoded(nbytes, seconds)` is told of it.
     Raises BlockCorruptError, here or in the result, LimitError, UnavailableError.
     """
     gathered = _gathered(layer, group, first, reader)
-    return lane.submit_fetch(functools.partial(_decode, layout, layer, group, first, gathered, decoded, aux))
+    start = first * BLOCK_TOKENS if start is None else start
+    work = functools.partial(_decode, layout, layer, group, first, gathered, decoded, Context(start, aux=aux))
+    return submit(work)
 
 
 def _gathered(layer: int, group: Sequence[HitBlock], first: int, reader: RangeReader) -> BufferReader:
@@ -76,11 +83,10 @@ def _decode(
     first: int,
     reader: BufferReader,
     decoded: Callable[[int, float], None],
-    aux: Mapping[bytes, bytes],
+    context: Context,
 ) -> list[memoryview]:
     """One piece, on the lane."""
     started = time.monotonic()
-    context = Context(first * BLOCK_TOKENS, aux=aux)
     try:
         views = dense_bytes(assemble_layer(layout, layer, group, reader, headroom_tokens=0, context=context))
     except BlockCorruptError as error:

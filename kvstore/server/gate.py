@@ -3,13 +3,14 @@
 `kvstore calibrate` measures profiles, decides which pass and records that (`kvstore.quality`); the gate reads the
 records. It refuses a profile that failed, under every name of it, and quotes the numbers. A profile that the
 configuration or a session names but that was never measured is used, with one warning and an entry in `stats`. `auto`
-selects the smallest profile that passed, or `safe` if none was measured.
+is `safe` while the store has room, and the smallest profile that passed when it fills up (`kvstore.server.pressure`).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvstore.codecs.plausible import fault_of
@@ -30,19 +31,29 @@ NOT_MEASURED = "it was not measured on this model; run: kvstore calibrate --mode
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The profile chosen for a store. `refused`: why it is not the requested one. `warning`: a text for the caller."""
+    """The profile chosen for a store. `refused`: why it is not the requested one. `warning`: a text for the caller.
+
+    `auto`: nobody named it, so that what is stored with it may be re-encoded with a smaller one, once; `smallest`: it
+    is that one already.
+    """
 
     profile: Profile
     refused: str = ""
     warning: str = ""
+    auto: bool = False
+    smallest: bool = False
 
 
 class Gate:
     """Chooses profiles. Any thread may call. After the first call for a namespace a choice is a dictionary look-up."""
 
-    def __init__(self, files: QualityFiles, default: str) -> None:
-        """`default`: the profile for sessions that name none; a name that `parse_profile` accepts."""
+    def __init__(self, files: QualityFiles, default: str, fills_up: Callable[[], bool] = lambda: False) -> None:
+        """`default`: the profile for sessions that name none; a name that `parse_profile` accepts.
+
+        `fills_up`: whether the store has so little room left that `auto` takes the smallest profile.
+        """
         self._files = files
+        self._fills_up = fills_up
         self._default = default
         self._lock = threading.Lock()
         self._warned: set[tuple[bytes, str]] = set()
@@ -60,7 +71,7 @@ class Gate:
         """
         name = asked or self._default
         if name == AUTO:
-            return Choice(self._smallest(root))
+            return self._choose_auto(root)
         profile = parse_profile(name)
         fault = self.fault(root, profile)
         if fault:
@@ -71,6 +82,15 @@ class Gate:
         why = f"{NOT_MEASURED}{name}"
         self._warn(root, profile, "is used as asked for", why)
         return Choice(profile, warning=f"profile {name} is used as asked for: {why}")
+
+    def _choose_auto(self, root: bytes) -> Choice:
+        smaller = self.smaller(root) if self._fills_up() else None
+        return Choice(smaller or self._roomy(root), auto=True, smallest=smaller is not None)
+
+    def smaller(self, root: bytes) -> Profile | None:
+        """The profile with the fewest bits that passed, where it has fewer than `auto` takes while there is room."""
+        smallest = self._smallest(root)
+        return smallest if smallest.fidelity < self._roomy(root).fidelity else None
 
     def fault(self, root: bytes, profile: Profile) -> str:
         """Why a profile may not be used in a namespace: it was measured and failed. Empty when it may."""
@@ -118,7 +138,7 @@ class Gate:
         return not trusted and self._result(root, profile) is None
 
     def _smallest(self, root: bytes) -> Profile:
-        """The profile with the fewest bits that passed; without one `safe`, unless that failed."""
+        """The profile with the fewest bits that passed; without one what `auto` takes while there is room."""
         passing = [
             (one.quality.bits_per_value, name)
             for name, one in self._files.results(root).items()
@@ -126,6 +146,10 @@ class Gate:
         ]
         if passing:
             return parse_profile(min(passing)[1])
+        return self._roomy(root)
+
+    def _roomy(self, root: bytes) -> Profile:
+        """`safe`, unless that failed."""
         return next(profile for profile in map(parse_profile, UNMEASURED) if not self.fault(root, profile))
 
     @staticmethod

@@ -100,7 +100,7 @@ class LayerFrames:
                 continue
             for first, group in groups:
                 decoded = plan.stopwatch.decoded
-                yield layer, decode_piece(self._lane, layout, layer, group, first, reader, decoded)
+                yield layer, decode_piece(self._lane.submit_fetch, layout, layer, group, first, reader, decoded)
 
     @contextlib.contextmanager
     def _buffered(self, nbytes: int) -> Iterator[None]:

@@ -119,11 +119,24 @@ class Receiver:
                 created_s=int(time.time()),
                 namespace=upload.namespace_record,
             )
-            yield NewBlock(block, [buffer for one in encoded for buffer in one.buffers])
+            auto, settled = self._origin(upload, index)
+            buffers = [buffer for one in encoded for buffer in one.buffers]
+            yield NewBlock(block, buffers, auto=auto, settled=settled)
             parent = block.key
         if upload.states:
             yield self._new_checkpoint(upload, fidelity, memory)
         upload.intake.finish(self._config.limits.upload_idle_s)
+
+    def _origin(self, upload: Upload, index: int) -> tuple[bool, bool]:
+        """Whether `auto` chose how all of a block is encoded, and whether it is not to be re-encoded.
+
+        Tokens that came out of the store are not: they may be re-encoded ones.
+        """
+        start, end = block_range(index, upload.n_tokens)
+        restored = any(piece.restored and start <= piece.start < end for piece in upload.pieces)
+        spliced = upload.spliced if index == upload.first_block else ()
+        auto, settled = self._engine.reencoder.origin([piece.row.key for piece in spliced])
+        return upload.auto and auto, upload.smallest or restored or settled
 
     def _new_checkpoint(self, upload: Upload, fidelity: int, memory: memoryview) -> NewBlock:
         """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""

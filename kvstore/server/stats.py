@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import threading
@@ -13,12 +14,13 @@ from kvstore.core.blocks import Reason
 from kvstore.core.histogram import Distribution
 from kvstore.core.limits import Limits
 from kvstore.core.log import level_in_force
-from kvstore.engine import Engine, EngineStats, NamespaceUsage
+from kvstore.engine import Engine, EngineStats, NamespaceUsage, Reencoded
 from kvstore.quality import Verdict
 from kvstore.server.admission import StoreAdmission
 from kvstore.server.call_limits import Admission
 from kvstore.server.callers import Sockets
 from kvstore.server.gate import Gate
+from kvstore.server.pressure import Pressure
 from kvstore.server.refusals import Refusals
 from kvstore.server.threads import Threads
 from kvstore.server.uploads import Uploads
@@ -47,6 +49,12 @@ class Counters:
         """Count `amount` under `name` (match, fetch, store, hits, ... as in the Stats reply)."""
         with self._lock:
             self._counts[name] += amount
+
+    @property
+    def begun(self) -> int:
+        """Fetches and stores that began."""
+        with self._lock:
+            return self._counts["fetch"] + self._counts["store"]
 
     def stored(self, reason: Reason) -> None:
         """Count why a store gave less than everything."""
@@ -155,6 +163,13 @@ def writes_message(admission: StoreAdmission) -> pb.WriteStats:
         left_bytes=max(0, admission.budget.left_bytes),
         held_back_stores=held_back.stores,
         held_back_bytes=held_back.nbytes,
+    )
+
+
+def pressure_message(pressure: Pressure, reencoded: Reencoded) -> pb.PressureStats:
+    """What was re-encoded, and why nothing is now."""
+    return pb.PressureStats(
+        fills_up=pressure.watermark(), idle_reason=pressure.why_not, **dataclasses.asdict(reencoded)
     )
 
 

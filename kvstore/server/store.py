@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from kvstore.codecs.profiles import AUTO, Profile
+from kvstore.codecs.profiles import AUTO
 from kvstore.config import Config
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
@@ -37,8 +37,9 @@ from kvstore.errors import (
     UnavailableError,
 )
 from kvstore.server.admission import DETAILS, Taken, store_admission
-from kvstore.server.gate import Gate
+from kvstore.server.gate import Choice, Gate
 from kvstore.server.lane import Lane
+from kvstore.server.pressure import Watermark
 from kvstore.server.receive import Receiver
 from kvstore.server.shares import Shares
 from kvstore.server.uploads import RETRY_S, Upload, Uploads
@@ -95,7 +96,8 @@ class StorePath:
         self._engine = engine
         self._config = config
         self.receiver = Receiver(engine, lane, config, buffers or ByteBudget(config.memory_bytes))
-        self.gate = Gate(engine.quality, config.profile)
+        self.watermark = Watermark(engine)
+        self.gate = Gate(engine.quality, config.profile, self.watermark)
         self.admission = store_admission(engine, config)
         self.uploads = Uploads(config.limits.uploads_max)
         self._shares = Shares(self._share_bytes, CALLER_SHARE)
@@ -138,8 +140,8 @@ class StorePath:
         choice = self.gate.choose(request.chain.root, request.profile)
         if choice.refused and request.profile:
             return StorePlan(None, 0, Reason.PROFILE_REFUSED, choice.refused)
-        profile, named = choice.profile, request.profile not in ("", AUTO)
-        floor = profile.fidelity if named else FIDELITY_ANY
+        named = request.profile not in ("", AUTO)
+        floor = choice.profile.fidelity if named else FIDELITY_ANY
         try:
             encryption = self.encryption(request.chain.root, isolated=request.isolated)
         except KeyMissingError as error:
@@ -148,7 +150,9 @@ class StorePath:
         admitted = self._admitted_tokens(request, namespace, held)
         if admitted < n_tokens:
             return self._begin_part(request, namespace, held, admitted)
-        upload = self._plan(request, namespace, profile, floor, held)
+        if not choice.auto:
+            self._engine.reencoder.claim([piece.row.key for piece in held.slices])
+        upload = self._plan(request, namespace, choice, floor, held)
         upload.encryption, upload.evictions = encryption, evictions
         if held.n_tokens == n_tokens and not upload.states and not upload.depends_on:
             self._engine.touch(held.slices)
@@ -238,9 +242,7 @@ class StorePath:
             words = f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}"
             raise LimitError(words, limit="memory_bytes")
 
-    def _plan(
-        self, request: StoreRequest, namespace: NamespaceInfo, profile: Profile, floor: int, held: Match
-    ) -> Upload:
+    def _plan(self, request: StoreRequest, namespace: NamespaceInfo, choice: Choice, floor: int, held: Match) -> Upload:
         n_tokens = request.chain.n_tokens
         keys = tuple(request.chain.block_keys())
         full = sum(1 for piece in held.slices if piece.take == BLOCK_TOKENS)
@@ -255,8 +257,10 @@ class StorePath:
             namespace_record=namespace.to_record(),
             chain=request.chain,
             keys=keys,
-            profile=profile,
+            profile=choice.profile,
             profile_named=request.profile not in ("", AUTO),
+            auto=choice.auto,
+            smallest=choice.smallest,
             restored_fidelity=restored_fidelity(request),
             first_block=first,
             spliced=spliced,
@@ -328,6 +332,8 @@ class StorePath:
         upload.intake.await_commit()
         after = self._engine.match(upload.chain, floor, upload.n_tokens)
         self._engine.touch(after.parts)
+        if not upload.auto:
+            self._engine.reencoder.claim([piece.row.key for piece in after.slices])
         if after.n_tokens < upload.n_tokens and reason is Reason.OK:
             reason = _why_less(after)
         if reason in DETAILS:

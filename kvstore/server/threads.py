@@ -44,6 +44,11 @@ class Pool:
             self._callers -= 1
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it takes no work any more."""
+        return self._is_closed
+
+    @property
     def waiting(self) -> int:
         """Callers whose work has not begun, since all threads are taken."""
         return max(0, self._callers - self._threads)
@@ -106,6 +111,8 @@ class Threads:
         # Export and import, a piece at a time: one thread, so that pieces of one stay in order and none is closed while
         # it works. It waits for the disk.
         self.pack = Pool("pack", 1, background=True)
+        # Re-encodes while nothing else is done; gives way between pieces of device work.
+        self.reencode = Pool("reencode", 1, background=True)
         # All other admin calls, credential files that changed, and the start and stop of the daemon.
         self.admin = Pool("admin", 1)
         # The event loop that scrapers are answered on, where there is one.
@@ -122,7 +129,7 @@ class Threads:
         """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""
         for pool in (self.write, self.plan, self.decode, self.stream, self.read):
             pool.close()
-        for pool in (self.metrics, self.pack, self.evict, self.check, self.care, self.admin):
+        for pool in (self.reencode, self.metrics, self.pack, self.evict, self.check, self.care, self.admin):
             pool.close()
         self.release.close(drop=False)
         self.lane.close()

@@ -35,6 +35,8 @@ class Upload:
     keys: tuple[bytes, ...]  # of all blocks of the sequence, the tail's last
     profile: Profile
     profile_named: bool
+    auto: bool  # the profile `auto` chose it, and
+    smallest: bool  # it is the smallest that is allowed
     restored_fidelity: int
     first_block: int  # index of the first block to be written
     spliced: tuple[Slice, ...]  # at most one: a stored block whose leading tokens the first block starts with

@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvstore.core.blocks import Reason, pack_tokens
@@ -25,15 +25,18 @@ from tests.support.engine import (
     blob_path,
     blob_paths,
     namespace,
+    new_block,
     options,
     put,
     put_checkpoint,
     require_right,
+    sequence,
 )
 
 NS, MIXED = namespace(), namespace("mixed", HYBRID)
 KEPT, GROWN, LONGER = list(range(300)), list(range(600)), list(range(1100))
 EVICTED, SIDE, NEW = [-1, *range(600)], [*range(280), -7], [-2, *range(400)]
+LOW_RANK = 400
 HELD, TURN = list(range(5000, 5520)), list(range(5000, 5800))
 # What may be asked for: name -> (namespace, tokens, whether up to a checkpoint).
 SEQUENCES = {
@@ -127,6 +130,20 @@ def _shrink(world: World) -> None:
     budget_bytes = world.engine.budget_bytes
     world.engine.limit(0, 0)
     world.engine.limit(budget_bytes, 0)
+
+
+def _store_auto(world: World) -> None:
+    """As the profile `auto` does."""
+    blocks = [replace(new, auto=True) for new in sequence(NS, NEW)]
+    assert world.engine.store(NS.to_record(), blocks).reason is Reason.OK
+
+
+def _reencode(world: World) -> None:
+    """All that `auto` stored, from its end on. The values stay, so that what is served can be compared."""
+    while rows := world.engine.reencoder.coldest([NS.root], 1):
+        row = rows[0]
+        lower = new_block(row.root, row.parent, row.start, row.tokens, LOW_RANK)
+        assert world.engine.reencoder.reencode(row, lower, 0.01)
 
 
 def _compact(world: World) -> None:
@@ -230,6 +247,11 @@ SCRIPTS = {
             Step(_shrink, drops=("turn",), deletes=("turn",)),
             _CLOSE,
         ),
+        _FRESH,
+    ),
+    "re-encode": Script(
+        _fresh,
+        (_OPEN, Step(_store_auto, ("new",)), Step(_reencode), Step(_store("grown"), ("grown",)), _CLOSE),
         _FRESH,
     ),
     "start": Script(_crashed, (_OPEN, Step(_store("grown"), ("grown",)), _CLOSE), _FRESH),

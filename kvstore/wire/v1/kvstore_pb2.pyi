@@ -310,7 +310,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s", "writes")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s", "writes", "pressure")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -370,6 +370,7 @@ class StatsReply(_message.Message):
     IDLE_S_FIELD_NUMBER: _ClassVar[int]
     REUSE_S_FIELD_NUMBER: _ClassVar[int]
     WRITES_FIELD_NUMBER: _ClassVar[int]
+    PRESSURE_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -394,7 +395,30 @@ class StatsReply(_message.Message):
     idle_s: Histogram
     reuse_s: Histogram
     writes: WriteStats
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ..., writes: _Optional[_Union[WriteStats, _Mapping]] = ...) -> None: ...
+    pressure: PressureStats
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ..., writes: _Optional[_Union[WriteStats, _Mapping]] = ..., pressure: _Optional[_Union[PressureStats, _Mapping]] = ...) -> None: ...
+
+class PressureStats(_message.Message):
+    __slots__ = ("fills_up", "idle_reason", "blocks", "before_bytes", "after_bytes", "left_blocks", "held_blocks", "error_mean", "error_max")
+    FILLS_UP_FIELD_NUMBER: _ClassVar[int]
+    IDLE_REASON_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    AFTER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HELD_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MEAN_FIELD_NUMBER: _ClassVar[int]
+    ERROR_MAX_FIELD_NUMBER: _ClassVar[int]
+    fills_up: bool
+    idle_reason: str
+    blocks: int
+    before_bytes: int
+    after_bytes: int
+    left_blocks: int
+    held_blocks: int
+    error_mean: float
+    error_max: float
+    def __init__(self, fills_up: bool = ..., idle_reason: _Optional[str] = ..., blocks: _Optional[int] = ..., before_bytes: _Optional[int] = ..., after_bytes: _Optional[int] = ..., left_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., error_mean: _Optional[float] = ..., error_max: _Optional[float] = ...) -> None: ...
 
 class WriteStats(_message.Message):
     __slots__ = ("admission", "day_bytes", "left_bytes", "held_back_stores", "held_back_bytes")
