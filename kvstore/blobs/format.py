@@ -15,6 +15,7 @@ A blob is a safetensors file of our format:
                                                      or, each layer's share packed by a byte codec, "U8", [bytes]
                     or, of a checkpoint,
                     "l{layer}.{name}"                {"dtype", "shape", "data_offsets"}
+                    or, of an aux block, "aux"       {"dtype": "U8", "shape": [bytes], "data_offsets"}
 
 The record (`kvstore.core.records.block_to_record`) carries namespace, parent, tokens, recipes and one xxh3_64 for each
 (tensor, layer) range, or state array; an empty array takes no bytes. The tensor table repeats what follows from it, so
@@ -25,6 +26,7 @@ compares bytes, so nothing can hide in it.
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -34,8 +36,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import xxhash
 
-from kvstore.core.blocks import FIDELITY_EXACT, Block, LayerState, Run, Stack, StateArray, Tensor
-from kvstore.core.keys import block_key, checkpoint_key
+from kvstore.core.blocks import FIDELITY_EXACT, Aux, Block, LayerState, Run, Stack, StateArray, Tensor
+from kvstore.core.keys import aux_key, block_key, checkpoint_key
 from kvstore.core.records import TENSORS_MAX, block_from_record, block_to_record
 from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError, UnknownFormatError
 
@@ -67,15 +69,23 @@ class ReadyBlob:
         return len(self.header) + sum(map(len, self.payload))
 
 
+def aux_block(root: bytes, data: bytes) -> Block:
+    """The aux block of some bytes in a namespace; they are its only buffer."""
+    aux = Aux(hashlib.sha256(data).digest(), len(data))
+    return Block(root, root, aux_key(root, aux.digest), 0, b"", FIDELITY_EXACT, (), aux=aux)
+
+
 def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     """Fill in offsets and checksums, and build the header. `buffers`: one per tensor, C-contiguous, of its exact size.
 
-    A checkpoint has one per state array. Raises InvalidRequestError when the buffers do not fit the block, or the
-    header would pass its limit.
+    A checkpoint has one per state array, an aux block has one. Raises InvalidRequestError when the buffers do not fit
+    the block, or the header would pass its limit.
     """
     views = [_flat(buffer) for buffer in buffers]
     remaining = iter(views)
-    if block.is_checkpoint:
+    if block.aux is not None:
+        ready = replace(block, aux=_placed_aux(block.aux, next(remaining, memoryview(b""))))
+    elif block.is_checkpoint:
         ready = replace(block, states=_placed_states(block.states, remaining))
     else:
         ready = replace(block, runs=_placed_runs(block.runs, remaining))
@@ -120,6 +130,12 @@ def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryvie
     return tuple(states)
 
 
+def _placed_aux(aux: Aux, view: memoryview) -> Aux:
+    if len(view) != aux.nbytes or hashlib.sha256(view).digest() != aux.digest:
+        raise InvalidRequestError("the buffer of an aux block does not have its digest")
+    return replace(aux, checksum=_checksum(view))
+
+
 def _require_valid(block: Block) -> None:
     """Check before a write what readers will check later."""
     try:
@@ -136,7 +152,9 @@ def _require_valid(block: Block) -> None:
 
 
 def _key(block: Block) -> bytes:
-    """The key that follows from parent and tokens."""
+    """The key that follows from parent and tokens, of an aux block from its digest."""
+    if block.aux is not None:
+        return aux_key(block.root, block.aux.digest)
     return (checkpoint_key if block.is_checkpoint else block_key)(block.parent, block.tokens)
 
 
@@ -152,7 +170,9 @@ def _checksum(view: memoryview) -> bytes:
 
 
 def payload_bytes(block: Block) -> int:
-    """Bytes of all tensors and state arrays."""
+    """Bytes of all tensors and state arrays, or of the aux block."""
+    if block.aux is not None:
+        return block.aux.nbytes
     return sum(run.nbytes() for run in block.runs) + sum(state.nbytes for state in block.states)
 
 
@@ -165,6 +185,7 @@ def payload_parts(block: Block, payload: memoryview) -> list[memoryview]:
         for tensor in stack.tensors
     ]
     sizes += [array.nbytes for state in block.states for array in state.arrays]
+    sizes += [block.aux.nbytes] if block.aux is not None else []
     ends = list(itertools.accumulate(sizes))
     return [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
@@ -183,6 +204,10 @@ def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
         if not array.checksum:
             raise CorruptDataError("a stored array without checksum")
         yield array.offset, array.nbytes, int.from_bytes(array.checksum, "little")
+    if block.aux is not None:
+        if not block.aux.checksum:
+            raise CorruptDataError("a stored aux block without checksum")
+        yield 0, block.aux.nbytes, int.from_bytes(block.aux.checksum, "little")
 
 
 def require_payload(block: Block, payload: memoryview) -> None:
@@ -190,6 +215,8 @@ def require_payload(block: Block, payload: memoryview) -> None:
     for offset, length, checksum in checked_ranges(block):
         if xxhash.xxh3_64_intdigest(payload[offset : offset + length]) != checksum:
             raise CorruptDataError("a blob does not match its checksums")
+    if block.aux is not None and hashlib.sha256(payload).digest() != block.aux.digest:
+        raise CorruptDataError("an aux block does not have its digest")
     for array in (array for state in block.states for array in state.arrays):
         if array.dtype == "BOOL" and payload[array.offset : array.offset + array.nbytes].tobytes().strip(b"\0\1"):
             raise CorruptDataError(f"array {array.name} is not of booleans")
@@ -197,6 +224,8 @@ def require_payload(block: Block, payload: memoryview) -> None:
 
 def table(block: Block) -> dict[str, Any]:
     """The tensor table that follows from the record. CorruptDataError when tensors leave gaps or are too many."""
+    if block.aux is not None:
+        return {"aux": {"dtype": "U8", "shape": [block.aux.nbytes], "data_offsets": [0, block.aux.nbytes]}}
     if block.is_checkpoint:
         return _state_table(block.states)
     entries: dict[str, Any] = {}

@@ -8,6 +8,9 @@ each share separately; then each share has its own length.
 
 A *checkpoint* is a block of `states` instead of runs: layers that are valid only at one exact token count. Its tokens
 are those after the last full block, so it may have none.
+
+An *aux* block holds bytes that recipes of its namespace refer to, such as the basis of a calibrated codec. It has no
+tokens, and its key follows from the digest of the bytes.
 """
 
 from __future__ import annotations
@@ -73,6 +76,7 @@ class Reason(enum.StrEnum):
     FORKED = "forked"
     TLS = "tls"
     UNKNOWN_RECIPE = "unknown_recipe"
+    NO_BASIS = "no_basis"
     IDENTITY_PENDING = "identity_pending"
     IDENTITY_CHANGED = "identity_changed"
     UNSUPPORTED_LAYER = "unsupported_layer"
@@ -299,11 +303,20 @@ class LayerState:
 
 
 @dataclass(frozen=True, slots=True)
+class Aux:
+    """Bytes that recipes refer to by their SHA-256 `digest` (`Recipe.references`). `checksum` is as in `StateArray`."""
+
+    digest: bytes
+    nbytes: int
+    checksum: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """The description of a block in its blob's header. `start`: position of its first token in the sequence.
 
-    `fidelity` is the least of the runs' own and of the ancestors' at the time of storing. Either `runs` or `states`
-    are empty; a checkpoint's states belong to the position `end`.
+    `fidelity` is the least of the runs' own and of the ancestors' at the time of storing. Only one of `runs`, `states`
+    and `aux` is there; a checkpoint's states belong to the position `end`.
     """
 
     root: bytes
@@ -316,6 +329,12 @@ class Block:
     created_s: int = 0
     namespace: bytes = field(default=b"", repr=False)
     states: tuple[LayerState, ...] = ()
+    aux: Aux | None = None
+
+    @property
+    def references(self) -> frozenset[bytes]:
+        """Digests of the aux blocks that are needed to decode the runs."""
+        return frozenset(digest for run in self.runs for stack in run.stacks for digest in stack.recipe.references)
 
     @property
     def is_checkpoint(self) -> bool:
@@ -339,7 +358,10 @@ class Block:
 
     def require_whole(self) -> None:
         """CorruptDataError unless the runs cover the tokens, or the states stand alone after the last full block."""
-        if self.is_checkpoint:
+        if self.aux is not None:
+            if self.runs or self.states or self.tokens or self.start or self.parent != self.root:
+                raise CorruptDataError("block record: an aux block has neither tokens nor KV, and no place in a chain")
+        elif self.is_checkpoint:
             if self.runs or self.n_tokens >= BLOCK_TOKENS or not self.end:
                 raise CorruptDataError("block record: a checkpoint has states only, after less than a block")
         elif not 0 < self.n_tokens <= BLOCK_TOKENS or sum(run.shown for run in self.runs) != self.n_tokens:

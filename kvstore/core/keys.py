@@ -3,7 +3,8 @@
     root  = SHA-256(tag_root, each identity field as (name, length, bytes))
     key_i = SHA-256(tag_block, key_{i-1}, tokens of block i as 8-byte little-endian)
 
-The key of a tail is that of a block with fewer tokens; the key of a checkpoint has its own tag. Keys are used only for
+The key of a tail is that of a block with fewer tokens; the key of a checkpoint has its own tag, and so has that of an
+aux block, H(tag_aux, root, SHA-256 of its bytes). Keys are used only for
 look-up: token bytes are compared on every hit.
 """
 
@@ -24,6 +25,7 @@ from kvstore.errors import CorruptDataError, InvalidRequestError
 _ROOT_TAG = b"kvstore/root/v1\0"
 _BLOCK_TAG = b"kvstore/block/v1\0"
 _CHECKPOINT_TAG = b"kvstore/checkpoint/v1\0"
+_AUX_TAG = b"kvstore/aux/v1\0"
 FIELD_BYTES_MAX = 4096
 RECORD_VERSION = 2
 BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
@@ -161,6 +163,11 @@ def block_key(parent: bytes, tokens: bytes) -> bytes:
 def checkpoint_key(parent: bytes, tokens: bytes) -> bytes:
     """The key of the checkpoint after `parent`, the last full block, and packed `tokens`; there may be none."""
     return hashlib.sha256(_CHECKPOINT_TAG + parent + tokens).digest()
+
+
+def aux_key(root: bytes, digest: bytes) -> bytes:
+    """The key, in the namespace `root`, of the aux block whose bytes have this SHA-256."""
+    return hashlib.sha256(_AUX_TAG + root + digest).digest()
 
 
 class Chain:

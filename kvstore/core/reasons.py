@@ -20,6 +20,7 @@ ABSENT = frozenset(
         Reason.EVICTED,
         Reason.EXPIRED,
         Reason.UNKNOWN_RECIPE,
+        Reason.NO_BASIS,
     }
 )
 
@@ -42,6 +43,7 @@ WORDS = {
     Reason.FORKED: "the process was forked after it had connected",
     Reason.TLS: "no secure connection",
     Reason.UNKNOWN_RECIPE: "written by a newer kvstore",
+    Reason.NO_BASIS: "the basis that it was encoded with is not there",
     Reason.IDENTITY_PENDING: "the weights are still being hashed",
     Reason.IDENTITY_CHANGED: "the model was replaced meanwhile",
     Reason.UNSUPPORTED_LAYER: "the model has layers that cannot be stored",

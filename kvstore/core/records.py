@@ -22,6 +22,7 @@ from kvstore.core.blocks import (
     KEY_BYTES,
     TOKEN_BYTES,
     UNPACKED_BYTES_MAX,
+    Aux,
     Block,
     LayerState,
     Recipe,
@@ -45,6 +46,9 @@ TEMPLATES_MAX = 4096
 DIMENSIONS_MAX = 8
 NUMBERS_MAX = 32
 REFERENCES_MAX = 4
+# Largest aux block. The basis of a model with 64 layers, 1,024 channels for keys and values each and 256 components is
+# a quarter of it.
+AUX_BYTES_MAX = 256 << 20
 
 
 def block_to_record(block: Block) -> bytes:
@@ -63,16 +67,17 @@ def block_to_record(block: Block) -> bytes:
         runs,
         states_to_list(block.states),
     )
-    packed: bytes = msgpack.packb(fields)
+    # Last, and only where there is one.
+    packed: bytes = msgpack.packb(fields if block.aux is None else (*fields, aux_to_list(block.aux)))
     return packed
 
 
 def block_from_record(record: bytes) -> Block:
     """Parse and validate a record; CorruptDataError on anything that is not one."""
     fields = unpack_record(record)
-    if not isinstance(fields, list) or len(fields) != 11:
+    if not isinstance(fields, list) or len(fields) not in (11, 12):
         raise CorruptDataError("not a block record")
-    root, parent, key, start, tokens, fidelity, created_s, namespace, templates, runs, states = fields
+    root, parent, key, start, tokens, fidelity, created_s, namespace, templates, runs, states, *aux = fields
     for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
         if not isinstance(value, bytes) or len(value) != size:
             raise CorruptDataError(f"block record: bad {name}")
@@ -90,6 +95,7 @@ def block_from_record(record: bytes) -> Block:
         whole[2],
         namespace,
         states_from_list(states),
+        aux_from_list(aux[0]) if aux else None,
     )
     block.require_whole()
     return block
@@ -300,6 +306,27 @@ def _state(layer: Any, numbers: Any, arrays: Any) -> LayerState:
         raise CorruptDataError("too many numbers")
     pairs = tuple((_name(name), _signed(value)) for name, value in numbers)
     return LayerState(_whole(layer, "layer"), pairs, tuple(_state_array(*fields) for fields in arrays))
+
+
+def aux_to_list(aux: Aux) -> list[Any]:
+    """What an aux block holds as a plain list, for msgpack."""
+    return [aux.digest, aux.nbytes, aux.checksum]
+
+
+def aux_from_list(value: Any) -> Aux:
+    """Parse and validate what `aux_to_list` wrote; CorruptDataError otherwise."""
+    if not isinstance(value, list) or len(value) != 3:
+        raise CorruptDataError("not an aux record")
+    digest, nbytes, checksum = value
+    if not isinstance(digest, bytes) or len(digest) != KEY_BYTES:
+        raise CorruptDataError("aux record: bad digest")
+    if (
+        not isinstance(checksum, bytes)
+        or len(checksum) not in (0, 8)
+        or not 0 < _whole(nbytes, "size") <= AUX_BYTES_MAX
+    ):
+        raise CorruptDataError("aux record: bad size or checksum")
+    return Aux(digest, nbytes, checksum)
 
 
 def _state_array(name: Any, dtype: Any, shape: Any, offset: Any, checksum: Any) -> StateArray:

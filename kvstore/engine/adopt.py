@@ -21,7 +21,7 @@ from kvstore.core.blocks import BLOCK_TOKENS, Block, count_tokens
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
-from kvstore.errors import CorruptDataError, KVStoreError, LimitError, NotFoundError, UnknownFormatError
+from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, LimitError, NotFoundError, UnknownFormatError
 from kvstore.index.children import is_covered, replaced_by
 from kvstore.index.index import Index
 from kvstore.index.rows import Row, pack_row
@@ -64,7 +64,7 @@ class Site:
 
     def cost(self, row: Row) -> int:
         """Bytes on disk of a row's blob."""
-        return self.blobs.stored_bytes(row.root, row.blob_bytes)
+        return 0 if row.is_lost else self.blobs.stored_bytes(row.root, row.blob_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,19 @@ def read_block(blobs: Blobs, blob: BlobId, nbytes: int, *, verify: bool) -> tupl
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in _LACKING:
             raise LimitError(f"{blob.name} cannot be read now: {error}") from error
         raise
+
+
+def quarantine(site: Site, what: Entry | BlobId) -> bool:
+    """Move a damaged blob out of the way; whether that went well. Else it stays without a row, and the log says why.
+
+    Its row goes all the same: damage that is served as a miss again and again helps no one.
+    """
+    try:
+        site.blobs.quarantine(what)
+    except (DirectoryError, OSError) as error:
+        log.warning("a damaged blob could not be put in quarantine; `check --repair` will find it: %s", error)
+        return False
+    return True
 
 
 def require_own_namespace(block: Block) -> NamespaceInfo:
@@ -175,14 +188,22 @@ def _read_stray(site: Site, entry: Entry) -> Stray:
 def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId]]:
     """Give rows to sound blobs whose parents have one. Returns (those that others cover, those that nothing leads to).
 
-    Parents first; of equals the highest rank, then the longest. Their order of use is that of their creation, after
-    all that is there. When they were last used is not known, so idle times, TTLs and orphans count from now: by their
-    creation, prompts that are in use daily would expire. Neither kind returned has a row; deleting is the caller's.
+    Aux blocks and parents first; of equals the highest rank, then the longest. Their order of use is that of their
+    creation, after all that is there. When they were last used is not known, so idle times, TTLs and orphans count from
+    now: by their creation, prompts that are in use daily would expire. Neither kind returned has a row; deleting is the
+    caller's.
     """
     unwanted: list[BlobId] = []
     orphans: list[BlobId] = []
     order = sorted(
-        sound, key=lambda s: (s.block.start, -s.block.fidelity, -count_tokens(s.block.tokens), s.entry.place)
+        sound,
+        key=lambda s: (
+            s.block.aux is None,
+            s.block.start,
+            -s.block.fidelity,
+            -count_tokens(s.block.tokens),
+            s.entry.place,
+        ),
     )
     created = sorted({stray.block.created_s for stray in order})
     now_s = int(site.clock())
@@ -199,13 +220,25 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
                     unwanted.append(blob)
                     continue
                 edit.put_namespace(row.root, stray.block.namespace, now_s)
-                for old in replaced_by(edit, row):
-                    edit.remove(old)
-                    unwanted.append(old.blob)
-                edit.put(row, site.cost(row))
+                unwanted += _put(site, edit, row)
                 edit.table.stamp(row.key, now_s, last_use=moments[row.created_s])
                 keep_number(site, edit, blob.number)
+            unwanted += [aux.blob for aux in edit.released if not aux.is_lost]
     return unwanted, orphans
+
+
+def _put(site: Site, edit: Edit, row: Row) -> list[BlobId]:
+    """A row in the place of those that it replaces; their blobs. What they refer to stays if the new one needs it."""
+    replaced = replaced_by(edit, row)
+    same = next((old for old in replaced if old.key == row.key), None)
+    if same is not None:
+        edit.replace(same, row, site.cost(row))
+    else:
+        edit.put(row, site.cost(row))
+    for old in replaced:
+        if old is not same:
+            edit.remove(old)
+    return [old.blob for old in replaced if not old.is_lost]
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -12,15 +12,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from kvstore.blobs.protocol import BlobId, Entry
+from kvstore.blobs.protocol import Entry
 from kvstore.core.blocks import Reason
-from kvstore.engine.adopt import Site, Strays, adopt, batched, keep_number, read_block, read_strays, require_rule
+from kvstore.engine.adopt import (
+    Site,
+    Strays,
+    adopt,
+    batched,
+    keep_number,
+    quarantine,
+    read_block,
+    read_strays,
+    require_rule,
+)
+from kvstore.engine.bases import lose, recount
 from kvstore.engine.evictions import REPAIR
 from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.index.rows import Row, child_entries
-from kvstore.index.table import CHECKPOINT
-from kvstore.index.transaction import View
+from kvstore.index.table import AUX, CHECKPOINT
+from kvstore.index.transaction import View, flags_of
 
 FINDINGS_MAX = 1000
 Tell: TypeAlias = Callable[[int, int], None]
@@ -32,7 +43,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One thing wrong in a data directory. Kinds: missing_blob, stray_blob, corrupt_blob, missing_parent, size, row,
-    unknown_format."""
+    unknown_format, missing_basis."""
 
     kind: str
     path: str
@@ -71,19 +82,6 @@ def verify_row(site: Site, row: Row) -> None:
     require_rule(site.rule, block)
 
 
-def quarantine(site: Site, what: Entry | BlobId) -> bool:
-    """Move a damaged blob out of the way; whether that went well. Else it stays without a row, and the log says why.
-
-    Its row goes all the same: damage that is served as a miss again and again helps no one.
-    """
-    try:
-        site.blobs.quarantine(what)
-    except (DirectoryError, OSError) as error:
-        log.warning("a damaged blob could not be put in quarantine; `check --repair` will find it: %s", error)
-        return False
-    return True
-
-
 def drop_tree(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
     """Delete a row and its descendants, then their blobs; with `keep_blob` the row's own goes to quarantine.
 
@@ -99,28 +97,25 @@ def drop_tree(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
         for batch in batched(rows, LOCKED_ROWS_MAX):
             with site.lock:
                 gone = _remove(site, batch)
-                if keep_blob and row.blob in gone:
+                if keep_blob and row in gone:
                     quarantine(site, row.blob)
-                costs = {each.blob: site.cost(each) for each in batch if each.blob in gone}
-                if keep_blob:
-                    costs.pop(row.blob, None)
-                finish = site.delete(costs)
+                finish = site.delete({each.blob: site.cost(each) for each in gone if not (keep_blob and each == row)})
             finish()
-            removed += [each for each in batch if each.blob in gone]
+            removed += gone
     return removed
 
 
-def _remove(site: Site, rows: Sequence[Row]) -> set[BlobId]:
-    """Remove those that are still there and have no children; their blobs."""
-    gone = set()
+def _remove(site: Site, rows: Sequence[Row]) -> list[Row]:
+    """Remove those that are still there and have no children; they and the aux rows that went with them."""
+    gone: list[Row] = []
     with site.index.edit() as edit:
         for row in rows:
             current = edit.row(row.key)
             is_same = current is not None and current.number == row.number
             if is_same and not any(edit.stored(child) for child in edit.children(row.key)):
                 edit.remove(row)
-                gone.add(row.blob)
-    return gone
+                gone.append(row)
+        return gone + edit.released
 
 
 class Walk:
@@ -182,7 +177,8 @@ class Walk:
             return
         self._find(kind, place, detail)
         if self._repair:
-            self.removed += drop_tree(self._site, row, keep_blob=kind == "corrupt_blob")
+            drop = lose if row.is_aux else drop_tree
+            self.removed += drop(self._site, row, keep_blob=kind == "corrupt_blob")
             self.report.repaired += 1
 
     def _check_rows(self) -> None:
@@ -192,7 +188,9 @@ class Walk:
             row = self._row(key)
             if row is None or row.blob != blob:
                 continue
-            if self._site.blobs.size(blob) is None:
+            if row.is_lost:
+                self._find("missing_basis", blob.name, "blocks refer to a basis that is lost: they are misses")
+            elif self._site.blobs.size(blob) is None:
                 self._site.require_reach(None)
                 self._damaged(row, "missing_blob", blob.name, "the index names a blob that does not exist")
             elif parent != root and self._row(parent) is None:
@@ -248,7 +246,7 @@ class Walk:
             if not rows:
                 break
             start = rows[-1].key + b"\0"
-        wrong += self._check_table()
+        wrong += [*self._check_table(), *recount(site, self._repair)]
         self.report.repaired += bool(wrong and self._repair)
         for detail in wrong:
             self._find("row", str(site.index.path), detail)
@@ -280,14 +278,14 @@ def _difference(view: View, site: Site, row: Row) -> str:
         "namespace": space.number if space else -1,
     }
     told = {name: table.value(row.key, name) for name in expected} if row.key in table else {}
-    if told != expected or bool(table.value(row.key, "flags") & CHECKPOINT) != row.is_checkpoint:
+    if told != expected or table.value(row.key, "flags") & (CHECKPOINT | AUX) != flags_of(row):
         return f"the table of blobs does not agree with the row of {row.key.hex()[:12]}"
     return "" if _is_linked(view, row) else f"{row.key.hex()[:12]} is not among the children of its parent"
 
 
 def _is_linked(view: View, row: Row) -> bool:
     """Whether a row stands under all its entries among its parent's children. Without its key it cannot say."""
-    if row.is_key_missing and not row.is_checkpoint:
+    if row.is_key_missing and not row.kind:
         return True
     entries = child_entries(row, view.ring.key(row.root))
     return all(next(view.entries(entry), (b"", b""))[1] == row.key for entry in entries)
@@ -407,11 +405,13 @@ def after_repair(shared: Shared, removed: list[Row]) -> None:
 def recheck(shared: Shared, key: bytes) -> bool:
     """Read a block's blob again; whether it was damaged and is in quarantine now, its descendants deleted.
 
+    What refers to an aux block stays.
+
     What is of another format version, what has no key and what is in a displaced directory stays.
     """
     with shared.index.view() as view:
         row = view.row(key)
-    if row is None or shared.is_displaced():
+    if row is None or row.is_lost or shared.is_displaced():
         return False
     try:
         verify_row(shared.site, row)
@@ -424,6 +424,6 @@ def recheck(shared: Shared, key: bytes) -> bool:
         except DirectoryError:
             return False
         log.warning("a blob is damaged: %s", error)
-    removed = drop_tree(shared.site, row, keep_blob=True)
+    removed = (lose if row.is_aux else drop_tree)(shared.site, row, keep_blob=True)
     after_repair(shared, removed)
     return bool(removed)

@@ -14,7 +14,9 @@ Invariants, each with its tests:
    It is compared with the budget when the engine opens and before every write.
 6. Corrupt data goes to quarantine and is a miss. Wrong bytes are never served: readers verify every checksum, and a
    blob is verified here before it goes to quarantine.
-7. Checkpoints that hardly save anything go in the commit that adds one after them (`kvstore.engine.retain`).
+7. What a block's recipes refer to is stored before it and stays as long as any block refers to it; where it is damaged,
+   the blocks stay, and are misses (`kvstore.engine.bases`).
+8. Checkpoints that hardly save anything go in the commit that adds one after them (`kvstore.engine.retain`).
 
 Durability: `commit` (default) syncs blobs, directory and index commit; `full` also empties the drive's cache, once for
 each request; `none`, for tests, syncs nothing, and the index is rebuilt from verified blobs after an unclean stop.
@@ -40,7 +42,8 @@ from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
-from kvstore.core.keys import NamespaceInfo
+from kvstore.core.keys import NamespaceInfo, aux_key
+from kvstore.engine import bases
 from kvstore.engine import check as checking
 from kvstore.engine.adopt import find_missing_keys
 from kvstore.engine.check import CheckReport, Finding, Scrub, after_repair, recheck
@@ -96,6 +99,9 @@ class Engine:
         # Care
         self.is_displaced = shared.is_displaced
         self.recheck = functools.partial(recheck, shared)
+        # What recipes refer to
+        self.has_aux = functools.partial(bases.is_there, shared.site)
+        self.list_aux = functools.partial(bases.listed, shared.site)
         self._scrub = Scrub(shared)
         # Looking
         self._listing = listing = Listing(shared)
@@ -197,6 +203,18 @@ class Engine:
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
         """A reader of the blocks of a plan, all of one namespace."""
         return self._shared.blobs.reader([part.row.source for part in slices], open_max)
+
+    def read_aux(self, root: bytes, digest: bytes) -> bytes | None:
+        """The bytes that recipes of a namespace refer to by this digest, verified; None when they are not there.
+
+        What is damaged goes to quarantine. Waits for the disk.
+        """
+        try:
+            return bases.read(self._shared.site, root, digest)
+        except CorruptDataError as error:
+            log.warning("a basis cannot be read: %s", error)
+            self.recheck(aux_key(root, digest))
+            return None
 
     def touch(self, slices: Iterable[Slice], *, fetched: bool = False) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`.

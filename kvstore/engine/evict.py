@@ -20,7 +20,7 @@ from kvstore.engine.ledger import COMMIT_BYTES
 from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.shortage import Compaction, Shortage
-from kvstore.engine.terms import Choose, end_pins, over_terms
+from kvstore.engine.terms import Choose, end_pins, over_terms, preview
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
 from kvstore.index.rows import Row
 from kvstore.index.table import Table
@@ -121,7 +121,7 @@ class Evictor:
     def keep_terms(self, *, wait: bool = True) -> None:
         """Evict what namespaces have over their quota, and what was not used within its time to live."""
         shared = self._shared
-        if not shared.keep.terms and not shared.options.ttl_s:
+        if not (shared.keep.terms or shared.options.ttl_s or shared.index.table.usage().aux_blocks):
             return
         try:
             with shared.lock:
@@ -150,8 +150,7 @@ class Evictor:
                 mask = choose(table)
             if is_named:
                 table.pin(())
-            keys = victims(table, need, mask=mask, policy=shared.options.policy, count_max=len(table) or 1)
-            return EvictReport(len(keys), sum(table.value(key, "nbytes") for key in keys))
+            return EvictReport(*preview(table, need, mask, shared.options.policy))
         shared.require_place()
         try:
             # Stores that need room wait, looking whether they have it by now; nothing is evicted twice for them.
@@ -192,7 +191,7 @@ class Evictor:
         another format version, which are not ours to delete.
         """
         shared, steps, failure = self._shared, list[Deletion](), None
-        while not steps or len(steps[-1].costs) == VICTIMS_MAX:
+        while not steps or len(steps[-1].costs) >= VICTIMS_MAX:
             with shared.lock:
                 space = shared.index.spaces.get(root)
                 only = [] if space is None else [space.number]
@@ -379,8 +378,7 @@ class Evictor:
         spare_leased: bool = True,
     ) -> EvictReport:
         """Steps until the need is met or nothing is left; in the end, sync what was deleted. Raises OSError."""
-        blocks = taken = kept = 0
-        done = False
+        blocks, taken, kept, done = 0, 0, 0, False
         while not done and taken < need_bytes:
             removed, nbytes, kept_now = self._step(need_bytes - taken, keep, choose, cause, spare_leased)
             self._shared.evictions.note(cause, len(removed), nbytes)
@@ -412,9 +410,11 @@ class Evictor:
         shared = self._shared
         with shared.edit() as edit:
             shared.uses.write(edit)
-            keys = victims(edit.table, need_bytes, keep, choose(edit.table), shared.options.policy, VICTIMS_MAX)
-            nbytes = sum(edit.table.value(key, "nbytes") for key in keys)
+            edit.spared = () if cause == ASKED else edit.spared  # a store that needs a basis is evicted with it
+            kept, mask = {*keep, *edit.spared}, choose(edit.table)
+            keys = victims(edit.table, need_bytes, kept, mask, shared.options.policy, VICTIMS_MAX)
             if cause != ASKED:
                 for used_s in (edit.table.value(key, "used_s") for key in keys):
                     shared.evictions.idle_s.observe(shared.clock() - used_s)
-            return remove_rows(edit, keys), nbytes
+            removed = remove_rows(edit, keys)
+            return removed, sum(map(shared.site.cost, removed))

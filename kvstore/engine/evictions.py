@@ -108,11 +108,11 @@ class Lost:
         self.number = 0
 
     def remember(self, rows: Iterable[Row], reason: Reason) -> None:
-        """A checkpoint that is gone costs no tokens of its own."""
+        """A checkpoint or aux block that is gone costs no tokens of its own."""
         with self._lock:
             self.number += 1
             for row in rows:
-                if not row.is_checkpoint:
+                if not row.kind:
                     for key in (row.key, block_key(row.parent, row.tokens[:HEAD_TOKENS_BYTES])):
                         self._gone[key] = reason, self.number
                         self._gone.move_to_end(key)

@@ -18,7 +18,7 @@ from kvstore.engine.keep import Terms
 from kvstore.engine.retain import levels, where
 from kvstore.engine.shared import Shared
 from kvstore.index.rows import Row
-from kvstore.index.table import CHECKPOINT, LIVE, Rows, Table
+from kvstore.index.table import AUX, CHECKPOINT, LIVE, Rows, Table
 
 SHOW_MAX = 100
 
@@ -35,7 +35,7 @@ class BlockInfo:
 
 @dataclass(frozen=True, slots=True)
 class NamespaceUsage:
-    """What one namespace holds. `blocks` and `tokens` do not count checkpoints; `disk_bytes` does.
+    """What one namespace holds. `blocks` and `tokens` do not count checkpoints and aux blocks; `disk_bytes` does.
 
     `used_s`: when a caller last named it, by wall clock; `orphaned`: that was more than ORPHAN_S ago.
     """
@@ -46,6 +46,8 @@ class NamespaceUsage:
     disk_bytes: int
     checkpoints: int = 0
     checkpoint_bytes: int = 0
+    aux_blocks: int = 0
+    aux_bytes: int = 0
     encrypted: bool = False
     used_s: int = 0
     orphaned: bool = False
@@ -134,8 +136,8 @@ def _ordered(table: Table, roots: dict[int, bytes], limit: int) -> Iterator[Stor
 
 
 def _blocks(rows: Rows) -> npt.NDArray[np.bool_]:
-    """Live blocks, without checkpoints."""
-    found: npt.NDArray[np.bool_] = (rows["flags"] & (LIVE | CHECKPOINT)) == LIVE
+    """Live blocks, without checkpoints and aux blocks."""
+    found: npt.NDArray[np.bool_] = (rows["flags"] & (LIVE | CHECKPOINT | AUX)) == LIVE
     return found
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
-from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, read_block, read_strays
-from kvstore.engine.check import CheckReport, Finding, Tell, Walk, quarantine, settle_strays
+from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, quarantine, read_block, read_strays
+from kvstore.engine.bases import lose
+from kvstore.engine.check import CheckReport, Finding, Tell, Walk, settle_strays
 from kvstore.engine.directory import claim
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.shared import EngineOptions, Place
@@ -136,14 +137,18 @@ def sweep(site: Site) -> list[Row]:
             entries[entry.blob] = entry
     with site.index.view() as view:
         named = {row.blob for row in view.rows()}
-        lost = [row for row in view.rows() if _nbytes(entries, row) != row.blob_bytes]
-        gone = {row.key: row for top in lost for row in reversed(view.tree(top))}
+        lost = [row for row in view.rows() if not row.is_lost and _nbytes(entries, row) != row.blob_bytes]
+        gone = {row.key: row for top in lost if not top.is_aux for row in reversed(view.tree(top))}
+    for row in lost:
+        if row.is_aux:
+            lose(site, row, keep_blob=False)
     # Children before parents, a batch a commit: a million rows do not fit in one transaction.
     for batch in batched(sorted(gone.values(), key=lambda row: -row.depth), SWEEP_ROWS):
         with site.index.edit() as edit:
             for row in batch:
                 edit.remove(row)
-    named -= {row.blob for row in gone.values()}
+            gone |= {aux.key: aux for aux in edit.released}
+    named -= {row.blob for row in [*gone.values(), *lost]}
     strays = [entry for blob, entry in entries.items() if blob not in named and blob not in site.busy()]
     unknown = {entry for entry in strays if _must_stay(site, entry)}
     with site.index.edit() as edit:

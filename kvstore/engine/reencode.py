@@ -26,7 +26,9 @@ import numpy as np
 
 from kvstore.blobs.format import make_ready
 from kvstore.core.blocks import Reason
+from kvstore.core.keys import aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
+from kvstore.engine.bases import hold, let_go
 from kvstore.engine.evict import Evictor
 from kvstore.engine.retain import evictable, where
 from kvstore.engine.shared import Shared
@@ -153,6 +155,7 @@ class Reencoder(Writer):
         )
         try:
             entry = _Entry(row.key, row.parent)
+            hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
             if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
                 return False
             batch.unsynced.append(entry)
@@ -160,6 +163,7 @@ class Reencoder(Writer):
         finally:
             batch.syncing.shutdown()
             self._discard(batch)
+            let_go(shared.site, batch.held)
         if not settled.kept:
             return False
         with self._lock:
@@ -177,6 +181,7 @@ class Reencoder(Writer):
         space, held = shared.index.spaces.get(batch.root), edit.row(old.key)
         is_same = held is not None and held.number == old.number and shared.index.ring.key(batch.root) is batch.key
         leased = shared.deletions.leased()
+        is_same = is_same and not edit.lacks_aux(new)
         if not is_same or space is None or old.key not in coldest(table, [space.number], leased, len(table)):
             settled.reason = Reason.DEPENDENCY_LOST
             return settled
@@ -184,7 +189,7 @@ class Reencoder(Writer):
         table.settle(new.key, max(batch.error, float(np.finfo(np.float32).tiny)))
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         settled.kept.append(new)
-        settled.replaced.append(old)
+        settled.replaced += [old, *edit.released]
         settled.blocks = 1
         return settled
 

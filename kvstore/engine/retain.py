@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.index.rows import Row
-from kvstore.index.table import CHECKPOINT, INTERIM, LIVE, PINNED, Rows, Table
+from kvstore.index.table import AUX, CHECKPOINT, INTERIM, LIVE, PINNED, Rows, Table
 from kvstore.index.transaction import Edit, View
 
 # Blobs removed in one commit: bounds the transaction, and how long the engine's lock is held.
@@ -58,6 +58,7 @@ def where(
     *,
     namespaces: Collection[int] | None = None,
     unused_since_s: int | None = None,
+    aux: bool = False,
 ) -> Mask:
     """A selection of blobs; conditions are ANDed."""
     rows = table.rows
@@ -66,6 +67,8 @@ def where(
         mask &= np.isin(rows["namespace"], list(namespaces))
     if unused_since_s is not None:
         mask &= rows["used_s"] <= max(0, unused_since_s)
+    if aux:
+        mask &= (rows["flags"] & AUX) != 0
     return mask
 
 
@@ -135,8 +138,10 @@ def pinned_bytes(table: Table) -> int:
 
 
 def evictable(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:
-    """What is selected, without `keep`, what is pinned, and the ancestors of both."""
-    return (where(table) if mask is None else mask) & ~_kept(table, keep)
+    """What is selected, without `keep`, what is pinned, the ancestors of both, and aux blocks that are referred to."""
+    referred: Mask = ((table.rows["flags"] & AUX) != 0) & (table.rows["children"] > 0)
+    free: Mask = (where(table) if mask is None else mask) & ~_kept(table, keep) & ~referred
+    return free
 
 
 def _kept(table: Table, keep: Iterable[bytes]) -> Mask:
@@ -151,11 +156,20 @@ def _kept(table: Table, keep: Iterable[bytes]) -> Mask:
 
 
 def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
-    """Remove the rows of keys, children before parents; returns them."""
-    rows = [row for key in keys if (row := edit.row(key)) is not None]
+    """Remove the rows of keys, children before parents; returns them, and the aux rows that went with them."""
+    rows, before = [row for key in keys if (row := edit.row(key)) is not None], len(edit.released)
     for row in rows:
         edit.remove(row)
-    return rows
+    return rows + edit.released[before:]
+
+
+def released_bytes(table: Table, keys: Iterable[bytes]) -> int:
+    """What aux blocks cost that go with these blobs: those of namespaces of which no other blob stays."""
+    rows, going = table.rows, np.zeros(len(table.rows), np.bool_)
+    going[table.slots(keys)] = True
+    aux = ((rows["flags"] & AUX) != 0) & ~going
+    staying = np.unique(rows["namespace"][where(table) & ~aux & ~going])
+    return int(rows["nbytes"][aux & (rows["children"] > 0) & ~np.isin(rows["namespace"], staying)].sum())
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -263,7 +263,7 @@ class Shared:
 
     def costs(self, rows: Iterable[Row]) -> dict[BlobId, int]:
         """The blobs of rows, and what they cost on disk."""
-        return {row.blob: self.site.cost(row) for row in rows}
+        return {row.blob: self.site.cost(row) for row in rows if not row.is_lost}
 
     def is_orphan(self, space: Space) -> bool:
         """Whether no caller named this namespace for long."""
@@ -303,7 +303,7 @@ class Shared:
 
     def is_in_step(self) -> bool:
         """Whether there are as many blobs as rows: what could not be deleted is left to the next start."""
-        return sum(1 for _ in self.blobs.names()) == len(self.index.table)
+        return sum(1 for _ in self.blobs.names()) == self.index.table.blobs
 
     def can_write(self) -> bool:
         """Whether the disk takes a file, synced, and lets it go again."""

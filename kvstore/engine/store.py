@@ -19,8 +19,9 @@ from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
 from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
 from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
-from kvstore.core.keys import NamespaceInfo
+from kvstore.core.keys import NamespaceInfo, aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
+from kvstore.engine.bases import hold, let_go
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evict import Evictor
 from kvstore.engine.evictions import CHAIN
@@ -88,7 +89,7 @@ class _Batch:
     """One request on its way. `entries` have synced files, those of `unsynced` are being synced or wait for that.
 
     `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores. `since` is
-    the number of the last eviction before it began.
+    the number of the last eviction before it began. `held` are the keys of the aux blocks that it needs.
     """
 
     root: bytes
@@ -100,6 +101,7 @@ class _Batch:
     entries: list[_Entry] = field(default_factory=list)
     unsynced: deque[_Entry] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
+    held: set[bytes] = field(default_factory=set)
 
     def rows(self) -> list[Row]:
         """Rows whose blobs are on the disk."""
@@ -142,8 +144,9 @@ class Writer:
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
         for. `agreed` is called when all that will be stored is on the disk, under temporary names, before any of it is
         visible: it may wait for the caller's word. An exception out of either is raised again and nothing is stored.
-        Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone and STORE_FULL when there is
-        no room. Raises InvalidRequestError for blocks that cannot be, DirectoryError when the disk fails.
+        Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone, NO_BASIS when an aux block
+        that it refers to is not there, and STORE_FULL when there is no room. Raises InvalidRequestError for blocks that
+        cannot be, DirectoryError when the disk fails.
         """
         root = NamespaceInfo.from_record(record).root
         syncing = ThreadPoolExecutor(1, "kvstore-sync")
@@ -165,6 +168,7 @@ class Writer:
         finally:
             syncing.shutdown()
             self._discard(batch)
+            let_go(self._shared.site, batch.held)
 
     def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
         """Write blobs until the blocks end or something stops them; those before it are on the disk."""
@@ -181,7 +185,7 @@ class Writer:
             with self._shared.index.view() as view:
                 held = view.row(block.key)
             entry = _Entry(block.key, block.parent, flags=new.flags)
-            if held is None or held.is_key_missing or held.fidelity < block.fidelity:
+            if held is None or held.is_key_missing or held.is_lost or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
                 if not self._write(batch, ready, entry):
@@ -214,6 +218,7 @@ class Writer:
         """Whether the parent is in the index or this request. InvalidRequestError if the block does not continue it."""
         if block.root != batch.root:
             raise InvalidRequestError("a block of another namespace")
+        hold(self._shared.site, batch.held, {aux_key(batch.root, digest) for digest in block.references})
         end = 0 if block.parent == batch.root else batch.ends.get(block.parent)
         if end is None:
             with self._shared.index.view() as view:
@@ -351,11 +356,15 @@ class Writer:
             if not has_parent or (entry.row is None and entry.key not in edit.table):
                 settled.reason = Reason.DEPENDENCY_LOST
                 break
+            if entry.row is not None and edit.lacks_aux(entry.row):
+                settled.reason = Reason.NO_BASIS
+                break
             if entry.row is not None and not is_covered(edit, entry.row):
                 self._put(edit, entry.row, settled, moment, entry.flags)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         settled.evicted += thin_chains(edit, settled.kept)
+        settled.replaced += edit.released
         return settled
 
     def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int, flags: int) -> None:

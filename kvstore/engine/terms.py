@@ -12,9 +12,10 @@ from typing import TypeAlias
 import numpy as np
 
 from kvstore.core.text import size_text
+from kvstore.engine.bases import UNUSED_S
 from kvstore.engine.evictions import QUOTA, TTL
 from kvstore.engine.keep import PINS_DIVISOR, Terms
-from kvstore.engine.retain import Mask, pinned_bytes, reachable_bytes, where
+from kvstore.engine.retain import Mask, pinned_bytes, reachable_bytes, released_bytes, victims, where
 from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, LimitError, NotFoundError
 from kvstore.index.table import Table
@@ -25,6 +26,9 @@ Choose: TypeAlias = Callable[[Table], Mask]
 def over_terms(shared: Shared) -> Iterator[tuple[str, int, Choose]]:
     """(why, bytes to free, what may go) of namespaces that are over their terms. Hold the engine's lock."""
     table, leased = shared.index.table, shared.deletions.leased()
+    unused = functools.partial(where, aux=True, unused_since_s=int(shared.clock() - UNUSED_S))
+    if table.usage().aux_blocks and (nbytes := reachable_bytes(table, leased, unused(table))):
+        yield TTL, nbytes, unused
     for root, space in shared.index.spaces.items():
         terms = shared.keep.terms.get(root, Terms())
         own = functools.partial(where, namespaces=[space.number])
@@ -35,6 +39,12 @@ def over_terms(shared: Shared) -> Iterator[tuple[str, int, Choose]]:
         over = table.usage(space.number).disk_bytes - terms.quota_bytes if terms.quota_bytes else 0
         if over > 0 and reachable_bytes(table, leased, own(table)):
             yield QUOTA, over, own
+
+
+def preview(table: Table, need_bytes: int, mask: Mask, policy: str) -> tuple[int, int]:
+    """(blobs, bytes on disk) that an eviction of a selection would take. `table`: a snapshot."""
+    keys = victims(table, need_bytes, mask=mask, policy=policy, count_max=len(table) or 1)
+    return len(keys), sum(table.value(key, "nbytes") for key in keys) + released_bytes(table, keys)
 
 
 def end_pins(shared: Shared, choose: Choose) -> None:

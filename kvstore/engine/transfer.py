@@ -29,7 +29,10 @@ PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """Blobs to be handed over, parents before children, of one namespace, with its record. `nbytes`: of the blobs."""
+    """Blobs to be handed over, aux blocks first, then parents before children, of one namespace, with its record.
+
+    `nbytes`: of the blobs.
+    """
 
     record: bytes
     keys: tuple[bytes, ...]
@@ -45,8 +48,9 @@ class Transfer:
     def plan(self, namespace_prefix: bytes = b"", key_prefix: bytes = b"") -> Shipment:
         """All blobs of the namespace whose id starts so, the latest used chains first; or one chain up to a key.
 
-        With a chain go the checkpoints along it. NotFoundError when nothing starts so; InvalidRequestError when several
-        do, or when the namespace is encrypted or a tenant's: what is moved can be read by whoever has it.
+        With a chain go the checkpoints along it and what its recipes refer to. NotFoundError when nothing starts so;
+        InvalidRequestError when several do, or when the namespace is encrypted or a tenant's: what is moved can be read
+        by whoever has it.
         """
         return _planned(self._shared, namespace_prefix, key_prefix)
 
@@ -75,6 +79,8 @@ def _planned(shared: Shared, namespace_prefix: bytes, key_prefix: bytes) -> Ship
         with shared.index.view() as view:
             row = _row_of(view, key_prefix)
             chain = _chain(view, row)
+            needed = sorted({key for one in chain for key in view.references(one)})
+            chain += [aux for key in needed if (aux := view.row(key)) is not None]
         return _shipment(shared, row.root, chain)
     roots = [root for root in list(shared.namespaces) if root.startswith(namespace_prefix)]
     if len(roots) != 1:
@@ -147,6 +153,7 @@ def _shipment(shared: Shared, root: bytes, rows: list[Row]) -> Shipment:
         )
     if info.is_salted:
         raise InvalidRequestError(f"{named} is a tenant's (it has a salt): it is not exported, nor could others use it")
+    rows = sorted((row for row in rows if not row.is_lost), key=lambda row: not row.is_aux)
     return Shipment(space.record, tuple(row.key for row in rows), sum(row.blob_bytes for row in rows))
 
 
@@ -156,7 +163,8 @@ def _shipped_pieces(shared: Shared, shipment: Shipment) -> Generator[tuple[int, 
         shared.require_place()
         with shared.index.view() as view:
             row = view.row(key)
-        if row is None or (row.parent != row.root and row.parent not in shipped):
+            needed = view.references(row) if row is not None else frozenset()
+        if row is None or (row.parent != row.root and row.parent not in shipped) or not needed <= shipped:
             continue
         with shared.deletions.lease((row,), shared.index.ring):
             with shared.index.view() as view:

@@ -84,21 +84,21 @@ def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) 
 def is_covered(view: View, row: Row) -> bool:
     """Whether a row of the same key, or a longer sibling, already gives these tokens at this fidelity or a higher."""
     held = view.row(row.key)
-    if held is not None and not held.is_key_missing:
+    if held is not None and not held.is_key_missing and not held.is_lost:
         return held.fidelity >= row.fidelity
-    if row.n_tokens == BLOCK_TOKENS or row.is_checkpoint:
+    if row.n_tokens == BLOCK_TOKENS or row.kind:
         return False
     return best_child(view, row.root, row.parent, row.tokens, row.fidelity)[1] == row.n_tokens
 
 
 def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
-    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint, shorter tails.
+    """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint or aux, shorter tails.
 
     A tail of higher fidelity stays, for those who take nothing less, unless it ends before `short_tokens`: so short a
     sequence is not quantized whoever stores it, and what it is kept as until it grows is no promise.
     """
     held = view.row(row.key)
-    shorter = [] if row.is_checkpoint else _shorter_tails(view, row.root, row.parent, row.tokens)
+    shorter = [] if row.kind else _shorter_tails(view, row.root, row.parent, row.tokens)
     given = [old for old in shorter if old.fidelity <= row.fidelity or old.end < short_tokens]
     return ([held] if held else []) + given
 

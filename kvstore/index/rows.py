@@ -5,7 +5,7 @@ The value of a row; integers are little-endian. A match reads only the fields at
 
     offset  size  what
          0     2  format version, 3
-         2     1  kind: 0 block or tail, 1 checkpoint
+         2     1  kind: 0 block or tail, 1 checkpoint, 2 aux
          3     1  1 if what follows the fixed fields is encrypted (`kvstore.blobs.keyring`), else 0
          4     4  payload offset in the blob
          8     8  bytes of the blob
@@ -19,7 +19,8 @@ The value of a row; integers are little-endian. A match reads only the fields at
        114     2  zero
        116     4  digest of the templates of the runs; 0 when there are none
        120    8n  tokens
-    120+8n        runs, whose templates stand apart (database `templates`), or the states of a checkpoint (msgpack)
+    120+8n        runs, whose templates stand apart (database `templates`), or the states of a checkpoint, or digest,
+                  size and checksum of an aux block (msgpack)
       last     8  xxh3_64 of all before it, seeded with the first 8 bytes of the key
 
 How a child is found. A block of n tokens after `parent` has one entry for each level 0, 1 .. n // 32:
@@ -33,7 +34,11 @@ Bisection over the levels finds the deepest head that the query shares with any 
 to where the query's own entry would be. An encrypted namespace has no codes, since their order tells of tokens.
 
 A tail has one entry more, `parent, 0xFE, n (2 bytes), head of all its tokens, number`, by which a longer block finds
-the tails that it covers. A checkpoint has only `parent, 0xFF, n (2 bytes), number`.
+the tails that it covers. A checkpoint has only `parent, 0xFF, n (2 bytes), number`, an aux block `root, 0xFD,
+first 8 bytes of its key`.
+
+An aux row with a blob of 0 bytes is lost: blocks refer to it, and its blob is damaged or gone. They stay and are misses
+until the same bytes are put again.
 """
 
 from __future__ import annotations
@@ -51,8 +56,17 @@ import xxhash
 from kvstore.blobs.format import FORMAT_VERSION
 from kvstore.blobs.keyring import KeyRing, NamespaceKey
 from kvstore.blobs.protocol import BlobId, Source
-from kvstore.core.blocks import BLOCK_TOKENS, KEY_BYTES, TOKEN_BYTES, Block
-from kvstore.core.records import runs_from_record, runs_to_record, states_from_list, states_to_list, unpack_record
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, KEY_BYTES, TOKEN_BYTES, Aux, Block
+from kvstore.core.keys import aux_key
+from kvstore.core.records import (
+    aux_from_list,
+    aux_to_list,
+    runs_from_record,
+    runs_to_record,
+    states_from_list,
+    states_to_list,
+    unpack_record,
+)
 from kvstore.errors import CorruptDataError, UnknownFormatError
 
 _HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")
@@ -68,9 +82,9 @@ HEAD_BYTES = 8
 LEVEL_TOKENS = 32
 _SHORT_TOKEN_LIMIT = 1 << 23
 _SIGN = 1 << 63
-CHECKPOINT_KIND = 1
-# First bytes of an entry after the parent; a level is below both.
-TAIL_MARK, CHECKPOINT_MARK = b"\xfe", b"\xff"
+CHECKPOINT_KIND, AUX_KIND = 1, 2
+# First bytes of an entry after the parent; a level is below all of them.
+AUX_MARK, TAIL_MARK, CHECKPOINT_MARK = b"\xfd", b"\xfe", b"\xff"
 
 # A row as it stands in the index, key and value, and how many of its tokens to take. A match of 32k tokens has 128;
 # to parse them takes as long as to find them, and who only asks how long the match is needs none.
@@ -121,6 +135,16 @@ class Row(_Fields):
         return self.kind == CHECKPOINT_KIND
 
     @property
+    def is_aux(self) -> bool:
+        """Whether this is what recipes refer to, instead of KV."""
+        return self.kind == AUX_KIND
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is an aux row that blocks refer to and that has no blob; see the module."""
+        return self.is_aux and not self.blob_bytes
+
+    @property
     def is_key_missing(self) -> bool:
         """Whether it is encrypted and its key is not there: then only the fixed fields say anything."""
         return bool(self.encrypted)
@@ -133,7 +157,7 @@ class Row(_Fields):
     @property
     def depth(self) -> int:
         """How many blocks come before this one; for a checkpoint one more, so that it goes before the tail there."""
-        return self.start // BLOCK_TOKENS + self.kind
+        return self.start // BLOCK_TOKENS + self.is_checkpoint
 
     @property
     def tokens(self) -> bytes:
@@ -142,14 +166,16 @@ class Row(_Fields):
 
     @property
     def described(self) -> bytes:
-        """The runs, without templates, or the states of a checkpoint: as a fetch reply carries them."""
+        """The runs, without templates, or the states of a checkpoint: as a fetch reply carries them. Or the aux."""
         return self.value[TOKENS_AT + TOKEN_BYTES * self.n_tokens : -CHECK_BYTES]
 
     @functools.cached_property
     def block(self) -> Block:
         """The block, without its namespace record. CorruptDataError when the row does not parse."""
         place = (self.root, self.parent, self.key, self.start, self.tokens, self.fidelity)
-        if self.is_checkpoint:
+        if self.is_aux:
+            block = Block(*place, (), self.created_s, aux=aux_from_list(unpack_record(self.described)))
+        elif self.is_checkpoint:
             states = states_from_list(unpack_record(self.described))
             block = Block(*place, (), self.created_s, states=states)
         else:
@@ -170,13 +196,15 @@ class Row(_Fields):
 def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int) -> Row:
     """The row of a block whose blob is complete. Its `templates` are those of its runs."""
     templates: dict[bytes, bytes] = {}
-    if block.is_checkpoint:
+    if block.aux is not None:
+        described = msgpack.packb(aux_to_list(block.aux))
+    elif block.is_checkpoint:
         described = msgpack.packb(states_to_list(block.states))
     else:
         described, templates = runs_to_record(block.runs)
     head = _HEAD.pack(
         FORMAT_VERSION,
-        CHECKPOINT_KIND if block.is_checkpoint else 0,
+        AUX_KIND if block.aux is not None else CHECKPOINT_KIND if block.is_checkpoint else 0,
         0,
         payload_offset,
         blob_bytes,
@@ -192,6 +220,12 @@ def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int) ->
     )
     value = head + block.tokens + described
     return parse_row(block.key, value + _check(block.key, value), templates)
+
+
+def lost_row(root: bytes, digest: bytes) -> Row:
+    """The row that stands for an aux block which blocks refer to and whose blob is not there."""
+    aux = Aux(digest, 1)  # its size is not known
+    return pack_row(Block(root, root, aux_key(root, digest), 0, b"", FIDELITY_EXACT, (), aux=aux), 0, 0, 0)
 
 
 def _check(key: bytes, value: bytes | memoryview) -> bytes:
@@ -225,8 +259,8 @@ def parse_row(key: bytes, value: bytes, templates: Templates) -> Row:
     row = Row(key, value, templates, *_HEAD.unpack_from(value))
     if row.version != FORMAT_VERSION:
         raise UnknownFormatError(f"an index row of format version {row.version}; this kvstore reads {FORMAT_VERSION}")
-    # A block has 1 to 256 tokens, a checkpoint 0 to 255.
-    if row.kind > CHECKPOINT_KIND or not 0 < row.n_tokens + row.kind <= BLOCK_TOKENS:
+    # A block has 1 to 256 tokens, a checkpoint 0 to 255, an aux block none.
+    if not (0 < row.n_tokens + row.kind <= BLOCK_TOKENS if row.kind < AUX_KIND else row.is_aux and not row.n_tokens):
         raise CorruptDataError("index row: no such row")
     if len(value) < TOKENS_AT + TOKEN_BYTES * row.n_tokens + CHECK_BYTES:
         raise CorruptDataError("index row: cut short")
@@ -314,6 +348,8 @@ def child_entries(row: Row, key: NamespaceKey | None) -> list[bytes]:
     number = row.number.to_bytes(NUMBER_BYTES, "big")
     if row.is_checkpoint:
         return [checkpoint_prefix(row.parent, row.n_tokens) + number]
+    if row.is_aux:
+        return [row.root + AUX_MARK + row.key[:HEAD_BYTES]]
     tokens = row.tokens
     entries = []
     for level in range(row.n_tokens // LEVEL_TOKENS + 1):

@@ -7,6 +7,8 @@
     hits, depth, children, nbytes (on disk), n_tokens, mark (when a prompt last diverged here, in the sequence), flags
     error            relative error of its re-encoding; 0 for what was not re-encoded
 
+The children of an aux block are the blocks that refer to it: so it stays as long as one of them.
+
 The index loads it when it opens, and saves changed rows with its commits, CHUNK rows at a time (`changed`).
 `kvstore.engine.retain` chooses from it what is evicted.
 
@@ -28,6 +30,8 @@ CHUNK = 64
 LIVE, CHECKPOINT, PINNED, INTERIM = 1, 2, 4, 8
 # The profile `auto` chose how it is encoded; it is not to be re-encoded (again). See `kvstore.engine.reencode`.
 AUTO, SETTLED = 16, 32
+# No block of KV, but what recipes refer to.
+AUX = 64
 
 COLUMNS = np.dtype(
     [
@@ -51,13 +55,15 @@ Rows: TypeAlias = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Usage of one namespace or of all. Blocks and tokens exclude checkpoints; bytes on disk include them."""
+    """Usage of one namespace or of all. Blocks and tokens exclude checkpoints and aux blocks; bytes on disk do not."""
 
     blocks: int = 0
     tokens: int = 0
     disk_bytes: int = 0
     checkpoints: int = 0
     checkpoint_bytes: int = 0
+    aux_blocks: int = 0
+    aux_bytes: int = 0
 
 
 class Table:
@@ -100,7 +106,9 @@ class Table:
         linked = parents[parents >= 0]
         if len(self._slots) != len(live) or (len(linked) and not _all_live(rows, linked)):
             raise CorruptDataError("the table of blobs does not fit together")
-        if not np.array_equal(np.bincount(linked, minlength=self._end), rows["children"]):
+        # Who refers to an aux block is in the rows; `check` counts them.
+        counted = np.where(rows["flags"] & AUX, rows["children"], np.bincount(linked, minlength=self._end))
+        if not np.array_equal(counted, rows["children"]):
             raise CorruptDataError("the table of blobs has wrong numbers of children")
         self.sequence = int(max(rows["last_use"].max(initial=0), rows["mark"].max(initial=0)))
         for namespace in np.unique(rows["namespace"][live]).tolist():
@@ -173,6 +181,14 @@ class Table:
         self._rows[slot] = np.zeros((), COLUMNS)
         del self._slots[key]
         self._free.append(slot)
+
+    def refer(self, key: bytes, change: int) -> int:
+        """Count `change` more blocks that refer to an aux block; how many there are now."""
+        slot = self._slots[key]
+        count = int(self._rows["children"][slot]) + change
+        self._rows["children"][slot] = count
+        self._changed.add(slot // CHUNK)
+        return count
 
     def resize(self, key: bytes, nbytes: int) -> None:
         """Another blob lies in the place of this one; how it was encoded is not known yet."""
@@ -293,13 +309,18 @@ class Table:
         return Usage(*(sum(column) for column in zip(*self._usage.values(), strict=True)))
 
     @property
+    def blobs(self) -> int:
+        """How many rows name a blob: all but aux rows that are lost."""
+        return int(((self.rows["flags"] & LIVE != 0) & (self.rows["nbytes"] > 0)).sum())
+
+    @property
     def namespaces(self) -> list[int]:
         """Numbers of the namespaces that hold something."""
         return list(self._usage)
 
     def _count(self, slot: int, sign: int) -> None:
         namespace = int(self._rows["namespace"][slot])
-        sums = self._usage.setdefault(namespace, [0] * 5)
+        sums = self._usage.setdefault(namespace, [0] * 7)
         for at, number in enumerate(_sums(self._rows[slot : slot + 1])):
             sums[at] += sign * number
         if not any(sums):
@@ -320,12 +341,15 @@ def _all_live(rows: Rows, slots: npt.NDArray[np.int32]) -> bool:
 
 
 def _sums(rows: Rows) -> list[int]:
-    """Blocks, tokens, bytes, checkpoints, their bytes."""
-    checkpoints = (rows["flags"] & CHECKPOINT) != 0
+    """Blocks, tokens, bytes, checkpoints, their bytes, aux blocks, their bytes."""
+    checkpoints, aux = (rows["flags"] & CHECKPOINT) != 0, (rows["flags"] & AUX) != 0
+    blocks = ~(checkpoints | aux)
     return [
-        int((~checkpoints).sum()),
-        int(rows["n_tokens"][~checkpoints].sum()),
+        int(blocks.sum()),
+        int(rows["n_tokens"][blocks].sum()),
         int(rows["nbytes"].sum()),
         int(checkpoints.sum()),
         int(rows["nbytes"][checkpoints].sum()),
+        int(aux.sum()),
+        int(rows["nbytes"][aux].sum()),
     ]

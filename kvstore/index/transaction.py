@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import struct
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import xxhash
 
 from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
-from kvstore.core.keys import checkpoint_key
+from kvstore.core.keys import aux_key, checkpoint_key
+from kvstore.core.records import TEMPLATES_MAX, parse_template
 from kvstore.errors import CorruptDataError, KVStoreError
 from kvstore.index.marks import Marks
 from kvstore.index.rows import (
+    AUX_MARK,
     CHECKPOINT_MARK,
     ENCRYPTED,
     ENCRYPTED_AT,
@@ -26,9 +30,10 @@ from kvstore.index.rows import (
     child_entries,
     decrypt_row,
     encrypt_row,
+    lost_row,
     parse_row,
 )
-from kvstore.index.table import CHECKPOINT, Table
+from kvstore.index.table import AUX, CHECKPOINT, Table
 
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
 _CHECK_BYTES = 8
@@ -67,10 +72,24 @@ def without_check(key: bytes, stored: bytes) -> bytes:
     return value
 
 
+@functools.lru_cache(maxsize=TEMPLATES_MAX)
+def _refers(record: bytes) -> bool:
+    return any(stack.recipe.references for stack in parse_template(record).stacks)
+
+
+def flags_of(row: Row) -> int:
+    """The flags of the table that follow from a row."""
+    return AUX if row.is_aux else CHECKPOINT if row.is_checkpoint else 0
+
+
 class Contents:
-    """What the last commit left, in memory: the table, namespaces by root, templates by id, and marks."""
+    """What the last commit left, in memory: the table, namespaces by root, templates by id, and marks.
+
+    `held`: keys of aux rows that stores under way need, each with the number of these stores. Not stored.
+    """
 
     def __init__(self) -> None:
+        self.held: Counter[bytes] = Counter()
         self.forget()
 
     def forget(self) -> None:
@@ -129,9 +148,22 @@ class View:
             for _, key in self.entries(prefix):
                 yield key
 
+    def aux(self, root: bytes) -> Iterator[Row]:
+        """The aux rows of a namespace, lost ones too."""
+        return (row for _, key in self.entries(root + AUX_MARK) if (row := self.row(key)) is not None)
+
+    def references(self, row: Row) -> frozenset[bytes]:
+        """Keys of the aux rows that a row refers to. CorruptDataError when it does not parse.
+
+        Rows are parsed only in an index with recipes that refer to anything.
+        """
+        if row.kind or row.is_key_missing or not any(map(_refers, row.templates.values())):
+            return frozenset()
+        return frozenset(aux_key(row.root, digest) for digest in row.block.references)
+
     def is_unreadable(self, root: bytes) -> bool | None:
         """Whether the rows of a namespace are encrypted and its key is not there: all of them or none. None without."""
-        first = next(self.children(root), None)
+        first = next(self.children(root), None) or next((key for _, key in self.entries(root + AUX_MARK)), None)
         row = self.row(first) if first else None
         return None if row is None else row.is_key_missing
 
@@ -209,12 +241,18 @@ class View:
 
 
 class Edit(View):
-    """A write transaction: readers see none of its changes until the commit, and then all at once."""
+    """A write transaction: readers see none of its changes until the commit, and then all at once.
+
+    It counts how many blocks refer to each aux row. The last block takes the aux row with it: `released` lists those
+    that went, whose blobs the caller deletes with the others. Those in `spared` stay, although nothing refers to them.
+    """
 
     def __init__(self, txn: Any, databases: dict[str, Any], ring: KeyRing, contents: Contents) -> None:
         super().__init__(txn, databases, ring, contents.templates)
         self._contents = contents
         self.table = contents.table
+        self.released: list[Row] = []
+        self.spared: Collection[bytes] = contents.held
 
     def put(self, row: Row, nbytes: int) -> None:
         """Add a row, whose key must be free, its parent's row there and its namespace known; `nbytes` on disk."""
@@ -226,6 +264,45 @@ class Edit(View):
         for entry in child_entries(row, key):
             self._txn.put(entry, row.key, db=self._db["children"])
         self._add(row, nbytes)
+        self._refer(row)
+
+    def lacks_aux(self, row: Row) -> bool:
+        """Whether a row refers to an aux block that is not there, or lost. Without it the row's block is a miss."""
+        return any((aux := self.row(key)) is None or aux.is_lost for key in self.references(row))
+
+    def _refer(self, row: Row) -> None:
+        """Count a row's references. What it refers to and is not there gets a row that says so."""
+        for key in self.references(row):
+            if key not in self.table:
+                digests = row.block.references
+                self.put(lost_row(row.root, next(one for one in digests if aux_key(row.root, one) == key)), 0)
+            self.table.refer(key, +1)
+
+    def mend_references(self, row: Row, change: int) -> None:
+        """Correct the count of an aux row. One that is missing is put: `row` is lost then."""
+        if row.key not in self.table:
+            self.put(row, 0)
+        if not self.table.refer(row.key, change) and change < 0:
+            self.remove(row)
+            self.released.append(row)
+
+    def _release(self, row: Row, references: Iterable[bytes]) -> None:
+        """A row is gone: so are the aux rows that it was the last to refer to.
+
+        What an encrypted row without its key refers to is not known. With the last such row all that it can have
+        referred to goes.
+        """
+        last = [key for key in references if key in self.table and not self.table.refer(key, -1)]
+        space = self._contents.spaces.get(row.root)
+        if row.is_key_missing and not row.is_aux and space is not None and not self.table.usage(space.number).blocks:
+            last = [aux.key for aux in self.aux(row.root)]
+            for key in last:
+                self.table.refer(key, -self.table.value(key, "children"))
+        for key in last:
+            aux = self.row(key)
+            if aux is not None and key not in self.spared:
+                self.remove(aux)
+                self.released.append(aux)
 
     def _add(self, row: Row, nbytes: int) -> None:
         self.table.add(
@@ -235,7 +312,7 @@ class Edit(View):
             depth=row.depth,
             nbytes=nbytes,
             n_tokens=row.n_tokens,
-            flags=CHECKPOINT if row.is_checkpoint else 0,
+            flags=flags_of(row),
         )
 
     def replace(self, old: Row, new: Row, nbytes: int) -> None:
@@ -248,6 +325,15 @@ class Edit(View):
         for entry in child_entries(new, key):
             self._txn.put(entry, new.key, db=self._db["children"])
         self.table.resize(new.key, nbytes)
+        self._refer(new)
+        self._release(old, self._referred(old))
+
+    def _referred(self, row: Row) -> frozenset[bytes]:
+        """As `references`, of a row that goes; none of one that does not parse, which leaves a count for `check`."""
+        try:
+            return self.references(row)
+        except CorruptDataError:
+            return frozenset()
 
     def _put_templates(self, row: Row) -> None:
         for name in row.templates.keys() - self._contents.templates.keys():
@@ -260,6 +346,7 @@ class Edit(View):
         for entry in self._entries_of(row):
             self._txn.delete(entry, db=self._db["children"])
         self.table.remove(row.key)
+        self._release(row, self._referred(row))
 
     def put_namespace(self, root: bytes, record: bytes, used_s: int) -> None:
         """Remember a namespace, before its first row. It is forgotten with its last.
@@ -294,14 +381,14 @@ class Edit(View):
         """
         if row.root not in self._contents.spaces:
             return
-        if not row.is_key_missing or row.is_checkpoint:
+        if not row.is_key_missing or row.kind:
             for entry in child_entries(row, self.ring.key(row.root)):
                 self._txn.put(entry, row.key, db=self._db["children"])
         if row.key not in self.table:
             self._add(row, nbytes)
             for child in self.children(row.key):
                 self.table.link(child, row.key)
-        number, flags = self._contents.spaces[row.root].number, CHECKPOINT if row.is_checkpoint else 0
+        number, flags = self._contents.spaces[row.root].number, flags_of(row)
         self.table.correct(row.key, number, depth=row.depth, nbytes=nbytes, n_tokens=row.n_tokens, flags=flags)
 
     def clear(self) -> None:
@@ -330,6 +417,6 @@ class Edit(View):
 
     def _entries_of(self, row: Row) -> list[bytes]:
         """The row's entries in the `children` database. Without the namespace key they can be found only by a scan."""
-        if row.is_key_missing and not row.is_checkpoint:
+        if row.is_key_missing and not row.kind:
             return [entry for entry, key in self.entries(row.parent) if key == row.key]
         return child_entries(row, self.ring.key(row.root))

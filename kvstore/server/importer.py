@@ -133,6 +133,8 @@ class Importer:
             self._info, self._record = self._info or info, block.namespace
         elif info.root != block.root:
             raise CorruptDataError("the blob is not what its namespace says")
+        if block.aux is not None:
+            return block
         check_block(info.layout, block)
         above = self._rank_above(block)
         if above is not None and block.fidelity > above:
@@ -193,6 +195,7 @@ class Importer:
             Reason.STORE_FULL: self._engine.degraded
             or f"the rest does not fit in the budget of {self._engine.budget_bytes} bytes: raise budget_bytes",
             Reason.EVICTED: "the namespace was evicted meanwhile",
+            Reason.NO_BASIS: "the basis of a codec that blocks refer to is neither in the pack nor in this store",
             Reason.DEPENDENCY_LOST: "a block that comes before others is neither in the pack nor in this store",
         }
         return words.get(reason, "")
