@@ -211,7 +211,10 @@ def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
 
 
 def require_payload(block: Block, payload: memoryview) -> None:
-    """CorruptDataError unless every range of a block's whole payload has its checksum, and booleans are 0 or 1."""
+    """CorruptDataError unless every range of a block's whole payload has its checksum.
+
+    InvalidRequestError where booleans are not 0 or 1: the bytes are what their writer meant, and no engine takes them.
+    """
     for offset, length, checksum in checked_ranges(block):
         if xxhash.xxh3_64_intdigest(payload[offset : offset + length]) != checksum:
             raise CorruptDataError("a blob does not match its checksums")
@@ -219,7 +222,7 @@ def require_payload(block: Block, payload: memoryview) -> None:
         raise CorruptDataError("an aux block does not have its digest")
     for array in (array for state in block.states for array in state.arrays):
         if array.dtype == "BOOL" and payload[array.offset : array.offset + array.nbytes].tobytes().strip(b"\0\1"):
-            raise CorruptDataError(f"array {array.name} is not of booleans")
+            raise InvalidRequestError(f"array {array.name} is not of booleans")
 
 
 def table(block: Block) -> dict[str, Any]:

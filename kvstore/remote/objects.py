@@ -53,7 +53,11 @@ def require_block(block: Block, wanted: RemoteBlock, fidelity_min: int) -> Block
 
 
 def parse_blob(blob: memoryview) -> Pulled:
-    """A whole blob, verified in itself. CorruptDataError, UnknownFormatError; NotFoundError for an encrypted one."""
+    """A whole blob, verified in itself.
+
+    CorruptDataError, InvalidRequestError for values that no engine takes, UnknownFormatError for another version,
+    NotFoundError for an encrypted one.
+    """
     length = blob_format.header_length(bytes(blob[: blob_format.LENGTH_BYTES]), len(blob))
     block = blob_format.parse_header(bytes(blob[:length]), len(blob))
     blob_format.require_payload(block, blob[length:])
@@ -65,8 +69,8 @@ def pull(
 ) -> list[Pulled | KVStoreError]:
     """Blobs, whole and verified, in one batch. In the place of each that cannot be had stands why.
 
-    That is RemoteError or DeadlineError for what is gone or did not come; CorruptDataError, UnknownFormatError or
-    NotFoundError for an object that is not what it should be. Either may be raised when nothing came at all.
+    That is RemoteError or DeadlineError for what is gone or did not come, any other for an object that is not what it
+    should be. RemoteError and DeadlineError are raised, too, when nothing came at all.
     Memory: all of them at once, so batch them.
     """
     wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in blocks]
