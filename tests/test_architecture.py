@@ -42,6 +42,8 @@ def test_import_contracts_hold() -> None:
         ("kvstore.config.config", ["mlx", "grpc", "lmdb", "numpy"]),
         ("kvstore.cli.stats", ["mlx", "lmdb"]),
         ("kvstore.engine", ["mlx", "grpc", "google.protobuf"]),
+        ("kvstore.remote.tier", ["obstore", "mlx", "grpc", "lmdb"]),
+        ("kvstore.remote.s3", ["obstore"]),
         ("kvstore.client.client", ["lmdb"]),
         ("kvstore.integrations.run", ["lmdb", "kvstore.engine"]),
     ],

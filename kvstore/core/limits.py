@@ -64,6 +64,12 @@ class Limits:
     # Tokens between the checkpoints of a prompt while it is computed. Each is a whole copy of the window and recurrent
     # layers and replaces the one before.
     prefill_checkpoint_tokens: int = 8192
+    # Blobs that wait to be pushed to the remote store. The queue holds references: what waits costs no disk, and is
+    # dropped if it is evicted first.
+    remote_queue_bytes_max: int = 1024 * MIB
+    # Pushes go no faster than this: a quarter of a gigabit link, so that restoring from it, here and elsewhere, stays
+    # fast.
+    remote_push_bytes_per_s_max: int = 32 * MIB
     # Share of the budget for open uploads. The other half stays with what is already stored.
     upload_share_percent: int = 50
 

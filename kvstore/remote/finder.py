@@ -15,6 +15,7 @@ for again by every prompt: a remembered presence would be a false hit when the o
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -29,9 +30,12 @@ from kvstore.remote.object_store import Head, Listed, ObjectStore
 
 ABSENT_S = 60.0
 ABSENCES_MAX = 65_536
+# Wrong objects that are remembered; others are found to be wrong again.
+WRONG_MAX = 4096
 ARY = 32
 # Of a prompt that needs a checkpoint and has none below its last block: blocks before it that are listed, too.
 LISTED_BACK_MAX = 4
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,24 @@ class Finder:
     def __init__(self, store: ObjectStore, absences: Absences | None = None) -> None:
         self._store = store
         self.absences = Absences() if absences is None else absences
+        self._wrong: OrderedDict[str, str] = OrderedDict()  # ETags by name
+        self._lock = threading.Lock()
+        self.wrong = 0
+
+    def report_wrong(self, block: RemoteBlock, why: Exception) -> None:
+        """The object is not what its name promises: pass it over. It is somebody's, so it is not deleted."""
+        with self._lock:
+            known = self._wrong.get(block.name) == block.head.etag
+            self._wrong[block.name] = block.head.etag
+            self._wrong.move_to_end(block.name)
+            while len(self._wrong) > WRONG_MAX:
+                self._wrong.popitem(last=False)
+            self.wrong += not known
+        if not known:
+            log.warning("an object of %s is wrong and is passed over: %s: %s", self._store.place, block.name, why)
+
+    def _is_wrong(self, name: str, head: Head) -> bool:
+        return self._wrong.get(name) == head.etag
 
     def find(
         self,
@@ -192,7 +214,8 @@ class Finder:
             return {}
         heads = self._store.head(asked, deadline)
         self.absences.note(name for name, head in zip(asked, heads, strict=True) if head is None)
-        return {name: head for name, head in zip(asked, heads, strict=True) if head is not None}
+        there = {name: head for name, head in zip(asked, heads, strict=True) if head is not None}
+        return {name: head for name, head in there.items() if not self._is_wrong(name, head)}
 
     def _children(
         self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, depth: int
@@ -213,7 +236,7 @@ class Finder:
         by_key: dict[str, dict[str, Listed]] = {}
         for one in listed:
             parts = parse_object_name(one.name)
-            if parts is not None and parts.label in labels:
+            if parts is not None and parts.label in labels and not self._is_wrong(one.name, one.head):
                 by_key.setdefault(parts.key, {})[parts.label] = one
         rest = chain.tokens[depth * BLOCK_BYTES :][: BLOCK_BYTES - TOKEN_BYTES]
         tails: list[RemoteBlock] = []

@@ -107,6 +107,7 @@ class MemoryStore:
         return True
 
     def require_mark(self, deadline: Deadline) -> None:
+        self._call("mark", deadline)
         if MARKER not in self.objects:
             raise unmarked(self.place)
 

@@ -1,0 +1,305 @@
+"""The remote tier of a daemon: pushes behind, pulls that never fail a caller, and what is counted."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT
+from kvstore.core.breaker import Deadline
+from kvstore.core.keys import Namespace
+from kvstore.core.limits import default_limits
+from kvstore.errors import NotFoundError, RemoteError
+from kvstore.remote.object_names import Naming
+from kvstore.remote.object_store import MARKER
+from kvstore.remote.push_queue import PushItem, PushQueue
+from kvstore.remote.pusher import TRIES_MAX
+from kvstore.remote.tier import RemoteTier
+from tests.support.engine import LAYOUT
+from tests.support.memory_objects import MemoryStore
+from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, name_of
+
+N_TOKENS = 3 * BLOCK_TOKENS + 40
+BLOBS = blobs_of(N_TOKENS)
+LABELS = ("exact",)
+ITEMS = [PushItem(block.root, block.key, len(blob)) for block, blob in BLOBS]
+
+
+def soon() -> Deadline:
+    """A deadline that does not decide."""
+    return Deadline(60)
+
+
+def loads(blobs: Sequence[tuple[object, bytes]] = BLOBS) -> Callable[[PushItem], list[memoryview] | None]:
+    """What a local store would give."""
+    held = {block.key: blob for block, blob in blobs}  # type: ignore[attr-defined]
+    return lambda item: [memoryview(held[item.key])] if item.key in held else None
+
+
+def tier_over(store: MemoryStore, path: Path | None = None, **given: object) -> RemoteTier:
+    """Not started."""
+    load = given.pop("load", loads())
+    return RemoteTier(store, load, path, replace(default_limits(), **given), sync=False)  # type: ignore[arg-type]
+
+
+def push_all(tier: RemoteTier) -> None:
+    """On this thread, until nothing waits."""
+    while item := tier.queue.take(0):
+        tier.pusher.push(item)
+
+
+def objects(store: MemoryStore) -> dict[str, bytes]:
+    """All but the marker and what is for people."""
+    return {name: data for name, (_, data, _) in store.objects.items() if name != MARKER and "identity" not in name}
+
+
+def found(tier: RemoteTier, ns: Namespace = NS) -> list[bytes]:
+    """The bytes of all blobs of the prompt that come."""
+    reach = tier.find(chain_of(range(N_TOKENS), ns), Naming(ns.info), LABELS, soon())
+    return [bytes(one.blob) for one in tier.pulled(reach.blocks, FIDELITY_EXACT, soon())]
+
+
+def test_what_is_pushed_is_what_another_daemon_finds() -> None:
+    """Byte for byte, ancestors first, with an identity for people."""
+    store = MemoryStore()
+    tier = tier_over(store)
+    assert tier.offer(ITEMS) == len(ITEMS)
+    push_all(tier)
+    assert list(objects(store)) == [name_of(block) for block, _ in BLOBS]
+    assert Naming(NS.info).identity_name in store.objects
+    assert found(tier_over(store)) == [blob for _, blob in BLOBS]
+    assert tier.stats().pushes.pushed == len(ITEMS)
+    assert tier.stats().requests.pushed_bytes >= sum(len(blob) for _, blob in BLOBS)
+
+
+def test_a_tenant_is_pushed_under_names_that_say_nothing() -> None:
+    """And found by whoever has the salt."""
+    ns = Namespace(weights=b"weights", layout=LAYOUT, dtype="F32", engine="test 1", salt=b"tenant")
+    blobs = blobs_of(N_TOKENS, ns)
+    store = MemoryStore()
+    tier = tier_over(store, load=loads(blobs))
+    tier.offer(PushItem(block.root, block.key, len(blob)) for block, blob in blobs)
+    push_all(tier)
+    listing = "\n".join(store.objects)
+    assert not any(key.hex() in listing for block, _ in blobs for key in (block.root, block.parent, block.key))
+    assert found(tier_over(store), ns) == [blob for _, blob in blobs]
+    assert found(tier_over(store)) == []
+
+
+def test_an_object_that_is_there_is_not_sent_again() -> None:
+    """Two daemons store the same document. Nothing is overwritten, and a lost race is no failure."""
+    store = MemoryStore()
+    fill(store, BLOBS[:2])
+    before = dict(store.objects)
+    tier = tier_over(store)
+    tier.offer(ITEMS)
+    push_all(tier)
+    assert all(store.objects[name] == before[name] for name in before)
+    assert (tier.stats().pushes.pushed, tier.stats().pushes.present) == (2, 2)
+
+    racing = MemoryStore()
+    create = racing.create
+
+    def lose(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        create(name, parts, deadline)
+        return False
+
+    racing.create = lose  # type: ignore[method-assign]
+    tier = tier_over(racing)
+    tier.offer(ITEMS)
+    push_all(tier)
+    assert tier.stats().pushes.present == len(ITEMS)
+    assert not tier.stats().pushes.wrong
+
+
+@pytest.mark.parametrize("wrong", [b"", b"not a blob at all", BLOBS[0][1], blobs_of(N_TOKENS, fidelity=100)[1][1]])
+def test_a_wrong_object_stays_is_reported_and_is_passed_over(wrong: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """By whoever pushes the block, and by whoever wants it. Once another object has its name, that is asked for."""
+    block, blob = BLOBS[1]
+    for use in ("push", "pull"):
+        store = MemoryStore()
+        fill(store, BLOBS)
+        store.put(name_of(block), wrong)
+        tier = tier_over(store)
+        if use == "push":
+            tier.offer(ITEMS)
+            push_all(tier)
+            assert tier.stats().pushes.wrong == 1
+        else:
+            assert found(tier) == [BLOBS[0][1]]
+        assert tier.stats().wrong_objects == 1
+        assert store.objects[name_of(block)][1] == wrong
+        asked = store.rounds.count("read")
+        assert len(tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon()).blocks) == 1
+        assert store.rounds.count("read") == asked
+        assert not tier.reads.is_open
+        store.put(name_of(block), blob)
+        assert found(tier) == [blob for _, blob in BLOBS]
+    assert "is wrong" in caplog.text
+
+
+def test_the_queue_is_bounded_in_bytes_drops_descendants_and_holds_each_once() -> None:
+    """What does not fit is counted; what waits, or is under way, is not added again."""
+    queue = PushQueue(None, bytes_max=sum(item.nbytes for item in ITEMS[:2]))
+    assert queue.offer(ITEMS) == 2
+    assert (len(queue), queue.dropped) == (2, 2)
+    assert queue.offer(ITEMS[:2]) == 0
+    assert queue.take(0) == ITEMS[0]
+    assert queue.offer(ITEMS[:1]) == 0
+    assert len(queue) == 2
+    queue.again()
+    assert queue.take(0) == ITEMS[0]._replace(tries=1)
+    queue.done()
+    assert queue.nbytes == ITEMS[1].nbytes
+    assert queue.offer(ITEMS[:1]) == 1
+    assert [queue.take(0), queue.done(), queue.take(0)] == [ITEMS[1], None, ITEMS[0]]
+    queue.drop()
+    assert (len(queue), queue.nbytes, queue.take(0)) == (0, 0, None)
+
+
+def test_what_waits_survives_a_restart(tmp_path: Path) -> None:
+    """With what was under way, first. A damaged file is an empty queue."""
+    path = tmp_path / "remote_queue"
+    tier = tier_over(MemoryStore(), path)
+    tier.offer(ITEMS)
+    tier.queue.take(0)
+    tier.close(1)
+    again = tier_over(MemoryStore(), path)
+    assert [again.queue.take(0) for _ in ITEMS if again.queue.done() is None] == ITEMS
+    data = path.read_bytes()
+    for damaged in (b"", data[:-1], data[:20] + bytes([data[20] ^ 1]) + data[21:], b"x" + data):
+        path.write_bytes(damaged)
+        assert len(PushQueue(path, 1 << 30)) == 0
+
+
+def test_pushes_go_on_their_own_thread_and_stop_at_the_end(tmp_path: Path) -> None:
+    """The rest waits in the file."""
+    store, began, go = MemoryStore(), threading.Event(), threading.Event()
+
+    def load(item: PushItem) -> list[memoryview] | None:
+        if item == ITEMS[1]:
+            began.set()
+            go.wait(60)
+        return loads()(item)
+
+    tier = tier_over(store, tmp_path / "queue", load=load)
+    tier.start()
+    tier.offer(ITEMS)
+    assert began.wait(60)
+    closing = threading.Thread(target=tier.close, args=(60,))
+    closing.start()
+    go.set()
+    closing.join(60)
+    assert len(objects(store)) == 2
+    assert len(PushQueue(tmp_path / "queue", 1 << 30)) == 2
+
+
+def test_pushes_keep_to_their_rate() -> None:
+    """The time between two is what the first one's bytes take at that rate."""
+    blob_bytes = len(BLOBS[0][1])
+    store = MemoryStore()
+    tier = tier_over(store, remote_push_bytes_per_s_max=5 * blob_bytes)
+    tier.offer(ITEMS[:3])
+    started_s = time.monotonic()
+    tier.start()
+    while len(objects(store)) < 3:
+        time.sleep(0.005)
+    assert time.monotonic() - started_s >= 2 / 5
+    tier.close(60)
+
+
+def test_a_store_that_fails_stops_pushes_and_loses_none_of_them() -> None:
+    """The breaker opens; while the store does not answer at all, nothing is given up."""
+    store = MemoryStore()
+    tier = tier_over(store)
+    tier.offer(ITEMS)
+    store.fail = RemoteError("gone")
+    tier.start()
+    while not tier.stats().pushes_open:
+        time.sleep(0.005)
+    assert (len(tier.queue), tier.queue.dropped) == (len(ITEMS), 0)
+    store.fail = None
+    while len(tier.queue):
+        time.sleep(0.01)
+    assert len(objects(store)) == len(ITEMS)
+    tier.close(60)
+
+
+def test_a_blob_that_the_store_refuses_is_given_up_after_a_few_tries() -> None:
+    """The others are not held up for good."""
+    store = MemoryStore()
+    create = store.create
+
+    def refuse(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        if name == name_of(BLOBS[0][0]):
+            raise RemoteError("too large")
+        return create(name, parts, deadline)
+
+    store.create = refuse  # type: ignore[method-assign]
+    tier = tier_over(store)
+    tier.offer(ITEMS)
+    push_all(tier)
+    assert len(objects(store)) == len(ITEMS) - 1
+    assert (tier.stats().pushes.failed, tier.stats().dropped_blobs) == (1, 1)
+    assert store.rounds.count("head") == TRIES_MAX + len(ITEMS) - 1
+
+
+def test_what_is_evicted_encrypted_or_damaged_before_its_turn_is_not_pushed() -> None:
+    """The first two are gone, the last is refused."""
+
+    def load(item: PushItem) -> list[memoryview] | None:
+        if item == ITEMS[0]:
+            return None
+        if item == ITEMS[1]:
+            raise NotFoundError("evicted")
+        if item == ITEMS[2]:
+            return [memoryview(BLOBS[2][1][:-1] + b"\0")]
+        return [memoryview(BLOBS[0][1])]
+
+    store = MemoryStore()
+    tier = tier_over(store, load=load)
+    tier.offer(ITEMS)
+    push_all(tier)
+    assert objects(store) == {}
+    assert (tier.stats().pushes.gone, tier.stats().pushes.failed) == (1, 3)
+    assert not tier.stats().pushes_open
+
+
+def test_a_store_that_is_gone_or_late_costs_nothing_after_a_few_failures() -> None:
+    """Callers get the local prefix, and do not wait for the store at all while its breaker is open."""
+    for delay_s, error in ((0.0, RemoteError("gone")), (0.05, None)):
+        store = MemoryStore()
+        fill(store, BLOBS)
+        tier = tier_over(store)
+        store.delay_s, store.fail = delay_s, error
+        for _ in range(3):
+            reach = tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, Deadline(0.01), first=1)
+            assert (reach.blocks, reach.n_tokens) == ((), BLOCK_TOKENS)
+        asked = len(store.rounds)
+        assert tier.stats().reads_open
+        assert tier.stats().error
+        tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, Deadline(0.01))
+        assert len(store.rounds) == asked
+        assert not tier.stats().pushes_open
+
+
+def test_what_comes_late_in_the_middle_is_a_shorter_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch by batch; what came is used."""
+    monkeypatch.setattr("kvstore.remote.tier.PULL_BYTES", len(BLOBS[0][1]))
+    store = MemoryStore()
+    fill(store, BLOBS)
+    tier = tier_over(store)
+    reach = tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon())
+    came = []
+    for one in tier.pulled(reach.blocks, FIDELITY_EXACT, soon()):
+        came.append(bytes(one.blob))
+        if len(came) == 2:
+            store.fail = RemoteError("gone")
+    assert came == [blob for _, blob in BLOBS[:2]]
+    assert tier.stats().requests.read_bytes == sum(map(len, came))
+    assert tier.stats().requests.failed == 1
