@@ -116,11 +116,13 @@ class StorePath:
                 self.uploads.give_up(upload)
 
     def _is_evicted(self, upload: Upload) -> bool:
-        """Whether what it brings was evicted since it began, or the block that it continues is gone."""
+        """Whether what it brings was evicted since it began, or a block that it continues is gone."""
         if self._engine.is_evicted(upload.chain.root, upload.evictions, upload.keys):
             return True
-        continues = upload.first_block and not upload.depends_on
-        return bool(continues) and not self._engine.holds(upload.keys[upload.first_block - 1])
+        continues = [piece.row.key for piece in upload.spliced]
+        if upload.first_block and not upload.depends_on:
+            continues.append(upload.keys[upload.first_block - 1])
+        return not all(map(self._engine.holds, continues))
 
     # -- begin ---------------------------------------------------------------------------------------------------
 

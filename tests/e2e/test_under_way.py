@@ -121,6 +121,33 @@ def test_an_eviction_takes_along_the_uploads_that_have_begun(daemon: DaemonProce
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == len(tokens)
 
 
+@pytest.mark.parametrize(
+    ("stored", "selection"), [(512, {"bytes": 1 << 30}), (562, {"bytes": 1})], ids=["block", "tail"]
+)
+def test_an_eviction_ends_an_upload_that_continues_what_it_takes(
+    daemon: DaemonProcess, stored: int, selection: dict[str, Any]
+) -> None:
+    """Also one that only names a number of bytes: the whole block before it, or the tail that its first block extends.
+
+    A new sequence continues nothing and is not in the table yet, so that such an eviction leaves it alone.
+    """
+    tokens = list(range(5000, 5700))
+    with client_of(daemon) as client, grpc.insecure_channel(daemon.listen) as channel:
+        stub = rpc.KVStoreStub(channel)
+        session, base = patient(client, NAMESPACE, "affine8"), tokens[:stored]
+        assert session.store(base, make_layers(LAYOUT, base), wait=True).stored_tokens == stored
+        longer, other = begin(daemon.listen, stub, tokens), begin(daemon.listen, stub, tokens[1:100])
+        assert (longer.start, other.start) == (stored, 0)
+        wait_until(lambda: daemon.uploads() == 2, 30.0, lambda: str(daemon.uploads()))
+        client.evict(**selection)
+        wait_until(lambda: daemon.uploads() == 1, 30.0, lambda: str(daemon.left_over()))
+        with pytest.raises(grpc.RpcError) as ended:
+            list(stub.CommitStore(pb.CommitStoreRequest(upload_id=longer.upload_id), timeout=30))
+        assert reason_of(from_rpc_error(ended.value)) is Reason.EVICTED
+        *_, kept = stub.CommitStore(pb.CommitStoreRequest(upload_id=other.upload_id), timeout=30)
+        assert kept.stored_tokens == 99
+
+
 def test_a_worker_whose_upload_is_evicted_before_it_writes_does_not_begin_again(
     daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
