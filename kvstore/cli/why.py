@@ -15,6 +15,7 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
+    counted,
     note,
     print_facts,
     print_json,
@@ -80,7 +81,7 @@ def command(
         answer = _ask(client, given, last or 0, namespace, model)
     rows = [_row(one, tokenizer, given) for one in answer["found"]]
     if as_json:
-        print_json({"found": rows, "not_kept": answer["not_kept"]})
+        print_json({"found": rows, "not_kept": answer["not_kept"], "left_out": answer["left_out"]})
         return
     for row in rows:
         print_facts(_title(row), _facts(row))
@@ -88,6 +89,8 @@ def command(
         say("no request is remembered: none has come since the daemon started, or what they found was evicted")
     if last is not None and answer["not_kept"]:
         note(f"of {answer['not_kept']:,} requests nothing is kept: encrypted namespaces, or tenants with a salt")
+    if answer["left_out"]:
+        note(f"{counted(answer['left_out'], 'namespace')} not searched: encrypted, or of tenants with a salt")
     if rows and tokenizer is None and any(row["asked"] for row in rows):
         note("with --model PATH the tokens become text, and what changed is named")
 

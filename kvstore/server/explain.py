@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, TOKEN_BYTES
 from kvstore.core.causes import Cause
 from kvstore.core.keys import Chain
@@ -37,8 +39,10 @@ class Explainer:
         if bool(request.last) == bool(request.tokens):
             raise InvalidRequestError("why takes the tokens of a prompt, or a number of requests")
         self.why.forget()
+        left_out = 0
         if request.tokens:
-            found = [self._prompt(request)]
+            wanted, left_out = self._wanted(request.namespace_prefix, request.alias)
+            found = [self._prompt(request.tokens, wanted)]
         else:
             found = self.why.last(min(request.last, ENTRIES_MAX), request.namespace_prefix, request.alias)
         rows, left = [], PREFIX_BYTES_MAX if request.context else 0
@@ -50,7 +54,7 @@ class Explainer:
             if entry.common_tokens * TOKEN_BYTES < left:
                 left -= self._add_context(row, entry)
             rows.append(row)
-        return pb.WhyReply(found=rows, not_kept=self.why.not_kept)
+        return pb.WhyReply(found=rows, not_kept=self.why.not_kept, left_out=left_out)
 
     def _add_context(self, row: pb.Explanation, entry: Entry) -> int:
         """Fill in what is stored around the place where a prompt parts. Returns the bytes of the common tokens."""
@@ -66,11 +70,13 @@ class Explainer:
                 row.asked_more += nearest.follow(entry.root, entry.parent, head, MORE_TOKENS - SIDE_TOKENS)
         return len(row.prefix)
 
-    def _prompt(self, request: pb.WhyRequest) -> Entry:
+    def _prompt(self, tokens: bytes, wanted: Sequence[tuple[bytes, Identity]]) -> Entry:
         """What is to be said of a prompt: in the namespace that is meant, or, if it never was there, where it was."""
+        if len(tokens) == TOKEN_BYTES:
+            raise InvalidRequestError("a prompt of one token has nothing to restore: its last token is always computed")
         first: Entry | None = None
-        for root, identity in self._wanted(request.namespace_prefix, request.alias):
-            chain = Chain(root, request.tokens)
+        for root, identity in wanted:
+            chain = Chain(root, tokens)
             asked = Asked(Who("", 0, root, identity.alias, identity.engine), "", chain.n_tokens)
             match = self._fetch.match(chain, FIDELITY_ANY)
             entry = self.why.explained(asked, chain, match, identity, OTHERS_ASKED_MAX)
@@ -80,10 +86,10 @@ class Explainer:
         assert first is not None
         return first
 
-    def _wanted(self, prefix: bytes, alias: str) -> list[tuple[bytes, Identity]]:
+    def _wanted(self, prefix: bytes, alias: str) -> tuple[list[tuple[bytes, Identity]], int]:
         """The namespaces that may be meant: the latest that was asked for, then the last used.
 
-        Never a tenant's or an encrypted one: InvalidRequestError where only such fit.
+        Never a tenant's or an encrypted one: the number of those; InvalidRequestError where only such fit.
         """
         nearest = self._engine.nearest
         known = self.why.identities()
@@ -98,7 +104,7 @@ class Explainer:
             raise NotFoundError(f"no namespace is {alias or prefix.hex()}; see: kvstore ls")
         if not shown:
             raise NotFoundError("nothing is stored, and no worker has asked for anything since the daemon started")
-        return shown[:WANTED_MAX]
+        return shown[:WANTED_MAX], len(fit) - len(shown)
 
 
 def explanation_message(entry: Entry) -> pb.Explanation:

@@ -17,6 +17,7 @@ from kvstore.cli.app import cli
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.core.blocks import pack_tokens
+from kvstore.core.text import counted
 from kvstore.errors import InvalidRequestError
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -201,6 +202,28 @@ def test_nothing_of_tenants_is_shown(shared_daemon: DaemonProcess, client: Clien
     assert not [one for one in answer["found"] if one["alias"] == "tenant-lm"] and answer["not_kept"] >= 2
     with pytest.raises(InvalidRequestError, match="tenant"):
         client.why(tenant.tokens(tenant.body("0d9fa")), alias="tenant-lm")
+
+
+def test_that_namespaces_were_not_searched_is_said(
+    shared_daemon: DaemonProcess, client: Client, agent: Agent, model: Path, tmp_path: Path
+) -> None:
+    """A prompt that is a tenant's own is not to look as if it were stored nowhere."""
+    agent.ask(agent.body("0d9fa"))
+    Agent(model, patient(client, make_namespace(LAYOUT, "tenant-lm", salt=b"other")), tmp_path).ask(agent.body("1f3aa"))
+    left_out = client.why([1, 2, 3])["left_out"]
+    assert left_out >= 1
+    ended = CliRunner().invoke(cli, ["why", "1 2 3", "--address", shared_daemon.listen])
+    assert f"{counted(left_out, 'namespace')} not searched" in ended.stderr
+    assert client.why([1, 2, 3], namespace_prefix=agent.session.namespace.root)["left_out"] == 0
+
+
+def test_a_prompt_of_one_token_is_told_that_it_has_nothing_to_restore(
+    shared_daemon: DaemonProcess, agent: Agent
+) -> None:
+    """It is not too short for the store: no prompt of one token is."""
+    agent.ask(agent.body("0d9fa"))
+    text = said(shared_daemon, "5", "--namespace", agent.session.namespace.root.hex()[:12], code=2)
+    assert "nothing to restore" in text and "below_threshold" not in text
 
 
 def test_wrong_questions_are_one_line(shared_daemon: DaemonProcess, model: Path, tmp_path: Path) -> None:
