@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.utils import load_tokenizer
@@ -76,7 +75,6 @@ def start(
     assert digests.wait(folder, 30.0)
     for name in ("stream_generate", "ResponseGenerator"):
         monkeypatch.setattr(mlx_lm_server, name, getattr(mlx_lm_server, name))
-    monkeypatch.setattr(mx, "clear_cache", mx.clear_cache)  # put back afterwards
     checkpoints.plug_in(mlx_lm_server, prefetch.generator())
     made: list[Any] = []
 

@@ -85,12 +85,16 @@ def loading() -> Iterator[None]:
 def release_memory() -> None:
     """Give memory that MLX keeps for reuse back to the system; not while a file object is being loaded. Any thread.
 
-    Without a GPU `mx.clear_cache` waits for the streams of all threads and keeps Python's lock meanwhile, for which a
-    load from a file object waits in turn: for ever.
+    Without a GPU MLX's own `clear_cache` waits for the streams of all threads and keeps Python's lock meanwhile, for
+    which a load from a file object waits in turn: for ever. Generation loops call it, also in a user's program that
+    fetches on another thread, so this function takes its place in `mlx.core` as soon as this module is imported.
     """
     with _loading:
         if not _loads:
             _clear_cache()
+
+
+setattr(mx, "clear_cache", release_memory)  # noqa: B010  # mypy refuses the plain assignment
 
 
 _streams = threading.local()

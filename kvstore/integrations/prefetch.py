@@ -23,10 +23,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.server import ResponseGenerator
 
-from kvstore.codecs import device
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.checkpoints import Prefill, SegmentedGenerator
 from kvstore.integrations.models import ModelKey
@@ -202,6 +200,4 @@ def generator() -> type[SegmentedGenerator]:
     if given != ["self", "request", "generation_args", "progress_callback"]:
         log.warning("this mlx_lm.server takes requests in another way; fetches are made on its generation thread")
         return SegmentedGenerator
-    # The server clears MLX's cache while it generates, which must not meet a load on another thread.
-    setattr(mx, "clear_cache", device.release_memory)  # noqa: B010  # mypy refuses the plain assignment
     return PrefetchingGenerator

@@ -34,7 +34,6 @@ from vllm_mlx.models import mllm
 from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
-from kvstore.codecs import device
 from kvstore.core.layers import Layout
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
@@ -314,8 +313,6 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
         models.add(computes, model.model_name)
         vision.epoch((model.model_name, None, None), computes)
 
-    # The schedulers clear MLX's cache while they compute, which must not meet a load on another thread.
-    mx.clear_cache = device.release_memory
     engine_core.EngineCore.add_request = ahead_of_turn(engine_core.EngineCore.add_request)
     tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load = load, load_vision
 

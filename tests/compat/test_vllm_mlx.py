@@ -359,7 +359,6 @@ def test_a_scheduler_clears_the_cache_of_mlx_beside_no_load(tmp_path: Path, monk
     """Prompts are loaded on other threads: without a GPU the stock call would wait for them, and they for it."""
     _, _, store, _ = looked_after(tmp_path)
     for owner, name in (
-        (mx, "clear_cache"),
         (scheduler, "MemoryAwarePrefixCache"),
         (mllm_batch_generator, "MemoryAwarePrefixCache"),
         (engine_core.EngineCore, "add_request"),

@@ -100,11 +100,8 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Generator:
     return made
 
 
-def test_hits_are_decoded_while_a_model_generates(
-    client: Client, generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hits_are_decoded_while_a_model_generates(client: Client, generator: Generator) -> None:
     """By threads of this process and by the daemon: the tokens are those generated alone, and all hits are equal."""
-    monkeypatch.setattr(mx, "clear_cache", device.release_memory)  # as the integrations do it
     session = patient(client, make_namespace(LAYOUT, "beside"), "balanced")
     assert session.store(TOKENS, layers_of(LAYOUT, normal_rows(LAYOUT, N_TOKENS), N_TOKENS), wait=True).durable
     want = hit_rows(fetch(session, [*TOKENS, OTHER]))
