@@ -1,13 +1,14 @@
-"""Stores prompts of `mlx_lm.server` while they are computed: a cancelled request or a killed server loses little.
+"""Stores prompts of a server while they are computed: a cancelled request or a killed server loses little.
 
-The server computes a prompt in steps (`--prefill-step-size`). Between two steps its generation thread may read the
-cache: every row is evaluated, and nothing writes into it. The new rows are then copied into the session's bounded
-queue, some 2,048 tokens at a time (`core/limits.py`), and the session's thread sends them. What finds no room comes
-with the next part, or with what the server inserts at the end, which then moves only what is left. Window and recurrent
-layers are copied every 8,192 tokens, as a checkpoint that the next one replaces. The hooks in the server are
+`mlx_lm.server` and vllm-mlx compute a prompt in steps (`--prefill-step-size`). Between two steps the generation thread
+may read the cache: every row is evaluated, and nothing writes into it. The new rows are then copied into the session's
+bounded queue, some 2,048 tokens at a time (`core/limits.py`), and the session's thread sends them. What finds no room
+comes with the next part, or with what the server inserts at the end, which then moves only what is left. Window and
+recurrent layers are copied every 8,192 tokens, as a checkpoint that the next one replaces. The hooks are
 
-    BatchGenerator     `next` ends between two steps of a batch; `remove` is where a cancelled prompt is given up
-    stream_generate    sequential requests: its progress callback comes between two steps
+    BatchGenerator     of both servers: `next` ends between two steps of a batch; `remove` is where a cancelled prompt
+                       is given up
+    stream_generate    sequential requests of mlx_lm.server: its progress callback comes between two steps
 
 With a draft model the engine says nothing between its steps; such a prompt is stored at its end, and at the ends that
 `checkpoints` feeds it to.
@@ -17,21 +18,83 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as stock
 
+from kvstore.client.storer import Touch
 from kvstore.core.blocks import BLOCK_TOKENS
-from kvstore.integrations.prompt_cache import Prompt, PromptCache
+from kvstore.core.layers import Layout
+from kvstore.core.limits import Limits
+from kvstore.integrations.caches import capture, token_count
+from kvstore.integrations.epochs import Epoch
+from kvstore.integrations.models import ModelKey, ModelStore
 
 View = Callable[[], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt that was looked up: in which epoch of its model, and how many of its tokens the engine was given."""
+
+    model: ModelKey
+    tokens: list[int]
+    epoch: Epoch | None
+    covered: int
+    touch: Touch | None = None
+
+
+class PrefixCaching(Protocol):
+    """The prefix cache of a server, as what stores its prompts sees it. On the generation thread."""
+
+    @property
+    def limits(self) -> Limits:
+        """Of the client."""
+
+    def begun(self, before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> Prompt | None:
+        """Which prompt the engine begins, given layers that hold `before`, and `rest` to compute; None: not known."""
+
+    def needs_checkpoints(self, model: ModelKey) -> bool:
+        """Whether caches of the model can be continued only from where they were kept."""
+
+    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+        """Store what is new of a prompt; see the function of this name."""
+
+
+class OneByOne(PrefixCaching, Protocol):
+    """One whose server looks a prompt up right before it computes it."""
+
+    @property
+    def computing(self) -> Prompt | None:
+        """The prompt that was looked up last."""
+
+
+def store_part(
+    store: ModelStore, layout: Layout, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool
+) -> int:
+    """Store what is new of a prompt that is still being computed; how many of its tokens are held or queued then.
+
+    `view()` gives layers that hold its first `n_tokens`; they are let go. If they hold another number, nothing is
+    stored. Raises what looking at an engine's layers raises: call it under `ModelStore.guard`.
+    """
+    layers = view()
+    if token_count(layers) not in (None, n_tokens):
+        return 0
+    captured = capture(layers, n_tokens)
+    session = store.session(prompt.model, layout, prompt.epoch)
+    # What the engine is yet to quantize is not what it will go on with.
+    if session is None or [one.spec for one in captured] != list(layout.layers):
+        return 0
+    tokens_max = store.config.limits.prefill_part_tokens_max
+    return session.store_part(prompt.tokens[:n_tokens], captured, tokens_max, checkpoint, prompt.touch).stored_tokens
 
 
 class Filling:
     """A prompt that the engine is computing, and how much of it the store was given. On the generation thread."""
 
-    def __init__(self, cache: PromptCache, prompt: Prompt) -> None:
+    def __init__(self, cache: PrefixCaching, prompt: Prompt) -> None:
         self._cache = cache
         self._prompt = prompt
         self._has_checkpoints = cache.needs_checkpoints(prompt.model)
@@ -64,17 +127,17 @@ class Filling:
 class StoringBatch(BatchGenerator):
     """The server's batch generator, with parts of its prompts stored between steps. On the generation thread."""
 
-    def __init__(self, *args: Any, prompt_cache: PromptCache, **options: Any) -> None:
+    def __init__(self, *args: Any, prompt_cache: PrefixCaching, **options: Any) -> None:
         self._prompts = prompt_cache
         self._fillings: dict[int, Filling] = {}
         super().__init__(*args, **options)
 
     def insert_segments(self, *args: Any, **options: Any) -> Any:
-        """As the stock one, noting which of the prompts is the one that was looked up."""
+        """As the stock one, noting which prompts were looked up."""
         uids = super().insert_segments(*args, **options)
-        prompt = self._prompts.computing
-        for uid, segments, _, _, before, *_ in list(self._unprocessed_sequences)[-len(uids) :]:
-            if prompt is not None and [*before, *(token for one in segments for token in one)] == prompt.tokens:
+        for uid, segments, _, layers, before, *_ in list(self._unprocessed_sequences)[-len(uids) :]:
+            prompt = self._prompts.begun(before, [token for one in segments for token in one], layers)
+            if prompt is not None:
                 self._fillings[uid] = Filling(self._prompts, prompt)
         return uids
 
@@ -124,7 +187,7 @@ def one_of(layer: Any, index: int) -> Any:
     return made
 
 
-def watched(cache: PromptCache, options: dict[str, Any]) -> dict[str, Any]:
+def watched(cache: OneByOne, options: dict[str, Any]) -> dict[str, Any]:
     """The options of `stream_generate` for the prompt that was looked up last, with parts of it stored."""
     prompt, report = cache.computing, options.get("prompt_progress_callback")
     rest, layers = options.get("prompt"), options.get("prompt_cache")
@@ -142,7 +205,7 @@ def watched(cache: PromptCache, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "prompt_progress_callback": progress}
 
 
-def plug_in(server: Any, cache: PromptCache) -> None:
+def plug_in(server: Any, cache: OneByOne) -> None:
     """Have `server`, the module `mlx_lm.server`, store what it looks up in `cache` while it computes it."""
     stock_generate = server.stream_generate
 

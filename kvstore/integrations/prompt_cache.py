@@ -18,13 +18,13 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from kvstore.client import connect
-from kvstore.client.storer import Touch
 from kvstore.core.layers import Layout
 from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
-from kvstore.integrations.caches import align, capture, layout, probe, quantized, token_count
+from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
+from kvstore.integrations.prefilling import Prompt, View, store_part
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.speed import PrefillSpeed
 from kvstore.integrations.touches import FirstTouches
@@ -62,17 +62,6 @@ class Expected:
         if (self.model, self.tokens) != (model, tokens):
             return False
         return covered >= self.covered if self.found is None else self.found.epoch == epoch
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt that was looked up: in which epoch of its model, and how many of its tokens the engine was given."""
-
-    model: ModelKey
-    tokens: list[int]
-    epoch: Epoch | None
-    covered: int
-    touch: Touch | None = None
 
 
 def _as_list(tokens: Any) -> list[int]:
@@ -223,23 +212,21 @@ class PromptCache(LRUPromptCache):
                 entry = self._trie.get(place, tokens)
                 self._store.store(place[0], tokens, entry.prompt_cache, exactly=True, epoch=place[1])
 
-    def store_part(self, prompt: Prompt, n_tokens: int, view: Callable[[], Sequence[Any]], *, checkpoint: bool) -> int:
-        """Store what is new of a prompt that is still being computed; how many of its tokens are held or queued then.
+    def begun(self, before: Sequence[int], rest: Sequence[int], _layers: Sequence[Any]) -> Prompt | None:
+        """The prompt that was looked up last, if it is what the engine begins."""
+        prompt = self.computing
+        return prompt if prompt is not None and [*before, *rest] == prompt.tokens else None
 
-        `view()` gives layers that hold its first `n_tokens`; they are let go. If they hold another number, or the model
-        has changed since, nothing is stored. Never raises.
+    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+        """Store what is new of a prompt that is still being computed, unless the model has changed since; never raises.
+
+        See `prefilling.store_part`.
         """
         held = 0
         with self._store.guard():
-            layers, layouts = view(), self._layouts(prompt.model)
-            if layouts and self._epoch(prompt.model) == prompt.epoch and token_count(layers) in (None, n_tokens):
-                captured = capture(layers, n_tokens)
-                session = self._store.session(prompt.model, layouts[0], prompt.epoch)
-                # What the engine is yet to quantize is not what it will go on with.
-                if session and [one.spec for one in captured] == list(layouts[0].layers):
-                    tokens_max = self.limits.prefill_part_tokens_max
-                    part = prompt.tokens[:n_tokens]
-                    held = session.store_part(part, captured, tokens_max, checkpoint, prompt.touch).stored_tokens
+            layouts = self._layouts(prompt.model)
+            if layouts and self._epoch(prompt.model) == prompt.epoch:
+                held = store_part(self._store, layouts[0], prompt, n_tokens, view, checkpoint=checkpoint)
         return held
 
     @property

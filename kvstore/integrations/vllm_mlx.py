@@ -8,6 +8,10 @@ With `--kv-cache-quantization` an entry holds codes. These are stored, bit-exact
 stock class does it, so that a hit from the store is what the same hit in memory would be. A sequence that it leaves
 plain because it is short may begin with rows that were expanded from codes, and is not stored.
 
+The scheduler for text computes prompts with the batches of mlx-lm, so these are stored while they are computed
+(`prefilling`), except where it quantizes its caches: what an entry will hold is known at the end alone. The scheduler
+for vision has batches of its own, which say nothing between their steps.
+
 Trouble with the store is a miss. The schedulers call all of this on the thread that owns the arrays.
 """
 
@@ -17,11 +21,13 @@ import functools
 import logging
 import os
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from vllm_mlx import cli, engine_core, mllm_batch_generator, scheduler
 from vllm_mlx.memory_cache import (
@@ -35,18 +41,23 @@ from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
 from kvstore.core.layers import Layout
+from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, model_folder
+from kvstore.integrations.prefilling import Prompt, StoringBatch, View, store_part
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
 from kvstore.integrations.restoring import Found
 from kvstore.integrations.run import announce
 from kvstore.integrations.speed import PrefillSpeed
 
 log = logging.getLogger(__name__)
+
+# Prompts that were looked up and wait for their turn: of more, the oldest are stored when they have been answered.
+_WAITING_MAX = 64
 
 
 def engine_version(models_from: str) -> str:
@@ -59,6 +70,7 @@ class Models:
 
     def __init__(self) -> None:
         self._known: list[tuple[weakref.ref[Any], str]] = []
+        self._caches: list[weakref.ref[PrefixCache]] = []
 
     def add(self, model: Any, path: str) -> None:
         """Note where a model came from; it is not kept alive."""
@@ -68,6 +80,17 @@ class Models:
     def key(self, model: Any) -> ModelKey | None:
         """How the store knows the model; None for one that was loaded in another way than those that are watched."""
         return next(((path, None, None) for known, path in self._known if known() is model), None)
+
+    def serve(self, cache: PrefixCache) -> None:
+        """Note a prefix cache; it is not kept alive."""
+        self._caches = [*(known for known in self._caches if known() is not None), weakref.ref(cache)]
+
+    def batch(self, model: Any, **options: Any) -> BatchGenerator:
+        """A scheduler's batches: with a prefix cache of the model they store what they compute."""
+        caches = [cache for known in self._caches if (cache := known()) is not None and cache.computes(model)]
+        if not caches:
+            return BatchGenerator(model, **options)
+        return StoringBatch(model, prompt_cache=caches[-1], **options)
 
 
 class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is not there when types are checked
@@ -90,6 +113,8 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._in_flight = InFlight()
         self._epoch = self._look()
         self._ahead = Ahead(store.config.memory_bytes)
+        self._waiting: deque[tuple[Prompt, weakref.ref[Any] | None]] = deque(maxlen=_WAITING_MAX)
+        models.serve(self)
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
 
@@ -98,7 +123,47 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._enter_epoch()
         cache, rest = self._found(tokens)
         self._in_flight.begin(self._key, tokens, self._epoch, cache)
+        if self._key is not None and self._epoch is not None:
+            prompt = Prompt(self._key, tokens, self._epoch, len(tokens) - len(rest) if cache else 0)
+            self._waiting.append((prompt, weakref.ref(cache[0]) if cache else None))
         return cache, rest
+
+    def computes(self, model: Any) -> bool:
+        """Whether this is the cache of the model's prompts."""
+        return self._model() is model
+
+    def begun(self, _before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> Prompt | None:
+        """The prompt that was looked up with this answer.
+
+        The engine does not say what was computed before; but it goes on with the layers that it was given, or has none.
+        """
+        prompt: Prompt
+        for waiting in reversed(self._waiting):
+            prompt, first = waiting
+            if (first is None or first() is layers[0]) and prompt.tokens[prompt.covered :] == rest:
+                self._waiting.remove(waiting)
+                return prompt
+        return None
+
+    def needs_checkpoints(self, model: ModelKey) -> bool:
+        """Whether caches of the model can be continued only from where they were kept."""
+        return model == self._key and any(one.exact_layers for one in self._layouts())
+
+    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+        """Store what is new of a prompt that is still being computed, unless the model has changed since; never raises.
+
+        See `prefilling.store_part`.
+        """
+        held = 0
+        with self._tier.guard():
+            if self._layouts() and self._look() == prompt.epoch:
+                held = store_part(self._tier, self._layouts()[0], prompt, n_tokens, view, checkpoint=checkpoint)
+        return held
+
+    @property
+    def limits(self) -> Limits:
+        """Of the client."""
+        return self._tier.config.limits
 
     def look_ahead(self, tokens: list[int], seconds: float) -> None:
         """Fetch from the store what memory does not have of a prompt, for a `fetch` that comes within `seconds`.
@@ -295,6 +360,7 @@ def plug_in(text: ModelStore, vision: ModelStore) -> None:
     mllm_batch_generator.MemoryAwarePrefixCache = functools.partial(
         PrefixCache, store=vision, models=models, leaves_one=False
     )
+    scheduler.BatchGenerator = models.batch
     stock_load, stock_load_vision = tokenizer.load_model_with_fallback, mllm.MLXMultimodalLM.load
 
     @functools.wraps(stock_load)

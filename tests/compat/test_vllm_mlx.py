@@ -35,7 +35,7 @@ from kvstore.integrations.models import ModelStore
 from kvstore.integrations.vllm_mlx import Models, PrefixCache, engine_version
 from tests.support.daemon import DaemonProcess
 from tests.support.fake_store import FakeClient
-from tests.support.limits import OPEN_DEADLINES, launch
+from tests.support.limits import OPEN_DEADLINES, launch, small_config
 from tests.support.models import expand_small_lm, heldout_tokens, write_tiny
 from tests.support.servers import ANSWER_TIMEOUT_S, HOST, ServerProcess, clean_environ, free_port, wait_until
 
@@ -173,7 +173,7 @@ FOUND = {"llama": 335, "qwen3_5": 301, "gemma3": 301, "gpt_oss": 301, "falcon_h1
 
 def answer(engine: scheduler.Scheduler, tokens: list[int], max_tokens: int) -> Request:
     """One request, run to its end."""
-    request = Request(str(len(tokens)), tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+    request = Request(str(hash(tuple(tokens))), tokens, SamplingParams(max_tokens=max_tokens, temperature=0.0))
     engine.add_request(request)
     while engine.has_requests():
         engine.step()
@@ -206,6 +206,45 @@ def test_layers_of_every_kind_continue_as_cold(name: str, tmp_path: Path, monkey
         assert store.flush(30.0)
         found = answer(second, longer, 4)
         assert (found.output_token_ids, found.cached_tokens) == (expected, FOUND[name]), "from the store"
+        store.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_prompt_that_is_given_up_is_found_as_far_as_it_was_computed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts with one end but other beginnings wait together; one is aborted at four fifths, and asked again."""
+    model, tokenizer = load(str(folder := write_tiny(tmp_path / name, name)))
+    heldout, step, n_tokens = heldout_tokens(), 128, 1280
+    prompts = [[*heldout[start : start + n_tokens - 100], *heldout[:100]] for start in (100, 2000)]
+    options = {"prefill_step_size": step, "prefill_batch_size": 2}
+    cold = scheduler.Scheduler(model, tokenizer, scheduler.SchedulerConfig(enable_prefix_cache=False, **options))
+    expected = [answer(cold, tokens, 4).output_token_ids for tokens in prompts]
+    with DaemonProcess(tmp_path / "data", profile="raw") as daemon:
+        parts = {"prefill_part_tokens": 256, "prefill_checkpoint_tokens": 256}
+        client = connect(config=small_config(daemon.listen, **parts))
+        store, models = ModelStore(client, engine=engine_version("mlx-lm")), Models()
+        models.add(model, str(folder))
+        store.pin(str(folder))
+        store.digests.wait(folder, 30.0)
+        monkeypatch.setattr(
+            scheduler, "MemoryAwarePrefixCache", functools.partial(PrefixCache, store=store, models=models)
+        )
+        monkeypatch.setattr(scheduler, "BatchGenerator", models.batch)
+        first = scheduler.Scheduler(model, tokenizer, scheduler.SchedulerConfig(enable_prefix_cache=True, **options))
+        given_up = [Request(str(at), tokens, SamplingParams(max_tokens=4)) for at, tokens in enumerate(prompts)]
+        for request in given_up:
+            first.add_request(request)
+        for _ in range(n_tokens * 4 // 5 // step):
+            first.step()
+        for request in given_up:
+            first.abort_request(request.request_id)
+        first.step()
+        assert store.flush(30.0)
+        second = scheduler.Scheduler(model, tokenizer, scheduler.SchedulerConfig(enable_prefix_cache=True, **options))
+        for tokens, output in zip(prompts, expected, strict=True):
+            found = answer(second, tokens, 4)
+            assert (found.output_token_ids, found.cached_tokens >= n_tokens * 3 // 5) == (output, True)
         store.close()
 
 
