@@ -18,7 +18,7 @@ volume is not mounted, or a bucket that was named by mistake, stays empty.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -27,8 +27,12 @@ from kvstore.errors import InvalidRequestError, KVStoreError, RemoteError
 
 # Of a listing. It is what S3 gives at once.
 PAGE_NAMES_MAX = 1000
+# One call of a walk over all objects, for which nobody waits.
+CALL_S = 60.0
 MARKER = "kvstore-remote.json"
 MARKER_TEXT = b'{"format": "kvstore-remote", "version": 1}\n'
+# What `honours_create` writes, and deletes unless it is killed.
+PROBE = "probe/"
 _NAME = re.compile(r"[a-z0-9_][a-z0-9._-]*(/[a-z0-9_][a-z0-9._-]*)*")
 _NAME_BYTES_MAX = 512
 
@@ -108,6 +112,14 @@ class ObjectStore(Protocol):
 
     def sweep(self, older_s: float, deadline: Deadline) -> int:
         """Remove what writes that were interrupted at least this long ago left behind; how many."""
+
+
+def every_object(store: ObjectStore, prefix: str = "") -> Iterator[Listed]:
+    """All objects, page by page, each with a deadline of its own. RemoteError, DeadlineError."""
+    after = ""
+    while page := store.names(prefix, after, Deadline(CALL_S)):
+        yield from page
+        after = page[-1].name
 
 
 def require_name(name: str) -> str:

@@ -7,7 +7,7 @@ import secrets
 from kvstore.config.remote_address import RemoteAddress, S3Access
 from kvstore.core.breaker import Deadline
 from kvstore.remote.folder import FolderStore
-from kvstore.remote.object_store import ObjectStore
+from kvstore.remote.object_store import PROBE, ObjectStore
 from kvstore.remote.s3 import S3Store
 
 
@@ -22,7 +22,7 @@ def honours_create(store: ObjectStore, deadline: Deadline) -> bool:
     Where it is not, two daemons that push one block at the same moment both pay for it, and a reader that began with
     one object starts again with the other. What is read is verified in any case. RemoteError, DeadlineError.
     """
-    name = f"probe/{secrets.token_hex(8)}"
+    name = f"{PROBE}{secrets.token_hex(8)}"
     store.create(name, [memoryview(b"first")], deadline)
     try:
         return not store.create(name, [memoryview(b"second")], deadline)
