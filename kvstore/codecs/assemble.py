@@ -138,7 +138,9 @@ def _decoded(
 
 def _decode(segment: Segment, tensors: Sequence[mx.array], part: PartSpec, context: Context) -> mx.array:
     """Rows of a segment and of the head-room after it; other rows of its groups are cut off."""
-    placed = replace(context, first_token=context.first_token + segment.start - segment.lead)
+    spare = tensors[0].shape[2] - segment.held if segment.group_tokens == 1 else 0
+    first = context.first_token + segment.start - segment.lead
+    placed = replace(context, first_token=first, spare_tokens=spare)
     array = codec_of(segment.recipe).decode(tensors, segment.recipe, part, placed)
     if segment.lead + segment.shown == segment.held and not segment.lead:
         return array

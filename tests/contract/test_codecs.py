@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,14 +15,16 @@ from hypothesis import strategies as st
 
 from kvstore.codecs import device
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
-from kvstore.codecs.codec import Codec, check_runs, codec_of, codecs
+from kvstore.codecs.codec import Codec, Context, check_runs, codec_of, codecs
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.pca import PCA
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.codecs.turboquant_even import turboquant_even_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
+from tests.support.pca_bases import in_context, make_basis
 from tests.support.stored import random_payload
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "affine.json"
@@ -35,6 +38,7 @@ RECIPES = [
     *(turboquant_mse_recipe(bits, log=True) for bits in (3, 4)),
     turboquant_mse_recipe(6, together=128),
     *(turboquant_even_recipe(bits, together=128) for bits in (3, 8)),
+    Recipe(PCA),
 ]
 DTYPES = ("BF16", "F16", "F32")
 WIDTHS = (64, 80, 96, 128, 192, 576)
@@ -52,10 +56,16 @@ def make_array(seed: int, part: PartSpec, layers: int, tokens: int) -> mx.array:
     return device.to_array(rows, part.dtype)
 
 
-def fitted(target: Recipe, part: PartSpec) -> tuple[Codec, Recipe]:
-    """The recipe for this geometry and its codec, which is raw where `target` cannot be."""
-    recipe = codec_of(target).fit(target, part)
-    return codec_of(recipe), recipe
+def fitted(target: Recipe, part: PartSpec, layers: int = 1) -> tuple[Codec, Recipe, Context]:
+    """The recipe for this geometry, its codec, which is raw where `target` cannot be, and a context somewhere.
+
+    That of `pca` names a basis that is made for the part.
+    """
+    recipe, context = target, Context(1000, "keys", tuple(range(layers)))
+    if target.name == PCA:
+        recipe, context = in_context(make_basis(part.heads, part.width, layers), layers, first_token=1000)
+    recipe = codec_of(recipe).fit(recipe, part)
+    return codec_of(recipe), recipe, context
 
 
 def as_bytes(array: mx.array) -> bytes:
@@ -85,9 +95,9 @@ def test_what_encode_returns_is_what_tensors_says(
     target: Recipe, part: PartSpec, layers: int, tokens: int, seed: int
 ) -> None:
     """Names and geometry travel in the record; the bytes must agree with them."""
-    codec, recipe = fitted(target, part)
+    codec, recipe, context = fitted(target, part, layers)
     tokens *= codec.group_tokens
-    encoded = codec.encode(make_array(seed, part, layers, tokens), recipe)
+    encoded = codec.encode(make_array(seed, part, layers, tokens), recipe, context)
     described = codec.tensors(part, recipe)
     assert len({tensor.name for tensor in described}) == len(described)
     for array, tensor in zip(encoded, described, strict=True):
@@ -103,9 +113,9 @@ def test_decoding_gives_back_shape_and_dtype(
     target: Recipe, part: PartSpec, layers: int, tokens: int, seed: int
 ) -> None:
     """Never another dtype: an engine that gets fp32 for bf16 doubles its memory without saying so."""
-    codec, recipe = fitted(target, part)
+    codec, recipe, context = fitted(target, part, layers)
     array = make_array(seed, part, layers, tokens * codec.group_tokens)
-    decoded = codec.decode(codec.encode(array, recipe), recipe, part)
+    decoded = codec.decode(codec.encode(array, recipe, context), recipe, part, context)
     assert decoded.shape == array.shape
     assert decoded.dtype == array.dtype
     assert mx.all(mx.isfinite(decoded)).item()
@@ -118,41 +128,43 @@ def test_encoding_a_slice_is_slicing_the_encoded(
     target: Recipe, part: PartSpec, layers: int, tokens: int, seed: int, cut: tuple[int, int]
 ) -> None:
     """Bit for bit, in both directions: this is why one block serves every prefix of it."""
-    codec, recipe = fitted(target, part)
+    codec, recipe, context = fitted(target, part, layers)
     group = codec.group_tokens
     first = min(cut[0], tokens - 1) * group
     last = min(tokens * group, first + cut[1] * group)
     array = make_array(seed, part, layers, tokens * group)
-    whole = codec.encode(array, recipe)
-    small = codec.encode(array[:, :, first:last], recipe)
+    later = replace(context, first_token=context.first_token + first)
+    whole = codec.encode(array, recipe, context)
+    small = codec.encode(array[:, :, first:last], recipe, later)
     rows = rows_of(whole, codec, recipe, part, first, last)
     for a, b in zip(rows, small, strict=True):
         assert as_bytes(a) == as_bytes(b)
-    cut_then_decoded = codec.decode(rows, recipe, part)
-    assert as_bytes(cut_then_decoded) == as_bytes(codec.decode(whole, recipe, part)[:, :, first:last])
+    cut_then_decoded = codec.decode(rows, recipe, part, later)
+    assert as_bytes(cut_then_decoded) == as_bytes(codec.decode(whole, recipe, part, context)[:, :, first:last])
 
 
 @each_recipe
 def test_rows_of_zeros_decode_to_zeros(target: Recipe) -> None:
     """Head-room is zero-filled tensors that are decoded with the rest."""
     part = PartSpec(2, 128, "BF16")
-    codec, recipe = fitted(target, part)
+    codec, recipe, context = fitted(target, part)
     zeros = [
         device.to_array(np.zeros((1, t.heads, t.rows(3 * codec.group_tokens), t.row_bytes), np.uint8), t.dtype)
         for t in codec.tensors(part, recipe)
     ]
-    assert mx.all(codec.decode(zeros, recipe, part) == 0).item()
+    spare = replace(context, spare_tokens=zeros[0].shape[2])
+    assert mx.all(codec.decode(zeros, recipe, part, spare) == 0).item()
 
 
 @each_recipe
 def test_fidelity_is_a_rank_below_exact_unless_nothing_is_lost(target: Recipe) -> None:
     """More bits rank higher, and only exact data has the highest rank."""
-    codec = codec_of(target)
-    rank = codec.fidelity(target)
+    part = PartSpec(1, 64, "F32")
+    codec, recipe, context = fitted(target, part)
+    rank = codec.fidelity(recipe)
     assert 0 < rank <= FIDELITY_EXACT
-    array = make_array(1, PartSpec(1, 64, "F32"), 1, 4 * codec.group_tokens)
-    recipe = codec.fit(target, PartSpec(1, 64, "F32"))
-    decoded = codec.decode(codec.encode(array, recipe), recipe, PartSpec(1, 64, "F32"))
+    array = make_array(1, part, 1, 4 * codec.group_tokens)
+    decoded = codec.decode(codec.encode(array, recipe, context), recipe, part, context)
     assert (rank == FIDELITY_EXACT) == (as_bytes(decoded) == as_bytes(array))
 
 
