@@ -24,7 +24,7 @@ from kvstore.engine import Row
 from kvstore.quality import Thresholds, Verdict
 from kvstore.server import power as power_module
 from kvstore.server.power import Power, is_low_power, read_power
-from kvstore.server.pressure import NOT_CALIBRATED, Pressure, Quiet
+from kvstore.server.pressure import BUSY, NOT_CALIBRATED, Pressure, Quiet
 from kvstore.server.store import StoreRequest
 from tests.support.intake import BytesSource, carry_out
 from tests.support.synthetic import as_numpy, make_layers, make_layout, make_namespace
@@ -204,9 +204,6 @@ def test_a_store_that_is_full_evicts_only_what_it_must(tmp_path: Path) -> None:
     assert world.engine.used_bytes * 100 < world.engine.budget_bytes * 70
     assert after.evicted_blocks - before.evicted_blocks <= 3
     world.close()
-
-
-BUSY = "stores or fetches are under way"
 
 
 def test_nothing_is_re_encoded_while_anything_is_stored_or_fetched_or_shortly_after(world: World) -> None:

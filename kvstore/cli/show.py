@@ -69,6 +69,7 @@ def _block(block: dict[str, Any]) -> list[tuple[str, str]]:
         ("after", block["parent"]),
         ("tokens", f"{block['n_tokens']}: {block['start']} up to {last}"),
         ("fidelity", fidelity_text(block["fidelity"])),
+        *([("re-encoded", f"relative error {error:.2%}")] if (error := block.get("error", 0.0)) else []),
         ("recipes", f"{', '.join(block['recipes'])} in {block['runs']} runs"),
         ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
         ("created", time_text(block["created_s"])),

@@ -25,12 +25,16 @@ SHOW_MAX = 100
 
 @dataclass(frozen=True, slots=True)
 class BlockInfo:
-    """A row, what its blob costs on disk, when it was last used, and where it lies."""
+    """A row, what its blob costs on disk, when it was last used, and where it lies.
+
+    `error`: the relative error of its re-encoding; 0 where it was not re-encoded.
+    """
 
     row: Row
     nbytes: int
     accessed_s: int
     path: str
+    error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +256,14 @@ class Listing:
         )
 
     def _infos(self, rows: Iterable[Row]) -> list[BlockInfo]:
-        value, blobs = self._shared.index.table.value, self._shared.blobs
+        table, blobs = self._shared.index.table, self._shared.blobs
         return [
-            BlockInfo(row, value(row.key, "nbytes"), value(row.key, "used_s"), blobs.path(row.blob) or row.blob.name)
+            BlockInfo(
+                row,
+                table.value(row.key, "nbytes"),
+                table.value(row.key, "used_s"),
+                blobs.path(row.blob) or row.blob.name,
+                table.error(row.key),
+            )
             for row in rows
         ]

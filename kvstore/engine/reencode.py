@@ -115,16 +115,16 @@ class Reencoder(Writer):
         shared = self._shared
         with shared.lock:
             shared.uses.apply(shared.index.table)
-            numbers = [space.number for root, space in shared.index.spaces.items() if root in roots]
+            readable = {root for root in roots if not shared.is_key_missing(root)}
+            numbers = [space.number for root, space in shared.index.spaces.items() if root in readable]
             keys = coldest(shared.index.table, numbers, shared.deletions.leased(), count_max)
         with shared.index.view() as view:
-            rows = [row for key in keys if (row := view.row(key)) is not None]
-        return [row for row in rows if not row.is_key_missing]
+            return [row for key in keys if (row := view.row(key)) is not None]
 
     def leave(self, row: Row, why: str = "") -> None:
         """Never try this block again; counted and logged with `why`. Raises OSError, StoreFullError."""
         with self._shared.lock, self._shared.edit() as edit:
-            if row.key in edit.table:
+            if edit.table.value(row.key, "flags") & AUTO:
                 edit.table.settle(row.key)
         if why:
             with self._lock:

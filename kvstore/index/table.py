@@ -133,6 +133,11 @@ class Table:
         slot = self._slots.get(key, -1)
         return int(self._rows[column][slot]) if slot >= 0 else 0
 
+    def error(self, key: bytes) -> float:
+        """The relative error of a blob's re-encoding; 0 when it was not re-encoded."""
+        slot = self._slots.get(key, -1)
+        return float(self._rows["error"][slot]) if slot >= 0 else 0.0
+
     def slots(self, keys: Iterable[bytes]) -> list[int]:
         """Row numbers of keys; those that are not there are left out."""
         return [slot for key in keys if (slot := self._slots.get(key, -1)) >= 0]

@@ -318,6 +318,7 @@ def block_message(info: BlockInfo) -> pb.BlockInfo:
         fidelity=block.fidelity,
         created_s=block.created_s,
         accessed_s=info.accessed_s,
+        error=info.error,
         recipes=sorted(str(recipe) for recipe in recipes),
         path=info.path,
         runs=len(block.runs),

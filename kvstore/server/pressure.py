@@ -31,6 +31,7 @@ from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Layout
+from kvstore.core.text import size_text
 from kvstore.engine import Engine, NewBlock, Row, Slice
 from kvstore.errors import CorruptDataError, KVStoreError
 from kvstore.server.admission import StoreAdmission
@@ -50,6 +51,7 @@ PAUSE_S = 30.0
 SAVED_DIVISOR = 10
 # Copies of a block's values at a time: before, after, and those that are being encoded.
 COPIES = 3
+BUSY = "stores or fetches are under way"
 NOT_CALIBRATED = "no profile smaller than auto's has passed on a stored model; run: kvstore calibrate --model PATH"
 log = logging.getLogger(__name__)
 
@@ -125,12 +127,21 @@ class Pressure:
         self._power = power
         self._is_over = is_over
         self._not_before_s = 0.0
+        self._failure = ""
         # Why nothing is re-encoded now; empty while something is. For `stats`.
-        self.why_not = ""
+        self.why_not = "the daemon has just started"
 
     def step(self) -> None:
         """Re-encode block by block until something is in the way. Once a second, on one thread; raises nothing that a
         disk can do."""
+        before = self._engine.reencoder.stats()
+        self._step()
+        after = self._engine.reencoder.stats()
+        if blocks := after.blocks - before.blocks:
+            sizes = (after.before_bytes - before.before_bytes, after.after_bytes - before.after_bytes)
+            log.info("re-encoded %d blocks: %s became %s", blocks, *map(size_text, sizes))
+
+    def _step(self) -> None:
         while not self._is_over():
             targets = self._targets()
             self.why_not = self._why_not(targets)
@@ -141,13 +152,15 @@ class Pressure:
                 if row is None:
                     self.why_not = "nothing is left that auto stored and that is not pinned"
                     return
-                if not self._reencode(row, targets[row.root]):
-                    self._not_before_s = time.monotonic() + PAUSE_S
+                self._failure = self._reencode(row, targets[row.root])
             except _DisturbedError:
+                self.why_not = BUSY
                 return
             except (KVStoreError, OSError) as error:
-                log.warning("re-encoding waits: %s", error)
+                self._failure = str(error)
+            if self._failure:
                 self._not_before_s = time.monotonic() + PAUSE_S
+                log.warning("re-encoding waits for %d s: %s", PAUSE_S, self._failure)
 
     def _targets(self) -> dict[bytes, Profile]:
         """The smaller profile of each namespace that has one."""
@@ -167,34 +180,38 @@ class Pressure:
         if saving := self._power.why_save():
             return f"the machine is {saving}"
         if not self._quiet.is_long():
-            return "stores or fetches are under way"
-        return "waiting after a failure: see the log" if time.monotonic() < self._not_before_s else ""
+            return BUSY
+        return self._failure if time.monotonic() < self._not_before_s else ""
 
-    def _reencode(self, row: Row, profile: Profile) -> bool:
-        """Re-encode one block, or note that it stays as it is; False when it is to be tried again later."""
+    def _reencode(self, row: Row, profile: Profile) -> str:
+        """Re-encode one block, or note that it stays as it is; why not, when it is to be tried again later."""
         info, reencoder = self._engine.namespace(row.root), self._engine.reencoder
         if info is None:
-            return False
+            return ""  # it was evicted meanwhile
         threshold = max(self._config.min_quantize_tokens, profile.min_quantize_tokens)
         is_short = row.fidelity >= FIDELITY_EXACT and row.end < threshold
         if row.fidelity <= profile.fidelity or is_short:
             reencoder.leave(row)
-            return True
+            return ""
         nbytes = COPIES * info.layout.token_bytes * row.n_tokens + row.blob_bytes
         if not self._buffers.try_acquire(nbytes):
-            return False
+            limit = self._buffers.limit_bytes
+            return f"a block takes {size_text(nbytes)} of buffers, and memory_bytes = {size_text(limit)} are in use"
         try:
             new, error = self._encoded(row, profile, info.layout, info.to_record())
         except CorruptDataError as damage:
             if self._engine.holds(row.key):  # it was not evicted meanwhile
                 reencoder.leave(row, f"it cannot be read: {damage}")
-            return True
+            return ""
         finally:
             self._buffers.release(nbytes)
         if new is None:
             reencoder.leave(row, "it has values that are not finite, or would not be smaller")
-            return True
-        return reencoder.reencode(row, new, error)
+            return ""
+        is_done = reencoder.reencode(row, new, error)
+        return (
+            "" if is_done else "a block could not be exchanged: it changed meanwhile, or there is no room for its copy"
+        )
 
     def _encoded(self, row: Row, profile: Profile, layout: Layout, record: bytes) -> tuple[NewBlock | None, float]:
         """The block in fewer bits and its relative error; None when it is to stay as it is."""

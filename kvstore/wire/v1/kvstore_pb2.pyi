@@ -929,7 +929,7 @@ class SequenceInfo(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., label: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., own_bytes: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., hits: _Optional[int] = ...) -> None: ...
 
 class BlockInfo(_message.Message):
-    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint")
+    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint", "error")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -943,6 +943,7 @@ class BlockInfo(_message.Message):
     PATH_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent: bytes
     namespace_id: bytes
@@ -956,7 +957,8 @@ class BlockInfo(_message.Message):
     path: str
     runs: int
     checkpoint: bool
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ..., checkpoint: bool = ...) -> None: ...
+    error: float
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ..., checkpoint: bool = ..., error: _Optional[float] = ...) -> None: ...
 
 class ShowRequest(_message.Message):
     __slots__ = ("key_prefix",)
