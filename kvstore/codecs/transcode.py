@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.codecs import device
+from kvstore.codecs.codec import NO_CONTEXT
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.encode import PIECE_BYTES, Submit, encode_runs
 from kvstore.codecs.profiles import Profile
@@ -47,14 +48,21 @@ def is_finite(layout: Layout, raw: EncodedRun) -> bool:
     return all(device.all_finite(rows, dtype) for _, dtype, rows in _plain(layout, raw))
 
 
-def transcode(layout: Layout, raw: EncodedRun, block: Block, profile: Profile, submit: Submit) -> list[EncodedRun]:
+def transcode(
+    layout: Layout,
+    raw: EncodedRun,
+    block: Block,
+    profile: Profile,
+    submit: Submit,
+    aux: Mapping[bytes, bytes] = NO_CONTEXT.aux,
+) -> list[EncodedRun]:
     """The runs of a block with the values of `raw`, which its own runs decode to, encoded as the profile says.
 
-    `submit` as for `encode.encode_runs`. What is not encoded, such as the tokens after the last whole group, keeps the
-    rank that it has.
+    `submit` and `aux` as for `encode.encode_runs`. What is not encoded, such as the tokens after the
+    last whole group, keeps the rank that it has.
     """
     runs, at = [], 0
-    for one in encode_runs(layout, [raw], profile, block.start, submit):
+    for one in encode_runs(layout, [raw], profile, block.start, submit, aux):
         packed = pack_run(layout, one, profile)
         rank = min([packed.run.fidelity, *_ranks(block.runs, at, at + packed.run.shown)])
         runs.append(EncodedRun(replace(packed.run, fidelity=rank), packed.buffers))
