@@ -144,11 +144,21 @@ class FakeClient:
         """One block for keys that start with cd."""
         return self._answer({"key_prefix": key_prefix}, {"blocks": [BLOCK] if key_prefix[:1] == b"\xcd" else []})
 
-    def set(self, key: str, value: str, namespace_prefix: bytes = b"", dry_run: bool = False) -> dict[str, Any]:
-        """It was 10 GB before; and nothing would be deleted."""
+    def set(
+        self,
+        key: str,
+        value: str,
+        namespace_prefix: bytes = b"",
+        dry_run: bool = False,
+        alias: str = "",
+        at_once: bool = False,
+    ) -> dict[str, Any]:
+        """It was 10 GB before; and nothing would be deleted, but of what is at most 1 GB."""
+        if alias:
+            raise errors.NotFoundError(f"no namespace {alias}")
         if dry_run:
-            return {"deletes_bytes": 0, "stored_bytes": 1}
-        asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix}
+            return {"deletes_bytes": value == "1GB", "stored_bytes": 1}
+        asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix, "at_once": at_once}
         return self._answer(asked, {"before": "10000000000", "value": "20000000000"})
 
     def settings(self) -> dict[str, Any]:
@@ -300,12 +310,21 @@ def test_set_changes_a_setting_and_says_for_how_long(client: FakeClient) -> None
     """Of the daemon; a namespace that nobody knows is a failure, what is no assignment wrong usage."""
     result = invoke("set", "daemon", "budget_bytes=20GB")
     assert result.stdout == "budget_bytes is 20.0 GB now (before: 10.0 GB)\n"
-    assert client.asked == {"key": "budget_bytes", "value": "20GB", "namespace_prefix": b""}
+    assert client.asked == {"key": "budget_bytes", "value": "20GB", "namespace_prefix": b"", "at_once": False}
     assert "until the daemon stops" in result.stderr
     assert answer("set", "small-lm", "budget_bytes=20GB")["before"] == "10000000000"
     assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
     assert invoke("set", "no-such-model", "budget_bytes=1GB").exit_code == 1
     assert invoke("set", "daemon", "budget_bytes").exit_code == 2
+
+
+def test_set_lets_what_deletes_much_wait_unless_it_is_confirmed(client: FakeClient) -> None:
+    """A script is told so; `--yes` does not wait."""
+    result = invoke("set", "daemon", "budget_bytes=1GB")
+    assert "in a minute: set it back to keep them, or give --yes" in result.stderr
+    assert result.exit_code == 0 and client.asked["at_once"] is False
+    result = invoke("set", "daemon", "budget_bytes=1GB", "--yes")
+    assert "deletes" in result.stderr and "minute" not in result.stderr and client.asked["at_once"] is True
 
 
 def test_ls_lists_sequences_or_blocks_of_one_model_or_of_all(client: FakeClient) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from kvstore.engine.keep import PINS_MAX
 from kvstore.errors import LimitError, NotFoundError
 from tests.support.engine import (
     HYBRID,
+    checkpoint,
     disk_usage,
     find,
     namespace,
@@ -28,9 +29,11 @@ from tests.support.engine import (
     put,
     put_checkpoint,
     require_sound,
+    sequence,
 )
 
 NS, OTHER = namespace(), namespace("other weights")
+HYBRIDS = namespace("hybrid", HYBRID)
 DAY_S = 86_400
 
 
@@ -68,7 +71,8 @@ def clock() -> Clock:
 @pytest.fixture
 def engine(tmp_path: Path, clock: Clock) -> Iterator[Engine]:
     """An engine with room for about forty prompts."""
-    with Engine.open(tmp_path / "data", options(budget_bytes=2 << 20, durability="none"), clock=clock) as engine:
+    small = options(budget_bytes=2 << 20, durability="none")
+    with Engine.open(tmp_path / "data", small, clock=clock, steady=clock) as engine:
         yield engine
 
 
@@ -238,6 +242,128 @@ def test_a_general_time_to_live_holds_where_a_namespace_has_none(engine: Engine,
     assert find(engine, OTHER, prompt(1)).n_tokens == 300
 
 
+def test_a_clock_that_jumps_ahead_expires_nothing_by_it(tmp_path: Path, clock: Clock) -> None:
+    """At a start or while running: more than a day of it counts only as time passes; then what is due goes."""
+    steady = Clock()
+    limits = options(durability="none", ttl_s=30 * DAY_S)
+
+    def opened() -> Engine:
+        return Engine.open(tmp_path / "data", limits, clock=clock, steady=steady)
+
+    with opened() as engine:
+        put(engine, NS, prompt(1))
+        clock.now_s += 40 * DAY_S
+        engine.maintain()
+        assert find(engine, NS, prompt(1)).n_tokens == 300
+    for _ in range(3):
+        with opened() as engine:
+            steady.now_s += 60
+            engine.maintain()
+            assert find(engine, NS, prompt(1)).n_tokens == 300
+            assert engine.keeper.would_delete(ttl_s=30 * DAY_S)[0] == 0
+    clock.now_s -= 40 * DAY_S
+    with opened() as engine:
+        put(engine, NS, prompt(2))
+        for _ in range(20):
+            clock.now_s += DAY_S
+            steady.now_s += DAY_S
+            engine.maintain()
+        engine.touch(engine.match(chain_of(prompt(2))).slices)
+        clock.now_s += 20 * DAY_S
+        for _ in range(13):
+            steady.now_s += 3600
+            engine.maintain()
+        assert find(engine, NS, prompt(1)).reason is Reason.EXPIRED
+        assert find(engine, NS, prompt(2)).n_tokens == 300
+
+
+def test_a_time_to_live_holds_over_a_night_without_power(tmp_path: Path, clock: Clock) -> None:
+    """A day at most counts at once."""
+    limits = options(durability="none", ttl_s=DAY_S)
+    with Engine.open(tmp_path / "data", limits, clock=clock, steady=clock) as engine:
+        put(engine, NS, prompt(1))
+        clock.now_s += DAY_S // 2
+        engine.maintain()
+    clock.now_s += DAY_S // 2 + 10
+    with Engine.open(tmp_path / "data", limits, clock=clock, steady=clock) as engine:
+        assert find(engine, NS, prompt(1)).reason is Reason.EXPIRED
+
+
+@pytest.mark.parametrize("cause", ["budget", "ttl", "quota"])
+def test_limits_that_delete_much_wait_for_a_minute(
+    tmp_path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, cause: str
+) -> None:
+    """At a start, with a warning: meanwhile what is stored is served, and nothing that needs room is stored."""
+    with Engine.open(tmp_path / "data", options(durability="none"), clock=clock, steady=clock) as engine:
+        for number in range(20):
+            put(engine, NS, prompt(number))
+        half = engine.stats().stored_bytes // 2
+        budget = engine.used_bytes - half
+        clock.now_s += DAY_S // 2
+        put(engine, NS, prompt(20))
+    if cause == "quota":
+        with Engine.open(tmp_path / "data", options(deletion_wait_s=60), clock=clock, steady=clock) as engine:
+            engine.keeper.change_terms(NS.root, Terms(quota_bytes=half))
+    limits = {"budget": {"budget_bytes": budget}, "ttl": {"ttl_s": DAY_S // 4}, "quota": {}}[cause]
+    caplog.clear()
+    changed = options(durability="none", deletion_wait_s=60, **limits)
+    with Engine.open(tmp_path / "data", changed, clock=clock, steady=clock) as engine:
+        [warned] = [text for one in caplog.records if "about to" in (text := one.getMessage()) and "60 s" in text]
+        assert f"({cause}) in 60 s, unless limits change" in warned
+        clock.now_s += 50
+        engine.maintain()
+        assert all(find(engine, NS, prompt(number)).n_tokens == 300 for number in range(21))
+        if cause == "budget":
+            assert put(engine, NS, prompt(21)).reason is Reason.STORE_FULL
+            assert "about to delete" in engine.degraded
+        clock.now_s += 20
+        engine.maintain()
+        assert find(engine, NS, prompt(0)).n_tokens == 0
+        assert find(engine, NS, prompt(20)).n_tokens == 300 and not engine.degraded
+        assert engine.stats().evictions[cause][0] > 5
+        require_sound(engine)
+
+
+def test_other_limits_save_what_waits_and_a_confirmed_one_does_not(engine: Engine, clock: Clock) -> None:
+    """As `kvstore set` does it, without and with --yes."""
+    engine._shared.options = replace(engine._shared.options, deletion_wait_s=60)
+    for number in range(10):
+        put(engine, NS, prompt(number))
+    half = engine.used_bytes - engine.stats().stored_bytes // 2
+    engine.limit(half, 0)
+    engine.limit(2 << 20, 0)
+    clock.now_s += 100
+    engine.maintain()
+    assert all(find(engine, NS, prompt(number)).n_tokens == 300 for number in range(10))
+    engine.limit(half, 0, at_once=True)
+    assert engine.used_bytes <= half and find(engine, NS, prompt(9)).n_tokens == 300
+
+
+def test_a_namespace_that_was_emptied_keeps_the_name_of_its_limits(tmp_path: Path, engine: Engine) -> None:
+    """Over a restart, too; without limits it has none."""
+    put(engine, NS, prompt(1))
+    engine.keeper.change_terms(NS.root, Terms(quota_bytes=1))
+    assert not engine.stats().namespaces and engine.keeper.named("weights") == [NS.root]
+    engine.close()
+    with Engine.open(tmp_path / "data", options()) as again:
+        assert again.keeper.named("weights") == [NS.root] and not again.keeper.named("")
+        again.keeper.change_terms(NS.root, Terms(quota_bytes=1 << 30))
+        assert again.keeper.named("weights") == [NS.root]
+        again.keeper.change_terms(NS.root, Terms())
+        assert not again.keeper.named("weights")
+
+
+def test_an_eviction_says_what_pins_kept(engine: Engine) -> None:
+    """By size or age, also in a dry run; one by name ends them."""
+    for number in range(3):
+        put(engine, NS, prompt(number))
+    kept = engine.keeper.pin(NS.root, [last_key(engine, prompt(1))])
+    for dry_run in (True, False):
+        report = engine.evict(Selection(bytes=1 << 30), dry_run)
+        assert report.pinned_bytes == kept > 0 and report.blocks == 4
+    assert engine.evict(Selection(all=True)).pinned_bytes == 0 == engine.stats().stored_bytes
+
+
 def test_a_clock_that_goes_back_expires_nothing(engine: Engine, clock: Clock) -> None:
     """Ages are differences; one that is negative is no age."""
     put(engine, NS, prompt(1))
@@ -293,7 +419,7 @@ def test_what_is_not_stored_cannot_be_pinned_and_there_are_not_too_many(tmp_path
 
 
 class Retention(RuleBasedStateMachine):
-    """Stores, fetches, pins, terms, budgets, clock jumps and restarts in any order."""
+    """Stores, fetches, pins, terms, budgets, clock jumps, restarts and kills in any order."""
 
     BUDGET_BYTES = 1 << 20
 
@@ -301,11 +427,15 @@ class Retention(RuleBasedStateMachine):
     def begin(self, seed: int) -> None:
         """A new directory."""
         self.folder = Path(tempfile.mkdtemp())
-        self.clock = Clock()
-        self.draw = random.Random(seed)
+        self.data_dir = self.folder / f"data{seed}"
+        self.clock, self.steady = Clock(), Clock()
         self.budget_bytes = self.BUDGET_BYTES
         self.pinned: dict[int, list[bytes]] = {}
-        self.engine = Engine.open(self.folder / "data", self.options(), clock=self.clock)
+        self.open()
+
+    def open(self) -> None:
+        """The directory as it is."""
+        self.engine = Engine.open(self.data_dir, self.options(), clock=self.clock, steady=self.steady)
 
     def options(self) -> EngineOptions:
         """Without syncs, which are not what this is about."""
@@ -315,6 +445,12 @@ class Retention(RuleBasedStateMachine):
     def store(self, number: int, length: int) -> None:
         """As much as finds room."""
         put(self.engine, NS, prompt(number, length))
+
+    @rule(number=st.integers(0, 5), length=st.integers(20, 900))
+    def store_hybrid(self, number: int, length: int) -> None:
+        """With a checkpoint at its end."""
+        tokens = prompt(number, length)
+        self.engine.store(HYBRIDS.to_record(), [*sequence(HYBRIDS, tokens), checkpoint(HYBRIDS, tokens)])
 
     @rule(number=st.integers(0, 30))
     def fetch(self, number: int) -> None:
@@ -348,7 +484,17 @@ class Retention(RuleBasedStateMachine):
     def wait(self, seconds: int) -> None:
         """Time passes, or is set back."""
         self.clock.now_s += seconds
+        self.steady.now_s += max(0, seconds)
         self.engine.maintain()
+
+    @rule(days=st.sampled_from([-40, 40]))
+    def jump(self, days: int) -> None:
+        """A clock that is set ahead or back expires nothing."""
+        self.engine.maintain()
+        before = self.engine.stats().evictions.get("ttl")
+        self.clock.now_s += days * DAY_S
+        self.engine.maintain()
+        assert self.engine.stats().evictions.get("ttl") == before
 
     @rule(budget=st.sampled_from([1 << 19, 1 << 20]))
     def limit(self, budget: int) -> None:
@@ -360,7 +506,18 @@ class Retention(RuleBasedStateMachine):
     def restart(self) -> None:
         """In order."""
         self.engine.close()
-        self.engine = Engine.open(self.folder / "data", self.options(), clock=self.clock)
+        self.open()
+
+    @rule(lose_index=st.booleans())
+    def kill(self, lose_index: bool) -> None:
+        """The directory as SIGKILL leaves it, perhaps without its index."""
+        before, self.data_dir = self.data_dir, self.data_dir.with_name(self.data_dir.name + "k")
+        shutil.copytree(before, self.data_dir)
+        self.engine.close()
+        shutil.rmtree(before)
+        if lose_index:
+            (self.data_dir / "index" / "data.mdb").unlink()
+        self.open()
 
     @invariant()
     def pins_hit_and_limits_hold(self) -> None:
@@ -371,13 +528,18 @@ class Retention(RuleBasedStateMachine):
             (info,) = self.engine.show(key)
             while info.row.parent != NS.root:
                 (info,) = self.engine.show(info.row.parent)
-        assert self.engine.used_bytes == disk_usage(self.folder / "data")
+        rows = {info.row.key: info.row for info in self.engine.list_blocks(limit=1000)}
+        assert all(row.parent == row.root or row.parent in rows for row in rows.values())
+        assert self.engine.used_bytes == disk_usage(self.data_dir)
         assert self.engine.used_bytes <= self.budget_bytes
 
     def teardown(self) -> None:
         """Close and remove."""
         if hasattr(self, "engine"):
             require_sound(self.engine)
+            for number, keys in self.pinned.items():
+                found = {part.row.key for part in find(self.engine, NS, prompt(number, 600)).slices}
+                assert found & set(keys)
             self.engine.close()
             shutil.rmtree(self.folder)
 

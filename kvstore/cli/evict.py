@@ -104,6 +104,8 @@ def command(
     freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
     kept = report.get("kept_bytes", 0)
     later = f"; {size_text(kept)} more when readers let go" if kept else ""
+    if pinned := report.get("pinned_bytes", 0):
+        later += f"; {size_text(pinned)} {'would stay' if dry_run else 'stay'}, pinned: kvstore pin KEY --remove"
     say(f"{'would free' if dry_run else 'freed'} {freed} in {counted(report['blocks'], 'block')}{later}")
 
 

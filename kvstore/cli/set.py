@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,7 +31,9 @@ MANY_DIVISOR = 10
 @click.command("set")
 @click.argument("target", metavar="NAMESPACE|daemon")
 @click.argument("assignments", metavar="KEY=VALUE", nargs=-1, required=True)
-@click.option("--yes", is_flag=True, help="Do not ask before much is deleted; a script is never asked.")
+@click.option(
+    "--yes", is_flag=True, help="Delete at once, however much it is: without asking, or the wait of a script."
+)
 @common_options
 def command(
     target: str,
@@ -46,31 +48,31 @@ def command(
     Of the daemon: budget_bytes, free_floor_bytes, write_bytes_per_day_max (sizes such as 50GB; 0: automatic), ttl (30d;
     0: none), admission (auto, always, staged, read-only) and log_level.
     To keep a change, write it into the configuration file. Of a namespace, by id or alias: quota (20GB; 0: none) and
-    ttl (30d; 0: as the daemon's). What is over a new limit is evicted at once.
+    ttl (30d; 0: as the daemon's). What is over a new limit is evicted at once; more than a tenth of the store only
+    after a minute, unless a person or --yes confirms it.
     """
     pairs = [_pair(assignment) for assignment in assignments]
     with connected(client_config(address, config_path)) as client:
-        prefix = b"" if target == DAEMON else _namespace(client, target)
+        prefix, alias = (b"", "") if target == DAEMON else _namespace(client, target)
         for key, value in pairs:
-            _confirm(client, key, value, prefix, asked=not yes)
-            changed = client.set(key, value, prefix)
+            at_once = _confirm(client.set(key, value, prefix, True, alias), f"{key}={value}", yes=yes)
+            changed = client.set(key, value, prefix, alias=alias, at_once=at_once)
             if as_json:
                 print_json({"key": key, "before": changed["before"], "value": changed["value"]})
                 continue
             before, now = (_text(key, changed[name]) for name in ("before", "value"))
             say(f"{key} is {now} now (before: {before})")
-    if not prefix and not as_json:
+    if target == DAEMON and not as_json:
         note("until the daemon stops; the configuration file keeps it")
 
 
-def _namespace(client: Client, target: str) -> bytes:
+def _namespace(client: Client, target: str) -> tuple[bytes, str]:
+    """The id, or the alias of one that has limits and may hold nothing: then the daemon knows it, or says so."""
     try:
-        return require_namespace(client, target)
-    except NotFoundError as error:
-        if not as_id(target):
-            empty = "one that holds nothing, as under a quota that is too small, goes by its id: see the daemon's log"
-            raise NotFoundError(f"{error}; {empty}") from None
-        return as_id(target)  # it may have limits of its own and hold nothing
+        return require_namespace(client, target), ""
+    except NotFoundError:
+        prefix = as_id(target)
+        return prefix, "" if prefix else target
 
 
 def _pair(assignment: str) -> tuple[str, str]:
@@ -80,17 +82,17 @@ def _pair(assignment: str) -> tuple[str, str]:
     return key, value
 
 
-def _confirm(client: Client, key: str, value: str, prefix: bytes, *, asked: bool) -> None:
-    """If a limit would delete much, say so and ask on a terminal. Raises click.Abort unless the answer is yes."""
-    plan = client.set(key, value, prefix, dry_run=True)
+def _confirm(plan: dict[str, Any], what: str, *, yes: bool) -> bool:
+    """Whether it goes at once. If a limit would delete much, say so, and ask on a terminal; Abort unless it is yes."""
     deletes, stored = plan["deletes_bytes"], plan["stored_bytes"]
     if deletes * MANY_DIVISOR <= stored or not deletes:
-        return
-    what = f"{key}={value} deletes {size_text(deletes)} of {size_text(stored)} stored"
-    if asked and someone_is_there():
-        click.confirm(f"{what}. Go on?", abort=True, err=True)
-    else:
-        note(what)
+        return yes
+    what = f"{what} deletes {size_text(deletes)} of {size_text(stored)} stored"
+    if yes or not someone_is_there():
+        note(what if yes else f"{what}, in a minute: set it back to keep them, or give --yes")
+        return yes
+    click.confirm(f"{what}. Go on?", abort=True, err=True)
+    return True
 
 
 def _text(key: str, value: str) -> str:

@@ -207,14 +207,25 @@ class Client:
             raise UnavailableError("the daemon ended before the check did")
         return {"schema": SCHEMA, **message_to_dict(reply)}
 
-    def set(self, key: str, value: str, namespace_prefix: bytes = b"", dry_run: bool = False) -> dict[str, Any]:
+    def set(
+        self,
+        key: str,
+        value: str,
+        namespace_prefix: bytes = b"",
+        dry_run: bool = False,
+        alias: str = "",
+        at_once: bool = False,
+    ) -> dict[str, Any]:
         """Change a setting of the running daemon, until it stops: budget_bytes, free_floor_bytes, ttl, admission,
         write_bytes_per_day_max or log_level.
 
-        With `namespace_prefix` quota or ttl of the namespace whose id starts so, for good. A dry run says what it
-        would delete.
+        With `namespace_prefix` quota or ttl of the namespace whose id starts so, for good; with `alias` of one that has
+        some and may hold nothing. A dry run says what it would delete. Where that is more than a tenth of what is
+        stored, it goes a minute later, or `at_once`.
         """
-        request = pb.SetRequest(namespace_prefix=namespace_prefix, key=key, value=value, dry_run=dry_run)
+        request = pb.SetRequest(
+            namespace_prefix=namespace_prefix, key=key, value=value, dry_run=dry_run, alias=alias, at_once=at_once
+        )
         return self._ask("Set", request, EVICT_S)
 
     def pin(

@@ -70,6 +70,9 @@ class Limits:
     # Pushes go no faster than this: a quarter of a gigabit link, so that restoring from it, here and elsewhere, stays
     # fast.
     remote_push_bytes_per_s_max: int = 32 * MIB
+    # Limits that would delete more than a tenth of the store, at a start or by `kvstore set`, wait for this long: time
+    # to read the warning and stop a daemon whose configuration has a typo.
+    deletion_wait_s: int = 60
     # Share of the budget for open uploads. The other half stays with what is already stored.
     upload_share_percent: int = 50
 

@@ -81,7 +81,7 @@ class Engine:
         self._evictor = evictor = Evictor(shared)
         self.quality = QualityFiles(shared.directory.quality, shared.fs, sync=shared.sync)
         self.transfer = Transfer(shared)
-        self.keeper = Keeper(shared, evictor.keep_terms)
+        self.keeper = Keeper(shared, evictor.begin_limits)
         # STORE
         self.store = Writer(shared, evictor).store
         self.encrypt, self.shred = shared.encrypt, shared.shred
@@ -115,9 +115,10 @@ class Engine:
         fs: Fs | None = None,
         clock: Callable[[], float] = time.time,
         blobs: Blobs | None = None,
+        steady: Callable[[], float] = time.monotonic,
     ) -> Engine:
-        """Take the directory and put it in order. `fs` and `clock` are seams for tests; `blobs` is where bytes
-        lie, None: files in the directory.
+        """Take the directory and put it in order. `fs`, `clock` and `steady`, which no one sets, are seams for tests;
+        `blobs` is where bytes lie, None: files in the directory.
 
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
@@ -125,7 +126,7 @@ class Engine:
         directory, held = claim(data_dir, options.keys_dir)
         index: Index | None = None
         try:
-            place = Place(directory, held, options, fs, blobs, clock)
+            place = Place(directory, held, options, fs, blobs, clock, steady)
             index = recovered_index(place)
             held.write(clean=False, durability=options.durability, socket=options.socket)
             shared = Shared(place, index, clock)
@@ -276,18 +277,21 @@ class Engine:
         """Most bytes that it may cost."""
         return self._shared.options.budget_bytes
 
-    def limit(self, budget_bytes: int, free_floor_bytes: int, ttl_s: int = 0) -> None:
-        """Keep to these limits from now on, and at once."""
+    def limit(self, budget_bytes: int, free_floor_bytes: int, ttl_s: int = 0, *, at_once: bool = False) -> None:
+        """Keep to these limits from now on.
+
+        Where they delete more than a tenth of what is stored, nothing goes for `deletion_wait_s`, unless `at_once`:
+        other limits save it. Until then nothing is stored that needs room.
+        """
         shared = self._shared
         shared.options = replace(
             shared.options, budget_bytes=budget_bytes, free_floor_bytes=free_floor_bytes, ttl_s=ttl_s
         )
-        self._keep_to_limits()
+        self._keep_to_limits(at_once)
 
-    def _keep_to_limits(self) -> None:
-        self._evictor.announce()
+    def _keep_to_limits(self, at_once: bool = False) -> None:
+        self._evictor.begin_limits(at_once)
         self._evictor.make_room(0)
-        self._evictor.keep_terms()
         self._shared.evictions.tell()
         self._shared.health.tell()
 

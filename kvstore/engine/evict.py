@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.blobs.protocol import BlobId
 from kvstore.core.blocks import Reason
@@ -17,10 +17,20 @@ from kvstore.core.text import size_text
 from kvstore.engine.deletions import Deletion
 from kvstore.engine.evictions import ASKED, BUDGET, FLOOR, TTL
 from kvstore.engine.ledger import COMMIT_BYTES
-from kvstore.engine.retain import NO_LIMIT, VICTIMS_MAX, Mask, reachable_bytes, remove_rows, tree, victims, where
+from kvstore.engine.retain import (
+    NO_LIMIT,
+    VICTIMS_MAX,
+    Mask,
+    pinned_bytes,
+    reachable_bytes,
+    remove_rows,
+    tree,
+    victims,
+    where,
+)
 from kvstore.engine.shared import DISPLACED, Shared
 from kvstore.engine.shortage import Compaction, Shortage
-from kvstore.engine.terms import Choose, end_pins, over_terms, preview
+from kvstore.engine.terms import Choose, end_pins, over_terms, preview, warn_of_deletions
 from kvstore.errors import DirectoryError, InvalidRequestError, StoreFullError
 from kvstore.index.rows import Row
 from kvstore.index.table import Table
@@ -28,8 +38,6 @@ from kvstore.index.table import Table
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
 _SLACK_BYTES_MAX = 256 << 20
-# Evictions by limits are announced when they remove more than this part of the store.
-_MANY_DIVISOR = 10
 # A request makes a few files; with fewer inodes left it would fail half-way.
 _NAMES_MIN = 8
 # How often a thread that waits for another one's eviction looks whether there is room by now.
@@ -60,11 +68,13 @@ class EvictReport:
     """What was removed, or would be: blocks, checkpoints among them, and bytes on disk.
 
     `kept_bytes` are deleted, too, but still on the disk: readers have the files open, or the disk did not let them go.
+    `pinned_bytes` were selected and stay, since they are pinned or lead to what is.
     """
 
     blocks: int
     freed_bytes: int
     kept_bytes: int = 0
+    pinned_bytes: int = 0
 
 
 class Evictor:
@@ -75,6 +85,7 @@ class Evictor:
         self.compaction = Compaction(shared)
         self.shortage = Shortage(shared, self.compaction)
         self._evicting = threading.Lock()  # never taken by a thread that holds the engine's lock
+        self._waits_until_s = 0.0
         self._floor_freed = 0
         self._floor_wanted = 0
 
@@ -121,7 +132,8 @@ class Evictor:
     def keep_terms(self, *, wait: bool = True) -> None:
         """Evict what namespaces have over their quota, and what was not used within its time to live."""
         shared = self._shared
-        if not (shared.keep.terms or shared.options.ttl_s or shared.index.table.usage().aux_blocks):
+        has_terms = shared.keep.terms or shared.options.ttl_s or shared.index.table.usage().aux_blocks
+        if self.is_waiting or not has_terms:
             return
         try:
             with shared.lock:
@@ -143,14 +155,15 @@ class Evictor:
         choose = self._chooser(selection)
         need = selection.bytes or NO_LIMIT
         is_named = not (selection.idle_s > 0 or selection.bytes or selection.orphans)
+        with shared.lock:
+            shared.uses.apply(shared.index.table)
+            table = shared.index.table.snapshot() if dry_run else shared.index.table
+            mask = choose(table)
+            pinned = 0 if is_named else pinned_bytes(table, mask)
         if dry_run:
-            with shared.lock:
-                shared.uses.apply(shared.index.table)
-                table = shared.index.table.snapshot()
-                mask = choose(table)
             if is_named:
                 table.pin(())
-            return EvictReport(*preview(table, need, mask, shared.options.policy))
+            return EvictReport(*preview(table, need, mask, shared.options.policy), pinned_bytes=pinned)
         shared.require_place()
         try:
             # Stores that need room wait, looking whether they have it by now; nothing is evicted twice for them.
@@ -158,11 +171,11 @@ class Evictor:
                 if is_named:
                     end_pins(shared, choose)
                 if not (selection.key_prefix or selection.idle_s > 0 or selection.bytes):
-                    return self._evict_namespaces(selection)
+                    return replace(self._evict_namespaces(selection), pinned_bytes=pinned)
                 if selection.key_prefix and not (selection.idle_s > 0 or selection.bytes):
                     with shared.lock:
                         shared.evictions.mark(selection.namespace_prefix, selection.key_prefix)
-                return self._run(ASKED, need, _NOTHING, choose)
+                return replace(self._run(ASKED, need, _NOTHING, choose), pinned_bytes=pinned)
         except OSError as error:
             raise DirectoryError(f"what was evicted is not known to be durable: {error}; evict again") from error
 
@@ -257,6 +270,8 @@ class Evictor:
 
         Hold the engine's lock.
         """
+        if self.is_waiting:
+            return None
         shared = self._shared
         ledger, budget = shared.ledger, shared.options.budget_bytes
         need = nbytes + (COMMIT_BYTES if nbytes else 0)
@@ -290,6 +305,8 @@ class Evictor:
         ledger, budget = shared.ledger, shared.options.budget_bytes
         if nbytes == 0:
             full = f"the index and uploads alone pass the budget of {size_text(budget)}: raise budget_bytes"
+            if self.is_waiting:
+                full = f"the budget of {size_text(budget)} is about to delete much: see the daemon's log"
             shared.health.over_budget = full if ledger.total > budget else ""
         need = nbytes + (COMMIT_BYTES if nbytes else 0)
         return ledger.total + need <= budget and self._is_above_floor(nbytes)
@@ -325,25 +342,18 @@ class Evictor:
         health.under_floor = why
         health.tell()
 
-    def announce(self) -> None:
-        """Before limits take effect: WARN when they delete more than a tenth of the store. A typo can."""
-        shared = self._shared
+    @property
+    def is_waiting(self) -> bool:
+        """Whether limits delete nothing yet, since they would delete much."""
+        return self._shared.steady() < self._waits_until_s
+
+    def begin_limits(self, at_once: bool) -> None:
+        """Put limits in force: at once, unless they delete so much that it could be a mistake."""
+        shared, lack_bytes = self._shared, self.shortage.floor_lack_bytes()
+        wait_s = 0.0 if at_once else shared.options.deletion_wait_s
         with shared.lock:
-            held, budget, floor = (
-                shared.index.table.usage().disk_bytes,
-                shared.options.budget_bytes,
-                shared.options.free_floor_bytes,
-            )
-            try:
-                short = floor - self.shortage.free_bytes() if floor else 0
-            except OSError:
-                short = 0
-            over = {BUDGET: shared.ledger.total - budget, FLOOR: short}
-            cause = max(over, key=lambda each: over[each])
-            if held and over[cause] > held // _MANY_DIVISOR:
-                lost, all_, budget_, floor_ = map(size_text, (min(held, over[cause]), held, budget, floor))
-                limits = f"budget_bytes is {budget_}, free_floor_bytes {floor_}"
-                log.warning("about to delete %s of %s stored (%s): %s", lost, all_, cause, limits)
+            self._waits_until_s = shared.steady() + wait_s if warn_of_deletions(shared, lack_bytes, wait_s) else 0.0
+        self.keep_terms()
 
     def _evict_bytes(self, cause: str, needed: int, wanted: int, keep: AbstractSet[bytes]) -> int:
         """Evict least recently used leaves until `wanted` bytes are freed; leased ones last, `keep` never.

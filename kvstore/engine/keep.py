@@ -1,5 +1,7 @@
 """What people asked of the store: pins, and quotas and times to live of namespaces; carried out by `Evictor`.
 
+Also the clock by which times to live run out.
+
 No blob says it, so it lies in settings/keep.json, which every rebuild of the index obeys. The file is replaced as a
 whole, by one durable write. It holds keys and namespaces, never tokens.
 """
@@ -11,8 +13,8 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
@@ -25,15 +27,46 @@ PINS_MAX = 1024
 NAMESPACES_MAX = 4096
 # Pins and what leads to them take at most this part of the budget, so that stores still find room.
 PINS_DIVISOR = 5
+_DAY_S = 86_400.0
+# Hours that the clock of times to live takes in for each hour of running.
+_GAIN = 24
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Of one namespace. `quota_bytes` is what it may cost on disk. What was not used for `ttl_s` goes. 0: not set."""
+    """Of one namespace. `quota_bytes` is what it may cost on disk. What was not used for `ttl_s` goes. 0: not set.
+
+    `alias` is kept with them, since the index forgets a namespace that holds nothing.
+    """
 
     quota_bytes: int = 0
     ttl_s: int = 0
+    alias: str = field(default="", compare=False)
+
+
+class TtlClock:
+    """The wall clock, but for jumps ahead: of more than a day it takes in at most a day for each hour of running.
+
+    A clock that is 40 days ahead after a start would otherwise let everything expire at once. It is set right within
+    minutes as a rule. After 40 days without power what is due expires within the same number of hours. Any thread.
+    """
+
+    def __init__(self, clock: Callable[[], float], steady: Callable[[], float], seen_s: float) -> None:
+        """`steady` measures time that passes; `seen_s`: what `clock` said when it was last seen, 0: not known."""
+        self._clock, self._steady = clock, steady
+        self._lock = threading.Lock()
+        self._steady_s = steady()
+        self.seen_s = max(seen_s, min(clock(), seen_s + _DAY_S)) if seen_s else clock()
+
+    def __call__(self) -> float:
+        """Seconds since 1970, at most the wall clock."""
+        with self._lock:
+            now_s, steady_s = self._clock(), self._steady()
+            most_s = self.seen_s + max(0.0, steady_s - self._steady_s) * _GAIN
+            self._steady_s = steady_s
+            self.seen_s = max(self.seen_s, min(now_s, most_s))
+            return min(now_s, most_s)
 
 
 class Keep:
@@ -82,7 +115,8 @@ class Keep:
         fields = {
             "pins": {key.hex(): root.hex() for key, root in sorted(pins.items())},
             "namespaces": {
-                root.hex(): {"quota_bytes": of.quota_bytes, "ttl_s": of.ttl_s} for root, of in sorted(terms.items())
+                root.hex(): {"quota_bytes": of.quota_bytes, "ttl_s": of.ttl_s, "alias": of.alias}
+                for root, of in sorted(terms.items())
             },
         }
         data = json.dumps(fields).encode()
@@ -114,7 +148,8 @@ def _parsed(data: bytes) -> tuple[dict[bytes, bytes], dict[bytes, Terms]]:
     fields = json.loads(data)
     pins = {_key(key): _key(root) for key, root in fields["pins"].items()}
     terms = {
-        _key(root): Terms(_count(of["quota_bytes"]), _count(of["ttl_s"])) for root, of in fields["namespaces"].items()
+        _key(root): Terms(_count(of["quota_bytes"]), _count(of["ttl_s"]), str(of.get("alias", "")))
+        for root, of in fields["namespaces"].items()
     }
     return pins, terms
 

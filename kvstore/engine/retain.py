@@ -132,9 +132,10 @@ def victims(
     return table.keys(named)
 
 
-def pinned_bytes(table: Table) -> int:
-    """What pinned blobs and their ancestors cost on disk."""
-    return int(table.rows["nbytes"][_kept(table, ())].sum())
+def pinned_bytes(table: Table, mask: Mask | None = None) -> int:
+    """What pinned blobs and their ancestors cost on disk; with a selection, those of it."""
+    kept = _kept(table, ())
+    return int(table.rows["nbytes"][kept if mask is None else kept & mask].sum())
 
 
 def evictable(table: Table, keep: Iterable[bytes], mask: Mask | None) -> Mask:

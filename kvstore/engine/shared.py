@@ -26,7 +26,7 @@ from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
 from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.evictions import Evictions, Lost
-from kvstore.engine.keep import Keep
+from kvstore.engine.keep import Keep, TtlClock
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
@@ -40,6 +40,8 @@ DURABILITIES = ("commit", "full", "none")
 # A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
 ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
+# In the index: the clock of times to live when it was last written.
+_CLOCK_S = "clock_s"
 # 2026-01-01. A clock before this code was written has not been set yet, as at the boot of a machine whose battery is
 # empty. Uses that seem to be in its future are not; taken back to it, they would be years old once the clock is right.
 CLOCK_MIN_S = 1_767_225_600
@@ -60,6 +62,7 @@ class EngineOptions:
     beside the data directory), never in the data directory.
     A tail that ends before `short_tokens` gives way to any longer block, others to those of no lower fidelity.
     What was not used for `ttl_s` is evicted, unless its namespace has a TTL of its own; 0: nothing is.
+    Limits that would delete more than a tenth of what is stored wait for `deletion_wait_s`.
     `policy` is a name of `kvstore.engine.retain.POLICIES`.
     `rule` raises CorruptDataError for a block that no engine could go on from, see `kvstore.core.rules`.
     A pass of the scrub reads every blob again at `scrub_bytes_per_s` (0: never), `scrub_interval_s` after the last one.
@@ -83,6 +86,7 @@ class EngineOptions:
     keys_dir: Path | None = None
     policy: str = "lru"
     ttl_s: int = 0
+    deletion_wait_s: float = 0
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:
@@ -104,13 +108,14 @@ class Place:
         fs: Fs,
         blobs: Blobs | None = None,
         clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         """Read the keys and the tombstones. `blobs` None: files in the directory. Raises DirectoryError, OSError."""
         self.directory = directory
         self.held = held
         self.options = options
         self.fs = fs
-        self.clock = clock
+        self.clock, self.steady = clock, steady
         self.sync = options.durability != "none"
         self.ring = KeyRing(directory.keys, fs, options.master_key, sync=self.sync)
         local = LocalBlobs(directory.blobs, directory.quarantine, fs, sync=self.sync) if blobs is None else blobs
@@ -179,6 +184,9 @@ class Shared:
         )
         with index.view() as view:
             self.next_number = max(view.meta(NEXT_NUMBER) or 1, place.tombstones.next_number())
+            seen_s = view.meta(_CLOCK_S) or int(index.table.rows["used_s"].max(initial=0))
+        self.steady = place.steady
+        self.ttl_clock = TtlClock(clock, place.steady, seen_s)
         self.namespaces: dict[bytes, NamespaceInfo] = {}
         self.measure()
 
@@ -219,6 +227,7 @@ class Shared:
             with self.lock, self.edit() as edit:
                 if (now_s := int(self.clock())) >= CLOCK_MIN_S:
                     edit.table.settle_clock(now_s)
+                edit.set_meta(_CLOCK_S, int(self.ttl_clock.seen_s))
         except (KVStoreError, OSError) as error:
             log.warning("the access order could not be written: %s", error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 
@@ -123,6 +124,13 @@ class Shortage:
     def free_bytes(self) -> int:
         """Free on the volume."""
         return self._shared.blobs.room().free_bytes
+
+    def floor_lack_bytes(self) -> int:
+        """What the volume lacks of its free floor; 0 or less: nothing, or it does not say."""
+        floor = self._shared.options.free_floor_bytes
+        with contextlib.suppress(OSError):
+            return floor - self.free_bytes() if floor else 0
+        return 0
 
     def _note(self, need: int, why: str) -> None:
         health = self._shared.health

@@ -6,14 +6,17 @@ Any thread may call, without the engine's lock unless it says otherwise.
 from __future__ import annotations
 
 import functools
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
 
 from kvstore.core.text import size_text
 from kvstore.engine.bases import UNUSED_S
-from kvstore.engine.evictions import QUOTA, TTL
+from kvstore.engine.evictions import BUDGET, FLOOR, QUOTA, TTL
 from kvstore.engine.keep import PINS_DIVISOR, Terms
 from kvstore.engine.retain import Mask, pinned_bytes, reachable_bytes, released_bytes, victims, where
 from kvstore.engine.shared import Shared
@@ -21,19 +24,22 @@ from kvstore.errors import DirectoryError, LimitError, NotFoundError
 from kvstore.index.table import Table
 
 Choose: TypeAlias = Callable[[Table], Mask]
+# A warning precedes evictions that remove more than this part of the store.
+_MANY_DIVISOR = 10
+log = logging.getLogger(__name__)
 
 
 def over_terms(shared: Shared) -> Iterator[tuple[str, int, Choose]]:
     """(why, bytes to free, what may go) of namespaces that are over their terms. Hold the engine's lock."""
     table, leased = shared.index.table, shared.deletions.leased()
-    unused = functools.partial(where, aux=True, unused_since_s=int(shared.clock() - UNUSED_S))
+    unused = functools.partial(where, aux=True, unused_since_s=int(shared.ttl_clock() - UNUSED_S))
     if table.usage().aux_blocks and (nbytes := reachable_bytes(table, leased, unused(table))):
         yield TTL, nbytes, unused
     for root, space in shared.index.spaces.items():
         terms = shared.keep.terms.get(root, Terms())
         own = functools.partial(where, namespaces=[space.number])
         if ttl_s := terms.ttl_s or shared.options.ttl_s:
-            aged = functools.partial(own, unused_since_s=int(shared.clock() - ttl_s))
+            aged = functools.partial(own, unused_since_s=int(shared.ttl_clock() - ttl_s))
             if nbytes := reachable_bytes(table, leased, aged(table)):
                 yield TTL, nbytes, aged
         over = table.usage(space.number).disk_bytes - terms.quota_bytes if terms.quota_bytes else 0
@@ -45,6 +51,27 @@ def preview(table: Table, need_bytes: int, mask: Mask, policy: str) -> tuple[int
     """(blobs, bytes on disk) that an eviction of a selection would take. `table`: a snapshot."""
     keys = victims(table, need_bytes, mask=mask, policy=policy, count_max=len(table) or 1)
     return len(keys), sum(table.value(key, "nbytes") for key in keys) + released_bytes(table, keys)
+
+
+def warn_of_deletions(shared: Shared, short_bytes: int, wait_s: float) -> bool:
+    """Whether the limits in force delete more than a tenth of what is stored, as a typo can; then there is a WARN.
+
+    `short_bytes`: what the volume lacks of the free floor. `wait_s`: how long nothing goes. Hold the engine's lock.
+    """
+    held, options = shared.ledger.get("blobs"), shared.options
+    shared.uses.apply(shared.index.table)
+    over = Counter({BUDGET: shared.ledger.total - options.budget_bytes, FLOOR: short_bytes})
+    for cause, nbytes, _ in over_terms(shared):
+        over[cause] += min(held, nbytes)
+    cause, most = over.most_common(1)[0]
+    if not held or most <= held // _MANY_DIVISOR:
+        return False
+    sizes = map(size_text, (min(held, most), held, options.budget_bytes, options.free_floor_bytes))
+    lost, all_, budget, floor = sizes
+    limits = f"budget_bytes is {budget}, free_floor_bytes {floor}; quotas and times to live: kvstore ls"
+    when = f" in {wait_s:.0f} s, unless limits change" if wait_s else ""
+    log.warning("about to delete %s of %s stored (%s)%s: %s", lost, all_, cause, when, limits)
+    return True
 
 
 def end_pins(shared: Shared, choose: Choose) -> None:
@@ -69,7 +96,7 @@ def unpin(shared: Shared, keys: Sequence[bytes]) -> int:
 class Keeper:
     """The engine's terms and pins. Changes are durable and in force on return; DirectoryError when they are not."""
 
-    def __init__(self, shared: Shared, enforce: Callable[[], None]) -> None:
+    def __init__(self, shared: Shared, enforce: Callable[[bool], None]) -> None:
         self._shared = shared
         self._enforce = enforce
 
@@ -87,16 +114,25 @@ class Keeper:
         """Of a namespace."""
         return self._shared.keep.terms.get(root, Terms())
 
-    def change_terms(self, root: bytes, terms: Terms) -> None:
-        """Evicts at once what is over them. A namespace that is evicted keeps its terms. LimitError: too many have."""
+    def named(self, alias: str) -> list[bytes]:
+        """The namespaces with terms that had this alias when these were set, also those that hold nothing now."""
+        return [root for root, terms in self._shared.keep.terms.items() if alias and terms.alias == alias]
+
+    def change_terms(self, root: bytes, terms: Terms, *, at_once: bool = False) -> None:
+        """Evicts what is over them: as `Engine.limit`. A namespace that is evicted keeps its terms.
+
+        LimitError: too many have some.
+        """
         self._shared.require_place()
+        info = self._shared.namespaces.get(root)
+        alias = info.alias if info else self.terms(root).alias
         try:
-            self._shared.keep.change_terms(root, terms)
+            self._shared.keep.change_terms(root, replace(terms, alias=alias))
         except OSError as error:
             raise DirectoryError(f"the terms of a namespace could not be written: {error}") from error
         with self._shared.lock:
             self._shared.measure()
-        self._enforce()
+        self._enforce(at_once)
 
     def would_delete(
         self, *, budget_bytes: int = 0, ttl_s: int = 0, root: bytes = b"", terms: Terms | None = None
@@ -115,7 +151,7 @@ class Keeper:
                 only, ttl_s = [space.number], terms.ttl_s
                 over += [table.usage(space.number).disk_bytes - terms.quota_bytes] if terms.quota_bytes else []
             if ttl_s:
-                aged = where(table, namespaces=only, unused_since_s=int(shared.clock() - ttl_s))
+                aged = where(table, namespaces=only, unused_since_s=int(shared.ttl_clock() - ttl_s))
                 over.append(reachable_bytes(table, mask=aged))
         return max(0, min(held, max(over, default=0))), held
 

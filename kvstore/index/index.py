@@ -7,7 +7,7 @@ Databases:
     templates   id -> the part of a run's record that many runs share (`kvstore.core.records`)
     namespaces  root -> number in the table, when its identity was last used, namespace record, xxh3_64 of all
     marks       number of a chunk -> marks of first touches (`kvstore.index.marks`), xxh3_64 of them
-    meta        format version, next blob number, whether it is being rebuilt, where the scrub is
+    meta        format version, next blob number, whether it is being rebuilt, where the scrub is, when it was written
 
 Everything here can be rebuilt from blob headers. LMDB never gives free pages back to the volume; `Index.compact` does.
 

@@ -157,14 +157,17 @@ class AdminService(rpc.AdminServicer):
     @unary
     async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:
         prefix, key, value = request.namespace_prefix, request.key, request.value
+        if request.alias:
+            prefix = await self._threads.admin(self._settings.namespace_of, request.alias)
         if request.dry_run:
             deletes, stored = await self._threads.admin(self._settings.would_delete, prefix, key, value)
             return pb.SetReply(deletes_bytes=deletes, stored_bytes=stored)
-        # Lower limits evict at once.
+        # Lower limits evict.
+        at_once = request.at_once
         if prefix:
-            before, value = await self._threads.evict.finish(self._settings.set_terms, prefix, key, value)
+            before, value = await self._threads.evict.finish(self._settings.set_terms, prefix, key, value, at_once)
         else:
-            before, value = await self._threads.evict.finish(self._settings.set, key, value)
+            before, value = await self._threads.evict.finish(self._settings.set, key, value, at_once)
         return pb.SetReply(before=before, value=value)
 
     @unary
@@ -187,7 +190,12 @@ class AdminService(rpc.AdminServicer):
                 raise InvalidRequestError("shredding takes a namespace")
             await self._threads.evict.finish(self._engine.shred, request.namespace_prefix, request.dry_run)
         report = await self._threads.evict(self._evict, selection, request.dry_run)
-        return pb.EvictReply(blocks=report.blocks, freed_bytes=report.freed_bytes, kept_bytes=report.kept_bytes)
+        return pb.EvictReply(
+            blocks=report.blocks,
+            freed_bytes=report.freed_bytes,
+            kept_bytes=report.kept_bytes,
+            pinned_bytes=report.pinned_bytes,
+        )
 
     def _evict(self, selection: Selection, dry_run: bool) -> EvictReport:
         """Evict, and end the uploads that go along."""

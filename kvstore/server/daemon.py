@@ -302,6 +302,7 @@ def engine_options(config: Config) -> EngineOptions:
         rule=check_block,
         keys_dir=keys_home(config),
         ttl_s=config.ttl,
+        deletion_wait_s=config.limits.deletion_wait_s,
     )
 
 

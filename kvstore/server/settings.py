@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kvstore.config import KEYS as CONFIG_KEYS
 from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes, parse_age, parse_size
 from kvstore.core.log import level_in_force, set_level
 from kvstore.engine import Engine, Terms
-from kvstore.errors import ConfigError, InvalidRequestError
+from kvstore.errors import ConfigError, InvalidRequestError, NotFoundError
 from kvstore.server.admission import StoreAdmission
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ NAMESPACE_KEYS: dict[str, tuple[str, Callable[[object], int]]] = {
 
 
 class Settings:
-    """The settings in force. Blocks: lower limits evict at once. Any thread may call; changes take turns."""
+    """The settings in force. Blocks: lower limits evict. Any thread may call; changes take turns."""
 
     def __init__(self, engine: Engine, admission: StoreAdmission, config: Config) -> None:
         self._engine = engine
@@ -45,8 +46,10 @@ class Settings:
         """Where the daemon keeps what is stored."""
         return self._config.data_dir
 
-    def set(self, key: str, value: str) -> tuple[str, str]:
+    def set(self, key: str, value: str, at_once: bool) -> tuple[str, str]:
         """Change one setting, written as in the configuration: (the value before, the value now in force).
+
+        `at_once`: what is over a limit is deleted without a wait, however much it is.
 
         InvalidRequestError for a key that cannot change while the daemon runs, or a value that cannot be.
         """
@@ -59,7 +62,7 @@ class Settings:
             elif key in ("admission", "write_bytes_per_day_max"):
                 self._admission.change(config)
             else:
-                keep_to_limits(self._engine, config)
+                keep_to_limits(self._engine, config, at_once=at_once)
             now = self._in_force(key)
         log.info("%s was set to %s (before: %s), until the daemon stops", key, now, before)
         return before, now
@@ -73,15 +76,25 @@ class Settings:
         except ConfigError as error:
             raise InvalidRequestError(str(error)) from error
 
-    def set_terms(self, namespace_prefix: bytes, key: str, value: str) -> tuple[str, str]:
+    def namespace_of(self, alias: str) -> bytes:
+        """The one namespace that had this alias when its limits were set. NotFoundError for none or several."""
+        found = self._engine.keeper.named(alias)
+        if len(found) != 1:
+            raise NotFoundError(
+                f"{len(found) or 'no'} namespaces with limits have the alias {alias!r}; see: kvstore ls"
+            )
+        return found[0]
+
+    def set_terms(self, namespace_prefix: bytes, key: str, value: str, at_once: bool) -> tuple[str, str]:
         """Change quota or ttl of the one namespace whose id starts so: (the value before, the value now in force).
 
-        It outlives the daemon. InvalidRequestError for another key, a value that cannot be, or not one namespace.
+        `at_once`: as for `set`. It outlives the daemon. InvalidRequestError for another key, a value that cannot be, or
+        not one namespace.
         """
         with self._lock:
             root, terms = self._terms(namespace_prefix, key, value)
             before = self._engine.keeper.terms(root)
-            self._engine.keeper.change_terms(root, terms)
+            self._engine.keeper.change_terms(root, terms, at_once=at_once)
         field = NAMESPACE_KEYS[key][0]
         log.info("%s of namespace %s was set to %s", key, root.hex()[:12], value)
         return str(getattr(before, field)), str(getattr(terms, field))
@@ -97,7 +110,8 @@ class Settings:
             raise InvalidRequestError(f"{len(found) or 'no'} namespaces have an id that starts so")
         field, parse = NAMESPACE_KEYS[key]
         try:
-            return found[0], replace(self._engine.keeper.terms(found[0]), **{field: parse(value)})
+            change: dict[str, Any] = {field: parse(value)}
+            return found[0], replace(self._engine.keeper.terms(found[0]), **change)
         except ValueError as error:
             raise InvalidRequestError(f"{key}: {error}") from error
 
@@ -134,7 +148,7 @@ class Settings:
         return str(stats.budget_bytes if key == "budget_bytes" else stats.free_floor_bytes)
 
 
-def keep_to_limits(engine: Engine, config: Config) -> None:
+def keep_to_limits(engine: Engine, config: Config, *, at_once: bool = False) -> None:
     """Put the limits in force; automatic ones depend on the volume and on what the store takes of it already."""
     volume = os.statvfs(config.data_dir)
     available_bytes = volume.f_bavail * volume.f_frsize + engine.used_bytes
@@ -142,4 +156,5 @@ def keep_to_limits(engine: Engine, config: Config) -> None:
         config.budget_bytes or automatic_budget_bytes(available_bytes),
         config.free_floor_bytes or automatic_floor_bytes(volume.f_blocks * volume.f_frsize),
         config.ttl,
+        at_once=at_once,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,7 @@ def test_a_pinned_prompt_outlives_a_time_to_live_and_a_restart(daemon: DaemonPro
     pinned = verb(daemon, "pin", "--prompt-file", str(tmp_path / "prompt.npy"), "--namespace", "small-lm")
     assert [one["tokens"] for one in pinned["pins"]] == [300]
     assert 0 < pinned["kept_bytes"] < pinned["kept_bytes_max"]
-    set_ = run_cli(["set", "small-lm", "ttl=1s", "quota=1GB"], daemon.environ())
+    set_ = run_cli(["set", "small-lm", "ttl=1s", "quota=1GB", "--yes"], daemon.environ())
     assert set_.returncode == 0, set_.stderr
     assert set_.stdout.splitlines() == ["ttl is 1 s now (before: none)", "quota is 1.0 GB now (before: none)"]
     deadline = time.monotonic() + 30
@@ -82,19 +83,24 @@ def test_a_pinned_prompt_outlives_a_time_to_live_and_a_restart(daemon: DaemonPro
     key = pinned["pins"][0]["key"][:16]
     assert "no longer pinned: 300 tokens of small-lm" in run_cli(["pin", key, "--remove"], daemon.environ()).stdout
     assert verb(daemon, "pin")["pins"] == []
-    # The store is empty by now, and the namespace is still known by its id.
+    # The store is empty by now, and the namespace is still known by its alias and its id.
+    assert verb(daemon, "set", "small-lm", "quota=2GB")["before"] == str(10**9)
     assert verb(daemon, "set", pinned["pins"][0]["namespace_id"], "ttl=0")["value"] == "0"
 
 
 def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
-    """A script is not asked; a person on a terminal is."""
+    """And waits a minute for a script; a person on a terminal is asked, and `--yes` is an answer."""
     for number in range(3):
         fill(daemon, 20_000 + 1000 * number)
     (shown,) = verb(daemon, "show", "small-lm")["namespaces"]
     quota = f"quota={shown['bytes'] // 2}"
     run = run_cli(["set", "small-lm", quota], daemon.environ())
     assert run.returncode == 0
-    assert f"{quota} deletes" in run.stderr and "stored" in run.stderr
+    assert f"{quota} deletes" in run.stderr and "in a minute" in run.stderr
+    assert re.search(r"WARNING about to delete .* in 60 s, unless limits change", daemon.log_text())
+    assert verb(daemon, "show", "small-lm")["namespaces"][0]["bytes"] == shown["bytes"]
+    verb(daemon, "set", "small-lm", quota, "--yes")
+    assert verb(daemon, "show", "small-lm")["namespaces"][0]["bytes"] <= shown["bytes"] // 2
     verb(daemon, "set", "small-lm", "quota=0")
 
 
@@ -108,7 +114,7 @@ def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
         (["set", "small-lm", "ttl=soon"], 2, "not a length of time"),
         (["set", "small-lm", "colour=red"], 2, "quota, ttl"),
         (["set", "nobody", "ttl=1d"], 1, "nobody"),
-        (["set", "nobody", "quota=0"], 1, "goes by its id"),
+        (["set", "nobody", "quota=0"], 1, "nobody"),
     ],
 )
 def test_what_cannot_be_is_one_line(daemon: DaemonProcess, arguments: list[str], status: int, said: str) -> None:

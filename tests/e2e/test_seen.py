@@ -260,7 +260,7 @@ def miss(daemon: DaemonProcess, count: int) -> None:
 def test_a_budget_that_is_lowered_evicts_at_once_and_ends_with_the_daemon(daemon: DaemonProcess) -> None:
     """The log says who and how much; the configuration is in force again after a restart."""
     lower = answered(daemon, "stats")["disk"]["used_bytes"] - 4096
-    changed = answered(daemon, "set", "daemon", f"budget_bytes={lower}")
+    changed = answered(daemon, "set", "daemon", f"budget_bytes={lower}", "--yes")
     assert changed["before"] == str(2 * 10**9)
     assert answered(daemon, "stats")["disk"]["budget_bytes"] == lower and len(daemon.blobs()) < 3
     log = daemon.log_text()

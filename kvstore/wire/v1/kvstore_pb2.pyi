@@ -1079,16 +1079,20 @@ class StoreResult(_message.Message):
     def __init__(self, offered_tokens: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SetRequest(_message.Message):
-    __slots__ = ("namespace_prefix", "key", "value", "dry_run")
+    __slots__ = ("namespace_prefix", "key", "value", "dry_run", "alias", "at_once")
     NAMESPACE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     VALUE_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_FIELD_NUMBER: _ClassVar[int]
+    AT_ONCE_FIELD_NUMBER: _ClassVar[int]
     namespace_prefix: bytes
     key: str
     value: str
     dry_run: bool
-    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key: _Optional[str] = ..., value: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+    alias: str
+    at_once: bool
+    def __init__(self, namespace_prefix: _Optional[bytes] = ..., key: _Optional[str] = ..., value: _Optional[str] = ..., dry_run: bool = ..., alias: _Optional[str] = ..., at_once: bool = ...) -> None: ...
 
 class SetReply(_message.Message):
     __slots__ = ("before", "value", "deletes_bytes", "stored_bytes")
@@ -1205,14 +1209,16 @@ class EvictRequest(_message.Message):
     def __init__(self, namespace_prefix: _Optional[bytes] = ..., key_prefix: _Optional[bytes] = ..., idle_s: _Optional[int] = ..., bytes: _Optional[int] = ..., all: bool = ..., dry_run: bool = ..., shred: bool = ..., orphans: bool = ...) -> None: ...
 
 class EvictReply(_message.Message):
-    __slots__ = ("blocks", "freed_bytes", "kept_bytes")
+    __slots__ = ("blocks", "freed_bytes", "kept_bytes", "pinned_bytes")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
     KEPT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     blocks: int
     freed_bytes: int
     kept_bytes: int
-    def __init__(self, blocks: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ...) -> None: ...
+    pinned_bytes: int
+    def __init__(self, blocks: _Optional[int] = ..., freed_bytes: _Optional[int] = ..., kept_bytes: _Optional[int] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class CheckRequest(_message.Message):
     __slots__ = ("repair",)
