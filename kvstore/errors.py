@@ -104,6 +104,10 @@ class RemoteError(KVStoreError):
     """The remote store did not do what was asked: it cannot be reached, refuses, is full, or was never set up."""
 
 
+class UnmarkedError(RemoteError):
+    """The place of the remote store holds no marker: it is not mounted, or was never set up."""
+
+
 class ObjectChangedError(RemoteError):
     """An object of the remote store is gone, or is another one than its ETag says."""
 

@@ -50,7 +50,7 @@ def test_every_pool_runs_its_work_on_threads_of_its_name(threads: Threads) -> No
         return {name: await pool(lambda: threading.current_thread().name) for name, pool in pools(threads).items()}
 
     assert all(thread.startswith(f"kvstore-{name}_") for name, thread in asyncio.run(names()).items())
-    assert len(pools(threads)) == 13
+    assert len(pools(threads)) == 15
 
 
 def test_a_pool_that_is_full_holds_up_no_other(threads: Threads) -> None:

@@ -1,4 +1,4 @@
-"""`kvstore config`: every key, its value in force and where that came from; certificates for TCP."""
+"""`kvstore config`: every key, its value in force and where that came from; certificates for TCP; a remote's marker."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from kvstore.cli.common import (
     say,
 )
 from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
+from kvstore.core.breaker import Deadline
+from kvstore.errors import ConfigError
+
+REMOTE_S = 30.0
 
 
 class _Verbs(Suggesting):
     """Imports `cert`, and with it the library of X.509, only when it is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Both verbs."""
-        return ["show", "cert"]
+        """All of them."""
+        return ["show", "cert", "remote-init"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The verb's command."""
@@ -40,7 +44,7 @@ class _Verbs(Suggesting):
 
 @click.group("config", cls=_Verbs)
 def command() -> None:
-    """The configuration in force, and the certificates that one for TCP needs."""
+    """The configuration in force, the certificates that one for TCP needs, and the marker of a remote tier."""
 
 
 @command.command("show")
@@ -76,6 +80,26 @@ def show(effective: bool, changed: bool, address: str | None, config_path: str |
         ("key", "value", "from", "meaning"),
         [(key, _text(key, values[key]), config.source(key), field.metadata["help"]) for key, field in shown.items()],
     )
+
+
+@command.command("remote-init")
+@common_options
+def remote_init(address: str | None, config_path: str | None, as_json: bool) -> None:
+    """Mark the place that `remote` names as one for kvstore, once for all hosts that share it.
+
+    Daemons write only where the marker is, so that a share that is not mounted is never filled. Safe to repeat.
+    """
+    from kvstore.remote.open_store import configured_store
+
+    config = client_config(address, config_path)
+    if not config.remote:
+        raise ConfigError("remote: not set; set it to file:///path or s3://bucket/prefix first")
+    store = configured_store(config)
+    is_new = store.mark(Deadline(REMOTE_S))
+    if as_json:
+        print_json({"remote": config.remote, "created": is_new})
+        return
+    say(f"{store.place} {'is ready' if is_new else 'was ready already'}; daemons with this `remote` share it")
 
 
 def _show_effective(config: Config, *, changed: bool, as_json: bool) -> None:

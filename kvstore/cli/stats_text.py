@@ -33,6 +33,8 @@ def print_stats(stats: dict[str, Any], listen: str) -> None:
     _print_sessions(stats.get("sessions", []))
     print_facts("disk", _disk(stats["disk"]))
     print_facts("writes", _writes(stats))
+    if facts := remote_facts(stats.get("remote") or _EMPTY):
+        print_facts("remote", facts)
     _print_reasons(stats)
     print_facts("under way", _load(stats.get("load") or {}))
 
@@ -176,6 +178,30 @@ def _pressure(pressure: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("re-encoding error", f"mean {mean:.2%}, at most {most:.2%}, of {held:,} stored blocks"))
     if left := pressure["left_blocks"]:
         facts.append(("left alone", f"{left:,} blocks that cannot be read or would not be smaller: see the log"))
+    return facts
+
+
+def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The remote tier; nothing where there is none, or of an older daemon."""
+    state = remote.get("state", "off")
+    if state == "off":
+        return []
+    known = remote["bytes_per_s"]
+    link = f"{known / 1e6:.0f} MB/s, {1e3 * remote['latency_s']:.1f} ms a request" if known else "not measured yet"
+    moved = f"{size_text(remote['read_bytes'])} read, {size_text(remote['written_bytes'])} written"
+    waiting = f"{remote['queued_blobs']:,} wait, {size_text(remote['queued_bytes'])}"
+    facts = [
+        ("state", state + (f": {remote['detail']}" if remote["detail"] else "")),
+        ("place", remote["place"]),
+        ("link", link),
+        ("hits", f"{remote['hits']:,} got {remote['hit_tokens']:,} tokens more since start"),
+        ("moved", f"{moved}, {remote['requests']:,} requests since start"),
+        ("pushed", f"{remote['pushed_blobs']:,} blobs since start, {waiting}"),
+    ]
+    if wrong := remote["wrong_objects"]:
+        facts.append(("wrong", f"{wrong:,} objects did not verify and are not used: kvstore check --remote"))
+    for title, field in (("not used", "unused_reasons"), ("not pushed", "not_pushed")):
+        facts += [(f"{title} ({code})", f"{count:,}") for code, count in sorted(remote[field].items())]
     return facts
 
 

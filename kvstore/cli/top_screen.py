@@ -157,6 +157,10 @@ class Screen:
         room.append(f"{size_text(disk['free_bytes'])} free", "bold red" if low else "default")
         grid.add_row("disk", size_text(used), room)
         grid.add_row("a year", "", projected_text(self.stats, self.now_s))
+        if (remote := self.stats.get("remote") or {}).get("state", "off") != "off":
+            style = "green" if remote["state"] == "serving" else "bold yellow"
+            said = f", {remote['hit_tokens']:,} tokens, {size_text(remote['queued_bytes'])} wait"
+            grid.add_row("remote", size_text(remote["read_bytes"]), Text.assemble((remote["state"], style), said))
         grid.add_row("queues", "", "   ".join(_queues(load)))
         return grid
 

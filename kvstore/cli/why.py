@@ -95,6 +95,23 @@ def command(
         note("with --model PATH the tokens become text, and what changed is named")
 
 
+# What the remote tier had to do with a request.
+_REMOTE = {
+    "hit": "some of it was read from the remote tier for this request",
+    "nothing_there": "the remote tier has no more either",
+    "late": "the remote tier has more, or did not say in time: this request did not wait for it",
+    "not_worth_it": "computing is faster than reading it from the remote tier",
+    "unavailable": "the remote tier does not serve: kvstore stats",
+    "encrypted": "encrypted namespaces have no part in the remote tier",
+    "not_written_now": "nothing is written now, so nothing is read from the remote tier: kvstore stats",
+    "busy": "too many requests were reading from the remote tier",
+    "changed": "what the remote tier had was replaced or removed while it was read",
+    "wrong": "what the remote tier had did not verify: kvstore check --remote",
+    "no_memory": "memory_bytes were in use, so it was not read from the remote tier",
+    "no_room": "there is no room here for what the remote tier has",
+}
+
+
 def _prompt(text: str | None, path: str | None, tokenizer: Any) -> Prompt:
     from kvstore.integrations.prompts import Prompt, prompt_of, read_prompt
 
@@ -179,6 +196,8 @@ def _title(row: dict[str, Any]) -> str:
 
 def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("cause", _cause(row)), ("offered", _offered(row))]
+    if remote := row.get("remote"):
+        facts.append(("remote", _REMOTE.get(remote, remote)))
     if row["region"]:
         facts.append(("where", row["region"]))
     if row["cause"] != Cause.WHOLE:

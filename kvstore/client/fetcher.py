@@ -363,6 +363,7 @@ class Fetcher:
             prefill_tokens_per_s=attempt.caller.prefill_tokens_per_s,
             covered_tokens=attempt.caller.covered_tokens,
             request_id=attempt.caller.request_id,
+            stall_ms=round(attempt.stall_s * 1e3),
         )
         call = self._connection.kvstore.Fetch(
             prompt_frame(message, request.chain.tokens), timeout=attempt.deadline.left_s
@@ -395,8 +396,9 @@ def _watched(call: Iterator[Message], watchdog: Watchdog, stall_s: float) -> Ite
 
 
 def _plan(messages: Iterator[Message], request: Request) -> Plan:
-    first = next(messages, None)
-    if not isinstance(first, pb.FetchReply) or first.WhichOneof("part") != "plan":
+    # Until the plan the daemon may say that it still reads from its remote tier; the deadline of the call ends that.
+    first = next((one for one in messages if not isinstance(one, pb.FetchReply) or one.WhichOneof("part")), None)
+    if not isinstance(first, pb.FetchReply):
         raise CorruptDataError("a fetch must be answered with a plan")
     return parse_plan(first.plan, request)
 

@@ -143,6 +143,21 @@ class Config:
         "address",
         default="",
     )
+    remote: str = _key(
+        "network",
+        parsers.remote,
+        "Share what is stored with other hosts: file:///path of a mounted folder, or s3://bucket/prefix. `kvstore "
+        "config remote-init` prepares it, once. Empty: off. s3 needs kvstore[remote].",
+        "address",
+        default="",
+    )
+    remote_wan: bool = _key(
+        "network",
+        parsers.switch,
+        "Allow a `remote` outside of private networks, where requests and bytes may cost money.",
+        "switch",
+        default=False,
+    )
     insecure_tcp: bool = _key(
         "security",
         parsers.switch,

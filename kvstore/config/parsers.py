@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from kvstore.config.remote_address import parse_remote
+
 # sun_path has 104 bytes on macOS (108 on Linux), one of them the closing NUL. The smaller limit holds everywhere, so
 # that a configuration that works on one machine works on the other.
 # Beside the socket there are one for admins and one for uploads, whose names are longer.
@@ -120,6 +122,13 @@ def directory(value: object) -> Path:
 def file(value: object) -> str:
     """An absolute path, or nothing."""
     return str(directory(value)) if value != "" else ""
+
+
+def remote(value: object) -> str:
+    """`file:///path`, `s3://bucket/prefix`, or nothing."""
+    if not isinstance(value, str):
+        raise ValueError("write file:///folder or s3://bucket/prefix")
+    return str(parse_remote(value)) if value else ""
 
 
 def secret(value: object) -> str:

@@ -122,6 +122,12 @@ class CircuitBreaker:
         with self._lock:
             return self._failures >= self._failures_max and self._clock() < self._open_until
 
+    @property
+    def has_opened(self) -> bool:
+        """Whether `failures_max` calls in a row have failed since the last success."""
+        with self._lock:
+            return self._failures >= self._failures_max
+
     def allow(self) -> bool:
         """Whether a call may be made. True after a time of refusal takes the trial."""
         with self._lock:

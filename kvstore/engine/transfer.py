@@ -6,6 +6,7 @@ was evicted or replaced before its turn is left out, with everything after it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -61,6 +62,28 @@ class Transfer:
         CorruptDataError when a blob cannot be read to its end.
         """
         return _shipped_pieces(self._shared, shipment)
+
+    def chain(self, key: bytes) -> tuple[Row, ...]:
+        """The blocks up to a key and the checkpoints along them, parents first, up to the first that refers to an aux
+        block; none when it is gone."""
+        with self._shared.index.view() as view:
+            row = view.row(key)
+            try:
+                chain = _chain(view, row) if row is not None else []
+            except NotFoundError:  # it is being evicted
+                return ()
+            return tuple(itertools.takewhile(lambda one: not view.references(one), chain))
+
+    def blob(self, key: bytes) -> list[bytes]:
+        """The bytes of a block's blob, verified, in pieces; none when it is gone, damaged or encrypted.
+
+        CorruptDataError when it cannot be read to its end.
+        """
+        with self._shared.index.view() as view:
+            row = view.row(key)
+        if row is None or row.is_key_missing or self._shared.index.ring.key(row.root) is not None:
+            return []
+        return list(_leased_pieces(self._shared, row))
 
     def is_held(self, block: Block) -> bool:
         """Whether what is stored gives the tokens of this block, or the checkpoint, at no lower a rank."""
@@ -166,13 +189,18 @@ def _shipped_pieces(shared: Shared, shipment: Shipment) -> Generator[tuple[int, 
             needed = view.references(row) if row is not None else frozenset()
         if row is None or (row.parent != row.root and row.parent not in shipped) or not needed <= shipped:
             continue
-        with shared.deletions.lease((row,), shared.index.ring):
-            with shared.index.view() as view:
-                if not _is_same(view.row(key), row):
-                    continue  # it went before it was leased; what took its place is of no use without its parent's
-            for number, piece in enumerate(_pieces(shared, row)):
-                yield (0 if number else row.blob_bytes), piece
-                shipped.add(key)
+        for number, piece in enumerate(_leased_pieces(shared, row)):
+            yield (0 if number else row.blob_bytes), piece
+            shipped.add(key)
+
+
+def _leased_pieces(shared: Shared, row: Row) -> Iterator[bytes]:
+    """The pieces of a blob, under a lease; none of one that is gone."""
+    with shared.deletions.lease((row,), shared.index.ring):
+        with shared.index.view() as view:
+            if not _is_same(view.row(row.key), row):
+                return  # it went before it was leased; what took its place is of no use without its parent's
+        yield from _pieces(shared, row)
 
 
 def _is_same(found: Row | None, row: Row) -> bool:

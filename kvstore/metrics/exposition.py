@@ -24,8 +24,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LABELS_MAX = 64
 OTHER = "other"
 ID_DIGITS = 12
-# The tier that a hit came from. There is one so far: the data directory.
-TIER = "disk"
+# The tier that a hit came from: the data directory, or the remote tier, from which it was read for the request.
+DISK, REMOTE = "disk", "remote"
 
 # name, field of Traffic, help
 _TRAFFIC = (
@@ -41,6 +41,18 @@ _BY_CODE = (
     ("kvstore_shortened", "shortened_reasons", "reason", "Hits that gave less than is shared."),
     ("kvstore_store_short", "store_reasons", "reason", "Stores that wrote less than all, or nothing."),
     ("kvstore_refused", "refusals", "limit", "Calls that a limit refused."),
+)
+# name, field of `remote`, help; of a daemon with a remote tier
+_REMOTE = (
+    ("kvstore_remote_requests", "requests", "Requests to the remote tier."),
+    ("kvstore_remote_read_bytes", "read_bytes", "Bytes read from the remote tier."),
+    ("kvstore_remote_written_bytes", "written_bytes", "Bytes written to the remote tier."),
+    ("kvstore_remote_pushed_blobs", "pushed_blobs", "Blobs written to the remote tier."),
+)
+# name, field of `remote`, help
+_REMOTE_BY_REASON = (
+    ("kvstore_remote_unused", "unused_reasons", "Requests that were served without the remote tier."),
+    ("kvstore_remote_not_pushed", "not_pushed", "Blobs that were not written to the remote tier."),
 )
 # name, field of `writes`, help
 _HELD_BACK = (
@@ -108,6 +120,7 @@ class StatsCollector:
         """Every metric; what an older daemon does not say is left out."""
         yield from self._traffic()
         yield from self._codes()
+        yield from self._remote()
         yield from self._histograms()
         yield from self._state()
 
@@ -119,7 +132,10 @@ class StatsCollector:
             "kvstore_hit_tokens", "Prompt tokens that were restored.", labels=("namespace", "model", "tier")
         )
         for labels, traffic in rows:
-            hits.add_metric((*labels, TIER), traffic.get("hit_tokens", 0))
+            remote = traffic.get("remote_tokens", 0)
+            hits.add_metric((*labels, DISK), traffic.get("hit_tokens", 0) - remote)
+            if remote:
+                hits.add_metric((*labels, REMOTE), remote)
         yield hits
         for name, field, about in _TRAFFIC:
             metric = CounterMetricFamily(name, about, labels=("namespace", "model"))
@@ -161,6 +177,24 @@ class StatsCollector:
             yield CounterMetricFamily(name, about, value=self._stats.get("writes", {}).get(field, 0))
         for name, field, about in _REENCODED:
             yield CounterMetricFamily(name, about, value=self._stats.get("pressure", {}).get(field, 0))
+
+    def _remote(self) -> Iterator[Metric]:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        remote = self._stats.get("remote") or {}
+        if remote.get("state", "off") == "off":
+            return
+        for name, field, about in _REMOTE:
+            yield CounterMetricFamily(name, about, value=remote[field])
+        for name, field, about in _REMOTE_BY_REASON:
+            metric = CounterMetricFamily(name, about, labels=["reason"])
+            for reason, count in remote[field].items():
+                metric.add_metric([reason], count)
+            yield metric
+        about = "1 if the remote tier serves, 0 if not."
+        yield GaugeMetricFamily("kvstore_remote_serving", about, float(remote["state"] == "serving"))
+        about = "Bytes that wait to be written to the remote tier."
+        yield GaugeMetricFamily("kvstore_remote_queued_bytes", about, remote["queued_bytes"])
 
     def _histograms(self) -> Iterator[Metric]:
         from prometheus_client.metrics_core import HistogramMetricFamily

@@ -47,11 +47,13 @@ class Naming:
 
     __slots__ = ("_info", "_secret", "folder", "root")
 
-    def __init__(self, info: NamespaceInfo) -> None:
+    def __init__(self, info: NamespaceInfo | None, *, root: bytes = b"", is_salted: bool = False) -> None:
+        """Where the layout is not known, `info` is None and the others say enough for all but `identity`."""
         self._info = info
-        self.root = info.root
-        self._secret = hmac.digest(info.root, _TAG, hashlib.sha256) if info.is_salted else b""
-        self.folder = self.hexed(_FOLDER) if self._secret else info.root.hex()
+        self.root = info.root if info is not None else root
+        is_salted = info.is_salted if info is not None else is_salted
+        self._secret = hmac.digest(self.root, _TAG, hashlib.sha256) if is_salted else b""
+        self.folder = self.hexed(_FOLDER) if self._secret else self.root.hex()
 
     @property
     def is_salted(self) -> bool:
@@ -78,6 +80,7 @@ class Naming:
 
     def identity(self) -> bytes:
         """Its bytes: JSON. Of a namespace with a salt no root, from which names could be computed, and no alias."""
+        assert self._info is not None
         shown = {"salted": True} if self._secret else {"alias": self._info.alias, **self._info.identity}
         return json.dumps(shown, indent=1).encode() + b"\n"
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.core.breaker import Deadline
-from kvstore.errors import InvalidRequestError, KVStoreError, RemoteError
+from kvstore.errors import InvalidRequestError, KVStoreError, UnmarkedError
 
 # Of a listing. It is what S3 gives at once.
 PAGE_NAMES_MAX = 1000
@@ -108,7 +108,7 @@ class ObjectStore(Protocol):
         """Write the marker, in a folder that is made if it is missing; False if the place is marked already."""
 
     def require_mark(self, deadline: Deadline) -> None:
-        """RemoteError, naming the fix, when the place has no marker."""
+        """UnmarkedError, naming the fix, when the place has no marker."""
 
     def sweep(self, older_s: float, deadline: Deadline) -> int:
         """Remove what writes that were interrupted at least this long ago left behind; how many."""
@@ -134,9 +134,9 @@ def is_name(name: str) -> bool:
     return len(name) <= _NAME_BYTES_MAX and _NAME.fullmatch(name) is not None
 
 
-def unmarked(place: str) -> RemoteError:
+def unmarked(place: str) -> UnmarkedError:
     """What to say of a place without a marker."""
-    return RemoteError(
+    return UnmarkedError(
         f"{place} holds no {MARKER}: it is not mounted, or was never set up; "
         "if it is the right place, run once: kvstore config remote-init"
     )

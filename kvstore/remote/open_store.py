@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 
-from kvstore.config.remote_address import RemoteAddress, S3Access
+from kvstore.config import Config
+from kvstore.config.remote_address import RemoteAddress, S3Access, parse_remote, require_allowed, s3_access
 from kvstore.core.breaker import Deadline
 from kvstore.remote.folder import FolderStore
 from kvstore.remote.object_store import PROBE, ObjectStore
@@ -14,6 +15,14 @@ from kvstore.remote.s3 import S3Store
 def open_store(address: RemoteAddress, access: S3Access) -> ObjectStore:
     """The store; nothing is asked of it yet. ConfigError where S3 is wanted and its extra is not installed."""
     return FolderStore(address.folder) if address.folder else S3Store(address, access)
+
+
+def configured_store(config: Config) -> ObjectStore:
+    """The store that `remote` names. ConfigError also for one that `remote_wan` would have to allow."""
+    address = parse_remote(config.remote)
+    access = s3_access() if address.bucket else S3Access()
+    require_allowed(address, access, config.remote_wan)
+    return open_store(address, access)
 
 
 def honours_create(store: ObjectStore, deadline: Deadline) -> bool:

@@ -17,6 +17,7 @@ from kvstore.server.explain import Explainer, place_message
 from kvstore.server.importer import Importer
 from kvstore.server.pins import Pinner
 from kvstore.server.pressure import Pressure
+from kvstore.server.remote_tier import Remote
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.settings import Settings
 from kvstore.server.stats import (
@@ -57,6 +58,7 @@ class AdminService(rpc.AdminServicer):
         explainer: Explainer,
         settings: Settings,
         pressure: Pressure,
+        remote: Remote,
         state: Callable[[], str],
         device: Callable[[], str],
         load: Callable[[], pb.LoadStats],
@@ -70,6 +72,7 @@ class AdminService(rpc.AdminServicer):
         self._explainer = explainer
         self._settings = settings
         self._pressure = pressure
+        self._remote = remote
         self._pinner = Pinner(engine)
         self.refusals = counters.refusals
         self._state = state
@@ -99,6 +102,7 @@ class AdminService(rpc.AdminServicer):
         )
         reply.writes.CopyFrom(writes_message(self._store.admission))
         reply.pressure.CopyFrom(pressure_message(self._pressure, self._engine.reencoder.stats()))
+        reply.remote.CopyFrom(self._remote.message())
         reply.places.extend(map(place_message, self._explainer.why.places.reported()))
         return reply
 
@@ -152,7 +156,10 @@ class AdminService(rpc.AdminServicer):
     @unary
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:
         # It writes a file; and evictions by name end pins.
-        return await self._threads.evict.finish(self._pinner.reply, request)
+        reply = await self._threads.evict.finish(self._pinner.reply, request)
+        if (request.key_prefix or request.tokens) and not request.remove:
+            self._remote.push([pin.key for pin in reply.pins])
+        return reply
 
     @unary
     async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:

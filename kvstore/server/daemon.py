@@ -45,6 +45,7 @@ from kvstore.server.masterkey import load_master_key
 from kvstore.server.metrics_listener import MetricsListener, serving_metrics
 from kvstore.server.power import Power
 from kvstore.server.pressure import Pressure, Quiet
+from kvstore.server.remote_tier import Remote
 from kvstore.server.settings import Settings, keep_to_limits
 from kvstore.server.stats import Counters, load_message
 from kvstore.server.store import StorePath
@@ -131,13 +132,13 @@ class Daemon:
         buffers = ByteBudget(config.memory_bytes)
         store = StorePath(engine, lane, config, buffers)
         fetch = FetchPath(engine, lane, config)
+        remote = Remote(engine, store, fetch.costs, threads, config)
         layers = LayerFrames(engine, lane, buffers)
         counters, requests = Counters(), Requests(lifetime.traffic)
         why = Why(engine.nearest, keeps=config.encrypt != "all")
         stores = Stores(store, threads, counters, requests, why, config)
-        same_host = bool(config.address.path)
         service = KVStoreService(
-            engine, store, stores, fetch, layers, buffers, threads, counters, requests, why, config, same_host=same_host
+            engine, store, stores, fetch, remote, layers, buffers, threads, counters, requests, why, config
         )
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
@@ -153,6 +154,7 @@ class Daemon:
             Explainer(engine, fetch, why),
             Settings(engine, store.admission, config),
             pressure,
+            remote,
             lambda: self._state,
             device.name,
             load,
@@ -179,12 +181,15 @@ class Daemon:
         self._state = "serving"
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
+        remote.start()
         upkeep = Upkeep(engine, store, sockets, config, requests, counters, why, lifetime)
-        again = (lambda: threads.check(engine.scrub), lambda: threads.reencode(pressure.step))
-        upkeeping = every_second(lambda: self._keep_up(upkeep, engine, threads, health))
-        tasks = [
-            asyncio.create_task(work) for work in (upkeeping, *map(every_second, again), keep_up(files, threads.admin))
-        ]
+        again = (
+            lambda: self._keep_up(upkeep, engine, threads, health),
+            lambda: threads.check(engine.scrub),
+            lambda: threads.reencode(pressure.step),
+            lambda: threads.watch(remote.step),
+        )
+        tasks = [asyncio.create_task(work) for work in (*map(every_second, again), keep_up(files, threads.admin))]
         with serving_metrics(metrics, threads):
             await self._stop.wait()
         self._state = "draining"
@@ -194,6 +199,7 @@ class Daemon:
             task.cancel()
         await self._drain(server, service, receiving, stores, store)
         await threads.release(store.uploads.end_all)
+        await threads.admin(remote.close)
         await threads.admin(upkeep.end)
 
     def _pressure(

@@ -130,6 +130,7 @@ def explanation_message(entry: Entry) -> pb.Explanation:
         asked=entry.after,
         stored=entry.stored,
         nearest_key=entry.nearest,
+        remote=entry.remote,
         store=None
         if store is None
         else pb.StoreResult(

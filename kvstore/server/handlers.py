@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 from kvstore.config import Config
-from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, LayerState, Reason
+from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, Reason
+from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
-from kvstore.core.log import ALIAS_CHARACTERS_MAX
 from kvstore.core.records import runs_to_record
-from kvstore.core.text import plain_text
 from kvstore.engine import Engine, Row
-from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.engine import Match as Matched
+from kvstore.errors import InvalidRequestError
+from kvstore.server.arguments import Identities, offer_of, outcome_of, store_request, timing_of
 from kvstore.server.callers import caller_name, caller_pid
-from kvstore.server.costs import Offer, Timing, Way
+from kvstore.server.costs import Offer, Way
 from kvstore.server.fetch import FetchPath, FetchPlan
 from kvstore.server.layer_frames import LayerFrames, dense_block
+from kvstore.server.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
+from kvstore.server.remote_path import BEATS, HIT
+from kvstore.server.remote_tier import Remote
 from kvstore.server.rpc_errors import Context, streaming, unary
 from kvstore.server.stats import Counters
-from kvstore.server.store import StorePath, StorePlan, StoreRequest
+from kvstore.server.store import StorePath, StorePlan
 from kvstore.server.stores import Stores
 from kvstore.server.stream_in import StreamIn
 from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
-from kvstore.telemetry.requests import Asked, Outcome, Requests, known_reason, plain_id
+from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
 from kvstore.telemetry.why import Identity, Why
-from kvstore.wire import convert
 from kvstore.wire.frames import Prompt, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -40,8 +43,16 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 # on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
 # the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
 HEARING_TURNS = 3
-# A daemon serves a handful of models; of tenants each has an identity of its own.
-IDENTITIES_MAX = 1024
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A fetch that is ready to be carried out: its plan, and the first message of the reply."""
+
+    plan: FetchPlan
+    chain: Chain
+    offer: Offer
+    message: pb.FetchReply
 
 
 class KVStoreService(rpc.KVStoreServicer):
@@ -53,6 +64,7 @@ class KVStoreService(rpc.KVStoreServicer):
         store: StorePath,
         stores: Stores,
         fetch: FetchPath,
+        remote: Remote,
         layers: LayerFrames,
         buffers: ByteBudget,
         threads: Threads,
@@ -60,13 +72,12 @@ class KVStoreService(rpc.KVStoreServicer):
         requests: Requests,
         why: Why,
         config: Config,
-        *,
-        same_host: bool,
     ) -> None:
         self._engine = engine
         self._store = store
         self._stores = stores
         self._fetch = fetch
+        self._remote = remote
         self._layers = layers
         self._buffers = buffers
         self._threads = threads
@@ -75,7 +86,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._why = why
         self.refusals = counters.refusals
         self._config = config
-        self._same_host = same_host
+        self._same_host = bool(config.address.path)
         self._identities = Identities()
         self._stopping = asyncio.Event()
 
@@ -83,30 +94,46 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Match(self, request: Prompt, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         asked = self._asked(request, context)
-        reply = await self._threads.read(self._match, request, asked)
+        match, chain, offer = await self._threads.read(self._match, request, asked)
+        reply = pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
+        if self._remote.path is not None:
+            want = self._want(request, chain, match, offer, context)
+            reply.n_tokens = await self._remote.path.reach(want)
+            if reply.n_tokens == want.limit:
+                reply.reason = Reason.OK
         self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
         return reply
 
-    def _match(self, request: Prompt, asked: Asked) -> pb.MatchReply:
+    def _match(self, request: Prompt, asked: Asked) -> tuple[Matched, Chain, Offer]:
         identity = self._identities.of(request.message.namespace)
         offer = offer_of(request.message, self._way(identity, pb.TRANSPORT_PATH, dense=False))
         chain = Chain(identity.root, request.tokens)
         match = self._fetch.match(chain, request.message.fidelity_min, offer)
         self._why.note(asked, chain, match, identity)
-        return pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
+        return match, chain, offer
+
+    def _want(self, request: Prompt, chain: Chain, match: Matched, offer: Offer, context: Context) -> Want:
+        """What a request may want of the remote tier."""
+        message = request.message
+        left_s = min(context.time_remaining() or 0.0, self._config.fetch_total_ms / 1e3)
+        speed = offer.prefill_tokens_per_s or self._requests.traffic.speed(chain.root) or PREFILL_TOKENS_PER_S
+        deadline = Deadline(TIME_SHARE * left_s)
+        return Want(message.namespace, chain, match, offer, message.fidelity_min, speed, deadline)
 
     @unary
     async def Fetch(self, request: Prompt, context: Context) -> None:
         self._counters.add("fetch")
         asked = self._asked(request, context)
-        plan, way, message = await self._planned(request, asked)
+        planned, remote_tokens = await self._planned(request, asked, context)
+        plan, way, message = planned.plan, planned.offer.way, planned.message
         complete = False
         try:
             self._counters.add("tokens_served", plan.match.n_tokens)
             nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
-            self._requests.fetched(asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes)
+            self._requests.fetched(asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
             if plan.match.slices:
                 self._requests.traffic.ended_in(plan.match.slices[-1].row.key)
+                self._remote.push([part.row.key for part in (plan.match.slices[-1], plan.match.parts[-1])])
             await write_within(context, message, self._config.limits.stream_stall_s)
             if plan.namespace is None:
                 return
@@ -127,16 +154,49 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
-    async def _planned(self, request: Prompt, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
+    async def _planned(self, request: Prompt, asked: Asked, context: Context) -> tuple[_Planned, int]:
+        """A plan, and how many of its tokens were read from the remote tier for it."""
+        planned = await self._plan_on_thread(request, asked)
+        path, stall_s = self._remote.path, request.message.stall_ms / 1e3
+        if path is None or not stall_s:
+            return planned, 0
+        want = self._want(request, planned.chain, planned.plan.match, planned.offer, context)
+        why = path.why_not(want)
+        if why is None:
+            return planned, 0
+
+        async def match() -> Matched:
+            fidelity_min = request.message.fidelity_min
+            return await self._threads.read(self._fetch.match, planned.chain, fidelity_min, planned.offer)
+
+        async def beat() -> None:
+            await write_within(context, pb.FetchReply(), self._config.limits.stream_stall_s)
+
+        longer, gained = planned, 0
+        if not why:
+            # What the plan found stays leased: nothing that is read makes room by evicting it.
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._release_planned, planned)
+                stored, why = await path.promote(want, match, beat, stall_s / BEATS)
+                if stored:
+                    longer = await self._plan_on_thread(request, asked)
+                else:
+                    stack.pop_all()
+            gained = max(0, longer.plan.match.n_tokens - planned.plan.match.n_tokens)
+        self._remote.served(gained, why, [part.row.key for part in longer.plan.match.parts])
+        self._why.remote(asked, HIT if gained else why)
+        return longer, gained
+
+    async def _plan_on_thread(self, request: Prompt, asked: Asked) -> _Planned:
         planning = asyncio.ensure_future(self._threads.read(self._plan, request, asked))
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
             # The thread goes on and takes a lease that no call needs: release it as soon as it is taken.
-            planning.add_done_callback(self._release_plan)
+            planning.add_done_callback(self._release_late)
             raise
 
-    def _plan(self, request: Prompt, asked: Asked) -> tuple[FetchPlan, Way, pb.FetchReply]:
+    def _plan(self, request: Prompt, asked: Asked) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
         message, identity = request.message, self._identities.of(request.message.namespace)
         way = self._way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
@@ -145,16 +205,22 @@ class KVStoreService(rpc.KVStoreServicer):
         try:
             self._why.note(asked, chain, plan.match, identity)
             if plan.namespace is None:
-                return plan, way, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason))
-            return plan, way, pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
+                return _Planned(plan, chain, offer, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason)))
+            first = pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
+            return _Planned(plan, chain, offer, first)
         except BaseException:
             plan.release()
             raise
 
-    def _release_plan(self, planning: asyncio.Future[tuple[FetchPlan, Way, pb.FetchReply]]) -> None:
+    def _release_late(self, planning: asyncio.Future[_Planned]) -> None:
         """Release the plan of a call that has gone away."""
         if not planning.cancelled() and planning.exception() is None:
-            self._threads.release.post(planning.result()[0].release)
+            self._release_planned(planning.result())
+
+    def _release_planned(self, planned: _Planned) -> None:
+        """Give up a plan that is not carried out."""
+        self._fetch.costs.end(planned.plan.fetch_id)
+        self._threads.release.post(planned.plan.release)
 
     async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, context: Context) -> None:
         make, run = (
@@ -340,68 +406,3 @@ class KVStoreService(rpc.KVStoreServicer):
     def end_leases(self) -> None:
         """Let go of what waits for workers; called once, when the daemon is told to stop."""
         self._stopping.set()
-
-
-class Identities:
-    """The identities of requests, each validated and hashed once. Any thread may call.
-
-    Remembered under a digest of the message, since that has the salt, which is a secret.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[bytes, Identity] = {}
-
-    def of(self, message: pb.Namespace) -> Identity:
-        """The identity that a request names. Raises InvalidRequestError for an invalid one."""
-        name = hashlib.sha256(message.SerializeToString()).digest()
-        known = self._known.get(name)
-        if known is None:
-            root, alias = convert.root_from_message(message), plain_text(message.alias, ALIAS_CHARACTERS_MAX)
-            digests = (message.weights, message.adapter, message.layout_digest)
-            known = Identity(root, *digests, message.dtype, message.engine, bool(message.salt), alias)
-            if len(self._known) >= IDENTITIES_MAX:
-                self._known.clear()
-            self._known[name] = known
-        return known
-
-
-def offer_of(request: pb.MatchRequest | pb.FetchRequest, way: Way) -> Offer:
-    """The caller's statements about itself. Raises InvalidRequestError for invalid ones."""
-    return Offer(request.prefill_tokens_per_s, request.covered_tokens, way)
-
-
-def timing_of(message: pb.FetchTiming) -> Timing:
-    """A worker's measurements."""
-    return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
-
-
-def store_request(request: Prompt, caller: str = "") -> StoreRequest:
-    """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
-    message = request.message
-    return StoreRequest(
-        chain=Chain(convert.root_from_message(message.namespace), request.tokens),
-        namespace=convert.namespace_from_message(message.namespace, message.layout),
-        captured_from=message.captured_from,
-        restored_tokens=message.restored_tokens,
-        restored_fidelity=message.restored_fidelity,
-        profile=message.profile,
-        isolated=bool(message.namespace.salt),
-        caller=caller,
-        states=states_of(message),
-        interim=message.interim,
-        prompt=message.prompt,
-        touched_tokens=message.touched_tokens,
-    )
-
-
-def outcome_of(message: pb.FetchTiming) -> Outcome:
-    """A worker's report on a fetch."""
-    return Outcome(message.got_tokens, message.reason, message.again)
-
-
-def states_of(message: pb.BeginStoreRequest) -> tuple[LayerState, ...]:
-    """The checkpoint offered, if any; InvalidRequestError when it is none."""
-    try:
-        return convert.states_from_bytes(message.states) if message.states else ()
-    except CorruptDataError as error:
-        raise InvalidRequestError(f"states: {error}") from error

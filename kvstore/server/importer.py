@@ -1,8 +1,9 @@
-"""Import: the blobs of another store, as an admin sends them, become blobs of this one.
+"""Import: the blobs of another store, as an admin sends them or a remote tier has them, become blobs of this one.
 
 What a blob says is believed no more than what a worker sends: header, keys, namespace, rules of the layout and recipes
 are checked before memory is taken for its payload, then every checksum; only then the engine stores it, as any other
-block. That its values are what the model computed nobody can check, so importing takes an admin.
+block. That its values are what the model computed nobody can check, so importing takes an admin, and a remote tier is
+shared among those who trust each other.
 """
 
 from __future__ import annotations
@@ -66,11 +67,21 @@ class Importer:
     Memory: one batch, counted against `buffers`.
     """
 
-    def __init__(self, engine: Engine, encryption: Callable[[bytes], NamespaceKey | None], buffers: ByteBudget) -> None:
-        """`encryption`: the key that blobs of a namespace are encrypted with here, None without."""
+    def __init__(
+        self,
+        engine: Engine,
+        encryption: Callable[[bytes], NamespaceKey | None],
+        buffers: ByteBudget,
+        named: Callable[[Block], NamespaceInfo] | None = None,
+        memory_s: float = MEMORY_S,
+    ) -> None:
+        """`encryption`: the key that blobs of a namespace are encrypted with here, None without. `named`: the namespace
+        of a block, None: the one that it says, never a tenant's; raises CorruptDataError. `memory_s`: patience."""
         self._engine = engine
         self._encryption = encryption
         self._buffers = buffers
+        self._named = named or _namespace
+        self._memory_s = memory_s
         self._since = engine.evictions
         self._info: NamespaceInfo | None = None
         self._record = b""  # the last one that was found to say `_info`
@@ -81,7 +92,7 @@ class Importer:
         self._held_bytes = 0
         self.done = Imported()
 
-    def take(self, blob_bytes: int, data: bytes) -> bool:
+    def take(self, blob_bytes: int, data: bytes | memoryview) -> bool:
         """The next piece; with the first one of a blob the length of all. Whether more is wanted.
 
         Raises CorruptDataError, InvalidRequestError, UnknownFormatError for what is no sound blob of one namespace,
@@ -106,7 +117,7 @@ class Importer:
             self._end_blob(coming)
         return self.done.reason is Reason.OK
 
-    def _read_header(self, coming: _Incoming, data: bytes) -> memoryview:
+    def _read_header(self, coming: _Incoming, data: bytes | memoryview) -> memoryview:
         """Take in bytes of the header; what comes after it."""
         coming.head += data
         head = coming.head
@@ -127,7 +138,7 @@ class Importer:
         """A block that may be stored, by all that its header says."""
         info = self._info
         if info is None or block.namespace != self._record:
-            info = _namespace(block)
+            info = self._named(block)
             if self._info is not None and info.root != self._info.root:
                 raise InvalidRequestError("an import is of one namespace")
             self._info, self._record = self._info or info, block.namespace
@@ -153,7 +164,7 @@ class Importer:
             self._store_batch()
         if not self._buffers.try_acquire(nbytes):
             self._store_batch()  # it may be our own that is in the way
-            if not self._buffers.acquire(nbytes, MEMORY_S):
+            if not self._buffers.acquire(nbytes, self._memory_s):
                 words = f"a blob takes {nbytes} bytes of memory_bytes = {self._buffers.limit_bytes}, which are in use"
                 raise LimitError(words, limit="memory_bytes")
         self._held_bytes += nbytes
@@ -199,6 +210,10 @@ class Importer:
             Reason.DEPENDENCY_LOST: "a block that comes before others is neither in the pack nor in this store",
         }
         return words.get(reason, "")
+
+    def drop(self) -> None:
+        """Go on without the blob that came last, which `take` did not accept."""
+        self._incoming = None
 
     def finish(self) -> Imported:
         """Store the remaining blobs; returns the result. InvalidRequestError if the last blob is incomplete."""

@@ -207,8 +207,12 @@ class StorePath:
 
         KeyMissingError while the keys of what is stored are missing.
         """
+        return self._engine.encrypt(root) if self.is_to_encrypt(root, isolated=isolated) else None
+
+    def is_to_encrypt(self, root: bytes, *, isolated: bool) -> bool:
+        """Whether what is stored in a namespace is to be encrypted."""
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and isolated)
-        return self._engine.encrypt(root) if wanted or self._engine.is_encrypted(root) else None
+        return wanted or self._engine.is_encrypted(root)
 
     def _namespace(self, request: StoreRequest) -> NamespaceInfo:
         namespace = self._engine.namespace(request.chain.root) or request.namespace

@@ -113,6 +113,11 @@ class Threads:
         self.pack = Pool("pack", 1, background=True)
         # Re-encodes while nothing else is done; gives way between pieces of device work.
         self.reencode = Pool("reencode", 1, background=True)
+        # Reads of the remote tier, and what was read stored here. A mount that hangs keeps these four and no others.
+        self.remote = Pool("remote", 4)
+        # Once a second: whether the remote tier serves, and what is to be pushed to it. The tier itself has the thread
+        # that pushes.
+        self.watch = Pool("watch", 1, background=True)
         # All other admin calls, credential files that changed, and the start and stop of the daemon.
         self.admin = Pool("admin", 1)
         # The event loop that scrapers are answered on, where there is one.
@@ -122,7 +127,8 @@ class Threads:
 
     def waiting(self) -> dict[str, int]:
         """Callers that wait for a thread, by pool; pools without any are left out. On the event loop."""
-        pools = (self.read, self.stream, self.decode, self.plan, self.write, self.release, self.check, self.evict)
+        asked = (self.read, self.stream, self.decode, self.plan, self.write, self.release, self.check, self.evict)
+        pools = (*asked, self.remote)
         return {pool.name: pool.waiting for pool in pools if pool.waiting}
 
     def close(self) -> None:

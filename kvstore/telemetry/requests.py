@@ -82,13 +82,17 @@ class _Matched:
 
 @dataclass(frozen=True, slots=True)
 class _Hit:
-    """A hit whose bytes are on their way. `is_broken`: its stream ended before all bytes were sent."""
+    """A hit whose bytes are on their way. `is_broken`: its stream ended before all bytes were sent.
+
+    `remote_tokens`: its last ones, which were read from the remote tier for it.
+    """
 
     asked: Asked
     n_tokens: int
     reason: Reason
     nbytes: int
     at_s: float
+    remote_tokens: int = 0
     end_s: float = 0.0
     is_broken: bool = False
 
@@ -134,15 +138,21 @@ class Requests:
         if displaced is not None:
             self._tell_match(displaced)
 
-    def fetched(self, asked: Asked, fetch_id: str, n_tokens: int, reason: Reason, nbytes: int) -> None:
-        """A fetch was planned: a miss, or a hit whose stored bytes are now being sent."""
+    def fetched(
+        self, asked: Asked, fetch_id: str, n_tokens: int, reason: Reason, nbytes: int, remote_tokens: int = 0
+    ) -> None:
+        """A fetch was planned: a miss, or a hit whose stored bytes are now being sent.
+
+        `remote_tokens`: the last ones of `n_tokens`, which were read from the remote tier for it.
+        """
         self.computes(asked.who.root, asked.tokens_per_s)
         displaced = None
         with self._lock:
             if asked.request_id:
                 self._matched.pop((asked.who.caller, asked.request_id), None)
             if n_tokens:
-                displaced = _put(self._hits, fetch_id, _Hit(asked, n_tokens, reason, nbytes, self._clock()))
+                hit = _Hit(asked, n_tokens, reason, nbytes, self._clock(), remote_tokens)
+                displaced = _put(self._hits, fetch_id, hit)
         if not n_tokens:
             self._tell_miss(asked, reason)
         elif displaced is not None:
@@ -259,7 +269,12 @@ class Requests:
         saved_s = self.traffic.saved_s(asked.who.root, gained, took_s)
         whole = reason in WHOLE
         counted = Totals(
-            hits=whole, shortened=not whole, prompt_tokens=asked.wanted, hit_tokens=gained, saved_s=saved_s
+            hits=whole,
+            shortened=not whole,
+            prompt_tokens=asked.wanted,
+            hit_tokens=gained,
+            saved_s=saved_s,
+            remote_tokens=max(0, min(gained, n_tokens - (hit.n_tokens - hit.remote_tokens))),
         )
         self.traffic.count(asked.who, counted, shortened="" if whole else reason.value)
         alias = lines.plain_alias(asked.who.alias, asked.who.root)

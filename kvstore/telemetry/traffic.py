@@ -43,6 +43,7 @@ class Totals:
     stored_tokens: int = 0
     written_bytes: int = 0
     reused_bytes: int = 0
+    remote_tokens: int = 0
 
     def add(self, other: Totals) -> None:
         """Count `other`."""
@@ -192,6 +193,12 @@ class Traffic:
             with self._lock:
                 self.changes += 1
                 self._namespace(root).tokens_per_s = tokens_per_s
+
+    def speed(self, root: bytes) -> float:
+        """How many tokens a second the workers of a namespace compute; 0 if that is not known."""
+        with self._lock:
+            known = self._namespaces.get(root)
+            return known.tokens_per_s if known is not None else 0.0
 
     def saved_s(self, root: bytes, n_tokens: int, took_s: float) -> float:
         """Seconds saved by restoring this many tokens instead of computing them; 0 if the speed is unknown."""

@@ -99,7 +99,7 @@ class Entry:
     """One request and its cause. Token strings are packed; `spot` is a hash of the place where it parts.
 
     `nearest`: the key of the stored block in which the common tokens end. `keys`: with any of them deleted after
-    `since`, the entry goes too. `unstored`: why an earlier store left out what is missing.
+    `since`, the entry goes too. `unstored`: why an earlier store left out what is missing. `remote`: see `Why.remote`.
     """
 
     asked: Asked
@@ -119,6 +119,7 @@ class Entry:
     other: Other | None = None
     unstored: Reason | None = None
     store: StoreEnd | None = None
+    remote: str = ""
 
     @property
     def root(self) -> bytes:
@@ -252,6 +253,13 @@ class Why:
             kin = [info for info in private if identity.differs(Identity.of(info)) == SALT]
             best = Other(SALT, kin[0].root, kin[0].alias) if kin else None
         return best
+
+    def remote(self, asked: Asked, said: str) -> None:
+        """What the remote tier had to do with a request that was noted: a hit, or why it gave nothing."""
+        key = (asked.who.caller, asked.request_id)
+        with self._lock:
+            if (entry := self._entries.get(key)) is not None:
+                self._entries[key] = replace(entry, remote=said)
 
     # -- stores ----------------------------------------------------------------------------------------------------
 

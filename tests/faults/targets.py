@@ -35,7 +35,7 @@ from kvstore.core.records import (
 )
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
 from kvstore.index import rows
-from kvstore.server.handlers import store_request
+from kvstore.server.arguments import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support import engine as tiny

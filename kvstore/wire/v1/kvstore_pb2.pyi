@@ -74,7 +74,7 @@ class MatchReply(_message.Message):
     def __init__(self, n_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., fidelity: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport", "prefill_tokens_per_s", "covered_tokens", "request_id")
+    __slots__ = ("namespace", "tokens", "fidelity_min", "representation", "transport", "prefill_tokens_per_s", "covered_tokens", "request_id", "stall_ms")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FIDELITY_MIN_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +83,7 @@ class FetchRequest(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
     COVERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    STALL_MS_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     tokens: bytes
     fidelity_min: int
@@ -91,7 +92,8 @@ class FetchRequest(_message.Message):
     prefill_tokens_per_s: float
     covered_tokens: int
     request_id: str
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+    stall_ms: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., tokens: _Optional[bytes] = ..., fidelity_min: _Optional[int] = ..., representation: _Optional[_Union[Representation, str]] = ..., transport: _Optional[_Union[Transport, str]] = ..., prefill_tokens_per_s: _Optional[float] = ..., covered_tokens: _Optional[int] = ..., request_id: _Optional[str] = ..., stall_ms: _Optional[int] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("plan", "chunk")
@@ -310,7 +312,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsReply(_message.Message):
-    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s", "writes", "pressure")
+    __slots__ = ("daemon", "disk", "tokens", "requests", "miss_reasons", "bytes", "namespaces", "store_reasons", "evictions", "refusals", "load", "since_start", "last_hour", "lifetime", "lifetime_since_s", "shortened_reasons", "sessions", "places", "labelled", "recent", "fetch_s", "idle_s", "reuse_s", "writes", "pressure", "remote")
     class MissReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +373,7 @@ class StatsReply(_message.Message):
     REUSE_S_FIELD_NUMBER: _ClassVar[int]
     WRITES_FIELD_NUMBER: _ClassVar[int]
     PRESSURE_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
     daemon: DaemonStats
     disk: DiskStats
     tokens: TokenStats
@@ -396,7 +399,8 @@ class StatsReply(_message.Message):
     reuse_s: Histogram
     writes: WriteStats
     pressure: PressureStats
-    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ..., writes: _Optional[_Union[WriteStats, _Mapping]] = ..., pressure: _Optional[_Union[PressureStats, _Mapping]] = ...) -> None: ...
+    remote: RemoteStats
+    def __init__(self, daemon: _Optional[_Union[DaemonStats, _Mapping]] = ..., disk: _Optional[_Union[DiskStats, _Mapping]] = ..., tokens: _Optional[_Union[TokenStats, _Mapping]] = ..., requests: _Optional[_Union[RequestStats, _Mapping]] = ..., miss_reasons: _Optional[_Mapping[str, int]] = ..., bytes: _Optional[_Union[ByteStats, _Mapping]] = ..., namespaces: _Optional[_Iterable[_Union[NamespaceStats, _Mapping]]] = ..., store_reasons: _Optional[_Mapping[str, int]] = ..., evictions: _Optional[_Mapping[str, Evicted]] = ..., refusals: _Optional[_Mapping[str, int]] = ..., load: _Optional[_Union[LoadStats, _Mapping]] = ..., since_start: _Optional[_Union[Traffic, _Mapping]] = ..., last_hour: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime: _Optional[_Union[Traffic, _Mapping]] = ..., lifetime_since_s: _Optional[int] = ..., shortened_reasons: _Optional[_Mapping[str, int]] = ..., sessions: _Optional[_Iterable[_Union[SessionStats, _Mapping]]] = ..., places: _Optional[_Iterable[_Union[Place, _Mapping]]] = ..., labelled: _Optional[_Iterable[_Union[NamespaceTraffic, _Mapping]]] = ..., recent: _Optional[_Iterable[_Union[Request, _Mapping]]] = ..., fetch_s: _Optional[_Union[Histogram, _Mapping]] = ..., idle_s: _Optional[_Union[Histogram, _Mapping]] = ..., reuse_s: _Optional[_Union[Histogram, _Mapping]] = ..., writes: _Optional[_Union[WriteStats, _Mapping]] = ..., pressure: _Optional[_Union[PressureStats, _Mapping]] = ..., remote: _Optional[_Union[RemoteStats, _Mapping]] = ...) -> None: ...
 
 class PressureStats(_message.Message):
     __slots__ = ("fills_up", "idle_reason", "blocks", "before_bytes", "after_bytes", "left_blocks", "held_blocks", "error_mean", "error_max")
@@ -419,6 +423,56 @@ class PressureStats(_message.Message):
     error_mean: float
     error_max: float
     def __init__(self, fills_up: bool = ..., idle_reason: _Optional[str] = ..., blocks: _Optional[int] = ..., before_bytes: _Optional[int] = ..., after_bytes: _Optional[int] = ..., left_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., error_mean: _Optional[float] = ..., error_max: _Optional[float] = ...) -> None: ...
+
+class RemoteStats(_message.Message):
+    __slots__ = ("state", "detail", "place", "requests", "read_bytes", "written_bytes", "hits", "hit_tokens", "pushed_blobs", "queued_blobs", "queued_bytes", "unused_reasons", "not_pushed", "bytes_per_s", "latency_s", "wrong_objects")
+    class UnusedReasonsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class NotPushedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_BLOBS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BLOBS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNUSED_REASONS_FIELD_NUMBER: _ClassVar[int]
+    NOT_PUSHED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_S_FIELD_NUMBER: _ClassVar[int]
+    WRONG_OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    state: str
+    detail: str
+    place: str
+    requests: int
+    read_bytes: int
+    written_bytes: int
+    hits: int
+    hit_tokens: int
+    pushed_blobs: int
+    queued_blobs: int
+    queued_bytes: int
+    unused_reasons: _containers.ScalarMap[str, int]
+    not_pushed: _containers.ScalarMap[str, int]
+    bytes_per_s: float
+    latency_s: float
+    wrong_objects: int
+    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., place: _Optional[str] = ..., requests: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., pushed_blobs: _Optional[int] = ..., queued_blobs: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., unused_reasons: _Optional[_Mapping[str, int]] = ..., not_pushed: _Optional[_Mapping[str, int]] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., wrong_objects: _Optional[int] = ...) -> None: ...
 
 class WriteStats(_message.Message):
     __slots__ = ("admission", "day_bytes", "left_bytes", "held_back_stores", "held_back_bytes")
@@ -447,7 +501,7 @@ class Place(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., common_tokens: _Optional[int] = ..., prompts: _Optional[int] = ...) -> None: ...
 
 class Traffic(_message.Message):
-    __slots__ = ("hits", "shortened", "misses", "in_memory", "prompt_tokens", "hit_tokens", "saved_s", "stores", "stored_tokens", "written_bytes", "reused_bytes")
+    __slots__ = ("hits", "shortened", "misses", "in_memory", "prompt_tokens", "hit_tokens", "saved_s", "stores", "stored_tokens", "written_bytes", "reused_bytes", "remote_tokens")
     HITS_FIELD_NUMBER: _ClassVar[int]
     SHORTENED_FIELD_NUMBER: _ClassVar[int]
     MISSES_FIELD_NUMBER: _ClassVar[int]
@@ -459,6 +513,7 @@ class Traffic(_message.Message):
     STORED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     REUSED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     hits: int
     shortened: int
     misses: int
@@ -470,7 +525,8 @@ class Traffic(_message.Message):
     stored_tokens: int
     written_bytes: int
     reused_bytes: int
-    def __init__(self, hits: _Optional[int] = ..., shortened: _Optional[int] = ..., misses: _Optional[int] = ..., in_memory: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ..., stores: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., written_bytes: _Optional[int] = ..., reused_bytes: _Optional[int] = ...) -> None: ...
+    remote_tokens: int
+    def __init__(self, hits: _Optional[int] = ..., shortened: _Optional[int] = ..., misses: _Optional[int] = ..., in_memory: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., saved_s: _Optional[float] = ..., stores: _Optional[int] = ..., stored_tokens: _Optional[int] = ..., written_bytes: _Optional[int] = ..., reused_bytes: _Optional[int] = ..., remote_tokens: _Optional[int] = ...) -> None: ...
 
 class NamespaceTraffic(_message.Message):
     __slots__ = ("namespace_id", "alias", "traffic")
@@ -1017,7 +1073,7 @@ class WhyReply(_message.Message):
     def __init__(self, found: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., not_kept: _Optional[int] = ..., left_out: _Optional[int] = ...) -> None: ...
 
 class Explanation(_message.Message):
-    __slots__ = ("at_ms", "request_id", "pid", "namespace_id", "alias", "prompt_tokens", "given_tokens", "common_tokens", "reason", "cause", "identity_field", "other_namespace_id", "other_alias", "other_tokens", "unstored_reason", "before", "asked", "stored", "nearest_key", "store", "prefix", "asked_more", "stored_more")
+    __slots__ = ("at_ms", "request_id", "pid", "namespace_id", "alias", "prompt_tokens", "given_tokens", "common_tokens", "reason", "cause", "identity_field", "other_namespace_id", "other_alias", "other_tokens", "unstored_reason", "before", "asked", "stored", "nearest_key", "store", "prefix", "asked_more", "stored_more", "remote")
     AT_MS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
@@ -1041,6 +1097,7 @@ class Explanation(_message.Message):
     PREFIX_FIELD_NUMBER: _ClassVar[int]
     ASKED_MORE_FIELD_NUMBER: _ClassVar[int]
     STORED_MORE_FIELD_NUMBER: _ClassVar[int]
+    REMOTE_FIELD_NUMBER: _ClassVar[int]
     at_ms: int
     request_id: str
     pid: int
@@ -1064,7 +1121,8 @@ class Explanation(_message.Message):
     prefix: bytes
     asked_more: bytes
     stored_more: bytes
-    def __init__(self, at_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., pid: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., given_tokens: _Optional[int] = ..., common_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., cause: _Optional[str] = ..., identity_field: _Optional[str] = ..., other_namespace_id: _Optional[bytes] = ..., other_alias: _Optional[str] = ..., other_tokens: _Optional[int] = ..., unstored_reason: _Optional[str] = ..., before: _Optional[bytes] = ..., asked: _Optional[bytes] = ..., stored: _Optional[bytes] = ..., nearest_key: _Optional[bytes] = ..., store: _Optional[_Union[StoreResult, _Mapping]] = ..., prefix: _Optional[bytes] = ..., asked_more: _Optional[bytes] = ..., stored_more: _Optional[bytes] = ...) -> None: ...
+    remote: str
+    def __init__(self, at_ms: _Optional[int] = ..., request_id: _Optional[str] = ..., pid: _Optional[int] = ..., namespace_id: _Optional[bytes] = ..., alias: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., given_tokens: _Optional[int] = ..., common_tokens: _Optional[int] = ..., reason: _Optional[str] = ..., cause: _Optional[str] = ..., identity_field: _Optional[str] = ..., other_namespace_id: _Optional[bytes] = ..., other_alias: _Optional[str] = ..., other_tokens: _Optional[int] = ..., unstored_reason: _Optional[str] = ..., before: _Optional[bytes] = ..., asked: _Optional[bytes] = ..., stored: _Optional[bytes] = ..., nearest_key: _Optional[bytes] = ..., store: _Optional[_Union[StoreResult, _Mapping]] = ..., prefix: _Optional[bytes] = ..., asked_more: _Optional[bytes] = ..., stored_more: _Optional[bytes] = ..., remote: _Optional[str] = ...) -> None: ...
 
 class StoreResult(_message.Message):
     __slots__ = ("offered_tokens", "stored_tokens", "new_bytes", "reason")

@@ -1,0 +1,189 @@
+"""Promotion: blobs of the remote tier become blobs of this store, for one request and within its time.
+
+Blobs are read whole and in order, a few MiB at a time, verified to the last byte, and stored through `Importer`, as
+those of an export are; the next ones are read meanwhile. From then on they are local: by path or stream, for this
+request and for later ones. Whatever goes wrong ends a promotion with what came before.
+
+Reading layer by layer, and storing afterwards, was rejected: a fetch gives nothing before its last byte is read, so the
+first layer alone gains nothing, and the link would carry every byte twice, or the daemon hold all of them in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from kvstore.blobs import format as blob_format
+from kvstore.core.blocks import Reason
+from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.errors import (
+    CorruptDataError,
+    DeadlineError,
+    DirectoryError,
+    InvalidRequestError,
+    KVStoreError,
+    LimitError,
+    NotFoundError,
+    ObjectChangedError,
+    RemoteError,
+    UnknownFormatError,
+)
+from kvstore.remote.finder import RemoteBlock
+from kvstore.remote.object_store import Wanted, whole
+from kvstore.remote.objects import require_block
+from kvstore.remote.tier import RemoteTier
+from kvstore.server.importer import Importer
+from kvstore.server.remote_watch import Watch
+from kvstore.server.threads import Pool
+
+# Of blobs that are read at once; one that is larger is read alone.
+BATCH_BYTES = 16 << 20
+# Why a promotion ended early, as `stats` counts it.
+LATE, CHANGED, UNAVAILABLE, WRONG, NO_MEMORY, NO_ROOM = (
+    "late",
+    "changed",
+    "unavailable",
+    "wrong",
+    "no_memory",
+    "no_room",
+)
+# From this part on what was read says whether the rest will come in time.
+TELLING_SHARE = 0.1
+Answers = list[list[memoryview] | KVStoreError]
+log = logging.getLogger(__name__)
+
+
+class Promotion:
+    """One request's. Made and used on the event loop; `run` takes what blocks. `close` it in any case."""
+
+    def __init__(
+        self,
+        tier: RemoteTier,
+        watch: Watch,
+        importer: Importer,
+        buffers: ByteBudget,
+        fidelity_min: int,
+        run: Pool,
+    ) -> None:
+        self._tier = tier
+        self._watch = watch
+        self._importer = importer
+        self._buffers = buffers
+        self._fidelity_min = fidelity_min
+        self._run = run
+        self._held_bytes = 0
+        self._reading: asyncio.Future[Answers] | None = None
+        self.read_bytes = 0
+        self.stored = 0
+
+    async def take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> str:
+        """Read these blobs, parents first, and store them; why not all of them, empty when all."""
+        started_s = time.monotonic()
+        try:
+            why = await self._take(blocks, deadline)
+        except (RemoteError, DeadlineError) as error:
+            self._watch.failed(error, time.monotonic() - started_s)
+            why = why_of(error)
+        try:
+            done = await self._run.finish(self._importer.finish)
+        except DirectoryError as error:
+            log.warning("what was read from the remote tier is not stored: %s", error)
+            return NO_ROOM
+        self.stored = done.blobs
+        return why or ("" if done.reason is Reason.OK else NO_ROOM)
+
+    async def _take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> str:
+        total, started_s, allowed_s = sum(one.head.nbytes for one in blocks), time.monotonic(), deadline.left_s
+        batches = batched(blocks)
+        batch = next(batches)
+        if not self._begin(batch, deadline):
+            return NO_MEMORY
+        while self._reading is not None:
+            answers, reading, self._reading = await self._reading, batch, None
+            batch, no_memory = next(batches, []), False
+            if batch and not any(isinstance(one, KVStoreError) for one in answers):
+                no_memory = not self._begin(batch, deadline)
+            why = await self._run.finish(self._store_all, reading, answers)
+            self._release(reading)
+            if why or no_memory:
+                return why or NO_MEMORY
+            share = self.read_bytes / total
+            # What will be late is of use up to where it got; but a caller that computes has waited for nothing.
+            if TELLING_SHARE <= share < 1 and (time.monotonic() - started_s) / share > allowed_s:
+                return LATE
+        return ""
+
+    def _begin(self, batch: Sequence[RemoteBlock], deadline: Deadline) -> bool:
+        """Begin to read; False when there is no memory for it."""
+        nbytes = sum(one.head.nbytes for one in batch)
+        if not self._buffers.try_acquire(nbytes):
+            return False
+        self._held_bytes += nbytes
+        wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in batch]
+        self._reading = asyncio.ensure_future(self._run(self._tier.store.read_all, wanted, deadline))
+        return True
+
+    def _release(self, batch: Sequence[RemoteBlock]) -> None:
+        nbytes = sum(one.head.nbytes for one in batch)
+        self._held_bytes -= nbytes
+        self._buffers.release(nbytes)
+
+    def _store_all(self, batch: Sequence[RemoteBlock], answers: Answers) -> str:
+        """Verify blobs and have them stored up to the first that cannot be; why that is, empty for none."""
+        for one, answer in zip(batch, answers, strict=True):
+            if isinstance(answer, (RemoteError, DeadlineError)):
+                self._watch.failed(answer, 0.0)
+                return why_of(answer)
+            if isinstance(answer, KVStoreError):
+                return UNAVAILABLE
+            self._watch.succeeded()
+            data = answer[0] if answer else memoryview(b"")
+            self.read_bytes += len(data)
+            if why := self._store_one(one, data):
+                self._importer.drop()
+                return why
+        return ""
+
+    def _store_one(self, one: RemoteBlock, data: memoryview) -> str:
+        try:
+            length = blob_format.header_length(bytes(data[: blob_format.LENGTH_BYTES]), len(data))
+            require_block(blob_format.parse_header(bytes(data[:length]), len(data)), one, self._fidelity_min)
+            wants_more = self._importer.take(len(data), data[:length]) and self._importer.take(0, data[length:])
+            return "" if wants_more else NO_ROOM
+        except (CorruptDataError, UnknownFormatError, InvalidRequestError, NotFoundError) as error:
+            self._tier.finder.report_wrong(one, error)
+            return WRONG
+        except LimitError:
+            return NO_MEMORY
+
+    async def close(self) -> None:
+        """Let go of everything. A read that was begun ends by its deadline, and what it brings is dropped."""
+        if self._reading is not None:
+            self._reading.cancel()
+        self._buffers.release(self._held_bytes)
+        self._held_bytes = 0
+        await self._run.finish(self._importer.close)
+
+
+def batched(blocks: Sequence[RemoteBlock]) -> Iterator[list[RemoteBlock]]:
+    """The blocks in order, in batches of at most BATCH_BYTES."""
+    batch: list[RemoteBlock] = []
+    nbytes = 0
+    for one in blocks:
+        if batch and nbytes + one.head.nbytes > BATCH_BYTES:
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(one)
+        nbytes += one.head.nbytes
+    if batch:
+        yield batch
+
+
+def why_of(error: RemoteError | DeadlineError) -> str:
+    """The word for what the remote store did not do."""
+    if isinstance(error, DeadlineError):
+        return LATE
+    return CHANGED if isinstance(error, ObjectChangedError) else UNAVAILABLE

@@ -1,0 +1,106 @@
+"""Whether the remote tier may be asked, found out on nobody's request.
+
+    unavailable   it does not answer, or was not asked yet
+    unmarked      the place has no marker: it is not mounted, or nobody ran `kvstore config remote-init`
+    serving       the marker was seen, and calls succeed
+
+Requests ask only while it serves. After some failures in a row it does not, until `look` has seen it answer: that is
+called once a second, and waits longer from one failure to the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from kvstore.core.breaker import CircuitBreaker, Deadline
+from kvstore.errors import DeadlineError, RemoteError, UnmarkedError
+from kvstore.remote.link import RATED_BYTES_MIN
+from kvstore.remote.object_store import ByteRange
+from kvstore.remote.tier import RemoteTier
+
+UNAVAILABLE, UNMARKED, SERVING = "unavailable", "unmarked", "serving"
+# The marker is looked for this often: a share that was unmounted leaves an empty folder, which answers.
+LOOK_EVERY_S = 10.0
+LOOK_S = 5.0
+# Bytes of some object that are read while nothing was, so that the rate of the link is known before a request needs it.
+SAMPLE_BYTES = 4 * RATED_BYTES_MIN
+# A call that was given less time than this says nothing about the store when it is late.
+PATIENCE_S = 0.1
+log = logging.getLogger(__name__)
+
+
+class Watch:
+    """See the module. Any thread may call; `look` one at a time."""
+
+    def __init__(self, tier: RemoteTier, clock: Callable[[], float] = time.monotonic) -> None:
+        self._tier = tier
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._state, self._detail = UNAVAILABLE, "it was not asked yet"
+        self._looked_s = clock() - LOOK_EVERY_S
+        self._trials = CircuitBreaker(failures_max=1, clock=clock)
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """(state, why it does not serve)."""
+        with self._lock:
+            return self._state, self._detail
+
+    @property
+    def serves(self) -> bool:
+        """Whether it may be asked now."""
+        return self.state[0] == SERVING
+
+    def failed(self, error: RemoteError | DeadlineError, waited_s: float) -> None:
+        """A call of a request failed after so long."""
+        if isinstance(error, UnmarkedError):
+            self._become(UNMARKED, str(error))
+        elif isinstance(error, DeadlineError) and waited_s < PATIENCE_S:
+            return
+        self._tier.reads.failed()
+        if self._tier.reads.has_opened and self.serves:
+            self._become(UNAVAILABLE, str(error))
+
+    def succeeded(self) -> None:
+        """A call of a request was answered."""
+        self._tier.reads.succeeded()
+
+    def look(self) -> None:
+        """See whether it serves, when that is due. Blocks for LOOK_S at most; raises nothing that a store can do."""
+        now_s = self._clock()
+        if self.serves and now_s - self._looked_s < LOOK_EVERY_S:
+            return
+        if not self._trials.allow():
+            return
+        self._looked_s = now_s
+        try:
+            self._tier.store.require_mark(Deadline(LOOK_S))
+            if not self._tier.store.requests.read_bytes:
+                self._sample(Deadline(LOOK_S))
+        except UnmarkedError as error:
+            self._trials.failed()
+            self._become(UNMARKED, str(error))
+        except (RemoteError, DeadlineError) as error:
+            self._trials.failed()
+            self._become(UNAVAILABLE, str(error))
+        else:
+            self._trials.succeeded()
+            self._tier.reads.succeeded()
+            self._become(SERVING, "")
+
+    def _sample(self, deadline: Deadline) -> None:
+        listed = self._tier.store.names("", "", deadline)
+        one = next((one for one in listed if one.head.nbytes >= RATED_BYTES_MIN), None)
+        if one is not None:
+            nbytes = min(one.head.nbytes, SAMPLE_BYTES)
+            self._tier.store.read(one.name, one.head.etag, [ByteRange(0, nbytes)], deadline)
+
+    def _become(self, state: str, detail: str) -> None:
+        with self._lock:
+            before, self._state, self._detail = self._state, state, detail
+        if state != before:
+            level = logging.INFO if state == SERVING else logging.WARNING
+            log.log(level, "the remote tier is %s%s", state, detail and f": {detail}")
