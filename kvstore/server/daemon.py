@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 UPKEEP_EVERY_S = 1.0
 # A health service of its own: not SERVING while the disk refuses writes, when what is stored is served all the same.
 WRITES = "kvstore.writes"
+# Of the remote tier: not SERVING without one, and while it does not answer. Nothing else depends on it.
+REMOTE = "kvstore.remote"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
@@ -183,13 +185,7 @@ class Daemon:
         await threads.admin(sockets.begin)
         remote.start()
         upkeep = Upkeep(engine, store, sockets, config, requests, counters, why, lifetime)
-        again = (
-            lambda: self._keep_up(upkeep, engine, threads, health),
-            lambda: threads.check(engine.scrub),
-            lambda: threads.reencode(pressure.step),
-            lambda: threads.watch(remote.step),
-        )
-        tasks = [asyncio.create_task(work) for work in (*map(every_second, again), keep_up(files, threads.admin))]
+        tasks = self._begin_upkeep(upkeep, engine, threads, health, files, pressure, remote)
         with serving_metrics(metrics, threads):
             await self._stop.wait()
         self._state = "draining"
@@ -227,10 +223,32 @@ class Daemon:
             log.warning("gave up commits that did not end within %d s", self._config.limits.grace_s)
             store.give_up()
 
-    async def _keep_up(self, upkeep: Upkeep, engine: Engine, threads: Threads, health: HealthServicer) -> None:
+    def _begin_upkeep(
+        self,
+        upkeep: Upkeep,
+        engine: Engine,
+        threads: Threads,
+        health: HealthServicer,
+        files: CredentialFiles,
+        pressure: Pressure,
+        remote: Remote,
+    ) -> list[asyncio.Task[None]]:
+        """What is done again and again while the daemon serves."""
+        again = (
+            lambda: self._keep_up(upkeep, engine, threads, health, remote),
+            lambda: threads.check(engine.scrub),
+            lambda: threads.reencode(pressure.step),
+            lambda: threads.watch(remote.step),
+        )
+        return [asyncio.create_task(work) for work in (*map(every_second, again), keep_up(files, threads.admin))]
+
+    async def _keep_up(
+        self, upkeep: Upkeep, engine: Engine, threads: Threads, health: HealthServicer, remote: Remote
+    ) -> None:
         for upload in await threads.care(upkeep.step):
             threads.release.post(upload.release)
         await health.set(WRITES, NOT_SERVING if engine.degraded else SERVING)
+        await health.set(REMOTE, SERVING if remote.serves else NOT_SERVING)
         if upkeep.is_displaced and not self._stop.is_set():
             words = "the data directory %s was deleted or replaced; starting again"
             log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)
