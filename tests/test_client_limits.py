@@ -101,9 +101,9 @@ def test_the_total_limit_covers_reading_and_decoding(
 
     def slowly(*args: object, **kwargs: object) -> object:
         time.sleep(0.15)
-        return assemble.assemble_layer(*args, **kwargs)  # type: ignore[arg-type]
+        return assemble.begin_layer(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvstore.client.fetcher.assemble_layer", slowly)
+    monkeypatch.setattr("kvstore.client.layer_reads.begin_layer", slowly)
     with Client(daemon.config()) as client:
         session = client.session(NAMESPACE, connect_ms=1000)
         answer, took_s = timed(lambda: session.fetch(TOKENS, "packed", transport, total_ms=200))  # type: ignore[arg-type]

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from kvstore.blobs import ranges
 from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
 from kvstore.blobs.readers import READERS, Readers
-from kvstore.client import reads
+from kvstore.client import layer_reads, reads
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.codecs import virtual
 from kvstore.core.blocks import Reason
-from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, ReadDeadlineError
 from tests.support.checkpoints import hybrid_layout
 from tests.support.fake_daemon import FakeDaemon
@@ -161,7 +161,7 @@ def test_memory_and_files_of_a_read_that_hangs_live_until_it_returns(
     kept: list[object] = []
     real = reads.FileReads.keep
     monkeypatch.setattr(
-        reads.FileReads, "keep", lambda own, memory, nbytes: (kept.append(memory), real(own, memory, nbytes))[1]
+        reads.FileReads, "keep", lambda own, left, memory, size: (kept.append(memory), real(own, left, memory, size))[1]
     )
     disk.path = daemon.blocks[0].source.path
     assert session.fetch(TOKENS, "packed", "path", HURRIED_MS).reason is Reason.DEADLINE
@@ -222,34 +222,41 @@ def test_fetches_miss_at_once_when_every_reader_is_held(
     until(lambda: session.fetch(TOKENS[:257], "packed", "path"), "the thread reads again")
 
 
-def test_a_load_does_not_wait_in_mlx_behind_reads_that_hang(
-    daemon: FakeDaemon, client: Client, monkeypatch: pytest.MonkeyPatch
+def test_mlx_loads_files_while_every_reader_is_held(
+    daemon: FakeDaemon, client: Client, disk: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MLX has four threads for loads. While others hold them a fetch waits where its deadline ends it."""
-    monkeypatch.setattr(virtual, "_MLX_THREADS", ByteBudget(4))
-    assert virtual._MLX_THREADS.acquire(3, 0)
+    """MLX has four threads for loads. Reads of ours that hang hold none of them."""
+    monkeypatch.setattr(virtual, "SMALL_BYTES", 0)
+    monkeypatch.setattr(layer_reads, "OVERLAPPED_BYTES_MIN", 0)
     session = client.session(daemon.namespace, **PATIENT)
+    disk.path = daemon.blocks[0].source.path
     assert session.fetch(TOKENS, "packed", "path", HURRIED_MS).reason is Reason.DEADLINE
-    virtual._MLX_THREADS.release(3)
-    assert session.fetch(TOKENS, "packed", "path")
-    assert virtual._MLX_THREADS.used_bytes == 0
+    assert disk.waiting == 4, "two layers of two tensors"
+    mx.save_safetensors(str(tmp_path / "file.safetensors"), {f"{n}": mx.ones(8) for n in range(8)})
+    loaded = mx.load(str(tmp_path / "file.safetensors"))
+    mx.eval(loaded)
+    assert len(loaded) == 8 and not disk.released
+    held = client._budget.used_bytes
+    assert held >= 2 * 600 * LAYOUT.token_bytes // 3, "the buffers of two layers are counted, once each"
+    assert held < 3 * 1024 * LAYOUT.token_bytes // 3
+    disk.release()
+    until(lambda: not client._budget.used_bytes, "the memory is given back")
 
 
 def test_work_that_no_thread_has_begun_is_taken_back() -> None:
-    """It holds no thread, so it is not counted as stuck; helpers of work that hangs are."""
-    pool, gate = Readers(2), threading.Event()
-
-    def helped() -> None:
-        pool.start(gate.wait)
-        gate.wait()
-
+    """It holds no thread, so it is not counted as stuck."""
+    pool, gate = Readers(1), threading.Event()
     with pytest.raises(ReadDeadlineError):
-        pool.run(helped, 0.2)
-    until(lambda: pool.stuck == 2, "the work and its helper")
-    with pytest.raises(ReadDeadlineError, match="all 2"):
+        pool.run(gate.wait, 0.2)
+    until(lambda: pool.stuck == 1, "the work")
+    with pytest.raises(ReadDeadlineError, match="all 1"):
         pool.run(gate.wait, 3600)
+    queued = pool.start(lambda: 7)
+    with pytest.raises(ReadDeadlineError, match="did not return"):
+        pool.wait(queued, 0.05)
+    assert pool.stuck == 1
     gate.set()
-    until(lambda: not pool.stuck, "both return")
+    until(lambda: not pool.stuck, "it returns")
     assert pool.run(lambda: 7, 60) == 7
     with pytest.raises(KeyError):
         pool.run(lambda: {}["gone"], 60)

@@ -18,7 +18,7 @@ from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")
 
-# MLX loads with four threads, each of which waits for one of ours, and two more help with large tensors.
+# Two layers of a fetch have four large tensors, each of which takes one; two more are for another fetch.
 THREADS_MAX = 6
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ class Job:
         self._ended = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
-        self.helpers: list[Job] = []
         # Set by the pool under its lock.
         self.running = False
         self.stuck = False
@@ -75,7 +74,6 @@ class Readers:
         self._threads = 0
         self._pending = 0  # queued or running
         self._stuck = 0
-        self._current = threading.local()
 
     @property
     def stuck(self) -> int:
@@ -88,22 +86,27 @@ class Readers:
         ReadDeadlineError when it has not ended within `timeout_s`, or at once when every thread is held. If it had
         begun by then, it still runs: `left(job)` is told so, and `when_ended` says when it is over.
         """
+        self.require_free()
+        job = self.start(work)
+        self.wait(job, timeout_s, left)
+        result: T = job.result()
+        return result
+
+    def require_free(self) -> None:
+        """ReadDeadlineError when every thread is held."""
         if self._stuck >= self._threads_max:
             raise ReadDeadlineError(f"all {self._threads_max} reader threads wait for reads that do not return")
-        job = self.start(work)
+
+    def wait(self, job: Job, timeout_s: float, left: Callable[[Job], None] | None = None) -> None:
+        """Wait for the end of a job, whatever comes of it. ReadDeadlineError as `run`."""
         if not job.wait(timeout_s):
             if not self.cancel(job) and self._abandon(job) and left is not None:
                 left(job)
             raise ReadDeadlineError(f"a read did not return within {timeout_s * 1e3:.0f} ms")
-        result: T = job.result()
-        return result
 
     def start(self, work: Callable[[], Any]) -> Job:
-        """Queue `work`. Work queued by a reader thread is abandoned with the work that runs there."""
+        """Queue `work`. Work that runs here must not wait for work that it queues."""
         job = Job(work)
-        parent: Job | None = getattr(self._current, "job", None)
-        if parent is not None:
-            parent.helpers.append(job)
         with self._lock:
             self._pending += 1
             if self._pending > self._threads and self._threads < self._threads_max:
@@ -138,15 +141,14 @@ class Readers:
         call()
 
     def _abandon(self, job: Job) -> bool:
-        """Count the threads that a job holds as stuck until they return; False if it has just ended."""
+        """Count the thread that a job holds as stuck until it returns; False if it has just ended."""
         with self._lock:
             if not job.running:
                 return False
             before = self._stuck
-            for one in (job, *job.helpers):
-                if one.running and not one.stuck:
-                    one.stuck = True
-                    self._stuck += 1
+            if not job.stuck:
+                job.stuck = True
+                self._stuck += 1
             now = self._stuck
         if before == 0 or now >= self._threads_max:
             log.warning("%d of %d reader threads wait for reads of files that do not return", now, self._threads_max)
@@ -159,11 +161,9 @@ class Readers:
                 cancelled = job.wait(0)
                 job.running = not cancelled
             if not cancelled:
-                self._current.job = job
                 try:
                     job.run()
                 finally:
-                    self._current.job = None
                     self._end(job)
             with self._lock:
                 self._pending -= 1

@@ -21,18 +21,15 @@ from typing import Any, Literal, cast
 
 import grpc
 
-from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader, Range, RangeReader
+from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
 from kvstore.client.connection import Connection
-from kvstore.client.plan import Plan, Request, layer_bytes, parse_plan
+from kvstore.client.layer_reads import LayerReads
+from kvstore.client.plan import Plan, Request, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, require_readable
 from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss, missed
-from kvstore.client.timing import TimedReader
-from kvstore.codecs.assemble import assemble_layer
-from kvstore.codecs.byte_plan import layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
-from kvstore.codecs.states import assemble_state, state_ranges
 from kvstore.core.blocks import Reason
 from kvstore.core.breaker import Deadline, Deadlines, Watchdog
 from kvstore.core.byte_budget import ByteBudget
@@ -177,9 +174,10 @@ class Fetcher:
                 if reads.run(reader.open_all):
                     call.cancel()
                 yield plan
+                layers = self._layers(attempt, plan)
                 try:
                     for index in range(len(self._namespace.layout.layers)):
-                        yield self._layer(attempt, plan, index, reader, reads)
+                        yield layers.read(index, reader, reads)
                 except BlockCorruptError as error:
                     with suppress(_DamagedError, _PathUnusableError):
                         self._shorter(plan, error, reads)  # tells the daemon
@@ -286,8 +284,7 @@ class Fetcher:
         return Miss(Reason.BELOW_THRESHOLD if plan.reason is Reason.OK else plan.reason)
 
     def _read(self, attempt: Attempt, plan: Plan, reader: FileReader, reads: FileReads) -> Hit:
-        n_layers = len(self._namespace.layout.layers)
-        layers = (self._layer(attempt, plan, index, reader, reads) for index in range(n_layers))
+        layers = self._layers(attempt, plan).overlapped(reader, reads)
         return _hit(attempt, plan, tuple(attempt.decoded(layers)), "path", "packed")
 
     def _shorter(self, plan: Plan, error: BlockCorruptError, reads: FileReads) -> Plan:
@@ -307,12 +304,13 @@ class Fetcher:
         self, attempt: Attempt, plan: Plan, messages: Iterator[Message], call: Any
     ) -> Generator[Layer, None, None]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
-        expected = [self._expected(plan, index) for index in range(len(self._namespace.layout.layers))]
+        layers = self._layers(attempt, plan)
+        expected = [layers.expected(index) for index in range(len(self._namespace.layout.layers))]
         sizes = [nbytes for _, nbytes in expected]
         with Receiver(messages, sizes, self._budget, call.cancel, attempt.deadline.left_s) as receiver:
             for index, (ranges, _) in enumerate(expected):
                 try:
-                    yield self._layer(attempt, plan, index, BufferReader(receiver.take(), ranges))
+                    yield layers.read(index, BufferReader(receiver.take(), ranges))
                 except BlockCorruptError as error:
                     if plan.keys[error.source]:
                         self._report(plan.keys[error.source], str(error))
@@ -320,29 +318,8 @@ class Fetcher:
                         raise _DamagedError(plan.tokens_without(error.source), Reason.CORRUPT) from error
                     raise
 
-    def _expected(self, plan: Plan, index: int) -> tuple[list[Range], int]:
-        """The ranges that a stream carries of a layer, and their bytes."""
-        spec = self._namespace.layout.layers[index]
-        if spec.is_exact:
-            state = plan.state(index)
-            return state_ranges(state, plan.state_source), state.nbytes
-        ranges = layer_ranges(plan.blocks, index)
-        return ranges, layer_bytes(plan.blocks, ranges, spec)
-
-    def _layer(
-        self, attempt: Attempt, plan: Plan, index: int, reader: RangeReader, reads: FileReads | None = None
-    ) -> Layer:
-        layout = self._namespace.layout
-        reader = TimedReader(reader, attempt.meter, attempt.deadline)
-        layer: Layer
-        if layout.layers[index].is_exact:
-            layer = assemble_state(layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads)
-        else:
-            headroom = self._options.headroom_tokens
-            codes = attempt.caller.keep_codes
-            layer = assemble_layer(layout, index, plan.blocks, reader, headroom, keep_codes=codes, reads=reads)
-        attempt.begin(layer)
-        return layer
+    def _layers(self, attempt: Attempt, plan: Plan) -> LayerReads:
+        return LayerReads(self._namespace.layout, self._options.headroom_tokens, attempt, plan)
 
     @contextmanager
     def _call(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 from kvstore.blobs.ranges import unreadable_paths
@@ -18,7 +19,7 @@ T = TypeVar("T")
 
 
 class FileReads:
-    """Runs file operations on the process's reader threads. Used by the fetching thread and by MLX's load threads.
+    """Runs file operations on the process's reader threads. Used by the fetching thread.
 
     A read that does not return in time is abandoned. It may still write to MLX's buffers, so these stay allocated, and
     count against `budget`, until the read returns.
@@ -29,29 +30,51 @@ class FileReads:
         self._budget = budget
         self._left: list[Job] = []
 
-    @property
-    def left_s(self) -> float:
-        """Seconds until the deadline."""
-        return self._deadline.left_s
-
     def run(self, work: Callable[[], T]) -> T:
         """Run `work` and wait for it. ReadDeadlineError at the deadline, or at once where no thread can read."""
         return READERS.run(work, self._deadline.left_s, self._left.append)
 
-    def keep(self, memory: object, nbytes: int) -> None:
-        """Hold `memory` of `nbytes` until the reads that were abandoned so far have returned."""
-        for job in self._left:
-            self._budget.charge(nbytes)
-            READERS.when_ended(job, functools.partial(self._returned, [memory], nbytes))
+    def start(self, work: Callable[[], None]) -> Job:
+        """See `codecs.virtual.Reads`."""
+        READERS.require_free()
+        return READERS.start(work)
 
-    def _returned(self, kept: list[object], nbytes: int) -> None:
-        kept.clear()
-        self._budget.release(nbytes)
+    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        """See `codecs.virtual.Reads`."""
+        try:
+            for job in jobs:
+                READERS.wait(job, self._deadline.left_s, self._left.append)
+                job.result()
+        except BaseException:
+            self.drop(jobs, memory, nbytes)
+            raise
 
-    def settle(self) -> None:
-        """Wait until all reads have returned."""
-        for job in self._left:
-            job.wait()
+    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        """See `codecs.virtual.Reads`."""
+        for job in jobs:
+            READERS.cancel(job)
+        for job in jobs:
+            if job not in self._left:
+                with suppress(ReadDeadlineError):
+                    READERS.wait(job, self._deadline.left_s, self._left.append)
+        if left := [job for job in jobs if job in self._left]:
+            self.keep(left, memory, nbytes)
+
+    def keep(self, left: Sequence[Job], memory: object, nbytes: int) -> None:
+        """Hold `memory` of `nbytes`, counted, until the jobs `left`, which were abandoned, have returned."""
+        kept, lock, running = [memory], threading.Lock(), [len(left)]
+        self._budget.charge(nbytes)
+
+        def returned() -> None:
+            with lock:
+                running[0] -= 1
+                if running[0]:
+                    return
+            kept.clear()
+            self._budget.release(nbytes)
+
+        for job in left:
+            READERS.when_ended(job, returned)
 
 
 def _unreadable(plan: Plan) -> int | None:

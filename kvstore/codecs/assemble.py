@@ -2,14 +2,13 @@
 
     segments.py  plan: from the runs alone, which ranges are needed and where their rows go
     gather.py    read: the ranges, verified, into place
-    here         a layer's tensors as one virtual file that MLX loads, then decoding and concatenating segments
+    here         a layer's tensors as one virtual file, then decoding and concatenating segments
 
-A layer is read by one `mx.load` of a virtual file (`virtual.py`), which gathers the bytes from the blocks straight into
-MLX's buffer, on two threads. Against mx.load of one file of equal capacity, into fresh memory, that costs 1.1-1.3x
-(1 GiB) or 1.3-1.7x (256 MiB); mx.load of every block and concatenating 4.3-5.3x, preadv into numpy and mx.array
-2.3-2.9x. Rejected: asking Linux for pages of 2 MiB, faster than mx.load at times and, on a virtual machine whose host
-takes free memory back, several times as slow. Only decoding may be lazy: when `assemble_layer` returns, every byte was
-read and verified.
+A layer's tensors are arrays that MLX allocates and kvstore fills (`virtual.py`): the bytes go from the blocks straight
+into MLX's buffers, a thread for each large tensor. mx.load of every block and concatenating takes 4.3-5.3x mx.load of
+one file, preadv into numpy and mx.array 2.3-2.9x. Rejected: asking Linux for pages of 2 MiB, faster than mx.load at
+times and, on a virtual machine whose host takes free memory back, several times as slow. Only decoding may be lazy:
+when `assemble_layer` returns, every byte was read and verified.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments
 from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of
 from kvstore.codecs.gather import Filler
-from kvstore.codecs.virtual import Reads, VirtualFile
+from kvstore.codecs.virtual import LayerRead, Reads, VirtualFile
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
 from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
@@ -43,29 +42,49 @@ def assemble_layer(
     reads: Reads | None = None,
     context: Context = NO_CONTEXT,
 ) -> KVLayer:
-    """One kv layer of a hit, in buffers of its tokens and head-room, rounded up to 256 rows; unused rows are zero.
+    """`begin_layer` and `finish`."""
+    begun = begin_layer(layout, layer, blocks, reader, headroom_tokens, verify, keep_codes, reads, context)
+    return begun.finish()
 
-    `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a quantized cache, as codes,
-    scales and biases, under a spec that says so. `context`: the position of the first token, and files that recipes
-    refer to. Everything is read when this returns; decoding may still be lazy, so evaluate on this thread. Raises
-    BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or misdescribed data, UnknownFormatError
-    for a recipe that this build cannot read, AuxMissingError for a file that `context` lacks, OSError if the disk
-    fails, and what `reads` raises.
+
+def begin_layer(
+    layout: Layout,
+    layer: int,
+    blocks: Sequence[HitBlock],
+    reader: RangeReader,
+    headroom_tokens: int = BLOCK_TOKENS,
+    verify: bool = True,
+    keep_codes: bool = False,
+    reads: Reads | None = None,
+    context: Context = NO_CONTEXT,
+) -> LayerRead[KVLayer]:
+    """Begin to read one kv layer of a hit, into buffers of its tokens and head-room, rounded up to 256 rows.
+
+    Unused rows are zero. `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a
+    quantized cache, as codes, scales and biases, under a spec that says so. `context`: the position of the first token,
+    and files that recipes refer to. Everything is read when `finish` returns; decoding may still be lazy, so evaluate
+    on this thread. Both raise BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or
+    misdescribed data, UnknownFormatError for a recipe that this build cannot read, AuxMissingError for a file that
+    `context` lacks, OSError if the disk fails, and what `reads` raises.
     """
     spec = layout.layers[layer]
     assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
     n_tokens = sum(block.take for block in blocks)
     capacity = -(-(n_tokens + headroom_tokens) // BLOCK_TOKENS) * BLOCK_TOKENS
     plan = {part: plan_segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
-    loaded = _load(plan, capacity - n_tokens, Filler(reader, verify), reads)
-    if keep_codes and (quantized := _quantized_spec(spec, plan)):
-        keys, values = (tuple(loaded[part][0]) for part in PARTS)
-        return KVLayer(quantized, keys, values, n_tokens)
-    parts = {
-        part: _decoded(spec.part(part), segments, loaded[part], capacity, replace(context, part=part, layers=(layer,)))
-        for part, segments in plan.items()
-    }
-    return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
+
+    def build(arrays: dict[str, mx.array]) -> KVLayer:
+        loaded = _by_segment(plan, arrays)
+        if keep_codes and (quantized := _quantized_spec(spec, plan)):
+            keys, values = (tuple(loaded[part][0]) for part in PARTS)
+            return KVLayer(quantized, keys, values, n_tokens)
+        parts = {}
+        for part, segments in plan.items():
+            place = replace(context, part=part, layers=(layer,))
+            parts[part] = _decoded(spec.part(part), segments, loaded[part], capacity, place)
+        return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
+
+    return LayerRead(_file(plan, capacity - n_tokens, Filler(reader, verify), reads), build)
 
 
 def _quantized_spec(spec: LayerSpec, plan: dict[str, list[Segment]]) -> LayerSpec | None:
@@ -93,16 +112,14 @@ def packed_layer(
     plan = {part: plan_segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
     if any(segment.group_tokens > 1 for segments in plan.values() for segment in segments):
         raise InvalidRequestError(f"layer {layer} is stored in groups of tokens, which cannot be cut without decoding")
-    loaded = _load(plan, 0, Filler(reader))
+    loaded = _by_segment(plan, _file(plan, 0, Filler(reader)).load())
     return {
         part: [(segment.recipe, tensors) for segment, tensors in zip(segments, loaded[part], strict=True)]
         for part, segments in plan.items()
     }
 
 
-def _load(
-    plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler, reads: Reads | None = None
-) -> dict[str, list[list[mx.array]]]:
+def _file(plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler, reads: Reads | None = None) -> VirtualFile:
     """The tensors of every segment of every part, with `spare_tokens` rows of zeros behind the last."""
     file = VirtualFile(reads)
     for part, segments in plan.items():
@@ -113,7 +130,11 @@ def _load(
                 shape = (1, tensor.heads, rows, tensor.width)
                 fill = functools.partial(filler.fill, segment, index, rows)
                 file.add(f"{part}.{number}.{index}", tensor.dtype, shape, fill)
-    arrays = file.load() if plan else {}
+    return file
+
+
+def _by_segment(plan: dict[str, list[Segment]], arrays: dict[str, mx.array]) -> dict[str, list[list[mx.array]]]:
+    """The arrays of `_file`, by part and segment."""
     return {
         part: [
             [arrays[f"{part}.{number}.{index}"] for index in range(len(segment.tensors))]

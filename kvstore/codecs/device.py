@@ -144,8 +144,8 @@ def to_array(rows: Bytes, dtype: str) -> mx.array:
 def to_bytes(array: mx.array) -> Bytes:
     """The bytes `[..., row_bytes]` of an evaluated, row-contiguous array, without a copy. Any thread.
 
-    The view keeps the buffer alive. It must not be written to. BufferError or ValueError if the array is not
-    row-contiguous.
+    The view keeps the buffer alive. Only `virtual.py` writes to it, before anybody else has the array. BufferError or
+    ValueError if the array is not row-contiguous.
     """
     return flat_bytes(array).reshape(*array.shape[:-1], array.shape[-1] * array.itemsize)
 

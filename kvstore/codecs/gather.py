@@ -7,23 +7,17 @@ needs an eighth of the calls, but took exactly as long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kvstore.blobs.ranges import RangeReader
-from kvstore.blobs.readers import READERS
 from kvstore.codecs.byte_plan import Segment, Span
 from kvstore.codecs.codec import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.core.blocks import ITEM_BYTES, Tensor
 from kvstore.errors import CorruptDataError
-
-# Tensors of at least this size are read on two threads: 0.7x the time at 4 MiB on two cores, files in the page cache.
-# The threads are kept: starting one for each read cost as much as it saved. They do not survive a fork; nor does MLX.
-HELPED_BYTES = 1 << 20
 
 
 class _Place(NamedTuple):
@@ -48,27 +42,10 @@ class Filler:
         rows = np.frombuffer(view, np.uint8).reshape(tensor.heads, capacity, tensor.row_bytes)
         nbytes = capacity * tensor.row_bytes
         heads = [view[head * nbytes : (head + 1) * nbytes] for head in range(tensor.heads)]
-        self._fill_spans(_Place(tensor, index, rows, heads), segment.spans)
+        place = _Place(tensor, index, rows, heads)
+        for span in segment.spans:
+            self._fill_span(place, span)
         rows[:, tensor.rows(segment.held) :] = 0
-
-    def _fill_spans(self, place: _Place, spans: Sequence[Span]) -> None:
-        """All spans; large tensors with a second thread that takes every span that this one has not come to."""
-        waiting = iter(spans)
-
-        def fill() -> None:
-            for span in waiting:
-                self._fill_span(place, span)
-
-        if len(spans) == 1 or sum(place.tensor.layer_bytes(span.n_tokens) for span in spans) < HELPED_BYTES:
-            fill()
-            return
-        helper = READERS.start(fill)
-        try:
-            fill()
-        finally:
-            if not READERS.cancel(helper):
-                helper.wait()
-        helper.result()
 
     def _fill_span(self, place: _Place, span: Span) -> None:
         """Read the rows of one span. Unused rows of it are read and verified too."""

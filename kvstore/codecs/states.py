@@ -15,7 +15,7 @@ from kvstore.blobs.ranges import Range, RangeReader
 from kvstore.codecs import device
 from kvstore.codecs.codec import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.virtual import Reads, VirtualFile
+from kvstore.codecs.virtual import LayerRead, Reads, VirtualFile
 from kvstore.core.blocks import LayerState, StateArray
 from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.core.records import states_from_list, states_to_list
@@ -82,9 +82,16 @@ def state_ranges(state: LayerState, source: int) -> list[Range]:
 def assemble_state(
     layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
 ) -> StateLayer:
-    """One window or state layer after `n_tokens` tokens, in arrays of its own.
+    """`begin_state` and `finish`."""
+    return begin_state(layout, state, n_tokens, source, reader, reads).finish()
 
-    Everything is read, verified and evaluated when this returns; the arrays are the calling thread's. Raises
+
+def begin_state(
+    layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
+) -> LayerRead[StateLayer]:
+    """Begin to read one window or state layer after `n_tokens` tokens, into arrays of its own.
+
+    Everything is read, verified and evaluated when `finish` returns; the arrays are the calling thread's. Both raise
     BlockCorruptError with `source` for damaged or missing bytes, OSError if the disk fails, what `reads` raises.
     """
     spec = layout.layers[state.layer]
@@ -93,14 +100,17 @@ def assemble_state(
     for number, array in enumerate(state.arrays):
         if array.nbytes:
             file.add(str(number), array.dtype, array.shape or (1,), functools.partial(_fill, reader, source, array))
-    loaded = file.load()
-    arrays = [
-        loaded[str(number)].reshape(array.shape) if array.nbytes else device.zeros(array.shape, array.dtype)
-        for number, array in enumerate(state.arrays)
-    ]
-    device.evaluate(arrays)
-    names = (array.name for array in state.arrays)
-    return StateLayer(spec, tuple(zip(names, arrays, strict=True)), state.numbers, n_tokens)
+
+    def build(loaded: dict[str, mx.array]) -> StateLayer:
+        arrays = [
+            loaded[str(number)].reshape(array.shape) if array.nbytes else device.zeros(array.shape, array.dtype)
+            for number, array in enumerate(state.arrays)
+        ]
+        device.evaluate(arrays)
+        names = (array.name for array in state.arrays)
+        return StateLayer(spec, tuple(zip(names, arrays, strict=True)), state.numbers, n_tokens)
+
+    return LayerRead(file, build)
 
 
 def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview) -> None:

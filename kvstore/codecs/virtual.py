@@ -1,51 +1,69 @@
-"""A virtual safetensors file: its content is assembled while MLX reads it.
+"""Arrays that MLX allocates and kvstore fills: bytes are read straight into MLX's buffers, on threads of kvstore.
 
-kvstore makes the header. When MLX reads a tensor, `readinto` writes the bytes directly into MLX's buffer. That is one
-copy; preadv into numpy and then `mx.array` are two, at half the speed. mx.load of a file object is eager.
+MLX takes no foreign memory without a copy, and has no call for an array whose bytes do not matter. So MLX loads a
+safetensors file of which there is only a header: it allocates every tensor, and `readinto` leaves the memory as it is.
+It is then written through the buffer protocol. That is one copy; preadv into numpy and then `mx.array` are two, at half
+the speed. mx.load of a file object is eager.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import json
 import math
 import threading
-from collections.abc import Callable
-from typing import Any, BinaryIO, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
-from kvstore.codecs.device import load_stream, loading
+from kvstore.blobs.readers import READERS, Job
+from kvstore.codecs import device
 from kvstore.core.blocks import ITEM_BYTES
-from kvstore.core.byte_budget import ByteBudget
-from kvstore.errors import KVStoreError, ReadDeadlineError
 
-# MLX loads with four threads, and tensors of one file wait for each other there. Loads that would wait in MLX wait here
-# instead, where a deadline ends it: four threads may be held by files whose reads do not return.
-_MLX_THREADS = ByteBudget(4)
+T = TypeVar("T")
 
-
-# Handing a read to another thread and back takes about as long as copying this much. So what is smaller is read at once
-# for all tensors of a file, and copied.
+# Handing a read to another thread and back takes about as long as copying this much. So what is smaller is read by one
+# job for all tensors of a file.
 SMALL_BYTES = 256 << 10
 
 
 class Reads(Protocol):
     """Protocol for file reads that may miss their deadline: see `kvstore.client.reads`."""
 
-    @property
-    def left_s(self) -> float:
-        """Seconds that are left for all reads."""
+    def start(self, work: Callable[[], None]) -> Job:
+        """Have `work` done on a reader thread. ReadDeadlineError where none can read."""
 
-    def run(self, work: Callable[[], None]) -> None:
-        """Do what reads. ReadDeadlineError when it does not end in time, and then it may still be running."""
+    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        """Wait for jobs that write to `memory` of `nbytes`, and raise the first error.
 
-    def keep(self, memory: object, nbytes: int) -> None:
-        """The memory that reads write to. It must live, and is counted, until the last of them has returned."""
+        ReadDeadlineError when they do not end in time. Then some may still be running; the memory counts until they
+        have returned. After any error no other of the jobs begins.
+        """
 
-    def settle(self) -> None:
-        """Return when no read is running any more, however long that takes."""
+    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        """End jobs of which nothing is wanted any more: as `finish`, without their errors."""
+
+
+class _Patient:
+    """Reads that take as long as they take: of memory, or of files in the daemon."""
+
+    def start(self, work: Callable[[], None]) -> Job:
+        return READERS.start(work)
+
+    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        for job in jobs:
+            job.wait()
+        for job in jobs:
+            job.result()
+
+    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+        for job in jobs:
+            if not READERS.cancel(job):
+                job.wait()
+
+
+_PATIENT = _Patient()
 
 
 class VirtualFile(io.RawIOBase):
@@ -53,68 +71,78 @@ class VirtualFile(io.RawIOBase):
 
     MLX calls seek and readinto from its own pool threads, and another thread may come in between the two: the position
     is kept per thread. No exception may cross MLX: 0.32 makes a RuntimeError of it with a traceback for a message, 0.31
-    swallows it and hands out the unfilled buffer. So the first error is kept, later reads are skipped, and `load`
-    raises it; and whatever else happens, `load` returns nothing unless every tensor was filled.
+    swallows it and hands out the unfilled buffer. None can: nothing is read there.
     """
 
     def __init__(self, reads: Reads | None = None) -> None:
-        """Without `reads` tensors are filled on MLX's threads, for as long as it takes."""
+        """Without `reads` tensors are filled for as long as it takes."""
         super().__init__()
-        self._reads = reads
-        self._error: KVStoreError | OSError | None = None
-        self._filled: set[int] = set()
+        self._reads = reads or _PATIENT
         self._header: dict[str, dict[str, Any]] = {}
-        self._fills: dict[int, tuple[int, Callable[[memoryview], None]]] = {}
-        self._small: dict[int, bytearray] = {}
+        self._fills: dict[str, tuple[int, Callable[[memoryview], None]]] = {}
         self._size = 0
         self._head = b""
         self._thread = threading.local()
+        self._arrays: dict[str, mx.array] = {}
+        self._jobs: list[Job] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self._size
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None]) -> None:
         """Let the file hold a tensor of at least one byte; `fill` writes all of them, on any thread."""
         nbytes = math.prod(shape) * ITEM_BYTES[dtype]
         assert nbytes and name not in self._header
-        self._fills[self._size] = (nbytes, fill)
+        self._fills[name] = (nbytes, fill)
         end = self._size + nbytes
         self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._size, end]}
         self._size = end
 
-    def load(self) -> dict[str, mx.array]:
-        """Read everything; the first error of reading or verifying is raised as it was."""
+    def begin(self) -> None:
+        """Allocate the tensors and have them filled. `finish` or `drop` must follow. ReadDeadlineError."""
         if not self._header:
-            return {}
+            return
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
-        threads = min(len(self._fills), _MLX_THREADS.limit_bytes)
-        if not _MLX_THREADS.acquire(threads, math.inf if self._reads is None else self._reads.left_s):
-            raise ReadDeadlineError("other reads hold the threads with which MLX loads")
+        with device.loading():
+            arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=device.load_stream())
+        if not isinstance(arrays, dict) or {name: a.nbytes for name, a in arrays.items()} != self._sizes():
+            raise RuntimeError("MLX did not allocate every tensor of a layer")
+        self._arrays = arrays
+        # Each job holds the memory that it writes to, so that a read which is abandoned writes to nobody else's.
+        work = [(fill, device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()]
+        jobs = [[one] for one in work if one[1].nbytes > SMALL_BYTES]
+        if small := [one for one in work if one[1].nbytes <= SMALL_BYTES]:
+            jobs.append(small)
         try:
-            arrays = self._load()
-        finally:
-            _MLX_THREADS.release(threads)
-        if self._error is not None:
-            raise self._error
-        if self._filled != self._fills.keys() or not isinstance(arrays, dict):
-            raise RuntimeError("MLX did not read every tensor of a layer")
-        return arrays
-
-    def _load(self) -> object:
-        try:
-            with loading():
-                arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=load_stream())
-            if self._error is not None and self._reads is not None:
-                self._reads.keep(arrays, self._size)
+            for job in jobs:
+                self._jobs.append(self._reads.start(_filling(job)))
         except BaseException:
-            if self._reads is not None:  # MLX may have taken its buffers back
-                self._reads.settle()
+            self.drop()
             raise
+
+    def finish(self) -> dict[str, mx.array]:
+        """Wait until everything is read; the first error of reading or verifying is raised as it was."""
+        arrays, jobs = self._arrays, self._jobs
+        self._arrays, self._jobs = {}, []
+        self._reads.finish(jobs, arrays, self._size)
         return arrays
 
-    def _read_small(self) -> None:
-        small = {start: bytearray(nbytes) for start, (nbytes, _) in self._fills.items() if nbytes <= SMALL_BYTES}
-        for start, buffer in small.items():
-            self._fills[start][1](memoryview(buffer))
-        self._small = small
+    def drop(self) -> None:
+        """End what `begin` began without a result. Does nothing after `finish`."""
+        arrays, jobs = self._arrays, self._jobs
+        self._arrays, self._jobs = {}, []
+        self._reads.drop(jobs, arrays, self._size)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: nbytes for name, (nbytes, _) in self._fills.items()}
+
+    def load(self) -> dict[str, mx.array]:
+        """`begin` and `finish`."""
+        self.begin()
+        return self.finish()
 
     def readable(self) -> bool:
         """MLX asks."""
@@ -136,30 +164,38 @@ class VirtualFile(io.RawIOBase):
         return base + offset
 
     def readinto(self, buffer: Any, /) -> int:
-        """Fill MLX's buffer: a piece of the header, or the whole of one tensor."""
+        """Fill MLX's buffer with a piece of the header; leave that of a tensor as it is."""
         view, at = memoryview(buffer).cast("B"), self.tell()
-        if not view.nbytes:
-            return 0
+        nbytes = view.nbytes
         if at < len(self._head):
-            chunk = self._head[at : at + view.nbytes]
+            chunk = self._head[at : at + nbytes]
             view[: len(chunk)] = chunk
-            self._thread.position = at + len(chunk)
-            return len(chunk)
-        start = at - len(self._head)
-        if self._error is None:
-            try:
-                nbytes, fill = self._fills[start]
-                assert view.nbytes == nbytes, "MLX reads a tensor at once"
-                if self._reads is None:
-                    fill(view)
-                elif nbytes <= SMALL_BYTES:
-                    if not self._small:
-                        self._reads.run(self._read_small)
-                    view[:] = self._small[start]
-                else:
-                    self._reads.run(functools.partial(fill, view))
-                self._filled.add(start)
-            except (KVStoreError, OSError) as error:
-                self._error = error
-        self._thread.position = at + view.nbytes
-        return view.nbytes
+            nbytes = len(chunk)
+        self._thread.position = at + nbytes
+        return nbytes
+
+
+class LayerRead(Generic[T]):
+    """A layer whose bytes are being read. The thread that began it finishes or drops it, and then owns the layer."""
+
+    def __init__(self, file: VirtualFile, build: Callable[[dict[str, mx.array]], T]) -> None:
+        """Begin to read `file`, of whose tensors `build` makes the layer. Raises ReadDeadlineError."""
+        file.begin()
+        self._file = file
+        self._build = build
+
+    def finish(self) -> T:
+        """Wait until everything is read. Raises what reading, verifying or `build` raises."""
+        return self._build(self._file.finish())
+
+    def drop(self) -> None:
+        """End it without a result. Waits for reads that run, at most until the deadline."""
+        self._file.drop()
+
+
+def _filling(tensors: Sequence[tuple[Callable[[memoryview], None], memoryview]]) -> Callable[[], None]:
+    def fill_all() -> None:
+        for fill, view in tensors:
+            fill(view)
+
+    return fill_all

@@ -1,0 +1,74 @@
+"""The layers of a plan, read and assembled for one fetch: one at a time, or the next one while one is awaited."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from kvstore.blobs.ranges import FileReader, Range, RangeReader
+from kvstore.client.attempt import Attempt, Layer
+from kvstore.client.plan import Plan, layer_bytes
+from kvstore.client.reads import FileReads
+from kvstore.client.timing import TimedReader
+from kvstore.codecs.assemble import begin_layer
+from kvstore.codecs.byte_plan import layer_ranges
+from kvstore.codecs.states import begin_state, state_ranges
+from kvstore.codecs.virtual import LayerRead
+from kvstore.core.layers import Layout
+
+# Layers of at least this size are read two at a time. Of smaller ones a file that hangs would only hold more threads.
+OVERLAPPED_BYTES_MIN = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReads:
+    """The layers of one plan. Used by the fetching thread, which then owns them. All raise as `begin_layer`."""
+
+    layout: Layout
+    headroom_tokens: int
+    attempt: Attempt
+    plan: Plan
+
+    def expected(self, index: int) -> tuple[list[Range], int]:
+        """The ranges that a stream carries of a layer, and their bytes."""
+        spec, plan = self.layout.layers[index], self.plan
+        if spec.is_exact:
+            state = plan.state(index)
+            return state_ranges(state, plan.state_source), state.nbytes
+        ranges = layer_ranges(plan.blocks, index)
+        return ranges, layer_bytes(plan.blocks, ranges, spec)
+
+    def read(self, index: int, reader: RangeReader, reads: FileReads | None = None) -> Layer:
+        """One layer. Without `reads` for as long as it takes."""
+        return self._finished(self._begin(index, reader, reads))
+
+    def overlapped(self, reader: FileReader, reads: FileReads) -> Generator[Layer, None, None]:
+        """All layers in order; while one is awaited, the next one is read, if layers are large."""
+        n_layers = len(self.layout.layers)
+        ahead = 1 if self.plan.nbytes >= OVERLAPPED_BYTES_MIN * n_layers else 0
+        begun: deque[LayerRead[Any]] = deque()
+        try:
+            for index in range(n_layers):
+                begun.append(self._begin(index, reader, reads))
+                if len(begun) > ahead:
+                    yield self._finished(begun.popleft())
+            while begun:
+                yield self._finished(begun.popleft())
+        finally:
+            for one in begun:
+                one.drop()
+
+    def _begin(self, index: int, reader: RangeReader, reads: FileReads | None) -> LayerRead[Any]:
+        attempt, plan = self.attempt, self.plan
+        reader = TimedReader(reader, attempt.meter, attempt.deadline)
+        if self.layout.layers[index].is_exact:
+            return begin_state(self.layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads)
+        codes = attempt.caller.keep_codes
+        return begin_layer(self.layout, index, plan.blocks, reader, self.headroom_tokens, keep_codes=codes, reads=reads)
+
+    def _finished(self, read: LayerRead[Any]) -> Layer:
+        layer: Layer = read.finish()
+        self.attempt.begin(layer)
+        return layer
