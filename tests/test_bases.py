@@ -17,7 +17,7 @@ from kvstore.core.keys import Chain, Namespace, aux_key
 from kvstore.engine import Engine, Selection, check_directory
 from kvstore.engine.bases import UNUSED_S
 from kvstore.errors import InvalidRequestError
-from tests.support.bases import basis_of, counted, new_aux, put_aux, put_referring, referring, row_number
+from tests.support.aux_blocks import basis_of, counted, new_aux, put_aux, put_referring, read_aux, referring, row_number
 from tests.support.engine import (
     RecordingFs,
     Stopped,
@@ -66,8 +66,8 @@ def damage(path: Path) -> None:
 
 def test_a_basis_is_read_back_listed_and_counted_in_bytes(engine: Engine) -> None:
     """Its bytes under its digest, its cost in the namespace and in what `du` says, and it is no block."""
-    assert (engine.read_aux(NS.root, FIRST), engine.read_aux(NS.root, SECOND)) == (ONE, TWO)
-    assert engine.read_aux(OTHER.root, FIRST) is None and engine.read_aux(NS.root, bytes(32)) is None
+    assert (read_aux(engine, NS.root, FIRST), read_aux(engine, NS.root, SECOND)) == (ONE, TWO)
+    assert read_aux(engine, OTHER.root, FIRST) is None and read_aux(engine, NS.root, bytes(32)) is None
     listed = {one.digest: one for one in engine.list_aux(NS.root)}
     assert {digest: (one.nbytes, one.blocks) for digest, one in listed.items()} == {
         FIRST: (len(ONE), 3),
@@ -113,9 +113,9 @@ def test_a_basis_goes_with_the_last_block_that_refers_to_it(engine: Engine) -> N
     for left in (2, 1):
         engine.evict(Selection(bytes=1))
         assert row_number(engine, NS.root, FIRST) == left
-        assert engine.read_aux(NS.root, FIRST) == ONE
+        assert read_aux(engine, NS.root, FIRST) == ONE
     engine.evict(Selection(bytes=1))
-    assert row_number(engine, NS.root, FIRST) == -1 and engine.read_aux(NS.root, FIRST) is None
+    assert row_number(engine, NS.root, FIRST) == -1 and read_aux(engine, NS.root, FIRST) is None
     assert not blob_paths(engine._shared.directory.root)
     require_sound(engine)
 
@@ -127,7 +127,7 @@ def test_an_eviction_of_a_namespace_takes_its_bases(engine: Engine) -> None:
     said = engine.evict(Selection(namespace_prefix=NS.root), dry_run=True)
     done = engine.evict(Selection(namespace_prefix=NS.root))
     assert said.freed_bytes == done.freed_bytes and blob_count(engine, NS) == 0
-    assert engine.read_aux(OTHER.root, FIRST) == ONE
+    assert read_aux(engine, OTHER.root, FIRST) == ONE
     require_sound(engine)
 
 
@@ -143,7 +143,9 @@ def test_a_block_that_takes_the_place_of_another_moves_the_count(engine: Engine)
 def test_a_basis_that_nothing_uses_expires(tmp_path: Path) -> None:
     """After UNUSED_S; one that a block refers to does not."""
     now = [2e9]
-    with Engine.open(tmp_path / "data", options(durability="none"), clock=lambda: now[0]) as engine:
+    with Engine.open(
+        tmp_path / "data", options(durability="none"), clock=lambda: now[0], steady=lambda: now[0]
+    ) as engine:
         put_aux(engine, NS, ONE)
         put_aux(engine, NS, TWO)
         put_referring(engine, NS, LONG, FIRST)
@@ -153,7 +155,7 @@ def test_a_basis_that_nothing_uses_expires(tmp_path: Path) -> None:
         now[0] += 20
         engine.maintain()
         assert (row_number(engine, NS.root, FIRST), row_number(engine, NS.root, SECOND)) == (3, -1)
-        assert engine.read_aux(NS.root, FIRST) == ONE
+        assert read_aux(engine, NS.root, FIRST) == ONE
         require_sound(engine)
 
 
@@ -167,7 +169,7 @@ def test_a_budget_smaller_than_a_basis_refuses_it_and_evicts_nothing(tmp_path: P
         for number in range(60):
             receipt = put_referring(engine, NS, [number, *range(1000)], FIRST)
             assert receipt.reason is Reason.OK
-            assert engine.read_aux(NS.root, FIRST) == ONE
+            assert read_aux(engine, NS.root, FIRST) == ONE
             assert row_number(engine, NS.root, FIRST) == counted(engine, NS.root)[FIRST]
         assert engine.stats().evicted_blocks > 0 and engine.used_bytes <= 900_000
         require_sound(engine)
@@ -184,7 +186,7 @@ def test_a_rebuilt_index_counts_the_references_again(tmp_path: Path, key: bytes)
         assert (ONE in aux_file(engine, FIRST).read_bytes()) == (not key)
     (tmp_path / "data" / "index" / "data.mdb").unlink()
     with Engine.open(tmp_path / "data", made) as engine:
-        assert row_number(engine, NS.root, FIRST) == 3 and engine.read_aux(NS.root, FIRST) == ONE
+        assert row_number(engine, NS.root, FIRST) == 3 and read_aux(engine, NS.root, FIRST) == ONE
         assert engine.check().findings == []
         engine.evict(Selection(all=True))
         assert not blob_paths(tmp_path / "data")
@@ -198,7 +200,7 @@ def test_blocks_whose_keys_are_missing_take_their_bases_along(tmp_path: Path) ->
         put_referring(engine, NS, LONG, FIRST)
     shutil.rmtree(tmp_path / "keys")
     with Engine.open(tmp_path / "data", made) as engine:
-        assert engine.read_aux(NS.root, FIRST) is None
+        assert read_aux(engine, NS.root, FIRST) is None
         engine.evict(Selection(namespace_prefix=NS.root))
         assert not blob_paths(tmp_path / "data") and engine.stats().blobs == 0
 
@@ -206,14 +208,14 @@ def test_blocks_whose_keys_are_missing_take_their_bases_along(tmp_path: Path) ->
 def test_a_damaged_basis_makes_its_blocks_misses_and_deletes_none(engine: Engine) -> None:
     """It goes to quarantine; the same bytes, put again, make them hits again with the count that they had."""
     damage(aux_file(engine, FIRST))
-    assert engine.read_aux(NS.root, FIRST) is None
+    assert read_aux(engine, NS.root, FIRST) is None
     assert engine.stats().quarantined == 1 and not engine.has_aux(NS.root, [FIRST])
     assert find(engine, NS, LONG).n_tokens == 600  # the blocks are there; who decodes them asks `has_aux`
     assert [one.kind for one in engine.check().findings] == ["missing_basis"]
     assert engine.check(repair=True).repaired == 0 and find(engine, NS, LONG).n_tokens == 600
     assert put_referring(engine, NS, [7, 8, 9], FIRST).reason is Reason.NO_BASIS
     assert put_aux(engine, NS, ONE).reason is Reason.OK
-    assert engine.has_aux(NS.root, [FIRST]) and engine.read_aux(NS.root, FIRST) == ONE
+    assert engine.has_aux(NS.root, [FIRST]) and read_aux(engine, NS.root, FIRST) == ONE
     assert row_number(engine, NS.root, FIRST) == 3
     require_sound(engine)
 
@@ -283,7 +285,7 @@ def test_bases_move_with_export_and_import(engine: Engine, tmp_path: Path) -> No
         pieces = shipped(engine, NS.root)
         done = take_in(target, pieces)
         assert (done.blobs, done.held, done.reason) == (5, 0, Reason.OK)
-        assert target.read_aux(NS.root, FIRST) == ONE and row_number(target, NS.root, FIRST) == 3
+        assert read_aux(target, NS.root, FIRST) == ONE and row_number(target, NS.root, FIRST) == 3
         assert take_in(target, pieces).stored == 0
         require_sound(target)
         target.evict(Selection(all=True))
@@ -401,7 +403,7 @@ def test_counts_are_those_of_brute_force(actions: list[tuple[str, Namespace, obj
                 assert isinstance(what, bytes)
                 if engine.has_aux(ns.root, [what]):
                     damage(aux_file(engine, what, ns))
-                    assert engine.read_aux(ns.root, what) is None
+                    assert read_aux(engine, ns.root, what) is None
                     lost.add((ns.root, what))
             else:
                 engine.close()

@@ -74,6 +74,12 @@ def print_sequences(sequences: list[dict[str, Any]]) -> None:
     print_table(columns, rows, numbers="  nnn  n")
 
 
+def _kind(block: dict[str, Any]) -> str:
+    if block.get("basis"):
+        return "lost basis" if block.get("lost") else "basis"
+    return "checkpoint" if block.get("checkpoint") else fidelity_text(block["fidelity"])
+
+
 def print_blocks(blocks: list[dict[str, Any]], aliases: dict[str, str]) -> None:
     """The table of blocks, in the order given; `aliases` by namespace id. Nothing when there are none."""
     if not blocks:
@@ -86,7 +92,7 @@ def print_blocks(blocks: list[dict[str, Any]], aliases: dict[str, str]) -> None:
             f"{block['start']:,}",
             f"{block['n_tokens']:,}",
             size_text(block["bytes"]),
-            "checkpoint" if block.get("checkpoint") else fidelity_text(block["fidelity"]),
+            _kind(block),
             ", ".join(block["recipes"]),
             age_text(block["accessed_s"]),
         )

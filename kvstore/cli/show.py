@@ -53,6 +53,7 @@ def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
         ("profile", one.get("profile", "-") + refused),
         ("encrypted", "yes" if one.get("encrypted") else "no"),
         ("holds", f"{one['tokens']:,} tokens in {one['blocks']:,} blocks, {one.get('checkpoints', 0):,} checkpoints"),
+        *_bases(one),
         ("on disk", f"{size_text(one['bytes'])} for {size_text(one['logical_bytes'])} of raw KV"),
         ("served", f"{share_text(traffic)} of the prompt tokens asked for, {traffic.get('hit_tokens', 0):,} tokens"),
         ("saved", f"{saved_text(traffic)} of prefill" + (f" at {speed:,.0f} tokens/s" if speed else "")),
@@ -62,7 +63,23 @@ def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def _bases(one: dict[str, Any]) -> list[tuple[str, str]]:
+    if not one.get("bases"):
+        return []
+    worth = f"worth it from {one['basis_tokens']:,} stored tokens on"
+    return [("basis", f"{size_text(one['basis_bytes'])} for the calibrated codec, {worth}")]
+
+
 def _block(block: dict[str, Any]) -> list[tuple[str, str]]:
+    if block.get("basis"):
+        lost = "lost: these blocks are misses" if block.get("lost") else "sound"
+        return [
+            ("namespace", block["namespace_id"]),
+            ("basis", f"{block['references']:,} blocks refer to it; {lost}"),
+            ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
+            ("created", time_text(block["created_s"])),
+            ("file", block["path"]),
+        ]
     last = block["start"] + block["n_tokens"]
     return [
         ("namespace", block["namespace_id"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -37,7 +37,8 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One fetch: its tokens, its time limits, who asks, and what it took so far. Of the thread that fetches.
+    """One fetch: its tokens, its time limits, who asks, what it took so far, and what its recipes refer to. Of the
+    thread that fetches.
 
     For a caller that wants them evaluated, layers are decoded while the next ones are read: of 1 GiB of 8-bit KV on a
     CPU that takes 0.75 of the time that one after the other does. For others decoding stays lazy.
@@ -49,6 +50,7 @@ class Attempt:
     started: float
     caller: Caller
     meter: Meter = field(default_factory=Meter)
+    aux: Mapping[bytes, bytes] = field(default_factory=dict)
 
     def begin(self, layer: Layer) -> None:
         """Have a layer decoded that has been read, if the caller wants that. DeadlineError when time is over."""

@@ -290,6 +290,18 @@ class Client:
         )
         return self._ask("RecordQuality", request, QUICK_S)
 
+    def put_basis(self, namespace: Namespace, data: bytes) -> dict[str, Any]:
+        """Store what recipes of a namespace are to refer to by its SHA-256, such as the basis of a calibrated codec.
+
+        `reason` in the answer is "ok", or says with `detail` why it is not stored. What no block refers to within two
+        weeks is deleted.
+        """
+        from kvstore.client.packs import basis_pieces
+
+        with self._asking() as admin:
+            reply = admin.PutBasis(basis_pieces(namespace, data), timeout=EVICT_S)
+        return {"schema": SCHEMA, **message_to_dict(reply)}
+
     def list_quality(self, namespace_prefix: bytes = b"") -> dict[str, Any]:
         """The results of `record_quality` by namespace, including models without stored KV."""
         request = pb.ListQualityRequest(namespace_prefix=namespace_prefix)

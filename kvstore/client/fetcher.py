@@ -23,10 +23,11 @@ import grpc
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, BufferReader, FileReader
 from kvstore.client.attempt import Attempt, Caller, Layer, ending
+from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.connection import Connection
 from kvstore.client.layer_reads import LayerReads
 from kvstore.client.plan import Plan, Request, parse_plan
-from kvstore.client.reads import FileReads, before_unreadable, require_readable
+from kvstore.client.reads import FileReads, before_unreadable, errno_of, require_readable
 from kvstore.client.receiver import Message, Receiver
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
@@ -162,6 +163,7 @@ class Fetcher:
             plan = _plan(messages, request)
             try:
                 self._check_rules(plan)
+                attempt = self._with_bases(attempt, plan)
                 if not plan.files:
                     yield plan
                     yield from self._from_stream(attempt, plan, messages, call) if plan.n_tokens else ()
@@ -225,6 +227,7 @@ class Fetcher:
             report = functools.partial(self._tell_end, attempt, plan, by_path)
             try:
                 answer: Hit | Miss
+                attempt = self._with_bases(attempt, plan)
                 if by_path:
                     with ending(call):
                         answer = self._from_files(attempt, plan, call)
@@ -236,6 +239,13 @@ class Fetcher:
                 raise
             report(answer)
             return answer
+
+    def _with_bases(self, attempt: Attempt, plan: Plan) -> Attempt:
+        """The attempt with what the recipes of a plan refer to. AuxMissingError when it does not come in time."""
+        stub, left_s = self._connection.kvstore, attempt.deadline.left_s
+        return replace(
+            attempt, aux=BASES.get(plan.references, functools.partial(ask_basis, stub, self._message), left_s)
+        )
 
     def _tell_end(
         self, attempt: Attempt, plan: Plan, by_path: bool, answer: Hit | Miss, *, again: bool = False
@@ -288,7 +298,7 @@ class Fetcher:
         return _hit(attempt, plan, tuple(attempt.decoded(layers)), "path", "packed")
 
     def _shorter(self, plan: Plan, error: BlockCorruptError, reads: FileReads) -> Plan:
-        code = _errno(error)
+        code = errno_of(error)
         # The first block goes last: where even that is not to be seen, the paths mean nothing to us.
         first = plan.files[0].path
         elsewhere = code == errno.ENOENT and not reads.run(lambda: os.path.exists(first))
@@ -394,13 +404,3 @@ def _file_reader(plan: Plan) -> Iterator[FileReader]:
     closed = functools.partial(_FILES.release, granted)
     with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
         yield reader
-
-
-def _errno(error: BaseException) -> int | None:
-    """The errno at the root of an error, if there is one."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause.errno
-        cause = cause.__cause__
-    return None

@@ -14,6 +14,7 @@ from kvstore.client.reads import FileReads
 from kvstore.client.timing import TimedReader
 from kvstore.codecs.assemble import begin_layer
 from kvstore.codecs.byte_plan import layer_ranges
+from kvstore.codecs.codec import Context
 from kvstore.codecs.states import begin_state, state_ranges
 from kvstore.codecs.virtual import LayerRead
 from kvstore.core.layers import Layout
@@ -65,8 +66,16 @@ class LayerReads:
         reader = TimedReader(reader, attempt.meter, attempt.deadline)
         if self.layout.layers[index].is_exact:
             return begin_state(self.layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads)
-        codes = attempt.caller.keep_codes
-        return begin_layer(self.layout, index, plan.blocks, reader, self.headroom_tokens, keep_codes=codes, reads=reads)
+        return begin_layer(
+            self.layout,
+            index,
+            plan.blocks,
+            reader,
+            self.headroom_tokens,
+            keep_codes=attempt.caller.keep_codes,
+            reads=reads,
+            context=Context(aux=attempt.aux),
+        )
 
     def _finished(self, read: LayerRead[Any]) -> Layer:
         layer: Layer = read.finish()

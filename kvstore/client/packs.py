@@ -13,9 +13,11 @@ from typing import Any
 
 from kvstore import __version__
 from kvstore.blobs.fs import Fs, unlink_quietly, write_pending
-from kvstore.blobs.pack_file import Manifest, PackFile, manifest_of, pack_pieces
+from kvstore.blobs.pack_file import PIECE_BYTES, Manifest, PackFile, manifest_of, pack_pieces
 from kvstore.blobs.protocol import TMP_SUFFIX
+from kvstore.core.keys import Namespace
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
+from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Hears how many bytes of how many are done.
@@ -84,6 +86,13 @@ def verify_pack(pack: PackFile, tell: Tell) -> None:
     for _, piece in pack.read():
         done += len(piece)
         tell(done, pack.nbytes)
+
+
+def basis_pieces(namespace: Namespace, data: bytes) -> Iterator[pb.BasisPiece]:
+    """A basis as PutBasis takes it."""
+    yield pb.BasisPiece(namespace=namespace_to_message(namespace), layout=namespace.layout.record)
+    for at in range(0, len(data), PIECE_BYTES):
+        yield pb.BasisPiece(data=data[at : at + PIECE_BYTES])
 
 
 def send_pack(send: Callable[[Iterator[pb.BlobPiece]], Any], pack: PackFile, tell: Tell) -> pb.ImportReply:

@@ -40,6 +40,12 @@ class Plan:
     fetch_id: str = ""
 
     @property
+    def references(self) -> frozenset[bytes]:
+        """Digests of what the recipes of its runs refer to."""
+        stacks = (stack for block in self.blocks for run in block.runs for stack in run.stacks)
+        return frozenset(digest for stack in stacks for digest in stack.recipe.references)
+
+    @property
     def state_source(self) -> int:
         """The number under which the checkpoint's bytes are read."""
         return len(self.blocks)

@@ -97,3 +97,13 @@ def before_unreadable(plan: Plan) -> Plan:
     if plan.states or not number:
         require_readable(plan)
     return plan.first(number, Reason.DEADLINE)
+
+
+def errno_of(error: BaseException) -> int | None:
+    """The errno at the root of an error, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause.errno
+        cause = cause.__cause__
+    return None

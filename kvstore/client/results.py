@@ -123,6 +123,7 @@ _REASONS: tuple[tuple[type[errors.KVStoreError], Reason], ...] = (
     (errors.DeadlineError, Reason.DEADLINE),
     (errors.CorruptDataError, Reason.CORRUPT),
     (errors.UnknownFormatError, Reason.UNKNOWN_RECIPE),
+    (errors.AuxMissingError, Reason.NO_BASIS),
 )
 
 

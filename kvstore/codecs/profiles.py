@@ -89,6 +89,12 @@ class Profile:
         return f"{self.keys}:{self.values},rest={self.rest},edge{edge},sinks{self.sinks}"
 
     @property
+    def references(self) -> frozenset[bytes]:
+        """Digests of the files that its recipes refer to."""
+        recipes = (self.keys, self.values, self.rest, self.edge_keys, self.edge_values)
+        return frozenset(digest for recipe in recipes for digest in recipe.references)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the profile is lossless."""
         return self.fidelity == FIDELITY_EXACT

@@ -58,8 +58,8 @@ def transcode(
 ) -> list[EncodedRun]:
     """The runs of a block with the values of `raw`, which its own runs decode to, encoded as the profile says.
 
-    `submit` and `aux` as for `encode.encode_runs`. What is not encoded, such as the tokens after the
-    last whole group, keeps the rank that it has.
+    `submit` and `aux` as for `encode.encode_runs`. What is not encoded, such as the tokens after the last whole group,
+    keeps the rank that it has.
     """
     runs, at = [], 0
     for one in encode_runs(layout, [raw], profile, block.start, submit, aux):

@@ -46,8 +46,8 @@ TEMPLATES_MAX = 4096
 DIMENSIONS_MAX = 8
 NUMBERS_MAX = 32
 REFERENCES_MAX = 4
-# Largest aux block. The basis of a model with 64 layers, 1,024 channels for keys and values each and 256 components is
-# a quarter of it.
+# Largest aux block, and most that a process keeps of them in memory. The basis of a model with 64 layers, 1,024
+# channels for keys and values each and 256 components is a quarter of it.
 AUX_BYTES_MAX = 256 << 20
 
 

@@ -33,7 +33,7 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,9 @@ from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
+from kvstore.core.byte_cache import ByteCache
 from kvstore.core.keys import NamespaceInfo, aux_key
+from kvstore.core.records import AUX_BYTES_MAX
 from kvstore.engine import bases
 from kvstore.engine import check as checking
 from kvstore.engine.adopt import find_missing_keys
@@ -59,7 +61,7 @@ from kvstore.engine.shared import DISPLACED, EngineOptions, Place, Shared
 from kvstore.engine.store import Writer
 from kvstore.engine.terms import Keeper
 from kvstore.engine.transfer import Transfer
-from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError
+from kvstore.errors import AuxMissingError, CorruptDataError, DirectoryError, KVStoreError
 from kvstore.index.index import Index
 from kvstore.index.rows import Row
 from kvstore.index.validate import digest
@@ -100,6 +102,7 @@ class Engine:
         self.is_displaced = shared.is_displaced
         self.recheck = functools.partial(recheck, shared)
         # What recipes refer to
+        self._aux = ByteCache(AUX_BYTES_MAX)
         self.has_aux = functools.partial(bases.is_there, shared.site)
         self.list_aux = functools.partial(bases.listed, shared.site)
         self._scrub = Scrub(shared)
@@ -205,17 +208,25 @@ class Engine:
         """A reader of the blocks of a plan, all of one namespace."""
         return self._shared.blobs.reader([part.row.source for part in slices], open_max)
 
-    def read_aux(self, root: bytes, digest: bytes) -> bytes | None:
-        """The bytes that recipes of a namespace refer to by this digest, verified; None when they are not there.
+    def aux(self, root: bytes, digests: Iterable[bytes]) -> Mapping[bytes, bytes]:
+        """The bytes that recipes of a namespace refer to by these digests, verified; read once and kept in memory.
 
-        What is damaged goes to quarantine. Waits for the disk.
+        AuxMissingError for one that is not there. What is damaged goes to quarantine. Waits for the disk.
         """
-        try:
-            return bases.read(self._shared.site, root, digest)
-        except CorruptDataError as error:
-            log.warning("a basis cannot be read: %s", error)
-            self.recheck(aux_key(root, digest))
-            return None
+        site, found = self._shared.site, dict[bytes, bytes]()
+        for name in digests:
+            data = self._aux.get(name) if bases.is_there(site, root, [name]) else b""
+            if data is None:
+                try:
+                    data = bases.read(site, root, name)
+                except CorruptDataError as error:
+                    log.warning("a basis cannot be read: %s", error)
+                    self.recheck(aux_key(root, name))
+            if not data:
+                raise AuxMissingError(name)
+            self._aux.put(name, data)
+            found[name] = data
+        return found
 
     def touch(self, slices: Iterable[Slice], *, fetched: bool = False) -> None:
         """Note that blocks were used. Kept in memory, written with the next commit or by `maintain`.

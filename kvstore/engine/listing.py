@@ -28,6 +28,7 @@ class BlockInfo:
     """A row, what its blob costs on disk, when it was last used, and where it lies.
 
     `error`: the relative error of its re-encoding; 0 where it was not re-encoded.
+    `references`: of an aux block, how many blocks refer to it.
     """
 
     row: Row
@@ -35,6 +36,7 @@ class BlockInfo:
     accessed_s: int
     path: str
     error: float = 0.0
+    references: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +266,7 @@ class Listing:
                 table.value(row.key, "used_s"),
                 blobs.path(row.blob) or row.blob.name,
                 table.error(row.key),
+                table.value(row.key, "children") if row.is_aux else 0,
             )
             for row in rows
         ]

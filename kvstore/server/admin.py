@@ -13,6 +13,7 @@ from kvstore.core.text import size_text
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
 from kvstore.server.admission import DETAILS, READ_ONLY
+from kvstore.server.basis_intake import BasisIntake
 from kvstore.server.explain import Explainer, place_message
 from kvstore.server.importer import Importer
 from kvstore.server.pins import Pinner
@@ -267,6 +268,22 @@ class AdminService(rpc.AdminServicer):
             blobs=done.blobs, held=done.held, new_bytes=done.new_bytes, reason=done.reason, detail=done.detail
         )
 
+    @unary
+    async def PutBasis(self, request_iterator: AsyncIterator[pb.BasisPiece], context: Context) -> pb.PutBasisReply:
+        if self._store.admission.mode == READ_ONLY:
+            return pb.PutBasisReply(reason=Reason.READ_ONLY, detail=DETAILS[Reason.READ_ONLY])
+        intake, run = self._basis_intake(), self._threads.pack
+        try:
+            async for piece in request_iterator:
+                await run.finish(intake.take, piece)
+            done = await run.finish(intake.finish)
+        finally:
+            run.post(intake.close)
+        return pb.PutBasisReply(digest=done.digest, new_bytes=done.new_bytes, reason=done.reason, detail=done.detail)
+
+    def _basis_intake(self) -> BasisIntake:
+        return BasisIntake(self._engine, self._store.encryption, self._store.receiver.buffers)
+
     def _importer(self) -> Importer:
         return Importer(
             self._engine,
@@ -338,4 +355,7 @@ def block_message(info: BlockInfo) -> pb.BlockInfo:
         path=info.path,
         runs=len(block.runs),
         checkpoint=block.is_checkpoint,
+        basis=info.row.is_aux,
+        references=info.references,
+        lost=info.row.is_lost,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from kvstore.blobs.protocol import BlobId
@@ -32,6 +32,8 @@ READS_MAX = 2
 RECIPES_MAX = 1024
 
 Unusable = Callable[[Match], tuple[int, Reason] | None]
+# Whether a namespace has all that recipes refer to by these digests.
+HasAux = Callable[[bytes, Iterable[bytes]], bool]
 NOTHING_SAID = Offer()
 
 
@@ -73,6 +75,11 @@ class FetchPlan:
         return [HitBlock(piece.row.block.runs, piece.take) for piece in self.match.slices]
 
     @property
+    def references(self) -> frozenset[bytes]:
+        """Digests of what its recipes refer to."""
+        return frozenset().union(*(piece.row.block.references for piece in self.match.slices))
+
+    @property
     def states(self) -> dict[int, LayerState]:
         """The checkpoint's layers by index."""
         checkpoint = self.match.checkpoint
@@ -91,7 +98,7 @@ class FetchPath:
         self._engine = engine
         self._config = config
         self.costs = Costs(lambda: lane.backlog_s)
-        self._readable = Readable()
+        self._readable = Readable(engine.has_aux)
 
     def match(self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID) -> Match:
         """The longest usable prefix, at most all tokens but one; n_tokens 0 with a reason is a miss.
@@ -100,7 +107,8 @@ class FetchPath:
 
         Raises InvalidRequestError when its tokens are not packed token ids.
         """
-        return self._usable(chain, fidelity_min, offer, self._readable.first_unreadable)
+        unreadable = functools.partial(self._readable.first_unreadable, chain.root)
+        return self._usable(chain, fidelity_min, offer, unreadable)
 
     def _usable(self, chain: Chain, fidelity_min: int, offer: Offer, unusable: Unusable) -> Match:
         """The longest prefix of which `unusable` names no part."""
@@ -130,7 +138,7 @@ class FetchPath:
         """
         asked_s = self.costs.now_s()
         failed: Counter[BlobId] = Counter()
-        unusable = functools.partial(first_unusable, failed)
+        unusable = functools.partial(first_unusable, failed, self._engine.has_aux)
         for _ in range(REPLANS_MAX):
             match = self._usable(chain, fidelity_min, offer, unusable)
             namespace = self._engine.namespace(chain.root)
@@ -157,27 +165,34 @@ class FetchPath:
 
 
 class Readable:
-    """Recipes that this build was seen to read, so that a match decodes no runs. Any thread: sets of numbers only."""
+    """What recipes refer to that this build was seen to read, so that a match decodes no runs. Any thread.
 
-    def __init__(self) -> None:
-        self._recipes: set[int] = set()
+    By number of the templates of a row: what they refer to, nothing for most.
+    """
 
-    def first_unreadable(self, match: Match) -> tuple[int, Reason] | None:
+    def __init__(self, has_aux: HasAux) -> None:
+        self._has_aux = has_aux
+        self._references: dict[int, frozenset[bytes]] = {0: frozenset()}
+
+    def first_unreadable(self, root: bytes, match: Match) -> tuple[int, Reason] | None:
         """As `first_unreadable`, for less: runs are decoded only of rows with recipes that were not seen before."""
-        seen = match.templates_digests
-        if seen <= self._recipes and match.checkpoint is None:
-            return None
-        found = first_unreadable(match)
-        if found is None and len(self._recipes | seen) <= RECIPES_MAX:
-            self._recipes |= seen - {0}
+        known, seen = self._references, match.templates_digests
+        if match.checkpoint is None and seen <= known.keys():
+            needed = frozenset().union(*(known[one] for one in seen))
+            if not needed or self._has_aux(root, needed):
+                return None
+        found = first_unreadable(self._has_aux, match)
+        if found is None and len(known.keys() | seen) <= RECIPES_MAX:
+            known.update({piece.row.templates_digest: piece.row.block.references for piece in match.slices})
         return found
 
 
-def first_unreadable(match: Match) -> tuple[int, Reason] | None:
+def first_unreadable(has_aux: HasAux, match: Match) -> tuple[int, Reason] | None:
     """(start, reason) of the first block with a recipe or row that this build cannot read; None when all are fine.
 
     Of a checkpoint: the position before the last token that it stands for.
     """
+    there: set[frozenset[bytes]] = {frozenset()}
     for piece in match.slices:
         try:
             check_runs(piece.row.block.runs)
@@ -185,6 +200,10 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
             return piece.row.start, Reason.UNKNOWN_RECIPE
         except CorruptDataError:
             return piece.row.start, Reason.CORRUPT
+        if (needed := piece.row.block.references) not in there:
+            if not has_aux(piece.row.root, needed):
+                return piece.row.start, Reason.NO_BASIS
+            there.add(needed)
     if match.checkpoint is not None:
         try:
             _ = match.checkpoint.block
@@ -193,9 +212,9 @@ def first_unreadable(match: Match) -> tuple[int, Reason] | None:
     return None
 
 
-def first_unusable(failed: Counter[BlobId], match: Match) -> tuple[int, Reason] | None:
+def first_unusable(failed: Counter[BlobId], has_aux: HasAux, match: Match) -> tuple[int, Reason] | None:
     """As `first_unreadable`, also for blobs that failed as often as they may."""
     stuck = next((part.row for part in match.parts if failed[part.row.blob] >= READS_MAX), None) if failed else None
     if stuck is None:
-        return first_unreadable(match)
+        return first_unreadable(has_aux, match)
     return (match.n_tokens - 1 if stuck.is_checkpoint else stuck.start), Reason.CORRUPT

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvstore.codecs.plausible import fault_of
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 WARNED_MAX = 1000
 
 NOT_MEASURED = "it was not measured on this model; run: kvstore calibrate --model PATH --profile "
+
+
+NO_BASIS = "its basis is not in the store (any more): the last block that needed it takes it along; calibrate again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,21 @@ class Choice:
 class Gate:
     """Chooses profiles. Any thread may call. After the first call for a namespace a choice is a dictionary look-up."""
 
-    def __init__(self, files: QualityFiles, default: str, fills_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        files: QualityFiles,
+        default: str,
+        fills_up: Callable[[], bool] = lambda: False,
+        has_basis: Callable[[bytes, Iterable[bytes]], bool] = lambda root, digests: True,
+    ) -> None:
         """`default`: the profile for sessions that name none; a name that `parse_profile` accepts.
 
-        `fills_up`: whether the store has so little room left that `auto` takes the smallest profile.
+        `fills_up`: whether the store has so little room left that `auto` takes the smallest profile. `has_basis`:
+        whether a namespace has all files of these digests.
         """
         self._files = files
         self._fills_up = fills_up
+        self._has_basis = has_basis
         self._default = default
         self._lock = threading.Lock()
         self._warned: set[tuple[bytes, str]] = set()
@@ -93,7 +104,12 @@ class Gate:
         return smallest if smallest.fidelity < self._roomy(root).fidelity else None
 
     def fault(self, root: bytes, profile: Profile) -> str:
-        """Why a profile may not be used in a namespace: it was measured and failed. Empty when it may."""
+        """Why a profile may not be used in a namespace: it was measured and failed, or its basis is not there.
+
+        Empty when it may.
+        """
+        if profile.references and not self._has_basis(root, profile.references):
+            return NO_BASIS
         verdict = None if profile.is_exact else self._result(root, profile)
         return verdict.fault if verdict else ""
 
@@ -142,7 +158,7 @@ class Gate:
         passing = [
             (one.quality.bits_per_value, name)
             for name, one in self._files.results(root).items()
-            if one.passed and self._is_known(name, one.quality.spec)
+            if one.passed and self._is_known(name, one.quality.spec) and not self.fault(root, parse_profile(name))
         ]
         if passing:
             return parse_profile(min(passing)[1])

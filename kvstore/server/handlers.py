@@ -35,7 +35,7 @@ from kvstore.server.threads import Threads
 from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
 from kvstore.telemetry.why import Identity, Why
-from kvstore.wire.frames import Prompt, UploadBytes
+from kvstore.wire.frames import CHUNK_BYTES, Prompt, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -148,6 +148,15 @@ class KVStoreService(rpc.KVStoreServicer):
             self._threads.release.post(plan.release)
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
+
+    @unary
+    async def FetchBasis(self, request: pb.FetchBasisRequest, context: Context) -> None:
+        root = self._identities.of(request.namespace).root
+        found = await self._threads.stream(self._engine.aux, root, (request.digest,))
+        data = memoryview(found[request.digest])
+        for at in range(0, len(data), CHUNK_BYTES):
+            piece = pb.BasisPiece(data=bytes(data[at : at + CHUNK_BYTES]))
+            await write_within(context, piece, self._config.limits.stream_stall_s)
 
     async def _lease(self) -> None:
         """Keep the lease while the worker is connected, at most `lease_s`. A stop of the daemon ends it."""

@@ -93,14 +93,18 @@ class LayerFrames:
         self, plan: FetchPlan, layout: Layout, reader: RangeReader
     ) -> Iterator[tuple[int, Future[list[memoryview]] | None]]:
         """(layer, what the lane makes of it) of every piece in the order of the stream; None: sent as stored."""
-        groups = dense_pieces(plan, layout)
+        groups, root = dense_pieces(plan, layout), plan.match.parts[0].row.root
+        aux = self._engine.aux(root, plan.references)
         for layer, spec in enumerate(layout.layers):
             if spec.is_exact:
                 yield layer, None
                 continue
             for first, group in groups:
                 decoded = plan.stopwatch.decoded
-                yield layer, decode_piece(self._lane.submit_fetch, layout, layer, group, first, reader, decoded)
+                yield (
+                    layer,
+                    decode_piece(self._lane.submit_fetch, layout, layer, group, first, reader, decoded, aux=aux),
+                )
 
     @contextlib.contextmanager
     def _buffered(self, nbytes: int) -> Iterator[None]:

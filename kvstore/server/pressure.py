@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -128,7 +128,6 @@ class Pressure:
         self._is_over = is_over
         self._not_before_s = 0.0
         self._failure = ""
-        self._bases: dict[bytes, bytes] = {}  # what recipes refer to, by digest, for a step
         # Why nothing is re-encoded now; empty while something is. For `stats`.
         self.why_not = "the daemon has just started"
 
@@ -137,7 +136,6 @@ class Pressure:
         disk can do."""
         before = self._engine.reencoder.stats()
         self._step()
-        self._bases.clear()
         after = self._engine.reencoder.stats()
         if blocks := after.blocks - before.blocks:
             sizes = (after.before_bytes - before.before_bytes, after.after_bytes - before.after_bytes)
@@ -200,7 +198,7 @@ class Pressure:
             limit = self._buffers.limit_bytes
             return f"a block takes {size_text(nbytes)} of buffers, and memory_bytes = {size_text(limit)} are in use"
         try:
-            if any(digest not in self._aux(row.root, [digest]) for digest in _references(profile)):
+            if not self._engine.has_aux(row.root, profile.references):
                 return f"the basis of profile {profile.name} is not there"
             new, error = self._encoded(row, profile, info.layout, info.to_record())
         except (CorruptDataError, AuxMissingError) as damage:
@@ -227,7 +225,7 @@ class Pressure:
             before = self._decoded(layout, block, reader)
         if not is_finite(layout, before):
             return None, 0.0
-        aux = self._aux(row.root, _references(profile))
+        aux = self._engine.aux(row.root, profile.references)
         runs = transcode(layout, before, block, profile, self._on_lane, aux)
         rank = min([block.fidelity, *(one.run.fidelity for one in runs)])
         smaller = replace(block, runs=tuple(one.run for one in runs), fidelity=rank)
@@ -243,20 +241,13 @@ class Pressure:
     def _decoded(self, layout: Layout, block: Block, reader: RangeReader) -> EncodedRun:
         """The values of a block, as a hit gives them. Raises BlockCorruptError."""
         group, submit = [HitBlock(block.runs, block.n_tokens)], self._lane.submit_store
-        aux = self._aux(block.root, block.references)
+        aux = self._engine.aux(block.root, block.references)
 
         def views(layer: int) -> list[memoryview]:
             self._require_quiet()
             return decode_piece(submit, layout, layer, group, 0, reader, _not_told, aux, block.start).result()
 
         return gather_layers(layout, views, block.n_tokens)
-
-    def _aux(self, root: bytes, digests: Iterable[bytes]) -> dict[bytes, bytes]:
-        """The files that recipes refer to, by digest; those that are not there are left out."""
-        for digest in digests:
-            if digest not in self._bases and (data := self._engine.read_aux(root, digest)) is not None:
-                self._bases[digest] = data
-        return self._bases
 
     def _on_lane(self, work: Callable[[], T]) -> T:
         self._require_quiet()
@@ -265,12 +256,6 @@ class Pressure:
     def _require_quiet(self) -> None:
         if self._quiet.is_disturbed() or self._is_over():
             raise _DisturbedError
-
-
-def _references(profile: Profile) -> set[bytes]:
-    """Digests of what the recipes of a profile refer to."""
-    recipes = (profile.keys, profile.values, profile.edge_keys, profile.edge_values)
-    return {digest for recipe in recipes for digest in recipe.references}
 
 
 def _not_told(nbytes: int, seconds: float) -> None:

@@ -189,11 +189,15 @@ class Receiver:
         return raw
 
     def _encode(self, upload: Upload, runs: Sequence[EncodedRun], quantize: bool, start: int) -> list[EncodedRun]:
-        """Join adjacent runs, quantize first-hand ones if the sequence is long enough, and pack what stays raw."""
+        """Join adjacent runs, quantize first-hand ones if the sequence is long enough, and pack what stays raw.
+
+        AuxMissingError when the basis of the profile is gone.
+        """
         layout, profile = upload.layout, upload.profile
         encoded = join_runs(runs)
         if quantize and any(is_first_hand(one.run) for one in encoded):
-            encoded = encode_runs(layout, runs, profile, start, self._on_lane)
+            aux = self._engine.aux(upload.chain.root, profile.references)
+            encoded = encode_runs(layout, runs, profile, start, self._on_lane, aux)
         return [pack_run(layout, one, profile) for one in encoded]
 
     def _on_lane(self, work: Callable[[], T]) -> T:

@@ -27,6 +27,7 @@ from kvstore.core.layers import cut_pieces
 from kvstore.core.rules import check_states
 from kvstore.engine import Engine, Match, NamespaceKey
 from kvstore.errors import (
+    AuxMissingError,
     CorruptDataError,
     InvalidRequestError,
     KeyMissingError,
@@ -97,7 +98,7 @@ class StorePath:
         self._config = config
         self.receiver = Receiver(engine, lane, config, buffers or ByteBudget(config.memory_bytes))
         self.watermark = Watermark(engine)
-        self.gate = Gate(engine.quality, config.profile, self.watermark)
+        self.gate = Gate(engine.quality, config.profile, self.watermark, engine.has_aux)
         self.admission = store_admission(engine, config)
         self.uploads = Uploads(config.limits.uploads_max)
         self._shares = Shares(self._share_bytes, CALLER_SHARE)
@@ -366,6 +367,8 @@ class StorePath:
                     since=upload.evictions,
                     agreed=upload.intake.await_commit,
                 )
+        except AuxMissingError:
+            return 0, Reason.NO_BASIS
         except CorruptDataError:
             evicted = [piece for piece in upload.spliced if not self._engine.holds(piece.row.key)]
             for piece in upload.spliced:

@@ -22,6 +22,7 @@ _TABLE: tuple[tuple[type[errors.KVStoreError], grpc.StatusCode], ...] = (
     (errors.InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.ConfigError, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.AuxMissingError, grpc.StatusCode.NOT_FOUND),
     (errors.StoreFullError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.ScopeError, grpc.StatusCode.PERMISSION_DENIED),

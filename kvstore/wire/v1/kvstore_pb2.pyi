@@ -161,6 +161,24 @@ class LayerChunk(_message.Message):
     data: bytes
     def __init__(self, layer: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class FetchBasisRequest(_message.Message):
+    __slots__ = ("namespace", "digest")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    digest: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., digest: _Optional[bytes] = ...) -> None: ...
+
+class BasisPiece(_message.Message):
+    __slots__ = ("namespace", "layout", "data")
+    NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    namespace: Namespace
+    layout: bytes
+    data: bytes
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
+
 class BeginStoreRequest(_message.Message):
     __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id", "interim", "prompt", "touched_tokens")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
@@ -718,7 +736,7 @@ class ByteStats(_message.Message):
     def __init__(self, logical: _Optional[int] = ..., stored: _Optional[int] = ..., written: _Optional[int] = ..., served: _Optional[int] = ...) -> None: ...
 
 class NamespaceStats(_message.Message):
-    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s", "weights", "adapter", "layout", "quota_bytes", "ttl_s")
+    __slots__ = ("id", "alias", "tokens", "bytes", "blocks", "logical_bytes", "engine", "dtype", "layers", "checkpoints", "checkpoint_bytes", "profile", "profile_refused", "quality", "encrypted", "used_s", "orphaned", "unmeasured", "traffic", "prefill_tokens_per_s", "weights", "adapter", "layout", "quota_bytes", "ttl_s", "bases", "basis_bytes", "basis_tokens")
     ID_FIELD_NUMBER: _ClassVar[int]
     ALIAS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -744,6 +762,9 @@ class NamespaceStats(_message.Message):
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     QUOTA_BYTES_FIELD_NUMBER: _ClassVar[int]
     TTL_S_FIELD_NUMBER: _ClassVar[int]
+    BASES_FIELD_NUMBER: _ClassVar[int]
+    BASIS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BASIS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     id: bytes
     alias: str
     tokens: int
@@ -769,7 +790,10 @@ class NamespaceStats(_message.Message):
     layout: bytes
     quota_bytes: int
     ttl_s: int
-    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., quota_bytes: _Optional[int] = ..., ttl_s: _Optional[int] = ...) -> None: ...
+    bases: int
+    basis_bytes: int
+    basis_tokens: int
+    def __init__(self, id: _Optional[bytes] = ..., alias: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., blocks: _Optional[int] = ..., logical_bytes: _Optional[int] = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., layers: _Optional[int] = ..., checkpoints: _Optional[int] = ..., checkpoint_bytes: _Optional[int] = ..., profile: _Optional[str] = ..., profile_refused: _Optional[str] = ..., quality: _Optional[_Iterable[_Union[Quality, _Mapping]]] = ..., encrypted: bool = ..., used_s: _Optional[int] = ..., orphaned: bool = ..., unmeasured: _Optional[_Iterable[str]] = ..., traffic: _Optional[_Union[Traffic, _Mapping]] = ..., prefill_tokens_per_s: _Optional[float] = ..., weights: _Optional[bytes] = ..., adapter: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., quota_bytes: _Optional[int] = ..., ttl_s: _Optional[int] = ..., bases: _Optional[int] = ..., basis_bytes: _Optional[int] = ..., basis_tokens: _Optional[int] = ...) -> None: ...
 
 class Quality(_message.Message):
     __slots__ = ("profile", "spec", "prefixes", "positions", "kl_mean", "kl_p99", "top1", "nll_delta", "answer_cold", "answer_restored", "bits_per_value", "encode_bytes_per_s", "decode_bytes_per_s", "created_s", "refused", "tokens", "threshold_tokens", "answers", "answer_wrong", "answer_loss", "passed", "thresholds")
@@ -985,7 +1009,7 @@ class SequenceInfo(_message.Message):
     def __init__(self, key: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., label: _Optional[str] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., own_bytes: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., hits: _Optional[int] = ...) -> None: ...
 
 class BlockInfo(_message.Message):
-    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint", "error")
+    __slots__ = ("key", "parent", "namespace_id", "start", "n_tokens", "bytes", "fidelity", "created_s", "accessed_s", "recipes", "path", "runs", "checkpoint", "error", "basis", "references", "lost")
     KEY_FIELD_NUMBER: _ClassVar[int]
     PARENT_FIELD_NUMBER: _ClassVar[int]
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -1000,6 +1024,9 @@ class BlockInfo(_message.Message):
     RUNS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    BASIS_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
     key: bytes
     parent: bytes
     namespace_id: bytes
@@ -1014,7 +1041,10 @@ class BlockInfo(_message.Message):
     runs: int
     checkpoint: bool
     error: float
-    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ..., checkpoint: bool = ..., error: _Optional[float] = ...) -> None: ...
+    basis: bool
+    references: int
+    lost: bool
+    def __init__(self, key: _Optional[bytes] = ..., parent: _Optional[bytes] = ..., namespace_id: _Optional[bytes] = ..., start: _Optional[int] = ..., n_tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., fidelity: _Optional[int] = ..., created_s: _Optional[int] = ..., accessed_s: _Optional[int] = ..., recipes: _Optional[_Iterable[str]] = ..., path: _Optional[str] = ..., runs: _Optional[int] = ..., checkpoint: bool = ..., error: _Optional[float] = ..., basis: bool = ..., references: _Optional[int] = ..., lost: bool = ...) -> None: ...
 
 class ShowRequest(_message.Message):
     __slots__ = ("key_prefix",)
@@ -1245,6 +1275,18 @@ class ImportReply(_message.Message):
     reason: str
     detail: str
     def __init__(self, blobs: _Optional[int] = ..., held: _Optional[int] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class PutBasisReply(_message.Message):
+    __slots__ = ("digest", "new_bytes", "reason", "detail")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NEW_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    digest: bytes
+    new_bytes: int
+    reason: str
+    detail: str
+    def __init__(self, digest: _Optional[bytes] = ..., new_bytes: _Optional[int] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class EvictRequest(_message.Message):
     __slots__ = ("namespace_prefix", "key_prefix", "idle_s", "bytes", "all", "dry_run", "shred", "orphans")

@@ -45,6 +45,11 @@ class KVStoreStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchReply.FromString,
                 _registered_method=True)
+        self.FetchBasis = channel.unary_stream(
+                '/kvstore.v1.KVStore/FetchBasis',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchBasisRequest.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.FromString,
+                _registered_method=True)
         self.BeginStore = channel.unary_unary(
                 '/kvstore.v1.KVStore/BeginStore',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BeginStoreRequest.SerializeToString,
@@ -88,6 +93,14 @@ class KVStoreServicer(object):
         call stays open as the lease on the files: cancel it when they are open. A stream that is not read from is ended.
         FetchReply and UploadChunk carry the bulk: kvstore writes and reads them around protobuf (kvstore/wire/frames.py),
         to the same bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FetchBasis(self, request, context):
+        """FetchBasis hands over what recipes of a plan refer to by its SHA-256, such as the basis of a calibrated codec, in
+        pieces. A worker asks once for each digest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +155,11 @@ def add_KVStoreServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchRequest.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchReply.SerializeToString,
+            ),
+            'FetchBasis': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchBasis,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchBasisRequest.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.SerializeToString,
             ),
             'BeginStore': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginStore,
@@ -224,6 +242,33 @@ class KVStore(object):
             '/kvstore.v1.KVStore/Fetch',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchRequest.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FetchBasis(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvstore.v1.KVStore/FetchBasis',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.FetchBasisRequest.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.FromString,
             options,
             channel_credentials,
             insecure,
@@ -450,6 +495,11 @@ class AdminStub(object):
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
                 response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
                 _registered_method=True)
+        self.PutBasis = channel.stream_unary(
+                '/kvstore.v1.Admin/PutBasis',
+                request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.SerializeToString,
+                response_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PutBasisReply.FromString,
+                _registered_method=True)
         self.Settings = channel.unary_unary(
                 '/kvstore.v1.Admin/Settings',
                 request_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.SettingsRequest.SerializeToString,
@@ -560,6 +610,14 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutBasis(self, request_iterator, context):
+        """PutBasis stores what recipes of a namespace are to refer to, before the first block that does. The first piece names
+        the namespace. It may end before all was sent; the reply says why.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Settings(self, request, context):
         """Settings tells every configuration key with the value in force.
         """
@@ -639,6 +697,11 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Import,
                     request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.FromString,
                     response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.SerializeToString,
+            ),
+            'PutBasis': grpc.stream_unary_rpc_method_handler(
+                    servicer.PutBasis,
+                    request_deserializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.FromString,
+                    response_serializer=kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PutBasisReply.SerializeToString,
             ),
             'Settings': grpc.unary_unary_rpc_method_handler(
                     servicer.Settings,
@@ -1025,6 +1088,33 @@ class Admin(object):
             '/kvstore.v1.Admin/Import',
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BlobPiece.SerializeToString,
             kvstore_dot_wire_dot_v1_dot_kvstore__pb2.ImportReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutBasis(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/kvstore.v1.Admin/PutBasis',
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.BasisPiece.SerializeToString,
+            kvstore_dot_wire_dot_v1_dot_kvstore__pb2.PutBasisReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,7 @@ from kvstore.blobs.format import aux_block
 from kvstore.core.blocks import RAW, Block
 from kvstore.core.keys import Namespace, aux_key
 from kvstore.engine import Engine, NewBlock, StoreReceipt
+from kvstore.errors import AuxMissingError
 from tests.support.engine import sequence
 
 
@@ -52,6 +53,14 @@ def counted(engine: Engine, root: bytes) -> dict[bytes, int]:
         for digest in block.references:
             found[digest] = found.get(digest, 0) + 1
     return found
+
+
+def read_aux(engine: Engine, root: bytes, digest: bytes) -> bytes | None:
+    """The bytes of an aux block; None when it is not there."""
+    try:
+        return engine.aux(root, [digest])[digest]
+    except AuxMissingError:
+        return None
 
 
 def row_number(engine: Engine, root: bytes, digest: bytes) -> int:

@@ -1,0 +1,195 @@
+"""A codec that needs a basis, with a real daemon: put, stored with, fetched by every way, damaged, missing, late."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvstore.client import fetcher
+from kvstore.client.basis_cache import BasisCache
+from kvstore.client.client import Client
+from kvstore.client.results import Hit, LayerHit, Miss
+from kvstore.core.blocks import Reason
+from kvstore.core.byte_cache import ByteCache
+from kvstore.core.keys import aux_key
+from kvstore.core.layers import KVLayer
+from kvstore.errors import AuxMissingError
+from kvstore.wire.v1 import kvstore_pb2 as pb
+from tests.support.daemon import SERVE, DaemonProcess
+from tests.support.sessions import WAYS, client_of, patient
+from tests.support.shift_codec import DIGESTS, SHIFT_BASES
+from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
+
+LAYOUT = make_layout(layers=3, heads=2, width=64)
+NS = make_namespace(LAYOUT)
+TOKENS = list(range(1000, 1700))
+PROGRAM = (
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import tests.support.shift_codec\n{SERVE}"
+)
+
+
+class CountingCache(BasisCache):
+    """Counts what was asked of the daemon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[bytes] = []
+
+    def _fetch(self, digest: bytes, *rest: object) -> None:
+        self.asked.append(digest)
+        super()._fetch(digest, *rest)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> CountingCache:
+    """What this process keeps of bases: nothing yet."""
+    made = CountingCache()
+    monkeypatch.setattr(fetcher, "BASES", made)
+    return made
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
+    """A daemon that knows the codec."""
+    with DaemonProcess(tmp_path / "data", program=PROGRAM, min_quantize_tokens=1) as running:
+        yield running
+
+
+def stored(client: Client, number: int = 1) -> None:
+    """Put a basis, and store TOKENS with it."""
+    assert client.put_basis(NS, SHIFT_BASES[number])["digest"] == DIGESTS[number].hex()
+    result = patient(client, NS, f"shift{number}").store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True)
+    assert (result.stored_tokens, result.reason) == (700, Reason.OK), result
+
+
+def require_rows(hit: Hit | LayerHit | Miss) -> None:
+    """All of TOKENS but the last, with their values."""
+    assert isinstance(hit, (Hit, LayerHit)), hit
+    assert (hit.n_tokens, hit.fidelity) == (699, 1500)
+    layers = [layer for layer in hit.layers if isinstance(layer, KVLayer)]
+    assert_rows(layers, LAYOUT, TOKENS[:699])
+
+
+def basis_file(daemon: DaemonProcess, number: int = 1) -> Path:
+    """The file of a basis."""
+    key = aux_key(NS.root, DIGESTS[number]).hex()
+    return next(path for path in daemon.blobs() if path.name.startswith(key))
+
+
+def test_a_basis_is_fetched_once_and_every_way_gives_the_values(daemon: DaemonProcess, cache: CountingCache) -> None:
+    """By path and by stream the worker decodes with it, dense the daemon does; a second session asks for nothing."""
+    with client_of(daemon) as client:
+        stored(client)
+        assert basis_file(daemon).stat().st_size > len(SHIFT_BASES[1])
+        for _ in range(2):
+            session = patient(client, NS)
+            for way in WAYS:
+                hit = session.fetch(TOKENS, *way)  # type: ignore[arg-type]
+                require_rows(hit)
+            opened = session.fetch_layers(TOKENS)
+            require_rows(opened)
+        assert cache.asked == [DIGESTS[1]]
+        assert client.put_basis(NS, SHIFT_BASES[1])["new_bytes"] == 0
+        (space,) = client.stats()["namespaces"]
+        assert space["basis_tokens"] == round(8 * space["basis_bytes"] / (2.23 * 3 * 2 * 2 * 64))
+        shown = {block["key"]: block for block in client.list(NS.root)["blocks"] if block["basis"]}
+        (block,) = client.show(aux_key(NS.root, DIGESTS[1]))["blocks"]
+        assert list(shown.values()) == [block] and (block["references"], block["lost"]) == (3, False)
+        assert space["tokens"] == 700 and space["basis_bytes"] >= len(SHIFT_BASES[1]) and space["bases"] == 1
+
+
+def test_a_profile_whose_basis_is_not_there_is_refused(daemon: DaemonProcess, cache: CountingCache) -> None:
+    """Before it was put, and after the last block took it along; nothing is stored without it."""
+    with client_of(daemon) as client:
+        session = patient(client, NS, "shift1")
+        refused = session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True)
+        assert refused.reason is Reason.PROFILE_REFUSED and "basis" in refused.detail
+        stored(client)
+        client.evict(all=True)
+        assert not daemon.blobs()
+        assert patient(client, NS, "shift1").store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).reason is (
+            Reason.PROFILE_REFUSED
+        )
+
+
+def test_a_damaged_basis_is_a_miss_until_it_is_put_again(daemon: DaemonProcess, cache: CountingCache) -> None:
+    """Never wrong values, and no block is lost: worker and daemon say why."""
+    with client_of(daemon) as client:
+        stored(client)
+    path = basis_file(daemon)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    daemon.restart()  # it had the basis in memory
+    with client_of(daemon) as client:
+        first = patient(client, NS).fetch(TOKENS)
+        assert not first and first.reason is Reason.NO_BASIS
+        for way in WAYS:
+            again = patient(client, NS).fetch(TOKENS, *way)  # type: ignore[arg-type]
+            assert not again and again.reason is Reason.NO_BASIS
+        assert patient(client, NS).match(TOKENS).reason is Reason.NO_BASIS
+        assert [one["kind"] for one in client.check()["findings"]] == ["missing_basis"]
+        assert client.stats()["disk"]["quarantined"] == 1
+        assert client.put_basis(NS, SHIFT_BASES[1])["reason"] == "ok"
+        require_rows(patient(client, NS).fetch(TOKENS))
+
+
+def test_a_basis_over_the_budget_is_refused(tmp_path: Path, cache: CountingCache) -> None:
+    """With words that name both sizes."""
+    with (
+        DaemonProcess(tmp_path / "data", program=PROGRAM, min_quantize_tokens=1, budget_bytes="2MB") as daemon,
+        client_of(daemon) as client,
+    ):
+        answer = client.put_basis(NS, SHIFT_BASES[1])
+        assert answer["reason"] == "store_full" and answer["detail"] and not answer["digest"]
+        session = patient(client, NS, "shift1")
+        assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).reason is Reason.PROFILE_REFUSED
+
+
+def test_a_basis_that_comes_late_is_a_miss_now_and_a_hit_later() -> None:
+    """It goes on arriving on a thread of its own, once for all who wait."""
+    cache, go, calls = BasisCache(), threading.Event(), []
+    data = SHIFT_BASES[1]
+
+    def slow(digest: bytes, timeout_s: float) -> Iterable[pb.BasisPiece]:
+        calls.append(digest)
+        go.wait(60)
+        yield pb.BasisPiece(data=data[:1000])
+        yield pb.BasisPiece(data=data[1000:])
+
+    for _ in range(2):
+        with pytest.raises(AuxMissingError):
+            cache.get([DIGESTS[1]], slow, 0.01)
+    go.set()
+    assert cache.get([DIGESTS[1]], slow, 60) == {DIGESTS[1]: data}
+    assert cache.get([DIGESTS[1]], slow, 0) == {DIGESTS[1]: data}
+    assert len(calls) == 1
+
+
+def test_bytes_of_another_digest_are_refused_and_asked_for_again() -> None:
+    """Nothing of them is kept."""
+    cache, sent = BasisCache(), [SHIFT_BASES[2], SHIFT_BASES[1]]
+
+    def ask(digest: bytes, timeout_s: float) -> Iterable[pb.BasisPiece]:
+        return [pb.BasisPiece(data=sent.pop(0))]
+
+    with pytest.raises(AuxMissingError):
+        cache.get([DIGESTS[1]], ask, 60)
+    assert cache.get([DIGESTS[1]], ask, 60) == {DIGESTS[1]: SHIFT_BASES[1]}
+
+
+def test_a_cache_of_bytes_keeps_to_its_limit() -> None:
+    """The least recently used go first; what is too large is not kept at all."""
+    cache = ByteCache(10)
+    cache.put(b"a", b"1" * 4)
+    cache.put(b"b", b"2" * 4)
+    assert cache.get(b"a") == b"1" * 4
+    cache.put(b"c", b"3" * 4)
+    assert (cache.get(b"a"), cache.get(b"b"), cache.get(b"c"), cache.nbytes) == (b"1" * 4, None, b"3" * 4, 8)
+    cache.put(b"a", b"4" * 6)
+    assert (cache.get(b"a"), cache.nbytes) == (b"4" * 6, 10)
+    cache.put(b"d", b"5" * 11)
+    assert (cache.get(b"d"), cache.nbytes) == (None, 0)
