@@ -217,8 +217,10 @@ class Table:
         if not slots:
             return
         self._rows["last_use"][slots] = self.next()
-        self._rows["used_s"][slots] = np.maximum(self._rows["used_s"][slots], used_s)
-        self._rows["hits"][slots] += 1
+        # A burst within a second is one use, as that of sub-agents that begin with one prompt.
+        before_s, hits = self._rows["used_s"][slots], self._rows["hits"][slots]
+        self._rows["hits"][slots] = hits + ((before_s != used_s) | (hits == 0))
+        self._rows["used_s"][slots] = np.maximum(before_s, used_s)
         self._changed.update(slot // CHUNK for slot in slots)
 
     def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0, flags: int = 0) -> None:
