@@ -112,5 +112,6 @@ def _shorter_tails(view: View, root: bytes, parent: bytes, tokens: bytes) -> lis
         at_most = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
         tail = tokens[: at_most * TOKEN_BYTES]
         rows = [view.row(child) for _, child in view.entries(tail_prefix(parent, tail, key))]
-        found += [row for row in rows if row is not None and not row.is_key_missing and row.tokens == tail]
+        own = [row for row in rows if row is not None and row.parent == parent and not row.is_key_missing]
+        found += [row for row in own if row.tokens == tail]
     return found

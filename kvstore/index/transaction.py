@@ -194,7 +194,8 @@ class View:
         """A row and all its descendants, parents first."""
         seen = [row]
         for parent in seen:
-            seen.extend(child for key in self.children(parent.key) if (child := self.row(key)) is not None)
+            rows = [row for key in self.children(parent.key) if (row := self.row(key)) is not None]
+            seen.extend(row for row in rows if row.parent == parent.key)
         return seen
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
