@@ -194,8 +194,8 @@ class View:
         """A row and all its descendants, parents first."""
         seen = [row]
         for parent in seen:
-            rows = [row for key in self.children(parent.key) if (row := self.row(key)) is not None]
-            seen.extend(row for row in rows if row.parent == parent.key)
+            rows = (self.row(key) for key in self.children(parent.key))
+            seen.extend(one for one in rows if one is not None and one.parent == parent.key)
         return seen
 
     def chunks(self) -> Iterator[tuple[int, bytes]]:
