@@ -19,6 +19,7 @@ from kvstore.errors import LimitError, NotFoundError, UnavailableError
 from kvstore.server.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from tests.support import engine as hybrid
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -316,3 +317,20 @@ def test_a_splice_source_that_was_evicted_is_named_evicted_not_corrupt(rig: Rig,
     outcome = carry_out(rig.path, plan.upload)
     assert outcome.reason is (Reason.CORRUPT if damaged else Reason.EVICTED)
     assert rig.engine.stats().quarantined == damaged
+
+
+def test_a_checkpoint_within_a_prompt_lasts_once_a_prompt_ends_there(rig: Rig) -> None:
+    """All of it is stored already, and yet it is not the same: the next one of the sequence no longer replaces it."""
+    namespace = hybrid.namespace("hybrid", hybrid.HYBRID)
+    for end, lasts in ((300, True), (450, False)):
+        tokens = [end, *range(1, end)]
+        interim = replace(hybrid.checkpoint(namespace, tokens), interim=True)
+        rig.engine.store(namespace.to_record(), [*hybrid.sequence(namespace, tokens), interim])
+        chain = Chain(namespace.root, pack_tokens(tokens))
+        for is_interim in (True, not lasts):
+            request = StoreRequest(chain, namespace.info, 0, 0, 0, "", states=interim.block.states, interim=is_interim)
+            assert rig.path.begin(request).reason is Reason.ALREADY_STORED
+        longer = [*tokens, *range(900, 1000)]
+        blocks = hybrid.sequence(namespace, longer)
+        rig.engine.store(namespace.to_record(), [*blocks, hybrid.checkpoint(namespace, longer)])
+        assert (rig.engine.checkpoint_at(chain) is not None) is lasts

@@ -196,6 +196,10 @@ class Engine:
         """
         self._shared.uses.mark(row.key)
 
+    def mark_end(self, row: Row) -> None:
+        """Note that a prompt ends at this checkpoint: it is no interim one any more. Written like `touch`."""
+        self._shared.uses.last(row.key)
+
     def path(self, row: Row) -> str | None:
         """The file of a row's blob; None where only this process can read it: then its bytes are streamed."""
         return self._shared.blobs.path(row.blob)

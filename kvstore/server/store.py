@@ -259,6 +259,8 @@ class StorePath:
         known = self._engine.checkpoint_at(request.chain)
         sender = self.uploads.sender_of(request.chain.checkpoint_key(), floor) if request.states else None
         held_states = known is not None and known.fidelity >= floor
+        if known is not None and held_states and request.states and not request.interim:
+            self._engine.mark_end(known)
         return Upload(
             namespace=namespace,
             namespace_record=namespace.to_record(),
