@@ -197,8 +197,10 @@ class Engine:
         self._shared.uses.mark(row.key)
 
     def mark_end(self, row: Row) -> None:
-        """Note that a prompt ends at this checkpoint: it is no interim one any more. Written like `touch`."""
-        self._shared.uses.last(row.key)
+        """Note that a prompt ends at this checkpoint: it is no interim one any more. Written with the next commit."""
+        with self._shared.lock:
+            self._shared.index.table.end(row.key)
+        self._shared.uses.remind()
 
     def path(self, row: Row) -> str | None:
         """The file of a row's blob; None where only this process can read it: then its bytes are streamed."""

@@ -356,7 +356,6 @@ class Uses:
         self.reuse_s = Histogram(AGE_BOUNDS_S)
         self._touches: dict[tuple[bytes, ...], int] = {}
         self._marks: dict[bytes, None] = {}
-        self._lasting: set[bytes] = set()
         self._named: dict[bytes, int] = {}  # namespaces by the day on which they were last named
         self._newly_named: dict[bytes, int] = {}
         self._count = 0
@@ -384,12 +383,6 @@ class Uses:
         with self._lock:
             self._marks.pop(key, None)
             self._marks[key] = None
-            self._count += 1
-
-    def last(self, key: bytes) -> None:
-        """Note that a prompt ends at a checkpoint, so that it is no interim one any more; as `touch`."""
-        with self._lock:
-            self._lasting.add(key)
             self._count += 1
 
     def name(self, root: bytes) -> None:
@@ -426,9 +419,7 @@ class Uses:
         with self._lock:
             touches, self._touches = self._touches, {}
             marks, self._marks = self._marks, {}
-            lasting, self._lasting = self._lasting, set()
         for keys, used_s in touches.items():
             table.touch(keys, used_s)
         for key in marks:
             table.mark(key)
-        table.last(lasting)

@@ -268,11 +268,11 @@ class Table:
             self._rows["mark"][slot] = self.next()
             self._changed.add(slot // CHUNK)
 
-    def last(self, keys: Iterable[bytes]) -> None:
-        """Prompts end at these checkpoints: none of them is an interim one any more. Keys that are not there pass."""
-        slots = self.slots(keys)
-        self._rows["flags"][slots] &= ~np.uint16(INTERIM)
-        self._changed.update(slot // CHUNK for slot in slots)
+    def end(self, key: bytes) -> None:
+        """A prompt ends at this checkpoint: it is no interim one any more."""
+        for slot in self.slots([key]):
+            self._rows["flags"][slot] &= ~np.uint16(INTERIM)
+            self._changed.add(slot // CHUNK)
 
     def pin(self, keys: Iterable[bytes]) -> None:
         """These blobs are pinned, and no others."""
