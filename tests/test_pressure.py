@@ -23,9 +23,10 @@ from kvstore.core.layers import KVLayer
 from kvstore.engine import Row
 from kvstore.quality import Thresholds, Verdict
 from kvstore.server import power as power_module
+from kvstore.server import pressure as pressure_module
 from kvstore.server.power import Power, is_low_power, read_power
 from kvstore.server.pressure import BUSY, NOT_CALIBRATED, Pressure, Quiet
-from kvstore.server.store import StoreRequest
+from kvstore.server.store import StorePlan, StoreRequest
 from tests.support.intake import BytesSource, carry_out
 from tests.support.synthetic import as_numpy, make_layers, make_layout, make_namespace
 from tests.test_gate import quality
@@ -61,19 +62,30 @@ class World(Rig):
         result = quality(profile, bits_per_value=expected.most * 1.01)
         assert self.path.gate.record(NAMESPACE.info, Verdict.of(result, Thresholds())) == ""
 
-    def put(self, first: int, n_tokens: int = 600, profile: str = "", layers: list[KVLayer] | None = None) -> list[int]:
-        """Store a sequence that begins with this token."""
+    def put(
+        self,
+        first: int,
+        n_tokens: int = 600,
+        profile: str = "",
+        layers: list[KVLayer] | None = None,
+        restored: tuple[int, int] = (0, 0),
+    ) -> list[int]:
+        """Store a sequence that begins with this token; `restored`: tokens that came out of the store, their rank."""
         tokens = list(range(first, first + n_tokens))
         chain = Chain(NAMESPACE.root, pack_tokens(tokens))
-        plan = self.path.begin(StoreRequest(chain, NAMESPACE.info, 0, 0, 0, profile))
-        if plan.reason is Reason.ALREADY_STORED:
-            return tokens
-        assert plan.upload is not None, plan
-        capture = Capture(layers or make_layers(LAYOUT, tokens), plan.upload.start, n_tokens)
-        views = [view for piece in plan.upload.pieces for view in capture.piece_views(LAYOUT, piece)]
-        plan.upload.intake.open(BytesSource(views))
-        assert carry_out(self.path, plan.upload).reason is Reason.OK
+        plan = self.path.begin(StoreRequest(chain, NAMESPACE.info, 0, *restored, profile))
+        if plan.reason is not Reason.ALREADY_STORED:
+            self.finish(plan, layers or make_layers(LAYOUT, tokens))
         return tokens
+
+    def finish(self, plan: StorePlan, layers: list[KVLayer]) -> None:
+        """Hand over what the plan of a store wants, and commit."""
+        assert plan.upload is not None, plan
+        if plan.upload.pieces:
+            capture = Capture(layers, plan.upload.start, plan.upload.n_tokens)
+            views = [view for piece in plan.upload.pieces for view in capture.piece_views(LAYOUT, piece)]
+            plan.upload.intake.open(BytesSource(views))
+        assert carry_out(self.path, plan.upload).reason is Reason.OK
 
     def fill_to(self, percent: int) -> None:
         """Give the store such a budget that this much of it is used."""
@@ -156,17 +168,29 @@ def test_a_store_at_the_mark_shrinks_by_two_fifths_of_what_it_re_encodes_and_hit
 
 
 def test_no_block_is_re_encoded_twice_also_when_a_smaller_profile_passes(world: World) -> None:
-    """Nor what a longer sequence took over of one."""
+    """Nor what a longer sequence took over of one, whatever the level was then."""
     tokens = world.put(0, 450)
     world.fill_to(90)
     world.rest()
     assert world.ranks(tokens) == {COMPACT}
     world.calibrate("tiny")
-    grown = world.put(0, 500)
+    world.fill_to(50)
+    grown = world.put(0, 512)
+    assert [run.fidelity for run in world.rows(grown)[1].block.runs] == [COMPACT, SAFE]
     blobs = [row.number for row in world.rows(grown)]
     world.fill_to(90)
     assert world.rest() == "nothing is left that auto stored and that is not pinned"
     assert [row.number for row in world.rows(grown)] == blobs
+
+
+def test_tokens_that_came_out_of_the_store_are_not_re_encoded(world: World) -> None:
+    """They may have been before; and what was computed after them is, with what leads to them."""
+    restored = world.put(0, 600, restored=(300, SAFE))
+    world.fill_to(90)
+    numbers = [row.number for row in world.rows(restored)]
+    world.rest()
+    assert [row.fidelity for row in world.rows(restored)] == [SAFE, SAFE, COMPACT]
+    assert [row.number for row in world.rows(restored)][:2] == numbers[:2]
 
 
 def test_what_a_named_profile_stored_or_relies_on_is_untouched(world: World) -> None:
@@ -179,6 +203,32 @@ def test_what_a_named_profile_stored_or_relies_on_is_untouched(world: World) -> 
     world.fill_to(90)
     assert "nothing is left" in world.rest()
     assert [row.number for tokens in (named, relied, longer[:512]) for row in world.rows(tokens)] == numbers
+
+
+def test_what_a_named_store_waited_for_belongs_to_it_too(world: World) -> None:
+    """It began while a store under `auto` was sending the same tokens."""
+    tokens = list(range(512))
+    requests = [
+        StoreRequest(Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, 0, 0, profile)
+        for profile in ("", "safe")
+    ]
+    for plan in [world.path.begin(request) for request in requests]:
+        world.finish(plan, make_layers(LAYOUT, tokens))
+    numbers = [row.number for row in world.rows(tokens)]
+    world.fill_to(90)
+    world.rest()
+    assert [row.number for row in world.rows(tokens)] == numbers
+
+
+def test_a_block_that_would_hardly_shrink_is_not_written_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counts as left alone, and its parent is looked at."""
+    monkeypatch.setattr(pressure_module, "SAVED_DIVISOR", 1)
+    tokens = world.put(0)
+    world.fill_to(90)
+    put = world.engine.put_bytes
+    world.rest()
+    assert (world.engine.reencoder.stats().left_blocks, world.engine.put_bytes) == (3, put)
+    assert world.ranks(tokens) == {SAFE}
 
 
 def test_pins_stay_as_they_are_with_all_that_leads_to_them(world: World) -> None:
@@ -289,9 +339,9 @@ def test_a_damaged_block_and_one_with_values_that_are_not_finite_are_left_alone_
     """The rest goes on; a fetch finds the damage as ever."""
     damaged = world.put(0)
     layers = make_layers(LAYOUT, list(range(10_000, 10_256)))
-    keys = layers[0].keys[0]
-    keys[0, 0, 7, 3] = mx.inf
-    strange = world.put(10_000, 256, layers=[replace(layers[0], keys=(keys,)), layers[1]])
+    values = layers[0].values[0]
+    values[0, 0, 7, 3] = mx.inf
+    strange = world.put(10_000, 256, layers=[replace(layers[0], values=(values,)), layers[1]])
     path = Path(str(world.engine.path(world.rows(damaged)[2])))
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
