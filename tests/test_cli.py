@@ -20,7 +20,7 @@ from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
 from kvstore.cli.stats import watch_line
-from kvstore.codecs.profiles import AUTO, PROFILES
+from kvstore.codecs.profiles import AUTO, PROFILES, SMALL
 from kvstore.config import KEYS, SHIPPED_PROFILES, Config, parse_size
 
 ROOT = Path(__file__).parents[1]
@@ -731,7 +731,7 @@ def test_a_profile_that_no_codec_knows_fails_in_every_verb(
 
 def test_profiles_that_need_no_look_at_the_codecs_are_those_that_ship() -> None:
     """A list that is written twice."""
-    assert (AUTO, *PROFILES) == SHIPPED_PROFILES
+    assert (AUTO, *PROFILES, SMALL) == SHIPPED_PROFILES
 
 
 def test_everything_is_not_removed_without_a_question(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

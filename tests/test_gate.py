@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from kvstore.blobs.fs import Fs
+from kvstore.codecs.pca import pca_recipe
 from kvstore.codecs.plausible import expected_bits, fault_of
-from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile
+from kvstore.codecs.profiles import LOSSY, PROFILES, parse_profile, pca_profile, short_name
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine.directory import QualityFiles
-from kvstore.errors import CorruptDataError, InvalidRequestError
+from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
 from kvstore.quality import Calibrated, Quality, Thresholds, Verdict
 from kvstore.server.gate import Gate
 from kvstore.wire.convert import verdict_from_message, verdict_to_message
@@ -375,6 +376,38 @@ def test_results_are_listed_and_forgotten_by_namespace_and_profile(files: Qualit
     assert guard.forget(b"", "") == 1
     assert list(tmp_path.iterdir()) == []
     assert QualityFiles(tmp_path, Fs(), sync=True).all() == {}
+
+
+def calibrated(point: int, bits: float, **changes: object) -> Quality:
+    """A result of a point of a basis."""
+    return quality(pca_profile(bytes(range(32)), point, 450), bits_per_value=bits, **changes)
+
+
+def test_small_is_the_calibrated_point_of_fewest_bits_that_passed(files: QualityFiles) -> None:
+    """Another model's does not count; without any it is what it stands in for, and so is what failed."""
+    gate = Gate(files, "small")
+    assert gate.choose(ROOT).profile == parse_profile("compact")
+    points = [calibrated(0, 2.7), calibrated(1, 2.2), calibrated(2, 1.8, kl_mean=0.5, kl_p99=0.6)]
+    for one in points:
+        gate.record(SPACE, Verdict.of(one, Thresholds()))
+    gate.record(SPACE, Verdict.of(quality("tiny", bits_per_value=3.3), Thresholds()))
+    assert gate.choose(ROOT).profile.name == points[1].profile and not gate.choose(ROOT).warning
+    assert gate.choose(OTHER, "small").profile == parse_profile("compact")
+    assert gate.choose(ROOT, points[2].profile).refused
+    assert Gate(files, "auto", lambda: True).choose(ROOT).profile.name == points[1].profile
+
+
+def test_a_calibrated_point_that_was_not_coded_is_not_believed() -> None:
+    """KV without loss takes more bits than codes can; a name says which point of which basis, and nothing else."""
+    assert "not what the profile keeps" in fault_of(calibrated(0, 10.5), LAYOUT)
+    assert fault_of(calibrated(0, 2.5), LAYOUT) == ""
+    profile = parse_profile(calibrated(3, 2.5).profile)
+    assert (profile.keys, profile.sinks, profile.rest.name) == (pca_recipe(bytes(range(32)), 3, 450), 4, "lossless")
+    assert profile.references == {bytes(range(32))} and not parse_profile("compact").references
+    assert short_name(profile.name) == "pca3-r450@00010203,sinks4" and short_name("tiny") == "tiny"
+    for wrong in ("pca", "pca1", "pca1-r450", "pca1-r450@00", "pca1-r0@" + "0" * 64, "small:small"):
+        with pytest.raises(ConfigError):
+            parse_profile(wrong)
 
 
 def test_an_answer_probe_that_a_model_cannot_solve_says_so_and_damage_counts_all_the_same() -> None:

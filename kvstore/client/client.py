@@ -350,9 +350,9 @@ def _fidelity(profile: str | None) -> int:
     """The rank below which a session of this profile takes nothing."""
     if not profile:
         return FIDELITY_ANY
-    from kvstore.codecs.profiles import AUTO, parse_profile
+    from kvstore.codecs.profiles import AUTO, SMALL, parse_profile
 
-    return FIDELITY_ANY if profile == AUTO else parse_profile(profile).fidelity
+    return FIDELITY_ANY if profile in (AUTO, SMALL) else parse_profile(profile).fidelity
 
 
 def _check(sound: bool, message: str) -> None:

@@ -7,11 +7,12 @@ sinks may be unquantized.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.codecs.codec import codec_of, is_packing
+from kvstore.codecs.codec import codec_of, is_packing, packer_of
 from kvstore.codecs.profiles import Profile, parse_profile
-from kvstore.core.blocks import RAW
+from kvstore.core.blocks import RAW, Tensor
 from kvstore.core.layers import PARTS, Layout
 from kvstore.errors import ConfigError
 from kvstore.quality import Quality
@@ -20,6 +21,8 @@ from kvstore.quality import Quality
 WAITING_SHARE_MAX = 1 / 3
 # Lossless bytes are not shorter than this part of raw ones, and not longer than raw ones by more than SLACK.
 PACKED_SHARE_MIN = 0.02
+# Bits a value that packed codes take; KV without loss takes more.
+CODED_BITS_MIN, CODED_BITS_MAX = 0.1, 8.0
 SLACK = 0.02
 
 
@@ -48,18 +51,27 @@ def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
             recipe = profile.recipe(name, part, index, len(layout.layers))
             codec = codec_of(recipe)
             raw_bits = sum(8.0 * tensor.layer_bytes(1) for tensor in plain)
-            values += sum(tensor.heads * tensor.width for tensor in plain)
+            values += values_of(plain)
             raw += raw_bits
             if not plain or recipe == RAW or is_packing(recipe):
                 least += raw_bits * PACKED_SHARE_MIN
                 most += raw_bits
                 continue
             lossy = True
+            if packer_of(recipe) is not None:  # how short codes are is known once they are packed
+                least += values_of(plain) * CODED_BITS_MIN
+                most += values_of(plain) * CODED_BITS_MAX
+                continue
             size = codec.group_tokens
             kept = sum(8.0 * tensor.layer_bytes(size) for tensor in codec.tensors(part, recipe)) / size
             least, most, group = least + kept, most + kept, max(group, size)
     values = max(values, 1)
     return ExpectedBits(least / values, most / values, raw / values, lossy, group)
+
+
+def values_of(tensors: Sequence[Tensor]) -> int:
+    """Values of a token."""
+    return sum(tensor.heads * tensor.width for tensor in tensors)
 
 
 def fault_of(quality: Quality, layout: Layout) -> str:

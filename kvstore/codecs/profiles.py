@@ -1,6 +1,7 @@
 """Profiles: which recipe for which part of which layer. A profile decides when storing; reading follows the data.
 
     exact  safe  balanced  compact  tiny    a row of PROFILES, below
+    small                                   the smallest calibrated point that passed on the model; else compact
     K:V                                     one word for keys, one for values: channel4:affine4
     W                                       one word for both: raw, lossless, affine8, affine4-g32
     K:V,option,...                          edge2=W or edge2=K:V  the first two and the last two layers so instead
@@ -11,8 +12,9 @@
 Words: raw; lossless; affine and channel with 8, 6, 5, 4, 3 or 2 bits; turboquant-mse with 1 to 8 and turboquant-prod
 with 2 to 8; turboquant-log: mse with scales in 8 bits; turboquant-even: after channels were brought to one size. affine
 may have 32, 64 or 128 values a scale; turboquant-mse, -log and -even may have -g128: narrow heads share one for 128
-values. What is not quantized (short sequences, tokens out of the store, values that are not finite, the tokens after
-the last whole group) is lossless, except after a single word of raw or affine: then it is raw.
+values. pca1-r450@DIGEST: point 1 of a basis that `kvstore calibrate` made, which ranks as 4.5 bits.
+What is not quantized (short sequences, tokens out of the store, values that are not finite, the tokens after the last
+whole group) is lossless, except after a single word of raw or affine: then it is raw.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.codec import codec_of
 from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.pca import pca_recipe
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.codecs.turboquant_even import turboquant_even_recipe
@@ -36,6 +39,7 @@ GROUP_DEFAULT = 64
 EDGE_LAYERS_MAX = 64
 SINKS_MAX = 64
 MIN_TOKENS_MAX = 1 << 20
+PCA_SINKS = 4
 
 # Shipped profiles, the best first.
 PROFILES = {
@@ -46,6 +50,7 @@ PROFILES = {
     "tiny": "channel3:turboquant-even3-g128",
 }
 AUTO = "auto"
+SMALL, SMALL_ELSE = "small", "compact"
 LOSSY = tuple(PROFILES)[1:]
 UNMEASURED = ("safe", "exact")
 
@@ -129,8 +134,8 @@ def without_threshold(name: str) -> str:
 
 
 def check_profile(name: str) -> None:
-    """ConfigError unless it is `auto` or the name of a profile."""
-    if name != AUTO:
+    """ConfigError unless it is `auto`, `small` or the name of a profile."""
+    if name not in (AUTO, SMALL):
         parse_profile(name)
 
 
@@ -191,10 +196,25 @@ WORDS: dict[str, Word] = {
     "turboquant-even": _even,
     "turboquant-prod": _prod,
 }
+# As `pca_profile` writes it. Calibrations make these; nobody types them.
+_PCA = re.compile(r"pca([0-9]{1,2})-r([1-9][0-9]{0,3})@([0-9a-f]{64})")
 _WORD = re.compile(r"([a-z]+(?:-[a-z]+)*?)([0-9]{1,3})?(?:-g([0-9]{1,4}))?")
 
 
+def pca_profile(digest: bytes, point: int, fidelity: int) -> str:
+    """The name of a point of a basis; the first tokens of a sequence, on which attention rests, stay exact."""
+    return f"pca{point}-r{fidelity}@{digest.hex()},sinks{PCA_SINKS}"
+
+
+def short_name(name: str) -> str:
+    """A profile's name for tables: 8 digits of a digest are enough."""
+    return re.sub(r"@([0-9a-f]{8})[0-9a-f]{56}", r"@\1", name)
+
+
 def _recipe(word: str) -> Recipe:
+    pca = _PCA.fullmatch(word)
+    if pca:
+        return pca_recipe(bytes.fromhex(pca[3]), int(pca[1]), int(pca[2]))
     match = _WORD.fullmatch(word)
     made = WORDS[match[1]](match[2] or "", match[3] or "") if match and match[1] in WORDS else None
     if made is None:

@@ -27,7 +27,7 @@ from kvstore.errors import ConfigError
 
 ENV_PREFIX = "KVSTORE_"
 ENV_CONFIG = "KVSTORE_CONFIG"
-SHIPPED_PROFILES = ("auto", "exact", "safe", "balanced", "compact", "tiny")
+SHIPPED_PROFILES = ("auto", "exact", "safe", "balanced", "compact", "tiny", "small")
 
 
 def _key(group: str, parse: Callable[[object], Any], help: str, unit: str, **default: Any) -> Any:

@@ -174,13 +174,13 @@ class Calibration:
 
     def __init__(self, model: Any, of: Sequence[Window], tree: str = "", kv_dtype: str | None = None) -> None:
         self._model = model
-        self._windows = of
+        self.windows = of
         self._tree = tree
         self._kv_dtype = dtype_of(kv_dtype) if kv_dtype else None
 
     def namespace(self) -> Namespace:
         """A namespace for measuring only, of the layout under which this calibration stores."""
-        layers = self._prefill(self._windows[0].prefix[:2])
+        layers = self.prefill(self.windows[0].prefix[:2])
         layout = Layout(tuple(layer.spec for layer in layers), self._tree)
         return Namespace(weights=b"calibration", layout=layout)
 
@@ -192,24 +192,25 @@ class Calibration:
         answer would say nothing.
         """
         tallies = {profile: Tally() for profile in sessions}
-        for number, window in enumerate(self._windows):
-            cold = self._prefill(window.prefix)
+        for number, window in enumerate(self.windows):
+            cold = self.prefill(window.prefix)
             asked = window.problems
             text, right, wrong = (
-                self._continue(cold, tokens) for tokens in (window.following, asked.right.tokens, asked.wrong.tokens)
+                self.continued(cold, tokens) for tokens in (window.following, asked.right.tokens, asked.wrong.tokens)
             )
             if any(np.isnan(logprobs).any() for logprobs in (text, right, wrong)):
                 raise KVStoreError("the model gives no probabilities (NaN) after a prefix that was not stored")
             for profile, session in sessions.items():
                 tally = tallies[profile]
                 warm = self._through(session, window, cold, tally)
-                tally.compare(text, self._continue(warm, window.following), window.following)
-                tally.ask(right, wrong, self._continue(warm, asked.right.tokens), asked)
+                tally.compare(text, self.continued(warm, window.following), window.following)
+                tally.ask(right, wrong, self.continued(warm, asked.right.tokens), asked)
             tell(number)
         specs = {profile: parse_profile(profile).spec for profile in sessions}
-        return [tally.quality(profile, specs[profile], len(self._windows)) for profile, tally in tallies.items()]
+        return [tally.quality(profile, specs[profile], len(self.windows)) for profile, tally in tallies.items()]
 
-    def _prefill(self, prefix: Sequence[int]) -> Layers:
+    def prefill(self, prefix: Sequence[int]) -> Layers:
+        """The cache after a cold prefill, without slack, in the dtype that is stored."""
         cache = make_prompt_cache(self._model)
         for at in range(0, len(prefix), PREFILL_STEP):
             mx.eval(self._model(mx.array([prefix[at : at + PREFILL_STEP]]), cache=cache))
@@ -237,7 +238,7 @@ class Calibration:
         tally.raw_bytes += sum(array.nbytes for layer in kv for array in _arrays(layer))
         return list(hit.layers)
 
-    def _continue(self, layers: Layers, tokens: Sequence[int]) -> LogProbs:
+    def continued(self, layers: Layers, tokens: Sequence[int]) -> LogProbs:
         """Log-probabilities after each of `tokens`, fed at once after a prefix whose layers stay as they are."""
         cache = restore([_computed(layer, self._compute_dtype) for layer in layers], self._tree)
         logits = self._model(mx.array([tokens]), cache=cache)[0].astype(mx.float32)

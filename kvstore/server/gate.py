@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from kvstore.codecs.plausible import fault_of
-from kvstore.codecs.profiles import AUTO, UNMEASURED, Profile, parse_profile
+from kvstore.codecs.profiles import AUTO, SMALL, SMALL_ELSE, UNMEASURED, Profile, parse_profile
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine.directory import QualityFiles
 from kvstore.errors import ConfigError, InvalidRequestError
@@ -83,7 +83,7 @@ class Gate:
         name = asked or self._default
         if name == AUTO:
             return self._choose_auto(root)
-        profile = parse_profile(name)
+        profile = self._small(root) if name == SMALL else parse_profile(name)
         fault = self.fault(root, profile)
         if fault:
             self._warn(root, profile, "is refused", fault)
@@ -93,6 +93,16 @@ class Gate:
         why = f"{NOT_MEASURED}{name}"
         self._warn(root, profile, "is used as asked for", why)
         return Choice(profile, warning=f"profile {name} is used as asked for: {why}")
+
+    def _small(self, root: bytes) -> Profile:
+        """The calibrated point with the fewest bits that may be used; what stands in for it where there is none."""
+        names = [
+            (one.quality.bits_per_value, name)
+            for name, one in self._files.results(root).items()
+            if self._is_known(name, one.quality.spec) and parse_profile(name).references
+        ]
+        passing = (parse_profile(name) for _, name in sorted(names))
+        return next((one for one in passing if not self.fault(root, one)), parse_profile(SMALL_ELSE))
 
     def _choose_auto(self, root: bytes) -> Choice:
         smaller = self.smaller(root) if self._fills_up() else None
