@@ -12,6 +12,7 @@ from kvstore.cli.common import (
     ADDRESS,
     absolute_address,
     checked,
+    client_config,
     common_options,
     connected,
     counted,
@@ -28,8 +29,11 @@ from kvstore.errors import DirectoryError, UnavailableError
 @click.command("check")
 @click.option("--repair", is_flag=True, help="Quarantine what is damaged, adopt or remove strays, rebuild rows.")
 @click.option("--data-dir", metavar="DIR", help="Check this directory offline; no daemon may hold it.")
+@click.option("--remote", is_flag=True, help="Check the remote tier instead: verify every object. Repairs nothing.")
 @common_options
-def command(repair: bool, data_dir: str | None, address: str | None, config_path: str | None, as_json: bool) -> int:
+def command(
+    repair: bool, data_dir: str | None, remote: bool, address: str | None, config_path: str | None, as_json: bool
+) -> int:
     """Verify every blob against its checksums and the index.
 
     Asks the daemon; if none runs on this host, takes the directory's lock and checks offline, but never in the place of
@@ -38,6 +42,10 @@ def command(repair: bool, data_dir: str | None, address: str | None, config_path
     """
     if data_dir is not None and address is not None:
         raise click.UsageError("--data-dir checks offline and --address asks a daemon; give one of them")
+    if remote:
+        if repair or data_dir is not None:
+            raise click.UsageError("--remote repairs nothing and takes no --data-dir")
+        return _check_remote(client_config(address, config_path), as_json=as_json)
     if data_dir is not None:
         data_dir = os.path.abspath(os.path.expanduser(data_dir))
     flags = {"listen": absolute_address(address), "data_dir": data_dir}
@@ -75,6 +83,30 @@ def _check(config: Config, repair: bool, tell: Tell, *, online: bool, offline: b
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
     counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
     return {"offline": True, **counts, "findings": findings}
+
+
+def _check_remote(config: Config, *, as_json: bool) -> int:
+    """Check the remote tier, in this process: it needs no daemon."""
+    from kvstore.remote.check import check_remote
+    from kvstore.remote.open_store import configured_store
+
+    store = configured_store(config)
+    with progress("checking", as_json=as_json, in_bytes=False) as tell:
+        report = check_remote(store, lambda objects, nbytes: tell(objects, 0))
+    findings = [{"kind": one.kind, "name": one.name, "detail": one.detail} for one in report.findings]
+    if as_json:
+        counts = {"objects": report.objects, "bytes": report.nbytes, "holes": report.holes}
+        print_summary({"remote": store.place, **counts, "leftovers": report.leftovers, "findings": findings})
+        return EXIT_DAMAGE if findings else 0
+    if findings:
+        print_table(("finding", "object", "detail"), [(one["kind"], one["name"], one["detail"]) for one in findings])
+    verdict = counted(len(findings), "finding") if findings else "no damage"
+    say(f"{verdict} in {counted(report.objects, 'object')} of {store.place}, {size_text(report.nbytes)} read")
+    if report.holes:
+        note(f"{counted(report.holes, 'object')} cannot be reached, since what comes before is not there")
+    if findings:
+        note("daemons pass such objects over; remove them with the tools of the store")
+    return EXIT_DAMAGE if findings else 0
 
 
 def _print(report: dict[str, Any], repair: bool) -> None:

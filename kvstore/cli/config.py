@@ -21,7 +21,6 @@ from kvstore.cli.common import (
 )
 from kvstore.config import ENV_CONFIG, KEYS, Config, default_config_path
 from kvstore.core.breaker import Deadline
-from kvstore.errors import ConfigError
 
 REMOTE_S = 30.0
 
@@ -92,8 +91,6 @@ def remote_init(address: str | None, config_path: str | None, as_json: bool) -> 
     from kvstore.remote.open_store import configured_store
 
     config = client_config(address, config_path)
-    if not config.remote:
-        raise ConfigError("remote: not set; set it to file:///path or s3://bucket/prefix first")
     store = configured_store(config)
     is_new = store.mark(Deadline(REMOTE_S))
     if as_json:

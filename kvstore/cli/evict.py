@@ -20,10 +20,12 @@ from kvstore.cli.common import (
     size_text,
     someone_is_there,
 )
+from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
 from kvstore.errors import NotFoundError
 
 LIST_MAX = 10_000  # what the daemon answers at most
+ALL_BYTES = 1 << 62
 
 
 @click.command("evict")
@@ -49,6 +51,7 @@ LIST_MAX = 10_000  # what the daemon answers at most
 @click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore stats`.")
 @click.option("--all", "everything", is_flag=True, help="Every block.")
 @click.option("--shred", is_flag=True, help="Drop the key of the encrypted namespace too: no copy can be read again.")
+@click.option("--remote", is_flag=True, help="On the remote tier, by --older-than (since it was written) or --bytes.")
 @click.option("--yes", is_flag=True, help="Do not ask before --all removes everything; a script is never asked.")
 @click.option("--dry-run", is_flag=True, help="Report what would be freed; remove nothing.")
 @common_options
@@ -60,6 +63,7 @@ def command(
     orphans: bool,
     everything: bool,
     shred: bool,
+    remote: bool,
     yes: bool,
     dry_run: bool,
     address: str | None,
@@ -77,6 +81,11 @@ def command(
     if nbytes == 0:
         raise click.UsageError("--bytes 0 frees nothing")
     config = client_config(address, config_path)
+    if remote:
+        if namespace or key or orphans or everything or shred or (idle_s is None) == (nbytes is None):
+            raise click.UsageError("--remote takes either --older-than or --bytes, and no other selection")
+        _evict_remote(config, idle_s, nbytes, dry_run=dry_run, as_json=as_json)
+        return
     with connected(config) as client:
         if everything and not (yes or dry_run) and someone_is_there():
             _confirm(client.stats()["disk"], config)
@@ -107,6 +116,27 @@ def command(
     if pinned := report.get("pinned_bytes", 0):
         later += f"; {size_text(pinned)} {'would stay' if dry_run else 'stay'}, pinned: kvstore pin KEY --remove"
     say(f"{'would free' if dry_run else 'freed'} {freed} in {counted(report['blocks'], 'block')}{later}")
+
+
+def _evict_remote(config: Config, older_s: int | None, nbytes: int | None, *, dry_run: bool, as_json: bool) -> None:
+    """Evict from the remote tier, in this process: it needs no daemon."""
+    from kvstore.remote.evict import evict_remote
+    from kvstore.remote.open_store import configured_store
+
+    store = configured_store(config)
+    left_bytes = None
+    if nbytes is not None:
+        held_bytes = evict_remote(store, bytes_max=ALL_BYTES, dry_run=True).left_bytes
+        left_bytes = max(0, held_bytes - nbytes)
+    with progress("evicting", as_json=as_json, in_bytes=False) as tell:
+        done = evict_remote(store, older_s=older_s, bytes_max=left_bytes, dry_run=dry_run, tell=tell)
+    if as_json:
+        report = {"objects": done.objects, "freed_bytes": done.nbytes, "left_objects": done.left_objects}
+        print_summary({"dry_run": dry_run, **report, "left_bytes": done.left_bytes, "leftovers": done.leftovers})
+        return
+    freed = f"{size_text(done.nbytes)} in {counted(done.objects, 'object')}"
+    left = f"{size_text(done.left_bytes)} in {counted(done.left_objects, 'object')} are left"
+    say(f"{'would free' if dry_run else 'freed'} {freed} on {store.place}; {left}")
 
 
 def _confirm(disk: dict[str, Any], config: Config) -> None:

@@ -75,7 +75,14 @@ class FolderStore:
 
     def head(self, names: Sequence[str], deadline: Deadline) -> list[Head | None]:
         """stat."""
-        return self._run(lambda root: [_head_of(_stat(root, require_name(name))) for name in names], deadline)
+
+        def heads(root: int) -> list[Head | None]:
+            found = [_head_of(_stat(root, require_name(name))) for name in names]
+            if not any(found):
+                self._require_mark(root)  # nothing is there: of a mount point that says nothing of the share
+            return found
+
+        return self._run(heads, deadline)
 
     def read(self, name: str, etag: str, ranges: Sequence[ByteRange], deadline: Deadline) -> list[memoryview]:
         """As `read_all`."""
@@ -109,6 +116,8 @@ class FolderStore:
                 found.append(one)
                 if len(found) == PAGE_NAMES_MAX:
                     break
+            if not found:
+                self._require_mark(root)
             return found
 
         return self._run(page, deadline)

@@ -7,6 +7,7 @@ import secrets
 from kvstore.config import Config
 from kvstore.config.remote_address import RemoteAddress, S3Access, parse_remote, require_allowed, s3_access
 from kvstore.core.breaker import Deadline
+from kvstore.errors import ConfigError
 from kvstore.remote.folder import FolderStore
 from kvstore.remote.object_store import PROBE, ObjectStore
 from kvstore.remote.s3 import S3Store
@@ -18,7 +19,9 @@ def open_store(address: RemoteAddress, access: S3Access) -> ObjectStore:
 
 
 def configured_store(config: Config) -> ObjectStore:
-    """The store that `remote` names. ConfigError also for one that `remote_wan` would have to allow."""
+    """The store that `remote` names. ConfigError without one, and for one that `remote_wan` would have to allow."""
+    if not config.remote:
+        raise ConfigError("remote: not set; set it to file:///path or s3://bucket/prefix first")
     address = parse_remote(config.remote)
     access = s3_access() if address.bucket else S3Access()
     require_allowed(address, access, config.remote_wan)
