@@ -96,6 +96,7 @@ bench: $(INSTALLED)
 	@model=$$(mktemp -d) && trap 'rm -rf "$$model"' EXIT && $(BIN)/python -m tests.support.models $$model/small-lm && \
 	$(BIN)/kvstore bench ttft --model $$model/small-lm --seq-len 1000
 	@for name in fingerprint dataplane stream decode gap peers; do $(BIN)/python tests/bench/$$name.py || exit 1; done
+	@$(BIN)/python tests/bench/store.py
 
 compat-openai: $(INSTALLED_OPENAI)
 	@$(VENV_OPENAI)/bin/python -m pytest -p no:cacheprovider tests/contract/test_adapters.py

@@ -7,6 +7,7 @@ import itertools
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -304,12 +305,13 @@ def test_a_parent_that_is_evicted_during_a_store_costs_the_rest(engine: Engine) 
     require_sound(engine)
 
 
-def test_write_order_is_files_then_folder_then_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_write_order_is_files_then_folder_then_row(tmp_path: Path, ahead: int) -> None:
     """Tmp, fsync and rename of each blob, one folder sync and one commit for the request."""
     fs = RecordingFs()
     with Engine.open(tmp_path / "data", options(durability="full"), fs) as engine:
         fs.calls.clear()
-        put(engine, NS, list(range(600)))
+        engine.store(NS.to_record(), sequence(NS, list(range(600))), ahead=ahead)
         calls = [call for call in fs.calls if call[0] != "write"]
     names = [name for name, _ in calls]
     assert names[:2] == ["mkdir", "fsync_dir"]
@@ -321,6 +323,39 @@ def test_write_order_is_files_then_folder_then_row(tmp_path: Path) -> None:
     for file in files:
         steps = [calls.index(step) for step in (("open", f"{file}.tmp"), ("fsync", f"{file}.tmp"), ("rename", file))]
         assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_bytes_of_a_block_are_read_before_its_buffer_is_used_again(tmp_path: Path, ahead: int) -> None:
+    """The caller has one buffer more than it is ahead, and the disk is slower than it."""
+
+    class Slow(RecordingFs):
+        """Every write takes a while."""
+
+        def write(self, fd: int, data: memoryview) -> int:
+            time.sleep(0.02)
+            return super().write(fd, data)
+
+    tokens = list(range(5 * 256 + 10))
+    memory = [bytearray(1 << 20) for _ in range(ahead + 1)]
+
+    def blocks() -> Iterator[NewBlock]:
+        for number, new in enumerate(sequence(NS, tokens)):
+            buffer, free = memory[number % len(memory)], 0
+            buffer[:] = bytes(len(buffer))  # whatever still had to be written of it would be zeros
+            views = []
+            for data in new.buffers:
+                raw = bytes(data)
+                buffer[free : free + len(raw)] = raw
+                views.append(memoryview(buffer)[free : free + len(raw)])
+                free += len(raw)
+            yield NewBlock(new.block, views)
+
+    with Engine.open(tmp_path / "data", options(), Slow()) as engine:
+        receipt = engine.store(NS.to_record(), blocks(), ahead=ahead)
+        assert (receipt.blocks, receipt.reason) == (6, Reason.OK)
+        assert find(engine, NS, tokens).n_tokens == len(tokens)
+        assert engine.check().findings == []
 
 
 def test_delete_order_is_row_then_file(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.support.engine import (
     options,
     put,
     require_sound,
+    sequence,
 )
 
 NS = namespace()
@@ -115,21 +116,39 @@ def test_an_error_at_any_call_loses_and_leaks_nothing(tmp_path: Path, code: int)
         require_nothing_lost(data_dir)
 
 
-@pytest.mark.parametrize("refused", range(5))
-def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path: Path, refused: int) -> None:
+@pytest.mark.parametrize(
+    ("refused", "ahead", "call"),
+    [
+        *((number, 0, "fsync") for number in range(5)),
+        (0, 1, "write"),
+        (3, 1, "write"),
+        (2, 1, "fsync"),
+        (4, 1, "fsync"),
+    ],
+)
+def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(
+    tmp_path: Path, refused: int, ahead: int, call: str
+) -> None:
     """What came before it is acknowledged; the later ones may have been written by then, or be on their way."""
 
     class Refusing(RecordingFs):
-        """Has no room for one of the files when it is synced."""
+        """Has no room for one of the files when it is written, or synced."""
+
+        def _refuse(self, fd: int, name: str) -> None:
+            if name == call and Path(self._paths[fd]).name.startswith(keys[refused].hex()):
+                raise OSError(errno.ENOSPC, "no room")
+
+        def write(self, fd: int, data: memoryview) -> int:
+            self._refuse(fd, "write")
+            return super().write(fd, data)
 
         def fsync(self, fd: int) -> None:
-            if Path(self._paths[fd]).name.startswith(keys[refused].hex()):
-                raise OSError(errno.ENOSPC, "no room")
+            self._refuse(fd, "fsync")
             super().fsync(fd)
 
     keys = Chain(NS.root, pack_tokens(range(5 * 256))).keys()
     with Engine.open(tmp_path / "data", options(), Refusing()) as engine:
-        receipt = put(engine, NS, list(range(5 * 256)))
+        receipt = engine.store(NS.to_record(), sequence(NS, list(range(5 * 256))), ahead=ahead)
         assert (receipt.blocks, receipt.reason) == (refused, Reason.STORE_FULL)
         assert find(engine, NS, list(range(5 * 256))).n_tokens == 256 * refused
         assert len(blob_paths(tmp_path / "data")) == refused
@@ -137,18 +156,24 @@ def test_of_a_file_that_is_not_synced_and_those_after_it_nothing_stays(tmp_path:
         require_sound(engine)
 
 
+@pytest.mark.parametrize(("ahead", "starts"), [(0, 0), (1, 0), (1, 1)])
 def test_a_store_for_which_no_thread_can_be_started_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, starts: int
 ) -> None:
     """As where the number of processes is limited: it is full, nothing of it turns up later, and the next one goes."""
+    left, start = [starts], threading.Thread.start
 
     def refuse(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
 
     with Engine.open(tmp_path / "data", options()) as engine:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            assert put(engine, NS, KEPT).reason is Reason.STORE_FULL
+            receipt = engine.store(NS.to_record(), sequence(NS, KEPT), ahead=ahead)
+            assert receipt.reason is Reason.STORE_FULL
         assert engine.stats().pending_bytes == 0 and "new thread" in engine.stats().degraded
         assert blob_paths(tmp_path / "data") == set()
         assert put(engine, NS, KEPT).reason is Reason.OK

@@ -19,12 +19,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvstore.blobs.format import make_ready
+from kvstore.blobs.write_behind import WriteBehind
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
@@ -148,7 +148,7 @@ class Reencoder(Writer):
             space.record,
             {row.key},
             shared.index.ring.key(root),
-            ThreadPoolExecutor(1, "kvstore-sync"),
+            WriteBehind(shared.blobs, sync=shared.sync),
             shared.evictions.number,
             old=row,
             error=error,
@@ -156,12 +156,13 @@ class Reencoder(Writer):
         try:
             entry = _Entry(row.key, row.parent)
             hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
-            if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
-                return False
-            batch.unsynced.append(entry)
-            settled = self._commit(batch) if self._await_synced(batch, 0) else _Settled(reason=Reason.STORE_FULL)
+            with batch.behind:
+                if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
+                    return False
+                batch.unsynced.append(entry)
+                is_synced = self._await_synced(batch, 0)
+            settled = self._commit(batch) if is_synced else _Settled(reason=Reason.STORE_FULL)
         finally:
-            batch.syncing.shutdown()
             self._discard(batch)
             let_go(shared.site, batch.held)
         if not settled.kept:

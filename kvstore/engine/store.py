@@ -1,7 +1,7 @@
 """STORE: blocks of one request become files, then, in one index commit, rows.
 
-Blocks are taken as they come, which may be as slowly as a worker sends them. While the disk syncs a file, the next ones
-are made and written: a few at most, so that little is lost of a disk that refuses. Until the commit every file has a
+Blocks are taken as they come, which may be as slowly as a worker sends them. While one file is synced, the next ones
+are written and made: a few at most, so that little is lost of a disk that refuses. Until the commit every file has a
 temporary name, so a kill before it leaves nothing that the next start does not clear.
 """
 
@@ -12,12 +12,12 @@ import errno
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
 from kvstore.blobs.keyring import NamespaceKey
-from kvstore.blobs.protocol import BlobId, Pending, disk_bytes
+from kvstore.blobs.protocol import BlobId, disk_bytes
+from kvstore.blobs.write_behind import BlobWrite, WriteBehind
 from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.core.keys import NamespaceInfo, aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
@@ -36,8 +36,8 @@ from kvstore.index.transaction import Edit
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
 
-# Files of one request that are synced or wait for that; of more the disk gets no faster.
-UNSYNCED_MAX = 2
+# Files of one request that are written, are synced or wait for that; of more the disk gets no faster.
+UNSYNCED_MAX = 3
 
 
 @dataclass
@@ -74,14 +74,13 @@ class StoreReceipt:
 
 @dataclass
 class _Entry:
-    """A block of a request; without a row and a file if it is held already. `pending` until the file has its name."""
+    """A block of a request; without a row and a file if it is held already. `write` until the file has its name."""
 
     key: bytes
     parent: bytes
     row: Row | None = None
-    pending: Pending | None = None
+    write: BlobWrite | None = None
     flags: int = 0
-    synced: Future[None] | None = None
 
 
 @dataclass
@@ -96,7 +95,7 @@ class _Batch:
     record: bytes
     keep: set[bytes]
     key: NamespaceKey | None
-    syncing: ThreadPoolExecutor
+    behind: WriteBehind
     since: int
     entries: list[_Entry] = field(default_factory=list)
     unsynced: deque[_Entry] = field(default_factory=deque)
@@ -135,6 +134,7 @@ class Writer:
         encryption: NamespaceKey | None = None,
         since: int | None = None,
         agreed: Callable[[], None] = lambda: None,
+        ahead: int = 0,
     ) -> StoreReceipt:
         """Write blocks, parents before children, as one durable unit. `protect`: keys that must not make room for them.
 
@@ -142,20 +142,24 @@ class Writer:
         `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
         was evicted later.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
-        for. `agreed` is called when all that will be stored is on the disk, under temporary names, before any of it is
-        visible: it may wait for the caller's word. An exception out of either is raised again and nothing is stored.
+        for, or with `ahead` the one so many later: they are written meanwhile. `agreed` is called when all that will be
+        stored is on the disk, under temporary names, before any of it is visible: it may wait for the caller's word.
+        An exception out of either is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone, NO_BASIS when an aux block
         that it refers to is not there, and STORE_FULL when there is no room. Raises InvalidRequestError for blocks that
         cannot be, DirectoryError when the disk fails.
         """
         root = NamespaceInfo.from_record(record).root
-        syncing = ThreadPoolExecutor(1, "kvstore-sync")
+        key = self._shared.index.ring.key(root)
+        # A key may be dropped at any time. Then nothing more may be written, so its blobs are written at once.
+        behind = WriteBehind(self._shared.blobs, sync=self._shared.sync, ahead=ahead if key is None else 0)
         since = self._shared.evictions.number if since is None else since
-        batch = _Batch(root, record, set(protect), self._shared.index.ring.key(root), syncing, since)
+        batch = _Batch(root, record, set(protect), key, behind, since)
         if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
-            reason = self._write_all(batch, blocks)
+            with behind:
+                reason = self._write_all(batch, blocks)
             if not batch.entries:
                 return StoreReceipt(0, 0, reason)
             agreed()
@@ -166,7 +170,6 @@ class Writer:
             lasting = [row for row in settled.kept if row not in settled.evicted]
             return StoreReceipt(settled.blocks, sum(map(self._shared.site.cost, lasting)), why)
         finally:
-            syncing.shutdown()
             self._discard(batch)
             let_go(self._shared.site, batch.held)
 
@@ -194,6 +197,9 @@ class Writer:
             batch.unsynced.append(entry)
             if not block.is_checkpoint:
                 batch.ends[block.key] = block.end
+            for waiting in itertools.islice(batch.unsynced, max(0, len(batch.unsynced) - batch.behind.ahead)):
+                if waiting.write is not None:
+                    waiting.write.wait_written()
             if not self._await_synced(batch, UNSYNCED_MAX):
                 return Reason.STORE_FULL
         return reason if self._await_synced(batch, 0) else Reason.STORE_FULL
@@ -206,8 +212,8 @@ class Writer:
         while len(batch.unsynced) > most:
             entry = batch.unsynced[0]
             try:
-                if entry.synced is not None:
-                    entry.synced.result()
+                if entry.write is not None:
+                    entry.write.wait_synced()
             except OSError as error:
                 self._note_refused_write(error, batch)
                 return False
@@ -250,8 +256,7 @@ class Writer:
             return False
         try:
             entry.row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
-            entry.pending = shared.blobs.put(blob, (memoryview(ready.header), *ready.payload))
-            entry.synced = self._sync_later(batch, entry.pending)
+            entry.write = batch.behind.put(blob, (memoryview(ready.header), *ready.payload))
         except BaseException as error:
             self._end_flight(blob)
             if not isinstance(error, OSError):
@@ -259,18 +264,6 @@ class Writer:
             self._note_refused_write(error, batch, nbytes)
             return False
         return True
-
-    def _sync_later(self, batch: _Batch, pending: Pending) -> Future[None] | None:
-        """Queue a blob for the request's sync thread. Raises OSError if no thread can be started."""
-        if not self._shared.sync:
-            pending.sync()  # it is quick: the file is closed
-            return None
-        try:
-            return batch.syncing.submit(pending.sync)
-        except RuntimeError as error:
-            # The first of a request; what was queued all the same will never run.
-            pending.abandon()
-            raise OSError(errno.EAGAIN, str(error)) from error
 
     def _note_refused_write(self, error: OSError | StoreFullError, batch: _Batch, nbytes: int = 0) -> None:
         """Note that the disk refuses writes; DirectoryError if the error is about something else than room.
@@ -291,9 +284,9 @@ class Writer:
         shared = self._shared
         try:
             for entry in batch.entries:
-                if entry.pending is not None:
-                    entry.pending.rename()
-                    entry.pending = None
+                if entry.write is not None:
+                    entry.write.rename()
+                    entry.write = None
             if batch.rows():
                 shared.blobs.sync(batch.root)
             settled = self._commit_rows(batch)
@@ -409,8 +402,8 @@ class Writer:
             row = entry.row
             if row is None or row.blob not in shared.in_flight:
                 continue
-            if entry.pending is not None:
-                entry.pending.abandon()
+            if entry.write is not None:
+                entry.write.abandon()
                 self._end_flight(row.blob)
                 continue
             try:

@@ -1,8 +1,8 @@
 """Turns the bytes of an upload into blocks, one by one, as the engine asks for them.
 
-Memory per upload: one block of raw KV, which is counted, and its encoded form. KV that came out of the store is never
-quantized a second time: restored tokens are spliced from the daemon's own codes, or kept raw at the rank at which they
-were served.
+Memory per upload: one or two blocks of raw KV, which are counted, and their encoded form. KV that came out of the store
+is never quantized a second time: restored tokens are spliced from the daemon's own codes, or kept raw at the rank at
+which they were served.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class Receiver:
         return max(states, min(BLOCK_TOKENS, upload.n_tokens - upload.start) * upload.layout.token_bytes)
 
     @contextlib.contextmanager
-    def memory(self, upload: Upload) -> Iterator[memoryview]:
-        """The upload's counted buffer, used for each block in turn. Raises LimitError while memory_bytes are in use.
+    def memory(self, upload: Upload) -> Iterator[list[memoryview]]:
+        """The upload's counted buffers, used for its blocks in turn. Raises LimitError while memory_bytes are in use.
 
-        One buffer for all blocks: allocating one per block took longer than reading and hashing the block.
+        Two where there is room, so that a block is received while the one before it is written. Not one for each
+        block: allocating took longer than reading and hashing the block.
         """
         nbytes, give_up_at = self.buffer_bytes(upload), time.monotonic() + self._config.limits.upload_idle_s
         while not self._take_memory(nbytes):
@@ -71,11 +72,12 @@ class Receiver:
                 words = f"memory_bytes = {self.buffers.limit_bytes} of buffers are in use; try again later"
                 raise LimitError(words, RETRY_S, "memory_bytes")
             time.sleep(MEMORY_EVERY_S)
+        count = 2 if upload.upload_bytes > nbytes and self._take_memory(nbytes) else 1
         try:
-            yield np.empty(nbytes, np.uint8).data
+            yield [np.empty(nbytes, np.uint8).data for _ in range(count)]
         finally:
-            self.buffers.release(nbytes)
-            self._blocks.release("", nbytes)
+            self.buffers.release(count * nbytes)
+            self._blocks.release("", count * nbytes)
 
     def _take_memory(self, nbytes: int) -> bool:
         if self._blocks.try_acquire("", nbytes) is not None:
@@ -85,10 +87,10 @@ class Receiver:
         self._blocks.release("", nbytes)
         return False
 
-    def blocks(self, upload: Upload, fidelity: int, memory: memoryview) -> Iterator[NewBlock]:
+    def blocks(self, upload: Upload, fidelity: int, memory: Sequence[memoryview]) -> Iterator[NewBlock]:
         """Receive and encode the upload's blocks one by one, as the engine asks for them; the checkpoint comes last.
 
-        The bytes of a block are in `memory` and valid until the next block is requested.
+        The bytes of a block are in one buffer of `memory`, and valid until the block is requested that is next in it.
         """
         root = upload.namespace.root
         parent = upload.chain.parent(upload.first_block)
@@ -101,7 +103,7 @@ class Receiver:
                 raise UnavailableError("the daemon is stopping")
             start, end = block_range(index, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []
-            free = memory
+            free = memory[index % len(memory)]
             for piece in upload.pieces:
                 if start <= piece.start < end:
                     place, free = _cut(free, piece.n_tokens * upload.layout.token_bytes)
@@ -124,7 +126,7 @@ class Receiver:
             yield NewBlock(block, buffers, auto=auto, settled=settled)
             parent = block.key
         if upload.states:
-            yield self._new_checkpoint(upload, fidelity, memory)
+            yield self._new_checkpoint(upload, fidelity, memory[len(upload.keys) % len(memory)])
         upload.intake.finish(self._config.limits.upload_idle_s)
 
     def _origin(self, upload: Upload, index: int) -> tuple[bool, bool]:

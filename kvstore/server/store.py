@@ -368,6 +368,7 @@ class StorePath:
                     encryption=upload.encryption,
                     since=upload.evictions,
                     agreed=upload.intake.await_commit,
+                    ahead=len(memory) - 1,
                 )
         except AuxMissingError:
             return 0, Reason.NO_BASIS

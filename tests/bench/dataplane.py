@@ -1,20 +1,20 @@
-"""The data plane by path, as ratios to what the machine does at best: fetch, first layer, store, bytes, memory.
+"""Fetch by path, as ratios to what the machine does at best, its first layer, and the daemon's memory.
 
 Each figure is the median over rounds; in a round everything is measured once, each in a fresh process of its own, so
 that whatever else the machine does falls on all alike. The KV is random bf16, so nothing compresses. Before each
 measurement a process touches as much memory as will be needed and ends: in a virtual machine the first touch of a page
 that the host has taken back costs ten times that of one it has not, and would fall on one side or the other by chance.
 
-    python tests/bench/dataplane.py [--seq-len 8192] [--rounds 5] [--only fetch --only store ...] [--json]
+    python tests/bench/dataplane.py [--seq-len 8192] [--rounds 5] [--only fetch --only memory] [--json]
 
-`--only memory --seq-len 32768` is the daemon's memory under a sequence of 4 GiB.
+Storing is measured by tests/bench/store.py. `--only memory --seq-len 32768` is the daemon's memory under a sequence of
+4 GiB.
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-import os
 import shutil
 import subprocess
 import sys
@@ -36,9 +36,8 @@ import numpy as np
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
-from kvstore.codecs import device, gather
+from kvstore.codecs import gather
 from kvstore.config import Config
-from kvstore.core.blocks import Reason
 from kvstore.core.layers import PARTS, KVLayer, Layout, StateLayer
 from tests.support.daemon import DaemonProcess
 from tests.support.synthetic import make_layout, make_namespace
@@ -207,63 +206,6 @@ def child_first(case: Case, profile: str) -> Measured:
     return {"share": times[0] / times[-1]}
 
 
-def child_store(case: Case, seed: str) -> Measured:
-    """How long a store holds up its caller, and how long until all is durable; beside a copy and a file of the same."""
-    layers = case.kv()
-    rows = [device.to_bytes(array)[0, :, : case.seq_len] for array in arrays_of(layers)]
-    with case.client() as client:
-        session = case.session(client, "raw")
-        assert not session.match(case.prompt(int(seed)))
-        for _ in range(2):  # the first of each touches memory that the host may have taken back
-            copy_s, plain_s = copied_and_written(case, rows)
-        before = written_bytes(case)
-        begun = time.perf_counter()
-        queued = session.store(case.prompt(int(seed))[:-1], layers)
-        blocked_s = time.perf_counter() - begun
-        assert queued.reason is Reason.OK and session.flush(600)
-        durable_s = time.perf_counter() - begun
-        written = (written_bytes(case) - before) / case.nbytes
-        assert session.stats.stored_bytes >= case.nbytes, session.stats.stores
-    return {"copy_s": copy_s, "plain_s": plain_s, "blocked_s": blocked_s, "durable_s": durable_s} | {"written": written}
-
-
-def copied_and_written(case: Case, rows: Sequence[device.Bytes]) -> tuple[float, float]:
-    """Seconds to copy rows into fresh memory, and to write and fsync that to one file."""
-    started = time.perf_counter()
-    memory = np.empty(case.nbytes, np.uint8)
-    for at, one in enumerate(rows):
-        np.copyto(memory[at * one.size : (at + 1) * one.size].reshape(one.shape), one)
-    copied = time.perf_counter()
-    path = Path(case.folder) / "plain"
-    with path.open("wb", buffering=0) as file:
-        for begin in range(0, memory.nbytes, 1 << 28):
-            file.write(memory[begin : begin + (1 << 28)].data)
-        os.fsync(file.fileno())
-    plain_s = time.perf_counter() - copied
-    path.unlink()
-    return copied - started, plain_s
-
-
-def child_shared(case: Case, seed: str) -> Measured:
-    """A second conversation that shares 90 %: bytes handed over and bytes written, to those of the rest."""
-    layers = case.kv()
-    shared = case.seq_len * 9 // 10 // 256 * 256
-    first, second = case.prompt(int(seed))[:-1], case.prompt(int(seed) + 1)[:-1]
-    with case.client() as client:
-        assert case.session(client, "raw").store(first, layers, wait=True, timeout_s=600).durable
-    with case.client() as client:
-        session = case.session(client, "raw")
-        prompt = [*first[:shared], *second[shared:]]
-        assert session.match(prompt).n_tokens == shared
-        assert session.fetch(prompt[: shared + 1], "packed", "path")
-        before = int(proc("self", "io")["wchar"])
-        result = session.store(prompt, layers, wait=True, timeout_s=600)
-        moved = int(proc("self", "io")["wchar"]) - before
-    new = (case.seq_len - shared) * case.layout.token_bytes
-    assert result.durable and result.stored_tokens == case.seq_len, result
-    return {"moved": moved / new, "written": result.new_bytes / new}
-
-
 def child_memory(case: Case, profile: str) -> Measured:
     """The daemon's highest memory while it takes the sequence and gives it back every way, over what it had before."""
     layers, idle = case.kv(), int(proc(str(case.pid), "status")["VmRSS"].split()[0])
@@ -284,11 +226,6 @@ def child_memory(case: Case, profile: str) -> Measured:
 def proc(pid: str, name: str) -> dict[str, str]:
     """A file of /proc as names and values."""
     return dict(line.split(":", 1) for line in Path(f"/proc/{pid}/{name}").read_text().splitlines())
-
-
-def written_bytes(case: Case) -> int:
-    """What the daemon and this process had written to disk, or meant to and then took back."""
-    return sum(int(proc(pid, "io")["write_bytes"]) for pid in ("self", str(case.pid)))
 
 
 CHILDREN: dict[str, Callable[..., Measured]] = {
@@ -335,29 +272,6 @@ def fetch_rows(case: Case, rounds: int) -> Rows:
     ]
 
 
-def store_rows(case: Case, rounds: int) -> Rows:
-    """Storing raw."""
-    found = []
-    for seed in range(rounds):
-        spawn(case, "touch", "5")
-        found.append(spawn(case, "store", str(10 + seed)))
-    middle = {key: median(one[key] for one in found) for key in found[0]}
-    return [
-        ("caller blocked (less 5 ms) / one copy", (middle["blocked_s"] - 0.005) / middle["copy_s"], 1.5),
-        ("durable / write and fsync of one file", middle["durable_s"] / middle["plain_s"], 1.5),
-        ("written to disk / bytes stored", middle["written"], 1.05),
-    ]
-
-
-def shared_rows(case: Case, rounds: int) -> Rows:
-    """A second conversation; counts, so once is enough."""
-    found = spawn(case, "shared", "30")
-    return [
-        ("sharing 90 %: handed over / new bytes", found["moved"], 1.05),
-        ("sharing 90 %: written / new bytes", found["written"], 1.05),
-    ]
-
-
 def memory_rows(case: Case, rounds: int) -> Rows:
     """The daemon's memory over idle, in MiB, for what it only passes on and for what it computes."""
     return [
@@ -367,7 +281,7 @@ def memory_rows(case: Case, rounds: int) -> Rows:
     ]
 
 
-PARTS_OF_IT = {"fetch": fetch_rows, "store": store_rows, "shared": shared_rows, "memory": memory_rows}
+PARTS_OF_IT = {"fetch": fetch_rows, "memory": memory_rows}
 
 
 @contextmanager
