@@ -52,7 +52,7 @@ TREES = st.integers(1, 40).flatmap(
 
 
 @given(tree=TREES, older_s=st.none() | st.floats(0, 1000), bytes_max=st.none() | st.integers(0, 5000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_what_is_left_hangs_together_whatever_the_rule(
     tree: tuple[Sequence[int], Sequence[float], Sequence[int]], older_s: float | None, bytes_max: int | None
 ) -> None:

@@ -52,7 +52,7 @@ def find(store: MemoryStore, chain: Chain, naming: Naming = PLAIN, **given: obje
     twice=st.sets(st.integers(0, 300)),
     other=st.booleans(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_what_is_found_is_what_looking_at_every_block_finds(
     count: int, first: int, present: set[int], twice: set[int], other: bool
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_prompt_of_256_blocks_takes_three_round_trips_and_one_listing(held: in
 
 
 @given(data=st.data(), naming=st.sampled_from([PLAIN, SALTED]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_tails_and_checkpoints_of_the_prompt_are_found_below_the_last_full_block(
     data: st.DataObject, naming: Naming
 ) -> None:
