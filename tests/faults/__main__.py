@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from hypothesis.errors import Flaky
 
-from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, soak
+from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, remote, soak
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged, spread
 from tests.faults.workload import SCRIPTS
@@ -179,6 +179,37 @@ def run_soak(folder: Path, share: Share, leak: str) -> list[Tally]:
     return [tally]
 
 
+def run_remote(folder: Path, share: Share) -> list[Tally]:
+    """The contract, races, every fault of the proxy, and kills, against SeaweedFS and a folder."""
+    keeps = Tally(
+        "remote store", "the contract of object stores and races of 16 writers, on SeaweedFS", "none is needed"
+    )
+    faults = Tally(
+        "link to the remote store",
+        "delay, 503, reset, cut or changed body, slow drip, clock skew, by a proxy before SeaweedFS",
+        "a shorter prefix or a miss; the push is tried again",
+    )
+    killed = Tally(
+        "SIGKILL while pushing or pulling",
+        "at every call on a shared folder, and at every request to SeaweedFS, before and after it is carried out",
+        "the next push; `check` of the remote store is clean in between",
+    )
+    with remote.seaweed(folder / "seaweed") as endpoint, remote.FaultProxy(endpoint) as proxy:
+        for what, found in remote.keeps_contract(endpoint):
+            keeps.note(what, found)
+        for number, found in remote.races(endpoint, share.count(remote.RACES)):
+            keeps.note(f"race {number}", found)
+        for case in share.of(remote.fault_cases()):
+            faults.note(case, remote.strike_link(proxy, endpoint, *case))
+        harness = remote.Kills(folder, proxy, endpoint)
+        for point in share.of(range(1, harness.folder_points() + 1)):
+            killed.note(("folder", point), harness.strike_folder(point))
+        for verb in ("push", "pull"):
+            for point in share.of(range(2 * harness.requests(verb))):
+                killed.note((verb, point), harness.strike_bucket(verb, point))
+    return [keeps, faults, killed]
+
+
 Section = tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]
 SECTIONS: dict[str, Section] = {
     "kills": (kills.missing, run_kills),
@@ -190,6 +221,7 @@ SECTIONS: dict[str, Section] = {
     "hostile": (lambda: "", run_hostile),
     "histories": (lambda: "", run_histories),
     "fuzz": (fuzz.missing, run_fuzz),
+    "remote": (remote.missing, run_remote),
     "soak": (cuts.missing, partial(run_soak, leak="")),
 }
 

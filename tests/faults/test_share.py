@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults import __main__ as faults
-from tests.faults import calls, cuts, disk, fuzz, hostile, kills, soak
+from tests.faults import calls, cuts, disk, fuzz, hostile, kills, remote, soak
 from tests.faults.__main__ import SECTIONS, Share
 
 TENTH, LEAST = Share(0.1), Share(1e-6)
@@ -40,7 +41,7 @@ def test_what_is_no_share_is_refused(text: str, monkeypatch: pytest.MonkeyPatch)
 class Harness:
     """Stands in for kills, cuts and errors: 100 points a script, and strikes that only count."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *_: object) -> None:
         self.struck = 0
 
     def points(self, *script: str, calls: object = None) -> list[int]:
@@ -53,7 +54,19 @@ class Harness:
         """Nothing is found."""
         return []
 
-    strike_seam = strike
+    strike_seam = strike_folder = strike
+
+    def folder_points(self) -> int:
+        """Of the remote store."""
+        return 100
+
+    def requests(self, verb: str) -> int:
+        """Of the remote store."""
+        return 100
+
+    def strike_bucket(self, verb: str, point: int) -> list[str]:
+        """Nothing is found."""
+        return []
 
     def strike_error(self, point: int, error: str) -> list[str]:
         """Nothing is found."""
@@ -63,8 +76,13 @@ class Harness:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every harness does nothing and says how much it was asked to do; damage is so quick that it is real."""
-    for module, name in ((kills, "Kills"), (cuts, "Cuts"), (disk, "Errors")):
+    for module, name in ((kills, "Kills"), (cuts, "Cuts"), (disk, "Errors"), (remote, "Kills")):
         monkeypatch.setattr(module, name, Harness)
+    for name in ("seaweed", "FaultProxy"):
+        monkeypatch.setattr(remote, name, lambda _: nullcontext())
+    monkeypatch.setattr(remote, "keeps_contract", lambda _: ())
+    monkeypatch.setattr(remote, "races", lambda _, count: ((number, []) for number in range(count)))
+    monkeypatch.setattr(remote, "strike_link", lambda *_: [])
     monkeypatch.setattr(disk, "full_disk", lambda *_: [])
     monkeypatch.setattr(hostile, "run", lambda _, count: SimpleNamespace(calls=count, wrong=0, faults=[]))
     monkeypatch.setattr(calls, "run", lambda *_: None)
