@@ -98,8 +98,8 @@ class ObjectStore(Protocol):
     def names(self, prefix: str, after: str, deadline: Deadline) -> list[Listed]:
         """Up to PAGE_NAMES_MAX objects whose names start with `prefix` and come after `after`, in the order of names.
 
-        `prefix` is empty or ends with `/`. An empty page is the end. The marker is no object of a listing. Stores differ
-        in the order of folders whose names have `-` or `.`, which sort before `/`: ours have none.
+        `prefix` is empty or ends with `/`. An empty page is the end. The marker is no object of a listing. Folders
+        whose names have `-` or `.`, which sort before `/`, come in an order that differs by store: ours have none.
         """
 
     def delete(self, names: Sequence[str], deadline: Deadline) -> None:

@@ -50,7 +50,7 @@ __all__ = [
     "strike_link",
 ]
 
-N_TOKENS = 6 * BLOCK_TOKENS + 40
+N_TOKENS = 9 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
 ITEMS = [PushItem(block.root, block.key, len(blob)) for block, blob in BLOBS]
 # Races of sixteen writers of one name.
