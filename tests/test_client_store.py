@@ -96,10 +96,10 @@ def test_a_daemon_that_stores_nothing_is_a_warning_once_and_its_end_a_line(
     daemon: FakeDaemon, client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the worker's log, for all sessions of its client together; the daemon's own words say why."""
-    caplog.set_level("INFO", "kvstore.client.notices")
+    caplog.set_level("INFO", "kvstore.client.health")
 
     def said() -> list[tuple[str, bool]]:
-        found = [record for record in caplog.records if record.name == "kvstore.client.notices"]
+        found = [record for record in caplog.records if record.name == "kvstore.client.health"]
         return [(record.levelname, "floor is 20.00 GB" in record.getMessage()) for record in found]
 
     sessions = [client.session(daemon.namespace, **SLOW) for _ in range(2)]

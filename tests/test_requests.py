@@ -7,8 +7,7 @@ import logging
 import pytest
 
 from kvstore.core.blocks import Reason
-from kvstore.telemetry.recent import RECENT_MAX
-from kvstore.telemetry.requests import HIT_S, MATCH_LINE_S, OPEN_MAX, Asked, Outcome, Requests
+from kvstore.telemetry.requests import HIT_S, MATCH_LINE_S, OPEN_MAX, RECENT_MAX, Asked, Outcome, Requests
 from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 WHO = Who("worker", 7, bytes(32), "small-lm", "test 1")

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from kvstore.client.session_thread import Sender
+from kvstore.client.background import Sender
 from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
 from kvstore.server.threads import Threads
 

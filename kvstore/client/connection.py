@@ -15,8 +15,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from kvstore.client.health import NOT_THERE, Health
-from kvstore.client.notices import WritesNotice
+from kvstore.client.health import NOT_THERE, Health, WritesNotice
 from kvstore.client.trust import SocketGuard, not_responding
 from kvstore.config import Config
 from kvstore.config.credentials import (

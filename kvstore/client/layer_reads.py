@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvstore.blobs.ranges import FileReader, Range, RangeReader
-from kvstore.client.attempt import Attempt, Layer
+from kvstore.client.attempt import Attempt, Layer, TimedReader
 from kvstore.client.plan import Plan, layer_bytes
 from kvstore.client.reads import FileReads
-from kvstore.client.timing import TimedReader
 from kvstore.codecs.assemble import begin_layer
 from kvstore.codecs.byte_plan import layer_ranges
 from kvstore.codecs.codec import Context

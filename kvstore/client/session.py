@@ -22,8 +22,7 @@ from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.request_lines import request_id, say_fetched
-from kvstore.client.results import Hit, LayerHit, Match, Miss, StoreResult, parse_reason, reason_of
-from kvstore.client.stats import SessionStats
+from kvstore.client.results import Hit, LayerHit, Match, Miss, SessionStats, StoreResult, parse_reason, reason_of
 from kvstore.client.storer import Storer, StoreRequest, Touch, combine
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import (

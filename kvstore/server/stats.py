@@ -26,8 +26,7 @@ from kvstore.server.refusals import Refusals
 from kvstore.server.threads import Threads
 from kvstore.server.uploads import Uploads
 from kvstore.telemetry.history import Moment
-from kvstore.telemetry.recent import Done
-from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.requests import Done, Requests
 from kvstore.telemetry.traffic import Labelled, Namespace, Session, Snapshot, Totals, as_counts
 from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb

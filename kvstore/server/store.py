@@ -42,8 +42,7 @@ from kvstore.server.gate import Choice, Gate
 from kvstore.server.lane import Lane
 from kvstore.server.pressure import Watermark
 from kvstore.server.receive import Receiver
-from kvstore.server.shares import Shares
-from kvstore.server.uploads import RETRY_S, Upload, Uploads
+from kvstore.server.uploads import RETRY_S, Shares, Upload, Uploads
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -23,7 +23,6 @@ from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.histogram import Histogram
 from kvstore.core.reasons import WHOLE, is_needed
 from kvstore.core.text import plain_text
-from kvstore.telemetry.recent import Done, Recent
 from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 # How long a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
@@ -37,6 +36,43 @@ PID_MAX = 1 << 32
 IN_MEMORY = "in_memory"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+# As many as fit a screen.
+RECENT_MAX = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One request that has ended. `kind`: hit, miss, in_memory, stored or not_stored; `tokens`: given, or stored."""
+
+    at_s: float
+    kind: str
+    alias: str
+    tokens: int
+    prompt_tokens: int
+    nbytes: int
+    seconds: float
+    reason: str
+    request_id: str
+    pid: int
+
+
+class Recent:
+    """The last RECENT_MAX requests, for `kvstore top`: what their log lines say, nothing of a prompt. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done: deque[Done] = deque(maxlen=RECENT_MAX)
+
+    def add(self, done: Done) -> None:
+        """A request has ended."""
+        with self._lock:
+            self._done.append(done)
+
+    def latest(self) -> list[Done]:
+        """All of them, the latest first."""
+        with self._lock:
+            return list(reversed(self._done))
 
 
 @dataclass(frozen=True, slots=True)
