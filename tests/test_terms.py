@@ -277,6 +277,31 @@ def test_a_clock_that_jumps_ahead_expires_nothing_by_it(tmp_path: Path, clock: C
         assert find(engine, NS, prompt(2)).n_tokens == 300
 
 
+def test_what_is_stored_while_a_clock_is_behind_does_not_expire_when_it_is_set_right(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """Its time is too old. A clock that was not set at all, as at boot, delays nothing once it is."""
+    steady = Clock()
+    limits = options(durability="none", ttl_s=DAY_S)
+    with Engine.open(tmp_path / "data", limits, clock=clock, steady=steady) as engine:
+        clock.now_s -= 40 * DAY_S
+        engine.maintain()
+        put(engine, NS, prompt(1))
+        clock.now_s += 40 * DAY_S
+        engine.maintain()
+        assert find(engine, NS, prompt(1)).n_tokens == 300
+    now_s, clock.now_s = clock.now_s, 1000.0
+    with Engine.open(tmp_path / "new", limits, clock=clock, steady=steady) as engine:
+        engine.maintain()
+        clock.now_s = now_s
+        put(engine, NS, prompt(1))
+        engine.maintain()
+        for moved in (clock, steady):
+            moved.now_s += 2 * DAY_S
+        engine.maintain()
+        assert find(engine, NS, prompt(1)).reason is Reason.EXPIRED
+
+
 def test_a_time_to_live_holds_over_a_night_without_power(tmp_path: Path, clock: Clock) -> None:
     """A day at most counts at once."""
     limits = options(durability="none", ttl_s=DAY_S)

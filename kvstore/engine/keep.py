@@ -27,6 +27,9 @@ PINS_MAX = 1024
 NAMESPACES_MAX = 4096
 # Pins and what leads to them take at most this part of the budget, so that stores still find room.
 PINS_DIVISOR = 5
+# 2026-01-01. A clock before this code was written has not been set yet, as at the boot of a machine whose battery is
+# empty. Uses that seem to be in its future are not; taken back to it, they would be years old once the clock is right.
+CLOCK_MIN_S = 1_767_225_600
 _DAY_S = 86_400.0
 # Hours that the clock of times to live takes in for each hour of running.
 _GAIN = 24
@@ -57,16 +60,21 @@ class TtlClock:
         self._clock, self._steady = clock, steady
         self._lock = threading.Lock()
         self._steady_s = steady()
-        self.seen_s = max(seen_s, min(clock(), seen_s + _DAY_S)) if seen_s else clock()
+        self._most_s = seen_s + _DAY_S  # from now on
+        self.seen_s = seen_s
+        self()
 
     def __call__(self) -> float:
         """Seconds since 1970, at most the wall clock."""
         with self._lock:
             now_s, steady_s = self._clock(), self._steady()
-            most_s = self.seen_s + max(0.0, steady_s - self._steady_s) * _GAIN
-            self._steady_s = steady_s
-            self.seen_s = max(self.seen_s, min(now_s, most_s))
-            return min(now_s, most_s)
+            if now_s < CLOCK_MIN_S:
+                return now_s
+            # From the time to which a clock was set back, too: what was used meanwhile has stamps that are too old.
+            most_s = self._most_s + max(0.0, steady_s - self._steady_s) * _GAIN
+            self.seen_s = min(now_s, most_s) if self.seen_s >= CLOCK_MIN_S else now_s
+            self._most_s, self._steady_s = self.seen_s, steady_s
+            return self.seen_s
 
 
 class Keep:

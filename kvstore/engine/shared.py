@@ -26,7 +26,7 @@ from kvstore.engine.adopt import NEXT_NUMBER, Site, find_missing_keys
 from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.evictions import Evictions, Lost
-from kvstore.engine.keep import Keep, TtlClock
+from kvstore.engine.keep import CLOCK_MIN_S, Keep, TtlClock
 from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
 from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
@@ -42,9 +42,6 @@ ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
 # In the index: the clock of times to live when it was last written.
 _CLOCK_S = "clock_s"
-# 2026-01-01. A clock before this code was written has not been set yet, as at the boot of a machine whose battery is
-# empty. Uses that seem to be in its future are not; taken back to it, they would be years old once the clock is right.
-CLOCK_MIN_S = 1_767_225_600
 # Notes of use that are kept while no commit takes them, as a multiple of what is written at once.
 _UNWRITTEN_FACTOR = 16
 DISPLACED = "the data directory was deleted or replaced, or its volume is away"
