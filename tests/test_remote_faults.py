@@ -9,24 +9,22 @@ from dataclasses import replace
 
 import pytest
 
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT
+from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
 from kvstore.errors import DeadlineError, RemoteError
 from kvstore.remote import pusher
 from kvstore.remote.check import check_remote
-from kvstore.remote.object_names import Naming
 from kvstore.remote.push_queue import PushItem
 from kvstore.remote.s3 import S3Store
 from kvstore.remote.tier import RemoteTier
 from tests.support.fault_proxy import FAULTS, FaultProxy, wait_for
 from tests.support.moto_server import new_bucket, s3_server
-from tests.support.remote_blobs import NS, blobs_of, chain_of, name_of
+from tests.support.remote_blobs import blobs_of, found, name_of
 
 N_TOKENS = 3 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
 ITEMS = [PushItem(block.root, block.key, len(blob)) for block, blob in BLOBS]
-LABELS = ("exact",)
 # Of one call. The faults take many times as long, so whoever waits for one is found out.
 SHORT_S, FAULT_S = 0.4, 60.0
 SLOW = ("delay", "drip")
@@ -50,9 +48,7 @@ class Place:
 
     def found(self, limit_s: float) -> list[bytes]:
         """What comes of the prompt, in two calls of `limit_s` each."""
-        reach = self.tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, Deadline(limit_s))
-        pulled = self.tier.pulled(reach.blocks, FIDELITY_EXACT, Deadline(limit_s))
-        return [bytes(one.blob) for one in pulled]
+        return found(self.tier, N_TOKENS, limit_s)
 
 
 @pytest.fixture(scope="module")

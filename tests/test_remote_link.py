@@ -1,14 +1,12 @@
-"""What is believed of a link, and what is fetched over it: never what would be slower than computing."""
+"""What is believed of a link after requests over it were timed."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvstore.remote.link import BYTES_PER_S, HALF_LIFE_S, LATENCY_S, WORTH_SHARE, Link, Prefix, worthwhile
+from kvstore.remote.link import BYTES_PER_S, HALF_LIFE_S, LATENCY_S, Link
 
 MB = 1_000_000
 
@@ -67,48 +65,3 @@ def test_times_that_cannot_be_are_ignored(seconds: float) -> None:
     link.measured(20 * MB, seconds)
     link.measured(0, seconds)
     assert link.speed.bytes_per_s == before.bytes_per_s
-
-
-@given(
-    sizes=st.lists(st.integers(1, 60 * MB), min_size=1, max_size=40),
-    latency_s=st.floats(1e-4, 0.2),
-    rate=st.floats(1e6, 2e9),
-    prefill=st.floats(50, 20_000),
-    held=st.integers(0, 4000),
-    limit_s=st.floats(0.05, 10),
-)
-@settings(max_examples=300, deadline=None)
-def test_what_is_fetched_takes_at_most_half_of_the_prefill_that_it_saves(
-    sizes: list[int], latency_s: float, rate: float, prefill: float, held: int, limit_s: float
-) -> None:
-    """And no other prefix that does so saves more."""
-    candidates = [Prefix(256 * (n + 1), sum(sizes[: n + 1])) for n in range(len(sizes))]
-
-    def cost(nbytes: int) -> float:
-        return 2 * latency_s + nbytes / rate
-
-    chosen = worthwhile(candidates, cost, prefill_tokens_per_s=prefill, held_tokens=held, limit_s=limit_s)
-    saving = {
-        n: (one.n_tokens - held) / prefill - cost(one.nbytes)
-        for n, one in enumerate(candidates)
-        if one.n_tokens > held and cost(one.nbytes) <= min(limit_s, WORTH_SHARE * (one.n_tokens - held) / prefill)
-    }
-    assert (chosen in saving) if saving else chosen == -1
-    if saving:
-        assert saving[chosen] == max(saving.values())
-
-
-def test_a_caller_that_does_not_know_its_speed_gets_what_comes_in_time() -> None:
-    """As from the local store."""
-    candidates = [Prefix(256, 10 * MB), Prefix(512, 20 * MB), Prefix(768, 90 * MB)]
-    link, _ = taught(LATENCY_S, 30e6)
-    assert worthwhile(candidates, link.seconds, prefill_tokens_per_s=0, held_tokens=0, limit_s=1.0) == 1
-    assert worthwhile(candidates, link.seconds, prefill_tokens_per_s=0, held_tokens=512, limit_s=1.0) == -1
-
-
-def test_a_throttled_link_gives_nothing_to_a_fast_model() -> None:
-    """At 30 MB/s blocks of 10 MB come at 770 tokens/s: of use at 300 tokens/s of prefill, not at 2,000."""
-    link, _ = taught(LATENCY_S, 30e6)
-    candidates = [Prefix(256 * n, 10 * MB * n) for n in range(1, 33)]
-    assert worthwhile(candidates, link.seconds, prefill_tokens_per_s=2000, held_tokens=0) == -1
-    assert worthwhile(candidates, link.seconds, prefill_tokens_per_s=300, held_tokens=0) == 31

@@ -1,86 +1,64 @@
-"""Blobs that come out of a remote store: whole, verified, pinned, or an error that says why."""
+"""Blobs that come out of a remote store: whole, verified, pinned, or not at all."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blobs import format as blob_format
 from kvstore.blobs.format import make_ready
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Block
+from kvstore.core.blocks import BLOCK_TOKENS, Block
 from kvstore.core.breaker import Deadline
-from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, ObjectChangedError, RemoteError
-from kvstore.remote import objects
-from kvstore.remote.finder import Finder, RemoteBlock
+from kvstore.core.limits import default_limits
+from kvstore.errors import CorruptDataError, RemoteError
+from kvstore.remote.finder import Finder
 from kvstore.remote.object_names import Naming
-from kvstore.remote.object_store import ByteRange
-from kvstore.remote.objects import Pulled, RemoteReader, pull
+from kvstore.remote.objects import parse_blob, require_block
+from kvstore.remote.tier import RemoteTier
 from tests.support.engine import HYBRID, namespace, sequence
 from tests.support.memory_objects import MemoryStore
-from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, name_of
+from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, found, name_of
 
 N_TOKENS = 3 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
-LABELS = ("exact", "b8")
+ALL = [blob for _, blob in BLOBS]
 
 
-def soon() -> Deadline:
-    """A deadline that does not decide."""
-    return Deadline(60)
-
-
-def found(store: MemoryStore) -> list[RemoteBlock]:
-    """The blocks of the prompt."""
-    reach = Finder(store).find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon())
-    return list(reach.blocks)
-
-
-def filled() -> MemoryStore:
+def filled() -> tuple[MemoryStore, RemoteTier]:
     """With the whole prompt."""
     store = MemoryStore()
     fill(store, BLOBS)
-    return store
+    return store, RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
 
 
-def test_blobs_come_back_whole_in_one_round_trip() -> None:
-    """As they were put, with their blocks."""
-    store = filled()
-    blocks = found(store)
-    store.rounds.clear()
-    pulled = pull(store, blocks, FIDELITY_EXACT, soon())
-    assert store.rounds == ["read"]
-    assert [(one.block, bytes(one.blob)) for one in pulled if isinstance(one, Pulled)] == BLOBS
-
-
-def test_a_checkpoint_comes_back() -> None:
-    """Like a block."""
+def test_a_checkpoint_is_verified_like_a_block() -> None:
+    """Its states stand in the header."""
     ns = namespace(layout=HYBRID)
     blobs = blobs_of(BLOCK_TOKENS + 7, ns, mark=True)
     store = MemoryStore()
     fill(store, blobs, ns)
-    reach = Finder(store).find(chain_of(range(BLOCK_TOKENS + 7), ns), Naming(ns.info), LABELS, soon())
-    (mark,) = reach.checkpoints
-    (one,) = pull(store, [mark], FIDELITY_EXACT, soon())
-    assert isinstance(one, Pulled)
-    assert one.block.is_checkpoint
-    assert bytes(one.blob) == blobs[-1][1]
+    chain = chain_of(range(BLOCK_TOKENS + 7), ns)
+    (mark,) = Finder(store).find(chain, Naming(ns.info), ("exact",), Deadline(60)).checkpoints
+    block, blob = blobs[-1]
+    assert require_block(parse_blob(memoryview(blob)), mark, block.fidelity) == block
+    with pytest.raises(CorruptDataError):
+        require_block(blobs[0][0], mark, 0)
 
 
 @given(which=st.integers(0, 3), at=st.floats(0, 1, exclude_max=True), patch=st.integers(1, 255), cut=st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_no_changed_byte_is_ever_taken(which: int, at: float, patch: int, cut: bool) -> None:
-    """Anywhere in header or payload; nor is a blob that is cut short. The others are not affected."""
-    store = filled()
+    """Anywhere in header or payload; nor is a blob that is cut short. What comes before is not affected."""
+    store, tier = filled()
     block, blob = BLOBS[which]
     place = int(at * len(blob))
     damaged = blob[:place] if cut else blob[:place] + bytes([blob[place] ^ patch]) + blob[place + 1 :]
     store.put(name_of(block), damaged)
-    pulled = pull(store, found(store), FIDELITY_EXACT, soon())
-    assert isinstance(pulled[which], KVStoreError)
-    assert [n for n, one in enumerate(pulled) if isinstance(one, Pulled)] == [n for n in range(4) if n != which]
+    assert found(tier, N_TOKENS, 60) == ALL[:which]
+    assert tier.stats().wrong_objects == 1
 
 
 def other_tokens(block: Block) -> bytes:
@@ -106,79 +84,33 @@ def lying_namespace(block: Block) -> bytes:
 
 
 @pytest.mark.parametrize("make", [other_tokens, other_namespace, lower_rank, lying_namespace])
-def test_a_sound_blob_of_something_else_is_not_taken(make: object) -> None:
+def test_a_sound_blob_of_something_else_is_not_taken(make: Callable[[Block], bytes]) -> None:
     """The name promised a block."""
-    store = filled()
-    block, _ = BLOBS[1]
-    store.put(name_of(block), make(block))  # type: ignore[operator]
-    blocks = found(store)
-    assert isinstance(pull(store, blocks, FIDELITY_EXACT, soon())[1], CorruptDataError)
-    opened, reason = RemoteReader(store, blocks, FIDELITY_EXACT, soon()).open()
-    assert len(opened) == 1
-    assert isinstance(reason, CorruptDataError)
+    store, tier = filled()
+    store.put(name_of(BLOBS[1][0]), make(BLOBS[1][0]))
+    assert found(tier, N_TOKENS, 60) == ALL[:1]
+    assert tier.stats().wrong_objects == 1
 
 
-def test_what_changed_since_it_was_found_is_not_taken() -> None:
-    """Even if it is the same again: every byte of a blob is of one object."""
-    store = filled()
-    blocks = found(store)
-    store.put(*[(name_of(block), blob) for block, blob in BLOBS][2])
-    store.delete([name_of(BLOBS[3][0])], soon())
-    pulled = pull(store, blocks, FIDELITY_EXACT, soon())
-    assert [type(one) for one in pulled] == [Pulled, Pulled, ObjectChangedError, ObjectChangedError]
-    opened, reason = RemoteReader(store, blocks, FIDELITY_EXACT, soon()).open()
-    assert len(opened) == 2
-    assert isinstance(reason, ObjectChangedError)
+def test_what_changed_since_it_was_found_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it is the same again: every byte of a blob is of one object. That is nobody's fault."""
+    store, tier = filled()
+    read_all = store.read_all
+
+    def later(*given: object) -> object:
+        store.put(name_of(BLOBS[2][0]), BLOBS[2][1])
+        return read_all(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(store, "read_all", later)
+    assert found(tier, N_TOKENS, 60) == ALL[:2]
+    assert not tier.stats().wrong_objects
 
 
-def test_a_store_that_fails_or_is_late_says_so() -> None:
-    """Nothing came at all."""
-    store = filled()
-    blocks = found(store)
+def test_a_store_that_fails_or_is_late_gives_nothing_and_is_counted() -> None:
+    """A late read says how slow the link is at least."""
+    store, tier = filled()
     store.fail = RemoteError("refused")
-    with pytest.raises(RemoteError):
-        pull(store, blocks, FIDELITY_EXACT, soon())
+    assert found(tier, N_TOKENS, 60) == []
     store.fail, store.delay_s = None, 0.2
-    with pytest.raises(DeadlineError):
-        pull(store, blocks, FIDELITY_EXACT, Deadline(0.05))
-
-
-@pytest.mark.parametrize("guess", [1 << 16, 8, 100])
-def test_layers_are_read_in_two_round_trips_each_verified(guess: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers, then one for the ranges of each layer; a third where headers are longer than was guessed."""
-    monkeypatch.setattr(objects, "HEADER_GUESS_BYTES", guess)
-    store = filled()
-    blocks = found(store)
-    store.rounds.clear()
-    reader = RemoteReader(store, blocks, FIDELITY_EXACT, soon())
-    opened, reason = reader.open()
-    assert reason is None
-    assert opened == [block for block, _ in BLOBS]
-    ranges = [(n, [(at, size) for at, size, _ in blob_format.checked_ranges(block)]) for n, block in enumerate(opened)]
-    reader.load([(number, ByteRange(at, size)) for number, some in ranges for at, size in some[:2]])
-    assert len(store.rounds) == 2 + (guess < 1 << 16)
-    payloads = [blob[-blob_format.payload_bytes(block) :] for block, blob in BLOBS]
-    for number, some in ranges:
-        for at, size in some[:2]:
-            view = bytearray(size)
-            reader.readinto(number, at, [memoryview(view)[:3], memoryview(view)[3:]])
-            assert view == payloads[number][at : at + size]
-    assert len(store.rounds) == 2 + (guess < 1 << 16)
-    last = ranges[0][1][-1]
-    view = bytearray(last[1])
-    reader.readinto(0, last[0], [memoryview(view)])
-    assert view == payloads[0][last[0] : sum(last)]
-
-
-def test_ranges_that_cannot_be_had_are_corrupt_as_for_any_reader() -> None:
-    """Whoever assembles a hit knows one error."""
-    store = filled()
-    reader = RemoteReader(store, found(store), FIDELITY_EXACT, soon())
-    reader.open()
-    store.delete([name_of(BLOBS[1][0])], soon())
-    with pytest.raises(CorruptDataError):
-        reader.load([(1, ByteRange(0, 4))])
-    reader.load([])
-    for source, offset in ((1, 0), (9, 0), (0, -1), (0, 1 << 30)):
-        with pytest.raises(CorruptDataError):
-            reader.readinto(source, offset, [memoryview(bytearray(4))])
+    assert found(tier, N_TOKENS, 0.05) == []
+    assert (tier.stats().requests.failed, tier.stats().requests.late) == (1, 1)

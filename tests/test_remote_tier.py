@@ -1,4 +1,4 @@
-"""The remote tier of a daemon: pushes behind, pulls that never fail a caller, and what is counted."""
+"""The remote tier of a daemon: what it pushes, when it stops, and what another one finds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT
+from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Namespace
 from kvstore.core.limits import default_limits
@@ -22,7 +22,7 @@ from kvstore.remote.pusher import TRIES_MAX
 from kvstore.remote.tier import RemoteTier
 from tests.support.engine import LAYOUT
 from tests.support.memory_objects import MemoryStore
-from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, name_of
+from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, found, name_of
 
 N_TOKENS = 3 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
@@ -58,12 +58,6 @@ def objects(store: MemoryStore) -> dict[str, bytes]:
     return {name: data for name, (_, data, _) in store.objects.items() if name != MARKER and "identity" not in name}
 
 
-def found(tier: RemoteTier, ns: Namespace = NS) -> list[bytes]:
-    """The bytes of all blobs of the prompt that come."""
-    reach = tier.find(chain_of(range(N_TOKENS), ns), Naming(ns.info), LABELS, soon())
-    return [bytes(one.blob) for one in tier.pulled(reach.blocks, FIDELITY_EXACT, soon())]
-
-
 def test_what_is_pushed_is_what_another_daemon_finds() -> None:
     """Byte for byte, ancestors first, with an identity for people."""
     store = MemoryStore()
@@ -72,9 +66,12 @@ def test_what_is_pushed_is_what_another_daemon_finds() -> None:
     push_all(tier)
     assert list(objects(store)) == [name_of(block) for block, _ in BLOBS]
     assert Naming(NS.info).identity_name in store.objects
-    assert found(tier_over(store)) == [blob for _, blob in BLOBS]
+    assert found(tier_over(store), N_TOKENS, 60) == [blob for _, blob in BLOBS]
     assert tier.stats().pushes.pushed == len(ITEMS)
     assert tier.stats().requests.pushed_bytes >= sum(len(blob) for _, blob in BLOBS)
+    reading = tier_over(store)
+    found(reading, N_TOKENS, 60)
+    assert reading.stats().requests.read_bytes == sum(len(blob) for _, blob in BLOBS)
 
 
 def test_a_tenant_is_pushed_under_names_that_say_nothing() -> None:
@@ -87,8 +84,8 @@ def test_a_tenant_is_pushed_under_names_that_say_nothing() -> None:
     push_all(tier)
     listing = "\n".join(store.objects)
     assert not any(key.hex() in listing for block, _ in blobs for key in (block.root, block.parent, block.key))
-    assert found(tier_over(store), ns) == [blob for _, blob in blobs]
-    assert found(tier_over(store)) == []
+    assert found(tier_over(store), N_TOKENS, 60, ns) == [blob for _, blob in blobs]
+    assert found(tier_over(store), N_TOKENS, 60) == []
 
 
 def test_an_object_that_is_there_is_not_sent_again() -> None:
@@ -131,15 +128,14 @@ def test_a_wrong_object_stays_is_reported_and_is_passed_over(wrong: bytes, caplo
             push_all(tier)
             assert tier.stats().pushes.wrong == 1
         else:
-            assert found(tier) == [BLOBS[0][1]]
+            assert found(tier, N_TOKENS, 60) == [BLOBS[0][1]]
         assert tier.stats().wrong_objects == 1
         assert store.objects[name_of(block)][1] == wrong
         asked = store.rounds.count("read")
-        assert len(tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon()).blocks) == 1
+        assert len(tier.finder.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon()).blocks) == 1
         assert store.rounds.count("read") == asked
-        assert not tier.reads.is_open
         store.put(name_of(block), blob)
-        assert found(tier) == [blob for _, blob in BLOBS]
+        assert found(tier, N_TOKENS, 60) == [blob for _, blob in BLOBS]
     assert "is wrong" in caplog.text
 
 
@@ -268,38 +264,3 @@ def test_what_is_evicted_encrypted_or_damaged_before_its_turn_is_not_pushed() ->
     assert objects(store) == {}
     assert (tier.stats().pushes.gone, tier.stats().pushes.failed) == (1, 3)
     assert not tier.stats().pushes_open
-
-
-def test_a_store_that_is_gone_or_late_costs_nothing_after_a_few_failures() -> None:
-    """Callers get the local prefix, and do not wait for the store at all while its breaker is open."""
-    for delay_s, error in ((0.0, RemoteError("gone")), (0.05, None)):
-        store = MemoryStore()
-        fill(store, BLOBS)
-        tier = tier_over(store)
-        store.delay_s, store.fail = delay_s, error
-        for _ in range(3):
-            reach = tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, Deadline(0.01), first=1)
-            assert (reach.blocks, reach.n_tokens) == ((), BLOCK_TOKENS)
-        asked = len(store.rounds)
-        assert tier.stats().reads_open
-        assert tier.stats().error
-        tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, Deadline(0.01))
-        assert len(store.rounds) == asked
-        assert not tier.stats().pushes_open
-
-
-def test_what_comes_late_in_the_middle_is_a_shorter_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batch by batch; what came is used."""
-    monkeypatch.setattr("kvstore.remote.tier.PULL_BYTES", len(BLOBS[0][1]))
-    store = MemoryStore()
-    fill(store, BLOBS)
-    tier = tier_over(store)
-    reach = tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), LABELS, soon())
-    came = []
-    for one in tier.pulled(reach.blocks, FIDELITY_EXACT, soon()):
-        came.append(bytes(one.blob))
-        if len(came) == 2:
-            store.fail = RemoteError("gone")
-    assert came == [blob for _, blob in BLOBS[:2]]
-    assert tier.stats().requests.read_bytes == sum(map(len, came))
-    assert tier.stats().requests.failed == 1

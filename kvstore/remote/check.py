@@ -84,7 +84,7 @@ def check_remote(store: ObjectStore, tell: Callable[[int, int], None] = lambda o
 def _verify(store: ObjectStore, one: Listed) -> bool:
     """Verify an object; whether its block is the first of its sequence."""
     data = store.read(one.name, one.head.etag, whole(one.head), Deadline(CALL_S))
-    block = parse_blob(data[0] if data else memoryview(b"")).block
+    block = parse_blob(data[0] if data else memoryview(b""))
     info = NamespaceInfo.from_record(block.namespace)
     if info.root != block.root:
         raise CorruptDataError("it says that it belongs to another namespace")

@@ -1,4 +1,4 @@
-"""What the link to the remote store gives, measured, and what is worth fetching over it. Pure but for a clock.
+"""What the link to the remote store gives, measured. Pure but for a clock.
 
     seconds = round trips x latency + bytes / rate
 
@@ -12,14 +12,12 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 # Until something is measured: a gigabit in the same house.
 LATENCY_S = 2e-3
 BYTES_PER_S = 100e6
-# Restoring is worth it when it takes at most this share of the prefill that it saves: as for the local store.
-WORTH_SHARE = 0.5
 STEP = 0.3
 HALF_LIFE_S = 300.0
 # A read of less says more about the latency than about the rate.
@@ -33,13 +31,6 @@ class Speed(NamedTuple):
 
     latency_s: float
     bytes_per_s: float
-
-
-class Prefix(NamedTuple):
-    """A prefix that could be fetched: the tokens that it gives, and the bytes that have to come for it."""
-
-    n_tokens: int
-    nbytes: int
 
 
 class _Average:
@@ -100,33 +91,3 @@ class Link:
         """How long so many bytes would take in so many round trips."""
         latency_s, bytes_per_s = self.speed
         return rounds * latency_s + nbytes / bytes_per_s
-
-
-def worthwhile(
-    candidates: Sequence[Prefix],
-    seconds: Callable[[int], float],
-    *,
-    prefill_tokens_per_s: float,
-    held_tokens: int,
-    limit_s: float = math.inf,
-) -> int:
-    """The index of the candidate that saves a caller the most time, -1 when none is worth it.
-
-    `seconds`: how long bytes take, as `Link.seconds`, with whatever decoding adds. `held_tokens`: what the caller has
-    without the remote store, in its memory or from the local one: fetching saves the prefill of the others alone. 0
-    tokens/s is a caller that does not know how fast it computes: it gets the longest prefix that comes within
-    `limit_s`, as it would from the local store.
-    """
-    best, best_s = -1, 0.0
-    for index, one in enumerate(candidates):
-        restore_s = seconds(one.nbytes)
-        gained = one.n_tokens - held_tokens
-        if restore_s > limit_s or gained <= 0:
-            continue
-        if not prefill_tokens_per_s:
-            best = index
-            continue
-        saved_s = gained / prefill_tokens_per_s
-        if restore_s <= WORTH_SHARE * saved_s and saved_s - restore_s > best_s:
-            best, best_s = index, saved_s - restore_s
-    return best

@@ -67,6 +67,7 @@ class Pusher:
         self._bytes_per_s_max, self._clock = bytes_per_s_max, clock
         self.breaker = CircuitBreaker()
         self.counts = Pushes()
+        self.error = ""  # the last one
         self._identified: set[bytes] = set()
         self._troubled = False
         self._ending = threading.Event()
@@ -108,7 +109,8 @@ class Pusher:
         """Whether the store answers at all. While it does not, no blob is tried, and so none is given up."""
         try:
             self._store.require_mark(Deadline(STALL_S))
-        except (RemoteError, DeadlineError):
+        except (RemoteError, DeadlineError) as error:
+            self.error = str(error)
             self.breaker.failed()
             return False
         return True
@@ -118,7 +120,7 @@ class Pusher:
         try:
             sent = self._push(item)
         except (RemoteError, DeadlineError) as error:
-            self._troubled = True
+            self._troubled, self.error = True, str(error)
             self.breaker.failed()
             if item.tries + 1 < TRIES_MAX:
                 self._queue.again()
@@ -143,7 +145,7 @@ class Pusher:
             self._count(gone=1)
             return 0
         blob = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
-        block = parse_blob(blob).block
+        block = parse_blob(blob)
         if (block.root, block.key) != (item.root, item.key):
             raise CorruptDataError("the local store gave another blob than was asked for")
         info = NamespaceInfo.from_record(block.namespace)

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.config.remote_address import RemoteAddress, S3Access, parse_remote, s3_access
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT
+from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
 from kvstore.errors import KVStoreError
 from kvstore.remote.check import check_remote
 from kvstore.remote.folder import FolderStore
-from kvstore.remote.object_names import Naming
 from kvstore.remote.object_store import ObjectStore
 from kvstore.remote.open_store import honours_create, open_store
 from kvstore.remote.push_queue import PushItem
@@ -35,7 +34,7 @@ from kvstore.remote.s3 import S3Store
 from kvstore.remote.tier import RemoteTier
 from tests.contract import test_object_stores as contract
 from tests.support.fault_proxy import FAULTS, FaultProxy
-from tests.support.remote_blobs import NS, blobs_of, chain_of
+from tests.support.remote_blobs import blobs_of, found
 from tests.support.seaweed import missing, new_place, seaweed
 
 __all__ = [
@@ -78,12 +77,6 @@ def tier_over(store: ObjectStore) -> RemoteTier:
     """With the prompt to push, not started."""
     held = {block.key: blob for block, blob in BLOBS}
     return RemoteTier(store, lambda item: [memoryview(held[item.key])], None, default_limits(), sync=False)
-
-
-def found(tier: RemoteTier, limit_s: float) -> list[bytes]:
-    """What comes of the prompt."""
-    reach = tier.find(chain_of(range(N_TOKENS)), Naming(NS.info), ("exact",), Deadline(limit_s))
-    return [bytes(one.blob) for one in tier.pulled(reach.blocks, FIDELITY_EXACT, Deadline(limit_s))]
 
 
 def push_all(store: ObjectStore) -> None:
@@ -151,7 +144,7 @@ def strike_link(proxy: FaultProxy, endpoint: str, fault: str, method: str) -> li
     far = S3Store(address, replace(access, endpoint=proxy.endpoint))
     proxy.fault, proxy.hits, proxy.delay_s = fault, lambda m, path: m == method, FAULT_S
     started_s = time.monotonic()
-    came = found(tier_over(far), SHORT_S)
+    came = found(tier_over(far), N_TOKENS, SHORT_S)
     took_s = time.monotonic() - started_s
     proxy.fault = ""
     wrong = [] if came == [blob for _, blob in BLOBS[: len(came)]] else ["wrong bytes came"]
@@ -195,7 +188,7 @@ class Kills:
             push_all(direct)
         tier = tier_over(direct)
         if verb == "pull":
-            found(tier, 120)
+            found(tier, N_TOKENS, 120)
         else:
             tier.offer(ITEMS)
             while item := tier.queue.take(0):
@@ -254,7 +247,7 @@ def left_sound(store: ObjectStore) -> list[str]:
     push_all(store)
     healed = check_remote(store)
     wrong = [f"{one.kind}: {one.name}: {one.detail}" for one in (*after_kill.findings, *healed.findings)]
-    if healed.objects != len(BLOBS) or found(tier_over(store), 120) != [blob for _, blob in BLOBS]:
+    if healed.objects != len(BLOBS) or found(tier_over(store), N_TOKENS, 120) != [blob for _, blob in BLOBS]:
         wrong.append(f"lost: {healed.objects} of {len(BLOBS)} objects can be had after another push")
     return wrong
 
@@ -291,7 +284,7 @@ def main(verb: str, place: str, point: int) -> int:
     store = open_store(address, s3_access() if address.bucket else S3Access())
     with suppress(KVStoreError):
         if verb == "pull":
-            found(tier_over(store), 120)
+            found(tier_over(store), N_TOKENS, 120)
         else:
             push_all(store)
     return calls.count if verb == "count" else 0

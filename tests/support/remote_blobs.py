@@ -7,8 +7,13 @@ from dataclasses import replace
 
 from kvstore.blobs.format import make_ready
 from kvstore.core.blocks import FIDELITY_EXACT, Block, pack_tokens
+from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain, Namespace
+from kvstore.errors import DeadlineError, KVStoreError, RemoteError
 from kvstore.remote.object_names import Naming, label_of
+from kvstore.remote.object_store import Wanted, whole
+from kvstore.remote.objects import parse_blob, require_block
+from kvstore.remote.tier import RemoteTier
 from tests.support.engine import checkpoint, namespace, sequence
 from tests.support.memory_objects import MemoryStore
 
@@ -42,3 +47,33 @@ def fill(store: MemoryStore, blobs: Sequence[tuple[Block, bytes]], ns: Namespace
     """Put blobs under their names."""
     for block, blob in blobs:
         store.put(name_of(block, ns), blob)
+
+
+def found(
+    tier: RemoteTier,
+    n_tokens: int,
+    limit_s: float,
+    ns: Namespace = NS,
+    labels: Sequence[str] = ("exact",),
+    fidelity_min: int = FIDELITY_EXACT,
+) -> list[bytes]:
+    """The blobs of a prompt, whole and verified, up to the first that cannot be had; none where the store fails."""
+    deadline = Deadline(limit_s)
+    try:
+        reach = tier.finder.find(chain_of(range(n_tokens), ns), Naming(ns.info), labels, deadline)
+        wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in reach.blocks]
+        answers = tier.store.read_all(wanted, Deadline(limit_s))
+    except (RemoteError, DeadlineError):
+        return []
+    blobs: list[bytes] = []
+    for one, answer in zip(reach.blocks, answers, strict=True):
+        if isinstance(answer, KVStoreError):
+            break
+        data = answer[0] if answer else memoryview(b"")
+        try:
+            require_block(parse_blob(data), one, fidelity_min)
+        except KVStoreError as error:
+            tier.finder.report_wrong(one, error)
+            break
+        blobs.append(bytes(data))
+    return blobs
