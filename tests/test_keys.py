@@ -116,6 +116,9 @@ def test_a_chain_gives_the_keys_of_its_blocks_in_whatever_order_they_are_asked_f
     for index in asked:
         if index < full:
             assert chain.key(index) == keys[index]
+    count = data.draw(st.integers(0, full))
+    step = BLOCK_TOKENS * TOKEN_BYTES
+    assert list(chain.blocks(count)) == [(keys[at], tokens[at * step : (at + 1) * step]) for at in range(count)]
     n_tokens = data.draw(st.integers(0, len(ids)))
     head = chain.head(n_tokens)
     assert head.tokens == tokens[: n_tokens * TOKEN_BYTES]

@@ -11,7 +11,7 @@ look-up: token bytes are compared on every hit.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,6 +212,18 @@ class Chain:
                 parent = keys[number] = block_key(parent, self.tokens[at : at + BLOCK_BYTES])
             self._known = index + 1
         return keys[index]
+
+    def blocks(self, count: int) -> Iterator[tuple[bytes, bytes]]:
+        """(key, packed tokens) of the first `count` full blocks; a key is hashed when it is asked for."""
+        tokens, keys, known, parent = self.tokens, self._keys, self._known, self.root
+        for number in range(count):
+            chunk = tokens[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
+            if number < known:
+                parent = keys[number]
+            else:
+                parent = keys[number] = hashlib.sha256(_BLOCK_TAG + parent + chunk).digest()
+                self._known = number + 1
+            yield parent, chunk
 
     def parent(self, index: int) -> bytes:
         """The key that block `index`, full or not, is stored under: that of the block before it, or the root."""

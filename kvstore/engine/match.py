@@ -117,11 +117,9 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
     tokens = chain.tokens
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
     rows: list[Taken] = []
-    stored, key_of = view.stored, chain.key
+    stored = view.stored
     # Hashing and the lookup take most of the time per block, so anything else in this loop is noticeable.
-    for index in range(end // _BLOCK_BYTES):
-        chunk = tokens[index * _BLOCK_BYTES : (index + 1) * _BLOCK_BYTES]
-        key = key_of(index)
+    for key, chunk in chain.blocks(end // _BLOCK_BYTES):
         value = stored(key)
         if value is None:
             break
