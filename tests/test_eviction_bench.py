@@ -19,7 +19,7 @@ from kvstore.bench.eviction import (
     TIER_S,
     EvictionRow,
     MemoryTier,
-    Request,
+    TraceRequest,
     load_trace,
     model_lru,
     optimum,
@@ -29,12 +29,12 @@ from kvstore.bench.eviction import (
 from kvstore.cli.app import cli
 
 
-def requests_of(*prompts: tuple[int, ...]) -> list[Request]:
+def requests_of(*prompts: tuple[int, ...]) -> list[TraceRequest]:
     """One request a second."""
-    return [Request(float(at), blocks) for at, blocks in enumerate(prompts)]
+    return [TraceRequest(float(at), blocks) for at, blocks in enumerate(prompts)]
 
 
-def conversations(count: int, seed: int = 1) -> list[Request]:
+def conversations(count: int, seed: int = 1) -> list[TraceRequest]:
     """Prompts of conversations that take turns and grow; each begins with one of two system prompts."""
     draw = random.Random(seed)
     fresh = iter(range(2, 1 << 20))
@@ -49,7 +49,7 @@ def conversations(count: int, seed: int = 1) -> list[Request]:
     return requests_of(*prompts)
 
 
-def most_hits(requests: list[Request], capacity: int) -> int:
+def most_hits(requests: list[TraceRequest], capacity: int) -> int:
     """The most blocks that any way of keeping prefixes could hit, by trying all of them."""
 
     @cache
@@ -115,7 +115,7 @@ def test_staged_writes_less_and_the_memory_of_workers_makes_up_for_it() -> None:
 
 def test_the_memory_of_workers_holds_what_was_used_within_its_time() -> None:
     """And loses all of it where they are killed."""
-    requests = [Request(at_s, (1, 2)) for at_s in (0.0, TIER_S, 2 * TIER_S + 1)]
+    requests = [TraceRequest(at_s, (1, 2)) for at_s in (0.0, TIER_S, 2 * TIER_S + 1)]
     for is_killed, found in ((False, [0, 2, 0]), (True, [0, 0, 0])):
         tier = MemoryTier(0.0, is_killed=is_killed)
         assert [tier.use(request) for request in requests] == found

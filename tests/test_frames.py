@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore.wire.frames import (
     LayerBytes,
-    Prompt,
+    PromptRequest,
     UploadBytes,
     layer_frame,
     parse_fetch_reply,
@@ -58,7 +58,7 @@ def test_requests_about_a_prompt_too(kind: Any, tokens: bytes, request_id: str) 
     about = kind(namespace=pb.Namespace(weights=b"w"), request_id=request_id)
     whole = kind(namespace=about.namespace, request_id=request_id, tokens=tokens)
     assert kind.FromString(prompt_frame(about, tokens)) == whole
-    assert parse_prompt(kind, prompt_frame(about, tokens)) == Prompt(about, tokens)
+    assert parse_prompt(kind, prompt_frame(about, tokens)) == PromptRequest(about, tokens)
     found = parse_prompt(kind, whole.SerializeToString())
     assert (found.tokens, found.message.request_id, found.message.namespace) == (tokens, request_id, about.namespace)
 

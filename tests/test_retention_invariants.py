@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.bench.eviction import ALWAYS, BLOCK_BYTES, STAGED, LogicalBlobs, Request, replay
+from kvstore.bench.eviction import ALWAYS, BLOCK_BYTES, STAGED, LogicalBlobs, TraceRequest, replay
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.engine import Engine
@@ -141,10 +141,10 @@ def test_staged_a_scan_costs_nothing_of_a_warm_set_that_rests(admission: str, at
     """What comes once is not written, so it evicts nothing; written always, it takes all of a set that nobody uses."""
     warm = [(number, 100 + number, 200 + number) for number in range(10)]
     at_s = iter(range(0, 1_000_000, 20))
-    twice = [Request(next(at_s), blocks) for _ in range(2) for blocks in warm]
-    scan = [Request(next(at_s), (1000 + number, 2000 + number)) for number in range(100)]
+    twice = [TraceRequest(next(at_s), blocks) for _ in range(2) for blocks in warm]
+    scan = [TraceRequest(next(at_s), (1000 + number, 2000 + number)) for number in range(100)]
     before = [*twice, *scan]
-    again = [Request(next(at_s), blocks) for blocks in warm]
+    again = [TraceRequest(next(at_s), blocks) for blocks in warm]
     found = replay([*before, *again], 40, "lru", admission).hit - replay(before, 40, "lru", admission).hit
     assert at_least <= found <= at_most
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from kvstore.client.background import Sender
+from kvstore.client.background import SessionThread
 from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
 from kvstore.server.threads import Threads
 
@@ -30,7 +30,7 @@ def lowered() -> int:
 def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
     """The sender's thread is nice; the one that submits stays as it was."""
     before, seen = niceness(), list[int]()
-    sender = Sender[int](lambda _: seen.append(niceness()), lambda _: None)
+    sender = SessionThread[int](lambda _: seen.append(niceness()), lambda _: None)
     assert sender.submit(1) and sender.flush(10)
     sender.close(10)
     assert seen == [lowered()]

@@ -9,7 +9,16 @@ import pytest
 
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.lifetime import FILE, WRITE_EVERY_S, Lifetime
-from kvstore.telemetry.traffic import LABELS_MAX, NAMESPACES_MAX, OTHER, Namespace, Snapshot, Totals, Traffic, Who
+from kvstore.telemetry.traffic import (
+    LABELS_MAX,
+    NAMESPACES_MAX,
+    OTHER,
+    NamespaceTraffic,
+    Snapshot,
+    Totals,
+    Traffic,
+    Who,
+)
 
 ROOT = bytes(32)
 
@@ -106,7 +115,7 @@ def test_a_restart_goes_on_from_the_lifetime(tmp_path: Path) -> None:
     after.count(who(), Totals(hits=1))
     found = after.snapshot()
     assert (found.lifetime.hits, found.lifetime.saved_s, found.since_start.hits) == (3, 1.5, 1)
-    assert found.namespaces[ROOT] == Namespace(Totals(hits=3, saved_s=1.5), 250.0)
+    assert found.namespaces[ROOT] == NamespaceTraffic(Totals(hits=3, saved_s=1.5), 250.0)
     assert found.lifetime_since_s == before.traffic.snapshot().lifetime_since_s
 
 

@@ -16,7 +16,15 @@ from kvstore.engine import Engine, Selection
 from kvstore.errors import CorruptDataError
 from kvstore.telemetry.requests import Asked
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import ENTRIES_MAX, OTHERS_ASKED_MAX, UNSTORED_MAX, Entry, Identity, StoreEnd, Why
+from kvstore.telemetry.why import (
+    ENTRIES_MAX,
+    OTHERS_ASKED_MAX,
+    UNSTORED_MAX,
+    NamespaceIdentity,
+    RequestEntry,
+    StoreEnd,
+    Why,
+)
 from tests.support.engine import HYBRID, LAYOUT, checkpoint, namespace, options, put, sequence
 
 TOKENS = list(range(1000, 1700))
@@ -39,7 +47,7 @@ class Rig:
 
     def ask(
         self, tokens: list[int], ns: Namespace = NS, *, name: str = "", limit: int | None = None, **how: Any
-    ) -> Entry:
+    ) -> RequestEntry:
         """A request, and what is remembered of it."""
         self._number += 1
         chain = Chain(ns.root, pack_tokens(tokens))
@@ -54,10 +62,10 @@ class Rig:
         self.why.stored(chain, StoreEnd(len(tokens), stored, new_bytes, reason), private=bool(ns.salt))
 
 
-def identity_of(ns: Namespace) -> Identity:
+def identity_of(ns: Namespace) -> NamespaceIdentity:
     """As a request names it."""
     digest = ns.layout.digest
-    return Identity(ns.root, ns.weights, ns.adapter, digest, ns.dtype, ns.engine, bool(ns.salt), ns.alias)
+    return NamespaceIdentity(ns.root, ns.weights, ns.adapter, digest, ns.dtype, ns.engine, bool(ns.salt), ns.alias)
 
 
 @pytest.fixture

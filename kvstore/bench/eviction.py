@@ -51,7 +51,7 @@ _BYTES = bytes(2 * BLOCK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TraceRequest:
     """One prompt of a trace: when it came, in seconds, and its blocks."""
 
     at_s: float
@@ -86,9 +86,9 @@ class _Counts:
     in_memory: int = 0
 
 
-def load_trace(path: Path, limit: int | None = None) -> list[Request]:
+def load_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
     """The first `limit` requests of a trace, or all. BenchError for a file that is not one."""
-    requests: list[Request] = []
+    requests: list[TraceRequest] = []
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
@@ -103,7 +103,7 @@ def load_trace(path: Path, limit: int | None = None) -> list[Request]:
     return requests
 
 
-def _request(line: str, where: str) -> Request:
+def _request(line: str, where: str) -> TraceRequest:
     try:
         fields = json.loads(line)
         ids = tuple(fields["hash_ids"])
@@ -112,11 +112,11 @@ def _request(line: str, where: str) -> Request:
         raise BenchError(f"{where}: not a request with `timestamp` and `hash_ids`") from error
     if not all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < 1 << 62 for each in ids):
         raise BenchError(f"{where}: `hash_ids` must be whole numbers from 0")
-    return Request(at_s, ids)
+    return TraceRequest(at_s, ids)
 
 
 def run(
-    requests: Sequence[Request],
+    requests: Sequence[TraceRequest],
     policies: Sequence[str] = POLICY_NAMES,
     shares: Sequence[float] = BUDGET_SHARES,
     admissions: Sequence[str] = (ALWAYS,),
@@ -143,7 +143,7 @@ def run(
                 yield row(policy, replay(requests, capacity, policy, admission), admission)
 
 
-def optimum(requests: Sequence[Request], capacity: int) -> _Counts:
+def optimum(requests: Sequence[TraceRequest], capacity: int) -> _Counts:
     """Belady's rule with a bypass, for blocks of equal size."""
     upcoming = _next_uses(requests)
     held: dict[int, int] = {}
@@ -164,7 +164,7 @@ def optimum(requests: Sequence[Request], capacity: int) -> _Counts:
     return _Counts(hit, written)
 
 
-def _next_uses(requests: Sequence[Request]) -> list[list[int]]:
+def _next_uses(requests: Sequence[TraceRequest]) -> list[list[int]]:
     """For every block of every request the number of the request that uses it next; 0: none does."""
     later: dict[int, int] = {}
     uses: list[list[int]] = []
@@ -174,7 +174,7 @@ def _next_uses(requests: Sequence[Request]) -> list[list[int]]:
     return uses[::-1]
 
 
-def model_lru(requests: Sequence[Request], capacity: int) -> _Counts:
+def model_lru(requests: Sequence[TraceRequest], capacity: int) -> _Counts:
     """A flat list by last use; the blocks of one prompt count as used last to first."""
     held: OrderedDict[int, None] = OrderedDict()
     hit = written = 0
@@ -212,7 +212,7 @@ class MemoryTier:
         self._used_s: OrderedDict[int, float] = OrderedDict()
         self.most = 0
 
-    def use(self, request: Request) -> int:
+    def use(self, request: TraceRequest) -> int:
         """How many leading blocks of a prompt are in memory; afterwards all are."""
         if self._is_killed and request.at_s >= self._begun_s + TIER_S:
             self._begun_s = request.at_s
@@ -227,7 +227,7 @@ class MemoryTier:
         return found
 
 
-def replay(requests: Sequence[Request], capacity: int, policy: str, admission: str = ALWAYS) -> _Counts:
+def replay(requests: Sequence[TraceRequest], capacity: int, policy: str, admission: str = ALWAYS) -> _Counts:
     """The trace through an engine of its own, whose index lies in a temporary directory. Its clock is the trace's."""
     now_s = requests[0].at_s
     # One block's bytes, all but one, are for the index.
@@ -248,7 +248,7 @@ def replay(requests: Sequence[Request], capacity: int, policy: str, admission: s
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ask(engine: Engine, namespace: Namespace, request: Request, number: int, tier: MemoryTier | None) -> _Counts:
+def _ask(engine: Engine, namespace: Namespace, request: TraceRequest, number: int, tier: MemoryTier | None) -> _Counts:
     """Match a prompt, touch what was hit, and store the rest; with a tier, as far as another prompt had it, too."""
     tokens = np.repeat(np.asarray(request.blocks, "<i8"), BLOCK_TOKENS).tobytes()
     chain = Chain(namespace.root, tokens)

@@ -179,7 +179,7 @@ def _unmeasured(config: Config, namespace: Namespace, names: Sequence[str]) -> l
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProfileOutcome:
     """What follows from the result of one profile; both reasons are empty when the profile may be used.
 
     `invalid`: why the measurement cannot be used and is not recorded. `refused`: why the profile will not be used.
@@ -191,11 +191,11 @@ class Outcome:
 
 def _outcomes(
     config: Config, namespace: Namespace, results: Sequence[Quality], thresholds: Thresholds, dry_run: bool
-) -> list[Outcome]:
+) -> list[ProfileOutcome]:
     """Judge each result, and record the valid ones with their verdicts except in a dry run."""
     from kvstore.codecs.plausible import fault_of
 
-    outcomes = [Outcome(invalid=fault_of(one, namespace.layout)) for one in results]
+    outcomes = [ProfileOutcome(invalid=fault_of(one, namespace.layout)) for one in results]
     verdicts = [Verdict.of(one, thresholds) for one, said in zip(results, outcomes, strict=True) if not said.invalid]
     if not dry_run:
         with connected(config) as client:
@@ -203,7 +203,7 @@ def _outcomes(
                 client.record_quality(namespace, verdict)
     refused = {verdict.quality.profile: verdict.fault for verdict in verdicts}
     return [
-        said if said.invalid else Outcome(refused=refused[one.profile])
+        said if said.invalid else ProfileOutcome(refused=refused[one.profile])
         for one, said in zip(results, outcomes, strict=True)
     ]
 

@@ -38,7 +38,7 @@ J = TypeVar("J")
 ITEMS_MAX = 256
 
 
-class Sender(Generic[J]):
+class SessionThread(Generic[J]):
     """Runs jobs one after the other on one daemon thread, which starts with the first job. Any thread may submit.
 
     `work(job)` runs on that thread and must not raise; `drop(job)` is called instead for jobs that `close` leaves
@@ -131,7 +131,7 @@ class Sender(Generic[J]):
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DamageReport:
     """A block that failed verification, to be reported to the daemon in the background."""
 
     key: bytes
@@ -155,7 +155,7 @@ class Background:
         self._held = held
         self._stats = stats
         self._closing = threading.Event()
-        self._sender: Sender[StoreJob | Report | Rest] = Sender(self._work, self._drop)
+        self._sender: SessionThread[StoreJob | DamageReport | Rest] = SessionThread(self._work, self._drop)
 
     @property
     def closed(self) -> bool:
@@ -168,7 +168,7 @@ class Background:
 
     def report(self, key: bytes, detail: str) -> None:
         """Tell the daemon of a block that did not verify, some time. Does not wait; lost when the queue is full."""
-        self._sender.submit(Report(key, detail))
+        self._sender.submit(DamageReport(key, detail))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
@@ -186,7 +186,7 @@ class Background:
         """The session is gone. Neither waits nor fails: the garbage collector calls this, on any thread."""
         self._sender.retire(RETIRE_S)
 
-    def _work(self, job: StoreJob | Report | Rest) -> None:
+    def _work(self, job: StoreJob | DamageReport | Rest) -> None:
         """One job on the background thread; the other edge at which trouble ends."""
         result = StoreResult(reason=Reason.INTERNAL)
         try:
@@ -194,7 +194,7 @@ class Background:
                 self._go_on(job)
             elif (away := self._connection.health.absence()) is not None:
                 result = StoreResult(reason=reason_of(away), detail=str(away))
-            elif isinstance(job, Report):
+            elif isinstance(job, DamageReport):
                 with self._connection.attempt():
                     self._uploader.report(job.key, job.detail)
             else:
@@ -258,7 +258,7 @@ class Background:
         say_stored(self._namespace, job.request_id, (job.start, job.end), result, took_s)
         job.finish(result)
 
-    def _drop(self, job: StoreJob | Report | Rest) -> None:
+    def _drop(self, job: StoreJob | DamageReport | Rest) -> None:
         """A job that the end of the session, or a lack of room, leaves undone."""
         if isinstance(job, StoreJob):
             self._end(job, StoreResult(reason=Reason.UNAVAILABLE))

@@ -74,7 +74,7 @@ def translated() -> Iterator[None]:
         raise DirectoryError(f"the index cannot be used: {error}") from error
 
 
-class Readers:
+class ReaderGate:
     """Gate for read transactions: waits until all readers have left and keeps new ones out meanwhile. Any thread."""
 
     def __init__(self) -> None:
@@ -129,7 +129,7 @@ class Index(Contents):
         self._fs = fs
         self._sync = sync
         self._map_bytes = map_bytes
-        self._readers = Readers()
+        self._readers = ReaderGate()
         if (path / COPY).exists():
             unlink_quietly(fs, [str(path / COPY)])
         self._open()

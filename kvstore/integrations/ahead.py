@@ -19,7 +19,7 @@ from typing import Any
 
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.prefetch import PREPARED_MAX, THREADS_MAX, Prepared
-from kvstore.integrations.restoring import Found
+from kvstore.integrations.restoring import FoundPrefix
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Ahead:
                 one[0].take()
         return prepared
 
-    def take(self, tokens: Sequence[int]) -> tuple[bool, Found | None, int]:
+    def take(self, tokens: Sequence[int]) -> tuple[bool, FoundPrefix | None, int]:
         """(whether the prompt was looked up, what was found by now, what memory covered then); once."""
         with self._lock:
             prepared, covered = self._prepared.pop(tuple(tokens), (None, 0))

@@ -38,7 +38,7 @@ from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
 from kvstore.integrations.identity import Pin, WeightsDigest
 from kvstore.integrations.images import around_images, splits_image
-from kvstore.integrations.restoring import Finish, Found
+from kvstore.integrations.restoring import Finish, FoundPrefix
 from kvstore.integrations.touches import Endings
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class ModelStore:
         prefill_tokens_per_s: float = 0.0,
         reserve: Callable[[int], bool] | None = None,
         epoch: Epoch | None = None,
-    ) -> Found | None:
+    ) -> FoundPrefix | None:
         """As `fetch`, for any thread: every layer is evaluated, and cache layers can be made of them on another.
 
         `reserve(nbytes)` is asked before anything is read, and may refuse. All together takes as long as a fetch may.
@@ -318,7 +318,7 @@ class ModelStore:
         reserve: Callable[[int], bool] | None,
         epoch: Epoch,
         deadline: Deadline,
-    ) -> Found | None:
+    ) -> FoundPrefix | None:
         """The longest prefix that any of the sessions has, read."""
         wanted = covered + GAIN_TOKENS_MIN if covered else 1
         if covered or len(sessions) > 1 or reserve is not None:
@@ -343,7 +343,7 @@ class ModelStore:
             )
             if isinstance(hit, Hit) and hit.n_tokens >= wanted and not splits_image(tokens, hit.n_tokens):
                 unusable = functools.partial(self._unusable, session, tokens[: hit.n_tokens])
-                return Found(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch, unusable)
+                return FoundPrefix(hit.layers, session.namespace.layout.tree, hit.n_tokens, epoch, unusable)
         return None
 
     def store(

@@ -29,7 +29,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.checkpoints import Prefill, SegmentedGenerator
 from kvstore.integrations.models import ModelKey
 from kvstore.integrations.prompt_cache import Expected, PromptCache
-from kvstore.integrations.restoring import Found
+from kvstore.integrations.restoring import FoundPrefix
 from kvstore.integrations.speed import Progress
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class Prepared:
         self.covered = 0  # tokens that memory had when the store was asked
         self._budget = budget
         self._lock = threading.Lock()
-        self._found: Found | None = None
+        self._found: FoundPrefix | None = None
         self._nbytes = 0
         self._over = False
 
@@ -60,14 +60,14 @@ class Prepared:
         self._nbytes = nbytes
         return True
 
-    def finish(self, found: Found | None) -> None:
+    def finish(self, found: FoundPrefix | None) -> None:
         """The fetch has ended. Its result is dropped if the request no longer waits for it."""
         with self._lock:
             self._found = None if self._over else found
             if self._found is None:
                 self._release()
 
-    def take(self) -> Found | None:
+    def take(self) -> FoundPrefix | None:
         """The hit, which is the caller's from now on; None if there is none, or not yet."""
         with self._lock:
             found, self._found, self._over = self._found, None, True
@@ -161,7 +161,7 @@ class PrefetchingGenerator(SegmentedGenerator):
         with self._tokenizing:
             tokenized = self._segmented(tokenizer, prepared.request, args)
         prepared.origin, prepared.tokenized = (key, tokenizer), tokenized
-        found: Found | None = None
+        found: FoundPrefix | None = None
         cache: Any = self.prompt_cache
         try:
             prompt = tokenized[0][0]

@@ -36,7 +36,7 @@ View = Callable[[], Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PartialPrompt:
     """A prompt that was looked up: in which epoch of its model, and how many of its tokens the engine was given."""
 
     model: ModelKey
@@ -53,13 +53,13 @@ class PrefixCaching(Protocol):
     def limits(self) -> Limits:
         """Of the client."""
 
-    def begun(self, before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> Prompt | None:
+    def begun(self, before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> PartialPrompt | None:
         """Which prompt the engine begins, given layers that hold `before`, and `rest` to compute; None: not known."""
 
     def needs_checkpoints(self, model: ModelKey) -> bool:
         """Whether caches of the model can be continued only from where they were kept."""
 
-    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+    def store_part(self, prompt: PartialPrompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
         """Store what is new of a prompt; see the function of this name."""
 
 
@@ -67,12 +67,12 @@ class OneByOne(PrefixCaching, Protocol):
     """One whose server looks a prompt up right before it computes it."""
 
     @property
-    def computing(self) -> Prompt | None:
+    def computing(self) -> PartialPrompt | None:
         """The prompt that was looked up last."""
 
 
 def store_part(
-    store: ModelStore, layout: Layout, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool
+    store: ModelStore, layout: Layout, prompt: PartialPrompt, n_tokens: int, view: View, *, checkpoint: bool
 ) -> int:
     """Store what is new of a prompt that is still being computed; how many of its tokens are held or queued then.
 
@@ -94,7 +94,7 @@ def store_part(
 class Filling:
     """A prompt that the engine is computing, and how much of it the store was given. On the generation thread."""
 
-    def __init__(self, cache: PrefixCaching, prompt: Prompt) -> None:
+    def __init__(self, cache: PrefixCaching, prompt: PartialPrompt) -> None:
         self._cache = cache
         self._prompt = prompt
         self._has_checkpoints = cache.needs_checkpoints(prompt.model)

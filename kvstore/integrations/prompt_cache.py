@@ -24,8 +24,8 @@ from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
-from kvstore.integrations.prefilling import Prompt, View, store_part
-from kvstore.integrations.restoring import Found
+from kvstore.integrations.prefilling import PartialPrompt, View, store_part
+from kvstore.integrations.restoring import FoundPrefix
 from kvstore.integrations.speed import PrefillSpeed
 from kvstore.integrations.touches import FirstTouches
 
@@ -51,7 +51,7 @@ class Expected:
 
     model: ModelKey
     tokens: list[int]
-    found: Found | None
+    found: FoundPrefix | None
     covered: int
 
     def holds(self, model: ModelKey, epoch: Epoch | None, tokens: list[int], covered: int) -> bool:
@@ -125,7 +125,7 @@ class PromptCache(LRUPromptCache):
         self._in_flight = InFlight()
         self._touches = FirstTouches(self._offer, self._store.flush)
         self._store.endings.add(self._touches.end)
-        self.computing: Prompt | None = None
+        self.computing: PartialPrompt | None = None
         self.speed = PrefillSpeed()
 
     def fetch_nearest_cache(self, model: Any, tokens: Iterable[int]) -> tuple[list[Any] | None, list[int]]:
@@ -140,7 +140,7 @@ class PromptCache(LRUPromptCache):
             cache, covered = found
             log.debug("prefix of %d of %d tokens from the store", covered, len(tokens))
         self._in_flight.begin(model, tokens, epoch, cache)
-        self.computing = Prompt(model, tokens, epoch, covered, touch) if epoch is not None else None
+        self.computing = PartialPrompt(model, tokens, epoch, covered, touch) if epoch is not None else None
         return cache, tokens[covered:]
 
     def covered(self, model: ModelKey, tokens: list[int]) -> int:
@@ -152,7 +152,9 @@ class PromptCache(LRUPromptCache):
         cuttable = all(not one.exact_layers for one in layouts)
         return self._in_memory((model, self._store.epoch(model)), wanted, cuttable=cuttable)
 
-    def find(self, model: ModelKey, tokens: list[int], covered: int, reserve: Callable[[int], bool]) -> Found | None:
+    def find(
+        self, model: ModelKey, tokens: list[int], covered: int, reserve: Callable[[int], bool]
+    ) -> FoundPrefix | None:
         """What the store has of a prompt beyond what memory has, for `expect`. Any thread; a model that is loaded."""
         loaded, layouts = self._probed
         if not self._enabled or loaded() is None or self._provider.model_key != model:
@@ -212,12 +214,12 @@ class PromptCache(LRUPromptCache):
                 entry = self._trie.get(place, tokens)
                 self._store.store(place[0], tokens, entry.prompt_cache, exactly=True, epoch=place[1])
 
-    def begun(self, before: Sequence[int], rest: Sequence[int], _layers: Sequence[Any]) -> Prompt | None:
+    def begun(self, before: Sequence[int], rest: Sequence[int], _layers: Sequence[Any]) -> PartialPrompt | None:
         """The prompt that was looked up last, if it is what the engine begins."""
         prompt = self.computing
         return prompt if prompt is not None and [*before, *rest] == prompt.tokens else None
 
-    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+    def store_part(self, prompt: PartialPrompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
         """Store what is new of a prompt that is still being computed, unless the model has changed since; never raises.
 
         See `prefilling.store_part`.

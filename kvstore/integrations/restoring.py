@@ -21,7 +21,7 @@ Finish = Callable[[list[Any]], list[Any]]
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class FoundPrefix:
     """Layers restored from the store, their number of tokens, and the model epoch that they belong to.
 
     `unusable(error)` is called if no cache can be made from the layers.

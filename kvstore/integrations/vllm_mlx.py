@@ -48,9 +48,9 @@ from kvstore.integrations.caches import layout, probe, quantized, token_count
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, model_folder
-from kvstore.integrations.prefilling import Prompt, StoringBatch, View, store_part
+from kvstore.integrations.prefilling import PartialPrompt, StoringBatch, View, store_part
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
-from kvstore.integrations.restoring import Found
+from kvstore.integrations.restoring import FoundPrefix
 from kvstore.integrations.run import announce
 from kvstore.integrations.speed import PrefillSpeed
 
@@ -113,7 +113,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         self._in_flight = InFlight()
         self._epoch = self._look()
         self._ahead = Ahead(store.config.memory_bytes)
-        self._waiting: deque[tuple[Prompt, weakref.ref[Any] | None]] = deque(maxlen=_WAITING_MAX)
+        self._waiting: deque[tuple[PartialPrompt, weakref.ref[Any] | None]] = deque(maxlen=_WAITING_MAX)
         models.serve(self)
         if self._key is None:
             store.refuse(UnsupportedLayerError(f"it is not known where the {type(model).__name__} was loaded from"))
@@ -124,7 +124,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         cache, rest = self._found(tokens)
         self._in_flight.begin(self._key, tokens, self._epoch, cache)
         if self._key is not None and self._epoch is not None:
-            prompt = Prompt(self._key, tokens, self._epoch, len(tokens) - len(rest) if cache else 0)
+            prompt = PartialPrompt(self._key, tokens, self._epoch, len(tokens) - len(rest) if cache else 0)
             self._waiting.append((prompt, weakref.ref(cache[0]) if cache else None))
         return cache, rest
 
@@ -132,12 +132,12 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         """Whether this is the cache of the model's prompts."""
         return self._model() is model
 
-    def begun(self, _before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> Prompt | None:
+    def begun(self, _before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> PartialPrompt | None:
         """The prompt that was looked up with this answer.
 
         The engine does not say what was computed before; but it goes on with the layers that it was given, or has none.
         """
-        prompt: Prompt
+        prompt: PartialPrompt
         for waiting in reversed(self._waiting):
             prompt, first = waiting
             if (first is None or first() is layers[0]) and prompt.tokens[prompt.covered :] == rest:
@@ -149,7 +149,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         """Whether caches of the model can be continued only from where they were kept."""
         return model == self._key and any(one.exact_layers for one in self._layouts())
 
-    def store_part(self, prompt: Prompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
+    def store_part(self, prompt: PartialPrompt, n_tokens: int, view: View, *, checkpoint: bool) -> int:
         """Store what is new of a prompt that is still being computed, unless the model has changed since; never raises.
 
         See `prefilling.store_part`.
@@ -177,7 +177,7 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         with self._memory_lock:
             covered = in_sorted(self._sorted_keys, tokens[:-1], cuttable=cuttable)
         prepared = self._ahead.begin(tokens, covered)
-        found: Found | None = None
+        found: FoundPrefix | None = None
         reserve = functools.partial(prepared.reserve, timeout_s=seconds)
         try:
             with self._tier.guard():

@@ -12,9 +12,9 @@ from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.server.costs import Offer, Timing, Way
 from kvstore.server.store import StoreRequest
 from kvstore.telemetry.requests import Outcome
-from kvstore.telemetry.why import Identity
+from kvstore.telemetry.why import NamespaceIdentity
 from kvstore.wire import convert
-from kvstore.wire.frames import Prompt
+from kvstore.wire.frames import PromptRequest
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # A daemon serves a handful of models; of tenants each has an identity of its own.
@@ -28,16 +28,16 @@ class Identities:
     """
 
     def __init__(self) -> None:
-        self._known: dict[bytes, Identity] = {}
+        self._known: dict[bytes, NamespaceIdentity] = {}
 
-    def of(self, message: pb.Namespace) -> Identity:
+    def of(self, message: pb.Namespace) -> NamespaceIdentity:
         """The identity that a request names. Raises InvalidRequestError for an invalid one."""
         name = hashlib.sha256(message.SerializeToString()).digest()
         known = self._known.get(name)
         if known is None:
             root, alias = convert.root_from_message(message), plain_text(message.alias, ALIAS_CHARACTERS_MAX)
             digests = (message.weights, message.adapter, message.layout_digest)
-            known = Identity(root, *digests, message.dtype, message.engine, bool(message.salt), alias)
+            known = NamespaceIdentity(root, *digests, message.dtype, message.engine, bool(message.salt), alias)
             if len(self._known) >= IDENTITIES_MAX:
                 self._known.clear()
             self._known[name] = known
@@ -54,7 +54,7 @@ def timing_of(message: pb.FetchTiming) -> Timing:
     return Timing(message.read_bytes, message.read_s, message.decoded_bytes, message.decode_s)
 
 
-def store_request(request: Prompt, caller: str = "") -> StoreRequest:
+def store_request(request: PromptRequest, caller: str = "") -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
     message = request.message
     return StoreRequest(

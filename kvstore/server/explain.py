@@ -10,10 +10,10 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine
 from kvstore.errors import InvalidRequestError, NotFoundError
 from kvstore.server.fetch import FetchPath
-from kvstore.telemetry.places import Place
+from kvstore.telemetry.places import SharedPlace
 from kvstore.telemetry.requests import Asked
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import ENTRIES_MAX, OTHERS_ASKED_MAX, SIDE_TOKENS, Entry, Identity, Why
+from kvstore.telemetry.why import ENTRIES_MAX, OTHERS_ASKED_MAX, SIDE_TOKENS, NamespaceIdentity, RequestEntry, Why
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 MORE_TOKENS = 128
@@ -56,7 +56,7 @@ class Explainer:
             rows.append(row)
         return pb.WhyReply(found=rows, not_kept=self.why.not_kept, left_out=left_out)
 
-    def _add_context(self, row: pb.Explanation, entry: Entry) -> int:
+    def _add_context(self, row: pb.Explanation, entry: RequestEntry) -> int:
         """Fill in what is stored around the place where a prompt parts. Returns the bytes of the common tokens."""
         nearest, common = self._engine.nearest, entry.common_tokens
         row.prefix = nearest.upto(entry.nearest, common) if entry.nearest else b""
@@ -70,11 +70,11 @@ class Explainer:
                 row.asked_more += nearest.follow(entry.root, entry.parent, head, MORE_TOKENS - SIDE_TOKENS)
         return len(row.prefix)
 
-    def _prompt(self, tokens: bytes, wanted: Sequence[tuple[bytes, Identity]]) -> Entry:
+    def _prompt(self, tokens: bytes, wanted: Sequence[tuple[bytes, NamespaceIdentity]]) -> RequestEntry:
         """What is to be said of a prompt: in the namespace that is meant, or, if it never was there, where it was."""
         if len(tokens) == TOKEN_BYTES:
             raise InvalidRequestError("a prompt of one token has nothing to restore: its last token is always computed")
-        first: Entry | None = None
+        first: RequestEntry | None = None
         for root, identity in wanted:
             chain = Chain(root, tokens)
             asked = Asked(Who("", 0, root, identity.alias, identity.engine), "", chain.n_tokens)
@@ -86,7 +86,7 @@ class Explainer:
         assert first is not None
         return first
 
-    def _wanted(self, prefix: bytes, alias: str) -> tuple[list[tuple[bytes, Identity]], int]:
+    def _wanted(self, prefix: bytes, alias: str) -> tuple[list[tuple[bytes, NamespaceIdentity]], int]:
         """The namespaces that may be meant: the latest that was asked for, then the last used.
 
         Never a tenant's or an encrypted one: the number of those; InvalidRequestError where only such fit.
@@ -95,7 +95,7 @@ class Explainer:
         known = self.why.identities()
         for readable in (True, False):
             for info in nearest.namespaces(OTHERS_ASKED_MAX, readable=readable):
-                known.setdefault(info.root, Identity.of(info))
+                known.setdefault(info.root, NamespaceIdentity.of(info))
         fit = [(root, one) for root, one in known.items() if root.startswith(prefix) and alias in ("", one.alias)]
         shown = [(root, one) for root, one in fit if not one.salted and not nearest.is_encrypted(root)]
         if fit and not shown:
@@ -107,7 +107,7 @@ class Explainer:
         return shown[:WANTED_MAX], len(fit) - len(shown)
 
 
-def explanation_message(entry: Entry) -> pb.Explanation:
+def explanation_message(entry: RequestEntry) -> pb.Explanation:
     """One row, without context."""
     who, other, store = entry.asked.who, entry.other, entry.store
     return pb.Explanation(
@@ -142,7 +142,7 @@ def explanation_message(entry: Entry) -> pb.Explanation:
     )
 
 
-def place_message(place: Place) -> pb.Place:
+def place_message(place: SharedPlace) -> pb.Place:
     """One place at which prompts part."""
     return pb.Place(
         namespace_id=place.root, alias=place.alias, common_tokens=place.common_tokens, prompts=place.prompts

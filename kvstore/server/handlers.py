@@ -34,8 +34,8 @@ from kvstore.server.stream_out import Sender, write_within
 from kvstore.server.threads import Threads
 from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import Identity, Why
-from kvstore.wire.frames import CHUNK_BYTES, Prompt, UploadBytes
+from kvstore.telemetry.why import NamespaceIdentity, Why
+from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
@@ -91,7 +91,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._stopping = asyncio.Event()
 
     @unary
-    async def Match(self, request: Prompt, context: Context) -> pb.MatchReply:
+    async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         asked = self._asked(request, context)
         match, chain, offer = await self._threads.read(self._match, request, asked)
@@ -104,7 +104,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
         return reply
 
-    def _match(self, request: Prompt, asked: Asked) -> tuple[Matched, Chain, Offer]:
+    def _match(self, request: PromptRequest, asked: Asked) -> tuple[Matched, Chain, Offer]:
         identity = self._identities.of(request.message.namespace)
         offer = offer_of(request.message, self._way(identity, pb.TRANSPORT_PATH, dense=False))
         chain = Chain(identity.root, request.tokens)
@@ -112,7 +112,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._why.note(asked, chain, match, identity)
         return match, chain, offer
 
-    def _want(self, request: Prompt, chain: Chain, match: Matched, offer: Offer, context: Context) -> Want:
+    def _want(self, request: PromptRequest, chain: Chain, match: Matched, offer: Offer, context: Context) -> Want:
         """What a request may want of the remote tier."""
         message = request.message
         left_s = min(context.time_remaining() or 0.0, self._config.fetch_total_ms / 1e3)
@@ -121,7 +121,7 @@ class KVStoreService(rpc.KVStoreServicer):
         return Want(message.namespace, chain, match, offer, message.fidelity_min, speed, deadline)
 
     @unary
-    async def Fetch(self, request: Prompt, context: Context) -> None:
+    async def Fetch(self, request: PromptRequest, context: Context) -> None:
         self._counters.add("fetch")
         asked = self._asked(request, context)
         planned, remote_tokens = await self._planned(request, asked, context)
@@ -163,7 +163,7 @@ class KVStoreService(rpc.KVStoreServicer):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
-    async def _planned(self, request: Prompt, asked: Asked, context: Context) -> tuple[_Planned, int]:
+    async def _planned(self, request: PromptRequest, asked: Asked, context: Context) -> tuple[_Planned, int]:
         """A plan, and how many of its tokens were read from the remote tier for it."""
         planned = await self._plan_on_thread(request, asked)
         path, stall_s = self._remote.path, request.message.stall_ms / 1e3
@@ -196,7 +196,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._why.remote(asked, HIT if gained else why)
         return longer, gained
 
-    async def _plan_on_thread(self, request: Prompt, asked: Asked) -> _Planned:
+    async def _plan_on_thread(self, request: PromptRequest, asked: Asked) -> _Planned:
         planning = asyncio.ensure_future(self._threads.read(self._plan, request, asked))
         try:
             return await asyncio.shield(planning)
@@ -205,7 +205,7 @@ class KVStoreService(rpc.KVStoreServicer):
             planning.add_done_callback(self._release_late)
             raise
 
-    def _plan(self, request: Prompt, asked: Asked) -> _Planned:
+    def _plan(self, request: PromptRequest, asked: Asked) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
         message, identity = request.message, self._identities.of(request.message.namespace)
         way = self._way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
@@ -245,7 +245,7 @@ class KVStoreService(rpc.KVStoreServicer):
             self._counters.add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
 
-    def _asked(self, request: Prompt, context: Context, profile: str = "") -> Asked:
+    def _asked(self, request: PromptRequest, context: Context, profile: str = "") -> Asked:
         """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
         metadata, message = context.invocation_metadata(), request.message
         identity, caller = self._identities.of(message.namespace), caller_name(metadata)
@@ -255,7 +255,7 @@ class KVStoreService(rpc.KVStoreServicer):
         speed = getattr(message, "prefill_tokens_per_s", 0.0)
         return Asked(who, plain_id(message.request_id), n_tokens, min(covered, n_tokens), speed)
 
-    def _way(self, identity: Identity, transport: pb.Transport, *, dense: bool) -> Way:
+    def _way(self, identity: NamespaceIdentity, transport: pb.Transport, *, dense: bool) -> Way:
         """How bytes go. As files not those of tenants, nor where there are none."""
         if dense:
             return "dense"
@@ -302,7 +302,7 @@ class KVStoreService(rpc.KVStoreServicer):
         )
 
     @unary
-    async def BeginStore(self, request: Prompt, context: Context) -> pb.BeginStoreReply:
+    async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
         with self._counting_invalid():
             asked = self._asked(request, context, request.message.profile)
@@ -323,7 +323,7 @@ class KVStoreService(rpc.KVStoreServicer):
             self._requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
-    def _begin(self, request: Prompt, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
+    def _begin(self, request: PromptRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
         wanted = store_request(request, caller)
         plan = self._store.begin(wanted)

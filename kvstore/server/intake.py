@@ -25,7 +25,7 @@ LOOK_UP_S = 1.0
 RECEIVE_BYTES = 4 << 20
 
 
-class Source(Protocol):
+class UploadSource(Protocol):
     """Where the bytes of an upload come from. One thread reads; any may close."""
 
     def readinto(self, view: memoryview) -> int | None:
@@ -94,7 +94,7 @@ class Intake:
         self.nbytes = nbytes
         self.received_bytes = 0
         self._changed = threading.Condition()
-        self._source: Source | None = None
+        self._source: UploadSource | None = None
         self._error: KVStoreError | None = None
         self._committed = self._ended = False
         self._waited_s = 0.0
@@ -102,7 +102,7 @@ class Intake:
 
     # -- the worker's side ------------------------------------------------------------------------------------------
 
-    def open(self, source: Source) -> None:
+    def open(self, source: UploadSource) -> None:
         """Set the source of the bytes. Raises InvalidRequestError for a second source or if no bytes are wanted."""
         with self._changed:
             if self._error is not None:

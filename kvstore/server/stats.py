@@ -27,7 +27,7 @@ from kvstore.server.threads import Threads
 from kvstore.server.uploads import Uploads
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.requests import Done, Requests
-from kvstore.telemetry.traffic import Labelled, Namespace, Session, Snapshot, Totals, as_counts
+from kvstore.telemetry.traffic import Labelled, NamespaceTraffic, SessionTraffic, Snapshot, Totals, as_counts
 from kvstore.wire.convert import verdict_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
@@ -254,7 +254,7 @@ def histogram_message(found: Distribution) -> pb.Histogram:
     return pb.Histogram(bounds=found.bounds, counts=found.counts, sum=found.total)
 
 
-def session_message(session: Session) -> pb.SessionStats:
+def session_message(session: SessionTraffic) -> pb.SessionStats:
     """One worker's row."""
     who = session.who
     return pb.SessionStats(
@@ -272,7 +272,7 @@ def session_message(session: Session) -> pb.SessionStats:
 def namespace_message(one: NamespaceUsage, gate: Gate, traffic: Snapshot) -> pb.NamespaceStats:
     """One namespace's row, with the profile used for new KV."""
     choice = gate.choose(one.info.root)
-    known = traffic.namespaces.get(one.info.root, Namespace())
+    known = traffic.namespaces.get(one.info.root, NamespaceTraffic())
     return pb.NamespaceStats(
         id=one.info.root,
         alias=one.info.alias,

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvstore.blobs.fs import replace_file
 from kvstore.telemetry.history import History, Moment
-from kvstore.telemetry.traffic import Namespace, Snapshot, Totals, Traffic, as_counts
+from kvstore.telemetry.traffic import NamespaceTraffic, Snapshot, Totals, Traffic, as_counts
 
 FILE = "traffic.json"
 VERSION = 2
@@ -97,5 +97,5 @@ def _traffic(record: dict[str, Any]) -> Traffic:
         raise ValueError(f"version {record['version']}")
     traffic = Traffic(lifetime=Totals.from_dict(record["total"]), since_s=float(record["since_s"]))
     for root, counts in record["namespaces"].items():
-        traffic.restore(bytes.fromhex(root), Namespace(Totals.from_dict(counts), float(counts["tokens_per_s"])))
+        traffic.restore(bytes.fromhex(root), NamespaceTraffic(Totals.from_dict(counts), float(counts["tokens_per_s"])))
     return traffic

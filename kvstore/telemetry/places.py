@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SharedPlace:
     """A place that was reported: the namespace, its alias, how many tokens are shared, by how many prompts so far."""
 
     root: bytes
@@ -95,11 +95,11 @@ class Places:
                 words = "%d prompts of %s share their first %d tokens, then something differs: kvstore why --last %d"
                 log.warning(words, len(seen.sides), alias, common_tokens, PROMPTS_MIN)
 
-    def reported(self) -> list[Place]:
+    def reported(self) -> list[SharedPlace]:
         """The places that were reported, the latest last."""
         with self._lock:
             found = [(root, seen) for (root, _), seen in self._seen.items() if seen.reported]
-        return [Place(root, seen.alias, seen.common_tokens, len(seen.sides)) for root, seen in found]
+        return [SharedPlace(root, seen.alias, seen.common_tokens, len(seen.sides)) for root, seen in found]
 
     def forget(self, roots: frozenset[bytes]) -> None:
         """Drop what is known of these namespaces."""

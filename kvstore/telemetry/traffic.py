@@ -82,7 +82,7 @@ class Who:
 
 
 @dataclass(slots=True)
-class Session:
+class SessionTraffic:
     """One worker and one namespace."""
 
     who: Who
@@ -92,7 +92,7 @@ class Session:
 
 
 @dataclass(slots=True)
-class Namespace:
+class NamespaceTraffic:
     """One namespace, over its lifetime. `tokens_per_s`: how fast its workers compute prompts, 0 if not known."""
 
     totals: Totals = field(default_factory=Totals)
@@ -122,8 +122,8 @@ class Snapshot:
     last_hour: Totals
     lifetime: Totals
     lifetime_since_s: int
-    namespaces: dict[bytes, Namespace]
-    sessions: list[Session]
+    namespaces: dict[bytes, NamespaceTraffic]
+    sessions: list[SessionTraffic]
     labelled: list[Labelled]
     miss_reasons: dict[str, int]
     shortened_reasons: dict[str, int]
@@ -141,15 +141,15 @@ class Traffic:
         self._lifetime = lifetime or Totals()
         self._since_s = since_s or clock()
         self._minutes: deque[tuple[int, Totals]] = deque(maxlen=HOUR_MINUTES)
-        self._namespaces: OrderedDict[bytes, Namespace] = OrderedDict()
-        self._sessions: OrderedDict[tuple[str, bytes], Session] = OrderedDict()
+        self._namespaces: OrderedDict[bytes, NamespaceTraffic] = OrderedDict()
+        self._sessions: OrderedDict[tuple[str, bytes], SessionTraffic] = OrderedDict()
         self._labelled: dict[bytes, Labelled] = {}
         self._misses: Counter[str] = Counter()
         self._shortened: Counter[str] = Counter()
         self._ended_in: OrderedDict[bytes, int] = OrderedDict()
         self.changes = 0
 
-    def restore(self, root: bytes, namespace: Namespace) -> None:
+    def restore(self, root: bytes, namespace: NamespaceTraffic) -> None:
         """Counters of a namespace from an earlier daemon."""
         with self._lock:
             self._namespaces[root] = namespace
@@ -220,7 +220,7 @@ class Traffic:
                 if minute > now_s // 60 - HOUR_MINUTES:
                     hour.add(totals)
             sessions = [
-                Session(one.who, one.last_s, one.last_hit_s, one.totals.copied())
+                SessionTraffic(one.who, one.last_s, one.last_hit_s, one.totals.copied())
                 for one in self._sessions.values()
                 if one.last_s > now_s - SESSION_S
             ]
@@ -231,7 +231,8 @@ class Traffic:
                 lifetime=self._lifetime.copied(),
                 lifetime_since_s=int(self._since_s),
                 namespaces={
-                    root: Namespace(one.totals.copied(), one.tokens_per_s) for root, one in self._namespaces.items()
+                    root: NamespaceTraffic(one.totals.copied(), one.tokens_per_s)
+                    for root, one in self._namespaces.items()
                 },
                 sessions=sorted(sessions, key=lambda one: -one.last_s),
                 labelled=[Labelled(one.root, one.alias, one.totals.copied()) for one in self._labelled.values()],
@@ -245,8 +246,8 @@ class Traffic:
             self._minutes.append((minute, Totals()))
         return self._minutes[-1][1]
 
-    def _namespace(self, root: bytes) -> Namespace:
-        known = self._namespaces.setdefault(root, Namespace())
+    def _namespace(self, root: bytes) -> NamespaceTraffic:
+        known = self._namespaces.setdefault(root, NamespaceTraffic())
         self._namespaces.move_to_end(root)
         while len(self._namespaces) > NAMESPACES_MAX:
             self._namespaces.popitem(last=False)
@@ -259,8 +260,8 @@ class Traffic:
             known = self._labelled.setdefault(root, Labelled(root, alias))
         return known
 
-    def _session(self, who: Who, now_s: float) -> Session:
-        known = self._sessions.setdefault((who.caller, who.root), Session(who))
+    def _session(self, who: Who, now_s: float) -> SessionTraffic:
+        known = self._sessions.setdefault((who.caller, who.root), SessionTraffic(who))
         self._sessions.move_to_end((who.caller, who.root))
         while len(self._sessions) > SESSIONS_MAX:
             self._sessions.popitem(last=False)

@@ -40,7 +40,7 @@ _UNUSABLE = frozenset({Reason.CORRUPT, Reason.KEY_MISSING, Reason.UNKNOWN_RECIPE
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class NamespaceIdentity:
     """What makes a namespace, without the salt itself, and the root that it comes to."""
 
     root: bytes
@@ -53,12 +53,12 @@ class Identity:
     alias: str = ""
 
     @classmethod
-    def of(cls, info: NamespaceInfo) -> Identity:
+    def of(cls, info: NamespaceInfo) -> NamespaceIdentity:
         """Of a namespace that is stored."""
         layout = info.layout.digest
         return cls(info.root, info.weights, info.adapter, layout, info.dtype, info.engine, is_salted(info), info.alias)
 
-    def differs(self, other: Identity) -> str:
+    def differs(self, other: NamespaceIdentity) -> str:
         """The fields in which two identities differ, for people."""
         pairs = (
             (WEIGHTS, self.weights, other.weights),
@@ -95,7 +95,7 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class RequestEntry:
     """One request and its cause. Token strings are packed; `spot` is a hash of the place where it parts.
 
     `nearest`: the key of the stored block in which the common tokens end. `keys`: with any of them deleted after
@@ -138,22 +138,22 @@ class Why:
         self._keeps = keeps
         self._clock = clock
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str], Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, str], RequestEntry] = OrderedDict()
         self._unstored: OrderedDict[bytes, tuple[Reason, bool]] = OrderedDict()
-        self._identities: OrderedDict[bytes, Identity] = OrderedDict()
+        self._identities: OrderedDict[bytes, NamespaceIdentity] = OrderedDict()
         self._numbers = itertools.count()
         self._looked: tuple[int, int] = nearest.since
 
     # -- noting ----------------------------------------------------------------------------------------------------
 
-    def note(self, asked: Asked, chain: Chain, match: Match, identity: Identity) -> None:
+    def note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
         """A request was matched. On the thread that matched it, before anything of it can be stored. Raises nothing."""
         try:
             self._note(asked, chain, match, identity)
         except KVStoreError as error:  # the index is damaged: the request itself is what matters
             log.debug("a request is not remembered: %s", error)
 
-    def _note(self, asked: Asked, chain: Chain, match: Match, identity: Identity) -> None:
+    def _note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
         root = chain.root
         if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
             with self._lock:
@@ -185,8 +185,8 @@ class Why:
                 self._entries.popitem(last=False)
 
     def explained(
-        self, asked: Asked, chain: Chain, match: Match, identity: Identity, others_max: int = OTHERS_MAX
-    ) -> Entry:
+        self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity, others_max: int = OTHERS_MAX
+    ) -> RequestEntry:
         """What is to be said about a prompt. Looks into `others_max` other namespaces where this one has little."""
         since = self._nearest.since
         common, end = match.common_tokens, match.common_tokens * TOKEN_BYTES
@@ -196,7 +196,7 @@ class Why:
         parent = chain.parent(common // BLOCK_TOKENS)
         start = common // BLOCK_TOKENS * BLOCK_BYTES
         spot = _spot(chain, common, chain.n_tokens)
-        entry = Entry(
+        entry = RequestEntry(
             asked=asked,
             at_s=self._clock(),
             common_tokens=common,
@@ -214,7 +214,9 @@ class Why:
         )
         return self._with_cause(entry, chain, identity, others_max)
 
-    def _with_cause(self, entry: Entry, chain: Chain, identity: Identity, others_max: int) -> Entry:
+    def _with_cause(
+        self, entry: RequestEntry, chain: Chain, identity: NamespaceIdentity, others_max: int
+    ) -> RequestEntry:
         common, reason = entry.common_tokens, entry.reason
         if reason is Reason.FIDELITY:
             return replace(entry, cause=Cause.IDENTITY, other=Other(PROFILE, chain.root, identity.alias, common))
@@ -235,7 +237,9 @@ class Why:
             return replace(entry, cause=Cause.CUT if unstored[1] else Cause.REFUSED, unstored=unstored[0])
         return replace(entry, cause=Cause.CHANGED if entry.stored and common else Cause.NEVER_STORED)
 
-    def _other(self, chain: Chain, common: int, identity: Identity, others_max: int, *, is_empty: bool) -> Other | None:
+    def _other(
+        self, chain: Chain, common: int, identity: NamespaceIdentity, others_max: int, *, is_empty: bool
+    ) -> Other | None:
         """The namespace that has more of the prompt. Those of tenants, and encrypted ones, are not searched.
 
         Where this namespace holds nothing, also one that is the same but for the salt, whatever it has.
@@ -247,10 +251,10 @@ class Why:
                 continue
             has = self._nearest.common_tokens(Chain(info.root, chain.tokens), limit)
             if has >= common + OTHER_TOKENS_MIN and (best is None or has > best.n_tokens):
-                best = Other(identity.differs(Identity.of(info)), info.root, info.alias, has)
+                best = Other(identity.differs(NamespaceIdentity.of(info)), info.root, info.alias, has)
         if best is None and is_empty:
             private = self._nearest.namespaces(others_max, readable=False)
-            kin = [info for info in private if identity.differs(Identity.of(info)) == SALT]
+            kin = [info for info in private if identity.differs(NamespaceIdentity.of(info)) == SALT]
             best = Other(SALT, kin[0].root, kin[0].alias) if kin else None
         return best
 
@@ -287,13 +291,13 @@ class Why:
 
     # -- telling ---------------------------------------------------------------------------------------------------
 
-    def last(self, count: int, root_prefix: bytes = b"", alias: str = "") -> list[Entry]:
+    def last(self, count: int, root_prefix: bytes = b"", alias: str = "") -> list[RequestEntry]:
         """The latest requests, the newest first."""
         with self._lock:
             found = [one for one in reversed(self._entries.values()) if one.root.startswith(root_prefix)]
         return [one for one in found if not alias or one.asked.who.alias == alias][:count]
 
-    def identities(self) -> dict[bytes, Identity]:
+    def identities(self) -> dict[bytes, NamespaceIdentity]:
         """The identities that asked lately, by root, the latest first."""
         with self._lock:
             return dict(reversed(self._identities.items()))

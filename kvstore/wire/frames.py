@@ -50,7 +50,7 @@ class UploadBytes(NamedTuple):
     data: memoryview
 
 
-class Prompt(NamedTuple):
+class PromptRequest(NamedTuple):
     """A request about a prompt, as it arrives: the packed tokens, and the message with everything else."""
 
     message: Any
@@ -78,7 +78,7 @@ def prompt_frame(message: pb.MatchRequest | pb.FetchRequest | pb.BeginStoreReque
     return b"".join([head, tokens, message.SerializeToString()])
 
 
-def parse_prompt(kind: Any, request: bytes) -> Prompt:
+def parse_prompt(kind: Any, request: bytes) -> PromptRequest:
     """A request of this message class. Raises google.protobuf's DecodeError for what is none."""
     if request[:1] == bytes([_PROMPT_TOKENS[kind]]):
         nbytes, start = _read_varint(request, 1)
@@ -86,9 +86,9 @@ def parse_prompt(kind: Any, request: bytes) -> Prompt:
         if end <= len(request):
             message = kind.FromString(request[end:])
             if not message.tokens:  # of a field that comes twice, the last one counts
-                return Prompt(message, request[start:end])
+                return PromptRequest(message, request[start:end])
     message = kind.FromString(request)  # from who knows where
-    return Prompt(message, message.tokens)
+    return PromptRequest(message, message.tokens)
 
 
 def parse_fetch_reply(message: bytes) -> pb.FetchReply | LayerBytes:
@@ -137,7 +137,7 @@ def kvstore_stub(channel: grpc.Channel) -> Any:
 
 
 def add_kvstore_service(servicer: Any, server: Any) -> None:
-    """Serve KVStore, but calls about a prompt read a `Prompt`, `Fetch` may write `layer_frame`s, and `Upload` reads
+    """Serve KVStore, but calls about a prompt read a `PromptRequest`, `Fetch` may write `layer_frame`s, and `Upload` reads
     `UploadBytes`."""
     rpc.add_KVStoreServicer_to_server(servicer, server)
     match, fetch = functools.partial(parse_prompt, pb.MatchRequest), functools.partial(parse_prompt, pb.FetchRequest)

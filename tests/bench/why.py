@@ -24,7 +24,7 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine, EngineOptions
 from kvstore.telemetry.requests import Asked
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import OTHERS_ASKED_MAX, Identity, Why
+from kvstore.telemetry.why import OTHERS_ASKED_MAX, NamespaceIdentity, Why
 from tests.support.engine import namespace, put
 
 AT_MOST = 3.0
@@ -71,7 +71,9 @@ def main() -> None:
 def measure(engine: Engine, at: int, whole: int, rounds: int) -> tuple[float, float, float]:
     """Medians, microseconds: a match, what is noted of it, and the answer to a question about the prompt."""
     why = Why(engine.nearest)
-    identity = Identity(NS.root, NS.weights, NS.adapter, NS.layout.digest, NS.dtype, NS.engine, False, NS.alias)
+    identity = NamespaceIdentity(
+        NS.root, NS.weights, NS.adapter, NS.layout.digest, NS.dtype, NS.engine, False, NS.alias
+    )
     times: list[tuple[float, float, float]] = []
     for number in range(rounds + 10):
         tokens = changed(sequence_tokens(number % whole, PROMPT_BLOCKS * BLOCK_TOKENS), at)
