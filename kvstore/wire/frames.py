@@ -137,8 +137,10 @@ def kvstore_stub(channel: grpc.Channel) -> Any:
 
 
 def add_kvstore_service(servicer: Any, server: Any) -> None:
-    """Serve KVStore, but calls about a prompt read a `PromptRequest`, `Fetch` may write `layer_frame`s, and `Upload` reads
-    `UploadBytes`."""
+    """Serve KVStore, but calls about a prompt read a `PromptRequest`, and `Upload` reads `UploadBytes`.
+
+    `Fetch` may write `layer_frame`s.
+    """
     rpc.add_KVStoreServicer_to_server(servicer, server)
     match, fetch = functools.partial(parse_prompt, pb.MatchRequest), functools.partial(parse_prompt, pb.FetchRequest)
     begin = functools.partial(parse_prompt, pb.BeginStoreRequest)
