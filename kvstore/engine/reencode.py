@@ -98,7 +98,7 @@ class Reencoder(Writer):
 
     def claim(self, keys: Collection[bytes]) -> None:
         """Note that a session that names its profile relies on these blocks: they stay as they are, whoever stored
-        them. Written with the next commit."""
+        them. Written with the next commit, or within half a minute; a crash before that loses it."""
         if keys:
             with self._shared.lock:
                 self._shared.index.table.claim(keys)

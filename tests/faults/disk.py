@@ -19,8 +19,8 @@ from tests.support.engine import find, options, put
 READS = "?open,openat,read,pread64,preadv,fstat,newfstatat,?stat,?lstat,getdents64,statfs,flock"
 # What disks and volumes say when they fail, each at the calls that may say it.
 ERRORS = {
-    "EIO": ("store", "evict", "start", "rebuild", "repair"),
-    "ENOSPC": ("store", "start"),
+    "EIO": ("store", "evict", "re-encode", "start", "rebuild", "repair"),
+    "ENOSPC": ("store", "re-encode", "start"),
     "EROFS": ("store", "start"),
 }
 
