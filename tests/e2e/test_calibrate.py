@@ -178,8 +178,8 @@ def test_results_survive_a_restart_and_an_index_that_is_rebuilt(
         file.unlink()
     daemon.start()
     with client_of(daemon) as client:
-        rows = client.stats()["namespaces"]
-    assert [row["profile"] for row in rows] in ([], ["balanced"])
+        (space,) = client.list_quality()["namespaces"]
+    assert {one["profile"]: one["passed"] for one in space["quality"]} == {PLANTED: False, "balanced": True}
     assert (daemon.data_dir / "quality" / f"{namespace_of(model).root.hex()}.json").exists()
 
 
