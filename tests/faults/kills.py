@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from kvstore.engine import store
+from kvstore.blobs import write_behind
 from tests.faults.seam import PointFs, Points
 from tests.faults.workload import SCRIPTS, broken_promises, run
 
@@ -159,7 +159,7 @@ class Kills:
 
         def work() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
-            with mock.patch.object(store, "ThreadPoolExecutor", Inline):
+            with mock.patch.object(write_behind, "ThreadPoolExecutor", Inline):
                 run(script, data_dir, acks, bug)
 
         child = self._fork(work)
