@@ -17,6 +17,7 @@ from kvstore.blobs.format import (
     FORMAT_VERSION,
     HEADER_BYTES_MAX,
     ReadyBlob,
+    aux_block,
     build_header,
     checked_ranges,
     make_ready,
@@ -38,6 +39,8 @@ from tests.support.stored import streamed
 GOLDEN = Path(__file__).parent / "golden" / "block-v3.safetensors"
 GOLDEN_PACKED = GOLDEN.with_name("packed-v3.safetensors")
 GOLDEN_CHECKPOINT = GOLDEN.with_name("checkpoint-v3.safetensors")
+GOLDEN_AUX = GOLDEN.with_name("aux-v3.safetensors")
+GOLDEN_REFERRING = GOLDEN.with_name("referring-v3.safetensors")
 
 
 def ready_golden() -> ReadyBlob:
@@ -75,6 +78,25 @@ def ready_checkpoint() -> ReadyBlob:
     return make_ready(block, [bytes(range(48)), b"", np.array(True), np.array([[1, -1]], np.int64)])
 
 
+def ready_aux() -> ReadyBlob:
+    """What recipes refer to."""
+    ns, data = namespace("golden"), bytes(range(100))
+    block = replace(aux_block(ns.root, data), namespace=ns.to_record(), created_s=1_700_000_000)
+    return make_ready(block, [data])
+
+
+def ready_referring() -> ReadyBlob:
+    """A block whose recipe refers to it."""
+    ns, tokens = namespace("golden"), pack_tokens([1, 2, 3])
+    aux = ready_aux().block.aux
+    assert aux is not None
+    recipe = Recipe("pca", 1, (("point", 2),), (aux.digest,))
+    stacks = (Stack("keys", (0, 1), recipe, (Tensor("codes", "I16", 1, 4),)),)
+    runs = (Run(3, 0, 3, 190, stacks),)
+    block = Block(ns.root, ns.root, block_key(ns.root, tokens), 0, tokens, 190, runs, 1_700_000_000, ns.to_record())
+    return make_ready(block, [bytes(range(48))])
+
+
 def file_of(ready: ReadyBlob) -> bytes:
     """What is written."""
     return ready.header + b"".join(ready.payload)
@@ -95,6 +117,8 @@ def test_the_bytes_of_a_blob_do_not_change() -> None:
     """A difference here is a new format version, not a new golden file."""
     assert file_of(ready_golden()) == GOLDEN.read_bytes()
     assert file_of(ready_checkpoint()) == GOLDEN_CHECKPOINT.read_bytes()
+    assert file_of(ready_aux()) == GOLDEN_AUX.read_bytes()
+    assert file_of(ready_referring()) == GOLDEN_REFERRING.read_bytes()
 
 
 def test_the_golden_blob_reads_back(tmp_path: Path) -> None:
@@ -112,6 +136,15 @@ def test_the_golden_checkpoint_reads_back() -> None:
     assert nbytes - payload_offset == 48 + 1 + 16
     assert [(at, length) for at, length, _ in checked_ranges(block)] == [(0, 48), (48, 0), (48, 1), (49, 16)]
     assert block.is_checkpoint and block.end == 258
+
+
+def test_the_golden_aux_block_and_the_block_that_refers_to_it_read_back() -> None:
+    """The key follows from the digest, and the references come back with the recipe."""
+    aux, payload_offset, nbytes = read_file(GOLDEN_AUX)
+    assert aux == ready_aux().block and aux.aux is not None and nbytes - payload_offset == 100
+    assert (aux.parent, aux.n_tokens, aux.runs) == (aux.root, 0, ())
+    block, _, _ = read_file(GOLDEN_REFERRING)
+    assert block == ready_referring().block and block.references == {aux.aux.digest}
 
 
 def test_the_packed_golden_blob_reads_back(tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvstore.blobs.encrypted import CHUNK_BYTES, EncryptedBlobs
+from kvstore.blobs.format import aux_block, make_ready
 from kvstore.blobs.fs import Fs
 from kvstore.blobs.local import LocalBlobs
 from kvstore.blobs.memory import MemoryBlobs
 from kvstore.blobs.protocol import BlobId, Blobs, Source
+from kvstore.core.keys import aux_key
+from kvstore.engine.adopt import read_block
 from kvstore.errors import CorruptDataError
+from tests.support.engine import namespace
 
 ROOT, OTHER = bytes(range(32)), bytes(32)
 SECRET = b"what the prompt said" * 50
@@ -327,3 +332,20 @@ def test_an_encrypted_blob_under_another_name_is_corrupt(tmp_path: Path) -> None
     (folder / blob(1).name).rename(folder / blob(2).name)
     with pytest.raises(CorruptDataError):
         read(place, blob(2), 1)
+
+
+def test_an_aux_block_comes_back_verified_and_no_bit_of_it_may_change(place: Place) -> None:
+    """Header, checksum and digest, whatever the store does with the bytes between."""
+    ns, data = namespace("contract"), bytes(range(256)) * 300
+    block = replace(aux_block(ns.root, data), namespace=ns.to_record(), created_s=1_700_000_000)
+    assert block.aux is not None and block.key == aux_key(ns.root, block.aux.digest)
+    ready, name = make_ready(block, [data]), BlobId(ns.root, block.key, 1)
+    put(place, name, ready.header + b"".join(map(bytes, ready.payload)))
+    found, source = read_block(place.blobs, name, ready.nbytes, verify=True)
+    assert found == ready.block and found.aux is not None and found.aux.digest == hashlib.sha256(data).digest()
+    assert read(place, name, len(data), payload=source.payload_offset, size=ready.nbytes) == data
+    changed = bytearray(data)
+    changed[7] ^= 1
+    put(place, name._replace(number=2), ready.header + bytes(changed))
+    with pytest.raises(CorruptDataError):
+        read_block(place.blobs, name._replace(number=2), ready.nbytes, verify=True)

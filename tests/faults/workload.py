@@ -9,8 +9,11 @@ lost on top of it; nothing else that is served is wrong; nothing is left over; t
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +23,7 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Lease, Selection, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
+from tests.support.aux_blocks import basis_of, counted, put_aux, put_referring
 from tests.support.engine import (
     HYBRID,
     blob_path,
@@ -32,11 +36,16 @@ from tests.support.engine import (
     require_right,
     sequence,
 )
+from tests.support.packs import shipped, take_in
 
 NS, MIXED = namespace(), namespace("mixed", HYBRID)
+# Its blocks refer to a basis; those of the other one come by import.
+BASED, MOVED, BASIS = namespace("based"), namespace("moved"), basis_of(1)
+DIGEST = hashlib.sha256(BASIS).digest()
 KEPT, GROWN, LONGER = list(range(300)), list(range(600)), list(range(1100))
 EVICTED, SIDE, NEW = [-1, *range(600)], [*range(280), -7], [-2, *range(400)]
 LOW_RANK = 400
+ON_BASIS = list(range(9000, 9600))
 HELD, TURN = list(range(5000, 5520)), list(range(5000, 5800))
 # What may be asked for: name -> (namespace, tokens, whether up to a checkpoint).
 SEQUENCES = {
@@ -48,6 +57,8 @@ SEQUENCES = {
     "new": (NS, NEW, False),
     "held": (MIXED, HELD, True),
     "turn": (MIXED, TURN, True),
+    "based": (BASED, ON_BASIS, False),
+    "moved": (MOVED, ON_BASIS, False),
 }
 
 
@@ -90,6 +101,31 @@ def _store(name: str) -> Callable[[World], object]:
             assert put_checkpoint(world.engine, ns, tokens).reason is Reason.OK
 
     return act
+
+
+def _put_basis(world: World) -> None:
+    assert put_aux(world.engine, BASED, BASIS).reason is Reason.OK
+
+
+def _store_based(world: World) -> None:
+    assert put_referring(world.engine, BASED, ON_BASIS, DIGEST).reason is Reason.OK
+
+
+@functools.cache
+def _pack() -> tuple[tuple[int, bytes], ...]:
+    """What an export of MOVED hands over."""
+    with tempfile.TemporaryDirectory() as folder, Engine.open(Path(folder) / "data", options()) as engine:
+        put_aux(engine, MOVED, BASIS)
+        put_referring(engine, MOVED, ON_BASIS, DIGEST)
+        return tuple(shipped(engine, MOVED.root))
+
+
+def _import(world: World) -> None:
+    assert take_in(world.engine, _pack()).reason is Reason.OK
+
+
+def _evict_leaf(world: World) -> None:
+    world.engine.evict(Selection(namespace_prefix=BASED.root, bytes=1))
 
 
 def _open(world: World) -> None:
@@ -254,6 +290,19 @@ SCRIPTS = {
         (_OPEN, Step(_store_auto, ("new",)), Step(_reencode), Step(_store("grown"), ("grown",)), _CLOSE),
         _FRESH,
     ),
+    "bases": Script(
+        _fresh,
+        (
+            _OPEN,
+            Step(_put_basis),
+            Step(_store_based, ("based",)),
+            Step(_import, ("moved",)),
+            Step(_evict_leaf, drops=("based",)),
+            Step(_evict_by(Selection(namespace_prefix=BASED.root)), drops=("based",), deletes=("based",)),
+            _CLOSE,
+        ),
+        _FRESH,
+    ),
     "start": Script(_crashed, (_OPEN, Step(_store("grown"), ("grown",)), _CLOSE), _FRESH),
     "rebuild": Script(_without_index, (_OPEN, Step(_store("new"), ("new",)), _CLOSE), _FRESH),
     "repair": Script(
@@ -380,3 +429,6 @@ def _require_order(engine: Engine) -> None:
     rows = {Path(info.path) for info in engine.list_blocks(limit=1 << 30)}
     files = blob_paths(engine._shared.directory.root)
     assert files == rows, f"{len(files - rows)} files without a row"
+    for ns in (BASED, MOVED):
+        said = {one.digest: one.blocks for one in engine.list_aux(ns.root) if one.blocks}
+        assert said == counted(engine, ns.root) and engine.has_aux(ns.root, said), "a block without its basis"
