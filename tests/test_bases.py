@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace, aux_key
-from kvstore.engine import Engine, Selection, check_directory
+from kvstore.engine import Engine, NewBlock, Selection, check_directory
 from kvstore.engine.bases import UNUSED_S
 from kvstore.errors import InvalidRequestError
 from tests.support.aux_blocks import basis_of, counted, new_aux, put_aux, put_referring, read_aux, referring, row_number
@@ -138,6 +138,63 @@ def test_a_block_that_takes_the_place_of_another_moves_the_count(engine: Engine)
     assert (row_number(engine, NS.root, FIRST), row_number(engine, NS.root, SECOND)) == (2, 1)
     assert counted(engine, NS.root) == {FIRST: 2, SECOND: 1}
     require_sound(engine)
+
+
+def test_a_basis_whose_last_block_is_replaced_goes_with_it(tmp_path: Path) -> None:
+    """A longer tail under another basis takes the place of the only block that referred to the first one."""
+    with Engine.open(tmp_path / "data", options(durability="none")) as engine:
+        put_aux(engine, NS, ONE)
+        put_referring(engine, NS, LONG[:100], FIRST)
+        put_aux(engine, NS, TWO)
+        assert put_referring(engine, NS, LONG[:200], SECOND).reason is Reason.OK
+        assert (row_number(engine, NS.root, FIRST), row_number(engine, NS.root, SECOND)) == (-1, 1)
+        require_sound(engine)
+
+
+def test_a_tail_that_grows_keeps_the_basis_that_it_alone_refers_to(tmp_path: Path) -> None:
+    """The old tail goes in the transaction of the new one, in whatever order."""
+    with Engine.open(tmp_path / "data", options(durability="none")) as engine:
+        put_aux(engine, NS, ONE)
+        for n_tokens in (100, 150, 200):
+            assert put_referring(engine, NS, LONG[:n_tokens], FIRST).reason is Reason.OK
+            assert row_number(engine, NS.root, FIRST) == 1 and read_aux(engine, NS.root, FIRST) == ONE
+        require_sound(engine)
+
+
+def test_room_for_a_store_takes_the_last_block_of_a_basis_and_not_the_basis(tmp_path: Path) -> None:
+    """It is held for the store that needs it; once the store has ended it goes like any that is unused."""
+    with Engine.open(tmp_path / "data", options(durability="none")) as engine:
+        put_aux(engine, NS, ONE)
+        put_referring(engine, NS, LONG, FIRST)
+        blocks = [referring(new, FIRST) for new in sequence(NS, [7, *LONG])]
+
+        def with_little_room() -> Iterator[NewBlock]:
+            yield blocks[0]
+            engine._evictor._run("budget", 1 << 40, frozenset())
+            assert find(engine, NS, LONG).n_tokens == 0 and engine.has_aux(NS.root, [FIRST])
+            yield from blocks[1:]
+
+        receipt = engine.store(NS.to_record(), with_little_room())
+        assert (receipt.blocks, receipt.reason) == (3, Reason.OK)
+        assert row_number(engine, NS.root, FIRST) == 3 and not engine._shared.index.held
+        require_sound(engine)
+
+
+def test_a_namespace_that_is_evicted_during_a_store_takes_the_basis_and_the_store(tmp_path: Path) -> None:
+    """What a person asked for is not held up."""
+    with Engine.open(tmp_path / "data", options(durability="none")) as engine:
+        put_aux(engine, NS, ONE)
+        put_referring(engine, NS, LONG, FIRST)
+        blocks = [referring(new, FIRST) for new in sequence(NS, [7, *LONG])]
+
+        def evicted() -> Iterator[NewBlock]:
+            yield blocks[0]
+            engine.evict(Selection(namespace_prefix=NS.root))
+            yield from blocks[1:]
+
+        assert engine.store(NS.to_record(), evicted()).reason is Reason.EVICTED
+        assert not engine.list_aux(NS.root) and not engine._shared.index.held
+        require_sound(engine)
 
 
 def test_a_basis_that_nothing_uses_expires(tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from kvstore.client import fetcher
 from kvstore.client.basis_cache import BasisCache
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit, Miss
+from kvstore.codecs.profiles import pca_profile
 from kvstore.core.blocks import Reason
 from kvstore.core.byte_cache import ByteCache
 from kvstore.core.keys import aux_key
@@ -19,6 +22,7 @@ from kvstore.core.layers import KVLayer
 from kvstore.errors import AuxMissingError
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.daemon import SERVE, DaemonProcess
+from tests.support.pca_bases import make_basis
 from tests.support.sessions import WAYS, client_of, patient
 from tests.support.shift_codec import DIGESTS, SHIFT_BASES
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -193,3 +197,36 @@ def test_a_cache_of_bytes_keeps_to_its_limit() -> None:
     assert (cache.get(b"a"), cache.nbytes) == (b"4" * 6, 10)
     cache.put(b"d", b"5" * 11)
     assert (cache.get(b"d"), cache.nbytes) == (None, 0)
+
+
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "a tenant's"])
+def test_the_codec_of_calibrations_gives_equal_values_by_every_way(
+    tmp_path: Path, cache: CountingCache, kind: str
+) -> None:
+    """Decoded by the worker from files, from a stream, and by the daemon: the same bits, near to what was computed."""
+    basis = make_basis(2, 64, 3)
+    space = replace(NS, salt=b"tenant") if kind == "a tenant's" else NS
+    (key := tmp_path / "key").touch(mode=0o600)
+    key.write_text("7b" * 32 + "\n")
+    encryption = {} if kind == "plain" else {"encrypt": "all", "encryption_key": key}
+    with (
+        DaemonProcess(tmp_path / "data", min_quantize_tokens=1, **encryption) as daemon,
+        client_of(daemon) as client,
+    ):
+        answer = client.put_basis(space, basis.data)
+        assert (answer["reason"], answer["digest"]) == ("ok", basis.digest.hex())
+        assert any(basis.data[:256] in path.read_bytes() for path in daemon.blobs()) == (kind == "plain")
+        session = patient(client, space, pca_profile(basis.digest, 0, 450))
+        computed = make_layers(LAYOUT, TOKENS)
+        assert session.store(TOKENS, computed, wait=True).durable
+        hits = [patient(client, space).fetch(TOKENS, *way) for way in (WAYS if kind == "plain" else WAYS[1:])]  # type: ignore[arg-type]
+        for hit in hits:
+            assert isinstance(hit, Hit) and (hit.n_tokens, hit.fidelity) == (699, 450), hit
+            for layer, first, raw in zip(hit.layers, hits[0].layers, computed, strict=True):  # type: ignore[union-attr]
+                assert isinstance(layer, KVLayer) and isinstance(first, KVLayer)
+                for name in ("keys", "values"):
+                    got, same, want = (one.part(name)[0][:, :, :699].astype(mx.float32) for one in (layer, first, raw))
+                    assert mx.array_equal(got, same).item()
+                    error = mx.linalg.norm(got - want) / mx.linalg.norm(want)
+                    assert 0 < error.item() < 0.3, (name, error)
+        assert cache.asked == [basis.digest]

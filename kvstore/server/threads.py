@@ -108,8 +108,8 @@ class Threads:
         self.check = Pool("check", 1)
         # Evictions that an admin asks for, and `kvstore set`: a lower limit evicts.
         self.evict = Pool("evict", 1)
-        # Export, import and bases, a piece at a time: one thread, so that pieces of one stay in order and none is closed
-        # while it works. It waits for the disk.
+        # Export, import and bases, a piece at a time: one thread, so that pieces of one stay in order and none is
+        # closed while it works. It waits for the disk.
         self.pack = Pool("pack", 1, background=True)
         # Re-encodes while nothing else is done; gives way between pieces of device work.
         self.reencode = Pool("reencode", 1, background=True)
