@@ -384,8 +384,9 @@ with (
 
 
 @pytest.mark.parametrize("name", ["put", "first block", "last block", "namespace", "import"])
-def test_a_stop_at_any_call_leaves_counts_that_are_right(tmp_path: Path, name: str) -> None:
-    """The directory as it is at that moment, opened by a new engine: no block without its basis, nothing left over."""
+def test_a_stop_leaves_counts_that_are_right(tmp_path: Path, name: str) -> None:
+    """At a third of the calls; the fault harness takes all. The directory as it is at that moment, opened by a new
+    engine: no block without its basis, nothing left over."""
     template = tmp_path / "template"
     with Engine.open(template, options()) as engine:
         put_aux(engine, NS, ONE)
@@ -401,7 +402,7 @@ def test_a_stop_at_any_call_leaves_counts_that_are_right(tmp_path: Path, name: s
         works()[name](engine)
         after = len(fs.calls)
     assert after - before > 5
-    for at in range(before, after):
+    for at in range(before, after, 3):
         data_dir, snapshot = tmp_path / f"d{at}", tmp_path / f"s{at}"
         shutil.copytree(template, data_dir)
         stopped = Engine.open(data_dir, options(), StoppingFs(at, data_dir, snapshot))
@@ -435,7 +436,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(ACTIONS, min_size=3, max_size=14))
 def test_counts_are_those_of_brute_force(actions: list[tuple[str, Namespace, object]]) -> None:
     """Whatever is put, stored, evicted, damaged, reopened and rebuilt: the rows say how many refer to each basis."""
