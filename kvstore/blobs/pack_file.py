@@ -6,8 +6,8 @@
     12             4  N: length of the manifest, at most 1 MiB
     16             N  manifest: JSON, what is inside
     16 + N         8  xxh3_64 of everything before
-    24 + N            the blobs, aux blocks first, parents before children, each as: 1 (one byte), its length L (8 bytes),
-                      L bytes as in `kvstore.blobs.format`, never encrypted
+    24 + N            the blobs, aux blocks first, parents before children, each as: 1 (one byte), its length L
+                      (8 bytes), L bytes as in `kvstore.blobs.format`, never encrypted
     at the end     1  0
                    8  number of blobs
                    8  bytes of blobs
