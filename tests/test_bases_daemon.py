@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from kvstore.blobs.pack_file import PackFile
 from kvstore.client import fetcher
 from kvstore.client.basis_cache import BasisCache
 from kvstore.client.client import Client
@@ -230,3 +231,10 @@ def test_the_codec_of_calibrations_gives_equal_values_by_every_way(
                     error = mx.linalg.norm(got - want) / mx.linalg.norm(want)
                     assert 0 < error.item() < 0.3, (name, error)
         assert cache.asked == [basis.digest]
+        if kind == "plain":
+            exported = client.export_pack(str(tmp_path / "all.kvpack"), namespace_prefix=NS.root)
+            client.evict(all=True)
+            with PackFile(exported["path"]) as pack:
+                assert (exported["blobs"], client.import_pack(pack)["blobs"]) == (4, 4)
+            again = patient(client, NS).fetch(TOKENS)
+            assert isinstance(again, Hit) and again.n_tokens == 699
