@@ -249,15 +249,22 @@ def test_a_rebuilt_index_counts_the_references_again(tmp_path: Path, key: bytes)
         assert not blob_paths(tmp_path / "data")
 
 
-def test_blocks_whose_keys_are_missing_take_their_bases_along(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_gone", [False, True], ids=["sound", "gone"])
+def test_blocks_whose_keys_are_missing_take_their_bases_along(tmp_path: Path, is_gone: bool) -> None:
     """What an encrypted row refers to cannot be read then; with the last of them the namespace is empty."""
     made = options(durability="none", master_key=KEY, keys_dir=tmp_path / "keys")
     with Engine.open(tmp_path / "data", made) as engine:
         engine.store(NS.to_record(), [new_aux(NS, ONE)], encryption=engine.encrypt(NS.root))
         put_referring(engine, NS, LONG, FIRST)
+        found = aux_file(engine, FIRST)
     shutil.rmtree(tmp_path / "keys")
+    if is_gone:
+        found.unlink()
     with Engine.open(tmp_path / "data", made) as engine:
         assert read_aux(engine, NS.root, FIRST) is None
+        if is_gone:
+            assert "missing_blob" in {one.kind for one in engine.check(repair=True).findings}
+            assert engine.stats().blobs == 3
         engine.evict(Selection(namespace_prefix=NS.root))
         assert not blob_paths(tmp_path / "data") and engine.stats().blobs == 0
 

@@ -104,7 +104,8 @@ def let_go(site: Site, held: set[bytes]) -> None:
 def lose(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
     """Take out an aux block that is damaged or gone; with `keep_blob` its blob goes to quarantine.
 
-    Blocks that refer to it stay, and its row says that it is lost. Returns the row, if it was still there.
+    Blocks that refer to it stay, and its row says that it is lost; of an encrypted one without its key there is no row
+    any more, and `recount` makes one when the key is back. Returns the row, if it was still there.
     """
     with site.lock:
         with site.index.edit() as edit:
@@ -112,9 +113,10 @@ def lose(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:
             if current is None or current.number != row.number:
                 return []
             blocks = edit.table.value(row.key, "children")
-            if blocks and row.block.aux is not None:
+            if blocks and not row.is_key_missing and row.block.aux is not None:
                 edit.replace(current, lost_row(row.root, row.block.aux.digest), 0)
             else:
+                edit.table.refer(row.key, -blocks)
                 edit.remove(current)
         moved = keep_blob and quarantine(site, row.blob)
         finish = site.delete({} if keep_blob else {row.blob: site.cost(row)})

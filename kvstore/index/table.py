@@ -188,9 +188,9 @@ class Table:
         self._free.append(slot)
 
     def refer(self, key: bytes, change: int) -> int:
-        """Count `change` more blocks that refer to an aux block; how many there are now."""
+        """Count `change` more blocks that refer to an aux block; how many there are now, never fewer than none."""
         slot = self._slots[key]
-        count = int(self._rows["children"][slot]) + change
+        count = max(0, int(self._rows["children"][slot]) + change)
         self._rows["children"][slot] = count
         self._changed.add(slot // CHUNK)
         return count
