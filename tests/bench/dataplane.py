@@ -262,8 +262,8 @@ def fetch_rows(case: Case, rounds: int) -> Rows:
     load, codes, small = of("load", "raw"), of("read", "affine8"), of("read", "affine8", "small")
     decoded = of("dequantize", "affine8")
     return [
-        ("fetch raw, evaluated and verified / mx.load of one file", of("fetch", "raw") / load, 1.4),
-        ("fetch raw, not verified / mx.load of one file", of("fetch", "raw", "trust") / load, 1.25),
+        ("fetch raw, evaluated and verified / mx.load of one file", of("fetch", "raw") / load, 1.15),
+        ("fetch raw, not verified / mx.load of one file", of("fetch", "raw", "trust") / load, 1.05),
         ("fetch 8-bit, evaluated / mx.load + mx.dequantize", of("fetch", "affine8", "evaluated") / decoded, 1.10),
         ("fetch 8-bit, then evaluated / the same", of("fetch", "affine8") / decoded, 1.10),
         ("fetch 8-bit without decoding / plain read", of("fetch", "affine8", key="read_s") / codes, 1.5),
