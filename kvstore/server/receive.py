@@ -30,6 +30,9 @@ T = TypeVar("T")
 
 # Blocks of uploads take at most 1/MEMORY_SHARE of memory_bytes, so that stalled workers cannot take all of it.
 MEMORY_SHARE = 2
+# Their second buffers take at most 1/SECOND_SHARE of memory_bytes besides. They make a store faster, and an upload that
+# has one must not keep another from beginning.
+SECOND_SHARE = 8
 # How often a full budget is checked again.
 MEMORY_EVERY_S = 0.02
 
@@ -44,6 +47,7 @@ class Receiver:
         self._config = config
         self.buffers = buffers
         self._blocks = Shares(lambda: buffers.limit_bytes, MEMORY_SHARE)
+        self._seconds = Shares(lambda: buffers.limit_bytes, SECOND_SHARE)
         self._given_up = False
 
     def give_up(self) -> None:
@@ -64,26 +68,29 @@ class Receiver:
         block: allocating took longer than reading and hashing the block.
         """
         nbytes, give_up_at = self.buffer_bytes(upload), time.monotonic() + self._config.limits.upload_idle_s
-        while not self._take_memory(nbytes):
+        while not self._take_memory(self._blocks, nbytes):
             if upload.intake.error is not None:
                 raise upload.intake.error
             if time.monotonic() >= give_up_at:
                 words = f"memory_bytes = {self.buffers.limit_bytes} of buffers are in use; try again later"
                 raise LimitError(words, RETRY_S, "memory_bytes")
             time.sleep(MEMORY_EVERY_S)
-        count = 2 if upload.upload_bytes > nbytes and self._take_memory(nbytes) else 1
+        shares = [self._blocks]
+        if upload.upload_bytes > nbytes and self._take_memory(self._seconds, nbytes):
+            shares.append(self._seconds)
         try:
-            yield [np.empty(nbytes, np.uint8).data for _ in range(count)]
+            yield [np.empty(nbytes, np.uint8).data for _ in shares]
         finally:
-            self.buffers.release(count * nbytes)
-            self._blocks.release("", count * nbytes)
+            for share in shares:
+                self.buffers.release(nbytes)
+                share.release("", nbytes)
 
-    def _take_memory(self, nbytes: int) -> bool:
-        if self._blocks.try_acquire("", nbytes) is not None:
+    def _take_memory(self, share: Shares, nbytes: int) -> bool:
+        if share.try_acquire("", nbytes) is not None:
             return False
         if self.buffers.try_acquire(nbytes):
             return True
-        self._blocks.release("", nbytes)
+        share.release("", nbytes)
         return False
 
     def blocks(self, upload: Upload, fidelity: int, memory: Sequence[memoryview]) -> Iterator[NewBlock]:
