@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,15 +12,17 @@ import numpy as np
 import psutil
 import pytest
 
+from kvstore.blobs.format import aux_block
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.byte_plan import HitBlock
+from kvstore.codecs.codec import NO_CONTEXT, Context
 from kvstore.codecs.device import Capture
 from kvstore.codecs.plausible import expected_bits
-from kvstore.codecs.profiles import parse_profile
+from kvstore.codecs.profiles import parse_profile, pca_profile
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
-from kvstore.engine import Row
+from kvstore.engine import NewBlock, Row
 from kvstore.quality import Thresholds, Verdict
 from kvstore.server import power as power_module
 from kvstore.server import pressure as pressure_module
@@ -28,6 +30,7 @@ from kvstore.server.power import Power, is_low_power, read_power
 from kvstore.server.pressure import BUSY, NOT_CALIBRATED, Pressure, Quiet
 from kvstore.server.store import StorePlan, StoreRequest
 from tests.support.intake import BytesSource, carry_out
+from tests.support.pca_bases import layout_basis
 from tests.support.synthetic import as_numpy, make_layers, make_layout, make_namespace
 from tests.test_gate import quality
 from tests.test_store_path import Rig
@@ -56,10 +59,10 @@ class World(Rig):
             Power(lambda: self.power, lambda: self.now_s),
         )
 
-    def calibrate(self, profile: str = "compact") -> None:
-        """As `kvstore calibrate` does when the profile passed."""
+    def calibrate(self, profile: str = "compact", bits: float = 0.0) -> None:
+        """As `kvstore calibrate` does when the profile passed; `bits` a value, 0: what it comes to."""
         expected = expected_bits(parse_profile(profile), LAYOUT)
-        result = quality(profile, bits_per_value=expected.most * 1.01)
+        result = quality(profile, bits_per_value=bits or expected.most * 1.01)
         assert self.path.gate.record(NAMESPACE.info, Verdict.of(result, Thresholds())) == ""
 
     def put(
@@ -109,12 +112,13 @@ class World(Rig):
         """The ranks of its blocks."""
         return {row.fidelity for row in self.rows(tokens)}
 
-    def hit(self, tokens: list[int]) -> list[np.ndarray]:
-        """Keys and values of every layer, as a hit gives them."""
+    def hit(self, tokens: list[int], aux: Mapping[bytes, bytes] = NO_CONTEXT.aux) -> list[np.ndarray]:
+        """Keys and values of every layer, as a hit gives them to a worker that has these bases."""
         match = self.engine.match(Chain(NAMESPACE.root, pack_tokens(tokens)))
         blocks = [HitBlock(part.row.block.runs, part.take) for part in match.slices]
         with self.engine.reader(match.slices) as reader:
-            layers = [assemble_layer(LAYOUT, layer, blocks, reader) for layer in range(len(LAYOUT.layers))]
+            context = Context(aux=aux)
+            layers = [assemble_layer(LAYOUT, at, blocks, reader, context=context) for at in range(len(LAYOUT.layers))]
         return [as_numpy(array, len(tokens)) for layer in layers for array in (layer.keys[0], layer.values[0])]
 
 
@@ -312,6 +316,24 @@ def test_it_waits_for_mains_and_for_the_write_budget(world: World) -> None:
     put = world.engine.put_bytes
     world.rest()
     assert world.engine.put_bytes - put >= world.engine.reencoder.stats().after_bytes > 0
+
+
+def test_a_calibrated_basis_is_what_blocks_are_re_encoded_with_where_it_is_the_smallest(world: World) -> None:
+    """The basis is stored beside them, and stays as long as one of them."""
+    tokens = world.put(0)
+    before = world.hit(tokens)
+    block = aux_block(NAMESPACE.root, layout_basis(LAYOUT).data)
+    assert block.aux is not None
+    stored = world.engine.store(NAMESPACE.to_record(), [NewBlock(block, [layout_basis(LAYOUT).data])])
+    assert stored.reason is Reason.OK
+    world.calibrate(pca_profile(block.aux.digest, 1, 450), bits=2.7)
+    world.fill_to(90)
+    world.rest()
+    found = world.engine.reencoder.stats()
+    assert (found.blocks, found.left_blocks, found.held_blocks) == (3, 0, 3)
+    assert all(row.block.references == {block.aux.digest} for row in world.rows(tokens)[:2])
+    aux = world.engine.aux(NAMESPACE.root, [block.aux.digest])
+    assert 0 < off(before, world.hit(tokens, aux)) <= found.error_max
 
 
 def test_without_a_smaller_profile_it_is_off_and_says_how_to_have_one(tmp_path: Path) -> None:
