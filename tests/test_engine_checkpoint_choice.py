@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,24 @@ def test_a_mark_counts_before_it_is_written(engine: Engine) -> None:
             assert fetch(engine, [*tokens[:950], -1, 0]).n_tokens == 950
         put_checkpoint(engine, NS, tokens[:1050])
         assert (950 in ends_of(engine)) == kept
+
+
+@pytest.mark.parametrize("diverged", [False, True])
+def test_an_interim_checkpoint_goes_with_the_next_one_unless_a_prompt_diverged_there(
+    engine: Engine, diverged: bool
+) -> None:
+    """Also the first of a chain, and however far the next one is; the last stays until there is another."""
+    tokens = list(range(6000))
+    for end in (2000, 4000):
+        interim = [*sequence(NS, tokens[:end]), replace(checkpoint(NS, tokens[:end]), interim=True)]
+        assert engine.store(NS.to_record(), interim).reason is Reason.OK
+        assert ends_of(engine) == [end]
+    if diverged:
+        assert fetch(engine, [*tokens[:4000], -1, -1]).n_tokens == 4000
+        store(engine, [*tokens[:4000], -1, -1], [])
+        assert fetch(engine, [*tokens[:4000], -2, -2]).diverged
+    store(engine, tokens, [6000])
+    assert ends_of(engine) == ([4000, 6000] if diverged else [6000])
 
 
 def column(engine: Engine, name: str) -> dict[int, int]:

@@ -183,8 +183,8 @@ _FORK_HITS = 2
 # Without a checkpoint a prompt may have to prefill at most so many times what it must. That keeps at most 8
 # checkpoints of an agent's 30 calls, and 14 of 1,000; 2 times would keep 10 and 20.
 _TIMES_MAX = 3.0
-# One that saves at least such a part of the whole chain stays: the end of a user's message, when the round of calls
-# before it was long. There are few of them by themselves.
+# One that saves at least 1/_PARTS of the chain stays, as the end of a user's message after a long round of calls does.
+# There are never more than _PARTS of them.
 _PARTS = 6
 # To prefill a token or a few takes equally long, so checkpoints that are closer than this hardly add anything.
 _FEW_TOKENS = 256
@@ -195,10 +195,10 @@ _WORTH_MIN = 1 / 128
 def redundant(rows: Rows, ends: Sequence[int]) -> list[int]:
     """Which of a chain are to go: places in `rows`, whose checkpoints end at these positions, in ascending order.
 
-    The first and the last two stay, and those where prompts diverge, and what is pinned. The last two: prompts of an
-    agent share one of them with the prompt before, or, when its thinking is stripped, only the one before it. Interim
-    checkpoints go when there is one after them. Of the others those stay that save a large part
-    of the chain, and some at growing distances from the end.
+    The first and the last two stay, and those where prompts diverge, and what is pinned. The last two: a prompt of an
+    agent continues from the last one, or, when its thinking is stripped, from the one before it. Interim checkpoints
+    go when there is one after them. Of the others those stay that save a large part of the chain, and some at growing
+    distances from the end.
     """
     marks, pinned = rows["mark"], (rows["flags"] & PINNED) != 0
     passed = ((rows["flags"] & INTERIM) != 0) & (marks == 0) & ~pinned

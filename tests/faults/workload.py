@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain
-from kvstore.engine import Engine, Fs, Lease, Selection, check_directory
+from kvstore.engine import Engine, Fs, Lease, Selection, Terms, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
 from tests.support.aux_blocks import basis_of, counted, put_aux, put_referring
@@ -182,6 +182,16 @@ def _reencode(world: World) -> None:
         assert world.engine.reencoder.reencode(row, lower, 0.01)
 
 
+def _pin(world: World) -> None:
+    rows = [part.row.key for part in world.engine.match(Chain(NS.root, pack_tokens(KEPT))).slices]
+    world.engine.keeper.pin(NS.root, rows[-1:])
+
+
+def _limit_namespace(world: World) -> None:
+    """A quota under which nothing of it stays."""
+    world.engine.keeper.change_terms(MIXED.root, Terms(quota_bytes=1))
+
+
 def _compact(world: World) -> None:
     """The index gets a file without the pages that are free by now."""
     assert world.engine._evictor.compaction.run()
@@ -252,7 +262,25 @@ _STORES = (
     Step(_store("new"), ("new",)),
 )
 _FRESH = ("kept", "evicted", "held")
+# All that is not pinned: what is owed afterwards is owed to the pin, over a restart, too.
+_EVICT_UNPINNED = Step(_evict_by(Selection(bytes=1 << 40)), drops=("evicted", "held"), deletes=("evicted", "held"))
 SCRIPTS = {
+    "keep": Script(
+        _fresh,
+        (
+            _OPEN,
+            Step(_pin),
+            Step(_limit_namespace, drops=("held",), deletes=("held",)),
+            _EVICT_UNPINNED,
+            _CLOSE,
+            _OPEN,
+            _EVICT_UNPINNED,
+            Step(_store("new"), ("new",)),
+            Step(_store("side"), ("side",)),
+            _CLOSE,
+        ),
+        _FRESH,
+    ),
     "store": Script(_fresh, (_OPEN, *_STORES, _CLOSE), _FRESH),
     "evict": Script(
         _fresh,
