@@ -351,11 +351,6 @@ class Block:
         """Tokens that the block shows."""
         return count_tokens(self.tokens)
 
-    @property
-    def is_tail(self) -> bool:
-        """Whether the block has fewer tokens than a full one."""
-        return self.n_tokens < BLOCK_TOKENS
-
     def require_whole(self) -> None:
         """CorruptDataError unless the runs cover the tokens, or the states stand alone after the last full block."""
         if self.aux is not None:
