@@ -24,10 +24,12 @@ from kvstore.cli.common import (
 )
 from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
+from kvstore.core.text import size_text
 from kvstore.errors import InvalidRequestError
 from kvstore.quality import Thresholds, Verdict
 
 if TYPE_CHECKING:
+    from kvstore.cli.calibrated_points import Points
     from kvstore.core.keys import Namespace
     from kvstore.integrations.calibrate import Calibration
     from kvstore.quality import Quality
@@ -69,7 +71,20 @@ def threshold_options(command: F) -> F:
     metavar="FILE",
     help="Text like yours, or token ids as .npy; may be repeated.",
 )
-@click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
+@click.option(
+    "--other-file",
+    "other_files",
+    multiple=True,
+    metavar="FILE",
+    help="Text of another kind: points of a basis must keep the limits there too, with 1.2 times the bits.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="NAME",
+    help="Measure this one; may be repeated. small: make a basis for the model, and measure its points.",
+)
 @click.option("--prefixes", type=PREFIXES, default=24, show_default=True, help="Prefixes to measure.")
 @click.option("--shortest", type=LENGTH, default=300, show_default=True, help="Tokens of the shortest.")
 @click.option("--longest", type=LENGTH, default=900, show_default=True, help="Tokens of the longest.")
@@ -87,6 +102,7 @@ def command(
     model_path: str | None,
     adapter_path: str | None,
     prompt_files: Sequence[str],
+    other_files: Sequence[str],
     profiles: Sequence[str],
     prefixes: int,
     shortest: int,
@@ -106,7 +122,8 @@ def command(
     their length. The results go to the daemon at --address with the thresholds: from then on it refuses profiles that
     did not pass, and while the store is over 80 % of its budget profile "auto" takes the smallest that passed. Without
     --prompt-file the text is Python's own documentation. Results stay when the store is emptied: see --list and
-    --forget.
+    --forget. With --profile small a basis is made of the first part of the text, and stored; its points are measured
+    on the rest.
     """
     if [model_path is not None, listing, forget is not None].count(True) != 1:
         raise click.UsageError("give one of --model PATH, --list and --forget")
@@ -119,7 +136,7 @@ def command(
     else:
         assert model_path is not None
         of = (prefixes, shortest, longest)
-        asked = _Asked(profiles, prompt_files, of, Thresholds(**thresholds), missing, dry_run)
+        asked = _Asked(profiles, prompt_files, other_files, of, Thresholds(**thresholds), missing, dry_run)
         _measure(config, model_path, adapter_path, asked, as_json)
 
 
@@ -129,6 +146,7 @@ class _Asked:
 
     profiles: Sequence[str]
     prompt_files: Sequence[str]
+    other_files: Sequence[str]
     windows: tuple[int, int, int]
     thresholds: Thresholds
     missing: bool
@@ -141,7 +159,6 @@ def _measure(config: Config, model_path: str, adapter_path: str | None, asked: _
     from kvstore.bench.hard_model import tokens_of
     from kvstore.codecs.profiles import LOSSY
     from kvstore.integrations import mlx_lm as kv
-    from kvstore.integrations.calibrate import Calibration, windows
 
     if not asked.dry_run:
         with connected(config) as client:
@@ -152,29 +169,87 @@ def _measure(config: Config, model_path: str, adapter_path: str | None, asked: _
     names = _unmeasured(config, namespace, asked.profiles or LOSSY) if asked.missing else list(asked.profiles or LOSSY)
     if not names:
         note("every profile was measured on this model; without --missing they are measured again")
-    results: list[Quality] = []
+    found = _Found([], [], None)
     if names:
-        tokens = tokens_of(tokenizer, asked.prompt_files, text_of)[:TEXT_TOKENS_MAX]
-        calibration = Calibration(model, windows(tokens, *asked.windows, plain_encode(tokenizer)))
-        results = measured(calibration, namespace, names, asked.windows[0], as_json=as_json)
-    outcomes = _outcomes(config, namespace, results, asked.thresholds, asked.dry_run)
-    if as_json:
-        rows = [
-            {**asdict(one), "answers_tell": one.answers_tell, "invalid": said.invalid, "refused": said.refused}
-            for one, said in zip(results, outcomes, strict=True)
-        ]
-        print_summary({"recorded": not asked.dry_run, "thresholds": asdict(asked.thresholds), "results": rows})
-    elif results:
-        print_quality(results, [said.invalid or said.refused for said in outcomes])
+        text = tokens_of(tokenizer, asked.prompt_files, text_of)[:TEXT_TOKENS_MAX]
+        other = tokens_of(tokenizer, asked.other_files, text_of)[:TEXT_TOKENS_MAX] if asked.other_files else []
+        found = _results(model, namespace, names, asked, _Texts(text, other, plain_encode(tokenizer)), as_json)
+    outcomes = _outcomes(config, namespace, found, asked.thresholds, asked.dry_run)
+    _tell(namespace, found, outcomes, asked, as_json)
     if any(said.invalid for said in outcomes):
         raise click.exceptions.Exit(1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """Tokens of the text, of the text of another kind, if any, and what makes tokens of text."""
+
+    own: Sequence[int]
+    other: Sequence[int]
+    encode: Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Results, why some are refused whatever their numbers (as many), and the basis, if one was made."""
+
+    results: list[Quality]
+    refused: list[str]
+    points: Points | None
+
+
+def _results(model: Any, namespace: Namespace, names: list[str], asked: _Asked, texts: _Texts, as_json: bool) -> _Found:
+    """Measure; `small` among the names stands for the points of a basis that is made first."""
+    from kvstore.cli.calibrated_points import make_points, split_text
+    from kvstore.codecs.profiles import SMALL
+    from kvstore.integrations.basis_maker import BASELINE
+    from kvstore.integrations.calibrate import Calibration, windows
+
+    points, text = None, texts.own
+    if SMALL in names:
+        for_basis, for_steps, text = split_text(texts.own)
+        points = make_points(model, for_basis, for_steps, texts.encode, as_json=as_json)
+        names = [*dict.fromkeys([*(name for name in names if name != SMALL), BASELINE, *points.names])]
+    data = points.data if points else b""
+    calibration = Calibration(model, windows(text, *asked.windows, texts.encode))
+    results = measured(calibration, namespace, names, asked.windows[0], as_json=as_json, basis=data)
+    refused = [""] * len(results)
+    if points is None:
+        return _Found(results, refused, None)
+    there: list[Quality] = []
+    if texts.other:
+        calibration = Calibration(model, windows(texts.other, *asked.windows, texts.encode))
+        there = measured(calibration, namespace, points.names, asked.windows[0], as_json=as_json, basis=data)
+    results, refused = points.judged(results, there, asked.thresholds)
+    return _Found(results, refused, points)
+
+
+def _tell(namespace: Namespace, found: _Found, said: Sequence[ProfileOutcome], asked: _Asked, as_json: bool) -> None:
+    basis = found.points.fields(namespace, found.results) if found.points is not None else {}
+    if as_json:
+        rows = [
+            {**asdict(one), "answers_tell": one.answers_tell, "invalid": judged.invalid, "refused": judged.refused}
+            for one, judged in zip(found.results, said, strict=True)
+        ]
+        summary = {"recorded": not asked.dry_run, "thresholds": asdict(asked.thresholds), "results": rows}
+        print_summary(summary | ({"basis": basis} if basis else {}))
+        return
+    if found.results:
+        print_quality(found.results, [one.invalid or one.refused for one in said])
+    if basis:
+        size, tokens = size_text(basis["bytes"]), counted(basis["break_even_tokens"], "stored token")
+        say("; ".join([f"basis {basis['digest'][:8]}: {size}, paid for by {tokens}", *basis["notes"]]))
+
+
 def _unmeasured(config: Config, namespace: Namespace, names: Sequence[str]) -> list[str]:
     """Those of these profiles that the daemon has no result of on this model."""
+    from kvstore.codecs.profiles import SMALL, parse_profile
+
     with connected(config) as client:
         known = client.list_quality(namespace.root)["namespaces"]
     measured_names = {one["profile"] for space in known for one in space["quality"]}
+    if any(parse_profile(name).references for name in measured_names):
+        measured_names.add(SMALL)
     return [name for name in names if name not in measured_names]
 
 
@@ -190,25 +265,35 @@ class ProfileOutcome:
 
 
 def _outcomes(
-    config: Config, namespace: Namespace, results: Sequence[Quality], thresholds: Thresholds, dry_run: bool
+    config: Config, namespace: Namespace, found: _Found, thresholds: Thresholds, dry_run: bool
 ) -> list[ProfileOutcome]:
-    """Judge each result, and record the valid ones with their verdicts except in a dry run."""
+    """Judge each result, and record the valid ones with their verdicts except in a dry run; before them the basis."""
+    from kvstore.cli.calibrated_points import put
     from kvstore.codecs.plausible import fault_of
 
-    outcomes = [ProfileOutcome(invalid=fault_of(one, namespace.layout)) for one in results]
-    verdicts = [Verdict.of(one, thresholds) for one, said in zip(results, outcomes, strict=True) if not said.invalid]
+    results = found.results
+    outcomes = [
+        ProfileOutcome(invalid=fault_of(one, namespace.layout), refused=refused)
+        for one, refused in zip(results, found.refused, strict=True)
+    ]
+    judged = [one for one, said in zip(results, outcomes, strict=True) if not said.invalid and not said.refused]
+    verdicts = [Verdict.of(one, thresholds) for one in judged]
     if not dry_run:
         with connected(config) as client:
+            if found.points is not None:
+                put(client, namespace, found.points.data)
             for verdict in verdicts:
                 client.record_quality(namespace, verdict)
     refused = {verdict.quality.profile: verdict.fault for verdict in verdicts}
     return [
-        said if said.invalid else ProfileOutcome(refused=refused[one.profile])
+        said if said.invalid or said.refused else ProfileOutcome(refused=refused[one.profile])
         for one, said in zip(results, outcomes, strict=True)
     ]
 
 
 def _list(config: Config, as_json: bool) -> None:
+    from kvstore.codecs.profiles import short_name
+
     with connected(config) as client:
         found = client.list_quality()
     if as_json:
@@ -218,7 +303,7 @@ def _list(config: Config, as_json: bool) -> None:
         (
             space["id"][:ID_DIGITS],
             space["alias"] or "-",
-            one["profile"],
+            short_name(one["profile"]),
             f"{one['bits_per_value']:.2f}",
             f"{one['kl_mean']:.1e}",
             f"{one['top1']:.1%}",
@@ -254,28 +339,41 @@ def plain_encode(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """ConfigError unless all are profiles."""
-    from kvstore.codecs.profiles import parse_profile
+    """ConfigError unless all are profiles, or `small`."""
+    from kvstore.codecs.profiles import SMALL, parse_profile
 
     for name in names:
-        parse_profile(name)
+        if name != SMALL:
+            parse_profile(name)
 
 
 def measured(
-    calibration: Calibration, namespace: Namespace, names: Sequence[str], prefixes: int, *, as_json: bool
+    calibration: Calibration,
+    namespace: Namespace,
+    names: Sequence[str],
+    prefixes: int,
+    *,
+    as_json: bool,
+    basis: bytes = b"",
 ) -> list[Quality]:
     """Measure these profiles with a temporary daemon, with progress.
 
-    The daemon ignores the minimum length of profiles, so that short sequences are quantized too.
+    The daemon ignores the minimum length of profiles, so that short sequences are quantized too. `basis`: the file that
+    points refer to.
     """
     from kvstore.bench.scratch import ScratchDaemon
-    from kvstore.codecs.profiles import without_threshold
+    from kvstore.cli.calibrated_points import put
+    from kvstore.codecs.profiles import parse_profile, without_threshold
     from kvstore.integrations.calibrate import PATIENT_MS
 
     with ScratchDaemon(min_quantize_tokens=0) as scratch, scratch.client() as client:
+        spaces = {name: replace(namespace, engine=f"calibrate {name}") for name in names}
+        for name in names:
+            if parse_profile(name).references:
+                put(client, spaces[name], basis)
         sessions = {
             name: client.session(
-                replace(namespace, engine=f"calibrate {name}"),
+                spaces[name],
                 without_threshold(name),
                 total_ms=PATIENT_MS,
                 stall_ms=PATIENT_MS,
@@ -301,9 +399,11 @@ def text_of(paths: Sequence[str]) -> str:
 
 def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> None:
     """The table of results, in the order given; then why profiles are refused, if that was asked."""
+    from kvstore.codecs.profiles import short_name
+
     rows = [
         (
-            one.profile,
+            short_name(one.profile),
             f"{one.bits_per_value:.2f}",
             f"{one.kl_mean:.1e}",
             f"{one.kl_p99:.1e}",
@@ -320,7 +420,7 @@ def print_quality(results: Sequence[Quality], refused: Sequence[str] = ()) -> No
     print_table((*columns, "used") if refused else columns, rows, numbers=" nnnnnnnn")
     for one, why in zip(results, refused, strict=False):
         if why:
-            say(f"{one.profile}: {why}")
+            say(f"{short_name(one.profile)}: {why}")
     for one in results[:1]:
         if not one.answers_tell:
             say(

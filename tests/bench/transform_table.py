@@ -1,4 +1,4 @@
-"""The transform codec of `transform.py` beside the profiles of the store: KL by bits, outlier channels, other domains.
+"""The codec `pca` beside the other profiles of the store: KL by bits, outlier channels, other domains.
 
     python -m tests.bench.transform_table [--prefixes 40] [--ablations] [--plot docs/rate-distortion.svg]
 
@@ -18,7 +18,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-import numpy as np
 from mlx_lm.utils import load_tokenizer
 
 from tests.bench.rate_distortion import profile_codec
@@ -130,14 +129,6 @@ def main() -> None:
         print(f"{'':44} bits   KL        bits   KL, ratio (90 %)")
         results, transform, steps = table(model, runs, texts)
         compact = results["compact"]
-        reach = max(
-            basis.reach(np.round(found / step))
-            for layer, pair in enumerate(runs[0].kv)
-            for basis, found, step in zip(
-                transform.bases[layer], transform.components(layer, pair), steps[0.6][layer], strict=True
-            )
-        )
-        print(f"largest sum of absolute integer products at 0.6: 2^{np.log2(reach):.1f}")
         hard(folder, options.prefixes, texts, steps[0.5], results["transform 0.5"])
         domains(model, texts, options.prefixes // 2)
         if options.ablations:
@@ -149,7 +140,7 @@ def main() -> None:
                     measured(model, runs, other.codec(chosen(other, windows, 0.5 * compact.bits))),
                     compact,
                 )
-            units = [[basis.rms * 0.25 for basis in pair] for pair in transform.bases]
+            units = [[fitted.unit * 0.25 for fitted in pair] for pair in transform.fitted]
             line("one step of .25 rms for all", measured(model, runs, transform.codec(units)), compact)
         if options.plot:
             plot(options.plot, model, runs, [results[f"transform {share}"] for share in SHARES])
@@ -161,7 +152,7 @@ def plot(path: Path, model: SmallLlama, runs: Sequence[Cold], transform: Sequenc
     for family, names in PLOTTED.items():
         found = [measured(model, runs, profile_codec(name)) for name in names]
         series.append(Series(family, [(one.bits, one.mean) for one in found]))
-    series.append(Series("transform (prototype)", [(one.bits, one.mean) for one in transform]))
+    series.append(Series("pca", [(one.bits, one.mean) for one in transform]))
     path.write_text(
         draw(series, "KL of the next 48 tokens, nats", "bits a value", "small-lm, 40 prefixes of 300 to 900 tokens")
     )

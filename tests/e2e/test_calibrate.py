@@ -25,7 +25,7 @@ from kvstore.integrations.arithmetic import Answers, problems
 from kvstore.integrations.calibrate import Tally, windows
 from kvstore.quality import Quality, Thresholds, Verdict
 from tests.support.daemon import DaemonProcess, run_cli
-from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens
+from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens, write_tiny
 from tests.support.sessions import client_of, patient
 
 # With a threshold over all prefixes that are measured: measured under it, this would be lossless KV.
@@ -289,3 +289,43 @@ def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(
     assert rows["compact"]["bits_per_value"] < 5
     assert rows["compact"]["kl_mean"] < (0.01 if hard else 0.9) * rows["affine4"]["kl_mean"]
     assert not hard or rows["compact"]["kl_mean"] < 0.5 * rows["affine8"]["kl_mean"]
+
+
+def test_small_makes_a_basis_that_stores_and_fetches_use(text: Path, tmp_path: Path) -> None:
+    """Made, stored, measured on held-out text, recorded; then a session of profile small gets its KV back by it."""
+    model = write_tiny(tmp_path / "tiny")
+    shorter = ("--prefixes", "3", "--shortest", "256", "--longest", "300")
+    limits = ("--kl-mean-max", "5", "--kl-p99-max", "50", "--top1-min", "0", "--nll-delta-max", "9")
+    with DaemonProcess(tmp_path / "data", profile="small", min_quantize_tokens=0) as running:
+        command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *shorter, *limits]
+        command += ["--answer-loss-max", "9", "--profile", "small", "--json"]
+        done = run_cli(command, running.environ(), timeout_s=500)
+        assert done.returncode == 0, done.stderr
+        summary = json.loads(done.stdout.splitlines()[-1])
+        baseline, *points = summary["results"]
+        assert baseline["profile"] == "compact" and len(points) == 3
+        bits = [one["bits_per_value"] for one in (baseline, *points)]
+        assert bits == sorted(bits, reverse=True) and bits[1] < 0.75 * bits[0]
+        assert [one["refused"] for one in points] == [""] * 3
+        assert summary["basis"]["notes"] == [] and summary["basis"]["break_even_tokens"] > 0
+        with client_of(running) as client:
+            tokens = heldout_tokens()[:300]
+            loaded = load(str(model))[0]
+            cache = make_prompt_cache(loaded)
+            loaded(mx.array([tokens]), cache=cache)
+            session = patient(client, namespace_of(model))
+            assert session.store(tokens, kv.capture(cache), wait=True).stored_tokens == 300
+            before = keys_of(kv.capture(cache))
+            for representation in ("packed", "dense"):
+                hit = session.fetch([*tokens, 1], representation=representation)
+                assert hit and hit.n_tokens == 300
+                after = keys_of(hit.layers)
+                assert np.array_equal(before[:, :, :4], after[:, :, :4])
+                assert 0 < np.abs(before - after)[:, :, 4:].mean() < 0.3 * np.abs(before).mean()
+            (row,) = client.stats()["namespaces"]
+            assert row["unmeasured"] == []
+
+
+def keys_of(layers: Any) -> np.ndarray[Any, Any]:
+    """Of the first layer, 300 tokens, as float32."""
+    return np.array(layers[0].keys[0][:, :, :300].astype(mx.float32))
