@@ -16,7 +16,7 @@ import pytest
 
 from kvstore.blobs import ranges
 from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
-from kvstore.blobs.readers import READERS, Readers
+from kvstore.blobs.readers import READERS, THREADS_MAX, Readers
 from kvstore.client import layer_reads, reads
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
@@ -220,6 +220,24 @@ def test_fetches_miss_at_once_when_every_reader_is_held(
     assert "reader threads" in answer.detail  # type: ignore[union-attr]
     disk.release()
     until(lambda: session.fetch(TOKENS[:257], "packed", "path"), "the thread reads again")
+
+
+def test_what_comes_by_stream_needs_no_reader_of_files(daemon: FakeDaemon, client: Client) -> None:
+    """Its bytes are here, so it does not wait behind reads of files that hang, for which nothing would end its wait."""
+    session, gate = client.session(daemon.namespace, **PATIENT), threading.Event()
+    answers: list[object] = []
+    fetching = threading.Thread(target=lambda: answers.append(session.fetch(TOKENS, "packed", "stream")), daemon=True)
+    try:
+        for _ in range(THREADS_MAX):
+            with pytest.raises(ReadDeadlineError):
+                READERS.run(lambda: gate.wait(HANG_S_MAX), 0.2)
+        assert READERS.stuck == THREADS_MAX
+        fetching.start()
+        fetching.join(30)
+        assert READERS.stuck == THREADS_MAX and isinstance(next(iter(answers), None), Hit)
+    finally:
+        gate.set()
+        until(lambda: not READERS.stuck, "the reads return")
 
 
 def test_mlx_loads_files_while_every_reader_is_held(

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
-from kvstore.blobs.readers import READERS, Job
+from kvstore.blobs.readers import Job, Readers
 from kvstore.codecs import device
 from kvstore.core.blocks import ITEM_BYTES
 
@@ -46,10 +46,17 @@ class Reads(Protocol):
 
 
 class _Patient:
-    """Reads that take as long as they take: of memory, or of files in the daemon."""
+    """Reads that take as long as they take: of memory, or of files in the daemon.
+
+    On threads of their own: what a client copies out of a stream must not queue behind reads of files that hang, since
+    nothing ends that wait.
+    """
+
+    def __init__(self) -> None:
+        self._readers = Readers(name="kvstore-copy")
 
     def start(self, work: Callable[[], None]) -> Job:
-        return READERS.start(work)
+        return self._readers.start(work)
 
     def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
         for job in jobs:
@@ -59,7 +66,7 @@ class _Patient:
 
     def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
         for job in jobs:
-            if not READERS.cancel(job):
+            if not self._readers.cancel(job):
                 job.wait()
 
 
