@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,13 +18,13 @@ from kvstore.client.basis_cache import BasisCache
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit, Miss
 from kvstore.codecs.profiles import pca_profile
-from kvstore.core.blocks import Reason
+from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.byte_cache import ByteCache
 from kvstore.core.keys import aux_key
 from kvstore.core.layers import KVLayer
 from kvstore.errors import AuxMissingError
 from kvstore.wire.v1 import kvstore_pb2 as pb
-from tests.support.daemon import SERVE, DaemonProcess
+from tests.support.daemon import SERVE, DaemonProcess, run_cli
 from tests.support.pca_bases import make_basis
 from tests.support.sessions import WAYS, client_of, patient
 from tests.support.shift_codec import DIGESTS, SHIFT_BASES
@@ -238,3 +240,37 @@ def test_the_codec_of_calibrations_gives_equal_values_by_every_way(
                 assert (exported["blobs"], client.import_pack(pack)["blobs"]) == (4, 4)
             again = patient(client, NS).fetch(TOKENS)
             assert isinstance(again, Hit) and again.n_tokens == 699
+
+
+def test_what_needs_a_basis_is_not_pushed_to_the_remote_tier_and_is_counted_once(tmp_path: Path) -> None:
+    """However often it is asked for; what needs none is pushed."""
+    made = DaemonProcess(
+        tmp_path / "data", program=PROGRAM, min_quantize_tokens=1, remote=f"file://{tmp_path / 'share'}"
+    )
+    assert run_cli(["config", "remote-init"], made.environ()).returncode == 0
+    plain = make_namespace(LAYOUT, "plain-lm")
+    with made as running, client_of(running) as client:
+
+        def remote() -> dict[str, Any]:
+            found: dict[str, Any] = client.stats()["remote"]
+            return found
+
+        def wait_for(what: Callable[[], bool]) -> None:
+            deadline_s = time.monotonic() + 60
+            while not what():
+                assert time.monotonic() < deadline_s, remote()
+                time.sleep(0.05)
+
+        stored(client)
+        require_rows(patient(client, NS).fetch(TOKENS))
+        wait_for(lambda: remote()["not_pushed"] == {"needs_basis": 3})
+        require_rows(patient(client, NS).fetch(TOKENS))
+        client.pin(tokens=pack_tokens(TOKENS), namespace_prefix=NS.root)
+        assert patient(client, plain).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
+        assert patient(client, plain).fetch(TOKENS)
+        wait_for(lambda: remote()["pushed_blobs"] == 3)
+        assert remote()["not_pushed"] == {"needs_basis": 3}
+        assert remote()["create_only"] == "honoured"
+        shown = run_cli(["stats"], made.environ()).stdout
+        assert "not pushed (needs_basis)" in shown and "create-only puts" in shown
+    assert not list((tmp_path / "share").rglob(f"{NS.root.hex()}*"))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvstore.blobs.format import make_ready
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Namespace
@@ -20,7 +21,8 @@ from kvstore.remote.object_store import MARKER
 from kvstore.remote.push_queue import PushItem, PushQueue
 from kvstore.remote.pusher import TRIES_MAX
 from kvstore.remote.tier import RemoteTier
-from tests.support.engine import LAYOUT
+from tests.support.aux_blocks import referring
+from tests.support.engine import LAYOUT, sequence
 from tests.support.memory_objects import MemoryStore
 from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, found, name_of
 
@@ -243,6 +245,23 @@ def test_a_blob_that_the_store_refuses_is_given_up_after_a_few_tries() -> None:
     assert len(objects(store)) == len(ITEMS) - 1
     assert (tier.stats().pushes.failed, tier.stats().dropped_blobs) == (1, 1)
     assert store.rounds.count("head") == TRIES_MAX + len(ITEMS) - 1
+
+
+def test_a_block_that_was_re_encoded_with_a_basis_while_it_waited_is_not_pushed() -> None:
+    """The remote store has no bases. It is counted as such, and not as a failure."""
+    blobs = []
+    for new in sequence(NS, range(N_TOKENS)):
+        one = referring(new, b"d" * 32)
+        ready = make_ready(replace(one.block, namespace=NS.to_record()), one.buffers)
+        blobs.append((ready.block, ready.header + b"".join(ready.payload)))
+    store = MemoryStore()
+    tier = tier_over(store, load=loads([blobs[0], *BLOBS[1:]]))
+    tier.offer(ITEMS)
+    push_all(tier)
+    assert list(objects(store)) == [name_of(block) for block, _ in BLOBS[1:]]
+    pushes = tier.stats().pushes
+    assert (pushes.needs_basis, pushes.pushed, pushes.failed, pushes.gone) == (1, len(ITEMS) - 1, 0, 0)
+    assert not len(tier.queue) and not tier.queue.dropped
 
 
 def test_what_is_evicted_encrypted_or_damaged_before_its_turn_is_not_pushed() -> None:

@@ -181,6 +181,12 @@ def _pressure(pressure: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
+CREATE_ONLY = {
+    "ignored": "ignored: daemons that push the same block at once all write it; what is read is verified in any case",
+    "unknown": "not known yet",
+}
+
+
 def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The remote tier; nothing where there is none, or of an older daemon."""
     state = remote.get("state", "off")
@@ -198,6 +204,8 @@ def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("moved", f"{moved}, {remote['requests']:,} requests since start"),
         ("pushed", f"{remote['pushed_blobs']:,} blobs since start, {waiting}"),
     ]
+    if create_only := remote.get("create_only"):  # not of an older daemon
+        facts.append(("create-only puts", CREATE_ONLY.get(create_only, create_only)))
     if wrong := remote["wrong_objects"]:
         facts.append(("wrong", f"{wrong:,} objects did not verify and are not used: kvstore check --remote"))
     for title, field in (("not used", "unused_reasons"), ("not pushed", "not_pushed")):

@@ -32,7 +32,7 @@ from kvstore.engine.bases import hold, let_go
 from kvstore.engine.evict import Evictor
 from kvstore.engine.retain import evictable, where
 from kvstore.engine.shared import Shared
-from kvstore.engine.store import NewBlock, Writer, _Batch, _Entry, _Settled
+from kvstore.engine.store import Batch, Entry, NewBlock, Settled, Writer
 from kvstore.errors import InvalidRequestError
 from kvstore.index.rows import Row
 from kvstore.index.table import AUTO, CHECKPOINT, LIVE, SETTLED, Table
@@ -76,7 +76,7 @@ def coldest(table: Table, namespaces: Collection[int], leased: Collection[bytes]
 
 
 @dataclass
-class _Exchange(_Batch):
+class _Exchange(Batch):
     """One blob in the place of another, of this row. `error`: the relative error of the values."""
 
     old: Row | None = None
@@ -154,14 +154,14 @@ class Reencoder(Writer):
             error=error,
         )
         try:
-            entry = _Entry(row.key, row.parent)
+            entry = Entry(row.key, row.parent)
             hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
             with batch.behind:
                 if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
                     return False
                 batch.unsynced.append(entry)
                 is_synced = self._await_synced(batch, 0)
-            settled = self._commit(batch) if is_synced else _Settled(reason=Reason.STORE_FULL)
+            settled = self._commit(batch) if is_synced else Settled(reason=Reason.STORE_FULL)
         finally:
             self._discard(batch)
             let_go(shared.site, batch.held)
@@ -173,10 +173,10 @@ class Reencoder(Writer):
             self._after_bytes += sum(map(shared.site.cost, settled.kept))
         return True
 
-    def _settle(self, edit: Edit, batch: _Batch) -> _Settled:
+    def _settle(self, edit: Edit, batch: Batch) -> Settled:
         """The new row in the place of the old one, unless that is another one by now, or must stay as it is."""
         assert isinstance(batch, _Exchange) and batch.old is not None
-        settled, shared, old, table = _Settled(), self._shared, batch.old, edit.table
+        settled, shared, old, table = Settled(), self._shared, batch.old, edit.table
         shared.uses.write(edit)
         (new,) = batch.rows()
         space, held = shared.index.spaces.get(batch.root), edit.row(old.key)

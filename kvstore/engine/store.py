@@ -73,7 +73,7 @@ class StoreReceipt:
 
 
 @dataclass
-class _Entry:
+class Entry:
     """A block of a request; without a row and a file if it is held already. `write` until the file has its name."""
 
     key: bytes
@@ -84,11 +84,11 @@ class _Entry:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """One request on its way. `entries` have synced files, those of `unsynced` are being synced or wait for that.
 
-    `syncing` is its thread for that: it ends with the request, and has the priority of the one that stores. `since` is
-    the number of the last eviction before it began. `held` are the keys of the aux blocks that it needs.
+    `behind` writes and syncs them. `since` is the number of the last eviction before it began. `held` are the keys of
+    the aux blocks that it needs.
     """
 
     root: bytes
@@ -97,8 +97,8 @@ class _Batch:
     key: NamespaceKey | None
     behind: WriteBehind
     since: int
-    entries: list[_Entry] = field(default_factory=list)
-    unsynced: deque[_Entry] = field(default_factory=deque)
+    entries: list[Entry] = field(default_factory=list)
+    unsynced: deque[Entry] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
     held: set[bytes] = field(default_factory=set)
 
@@ -108,7 +108,7 @@ class _Batch:
 
 
 @dataclass
-class _Settled:
+class Settled:
     """The result of committing one batch."""
 
     blocks: int = 0
@@ -154,7 +154,7 @@ class Writer:
         # A key may be dropped at any time. Then nothing more may be written, so its blobs are written at once.
         behind = WriteBehind(self._shared.blobs, sync=self._shared.sync, ahead=ahead if key is None else 0)
         since = self._shared.evictions.number if since is None else since
-        batch = _Batch(root, record, set(protect), key, behind, since)
+        batch = Batch(root, record, set(protect), key, behind, since)
         if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
@@ -173,7 +173,7 @@ class Writer:
             self._discard(batch)
             let_go(self._shared.site, batch.held)
 
-    def _write_all(self, batch: _Batch, blocks: Iterable[NewBlock]) -> Reason:
+    def _write_all(self, batch: Batch, blocks: Iterable[NewBlock]) -> Reason:
         """Write blobs until the blocks end or something stops them; those before it are on the disk."""
         reason = Reason.OK
         for new in blocks:
@@ -187,7 +187,7 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            entry = _Entry(block.key, block.parent, flags=new.flags)
+            entry = Entry(block.key, block.parent, flags=new.flags)
             if held is None or held.is_key_missing or held.is_lost or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
@@ -204,7 +204,7 @@ class Writer:
                 return Reason.STORE_FULL
         return reason if self._await_synced(batch, 0) else Reason.STORE_FULL
 
-    def _await_synced(self, batch: _Batch, most: int) -> bool:
+    def _await_synced(self, batch: Batch, most: int) -> bool:
         """Wait until at most this many blobs are unsynced; False if the disk refuses one.
 
         What comes after that one has lost its parent: it is discarded with it.
@@ -220,7 +220,7 @@ class Writer:
             batch.entries.append(batch.unsynced.popleft())
         return True
 
-    def _has_parent(self, batch: _Batch, block: Block) -> bool:
+    def _has_parent(self, batch: Batch, block: Block) -> bool:
         """Whether the parent is in the index or this request. InvalidRequestError if the block does not continue it."""
         if block.root != batch.root:
             raise InvalidRequestError("a block of another namespace")
@@ -239,7 +239,7 @@ class Writer:
             raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
         return True
 
-    def _write(self, batch: _Batch, ready: ReadyBlob, entry: _Entry) -> bool:
+    def _write(self, batch: Batch, ready: ReadyBlob, entry: Entry) -> bool:
         """Make room for a blob, write it and have it synced; False when there is no room."""
         shared, key = self._shared, ready.block.key
         nbytes = shared.blobs.stored_bytes(batch.root, ready.nbytes)
@@ -265,7 +265,7 @@ class Writer:
             return False
         return True
 
-    def _note_refused_write(self, error: OSError | StoreFullError, batch: _Batch, nbytes: int = 0) -> None:
+    def _note_refused_write(self, error: OSError | StoreFullError, batch: Batch, nbytes: int = 0) -> None:
         """Note that the disk refuses writes; DirectoryError if the error is about something else than room.
 
         `nbytes`: of a blob that has not joined the batch yet.
@@ -279,7 +279,7 @@ class Writer:
         if isinstance(error, OSError) and error.errno not in _FULL:
             raise DirectoryError(f"cannot write to {self._shared.directory.root}: {error}") from error
 
-    def _commit(self, batch: _Batch) -> _Settled:
+    def _commit(self, batch: Batch) -> Settled:
         """Rename all written blobs, sync their folder once, and commit the index once."""
         shared = self._shared
         try:
@@ -296,10 +296,10 @@ class Writer:
             shared.drive.wait()
             # Again, and last: what a directory took with it that was displaced meanwhile must not be acknowledged.
             if shared.is_displaced():
-                return _Settled(reason=Reason.STORE_FULL)
+                return Settled(reason=Reason.STORE_FULL)
         except (OSError, StoreFullError) as error:
             self._note_refused_write(error, batch)
-            return _Settled(reason=Reason.STORE_FULL)
+            return Settled(reason=Reason.STORE_FULL)
         # The index may have grown by more than was set aside. Others go before what was just stored.
         own = {row.key for row in settled.kept}
         if not self._evictor.make_room(0, batch.keep | own):
@@ -307,18 +307,18 @@ class Writer:
         self._evictor.keep_terms(wait=False)  # while another thread evicts, the next upkeep does it
         return settled
 
-    def _commit_rows(self, batch: _Batch) -> _Settled:
+    def _commit_rows(self, batch: Batch) -> Settled:
         shared = self._shared
         with shared.lock:
             if shared.is_displaced():
-                return _Settled(reason=Reason.STORE_FULL)
+                return Settled(reason=Reason.STORE_FULL)
             if shared.evictions.covers(batch.root, batch.since, [entry.key for entry in batch.entries]):
-                return _Settled(reason=Reason.EVICTED)
+                return Settled(reason=Reason.EVICTED)
             if not batch.rows():
                 with shared.index.view() as view:
                     held = itertools.takewhile(lambda entry: view.stored(entry.key), batch.entries)
                     blocks = sum(1 for _ in held)
-                return _Settled(blocks, reason=Reason.OK if blocks == len(batch.entries) else Reason.DEPENDENCY_LOST)
+                return Settled(blocks, reason=Reason.OK if blocks == len(batch.entries) else Reason.DEPENDENCY_LOST)
             shared.blobs.write_identity(batch.root, batch.record)
             if batch.key is not None:
                 # Before any row: what a crash leaves between the two is a key of nothing.
@@ -332,9 +332,9 @@ class Writer:
             self._after_commit(settled)
             return settled
 
-    def _settle(self, edit: Edit, batch: _Batch) -> _Settled:
+    def _settle(self, edit: Edit, batch: Batch) -> Settled:
         """Insert the rows of a batch that the index can still hold: their parents and namespace exist."""
-        settled, shared = _Settled(), self._shared
+        settled, shared = Settled(), self._shared
         if shared.index.ring.key(batch.root) is not batch.key:
             # Its key was dropped, or it was first encrypted, while this request was under way.
             settled.reason = Reason.DEPENDENCY_LOST
@@ -360,7 +360,7 @@ class Writer:
         settled.replaced += edit.released
         return settled
 
-    def _put(self, edit: Edit, row: Row, settled: _Settled, moment: int, flags: int) -> None:
+    def _put(self, edit: Edit, row: Row, settled: Settled, moment: int, flags: int) -> None:
         """A row in the place of those that it replaces, last used at this number of the sequence."""
         pins = self._shared.keep.pins
         for old in replaced_by(edit, row, self._shared.options.short_tokens):
@@ -378,7 +378,7 @@ class Writer:
         edit.table.stamp(row.key, int(self._shared.clock()), last_use=moment, flags=flags)
         settled.kept.append(row)
 
-    def _after_commit(self, settled: _Settled) -> None:
+    def _after_commit(self, settled: Settled) -> None:
         """Names are no longer in flight, what was replaced is to be deleted."""
         shared = self._shared
         for row in settled.kept:
@@ -395,7 +395,7 @@ class Writer:
         with self._shared.lock:
             self._shared.ledger.add("pending", -self._shared.in_flight.pop(blob, 0))
 
-    def _discard(self, batch: _Batch) -> None:
+    def _discard(self, batch: Batch) -> None:
         """Delete what a request wrote and no row names. A commit that failed may have happened: the index decides."""
         shared = self._shared
         for entry in (*batch.entries, *batch.unsynced):

@@ -6,7 +6,6 @@ was evicted or replaced before its turn is left out, with everything after it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -63,16 +62,19 @@ class Transfer:
         """
         return _shipped_pieces(self._shared, shipment)
 
-    def chain(self, key: bytes) -> tuple[Row, ...]:
-        """The blocks up to a key and the checkpoints along them, parents first, up to the first that refers to an aux
-        block; none when it is gone."""
+    def chain(self, key: bytes) -> tuple[list[Row], int]:
+        """The blocks up to a key and the checkpoints along them, parents first; none when it is gone.
+
+        And how many of them come before the first that refers to an aux block. CorruptDataError when the index is
+        damaged.
+        """
         with self._shared.index.view() as view:
             row = view.row(key)
             try:
                 chain = _chain(view, row) if row is not None else []
             except NotFoundError:  # it is being evicted
-                return ()
-            return tuple(itertools.takewhile(lambda one: not view.references(one), chain))
+                chain = []
+            return chain, next((at for at, one in enumerate(chain) if view.references(one)), len(chain))
 
     def blob(self, key: bytes) -> list[bytes]:
         """The bytes of a block's blob, verified, in pieces; none when it is gone, damaged or encrypted.

@@ -90,7 +90,6 @@ class Absences:
         self._absent_s, self._count_max, self._clock = absent_s, count_max, clock
         self._until_s: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
-        self.hits = 0
 
     def __len__(self) -> int:
         return len(self._until_s)
@@ -115,10 +114,7 @@ class Absences:
         """Those that are worth asking for."""
         now_s = self._clock()
         with self._lock:
-            given = list(names)
-            left = [name for name in given if self._until_s.get(name, 0.0) <= now_s]
-            self.hits += len(given) - len(left)
-            return left
+            return [name for name in names if self._until_s.get(name, 0.0) <= now_s]
 
 
 class Finder:

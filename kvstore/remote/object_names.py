@@ -55,11 +55,6 @@ class Naming:
         self._secret = hmac.digest(self.root, _TAG, hashlib.sha256) if is_salted else b""
         self.folder = self.hexed(_FOLDER) if self._secret else self.root.hex()
 
-    @property
-    def is_salted(self) -> bool:
-        """Whether names are keyed hashes."""
-        return bool(self._secret)
-
     def hexed(self, key: bytes) -> str:
         """A key, or the root, as it stands in names."""
         return hmac.digest(self._secret, key, hashlib.sha256).hex() if self._secret else key.hex()

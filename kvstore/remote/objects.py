@@ -8,14 +8,35 @@ from __future__ import annotations
 
 from kvstore.blobs import format as blob_format
 from kvstore.core.blocks import Block
+from kvstore.core.breaker import Deadline
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.rules import check_block
 from kvstore.errors import CorruptDataError
 from kvstore.remote.finder import RemoteBlock
+from kvstore.remote.object_store import ByteRange, ObjectStore
 
 # Read of every blob to have its header at once. A block of 64 layers has one of some 20 KB: two checksums a layer in
 # base64, its tokens, the record of its namespace.
 HEADER_GUESS_BYTES = 64 << 10
+
+
+def read_header(store: ObjectStore, wanted: RemoteBlock, deadline: Deadline) -> Block:
+    """The block that the header of an object describes: one read, a second for a header over HEADER_GUESS_BYTES.
+
+    Blocks the calling thread. RemoteError, DeadlineError when the store does not answer, ObjectChangedError when the
+    object is another one by now; the errors of `parse_blob` when it is no blob.
+    """
+
+    def first(nbytes: int) -> bytes:
+        if not nbytes:
+            return b""
+        (data,) = store.read(wanted.name, wanted.head.etag, [ByteRange(0, nbytes)], deadline)
+        return bytes(data)
+
+    head = first(min(HEADER_GUESS_BYTES, wanted.head.nbytes))
+    length = blob_format.header_length(head[: blob_format.LENGTH_BYTES], wanted.head.nbytes)
+    head = head[:length] if length <= len(head) else first(length)
+    return blob_format.parse_header(head, wanted.head.nbytes)
 
 
 def require_block(block: Block, wanted: RemoteBlock, fidelity_min: int) -> Block:

@@ -29,7 +29,7 @@ def configured_store(config: Config) -> ObjectStore:
 
 
 def honours_create(store: ObjectStore, deadline: Deadline) -> bool:
-    """Whether a second create of one name is refused, by trying it; for people and logs only.
+    """Whether a second create of one name is refused, by trying it: two puts and a delete. For people and logs only.
 
     Where it is not, two daemons that push one block at the same moment both pay for it, and a reader that began with
     one object starts again with the other. What is read is verified in any case. RemoteError, DeadlineError.

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.blobs.format import LENGTH_BYTES, header_length, parse_header
 from kvstore.core.blocks import Block
 from kvstore.core.breaker import CircuitBreaker, Deadline
 from kvstore.core.keys import NamespaceInfo
@@ -22,8 +21,8 @@ from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
 from kvstore.remote.finder import Finder, RemoteBlock
 from kvstore.remote.object_names import Naming, label_of
-from kvstore.remote.object_store import ByteRange, Head, ObjectStore
-from kvstore.remote.objects import HEADER_GUESS_BYTES, parse_blob, require_block
+from kvstore.remote.object_store import Head, ObjectStore
+from kvstore.remote.objects import parse_blob, read_header, require_block
 from kvstore.remote.push_queue import PushItem, PushQueue
 
 STALL_S = 5.0
@@ -37,17 +36,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Pushes:
-    """Counters since the start. `present`: there already; `gone`: evicted before its turn; `failed`: given up."""
+    """Counters since the start, in blobs.
+
+    `present`: there already; `gone`: evicted before its turn; `needs_basis`: re-encoded before its turn with a codec
+    that needs one; `failed`: given up; `wrong`: another object has the name.
+    """
 
     pushed: int = 0
     present: int = 0
     gone: int = 0
+    needs_basis: int = 0
     failed: int = 0
     wrong: int = 0
 
 
 class Pusher:
-    """See the module. `start` begins the thread, `close` ends it and saves the queue.
+    """See the module. `start` begins the thread, `close` ends it and saves the queue. Blobs that refer to an aux block
+    are not pushed: the store has none, so nobody could decode them.
 
     `load` gives the bytes of a blob, verified by the store that it lies in, in one or more parts; None when it is gone,
     or must not leave this machine: a namespace whose data is encrypted is never pushed, since its keys are here alone.
@@ -148,8 +153,11 @@ class Pusher:
         block = parse_blob(blob)
         if (block.root, block.key) != (item.root, item.key):
             raise CorruptDataError("the local store gave another blob than was asked for")
-        info = NamespaceInfo.from_record(block.namespace)
-        naming = Naming(info)
+        if block.references:
+            self.breaker.undecided()
+            self._count(needs_basis=1)
+            return 0
+        naming = Naming(NamespaceInfo.from_record(block.namespace))
         name = naming.name(block.parent, block.key, label_of(block.fidelity))
         deadline = Deadline(STALL_S + len(blob) / BYTES_PER_S_MIN)
         self._identify(naming, deadline)
@@ -189,21 +197,12 @@ class Pusher:
             block.is_checkpoint,
         )
         try:
-            first = self._first_bytes(wanted, min(HEADER_GUESS_BYTES, head.nbytes), deadline)
-            length = header_length(first[:LENGTH_BYTES], head.nbytes)
-            header = first if length <= len(first) else self._first_bytes(wanted, length, deadline)
-            require_block(parse_header(header[:length], head.nbytes), wanted, block.fidelity)
+            require_block(read_header(self._store, wanted, deadline), wanted, block.fidelity)
         except (RemoteError, DeadlineError):
             raise
         except KVStoreError as error:
             self._finder.report_wrong(wanted, error)
             self._count(wrong=1)
-
-    def _first_bytes(self, wanted: RemoteBlock, nbytes: int, deadline: Deadline) -> bytes:
-        if not nbytes:
-            return b""
-        (data,) = self._store.read(wanted.name, wanted.head.etag, [ByteRange(0, nbytes)], deadline)
-        return bytes(data)
 
     def _count(self, **counts: int) -> None:
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in counts.items()})

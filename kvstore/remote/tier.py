@@ -32,8 +32,6 @@ class RemoteStats:
     queued_blobs: int
     queued_bytes: int
     dropped_blobs: int
-    absences: int
-    absence_hits: int
     wrong_objects: int
     speed: Speed
 
@@ -83,8 +81,6 @@ class RemoteTier:
             len(self.queue),
             self.queue.nbytes,
             self.queue.dropped,
-            len(self.finder.absences),
-            self.finder.absences.hits,
             self.finder.wrong,
             self.link.speed,
         )

@@ -21,7 +21,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
-from kvstore.blobs import format as blob_format
 from kvstore.core.blocks import Block, Reason
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import NamespaceInfo
@@ -30,8 +29,7 @@ from kvstore.engine.adopt import require_own_namespace
 from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
 from kvstore.remote.finder import Reach, RemoteBlock
 from kvstore.remote.object_names import Naming, labels_from
-from kvstore.remote.object_store import ByteRange
-from kvstore.remote.objects import HEADER_GUESS_BYTES
+from kvstore.remote.objects import read_header
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.costs import Belief, Costs, Work
 from kvstore.server.importer import Importer
@@ -161,16 +159,8 @@ class RemotePath:
 
     def _learn(self, want: Want, one: RemoteBlock, deadline: Deadline) -> NamespaceInfo:
         """The namespace of a request, with the layout that a blob of it says: nothing of it is stored here yet."""
-
-        def first(nbytes: int) -> bytes:
-            (data,) = self._tier.store.read(one.name, one.head.etag, [ByteRange(0, nbytes)], deadline)
-            return bytes(data)
-
         try:
-            head = first(min(HEADER_GUESS_BYTES, one.head.nbytes))
-            length = blob_format.header_length(head[: blob_format.LENGTH_BYTES], one.head.nbytes)
-            head = head[:length] if length <= len(head) else first(length)
-            info = named(want, blob_format.parse_header(head, one.head.nbytes))
+            info = named(want, read_header(self._tier.store, one, deadline))
         except (RemoteError, DeadlineError):
             raise
         except KVStoreError as error:

@@ -29,6 +29,8 @@ WAITING_MAX, OFFERED_MAX, OFFERED_S = 256, 65_536, 600.0
 # Chains that are looked through in one step.
 CHAINS_MAX = 32
 CLOSE_S = 2.0
+# Why blocks are not pushed, beside `ENCRYPTED` and the counters of `Pushes`: they, or blocks before them, need a basis.
+NEEDS_BASIS = "needs_basis"
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,6 @@ class Remote:
     def __init__(self, engine: Engine, store: StorePath, costs: Costs, threads: Threads, config: Config) -> None:
         """ConfigError for a tier that cannot be used as it is configured. Nothing is asked of it yet."""
         self._engine = engine
-        self._store = store
         self._waiting: OrderedDict[bytes, None] = OrderedDict()
         self._offered: OrderedDict[bytes, float] = OrderedDict()
         self._not_pushed: Counter[str] = Counter()
@@ -106,16 +107,20 @@ class Remote:
             self._offer(key)
 
     def _offer(self, key: bytes) -> None:
-        rows = self._engine.transfer.chain(key)
-        if rows and self._engine.is_encrypted(rows[0].root):
-            self._not_pushed[ENCRYPTED] += len(rows)
-            return
-        now_s = time.monotonic()
-        items = [PushItem(row.root, row.key, row.blob_bytes) for row in rows if not self._is_offered(row.key)]
+        """Queue what may be pushed of the chain up to a key, and count what may not."""
+        chain, count = self._engine.transfer.chain(key)
+        why = NEEDS_BASIS
+        if chain and self._engine.is_encrypted(chain[0].root):
+            count, why = 0, ENCRYPTED
+        items = [PushItem(row.root, row.key, row.blob_bytes) for row in chain[:count] if not self._is_offered(row.key)]
+        kept = [row.key for row in chain[count:] if not self._is_offered(row.key)]
         self._tier.offer(items)
-        for item in items:
-            self._offered[item.key] = now_s
-            self._offered.move_to_end(item.key)
+        if kept:
+            self._not_pushed[why] += len(kept)
+        now_s = time.monotonic()
+        for seen in (*(item.key for item in items), *kept):
+            self._offered[seen] = now_s
+            self._offered.move_to_end(seen)
         while len(self._offered) > OFFERED_MAX:
             self._offered.popitem(last=False)
 
@@ -135,6 +140,7 @@ class Remote:
         with counters.lock:
             unused, hits, hit_tokens = dict(counters.unused), counters.hits, counters.hit_tokens
         dropped = {"queue_full": stats.dropped_blobs - pushes.failed, "gone": pushes.gone, "failed": pushes.failed}
+        dropped[NEEDS_BASIS] = pushes.needs_basis
         not_pushed = Counter(dropped) + self._not_pushed
         return pb.RemoteStats(
             state=state,
@@ -153,4 +159,5 @@ class Remote:
             bytes_per_s=stats.speed.bytes_per_s if requests.read_bytes else 0.0,
             latency_s=stats.speed.latency_s if requests.heads else 0.0,
             wrong_objects=stats.wrong_objects,
+            create_only=self._watch.create_only,
         )

@@ -6,6 +6,9 @@
 
 Requests ask only while it serves. After some failures in a row it does not, until `look` has seen it answer: that is
 called once a second, and waits longer from one failure to the next.
+
+It also finds out, once, whether the store refuses a second put of one name. That is for people: what is read is
+verified in any case.
 """
 
 from __future__ import annotations
@@ -19,9 +22,14 @@ from kvstore.core.breaker import CircuitBreaker, Deadline
 from kvstore.errors import DeadlineError, RemoteError, UnmarkedError
 from kvstore.remote.link import RATED_BYTES_MIN
 from kvstore.remote.object_store import ByteRange
+from kvstore.remote.open_store import honours_create
 from kvstore.remote.tier import RemoteTier
 
 UNAVAILABLE, UNMARKED, SERVING = "unavailable", "unmarked", "serving"
+# What is known of create-only puts.
+UNKNOWN, HONOURED, IGNORED = "unknown", "honoured", "ignored"
+# How often that is tried. A try that fails may leave an object behind, so the number has a limit.
+PROBES_MAX = 3
 # The marker is looked for this often: a share that was unmounted leaves an empty folder, which answers.
 LOOK_EVERY_S = 10.0
 LOOK_S = 5.0
@@ -41,6 +49,8 @@ class Watch:
         self._lock = threading.Lock()
         self._state, self._detail = UNAVAILABLE, "it was not asked yet"
         self._looked_s = clock() - LOOK_EVERY_S
+        self._probes_left = PROBES_MAX
+        self.create_only = UNKNOWN
         self._trials = CircuitBreaker(failures_max=1, clock=clock)
 
     @property
@@ -69,7 +79,10 @@ class Watch:
         self._tier.reads.succeeded()
 
     def look(self) -> None:
-        """See whether it serves, when that is due. Blocks for LOOK_S at most; raises nothing that a store can do."""
+        """See whether it serves, when that is due; raises nothing that a store can do.
+
+        Blocks for LOOK_S at most, and for as long again while it is not known what create-only puts do.
+        """
         now_s = self._clock()
         if self.serves and now_s - self._looked_s < LOOK_EVERY_S:
             return
@@ -77,9 +90,10 @@ class Watch:
             return
         self._looked_s = now_s
         try:
-            self._tier.store.require_mark(Deadline(LOOK_S))
+            deadline = Deadline(LOOK_S)
+            self._tier.store.require_mark(deadline)
             if not self._tier.store.requests.read_bytes:
-                self._sample(Deadline(LOOK_S))
+                self._sample(deadline)
         except UnmarkedError as error:
             self._trials.failed()
             self._become(UNMARKED, str(error))
@@ -89,7 +103,20 @@ class Watch:
         else:
             self._trials.succeeded()
             self._tier.reads.succeeded()
+            self._probe()
             self._become(SERVING, "")
+
+    def _probe(self) -> None:
+        """Find out what create-only puts do, unless that is known or was tried PROBES_MAX times."""
+        if self.create_only != UNKNOWN or not self._probes_left:
+            return
+        self._probes_left -= 1
+        try:
+            self.create_only = HONOURED if honours_create(self._tier.store, Deadline(LOOK_S)) else IGNORED
+        except (RemoteError, DeadlineError) as error:
+            log.info("whether the remote tier honours create-only puts is not known: %s", error)
+        if self.create_only == IGNORED:
+            log.warning("the remote tier ignores create-only puts: daemons may write the same block more than once")
 
     def _sample(self, deadline: Deadline) -> None:
         listed = self._tier.store.names("", "", deadline)

@@ -1,0 +1,78 @@
+"""Whether the remote tier may be asked, and what is found out of it on nobody's request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from kvstore.core.breaker import Deadline
+from kvstore.core.limits import default_limits
+from kvstore.errors import RemoteError
+from kvstore.remote.object_store import PROBE
+from kvstore.remote.tier import RemoteTier
+from kvstore.server.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
+from tests.support.memory_objects import MemoryStore
+
+
+class Clock:
+    """Seconds that only a test lets pass."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def watch_over(store: MemoryStore) -> tuple[Watch, Clock]:
+    """A watch that has not looked yet."""
+    clock = Clock()
+    tier = RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
+    return Watch(tier, clock), clock
+
+
+def looked(watch: Watch, clock: Clock, times: int = 1) -> Watch:
+    """After so many looks that were due."""
+    for _ in range(times):
+        watch.look()
+        clock.now_s += LOOK_EVERY_S
+    return watch
+
+
+def test_what_create_only_puts_do_is_found_out_once_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store that refuses the second put of a name, and of one that takes it."""
+    store = MemoryStore()
+    before = dict(store.objects)
+    watch, clock = watch_over(store)
+    assert watch.create_only == UNKNOWN
+    assert looked(watch, clock, 3).create_only == HONOURED
+    assert (store.rounds.count("create"), store.rounds.count("delete")) == (2, 1)
+
+    def overwrite(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        store.put(name, b"".join(parts))
+        return True
+
+    monkeypatch.setattr(store, "create", overwrite)
+    watch = looked(*watch_over(store))
+    assert watch.create_only == IGNORED and watch.serves
+    assert store.objects == before
+
+
+@pytest.mark.parametrize("call", ["create", "delete"])
+def test_a_store_that_takes_no_writes_serves_and_is_tried_a_few_times(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Credentials that may only read, or that may not delete: there is an end of what tries leave behind."""
+
+    def refuse(*args: object) -> bool:
+        raise RemoteError("403")
+
+    store = MemoryStore()
+    monkeypatch.setattr(store, call, refuse)
+    watch, clock = watch_over(store)
+    assert looked(watch, clock).serves and watch.create_only == UNKNOWN
+    looked(watch, clock, 2 * PROBES_MAX)
+    left = [name for name in store.objects if name.startswith(PROBE)]
+    assert len(left) == (PROBES_MAX if call == "delete" else 0)
+    assert watch.serves
