@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kvstore.config import Config
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
-from kvstore.errors import RemoteError
+from kvstore.errors import CorruptDataError, RemoteError
+from kvstore.index.rows import Row
 from kvstore.remote.object_store import PROBE
 from kvstore.remote.tier import RemoteTier
+from kvstore.server.remote_tier import Remote
 from kvstore.server.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
 from tests.support.memory_objects import MemoryStore
 
@@ -76,3 +81,20 @@ def test_a_store_that_takes_no_writes_serves_and_is_tried_a_few_times(
     left = [name for name in store.objects if name.startswith(PROBE)]
     assert len(left) == (PROBES_MAX if call == "delete" else 0)
     assert watch.serves
+
+
+def test_a_damaged_index_does_not_end_the_looks_at_the_tier(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be read is not pushed; the step ends as always, and takes what waits behind it."""
+    asked: list[bytes] = []
+
+    def chain(key: bytes) -> tuple[list[Row], int]:
+        asked.append(key)
+        raise CorruptDataError("a value does not match its checksum")
+
+    engine = SimpleNamespace(transfer=SimpleNamespace(chain=chain))
+    config = Config(data_dir=tmp_path, remote=f"file://{tmp_path}/share")
+    remote = Remote(engine, None, None, SimpleNamespace(remote=None), config)  # type: ignore[arg-type]
+    remote.push([b"one", b"two"])
+    remote.step()
+    assert asked == [b"one", b"two"]
+    assert caplog.text.count("is not pushed") == 2

@@ -61,10 +61,10 @@ class BlobWrite:
 
 
 class WriteBehind:
-    """The threads of one request, started when needed, with the priority of the thread that starts them.
+    """The two threads of one request, started when needed, with the priority of the thread that starts them.
 
-    `ahead`: so many blobs may be made while earlier ones are written; at 0 `put` returns when one is written. Leaving
-    the block waits for all of them.
+    `ahead`: how many blobs may be made while earlier ones are written; at 0, and without `sync`, `put` returns when the
+    blob is written. Use it in a `with` block, on one thread; leaving the block waits for all blobs.
     """
 
     def __init__(self, blobs: Blobs, *, sync: bool, ahead: int = 0) -> None:
@@ -93,7 +93,7 @@ class WriteBehind:
             if self._sync:
                 begun.synced = _submit(self._syncing, begun.sync)
             else:
-                begun.sync()  # it is quick: the file is closed
+                begun.sync()  # waits until the blob is written; closing the file is quick
         except OSError:
             begun.wait_written()
             begun.abandon()

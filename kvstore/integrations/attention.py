@@ -1,9 +1,8 @@
 """What the attention of an mlx-lm model says of its KV: how keys turn, which queries read them, what values become.
 
-Used by a calibration only (`basis_maker.py`). Nothing here must be right for a hit to be right: a wrong answer costs
-bits.
-Where a model has its attention otherwise (several axes of positions, latents, no `rope`, no `o_proj`), the answer is
-None, and its KV is coded without.
+Used by a calibration only (`basis_maker.py`). A wrong answer costs bits, never a wrong hit. Where the attention of a
+model is of another kind (several axes of positions, latents, no `rope`, no `o_proj`), the answer is None, and its KV is
+coded without.
 """
 
 from __future__ import annotations

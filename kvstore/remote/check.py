@@ -1,7 +1,7 @@
 """Verifies every object of the remote store: reads it whole, and compares it with its name and its checksums.
 
-Nothing is repaired or deleted: an object is somebody's, and a wrong one is passed over by whoever meets it. A hole (a
-block whose parent is not there) is no damage, since others evict and drop pushes; it is counted.
+Nothing is repaired or deleted: objects belong to all hosts, and daemons pass over a wrong one. A hole (a block whose
+parent is not there) is no damage, since other hosts evict and drop pushes; it is counted.
 """
 
 from __future__ import annotations

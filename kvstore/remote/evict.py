@@ -46,7 +46,7 @@ def evict_remote(
     behind. `tell(deleted, of all that go)`. InvalidRequestError without a rule; RemoteError, DeadlineError.
     """
     if older_s is None and bytes_max is None:
-        raise InvalidRequestError("say what goes: what is older than an age, or all but so many bytes")
+        raise InvalidRequestError("give an age or a size: how old objects must be, or how many bytes may stay")
     store.require_mark(Deadline(CALL_S))
     now_s = clock()
     objects = list(every_object(store))
@@ -79,7 +79,7 @@ def leaves_first(blocks: Iterable[tuple[ObjectName, Listed]]) -> list[tuple[floa
         path: list[tuple[str, str]] = []
         at = key
         while at in by_key and at not in depths and at not in path[-1:]:
-            depths[at] = 0  # names that lead in a circle are somebody's forgery: the walk ends where it began
+            depths[at] = 0  # names that lead in a circle are forged: the walk ends where it began
             path.append(at)
             at = (at[0], by_key[at][0][0].parent)
         depth = depths.get(at, 0)

@@ -75,11 +75,6 @@ class Reach:
         """Tokens of the prompt that blocks cover, with those before the first."""
         return self.blocks[-1].end if self.blocks else self.first * BLOCK_TOKENS
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return sum(one.head.nbytes for one in self.blocks)
-
 
 class Absences:
     """Names that were not there a short while ago: at most `count_max`, the oldest forgotten first. Any thread."""
@@ -128,7 +123,7 @@ class Finder:
         self.wrong = 0
 
     def report_wrong(self, block: RemoteBlock, why: Exception) -> None:
-        """The object is not what its name promises: pass it over. It is somebody's, so it is not deleted."""
+        """Pass an object over from now on: it is not what its name promises. It is not ours, so it is not deleted."""
         with self._lock:
             known = self._wrong.get(block.name) == block.head.etag
             self._wrong[block.name] = block.head.etag

@@ -88,6 +88,6 @@ class Link:
                 self._rate.learn(found, now_s)
 
     def seconds(self, nbytes: int, rounds: int = READ_ROUNDS) -> float:
-        """How long so many bytes would take in so many round trips."""
+        """How long it would take to read `nbytes` in this many round trips."""
         latency_s, bytes_per_s = self.speed
         return rounds * latency_s + nbytes / bytes_per_s

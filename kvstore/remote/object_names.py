@@ -9,8 +9,8 @@ does not know how long the tails are that were stored), and so that a listing al
 eviction. It is a folder, since clients of S3 list whole folders.
 
 A namespace with a salt has keyed hashes in place of namespace, parent and key: HMAC-SHA256 under a key made from
-its root, which follows from the salt. Whoever lists the store cannot tell whether it holds a text that they guess. Its
-objects hold tokens like any other: who may read the store can read prompts.
+its root, which follows from the salt. A listing does not tell whether the store holds a text that its reader
+guesses. The objects hold tokens like any other: who may read the store can read prompts.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from kvstore.errors import InvalidRequestError, KVStoreError, UnmarkedError
 
 # Of a listing. It is what S3 gives at once.
 PAGE_NAMES_MAX = 1000
-# One call of a walk over all objects, for which nobody waits.
+# Limit of one call of a walk over all objects. No request waits for it.
 CALL_S = 60.0
 MARKER = "kvstore-remote.json"
 MARKER_TEXT = b'{"format": "kvstore-remote", "version": 1}\n'

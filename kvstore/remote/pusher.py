@@ -1,9 +1,9 @@
-"""Pushes blobs to the remote store behind everybody's back: one thread of low priority, one blob at a time.
+"""Pushes blobs to the remote store in the background: one thread of low priority, one blob at a time.
 
-A push never waits for anything but its own deadline, and nobody waits for a push. An object that is there already
-stays, whatever its bytes: if its header is not that of the block, it is reported and passed over by this daemon's
-fetches, and nothing is overwritten or deleted. After failures a breaker of its own stops pushing for a while, the queue
-fills, and what does not fit is dropped and counted.
+No request waits for a push, and each push has a deadline. An object that is there already stays, whatever its bytes: if
+its header is not that of the block, it is reported and passed over by this daemon's fetches. Nothing is overwritten or
+deleted. After failures a breaker stops pushing for a while; the queue fills, and what does not fit is dropped and
+counted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Pushes:
 
 class Pusher:
     """See the module. `start` begins the thread, `close` ends it and saves the queue. Blobs that refer to an aux block
-    are not pushed: the store has none, so nobody could decode them.
+    are not pushed: the remote store holds no aux blocks, so no host could decode them.
 
     `load` gives the bytes of a blob, verified by the store that it lies in, in one or more parts; None when it is gone,
     or must not leave this machine: a namespace whose data is encrypted is never pushed, since its keys are here alone.
@@ -180,7 +180,7 @@ class Pusher:
             self._identified.add(naming.root)
 
     def _look_at(self, block: Block, name: str, head: Head | None, deadline: Deadline) -> None:
-        """Verify the header of an object that somebody else wrote under this name. It stays in any case."""
+        """Verify the header of an object that another host wrote under this name. It stays in any case."""
         if head is None:
             (head,) = self._store.head([name], deadline)
         if head is None:

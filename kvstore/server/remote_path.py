@@ -47,7 +47,7 @@ BUDGET_DIVISOR = 4
 INFOS_MAX = 256
 # Round trips in which it is found out what there is.
 FIND_ROUNDS = 2
-# A caller that says when it gives up hears so many times in that while the tier is read.
+# A caller that says how long it waits for a message gets this many in that time while the tier is read.
 BEATS = 3
 # What `why` says of a request that got more with the tier.
 HIT = "hit"
@@ -60,7 +60,7 @@ LATE, NOT_WORTH, BUSY, NOT_WRITTEN, NOTHING, ENCRYPTED = (
     "nothing_there",
     "encrypted",
 )
-# One promotion says this much of what all take, at most so many times what the link alone would.
+# A moving average: the weight of one promotion, and the most that it can say, in times what the link alone would take.
 PACE_STEP, PACE_MAX = 0.4, 64.0
 log = logging.getLogger(__name__)
 
@@ -242,7 +242,7 @@ class RemotePath:
         return promotion.stored > 0, why
 
     def _learn_pace(self, ratio: float) -> None:
-        """A promotion took so many times what the link alone was expected to."""
+        """A promotion took `ratio` times as long as the link alone was expected to."""
         now_s = self._costs.now_s()
         ratio = max(1 / PACE_MAX, min(ratio, PACE_MAX))
         self._pace.move(PACE_STEP * (math.log(ratio) - math.log(self._pace.factor(now_s))), now_s)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from kvstore.config import Config
 from kvstore.engine import Engine
+from kvstore.errors import KVStoreError
 from kvstore.remote.open_store import configured_store
 from kvstore.remote.push_queue import PushItem
 from kvstore.remote.tier import RemoteTier
@@ -37,7 +38,8 @@ log = logging.getLogger(__name__)
 class Remote:
     """See the module. `path` is None, and nothing is done, where no tier is configured.
 
-    Event loop only, but `step`, `message` and `close`, which are for worker threads.
+    Event loop only, but `step` for the thread `watch`, and `message` and `close` for `admin`. Event loop and `watch`
+    share `_waiting` and `_offered` without a lock: each access is one operation of a dict.
     """
 
     def __init__(self, engine: Engine, store: StorePath, costs: Costs, threads: Threads, config: Config) -> None:
@@ -70,7 +72,7 @@ class Remote:
             self._tier.close(CLOSE_S)
 
     def served(self, gained: int, why: str, keys: Sequence[bytes]) -> None:
-        """A request got so many tokens more with the tier, or none for this reason. `keys`: of what it got in all."""
+        """A request got `gained` tokens more with the tier, or none, and `why`. `keys`: of all blocks that it got."""
         assert self.path is not None
         if gained:
             self.path.counters.hit(gained)
@@ -95,7 +97,7 @@ class Remote:
         return time.monotonic() - self._offered.get(key, -OFFERED_S) < OFFERED_S
 
     def step(self) -> None:
-        """Once a second: see whether the tier serves, and queue what is to be pushed."""
+        """Once a second: see whether the tier serves, and queue what is to be pushed. Raises nothing of a store."""
         if self.path is None:
             return
         self._watch.look()
@@ -104,7 +106,10 @@ class Remote:
                 key, _ = self._waiting.popitem(last=False)
             except KeyError:
                 return
-            self._offer(key)
+            try:
+                self._offer(key)
+            except KVStoreError as error:  # the next look must come: nothing else closes a circuit that is open
+                log.warning("a prefix is not pushed to the remote tier: %s", error)
 
     def _offer(self, key: bytes) -> None:
         """Queue what may be pushed of the chain up to a key, and count what may not."""
@@ -141,7 +146,7 @@ class Remote:
             unused, hits, hit_tokens = dict(counters.unused), counters.hits, counters.hit_tokens
         dropped = {"queue_full": stats.dropped_blobs - pushes.failed, "gone": pushes.gone, "failed": pushes.failed}
         dropped[NEEDS_BASIS] = pushes.needs_basis
-        not_pushed = Counter(dropped) + self._not_pushed
+        not_pushed = Counter(dropped) + self._not_pushed.copy()  # `step` counts meanwhile
         return pb.RemoteStats(
             state=state,
             detail=detail or (stats.error if stats.pushes_open else ""),

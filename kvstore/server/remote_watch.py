@@ -1,4 +1,4 @@
-"""Whether the remote tier may be asked, found out on nobody's request.
+"""Whether the remote tier may be asked, found out in the background instead of in a request.
 
     unavailable   it does not answer, or was not asked yet
     unmarked      the place has no marker: it is not mounted, or nobody ran `kvstore config remote-init`

@@ -32,7 +32,6 @@ HIT_S = 10.0
 # Seconds from the plan of a fetch until its bytes were read.
 FETCH_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 OPEN_MAX = 1024
-PID_MAX = 1 << 32
 IN_MEMORY = "in_memory"
 T = TypeVar("T")
 log = logging.getLogger(__name__)
