@@ -11,6 +11,8 @@ packed          u8 kind; u32 n, then n of (u32 place, i16 code): codes over 127,
                 components: u32 length, highest bit set if it is a zstd frame, and that many bytes. A component is cut
                 into 5, 2 or 1 spans of equal length, the last filled up with zeros; a byte holds one code of each span,
                 the first the lowest digit: in base 3 (code + 1), base 16 (code + 8) or base 256 (code + 128)
+  kind 2        n is 0, and the rest is a zstd frame of the codes as i16 [groups, tokens, components]: where so many are
+                over 127 that the list makes it longer than that
 """
 
 from __future__ import annotations
@@ -45,17 +47,21 @@ _TRITS = [bytes((byte // 3**k % 3 - 1) & 0xFF for byte in range(256)) for k in r
 
 
 def pack(codes: Codes) -> bytes:
-    """Codes `[groups, tokens, components]`, C-contiguous -> the shorter of both kinds."""
+    """Codes `[groups, tokens, components]`, C-contiguous -> the shortest kind: at most a frame of their own bytes."""
     places = np.flatnonzero(_over(codes.reshape(-1)))
     escapes = np.zeros(len(places), _ESCAPE)
+    within = codes
     if len(places):
         escapes["place"], escapes["code"] = places, codes.reshape(-1)[places]
-        codes = np.clip(codes, -CODE_MAX, CODE_MAX)
-    small = codes.astype(np.int8)
+        within = np.clip(codes, -CODE_MAX, CODE_MAX)
+    small = within.astype(np.int8)
     classed = b"".join(_pack_classes(small))
     plain = _zstd()[1].compress(small.tobytes()) if _may_repeat(small) else b""
     kind, body = (0, plain) if plain and len(plain) <= len(classed) else (1, classed)
-    return _HEAD.pack(kind, len(places)) + escapes.tobytes() + body
+    packed = _HEAD.pack(kind, len(places)) + escapes.tobytes() + body
+    if len(packed) <= codes.nbytes:
+        return packed
+    return min(packed, _HEAD.pack(2, 0) + _zstd()[0].compress(codes.astype("<i2").tobytes()), key=len)
 
 
 def _over(flat: Codes) -> npt.NDArray[np.bool_]:
@@ -102,10 +108,10 @@ def unpack(packed: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
     try:
         kind, count = _HEAD.unpack_from(packed)
         at = _HEAD.size + count * _ESCAPE.itemsize
-        if kind > 1 or at > len(packed):
+        if kind >= len(_UNPACK) or at > len(packed):
             raise CorruptDataError("packed codes are of no known kind")
         escapes = np.frombuffer(packed, _ESCAPE, count, _HEAD.size)
-        codes = (_unpack_plain if kind == 0 else _unpack_classes)(packed[at:], shape)
+        codes = _UNPACK[kind](packed[at:], shape)
     except (struct.error, zstandard.ZstdError, ValueError) as error:
         raise CorruptDataError(f"packed codes do not unpack: {error}") from error
     if count:
@@ -154,6 +160,14 @@ def _unpack_classes(body: memoryview | bytes, shape: tuple[int, int, int]) -> Co
     if at != len(body):
         raise CorruptDataError("packed codes have bytes behind their end")
     return np.ascontiguousarray(by_component.reshape(groups, components, tokens).transpose(0, 2, 1), np.int16)
+
+
+def _unpack_large(body: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
+    groups, tokens, components = shape
+    return np.frombuffer(_content(body, 2 * groups * tokens * components), "<i2").reshape(shape).astype(np.int16)
+
+
+_UNPACK = (_unpack_plain, _unpack_classes, _unpack_large)
 
 
 def _digits(raw: bytes, base: int, components: int, together: int) -> _Small:

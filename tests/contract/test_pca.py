@@ -26,7 +26,7 @@ from kvstore.codecs.pca import pca_recipe
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.rope import Rope, turns
 from kvstore.codecs.runs import load_run, narrow_run, pack_run, payload_run
-from kvstore.core.blocks import RAW, Recipe
+from kvstore.core.blocks import RAW, Recipe, packed_bytes_max
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import AuxMissingError, CorruptDataError
 from tests.support.pca_bases import in_context, layout_basis, make_basis, make_part
@@ -209,6 +209,22 @@ def test_packed_codes_come_back(shape: tuple[int, int, int, int, float]) -> None
     """Of both kinds, all classes, and none."""
     codes = make_codes(*shape)
     assert np.array_equal(unpack(pack(codes), codes.shape), codes)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.165, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (16, 1, 256), (2, 5, 64), (1, 256, 256)])
+def test_packed_codes_are_never_longer_than_a_blob_may_have_them(shape: tuple[int, int, int], share: float) -> None:
+    """However many are large, as of a prompt that is unlike the calibration's: its block can be stored and read."""
+    rng = np.random.default_rng(1)
+    codes = rng.integers(-127, 128, shape).astype(np.int16)
+    large = rng.integers(-32_767, 32_768, shape).astype(np.int16)
+    codes = np.where(rng.random(shape) < share, large, codes)
+    packed = pack(codes)
+    assert len(packed) <= packed_bytes_max(codes.nbytes)
+    assert np.array_equal(unpack(packed, shape), codes)
+    for end in range(0, len(packed), max(1, len(packed) // 50)):
+        with pytest.raises(CorruptDataError):
+            unpack(packed[:end], shape)
 
 
 def test_both_kinds_of_packing_are_used_where_they_are_shorter() -> None:
