@@ -96,3 +96,14 @@ def test_a_plan_decodes_all_that_it_hands_over(engine: Engine, path: FetchPath, 
     plan = path.plan(Chain(NS.root, pack_tokens(TOKENS)), 0)
     assert [row.start for row in decoded] == [0, 256, 512, 768]
     plan.release()
+
+
+def test_a_namespace_that_is_evicted_after_the_match_is_a_miss_with_that_reason(
+    engine: Engine, path: FetchPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that says that all was found."""
+    put(engine, NS, TOKENS)
+    known = [engine.namespace(NS.root)]
+    monkeypatch.setattr(engine, "namespace", lambda root: known.pop() if known else None)
+    plan = path.plan(Chain(NS.root, pack_tokens(TOKENS)), 0)
+    assert plan.namespace is None and (plan.match.n_tokens, plan.match.reason) == (0, Reason.EVICTED)

@@ -142,6 +142,8 @@ class FetchPath:
         for _ in range(REPLANS_MAX):
             match = self._usable(chain, fidelity_min, offer, unusable)
             namespace = self._engine.namespace(chain.root)
+            if match.n_tokens and namespace is None:  # it was evicted since
+                match = Match(0, Reason.EVICTED, common_tokens=match.common_tokens, nearest=match.nearest)
             if not match.n_tokens or namespace is None:
                 return FetchPlan(None, match, None)
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
