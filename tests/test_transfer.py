@@ -206,15 +206,13 @@ def test_memory_bounds_what_is_taken_in(source: Engine, target: Engine) -> None:
 
 
 def test_blobs_that_do_not_fit_together_are_refused(target: Engine) -> None:
-    """Another namespace, no parent, a rank above the parent's, a piece too many, one too few: nothing of it is seen."""
+    """Another namespace, no parent, a piece too many, one too few: nothing of it is seen."""
     record = PACKED.to_record()
     block, tail = blobs_of(sequence(PACKED, TOKENS), record)
-    low = blobs_of(sequence(PACKED, TOKENS, fidelity=800), record)[0]
     other = blobs_of(sequence(namespace("other"), range(30)), namespace("other").to_record())[0]
     lying = blobs_of(sequence(PACKED, TOKENS), namespace("other", HYBRID).to_record())[0]
     cases = {
         "one namespace": pieces_of([block, other]),
-        "higher fidelity": pieces_of([low, tail]),
         "namespace says": pieces_of([lying]),
         "more bytes": [(len(block), block), (0, b"x")],
         "before the last": [(len(block), block[:100]), (len(tail), tail)],
@@ -227,6 +225,17 @@ def test_blobs_that_do_not_fit_together_are_refused(target: Engine) -> None:
         assert not blob_paths(target._shared.directory.root), words
     assert take_in(target, pieces_of([tail])).reason is Reason.DEPENDENCY_LOST
     assert not blob_paths(target._shared.directory.root)
+
+
+def test_what_comes_after_a_block_that_was_re_encoded_arrives_with_it(target: Engine) -> None:
+    """A tail that stayed as it was and a checkpoint, which is exact: a match has the least rank, as where they were."""
+    record = PACKED.to_record()
+    low, (_, tail) = sequence(PACKED, TOKENS, fidelity=400)[0], sequence(PACKED, TOKENS)
+    done = take_in(target, pieces_of(blobs_of([low, tail, checkpoint(PACKED, TOKENS)], record)))
+    assert (done.blobs, done.reason) == (3, Reason.OK)
+    match = find(target, PACKED, TOKENS, exact=True)
+    assert (match.n_tokens, match.fidelity) == (len(TOKENS), 400)
+    assert find(target, PACKED, TOKENS, exact=True, fidelity_min=500).n_tokens == 0
 
 
 def test_names_are_those_that_a_worker_may_give(target: Engine) -> None:

@@ -92,12 +92,6 @@ class Transfer:
         with self._shared.index.view() as view:
             return is_covered(view, pack_row(replace(block, namespace=b""), 0, 0, 0))
 
-    def fidelity_of(self, key: bytes) -> int | None:
-        """The rank of a stored block; None when it is not stored."""
-        with self._shared.index.view() as view:
-            row = view.row(key)
-        return None if row is None else row.fidelity
-
 
 def _planned(shared: Shared, namespace_prefix: bytes, key_prefix: bytes) -> Shipment:
     if key_prefix:

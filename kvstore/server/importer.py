@@ -146,15 +146,9 @@ class Importer:
             raise CorruptDataError("the blob is not what its namespace says")
         if block.aux is not None:
             return block
+        # Its rank may be higher than its parent's: that one was re-encoded later. A match takes the least of both.
         check_block(info.layout, block)
-        above = self._rank_above(block)
-        if above is not None and block.fidelity > above:
-            raise InvalidRequestError("a block says that it is of higher fidelity than the one before it")
         return block
-
-    def _rank_above(self, block: Block) -> int | None:
-        in_batch = (new.block.fidelity for new in self._batch if new.block.key == block.parent)
-        return next(in_batch, None) or self._engine.transfer.fidelity_of(block.parent)
 
     def _is_here(self, block: Block) -> bool:
         return any(new.block.key == block.key for new in self._batch) or self._engine.transfer.is_held(block)
