@@ -17,7 +17,17 @@ from kvstore.core.keys import Chain, Namespace, aux_key
 from kvstore.engine import Engine, NewBlock, Selection, check_directory
 from kvstore.engine.bases import UNUSED_S
 from kvstore.errors import InvalidRequestError
-from tests.support.aux_blocks import basis_of, counted, new_aux, put_aux, put_referring, read_aux, referring, row_number
+from tests.support.aux_blocks import (
+    basis_of,
+    counted,
+    list_aux,
+    new_aux,
+    put_aux,
+    put_referring,
+    read_aux,
+    referring,
+    row_number,
+)
 from tests.support.engine import (
     RecordingFs,
     Stopped,
@@ -68,7 +78,7 @@ def test_a_basis_is_read_back_listed_and_counted_in_bytes(engine: Engine) -> Non
     """Its bytes under its digest, its cost in the namespace and in what `du` says, and it is no block."""
     assert (read_aux(engine, NS.root, FIRST), read_aux(engine, NS.root, SECOND)) == (ONE, TWO)
     assert read_aux(engine, OTHER.root, FIRST) is None and read_aux(engine, NS.root, bytes(32)) is None
-    listed = {one.digest: one for one in engine.list_aux(NS.root)}
+    listed = {one.digest: one for one in list_aux(engine, NS.root)}
     assert {digest: (one.nbytes, one.blocks) for digest, one in listed.items()} == {
         FIRST: (len(ONE), 3),
         SECOND: (len(TWO), 0),
@@ -193,7 +203,7 @@ def test_a_namespace_that_is_evicted_during_a_store_takes_the_basis_and_the_stor
             yield from blocks[1:]
 
         assert engine.store(NS.to_record(), evicted()).reason is Reason.EVICTED
-        assert not engine.list_aux(NS.root) and not engine._shared.index.held
+        assert not list_aux(engine, NS.root) and not engine._shared.index.held
         require_sound(engine)
 
 
@@ -426,7 +436,7 @@ def test_a_stop_leaves_counts_that_are_right(tmp_path: Path, name: str) -> None:
 def require_counted(engine: Engine) -> None:
     """Every count is that of the rows, and every block's basis is there."""
     for ns in (NS, OTHER):
-        said = {one.digest: one.blocks for one in engine.list_aux(ns.root)}
+        said = {one.digest: one.blocks for one in list_aux(engine, ns.root)}
         rows = counted(engine, ns.root)
         assert {digest: blocks for digest, blocks in said.items() if blocks} == rows
         assert engine.has_aux(ns.root, rows)
@@ -477,7 +487,7 @@ def test_counts_are_those_of_brute_force(actions: list[tuple[str, Namespace, obj
                 engine = Engine.open(data_dir, options(durability="none"))
             for space in (NS, OTHER):
                 rows = counted(engine, space.root)
-                said = {one.digest: one for one in engine.list_aux(space.root)}
+                said = {one.digest: one for one in list_aux(engine, space.root)}
                 assert {digest: one.blocks for digest, one in said.items() if one.blocks} == rows
                 for digest in (FIRST, SECOND):
                     is_lost = (space.root, digest) in lost

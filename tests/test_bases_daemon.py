@@ -274,3 +274,19 @@ def test_what_needs_a_basis_is_not_pushed_to_the_remote_tier_and_is_counted_once
         shown = run_cli(["stats"], made.environ()).stdout
         assert "not pushed (needs_basis)" in shown and "create-only puts" in shown
     assert not list((tmp_path / "share").rglob(f"{NS.root.hex()}*"))
+
+
+def test_a_basis_whose_connection_is_closed_meanwhile_is_missing_at_once() -> None:
+    """gRPC says so by a ValueError: no thread ends with a traceback, and the next fetch asks again."""
+    asked: list[bytes] = []
+
+    def closed(digest: bytes, timeout_s: float) -> Iterable[pb.BasisPiece]:
+        asked.append(digest)
+        raise ValueError("Cannot invoke RPC on closed channel!")
+
+    cache = BasisCache()
+    for _ in range(2):
+        with pytest.raises(AuxMissingError) as caught:
+            cache.get([DIGESTS[1]], closed, 60.0)
+        assert isinstance(caught.value.__cause__, AuxMissingError), "it was waited for"
+    assert asked == [DIGESTS[1]] * 2

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 from kvstore.blobs.ranges import BufferReader, FileReader, Range
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.device import Capture, dtype_name
-from kvstore.codecs.states import StateCapture, assemble_state, describe, state_ranges
+from kvstore.codecs.states import StateCapture, begin_state, describe, state_ranges
 from kvstore.core.blocks import ITEM_BYTES, LayerState
 from kvstore.core.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
 from kvstore.core.records import states_from_list, states_to_list
@@ -90,7 +90,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, by_file: bool) -> None:
             ranges = state_ranges(state, SOURCE)
             streamed = BufferReader([payload[r.offset : r.offset + r.nbytes] for r in ranges], ranges)
             source, reader = (0, files) if by_file else (SOURCE, streamed)
-            got = assemble_state(LAYOUT, state, len(TOKENS), source, reader)
+            got = begin_state(LAYOUT, state, len(TOKENS), source, reader).finish()
             assert_state(got, cache[state.layer])
 
 
@@ -100,7 +100,7 @@ def test_every_dtype_that_may_be_stored_comes_back_as_it_was(dtype: str) -> None
     layer = one_state({"a": random_array(np.random.default_rng(3), dtype, (3, 5, 7))})
     states, payload = finish_states(StateCapture([layer]))
     assert dtype_name(layer.arrays[0][1]) == dtype
-    got = assemble_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, payload))
+    got = begin_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, payload)).finish()
     assert_state(got, layer)
 
 
@@ -110,14 +110,16 @@ def test_a_layer_whose_slots_are_all_empty_is_a_layer_too() -> None:
     layer = StateLayer(LayerSpec(NO_PART, NO_PART, "state", (("slots", 1),), (rule,)), (), (), 10)
     states, payload = finish_states(StateCapture([layer]))
     assert payload == b""
-    assert_state(assemble_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, b"")), layer)
+    assert_state(begin_state(Layout((layer.spec,)), states[0], 10, SOURCE, payload_reader(states, b"")).finish(), layer)
 
 
 def test_what_comes_back_belongs_to_the_caller() -> None:
     """Two assemblies share no memory: an engine writes into its state."""
     cache = make_cache(LAYOUT, TOKENS)
     states, payload = finish_states(StateCapture(cache))
-    first, second = (assemble_state(LAYOUT, states[0], 50, SOURCE, payload_reader(states, payload)) for _ in range(2))
+    first, second = (
+        begin_state(LAYOUT, states[0], 50, SOURCE, payload_reader(states, payload)).finish() for _ in range(2)
+    )
     keys = first.arrays[0][1]
     keys[..., 0:1, :] = 99.0
     mx.eval(keys)
@@ -257,7 +259,7 @@ def test_damage_to_any_array_is_found(name: str, damage: str) -> None:
     if data == payload:  # two booleans, or an array that was zero
         return
     with pytest.raises(BlockCorruptError) as caught:
-        assemble_state(LAYOUT, state, 50, SOURCE, payload_reader(states, bytes(data)))
+        begin_state(LAYOUT, state, 50, SOURCE, payload_reader(states, bytes(data))).finish()
     assert caught.value.source == SOURCE
 
 
@@ -273,7 +275,7 @@ def test_two_arrays_swapped_are_found() -> None:
     ]
     for state in swaps:
         with pytest.raises(BlockCorruptError):
-            assemble_state(LAYOUT, state, 50, SOURCE, payload_reader(states, payload))
+            begin_state(LAYOUT, state, 50, SOURCE, payload_reader(states, payload)).finish()
 
 
 def test_an_array_without_a_checksum_is_never_served() -> None:
@@ -281,7 +283,7 @@ def test_an_array_without_a_checksum_is_never_served() -> None:
     states, payload = finish_states(StateCapture(make_cache(LAYOUT, TOKENS)))
     bare = replace(states[0], arrays=tuple(replace(array, checksum=b"") for array in states[0].arrays))
     with pytest.raises(BlockCorruptError, match="no checksum"):
-        assemble_state(LAYOUT, bare, 50, SOURCE, payload_reader(states, payload))
+        begin_state(LAYOUT, bare, 50, SOURCE, payload_reader(states, payload)).finish()
 
 
 def test_a_failing_disk_stays_an_os_error() -> None:
@@ -295,7 +297,7 @@ def test_a_failing_disk_stays_an_os_error() -> None:
 
     states, _ = finish_states(StateCapture(make_cache(LAYOUT, TOKENS)))
     with pytest.raises(OSError, match="disk"):
-        assemble_state(LAYOUT, states[0], 50, SOURCE, Failing())
+        begin_state(LAYOUT, states[0], 50, SOURCE, Failing()).finish()
 
 
 def test_the_tokens_of_a_mixed_cache_are_captured_without_its_other_layers() -> None:
@@ -316,5 +318,5 @@ def test_layers_of_the_wrong_kind_are_a_defect() -> None:
     """A kv layer never comes from a checkpoint."""
     layout = Layout((LayerSpec(PartSpec(1, 8, "F32"), NO_PART),))
     with pytest.raises(AssertionError):
-        assemble_state(layout, LayerState(0, (), ()), 1, SOURCE, payload_reader((), b""))
+        begin_state(layout, LayerState(0, (), ()), 1, SOURCE, payload_reader((), b"")).finish()
     assert describe(make_layers(layout, [1])) == ()

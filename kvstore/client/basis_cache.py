@@ -54,21 +54,25 @@ class BasisCache:
                 threading.Thread(target=self._fetch, args=arguments, name="kvstore-basis", daemon=True).start()
         try:
             return coming.result(max(0.0, wait_s))
-        except (FutureTimeoutError, KVStoreError, grpc.RpcError) as error:
+        except (FutureTimeoutError, AuxMissingError) as error:
             raise AuxMissingError(digest) from error
 
     def _fetch(self, digest: bytes, open_: Open, coming: Future[bytes]) -> None:
         """On a thread of its own."""
+        data = None
         try:
             data = _received(digest, open_(digest, FETCH_S))
             self._kept.put(digest, data)
-            coming.set_result(data)
-        except (KVStoreError, grpc.RpcError) as error:
+        except (KVStoreError, grpc.RpcError, ValueError) as error:  # ValueError: gRPC's for a channel that was closed
             log.info("a basis did not come: %s", error)
-            coming.set_exception(error)
         finally:
             with self._lock:
                 del self._coming[digest]
+        # Only now: a caller that asks again at once must not find this end of it.
+        if data is None:
+            coming.set_exception(AuxMissingError(digest))
+        else:
+            coming.set_result(data)
 
 
 def _received(digest: bytes, pieces: Iterable[pb.BasisPiece]) -> bytes:

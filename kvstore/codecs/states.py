@@ -79,13 +79,6 @@ def state_ranges(state: LayerState, source: int) -> list[Range]:
     return [Range(source, array.offset, array.nbytes) for array in state.arrays if array.nbytes]
 
 
-def assemble_state(
-    layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
-) -> StateLayer:
-    """`begin_state` and `finish`."""
-    return begin_state(layout, state, n_tokens, source, reader, reads).finish()
-
-
 def begin_state(
     layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
 ) -> LayerRead[StateLayer]:

@@ -16,7 +16,6 @@ import logging
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -30,33 +29,6 @@ from kvstore.index.table import AUX
 # Two weeks: a model that was calibrated on a Friday and is used on the Monday after the next one finds its basis.
 UNUSED_S = 14 * 86_400
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class AuxInfo:
-    """An aux block: its digest, its bytes (0: lost), its bytes on disk, and how many blocks refer to it."""
-
-    digest: bytes
-    nbytes: int
-    disk_bytes: int
-    blocks: int
-
-
-def listed(site: Site, root: bytes) -> list[AuxInfo]:
-    """The aux blocks of a namespace, lost ones too. Any thread."""
-    with site.index.view() as view:
-        rows = list(view.aux(root))
-    count = site.index.table.value
-    return [
-        AuxInfo(
-            row.block.aux.digest,
-            0 if row.is_lost else row.block.aux.nbytes,
-            site.cost(row),
-            count(row.key, "children"),
-        )
-        for row in rows
-        if not row.is_key_missing and row.block.aux is not None
-    ]
 
 
 def is_there(site: Site, root: bytes, digests: Iterable[bytes]) -> bool:

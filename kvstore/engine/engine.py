@@ -104,7 +104,6 @@ class Engine:
         # What recipes refer to
         self._aux = ByteCache(AUX_BYTES_MAX)
         self.has_aux = functools.partial(bases.is_there, shared.site)
-        self.list_aux = functools.partial(bases.listed, shared.site)
         self._scrub = Scrub(shared)
         # Looking
         self._listing = listing = Listing(shared)

@@ -23,7 +23,7 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Fs, Lease, Selection, Terms, check_directory
 from kvstore.errors import KVStoreError
 from tests.faults.bugs import seeded
-from tests.support.aux_blocks import basis_of, counted, put_aux, put_referring
+from tests.support.aux_blocks import basis_of, counted, list_aux, put_aux, put_referring
 from tests.support.engine import (
     HYBRID,
     blob_path,
@@ -458,5 +458,5 @@ def _require_order(engine: Engine) -> None:
     files = blob_paths(engine._shared.directory.root)
     assert files == rows, f"{len(files - rows)} files without a row"
     for ns in (BASED, MOVED):
-        said = {one.digest: one.blocks for one in engine.list_aux(ns.root) if one.blocks}
+        said = {one.digest: one.blocks for one in list_aux(engine, ns.root) if one.blocks}
         assert said == counted(engine, ns.root) and engine.has_aux(ns.root, said), "a block without its basis"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kvstore.blobs.format import aux_block
 from kvstore.core.blocks import RAW, Block
@@ -61,6 +61,34 @@ def read_aux(engine: Engine, root: bytes, digest: bytes) -> bytes | None:
         return engine.aux(root, [digest])[digest]
     except AuxMissingError:
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class AuxInfo:
+    """An aux block: its digest, its bytes (0: lost), its bytes on disk, and how many blocks refer to it."""
+
+    digest: bytes
+    nbytes: int
+    disk_bytes: int
+    blocks: int
+
+
+def list_aux(engine: Engine, root: bytes) -> list[AuxInfo]:
+    """The aux blocks of a namespace as the index has them, lost ones too."""
+    site = engine._shared.site
+    with site.index.view() as view:
+        rows = list(view.aux(root))
+    count = site.index.table.value
+    return [
+        AuxInfo(
+            row.block.aux.digest,
+            0 if row.is_lost else row.block.aux.nbytes,
+            site.cost(row),
+            count(row.key, "children"),
+        )
+        for row in rows
+        if not row.is_key_missing and row.block.aux is not None
+    ]
 
 
 def row_number(engine: Engine, root: bytes, digest: bytes) -> int:
