@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,14 @@ def check_command(words: list[str]) -> None:
         elif command.name == "run":
             assert word in SERVERS, f"no server {word}"
             return  # the rest is the server's
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if "```toml" in text_of(path)], ids=name_of)
+def test_every_configuration_that_is_shown_is_valid(path: Path) -> None:
+    """Keys and values."""
+    for language, text in _FENCE.findall(text_of(path)):
+        if language == "toml":
+            Config(**tomllib.loads(text))
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,20 @@ def test_a_prompt_that_is_all_there_is_whole(rig: Rig) -> None:
     """All but the last token, which an engine computes."""
     entry = rig.ask(TOKENS)
     assert (entry.cause, entry.common_tokens, entry.reason) == (Cause.WHOLE, 699, Reason.OK)
+
+
+def test_a_worker_that_has_in_memory_what_is_stored_is_not_told_that_restoring_was_too_slow(rig: Rig) -> None:
+    """Nothing was to be restored. Where its memory holds less, the reason stands."""
+    chain = Chain(NS.root, pack_tokens(changed(300)))
+    slow = replace(rig.engine.match(chain, 0, 699), n_tokens=0, reason=Reason.SLOWER_THAN_PREFILL)
+    for covered, cause, reason, given in (
+        (300, Cause.CHANGED, Reason.UNKNOWN_PREFIX, 300),
+        (299, Cause.LIMITED, Reason.SLOWER_THAN_PREFILL, 0),
+    ):
+        asked = Asked(Who("worker", 7, NS.root, NS.alias, NS.engine), f"{covered}", 700, covered)
+        rig.why.note(asked, chain, slow, identity_of(NS))
+        entry = rig.why.last(1)[0]
+        assert (entry.cause, entry.reason, entry.given_tokens) == (cause, reason, given)
 
 
 def test_what_was_evicted_is_not_what_was_never_stored(rig: Rig) -> None:

@@ -43,7 +43,7 @@ class _Verbs(Suggesting):
 
 @click.group("config", cls=_Verbs)
 def command() -> None:
-    """The configuration in force, the certificates that one for TCP needs, and the marker of a remote tier."""
+    """Show the configuration in force; make certificates; prepare a remote tier."""
 
 
 @command.command("show")

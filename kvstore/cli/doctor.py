@@ -76,6 +76,7 @@ def examine(config: Config) -> Iterator[Line]:
             yield from _disk(stats["disk"])
             yield from _limits(stats)
             yield from _metrics(config)
+            yield from _remote(stats["remote"])
             yield _workers(stats)
             yield _round_trip(client, config)
     except (UnavailableError, DeadlineError) as error:
@@ -185,6 +186,15 @@ def _metrics(config: Config) -> Iterator[Line]:
         )
         return
     yield Line("metrics", f"{address.target} answers {answer}", "" if " 200 " in answer else "look at the daemon's log")
+
+
+def _remote(remote: dict[str, Any]) -> Iterator[Line]:
+    """Whether the remote tier serves, where the daemon has one."""
+    if remote["state"] != "off":
+        if remote["state"] == "serving":
+            yield Line("remote", f"{remote['place']} is serving")
+        else:
+            yield Line("remote", remote["state"], remote["detail"] or f"look at {remote['place']}")
 
 
 def _workers(stats: dict[str, Any]) -> Line:

@@ -17,6 +17,7 @@ from kvstore.cli.common import (
     time_text,
 )
 from kvstore.core.reasons import is_needed, words_of
+from kvstore.core.text import counted
 
 YEAR_S = 365.25 * 86_400
 # A rate over less than this says nothing about a year.
@@ -152,7 +153,8 @@ def _writes(stats: dict[str, Any]) -> list[tuple[str, str]]:
     moved, total = stats["bytes"], stats.get("lifetime") or _EMPTY
     written, reused = total.get("written_bytes", 0), total.get("reused_bytes", 0)
     facts = [
-        ("written", f"{size_text(written)} in all, {size_text(moved['written'])} since start"),
+        # The second may be the larger: it counts what re-encoding, imports and the remote tier wrote, too.
+        ("written", f"{size_text(written)} for stores in all; {size_text(moved['written'])} of any kind since start"),
         ("reused", f"{size_text(reused)} were stored already and not written again"),
         ("a year", projected_text(stats, time.time())),
         *_admission(stats.get("writes") or _EMPTY),
@@ -160,7 +162,8 @@ def _writes(stats: dict[str, Any]) -> list[tuple[str, str]]:
         ("served", f"{size_text(moved['served'])} since start"),
     ]
     for cause, one in sorted(stats.get("evictions", {}).items()):
-        facts.append((f"evicted ({cause})", f"{one['blocks']:,} blocks, {size_text(one['bytes'])} since start"))
+        words = f"{counted(one['blocks'], 'block')}, {size_text(one['bytes'])} since start"
+        facts.append((f"evicted ({cause})", words))
     return facts + _pressure(stats.get("pressure") or _EMPTY)
 
 
@@ -193,15 +196,15 @@ def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
     if state == "off":
         return []
     known = remote["bytes_per_s"]
-    link = f"{known / 1e6:.0f} MB/s, {1e3 * remote['latency_s']:.1f} ms a request" if known else "not measured yet"
+    link = f"{known / 1e6:,.0f} MB/s, {1e3 * remote['latency_s']:.1f} ms a request" if known else "not measured yet"
     moved = f"{size_text(remote['read_bytes'])} read, {size_text(remote['written_bytes'])} written"
     waiting = f"{remote['queued_blobs']:,} wait, {size_text(remote['queued_bytes'])}"
     facts = [
         ("state", state + (f": {remote['detail']}" if remote["detail"] else "")),
         ("place", remote["place"]),
         ("link", link),
-        ("hits", f"{remote['hits']:,} got {remote['hit_tokens']:,} tokens more since start"),
-        ("moved", f"{moved}, {remote['requests']:,} requests since start"),
+        ("hits", f"{counted(remote['hits'], 'request')} got {remote['hit_tokens']:,} tokens from there since start"),
+        ("moved", f"{moved}, by {counted(remote['requests'], 'call')} since start"),
         ("pushed", f"{remote['pushed_blobs']:,} blobs since start, {waiting}"),
     ]
     if create_only := remote.get("create_only"):  # not of an older daemon

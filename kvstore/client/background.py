@@ -255,7 +255,7 @@ class Background:
             self._held.forget(job.chain, max(job.start, result.stored_tokens))
         self._stats.stored(result, job.end)
         took_s = time.monotonic() - job.begun_s
-        say_stored(self._namespace, job.request_id, (job.start, job.end), result, took_s)
+        say_stored(self._namespace, job.request_id, (max(job.start, job.new_from), job.end), result, took_s)
         job.finish(result)
 
     def _drop(self, job: StoreJob | DamageReport | Rest) -> None:

@@ -58,6 +58,7 @@ class StoreJob:
     `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
     `touch`: the daemon may defer it.
     `again` is the whole sequence. It is needed if the store turns out not to hold the tokens before `start`.
+    `new_from`: what the daemon wants begins here, since it holds the tokens before; 0 until it has said so.
     """
 
     chain: Chain
@@ -73,6 +74,7 @@ class StoreJob:
     interim: bool = False
     touch: Touch | None = None
     again: Rest | None = None
+    new_from: int = 0
     request_id: str = field(default_factory=new_request_id)
     begun_s: float = field(default_factory=time.monotonic)
     result: StoreResult = field(default_factory=StoreResult)
@@ -130,6 +132,7 @@ class Uploader:
         begun = self._begin(job)
         if begun.upload_id and job.again is not None:
             job.again.let_go()
+        job.new_from = begun.start
         try:
             whole = self._hand_over(job, begun)
         except OSError as error:

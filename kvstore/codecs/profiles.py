@@ -122,8 +122,8 @@ def parse_profile(name: str) -> Profile:
             profile = _with_option(profile, option)
     except _UnknownWordError as error:
         raise ConfigError(
-            f"unknown profile {name!r}: {error}; {', '.join(PROFILES)}, raw, affine8, or keys and values apart, as in "
-            f"channel4:affine4,edge2=affine8,sinks4 (bits: {', '.join(map(str, BITS))})"
+            f"unknown profile {name!r}: {error}; {', '.join(PROFILES)}, small, raw, affine8, or keys and values apart, "
+            f"as in channel4:affine4,edge2=affine8,sinks4 (bits: {', '.join(map(str, BITS))})"
         ) from error
     return profile
 

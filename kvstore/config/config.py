@@ -22,6 +22,7 @@ import platformdirs
 
 from kvstore.config import parsers
 from kvstore.config.parsers import GB, MIB, Address, parse_address
+from kvstore.config.remote_address import parse_remote
 from kvstore.core.limits import Limits, default_limits
 from kvstore.errors import ConfigError
 
@@ -199,8 +200,8 @@ class Config:
     profile: str = _key(
         "quality",
         parsers.profile,
-        "How KV is compressed: exact, safe, balanced, compact, tiny, or auto: safe, and from 80 % of the budget "
-        "on the smallest that passed `kvstore calibrate`.",
+        "How KV is compressed: exact, safe, balanced, compact, tiny, small (what `kvstore calibrate` made, else "
+        "compact), or auto: safe, and from 80 % of the budget on the smallest that passed `kvstore calibrate`.",
         "profile",
         default="auto",
     )
@@ -228,6 +229,7 @@ class Config:
             raise _error(
                 "metrics_listen", "is where the daemon listens for workers", self.sources.get("metrics_listen", "")
             )
+        self._require_apart()
         if self.encrypt != "off" and not self.encryption_key:
             raise _error("encrypt", "needs an encryption_key", self.sources.get("encrypt", ""))
         if not (self.address.path or self.tls_dir or self.insecure_tcp):
@@ -238,6 +240,15 @@ class Config:
                 "`kvstore config cert` made, or accept the risk with insecure_tcp",
                 self.sources.get("listen", ""),
             )
+
+    def _require_apart(self) -> None:
+        """ConfigError for a `remote` that is the data directory, or lies in it, or around it. Nothing is looked up."""
+        if not self.remote or not (name := parse_remote(self.remote).folder):
+            return
+        folder, own = Path(name), Path(os.path.normpath(self.data_dir))
+        if folder == own or folder in own.parents or own in folder.parents:
+            words = f"{folder} and data_dir {own} lie within each other; name a folder outside"
+            raise _error("remote", words, self.sources.get("remote", ""))
 
     @property
     def address(self) -> Address:

@@ -173,7 +173,7 @@ class FolderStore:
             try:
                 root = _open_folder(self._folder, create)
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise unmarked(self.place) from error
+                raise (self._not_made(error) if create else unmarked(self.place)) from error
             except OSError as error:
                 raise self._failed(error) from error
             try:
@@ -185,6 +185,13 @@ class FolderStore:
 
         deadline.check()
         return self._readers.run(opened, deadline.left_s)
+
+    def _not_made(self, error: OSError) -> RemoteError:
+        """Why the folder cannot be marked. What is above it is not made: it may be a share that is not mounted."""
+        if isinstance(error, NotADirectoryError):
+            return RemoteError(f"{self.place}: it, or what is above it, is a file; name a folder in `remote`")
+        above = os.path.dirname(self._folder)
+        return RemoteError(f"{self.place}: there is no folder {above}; mount the share, or make that folder first")
 
     def _failed(self, error: OSError) -> RemoteError:
         return RemoteError(f"{self.place}: {error.strerror or error}")

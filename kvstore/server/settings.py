@@ -81,7 +81,9 @@ class Settings:
         found = self._engine.keeper.named(alias)
         if len(found) != 1:
             raise NotFoundError(
-                f"{len(found) or 'no'} namespaces with limits have the alias {alias!r}; see: kvstore ls"
+                f"{len(found)} namespaces have the alias {alias!r}: name one by its id; see: kvstore ls"
+                if found
+                else f"no namespace has the alias {alias!r} or an id that starts so; see: kvstore ls"
             )
         return found[0]
 

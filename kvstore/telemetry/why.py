@@ -196,12 +196,16 @@ class Why:
         parent = chain.parent(common // BLOCK_TOKENS)
         start = common // BLOCK_TOKENS * BLOCK_BYTES
         spot = _spot(chain, common, chain.n_tokens)
+        given, reason = match.n_tokens, match.reason
+        if reason is Reason.SLOWER_THAN_PREFILL and common <= asked.covered:
+            # The worker's memory holds as much: it needed nothing, and what it computed is not stored.
+            given, reason = common, Reason.UNKNOWN_PREFIX
         entry = RequestEntry(
             asked=asked,
             at_s=self._clock(),
             common_tokens=common,
-            given_tokens=match.n_tokens,
-            reason=match.reason,
+            given_tokens=given,
+            reason=reason,
             cause=Cause.WHOLE,
             before=chain.tokens[max(0, end - SIDE_TOKENS * TOKEN_BYTES) : end],
             after=chain.tokens[end : end + SIDE_TOKENS * TOKEN_BYTES],

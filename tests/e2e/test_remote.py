@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -301,7 +302,9 @@ def test_a_share_that_goes_away_in_the_middle_is_never_filled(daemons: tuple[Dae
         assert not fetched(client, namespace)
         assert patient(writer, namespace).store(later, make_layers(LAYOUT, later), wait=True).durable
         assert fetched(writer, namespace, later)
-        assert remote_of(client)["state"] == "unmarked"
+        wait_for(lambda: remote_of(client)["state"] == "unmarked")
+        looked = run_cli(["doctor"], other.environ())
+        assert looked.returncode == 1 and re.search("FIX +remote +unmarked: .*remote-init", looked.stdout)
         assert not fetched(client, namespace) and fetched(writer, namespace)
         assert list(share.iterdir()) == []
         share.rmdir()
@@ -334,4 +337,11 @@ def test_a_tier_that_cannot_be_used_is_refused_before_anything_is_served(tmp_pat
         refused = run_cli(verb, environ)
         assert refused.returncode != 0 and "remote_wan = true" in refused.stderr, verb
     assert "remote: not set" in run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": ""}).stderr
+    place = tmp_path / "share" / "kv"
+    not_mounted = run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place}"})
+    assert not_mounted.returncode == 1 and f"there is no folder {place.parent}; mount" in not_mounted.stderr
+    assert "run once" not in not_mounted.stderr and not place.parent.exists()
+    place.parent.write_text("")
+    a_file = run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place.parent}"})
+    assert a_file.returncode == 1 and "is a file; name a folder" in a_file.stderr
     assert not (tmp_path / MARKER).exists()

@@ -172,6 +172,19 @@ def test_the_log_has_a_line_a_request_with_the_id_that_the_worker_has(
     assert "asyncio" not in log and "selector" not in log
 
 
+def test_worker_and_daemon_say_the_same_of_a_prompt_that_went_on(
+    daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tail before it is stored again, in a longer block; it is no new token."""
+    caplog.set_level("DEBUG", "kvstore.client.request_lines")
+    longer = list(range(720))
+    with client_of(daemon) as client:
+        assert client.session(NAMESPACE, **SLOW).store(longer, make_layers(LAYOUT, longer), wait=True).durable
+    line = r"stored small-lm \+20 tokens [0-9.]+ kB \d+ ms"
+    assert re.search(line, daemon.log_text())
+    assert [record for record in caplog.records if re.match(line, record.getMessage())], caplog.text
+
+
 def test_the_log_in_json_has_the_fields_of_a_request(tmp_path: Path) -> None:
     """An object a line, from the first to the last."""
     with DaemonProcess(tmp_path / "data", program=SERVE.replace('"serve"', '"serve", "--log-json"')) as daemon:
