@@ -109,6 +109,9 @@ _REMOTE = {
     "wrong": "what the remote tier had did not verify: kvstore check --remote",
     "no_memory": "memory_bytes were in use, so it was not read from the remote tier",
     "no_room": "there is no room here for what the remote tier has",
+    "no_basis": "what the remote tier has needs a basis that is not stored here",
+    "evicted": "the namespace was evicted here while it was read from the remote tier",
+    "dependency_lost": "a block before it was evicted here while it was read from the remote tier",
 }
 
 

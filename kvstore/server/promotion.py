@@ -41,7 +41,7 @@ from kvstore.server.threads import Pool
 
 # Of blobs that are read at once; one that is larger is read alone.
 BATCH_BYTES = 16 << 20
-# Why a promotion ended early, as `stats` counts it.
+# Why a promotion ended early, as `stats` counts it. Beside them, what `Importer` says of a store that took less.
 LATE, CHANGED, UNAVAILABLE, WRONG, NO_MEMORY, NO_ROOM = (
     "late",
     "changed",
@@ -93,7 +93,7 @@ class Promotion:
             log.warning("what was read from the remote tier is not stored: %s", error)
             return NO_ROOM
         self.stored = done.blobs
-        return why or ("" if done.reason is Reason.OK else NO_ROOM)
+        return why or _why_not_stored(done.reason)
 
     async def _take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> str:
         total, started_s, allowed_s = sum(one.head.nbytes for one in blocks), time.monotonic(), deadline.left_s
@@ -152,7 +152,7 @@ class Promotion:
             length = blob_format.header_length(bytes(data[: blob_format.LENGTH_BYTES]), len(data))
             require_block(blob_format.parse_header(bytes(data[:length]), len(data)), one, self._fidelity_min)
             wants_more = self._importer.take(len(data), data[:length]) and self._importer.take(0, data[length:])
-            return "" if wants_more else NO_ROOM
+            return "" if wants_more else _why_not_stored(self._importer.done.reason)
         except (CorruptDataError, UnknownFormatError, InvalidRequestError, NotFoundError) as error:
             self._tier.finder.report_wrong(one, error)
             return WRONG
@@ -180,6 +180,12 @@ def batched(blocks: Sequence[RemoteBlock]) -> Iterator[list[RemoteBlock]]:
         nbytes += one.head.nbytes
     if batch:
         yield batch
+
+
+def _why_not_stored(reason: Reason) -> str:
+    """The word for what the store here did not take; empty where it took all."""
+    words = {Reason.OK: "", Reason.STORE_FULL: NO_ROOM}
+    return words.get(reason, reason.value)
 
 
 def why_of(error: RemoteError | DeadlineError) -> str:

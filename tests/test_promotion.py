@@ -1,0 +1,74 @@
+"""What a promotion says when it ends early."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason
+from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.limits import default_limits
+from kvstore.remote.object_names import Naming
+from kvstore.remote.tier import RemoteTier
+from kvstore.server.promotion import Promotion
+from kvstore.server.remote_watch import Watch
+from tests.support.memory_objects import MemoryStore
+from tests.support.remote_blobs import NS, blobs_of, chain_of, fill
+
+
+class Here:
+    """A pool that runs work where it is asked for."""
+
+    async def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)
+
+    finish = __call__
+
+
+class FullImporter:
+    """Takes nothing, for this reason."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.done = SimpleNamespace(blobs=0, reason=reason)
+        self.closed = False
+
+    def take(self, blob_bytes: int, data: memoryview) -> bool:
+        return False
+
+    def drop(self) -> None:
+        pass
+
+    def finish(self) -> Any:
+        return self.done
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [(Reason.STORE_FULL, "no_room"), (Reason.NO_BASIS, "no_basis"), (Reason.EVICTED, "evicted")],
+)
+def test_what_is_not_stored_here_has_the_reason_of_the_store(reason: Reason, said: str) -> None:
+    """And all memory is let go of."""
+    store = MemoryStore()
+    fill(store, blobs_of(2 * BLOCK_TOKENS))
+    tier = RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
+    reach = tier.finder.find(chain_of(range(2 * BLOCK_TOKENS)), Naming(NS.info), ["exact"], Deadline(60))
+    importer, buffers = FullImporter(reason), ByteBudget(1 << 30)
+
+    async def promoted() -> str:
+        made = Promotion(tier, Watch(tier), importer, buffers, FIDELITY_EXACT, Here())  # type: ignore[arg-type]
+        try:
+            return await made.take(reach.blocks, Deadline(60))
+        finally:
+            await made.close()
+
+    assert len(reach.blocks) == 2
+    assert asyncio.run(promoted()) == said
+    assert (buffers.used_bytes, importer.closed) == (0, True)
