@@ -15,6 +15,7 @@ import pytest
 
 from kvstore.client import fetcher, uploader
 from kvstore.client.client import Client, connect
+from kvstore.client.layer_reads import LayerReads
 from kvstore.client.results import Hit, Miss
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason, pack_tokens
@@ -91,9 +92,9 @@ def eventually(answer: Callable[[], object], timeout_s: float = 90.0) -> None:
         time.sleep(0.05)
 
 
-def break_after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, blow: Callable[[], None]) -> None:
-    """Strike once, right after the first call of this function of the client."""
-    whole, struck = getattr(module, name), threading.Event()
+def break_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, blow: Callable[[], None]) -> None:
+    """Strike once, right after the first call of this function of a module or class of the client."""
+    whole, struck = getattr(owner, name), threading.Event()
 
     def once(*args: Any, **kwargs: Any) -> Any:
         result = whole(*args, **kwargs)
@@ -102,7 +103,7 @@ def break_after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, blow: C
             blow()
         return result
 
-    monkeypatch.setattr(module, name, once)
+    monkeypatch.setattr(owner, name, once)
 
 
 # -- fetch -------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_a_daemon_killed_in_the_middle_of_a_stream_costs_a_miss(
     patient = client.session(whole, **PATIENT)
     assert patient.store(TOKENS, make_layers(deep, TOKENS), wait=True).durable
     session = client.session(whole, **STALLING)
-    break_after(monkeypatch, fetcher, "assemble_layer", daemon.kill)
+    break_after(monkeypatch, LayerReads, "_finished", daemon.kill)
     with at_most(WITHIN_S):
         miss = session.fetch(TOKENS, representation, "stream")
     assert not miss and miss.reason in (Reason.UNAVAILABLE, Reason.DEADLINE)
@@ -131,7 +132,7 @@ def test_a_daemon_killed_in_the_middle_of_reading_files_is_not_missed(
 ) -> None:
     """The files are open, so the hit is whole."""
     stored(client)
-    break_after(monkeypatch, fetcher, "assemble_layer", daemon.kill)
+    break_after(monkeypatch, LayerReads, "_finished", daemon.kill)
     hit = client.session(NAMESPACE, **PATIENT).fetch(TOKENS, "packed", "path")
     assert hit.n_tokens == len(TOKENS) - 1
     assert_rows(hit.layers, LAYOUT, TOKENS[:-1])
