@@ -544,6 +544,8 @@ def test_config_show_says_where_each_value_came_from(client: FakeClient, tmp_pat
     assert parsed["keys"]["profile"]["source"] == str(file)
     assert parsed["keys"]["log_level"]["source"] == "default"
     assert "512 MiB" in invoke("config", "show").stdout
+    file.write_text('ttl = "30d"\n', encoding="utf-8")
+    assert re.search("^ttl +2592000 s  ", invoke("config", "show").stdout, re.MULTILINE)
     file.write_text("profil = 1", encoding="utf-8")
     result = invoke("config", "show")
     assert result.exit_code == 2

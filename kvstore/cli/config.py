@@ -146,4 +146,4 @@ def _text(key: str, value: Any) -> str:
         return str(value).lower()
     if KEYS[key].metadata["unit"] == "size":
         return exact_size_text(value) if value or key == "scrub_bytes_per_s" else "0 (automatic)"
-    return str(value)
+    return f"{value} s" if KEYS[key].metadata["unit"] == "time" and value else str(value)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore import __version__
-from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
+from kvstore.cli.common import client_config, common_options, connected, counted, print_json, say, size_text
 from kvstore.config import Config, default_data_dir
 from kvstore.errors import DeadlineError, DirectoryError, KVStoreError, UnavailableError
 
@@ -198,15 +198,18 @@ def _remote(remote: dict[str, Any]) -> Iterator[Line]:
 
 
 def _workers(stats: dict[str, Any]) -> Line:
-    """Who asks; nobody is no fault, and often the question."""
-    since = stats.get("since_start") or {}
-    requests = sum(since.get(name, 0) for name in ("hits", "shortened", "misses", "in_memory"))
+    """Who asks; nobody is no fault, and often the question. What this verb asked before does not count."""
+    since, sessions = stats.get("since_start") or {}, stats.get("sessions", [])
+    own = [one["traffic"] for one in sessions if one["alias"] == ALIAS]
+    counts = {
+        name: since.get(name, 0) - sum(traffic[name] for traffic in own)
+        for name in ("hits", "shortened", "misses", "in_memory")
+    }
+    requests, hits = sum(counts.values()), counts["hits"] + counts["shortened"]
     if not requests:
         return Line("requests", "none since start; servers use the store when started by: kvstore run")
-    workers = len({one["pid"] for one in stats.get("sessions", [])})
-    return Line(
-        "requests", f"{requests:,} since start, {since['hits'] + since['shortened']:,} hits, workers: {workers}"
-    )
+    workers = len({one["pid"] for one in sessions if one["alias"] != ALIAS})
+    return Line("requests", f"{requests:,} since start, {counted(hits, 'hit')}, {counted(workers, 'worker')}")
 
 
 def _round_trip(client: Client, config: Config) -> Line:

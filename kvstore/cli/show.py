@@ -66,7 +66,7 @@ def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
 def _bases(one: dict[str, Any]) -> list[tuple[str, str]]:
     if not one.get("bases"):
         return []
-    worth = f"worth it from {one['basis_tokens']:,} stored tokens on"
+    worth = f"worth it from about {one['basis_tokens']:,} stored tokens on"
     return [("basis", f"{size_text(one['basis_bytes'])} for the calibrated codec, {worth}")]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from kvstore.cli.common import (
     ID_DIGITS,
     age_text,
+    counted,
     print_facts,
     print_table,
     say,
@@ -17,7 +18,6 @@ from kvstore.cli.common import (
     time_text,
 )
 from kvstore.core.reasons import is_needed, words_of
-from kvstore.core.text import counted
 
 YEAR_S = 365.25 * 86_400
 # A rate over less than this says nothing about a year.

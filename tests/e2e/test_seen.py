@@ -301,7 +301,7 @@ def lines_of(report: dict[str, Any]) -> dict[str, str]:
 
 
 def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon: DaemonProcess) -> None:
-    """A line for each thing, all ok; what it stored is evicted."""
+    """A line for each thing, all ok; what it stored is evicted, and its requests are not counted as a server's."""
     before = len(daemon.blobs())
     text = said(daemon, "doctor")
     assert all(line.startswith("ok   ") for line in text.splitlines()), text
@@ -309,6 +309,8 @@ def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon:
     assert len(daemon.blobs()) == before and len(answered(daemon, "stats")["namespaces"]) == 1
     report = answered(daemon, "doctor")
     assert report["ok"] is True and not any(lines_of(report).values())
+    found = {line["name"]: line["found"] for line in report["lines"]}
+    assert found["requests"].startswith("none since start"), "the first look at it is no request of a server"
 
 
 def test_the_doctor_tells_a_daemon_that_is_stopped_from_one_that_is_away(daemon: DaemonProcess) -> None:
