@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import kvstore.server
+from kvstore.errors import CorruptDataError
+from kvstore.server import daemon
 from kvstore.server.threads import Pool, Threads
 
 SERVER = Path(kvstore.server.__file__).parent
@@ -129,3 +131,27 @@ def test_an_error_of_what_was_posted_is_logged(threads: Threads, caplog: pytest.
 
     asyncio.run(main())
     assert "the disk is away" in caplog.text
+
+
+@pytest.mark.parametrize("error", [OSError("full"), CorruptDataError("a row")])
+def test_no_error_of_the_store_ends_what_is_done_every_second(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said, and the work is tried again."""
+    monkeypatch.setattr(daemon, "UPKEEP_EVERY_S", 0)
+    tries = []
+
+    async def fail_once() -> None:
+        tries.append(len(tries))
+        if len(tries) == 1:
+            raise error
+
+    async def main() -> None:
+        again = asyncio.create_task(daemon.every_second(fail_once))
+        while len(tries) < 3 and not again.done():
+            await asyncio.sleep(0)
+        again.cancel()
+
+    asyncio.run(main())
+    assert len(tries) == 3
+    assert "upkeep failed" in caplog.text

@@ -30,6 +30,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.log import log_daemon
 from kvstore.core.process import ending_signals
 from kvstore.engine import Engine, EngineOptions, device_of, require_store
+from kvstore.errors import KVStoreError
 from kvstore.metrics.exposition import require_prometheus
 from kvstore.server.absence import AWAY, until_there
 from kvstore.server.admin import AdminService
@@ -257,13 +258,18 @@ class Daemon:
 
 
 async def every_second(work: Callable[[], Awaitable[object]]) -> None:
-    """Await `work()` again and again, a second after it ended. What the system refuses it, it may get the next time."""
+    """Await `work()` again and again, a second after it ended; no error of the system or of the store ends that.
+
+    What the system refuses, it may give the next time. What is damaged has its traceback: nobody else tells of it.
+    """
     while True:
         await asyncio.sleep(UPKEEP_EVERY_S)
         try:
             await work()
         except OSError as error:
             log.warning("upkeep failed: %s", error)
+        except KVStoreError:
+            log.exception("upkeep failed")
 
 
 def serve(config: Config, *, create: bool = False, log_json: bool = False) -> int:
