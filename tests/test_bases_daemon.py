@@ -176,6 +176,25 @@ def test_a_basis_that_comes_late_is_a_miss_now_and_a_hit_later() -> None:
     assert len(calls) == 1
 
 
+def test_without_a_thread_for_it_a_basis_is_missing_and_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once there are threads again the same fetch has it."""
+    cache, asked = BasisCache(), []
+
+    def answer(digest: bytes, timeout_s: float) -> list[pb.BasisPiece]:
+        asked.append(digest)
+        return [pb.BasisPiece(data=SHIFT_BASES[1])]
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(AuxMissingError):
+            cache.get([DIGESTS[1]], answer, 60)
+    assert not asked
+    assert cache.get([DIGESTS[1]], answer, 60) == {DIGESTS[1]: SHIFT_BASES[1]}
+
+
 def test_bytes_of_another_digest_are_refused_and_asked_for_again() -> None:
     """Nothing of them is kept."""
     cache, sent = BasisCache(), [SHIFT_BASES[2], SHIFT_BASES[1]]

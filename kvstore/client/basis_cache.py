@@ -51,7 +51,12 @@ class BasisCache:
             if coming is None:
                 coming = self._coming[digest] = Future()
                 arguments = (digest, open_, coming)
-                threading.Thread(target=self._fetch, args=arguments, name="kvstore-basis", daemon=True).start()
+                thread = threading.Thread(target=self._fetch, args=arguments, name="kvstore-basis", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # no more threads; the next fetch tries again
+                    del self._coming[digest]
+                    raise AuxMissingError(digest) from error
         try:
             return coming.result(max(0.0, wait_s))
         except (FutureTimeoutError, AuxMissingError) as error:
