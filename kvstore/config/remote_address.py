@@ -97,7 +97,7 @@ def require_allowed(address: RemoteAddress, access: S3Access, wan: bool) -> None
 
 
 def s3_access(environ: Mapping[str, str] | None = None) -> S3Access:
-    """Access by the usual variables, then by the files in ~/.aws. ConfigError for a profile that is not there.
+    """Access by the usual variables, then by the files in ~/.aws. ConfigError where these give no keys.
 
     Files that need a program or a log-in to give keys (SSO, credential_process, roles) are not understood: export the
     keys that they give.
@@ -115,8 +115,11 @@ def s3_access(environ: Mapping[str, str] | None = None) -> S3Access:
     said = {**(more or {}), **(keys or {})}
     own = environ if environ.get("AWS_ACCESS_KEY_ID") else {}
     ours = bool(own)
-    if profile and not ours and not said.get("aws_access_key_id"):
-        raise ConfigError(f"AWS_PROFILE: the profile {profile!r} has no aws_access_key_id; export the keys instead")
+    if not ours and not said.get("aws_access_key_id"):
+        if profile:
+            raise ConfigError(f"AWS_PROFILE: the profile {profile!r} has no aws_access_key_id; export the keys instead")
+        # Not tried without: the S3 client would ask for the keys of a cloud machine at a link-local address.
+        raise ConfigError("remote: no keys for the bucket; export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     endpoint = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or said.get("endpoint_url", "")
     if endpoint and urlsplit(endpoint).scheme not in ("http", "https"):
         raise ConfigError("AWS_ENDPOINT_URL: write http://host:port or https://host")
