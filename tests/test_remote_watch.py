@@ -92,7 +92,7 @@ def test_a_damaged_index_does_not_end_the_looks_at_the_tier(tmp_path: Path, capl
         raise CorruptDataError("a value does not match its checksum")
 
     engine = SimpleNamespace(transfer=SimpleNamespace(chain=chain))
-    config = Config(data_dir=tmp_path, remote=f"file://{tmp_path}/share")
+    config = Config(data_dir=tmp_path / "data", remote=f"file://{tmp_path}/share")
     remote = Remote(engine, None, None, SimpleNamespace(remote=None), config)  # type: ignore[arg-type]
     remote.push([b"one", b"two"])
     remote.step()

@@ -332,7 +332,8 @@ def test_eviction_from_the_tier_takes_leaves_first(daemons: tuple[DaemonProcess,
 
 def test_a_tier_that_cannot_be_used_is_refused_before_anything_is_served(tmp_path: Path) -> None:
     """A bucket in the internet takes a decision; without a place there is nothing to mark or check."""
-    environ = {**os.environ, "KVSTORE_REMOTE": "s3://bucket/kv", "AWS_ENDPOINT_URL": "https://s3.example.com"}
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": "https://s3.example.com"}
+    environ = {**os.environ, **keys, "KVSTORE_REMOTE": "s3://bucket/kv"}
     for verb in (["config", "remote-init"], ["check", "--remote"], ["serve", "--data-dir", str(tmp_path), "--create"]):
         refused = run_cli(verb, environ)
         assert refused.returncode != 0 and "remote_wan = true" in refused.stderr, verb
