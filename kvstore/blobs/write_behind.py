@@ -28,9 +28,12 @@ class BlobWrite:
         self.synced: Future[None] | None = None
         self._pending: Pending | None = None
 
-    def write(self, blobs: Blobs, blob: BlobId, parts: Sequence[memoryview]) -> None:
-        """Write the bytes. Raises OSError."""
-        self._pending = blobs.put(blob, parts)
+    def write(self, blobs: Blobs, blob: BlobId, parts: Sequence[memoryview], on_disk: Callable[[], object]) -> None:
+        """Write the bytes, then call `on_disk`, whatever came of it. Raises OSError."""
+        try:
+            self._pending = blobs.put(blob, parts)
+        finally:
+            on_disk()
 
     def sync(self) -> None:
         """Wait until the bytes are written and sync them. Raises OSError, of writing them, too."""
@@ -81,10 +84,13 @@ class WriteBehind:
         self._writing.shutdown()
         self._syncing.shutdown()
 
-    def put(self, blob: BlobId, parts: Sequence[memoryview]) -> BlobWrite:
-        """Begin to write and sync a blob. Raises OSError if it cannot be, or if no thread can be started."""
+    def put(self, blob: BlobId, parts: Sequence[memoryview], on_disk: Callable[[], object]) -> BlobWrite:
+        """Begin to write and sync a blob. Raises OSError if it cannot be, or if no thread can be started.
+
+        `on_disk` is called on the thread that writes, when the volume has given the bytes their place, or refused it.
+        """
         begun = BlobWrite()
-        write = partial(begun.write, self._blobs, blob, parts)
+        write = partial(begun.write, self._blobs, blob, parts, on_disk)
         try:
             if self.ahead:
                 begun.written = _submit(self._writing, write)

@@ -168,6 +168,8 @@ class Shared:
         self.lost = Lost(self.options.evicted_max)
         self.uses = Uses(self.options.touches_max, self.options.touches_age_s, clock)
         self.in_flight: dict[BlobId, int] = {}
+        # Of these, what the volume has not been given yet: its free space does not show it. Any thread may take out.
+        self.unwritten: dict[BlobId, int] = {}
         self.site = Site(
             self.blobs,
             index,

@@ -122,11 +122,12 @@ class Shortage:
         _, health.no_space = self._look(self._refused_bytes)
 
     def free_bytes(self) -> int:
-        """Free on the volume."""
-        return self._shared.blobs.room().free_bytes
+        """Free on the volume once what is being written has been written."""
+        unwritten = sum(tuple(self._shared.unwritten.values()))  # first: what is written meanwhile is counted twice
+        return self._shared.blobs.room().free_bytes - unwritten
 
     def floor_lack_bytes(self) -> int:
-        """What the volume lacks of its free floor; 0 or less: nothing, or it does not say."""
+        """What the volume lacks of its free floor; 0 or less: what it has beyond that, or 0: it does not say."""
         floor = self._shared.options.free_floor_bytes
         with contextlib.suppress(OSError):
             return floor - self.free_bytes() if floor else 0

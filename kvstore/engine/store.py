@@ -13,6 +13,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
 from kvstore.blobs.keyring import NamespaceKey
@@ -248,15 +249,21 @@ class Writer:
         blob = BlobId(batch.root, key, shared.take_number())
 
         def book() -> None:
-            shared.in_flight[blob] = nbytes
+            shared.in_flight[blob] = shared.unwritten[blob] = nbytes
             shared.ledger.add("pending", nbytes)
             shared.health.put_bytes += nbytes
 
+        if shared.options.free_floor_bytes and nbytes + self._evictor.shortage.floor_lack_bytes() > 0:
+            # A blob that is half written counts as half more than it is, and nothing is to be evicted for that.
+            for waiting in batch.unsynced:
+                if waiting.write is not None:
+                    waiting.write.wait_written()
         if not self._evictor.make_room(nbytes, batch.keep, book):
             return False
         try:
             entry.row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
-            entry.write = batch.behind.put(blob, (memoryview(ready.header), *ready.payload))
+            on_disk = partial(shared.unwritten.pop, blob, None)
+            entry.write = batch.behind.put(blob, (memoryview(ready.header), *ready.payload), on_disk)
         except BaseException as error:
             self._end_flight(blob)
             if not isinstance(error, OSError):
@@ -394,6 +401,7 @@ class Writer:
     def _end_flight(self, blob: BlobId) -> None:
         with self._shared.lock:
             self._shared.ledger.add("pending", -self._shared.in_flight.pop(blob, 0))
+        self._shared.unwritten.pop(blob, None)
 
     def _discard(self, batch: Batch) -> None:
         """Delete what a request wrote and no row names. A commit that failed may have happened: the index decides."""

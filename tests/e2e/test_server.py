@@ -467,7 +467,7 @@ def test_memory_of_prompts_is_bounded_in_bytes_by_default(
         seen.append((generator.prompt_cache.max_bytes, generator.prompt_cache.max_size))
         generator.stop_and_join()
 
-    for name in ("LRUPromptCache", "load", "run"):
+    for name in ("BatchGenerator", "LRUPromptCache", "load", "run", "stream_generate"):
         monkeypatch.setattr(stock, name, getattr(stock, name))  # put back at the end
     monkeypatch.setattr(stock, "_run_http_server", listen)
     monkeypatch.setattr("sys.argv", ["mlx_lm.server", "--port", str(free_port()), *flags])
