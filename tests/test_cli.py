@@ -844,3 +844,20 @@ def test_progress_is_a_line_a_second_for_programs_and_nothing_without_a_terminal
     with progressing.progress("testing", as_json=False) as tell:
         tell(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("verb", "code"), [("--version", 0), ("nothing", 2)])
+def test_beside_threads_of_obstore_a_process_ends_without_taking_the_interpreter_down(verb: str, code: int) -> None:
+    """With its exit code, its output and what was registered for the end."""
+    text = f"""
+import atexit, sys, obstore
+class Last:
+    def __del__(self): print("taken down")
+last = Last()
+atexit.register(print, "registered")
+sys.argv = ["kvstore", {verb!r}]
+from kvstore.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.endswith("registered\n")) == (code, True), done.stderr

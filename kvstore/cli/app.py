@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import errno
@@ -167,4 +168,21 @@ def cli() -> None:
 
 def main() -> NoReturn:
     """The entry point of the `kvstore` script."""
-    cli.main(prog_name="kvstore")
+    try:
+        cli.main(prog_name="kvstore")
+    except SystemExit as end:
+        if "obstore" in sys.modules:
+            _end_at_once(end.code)
+        raise
+
+
+def _end_at_once(code: object) -> NoReturn:
+    """End the process without taking the interpreter down.
+
+    The threads of obstore's runtime may still let go of Python objects then, and what does that aborts the process.
+    """
+    atexit._run_exitfuncs()  # noqa: SLF001 - the only way to have them run
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else EXIT_FAILURE if code else 0)
