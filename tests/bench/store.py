@@ -170,6 +170,7 @@ class Worker:
         import numpy as np
 
         tokens = [seed * 1_000_003 + at for at in range(self.seq_len)]
+        np.ones(self.seq_len * TOKEN_BYTES, np.uint8).copy()  # a virtual machine's host may have taken memory back
         found = self.store(profile, tokens, wait=True)
         sent, shared = self.sent_bytes, self.seq_len * SHARED_PERCENT // 100 // 256 * 256
         self.store(profile, [*tokens[:shared], *(-at for at in range(shared, self.seq_len))], wait=True)
