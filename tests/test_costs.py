@@ -16,6 +16,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.index.rows import pack_row
 from kvstore.server import costs as costs_module
 from kvstore.server.costs import Costs, Offer, Timing, Work, work_of, worthwhile
+from tests.support.clock import Clock
 from tests.support.synthetic import make_layout
 
 ROOT, OTHER = b"r" * 32, b"o" * 32
@@ -25,20 +26,10 @@ SMALL = Work(layers=32, blocks=1, read_bytes=1 << 20, decode_bytes=0)
 CODED = Work(layers=32, blocks=32, read_bytes=1 << 29, decode_bytes=1 << 30)
 
 
-class Clock:
-    """Monotonic seconds that a test moves."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 @pytest.fixture
 def clock() -> Clock:
     """A clock that stands still."""
-    return Clock()
+    return Clock(1000.0)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NewBlock, Selection
 from kvstore.engine.evictions import MARKS_MAX, Evictions
 from kvstore.engine.shared import ORPHAN_S
+from tests.support.clock import Clock
 from tests.support.engine import (
     RecordingFs,
     Stopped,
@@ -27,16 +28,6 @@ from tests.support.engine import (
 
 NS, OTHER = namespace(), namespace("other weights")
 DAY_S = 86_400.0
-
-
-class Clock:
-    """Wall clock of the tests."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

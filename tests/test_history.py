@@ -11,19 +11,10 @@ import pytest
 from kvstore.telemetry.history import CODES_MAX, COLUMNS, FILE, HOUR_S, ROWS_MAX, History, Moment
 from kvstore.telemetry.lifetime import WRITE_EVERY_S, Lifetime
 from kvstore.telemetry.traffic import Totals, Who
+from tests.support.clock import Clock
 
 NOON_S = 1_700_002_800 // HOUR_S * HOUR_S
 WHO = Who("worker", 7, bytes(32), "small-lm", "test 1")
-
-
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self, now_s: float = NOON_S) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def moment(hits: int, used_bytes: int = 1000, **reasons: int) -> Moment:
@@ -34,7 +25,7 @@ def moment(hits: int, used_bytes: int = 1000, **reasons: int) -> Moment:
 
 def test_a_row_is_what_its_hour_added(tmp_path: Path) -> None:
     """Of counters since start; the last size of the disk; an hour without anything has no row."""
-    history = History(tmp_path, sync=False, clock=(clock := Clock()))
+    history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
     history.note(moment(2, evicted=1))
     clock.now_s += 60
     history.note(moment(3, used_bytes=2000, evicted=1, identity=4))
@@ -53,7 +44,7 @@ def test_a_row_is_what_its_hour_added(tmp_path: Path) -> None:
 
 def test_a_moment_that_comes_late_counts_nothing(tmp_path: Path) -> None:
     """Two threads note: whoever was slower must not make the next difference larger."""
-    history = History(tmp_path, sync=False, clock=Clock())
+    history = History(tmp_path, sync=False, clock=Clock(NOON_S))
     for hits, changes in ((1, 1), (5, 5), (3, 3), (6, 6)):
         history.note(replace(moment(hits), changes=changes))
     (row,) = history.rows().values()
@@ -62,7 +53,7 @@ def test_a_moment_that_comes_late_counts_nothing(tmp_path: Path) -> None:
 
 def test_the_file_is_replaced_once_an_hour_and_is_read_back(tmp_path: Path) -> None:
     """It has the hours that have ended; the one that is going on is the caller's to keep."""
-    history = History(tmp_path, sync=False, clock=(clock := Clock()))
+    history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
     history.note(moment(1, evicted=1))
     history.save()
     assert not (tmp_path / FILE).exists()
@@ -81,7 +72,7 @@ def test_the_file_is_replaced_once_an_hour_and_is_read_back(tmp_path: Path) -> N
 
 def test_a_row_that_the_file_has_is_not_taken_back_from_an_older_note(tmp_path: Path) -> None:
     """A kill between the two files leaves the hour in both; the file has all of it."""
-    history = History(tmp_path, sync=False, clock=(clock := Clock()))
+    history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
     history.note(moment(1))
     early = history.open_row()
     history.note(moment(5))
@@ -94,7 +85,7 @@ def test_a_row_that_the_file_has_is_not_taken_back_from_an_older_note(tmp_path: 
 
 def test_the_history_is_bounded(tmp_path: Path) -> None:
     """90 days; and what a clock that was ahead has written goes when it is put right."""
-    history = History(tmp_path, sync=False, clock=(clock := Clock()))
+    history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
     for number in range(ROWS_MAX + 50):
         history.note(moment(number + 1, evicted=number, identity=number))
         clock.now_s += HOUR_S
@@ -127,7 +118,7 @@ BAD_ROWS = [
 def test_a_file_that_is_damaged_begins_anew(tmp_path: Path, row: object, caplog: pytest.LogCaptureFixture) -> None:
     """With a warning; the next hour replaces it."""
     (tmp_path / FILE).write_text(json.dumps({"version": 1, "columns": COLUMNS, "rows": [GOOD, row]}))
-    history = History(tmp_path, sync=False, clock=(clock := Clock()))
+    history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
     assert history.rows() == {} and "begins anew" in caplog.text
     history.note(moment(1))
     clock.now_s += HOUR_S

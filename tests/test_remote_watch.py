@@ -17,22 +17,13 @@ from kvstore.remote.object_store import PROBE
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.remote_tier import Remote
 from kvstore.server.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
+from tests.support.clock import Clock
 from tests.support.memory_objects import MemoryStore
-
-
-class Clock:
-    """Seconds that only a test lets pass."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def watch_over(store: MemoryStore) -> tuple[Watch, Clock]:
     """A watch that has not looked yet."""
-    clock = Clock()
+    clock = Clock(0.0)
     tier = RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
     return Watch(tier, clock), clock
 

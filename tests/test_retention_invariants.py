@@ -17,21 +17,12 @@ from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.engine import Engine
 from kvstore.engine.evict import Evictor
+from tests.support.clock import Clock
 from tests.support.engine import find, namespace, options, put, sequence
 
 NS, SMALL = namespace(), namespace("small")
 # Blocks that the engine of these tests has room for. Each counts as 4 MB, so that its index hardly does.
 ROOM = 40
-
-
-class Clock:
-    """Wall clock of the tests."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

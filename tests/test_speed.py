@@ -6,21 +6,13 @@ import pytest
 
 from kvstore.integrations import speed as speed_module
 from kvstore.integrations.speed import PrefillSpeed, Progress
-
-
-class Clock:
-    """Seconds that a test moves."""
-
-    now_s = 50.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.support.clock import Clock
 
 
 @pytest.fixture
 def clock() -> Clock:
     """A clock that stands still."""
-    return Clock()
+    return Clock(50.0)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from kvstore.core.keys import Chain
 from kvstore.engine import Engine, EngineOptions, Selection, Terms
 from kvstore.engine.keep import PINS_MAX
 from kvstore.errors import LimitError, NotFoundError
+from tests.support.clock import Clock
 from tests.support.engine import (
     HYBRID,
     checkpoint,
@@ -35,16 +36,6 @@ from tests.support.engine import (
 NS, OTHER = namespace(), namespace("other weights")
 HYBRIDS = namespace("hybrid", HYBRID)
 DAY_S = 86_400
-
-
-class Clock:
-    """Wall clock of the tests."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def prompt(number: int, n_tokens: int = 300) -> list[int]:

@@ -19,18 +19,9 @@ from kvstore.telemetry.traffic import (
     Traffic,
     Who,
 )
+from tests.support.clock import Clock
 
 ROOT = bytes(32)
-
-
-class Clock:
-    """A clock that the test sets."""
-
-    def __init__(self, now_s: float = 1_700_000_000.0) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def who(root: bytes = ROOT, caller: str = "worker") -> Who:
@@ -45,7 +36,7 @@ def moment(known: Snapshot) -> Moment:
 
 def test_a_hit_counts_in_every_scope() -> None:
     """Since start, in the last hour, in all, for its namespace and for its session."""
-    traffic = Traffic(Clock())
+    traffic = Traffic(Clock(1_700_000_000.0))
     traffic.count(who(), Totals(hits=1, prompt_tokens=100, hit_tokens=99))
     found = traffic.snapshot()
     (session,) = found.sessions
@@ -56,7 +47,7 @@ def test_a_hit_counts_in_every_scope() -> None:
 
 def test_the_last_hour_forgets_and_the_others_do_not() -> None:
     """By whole minutes."""
-    clock = Clock()
+    clock = Clock(1_700_000_000.0)
     traffic = Traffic(clock)
     for _ in range(90):
         traffic.count(who(), Totals(hits=1))
@@ -69,7 +60,7 @@ def test_the_last_hour_forgets_and_the_others_do_not() -> None:
 
 def test_labels_are_the_first_namespaces_for_good_and_the_rest_is_one() -> None:
     """So that no counter that is scraped goes back; together they are what was counted since start."""
-    traffic = Traffic(Clock())
+    traffic = Traffic(Clock(1_700_000_000.0))
     for _ in range(2):
         for number in range(3 * LABELS_MAX):
             traffic.count(who(number.to_bytes(32, "big")), Totals(hits=1))
@@ -81,7 +72,7 @@ def test_labels_are_the_first_namespaces_for_good_and_the_rest_is_one() -> None:
 
 def test_namespaces_and_sessions_are_bounded() -> None:
     """Whoever names many displaces those that were used least recently."""
-    traffic = Traffic(Clock())
+    traffic = Traffic(Clock(1_700_000_000.0))
     for number in range(NAMESPACES_MAX + 10):
         traffic.count(who(number.to_bytes(32, "big"), str(number)), Totals(hits=1))
     assert len(traffic.snapshot().namespaces) == NAMESPACES_MAX
@@ -90,7 +81,7 @@ def test_namespaces_and_sessions_are_bounded() -> None:
 
 def test_saved_seconds_take_the_measured_speed_less_what_restoring_took() -> None:
     """Nothing where the speed is not known, or where restoring took longer."""
-    traffic = Traffic(Clock())
+    traffic = Traffic(Clock(1_700_000_000.0))
     assert traffic.saved_s(ROOT, 1000, 1.0) == 0
     traffic.computes(ROOT, 100.0)
     assert traffic.saved_s(ROOT, 1000, 1.0) == 9.0
@@ -99,7 +90,7 @@ def test_saved_seconds_take_the_measured_speed_less_what_restoring_took() -> Non
 
 def test_reused_bytes_are_estimated_from_what_was_written() -> None:
     """At the bytes a token that the namespace came to on disk."""
-    traffic = Traffic(Clock())
+    traffic = Traffic(Clock(1_700_000_000.0))
     assert traffic.reused_bytes(ROOT, 100) == 0
     traffic.count(who(), Totals(stores=1, stored_tokens=100, written_bytes=5000))
     assert traffic.reused_bytes(ROOT, 30) == 1500

@@ -18,7 +18,7 @@ from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")
 
-# Two layers of a fetch have four large tensors, each of which takes one; two more are for another fetch.
+# A fetch reads two layers at a time: four large tensors, a thread for each. Two more are for another fetch.
 THREADS_MAX = 6
 
 log = logging.getLogger(__name__)

@@ -198,7 +198,7 @@ def _remote(remote: dict[str, Any]) -> Iterator[Line]:
 
 
 def _workers(stats: dict[str, Any]) -> Line:
-    """Who asks; nobody is no fault, and often the question. What this verb asked before does not count."""
+    """The workers that ask. None at all is reported, and is not a fault. Earlier requests of `doctor` are left out."""
     since, sessions = stats.get("since_start") or {}, stats.get("sessions", [])
     own = [one["traffic"] for one in sessions if one["alias"] == ALIAS]
     counts = {

@@ -59,7 +59,7 @@ _HEAD = struct.Struct("<HBBHHHf")
 def group_width(heads: int, width: int) -> int:
     """Channels of a group: as many whole heads as go into 256, or an equal part of one head; 0 where nothing divides.
 
-    Fixed for ever: it is part of the format.
+    Part of the format, so it must not change.
     """
     if width <= GROUP_WIDTH_MAX:
         return width * max(n for n in range(1, heads + 1) if heads % n == 0 and n * width <= GROUP_WIDTH_MAX)

@@ -11,8 +11,8 @@ packed          u8 kind; u32 n, then n of (u32 place, i16 code): codes over 127,
                 components: u32 length, highest bit set if it is a zstd frame, and that many bytes. A component is cut
                 into 5, 2 or 1 spans of equal length, the last filled up with zeros; a byte holds one code of each span,
                 the first the lowest digit: in base 3 (code + 1), base 16 (code + 8) or base 256 (code + 128)
-  kind 2        n is 0, and the rest is a zstd frame of the codes as i16 [groups, tokens, components]: where so many are
-                over 127 that the list makes it longer than that
+  kind 2        n is 0, and the rest is a zstd frame of the codes as i16 [groups, tokens, components]: used
+                where the list of codes over 127 would be longer
 """
 
 from __future__ import annotations

@@ -85,9 +85,10 @@ def loading() -> Iterator[None]:
 def release_memory() -> None:
     """Give memory that MLX keeps for reuse back to the system; not while a file object is being loaded. Any thread.
 
-    Without a GPU MLX's own `clear_cache` waits for the streams of all threads and keeps Python's lock meanwhile, for
-    which a load from a file object waits in turn: for ever. Generation loops call it, also in a user's program that
-    fetches on another thread, so this function takes its place in `mlx.core` as soon as this module is imported.
+    Without a GPU, MLX's own `clear_cache` waits for the streams of all threads and holds Python's lock meanwhile. A
+    load from a file object on another thread needs that lock, so the two would wait for each other forever. Generation
+    loops call it, also in a user's program, so this function replaces it in `mlx.core` as soon as this module is
+    imported.
     """
     with _loading:
         if not _loads:
