@@ -75,6 +75,35 @@ def test_parts_of_a_prompt_that_was_deferred_are_not_copied_again(daemon: FakeDa
     assert offered == [(5, 3), (5, 3), (6, 0)] and not daemon.uploads
 
 
+@pytest.mark.parametrize("touched", [False, True])
+def test_a_part_says_what_earlier_parts_of_its_prompt_had(daemon: FakeDaemon, touched: bool) -> None:
+    """Up to the end of its turn. What the next turn finds stored is that turn's own."""
+    prompt, reply = TOKENS[:520], TOKENS[:600]
+    with Client(daemon.config()) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        for turn in range(2):
+            touch = Touch(5 + turn) if touched else None
+            for n_tokens in (256, 512) if not turn else ():
+                part = make_layers(LAYOUT, TOKENS[:n_tokens])
+                assert session.store_part(prompt[:n_tokens], part, 1024, checkpoint=False, touch=touch).stored_tokens
+            ends = reply if not turn else TOKENS
+            session.store(ends, make_layers(LAYOUT, ends), wait=True, touch=touch)
+    begun = [one for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
+    said = [(one.captured_from, one.continued_tokens) for one in begun]
+    assert said == [(0, 0), (256, 256), (512, 512), (512, 0)]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_pieces_of_a_large_store_say_that_they_continue(daemon: FakeDaemon, wait: bool) -> None:
+    """Also those that the background thread copies. The first one continues nothing."""
+    tokens = list(range(1200))
+    with Client(daemon.config(memory_bytes=1 << 20)) as client:
+        session = client.session(daemon.namespace, **SLOW)
+        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=wait).reason is Reason.OK and session.flush(10)
+    begun = [one for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
+    assert [(one.captured_from, one.continued_tokens) for one in begun] == [(0, 0), (512, 512), (1024, 1024)]
+
+
 @pytest.mark.parametrize("by_path", [True, False])
 def test_a_store_hands_over_exactly_the_bytes_of_its_tokens(
     daemon: FakeDaemon, session: Session, by_path: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 
@@ -219,6 +220,26 @@ def test_a_store_says_what_it_added_and_a_store_that_is_not_needed_says_nothing(
     rig.requests.not_stored(asked(), 0, Reason.STORE_FULL)
     assert rig.lines()[1:] == ["not stored small-lm 2,381 tokens store_full [3f2a1c]"]
     assert (rig.totals.stores, rig.totals.stored_tokens, rig.totals.written_bytes) == (1, 1240, 2_100_000)
+
+
+def test_what_earlier_parts_of_a_prompt_counted_is_not_reused_again(rig: Rig) -> None:
+    """Each part is an upload with an id of its own. The prompt begins with 100 tokens that were stored before it."""
+    rig.requests.begun(asked(prompt_tokens=100), "before", 0)
+    rig.requests.stored("before", 100, 100_000, Reason.OK)
+    for name, start, end, continued in (("one", 100, 200, 0), ("two", 200, 300, 200), ("three", 300, 400, 300)):
+        rig.requests.begun(replace(asked(), continued=continued), name, start)
+        rig.requests.stored(name, end, 100_000, Reason.OK)
+    rig.requests.not_stored(replace(asked(), continued=400), 400, Reason.ALREADY_STORED)
+    assert rig.totals.reused_bytes == 100_000
+
+
+@pytest.mark.parametrize("reason", [Reason.NOT_CAPTURED, Reason.DEFERRED])
+def test_a_store_that_comes_again_is_reused_when_it_comes(rig: Rig, reason: Reason) -> None:
+    """Not at its first offer as well."""
+    rig.requests.begun(asked(), "before", 0)
+    rig.requests.stored("before", 100, 100_000, Reason.OK)
+    rig.requests.not_stored(asked(), 100, reason)
+    assert rig.totals.reused_bytes == 0
 
 
 def test_records_carry_the_fields_of_their_line(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.errors import InvalidRequestError
 
+# Prompts of a session whose parts are on their way, at most: as many as an engine computes at once.
+_UNFINISHED_MAX = 256
 _GOOD = (Reason.OK, Reason.ALREADY_STORED)
 KV_STORED = (*_GOOD, Reason.NO_CHECKPOINT)
 
@@ -67,6 +70,7 @@ class Rest:
     def __init__(self, storer: Storer, request: StoreRequest, start: int, after: StoreJob | None) -> None:
         self.start = start
         self._after = after
+        self._is_begun = after is not None
         self.request: StoreRequest | None = replace(request, layers=[_own(layer) for layer in request.layers])
         self._storer = storer
         self._give_up_at_s = time.monotonic() + REST_S
@@ -81,6 +85,7 @@ class Rest:
         if found is None:
             return None
         job, is_last = found
+        job.continued_tokens, self._is_begun = self.start * self._is_begun, True
         self.start = job.end
         if is_last:
             self.request = None
@@ -115,7 +120,10 @@ def _own(layer: KVLayer | StateLayer) -> KVLayer | StateLayer:
 
 
 class Storer:
-    """Turns stores into jobs. It keeps nothing but the latest `Rest`s; each call works on its caller's thread."""
+    """Turns stores into jobs. It keeps the latest `Rest`s, and the ends of prompts that may go on.
+
+    Each call works on its caller's thread.
+    """
 
     def __init__(
         self,
@@ -131,6 +139,7 @@ class Storer:
         self._provenance = provenance
         self._weights = weights_of(namespace)
         self._submit = submit
+        self._unfinished: OrderedDict[bytes, int] = OrderedDict()
         self._rest: Rest | None = None
         self._again: Rest | None = None
 
@@ -180,12 +189,15 @@ class Storer:
                 self._budget.release(nbytes)  # the piece before this one was not stored
                 return jobs, jobs[-1].result.reason
             job = self._job(request, start, end, nbytes, with_states=with_states)
+            job.continued_tokens = start if jobs else self._continued(request, start)
             if start and not jobs and not wait:
                 job.again = self._keep_whole(request)
             if not self._queue(job):
                 return jobs, Reason.QUEUE_FULL
             jobs.append(job)
             start = end
+        if request.touch:
+            self._may_go_on(request, start)
         return jobs, reason
 
     def capture_part(self, request: StoreRequest, tokens_max: int, *, checkpoint: bool) -> tuple[int, Reason]:
@@ -207,9 +219,11 @@ class Storer:
                 return start, Reason.QUEUE_FULL
             job = self._job(request, start, piece_end, nbytes, with_states=with_states)
             job.interim = with_states
+            job.continued_tokens = self._continued(request, start)
             if not self._queue(job):
                 return start, Reason.QUEUE_FULL
             start = piece_end
+            self._may_go_on(request, start)
         return start, Reason.OK
 
     def _queue(self, job: StoreJob) -> bool:
@@ -220,6 +234,24 @@ class Storer:
         self._held.forget(job.chain, job.start)
         job.release()
         return False
+
+    def _may_go_on(self, request: StoreRequest, end: int) -> None:
+        """Note that a later store may continue the same prompt after `end`."""
+        self._unfinished[request.chain.parent(end // BLOCK_TOKENS)] = request.touch.prompt if request.touch else 0
+        if len(self._unfinished) > _UNFINISHED_MAX:
+            self._unfinished.popitem(last=False)
+
+    def _continued(self, request: StoreRequest, start: int) -> int:
+        """`start` where earlier jobs of the same prompt had the tokens before it, else 0.
+
+        One that was deferred is offered again without its number.
+        """
+        key = request.chain.parent(start // BLOCK_TOKENS)
+        number = self._unfinished.get(key)
+        if number is None or (request.touch is not None and request.touch.prompt != number):
+            return 0
+        self._unfinished.pop(key, None)
+        return start
 
     def _keep_whole(self, request: StoreRequest) -> Rest:
         """Keep the whole sequence until the daemon confirms its first tokens. Only the latest store is kept."""

@@ -56,7 +56,7 @@ class StoreJob:
     Created on the caller's thread, then owned by the background thread. `finish` is called exactly once. `release`
     drops the captured arrays and their share of the budget once they are sent or will not be sent.
     `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
-    `touch`: the daemon may defer it.
+    `touch`: the daemon may defer it. `continued_tokens`: leading ones that earlier jobs of the same prompt had.
     `again` is the whole sequence. It is needed if the store turns out not to hold the tokens before `start`.
     `new_from`: what the daemon wants begins here, since it holds the tokens before; 0 until it has said so.
     """
@@ -73,6 +73,7 @@ class StoreJob:
     checkpoint: tuple[LayerState, ...] = ()
     interim: bool = False
     touch: Touch | None = None
+    continued_tokens: int = 0
     again: Rest | None = None
     new_from: int = 0
     request_id: str = field(default_factory=new_request_id)
@@ -181,6 +182,7 @@ class Uploader:
             interim=job.interim,
             prompt=job.touch.prompt if job.touch else 0,
             touched_tokens=job.touch.tokens if job.touch else 0,
+            continued_tokens=job.continued_tokens,
         )
         reply: pb.BeginStoreReply = self._unary("BeginStore", prompt_frame(request, job.chain.tokens), BEGIN_S)
         state_bytes = sum(state.nbytes for state in job.checkpoint) if reply.wants_states else 0

@@ -254,7 +254,8 @@ class KVStoreService(rpc.KVStoreServicer):
         n_tokens = len(request.tokens) // TOKEN_BYTES
         covered = getattr(message, "covered_tokens", 0)
         speed = getattr(message, "prefill_tokens_per_s", 0.0)
-        return Asked(who, plain_id(message.request_id), n_tokens, min(covered, n_tokens), speed)
+        continued = getattr(message, "continued_tokens", 0)
+        return Asked(who, plain_id(message.request_id), n_tokens, min(covered, n_tokens), speed, continued)
 
     def _way(self, identity: NamespaceIdentity, transport: pb.Transport, *, dense: bool) -> Way:
         """How bytes go. As files not those of tenants, nor where there are none."""

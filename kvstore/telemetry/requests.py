@@ -33,6 +33,8 @@ HIT_S = 10.0
 FETCH_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 OPEN_MAX = 1024
 IN_MEMORY = "in_memory"
+# Stores that come once more, and are counted then.
+_OFFERED_AGAIN = (Reason.NOT_CAPTURED, Reason.DEFERRED)
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -76,13 +78,17 @@ class Recent:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request of a worker: its number of tokens, the `covered` ones in its memory, and its prefill speed."""
+    """One request of a worker: its number of tokens, the `covered` ones in its memory, and its prefill speed.
+
+    `continued`: of a store, the leading tokens that earlier uploads of the same prompt brought or found stored.
+    """
 
     who: Who
     request_id: str
     prompt_tokens: int
     covered: int = 0
     tokens_per_s: float = 0.0
+    continued: int = 0
 
     @property
     def wanted(self) -> int:
@@ -254,7 +260,7 @@ class Requests:
             self.not_stored(store.asked, stored_tokens, reason)
             return
         self.traffic.count(who, Totals(stores=1, stored_tokens=new_tokens, written_bytes=new_bytes))
-        self.traffic.count(who, Totals(reused_bytes=self.traffic.reused_bytes(who.root, store.start)))
+        self._count_reused(store.asked, store.start)
         took_s = self._clock() - store.at_s
         line = lines.stored_line(lines.plain_alias(who.alias, who.root), new_tokens, new_bytes, took_s)
         short = "" if reason is Reason.OK else f", not all: {reason.value}"
@@ -266,14 +272,19 @@ class Requests:
 
         Also of a store that was begun, and given up.
         """
-        reused = self.traffic.reused_bytes(asked.who.root, held_tokens)
-        self.traffic.count(asked.who, Totals(reused_bytes=reused))
+        if reason not in _OFFERED_AGAIN:
+            self._count_reused(asked, held_tokens)
         level = logging.INFO if is_needed(reason) else logging.DEBUG
         alias = lines.plain_alias(asked.who.alias, asked.who.root)
         line = lines.not_stored_line(alias, asked.prompt_tokens, reason)
         self._say(level, line, "not_stored", asked, tokens=held_tokens, reason=reason.value)
 
     # -- counting and saying ---------------------------------------------------------------------------------------
+
+    def _count_reused(self, asked: Asked, n_tokens: int) -> None:
+        """So many leading tokens were not written; what an earlier upload of the prompt has counted is left out."""
+        reused = self.traffic.reused_bytes(asked.who.root, max(0, n_tokens - asked.continued))
+        self.traffic.count(asked.who, Totals(reused_bytes=reused))
 
     def _tell_match(self, found: _Matched) -> None:
         asked = found.asked

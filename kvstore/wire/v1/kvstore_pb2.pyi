@@ -180,7 +180,7 @@ class BasisPiece(_message.Message):
     def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class BeginStoreRequest(_message.Message):
-    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id", "interim", "prompt", "touched_tokens")
+    __slots__ = ("namespace", "layout", "tokens", "captured_from", "restored_tokens", "restored_fidelity", "profile", "transport", "states", "request_id", "interim", "prompt", "touched_tokens", "continued_tokens")
     NAMESPACE_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +194,7 @@ class BeginStoreRequest(_message.Message):
     INTERIM_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     TOUCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CONTINUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     namespace: Namespace
     layout: bytes
     tokens: bytes
@@ -207,7 +208,8 @@ class BeginStoreRequest(_message.Message):
     interim: bool
     prompt: int
     touched_tokens: int
-    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ..., interim: bool = ..., prompt: _Optional[int] = ..., touched_tokens: _Optional[int] = ...) -> None: ...
+    continued_tokens: int
+    def __init__(self, namespace: _Optional[_Union[Namespace, _Mapping]] = ..., layout: _Optional[bytes] = ..., tokens: _Optional[bytes] = ..., captured_from: _Optional[int] = ..., restored_tokens: _Optional[int] = ..., restored_fidelity: _Optional[int] = ..., profile: _Optional[str] = ..., transport: _Optional[_Union[Transport, str]] = ..., states: _Optional[bytes] = ..., request_id: _Optional[str] = ..., interim: bool = ..., prompt: _Optional[int] = ..., touched_tokens: _Optional[int] = ..., continued_tokens: _Optional[int] = ...) -> None: ...
 
 class BeginStoreReply(_message.Message):
     __slots__ = ("upload_id", "start", "end", "upload_bytes", "by_socket", "reason", "held_tokens", "wants_states", "durable", "detail")
