@@ -180,7 +180,7 @@ ORDINARY = [
     ("Answer in 100 words.", "Answer in 200 words."),
     ("What happened on 1969-07-20?", "What happened on 1989-11-09?"),
     ("Meet me at 15:30 in the hall.", "Meet me at 16:45 in the hall."),
-    ("Open kvstore/engine/match.py and read it.", "Open kvstore/server/fetch.py and read it."),
+    ("Open kvstore/engine/match.py and read it.", "Open kvstore/server/fetching/fetch.py and read it."),
     ("Copy /etc/hosts to the desk.", "Copy /etc/passwd to the desk."),
     ("Make the button #ff8800 and round.", "Make the button #0088ff and round."),
     ("We run Python 3.11 here.", "We run Python 3.12 here."),

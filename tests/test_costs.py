@@ -14,8 +14,8 @@ from kvstore.core.layers import PARTS
 from kvstore.engine import Match, Slice
 from kvstore.errors import InvalidRequestError
 from kvstore.index.rows import pack_row
-from kvstore.server import costs as costs_module
-from kvstore.server.costs import Costs, Offer, Timing, Work, work_of, worthwhile
+from kvstore.server.fetching import costs as costs_module
+from kvstore.server.fetching.costs import Costs, Offer, Timing, Work, work_of, worthwhile
 from tests.support.clock import Clock
 from tests.support.synthetic import make_layout
 

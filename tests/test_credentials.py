@@ -27,7 +27,7 @@ from kvstore.config.credentials import (
 from kvstore.config.private_files import SECRET_BYTES_MAX, read_private, write_private
 from kvstore.core.blocks import Reason
 from kvstore.errors import ConfigError, CredentialsError, DirectoryError, ScopeError
-from kvstore.server.authorize import bearer, daemon_credentials, scope_of_method
+from kvstore.server.calls.authorize import bearer, daemon_credentials, scope_of_method
 from kvstore.wire.status import to_status
 from tests.support.tls import tls_folder
 

@@ -18,8 +18,8 @@ from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.runs import payload_run
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
-from kvstore.server import decode
-from kvstore.server.decode import decode_piece, pieces
+from kvstore.server.fetching import decode
+from kvstore.server.fetching.decode import decode_piece, pieces
 from kvstore.server.lane import Lane
 from tests.support.stored import finish_runs, random_payload, write_source
 

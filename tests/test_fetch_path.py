@@ -12,7 +12,7 @@ import pytest
 from kvstore.core.blocks import Block, Reason, Recipe, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, Row
-from kvstore.server.fetch import FetchPath
+from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
 from tests.support.engine import namespace, options, put, sequence
 from tests.support.limits import make_config

@@ -17,7 +17,7 @@ from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine.directory import QualityFiles
 from kvstore.errors import ConfigError, CorruptDataError, InvalidRequestError
 from kvstore.quality import Calibrated, Quality, Thresholds, Verdict
-from kvstore.server.gate import Gate
+from kvstore.server.policy.gate import Gate
 from kvstore.wire.convert import verdict_from_message, verdict_to_message
 
 LAYOUT = Layout((LayerSpec(PartSpec(2, 64, "BF16"), PartSpec(2, 64, "BF16")),) * 4)

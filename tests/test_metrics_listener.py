@@ -17,8 +17,8 @@ import pytest
 from kvstore.config import Config
 from kvstore.config.parsers import parse_address
 from kvstore.errors import ConfigError, DirectoryError, UnavailableError
-from kvstore.server import metrics_listener
-from kvstore.server.metrics_listener import (
+from kvstore.server.admin import metrics_listener
+from kvstore.server.admin.metrics_listener import (
     CONNECTIONS_MAX,
     HEAD_BYTES_MAX,
     MetricsListener,

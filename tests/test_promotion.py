@@ -15,8 +15,8 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.limits import default_limits
 from kvstore.remote.object_names import Naming
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.promotion import Promotion
-from kvstore.server.remote_watch import Watch
+from kvstore.server.tier.promotion import Promotion
+from kvstore.server.tier.remote_watch import Watch
 from tests.support.memory_objects import MemoryStore
 from tests.support.remote_blobs import NS, blobs_of, chain_of, fill
 

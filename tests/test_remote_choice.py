@@ -11,8 +11,8 @@ from kvstore.engine import Match
 from kvstore.remote.finder import Reach, RemoteBlock
 from kvstore.remote.link import Link
 from kvstore.remote.object_store import Head
-from kvstore.server.costs import Offer
-from kvstore.server.remote_choice import FIND_SHARE, Choice, Want, choose, options
+from kvstore.server.fetching.costs import Offer
+from kvstore.server.tier.remote_choice import FIND_SHARE, Choice, Want, choose, options
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 N_BLOCKS = 32

@@ -15,8 +15,8 @@ from kvstore.errors import CorruptDataError, RemoteError
 from kvstore.index.rows import Row
 from kvstore.remote.object_store import PROBE
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.remote_tier import Remote
-from kvstore.server.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
+from kvstore.server.tier.remote_tier import Remote
+from kvstore.server.tier.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
 from tests.support.clock import Clock
 from tests.support.memory_objects import MemoryStore
 

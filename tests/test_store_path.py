@@ -16,9 +16,9 @@ from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.errors import LimitError, NotFoundError, UnavailableError
-from kvstore.server.fetch import FetchPath
+from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
-from kvstore.server.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from kvstore.server.storing.store import StoreOutcome, StorePath, StorePlan, StoreRequest
 from tests.support import engine as hybrid
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config

@@ -19,7 +19,7 @@ from kvstore.config import Config
 from kvstore.config.credentials import CredentialFiles, load_credentials
 from kvstore.core.blocks import Reason
 from kvstore.errors import ConfigError, TLSError
-from kvstore.server.authorize import daemon_credentials
+from kvstore.server.calls.authorize import daemon_credentials
 from tests.support.daemon import run_cli
 from tests.support.synthetic import make_layout, make_namespace
 from tests.support.tls import tls_folder

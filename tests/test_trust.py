@@ -22,7 +22,7 @@ from kvstore.client.upload_connection import UploadConnection
 from kvstore.core.blocks import Reason
 from kvstore.core.unix_sockets import peer_uid
 from kvstore.errors import UnavailableError, UntrustedError
-from kvstore.server.upload_socket import UPLOAD_ID_BYTES
+from kvstore.server.storing.upload_socket import UPLOAD_ID_BYTES
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.fake_daemon import FakeDaemon, FakeUpload
 from tests.support.synthetic import make_layers, make_layout, make_namespace

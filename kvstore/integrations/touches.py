@@ -1,7 +1,8 @@
 """First touches: what a worker's memory tier keeps for the store, so that the daemon need not write it at once.
 
 Most of what is computed is never asked for again. While stores are staged the daemon leaves such sequences to the
-worker's memory (`kvstore.server.admission`), and takes them when a second prompt uses them, or when the worker ends.
+worker's memory (`kvstore.server.policy.admission`), and takes them when a second prompt uses them, or when the worker
+ends.
 """
 
 from __future__ import annotations

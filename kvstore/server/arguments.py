@@ -9,8 +9,8 @@ from kvstore.core.keys import Chain
 from kvstore.core.log import ALIAS_CHARACTERS_MAX
 from kvstore.core.text import plain_text
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.server.costs import Offer, Timing, Way
-from kvstore.server.store import StoreRequest
+from kvstore.server.fetching.costs import Offer, Timing, Way
+from kvstore.server.storing.store import StoreRequest
 from kvstore.telemetry.requests import Outcome
 from kvstore.telemetry.why import NamespaceIdentity
 from kvstore.wire import convert

@@ -33,27 +33,28 @@ from kvstore.engine import Engine, EngineOptions, device_of, require_store
 from kvstore.errors import KVStoreError
 from kvstore.metrics.exposition import require_prometheus
 from kvstore.server.absence import AWAY, until_there
-from kvstore.server.admin import AdminService
-from kvstore.server.authorize import daemon_credentials, guards, keep_up
-from kvstore.server.call_limits import Admission, connection_options
-from kvstore.server.callers import Sockets
-from kvstore.server.explain import Explainer
-from kvstore.server.fetch import FetchPath
+from kvstore.server.admin.admin import AdminService
+from kvstore.server.admin.explain import Explainer
+from kvstore.server.admin.metrics_listener import MetricsListener, serving_metrics
+from kvstore.server.admin.settings import Settings, keep_to_limits
+from kvstore.server.admin.stats import load_message
+from kvstore.server.calls.authorize import daemon_credentials, guards, keep_up
+from kvstore.server.calls.call_limits import Admission, connection_options
+from kvstore.server.calls.callers import Sockets
+from kvstore.server.counters import Counters
+from kvstore.server.fetching.fetch import FetchPath
+from kvstore.server.fetching.layer_frames import LayerFrames
 from kvstore.server.handlers import KVStoreService
-from kvstore.server.layer_frames import LayerFrames
 from kvstore.server.listening import bind, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
-from kvstore.server.metrics_listener import MetricsListener, serving_metrics
-from kvstore.server.power import Power
-from kvstore.server.pressure import Pressure, Quiet
-from kvstore.server.remote_tier import Remote
-from kvstore.server.settings import Settings, keep_to_limits
-from kvstore.server.stats import Counters, load_message
-from kvstore.server.store import StorePath
-from kvstore.server.stores import Stores
+from kvstore.server.policy.power import Power
+from kvstore.server.policy.pressure import Pressure, Quiet
+from kvstore.server.storing.store import StorePath
+from kvstore.server.storing.stores import Stores
+from kvstore.server.storing.upload_socket import UploadSocket
 from kvstore.server.threads import Threads
+from kvstore.server.tier.remote_tier import Remote
 from kvstore.server.upkeep import Upkeep
-from kvstore.server.upload_socket import UploadSocket
 from kvstore.telemetry.lifetime import Lifetime
 from kvstore.telemetry.requests import Requests
 from kvstore.telemetry.why import Why

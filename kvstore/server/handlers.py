@@ -18,20 +18,20 @@ from kvstore.engine import Engine, Row
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
 from kvstore.server.arguments import Identities, offer_of, outcome_of, store_request, timing_of
-from kvstore.server.callers import caller_name, caller_pid
-from kvstore.server.costs import Offer, Way
-from kvstore.server.fetch import FetchPath, FetchPlan
-from kvstore.server.layer_frames import LayerFrames, dense_block
-from kvstore.server.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
-from kvstore.server.remote_path import BEATS, HIT
-from kvstore.server.remote_tier import Remote
-from kvstore.server.rpc_errors import Context, streaming, unary
-from kvstore.server.stats import Counters
-from kvstore.server.store import StorePath, StorePlan
-from kvstore.server.stores import Stores
-from kvstore.server.stream_in import StreamIn
-from kvstore.server.stream_out import Sender, write_within
+from kvstore.server.calls.callers import caller_name, caller_pid
+from kvstore.server.calls.rpc_errors import Context, streaming, unary
+from kvstore.server.counters import Counters
+from kvstore.server.fetching.costs import Offer, Way
+from kvstore.server.fetching.fetch import FetchPath, FetchPlan
+from kvstore.server.fetching.layer_frames import LayerFrames, dense_block
+from kvstore.server.fetching.stream_out import Sender, write_within
+from kvstore.server.storing.store import StorePath, StorePlan
+from kvstore.server.storing.stores import Stores
+from kvstore.server.storing.stream_in import StreamIn
 from kvstore.server.threads import Threads
+from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
+from kvstore.server.tier.remote_path import BEATS, HIT
+from kvstore.server.tier.remote_tier import Remote
 from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
 from kvstore.telemetry.why import NamespaceIdentity, Why

@@ -15,8 +15,8 @@ from kvstore.config import Config
 from kvstore.config.credentials import CredentialFiles
 from kvstore.config.private_files import require_private_directory
 from kvstore.errors import DirectoryError, DirectoryHeldError
-from kvstore.server.authorize import tls_credentials
-from kvstore.server.upload_socket import UploadSocket
+from kvstore.server.calls.authorize import tls_credentials
+from kvstore.server.storing.upload_socket import UploadSocket
 
 
 def socket_paths(config: Config) -> list[Path]:

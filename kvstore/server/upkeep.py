@@ -6,10 +6,10 @@ import logging
 
 from kvstore.config import Config
 from kvstore.engine import Engine
-from kvstore.server.callers import Sockets
-from kvstore.server.stats import Counters, moment_of
-from kvstore.server.store import StorePath
-from kvstore.server.uploads import Upload
+from kvstore.server.calls.callers import Sockets
+from kvstore.server.counters import Counters, moment_of
+from kvstore.server.storing.store import StorePath
+from kvstore.server.storing.uploads import Upload
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.lifetime import Lifetime
 from kvstore.telemetry.requests import Requests

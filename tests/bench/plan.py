@@ -21,7 +21,7 @@ from kvstore.core.blocks import BLOCK_TOKENS, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions
-from kvstore.server.fetch import FetchPath
+from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
 from tests.support.engine import namespace, sequence
 from tests.support.limits import make_config

@@ -14,7 +14,7 @@ from kvstore.client.client import Client
 from kvstore.config.credentials import CLIENT_KEY
 from kvstore.core.blocks import pack_tokens
 from kvstore.errors import LimitError
-from kvstore.server.store import CALLER_SHARE
+from kvstore.server.storing.store import CALLER_SHARE
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -16,8 +16,8 @@ from kvstore.config import Config
 from kvstore.config.credentials import CLIENT_KEY
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.errors import LimitError
-from kvstore.server.call_limits import Admission
-from kvstore.server.refusals import Refusals
+from kvstore.server.calls.call_limits import Admission
+from kvstore.server.calls.refusals import Refusals
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import DETAILS_KEY, RETRY_INFO, from_rpc_error, trailing_metadata
 from kvstore.wire.v1 import kvstore_pb2 as pb

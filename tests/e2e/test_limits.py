@@ -16,8 +16,8 @@ import pytest
 from kvstore.client.client import Client
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.errors import LimitError
-from kvstore.server.callers import GRPC_MORE, Callers
-from kvstore.server.refusals import LOG_EVERY_S, Refusals
+from kvstore.server.calls.callers import GRPC_MORE, Callers
+from kvstore.server.calls.refusals import LOG_EVERY_S, Refusals
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.status import from_rpc_error
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -45,7 +45,8 @@ SMALL = {
 }
 IDLE = """
 from kvstore.config import load_config
-from kvstore.server import call_limits, daemon
+from kvstore.server.calls import call_limits
+from kvstore.server import daemon
 call_limits.IDLE_MS = 1000
 daemon.serve(load_config(), create=True)
 """

@@ -46,7 +46,7 @@ main()
 KILLED_DAEMON = """
 import os, signal
 from kvstore.blobs import fs
-from kvstore.server import importer
+from kvstore.server.storing import importer
 importer.BATCH_BLOBS, left = 1, LEFT
 real = fs.Fs.commit
 def commit(self, work):

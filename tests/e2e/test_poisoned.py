@@ -58,7 +58,8 @@ main()
 BLIND = """
 import sys
 from kvstore.engine import match
-from kvstore.server import daemon, store
+from kvstore.server.storing import store
+from kvstore.server import daemon
 
 store.check_states = daemon.check_block = match.check_states = lambda *_: None
 from kvstore.cli import main

@@ -35,7 +35,8 @@ PATIENCE_S = 60.0
 # Power is what a file says, read at every look, and a quiet moment is short.
 SEAMS = """
 from pathlib import Path
-from kvstore.server import power, pressure
+from kvstore.server.policy import power
+from kvstore.server.policy import pressure
 pressure.QUIET_S, pressure.PAUSE_S, power.READ_EVERY_S = 0.2, 0.2, 0.0
 power.read_power = lambda: Path({path!r}).read_text()
 import sys

@@ -14,7 +14,7 @@ import pytest
 from kvstore.client.results import Hit
 from kvstore.core.blocks import pack_tokens
 from kvstore.errors import CorruptDataError, DeadlineError
-from kvstore.server.stream_out import BATCH_BYTES, Frames, Sender
+from kvstore.server.fetching.stream_out import BATCH_BYTES, Frames, Sender
 from kvstore.wire.convert import channel_options, namespace_to_message
 from kvstore.wire.frames import LayerBytes, kvstore_stub, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -195,7 +195,7 @@ def test_uploads_that_find_no_memory_wait_and_are_told_when_to_come_again(tmp_pa
 
 FOREIGN = """
 import sys
-from kvstore.server import upload_socket
+from kvstore.server.storing import upload_socket
 upload_socket.peer_uid = lambda connection: 4242
 from kvstore.cli import main
 sys.argv = ["kvstore", "serve", *sys.argv[1:]]

@@ -59,7 +59,7 @@ async def nothing(self, request, context):
 KVStoreService.AbortStore = nothing
 """,
     "a cancelled upload is not given up": """
-from kvstore.server.uploads import Uploads
+from kvstore.server.storing.uploads import Uploads
 Uploads.give_up = lambda self, upload: None
 """,
     "an eviction of bytes evicts nothing": """

@@ -6,9 +6,9 @@ import socket
 from collections.abc import Iterable
 
 from kvstore.config.parsers import UPLOAD_SUFFIX
-from kvstore.server.intake import TAKEN
-from kvstore.server.store import StoreOutcome, StorePath
-from kvstore.server.uploads import Upload
+from kvstore.server.storing.intake import TAKEN
+from kvstore.server.storing.store import StoreOutcome, StorePath
+from kvstore.server.storing.uploads import Upload
 
 
 class BytesSource:

@@ -12,26 +12,26 @@ from kvstore.core.blocks import Reason
 from kvstore.core.text import size_text
 from kvstore.engine import BlockInfo, Engine, EvictReport, Selection, StoredSequence
 from kvstore.errors import InvalidRequestError
-from kvstore.server.admission import DETAILS, READ_ONLY
-from kvstore.server.basis_intake import BasisIntake
-from kvstore.server.explain import Explainer, place_message
-from kvstore.server.importer import Importer
-from kvstore.server.pins import Pinner
-from kvstore.server.pressure import Pressure
-from kvstore.server.remote_tier import Remote
-from kvstore.server.rpc_errors import Context, streaming, unary
-from kvstore.server.settings import Settings
-from kvstore.server.stats import (
-    Counters,
+from kvstore.server.admin.basis_intake import BasisIntake
+from kvstore.server.admin.explain import Explainer, place_message
+from kvstore.server.admin.pins import Pinner
+from kvstore.server.admin.settings import Settings
+from kvstore.server.admin.stats import (
     hour_message,
-    moment_of,
     namespace_message,
     pressure_message,
     quality_messages,
+    stats_reply,
     writes_message,
 )
-from kvstore.server.store import StorePath
+from kvstore.server.calls.rpc_errors import Context, streaming, unary
+from kvstore.server.counters import Counters, moment_of
+from kvstore.server.policy.admission import DETAILS, READ_ONLY
+from kvstore.server.policy.pressure import Pressure
+from kvstore.server.storing.importer import Importer
+from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Threads
+from kvstore.server.tier.remote_tier import Remote
 from kvstore.telemetry.history import History
 from kvstore.telemetry.requests import Requests
 from kvstore.wire import convert
@@ -89,7 +89,8 @@ class AdminService(rpc.AdminServicer):
         return await self._threads.admin(self._stats, self._load())
 
     def _stats(self, load: pb.LoadStats) -> pb.StatsReply:
-        reply = self._counters.reply(
+        reply = stats_reply(
+            self._counters,
             self._engine,
             load,
             version=__version__,

@@ -13,10 +13,10 @@ from kvstore.core.blocks import Reason
 from kvstore.core.keys import Chain
 from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
-from kvstore.server.stats import Counters
-from kvstore.server.store import StoreOutcome, StorePath
+from kvstore.server.counters import Counters
+from kvstore.server.storing.store import StoreOutcome, StorePath
+from kvstore.server.storing.uploads import Upload
 from kvstore.server.threads import Threads
-from kvstore.server.uploads import Upload
 from kvstore.telemetry.requests import Requests
 from kvstore.telemetry.why import StoreEnd, Why
 

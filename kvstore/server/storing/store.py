@@ -37,12 +37,12 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.admission import DETAILS, Taken, store_admission
-from kvstore.server.gate import Choice, Gate
 from kvstore.server.lane import Lane
-from kvstore.server.pressure import Watermark
-from kvstore.server.receive import Receiver
-from kvstore.server.uploads import RETRY_S, Shares, Upload, Uploads
+from kvstore.server.policy.admission import DETAILS, Taken, store_admission
+from kvstore.server.policy.gate import Choice, Gate
+from kvstore.server.policy.pressure import Watermark
+from kvstore.server.storing.receive import Receiver
+from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, Uploads
 
 T = TypeVar("T")
 

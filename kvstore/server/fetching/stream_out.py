@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator
 from typing import Any
 
 from kvstore.errors import DeadlineError
-from kvstore.server.rpc_errors import Context
+from kvstore.server.calls.rpc_errors import Context
 
 # Frames that one hop to a thread brings: with one frame a hop, hops took as long as sending.
 BATCH_BYTES = 4 << 20

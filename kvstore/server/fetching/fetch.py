@@ -21,7 +21,7 @@ from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.server.costs import Costs, Offer, Timing, work_of, worthwhile
+from kvstore.server.fetching.costs import Costs, Offer, Timing, work_of, worthwhile
 from kvstore.server.lane import Lane
 
 REPLANS_MAX = 8

@@ -1,7 +1,7 @@
 """Receives the bytes of one upload into buffers of the upload's thread.
 
 A worker on this host sends them over a socket (`SocketSource`), any other worker as chunks of a gRPC stream
-(`kvstore.server.stream_in.ChunkSource`). The thread that encodes and writes the upload pulls them. So a worker that is
+(`stream_in.ChunkSource`). The thread that encodes and writes the upload pulls them. So a worker that is
 faster than the disk is slowed down, and a slow worker blocks only the thread of its own upload.
 """
 

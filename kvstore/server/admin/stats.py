@@ -1,30 +1,26 @@
-"""Plain counters of the daemon, and the Stats reply made from them and the engine's."""
+"""The Stats reply, made from the daemon's counters and the engine's, and the messages it consists of."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import resource
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterable
 
-from kvstore.core.blocks import Reason
 from kvstore.core.histogram import Distribution
 from kvstore.core.layers import PARTS, Layout
 from kvstore.core.limits import Limits
 from kvstore.core.log import level_in_force
 from kvstore.engine import Engine, EngineStats, NamespaceUsage, Reencoded
 from kvstore.quality import Verdict
-from kvstore.server.admission import StoreAdmission
-from kvstore.server.call_limits import Admission
-from kvstore.server.callers import Sockets
-from kvstore.server.gate import Gate
-from kvstore.server.pressure import Pressure
-from kvstore.server.refusals import Refusals
+from kvstore.server.calls.call_limits import Admission
+from kvstore.server.calls.callers import Sockets
+from kvstore.server.counters import Counters
+from kvstore.server.policy.admission import StoreAdmission
+from kvstore.server.policy.gate import Gate
+from kvstore.server.policy.pressure import Pressure
+from kvstore.server.storing.uploads import Uploads
 from kvstore.server.threads import Threads
-from kvstore.server.uploads import Uploads
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.requests import Done, Requests
 from kvstore.telemetry.traffic import Labelled, NamespaceTraffic, SessionTraffic, Snapshot, Totals, as_counts
@@ -37,107 +33,73 @@ SESSIONS_MAX = 64
 SAVED_BITS = 2.23
 
 
-class Counters:
-    """Counters since start. Any thread may count."""
-
-    def __init__(self) -> None:
-        self.refusals = Refusals()
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
-        self._store_reasons: Counter[str] = Counter()
-        self._started_s = time.monotonic()
-
-    def add(self, name: str, amount: int = 1) -> None:
-        """Count `amount` under `name` (match, fetch, store, hits, ... as in the Stats reply)."""
-        with self._lock:
-            self._counts[name] += amount
-
-    @property
-    def begun(self) -> int:
-        """Fetches and stores that began."""
-        with self._lock:
-            return self._counts["fetch"] + self._counts["store"]
-
-    def stored(self, reason: Reason) -> None:
-        """Count why a store gave less than everything."""
-        if reason is not Reason.OK:
-            with self._lock:
-                self._store_reasons[reason.value] += 1
-
-    def store_reasons(self) -> dict[str, int]:
-        """Why stores gave less than everything: reason code, count."""
-        with self._lock:
-            return dict(self._store_reasons)
-
-    def reply(
-        self,
-        engine: Engine,
-        load: pb.LoadStats,
-        *,
-        version: str,
-        state: str,
-        device: str,
-        gate: Gate,
-        tokens_stored: int,
-        requests: Requests,
-        profile: str,
-        data_dir: str,
-    ) -> pb.StatsReply:
-        """The Stats reply. Reads the index: call it on a worker thread."""
-        disk, traffic = engine.stats(), requests.traffic.snapshot()
-        with self._lock:
-            counts = dict(self._counts)
-        get = counts.get
-        return pb.StatsReply(
-            daemon=pb.DaemonStats(
-                version=version,
-                pid=os.getpid(),
-                uptime_s=int(time.monotonic() - self._started_s),
-                state="degraded" if disk.degraded and state == "serving" else state,
-                device=device,
-                detail=disk.degraded,
-                profile=profile,
-                log_level=level_in_force(),
-                data_dir=data_dir,
-                descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-                descriptors=len(os.listdir("/dev/fd")),
-            ),
-            disk=disk_message(disk),
-            tokens=pb.TokenStats(stored=tokens_stored, served=get("tokens_served", 0)),
-            requests=pb.RequestStats(
-                match=get("match", 0),
-                fetch=get("fetch", 0),
-                store=get("store", 0),
-                hits=traffic.since_start.hits,
-                partial_hits=traffic.since_start.shortened,
-                misses=traffic.since_start.misses,
-            ),
-            miss_reasons=traffic.miss_reasons,
-            shortened_reasons=traffic.shortened_reasons,
-            since_start=traffic_message(traffic.since_start),
-            last_hour=traffic_message(traffic.last_hour),
-            lifetime=traffic_message(traffic.lifetime),
-            lifetime_since_s=traffic.lifetime_since_s,
-            sessions=map(session_message, traffic.sessions[:SESSIONS_MAX]),
-            labelled=map(labelled_message, traffic.labelled),
-            recent=map(request_message, requests.recent.latest()),
-            fetch_s=histogram_message(requests.fetch_s.snapshot()),
-            idle_s=histogram_message(disk.idle_s),
-            reuse_s=histogram_message(disk.reuse_s),
-            store_reasons=self.store_reasons(),
-            evictions={
-                cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
-            },
-            refusals=self.refusals.counts(),
-            load=load,
-            bytes=pb.ByteStats(
-                logical=sum(one.tokens * one.info.layout.token_bytes for one in disk.namespaces),
-                stored=disk.stored_bytes,
-                written=disk.written_bytes,
-                served=get("bytes_served", 0),
-            ),
-            namespaces=[namespace_message(one, gate, traffic) for one in disk.namespaces],
-        )
+def stats_reply(
+    counters: Counters,
+    engine: Engine,
+    load: pb.LoadStats,
+    *,
+    version: str,
+    state: str,
+    device: str,
+    gate: Gate,
+    tokens_stored: int,
+    requests: Requests,
+    profile: str,
+    data_dir: str,
+) -> pb.StatsReply:
+    """The Stats reply. Reads the index: call it on a worker thread."""
+    disk, traffic = engine.stats(), requests.traffic.snapshot()
+    counts = counters.counts()
+    return pb.StatsReply(
+        daemon=pb.DaemonStats(
+            version=version,
+            pid=os.getpid(),
+            uptime_s=counters.uptime_s,
+            state="degraded" if disk.degraded and state == "serving" else state,
+            device=device,
+            detail=disk.degraded,
+            profile=profile,
+            log_level=level_in_force(),
+            data_dir=data_dir,
+            descriptors_max=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            descriptors=len(os.listdir("/dev/fd")),
+        ),
+        disk=disk_message(disk),
+        tokens=pb.TokenStats(stored=tokens_stored, served=counts["tokens_served"]),
+        requests=pb.RequestStats(
+            match=counts["match"],
+            fetch=counts["fetch"],
+            store=counts["store"],
+            hits=traffic.since_start.hits,
+            partial_hits=traffic.since_start.shortened,
+            misses=traffic.since_start.misses,
+        ),
+        miss_reasons=traffic.miss_reasons,
+        shortened_reasons=traffic.shortened_reasons,
+        since_start=traffic_message(traffic.since_start),
+        last_hour=traffic_message(traffic.last_hour),
+        lifetime=traffic_message(traffic.lifetime),
+        lifetime_since_s=traffic.lifetime_since_s,
+        sessions=map(session_message, traffic.sessions[:SESSIONS_MAX]),
+        labelled=map(labelled_message, traffic.labelled),
+        recent=map(request_message, requests.recent.latest()),
+        fetch_s=histogram_message(requests.fetch_s.snapshot()),
+        idle_s=histogram_message(disk.idle_s),
+        reuse_s=histogram_message(disk.reuse_s),
+        store_reasons=counters.store_reasons(),
+        evictions={
+            cause: pb.Evicted(blocks=blocks, bytes=nbytes) for cause, (blocks, nbytes) in disk.evictions.items()
+        },
+        refusals=counters.refusals.counts(),
+        load=load,
+        bytes=pb.ByteStats(
+            logical=sum(one.tokens * one.info.layout.token_bytes for one in disk.namespaces),
+            stored=disk.stored_bytes,
+            written=disk.written_bytes,
+            served=counts["bytes_served"],
+        ),
+        namespaces=[namespace_message(one, gate, traffic) for one in disk.namespaces],
+    )
 
 
 def disk_message(disk: EngineStats) -> pb.DiskStats:
@@ -217,22 +179,6 @@ def request_message(done: Done) -> pb.Request:
         reason=done.reason,
         request_id=done.request_id,
         pid=done.pid,
-    )
-
-
-def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:
-    """What the history notes. Reads the index: call it on a worker thread."""
-    disk = engine.stats()
-    return Moment(
-        totals=traffic.since_start,
-        reasons={
-            "miss_reasons": traffic.miss_reasons,
-            "shortened_reasons": traffic.shortened_reasons,
-            "store_reasons": counters.store_reasons(),
-        },
-        evicted_bytes=sum(nbytes for _, nbytes in disk.evictions.values()),
-        used_bytes=disk.used_bytes,
-        changes=traffic.changes,
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from kvstore.config import Config, automatic_write_bytes
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, NewBlock
-from kvstore.server.write_budget import FILE, WriteBudget
+from kvstore.server.policy.write_budget import FILE, WriteBudget
 
 STAGED, AUTO, READ_ONLY = "staged", "auto", "read-only"
 # `auto` is staged once less than this part of the day's write budget is left.

@@ -22,10 +22,10 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Layout
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
-from kvstore.server.decode import decode_piece, pieces
-from kvstore.server.fetch import FetchPlan
+from kvstore.server.fetching.decode import decode_piece, pieces
+from kvstore.server.fetching.fetch import FetchPlan
+from kvstore.server.fetching.stream_out import BATCH_BYTES, BATCHES_MAX, Frames
 from kvstore.server.lane import Lane
-from kvstore.server.stream_out import BATCH_BYTES, BATCHES_MAX, Frames
 from kvstore.wire.frames import CHUNK_BYTES, layer_frame
 
 # Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.

@@ -16,7 +16,7 @@ from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import KVStoreError, LimitError, NotFoundError
-from kvstore.server.intake import Intake
+from kvstore.server.storing.intake import Intake
 
 log = logging.getLogger(__name__)
 

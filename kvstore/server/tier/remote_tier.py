@@ -17,11 +17,11 @@ from kvstore.errors import KVStoreError
 from kvstore.remote.open_store import configured_store
 from kvstore.remote.push_queue import PushItem
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.costs import Costs
-from kvstore.server.remote_path import ENCRYPTED, NOTHING, RemotePath
-from kvstore.server.remote_watch import Watch
-from kvstore.server.store import StorePath
+from kvstore.server.fetching.costs import Costs
+from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Threads
+from kvstore.server.tier.remote_path import ENCRYPTED, NOTHING, RemotePath
+from kvstore.server.tier.remote_watch import Watch
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 QUEUE = "push_queue"

@@ -35,9 +35,9 @@ from kvstore.remote.finder import RemoteBlock
 from kvstore.remote.object_store import Wanted, whole
 from kvstore.remote.objects import require_block
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.importer import Importer
-from kvstore.server.remote_watch import Watch
+from kvstore.server.storing.importer import Importer
 from kvstore.server.threads import Pool
+from kvstore.server.tier.remote_watch import Watch
 
 # Of blobs that are read at once; one that is larger is read alone.
 BATCH_BYTES = 16 << 20

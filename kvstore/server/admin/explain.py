@@ -9,7 +9,7 @@ from kvstore.core.causes import Cause
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine
 from kvstore.errors import InvalidRequestError, NotFoundError
-from kvstore.server.fetch import FetchPath
+from kvstore.server.fetching.fetch import FetchPath
 from kvstore.telemetry.places import SharedPlace
 from kvstore.telemetry.requests import Asked
 from kvstore.telemetry.traffic import Who

@@ -24,7 +24,7 @@ from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
 from kvstore.errors import InvalidRequestError, LimitError, UnavailableError
 from kvstore.server.lane import Lane
-from kvstore.server.uploads import RETRY_S, Shares, Upload, block_range
+from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, block_range
 
 T = TypeVar("T")
 

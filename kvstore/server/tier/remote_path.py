@@ -31,13 +31,13 @@ from kvstore.remote.finder import Reach, RemoteBlock
 from kvstore.remote.object_names import Naming, labels_from
 from kvstore.remote.objects import read_header
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.costs import Belief, Costs, Work
-from kvstore.server.importer import Importer
-from kvstore.server.promotion import UNAVAILABLE, WRONG, Promotion, why_of
-from kvstore.server.remote_choice import GAIN_TOKENS_MIN, Choice, Want, choose, options
-from kvstore.server.remote_watch import Watch
-from kvstore.server.store import StorePath
+from kvstore.server.fetching.costs import Belief, Costs, Work
+from kvstore.server.storing.importer import Importer
+from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Pool
+from kvstore.server.tier.promotion import UNAVAILABLE, WRONG, Promotion, why_of
+from kvstore.server.tier.remote_choice import GAIN_TOKENS_MIN, Choice, Want, choose, options
+from kvstore.server.tier.remote_watch import Watch
 from kvstore.wire.convert import namespace_from_message
 
 # Promotions at a time: more would share the same link, and each holds a thread.

@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 from kvstore.core.unix_sockets import peer_uid
 from kvstore.errors import DirectoryError, KVStoreError
-from kvstore.server.intake import TAKEN, SocketSource
-from kvstore.server.uploads import Upload, Uploads
+from kvstore.server.storing.intake import TAKEN, SocketSource
+from kvstore.server.storing.uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 

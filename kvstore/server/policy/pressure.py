@@ -34,11 +34,11 @@ from kvstore.core.layers import Layout
 from kvstore.core.text import size_text
 from kvstore.engine import Engine, NewBlock, Row, Slice
 from kvstore.errors import AuxMissingError, CorruptDataError, KVStoreError
-from kvstore.server.admission import StoreAdmission
-from kvstore.server.decode import decode_piece
-from kvstore.server.gate import Gate
+from kvstore.server.fetching.decode import decode_piece
 from kvstore.server.lane import Lane
-from kvstore.server.power import Power
+from kvstore.server.policy.admission import StoreAdmission
+from kvstore.server.policy.gate import Gate
+from kvstore.server.policy.power import Power
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain
 from kvstore.engine import Match
 from kvstore.remote.finder import Reach, RemoteBlock
-from kvstore.server.costs import WORTH_SHARE, Offer
+from kvstore.server.fetching.costs import WORTH_SHARE, Offer
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Fewer tokens than this are not asked for: half a block is computed in the time that asking may take.

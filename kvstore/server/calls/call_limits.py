@@ -27,10 +27,10 @@ from google.protobuf.message import DecodeError
 from kvstore.config import Config
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
-from kvstore.server import callers
-from kvstore.server.callers import Callers, caller_name
-from kvstore.server.refusals import Refusals
-from kvstore.server.rpc_errors import Context, abort
+from kvstore.server.calls import callers
+from kvstore.server.calls.callers import Callers, caller_name
+from kvstore.server.calls.refusals import Refusals
+from kvstore.server.calls.rpc_errors import Context, abort
 from kvstore.wire.convert import channel_options
 from kvstore.wire.handshake import refusal
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -3,7 +3,7 @@
 `kvstore calibrate` measures profiles, decides which pass and records that (`kvstore.quality`); the gate reads the
 records. It refuses a profile that failed, under every name of it, and quotes the numbers. A profile that the
 configuration or a session names but that was never measured is used, with one warning and an entry in `stats`. `auto`
-is `safe` while the store has room, and the smallest profile that passed when it fills up (`kvstore.server.pressure`).
+is `safe` while the store has room, and the smallest profile that passed when it fills up (`pressure.py`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.config.credentials import CLIENT_KEY, PID_KEY
-from kvstore.server.refusals import Refusals
+from kvstore.server.calls.refusals import Refusals
 
 # A client keeps its place so long after its last call: clients that ask all the time do not take turns.
 KEEP_S = 5.0

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Callable
 
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, LimitError
-from kvstore.server.stream_out import BATCH_BYTES
-from kvstore.server.uploads import Upload, Uploads
+from kvstore.server.fetching.stream_out import BATCH_BYTES
+from kvstore.server.storing.uploads import Upload, Uploads
 from kvstore.wire.frames import UploadBytes
 
 # How often a full budget is checked again. It is polled, since other threads give memory back without a signal.

@@ -18,7 +18,7 @@ from kvstore.config import Config, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.core.log import level_in_force, set_level
 from kvstore.engine import Engine, Terms
 from kvstore.errors import ConfigError, InvalidRequestError, NotFoundError
-from kvstore.server.admission import StoreAdmission
+from kvstore.server.policy.admission import StoreAdmission
 
 log = logging.getLogger(__name__)
 

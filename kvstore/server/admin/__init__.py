@@ -1,0 +1,1 @@
+"""The Admin service and what only it does. `admin.py` is its RPC edge; each verb runs on threads of its own."""

@@ -1,0 +1,1 @@
+"""The remote tier as the daemon uses it. Begin with `remote_path.py`; the objects themselves are `kvstore.remote`."""
