@@ -320,7 +320,7 @@ def test_states_without_a_byte_are_a_checkpoint_too(daemon: FakeDaemon) -> None:
         for by_path in (True, False):
             daemon.by_path, daemon.tokens = by_path, b""
             daemon.known_checkpoints.clear()
-            session._held.forget(session._chain(pack_tokens([1, 2, 3])))
+            session._held.forget(Chain(session.namespace.root, pack_tokens([1, 2, 3])))
             assert session.store([1, 2, 3], cache, wait=True).durable
             assert daemon.uploads[-1].data == b""
             assert daemon.uploads[-1].reply.wants_states
@@ -483,12 +483,12 @@ def test_a_rejected_hit_is_reported_and_no_longer_believed_to_be_held(holding: F
     assert hit_of(session.fetch(TOKENS)).n_tokens == 601
     found = pack_tokens(TOKENS[:601])
     assert (
-        session._held.holds_checkpoint(session._chain(found))
-        and session._held.held_tokens(session._chain(found)) == 601
+        session._held.holds_checkpoint(Chain(session.namespace.root, found))
+        and session._held.held_tokens(Chain(session.namespace.root, found)) == 601
     )
     session.reject(TOKENS[:601], "no such layer")
-    assert not session._held.holds_checkpoint(session._chain(found)) and not session._held.held_tokens(
-        session._chain(found)
+    assert not session._held.holds_checkpoint(Chain(session.namespace.root, found)) and not session._held.held_tokens(
+        Chain(session.namespace.root, found)
     )
     assert session.flush(5)
     assert holding.reports == [Chain(holding.namespace.root, found).block_keys()[-1], holding.checkpoints[601].key]

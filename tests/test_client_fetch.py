@@ -20,6 +20,7 @@ from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
 from kvstore.codecs import device
 from kvstore.core.blocks import Reason, pack_tokens
+from kvstore.core.keys import Chain
 from kvstore.errors import CorruptDataError, UnavailableError
 from kvstore.integrations import mlx_lm as kv
 from tests.support.fake_daemon import FakeDaemon
@@ -308,9 +309,9 @@ def test_layers_come_one_by_one_and_are_those_of_these_tokens(session: Session, 
     assert (hit.n_tokens, hit.reason) == (601, Reason.OK)
     packed = pack_tokens(TOKENS[:601])
     layers = [next(hit.layers)]
-    assert session._held.held_tokens(session._chain(packed)) == 0
+    assert session._held.held_tokens(Chain(session.namespace.root, packed)) == 0
     layers += hit.layers
-    assert session._held.held_tokens(session._chain(packed)) == 601
+    assert session._held.held_tokens(Chain(session.namespace.root, packed)) == 601
     assert_rows(layers, LAYOUT, TOKENS[:-1])  # type: ignore[arg-type]
     assert (session.stats.hits, session.stats.hit_tokens) == (1, 601)
 
@@ -326,7 +327,7 @@ def test_a_layer_that_does_not_verify_raises_in_the_middle(daemon: FakeDaemon, s
     assert [next(hit.layers).n_tokens for _ in range(2)] == [601, 601]
     with pytest.raises(CorruptDataError):
         next(hit.layers)
-    assert session._held.held_tokens(session._chain(pack_tokens(TOKENS[:601]))) == 0
+    assert session._held.held_tokens(Chain(session.namespace.root, pack_tokens(TOKENS[:601]))) == 0
     assert session.flush(5)
     assert daemon.reports == [daemon.blocks[1].key]
 

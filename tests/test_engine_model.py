@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import tempfile
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, common_tokens, pack_tokens
+from kvstore.core.blocks import (
+    BLOCK_TOKENS,
+    FIDELITY_EXACT,
+    Reason,
+    common_tokens,
+    count_tokens,
+    pack_tokens,
+    unpack_tokens,
+)
 from kvstore.core.keys import Chain, Namespace
 from kvstore.engine import Engine, Selection
 from kvstore.index.children import best_child
-from kvstore.index.rows import LEVEL_TOKENS, Code, Row, token_code
+from kvstore.index.rows import LEVEL_TOKENS, Row, level_code, token_code
 from tests.support.engine import (
     HYBRID,
     RECURRENT,
@@ -194,20 +202,19 @@ TOKENS = st.lists(st.integers(-(1 << 63), (1 << 63) - 1) | st.integers(0, 300), 
 
 @given(st.lists(st.integers(0, (1 << 23) - 1), max_size=LEVEL_TOKENS))
 def test_the_code_of_short_tokens_is_that_of_each_one_after_the_other(ids: list[int]) -> None:
-    """Made of all at once it is the same, and so are the ends."""
-    code, whole = Code.of(pack_tokens(ids)), b"".join(map(token_code, ids))
-    assert code.data == whole
-    assert list(code.ends) == list(range(3, len(whole) + 1, 3))
+    """Made of all at once it is the same."""
+    assert level_code(pack_tokens(ids), 0, None) == b"".join(map(token_code, ids))
 
 
 @given(TOKENS, TOKENS)
 def test_codes_share_bytes_exactly_as_far_as_tokens_agree(a: bytes, b: bytes) -> None:
     """So the order of entries is the order of shared tokens."""
-    one, two = Code.of(a), Code.of(b)
+    one, two = level_code(a, 0, None), level_code(b, 0, None)
+    ends = [0, *accumulate(len(token_code(token)) for token in unpack_tokens(a))]
+    assert ends[-1] == len(one)
     shared = common_tokens(a, b)
-    longest = min(len(one.data), len(two.data))
-    shared_bytes = next((at for at in range(longest) if one.data[at] != two.data[at]), longest)
-    assert shared_bytes >= (one.ends[shared - 1] if shared else 0)
-    if shared < min(len(one.ends), len(two.ends)):
-        assert shared_bytes < one.ends[shared]
-    assert list(one.ends[-1:]) == ([len(one.data)] if a else [])
+    longest = min(len(one), len(two))
+    shared_bytes = next((at for at in range(longest) if one[at] != two[at]), longest)
+    assert shared_bytes >= ends[shared]
+    if shared < min(count_tokens(a), count_tokens(b)):
+        assert shared_bytes < ends[shared + 1]

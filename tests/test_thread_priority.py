@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 
-from kvstore.client.background import SessionThread
+from kvstore.client.background import Background
+from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.results import SessionStats
 from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
 from kvstore.server.threads import Threads
 
@@ -30,9 +33,12 @@ def lowered() -> int:
 def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
     """The sender's thread is nice; the one that submits stays as it was."""
     before, seen = niceness(), list[int]()
-    sender = SessionThread[int](lambda _: seen.append(niceness()), lambda _: None)
-    assert sender.submit(1) and sender.flush(10)
-    sender.close(10)
+    uploader = mock.Mock(report=lambda *_: seen.append(niceness()))
+    connection = mock.MagicMock(**{"health.absence.return_value": None})
+    background = Background(mock.Mock(), connection, uploader, HeldPrefixes(), SessionStats())
+    background.report(b"", "")
+    assert background.flush(10)
+    background.close(10)
     assert seen == [lowered()]
     assert niceness() == before
 

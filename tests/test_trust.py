@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.client import trust, upload_connection
+from kvstore.client import trust, uploader
 from kvstore.client.client import Client
 from kvstore.client.session import Session
 from kvstore.client.trust import SocketGuard
-from kvstore.client.upload_connection import UploadConnection
+from kvstore.client.uploader import UploadConnection
 from kvstore.core.blocks import Reason
 from kvstore.core.unix_sockets import peer_uid
 from kvstore.errors import UnavailableError, UntrustedError
@@ -210,7 +210,7 @@ def test_an_upload_socket_of_somebody_else_gets_no_byte(
     """It is trusted as the daemon's own socket is: by its way, its mode and the process that listens."""
     path = daemon.directory / "s.store"
     if trick == "uid":
-        monkeypatch.setattr(upload_connection, "peer_uid", lambda connection: 4242)
+        monkeypatch.setattr(uploader, "peer_uid", lambda connection: 4242)
     elif trick == "mode":
         path.chmod(0o666)
     else:

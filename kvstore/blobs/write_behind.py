@@ -9,71 +9,42 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from kvstore.blobs.protocol import BlobId, Blobs, Pending
 
+T = TypeVar("T")
 
+
+@dataclass(frozen=True, slots=True)
 class BlobWrite:
-    """A blob on its way to the disk. The request's thread uses it, and those of its `WriteBehind`.
+    """A blob on its way to the disk. OSError in one of these: the disk refused it, and nothing of it is left.
 
-    `written` and `synced` are None where that was done at once.
+    `written`: ends when its bytes are no longer needed. `synced`: ends when it is durable, but for its name.
     """
 
-    def __init__(self) -> None:
-        self.written: Future[None] | None = None
-        self.synced: Future[None] | None = None
-        self._pending: Pending | None = None
-
-    def write(self, blobs: Blobs, blob: BlobId, parts: Sequence[memoryview], on_disk: Callable[[], object]) -> None:
-        """Write the bytes, then call `on_disk`, whatever came of it. Raises OSError."""
-        try:
-            self._pending = blobs.put(blob, parts)
-        finally:
-            on_disk()
-
-    def sync(self) -> None:
-        """Wait until the bytes are written and sync them. Raises OSError, of writing them, too."""
-        if self.written is not None:
-            self.written.result()
-        assert self._pending is not None
-        self._pending.sync()
-
-    def wait_written(self) -> None:
-        """Wait until the blob's bytes are no longer needed, whatever came of it."""
-        if self.written is not None:
-            wait([self.written])
-
-    def wait_synced(self) -> None:
-        """Wait until the blob is durable, but for its name. Raises OSError if the disk refuses it."""
-        if self.synced is not None:
-            self.synced.result()
-
-    def rename(self) -> None:
-        """Give the synced blob its name. Raises OSError; then nothing of the blob is left."""
-        assert self._pending is not None
-        self._pending.rename()
+    written: Future[Pending]
+    synced: Future[Pending]
 
     def abandon(self) -> None:
         """Remove what was written, which must not be under way. Safe to call twice."""
-        if self._pending is not None:
-            self._pending.abandon()
+        if self.written.exception() is None:
+            self.written.result().abandon()
 
 
 class WriteBehind:
     """The two threads of one request, started when needed, with the priority of the thread that starts them.
 
-    `ahead`: how many blobs may be made while earlier ones are written; at 0, and without `sync`, `put` returns when the
-    blob is written. Use it in a `with` block, on one thread; leaving the block waits for all blobs.
+    `ahead`: how many blobs may be made while earlier ones are written; at 0 `put` returns when the blob is written. Use
+    it in a `with` block, on one thread; leaving the block waits for all blobs.
     """
 
-    def __init__(self, blobs: Blobs, *, sync: bool, ahead: int = 0) -> None:
+    def __init__(self, blobs: Blobs, ahead: int = 0) -> None:
         self.ahead = ahead
         self._blobs = blobs
-        self._sync = sync
         self._writing = ThreadPoolExecutor(1, "kvstore-put")
         self._syncing = ThreadPoolExecutor(1, "kvstore-sync")
 
@@ -89,25 +60,30 @@ class WriteBehind:
 
         `on_disk` is called on the thread that writes, when the volume has given the bytes their place, or refused it.
         """
-        begun = BlobWrite()
-        write = partial(begun.write, self._blobs, blob, parts, on_disk)
+
+        def write() -> Pending:
+            try:
+                return self._blobs.put(blob, parts)
+            finally:
+                on_disk()
+
+        def sync() -> Pending:
+            pending = written.result()
+            pending.sync()
+            return pending
+
+        written = _submit(self._writing, write)
+        if not self.ahead:
+            written.result()
         try:
-            if self.ahead:
-                begun.written = _submit(self._writing, write)
-            else:
-                write()
-            if self._sync:
-                begun.synced = _submit(self._syncing, begun.sync)
-            else:
-                begun.sync()  # waits until the blob is written; closing the file is quick
+            return BlobWrite(written, _submit(self._syncing, sync))
         except OSError:
-            begun.wait_written()
-            begun.abandon()
+            if written.exception() is None:
+                written.result().abandon()
             raise
-        return begun
 
 
-def _submit(pool: ThreadPoolExecutor, work: Callable[[], None]) -> Future[None]:
+def _submit(pool: ThreadPoolExecutor, work: Callable[[], T]) -> Future[T]:
     try:
         return pool.submit(work)
     except RuntimeError as error:

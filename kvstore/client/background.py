@@ -11,9 +11,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeAlias
 
 from kvstore.client.connection import Connection
 from kvstore.client.prefixes import HeldPrefixes
@@ -33,101 +32,7 @@ JOIN_S = 2.0
 # How long the thread of a session that was dropped may still begin to store what was queued.
 RETIRE_S = 5.0
 
-J = TypeVar("J")
-
 ITEMS_MAX = 256
-
-
-class SessionThread(Generic[J]):
-    """Runs jobs one after the other on one daemon thread, which starts with the first job. Any thread may submit.
-
-    `work(job)` runs on that thread and must not raise; `drop(job)` is called instead for jobs that `close` leaves
-    undone. A daemon thread, so that an interpreter that exits never waits for the store.
-    """
-
-    def __init__(self, work: Callable[[J], None], drop: Callable[[J], None], items_max: int = ITEMS_MAX) -> None:
-        self._work = work
-        self._drop = drop
-        self._items_max = items_max
-        self._jobs: deque[J] = deque()
-        self._busy = False
-        self._closed = False
-        self._give_up_at = math.inf
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is taken any more."""
-        return self._closed
-
-    def submit(self, job: J) -> bool:
-        """Queue a job; False when the queue is full or closed, and then the job is still the caller's."""
-        with self._changed:
-            if self._closed or len(self._jobs) >= self._items_max:
-                return False
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvstore-sender", daemon=True)
-                self._thread.start()
-            self._jobs.append(job)
-            self._changed.notify_all()
-            return True
-
-    def flush(self, timeout_s: float) -> bool:
-        """Wait for all jobs submitted so far. Returns whether they are done."""
-        give_up_at = time.monotonic() + timeout_s
-        with self._changed:
-            while self._jobs or self._busy:
-                left_s = give_up_at - time.monotonic()
-                if left_s <= 0:
-                    return False
-                self._changed.wait(left_s)
-            return True
-
-    def close(self, timeout_s: float) -> bool:
-        """Take nothing more, drop what waits, join the thread within `timeout_s`; whether it ended."""
-        with self._changed:
-            self._closed = True
-            dropped = list(self._jobs)
-            self._jobs.clear()
-            self._changed.notify_all()
-            thread = self._thread
-        for job in dropped:
-            self._drop(job)
-        if thread is None:
-            return True
-        thread.join(timeout_s)
-        return not thread.is_alive()
-
-    def retire(self, within_s: float) -> None:
-        """Accept no more jobs. The thread ends when the queue is empty; it starts no job after `within_s`.
-
-        Does not wait, since the owner may be gone. A job in progress ends at its own time limits.
-        """
-        with self._changed:
-            self._closed = True
-            self._give_up_at = time.monotonic() + within_s
-            self._changed.notify_all()
-
-    def _run(self) -> None:
-        lower_thread_priority()  # to the threads that decode, in this process and in the others
-        while (job := self._take()) is not None:
-            try:
-                (self._work if time.monotonic() < self._give_up_at else self._drop)(job)
-            finally:
-                del job  # what it captured must not live until the next one comes
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
-
-    def _take(self) -> J | None:
-        with self._changed:
-            while not self._jobs and not self._closed:
-                self._changed.wait()
-            if not self._jobs:
-                return None
-            self._busy = True
-            return self._jobs.popleft()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +43,15 @@ class DamageReport:
     detail: str
 
 
+Job: TypeAlias = StoreJob | Rest | DamageReport
+
+
 class Background:
-    """The background half of one session. Any thread may call; `_work` and what it calls run on the one thread."""
+    """The background half of one session: jobs one after the other, on one thread that starts with the first.
+
+    Any thread may call; `_run` and what it calls run on that thread. It is a daemon thread, so that an interpreter that
+    exits never waits for the store.
+    """
 
     def __init__(
         self,
@@ -154,39 +66,84 @@ class Background:
         self._uploader = uploader
         self._held = held
         self._stats = stats
+        self._jobs: deque[Job] = deque()
+        self._is_busy = False
+        self._give_up_at = math.inf
+        self._changed = threading.Condition()
         self._closing = threading.Event()
-        self._sender: SessionThread[StoreJob | DamageReport | Rest] = SessionThread(self._work, self._drop)
+        self._thread: threading.Thread | None = None
+        self.closed = False  # whether nothing is taken any more
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing is taken any more."""
-        return self._sender.closed
-
-    def submit(self, job: StoreJob | Rest) -> bool:
-        """Queue a store, or what is left of one; False when the queue is full or closed."""
-        return self._sender.submit(job)
+    def submit(self, job: Job) -> bool:
+        """Queue a job; False when the queue is full or closed, and then the job is still the caller's."""
+        with self._changed:
+            if self.closed or len(self._jobs) >= ITEMS_MAX:
+                return False
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kvstore-sender", daemon=True)
+                self._thread.start()
+            self._jobs.append(job)
+            self._changed.notify_all()
+            return True
 
     def report(self, key: bytes, detail: str) -> None:
         """Tell the daemon of a block that did not verify, some time. Does not wait; lost when the queue is full."""
-        self._sender.submit(DamageReport(key, detail))
+        self.submit(DamageReport(key, detail))
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
-        return self._sender.flush(timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._jobs or self._is_busy), timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
-        self._sender.flush(timeout_s)
+        self.flush(timeout_s)
         self._closing.set()
         self._uploader.cancel()
-        if not self._sender.close(JOIN_S):
-            log.warning("the background thread did not end within %.0f s", JOIN_S)
+        with self._changed:
+            self.closed = True
+            dropped = list(self._jobs)
+            self._jobs.clear()
+            self._changed.notify_all()
+        for job in dropped:
+            self._drop(job)
+        if self._thread is not None:
+            self._thread.join(JOIN_S)
+            if self._thread.is_alive():
+                log.warning("the background thread did not end within %.0f s", JOIN_S)
 
     def retire(self) -> None:
-        """The session is gone. Neither waits nor fails: the garbage collector calls this, on any thread."""
-        self._sender.retire(RETIRE_S)
+        """The session is gone: the thread ends when the queue is empty, and starts no job after RETIRE_S.
 
-    def _work(self, job: StoreJob | DamageReport | Rest) -> None:
+        Neither waits nor fails: the garbage collector calls this, on any thread. A job in progress ends at its own time
+        limits.
+        """
+        with self._changed:
+            self.closed = True
+            self._give_up_at = time.monotonic() + RETIRE_S
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        lower_thread_priority()  # to the threads that decode, in this process and in the others
+        while (job := self._take()) is not None:
+            try:
+                (self._work if time.monotonic() < self._give_up_at else self._drop)(job)
+            finally:
+                del job  # what it captured must not live until the next one comes
+                with self._changed:
+                    self._is_busy = False
+                    self._changed.notify_all()
+
+    def _take(self) -> Job | None:
+        """The next job, once there is one; None when the queue is closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self.closed)
+            if not self._jobs:
+                return None
+            self._is_busy = True
+            return self._jobs.popleft()
+
+    def _work(self, job: Job) -> None:
         """One job on the background thread; the other edge at which trouble ends."""
         result = StoreResult(reason=Reason.INTERNAL)
         try:
@@ -216,7 +173,7 @@ class Background:
     def _start_over(self, job: StoreJob) -> None:
         """The store held less than the session believed: have all of it copied, if the caller's arrays are there."""
         again = job.again
-        if again is not None and again.start_over() and self._sender.submit(again):
+        if again is not None and again.start_over() and self.submit(again):
             job.again = None  # from now on the job must not drop it
 
     def _go_on(self, rest: Rest) -> None:
@@ -226,7 +183,7 @@ class Background:
             self._drop(rest)
             return
         self._work(job)
-        if job.result.reason not in KV_STORED or (rest.request is not None and not self._sender.submit(rest)):
+        if job.result.reason not in KV_STORED or (rest.request is not None and not self.submit(rest)):
             rest.let_go()
 
     def _store_patiently(self, job: StoreJob) -> StoreResult:
@@ -258,7 +215,7 @@ class Background:
         say_stored(self._namespace, job.request_id, (max(job.start, job.new_from), job.end), result, took_s)
         job.finish(result)
 
-    def _drop(self, job: StoreJob | DamageReport | Rest) -> None:
+    def _drop(self, job: Job) -> None:
         """A job that the end of the session, or a lack of room, leaves undone."""
         if isinstance(job, StoreJob):
             self._end(job, StoreResult(reason=Reason.UNAVAILABLE))

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Self, get_args
@@ -24,7 +24,7 @@ from kvstore.client.prefixes import HeldPrefixes
 from kvstore.client.request_lines import request_id, say_fetched
 from kvstore.client.results import Hit, LayerHit, Match, Miss, SessionStats, StoreResult, parse_reason, reason_of
 from kvstore.client.storer import Storer, StoreRequest, Touch, combine
-from kvstore.client.uploader import StoreJob, Uploader
+from kvstore.client.uploader import Uploader
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
     FIDELITY_ANY,
@@ -45,7 +45,6 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-Layers = Sequence[KVLayer | StateLayer]
 STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
 # Shorter than any call to the daemon.
@@ -121,7 +120,7 @@ class Session:
                 return Match(0, refusal)
             with self._resting(), self._connection.attempt():
                 caller = Caller(self._speed(prefill_tokens_per_s), covered_tokens, request_id=request_id())
-                reply = self._fetcher.match(self._chain(packed), self.options.deadlines, caller)
+                reply = self._fetcher.match(Chain(self._root, packed), self.options.deadlines, caller)
             return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
         except KVStoreError as error:
             _tell("match", error)
@@ -160,7 +159,7 @@ class Session:
             packed = pack_tokens(tokens)
             speed = self._speed(prefill_tokens_per_s)
             caller = Caller(speed, covered_tokens, evaluate, representation == "quantized", name)
-            answer = self._fetch(self._chain(packed), representation, transport, total_ms, caller)
+            answer = self._fetch(Chain(self._root, packed), representation, transport, total_ms, caller)
         except KVStoreError as error:
             _tell("fetch", error)
             answer = Miss(reason_of(error), str(error))
@@ -170,9 +169,6 @@ class Session:
         self.stats.fetched(answer)
         say_fetched(self.namespace, name, count_tokens(packed), answer, time.monotonic() - started_s)
         return answer
-
-    def _chain(self, packed: bytes) -> Chain:
-        return Chain(self._root, packed)
 
     def _speed(self, prefill_tokens_per_s: float) -> float:
         """The caller's speed as far as it decides about hits; 0: not known."""
@@ -219,7 +215,7 @@ class Session:
         packed, name, started_s = b"", request_id(), time.monotonic()
         try:
             packed = pack_tokens(tokens)
-            answer = self._fetch_layers(self._chain(packed), transport, Caller(request_id=name))
+            answer = self._fetch_layers(Chain(self._root, packed), transport, Caller(request_id=name))
         except KVStoreError as error:
             _tell("fetch_layers", error)
             answer = Miss(reason_of(error), str(error))
@@ -268,8 +264,8 @@ class Session:
         `restored_tokens`: how many leading tokens came out of the store; None: as recorded for this process's hits.
         `touch`: of a caller whose own memory keeps the sequence, so that it need not be written yet.
         """
-        return self._never_raising(
-            lambda: self._store(pack_tokens(tokens), list(layers), wait, restored_tokens, timeout_s, touch)
+        return self._storing(
+            tokens, layers, restored_tokens, touch, lambda request: self._store(request, timeout_s, wait=wait)
         )
 
     def store_part(
@@ -287,22 +283,36 @@ class Session:
         `stored_tokens` are those held or queued. What finds no room (QUEUE_FULL) comes with the next part or `store`.
         """
 
-        def work() -> StoreResult:
-            if touch and touch.deferred:
-                return StoreResult(reason=Reason.DEFERRED)
-            request, reason = self._request(pack_tokens(tokens), list(layers), None, touch)
-            if request is None:
-                return self._refused(reason)
+        def work(request: StoreRequest) -> StoreResult:
             held, reason = self._storer.capture_part(request, tokens_max, checkpoint=checkpoint)
             return StoreResult(held, reason=reason)
 
-        return self._never_raising(work)
+        if touch and touch.deferred:
+            return StoreResult(reason=Reason.DEFERRED)
+        return self._storing(tokens, layers, None, touch, work)
 
-    def _never_raising(self, work: Callable[[], StoreResult]) -> StoreResult:
+    def _storing(
+        self,
+        tokens: Iterable[int] | bytes,
+        layers: Iterable[KVLayer | StateLayer],
+        restored_tokens: int | None,
+        touch: Touch | None,
+        work: Callable[[StoreRequest], StoreResult],
+    ) -> StoreResult:
+        """What `work` makes of the request, or why it never got to that. Nothing is raised."""
         if is_forked():
             return StoreResult(reason=Reason.FORKED)
         try:
-            return work()
+            if self._background.closed:
+                raise UnavailableError("the session is closed")
+            if (away := self._connection.health.absence()) is not None:
+                raise type(away)(str(away))  # not the one that others raise, too
+            packed, given = pack_tokens(tokens), list(layers)
+            n_tokens, reason = self._storer.storable(given, count_tokens(packed))
+            chain = Chain(self._root, packed[: n_tokens * TOKEN_BYTES])
+            if n_tokens:
+                return work(StoreRequest(chain, given, restored_tokens, self.options.fidelity_min, touch))
+            result = StoreResult(reason=reason)
         except KVStoreError as error:
             _tell("store", error)
             result = StoreResult(reason=reason_of(error), detail=str(error))
@@ -312,52 +322,19 @@ class Session:
         self.stats.stored(result)
         return result
 
-    def _store(
-        self,
-        tokens: bytes,
-        layers: Layers,
-        wait: bool,
-        restored_tokens: int | None,
-        timeout_s: float,
-        touch: Touch | None,
-    ) -> StoreResult:
-        request, reason = self._request(tokens, layers, restored_tokens, touch)
-        if request is None:
-            return self._refused(reason)
+    def _store(self, request: StoreRequest, timeout_s: float, *, wait: bool) -> StoreResult:
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
-        result = StoreResult(reason=Reason.NOT_CAPTURED)
+        result, late = StoreResult(reason=Reason.NOT_CAPTURED), StoreResult(reason=Reason.DEADLINE)
         for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed
             jobs, reason = self._storer.capture(request, deadline, wait=wait)
             if reason is not Reason.OK:
                 self.stats.stored(StoreResult(reason=reason))
             if not wait:
                 return StoreResult(reason=reason)
-            result = combine([self._await(job, deadline) for job in jobs], reason)
+            result = combine([job.result if job.done.wait(deadline.left_s) else late for job in jobs], reason)
             if result.reason is not Reason.NOT_CAPTURED:
                 break
         return result
-
-    def _request(
-        self, tokens: bytes, layers: Layers, restored_tokens: int | None, touch: Touch | None
-    ) -> tuple[StoreRequest | None, Reason]:
-        """The request to store, or None and the reason. Raises why the daemon is away."""
-        if self._background.closed:
-            raise UnavailableError("the session is closed")
-        if (away := self._connection.health.absence()) is not None:
-            raise type(away)(str(away))  # not the one that others raise, too
-        n_tokens, reason = self._storer.storable(layers, count_tokens(tokens))
-        chain = self._chain(tokens[: n_tokens * TOKEN_BYTES])
-        request = StoreRequest(chain, layers, restored_tokens, self.options.fidelity_min, touch)
-        return request if n_tokens else None, reason
-
-    def _refused(self, reason: Reason) -> StoreResult:
-        result = StoreResult(reason=reason)
-        self.stats.stored(result)
-        return result
-
-    @staticmethod
-    def _await(job: StoreJob, deadline: Deadline) -> StoreResult:
-        return job.result if job.done.wait(deadline.left_s) else StoreResult(reason=Reason.DEADLINE)
 
     def reject(self, tokens: Iterable[int] | bytes, detail: str) -> None:
         """The caller could not use a hit of exactly `tokens`: nothing of them is believed to be held any more.
@@ -366,7 +343,7 @@ class Session:
         none.
         """
         packed = pack_tokens(tokens)
-        chain = self._chain(packed)
+        chain = Chain(self._root, packed)
         self._held.forget(chain)
         self._background.report(chain.block_keys()[-1], detail)
         if self.namespace.layout.exact_layers:

@@ -95,7 +95,7 @@ class Rest:
         """Begin after what the store is known to hold by now; whether there is anything left to copy from."""
         request = self.request
         if request is not None:
-            self.start = self._storer.held_tokens(request)
+            self.start = self._storer.held.held_tokens(request.chain)
         return request is not None
 
     def let_go(self) -> None:
@@ -135,17 +135,13 @@ class Storer:
     ) -> None:
         self._layout = namespace.layout
         self._budget = budget
-        self._held = held
+        self.held = held
         self._provenance = provenance
         self._weights = weights_of(namespace)
         self._submit = submit
         self._unfinished: OrderedDict[bytes, int] = OrderedDict()
         self._rest: Rest | None = None
         self._again: Rest | None = None
-
-    def held_tokens(self, request: StoreRequest) -> int:
-        """Leading tokens that the store is known to hold."""
-        return self._held.held_tokens(request.chain)
 
     def storable(self, layers: Sequence[KVLayer | StateLayer], n_tokens: int) -> tuple[int, Reason]:
         """(leading tokens whose KV the layers hold, why none). InvalidRequestError for layers of another layout.
@@ -174,7 +170,7 @@ class Storer:
         asked to `wait`. The checkpoint goes with the last piece, or by itself where that has no room for it.
         """
         n_tokens = request.chain.n_tokens
-        start = self.held_tokens(request)
+        start = self.held.held_tokens(request.chain)
         state_bytes, reason = self._checkpoint(request)
         jobs: list[StoreJob] = []
         ends = self._ends(start, n_tokens, state_bytes or 0)
@@ -206,7 +202,7 @@ class Storer:
         Never waits, and holds none of the caller's arrays afterwards, since the engine writes into them with its next
         step. Whole blocks only, at most `tokens_max` tokens; with the `checkpoint` at their end, all tokens.
         """
-        start, n_tokens = self.held_tokens(request), request.chain.n_tokens
+        start, n_tokens = self.held.held_tokens(request.chain), request.chain.n_tokens
         state_bytes = self._checkpoint(request)[0] if checkpoint and n_tokens - start <= tokens_max else None
         end = min(n_tokens, start + tokens_max) // BLOCK_TOKENS * BLOCK_TOKENS if state_bytes is None else n_tokens
         if end <= start and state_bytes is None:
@@ -228,10 +224,10 @@ class Storer:
 
     def _queue(self, job: StoreJob) -> bool:
         """Queue a job; its tokens then count as held, until it fails, so that no later one brings them again."""
-        self._held.hold(job.chain)
+        self.held.hold(job.chain)
         if self._submit(job):
             return True
-        self._held.forget(job.chain, job.start)
+        self.held.forget(job.chain, job.start)
         job.release()
         return False
 
@@ -288,7 +284,7 @@ class Storer:
             return None, Reason.OK
         if {layer.n_tokens for layer in states} != {request.chain.n_tokens}:
             return None, Reason.NO_CHECKPOINT
-        if self._held.holds_checkpoint(request.chain):
+        if self.held.holds_checkpoint(request.chain):
             return None, Reason.OK
         return sum(state.nbytes for state in describe(request.layers)), Reason.OK
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +19,14 @@ import grpc
 from kvstore.client.connection import Connection
 from kvstore.client.request_lines import new_request_id
 from kvstore.client.results import StoreResult, parse_reason
-from kvstore.client.upload_connection import UploadConnection
+from kvstore.client.trust import walk
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.breaker import Watchdog
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
-from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
+from kvstore.core.unix_sockets import block_for, peer_uid
+from kvstore.errors import DeadlineError, KVStoreError, UnavailableError, UntrustedError
 from kvstore.wire.convert import namespace_to_message, states_to_bytes
 from kvstore.wire.frames import CHUNK_BYTES, prompt_frame, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -41,6 +46,11 @@ REPORT_S = 5.0
 # An upload may wait for other uploads that send the blocks before its own.
 UPLOAD_S_MIN = 60.0
 UPLOAD_BYTES_PER_S_MIN = 10_000_000
+
+# IOV_MAX on Linux and macOS.
+VECTORS_MAX = 1024
+# Bytes of one sendmsg call: large enough that the cost of the call itself is negligible.
+SEND_BYTES = 64 << 20
 
 # The upload socket cannot be reached, for example from a container that mounts only the daemon's gRPC socket.
 _NO_SOCKET = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
@@ -204,7 +214,10 @@ class Uploader:
             return True
         try:
             if begun.by_socket:
-                return self._send(begun.upload_id, self._views(job, begun))
+                place = self._connection.address.upload_path
+                connection = UploadConnection(place, begun.upload_id, UPLOAD_S_MIN)
+                with contextlib.closing(connection), self._cancellable(connection):
+                    return connection.send(self._views(job, begun))
             timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN
             reply: pb.UploadReply = self._unary("Upload", _chunks(begun.upload_id, self._views(job, begun)), timeout_s)
             whole: bool = reply.received_bytes == begun.upload_bytes
@@ -213,64 +226,52 @@ class Uploader:
             self._abort(begun.upload_id)
             raise
 
-    def _send(self, upload_id: str, views: Iterator[memoryview]) -> bool:
-        connection = UploadConnection(self._connection.address.upload_path, upload_id, UPLOAD_S_MIN)
-        self._track(connection)
-        try:
-            return connection.send(views)
-        finally:
-            self._call = None
-            connection.close()
-
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
         """The wanted bytes in the order in which they are sent: pieces, then states."""
-        for view in self._captured(job, begun):
+        pieces, capture = cut_pieces(begun.start, begun.end, job.restored_tokens), job.capture
+        if pieces and capture is None:
+            raise KVStoreError("the daemon asked for tokens that were not captured")
+        tokens = (view for piece in pieces if capture for view in capture.piece_views(self._layout, piece))
+        states = job.states.views() if begun.wants_states and job.states is not None else ()
+        for view in itertools.chain(tokens, states):
             if self._cancelled:
                 raise DeadlineError("the session was closed")
             yield view
 
-    def _captured(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
-        for piece in cut_pieces(begun.start, begun.end, job.restored_tokens):
-            if job.capture is None:
-                raise KVStoreError("the daemon asked for tokens that were not captured")
-            yield from job.capture.piece_views(self._layout, piece)
-        if begun.wants_states and job.states is not None:
-            yield from job.states.views()
-
     def _commit(self, upload_id: str) -> StoreResult:
-        call = self._track(
-            self._connection.kvstore.CommitStore(
-                pb.CommitStoreRequest(upload_id=upload_id), timeout=ACCEPTED_S + DONE_S
-            )
-        )
-        try:
-            with Watchdog(call.cancel, ACCEPTED_S) as watchdog:
-                reply = watchdog.next(call)
-            if reply is not None and not reply.done:
-                reply = next(call, None)
-        finally:
-            call.cancel()
-            self._call = None
+        request = pb.CommitStoreRequest(upload_id=upload_id)
+        call = self._connection.kvstore.CommitStore(request, timeout=ACCEPTED_S + DONE_S)
+        with self._cancellable(call):
+            try:
+                with Watchdog(call.cancel, ACCEPTED_S) as watchdog:
+                    reply = watchdog.next(call)
+                if reply is not None and not reply.done:
+                    reply = next(call, None)
+            finally:
+                call.cancel()
         if reply is None or not reply.done:
             raise KVStoreError("the daemon ended a store without a result")
         return StoreResult(reply.stored_tokens, reply.new_bytes, parse_reason(reply.reason), reply.durable)
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:
-        call = self._track(getattr(self._connection.kvstore, method).future(request, timeout=timeout_s))
+        call = getattr(self._connection.kvstore, method).future(request, timeout=timeout_s)
+        with self._cancellable(call):
+            try:
+                return call.result()
+            except grpc.FutureCancelledError as error:
+                raise DeadlineError(f"{method} was cancelled") from error
+
+    @contextlib.contextmanager
+    def _cancellable(self, call: Any) -> Iterator[None]:
+        """While this block runs, `cancel` ends the call."""
+        self._call = call
+        # After the assignment: `cancel` sets the flag first, so either it or this line sees the other.
+        if self._cancelled:
+            call.cancel()
         try:
-            return call.result()
-        except grpc.FutureCancelledError as error:
-            raise DeadlineError(f"{method} was cancelled") from error
+            yield
         finally:
             self._call = None
-
-    def _track(self, call: Any) -> Any:
-        self._call = call
-        if (
-            self._cancelled
-        ):  # checked after the assignment; `cancel` sets the flag first, so either it or this line sees the other
-            call.cancel()
-        return call
 
     def _abort(self, upload_id: str) -> bool:
         """Ends the upload, best effort: the daemon ends idle ones itself. False if it has already ended this one."""
@@ -298,3 +299,76 @@ def _chunks(upload_id: str, views: Iterator[memoryview]) -> Iterator[bytes]:
             nbytes += part.nbytes
     if parts:
         yield upload_frame(upload_id, parts)
+
+
+class UploadConnection:
+    """One upload's connection to the daemon's upload socket on the same host. One thread sends; any may cancel.
+
+    Its path is derived from the daemon's gRPC socket, so a reply cannot redirect the bytes, and it is checked like that
+    socket (`trust`).
+    """
+
+    def __init__(self, path: str, upload_id: str, stall_s: float) -> None:
+        """Connect and name the upload. Raises OSError if there is no socket, UntrustedError if another user owns it.
+
+        Raises UnavailableError if the daemon does not answer. `stall_s`: longest wait of a send.
+        """
+        if walk(path) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        self._is_taken = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(CONNECT_S)
+            self._socket.connect(path)
+            if (uid := peer_uid(self._socket)) not in (os.geteuid(), 0):
+                raise UntrustedError(f"the process that listens at {path} is of user id {uid}; nothing is sent to it")
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.sendall(upload_id.encode())
+                self._is_taken = bool(self._socket.recv(1))
+            block_for(self._socket, stall_s)
+        except BaseException as error:
+            self._socket.close()
+            if isinstance(error, TimeoutError):
+                raise UnavailableError(f"the daemon does not answer at {path}") from error
+            raise
+
+    def send(self, views: Iterator[memoryview]) -> bool:
+        """Send all views without copying. Returns whether the daemon received them; if not, CommitStore says why.
+
+        Raises DeadlineError if the daemon reads nothing for `stall_s`.
+        """
+        batch, nbytes = list[memoryview](), 0
+        if not self._is_taken:
+            return False
+        try:
+            for view in views:
+                batch.append(view)
+                nbytes += view.nbytes
+                if len(batch) == VECTORS_MAX or nbytes >= SEND_BYTES:
+                    self._send_all(batch)
+                    batch, nbytes = [], 0
+            self._send_all(batch)
+            self._socket.shutdown(socket.SHUT_WR)
+            return bool(self._socket.recv(1))
+        except BlockingIOError as error:
+            raise DeadlineError("the daemon stopped reading the upload") from error
+        except (BrokenPipeError, ConnectionResetError):
+            return False
+
+    def _send_all(self, views: list[memoryview]) -> None:
+        pending = [view for view in views if view.nbytes]
+        while pending:
+            count = self._socket.sendmsg(pending)
+            while pending and count >= pending[0].nbytes:
+                count -= pending.pop(0).nbytes
+            if count:
+                pending[0] = pending[0][count:]
+
+    def cancel(self) -> None:
+        """Break off whatever the sending thread does. Any thread."""
+        with contextlib.suppress(OSError):  # not connected
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the descriptor. Sending thread only."""
+        self._socket.close()

@@ -148,7 +148,7 @@ class Reencoder(Writer):
             space.record,
             {row.key},
             shared.index.ring.key(root),
-            WriteBehind(shared.blobs, sync=shared.sync),
+            WriteBehind(shared.blobs),
             shared.evictions.number,
             old=row,
             error=error,

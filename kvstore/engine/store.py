@@ -12,6 +12,7 @@ import errno
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -103,6 +104,10 @@ class Batch:
     ends: dict[bytes, int] = field(default_factory=dict)
     held: set[bytes] = field(default_factory=set)
 
+    def wait_written(self, count: int) -> None:
+        """Wait until the bytes of the first `count` unsynced blobs are no longer needed."""
+        wait([one.write.written for one in itertools.islice(self.unsynced, max(0, count)) if one.write is not None])
+
     def rows(self) -> list[Row]:
         """Rows whose blobs are on the disk."""
         return [entry.row for entry in self.entries if entry.row is not None]
@@ -153,7 +158,7 @@ class Writer:
         root = NamespaceInfo.from_record(record).root
         key = self._shared.index.ring.key(root)
         # A key may be dropped at any time. Then nothing more may be written, so its blobs are written at once.
-        behind = WriteBehind(self._shared.blobs, sync=self._shared.sync, ahead=ahead if key is None else 0)
+        behind = WriteBehind(self._shared.blobs, ahead=ahead if key is None else 0)
         since = self._shared.evictions.number if since is None else since
         batch = Batch(root, record, set(protect), key, behind, since)
         if encryption is not None and batch.key is not encryption:
@@ -198,9 +203,7 @@ class Writer:
             batch.unsynced.append(entry)
             if not block.is_checkpoint:
                 batch.ends[block.key] = block.end
-            for waiting in itertools.islice(batch.unsynced, max(0, len(batch.unsynced) - batch.behind.ahead)):
-                if waiting.write is not None:
-                    waiting.write.wait_written()
+            batch.wait_written(len(batch.unsynced) - batch.behind.ahead)
             if not self._await_synced(batch, UNSYNCED_MAX):
                 return Reason.STORE_FULL
         return reason if self._await_synced(batch, 0) else Reason.STORE_FULL
@@ -214,7 +217,7 @@ class Writer:
             entry = batch.unsynced[0]
             try:
                 if entry.write is not None:
-                    entry.write.wait_synced()
+                    entry.write.synced.result()
             except OSError as error:
                 self._note_refused_write(error, batch)
                 return False
@@ -255,9 +258,7 @@ class Writer:
 
         if shared.options.free_floor_bytes and nbytes + self._evictor.shortage.floor_lack_bytes() > 0:
             # A blob that is half written counts as half more than it is, and nothing is to be evicted for that.
-            for waiting in batch.unsynced:
-                if waiting.write is not None:
-                    waiting.write.wait_written()
+            batch.wait_written(len(batch.unsynced))
         if not self._evictor.make_room(nbytes, batch.keep, book):
             return False
         try:
@@ -292,7 +293,7 @@ class Writer:
         try:
             for entry in batch.entries:
                 if entry.write is not None:
-                    entry.write.rename()
+                    entry.write.synced.result().rename()
                     entry.write = None
             if batch.rows():
                 shared.blobs.sync(batch.root)

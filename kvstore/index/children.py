@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from kvstore.blobs.keyring import NamespaceKey
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
 from kvstore.errors import CorruptDataError
-from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Code, Row, level_prefix, level_tokens, tail_prefix
+from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Row, level_code, level_prefix, tail_prefix
 from kvstore.index.transaction import View
 
 # Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
@@ -67,7 +67,7 @@ def _neighbours(
     SIDE_MAX on each side. In an encrypted namespace they stand in no order.
     """
     prefix = level_prefix(parent, rest, level, key)
-    code = b"" if key else Code.of(level_tokens(rest, level)).data
+    code = level_code(rest, level, key)
     above, below = view.entries(prefix, code), view.entries(prefix, code, reverse=True)
     return _rows_of(view, parent, above), _rows_of(view, parent, below)
 

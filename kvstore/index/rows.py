@@ -45,8 +45,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgpack
@@ -297,29 +296,15 @@ def token_code(token: int) -> bytes:
     return b"\xff" + (token + _SIGN).to_bytes(8, "big")
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
-    """The code of at most LEVEL_TOKENS tokens. `ends[i]` is where token i's code ends."""
-
-    data: bytes
-    ends: Sequence[int]
-
-    @classmethod
-    def of(cls, tokens: bytes) -> Code:
-        """The code of packed tokens."""
-        numbers = np.frombuffer(tokens, "<i8")
-        if not len(numbers):
-            return cls(b"", ())
-        if numbers.min() >= 0 and numbers.max() < _SHORT_TOKEN_LIMIT:
-            data = numbers.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
-            return cls(data, range(3, len(data) + 1, 3))
-        codes = [token_code(token) for token in numbers.tolist()]
-        return cls(b"".join(codes), tuple(np.cumsum([len(code) for code in codes]).tolist()))
-
-
-def level_tokens(tokens: bytes, level: int) -> bytes:
-    """The tokens that the code of a level is of."""
-    return tokens[level * LEVEL_TOKENS * TOKEN_BYTES : (level + 1) * LEVEL_TOKENS * TOKEN_BYTES]
+def level_code(tokens: bytes, level: int, key: NamespaceKey | None) -> bytes:
+    """The code of the tokens of a level, at most LEVEL_TOKENS; empty in a namespace with a key."""
+    if key:
+        return b""
+    part = tokens[level * LEVEL_TOKENS * TOKEN_BYTES : (level + 1) * LEVEL_TOKENS * TOKEN_BYTES]
+    numbers = np.frombuffer(part, "<i8")
+    if numbers.min(initial=0) >= 0 and numbers.max(initial=0) < _SHORT_TOKEN_LIMIT:
+        return numbers.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
+    return b"".join(map(token_code, numbers.tolist()))
 
 
 def head_of(tokens: bytes, key: NamespaceKey | None) -> bytes:
@@ -351,10 +336,10 @@ def child_entries(row: Row, key: NamespaceKey | None) -> list[bytes]:
     if row.is_aux:
         return [row.root + AUX_MARK + row.key[:HEAD_BYTES]]
     tokens = row.tokens
-    entries = []
-    for level in range(row.n_tokens // LEVEL_TOKENS + 1):
-        code = b"" if key else Code.of(level_tokens(tokens, level)).data
-        entries.append(level_prefix(row.parent, tokens, level, key) + code + number)
+    entries = [
+        level_prefix(row.parent, tokens, level, key) + level_code(tokens, level, key) + number
+        for level in range(row.n_tokens // LEVEL_TOKENS + 1)
+    ]
     if row.n_tokens < BLOCK_TOKENS:
         entries.append(tail_prefix(row.parent, tokens, key) + number)
     return entries

@@ -110,7 +110,7 @@ class Worker:
         import numpy as np
 
         from kvstore.client.client import connect
-        from kvstore.client.upload_connection import UploadConnection
+        from kvstore.client.uploader import UploadConnection
         from kvstore.config import Config
         from kvstore.core.layers import KVLayer
         from tests.support.daemon import DaemonProcess

@@ -172,10 +172,10 @@ def tokens(data: bytes) -> None:
     shared = next((at for at, (a, b) in enumerate(zip(ids, ids[half // 8 :], strict=False)) if a != b), half // 8)
     assert common_tokens(one, two) == min(shared, half // 8)
     for level in range(len(ids) // rows.LEVEL_TOKENS + 1):
-        part = rows.level_tokens(packed, level)
-        code = rows.Code.of(part)
-        assert len(code.data) <= 9 * rows.LEVEL_TOKENS
-        assert code.data == b"".join(map(rows.token_code, unpack_tokens(part)))
+        code = rows.level_code(packed, level, None)
+        assert len(code) <= 9 * rows.LEVEL_TOKENS
+        part = ids[level * rows.LEVEL_TOKENS : (level + 1) * rows.LEVEL_TOKENS]
+        assert code == b"".join(map(rows.token_code, part))
 
 
 @dataclass(frozen=True)
