@@ -15,7 +15,9 @@ import pytest
 
 from kvstore.cli.app import cli
 from kvstore.config import KEYS, Config
+from kvstore.core import remote_words
 from kvstore.core.blocks import Reason
+from kvstore.core.remote_words import NOT_PUSHED, NOT_USED, RemoteReason
 from kvstore.integrations.run import _SERVERS as SERVERS
 from tests.bench import picture
 
@@ -55,6 +57,18 @@ def rows_of(path: Path) -> dict[str, list[str]]:
     """The table rows whose first cell is one name in code, by that name: their other cells."""
     rows = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", text_of(path), re.MULTILINE)
     return {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
+
+
+def test_the_words_of_the_remote_tier_are_those_of_the_code() -> None:
+    """Every reason, with its text, and whether it is one of requests or of blocks."""
+    codes = {str(reason) for reason in RemoteReason}
+    rows = {name: cells for name, cells in rows_of(ROOT / "docs" / "distributed.md").items() if name in codes}
+    marks = {
+        reason: [remote_words.WORDS[reason], *("yes" if reason in some else "" for some in (NOT_USED, NOT_PUSHED))]
+        for reason in RemoteReason
+        if reason in NOT_USED | NOT_PUSHED
+    }
+    assert rows == marks
 
 
 def test_the_readme_is_short() -> None:

@@ -15,13 +15,15 @@ from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Namespace
 from kvstore.core.limits import default_limits
+from kvstore.core.remote_words import RemoteReason
 from kvstore.errors import NotFoundError, RemoteError
 from kvstore.remote.object_names import Naming
 from kvstore.remote.object_store import MARKER
-from kvstore.remote.push_queue import PushItem, PushQueue
+from kvstore.remote.push_queue import SEEN_S, Offers, PushItem, PushQueue
 from kvstore.remote.pusher import TRIES_MAX
 from kvstore.remote.tier import RemoteTier
 from tests.support.aux_blocks import referring
+from tests.support.clock import Clock
 from tests.support.engine import LAYOUT, sequence
 from tests.support.memory_objects import MemoryStore
 from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, found, name_of
@@ -29,7 +31,7 @@ from tests.support.remote_blobs import NS, blobs_of, chain_of, fill, found, name
 N_TOKENS = 3 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
 LABELS = ("exact",)
-ITEMS = [PushItem(block.root, block.key, len(blob)) for block, blob in BLOBS]
+ITEMS = [PushItem(block.root, block.key, block.parent, len(blob)) for block, blob in BLOBS]
 
 
 def soon() -> Deadline:
@@ -64,7 +66,8 @@ def test_what_is_pushed_is_what_another_daemon_finds() -> None:
     """Byte for byte, ancestors first, with an identity for people."""
     store = MemoryStore()
     tier = tier_over(store)
-    assert tier.offer(ITEMS) == len(ITEMS)
+    tier.offer(ITEMS)
+    assert len(tier.queue) == len(ITEMS)
     push_all(tier)
     assert list(objects(store)) == [name_of(block) for block, _ in BLOBS]
     assert Naming(NS.info).identity_name in store.objects
@@ -82,7 +85,7 @@ def test_a_tenant_is_pushed_under_names_that_say_nothing() -> None:
     blobs = blobs_of(N_TOKENS, ns)
     store = MemoryStore()
     tier = tier_over(store, load=loads(blobs))
-    tier.offer(PushItem(block.root, block.key, len(blob)) for block, blob in blobs)
+    tier.offer([PushItem(block.root, block.key, block.parent, len(blob)) for block, blob in blobs])
     push_all(tier)
     listing = "\n".join(store.objects)
     assert not any(key.hex() in listing for block, _ in blobs for key in (block.root, block.parent, block.key))
@@ -113,7 +116,7 @@ def test_an_object_that_is_there_is_not_sent_again() -> None:
     tier.offer(ITEMS)
     push_all(tier)
     assert tier.stats().pushes.present == len(ITEMS)
-    assert not tier.stats().pushes.wrong
+    assert not tier.stats().not_pushed
 
 
 @pytest.mark.parametrize("wrong", [b"", b"not a blob at all", BLOBS[0][1], blobs_of(N_TOKENS, fidelity=100)[1][1]])
@@ -128,7 +131,7 @@ def test_a_wrong_object_stays_is_reported_and_is_passed_over(wrong: bytes, caplo
         if use == "push":
             tier.offer(ITEMS)
             push_all(tier)
-            assert tier.stats().pushes.wrong == 1
+            assert tier.stats().not_pushed == {RemoteReason.WRONG: len(ITEMS) - 1}
         else:
             assert found(tier, N_TOKENS, 60) == [BLOBS[0][1]]
         assert tier.stats().wrong_objects == 1
@@ -144,19 +147,18 @@ def test_a_wrong_object_stays_is_reported_and_is_passed_over(wrong: bytes, caplo
 def test_the_queue_is_bounded_in_bytes_drops_descendants_and_holds_each_once() -> None:
     """What does not fit is counted; what waits, or is under way, is not added again."""
     queue = PushQueue(None, bytes_max=sum(item.nbytes for item in ITEMS[:2]))
-    assert queue.offer(ITEMS) == 2
-    assert (len(queue), queue.dropped) == (2, 2)
-    assert queue.offer(ITEMS[:2]) == 0
+    assert queue.offer(ITEMS) == ITEMS[2:]
+    assert queue.offer(ITEMS[:2]) == []
     assert queue.take(0) == ITEMS[0]
-    assert queue.offer(ITEMS[:1]) == 0
+    assert queue.offer(ITEMS[:1]) == []
     assert len(queue) == 2
     queue.again()
     assert queue.take(0) == ITEMS[0]._replace(tries=1)
     queue.done()
     assert queue.nbytes == ITEMS[1].nbytes
-    assert queue.offer(ITEMS[:1]) == 1
+    assert queue.offer(ITEMS[:1]) == []
     assert [queue.take(0), queue.done(), queue.take(0)] == [ITEMS[1], None, ITEMS[0]]
-    queue.drop()
+    assert queue.drop() == [ITEMS[0].key]
     assert (len(queue), queue.nbytes, queue.take(0)) == (0, 0, None)
 
 
@@ -220,7 +222,7 @@ def test_a_store_that_fails_stops_pushes_and_loses_none_of_them() -> None:
     tier.start()
     while not tier.stats().pushes_open:
         time.sleep(0.005)
-    assert (len(tier.queue), tier.queue.dropped) == (len(ITEMS), 0)
+    assert (len(tier.queue), tier.stats().not_pushed) == (len(ITEMS), {})
     store.fail = None
     while len(tier.queue):
         time.sleep(0.01)
@@ -228,58 +230,156 @@ def test_a_store_that_fails_stops_pushes_and_loses_none_of_them() -> None:
     tier.close(60)
 
 
-def test_a_blob_that_the_store_refuses_is_given_up_after_a_few_tries() -> None:
-    """The others are not held up for good."""
-    store = MemoryStore()
+def refusing(store: MemoryStore, name: str) -> None:
+    """A store that takes all but one object."""
     create = store.create
 
-    def refuse(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
-        if name == name_of(BLOBS[0][0]):
+    def refuse(asked: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        if asked == name:
             raise RemoteError("too large")
-        return create(name, parts, deadline)
+        return create(asked, parts, deadline)
 
     store.create = refuse  # type: ignore[method-assign]
+
+
+OTHER = blobs_of(N_TOKENS, first=70_000)
+OTHER_ITEMS = [PushItem(block.root, block.key, block.parent, len(blob)) for block, blob in OTHER]
+
+
+def test_a_blob_that_the_store_refuses_is_given_up_with_all_that_builds_on_it() -> None:
+    """After a few tries. What does not build on it is not held up."""
+    store = MemoryStore()
+    refusing(store, name_of(BLOBS[1][0]))
+    tier = tier_over(store, load=loads([*BLOBS, *OTHER]))
+    tier.offer(ITEMS)
+    tier.offer(OTHER_ITEMS)
+    push_all(tier)
+    assert set(objects(store)) == {name_of(block) for block, _ in (BLOBS[0], *OTHER)}
+    assert tier.stats().not_pushed == {RemoteReason.FAILED: len(ITEMS) - 1}
+    assert store.rounds.count("head") == 1 + TRIES_MAX + len(OTHER)
+    assert (len(tier.queue), tier.queue.nbytes) == (0, 0)
+
+
+def test_what_builds_on_a_block_that_was_not_pushed_is_not_queued_later() -> None:
+    """Until that block is looked at again: then all of it goes."""
+    store, clock = MemoryStore(), Clock(0.0)
     tier = tier_over(store)
+    tier.offers = tier.pusher._offers = offers = Offers(tier.queue, clock)
+    load, tier.pusher._load = tier.pusher._load, lambda item: None
+    tier.offer(ITEMS[:1])
+    push_all(tier)
+    tier.pusher._load = load
+    tier.offer(ITEMS)
+    assert len(tier.queue) == 0
+    assert offers.not_pushed == {RemoteReason.GONE: len(ITEMS)}
+    clock.now_s += SEEN_S
     tier.offer(ITEMS)
     push_all(tier)
-    assert len(objects(store)) == len(ITEMS) - 1
-    assert (tier.stats().pushes.failed, tier.stats().dropped_blobs) == (1, 1)
-    assert store.rounds.count("head") == TRIES_MAX + len(ITEMS) - 1
+    assert len(objects(store)) == len(ITEMS)
+
+
+def test_what_was_looked_at_a_short_while_ago_is_not_queued_again() -> None:
+    """Neither what was pushed, nor what was read from there. The blocks before that are."""
+    tier = tier_over(MemoryStore())
+    tier.offers.want([ITEMS[0].key])
+    assert [tier.offers.next(), tier.offers.next()] == [ITEMS[0].key, None]
+    tier.offers.lie_there([item.key for item in ITEMS[2:]])
+    tier.offers.want([item.key for item in ITEMS[2:]])
+    assert [tier.offers.next() for _ in ITEMS] == [ITEMS[2].key, ITEMS[3].key, None, None]
+    tier.offer(ITEMS)
+    tier.offers.want([item.key for item in ITEMS])
+    assert tier.offers.next() is None
+    assert [tier.queue.take(0) for _ in ITEMS[:2] if tier.queue.done() is None] == ITEMS[:2]
+    assert tier.queue.take(0) is None
+    tier.offer(ITEMS)
+    assert len(tier.queue) == 1
+    assert tier.stats().not_pushed == {}
+
+
+def test_what_does_not_fit_in_the_queue_is_counted_with_all_that_builds_on_it() -> None:
+    """And is not queued behind the hole when there is room again."""
+    tier = tier_over(MemoryStore(), remote_queue_bytes_max=ITEMS[0].nbytes)
+    tier.offer(ITEMS[:3])
+    push_all(tier)
+    tier.offer(ITEMS)
+    assert len(tier.queue) == 0
+    assert tier.stats().not_pushed == {RemoteReason.QUEUE_FULL: len(ITEMS) - 1}
+
+
+def test_many_threads_may_offer_want_and_drop_at_once() -> None:
+    """Every block is pushed or counted, and none is behind a block that was dropped."""
+    chains = []
+    for first in range(0, 400_000, 10_000):
+        blobs = blobs_of(N_TOKENS, first=first)
+        chains.append([PushItem(block.root, block.key, block.parent, len(blob)) for block, blob in blobs])
+    tier = tier_over(MemoryStore())
+    pushed: list[PushItem] = []
+    done = threading.Event()
+
+    def push() -> None:
+        while not done.is_set() or len(tier.queue):
+            if item := tier.queue.take(0.01):
+                if item.key[0] % 4:
+                    pushed.append(item)
+                    tier.queue.done()
+                else:
+                    tier.offers.drop(RemoteReason.GONE)
+
+    def offer() -> None:
+        while key := tier.offers.next():
+            chain = next(chain for chain in chains if chain[-1].key == key)
+            for end in range(1, len(chain) + 1):
+                tier.offer(chain[:end])
+
+    tier.offers.want([chain[-1].key for chain in chains])
+    threads = [threading.Thread(target=offer) for _ in range(4)]
+    pushing = threading.Thread(target=push)
+    for thread in (pushing, *threads):
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done.set()
+    pushing.join(60)
+    there = {item.key for item in pushed}
+    assert len(pushed) == len(there)
+    assert len(pushed) + sum(tier.stats().not_pushed.values()) == sum(map(len, chains))
+    assert all(item.parent in (item.root, *there) for item in pushed)
 
 
 def test_a_block_that_was_re_encoded_with_a_basis_while_it_waited_is_not_pushed() -> None:
-    """The remote store has no bases. It is counted as such, and not as a failure."""
+    """The remote store has no bases. It is counted as such, with what builds on it, and not as a failure."""
     blobs = []
     for new in sequence(NS, range(N_TOKENS)):
         one = referring(new, b"d" * 32)
         ready = make_ready(replace(one.block, namespace=NS.to_record()), one.buffers)
         blobs.append((ready.block, ready.header + b"".join(ready.payload)))
     store = MemoryStore()
-    tier = tier_over(store, load=loads([blobs[0], *BLOBS[1:]]))
+    tier = tier_over(store, load=loads([BLOBS[0], blobs[1], *BLOBS[2:]]))
     tier.offer(ITEMS)
     push_all(tier)
-    assert list(objects(store)) == [name_of(block) for block, _ in BLOBS[1:]]
-    pushes = tier.stats().pushes
-    assert (pushes.needs_basis, pushes.pushed, pushes.failed, pushes.gone) == (1, len(ITEMS) - 1, 0, 0)
-    assert not len(tier.queue) and not tier.queue.dropped
+    assert list(objects(store)) == [name_of(BLOBS[0][0])]
+    assert tier.stats().not_pushed == {RemoteReason.NEEDS_BASIS: len(ITEMS) - 1}
+    assert not len(tier.queue)
 
 
-def test_what_is_evicted_encrypted_or_damaged_before_its_turn_is_not_pushed() -> None:
-    """The first two are gone, the last is refused."""
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [("evicted", RemoteReason.GONE), ("not found", RemoteReason.FAILED), ("damaged", RemoteReason.FAILED)],
+)
+def test_what_is_evicted_encrypted_or_damaged_before_its_turn_is_not_pushed(what: str, reason: RemoteReason) -> None:
+    """The first two are gone, the last is refused. The store is not taken for one that fails."""
 
     def load(item: PushItem) -> list[memoryview] | None:
-        if item == ITEMS[0]:
+        if what == "evicted":
             return None
-        if item == ITEMS[1]:
+        if what == "not found":
             raise NotFoundError("evicted")
-        if item == ITEMS[2]:
-            return [memoryview(BLOBS[2][1][:-1] + b"\0")]
-        return [memoryview(BLOBS[0][1])]
+        return [memoryview(BLOBS[0][1][:-1] + b"\0")]
 
     store = MemoryStore()
     tier = tier_over(store, load=load)
     tier.offer(ITEMS)
     push_all(tier)
     assert objects(store) == {}
-    assert (tier.stats().pushes.gone, tier.stats().pushes.failed) == (1, 3)
+    assert tier.stats().not_pushed == {reason: len(ITEMS)}
     assert not tier.stats().pushes_open

@@ -11,12 +11,13 @@ import pytest
 from kvstore.config import Config
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
+from kvstore.core.remote_words import CreateOnly
 from kvstore.errors import CorruptDataError, RemoteError
 from kvstore.index.rows import Row
 from kvstore.remote.object_store import PROBE
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.server.tier.remote_watch import HONOURED, IGNORED, LOOK_EVERY_S, PROBES_MAX, UNKNOWN, Watch
+from kvstore.server.tier.remote_watch import LOOK_EVERY_S, PROBES_MAX, Watch
 from tests.support.clock import Clock
 from tests.support.memory_objects import MemoryStore
 
@@ -41,8 +42,8 @@ def test_what_create_only_puts_do_is_found_out_once_and_leaves_nothing(monkeypat
     store = MemoryStore()
     before = dict(store.objects)
     watch, clock = watch_over(store)
-    assert watch.create_only == UNKNOWN
-    assert looked(watch, clock, 3).create_only == HONOURED
+    assert watch.create_only == CreateOnly.UNKNOWN
+    assert looked(watch, clock, 3).create_only == CreateOnly.HONOURED
     assert (store.rounds.count("create"), store.rounds.count("delete")) == (2, 1)
 
     def overwrite(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
@@ -51,7 +52,7 @@ def test_what_create_only_puts_do_is_found_out_once_and_leaves_nothing(monkeypat
 
     monkeypatch.setattr(store, "create", overwrite)
     watch = looked(*watch_over(store))
-    assert watch.create_only == IGNORED and watch.serves
+    assert watch.create_only == CreateOnly.IGNORED and watch.serves
     assert store.objects == before
 
 
@@ -67,7 +68,7 @@ def test_a_store_that_takes_no_writes_serves_and_is_tried_a_few_times(
     store = MemoryStore()
     monkeypatch.setattr(store, call, refuse)
     watch, clock = watch_over(store)
-    assert looked(watch, clock).serves and watch.create_only == UNKNOWN
+    assert looked(watch, clock).serves and watch.create_only == CreateOnly.UNKNOWN
     looked(watch, clock, 2 * PROBES_MAX)
     left = [name for name in store.objects if name.startswith(PROBE)]
     assert len(left) == (PROBES_MAX if call == "delete" else 0)

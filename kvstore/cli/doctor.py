@@ -19,6 +19,7 @@ import click
 from kvstore import __version__
 from kvstore.cli.common import client_config, common_options, connected, counted, print_json, say, size_text
 from kvstore.config import Config, default_data_dir
+from kvstore.core.remote_words import RemoteState
 from kvstore.errors import DeadlineError, DirectoryError, KVStoreError, UnavailableError
 
 if TYPE_CHECKING:
@@ -190,8 +191,8 @@ def _metrics(config: Config) -> Iterator[Line]:
 
 def _remote(remote: dict[str, Any]) -> Iterator[Line]:
     """Whether the remote tier serves, where the daemon has one."""
-    if remote["state"] != "off":
-        if remote["state"] == "serving":
+    if remote["state"] != RemoteState.OFF:
+        if remote["state"] == RemoteState.SERVING:
             yield Line("remote", f"{remote['place']} is serving")
         else:
             yield Line("remote", remote["state"], remote["detail"] or f"look at {remote['place']}")

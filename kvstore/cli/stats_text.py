@@ -17,6 +17,7 @@ from kvstore.cli.common import (
     span_text,
     time_text,
 )
+from kvstore.core import remote_words
 from kvstore.core.reasons import is_needed, words_of
 
 YEAR_S = 365.25 * 86_400
@@ -184,16 +185,10 @@ def _pressure(pressure: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-CREATE_ONLY = {
-    "ignored": "ignored: daemons that push the same block at once all write it; what is read is verified in any case",
-    "unknown": "not known yet",
-}
-
-
 def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The remote tier; nothing where there is none, or of an older daemon."""
-    state = remote.get("state", "off")
-    if state == "off":
+    state = remote.get("state", remote_words.RemoteState.OFF)
+    if state == remote_words.RemoteState.OFF:
         return []
     known = remote["bytes_per_s"]
     link = f"{known / 1e6:,.0f} MB/s, {1e3 * remote['latency_s']:.1f} ms a request" if known else "not measured yet"
@@ -208,11 +203,12 @@ def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("pushed", f"{remote['pushed_blobs']:,} blobs since start, {waiting}"),
     ]
     if create_only := remote.get("create_only"):  # not of an older daemon
-        facts.append(("create-only puts", CREATE_ONLY.get(create_only, create_only)))
+        facts.append(("create-only puts", remote_words.create_only_of(create_only)))
     if wrong := remote["wrong_objects"]:
         facts.append(("wrong", f"{wrong:,} objects did not verify and are not used: kvstore check --remote"))
     for title, field in (("not used", "unused_reasons"), ("not pushed", "not_pushed")):
-        facts += [(f"{title} ({code})", f"{count:,}") for code, count in sorted(remote[field].items())]
+        for code, count in sorted(remote[field].items()):
+            facts.append((f"{title} ({code})", f"{count:,}  {remote_words.words_of(code)}"))
     return facts
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from kvstore.cli.stats_text import projected_text, saved_text, share_text
 from kvstore.core.reasons import NOT_NEEDED, WHOLE
+from kvstore.core.remote_words import RemoteState
 from kvstore.core.text import plain_text, size_text, span_text, took_text
 
 SCOPES = (("last hour", "last_hour"), ("since start", "since_start"), ("lifetime", "lifetime"))
@@ -157,9 +158,12 @@ class Screen:
         room.append(f"{size_text(disk['free_bytes'])} free", "bold red" if low else "default")
         grid.add_row("disk", size_text(used), room)
         grid.add_row("a year", "", projected_text(self.stats, self.now_s))
-        if (remote := self.stats.get("remote") or {}).get("state", "off") != "off":
-            style = "green" if remote["state"] == "serving" else "bold yellow"
+        remote = self.stats.get("remote") or {}
+        if remote.get("state", RemoteState.OFF) != RemoteState.OFF:
+            style = "green" if remote["state"] == RemoteState.SERVING else "bold yellow"
             said = f", {remote['hit_tokens']:,} tokens, {size_text(remote['queued_bytes'])} wait"
+            if unused := remote["unused_reasons"]:
+                said += f", not used {sum(unused.values()):,}, mostly {max(unused, key=unused.__getitem__)}"
             grid.add_row("remote", size_text(remote["read_bytes"]), Text.assemble((remote["state"], style), said))
         grid.add_row("queues", "", "   ".join(_queues(load)))
         return grid

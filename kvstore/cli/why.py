@@ -26,6 +26,7 @@ from kvstore.cli.common import (
 from kvstore.cli.names import require_namespace
 from kvstore.core.causes import Cause, cause_words
 from kvstore.core.reasons import is_needed, words_of
+from kvstore.core.remote_words import words_of as remote_words_of
 from kvstore.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
@@ -93,26 +94,6 @@ def command(
         note(f"{counted(answer['left_out'], 'namespace')} not searched: encrypted, or of tenants with a salt")
     if rows and tokenizer is None and any(row["asked"] for row in rows):
         note("with --model PATH the tokens become text, and what changed is named")
-
-
-# What the remote tier had to do with a request.
-_REMOTE = {
-    "hit": "some of it was read from the remote tier for this request",
-    "nothing_there": "the remote tier has no more either",
-    "late": "the remote tier has more, or did not say in time: this request did not wait for it",
-    "not_worth_it": "computing is faster than reading it from the remote tier",
-    "unavailable": "the remote tier does not serve: kvstore stats",
-    "encrypted": "encrypted namespaces have no part in the remote tier",
-    "not_written_now": "nothing is written now, so nothing is read from the remote tier: kvstore stats",
-    "busy": "too many requests were reading from the remote tier",
-    "changed": "what the remote tier had was replaced or removed while it was read",
-    "wrong": "what the remote tier had did not verify: kvstore check --remote",
-    "no_memory": "memory_bytes were in use, so it was not read from the remote tier",
-    "no_room": "there is no room here for what the remote tier has",
-    "no_basis": "what the remote tier has needs a basis that is not stored here",
-    "evicted": "the namespace was evicted here while it was read from the remote tier",
-    "dependency_lost": "a block before it was evicted here while it was read from the remote tier",
-}
 
 
 def _prompt(text: str | None, path: str | None, tokenizer: Any) -> Prompt:
@@ -200,7 +181,7 @@ def _title(row: dict[str, Any]) -> str:
 def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [("cause", _cause(row)), ("offered", _offered(row))]
     if remote := row.get("remote"):
-        facts.append(("remote", _REMOTE.get(remote, remote)))
+        facts.append(("remote", remote_words_of(remote)))
     if row["region"]:
         facts.append(("where", row["region"]))
     if row["cause"] != Cause.WHOLE:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvstore.core.remote_words import RemoteState
 from kvstore.core.text import NAME_CHARACTERS_MAX, plain_text
 from kvstore.errors import ConfigError
 
@@ -182,7 +183,7 @@ class StatsCollector:
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
         remote = self._stats.get("remote") or {}
-        if remote.get("state", "off") == "off":
+        if remote.get("state", RemoteState.OFF) == RemoteState.OFF:
             return
         for name, field, about in _REMOTE:
             yield CounterMetricFamily(name, about, value=remote[field])
@@ -192,7 +193,7 @@ class StatsCollector:
                 metric.add_metric([reason], count)
             yield metric
         about = "1 if the remote tier serves, 0 if not."
-        yield GaugeMetricFamily("kvstore_remote_serving", about, float(remote["state"] == "serving"))
+        yield GaugeMetricFamily("kvstore_remote_serving", about, float(remote["state"] == RemoteState.SERVING))
         about = "Bytes that wait to be written to the remote tier."
         yield GaugeMetricFamily("kvstore_remote_queued_bytes", about, remote["queued_bytes"])
 

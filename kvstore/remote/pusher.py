@@ -2,8 +2,9 @@
 
 No request waits for a push, and each push has a deadline. An object that is there already stays, whatever its bytes: if
 its header is not that of the block, it is reported and passed over by this daemon's fetches. Nothing is overwritten or
-deleted. After failures a breaker stops pushing for a while; the queue fills, and what does not fit is dropped and
-counted.
+deleted. A block that is not pushed, or has a wrong object under its name, takes with it those that wait and build on
+it. After failures a breaker stops pushing for a while; the queue fills, and what does not fit is dropped. `Offers`
+counts all of that.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from dataclasses import dataclass, replace
 from kvstore.core.blocks import Block
 from kvstore.core.breaker import CircuitBreaker, Deadline
 from kvstore.core.keys import NamespaceInfo
+from kvstore.core.remote_words import RemoteReason
 from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
 from kvstore.remote.finder import Finder, RemoteBlock
 from kvstore.remote.object_names import Naming, label_of
 from kvstore.remote.object_store import Head, ObjectStore
 from kvstore.remote.objects import parse_blob, read_header, require_block
-from kvstore.remote.push_queue import PushItem, PushQueue
+from kvstore.remote.push_queue import Offers, PushItem, PushQueue
 
 STALL_S = 5.0
 # A push that is slower than this over its whole length is given up.
@@ -38,16 +40,11 @@ log = logging.getLogger(__name__)
 class Pushes:
     """Counters since the start, in blobs.
 
-    `present`: there already; `gone`: evicted before its turn; `needs_basis`: re-encoded before its turn with a codec
-    that needs one; `failed`: given up; `wrong`: another object has the name.
+    `present`: there already. What was not pushed is counted by `Offers`.
     """
 
     pushed: int = 0
     present: int = 0
-    gone: int = 0
-    needs_basis: int = 0
-    failed: int = 0
-    wrong: int = 0
 
 
 class Pusher:
@@ -65,10 +62,12 @@ class Pusher:
         queue: PushQueue,
         load: Callable[[PushItem], Sequence[memoryview] | None],
         finder: Finder,
+        offers: Offers,
         bytes_per_s_max: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._store, self._queue, self._load, self._finder = store, queue, load, finder
+        self._store, self._queue, self._load = store, queue, load
+        self._finder, self._offers = finder, offers
         self._bytes_per_s_max, self._clock = bytes_per_s_max, clock
         self.breaker = CircuitBreaker()
         self.counts = Pushes()
@@ -130,33 +129,33 @@ class Pusher:
             if item.tries + 1 < TRIES_MAX:
                 self._queue.again()
             else:
-                self._count(failed=1)
-                self._queue.drop()
+                self._offers.drop(RemoteReason.FAILED)
             log.warning("a blob was not pushed: %s", error)
             return 0
         except KVStoreError as error:
             self.breaker.undecided()
-            self._count(failed=1)
-            self._queue.drop()
+            self._offers.drop(RemoteReason.FAILED)
             log.warning("a blob is not pushed: %s", error)
+            return 0
+        if isinstance(sent, RemoteReason):
+            self._offers.drop(sent)
             return 0
         self._queue.done()
         return sent
 
-    def _push(self, item: PushItem) -> int:
+    def _push(self, item: PushItem) -> int | RemoteReason:
+        """The bytes that were sent, or why what builds on the blob would not be found."""
         parts = self._load(item)
         if parts is None:
             self.breaker.undecided()
-            self._count(gone=1)
-            return 0
+            return RemoteReason.GONE
         blob = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         block = parse_blob(blob)
         if (block.root, block.key) != (item.root, item.key):
             raise CorruptDataError("the local store gave another blob than was asked for")
         if block.references:
             self.breaker.undecided()
-            self._count(needs_basis=1)
-            return 0
+            return RemoteReason.NEEDS_BASIS
         naming = Naming(NamespaceInfo.from_record(block.namespace))
         name = naming.name(block.parent, block.key, label_of(block.fidelity))
         deadline = Deadline(STALL_S + len(blob) / BYTES_PER_S_MIN)
@@ -166,11 +165,14 @@ class Pusher:
         if created:
             self._finder.absences.forget([name, naming.children(block.parent)])
             self._count(pushed=1)
+            sound = True
         else:
-            self._look_at(block, name, head, deadline)
+            sound = self._look_at(block, name, head, deadline)
             self._count(present=1)
         self._troubled = False
         self.breaker.succeeded()
+        if not sound:
+            return RemoteReason.WRONG
         return len(blob) if created else 0
 
     def _identify(self, naming: Naming, deadline: Deadline) -> None:
@@ -179,12 +181,12 @@ class Pusher:
             self._store.create(naming.identity_name, [memoryview(naming.identity())], deadline)
             self._identified.add(naming.root)
 
-    def _look_at(self, block: Block, name: str, head: Head | None, deadline: Deadline) -> None:
-        """Verify the header of an object that another host wrote under this name. It stays in any case."""
+    def _look_at(self, block: Block, name: str, head: Head | None, deadline: Deadline) -> bool:
+        """Whether an object that another host wrote under this name has the right header. It stays in any case."""
         if head is None:
             (head,) = self._store.head([name], deadline)
         if head is None:
-            return
+            return True
         wanted = RemoteBlock(
             name,
             head,
@@ -202,7 +204,8 @@ class Pusher:
             raise
         except KVStoreError as error:
             self._finder.report_wrong(wanted, error)
-            self._count(wrong=1)
+            return False
+        return True
 
     def _count(self, **counts: int) -> None:
         self.counts = replace(self.counts, **{name: getattr(self.counts, name) + n for name, n in counts.items()})

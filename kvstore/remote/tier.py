@@ -6,17 +6,18 @@ asked for a while, so that no caller waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.core.breaker import CircuitBreaker
 from kvstore.core.limits import Limits
+from kvstore.core.remote_words import RemoteReason
 from kvstore.remote.finder import Finder
 from kvstore.remote.link import Link, Speed
 from kvstore.remote.metered import MeteredStore, Requests
 from kvstore.remote.object_store import ObjectStore
-from kvstore.remote.push_queue import PushItem, PushQueue
+from kvstore.remote.push_queue import Offers, PushItem, PushQueue
 from kvstore.remote.pusher import Pusher, Pushes
 
 
@@ -31,7 +32,7 @@ class RemoteStats:
     pushes: Pushes
     queued_blobs: int
     queued_bytes: int
-    dropped_blobs: int
+    not_pushed: Mapping[RemoteReason, int]
     wrong_objects: int
     speed: Speed
 
@@ -55,7 +56,9 @@ class RemoteTier:
         self.store = MeteredStore(store, self.link)
         self.finder = Finder(self.store)
         self.queue = PushQueue(queue_path, limits.remote_queue_bytes_max, sync=sync)
-        self.pusher = Pusher(self.store, self.queue, load, self.finder, limits.remote_push_bytes_per_s_max)
+        self.offers = Offers(self.queue)
+        most = limits.remote_push_bytes_per_s_max
+        self.pusher = Pusher(self.store, self.queue, load, self.finder, self.offers, most)
         self.reads = CircuitBreaker()
 
     def start(self) -> None:
@@ -66,9 +69,9 @@ class RemoteTier:
         """End pushing, wait no longer than this, and keep what was not pushed."""
         self.pusher.close(timeout_s)
 
-    def offer(self, items: Iterable[PushItem]) -> int:
-        """Queue the blobs of a sequence for a push, ancestors first; how many were added. Never waits."""
-        return self.queue.offer(items)
+    def offer(self, chain: Sequence[PushItem], why: RemoteReason | None = None, first_refused: int = 0) -> None:
+        """Queue what is to be pushed of a chain, ancestors first: see `Offers.offer`. Never waits."""
+        self.offers.offer(chain, why, first_refused)
 
     def stats(self) -> RemoteStats:
         """For stats, metrics and health."""
@@ -80,7 +83,7 @@ class RemoteTier:
             self.pusher.counts,
             len(self.queue),
             self.queue.nbytes,
-            self.queue.dropped,
+            self.offers.not_pushed,
             self.finder.wrong,
             self.link.speed,
         )

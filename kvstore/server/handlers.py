@@ -14,6 +14,7 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
+from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine, Row
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
@@ -30,7 +31,7 @@ from kvstore.server.storing.stores import Stores
 from kvstore.server.storing.stream_in import StreamIn
 from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
-from kvstore.server.tier.remote_path import BEATS, HIT
+from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
 from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
@@ -171,8 +172,7 @@ class KVStoreService(rpc.KVStoreServicer):
         if path is None or not stall_s:
             return planned, 0
         want = self._want(request, planned.chain, planned.plan.match, planned.offer, context)
-        why = path.why_not(want)
-        if why is None:
+        if not want.may_gain:
             return planned, 0
 
         async def match() -> Matched:
@@ -182,19 +182,19 @@ class KVStoreService(rpc.KVStoreServicer):
         async def beat() -> None:
             await write_within(context, pb.FetchReply(), self._config.limits.stream_stall_s)
 
-        longer, gained = planned, 0
-        if not why:
+        longer, gained, promoted = planned, 0, Promoted(False, path.why_not(want))
+        if promoted.why is None:
             # What the plan found stays leased: nothing that is read makes room by evicting it.
             with contextlib.ExitStack() as stack:
                 stack.callback(self._release_planned, planned)
-                stored, why = await path.promote(want, match, beat, stall_s / BEATS)
-                if stored:
+                promoted = await path.promote(want, match, beat, stall_s / BEATS)
+                if promoted.more:
                     longer = await self._plan_on_thread(request, asked)
                 else:
                     stack.pop_all()
             gained = max(0, longer.plan.match.n_tokens - planned.plan.match.n_tokens)
-        self._remote.served(gained, why, [part.row.key for part in longer.plan.match.parts])
-        self._why.remote(asked, HIT if gained else why)
+        self._remote.served(gained, promoted)
+        self._why.remote(asked, RemoteReason.HIT if gained else promoted.why or "")
         return longer, gained
 
     async def _plan_on_thread(self, request: PromptRequest, asked: Asked) -> _Planned:

@@ -125,6 +125,34 @@ def share_of(daemon: DaemonProcess) -> Path:
     return Path(daemon.config["remote"].removeprefix("file://"))
 
 
+def test_what_lay_here_before_is_pushed_with_what_was_read_from_there(
+    daemons: tuple[DaemonProcess, DaemonProcess],
+) -> None:
+    """Reading the end of a prompt from the tier says nothing of its beginning, which others may have evicted there."""
+    one, other = daemons
+    namespace = make_namespace(LAYOUT, "mended-lm")
+    keys = Chain(namespace.root, pack_tokens(TOKENS)).block_keys()
+    begin = {keys[0].hex(), keys[1].hex()}
+
+    def there() -> set[str]:
+        return {path.stem for path in objects_of(share_of(one) / namespace.root.hex())}
+
+    with client_of(one) as client:
+        pushed(client, namespace)
+    with client_of(other) as client:
+        wait_serving(client)
+        stored = make_layers(LAYOUT, TOKENS[:513])
+        assert patient(client, namespace).store(TOKENS[:513], stored, wait=True).durable
+        for path in objects_of(share_of(one) / namespace.root.hex()):
+            if path.stem in begin:
+                path.unlink()
+        assert not there() & begin
+        assert fetched(client, namespace).n_tokens == len(TOKENS) - 1
+        assert remote_of(client)["hit_tokens"]
+        wait_for(lambda: there() >= begin)
+        assert not remote_of(client)["not_pushed"]
+
+
 def test_checkpoints_come_with_the_blocks_that_they_need(daemons: tuple[DaemonProcess, DaemonProcess]) -> None:
     """A model with window and state layers goes on from the other host's checkpoint, bit by bit."""
     one, other = daemons

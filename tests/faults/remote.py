@@ -51,7 +51,7 @@ __all__ = [
 
 N_TOKENS = 9 * BLOCK_TOKENS + 40
 BLOBS = blobs_of(N_TOKENS)
-ITEMS = [PushItem(block.root, block.key, len(blob)) for block, blob in BLOBS]
+ITEMS = [PushItem(block.root, block.key, block.parent, len(blob)) for block, blob in BLOBS]
 # Races of sixteen writers of one name.
 RACES = 30
 SHORT_S, FAULT_S = 2.0, 60.0

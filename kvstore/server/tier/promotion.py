@@ -19,6 +19,7 @@ from kvstore.blobs import format as blob_format
 from kvstore.core.blocks import Reason
 from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.remote_words import RemoteReason
 from kvstore.errors import (
     CorruptDataError,
     DeadlineError,
@@ -41,15 +42,14 @@ from kvstore.server.tier.remote_watch import Watch
 
 # Of blobs that are read at once; one that is larger is read alone.
 BATCH_BYTES = 16 << 20
-# Why a promotion ended early, as `stats` counts it. Beside them, what `Importer` says of a store that took less.
-LATE, CHANGED, UNAVAILABLE, WRONG, NO_MEMORY, NO_ROOM = (
-    "late",
-    "changed",
-    "unavailable",
-    "wrong",
-    "no_memory",
-    "no_room",
-)
+# Why a promotion ended early where the store here did not take what came.
+_NOT_STORED = {
+    Reason.OK: None,
+    Reason.STORE_FULL: RemoteReason.NO_ROOM,
+    Reason.NO_BASIS: RemoteReason.NO_BASIS,
+    Reason.EVICTED: RemoteReason.EVICTED,
+    Reason.DEPENDENCY_LOST: RemoteReason.DEPENDENCY_LOST,
+}
 # From this part on what was read says whether the rest will come in time.
 TELLING_SHARE = 0.1
 Answers = list[list[memoryview] | KVStoreError]
@@ -78,9 +78,10 @@ class Promotion:
         self._reading: asyncio.Future[Answers] | None = None
         self.read_bytes = 0
         self.stored = 0
+        self.keys: list[bytes] = []  # of blocks that came whole and sound
 
-    async def take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> str:
-        """Read these blobs, parents first, and store them; why not all of them, empty when all."""
+    async def take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> RemoteReason | None:
+        """Read these blobs, parents first, and store them; why not all of them, None when all."""
         started_s = time.monotonic()
         try:
             why = await self._take(blocks, deadline)
@@ -91,16 +92,16 @@ class Promotion:
             done = await self._run.finish(self._importer.finish)
         except DirectoryError as error:
             log.warning("what was read from the remote tier is not stored: %s", error)
-            return NO_ROOM
+            return RemoteReason.NO_ROOM
         self.stored = done.blobs
-        return why or _why_not_stored(done.reason)
+        return why or _NOT_STORED.get(done.reason, RemoteReason.NO_ROOM)
 
-    async def _take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> str:
+    async def _take(self, blocks: Sequence[RemoteBlock], deadline: Deadline) -> RemoteReason | None:
         total, started_s, allowed_s = sum(one.head.nbytes for one in blocks), time.monotonic(), deadline.left_s
         batches = batched(blocks)
         batch = next(batches)
         if not self._begin(batch, deadline):
-            return NO_MEMORY
+            return RemoteReason.NO_MEMORY
         while self._reading is not None:
             answers, reading, self._reading = await self._reading, batch, None
             batch, no_memory = next(batches, []), False
@@ -109,12 +110,12 @@ class Promotion:
             why = await self._run.finish(self._store_all, reading, answers)
             self._release(reading)
             if why or no_memory:
-                return why or NO_MEMORY
+                return why or RemoteReason.NO_MEMORY
             share = self.read_bytes / total
             # What will be late is of use up to where it got; but a caller that computes has waited for nothing.
             if TELLING_SHARE <= share < 1 and (time.monotonic() - started_s) / share > allowed_s:
-                return LATE
-        return ""
+                return RemoteReason.LATE
+        return None
 
     def _begin(self, batch: Sequence[RemoteBlock], deadline: Deadline) -> bool:
         """Begin to read; False when there is no memory for it."""
@@ -131,33 +132,34 @@ class Promotion:
         self._held_bytes -= nbytes
         self._buffers.release(nbytes)
 
-    def _store_all(self, batch: Sequence[RemoteBlock], answers: Answers) -> str:
-        """Verify blobs and have them stored up to the first that cannot be; why that is, empty for none."""
+    def _store_all(self, batch: Sequence[RemoteBlock], answers: Answers) -> RemoteReason | None:
+        """Verify blobs and have them stored up to the first that cannot be; why that is, None for none."""
         for one, answer in zip(batch, answers, strict=True):
             if isinstance(answer, (RemoteError, DeadlineError)):
                 self._watch.failed(answer, 0.0)
                 return why_of(answer)
             if isinstance(answer, KVStoreError):
-                return UNAVAILABLE
+                return RemoteReason.UNAVAILABLE
             self._watch.succeeded()
             data = answer[0] if answer else memoryview(b"")
             self.read_bytes += len(data)
             if why := self._store_one(one, data):
                 self._importer.drop()
                 return why
-        return ""
+            self.keys.append(one.key)
+        return None
 
-    def _store_one(self, one: RemoteBlock, data: memoryview) -> str:
+    def _store_one(self, one: RemoteBlock, data: memoryview) -> RemoteReason | None:
         try:
             length = blob_format.header_length(bytes(data[: blob_format.LENGTH_BYTES]), len(data))
             require_block(blob_format.parse_header(bytes(data[:length]), len(data)), one, self._fidelity_min)
             wants_more = self._importer.take(len(data), data[:length]) and self._importer.take(0, data[length:])
-            return "" if wants_more else _why_not_stored(self._importer.done.reason)
+            return None if wants_more else _NOT_STORED.get(self._importer.done.reason, RemoteReason.NO_ROOM)
         except (CorruptDataError, UnknownFormatError, InvalidRequestError, NotFoundError) as error:
             self._tier.finder.report_wrong(one, error)
-            return WRONG
+            return RemoteReason.WRONG
         except LimitError:
-            return NO_MEMORY
+            return RemoteReason.NO_MEMORY
 
     async def close(self) -> None:
         """Let go of everything. A read that was begun ends by its deadline, and what it brings is dropped."""
@@ -182,14 +184,8 @@ def batched(blocks: Sequence[RemoteBlock]) -> Iterator[list[RemoteBlock]]:
         yield batch
 
 
-def _why_not_stored(reason: Reason) -> str:
-    """The word for what the store here did not take; empty where it took all."""
-    words = {Reason.OK: "", Reason.STORE_FULL: NO_ROOM}
-    return words.get(reason, reason.value)
-
-
-def why_of(error: RemoteError | DeadlineError) -> str:
+def why_of(error: RemoteError | DeadlineError) -> RemoteReason:
     """The word for what the remote store did not do."""
     if isinstance(error, DeadlineError):
-        return LATE
-    return CHANGED if isinstance(error, ObjectChangedError) else UNAVAILABLE
+        return RemoteReason.LATE
+    return RemoteReason.CHANGED if isinstance(error, ObjectChangedError) else RemoteReason.UNAVAILABLE

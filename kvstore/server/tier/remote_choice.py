@@ -51,6 +51,11 @@ class Want:
         return max(self.match.n_tokens, self.offer.covered_tokens)
 
     @property
+    def may_gain(self) -> bool:
+        """Whether more than half a block is missing here: less is not asked for."""
+        return self.limit >= self.have + GAIN_TOKENS_MIN
+
+    @property
     def full(self) -> int:
         """Full blocks of the prompt that are here."""
         return min(self.match.common_tokens // BLOCK_TOKENS, self.chain.full)

@@ -20,10 +20,12 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from kvstore.core.blocks import Block, Reason
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import NamespaceInfo
+from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine, Match
 from kvstore.engine.adopt import require_own_namespace
 from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
@@ -35,7 +37,7 @@ from kvstore.server.fetching.costs import Belief, Costs, Work
 from kvstore.server.storing.importer import Importer
 from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Pool
-from kvstore.server.tier.promotion import UNAVAILABLE, WRONG, Promotion, why_of
+from kvstore.server.tier.promotion import Promotion, why_of
 from kvstore.server.tier.remote_choice import GAIN_TOKENS_MIN, Choice, Want, choose, options
 from kvstore.server.tier.remote_watch import Watch
 from kvstore.wire.convert import namespace_from_message
@@ -49,17 +51,6 @@ INFOS_MAX = 256
 FIND_ROUNDS = 2
 # A caller that says how long it waits for a message gets this many in that time while the tier is read.
 BEATS = 3
-# What `why` says of a request that got more with the tier.
-HIT = "hit"
-# Why a request was served without the tier, beside the words of `promotion.py`. NOTHING: the tier has no more either.
-LATE, NOT_WORTH, BUSY, NOT_WRITTEN, NOTHING, ENCRYPTED = (
-    "late",
-    "not_worth_it",
-    "busy",
-    "not_written_now",
-    "nothing_there",
-    "encrypted",
-)
 # A moving average: the weight of one promotion, and the most that it can say, in times what the link alone would take.
 PACE_STEP, PACE_MAX = 0.4, 64.0
 log = logging.getLogger(__name__)
@@ -71,10 +62,10 @@ class RemoteCounters:
 
     hits: int = 0
     hit_tokens: int = 0
-    unused: Counter[str] = field(default_factory=Counter)
+    unused: Counter[RemoteReason] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def served_without(self, why: str) -> None:
+    def served_without(self, why: RemoteReason) -> None:
         """A request was served without the tier, which might have had more."""
         with self.lock:
             self.unused[why] += 1
@@ -84,6 +75,17 @@ class RemoteCounters:
         with self.lock:
             self.hits += 1
             self.hit_tokens += n_tokens
+
+
+class Promoted(NamedTuple):
+    """What came of reading from the tier for a request: whether there may be more here now, and why it is not all.
+
+    `keys`: of the blocks that were read from there whole and sound, for this request.
+    """
+
+    more: bool
+    why: RemoteReason | None
+    keys: tuple[bytes, ...] = ()
 
 
 class RemotePath:
@@ -104,27 +106,25 @@ class RemotePath:
         self._lock = threading.Lock()  # over them
         self._pace = Belief()  # what promotions take beyond what the link alone would
 
-    def why_not(self, want: Want) -> str | None:
-        """Why the tier is not asked for a request; empty when it should be, None when it could not have more."""
-        if want.limit < want.have + GAIN_TOKENS_MIN:
-            return None
+    def why_not(self, want: Want) -> RemoteReason | None:
+        """Why the tier is not asked for a request that it might have more for; None when it should be asked."""
         if self._store.is_to_encrypt(want.chain.root, isolated=bool(want.identity.salt)):
-            return ENCRYPTED
-        return "" if self._watch.serves else UNAVAILABLE
+            return RemoteReason.ENCRYPTED
+        return None if self._watch.serves else RemoteReason.UNAVAILABLE
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
     async def reach(self, want: Want) -> int:
         """How many tokens of the prompt a fetch would give with the tier; what there is without, if no more."""
-        if self.why_not(want) != "":
+        if not want.may_gain or self.why_not(want) is not None:
             return want.match.n_tokens
         choice, _ = await self._choose(want)
         return choice.n_tokens if choice is not None else want.match.n_tokens
 
-    async def _choose(self, want: Want) -> tuple[Choice | None, str]:
+    async def _choose(self, want: Want) -> tuple[Choice | None, RemoteReason | None]:
         """What is worth reading, or why nothing is."""
         if self._tier.link.seconds(0, FIND_ROUNDS) > want.find_s:
-            return None, NOT_WORTH
+            return None, RemoteReason.NOT_WORTH
         started_s = time.monotonic()
         try:
             reach, info = await self._run(self._find, want)
@@ -132,16 +132,16 @@ class RemotePath:
             self._watch.failed(error, time.monotonic() - started_s)
             return None, why_of(error)
         except CorruptDataError:
-            return None, WRONG
+            return None, RemoteReason.WRONG
         self._watch.succeeded()
         if info is None:
-            return None, NOTHING
+            return None, RemoteReason.NOTHING
         found = list(options(reach, want.limit, exact=bool(info.layout.exact_layers)))
         if not found or found[-1].n_tokens < want.have + GAIN_TOKENS_MIN:
-            return None, NOTHING
+            return None, RemoteReason.NOTHING
         cost_s = functools.partial(self._cost_s, want, info)
         choice = choose(want, found, self._engine.budget_bytes // BUDGET_DIVISOR, cost_s)
-        return choice, "" if choice is not None else NOT_WORTH
+        return choice, None if choice is not None else RemoteReason.NOT_WORTH
 
     def _find(self, want: Want) -> tuple[Reach, NamespaceInfo | None]:
         """What there is, and the namespace; None when there is nothing. Blocks."""
@@ -185,8 +185,8 @@ class RemotePath:
 
     async def promote(
         self, want: Want, match: Callable[[], Awaitable[Match]], beat: Callable[[], Awaitable[None]], beat_s: float
-    ) -> tuple[bool, str]:
-        """Read what is worth it into this store: whether there may be more here now, and why it is not all.
+    ) -> Promoted:
+        """Read what is worth it into this store.
 
         `beat` is awaited every `beat_s` meanwhile, `match` looks again at what is here. Two requests that lack the same
         block do not both read it: the second waits for the first, as long as it has time, and then asks for what is
@@ -202,32 +202,32 @@ class RemotePath:
             raise
         return working.result()
 
-    async def _promote(self, want: Want, match: Callable[[], Awaitable[Match]]) -> tuple[bool, str]:
+    async def _promote(self, want: Want, match: Callable[[], Awaitable[Match]]) -> Promoted:
         waited = False
         while (other := self._promoting.get(want.before_missing)) is not None:
             waited = True
             if not (await asyncio.wait([other], timeout=want.deadline.left_s))[0]:
-                return False, LATE
+                return Promoted(False, RemoteReason.LATE)
             want = replace(want, match=await match())
-            if self.why_not(want) != "":
-                return True, ""
+            if not want.may_gain or self.why_not(want) is not None:
+                return Promoted(True, None)
         if len(self._promoting) >= PROMOTIONS_MAX:
-            return waited, BUSY
+            return Promoted(waited, RemoteReason.BUSY)
         missing = want.before_missing
         done = self._promoting[missing] = asyncio.get_running_loop().create_future()
         try:
-            stored, why = await self._read(want)
-            return stored or waited, why
+            promoted = await self._read(want)
+            return promoted._replace(more=promoted.more or waited)
         finally:
             del self._promoting[missing]
             done.set_result(None)
 
-    async def _read(self, want: Want) -> tuple[bool, str]:
+    async def _read(self, want: Want) -> Promoted:
         if self._store.admission.refusal() is not Reason.OK:
-            return False, NOT_WRITTEN
+            return Promoted(False, RemoteReason.NOT_WRITTEN)
         choice, why = await self._choose(want)
         if choice is None:
-            return False, why
+            return Promoted(False, why)
         buffers = self._store.receiver.buffers
         importer = Importer(self._engine, lambda root: None, buffers, functools.partial(named, want), 0.0)
         promotion = Promotion(self._tier, self._watch, importer, buffers, want.fidelity_min, self._run)
@@ -236,10 +236,10 @@ class RemotePath:
             why = await promotion.take(choice.objects, want.deadline)
         finally:
             await promotion.close()
-        if promotion.read_bytes and why in ("", LATE):
+        if promotion.read_bytes and why in (None, RemoteReason.LATE):
             took_s, share = self._costs.now_s() - started_s, promotion.read_bytes / choice.nbytes
             self._learn_pace(took_s / max(expected_s * share, 1e-6))
-        return promotion.stored > 0, why
+        return Promoted(promotion.stored > 0, why, tuple(promotion.keys))
 
     def _learn_pace(self, ratio: float) -> None:
         """A promotion took `ratio` times as long as the link alone was expected to."""

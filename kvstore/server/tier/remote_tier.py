@@ -1,17 +1,17 @@
 """The remote tier of the daemon: made, looked after, and told about. Requests go through `RemotePath`.
 
 What is pushed to it: what was asked for twice (a stored block that a fetch uses), and what is pinned, with everything
-before it. Keys are queued; the bytes are read when it is their turn, by the thread that pushes.
+before it, but not what was just read from there. Keys are queued; the bytes are read when it is their turn, by the
+thread that pushes.
 """
 
 from __future__ import annotations
 
 import logging
-import time
-from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from kvstore.config import Config
+from kvstore.core.remote_words import NOT_USED, RemoteReason, RemoteState
 from kvstore.engine import Engine
 from kvstore.errors import KVStoreError
 from kvstore.remote.open_store import configured_store
@@ -20,34 +20,26 @@ from kvstore.remote.tier import RemoteTier
 from kvstore.server.fetching.costs import Costs
 from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Threads
-from kvstore.server.tier.remote_path import ENCRYPTED, NOTHING, RemotePath
+from kvstore.server.tier.remote_path import Promoted, RemotePath
 from kvstore.server.tier.remote_watch import Watch
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 QUEUE = "push_queue"
-# Chains that wait to be looked through, and keys that were offered a short while ago and are not offered again.
-WAITING_MAX, OFFERED_MAX, OFFERED_S = 256, 65_536, 600.0
 # Chains that are looked through in one step.
 CHAINS_MAX = 32
 CLOSE_S = 2.0
-# Why blocks are not pushed, beside `ENCRYPTED` and the counters of `Pushes`: they, or blocks before them, need a basis.
-NEEDS_BASIS = "needs_basis"
 log = logging.getLogger(__name__)
 
 
 class Remote:
     """See the module. `path` is None, and nothing is done, where no tier is configured.
 
-    Event loop only, but `step` for the thread `watch`, and `message` and `close` for `admin`. Event loop and `watch`
-    share `_waiting` and `_offered` without a lock: each access is one operation of a dict.
+    Event loop only, but `step` for the thread `watch`, and `message` and `close` for `admin`.
     """
 
     def __init__(self, engine: Engine, store: StorePath, costs: Costs, threads: Threads, config: Config) -> None:
         """ConfigError for a tier that cannot be used as it is configured. Nothing is asked of it yet."""
         self._engine = engine
-        self._waiting: OrderedDict[bytes, None] = OrderedDict()
-        self._offered: OrderedDict[bytes, float] = OrderedDict()
-        self._not_pushed: Counter[str] = Counter()
         self.path: RemotePath | None = None
         if config.remote:
             queue = config.data_dir / "settings" / QUEUE
@@ -71,30 +63,21 @@ class Remote:
         if self.path is not None:
             self._tier.close(CLOSE_S)
 
-    def served(self, gained: int, why: str, keys: Sequence[bytes]) -> None:
-        """A request got `gained` tokens more with the tier, or none, and `why`. `keys`: of all blocks that it got."""
+    def served(self, gained: int, promoted: Promoted) -> None:
+        """A request got `gained` tokens more with the tier, or none."""
         assert self.path is not None
+        self._tier.offers.lie_there(promoted.keys)
         if gained:
             self.path.counters.hit(gained)
-            now_s = time.monotonic()
-            self._offered.update(dict.fromkeys(keys, now_s))  # they came from there, with all before them
-        elif why not in ("", NOTHING):
-            self.path.counters.served_without(why)
+        elif promoted.why in NOT_USED:
+            self.path.counters.served_without(promoted.why)
 
     # -- pushing -----------------------------------------------------------------------------------------------------
 
     def push(self, keys: Sequence[bytes]) -> None:
         """Have these blocks pushed, with everything before them, unless they were a short while ago."""
-        if self.path is None:
-            return
-        for key in keys:
-            if not self._is_offered(key):
-                self._waiting[key] = None
-                while len(self._waiting) > WAITING_MAX:
-                    self._waiting.popitem(last=False)
-
-    def _is_offered(self, key: bytes) -> bool:
-        return time.monotonic() - self._offered.get(key, -OFFERED_S) < OFFERED_S
+        if self.path is not None:
+            self._tier.offers.want(keys)
 
     def step(self) -> None:
         """Once a second: see whether the tier serves, and queue what is to be pushed. Raises nothing of a store."""
@@ -102,9 +85,7 @@ class Remote:
             return
         self._watch.look()
         for _ in range(CHAINS_MAX):
-            try:
-                key, _ = self._waiting.popitem(last=False)
-            except KeyError:
+            if (key := self._tier.offers.next()) is None:
                 return
             try:
                 self._offer(key)
@@ -112,22 +93,13 @@ class Remote:
                 log.warning("a prefix is not pushed to the remote tier: %s", error)
 
     def _offer(self, key: bytes) -> None:
-        """Queue what may be pushed of the chain up to a key, and count what may not."""
+        """Queue what may be pushed of the chain up to a key."""
         chain, count = self._engine.transfer.chain(key)
-        why = NEEDS_BASIS
+        why, first_refused = RemoteReason.NEEDS_BASIS, count
         if chain and self._engine.is_encrypted(chain[0].root):
-            count, why = 0, ENCRYPTED
-        items = [PushItem(row.root, row.key, row.blob_bytes) for row in chain[:count] if not self._is_offered(row.key)]
-        kept = [row.key for row in chain[count:] if not self._is_offered(row.key)]
-        self._tier.offer(items)
-        if kept:
-            self._not_pushed[why] += len(kept)
-        now_s = time.monotonic()
-        for seen in (*(item.key for item in items), *kept):
-            self._offered[seen] = now_s
-            self._offered.move_to_end(seen)
-        while len(self._offered) > OFFERED_MAX:
-            self._offered.popitem(last=False)
+            why, first_refused = RemoteReason.ENCRYPTED, 0
+        items = [PushItem(row.root, row.key, row.parent, row.blob_bytes) for row in chain]
+        self._tier.offer(items, why, first_refused)
 
     def _load(self, item: PushItem) -> Sequence[memoryview] | None:
         """The bytes of a blob; None when it is gone, or encrypted by now."""
@@ -139,14 +111,11 @@ class Remote:
     def message(self) -> pb.RemoteStats:
         """The tier as Stats tells it."""
         if self.path is None:
-            return pb.RemoteStats(state="off")
+            return pb.RemoteStats(state=RemoteState.OFF)
         stats, (state, detail) = self._tier.stats(), self._watch.state
-        counters, requests, pushes = self.path.counters, stats.requests, stats.pushes
+        counters, requests = self.path.counters, stats.requests
         with counters.lock:
             unused, hits, hit_tokens = dict(counters.unused), counters.hits, counters.hit_tokens
-        dropped = {"queue_full": stats.dropped_blobs - pushes.failed, "gone": pushes.gone, "failed": pushes.failed}
-        dropped[NEEDS_BASIS] = pushes.needs_basis
-        not_pushed = Counter(dropped) + self._not_pushed.copy()  # `step` counts meanwhile
         return pb.RemoteStats(
             state=state,
             detail=detail or (stats.error if stats.pushes_open else ""),
@@ -156,9 +125,9 @@ class Remote:
             written_bytes=requests.pushed_bytes,
             hits=hits,
             hit_tokens=hit_tokens,
-            unused_reasons=unused,
-            not_pushed=not_pushed,
-            pushed_blobs=pushes.pushed,
+            unused_reasons={str(code): count for code, count in unused.items()},
+            not_pushed={str(code): count for code, count in stats.not_pushed.items()},
+            pushed_blobs=stats.pushes.pushed,
             queued_blobs=stats.queued_blobs,
             queued_bytes=stats.queued_bytes,
             bytes_per_s=stats.speed.bytes_per_s if requests.read_bytes else 0.0,

@@ -19,16 +19,14 @@ import time
 from collections.abc import Callable
 
 from kvstore.core.breaker import CircuitBreaker, Deadline
+from kvstore.core.remote_words import CreateOnly, RemoteState
 from kvstore.errors import DeadlineError, RemoteError, UnmarkedError
 from kvstore.remote.link import RATED_BYTES_MIN
 from kvstore.remote.object_store import ByteRange
 from kvstore.remote.open_store import honours_create
 from kvstore.remote.tier import RemoteTier
 
-UNAVAILABLE, UNMARKED, SERVING = "unavailable", "unmarked", "serving"
-# What is known of create-only puts.
-UNKNOWN, HONOURED, IGNORED = "unknown", "honoured", "ignored"
-# How often that is tried. A try that fails may leave an object behind, so the number has a limit.
+# How often create-only puts are tried. A try that fails may leave an object behind, so the number has a limit.
 PROBES_MAX = 3
 # The marker is looked for this often: a share that was unmounted leaves an empty folder, which answers.
 LOOK_EVERY_S = 10.0
@@ -47,14 +45,14 @@ class Watch:
         self._tier = tier
         self._clock = clock
         self._lock = threading.Lock()
-        self._state, self._detail = UNAVAILABLE, "it was not asked yet"
+        self._state, self._detail = RemoteState.UNAVAILABLE, "it was not asked yet"
         self._looked_s = clock() - LOOK_EVERY_S
         self._probes_left = PROBES_MAX
-        self.create_only = UNKNOWN
+        self.create_only = CreateOnly.UNKNOWN
         self._trials = CircuitBreaker(failures_max=1, clock=clock)
 
     @property
-    def state(self) -> tuple[str, str]:
+    def state(self) -> tuple[RemoteState, str]:
         """(state, why it does not serve)."""
         with self._lock:
             return self._state, self._detail
@@ -62,17 +60,17 @@ class Watch:
     @property
     def serves(self) -> bool:
         """Whether it may be asked now."""
-        return self.state[0] == SERVING
+        return self.state[0] == RemoteState.SERVING
 
     def failed(self, error: RemoteError | DeadlineError, waited_s: float) -> None:
         """A call of a request failed after so long."""
         if isinstance(error, UnmarkedError):
-            self._become(UNMARKED, str(error))
+            self._become(RemoteState.UNMARKED, str(error))
         elif isinstance(error, DeadlineError) and waited_s < PATIENCE_S:
             return
         self._tier.reads.failed()
         if self._tier.reads.has_opened and self.serves:
-            self._become(UNAVAILABLE, str(error))
+            self._become(RemoteState.UNAVAILABLE, str(error))
 
     def succeeded(self) -> None:
         """A call of a request was answered."""
@@ -96,26 +94,28 @@ class Watch:
                 self._sample(deadline)
         except UnmarkedError as error:
             self._trials.failed()
-            self._become(UNMARKED, str(error))
+            self._become(RemoteState.UNMARKED, str(error))
         except (RemoteError, DeadlineError) as error:
             self._trials.failed()
-            self._become(UNAVAILABLE, str(error))
+            self._become(RemoteState.UNAVAILABLE, str(error))
         else:
             self._trials.succeeded()
             self._tier.reads.succeeded()
             self._probe()
-            self._become(SERVING, "")
+            self._become(RemoteState.SERVING, "")
 
     def _probe(self) -> None:
         """Find out what create-only puts do, unless that is known or was tried PROBES_MAX times."""
-        if self.create_only != UNKNOWN or not self._probes_left:
+        if self.create_only != CreateOnly.UNKNOWN or not self._probes_left:
             return
         self._probes_left -= 1
         try:
-            self.create_only = HONOURED if honours_create(self._tier.store, Deadline(LOOK_S)) else IGNORED
+            self.create_only = (
+                CreateOnly.HONOURED if honours_create(self._tier.store, Deadline(LOOK_S)) else CreateOnly.IGNORED
+            )
         except (RemoteError, DeadlineError) as error:
             log.info("whether the remote tier honours create-only puts is not known: %s", error)
-        if self.create_only == IGNORED:
+        if self.create_only == CreateOnly.IGNORED:
             log.warning("the remote tier ignores create-only puts: daemons may write the same block more than once")
 
     def _sample(self, deadline: Deadline) -> None:
@@ -125,9 +125,9 @@ class Watch:
             nbytes = min(one.head.nbytes, SAMPLE_BYTES)
             self._tier.store.read(one.name, one.head.etag, [ByteRange(0, nbytes)], deadline)
 
-    def _become(self, state: str, detail: str) -> None:
+    def _become(self, state: RemoteState, detail: str) -> None:
         with self._lock:
             before, self._state, self._detail = self._state, state, detail
         if state != before:
-            level = logging.INFO if state == SERVING else logging.WARNING
+            level = logging.INFO if state == RemoteState.SERVING else logging.WARNING
             log.log(level, "the remote tier is %s%s", state, detail and f": {detail}")
