@@ -13,6 +13,7 @@ from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason
 from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.limits import default_limits
+from kvstore.remote import object_store
 from kvstore.remote.object_names import Naming
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.tier.promotion import Promotion
@@ -72,3 +73,40 @@ def test_what_is_not_stored_here_has_the_reason_of_the_store(reason: Reason, sai
     assert len(reach.blocks) == 2
     assert asyncio.run(promoted()) == said
     assert (buffers.used_bytes, importer.closed) == (0, True)
+
+
+class TakingImporter(FullImporter):
+    """Takes everything, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__(Reason.OK)
+        self.blobs: list[bytearray] = []
+
+    def take(self, blob_bytes: int, data: memoryview) -> bool:
+        if blob_bytes:
+            self.blobs.append(bytearray())
+        self.blobs[-1] += data
+        return True
+
+
+@pytest.mark.parametrize("part_bytes", [64, 5000, 1 << 20])
+def test_a_blob_that_is_read_in_ranges_is_stored_whole(part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one whose header is longer than a range."""
+    monkeypatch.setattr(object_store, "PART_BYTES", part_bytes)
+    store, blobs = MemoryStore(), blobs_of(2 * BLOCK_TOKENS + 40)
+    fill(store, blobs)
+    tier = RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
+    reach = tier.finder.find(chain_of(range(2 * BLOCK_TOKENS + 40)), Naming(NS.info), ["exact"], Deadline(60))
+    importer = TakingImporter()
+
+    async def promoted() -> Promotion:
+        made = Promotion(tier, Watch(tier), importer, ByteBudget(1 << 30), FIDELITY_EXACT, Here())  # type: ignore[arg-type]
+        assert await made.take(reach.blocks, Deadline(60)) is None
+        await made.close()
+        return made
+
+    made = asyncio.run(promoted())
+    assert [bytes(one) for one in importer.blobs] == [blob for _, blob in blobs]
+    assert made.keys == [block.key for block, _ in blobs]
+    assert made.read_bytes == sum(len(blob) for _, blob in blobs)
+    assert tier.stats().requests.reads == sum(-(-len(blob) // part_bytes) for _, blob in blobs)

@@ -13,9 +13,10 @@ from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, pack_tokens
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain, Namespace, block_key, checkpoint_key
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
-from kvstore.errors import DeadlineError
-from kvstore.remote.finder import ABSENT_S, Absences, Finder, Reach
+from kvstore.errors import DeadlineError, RemoteError
+from kvstore.remote.finder import ABSENT_S, LISTED_PAGES_MAX, OTHERS_MAX, Absences, Finder, Reach
 from kvstore.remote.object_names import IDENTITY, Naming, label_of, labels_from, parse_object_name
+from kvstore.remote.object_store import PAGE_NAMES_MAX, Listed
 from tests.support.memory_objects import MemoryStore
 
 LAYOUT = Layout((LayerSpec(PartSpec(1, 8, "F32"), PartSpec(1, 8, "F32")),))
@@ -166,6 +167,49 @@ def test_absences_are_bounded() -> None:
     absences.note(str(one) for one in range(25))
     assert len(absences) == 10
     assert absences.unknown(["0", "14", "15", "24"]) == ["0", "14"]
+
+
+def crowd(store: MemoryStore, chain: Chain, count: int) -> None:
+    """Objects of so many other continuations after the first block of a chain."""
+    for number in range(count):
+        key = block_key(chain.key(0), pack_tokens([90_000 + number]))
+        store.put(PLAIN.name(chain.key(0), key, "b8"), b"x")
+
+
+def test_a_tail_among_thousands_of_others_is_found() -> None:
+    """Its name stands on any page of the listing, within a bound."""
+    chain = chain_of(BLOCK_TOKENS + 200)
+    store = MemoryStore()
+    fill(store, chain, {0: ["b8"]})
+    tail = block_key(chain.key(0), chain.tokens[BLOCK_TOKENS * 8 :])
+    store.put(PLAIN.name(chain.key(0), tail, "b8"), b"xx")
+    crowd(store, chain, (LISTED_PAGES_MAX - 1) * PAGE_NAMES_MAX)
+    reach = find(store, chain)
+    assert reach.n_tokens == BLOCK_TOKENS + 200
+    assert store.rounds.count("names") == LISTED_PAGES_MAX
+    crowd(store, chain, LISTED_PAGES_MAX * PAGE_NAMES_MAX)
+    store.rounds.clear()
+    find(store, chain)
+    assert store.rounds.count("names") == LISTED_PAGES_MAX
+
+
+def test_what_comes_of_a_listing_is_used_though_its_next_page_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late or refused: the blocks that were seen are there."""
+    chain = chain_of(BLOCK_TOKENS + 200)
+    store = MemoryStore()
+    fill(store, chain, {0: ["b8"]})
+    crowd(store, chain, PAGE_NAMES_MAX + 1)
+    names = store.names
+    for error in (DeadlineError("late"), RemoteError("refused")):
+
+        def first_page(prefix: str, after: str, deadline: Deadline, error: Exception = error) -> list[Listed]:
+            if after:
+                raise error
+            return names(prefix, after, deadline)
+
+        monkeypatch.setattr(store, "names", first_page)
+        reach = find(store, chain)
+        assert (reach.n_tokens, len(reach.others)) == (BLOCK_TOKENS, OTHERS_MAX)
 
 
 def test_a_store_that_is_late_is_a_deadline() -> None:

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blobs.format import make_ready
-from kvstore.core.blocks import BLOCK_TOKENS, Block
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Block
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
 from kvstore.errors import CorruptDataError, RemoteError
-from kvstore.remote.finder import Finder
+from kvstore.remote.finder import Finder, Reach
 from kvstore.remote.object_names import Naming
-from kvstore.remote.objects import parse_blob, require_block
+from kvstore.remote.objects import extended, parse_blob, require_block
 from kvstore.remote.tier import RemoteTier
 from tests.support.engine import HYBRID, namespace, sequence
 from tests.support.memory_objects import MemoryStore
@@ -114,3 +114,51 @@ def test_a_store_that_fails_or_is_late_gives_nothing_and_is_counted() -> None:
     store.fail, store.delay_s = None, 0.2
     assert found(tier, N_TOKENS, 0.05) == []
     assert (tier.stats().requests.failed, tier.stats().requests.late) == (1, 1)
+
+
+def diverging(n_shared: int, first: int) -> list[tuple[Block, bytes]]:
+    """Blocks of a prompt that goes on differently after `n_shared` tokens."""
+    tokens = [*range(n_shared), *range(first, first + 300)]
+    blobs = []
+    for new in sequence(NS, tokens):
+        ready = make_ready(replace(new.block, namespace=NS.to_record()), new.buffers)
+        blobs.append((ready.block, ready.header + b"".join(ready.payload)))
+    return blobs
+
+
+def reach_of(store: MemoryStore, n_tokens: int) -> Reach:
+    """What is found of a prompt, with the block in which others part from it."""
+    finder, chain, naming = Finder(store), chain_of(range(n_tokens)), Naming(NS.info)
+    return extended(store, finder.find(chain, naming, ["exact"], Deadline(60)), chain, naming, Deadline(60))
+
+
+def test_a_block_that_goes_on_differently_gives_what_it_shares() -> None:
+    """The best of a few, in one more round trip; it is the block that the promotion then requires."""
+    store = MemoryStore()
+    for shared, first in ((256 + 150, 50_000), (256 + 220, 60_000), (256 + 20, 70_000)):
+        fill(store, diverging(shared, first))
+    reach = reach_of(store, 600)
+    assert (reach.n_tokens, len(reach.blocks)) == (256 + 220, 2)
+    assert store.rounds.count("read") == 1
+    name = reach.blocks[-1].name
+    block = require_block(parse_blob(memoryview(store.objects[name][1])), reach.blocks[-1], FIDELITY_EXACT)
+    assert block.tokens.startswith(chain_of(range(256, 256 + 220)).tokens)
+
+
+def test_others_are_not_looked_into_for_less_than_half_a_block() -> None:
+    """Nor is a block taken that shares less, or whose name is not its own."""
+    store = MemoryStore()
+    fill(store, diverging(256 + 220, 50_000))
+    assert reach_of(store, 256 + 100).n_tokens == 256
+    fill(store, blobs_of(256 + 130))
+    assert reach_of(store, 256 + 255).n_tokens == 256 + 130
+    assert store.rounds.count("read") == 0
+    alone = MemoryStore()
+    fill(alone, diverging(256 + 20, 50_000))
+    assert reach_of(alone, 600).n_tokens == 256
+    of_other = name_of(diverging(256 + 20, 50_000)[1][0])
+    other = diverging(256 + 220, 60_000)[1][1]
+    alone.put(of_other, other)
+    assert reach_of(alone, 600).n_tokens == 256
+    alone.put(of_other, b"no blob")
+    assert reach_of(alone, 600).n_tokens == 256

@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import BLOCK_BYTES, Chain, block_key, checkpoint_key
+from kvstore.errors import DeadlineError, RemoteError
 from kvstore.remote.object_names import Naming, parse_object_name
-from kvstore.remote.object_store import Head, Listed, ObjectStore
+from kvstore.remote.object_store import PAGE_NAMES_MAX, Head, Listed, ObjectStore
 
 ABSENT_S = 60.0
 ABSENCES_MAX = 65_536
@@ -35,12 +36,19 @@ WRONG_MAX = 4096
 ARY = 32
 # Of a prompt that needs a checkpoint and has none below its last block: blocks before it that are listed, too.
 LISTED_BACK_MAX = 4
+# Of the children that are not the prompt's own so many are looked into.
+OTHERS_MAX = 4
+# Pages of one listing that are asked for: a system prompt may have thousands of continuations.
+LISTED_PAGES_MAX = 4
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteBlock:
-    """An object that was seen, and the block that it must hold. `start`: position of its first token."""
+    """An object that was seen, and the block that it must hold. `start`: position of its first token.
+
+    `shared`: how many of its first tokens the prompt has, where it then goes on differently; None: all of them.
+    """
 
     name: str
     head: Head
@@ -51,11 +59,12 @@ class RemoteBlock:
     tokens: bytes
     start: int
     is_checkpoint: bool = False
+    shared: int | None = None
 
     @property
     def end(self) -> int:
-        """Position after its last token."""
-        return self.start + count_tokens(self.tokens)
+        """Position after its last token that the prompt has."""
+        return self.start + (count_tokens(self.tokens) if self.shared is None else self.shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +72,20 @@ class Reach:
     """What the remote store holds of a prompt after its first `first` full blocks, at one moment.
 
     `blocks`: consecutive full blocks, then perhaps a tail. `checkpoints`: of positions that these blocks reach, the
-    longest first.
+    longest first. `others`: children of the last full block that are none of the prompt's own, at most OTHERS_MAX, the
+    newest first: some of their tokens may be the prompt's, which their names do not say.
     """
 
     first: int
     blocks: tuple[RemoteBlock, ...] = ()
     checkpoints: tuple[RemoteBlock, ...] = ()
+    others: tuple[Listed, ...] = ()
+
+    @property
+    def full(self) -> int:
+        """Full blocks of the prompt after which the others come."""
+        found = sum(count_tokens(one.tokens) == BLOCK_TOKENS for one in self.blocks)
+        return self.first + found
 
     @property
     def n_tokens(self) -> int:
@@ -160,7 +177,7 @@ class Finder:
                 break
             blocks.append(found)
         full = first + len(blocks)
-        tail, marks = self._children(chain, naming, labels, deadline, full)
+        tail, marks, others = self._children(chain, naming, labels, deadline, full)
         if tail is not None:
             blocks.append(tail)
         reached = blocks[-1].end if blocks else full * BLOCK_TOKENS
@@ -169,7 +186,7 @@ class Finder:
             if checkpoints or not needs_checkpoint:
                 break
             checkpoints = self._children(chain, naming, labels, deadline, depth)[1]
-        return Reach(first, tuple(blocks), tuple(checkpoints))
+        return Reach(first, tuple(blocks), tuple(checkpoints), tuple(others))
 
     def _full_blocks(
         self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, first: int
@@ -210,8 +227,9 @@ class Finder:
 
     def _children(
         self, chain: Chain, naming: Naming, labels: Sequence[str], deadline: Deadline, depth: int
-    ) -> tuple[RemoteBlock | None, list[RemoteBlock]]:
-        """(the longest tail, all checkpoints, the longest first) of the prompt after its first `depth` full blocks.
+    ) -> tuple[RemoteBlock | None, list[RemoteBlock], list[Listed]]:
+        """Of the prompt after its first `depth` full blocks: (the longest tail, all checkpoints, the longest first,
+        objects that may be of prompts which go on differently).
 
         Nothing is listed at the start of a namespace: all of its prompts begin there, and less than a block is not
         worth it. Tails and checkpoints are of this prompt to their last token.
@@ -219,11 +237,11 @@ class Finder:
         parent = chain.parent(depth)
         prefix = naming.children(parent)
         if not depth or not self.absences.unknown([prefix]):
-            return None, []
-        listed = self._store.names(prefix, "", deadline)
+            return None, [], []
+        listed = self._listed(prefix, deadline)
         if not listed:
             self.absences.note([prefix])
-            return None, []
+            return None, [], []
         by_key: dict[str, dict[str, Listed]] = {}
         for one in listed:
             parts = parse_object_name(one.name)
@@ -246,7 +264,26 @@ class Finder:
                             found.name, found.head, label, chain.root, parent, key, tokens, start, is_checkpoint
                         )
                     )
-        return (tails[0] if tails else None), checkpoints
+        ours = {naming.hexed(one.key) for one in (*tails, *checkpoints)}
+        best = [
+            next(under[label] for label in labels if label in under) for key, under in by_key.items() if key not in ours
+        ]
+        others = sorted(best, key=lambda one: -one.modified_s)[:OTHERS_MAX]
+        return (tails[0] if tails else None), checkpoints, others
+
+    def _listed(self, prefix: str, deadline: Deadline) -> list[Listed]:
+        """Up to LISTED_PAGES_MAX pages of what is there. What comes late or not at all after the first is left out."""
+        listed = page = self._store.names(prefix, "", deadline)
+        for _ in range(LISTED_PAGES_MAX - 1):
+            if len(page) < PAGE_NAMES_MAX:
+                break
+            try:
+                page = self._store.names(prefix, page[-1].name, deadline)
+            except (RemoteError, DeadlineError) as error:
+                log.info("a listing of the remote store ends early: %s", error)
+                break
+            listed = listed + page
+        return listed
 
 
 def _full_block(chain: Chain, depth: int, name: str, head: Head, label: str) -> RemoteBlock:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from kvstore.blobs.protocol import TMP_SUFFIX
-from kvstore.blobs.readers import Readers
+from kvstore.blobs.readers import Job, Readers
 from kvstore.core.breaker import Deadline
 from kvstore.errors import KVStoreError, ObjectChangedError, RemoteError
 from kvstore.remote.object_store import (
@@ -89,23 +89,37 @@ class FolderStore:
         return only(self.read_all([Wanted(name, etag, ranges)], deadline))
 
     def read_all(self, wanted: Sequence[Wanted], deadline: Deadline) -> list[list[memoryview] | KVStoreError]:
-        """pread of one open file after the other, whose ETag is that of the descriptor."""
-
-        def read(root: int) -> list[list[memoryview] | KVStoreError]:
-            answers: list[list[memoryview] | KVStoreError] = []
-            for one in wanted:
-                try:
-                    deadline.check()
-                    answers.append(self._read(root, one))
-                except KVStoreError as error:
-                    answers.append(error)
-                except OSError as error:
-                    answers.append(self._failed(error))
-            return answers
-
+        """pread, of several objects and of parts of large ones side by side on the threads."""
         for one in wanted:
             require_name(one.name)
-        return self._run(read, deadline)
+        deadline.check()
+        self._readers.require_free()
+        begun = [
+            [self._readers.start(self._opened(self._reading(one, ranges, deadline))) for ranges in _spread(one.ranges)]
+            for one in wanted
+        ]
+        return [self._read_by(jobs, deadline) for jobs in begun]
+
+    def _reading(
+        self, wanted: Wanted, ranges: Sequence[ByteRange], deadline: Deadline
+    ) -> Callable[[int], list[memoryview]]:
+        def read(root: int) -> list[memoryview]:
+            deadline.check()
+            return self._read(root, wanted._replace(ranges=ranges))
+
+        return read
+
+    def _read_by(self, jobs: Sequence[Job], deadline: Deadline) -> list[memoryview] | KVStoreError:
+        """What these read of one object; each is waited for, or given up."""
+        found: list[memoryview] = []
+        failed: KVStoreError | None = None
+        for job in jobs:
+            try:
+                self._readers.wait(job, deadline.left_s)
+                found += job.result()
+            except KVStoreError as error:
+                failed = failed or error
+        return found if failed is None else failed
 
     def names(self, prefix: str, after: str, deadline: Deadline) -> list[Listed]:
         """Walk of the folders that the page can lie in."""
@@ -169,6 +183,12 @@ class FolderStore:
         return self._run(unlink, deadline)
 
     def _run(self, work: Callable[[int], T], deadline: Deadline, create: bool = False) -> T:
+        deadline.check()
+        return self._readers.run(self._opened(work, create), deadline.left_s)
+
+    def _opened(self, work: Callable[[int], T], create: bool = False) -> Callable[[], T]:
+        """`work` with the folder opened, for a thread of ours; what the system raises becomes ours."""
+
         def opened() -> T:
             try:
                 root = _open_folder(self._folder, create)
@@ -183,8 +203,7 @@ class FolderStore:
             finally:
                 os.close(root)
 
-        deadline.check()
-        return self._readers.run(opened, deadline.left_s)
+        return opened
 
     def _not_made(self, error: OSError) -> RemoteError:
         """Why the folder cannot be marked. What is above it is not made: it may be a share that is not mounted."""
@@ -225,6 +244,12 @@ class FolderStore:
             return [_pread(fd, one, head.nbytes, name) for one in wanted.ranges]
         finally:
             os.close(fd)
+
+
+def _spread(ranges: Sequence[ByteRange]) -> list[Sequence[ByteRange]]:
+    """The ranges of an object in order, in as many groups as there are threads."""
+    size = -(-len(ranges) // THREADS_MAX) or 1
+    return [ranges[at : at + size] for at in range(0, len(ranges), size)] or [[]]
 
 
 def _open_folder(folder: str, create: bool) -> int:

@@ -153,6 +153,22 @@ def test_what_lay_here_before_is_pushed_with_what_was_read_from_there(
         assert not remote_of(client)["not_pushed"]
 
 
+def test_a_prompt_that_goes_on_differently_within_a_block_gets_what_it_shares(
+    daemons: tuple[DaemonProcess, DaemonProcess],
+) -> None:
+    """To the token, of a block whose name does not follow from the prompt."""
+    one, other = daemons
+    namespace = make_namespace(LAYOUT, "parting-lm")
+    parting = [*TOKENS[:1224], *range(9000, 9300)]
+    with client_of(one) as client:
+        want = pushed(client, namespace)
+    with client_of(other) as client:
+        wait_serving(client)
+        hit = fetched(client, namespace, parting)
+        assert hit.n_tokens == 1224
+        assert_same(hit_rows(hit), cut(want, 0, 1224), LAYOUT)
+
+
 def test_checkpoints_come_with_the_blocks_that_they_need(daemons: tuple[DaemonProcess, DaemonProcess]) -> None:
     """A model with window and state layers goes on from the other host's checkpoint, bit by bit."""
     one, other = daemons

@@ -4,8 +4,8 @@ Blobs are read whole and in order, a few MiB at a time, verified to the last byt
 those of an export are; the next ones are read meanwhile. From then on they are local: by path or stream, for this
 request and for later ones. Whatever goes wrong ends a promotion with what came before.
 
-Reading layer by layer, and storing afterwards, was rejected: a fetch gives nothing before its last byte is read, so the
-first layer alone gains nothing, and the link would carry every byte twice, or the daemon hold all of them in memory.
+Large blobs are read in ranges side by side. Reading layer by layer, and storing afterwards, was rejected: see
+docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvstore.errors import (
     UnknownFormatError,
 )
 from kvstore.remote.finder import RemoteBlock
-from kvstore.remote.object_store import Wanted, whole
+from kvstore.remote.object_store import Wanted, parts
 from kvstore.remote.objects import require_block
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.storing.importer import Importer
@@ -123,7 +123,7 @@ class Promotion:
         if not self._buffers.try_acquire(nbytes):
             return False
         self._held_bytes += nbytes
-        wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in batch]
+        wanted = [Wanted(one.name, one.head.etag, parts(one.head)) for one in batch]
         self._reading = asyncio.ensure_future(self._run(self._tier.store.read_all, wanted, deadline))
         return True
 
@@ -141,19 +141,24 @@ class Promotion:
             if isinstance(answer, KVStoreError):
                 return RemoteReason.UNAVAILABLE
             self._watch.succeeded()
-            data = answer[0] if answer else memoryview(b"")
-            self.read_bytes += len(data)
-            if why := self._store_one(one, data):
+            self.read_bytes += one.head.nbytes
+            if why := self._store_one(one, answer):
                 self._importer.drop()
                 return why
             self.keys.append(one.key)
         return None
 
-    def _store_one(self, one: RemoteBlock, data: memoryview) -> RemoteReason | None:
+    def _store_one(self, one: RemoteBlock, pieces: list[memoryview]) -> RemoteReason | None:
         try:
-            length = blob_format.header_length(bytes(data[: blob_format.LENGTH_BYTES]), len(data))
-            require_block(blob_format.parse_header(bytes(data[:length]), len(data)), one, self._fidelity_min)
-            wants_more = self._importer.take(len(data), data[:length]) and self._importer.take(0, data[length:])
+            first = pieces[0] if pieces else memoryview(b"")
+            nbytes = one.head.nbytes
+            length = blob_format.header_length(bytes(first[: blob_format.LENGTH_BYTES]), nbytes)
+            if length > len(first):
+                first, pieces = memoryview(b"".join(pieces)), []
+            require_block(blob_format.parse_header(bytes(first[:length]), nbytes), one, self._fidelity_min)
+            wants_more = self._importer.take(nbytes, first[:length])
+            for piece in (first[length:], *pieces[1:]):
+                wants_more = wants_more and self._importer.take(0, piece)
             return None if wants_more else _NOT_STORED.get(self._importer.done.reason, RemoteReason.NO_ROOM)
         except (CorruptDataError, UnknownFormatError, InvalidRequestError, NotFoundError) as error:
             self._tier.finder.report_wrong(one, error)

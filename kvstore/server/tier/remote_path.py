@@ -31,7 +31,7 @@ from kvstore.engine.adopt import require_own_namespace
 from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
 from kvstore.remote.finder import Reach, RemoteBlock
 from kvstore.remote.object_names import Naming, labels_from
-from kvstore.remote.objects import read_header
+from kvstore.remote.objects import extended, read_header
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.fetching.costs import Belief, Costs, Work
 from kvstore.server.storing.importer import Importer
@@ -155,6 +155,8 @@ class RemotePath:
             info = self._learn(want, reach.blocks[0], deadline)
             if info.layout.exact_layers and not reach.checkpoints:
                 reach = find(needs_checkpoint=True)
+        if info is not None and not info.layout.exact_layers:
+            reach = extended(self._tier.store, reach, chain, naming, deadline)
         return reach, info
 
     def _learn(self, want: Want, one: RemoteBlock, deadline: Deadline) -> NamespaceInfo:
