@@ -28,11 +28,11 @@ from kvstore.index.rows import (
     Row,
     Taken,
     Templates,
-    fidelities_of,
     fidelity_of,
+    kinds_of,
     level_prefix,
     parse_row,
-    templates_digests_of,
+    sizes_of,
 )
 from kvstore.index.transaction import View
 
@@ -77,17 +77,31 @@ class Match:
     def fidelity(self) -> int:
         """The least rank among blocks and checkpoint."""
         own = FIDELITY_EXACT if self.checkpoint is None else self.checkpoint.fidelity
-        return min([own, *fidelities_of(self.rows)])
+        return min([own, *(fidelity for fidelity, _ in self._kinds)])
 
     @property
     def templates_digests(self) -> set[int]:
         """The digests of the templates of its blocks, read without parsing the rows; 0 stands for none."""
-        return templates_digests_of(self.rows)
+        return {digest for _, digest in self._kinds}
+
+    @functools.cached_property
+    def _kinds(self) -> set[tuple[int, int]]:
+        return kinds_of(self.rows)
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Of each block (bytes of its payload, digest of its templates, tokens to take), without parsing the rows."""
+        return sizes_of(self.rows)
+
+    def one_of_each(self) -> dict[int, Row]:
+        """One row for each digest of templates: rows with one digest name the same templates."""
+        some = {digest: taken for taken, (_, digest, _) in zip(self.rows, self.sizes, strict=True)}
+        return {digest: parse_row(key, value, self.templates) for digest, (key, value, _) in some.items()}
 
     def needed_templates(self) -> dict[bytes, bytes]:
-        """The templates that its runs name, by id. Rows with one digest name the same ones."""
-        some = {part.row.templates_digest: part.row for part in self.slices}
-        names = {name for row in some.values() for name in template_ids(row.described, self.templates)}
+        """The templates that its runs name, by id."""
+        rows = self.one_of_each().values()
+        names = {name for row in rows for name in template_ids(row.described, self.templates)}
         return {name: self.templates[name] for name in names}
 
     @property

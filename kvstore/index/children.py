@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator
 
 from kvstore.blobs.keyring import NamespaceKey
-from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, common_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens
 from kvstore.errors import CorruptDataError
 from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Row, level_code, level_prefix, tail_prefix
 from kvstore.index.transaction import View
@@ -36,6 +36,8 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
                 shared = common_tokens(row.tokens, rest)
                 if key is None and (not shared or shared < take or not ties):
                     break  # they stand in order: what comes next shares no more
+                if shared == len(rest) // TOKEN_BYTES and row.fidelity >= max(fidelity_min, FIDELITY_EXACT):
+                    return row, shared, low_take  # there is none better
                 if row.fidelity < fidelity_min:
                     low_take = max(low_take, shared)
                 elif shared > take or (best is not None and shared == take and row.fidelity > best.fidelity):

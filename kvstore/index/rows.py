@@ -71,6 +71,8 @@ from kvstore.errors import CorruptDataError, UnknownFormatError
 _HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")
 _FIDELITY_AT = 24
 _TEMPLATES_AT = 116
+# Payload offset, bytes of the blob, digest of the templates.
+_SIZES = struct.Struct("<4xIQ100xI")
 ENCRYPTED_AT = 3
 ENCRYPTED = b"\1"
 TOKENS_AT = _HEAD.size
@@ -236,14 +238,16 @@ def fidelity_of(value: bytes) -> int:
     return int.from_bytes(value[_FIDELITY_AT : _FIDELITY_AT + 8], "little")
 
 
-def fidelities_of(rows: Iterable[Taken]) -> set[int]:
-    """The fidelities of rows that are not parsed. Most are equal, so that numbers are made of few."""
-    return {int.from_bytes(raw, "little") for raw in {value[_FIDELITY_AT : _FIDELITY_AT + 8] for _, value, _ in rows}}
+def kinds_of(rows: Iterable[Taken]) -> set[tuple[int, int]]:
+    """(fidelity, digest of the templates) of rows that are not parsed. Most are equal, so numbers are made of few."""
+    raw = {(value[_FIDELITY_AT : _FIDELITY_AT + 8], value[_TEMPLATES_AT : _TEMPLATES_AT + 4]) for _, value, _ in rows}
+    return {(int.from_bytes(fidelity, "little"), int.from_bytes(digest, "little")) for fidelity, digest in raw}
 
 
-def templates_digests_of(rows: Iterable[Taken]) -> set[int]:
-    """The template digests of rows, read without parsing the rows; 0 stands for a row without templates."""
-    return {int.from_bytes(raw, "little") for raw in {value[_TEMPLATES_AT : _TEMPLATES_AT + 4] for _, value, _ in rows}}
+def sizes_of(rows: Iterable[Taken]) -> list[tuple[int, int, int]]:
+    """(bytes of the blob's payload, digest of the templates, tokens to take) of rows that are not parsed."""
+    sizes = [(*_SIZES.unpack_from(value), take) for _, value, take in rows]
+    return [(blob_bytes - offset, digest, take) for offset, blob_bytes, digest, take in sizes]
 
 
 def parse_row(key: bytes, value: bytes, templates: Templates) -> Row:

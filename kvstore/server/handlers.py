@@ -95,8 +95,7 @@ class KVStoreService(rpc.KVStoreServicer):
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
         self._counters.add("match")
         asked = self._asked(request, context)
-        match, chain, offer = await self._threads.read(self._match, request, asked)
-        reply = pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
+        reply, match, chain, offer = await self._threads.read(self._match, request, asked)
         if self._remote.path is not None:
             want = self._want(request, chain, match, offer, context)
             reply.n_tokens = await self._remote.path.reach(want)
@@ -105,13 +104,15 @@ class KVStoreService(rpc.KVStoreServicer):
         self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
         return reply
 
-    def _match(self, request: PromptRequest, asked: Asked) -> tuple[Matched, Chain, Offer]:
+    def _match(self, request: PromptRequest, asked: Asked) -> tuple[pb.MatchReply, Matched, Chain, Offer]:
+        """The answer, and what it was made of."""
         identity = self._identities.of(request.message.namespace)
         offer = offer_of(request.message, self._way(identity, pb.TRANSPORT_PATH, dense=False))
         chain = Chain(identity.root, request.tokens)
         match = self._fetch.match(chain, request.message.fidelity_min, offer)
         self._why.note(asked, chain, match, identity)
-        return match, chain, offer
+        reply = pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
+        return reply, match, chain, offer
 
     def _want(self, request: PromptRequest, chain: Chain, match: Matched, offer: Offer, context: Context) -> Want:
         """What a request may want of the remote tier."""

@@ -218,8 +218,9 @@ def _read_row(parsed: rows.Row) -> None:
     assert parsed.end == parsed.start + parsed.n_tokens
     assert all(len(entry) <= 511 for entry in rows.child_entries(parsed, None))
     taken = (parsed.key, parsed.value, 0)
-    assert rows.fidelities_of([taken]) == {parsed.fidelity}
-    assert rows.templates_digests_of([taken]) == {parsed.templates_digest}
+    assert rows.kinds_of([taken]) == {(parsed.fidelity, parsed.templates_digest)}
+    payload_bytes = parsed.blob_bytes - parsed.payload_offset
+    assert rows.sizes_of([taken]) == [(payload_bytes, parsed.templates_digest, taken[2])]
     if not parsed.is_key_missing:
         assert parsed.block.n_tokens == parsed.n_tokens
 

@@ -29,11 +29,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvstore.core.blocks import RAW, Reason
 from kvstore.core.layers import Layout
-from kvstore.engine import Match, Row, Slice
+from kvstore.engine import Match, Row
 from kvstore.errors import InvalidRequestError
 
 # The guesses. Those of reading are of a disk at the speed of a page cache: what is not known yet is tried.
@@ -84,14 +84,22 @@ class Offer:
         return max(0, n_tokens - self.covered_tokens) / self.prefill_tokens_per_s
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Amount of work in a fetch."""
+class Work(NamedTuple):
+    """Amount of work in a fetch. A tuple: to decide about a match of 32k tokens takes 128 of them."""
 
     layers: int
     blocks: int
     read_bytes: int
     decode_bytes: int
+
+    @property
+    def guesses(self) -> tuple[float, float, float]:
+        """Seconds of a fetch alone before anything was measured: (fixed, reading, decoding)."""
+        return (
+            FETCH_S + self.layers * LAYER_S,
+            self.blocks * BLOCK_S + self.read_bytes / READ_BYTES_PER_S,
+            self.decode_bytes / DECODE_BYTES_PER_S,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +147,9 @@ class _Way:
     reads: int = 0
     decodes: int = 0
 
-    def parts(self, work: Work, now_s: float) -> tuple[float, float, float]:
-        """Seconds of a fetch alone: (fixed, reading, decoding)."""
-        fixed = FETCH_S + work.layers * LAYER_S
-        reading = work.blocks * BLOCK_S + work.read_bytes / READ_BYTES_PER_S
-        decoding = work.decode_bytes / DECODE_BYTES_PER_S
-        return (
-            fixed * self.fixed.factor(now_s),
-            reading * self.reading.factor(now_s),
-            decoding * self.decoding.factor(now_s),
-        )
+    def factors(self, now_s: float) -> tuple[float, float, float]:
+        """What the guesses are multiplied by now: (fixed, reading, decoding)."""
+        return self.fixed.factor(now_s), self.reading.factor(now_s), self.decoding.factor(now_s)
 
     def learn_reading(self, work: Work, crowd: int, seconds: float, now_s: float, *, given_up: bool) -> None:
         """Take the time that a fetch took without decoding. What it was mostly made of is what it says most about; one
@@ -156,8 +157,9 @@ class _Way:
         step = 1.0 if given_up else max(STEP, 1 / (self.reads + 1))
         self.reads += 1
         target_s = 0.0
+        fixed_guess, reading_guess, _ = work.guesses
         for _ in range(ROUNDS):
-            fixed, reading, _ = self.parts(work, now_s)
+            fixed, reading = fixed_guess * self.fixed.factor(now_s), reading_guess * self.reading.factor(now_s)
             expected_s = fixed + reading * crowd
             target_s = target_s or expected_s * math.exp(step * _log_ratio(seconds, expected_s))
             error = math.log(target_s / expected_s)
@@ -169,7 +171,8 @@ class _Way:
         """Update the decoding estimate from a measured time."""
         step = max(STEP, 1 / (self.decodes + 1))
         self.decodes += 1
-        self.decoding.move(step * _log_ratio(seconds, self.parts(work, now_s)[2] * crowd), now_s)
+        expected_s = work.guesses[2] * self.decoding.factor(now_s) * crowd
+        self.decoding.move(step * _log_ratio(seconds, expected_s), now_s)
 
 
 @dataclass(slots=True)
@@ -204,13 +207,20 @@ class Costs:
 
     def seconds(self, root: bytes, way: Way, work: Work) -> float:
         """How long a fetch that came now would take."""
-        with self._lock:
-            return self._seconds(self._way(root, way), way, work)
+        return self.estimate(root, way)(work)
 
-    def _seconds(self, known: _Way, way: Way, work: Work) -> float:
-        fixed, reading, decoding = known.parts(work, self._clock())
-        waiting = self._backlog_s() if way == "dense" and work.decode_bytes else 0.0
-        return fixed + (reading + decoding) * (1 + self._others()) + waiting
+    def estimate(self, root: bytes, way: Way) -> Callable[[Work], float]:
+        """How long fetches that came now would take, as a function of their work: it need not be asked for each."""
+        with self._lock:
+            factors, crowd = self._way(root, way).factors(self._clock()), 1 + self._others()
+        waiting_s = self._backlog_s() if way == "dense" else 0.0
+
+        def seconds(work: Work) -> float:
+            fixed, reading, decoding = work.guesses
+            moving_s = reading * factors[1] + decoding * factors[2]
+            return fixed * factors[0] + moving_s * crowd + (waiting_s if work.decode_bytes else 0.0)
+
+        return seconds
 
     def now_s(self) -> float:
         """The clock that fetches are timed by."""
@@ -221,14 +231,12 @@ class Costs:
 
         `asked_s`: when its call came, None: just now.
         """
+        fetch_id, expected_s = secrets.token_hex(16), self.seconds(root, way, work)
         with self._lock:
-            known, now_s = self._way(root, way), self._clock()
-            until_s = now_s + OVERDUE * self._seconds(known, way, work)
-            fetch_id = secrets.token_hex(16)
-            crowd = 1 + self._others()
-            self._answered[fetch_id] = _Answered(
-                caller, way == "path", known, work, crowd, now_s if asked_s is None else asked_s, until_s
-            )
+            now_s, crowd = self._clock(), 1 + self._others()
+            begun_s, until_s = now_s if asked_s is None else asked_s, now_s + OVERDUE * expected_s
+            known = self._way(root, way)
+            self._answered[fetch_id] = _Answered(caller, way == "path", known, work, crowd, begun_s, until_s)
             while len(self._answered) > ANSWERED_MAX:
                 self._answered.popitem(last=False)
             return fetch_id
@@ -298,7 +306,8 @@ def _log_ratio(measured: float, expected: float) -> float:
 
 def work_of(match: Match, layout: Layout) -> Work:
     """The amount of work of fetching a match."""
-    return [work for _, _, work in _candidates(match, layout)][-1]
+    *_, (_, _, work) = _candidates(match, layout)
+    return work
 
 
 def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Work], float]) -> Match:
@@ -306,36 +315,34 @@ def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Wor
 
     A prefix is used if restoring takes at most `WORTH_SHARE` of the prefill time that it saves.
     """
-    best, best_s = 0, 0.0
-    for n_tokens, _, work in _candidates(match, layout):
-        saved_s = offer.prefill_s(n_tokens)
-        restore_s = cost_s(work)
+    best, kept, best_s = 0, 0, 0.0
+    for n_tokens, n_rows, work in _candidates(match, layout):
+        saved_s, restore_s = offer.prefill_s(n_tokens), cost_s(work)
         if restore_s <= WORTH_SHARE * saved_s and saved_s - restore_s > best_s:
-            best, best_s = n_tokens, saved_s - restore_s
+            best, kept, best_s = n_tokens, n_rows, saved_s - restore_s
     if best == match.n_tokens:
         return match
-    kept = sum(1 for end, piece, _ in _candidates(match, layout) if piece is not None and end <= best)
     rows, reason = match.rows[:kept], Reason.SLOWER_THAN_PREFILL
     return replace(match, n_tokens=best, reason=reason, rows=rows, checkpoint=None, diverged=False)
 
 
-def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, Slice | None, Work]]:
-    """(tokens, the last block, what it takes) of every prefix that could be answered, the whole match last.
+def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, int, Work]]:
+    """(tokens, blocks, work) of every prefix that could be answered, the whole match last.
 
-    Where a checkpoint is needed there is nothing between all and nothing: a lower one is as large, and gives less.
+    Where a checkpoint is needed there is nothing between all and nothing: a lower one is as large, and gives less. No
+    row is parsed but one of each kind: to parse the 128 of 32k tokens takes several times as long as to find them.
     """
-    work, n_tokens = Work(len(layout.layers), 0, 0, 0), 0
-    for piece in match.parts:
-        is_checkpoint = piece.row is match.checkpoint
-        n_tokens += 0 if is_checkpoint else piece.take
-        work = Work(
-            work.layers,
-            work.blocks + 1,
-            work.read_bytes + piece.row.blob_bytes - piece.row.payload_offset,
-            work.decode_bytes + (0 if is_checkpoint else piece.take * _decoded_token_bytes(piece.row, layout)),
-        )
-        if match.checkpoint is None or is_checkpoint:
-            yield match.n_tokens if is_checkpoint else n_tokens, None if is_checkpoint else piece, work
+    decoded_bytes = {digest: _decoded_token_bytes(row, layout) for digest, row in match.one_of_each().items()}
+    layers = len(layout.layers)
+    n_tokens = read_bytes = decode_bytes = 0
+    for n_rows, (nbytes, digest, take) in enumerate(match.sizes, 1):
+        n_tokens, read_bytes = n_tokens + take, read_bytes + nbytes
+        decode_bytes += take * decoded_bytes[digest]
+        if match.checkpoint is None:
+            yield n_tokens, n_rows, Work(layers, n_rows, read_bytes, decode_bytes)
+    if (row := match.checkpoint) is not None:
+        read_bytes += row.blob_bytes - row.payload_offset
+        yield match.n_tokens, len(match.rows), Work(layers, len(match.rows) + 1, read_bytes, decode_bytes)
 
 
 def _decoded_token_bytes(row: Row, layout: Layout) -> int:
