@@ -212,6 +212,13 @@ def test_a_layout_record_comes_back_equal_and_small() -> None:
     assert len(layout.record) < 300
 
 
+def test_a_layout_is_parsed_once() -> None:
+    """Every request names it, and what follows from it is remembered with it."""
+    part = PartSpec(8, 96, "BF16")
+    record = Layout((LayerSpec(part, part),)).record
+    assert Layout.from_record(record) is Layout.from_record(bytes(bytearray(record)))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

@@ -11,9 +11,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from kvstore.blobs.protocol import BlobId
+from kvstore.blobs.write_behind import WriteBehind
 from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, NewBlock, Selection
@@ -526,3 +529,14 @@ def test_children_that_share_everything_but_the_end_are_told_apart(engine: Engin
         assert find(engine, NS, [*base, number, number, 5]).n_tokens == 182
         assert find(engine, NS, [*base, number, -5]).n_tokens == 181
     assert find(engine, NS, [*base, 500]).n_tokens == 180
+
+
+def test_a_blob_is_written_while_the_next_one_is_made() -> None:
+    """Whether or not blobs are synced: a store without syncs overlaps as any other."""
+    may_go = threading.Event()
+    blobs = mock.Mock(put=lambda *_: may_go.wait(10) and mock.Mock())
+    with WriteBehind(blobs, ahead=1) as behind:
+        begun = behind.put(BlobId(b"", b"", 1), [], lambda: None)
+        assert not begun.written.done()
+        may_go.set()
+    assert begun.synced.done() and begun.synced.exception() is None

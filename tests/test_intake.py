@@ -15,9 +15,10 @@ import pytest
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
 from kvstore.server.fetching.stream_out import BATCH_BYTES
-from kvstore.server.storing import intake as module
-from kvstore.server.storing.intake import RECEIVED, Intake, SocketSource
+from kvstore.server.storing import upload_socket as module
 from kvstore.server.storing.stream_in import StreamIn
+from kvstore.server.storing.upload_socket import RECEIVED, SocketSource
+from kvstore.server.storing.uploads import Intake
 from kvstore.wire.frames import UploadBytes
 from tests.support.intake import BytesSource
 from tests.support.servers import wait_until

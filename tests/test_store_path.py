@@ -157,7 +157,8 @@ def test_a_commit_that_has_begun_is_nobody_elses_to_end(rig: Rig) -> None:
     plan = rig.begin(TOKENS[:300])
     assert plan.upload is not None
     rig.hand_over(plan, make_layers(LAYOUT, TOKENS[:300]))
-    upload = rig.path.uploads.claim(plan.upload.upload_id)
+    upload = plan.upload
+    upload.intake.commit()
     rig.path.uploads.give_up(upload)
     assert rig.path.uploads.reap(0.0) == []
     outcome = carry_out(rig.path, upload)
@@ -172,7 +173,7 @@ def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
     plan.upload.intake._waiting_since_s -= 100
     assert rig.path.uploads.reap(10.0) == [plan.upload]
     with pytest.raises(NotFoundError):
-        rig.path.uploads.claim(plan.upload.upload_id)
+        rig.path.uploads.get(plan.upload.upload_id)
     plan.upload.release()
     assert rig.files() == []
 
@@ -182,7 +183,8 @@ def test_stopping_leaves_a_running_commit_its_bytes(rig: Rig) -> None:
     accepted, idle = rig.begin(TOKENS[:300]), rig.begin([7] * 300)
     assert accepted.upload is not None
     rig.hand_over(accepted, make_layers(LAYOUT, TOKENS[:300]))
-    upload = rig.path.uploads.claim(accepted.upload.upload_id)
+    upload = accepted.upload
+    upload.intake.commit()
     rig.path.uploads.end_all()
     assert idle.upload is not None
     assert rig.path.uploads.under_way() == [upload]
@@ -258,6 +260,7 @@ def test_a_commit_that_the_stop_cannot_wait_for_leaves_nothing(rig: Rig) -> None
     plan = rig.begin(TOKENS)
     assert plan.upload is not None
     rig.hand_over(plan, make_layers(LAYOUT, TOKENS))
+    plan.upload.intake.commit()
     rig.path.give_up()
     with pytest.raises(UnavailableError):
         carry_out(rig.path, plan.upload)
@@ -288,7 +291,7 @@ def test_an_upload_that_is_given_up_leaves_no_key(tmp_path: Path) -> None:
     """A worker that only ever begins cannot fill the directory with keys."""
     rig = Rig(tmp_path / "data", profile="raw", encrypt="all", encryption_key=tmp_path / "key")
     plan = rig.begin(TOKENS)
-    assert plan.upload is not None and plan.upload.encrypted
+    assert plan.upload is not None and plan.upload.encryption is not None
     assert rig.engine.is_encrypted(NAMESPACE.root)
     rig.path.uploads.give_up(plan.upload)
     del plan

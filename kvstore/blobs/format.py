@@ -91,8 +91,19 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
         ready = replace(block, runs=_placed_runs(block.runs, remaining))
     if next(remaining, None) is not None:
         raise InvalidRequestError("more buffers than tensors")
-    _require_valid(ready)
-    return ReadyBlob(ready, build_header(ready, block_to_record(ready)), tuple(views))
+    record = block_to_record(ready)
+    try:  # now what readers will check later
+        if block_from_record(record) != ready:
+            raise CorruptDataError("it does not come back as it was written")
+        header = build_header(ready, record)
+    except CorruptDataError as error:
+        raise InvalidRequestError(f"not a block that can be stored: {error}") from error
+    if ready.key != _key(ready):
+        raise InvalidRequestError("a block's key must follow from its parent and tokens")
+    # A checkpoint is stored exactly, but its fidelity is that of the tokens from which it was computed.
+    if ready.fidelity > min((run.fidelity for run in ready.runs), default=FIDELITY_EXACT):
+        raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
+    return ReadyBlob(ready, header, tuple(views))
 
 
 def _placed_runs(unplaced: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
@@ -134,21 +145,6 @@ def _placed_aux(aux: Aux, view: memoryview) -> Aux:
     if len(view) != aux.nbytes or hashlib.sha256(view).digest() != aux.digest:
         raise InvalidRequestError("the buffer of an aux block does not have its digest")
     return replace(aux, checksum=_checksum(view))
-
-
-def _require_valid(block: Block) -> None:
-    """Check before a write what readers will check later."""
-    try:
-        if block_from_record(block_to_record(block)) != block:
-            raise CorruptDataError("it does not come back as it was written")
-        table(block)
-    except CorruptDataError as error:
-        raise InvalidRequestError(f"not a block that can be stored: {error}") from error
-    if block.key != _key(block):
-        raise InvalidRequestError("a block's key must follow from its parent and tokens")
-    # A checkpoint is stored exactly, but its fidelity is that of the tokens from which it was computed.
-    if block.fidelity > min((run.fidelity for run in block.runs), default=FIDELITY_EXACT):
-        raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
 
 
 def _key(block: Block) -> bytes:

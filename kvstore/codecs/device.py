@@ -197,17 +197,15 @@ class Capture:
         evaluate([array for arrays in checked.values() for array in arrays])
         sizes = (array.shape[1] * array.shape[3] * array.itemsize for arrays in checked.values() for array in arrays)
         self._memory = np.empty((end - start) * sum(sizes), np.uint8)
-        self._rows: dict[tuple[int, str], tuple[Bytes, ...]] = {}
+        self._rows: dict[tuple[int, str, str], Bytes] = {}
         at = 0
-        for key, arrays in checked.items():
-            copies = []
-            for array in arrays:
+        for (index, part), arrays in checked.items():
+            for array, tensor in zip(arrays, layers[index].spec.part(part).tensors(), strict=True):
                 rows = _rows_of(array, start, end)
                 copy = self._memory[at : at + rows.size].reshape(rows.shape)
                 np.copyto(copy, rows)
-                copies.append(copy)
+                self._rows[index, part, tensor.name] = copy
                 at += rows.size
-            self._rows[key] = tuple(copies)
 
     @property
     def nbytes(self) -> int:
@@ -220,8 +218,7 @@ class Capture:
             raise InvalidRequestError(f"tokens {piece.start}..{piece.end} were not captured")
         first, last = piece.start - self.start, piece.end - self.start
         for stack, tensor, layer, _, _ in raw_ranges(layout, piece.n_tokens):
-            position = stack_position(layout, layer, stack.part, tensor.name)
-            rows = self._rows[layer, stack.part][position]
+            rows = self._rows[layer, stack.part, tensor.name]
             if first == 0 and last == rows.shape[1]:
                 yield rows.data.cast("B")
             else:
@@ -242,11 +239,6 @@ def _rows_of(array: mx.array, start: int, end: int) -> Bytes:
         whole, start, end = to_bytes(sliced), 0, end - start
     rows: Bytes = whole[0, :, start:end]
     return rows
-
-
-def stack_position(layout: Layout, layer: int, part: str, name: str) -> int:
-    """Index of the tensor `name` among the arrays of a layer's part."""
-    return [tensor.name for tensor in layout.layers[layer].part(part).tensors()].index(name)
 
 
 def _checked(layer: KVLayer, part: str, index: int, start: int, end: int) -> tuple[mx.array, ...]:

@@ -23,7 +23,7 @@ from math import lcm
 import numpy as np
 
 from kvstore.codecs import device
-from kvstore.codecs.codec import NO_CONTEXT, Codec, Context, codec_of, is_packing
+from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of, is_packing
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile
 from kvstore.codecs.runs import EncodedRun, cut_run, group_tokens, join_runs, stacks_of
@@ -59,7 +59,7 @@ def encode_runs(
     sinks, others = _set_apart(joined, profile.sinks) if start == 0 and profile.sinks else ([], joined)
     shown = start + sum(run.run.shown for run in sinks)
     exact = [
-        _encode(layout, run, profile, _is_exact, submit, Context(first, aux=aux)) if is_first_hand(run.run) else run
+        encode_run(layout, run, profile, submit, Context(first, aux=aux), 1) if is_first_hand(run.run) else run
         for run, first in _placed(others, shown)
     ]
     grouped = [
@@ -88,19 +88,37 @@ def is_first_hand(run: Run) -> bool:
 
 
 def encode_run(
-    layout: Layout, raw: EncodedRun, profile: Profile, submit: Submit = at_once, context: Context = NO_CONTEXT
+    layout: Layout,
+    raw: EncodedRun,
+    profile: Profile,
+    submit: Submit = at_once,
+    context: Context = NO_CONTEXT,
+    group: int | None = None,
 ) -> EncodedRun:
-    """The run with its raw stacks encoded as the profile says, those of group codecs if it is whole groups.
+    """The run with its raw stacks encoded as the profile says, split by what becomes of their layers.
 
     A stack with a value that is not finite, or whose codes would overflow its dtype, stays raw, bit for bit; so does
     what is encoded already. Values in rows that the run hides are encoded with the rest. `context`: the position of the
-    run's first row, and files.
+    run's first row, and files. `group`: only codecs whose groups divide it, at 1 those that are exact at any token;
+    None: those whose groups divide the run.
     """
-    return _encode(layout, raw, profile, lambda codec: raw.run.n_tokens % codec.group_tokens == 0, submit, context)
-
-
-def _is_exact(codec: Codec) -> bool:
-    return codec.group_tokens == 1
+    group = raw.run.n_tokens if group is None else group
+    stacks: list[Stack] = []
+    buffers: list[Bytes] = []
+    fidelity = raw.run.fidelity
+    for stack, mine in stacks_of(raw):
+        for recipe, positions in _by_target(layout, profile, stack).items():
+            one, rows = _some_layers(stack, mine, positions)
+            codec, part = codec_of(recipe), layout.layers[one.layers[0]].part(stack.part)
+            where = replace(context, part=stack.part, layers=one.layers)
+            is_wanted = recipe != RAW and group % codec.group_tokens == 0
+            encoded = _encode_stack(rows[0], part, recipe, submit, where) if is_wanted else None
+            if encoded is not None:
+                one = replace(one, recipe=recipe, tensors=codec.tensors(part, recipe))
+                fidelity = min(fidelity, codec.fidelity(recipe))
+            stacks.append(one)
+            buffers += encoded or rows
+    return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
 
 
 def _set_apart(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], list[EncodedRun]]:
@@ -144,32 +162,6 @@ def _target(layout: Layout, profile: Profile, stack: Stack, layer: int) -> Recip
     part = layout.layers[layer].part(stack.part)
     recipe = profile.recipe(stack.part, part, layer, len(layout.layers))
     return RAW if is_packing(recipe) else recipe
-
-
-def _encode(
-    layout: Layout,
-    raw: EncodedRun,
-    profile: Profile,
-    wanted: Callable[[Codec], bool],
-    submit: Submit,
-    context: Context,
-) -> EncodedRun:
-    """The run with those raw stacks encoded whose codec is wanted; raw stacks are split by what becomes of them."""
-    stacks: list[Stack] = []
-    buffers: list[Bytes] = []
-    fidelity = raw.run.fidelity
-    for stack, mine in stacks_of(raw):
-        for recipe, positions in _by_target(layout, profile, stack).items():
-            one, rows = _some_layers(stack, mine, positions)
-            codec, part = codec_of(recipe), layout.layers[one.layers[0]].part(stack.part)
-            where = replace(context, part=stack.part, layers=one.layers)
-            encoded = _encode_stack(rows[0], part, recipe, submit, where) if recipe != RAW and wanted(codec) else None
-            if encoded is not None:
-                one = replace(one, recipe=recipe, tensors=codec.tensors(part, recipe))
-                fidelity = min(fidelity, codec.fidelity(recipe))
-            stacks.append(one)
-            buffers += encoded or rows
-    return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
 
 
 def _by_target(layout: Layout, profile: Profile, stack: Stack) -> dict[Recipe, list[int]]:

@@ -27,6 +27,8 @@ from kvstore.errors import CorruptDataError, InvalidRequestError
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 LAYERS_MAX = 4096
+# Layouts that are remembered once they are parsed.
+LAYOUTS_MAX = 32
 HEADS_MAX = 4096
 WIDTH_MAX = 65_536
 ARRAYS_MAX = 256
@@ -256,22 +258,28 @@ class Layout:
         """SHA-256 of the record: what a namespace is bound to."""
         return hashlib.sha256(b"kvstore/layout/v2\0" + self.record).digest()
 
-    @classmethod
-    def from_record(cls, record: bytes) -> Layout:
+    @staticmethod
+    def from_record(record: bytes) -> Layout:
         """Parse and validate; InvalidRequestError when it is not a layout."""
-        try:
-            distinct, order, tree = unpack_record(record)
-            if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
-                raise InvalidRequestError("too many layers")
-            specs = [
-                LayerSpec(_part(keys), _part(values), str(kind), _params(params), tuple(_array(*one) for one in arrays))
-                for kind, keys, values, params, arrays in distinct
-            ]
-            layout = cls(tuple(specs[_index(i, len(specs))] for i in order), str(tree))
-            layout.validate()
-        except (CorruptDataError, TypeError, ValueError) as error:
-            raise InvalidRequestError(f"not a layout: {error}") from error
-        return layout
+        return _parsed(record)
+
+
+@functools.lru_cache(maxsize=LAYOUTS_MAX)
+def _parsed(record: bytes) -> Layout:
+    """See `Layout.from_record`. Every request names one of few layouts, and what follows from a layout it remembers."""
+    try:
+        distinct, order, tree = unpack_record(record)
+        if len(order) > LAYERS_MAX or len(distinct) > LAYERS_MAX:
+            raise InvalidRequestError("too many layers")
+        specs = [
+            LayerSpec(_part(keys), _part(values), str(kind), _params(params), tuple(_array(*one) for one in arrays))
+            for kind, keys, values, params, arrays in distinct
+        ]
+        layout = Layout(tuple(specs[_index(i, len(specs))] for i in order), str(tree))
+        layout.validate()
+    except (CorruptDataError, TypeError, ValueError) as error:
+        raise InvalidRequestError(f"not a layout: {error}") from error
+    return layout
 
 
 def _spec_list(spec: LayerSpec) -> list[Any]:

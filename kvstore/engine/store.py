@@ -187,6 +187,7 @@ class Writer:
             if self._shared.evictions.covers(batch.root, batch.since, [block.key]):
                 reason = Reason.EVICTED
                 break
+            hold(self._shared.site, batch.held, {aux_key(batch.root, digest) for digest in block.references})
             # Of a namespace whose key was dropped meanwhile nothing may be written, least of all as it is.
             if self._shared.index.ring.key(batch.root) is not batch.key or not self._has_parent(batch, block):
                 reason = Reason.DEPENDENCY_LOST
@@ -228,7 +229,6 @@ class Writer:
         """Whether the parent is in the index or this request. InvalidRequestError if the block does not continue it."""
         if block.root != batch.root:
             raise InvalidRequestError("a block of another namespace")
-        hold(self._shared.site, batch.held, {aux_key(batch.root, digest) for digest in block.references})
         end = 0 if block.parent == batch.root else batch.ends.get(block.parent)
         if end is None:
             with self._shared.index.view() as view:

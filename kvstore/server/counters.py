@@ -1,16 +1,20 @@
-"""Plain counters of the daemon since its start."""
+"""Plain counters of the daemon since its start, and what else it notes of its traffic."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine
 from kvstore.server.calls.refusals import Refusals
 from kvstore.telemetry.history import Moment
+from kvstore.telemetry.lifetime import Lifetime
+from kvstore.telemetry.requests import Requests
 from kvstore.telemetry.traffic import Snapshot
+from kvstore.telemetry.why import Why
 
 
 class Counters:
@@ -54,6 +58,16 @@ class Counters:
     def uptime_s(self) -> int:
         """Whole seconds since the start."""
         return int(time.monotonic() - self._started_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """All that a daemon notes of its traffic: each part says which threads may call it."""
+
+    counters: Counters
+    requests: Requests
+    why: Why
+    lifetime: Lifetime
 
 
 def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:

@@ -41,7 +41,7 @@ from kvstore.server.admin.stats import load_message
 from kvstore.server.calls.authorize import daemon_credentials, guards, keep_up
 from kvstore.server.calls.call_limits import Admission, connection_options
 from kvstore.server.calls.callers import Sockets
-from kvstore.server.counters import Counters
+from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.fetching.layer_frames import LayerFrames
 from kvstore.server.handlers import KVStoreService
@@ -138,12 +138,10 @@ class Daemon:
         fetch = FetchPath(engine, lane, config)
         remote = Remote(engine, store, fetch.costs, threads, config)
         layers = LayerFrames(engine, lane, buffers)
-        counters, requests = Counters(), Requests(lifetime.traffic)
-        why = Why(engine.nearest, keeps=config.encrypt != "all")
-        stores = Stores(store, threads, counters, requests, why, config)
-        service = KVStoreService(
-            engine, store, stores, fetch, remote, layers, buffers, threads, counters, requests, why, config
-        )
+        counters, why = Counters(), Why(engine.nearest, keeps=config.encrypt != "all")
+        telemetry = Telemetry(counters, Requests(lifetime.traffic), why, lifetime)
+        stores = Stores(store, threads, telemetry, config)
+        service = KVStoreService(engine, store, stores, fetch, remote, layers, threads, telemetry, config)
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)
         load = functools.partial(load_message, admission, sockets, store.uploads, threads, config.limits)
@@ -152,9 +150,7 @@ class Daemon:
             engine,
             store,
             threads,
-            counters,
-            requests,
-            lifetime.history,
+            telemetry,
             Explainer(engine, fetch, why),
             Settings(engine, store.admission, config),
             pressure,
@@ -186,7 +182,7 @@ class Daemon:
         log.info("serving %s on %s", config.data_dir, config.listen)
         await threads.admin(sockets.begin)
         remote.start()
-        upkeep = Upkeep(engine, store, sockets, config, requests, counters, why, lifetime)
+        upkeep = Upkeep(engine, store, sockets, config, telemetry)
         tasks = self._begin_upkeep(upkeep, engine, threads, health, files, pressure, remote)
         with serving_metrics(metrics, threads):
             await self._stop.wait()

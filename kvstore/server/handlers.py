@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kvstore.config import Config
 from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, Reason
 from kvstore.core.breaker import Deadline
-from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
@@ -21,7 +20,7 @@ from kvstore.errors import InvalidRequestError
 from kvstore.server.arguments import Identities, offer_of, outcome_of, store_request, timing_of
 from kvstore.server.calls.callers import caller_name, caller_pid
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
-from kvstore.server.counters import Counters
+from kvstore.server.counters import Telemetry
 from kvstore.server.fetching.costs import Offer, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, dense_block
@@ -33,9 +32,9 @@ from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
 from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.telemetry.requests import Asked, Requests, known_reason, plain_id
+from kvstore.telemetry.requests import Asked, known_reason, plain_id
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import NamespaceIdentity, Why
+from kvstore.telemetry.why import NamespaceIdentity
 from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -67,11 +66,8 @@ class KVStoreService(rpc.KVStoreServicer):
         fetch: FetchPath,
         remote: Remote,
         layers: LayerFrames,
-        buffers: ByteBudget,
         threads: Threads,
-        counters: Counters,
-        requests: Requests,
-        why: Why,
+        telemetry: Telemetry,
         config: Config,
     ) -> None:
         self._engine = engine
@@ -80,12 +76,11 @@ class KVStoreService(rpc.KVStoreServicer):
         self._fetch = fetch
         self._remote = remote
         self._layers = layers
-        self._buffers = buffers
         self._threads = threads
-        self._counters = counters
-        self._requests = requests
-        self._why = why
-        self.refusals = counters.refusals
+        self._counters = telemetry.counters
+        self._requests = telemetry.requests
+        self._why = telemetry.why
+        self.refusals = telemetry.counters.refusals
         self._config = config
         self._same_host = bool(config.address.path)
         self._identities = Identities()
@@ -307,17 +302,22 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
         self._counters.add("store")
-        with self._counting_invalid():
-            asked = self._asked(request, context, request.message.profile)
-        planning = asyncio.ensure_future(self._threads.plan(self._begin, request, asked.who.caller))
+        asked = planning = None
         try:
-            with self._counting_invalid(asked):
-                plan, reply = await asyncio.shield(planning)
+            asked = self._asked(request, context, request.message.profile)
+            planning = asyncio.ensure_future(self._threads.plan(self._begin, request, asked.who.caller))
+            plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
+        except InvalidRequestError:
+            self._counters.stored(Reason.INVALID)
+            if asked is not None:
+                self._requests.not_stored(asked, 0, Reason.INVALID)
+            raise
         except asyncio.CancelledError:
             # The caller will not learn of the upload that the thread opened or is about to open.
-            planning.add_done_callback(self._forget)
+            if planning is not None:
+                planning.add_done_callback(self._forget)
             raise
         self._counters.stored(plan.reason)
         if plan.upload is None:
@@ -345,23 +345,12 @@ class KVStoreService(rpc.KVStoreServicer):
             start=upload.start,
             end=upload.n_tokens,  # of a deferred store before the last token
             upload_bytes=upload.upload_bytes,
-            by_socket=by_socket and not upload.encrypted and upload.upload_bytes > 0,
+            by_socket=by_socket and upload.encryption is None and upload.upload_bytes > 0,
             reason=plan.reason,
             held_tokens=plan.held_tokens,
             wants_states=bool(upload.states),
             detail=plan.detail,
         )
-
-    @contextlib.contextmanager
-    def _counting_invalid(self, asked: Asked | None = None) -> Iterator[None]:
-        """Count a store that is refused for what it says."""
-        try:
-            yield
-        except InvalidRequestError:
-            self._counters.stored(Reason.INVALID)
-            if asked is not None:
-                self._requests.not_stored(asked, 0, Reason.INVALID)
-            raise
 
     def _forget(self, planning: asyncio.Future[tuple[StorePlan, pb.BeginStoreReply]]) -> None:
         """Give up the upload of a call that has gone away."""
@@ -370,7 +359,8 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
-        stream = StreamIn(self._store.uploads, self._stores.begin, self._buffers, self._config.limits.upload_idle_s)
+        buffers, idle_s = self._store.receiver.buffers, self._config.limits.upload_idle_s
+        stream = StreamIn(self._store.uploads, self._stores.begin, buffers, idle_s)
         whole = False
         try:
             received = await stream.receive(request_iterator)

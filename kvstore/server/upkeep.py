@@ -7,14 +7,11 @@ import logging
 from kvstore.config import Config
 from kvstore.engine import Engine
 from kvstore.server.calls.callers import Sockets
-from kvstore.server.counters import Counters, moment_of
+from kvstore.server.counters import Telemetry, moment_of
 from kvstore.server.storing.store import StorePath
 from kvstore.server.storing.uploads import Upload
 from kvstore.telemetry.history import Moment
-from kvstore.telemetry.lifetime import Lifetime
-from kvstore.telemetry.requests import Requests
 from kvstore.telemetry.traffic import Snapshot
-from kvstore.telemetry.why import Why
 
 # A directory that is gone in this many steps in a row is started again; a volume may be away for a moment.
 DISPLACED_MAX = 3
@@ -30,20 +27,17 @@ class Upkeep:
         store: StorePath,
         sockets: Sockets,
         config: Config,
-        requests: Requests,
-        counters: Counters,
-        why: Why,
-        lifetime: Lifetime,
+        telemetry: Telemetry,
     ) -> None:
         self._engine = engine
         self._uploads = store.uploads
         self._write_budget = store.admission.budget
         self._sockets = sockets
         self._config = config
-        self._requests = requests
-        self._counters = counters
-        self._why = why
-        self._lifetime = lifetime
+        self._requests = telemetry.requests
+        self._counters = telemetry.counters
+        self._why = telemetry.why
+        self._lifetime = telemetry.lifetime
         self._displaced = 0
 
     @property

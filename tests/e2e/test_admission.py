@@ -14,7 +14,7 @@ from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason
 from kvstore.metrics.exposition import exposition
-from kvstore.server.policy.write_budget import FILE
+from kvstore.server.policy.admission import FILE
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.limits import small_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace

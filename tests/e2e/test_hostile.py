@@ -254,9 +254,9 @@ def test_admission_counts_to_zero_again(daemon: DaemonProcess) -> None:
     """What is taken is given back, and more than there is is not taken."""
     config = Config(memory_bytes=64 << 20)
     admission = Admission(config, Refusals())
-    assert admission.take(20 << 20) and not admission.take(20 << 20)
-    admission.give_back(20 << 20)
-    assert (admission.message_bytes, admission.calls) == (0, [0, 0, 0])
+    assert admission.messages.try_acquire(20 << 20) and not admission.messages.try_acquire(20 << 20)
+    admission.messages.release(20 << 20)
+    assert (admission.messages.used_bytes, admission.calls) == (0, [0, 0, 0])
 
 
 def test_a_refusal_says_in_the_words_of_grpc_when_to_try_again() -> None:

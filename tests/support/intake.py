@@ -6,8 +6,8 @@ import socket
 from collections.abc import Iterable
 
 from kvstore.config.parsers import UPLOAD_SUFFIX
-from kvstore.server.storing.intake import TAKEN
 from kvstore.server.storing.store import StoreOutcome, StorePath
+from kvstore.server.storing.upload_socket import TAKEN
 from kvstore.server.storing.uploads import Upload
 
 
@@ -20,25 +20,24 @@ class BytesSource:
         self.is_closed = self.is_confirmed = False
 
     def readinto(self, view: memoryview) -> int | None:
-        """See `intake.Source`."""
+        """See `UploadSource`."""
         got = min(len(view), len(self._left), self._step)
         view[:got], self._left = self._left[:got], self._left[got:]
         return got
 
     def confirm(self) -> None:
-        """See `intake.Source`."""
+        """See `UploadSource`."""
         self.is_confirmed = True
 
     def close(self) -> None:
-        """See `intake.Source`."""
+        """See `UploadSource`."""
         self.is_closed = True
 
 
 def carry_out(path: StorePath, upload: Upload) -> StoreOutcome:
     """Commit an upload whose bytes are there."""
-    if not upload.committing:
-        path.uploads.claim(upload.upload_id)
-    upload.intake.commit()
+    if not upload.intake.is_committed:
+        upload.intake.commit()
     return path.carry_out(upload)
 
 

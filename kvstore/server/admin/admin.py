@@ -25,15 +25,13 @@ from kvstore.server.admin.stats import (
     writes_message,
 )
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
-from kvstore.server.counters import Counters, moment_of
+from kvstore.server.counters import Telemetry, moment_of
 from kvstore.server.policy.admission import DETAILS, READ_ONLY
 from kvstore.server.policy.pressure import Pressure
 from kvstore.server.storing.importer import Importer
 from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.telemetry.history import History
-from kvstore.telemetry.requests import Requests
 from kvstore.wire import convert
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -53,9 +51,7 @@ class AdminService(rpc.AdminServicer):
         engine: Engine,
         store: StorePath,
         threads: Threads,
-        counters: Counters,
-        requests: Requests,
-        history: History,
+        telemetry: Telemetry,
         explainer: Explainer,
         settings: Settings,
         pressure: Pressure,
@@ -67,15 +63,15 @@ class AdminService(rpc.AdminServicer):
         self._engine = engine
         self._store = store
         self._threads = threads
-        self._counters = counters
-        self._requests = requests
-        self._history = history
+        self._counters = telemetry.counters
+        self._requests = telemetry.requests
+        self._history = telemetry.lifetime.history
         self._explainer = explainer
         self._settings = settings
         self._pressure = pressure
         self._remote = remote
         self._pinner = Pinner(engine)
-        self.refusals = counters.refusals
+        self.refusals = telemetry.counters.refusals
         self._state = state
         self._device = device
         self._load = load

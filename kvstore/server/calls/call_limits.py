@@ -59,14 +59,10 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         self._connections_max = config.limits.connections_max
         self._refusals = refusals
         self.callers = Callers(config.limits.connections_max)
-        self._stall_s = float(config.limits.stream_stall_s)
-        self._bytes = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.limits.message_bytes_max))
+        self.stall_s = float(config.limits.stream_stall_s)
+        # Of messages that are held now.
+        self.messages = ByteBudget(max(config.memory_bytes // MEMORY_SHARE, config.limits.message_bytes_max))
         self.calls = [0, 0, 0]  # that begin something, that carry on with an upload, of admins
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of messages held now."""
-        return self._bytes.used_bytes
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """gRPC asks here for the handler of each call. Health and reflection are the same in every protocol."""
@@ -102,18 +98,6 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         if isinstance(error, LimitError):
             self._refusals.add(error)
         await abort(context, error)
-
-    def take(self, nbytes: int) -> bool:
-        """Take a message's bytes into account; False when there are too many already."""
-        return self._bytes.try_acquire(nbytes)
-
-    def give_back(self, nbytes: int) -> None:
-        """A message was dealt with."""
-        self._bytes.release(nbytes)
-
-    def pace(self) -> Pace:
-        """The pace that the running call is held to."""
-        return Pace(self._stall_s)
 
 
 class Pace:
@@ -155,7 +139,7 @@ class _Call:
         self._admission = admission
         self._kind = kind
         self._caller = caller
-        self._pace = admission.pace()
+        self._pace = Pace(admission.stall_s)
         self._held = 0
         self._refusal: KVStoreError | None = None
 
@@ -183,7 +167,7 @@ class _Call:
         self._pace.stop()
         self._let_go()
         free = self._kind == _ADMIN and len(raw) <= ADMIN_MESSAGE_BYTES_MAX
-        if not free and not self._admission.take(len(raw)):
+        if not free and not self._admission.messages.try_acquire(len(raw)):
             words = "the messages of other calls take all the memory for them"
             self._refusal = LimitError(words, RETRY_S, "memory_bytes")
             return None
@@ -195,7 +179,7 @@ class _Call:
             return None
 
     def _let_go(self) -> None:
-        self._admission.give_back(self._held)
+        self._admission.messages.release(self._held)
         self._held = 0
 
     def _end(self) -> None:

@@ -24,7 +24,7 @@ from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
 from kvstore.errors import InvalidRequestError, LimitError, UnavailableError
 from kvstore.server.lane import Lane
-from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, block_range
+from kvstore.server.storing.uploads import RETRY_S, Shares, Upload
 
 T = TypeVar("T")
 
@@ -100,20 +100,23 @@ class Receiver:
         """
         root = upload.namespace.root
         parent = upload.chain.parent(upload.first_block)
-        threshold = max(self._config.min_quantize_tokens, upload.profile.min_quantize_tokens)
-        quantize = upload.n_tokens >= threshold and upload.profile.fidelity < FIDELITY_EXACT
+        profile, record = upload.choice.profile, upload.namespace.to_record()
+        threshold = max(self._config.min_quantize_tokens, profile.min_quantize_tokens)
+        quantize = upload.n_tokens >= threshold and profile.fidelity < FIDELITY_EXACT
         # Tokens that follow restored or spliced ones are at most as exact as those.
         fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         for index in range(upload.first_block, len(upload.keys)) if upload.pieces else ():
             if self._given_up:
                 raise UnavailableError("the daemon is stopping")
-            start, end = block_range(index, upload.n_tokens)
+            start = index * BLOCK_TOKENS
+            end = min(start + BLOCK_TOKENS, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []
             free = memory[index % len(memory)]
             for piece in upload.pieces:
                 if start <= piece.start < end:
-                    place, free = _cut(free, piece.n_tokens * upload.layout.token_bytes)
-                    runs.append(self._uploaded_run(upload, piece, place))
+                    nbytes = piece.n_tokens * upload.layout.token_bytes
+                    runs.append(self._uploaded_run(upload, piece, free[:nbytes]))
+                    free = free[nbytes:]
             encoded = self._encode(upload, runs, quantize, start)
             fidelity = min([fidelity, *(one.run.fidelity for one in encoded)])
             block = Block(
@@ -125,28 +128,27 @@ class Receiver:
                 fidelity=fidelity,
                 runs=tuple(one.run for one in encoded),
                 created_s=int(time.time()),
-                namespace=upload.namespace_record,
+                namespace=record,
             )
-            auto, settled = self._origin(upload, index)
+            auto, settled = self._origin(upload, start, end)
             buffers = [buffer for one in encoded for buffer in one.buffers]
             yield NewBlock(block, buffers, auto=auto, settled=settled)
             parent = block.key
         if upload.states:
-            yield self._new_checkpoint(upload, fidelity, memory[len(upload.keys) % len(memory)])
+            yield self._new_checkpoint(upload, record, fidelity, memory[len(upload.keys) % len(memory)])
         upload.intake.finish(self._config.limits.upload_idle_s)
 
-    def _origin(self, upload: Upload, index: int) -> tuple[bool, bool]:
+    def _origin(self, upload: Upload, start: int, end: int) -> tuple[bool, bool]:
         """Whether `auto` chose how all of a block is encoded, and whether it is not to be re-encoded.
 
         Tokens that came out of the store are not: they may be re-encoded ones.
         """
-        start, end = block_range(index, upload.n_tokens)
         restored = any(piece.restored and start <= piece.start < end for piece in upload.pieces)
-        spliced = upload.spliced if index == upload.first_block else ()
-        auto, settled = self._engine.reencoder.origin([piece.row.key for piece in spliced])
-        return upload.auto and auto, upload.smallest or restored or settled
+        spliced = [piece.row.key for piece in upload.spliced if piece.row.start == start]
+        auto, settled = self._engine.reencoder.origin(spliced)
+        return upload.choice.auto and auto, upload.choice.smallest or restored or settled
 
-    def _new_checkpoint(self, upload: Upload, fidelity: int, memory: memoryview) -> NewBlock:
+    def _new_checkpoint(self, upload: Upload, record: bytes, fidelity: int, memory: memoryview) -> NewBlock:
         """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
         chain = upload.chain
         block = Block(
@@ -158,13 +160,13 @@ class Receiver:
             fidelity=fidelity,
             runs=(),
             created_s=int(time.time()),
-            namespace=upload.namespace_record,
+            namespace=record,
             states=upload.states,
         )
         buffers = []
         for state in upload.states:
             for array in state.arrays:
-                data, memory = _cut(memory, array.nbytes)
+                data, memory = memory[: array.nbytes], memory[array.nbytes :]
                 upload.intake.fill(data, self._config.limits.upload_idle_s)
                 if array.dtype == "BOOL" and np.frombuffer(data, np.uint8).max(initial=0) > 1:
                     raise InvalidRequestError(f"array {array.name} of layer {state.layer} is not of booleans")
@@ -201,7 +203,7 @@ class Receiver:
 
         AuxMissingError when the basis of the profile is gone.
         """
-        layout, profile = upload.layout, upload.profile
+        layout, profile = upload.layout, upload.choice.profile
         encoded = join_runs(runs)
         if quantize and any(is_first_hand(one.run) for one in encoded):
             aux = self._engine.aux(upload.chain.root, profile.references)
@@ -210,8 +212,3 @@ class Receiver:
 
     def _on_lane(self, work: Callable[[], T]) -> T:
         return self._lane.submit_store(work).result()
-
-
-def _cut(memory: memoryview, nbytes: int) -> tuple[memoryview, memoryview]:
-    """Split into the first `nbytes` bytes and the rest."""
-    return memory[:nbytes], memory[nbytes:]

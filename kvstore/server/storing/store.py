@@ -107,7 +107,7 @@ class StorePath:
         """End what is committed and does not end by itself, and whatever comes later: the daemon must stop."""
         self.receiver.give_up()
         for upload in self.uploads.under_way():
-            upload.intake.give_up(UnavailableError("the daemon is stopping"))
+            upload.intake.give_up(UnavailableError("the daemon is stopping"), even_committed=True)
 
     def end_evicted(self) -> None:
         """After an eviction: give up the uploads that it takes along, and those whose base it removed."""
@@ -133,7 +133,9 @@ class StorePath:
         LimitError (too many tokens or uploads).
         """
         evictions = self._engine.evictions  # before anything that is held is looked up
-        namespace = self._namespace(request)
+        namespace = self._engine.namespace(request.chain.root) or request.namespace
+        if namespace is None:
+            raise NotFoundError("unknown namespace: send its layout with the first store")
         n_tokens = request.chain.n_tokens
         self._check_tokens(request, n_tokens)
         self._check_states(request, namespace)
@@ -214,12 +216,6 @@ class StorePath:
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and isolated)
         return wanted or self._engine.is_encrypted(root)
 
-    def _namespace(self, request: StoreRequest) -> NamespaceInfo:
-        namespace = self._engine.namespace(request.chain.root) or request.namespace
-        if namespace is None:
-            raise NotFoundError("unknown namespace: send its layout with the first store")
-        return namespace
-
     def _check_tokens(self, request: StoreRequest, n_tokens: int) -> None:
         if len(request.chain.tokens) % TOKEN_BYTES:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.chain.tokens)} bytes")
@@ -262,14 +258,11 @@ class StorePath:
             self._engine.mark_end(known)
         return Upload(
             namespace=namespace,
-            namespace_record=namespace.to_record(),
             chain=request.chain,
-            keys=keys,
-            profile=choice.profile,
-            profile_named=request.profile not in ("", AUTO),
-            auto=choice.auto,
-            smallest=choice.smallest,
-            restored_fidelity=restored_fidelity(request),
+            choice=choice,
+            floor=floor,
+            # Of what the worker restored, and so at best of all that it computed after it.
+            restored_fidelity=request.restored_fidelity if request.restored_tokens else FIDELITY_EXACT,
             first_block=first,
             spliced=spliced,
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
@@ -320,14 +313,14 @@ class StorePath:
             upload.intake.await_commit()
             return StoreOutcome(0, 0, Reason.STORE_FULL, durable=False)
         except KVStoreError as error:
-            self.uploads.fail(upload, error)
+            self.uploads.end(upload, error)
             raise
         finally:
             upload.intake.close()
             self.uploads.end(upload)
 
     def _carry_out(self, upload: Upload) -> StoreOutcome:
-        floor = self._floor(upload)
+        floor = upload.floor
         needed = min(upload.first_block * BLOCK_TOKENS, upload.n_tokens)
         before = self._engine.match(upload.chain, floor, needed)
         new_bytes, reason = 0, Reason.OK
@@ -340,7 +333,7 @@ class StorePath:
         upload.intake.await_commit()
         after = self._engine.match(upload.chain, floor, upload.n_tokens)
         self._engine.touch(after.parts)
-        if not upload.auto:
+        if not upload.choice.auto:
             self._engine.reencoder.claim([piece.row.key for piece in after.slices])
         if after.n_tokens < upload.n_tokens and reason is Reason.OK:
             reason = _why_less(after)
@@ -360,7 +353,7 @@ class StorePath:
             with self.receiver.memory(upload) as memory:
                 taken = Taken(self.admission, self.receiver.blocks(upload, fidelity, memory))
                 receipt = self._engine.store(
-                    upload.namespace_record,
+                    upload.namespace.to_record(),
                     taken,
                     # A spliced block may be another sequence's tail: nothing may make room for what needs it.
                     protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
@@ -378,15 +371,7 @@ class StorePath:
             return 0, Reason.EVICTED if evicted else Reason.CORRUPT
         return receipt.new_bytes, taken.reason if receipt.reason is Reason.OK else receipt.reason
 
-    def _floor(self, upload: Upload) -> int:
-        return upload.profile.fidelity if upload.profile_named else FIDELITY_ANY
-
 
 def _why_less(match: Match) -> Reason:
     """Why a store has less than it should: it is there at a lower rank than was asked for, or it went away."""
     return Reason.FIDELITY if match.reason is Reason.FIDELITY else Reason.DEPENDENCY_LOST
-
-
-def restored_fidelity(request: StoreRequest) -> int:
-    """The rank of what the worker restored, and so at best that of all it computed after it."""
-    return request.restored_fidelity if request.restored_tokens else FIDELITY_EXACT

@@ -6,19 +6,17 @@ import asyncio
 import functools
 import logging
 import time
-from typing import Any
 
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Chain
 from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
-from kvstore.server.counters import Counters
+from kvstore.server.counters import Telemetry
 from kvstore.server.storing.store import StoreOutcome, StorePath
 from kvstore.server.storing.uploads import Upload
 from kvstore.server.threads import Threads
-from kvstore.telemetry.requests import Requests
-from kvstore.telemetry.why import StoreEnd, Why
+from kvstore.telemetry.why import StoreEnd
 
 log = logging.getLogger(__name__)
 
@@ -29,47 +27,42 @@ LOOK_AGAIN_S = 0.02
 class Stores:
     """Starts, commits and ends uploads, which `StorePath` carries out. Event loop only."""
 
-    def __init__(
-        self, store: StorePath, threads: Threads, counters: Counters, requests: Requests, why: Why, config: Config
-    ) -> None:
+    def __init__(self, store: StorePath, threads: Threads, telemetry: Telemetry, config: Config) -> None:
         self._store = store
         self._threads = threads
-        self._counters = counters
-        self._requests = requests
-        self._why = why
+        self._counters = telemetry.counters
+        self._requests = telemetry.requests
+        self._why = telemetry.why
         self._config = config
-        self._running: dict[str, asyncio.Task[StoreOutcome]] = {}  # by upload_id
-        self._commits: set[asyncio.Task[Any]] = set()
+        self._running: dict[str, tuple[Upload, asyncio.Task[StoreOutcome]]] = {}  # by upload_id
 
     def begin(self, upload: Upload) -> asyncio.Task[StoreOutcome]:
         """Start the upload's thread, if it has not been started."""
-        task = self._running.get(upload.upload_id)
-        if task is None:
-            task = self._running[upload.upload_id] = asyncio.ensure_future(self._carry_out(upload))
+        if upload.upload_id not in self._running:
+            task = asyncio.ensure_future(self._carry_out(upload))
+            self._running[upload.upload_id] = upload, task
             task.add_done_callback(functools.partial(self._ended, upload))
-        return task
+        return self._running[upload.upload_id][1]
 
     def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
         """The outcome of an upload whose bytes are all sent. The upload completes even if the caller goes away.
 
         Raises InvalidRequestError, NotFoundError, and the error of an upload that has failed already.
         """
-        upload = self._store.uploads.claim(upload_id)
+        upload = self._store.uploads.get(upload_id)
         try:
             upload.intake.commit()
         except InvalidRequestError:
-            self._threads.release.post(self._store.uploads.end, upload)
-            self._told(upload, 0, 0, Reason.INVALID)
+            if upload.intake.error is None:
+                self._threads.release.post(self._store.uploads.give_up, upload)
+                self._told(upload, 0, 0, Reason.INVALID)
             raise
-        task = self.begin(upload)
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
-        return task
+        return self.begin(upload)
 
     async def abort(self, upload_id: str) -> None:
         """End an upload at the worker's request. Raises as `Uploads.get`; NotFoundError if it is being committed."""
         upload = self._store.uploads.get(upload_id)
-        if upload.committing:
+        if upload.intake.is_committed:
             raise NotFoundError("the upload is being committed already")
         await self.give_up(upload)
 
@@ -77,14 +70,13 @@ class Stores:
         """End an upload whose worker is gone or sends wrong bytes. Returns when nothing is left of it."""
         if not await self._threads.release.finish(self._store.uploads.give_up, upload):
             upload.intake.cut_off()
-        if (task := self._running.get(upload.upload_id)) is not None:
-            await asyncio.wait([task])
+        if upload.upload_id in self._running:
+            await asyncio.wait([self._running[upload.upload_id][1]])
 
     async def drain(self, grace_s: float) -> bool:
         """Wait for accepted commits. Returns whether all ended within `grace_s`."""
-        if self._commits:
-            await asyncio.wait(self._commits, timeout=grace_s)
-        return not self._commits
+        commits = [task for upload, task in self._running.values() if upload.intake.is_committed]
+        return not commits or not (await asyncio.wait(commits, timeout=grace_s))[1]
 
     async def _carry_out(self, upload: Upload) -> StoreOutcome:
         try:

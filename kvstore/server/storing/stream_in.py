@@ -22,7 +22,7 @@ ROOM_EVERY_S = 0.01
 
 
 class ChunkSource:
-    """A queue of chunks: the event loop puts, the upload's thread reads. See `intake.Source`.
+    """A queue of chunks: the event loop puts, the upload's thread reads. See `UploadSource`.
 
     Its bytes are counted in `budget` until they are read; the caller of `put` has acquired them.
     """
@@ -69,7 +69,7 @@ class ChunkSource:
             return self.is_closed or not self._parts
 
     def readinto(self, view: memoryview) -> int | None:
-        """See `intake.Source`. Waits without a limit: the stream's handler ends uploads that stall."""
+        """See `UploadSource`. Waits without a limit: the stream's handler ends uploads that stall."""
         with self._changed:
             self._changed.wait_for(lambda: self._parts or self._ended or self.is_closed)
             if self.is_closed or not self._parts:
@@ -94,10 +94,10 @@ class ChunkSource:
             return True
 
     def confirm(self) -> None:
-        """See `intake.Source`. Does nothing: the reply of the call confirms."""
+        """See `UploadSource`. Does nothing: the reply of the call confirms."""
 
     def close(self) -> None:
-        """See `intake.Source`."""
+        """See `UploadSource`."""
         with self._changed:
             self.is_closed = True
             self._parts.clear()

@@ -16,15 +16,21 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
 
-from kvstore.core.unix_sockets import peer_uid
+from kvstore.core.unix_sockets import block_for, peer_uid
 from kvstore.errors import DirectoryError, KVStoreError
-from kvstore.server.storing.intake import TAKEN, SocketSource
 from kvstore.server.storing.uploads import Upload, Uploads
 
 log = logging.getLogger(__name__)
 
+# Sent to the worker over its connection: the upload is accepted; all bytes were received.
+TAKEN = RECEIVED = b"\1"
+# A thread that waits for a worker wakes this often. Bytes received since the last time count as progress.
+LOOK_UP_S = 1.0
+# Upper bound of one receive call, so that progress is seen during a continuous upload too.
+RECEIVE_BYTES = 4 << 20
 UPLOAD_ID_BYTES = 32
 # A connection that has not named its upload by then is closed.
 GREETING_S = 5.0
@@ -115,3 +121,43 @@ class UploadSocket:
                 return
             held.pop_all()
             self._begin(upload)
+
+
+class SocketSource:
+    """A connection that has been greeted: from now on it carries only the upload's bytes."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._is_reading = self._is_closed = False
+        block_for(connection, LOOK_UP_S)
+
+    def readinto(self, view: memoryview) -> int | None:
+        """See `UploadSource`. OSError when the connection breaks."""
+        with self._lock:
+            self._is_reading = not self._is_closed
+        if not self._is_reading:
+            return 0
+        try:
+            return self._connection.recv_into(view[:RECEIVE_BYTES], 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            return None
+        finally:
+            with self._lock:
+                self._is_reading = False
+                if self._is_closed:
+                    self._connection.close()
+
+    def confirm(self) -> None:
+        """See `UploadSource`."""
+        with contextlib.suppress(OSError):  # the worker has gone
+            self._connection.send(RECEIVED)
+
+    def close(self) -> None:
+        """See `UploadSource`. If a thread is reading, that thread closes the descriptor afterwards."""
+        with self._lock:
+            self._is_closed = True
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            if not self._is_reading:
+                self._connection.close()
