@@ -102,12 +102,12 @@ def test_waiters_share_one_flush(pool: ThreadPoolExecutor) -> None:
     """Ten that ask while the cache is being emptied cost one more flush, not ten."""
     drive = SlowDrive()
     cache = DriveCache(lambda: drive.flush_drive(""))
-    cache.begin()
-    cache.end()
+    with cache.committing():
+        pass
     first = pool.submit(cache.wait)
     assert drive.begun.wait(60)
-    cache.begin()
-    cache.end()
+    with cache.committing():
+        pass
     others = [threading.Thread(target=cache.wait) for _ in range(10)]
     for other in others:
         other.start()

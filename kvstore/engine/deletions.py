@@ -194,8 +194,8 @@ class Deletions:
             for root in roots:
                 self._blobs.sync(root)
             if roots:
-                self._drive.begin()
-                self._drive.end()
+                with self._drive.committing():
+                    pass  # done above: the names wait in the drive's cache as a commit does
                 self._drive.wait()
         except BaseException:
             with self._lock:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +135,7 @@ class Health:
 class DriveCache:
     """Knows which commits have left the drive's cache. Rows are visible before that, and not promised yet.
 
-    One thread empties the cache while others wait; what it began after, it covers. Any thread may wait. `begin` and
-    `end` enclose a commit, under the engine's lock.
+    One thread empties the cache while others wait; what it began after, it covers. Any thread may wait.
     """
 
     def __init__(self, flush: Callable[[], None] | None) -> None:
@@ -146,16 +145,17 @@ class DriveCache:
         self._begun = self._committed = self._flushed = 0
         self._is_flushing = False
 
-    def begin(self) -> None:
-        """A commit begins: its rows may be visible from now on."""
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """Around a commit, under the engine's lock: its rows may be visible before it ends, well or not."""
         with self._changed:
             self._begun += 1
-
-    def end(self) -> None:
-        """The commit ended, well or not."""
-        with self._changed:
-            self._committed = self._begun
-            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._committed = self._begun
+                self._changed.notify_all()
 
     def confirm(self) -> bool:
         """Wait until what a match finds now is as durable as was promised; False when the disk refuses."""

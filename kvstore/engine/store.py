@@ -331,12 +331,8 @@ class Writer:
             if batch.key is not None:
                 # Before any row: what a crash leaves between the two is a key of nothing.
                 shared.index.ring.write(batch.root, batch.key)
-            shared.drive.begin()
-            try:
-                with shared.edit() as edit:
-                    settled = self._settle(edit, batch)
-            finally:
-                shared.drive.end()
+            with shared.drive.committing(), shared.edit() as edit:
+                settled = self._settle(edit, batch)
             self._after_commit(settled)
             return settled
 

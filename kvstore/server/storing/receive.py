@@ -22,7 +22,7 @@ from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
-from kvstore.errors import InvalidRequestError, LimitError, UnavailableError
+from kvstore.errors import InvalidRequestError, LimitError
 from kvstore.server.lane import Lane
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload
 
@@ -48,11 +48,6 @@ class Receiver:
         self.buffers = buffers
         self._blocks = Shares(lambda: buffers.limit_bytes, MEMORY_SHARE)
         self._seconds = Shares(lambda: buffers.limit_bytes, SECOND_SHARE)
-        self._given_up = False
-
-    def give_up(self) -> None:
-        """End every upload at its next block, because the daemon stops."""
-        self._given_up = True
 
     @staticmethod
     def buffer_bytes(upload: Upload) -> int:
@@ -106,8 +101,8 @@ class Receiver:
         # Tokens that follow restored or spliced ones are at most as exact as those.
         fidelity = min([fidelity, upload.restored_fidelity, *(piece.row.fidelity for piece in upload.spliced)])
         for index in range(upload.first_block, len(upload.keys)) if upload.pieces else ():
-            if self._given_up:
-                raise UnavailableError("the daemon is stopping")
+            if upload.intake.error is not None:  # given up, and it may be that no byte of it is missing
+                raise upload.intake.error
             start = index * BLOCK_TOKENS
             end = min(start + BLOCK_TOKENS, upload.n_tokens)
             runs = self._spliced_runs(upload) if index == upload.first_block else []

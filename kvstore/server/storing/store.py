@@ -104,8 +104,7 @@ class StorePath:
         self.tokens_stored = 0
 
     def give_up(self) -> None:
-        """End what is committed and does not end by itself, and whatever comes later: the daemon must stop."""
-        self.receiver.give_up()
+        """End also what is committed and does not end by itself: the daemon must stop."""
         for upload in self.uploads.under_way():
             upload.intake.give_up(UnavailableError("the daemon is stopping"), even_committed=True)
 
