@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
-from kvstore.cli.stats import watch_line
+from kvstore.cli.top import watch_line
 from kvstore.codecs.profiles import AUTO, PROFILES, SMALL
 from kvstore.config import KEYS, SHIPPED_PROFILES, Config, parse_size
 

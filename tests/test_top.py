@@ -162,7 +162,7 @@ def test_a_daemon_that_goes_away_is_waited_for(
     gone = UnavailableError("no daemon at unix:/tmp/k/s")
     back = stats(daemon={**stats()["daemon"], "pid": 8}, since_start={"hits": 1})
     with pytest.raises(KeyboardInterrupt):
-        top.watch(answers(monkeypatch, stats(), gone, gone, back, back), as_json=False)
+        top.watch(top.replies(answers(monkeypatch, stats(), gone, gone, back, back)), as_json=False)
     first, lost, again, new, last = capsys.readouterr().out.splitlines()
     assert "7 hits 2 misses" in first and "1 hits" in new and "0 hits" in last
     assert "no daemon at unix:/tmp/k/s; trying again" in lost and "trying again" in again
@@ -172,4 +172,4 @@ def test_what_the_first_question_raises_is_raised(monkeypatch: pytest.MonkeyPatc
     """A wrong address is not waited for; nor is a daemon that refuses later on."""
     for said in ([UnavailableError("none")], [stats(), CredentialsError("no")]):
         with pytest.raises(type(said[-1])):
-            top.watch(answers(monkeypatch, *said), as_json=True)
+            top.watch(top.replies(answers(monkeypatch, *said)), as_json=True)

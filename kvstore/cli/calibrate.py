@@ -15,13 +15,13 @@ from kvstore.cli.common import (
     common_options,
     connected,
     counted,
-    namespace_id,
     note,
     print_json,
     print_table,
     say,
     time_text,
 )
+from kvstore.cli.names import namespace_id
 from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
 from kvstore.core.text import size_text

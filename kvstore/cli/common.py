@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +22,7 @@ from kvstore.core.text import counted as counted
 from kvstore.core.text import plain_text
 from kvstore.core.text import size_text as size_text
 from kvstore.core.text import span_text as span_text
-from kvstore.errors import ConfigError, InvalidRequestError, NotFoundError
+from kvstore.errors import ConfigError, KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
@@ -41,11 +40,6 @@ SHORT = 24  # a cell of so few characters is not folded
 ADDRESS = {"listen": "--address"}
 # Digits of an id that tables show; every verb that takes an id takes its leading digits.
 ID_DIGITS = 12
-
-# Namespaces that an error names at most.
-NAMED_MAX = 5
-
-_ID = r"(?:[0-9a-fA-F]{2}){1,32}"
 
 
 def common_options(command: F) -> F:
@@ -99,6 +93,15 @@ def connected(config: Config) -> Iterator[Client]:
         client.close()
 
 
+def stats_or_error(config: Config) -> dict[str, Any] | KVStoreError:
+    """What the daemon says of itself, or why it says nothing."""
+    try:
+        with connected(config) as client:
+            return client.stats()
+    except KVStoreError as error:
+        return error
+
+
 def size_option(text: str) -> int:
     """Bytes of `10GB`, as the configuration writes them; a usage error otherwise."""
     try:
@@ -117,54 +120,9 @@ def age_option(text: str) -> int:
     raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w")
 
 
-def id_option(text: str) -> bytes:
-    """The bytes that the leading hex digits of a namespace id or block key stand for; a usage error otherwise."""
-    if not re.fullmatch(_ID, text):
-        raise click.BadParameter(f"{text!r} is not an id; give an even number of leading hex digits, 64 at most")
-    return bytes.fromhex(text)
-
-
-def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:
-    """The leading bytes of a namespace's id, given by these or by its alias; `namespaces` are what the daemon has.
-
-    An id need not be there. NotFoundError, with the candidates, for an alias that none has or several have.
-    """
-    if not text:
-        raise InvalidRequestError("a namespace is given by leading digits of its id, or by its alias")
-    is_id = bool(re.fullmatch(_ID, text))
-    named = [one for one in namespaces if one["alias"] == text]
-    if is_id and not named:
-        return bytes.fromhex(text)
-    # An alias may look like the beginning of an id; then both are meant.
-    by_id = [one for one in namespaces if is_id and one["id"].startswith(text.lower())]
-    found = {one["id"]: one for one in (*named, *by_id)}
-    if len(found) == 1:
-        return bytes.fromhex(next(iter(found)))
-    if found:
-        raise NotFoundError(f"{text!r} names {len(found)} namespaces, {_listed(list(found.values()))}: give an id")
-    near = difflib.get_close_matches(text, {one["alias"] for one in namespaces}, n=NAMED_MAX)
-    close = [one for one in namespaces if one["alias"] in near]
-    there = f"there are {_listed(close or namespaces)}" if namespaces else "the store is empty"
-    raise NotFoundError(f"no namespace has the id or alias {text!r}; {there}")
-
-
-def _listed(namespaces: Sequence[Mapping[str, Any]]) -> str:
-    """Ids and aliases of the first ones, for a sentence."""
-    more = f" and {len(namespaces) - NAMED_MAX} more" if len(namespaces) > NAMED_MAX else ""
-    return ", ".join(f"{one['id'][:ID_DIGITS]} ({one['alias'] or '-'})" for one in namespaces[:NAMED_MAX]) + more
-
-
-def print_json(fields: dict[str, Any]) -> None:
-    """One JSON object on stdout, its schema first; what comes from the daemon brings its own."""
-    _print_escaped(json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=2, ensure_ascii=False))
-
-
-def print_json_line(fields: dict[str, Any]) -> None:
-    """The same in one line, for a program that reads lines."""
-    _print_escaped(json.dumps({"schema": SCHEMA_VERSION, **fields}, ensure_ascii=False))
-
-
-def _print_escaped(text: str) -> None:
+def print_json(fields: dict[str, Any], *, line: bool = False) -> None:
+    """One JSON object on stdout, its schema first, what comes from the daemon brings its own; `line`: in one line."""
+    text = json.dumps({"schema": SCHEMA_VERSION, **fields}, indent=None if line else 2, ensure_ascii=False)
     # JSON escapes only what is below a space; a terminal also obeys others.
     click.echo("".join(one if one.isprintable() or one == "\n" else json.dumps(one)[1:-1] for one in text))
 

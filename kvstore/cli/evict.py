@@ -12,19 +12,17 @@ from kvstore.cli.common import (
     common_options,
     connected,
     counted,
-    id_option,
-    namespace_id,
     print_json,
     say,
     size_option,
     size_text,
     someone_is_there,
 )
+from kvstore.cli.names import NAMESPACES_MAX, id_option, namespace_id
 from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
 from kvstore.errors import NotFoundError
 
-LIST_MAX = 10_000  # what the daemon answers at most
 ALL_BYTES = 1 << 62
 
 
@@ -89,7 +87,7 @@ def command(
     with connected(config) as client:
         if everything and not (yes or dry_run) and someone_is_there():
             _confirm(client.stats()["disk"], config)
-        namespaces = [] if namespace is None else client.list(limit=LIST_MAX)["namespaces"]
+        namespaces = [] if namespace is None else client.list(limit=NAMESPACES_MAX)["namespaces"]
         prefix = b"" if namespace is None else namespace_id(namespace, namespaces)
         if key and not client.show(key)["blocks"]:
             raise NotFoundError(f"no key starts with {key.hex()}; see: kvstore ls")

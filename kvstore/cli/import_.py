@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from kvstore.blobs.pack_file import PackFile
-from kvstore.cli.common import client_config, common_options, connected, namespace_id, say, size_text
-from kvstore.cli.names import NAMESPACES_MAX
+from kvstore.cli.common import client_config, common_options, connected, say, size_text
+from kvstore.cli.names import NAMESPACES_MAX, namespace_id
 from kvstore.cli.progress import print_summary, progress
 from kvstore.client.client import Client
 from kvstore.client.packs import verify_pack

@@ -1,17 +1,23 @@
-"""Resolves names for read-only verbs: the leading hex digits of an id or key, or the alias of a model."""
+"""Resolves names: the leading hex digits of an id or key, or the alias of a model."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvstore.cli.common import namespace_id
-from kvstore.errors import NotFoundError
+import click
+
+from kvstore.cli.common import ID_DIGITS
+from kvstore.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
 
 NAMESPACES_MAX = 10_000
+# Namespaces that an error names at most.
+NAMED_MAX = 5
 _ID = re.compile(r"(?:[0-9a-fA-F]{2}){1,32}")
 
 
@@ -20,10 +26,46 @@ def as_id(name: str) -> bytes:
     return bytes.fromhex(name) if _ID.fullmatch(name) else b""
 
 
-def find_namespaces(namespaces: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Entries of the daemon whose alias is `name` or whose id starts with it."""
+def id_option(text: str) -> bytes:
+    """The bytes that the leading hex digits of a namespace id or block key stand for; a usage error otherwise."""
+    if not (prefix := as_id(text)):
+        raise click.BadParameter(f"{text!r} is not an id; give an even number of leading hex digits, 64 at most")
+    return prefix
+
+
+def find_namespaces(namespaces: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
+    """Entries of the daemon whose alias is `name`, then those whose id starts with it."""
     prefix = as_id(name).hex()
-    return [one for one in namespaces if one["alias"] == name or (prefix and one["id"].startswith(prefix))]
+    found = [one for one in namespaces if one["alias"] == name or (prefix and one["id"].startswith(prefix))]
+    return sorted(found, key=lambda one: one["alias"] != name)
+
+
+def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:
+    """The leading bytes of a namespace's id, given by these or by its alias; `namespaces` are what the daemon has.
+
+    An id need not be there. NotFoundError, with the candidates, for an alias that none has or several have.
+    """
+    if not text:
+        raise InvalidRequestError("a namespace is given by leading digits of its id, or by its alias")
+    aliases = {one["alias"] for one in namespaces}
+    if text not in aliases and (prefix := as_id(text)):
+        return prefix
+    # An alias may look like the beginning of an id; then both are meant.
+    found = find_namespaces(namespaces, text)
+    if len(found) == 1:
+        return bytes.fromhex(found[0]["id"])
+    if found:
+        raise NotFoundError(f"{text!r} names {len(found)} namespaces, {_listed(found)}: give an id")
+    near = difflib.get_close_matches(text, aliases, n=NAMED_MAX)
+    close = [one for one in namespaces if one["alias"] in near]
+    there = f"there are {_listed(close or namespaces)}" if namespaces else "the store is empty"
+    raise NotFoundError(f"no namespace has the id or alias {text!r}; {there}")
+
+
+def _listed(namespaces: Sequence[Mapping[str, Any]]) -> str:
+    """Ids and aliases of the first ones, for a sentence."""
+    more = f" and {len(namespaces) - NAMED_MAX} more" if len(namespaces) > NAMED_MAX else ""
+    return ", ".join(f"{one['id'][:ID_DIGITS]} ({one['alias'] or '-'})" for one in namespaces[:NAMED_MAX]) + more
 
 
 def require_namespace(client: Client, name: str) -> bytes:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvstore.cli.common import print_json_line
+from kvstore.cli.common import print_json
 
 # Hears how much of how much is done.
 Tell: TypeAlias = Callable[[int, int], None]
@@ -58,7 +58,7 @@ def _status(action: str) -> Tell:
         left_s = elapsed_s * (total - done) / done if done and total >= done else None
         line: dict[str, Any] = {"message_type": "status", "action": action, "done": done, "total": total}
         line |= {"seconds_elapsed": round(elapsed_s, 1), "seconds_remaining": left_s and round(left_s, 1)}
-        print_json_line(line)
+        print_json(line, line=True)
         sys.stdout.flush()
 
     return tell
@@ -66,4 +66,4 @@ def _status(action: str) -> Tell:
 
 def print_summary(fields: dict[str, Any]) -> None:
     """The last line of a verb with progress, with `--json`."""
-    print_json_line({"message_type": "summary", **fields})
+    print_json({"message_type": "summary", **fields}, line=True)

@@ -16,11 +16,11 @@ from kvstore.cli.common import (
     absolute_address,
     client_config,
     common_options,
-    connected,
     note,
     print_facts,
     print_json,
     say,
+    stats_or_error,
 )
 from kvstore.cli.managers import Manager, ServiceState, Step, daemon_command, manager_of, this_host
 from kvstore.config import ENV_CONFIG, ENV_PREFIX, Config, default_data_dir, keys_home
@@ -197,13 +197,9 @@ def _require_free(manager: Manager, config: Config, daemon: dict[str, Any] | KVS
 
 
 def _ask(config: Config) -> dict[str, Any] | KVStoreError:
-    """What the daemon says of itself, or why it says nothing."""
-    try:
-        with connected(config) as client:
-            daemon: dict[str, Any] = client.stats()["daemon"]
-            return daemon
-    except KVStoreError as error:
-        return error
+    """The daemon's own part of what it says, or why it says nothing."""
+    found = stats_or_error(config)
+    return found["daemon"] if isinstance(found, dict) else found
 
 
 def _await_daemon(manager: Manager, config: Config) -> dict[str, Any]:

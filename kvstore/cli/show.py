@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -42,7 +43,7 @@ def command(name: str, address: str | None, config_path: str | None, as_json: bo
         print_facts(block["key"], _block(block))
 
 
-def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
+def _namespace(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     traffic = one.get("traffic") or {}
     refused = f" ({one['profile_refused']})" if one.get("profile_refused") else ""
     speed = one.get("prefill_tokens_per_s")
@@ -63,7 +64,7 @@ def _namespace(one: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _bases(one: dict[str, Any]) -> list[tuple[str, str]]:
+def _bases(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not one.get("bases"):
         return []
     worth = f"worth it from about {one['basis_tokens']:,} stored tokens on"

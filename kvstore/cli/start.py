@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvstore.cli.common import connected, note, size_text
+from kvstore.cli.common import connected, note, size_text, stats_or_error
 from kvstore.config import Config, default_data_dir, keys_home
 from kvstore.errors import KVStoreError, UnavailableError
 
@@ -27,7 +27,7 @@ def ensure_daemon(config: Config, *, start: bool) -> None:
 
     Never fails: a server without a store is still a server.
     """
-    found = _ask(config)
+    found = stats_or_error(config)
     if isinstance(found, UnavailableError) and start and config.address.path:
         found = _start(config)
     if isinstance(found, KVStoreError):
@@ -85,15 +85,6 @@ def _way_out(config: Config, error: KVStoreError) -> str:
     return f"; it is used when one answers: kvstore serve{where}"
 
 
-def _ask(config: Config) -> dict[str, Any] | KVStoreError:
-    """What the daemon says of itself, or why it says nothing."""
-    try:
-        with connected(config) as client:
-            return client.stats()
-    except KVStoreError as error:
-        return error
-
-
 def _start(config: Config) -> dict[str, Any] | KVStoreError:
     """Start a daemon that outlives this process, and wait until it answers."""
     try:
@@ -114,12 +105,12 @@ def _start(config: Config) -> dict[str, Any] | KVStoreError:
     note(f"no daemon at {config.listen}; starting one (pid {process.pid}, log {log_path})")
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        found = _ask(config)
+        found = stats_or_error(config)
         if not isinstance(found, UnavailableError):
             return found
         if process.poll() is not None:
             # Another one may have been quicker; else its last words say why.
-            found = _ask(config)
+            found = stats_or_error(config)
             ended = KVStoreError(f"the daemon ended: {_last_line(log_path)}")
             return ended if isinstance(found, UnavailableError) else found
         time.sleep(LOOK_S)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
+from kvstore.cli import top
 from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
     note,
     print_json,
-    print_json_line,
     say,
-    size_text,
 )
 from kvstore.cli.stats_text import print_stats
-
-WATCH_EVERY_S = 1.0
 
 
 @click.command("stats")
@@ -38,7 +34,8 @@ def command(
     config = client_config(address, config_path)
     with connected(config) as client:
         if watch:
-            _watch(client.stats, as_json=as_json)
+            with contextlib.suppress(KeyboardInterrupt):
+                top.watch(top.replies(client.stats, patient=False), as_json=as_json)
             return
         stats = client.stats()
         history = client.history() if html is not None else {}
@@ -59,37 +56,3 @@ def command(
         print_json(stats)
     else:
         print_stats(stats, config.listen)
-
-
-def _watch(ask: Callable[[], dict[str, Any]], *, as_json: bool) -> None:
-    """A line a second; the first says how the daemon stands."""
-    before: dict[str, Any] = {}
-    try:
-        while True:
-            stats = ask()
-            if as_json:
-                print_json_line(stats)
-            else:
-                say(f"{time.strftime('%H:%M:%S')}  {watch_line(before, stats)}")
-            before = stats
-            time.sleep(WATCH_EVERY_S)
-    except KeyboardInterrupt:
-        return
-
-
-def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
-    """The difference between two Stats replies; without an earlier reply, the current values."""
-    is_same = bool(before) and before["daemon"]["pid"] == stats["daemon"]["pid"]
-    since = before.get("since_start", {}) if is_same else {}
-    more = {name: count - since.get(name, 0) for name, count in stats.get("since_start", {}).items()}
-    hits = more.get("hits", 0) + more.get("shortened", 0)
-    parts = [
-        f"{hits:,} hits {more.get('misses', 0):,} misses",
-        f"{more.get('hit_tokens', 0):,}/{more.get('prompt_tokens', 0):,} tokens from the store",
-        f"{more.get('saved_s', 0.0):.1f} s saved",
-        f"+{more.get('stored_tokens', 0):,} tokens {size_text(more.get('written_bytes', 0))} written",
-        f"{size_text(stats['disk']['used_bytes'])} used",
-        f"{stats.get('load', {}).get('clients', 0)} clients",
-    ]
-    state = stats["daemon"]["state"]
-    return "  ".join(parts if state == "serving" else [*parts, state])

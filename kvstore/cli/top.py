@@ -6,17 +6,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import click
 
-from kvstore.cli.common import client_config, common_options, connected, print_json_line, say
-from kvstore.cli.stats import watch_line
+from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 
 EVERY_S = 1.0
 Ask = Callable[[], dict[str, Any]]
+# A reply with the seconds since the one before, or why there is none.
+Reply = tuple[dict[str, Any], float] | KVStoreError
 
 
 @click.command("top")
@@ -32,7 +33,7 @@ def command(address: str | None, config_path: str | None, as_json: bool) -> None
     with connected(config) as client:
         try:
             if as_json or not is_screen():
-                watch(client.stats, as_json=as_json)
+                watch(replies(client.stats), as_json=as_json)
             else:
                 draw(client.stats, config.listen)
         except KeyboardInterrupt:
@@ -44,8 +45,8 @@ def is_screen() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
 
 
-def replies(ask: Ask) -> Iterator[tuple[dict[str, Any], float] | KVStoreError]:
-    """A reply with the seconds since the one before, or why there is none, once a second, for ever.
+def replies(ask: Ask, *, patient: bool = True) -> Iterator[Reply]:
+    """A reply once a second, for ever. A daemon that goes away is waited for, unless it is not `patient`.
 
     What the first one raises is raised: a wrong address would be waited for in vain.
     """
@@ -60,24 +61,43 @@ def replies(ask: Ask) -> Iterator[tuple[dict[str, Any], float] | KVStoreError]:
             asked_s = time.monotonic()
             yield stats, asked_s - before_s
         except (UnavailableError, DeadlineError) as error:
+            if not patient:
+                raise
             yield error
 
 
-def watch(ask: Ask, *, as_json: bool) -> None:
-    """A line a second; the first says how the daemon stands."""
+def watch(answers: Iterable[Reply], *, as_json: bool) -> None:
+    """A line for each reply; the first says how the daemon stands."""
     before: dict[str, Any] = {}
-    for reply in replies(ask):
+    for reply in answers:
         if isinstance(reply, KVStoreError):
-            if as_json:
-                print_json_line({"at_s": time.time(), "error": str(reply)})
-            else:
-                say(f"{time.strftime('%H:%M:%S')}  {reply}; trying again every second")
-        elif as_json:
-            print_json_line({"at_s": time.time(), **reply[0]})
+            fields, line = {"error": str(reply)}, f"{reply}; trying again every second"
         else:
-            say(f"{time.strftime('%H:%M:%S')}  {watch_line(before, reply[0])}")
-        before = before if isinstance(reply, KVStoreError) else reply[0]
+            fields, line = reply[0], watch_line(before, reply[0])
+            before = reply[0]
+        if as_json:
+            print_json({"at_s": time.time(), **fields}, line=True)
+        else:
+            say(f"{time.strftime('%H:%M:%S')}  {line}")
         sys.stdout.flush()
+
+
+def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
+    """The difference between two Stats replies; without an earlier reply, the current values."""
+    is_same = bool(before) and before["daemon"]["pid"] == stats["daemon"]["pid"]
+    since = before.get("since_start", {}) if is_same else {}
+    more = {name: count - since.get(name, 0) for name, count in stats.get("since_start", {}).items()}
+    hits = more.get("hits", 0) + more.get("shortened", 0)
+    parts = [
+        f"{hits:,} hits {more.get('misses', 0):,} misses",
+        f"{more.get('hit_tokens', 0):,}/{more.get('prompt_tokens', 0):,} tokens from the store",
+        f"{more.get('saved_s', 0.0):.1f} s saved",
+        f"+{more.get('stored_tokens', 0):,} tokens {size_text(more.get('written_bytes', 0))} written",
+        f"{size_text(stats['disk']['used_bytes'])} used",
+        f"{stats.get('load', {}).get('clients', 0)} clients",
+    ]
+    state = stats["daemon"]["state"]
+    return "  ".join(parts if state == "serving" else [*parts, state])
 
 
 def draw(ask: Ask, listen: str) -> None:
