@@ -9,7 +9,7 @@ divide rates, as in rate(kvstore_hit_tokens_total[1h]) / rate(kvstore_prompt_tok
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvstore.core.remote_words import RemoteState
@@ -36,36 +36,34 @@ _TRAFFIC = (
     ("kvstore_written_bytes", "written_bytes", "Bytes written to disk for stores."),
     ("kvstore_reused_bytes", "reused_bytes", "Bytes not written, since they were stored already; estimated."),
 )
-# name, field of the answer, label, help
+# name, field of the answer or of what `_counted` adds to it, label, help
 _BY_CODE = (
+    ("kvstore_requests", "outcomes", "outcome", "Requests of workers by what they got."),
     ("kvstore_miss", "miss_reasons", "reason", "Requests that got nothing."),
     ("kvstore_shortened", "shortened_reasons", "reason", "Hits that gave less than is shared."),
     ("kvstore_store_short", "store_reasons", "reason", "Stores that wrote less than all, or nothing."),
     ("kvstore_refused", "refusals", "limit", "Calls that a limit refused."),
+    ("kvstore_evicted_bytes", "evicted", "cause", "Bytes on disk that were evicted."),
+    ("kvstore_remote_unused", "unused_reasons", "reason", "Requests that were served without the remote tier."),
+    ("kvstore_remote_not_pushed", "not_pushed", "reason", "Blobs that were not written to the remote tier."),
 )
-# name, field of `remote`, help; of a daemon with a remote tier
-_REMOTE = (
-    ("kvstore_remote_requests", "requests", "Requests to the remote tier."),
-    ("kvstore_remote_read_bytes", "read_bytes", "Bytes read from the remote tier."),
-    ("kvstore_remote_written_bytes", "written_bytes", "Bytes written to the remote tier."),
-    ("kvstore_remote_pushed_blobs", "pushed_blobs", "Blobs written to the remote tier."),
-)
-# name, field of `remote`, help
-_REMOTE_BY_REASON = (
-    ("kvstore_remote_unused", "unused_reasons", "Requests that were served without the remote tier."),
-    ("kvstore_remote_not_pushed", "not_pushed", "Blobs that were not written to the remote tier."),
-)
-# name, field of `writes`, help
-_HELD_BACK = (
-    ("kvstore_held_back_stores", "held_back_stores", "Stores that admission or the write budget did not let write."),
-    ("kvstore_held_back_bytes", "held_back_bytes", "Raw bytes of KV that they would have brought."),
-)
-# name, field of `pressure`, help
-_REENCODED = (
-    ("kvstore_reencoded_blocks", "blocks", "Blocks that were re-encoded with fewer bits."),
-    ("kvstore_reencoded_before_bytes", "before_bytes", "What they took on disk before."),
-    ("kvstore_reencoded_after_bytes", "after_bytes", "What they took after it."),
-    ("kvstore_reencoding_left_blocks", "left_blocks", "Blocks that could not be, and stay as they are."),
+# name, where it is in the answer, help
+_COUNTERS = (
+    ("kvstore_served_bytes", ("bytes", "served"), "Stored bytes handed over to workers."),
+    (
+        "kvstore_held_back_stores",
+        ("writes", "held_back_stores"),
+        "Stores that admission or the write budget did not let write.",
+    ),
+    ("kvstore_held_back_bytes", ("writes", "held_back_bytes"), "Raw bytes of KV that they would have brought."),
+    ("kvstore_reencoded_blocks", ("pressure", "blocks"), "Blocks that were re-encoded with fewer bits."),
+    ("kvstore_reencoded_before_bytes", ("pressure", "before_bytes"), "What they took on disk before."),
+    ("kvstore_reencoded_after_bytes", ("pressure", "after_bytes"), "What they took after it."),
+    ("kvstore_reencoding_left_blocks", ("pressure", "left_blocks"), "Blocks that could not be, and stay as they are."),
+    ("kvstore_remote_requests", ("remote", "requests"), "Requests to the remote tier."),
+    ("kvstore_remote_read_bytes", ("remote", "read_bytes"), "Bytes read from the remote tier."),
+    ("kvstore_remote_written_bytes", ("remote", "written_bytes"), "Bytes written to the remote tier."),
+    ("kvstore_remote_pushed_blobs", ("remote", "pushed_blobs"), "Blobs written to the remote tier."),
 )
 # name, field of the answer, help
 _HISTOGRAMS = (
@@ -88,6 +86,9 @@ _GAUGES = (
     ("kvstore_calls", ("load", "calls"), "Calls of workers under way."),
     ("kvstore_uploads", ("load", "uploads"), "Stores under way."),
     ("kvstore_uptime_seconds", ("daemon", "uptime_s"), "Since the daemon started."),
+    ("kvstore_serving", ("daemon", "serving"), "1 if the daemon serves and stores, 0 if it is degraded."),
+    ("kvstore_remote_serving", ("remote", "serving"), "1 if the remote tier serves, 0 if not."),
+    ("kvstore_remote_queued_bytes", ("remote", "queued_bytes"), "Bytes that wait to be written to the remote tier."),
 )
 
 
@@ -102,12 +103,9 @@ def require_prometheus() -> None:
 def exposition(stats: Mapping[str, Any]) -> bytes:
     """All metrics in Prometheus' text format. ConfigError where prometheus-client is not installed."""
     require_prometheus()
-    from prometheus_client import CollectorRegistry
     from prometheus_client.exposition import generate_latest
 
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(StatsCollector(stats))
-    text: bytes = generate_latest(registry)
+    text: bytes = generate_latest(StatsCollector(stats))
     return text
 
 
@@ -115,40 +113,51 @@ class StatsCollector:
     """Makes metrics of one answer of `Client.stats`."""
 
     def __init__(self, stats: Mapping[str, Any]) -> None:
-        self._stats = stats
+        from prometheus_client import metrics_core
+
+        self._core = metrics_core
+        self._stats = _counted(stats)
 
     def collect(self) -> Iterator[Metric]:
         """Every metric; what an older daemon does not say is left out."""
         yield from self._traffic()
-        yield from self._codes()
-        yield from self._remote()
-        yield from self._histograms()
-        yield from self._state()
+        for name, field, label, about in _BY_CODE:
+            if field in self._stats:
+                yield self._counter(name, about, [label], [([code], n) for code, n in self._stats[field].items()])
+        for family, table in ((self._core.CounterMetricFamily, _COUNTERS), (self._core.GaugeMetricFamily, _GAUGES)):
+            for name, (group, field), about in table:
+                if field in self._stats.get(group, {}):
+                    yield family(name, about, value=self._stats[group][field])
+        for name, field, about in _HISTOGRAMS:
+            found = self._stats.get(field) or {}
+            if counts := list(itertools.accumulate(found.get("counts", []))):
+                bounds = [f"{bound:g}" for bound in found["bounds"]] + ["+Inf"]
+                buckets = list(zip(bounds, counts, strict=True))
+                yield self._core.HistogramMetricFamily(name, about, buckets=buckets, sum_value=found["sum"])
+        info = self._core.GaugeMetricFamily("kvstore_info", "The daemon; always 1.", labels=["version"])
+        info.add_metric([self._stats["daemon"].get("version", "")], 1)
+        yield info
+
+    def _counter(
+        self, name: str, about: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], float]]
+    ) -> Metric:
+        """A counter with labels; `rows` are their values and its own."""
+        metric = self._core.CounterMetricFamily(name, about, labels=labels)
+        for values, count in rows:
+            metric.add_metric(values, count)
+        return metric
 
     def _traffic(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily
-
-        rows = list(self._labelled())
-        hits = CounterMetricFamily(
-            "kvstore_hit_tokens", "Prompt tokens that were restored.", labels=("namespace", "model", "tier")
-        )
+        names, rows = ("namespace", "model"), list(self._labelled())
+        hits = []
         for labels, traffic in rows:
             remote = traffic.get("remote_tokens", 0)
-            hits.add_metric((*labels, DISK), traffic.get("hit_tokens", 0) - remote)
+            hits.append(((*labels, DISK), traffic.get("hit_tokens", 0) - remote))
             if remote:
-                hits.add_metric((*labels, REMOTE), remote)
-        yield hits
+                hits.append(((*labels, REMOTE), remote))
+        yield self._counter("kvstore_hit_tokens", "Prompt tokens that were restored.", (*names, "tier"), hits)
         for name, field, about in _TRAFFIC:
-            metric = CounterMetricFamily(name, about, labels=("namespace", "model"))
-            for labels, traffic in rows:
-                metric.add_metric(labels, traffic.get(field, 0))
-            yield metric
-        requests = CounterMetricFamily("kvstore_requests", "Requests of workers by what they got.", labels=["outcome"])
-        for outcome in ("hits", "shortened", "misses", "in_memory"):
-            requests.add_metric([outcome], self._stats.get("since_start", {}).get(outcome, 0))
-        yield requests
-        served = self._stats.get("bytes", {}).get("served", 0)
-        yield CounterMetricFamily("kvstore_served_bytes", "Stored bytes handed over to workers.", value=served)
+            yield self._counter(name, about, names, [(labels, traffic.get(field, 0)) for labels, traffic in rows])
 
     def _labelled(self) -> Iterator[tuple[tuple[str, str], Mapping[str, Any]]]:
         """(namespace, model) and traffic, of at most LABELS_MAX, the last of them the rest."""
@@ -162,60 +171,17 @@ class StatsCollector:
         if rest:
             yield (OTHER, ""), rest
 
-    def _codes(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily
 
-        for name, field, label, about in _BY_CODE:
-            metric = CounterMetricFamily(name, about, labels=[label])
-            for code, count in self._stats.get(field, {}).items():
-                metric.add_metric([code], count)
-            yield metric
-        evicted = CounterMetricFamily("kvstore_evicted_bytes", "Bytes on disk that were evicted.", labels=["cause"])
-        for cause, one in self._stats.get("evictions", {}).items():
-            evicted.add_metric([cause], one["bytes"])
-        yield evicted
-        for name, field, about in _HELD_BACK:
-            yield CounterMetricFamily(name, about, value=self._stats.get("writes", {}).get(field, 0))
-        for name, field, about in _REENCODED:
-            yield CounterMetricFamily(name, about, value=self._stats.get("pressure", {}).get(field, 0))
-
-    def _remote(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
-
-        remote = self._stats.get("remote") or {}
-        if remote.get("state", RemoteState.OFF) == RemoteState.OFF:
-            return
-        for name, field, about in _REMOTE:
-            yield CounterMetricFamily(name, about, value=remote[field])
-        for name, field, about in _REMOTE_BY_REASON:
-            metric = CounterMetricFamily(name, about, labels=["reason"])
-            for reason, count in remote[field].items():
-                metric.add_metric([reason], count)
-            yield metric
-        about = "1 if the remote tier serves, 0 if not."
-        yield GaugeMetricFamily("kvstore_remote_serving", about, float(remote["state"] == RemoteState.SERVING))
-        about = "Bytes that wait to be written to the remote tier."
-        yield GaugeMetricFamily("kvstore_remote_queued_bytes", about, remote["queued_bytes"])
-
-    def _histograms(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import HistogramMetricFamily
-
-        for name, field, about in _HISTOGRAMS:
-            found = self._stats.get(field) or {}
-            if counts := list(itertools.accumulate(found.get("counts", []))):
-                bounds = [f"{bound:g}" for bound in found["bounds"]] + ["+Inf"]
-                buckets = list(zip(bounds, counts, strict=True))
-                yield HistogramMetricFamily(name, about, buckets=buckets, sum_value=found["sum"])
-
-    def _state(self) -> Iterator[Metric]:
-        from prometheus_client.metrics_core import GaugeMetricFamily
-
-        for name, (group, field), about in _GAUGES:
-            if field in self._stats.get(group, {}):
-                yield GaugeMetricFamily(name, about, value=self._stats[group][field])
-        daemon = self._stats.get("daemon", {})
-        stores = float(daemon.get("state") == "serving")
-        yield GaugeMetricFamily("kvstore_serving", "1 if the daemon serves and stores, 0 if it is degraded.", stores)
-        info = GaugeMetricFamily("kvstore_info", "The daemon; always 1.", labels=["version"])
-        info.add_metric([daemon.get("version", "")], 1)
-        yield info
+def _counted(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer, with what follows from it; nothing of a remote tier where there is none."""
+    daemon, remote, since = stats.get("daemon", {}), stats.get("remote") or {}, stats.get("since_start", {})
+    if remote.get("state", RemoteState.OFF) == RemoteState.OFF:
+        remote = {}
+    return {
+        **stats,
+        "daemon": {**daemon, "serving": daemon.get("state") == "serving"},
+        "remote": {**remote, "serving": remote["state"] == RemoteState.SERVING} if remote else {},
+        "outcomes": {outcome: since.get(outcome, 0) for outcome in ("hits", "shortened", "misses", "in_memory")},
+        "evicted": {cause: one["bytes"] for cause, one in stats.get("evictions", {}).items()},
+        **{field: remote[field] for field in ("unused_reasons", "not_pushed") if remote},
+    }
