@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from kvstore.bench.cases import BenchError
 from kvstore.bench.eviction import (
-    ADMISSIONS,
+    ALWAYS,
+    STAGED,
+    STAGED_KILLED,
     TIER_S,
     EvictionRow,
     MemoryTier,
@@ -106,9 +108,8 @@ def test_with_room_for_everything_each_block_is_written_once() -> None:
 def test_staged_writes_less_and_the_memory_of_workers_makes_up_for_it() -> None:
     """At most what is written always; killed workers cost hits, and nothing more is written than was seen twice."""
     requests = conversations(120)
-    found = list(run(requests, shares=[0.5], admissions=ADMISSIONS))
-    rows = {row.admission: row for row in found[2:]}
-    always, staged, killed = (rows[name] for name in ADMISSIONS)
+    found = run(requests, shares=[0.5], admissions=[ALWAYS, STAGED, STAGED_KILLED])
+    _, _, always, staged, killed = found
     assert staged.written_bytes < always.written_bytes and staged.tier_bytes > 0 == always.tier_bytes
     assert killed.hit_share <= staged.hit_share and staged.hit_share >= always.hit_share
 

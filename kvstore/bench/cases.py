@@ -13,10 +13,6 @@ from typing import Any
 from kvstore.errors import KVStoreError
 
 
-def _nothing() -> None:
-    """The default of what is done around a case."""
-
-
 @dataclass(frozen=True)
 class Case:
     """Something to be timed. `before` and `after` are not.
@@ -31,8 +27,8 @@ class Case:
     ceiling: str = ""
     nbytes: int = 0
     at_most: float | None = None
-    before: Callable[[], object] = _nothing
-    after: Callable[[], object] = _nothing
+    before: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

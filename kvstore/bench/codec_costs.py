@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from kvstore.bench import plot
 from kvstore.blobs.format import ReadyBlob, make_ready
 from kvstore.blobs.ranges import BufferReader, Range
 from kvstore.codecs.assemble import assemble_layer
@@ -27,7 +27,6 @@ from kvstore.codecs.runs import pack_run, raw_run
 from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
 from kvstore.core.keys import block_key
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
-from kvstore.errors import ConfigError
 
 NAMES = ("raw", "affine8", "affine4", *PROFILES)
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -182,11 +181,6 @@ def _reader(blocks: Sequence[ReadyBlob]) -> tuple[BufferReader, list[HitBlock]]:
     return BufferReader(payloads, ranges), hit
 
 
-def as_fields(rows: Sequence[CodecRow]) -> list[dict[str, Any]]:
-    """For `--json`."""
-    return [asdict(row) for row in rows]
-
-
 def plot_codecs(rows: Sequence[CodecRow], path: Path) -> None:
     """Size, error and time of every profile along what was swept, as an SVG. ConfigError when it cannot be written."""
     from matplotlib.figure import Figure
@@ -208,7 +202,4 @@ def plot_codecs(rows: Sequence[CodecRow], path: Path) -> None:
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
     figure.axes[0].legend(fontsize="small")
-    try:
-        figure.savefig(path, format="svg")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    plot.save(figure, path)

@@ -21,9 +21,8 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -42,7 +41,6 @@ BUDGET_SHARES = (0.01, 0.05, 0.2, 0.5)
 POLICY_NAMES = ("lru",)
 OPTIMUM, MODEL_LRU = "optimum", "model-lru"
 ALWAYS, STAGED, STAGED_KILLED = "always", "staged", "staged-killed"
-ADMISSIONS = (ALWAYS, STAGED, STAGED_KILLED)
 # What was used within eight minutes is in the worker's memory.
 TIER_S = 480.0
 _PART = PartSpec(1, 1, "BF16")
@@ -275,14 +273,8 @@ def _new_block(namespace: Namespace, keys: Sequence[bytes], tokens: bytes, at: i
     return NewBlock(block, [_BYTES, _BYTES])
 
 
-def as_fields(rows: Sequence[EvictionRow]) -> list[dict[str, Any]]:
-    """Rows for `--json`."""
-    return [asdict(row) for row in rows]
-
-
 def plot_rows(rows: Sequence[EvictionRow], path: Path) -> None:
-    """An SVG of hit shares by budget, a line a policy. ConfigError without matplotlib, or for a path not writable."""
-    plot.require_matplotlib()
+    """An SVG of hit shares by budget, a line a policy. ConfigError when it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

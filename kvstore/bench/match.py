@@ -124,11 +124,8 @@ def restart(daemon: ScratchDaemon) -> float:
 
 def _prompts(shape: Shape, n_sequences: int) -> list[bytes]:
     numbers = random.Random(0).sample(range(n_sequences), min(PROMPTS, n_sequences))  # noqa: S311
-    return [sequence_tokens(number, _whole_tokens(shape))[: shape.seq_len * TOKEN_BYTES] for number in numbers]
-
-
-def _whole_tokens(shape: Shape) -> int:
-    return (shape.seq_len // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+    whole = (shape.seq_len // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+    return [sequence_tokens(number, whole)[: shape.seq_len * TOKEN_BYTES] for number in numbers]
 
 
 def run_remote(shape: Shape, rounds: int, client: Client) -> Report:

@@ -12,7 +12,6 @@ from kvstore.bench.bulk import sequence_tokens
 from kvstore.bench.cases import BenchError, Case, Report, measure
 from kvstore.bench.rig import Rig, require_stored, rig
 from kvstore.bench.shape import Memory, Shape
-from kvstore.client.session import Session
 from kvstore.core.blocks import TOKEN_BYTES, Reason
 from kvstore.core.layers import KVLayer
 
@@ -66,7 +65,7 @@ class _Stores:
             elif result.reason is not Reason.OK:
                 raise BenchError(f"a store was not queued: {result.reason}")
 
-        return Case(name, store, ceiling, shape.nbytes, at_most, self.empty, functools.partial(settle, session))
+        return Case(name, store, ceiling, shape.nbytes, at_most, self.empty, session.flush)
 
     def sharing_case(self) -> Case:
         """Store a second sequence whose first 90 % are already stored. It should cost only the new 10 %."""
@@ -97,8 +96,3 @@ class _Stores:
     def empty(self) -> None:
         """Remove everything from the store."""
         self.made.client.evict(all=True)
-
-
-def settle(session: Session) -> None:
-    """Wait until all stores have ended."""
-    session.flush()

@@ -6,7 +6,7 @@ import functools
 import importlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvstore.cli.app import EXIT_FAILURE, Suggesting
-from kvstore.cli.calibrate import LENGTH, PREFIXES
+from kvstore.cli.calibrate import LENGTH, PREFIXES, check_names
 from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
 from kvstore.core.process import ending_signals
 from kvstore.errors import KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.bench.cases import Report
+    from kvstore.bench.codec_costs import CodecRow
+    from kvstore.bench.eviction import EvictionRow
     from kvstore.bench.shape import Shape
 
 F = TypeVar("F", bound=Callable[..., Any])
+Found = TypeVar("Found")
 
 # Default prompt length of `kvstore bench match`, in tokens.
 MATCH_TOKENS = 32_000
@@ -86,16 +89,32 @@ def shape_of(options: dict[str, Any]) -> Shape:
 
 
 def show(options: dict[str, Any], measured: Callable[[], Report]) -> None:
-    """Run a bench and print what it found; a plot that cannot be drawn is said before anything is measured."""
-    if options["plot_path"]:
+    """Run a bench whose answer is a report, and show that."""
+
+    def draw(report: Report, path: Path) -> None:
+        importlib.import_module("kvstore.bench.plot").plot(report, path)
+
+    answer(options, measured, draw, lambda report: report.fields(), print_report)
+
+
+def answer(
+    options: dict[str, Any],
+    measured: Callable[[], Found],
+    draw: Callable[[Found, Path], None],
+    fields: Callable[[Found], dict[str, Any]],
+    tell: Callable[[Found], None],
+) -> None:
+    """Run a bench; draw, print or `tell` what it found. A plot that cannot be drawn is said before it is measured."""
+    path = options["plot_path"]
+    if path:
         importlib.import_module("kvstore.bench.plot").require_matplotlib()
-    report = measured()
-    if options["plot_path"]:
-        importlib.import_module("kvstore.bench.plot").plot(report, Path(options["plot_path"]))
+    found = measured()
+    if path:
+        draw(found, Path(path))
     if options["as_json"]:
-        print_json(report.fields())
-        return
-    print_report(report)
+        print_json(fields(found))
+    else:
+        tell(found)
 
 
 def print_report(report: Report) -> None:
@@ -153,11 +172,7 @@ def match(rows: str, **options: Any) -> None:
             client.stats()  # a daemon that is not there is an error, not a miss
             show(options, lambda: bench.run_remote(shape_of(options), options["rounds"], client))
         return
-    try:
-        counts = [int(text.replace("_", "")) for text in rows.split(",")]
-    except ValueError as error:
-        raise click.BadParameter(f"{rows!r}: whole numbers with commas between them", param_hint="--rows") from error
-    show(options, lambda: bench.run(shape_of(options), options["rounds"], counts))
+    show(options, lambda: bench.run(shape_of(options), options["rounds"], _numbers(rows, "--rows")))
 
 
 @command.command("store")
@@ -228,7 +243,7 @@ def quality(
     """
     refuse_address(options)
     from kvstore.bench.hard_model import AFFINE, harden_keys, harden_values, load_float32, tokens_of
-    from kvstore.cli.calibrate import check_names, measured, plain_encode, print_quality, text_of
+    from kvstore.cli.measuring import measured, plain_encode, print_quality, text_of
     from kvstore.codecs.plausible import fault_of
     from kvstore.codecs.profiles import PROFILES
     from kvstore.integrations.calibrate import Calibration, windows
@@ -272,25 +287,26 @@ def codec(
     dtype: str,
     profiles: tuple[str, ...],
     rounds: int,
-    plot_path: str | None,
     **options: Any,
 ) -> None:
     """What profiles make of synthetic KV: bytes, errors, time and memory, everything evaluated."""
     refuse_address(options)
-    if plot_path:
-        importlib.import_module("kvstore.bench.plot").require_matplotlib()
     bench = importlib.import_module("kvstore.bench.codec_costs")
     shapes = [
         bench.CodecShape(layers, seq_len, heads, head_dim, dtype)
         for seq_len in _numbers(seq_lens, "--seq-len")
         for head_dim in _numbers(head_dims, "--head-dim")
     ]
-    rows = bench.measure_codecs(shapes, profiles or bench.NAMES, rounds)
-    if plot_path:
-        bench.plot_codecs(rows, Path(plot_path))
-    if options["as_json"]:
-        print_json({"layers": layers, "heads": heads, "dtype": dtype, "rows": bench.as_fields(rows)})
-        return
+    answer(
+        options,
+        lambda: bench.measure_codecs(shapes, profiles or bench.NAMES, rounds),
+        bench.plot_codecs,
+        lambda rows: {"layers": layers, "heads": heads, "dtype": dtype, "rows": list(map(asdict, rows))},
+        lambda rows: _print_codecs(rows, f"of {dtype}", f"{layers} layers, {heads} heads"),
+    )
+
+
+def _print_codecs(rows: Sequence[CodecRow], of_dtype: str, title: str) -> None:
     cells = [
         (
             row.profile,
@@ -308,11 +324,11 @@ def codec(
         )
         for row in rows
     ]
-    columns = ("profile", "tokens", "width", "MB", f"of {dtype}", "of float32", "mean error", "max error")
+    columns = ("profile", "tokens", "width", "MB", of_dtype, "of float32", "mean error", "max error")
     print_table(
         (*columns, "quantize", "dequantize", "peak MB", "peak MB back"),
         cells,
-        title=f"{layers} layers, {heads} heads; errors of the root mean square",
+        title=f"{title}; errors of the root mean square",
         numbers=" nnnnnnnnnnn",
     )
 
@@ -337,7 +353,6 @@ def eviction(
     budgets: tuple[float, ...],
     admissions: tuple[str, ...],
     limit: int | None,
-    plot_path: Path | None,
     **options: Any,
 ) -> None:
     """What the eviction policy keeps of a trace of requests, beside an optimum that knows the future.
@@ -347,16 +362,18 @@ def eviction(
     the trace alone. 10,000 requests take several minutes.
     """
     refuse_address(options)
-    if plot_path:
-        importlib.import_module("kvstore.bench.plot").require_matplotlib()
     bench = importlib.import_module("kvstore.bench.eviction")
     shares, requests = sorted(budgets) or bench.BUDGET_SHARES, bench.load_trace(trace_path, limit)
-    rows = list(bench.run(requests, shares=shares, admissions=admissions or (bench.ALWAYS,)))
-    if plot_path:
-        bench.plot_rows(rows, plot_path)
-    if options["as_json"]:
-        print_json({"trace": str(trace_path), "rows": bench.as_fields(rows)})
-        return
+    answer(
+        options,
+        lambda: list(bench.run(requests, shares=shares, admissions=admissions or (bench.ALWAYS,))),
+        bench.plot_rows,
+        lambda rows: {"trace": str(trace_path), "rows": list(map(asdict, rows))},
+        lambda rows: _print_evictions(rows, trace_path.name),
+    )
+
+
+def _print_evictions(rows: Sequence[EvictionRow], trace: str) -> None:
     cells = [
         (
             row.policy,
@@ -369,7 +386,7 @@ def eviction(
         for row in rows
     ]
     columns = ("policy", "admission", "budget", "hit", "optimum", "written / reused")
-    print_table(columns, cells, title=f"{trace_path.name}: shares of blocks", numbers="  nnnn")
+    print_table(columns, cells, title=f"{trace}: shares of blocks", numbers="  nnnn")
 
 
 def _numbers(text: str, option: str) -> list[int]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvstore.cli.progress import progress
+from kvstore.client.client import Client
+from kvstore.codecs.plausible import values_of
+from kvstore.codecs.profiles import parse_profile, pca_profile
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import PARTS
 from kvstore.errors import KVStoreError
+from kvstore.integrations import calibrate as calibration
+from kvstore.integrations.basis_maker import BASELINE, CALIBRATION_TOKENS, SHARES, STEP_WINDOWS, MadeBasis, make_basis
 from kvstore.quality import Quality, Thresholds
-
-if TYPE_CHECKING:
-    from kvstore.client.client import Client
-    from kvstore.core.keys import Namespace
-    from kvstore.integrations.basis_maker import MadeBasis
 
 # What a point may take of more bits on text of another kind before it is refused.
 OTHER_BITS_MAX = 1.2
@@ -54,10 +56,6 @@ class Points:
 
     def fields(self, namespace: Namespace, results: Sequence[Quality]) -> dict[str, Any]:
         """What is said of the basis: digest, bytes, tokens until it has paid for itself at its dearest point, notes."""
-        from kvstore.codecs.plausible import values_of
-        from kvstore.codecs.profiles import parse_profile
-        from kvstore.core.layers import PARTS
-
         kept = [layer for layer in namespace.layout.layers if not layer.is_exact]
         values = sum(values_of(layer.part(name).tensors()) for layer in kept for name in PARTS)
         points = [one for one in results if parse_profile(one.profile).references]
@@ -67,15 +65,11 @@ class Points:
 
 
 def _baseline(results: Sequence[Quality]) -> Quality:
-    from kvstore.integrations.basis_maker import BASELINE
-
     return next(one for one in results if one.profile == BASELINE)
 
 
 def split_text(tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int], Sequence[int]]:
     """(for the basis, for the steps, for measuring): no point is judged by text that it was made of."""
-    from kvstore.integrations.basis_maker import CALIBRATION_TOKENS
-
     n = min(CALIBRATION_TOKENS, len(tokens) // 3)
     return tokens[:n], tokens[n : n + n // 2], tokens[n + n // 2 :]
 
@@ -84,22 +78,16 @@ def make_points(
     model: Any, basis_text: Sequence[int], step_text: Sequence[int], encode: Any, *, as_json: bool
 ) -> Points:
     """The basis of a model, with progress. InvalidRequestError where nothing of its cache can be coded by one."""
-    from kvstore.codecs.profiles import parse_profile, pca_profile
-    from kvstore.integrations.basis_maker import BASELINE, SHARES, STEP_WINDOWS, make_basis
-    from kvstore.integrations.calibrate import Calibration, windows
-
     length = min(500, len(step_text) // 2)
-    calibration = Calibration(model, windows(step_text, STEP_WINDOWS, max(256, length), max(256, length), encode))
+    windows = calibration.windows(step_text, STEP_WINDOWS, max(256, length), max(256, length), encode)
     with progress("choosing steps", as_json=as_json, in_bytes=False) as tell:
-        made = make_basis(calibration, model, basis_text, tell=tell)
+        made = make_basis(calibration.Calibration(model, windows), model, basis_text, tell=tell)
     rank = parse_profile(BASELINE).fidelity
     return Points(made, tuple(pca_profile(made.basis.digest, point, rank) for point in range(len(SHARES))))
 
 
 def ranked(point: Quality, baseline: Quality) -> Quality:
     """The result of a point under its final name, which ranks it by its KL beside that of the baseline."""
-    from kvstore.codecs.profiles import parse_profile, pca_profile
-
     profile = parse_profile(point.profile)
     (digest,) = profile.references
     bits = math.log(max(baseline.kl_mean, 1e-9) / max(point.kl_mean, 1e-9), KL_FALL_PER_BIT)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 _LATER = "let the client send it after what stays the same, in the last message"
 _LIST_LINES_MIN = 5
 _SAME_CHARACTERS = 12
+_NEAR_LINES = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,23 +125,7 @@ _COUNTER = re.compile(
     r"(?i)\b(?:turn|request|message|iteration|attempt|round|seq|sequence|counter)(?:_?(?:no|nr|number|count|index))?"
     r'"?\s*(?:[:=#]|no\.)\s*"?\d+'
 )
-
-
-def counter(spot: Spot) -> Change | None:
-    """A number that counts turns or requests."""
-    if spot.both(_TURN) or spot.both(_COUNTER):
-        return Change("counter", "a counter of turns or requests", _LATER)
-    return None
-
-
 _UUID = re.compile(r"(?i)\b[0-9a-f]{8}-(?:[0-9a-f]{4}-){1,3}[0-9a-f]*")
-
-
-def uuid(spot: Spot) -> Change | None:
-    """A UUID."""
-    return Change("uuid", "a UUID", _LATER) if spot.both(_UUID) else None
-
-
 _GIT = re.compile(
     r"(?im)git ?status|^current branch:|^on branch |^changes not staged|^untracked files|^recent commits:"
 )
@@ -152,7 +137,8 @@ _GIT_LINE = re.compile(
 
 def git_status(spot: Spot) -> Change | None:
     """What `git status` says now."""
-    known = bool(_GIT.search(_near(spot.before)))
+    near = "\n".join(spot.before.split("\n")[-_NEAR_LINES:])
+    known = bool(_GIT.search(near))
     lines = [bool(re.match(_GIT_LINE, line)) or not line.strip() for line in spot.lines]
     if known and all(lines) and any(line.strip() for line in spot.lines):
         cure = "turn the git status off in the client, or let it send it in the last message"
@@ -167,14 +153,10 @@ _MAP_LINE = re.compile(r"^\S+\.\w{1,8}:$|^\s*[│⋮|]")
 def repository_map(spot: Spot) -> Change | None:
     """A map of a repository: its files are chosen and ordered by the question."""
     marked = "⋮" in spot.before + spot.asked + spot.stored or _MAP.search(spot.before)
-    if not marked or not all(_is_map_line(line) for line in spot.lines):
+    if not marked or not all(_MAP_LINE.match(line) or _PATH_LINE.match(line) for line in spot.lines):
         return None
     cure = "let the client refresh the map only when asked to (aider: --map-refresh manual)"
     return Change("repository_map", "a repository map, ordered by the question", cure)
-
-
-def _is_map_line(line: str) -> bool:
-    return bool(_MAP_LINE.match(line)) or bool(_PATH_LINE.match(line))
 
 
 # With a folder or an extension: a word alone is none.
@@ -225,13 +207,6 @@ def path(spot: Spot) -> Change | None:
 
 
 _EPOCH = re.compile(r"\b1[5-9]\d{8}(?:\d{3})?(?:\.\d+)?\b")
-
-
-def epoch(spot: Spot) -> Change | None:
-    """Seconds or milliseconds since 1970."""
-    return Change("epoch", "a time in seconds since 1970", _LATER) if spot.both(_EPOCH) else None
-
-
 _MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*\.?"
 _DAY = r"(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*\.?,?\s+"
 _DATE = re.compile(
@@ -305,27 +280,27 @@ def hexadecimal(spot: Spot) -> Change | None:
     return Change("hex", "a hexadecimal id", _LATER)
 
 
+def _either(code: str, words: str, *patterns: re.Pattern[str]) -> Callable[[Spot], Change | None]:
+    """Names what differs within matches of one of these patterns, whatever is around it."""
+    return lambda spot: Change(code, words, _LATER) if any(map(spot.both, patterns)) else None
+
+
 # The most telling first: the first that fits gives the name.
 PATTERNS: tuple[Callable[[Spot], Change | None], ...] = (
     billing_header,
     stripped_reasoning,
     white_space,
     json_id,
-    counter,
-    uuid,
+    _either("counter", "a counter of turns or requests", _TURN, _COUNTER),
+    _either("uuid", "a UUID", _UUID),
     git_status,
     repository_map,
     file_list,
     path,
-    epoch,
+    _either("epoch", "a time in seconds since 1970", _EPOCH),
     date,
     clock,
     version,
     header_hash,
     hexadecimal,
 )
-
-
-def _near(text: str, lines: int = 40) -> str:
-    """The last lines of a text."""
-    return "\n".join(text.split("\n")[-lines:])

@@ -19,6 +19,7 @@ from kvstore.cli.common import (
 )
 from kvstore.cli.names import as_id, require_namespace
 from kvstore.errors import InvalidRequestError
+from kvstore.integrations.prompts import load_tokenizer, read_prompt
 
 
 @click.command("pin")
@@ -67,8 +68,6 @@ def command(
 
 
 def _tokens(path: str, model: str | None) -> list[int]:
-    from kvstore.integrations.prompts import load_tokenizer, read_prompt
-
     found = read_prompt(path, load_tokenizer(model) if model is not None else None).tokens
     if not found:
         raise InvalidRequestError("the prompt is empty")

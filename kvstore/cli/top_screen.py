@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,8 @@ WORKERS_MAX = 8
 WIDE, NARROW = 96, 72
 # Lines that are there on every screen: headings, figures, one worker, one request.
 LINES_MIN = 18
+# Columns that are set to the right.
+_NUMBERS = {"from store", "tokens saved", "prefill saved", "hits", "misses", "saved", "tokens", "size", "took"}
 _STEPS = " ▁▂▃▄▅▆▇█"
 _HEALTHY = {one.value for one in (*WHOLE, *NOT_NEEDED)} | {"", "in_memory"}
 _KINDS = {
@@ -120,23 +122,21 @@ class Screen:
         return head.append(clock.rjust(max(0, width - head.cell_len)))
 
     def _served(self, width: int) -> Table:
-        names = ("served", "from store", "tokens saved", "prefill saved", "hits", "misses")
-        shown = [name for name in names if width >= NARROW or name != "tokens saved"]
-        table = _table(*shown, numbers=" nnnnn")
+        rows = []
         for title, scope in SCOPES:
-            one = self.stats.get(scope) or {}
-            hits = one.get("hits", 0) + one.get("shortened", 0)
-            style = "bold" if scope == "last_hour" else ""
-            cells = {
-                "served": Text(title, "dim"),
-                "from store": Text(share_text(one), style),
-                "tokens saved": Text(f"{one.get('hit_tokens', 0):,}", style),
-                "prefill saved": Text(saved_text(one), style),
-                "hits": Text(f"{hits:,}"),
-                "misses": Text(f"{one.get('misses', 0):,}"),
-            }
-            table.add_row(*(cells[name] for name in shown))
-        return table
+            one, style = self.stats.get(scope) or {}, "bold" if scope == "last_hour" else ""
+            rows.append(
+                {
+                    "served": Text(title, "dim"),
+                    "from store": Text(share_text(one), style),
+                    "tokens saved": Text(f"{one.get('hit_tokens', 0):,}", style),
+                    "prefill saved": Text(saved_text(one), style),
+                    "hits": Text(f"{one.get('hits', 0) + one.get('shortened', 0):,}"),
+                    "misses": Text(f"{one.get('misses', 0):,}"),
+                }
+            )
+        columns = ("served", "from store", "tokens saved", "prefill saved", "hits", "misses")
+        return _table(columns, rows, set() if width >= NARROW else {"tokens saved"})
 
     def _flow(self, width: int) -> Table:
         disk, load, rates = self.stats["disk"], self.stats.get("load") or {}, self.rates
@@ -169,53 +169,27 @@ class Screen:
         return grid
 
     def _workers(self, sessions: list[Mapping[str, Any]], width: int) -> Table:
-        wide = width >= WIDE
-        names = ("worker", "model", "engine", "profile", "from store", "saved", "last hit", "last request")
-        hidden = set() if wide else {"engine", "profile"} if width >= NARROW else {"engine", "profile", "last request"}
-        shown = [name for name in names if name not in hidden]
-        table = _table(*shown, numbers="    nn" if wide else "  nn")
-        for one in sessions:
-            traffic = one.get("traffic") or {}
-            cells = {
+        columns = ("worker", "model", "engine", "profile", "from store", "saved", "last hit", "last request")
+        hidden = {"engine", "profile"} if width >= NARROW else {"engine", "profile", "last request"}
+        rows = [
+            {
                 "worker": str(one["pid"] or "-"),
                 "model": one["alias"] or one["namespace_id"][:12],
                 "engine": one["engine"],
                 "profile": one["profile"] or "daemon's",
-                "from store": share_text(traffic),
-                "saved": saved_text(traffic),
+                "from store": share_text(one.get("traffic") or {}),
+                "saved": saved_text(one.get("traffic") or {}),
                 "last hit": self._ago(one["last_hit_s"]),
                 "last request": self._ago(one["last_s"]),
             }
-            table.add_row(*(Text(plain_text(cells[name])) for name in shown))
-        if not sessions:
-            table.add_row(Text("none has asked yet", "dim"))
-        return table
+            for one in sessions
+        ]
+        return _table(columns, rows, set() if width >= WIDE else hidden, "none has asked yet")
 
     def _requests(self, recent: list[Mapping[str, Any]], width: int) -> Table:
-        names = ("request", "", "model", "tokens", "size", "took", "reason", "id")
-        hidden = set() if width >= WIDE else {"id", "took"} if width >= NARROW else {"id", "took", "size"}
-        shown = [name for name in names if name not in hidden]
-        table = _table(*shown, numbers="   nnn"[: 6 - len(hidden - {"id"})])
-        for one in recent:
-            kind, style = _KINDS.get(one["kind"], (one["kind"], ""))
-            healthy = one["reason"] in _HEALTHY
-            if not healthy:
-                style = "red" if one["kind"] == "not_stored" else "yellow"
-            tokens = f"{one['tokens']:,}/{one['prompt_tokens']:,}"
-            cells = {
-                "request": Text(time.strftime("%H:%M:%S", time.localtime(one["at_s"]))),
-                "": Text(kind, style),
-                "model": Text(plain_text(one["alias"])),
-                "tokens": Text(f"+{one['tokens']:,}" if one["kind"] == "stored" else tokens),
-                "size": Text(size_text(one["bytes"]) if one["bytes"] else "-"),
-                "took": Text(took_text(one["seconds"]) if one["seconds"] else "-"),
-                "reason": Text("" if one["reason"] == "ok" else plain_text(one["reason"]), "dim" if healthy else style),
-                "id": Text(plain_text(one["request_id"]), "dim"),
-            }
-            table.add_row(*(cells[name] for name in shown))
-        if not recent:
-            table.add_row(Text("none yet", "dim"))
-        return table
+        columns = ("request", "", "model", "tokens", "size", "took", "reason", "id")
+        hidden = {"id", "took"} if width >= NARROW else {"id", "took", "size"}
+        return _table(columns, map(_request, recent), set() if width >= WIDE else hidden, "none yet")
 
     def _ago(self, stamp_s: int) -> str:
         return f"{span_text(int(self.now_s) - stamp_s)} ago" if stamp_s else "-"
@@ -252,9 +226,37 @@ def _queues(load: Mapping[str, Any]) -> Iterator[str]:
         yield f"{size_text(load['received_bytes'])} coming in"
 
 
-def _table(*columns: str, numbers: str = "") -> Table:
+def _request(one: Mapping[str, Any]) -> dict[str, Text]:
+    """The cells of a request."""
+    kind, style = _KINDS.get(one["kind"], (one["kind"], ""))
+    healthy = one["reason"] in _HEALTHY
+    if not healthy:
+        style = "red" if one["kind"] == "not_stored" else "yellow"
+    tokens = f"{one['tokens']:,}/{one['prompt_tokens']:,}"
+    return {
+        "request": Text(time.strftime("%H:%M:%S", time.localtime(one["at_s"]))),
+        "": Text(kind, style),
+        "model": Text(plain_text(one["alias"])),
+        "tokens": Text(f"+{one['tokens']:,}" if one["kind"] == "stored" else tokens),
+        "size": Text(size_text(one["bytes"]) if one["bytes"] else "-"),
+        "took": Text(took_text(one["seconds"]) if one["seconds"] else "-"),
+        "reason": Text("" if one["reason"] == "ok" else plain_text(one["reason"]), "dim" if healthy else style),
+        "id": Text(plain_text(one["request_id"]), "dim"),
+    }
+
+
+def _table(
+    columns: Sequence[str], rows: Iterable[Mapping[str, str | Text]], hidden: Collection[str], empty: str = ""
+) -> Table:
+    """A table of the columns that are not hidden; what to say where there are no rows."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for index, column in enumerate(columns):
-        justify = "right" if numbers[index : index + 1] == "n" else "left"
+    shown = [column for column in columns if column not in hidden]
+    for column in shown:
+        justify = "right" if column in _NUMBERS else "left"
         table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
+    for row in rows:
+        cells = (row[column] for column in shown)
+        table.add_row(*(cell if isinstance(cell, Text) else Text(plain_text(cell)) for cell in cells))
+    if empty and not table.row_count:
+        table.add_row(Text(empty, "dim"))
     return table

@@ -28,10 +28,18 @@ from kvstore.core.causes import Cause, cause_words
 from kvstore.core.reasons import is_needed, words_of
 from kvstore.core.remote_words import words_of as remote_words_of
 from kvstore.errors import InvalidRequestError, NotFoundError
+from kvstore.integrations.prompts import (
+    Prompt,
+    load_tokenizer,
+    prompt_of,
+    read_prompt,
+    region,
+    region_of_text,
+    text_after,
+)
 
 if TYPE_CHECKING:
     from kvstore.client.client import Client
-    from kvstore.integrations.prompts import Prompt
 
 TOKEN_BYTES = 8
 SIDE_TOKENS = 12
@@ -73,8 +81,6 @@ def command(
         raise click.UsageError("give one of PROMPT, --prompt-file and --last")
     tokenizer, given = None, None
     if model is not None:
-        from kvstore.integrations.prompts import load_tokenizer
-
         tokenizer = load_tokenizer(model)
     if last is None:
         given = _prompt(prompt, prompt_file, tokenizer)
@@ -97,8 +103,6 @@ def command(
 
 
 def _prompt(text: str | None, path: str | None, tokenizer: Any) -> Prompt:
-    from kvstore.integrations.prompts import Prompt, prompt_of, read_prompt
-
     if path is not None:
         found = read_prompt(path, tokenizer)
     elif tokenizer is None and text is not None and re.fullmatch(r"[\s,\[\]\d-]+", text):
@@ -136,8 +140,6 @@ def _row(found: dict[str, Any], tokenizer: Any, given: Prompt | None) -> dict[st
     row["text"], row["region"], row["change"] = None, "", None
     if tokenizer is None:
         return row
-    from kvstore.integrations.prompts import text_after
-
     common = found["common_tokens"]
     prefix = given.tokens[:common] if given is not None else _ids(found["prefix"]) or row["before"]
     asked, stored = _ids(found["asked_more"]) or row["asked"], _ids(found["stored_more"]) or row["stored"]
@@ -156,8 +158,6 @@ def _row(found: dict[str, Any], tokenizer: Any, given: Prompt | None) -> dict[st
 
 
 def _region(tokenizer: Any, given: Prompt | None, prefix: list[int], common: int) -> str:
-    from kvstore.integrations.prompts import region, region_of_text
-
     if given is not None:
         return region(tokenizer, given, common)
     return region_of_text(tokenizer, tokenizer.decode(prefix)) if len(prefix) == common else ""

@@ -157,22 +157,15 @@ def _channel(bits: str, group: str) -> Recipe | None:
     return channel_recipe(int(bits)) if int(bits or 0) in BITS and not group else None
 
 
-def _mse(log: bool) -> Word:
-    """turboquant-mse4, turboquant-log3-g128."""
+def _turboquant(recipe: Callable[..., Recipe], **options: bool) -> Word:
+    """turboquant-mse4, turboquant-log3-g128, turboquant-even4."""
 
     def parse(bits: str, group: str) -> Recipe | None:
         if group not in ("", "128") or not 1 <= int(bits or 0) <= BITS_MAX:
             return None
-        return turboquant_mse_recipe(int(bits), log=log, together=int(group or 0))
+        return recipe(int(bits), together=int(group or 0), **options)
 
     return parse
-
-
-def _even(bits: str, group: str) -> Recipe | None:
-    """turboquant-even4, turboquant-even3-g128."""
-    if group not in ("", "128") or not 1 <= int(bits or 0) <= BITS_MAX:
-        return None
-    return turboquant_even_recipe(int(bits), together=int(group or 0))
 
 
 def _prod(bits: str, group: str) -> Recipe | None:
@@ -191,9 +184,9 @@ WORDS: dict[str, Word] = {
     "lossless": _plain(LOSSLESS),
     "affine": _affine,
     "channel": _channel,
-    "turboquant-mse": _mse(log=False),
-    "turboquant-log": _mse(log=True),
-    "turboquant-even": _even,
+    "turboquant-mse": _turboquant(turboquant_mse_recipe),
+    "turboquant-log": _turboquant(turboquant_mse_recipe, log=True),
+    "turboquant-even": _turboquant(turboquant_even_recipe),
     "turboquant-prod": _prod,
 }
 # As `pca_profile` writes it. Calibrations make these; nobody types them.

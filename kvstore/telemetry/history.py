@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,11 +137,7 @@ COLUMNS = ["hour_s", *as_counts(Totals()), "evicted_bytes", "used_bytes", *KINDS
 
 def _difference(now: Moment, before: Moment) -> Moment:
     counts, earlier = as_counts(now.totals), as_counts(before.totals)
-    reasons = {}
-    for kind in KINDS:
-        known = before.reasons.get(kind, {})
-        added = {code: count - known.get(code, 0) for code, count in now.reasons.get(kind, {}).items()}
-        reasons[kind] = {code: count for code, count in added.items() if count > 0}
+    reasons = {kind: Counter(now.reasons.get(kind, {})) - Counter(before.reasons.get(kind, {})) for kind in KINDS}
     totals = Totals.from_dict({name: value - earlier[name] for name, value in counts.items()})
     return Moment(totals, reasons, max(0, now.evicted_bytes - before.evicted_bytes))
 
@@ -148,10 +145,7 @@ def _difference(now: Moment, before: Moment) -> Moment:
 def _sum(row: Moment, more: Moment) -> Moment:
     totals = replace(row.totals)
     totals.add(more.totals)
-    reasons = {}
-    for kind in KINDS:
-        known, new = row.reasons.get(kind, {}), more.reasons.get(kind, {})
-        reasons[kind] = {code: known.get(code, 0) + new.get(code, 0) for code in {**known, **new}}
+    reasons = {kind: Counter(row.reasons.get(kind, {})) + Counter(more.reasons.get(kind, {})) for kind in KINDS}
     return Moment(totals, reasons, row.evicted_bytes + more.evicted_bytes)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_lm.utils import load_tokenizer
 
 from kvstore.bench.hard_model import OUTLIERS
-from kvstore.cli.calibrate import plain_encode
+from kvstore.cli.measuring import plain_encode
 from kvstore.integrations.calibrate import NEXT_TOKENS, Window, windows
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load, load_tokenizer
 
-from kvstore.cli import calibrate
+from kvstore.cli import measuring
 from kvstore.cli.app import cli
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations import calibrate as calibration
@@ -165,7 +165,7 @@ def test_a_dry_run_shows_what_the_thresholds_refuse(
     """As `used no`, with the numbers; nothing is recorded: the result that passed stays. Here it is measured again."""
     names = [field.name for field in fields(Quality)]
     again = Quality(**{name: results["balanced"][name] for name in names})
-    monkeypatch.setattr(calibrate, "measured", lambda *_, **__: [again])
+    monkeypatch.setattr(measuring, "measured", lambda *_, **__: [again])
     command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *QUICK, "--profile", "balanced"]
     done = CliRunner().invoke(cli, [*command, "--address", daemon.listen, "--dry-run", "--kl-mean-max", "0"])
     assert done.exit_code == 0, (done.output, done.exception)
