@@ -10,16 +10,7 @@ import pytest
 
 from kvstore.core.breaker import CircuitBreaker, Deadline, Watchdog
 from kvstore.errors import DeadlineError
-
-
-class Clock:
-    """A clock that is set by hand."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 def broken(clock: Clock) -> CircuitBreaker:
@@ -49,9 +40,9 @@ def test_one_trial_is_let_through_when_the_time_is_over() -> None:
     """Whoever comes while the trial is under way is refused."""
     clock = Clock()
     breaker = broken(clock)
-    clock.now += 0.99
+    clock.now_s += 0.99
     assert not breaker.allow()
-    clock.now += 0.02
+    clock.now_s += 0.02
     assert not breaker.is_open
     assert breaker.allow()
     assert not breaker.allow()
@@ -65,17 +56,17 @@ def test_each_failed_trial_doubles_the_time_up_to_thirty_seconds() -> None:
     clock = Clock()
     breaker = broken(clock)
     for open_s in (1, 2, 4, 8, 16, 30, 30):
-        clock.now += open_s - 0.01
+        clock.now_s += open_s - 0.01
         assert not breaker.allow()
-        clock.now += 0.02
+        clock.now_s += 0.02
         assert breaker.allow()
         breaker.failed()
-    clock.now += 31
+    clock.now_s += 31
     assert breaker.allow()
     breaker.succeeded()
     for _ in range(3):
         breaker.failed()
-    clock.now += 1.01
+    clock.now_s += 1.01
     assert breaker.allow()
 
 
@@ -85,7 +76,7 @@ def test_calls_that_fail_late_do_not_lengthen_the_time() -> None:
     breaker = broken(clock)
     for _ in range(5):
         breaker.failed()
-    clock.now += 1.01
+    clock.now_s += 1.01
     assert breaker.allow()
 
 
@@ -93,9 +84,9 @@ def test_a_trial_that_never_reports_is_followed_by_another() -> None:
     """Its thread may have been interrupted."""
     clock = Clock()
     breaker = broken(clock)
-    clock.now += 1.01
+    clock.now_s += 1.01
     assert breaker.allow()
-    clock.now += 1.01
+    clock.now_s += 1.01
     assert breaker.allow()
 
 

@@ -114,8 +114,8 @@ def test_a_snapshot_is_known_before_its_weights_are_read(
     expected = digests.wait(plain, WAIT_S)
     gate, stock = threading.Event(), hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda *args: gate.wait(WAIT_S) and stock(*args))
-    assert digests.get(snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3)) == expected
-    assert digests.get(snapshot(tmp_path / "hub", b"xyz" * 50, "r2", layers=3)) not in (expected, None)
+    assert digests.wait(snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3), 0.0) == expected
+    assert digests.wait(snapshot(tmp_path / "hub", b"xyz" * 50, "r2", layers=3), 0.0) not in (expected, None)
     gate.set()
 
 
@@ -124,9 +124,9 @@ def test_a_blob_is_read_once_to_check_its_name(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(identity, "SETTLED_S", 0.0)
     files = snapshot(tmp_path / "hub", b"abc" * 50, "r1")
     read = count_hashes(monkeypatch)
-    known = WeightsDigest(tmp_path / "cache").get(files)
+    known = WeightsDigest(tmp_path / "cache").wait(files, 0.0)
     assert until(lambda: (tmp_path / "cache" / "identity.json").exists())
-    assert WeightsDigest(tmp_path / "cache").get(files) == known is not None
+    assert WeightsDigest(tmp_path / "cache").wait(files, 0.0) == known is not None
     assert len([path for path in read if str(tmp_path) in path]) == 1
 
 
@@ -134,8 +134,8 @@ def test_a_blob_overwritten_through_its_link_loses_the_identity(digests: Weights
     """Its name still says the old hash. Loaded again, the folder is what it holds."""
     files = snapshot(tmp_path / "hub", b"abc" * 50, "r1", layers=3)
     (files / "model.safetensors").write_bytes(b"xyz" * 50)
-    believed = digests.get(files)
-    assert until(lambda: digests.get(files) is None), "withdrawn"
+    believed = digests.wait(files, 0.0)
+    assert until(lambda: digests.wait(files, 0.0) is None), "withdrawn"
     digests.pin(files)
     plain = folder(tmp_path / "plain", b"xyz" * 50, layers=3)
     assert digests.wait(files, WAIT_S) == digests.wait(plain, WAIT_S) not in (believed, None)
@@ -222,7 +222,7 @@ def test_a_hash_is_remembered_across_processes_for_an_unchanged_file(
     model = folder(tmp_path / "model", b"a" * 100)
     before = WeightsDigest(tmp_path / "cache").wait(model, WAIT_S)
     read = count_hashes(monkeypatch)
-    assert WeightsDigest(tmp_path / "cache").get(model) == before
+    assert WeightsDigest(tmp_path / "cache").wait(model, 0.0) == before
     assert read == []
     (model / "model.safetensors").write_bytes(b"b" * 100)
     settle(model)
@@ -298,11 +298,11 @@ def test_weights_in_memory_never_get_the_identity_of_what_replaced_them(
 
     monkeypatch.setattr(hashlib, "file_digest", slow)
     digests.pin(model)
-    assert digests.get(model) is None, "pending, and nobody waits"
+    assert digests.wait(model, 0.0) is None, "pending, and nobody waits"
     (model / "model.safetensors").write_bytes(b"b" * 100)
     gate.set()
     assert digests.wait(model, WAIT_S) is None
-    assert digests.get(model) is None, "not looked at again by itself"
+    assert digests.wait(model, 0.0) is None, "not looked at again by itself"
     digests.pin(model)  # as when it is loaded again
     assert digests.wait(model, WAIT_S) == WeightsDigest(tmp_path / "cache").wait(model, WAIT_S) is not None
 
@@ -312,7 +312,7 @@ def test_a_known_digest_outlives_a_change_on_disk(digests: WeightsDigest, tmp_pa
     model = folder(tmp_path / "model", b"a" * 100)
     before = digests.wait(model, WAIT_S)
     (model / "model.safetensors").write_bytes(b"b" * 100)
-    assert digests.get(model) == before
+    assert digests.wait(model, 0.0) == before
     digests.pin(model)
     assert digests.wait(model, WAIT_S) not in (before, None)
 

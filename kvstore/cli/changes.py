@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from kvstore.integrations.prompts import common_length
+
 _LATER = "let the client send it after what stays the same, in the last message"
 _LIST_LINES_MIN = 5
 _SAME_CHARACTERS = 12
@@ -59,8 +61,7 @@ def name_change(before: str, asked: str, stored: str) -> Change | None:
     if not (asked and stored):
         return None
     # Tokens part where characters may not yet: a space goes with the word after it.
-    pairs = enumerate(zip(asked, stored, strict=False))
-    same = next((at for at, (one, other) in pairs if one != other), min(len(asked), len(stored)))
+    same = common_length(asked, stored)
     spot = Spot(before + asked[:same], asked[same:], stored[same:])
     return next((change for pattern in PATTERNS if (change := pattern(spot)) is not None), None)
 

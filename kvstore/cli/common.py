@@ -231,10 +231,3 @@ def age_text(stamp_s: int) -> str:
 def time_text(stamp_s: int) -> str:
     """A wall-clock stamp in local time; `-` for none."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stamp_s)) if stamp_s else "-"
-
-
-def fidelity_text(rank: int) -> str:
-    """A fidelity rank for people: `exact`, or bits a value."""
-    from kvstore.core import blocks  # here, since it imports numpy
-
-    return blocks.fidelity_text(rank)

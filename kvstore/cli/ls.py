@@ -12,13 +12,13 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
-    fidelity_text,
     note,
     print_json,
     print_table,
     size_text,
 )
 from kvstore.cli.names import require_namespace
+from kvstore.core.blocks import fidelity_text
 
 ROWS_DEFAULT = 50
 ROWS_MAX = 10_000  # what the daemon answers at most

@@ -12,7 +12,6 @@ from kvstore.cli.common import (
     client_config,
     common_options,
     connected,
-    fidelity_text,
     print_facts,
     print_json,
     size_text,
@@ -21,6 +20,7 @@ from kvstore.cli.common import (
 )
 from kvstore.cli.names import as_id, find_namespaces
 from kvstore.cli.stats_text import saved_text, share_text
+from kvstore.core.blocks import fidelity_text
 from kvstore.errors import NotFoundError
 
 

@@ -18,14 +18,13 @@ packed          u8 kind; u32 n, then n of (u32 place, i16 code): codes over 127,
 from __future__ import annotations
 
 import struct
-import threading
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zstandard
 
+from kvstore.codecs.zstd import compressor, decompressor
 from kvstore.errors import CorruptDataError
 
 Codes = npt.NDArray[np.int16]
@@ -56,12 +55,12 @@ def pack(codes: Codes) -> bytes:
         within = np.clip(codes, -CODE_MAX, CODE_MAX)
     small = within.astype(np.int8)
     classed = b"".join(_pack_classes(small))
-    plain = _zstd()[1].compress(small.tobytes()) if _may_repeat(small) else b""
+    plain = compressor(LEVEL_TOKENS).compress(small.tobytes()) if _may_repeat(small) else b""
     kind, body = (0, plain) if plain and len(plain) <= len(classed) else (1, classed)
     packed = _HEAD.pack(kind, len(places)) + escapes.tobytes() + body
     if len(packed) <= codes.nbytes:
         return packed
-    return min(packed, _HEAD.pack(2, 0) + _zstd()[0].compress(codes.astype("<i2").tobytes()), key=len)
+    return min(packed, _HEAD.pack(2, 0) + compressor(LEVEL_CLASSES).compress(codes.astype("<i2").tobytes()), key=len)
 
 
 def _over(flat: Codes) -> npt.NDArray[np.bool_]:
@@ -98,7 +97,7 @@ def _pack_classes(small: _Small) -> Iterator[bytes]:
             whole *= np.uint8(base)
             whole += spans[:, place]
         raw = whole.tobytes()
-        frame = _zstd()[0].compress(raw)
+        frame = compressor(LEVEL_CLASSES).compress(raw)
         framed = len(frame) < len(raw)
         yield _LENGTH.pack(len(frame) | _FRAME if framed else len(raw)) + (frame if framed else raw)
 
@@ -125,7 +124,7 @@ def _content(frame: memoryview | bytes, nbytes: int) -> bytes:
     """What a frame holds, by the size that the geometry says: a small frame cannot ask for much memory."""
     if zstandard.frame_content_size(frame) != nbytes:
         raise CorruptDataError("packed codes are not of the size that their geometry says")
-    content = _zstd()[2].decompress(frame, max_output_size=nbytes, allow_extra_data=False)
+    content = decompressor().decompress(frame, max_output_size=nbytes, allow_extra_data=False)
     if len(content) != nbytes:
         raise CorruptDataError("packed codes are not of the size that their geometry says")
     return content
@@ -179,15 +178,3 @@ def _digits(raw: bytes, base: int, components: int, together: int) -> _Small:
     if base == 16:
         return np.concatenate([(whole & 15).view(np.int8) - np.int8(8), (whole >> 4).view(np.int8) - np.int8(8)], 1)
     return (whole ^ 128).view(np.int8)
-
-
-_MINE = threading.local()
-
-
-def _zstd() -> tuple[zstandard.ZstdCompressor, zstandard.ZstdCompressor, zstandard.ZstdDecompressor]:
-    """This thread's, for classes, for rows of tokens, and to unpack: contexts are not to be shared."""
-    if not hasattr(_MINE, "contexts"):
-        levels = (LEVEL_CLASSES, LEVEL_TOKENS)
-        _MINE.contexts = (*(zstandard.ZstdCompressor(level=level) for level in levels), zstandard.ZstdDecompressor())
-    contexts: tuple[Any, Any, Any] = _MINE.contexts
-    return contexts

@@ -11,7 +11,6 @@ written and unpacked when it is read, so that raw and lossless rows are the same
 from __future__ import annotations
 
 import math
-import threading
 
 import numpy as np
 import zstandard
@@ -19,6 +18,7 @@ import zstandard
 from kvstore.codecs.codec import register
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.raw import RawCodec
+from kvstore.codecs.zstd import compressor, decompressor
 from kvstore.core.blocks import RAW, Recipe
 from kvstore.core.layers import PartSpec
 from kvstore.errors import CorruptDataError
@@ -32,9 +32,6 @@ class LosslessCodec(RawCodec):
 
     name = "lossless"
 
-    def __init__(self) -> None:
-        self._mine = threading.local()
-
     def fit(self, target: Recipe, part: PartSpec) -> Recipe:
         """Lossless fits everything, also what an engine keeps quantized."""
         return LOSSLESS
@@ -46,7 +43,7 @@ class LosslessCodec(RawCodec):
     def pack(self, share: Bytes, item_bytes: int) -> bytes:
         """One zstd frame of a layer's share of a tensor; `share`: its bytes, C-contiguous."""
         planes = np.ascontiguousarray(share.reshape(-1, item_bytes).T)
-        frame = self._compressor().compressobj(size=planes.nbytes)
+        frame = compressor(LEVEL).compressobj(size=planes.nbytes)
         parts = []
         for plane in planes:
             parts.append(frame.compress(plane.data))
@@ -62,7 +59,7 @@ class LosslessCodec(RawCodec):
         try:
             if zstandard.frame_content_size(packed) != nbytes:
                 raise CorruptDataError("a packed tensor is not of the size that its geometry says")
-            content = self._decompressor().decompress(packed, max_output_size=nbytes, allow_extra_data=False)
+            content = decompressor().decompress(packed, max_output_size=nbytes, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise CorruptDataError(f"a packed tensor does not unpack: {error}") from error
         if len(content) != nbytes:
@@ -72,20 +69,6 @@ class LosslessCodec(RawCodec):
         for number, plane in enumerate(planes):
             share[:, number] = plane
         return share.reshape(shape)
-
-    def _compressor(self) -> zstandard.ZstdCompressor:
-        """This thread's: a context is a megabyte, and not to be shared."""
-        if not hasattr(self._mine, "compressor"):
-            self._mine.compressor = zstandard.ZstdCompressor(level=LEVEL)
-        compressor: zstandard.ZstdCompressor = self._mine.compressor
-        return compressor
-
-    def _decompressor(self) -> zstandard.ZstdDecompressor:
-        """This thread's."""
-        if not hasattr(self._mine, "decompressor"):
-            self._mine.decompressor = zstandard.ZstdDecompressor()
-        decompressor: zstandard.ZstdDecompressor = self._mine.decompressor
-        return decompressor
 
 
 register(LosslessCodec())

@@ -260,6 +260,11 @@ class Config:
         """`metrics_listen`, taken apart; None when it is off."""
         return parse_address(self.metrics_listen) if self.metrics_listen else None
 
+    @property
+    def fetch_total_s(self) -> float:
+        """`fetch_total_ms` in seconds."""
+        return self.fetch_total_ms / 1e3
+
     def source(self, key: str) -> str:
         """Where the value of `key` came from: a flag, a variable, a file, or `default`."""
         return self.sources.get(key, "default")

@@ -19,6 +19,7 @@ from typing import Any
 
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.prefetch import PREPARED_MAX, THREADS_MAX, Prepared
+from kvstore.integrations.prompts import common_length
 from kvstore.integrations.restoring import FoundPrefix
 
 log = logging.getLogger(__name__)
@@ -61,13 +62,8 @@ def in_sorted(keys: Sequence[tuple[int, ...]], tokens: Sequence[int], *, cuttabl
     wanted = tuple(tokens)
     at = bisect.bisect_right(keys, wanted)
     near = keys[max(0, at - NEAR_MAX) : at + 1]
-    shared = [(_common(wanted, one), len(one)) for one in near]
+    shared = [(common_length(wanted, one), len(one)) for one in near]
     return max((count for count, length in shared if cuttable or count == length), default=0)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading tokens are equal."""
-    return next((at for at, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def ahead_of_turn(add_request: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +77,7 @@ def ahead_of_turn(add_request: Callable[..., Any]) -> Callable[..., Any]:
             loop = asyncio.get_running_loop()
             if isinstance(prompt, str):
                 prompt = await loop.run_in_executor(worker, _tokens, core.scheduler.tokenizer, prompt)
-            seconds = cache.fetch_total_s
+            seconds = cache.store_config.fetch_total_s
             looking = loop.run_in_executor(threads, cache.look_ahead, list(prompt), seconds)
             try:
                 await asyncio.wait_for(looking, seconds)

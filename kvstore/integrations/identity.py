@@ -141,19 +141,15 @@ class WeightsDigest:
             threading.Thread(target=self._work_in_turn, args=(path, pin), name="kvstore-identity", daemon=True).start()
         return pin
 
-    def get(self, folder: str | Path) -> bytes | None:
-        """The digest of the folder as pinned (now, if it was not), None while unknown. Does not wait."""
-        return self._pin_of(folder).wait(0.0)
-
     def wait(self, folder: str | Path, timeout_s: float | None = None) -> bytes | None:
-        """Like `get`, after waiting for the hash for at most `timeout_s` (None: as long as it takes)."""
-        return self._pin_of(folder).wait(timeout_s)
+        """The digest of the folder as pinned (now, if it was not), None while unknown.
 
-    def _pin_of(self, folder: str | Path) -> Pin:
+        Waits for the hash for at most `timeout_s`; None: as long as it takes.
+        """
         path = os.path.realpath(folder)
         if path not in self._pins:
             self.pin(path)
-        return self._pins[path]
+        return self._pins[path].wait(timeout_s)
 
     def _work_in_turn(self, path: str, pin: Pin) -> None:
         with self._hashing:
@@ -168,7 +164,7 @@ class WeightsDigest:
                 name = file.name.encode()
                 digest.update(len(name).to_bytes(4, "little") + name + self._hash(file))
             if _look(path) != pin.files:
-                raise _ChangedError(f"{path} changed while it was hashed")
+                raise ValueError(f"{path} changed while it was hashed")
             pin.settled = all(file.is_settled(started_ns) for file in pin.files)
             pin.digest = digest.digest()
         except (OSError, ValueError) as error:
@@ -216,14 +212,10 @@ class WeightsDigest:
                 found = hashlib.file_digest(stream, "sha256")
             after = _signature(os.fstat(stream.fileno()))
         if not file.signature == before == after:
-            raise _ChangedError(f"{file.path} changed after the model was loaded")
+            raise ValueError(f"{file.path} changed after the model was loaded")
         if file.name.endswith(".safetensors"):
             self._cache.put(file, found.hexdigest(), started_ns)
         return found.hexdigest()
-
-
-class _ChangedError(ValueError):
-    """A file differs from the one that was pinned."""
 
 
 def _look(folder: str) -> tuple[FileState, ...]:

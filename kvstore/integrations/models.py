@@ -293,7 +293,7 @@ class ModelStore:
 
         `reserve(nbytes)` is asked before anything is read, and may refuse. All together takes as long as a fetch may.
         """
-        deadline = Deadline(self.fetch_total_s)
+        deadline = Deadline(self.config.fetch_total_s)
         if is_forked() or len(tokens) - 1 < (covered + GAIN_TOKENS_MIN if covered else 1):
             return None
         try:
@@ -414,11 +414,6 @@ class ModelStore:
     def config(self) -> Config:
         """Of the client. Each kind of buffer may use the whole of `memory_bytes`."""
         return self._client.config
-
-    @property
-    def fetch_total_s(self) -> float:
-        """Time limit of one fetch, in seconds."""
-        return self._client.config.fetch_total_ms / 1e3
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until what is queued has been stored or dropped; whether all was."""

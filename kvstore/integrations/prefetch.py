@@ -127,8 +127,9 @@ class PrefetchingGenerator(SegmentedGenerator):
     """The server's generator with requests prepared before their turn."""
 
     def __init__(self, model_provider: Any, prompt_cache: PromptCache, pending: list[Prefill]) -> None:
+        config = prompt_cache.store_config
         # Before the generation thread, which the stock class starts, looks for them.
-        self._prefetcher = Prefetcher(prompt_cache.memory_bytes, prompt_cache.fetch_total_s)
+        self._prefetcher = Prefetcher(config.memory_bytes, config.fetch_total_s)
         self._tokenizing = threading.Lock()
         self._keys: dict[str, ModelKey] = {}
         super().__init__(model_provider, prompt_cache, pending)

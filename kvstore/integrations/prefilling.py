@@ -25,9 +25,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as stock
 
 from kvstore.client.storer import Touch
+from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import Layout
-from kvstore.core.limits import Limits
 from kvstore.integrations.caches import capture, token_count
 from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.models import ModelKey, ModelStore
@@ -50,7 +50,7 @@ class PrefixCaching(Protocol):
     """The prefix cache of a server, as what stores its prompts sees it. On the generation thread."""
 
     @property
-    def limits(self) -> Limits:
+    def store_config(self) -> Config:
         """Of the client."""
 
     def begun(self, before: Sequence[int], rest: Sequence[int], layers: Sequence[Any]) -> PartialPrompt | None:
@@ -103,7 +103,7 @@ class Filling:
 
     def reached(self, n_tokens: int, view: View) -> None:
         """The engine has computed so many tokens, and is between two steps; `view()` gives its cache layers."""
-        self.n_tokens, limits = n_tokens, self._cache.limits
+        self.n_tokens, limits = n_tokens, self._cache.store_config.limits
         checkpoint = self._has_checkpoints and n_tokens - self._checkpoint >= limits.prefill_checkpoint_tokens
         if checkpoint or n_tokens - self._given >= limits.prefill_part_tokens:
             self._give(view, checkpoint=checkpoint)

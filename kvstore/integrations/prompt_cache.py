@@ -18,8 +18,8 @@ from typing import Any
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, trim_prompt_cache
 
 from kvstore.client import connect
+from kvstore.config import Config
 from kvstore.core.layers import Layout
-from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
@@ -232,9 +232,9 @@ class PromptCache(LRUPromptCache):
         return held
 
     @property
-    def limits(self) -> Limits:
+    def store_config(self) -> Config:
         """Of the client."""
-        return self._store.config.limits
+        return self._store.config
 
     def _keep(
         self, place: tuple[Any, Any], tokens: list[int], layers: list[Any], cache_type: str, *, bounded: bool
@@ -288,16 +288,6 @@ class PromptCache(LRUPromptCache):
             return None
         numbers = (dict(spec.params) for one in layouts for spec in one.layers)
         return min((of["size"] for of in numbers if "size" in of), default=None)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Limit in bytes for prefetched layers."""
-        return self._store.config.memory_bytes
-
-    @property
-    def fetch_total_s(self) -> float:
-        """Time limit of one fetch, in seconds."""
-        return self._store.fetch_total_s
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Give what is queued for the store `timeout_s`, then end the connection. Any thread."""

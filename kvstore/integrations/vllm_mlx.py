@@ -40,8 +40,8 @@ from vllm_mlx.models import mllm
 from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
+from kvstore.config import Config
 from kvstore.core.layers import Layout
-from kvstore.core.limits import Limits
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
@@ -161,9 +161,9 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
         return held
 
     @property
-    def limits(self) -> Limits:
+    def store_config(self) -> Config:
         """Of the client."""
-        return self._tier.config.limits
+        return self._tier.config
 
     def look_ahead(self, tokens: list[int], seconds: float) -> None:
         """Fetch from the store what memory does not have of a prompt, for a `fetch` that comes within `seconds`.
@@ -251,11 +251,6 @@ class PrefixCache(MemoryAwarePrefixCache):  # type: ignore[misc]  # vllm-mlx is 
             self._speed.reached(self._key, entry.tokens)
             self._offer(self._key, entry.tokens, entry.cache)
         return committed
-
-    @property
-    def fetch_total_s(self) -> float:
-        """Time limit of one fetch, in seconds."""
-        return self._tier.fetch_total_s
 
     def save_to_disk(self, cache_dir: str) -> bool:
         """Nothing: the store has it. The stock files give one prompt the KV of another after a second round."""

@@ -27,6 +27,7 @@ from vllm_mlx.utils import tokenizer
 
 from kvstore.client import connect
 from kvstore.codecs import device
+from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.integrations import vllm_mlx as integration
 from kvstore.integrations.ahead import ahead_of_turn
@@ -340,7 +341,7 @@ def test_a_daemon_that_hangs_does_not_hold_up_the_streams_of_others(tmp_path: Pa
     asked, release = threading.Event(), threading.Event()
 
     class Cache:
-        fetch_total_s = 60.0
+        store_config = Config(fetch_total_ms=60_000)
 
         def look_ahead(self, tokens: list[int], seconds: float) -> None:
             asked.set()

@@ -21,7 +21,8 @@ from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.child import STOP_TIMEOUT_S
+from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.limits import set_limits
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient

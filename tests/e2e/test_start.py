@@ -19,7 +19,8 @@ import pytest
 from kvstore.config import SOCKET_PATH_BYTES_MAX, automatic_budget_bytes, automatic_floor_bytes
 from kvstore.errors import DirectoryHeldError
 from kvstore.server.listening import lock_socket
-from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.child import STOP_TIMEOUT_S
+from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

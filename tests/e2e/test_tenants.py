@@ -13,7 +13,8 @@ import pytest
 from kvstore.client.client import Client
 from kvstore.client.results import Hit
 from kvstore.core.blocks import Reason, pack_tokens
-from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.child import STOP_TIMEOUT_S
+from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.client.client import Client, connect
 from tests.faults import cuts, disk
-from tests.support.daemon import STOP_TIMEOUT_S, DaemonProcess, run_cli
+from tests.support.child import STOP_TIMEOUT_S
+from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.limits import make_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 

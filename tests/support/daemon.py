@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,11 +17,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
+from tests.support.child import Child
 from tests.support.limits import OPEN_DEADLINES, set_limits
 
 # A machine that is busy with other things needs longer; nothing that works is measured by these.
 START_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 120.0
 
 # Small limits, so that a nearly full disk or a small machine does not decide a test.
 SMALL = {
@@ -45,7 +44,7 @@ main()
 NO_LIMITS: Mapping[str, int] = MappingProxyType({})
 
 
-class DaemonProcess:
+class DaemonProcess(Child):
     """`kvstore serve` on its own directory and socket. Configuration goes by KVSTORE_* variables.
 
     `program`: Python text that serves, in place of the command line. `limits`: those of `kvstore.core.limits` that are
@@ -69,8 +68,7 @@ class DaemonProcess:
         # TCP with neither TLS nor tokens, where a test does not say otherwise.
         plain = {} if self.listen.startswith("unix:") else {"insecure_tcp": "true"}
         self.config = {**SMALL, **plain, **{key: str(value) for key, value in config.items()}}
-        self.log_path = data_dir.parent / f"{data_dir.name}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        super().__init__(data_dir.parent / f"{data_dir.name}.log")
 
     def environ(self) -> dict[str, str]:
         """The environment of the daemon, and of clients that should find it."""
@@ -111,32 +109,10 @@ class DaemonProcess:
                 return False
             return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the daemon."""
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def stop(self) -> int:
-        """SIGTERM, and the exit code."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
-        return self.process.wait(timeout=STOP_TIMEOUT_S)
-
     def restart(self, **config: object) -> DaemonProcess:
         """Stop in good order and start again, with changed configuration if given."""
         assert self.stop() == 0, self.log_text()
         return self.start(**config)
-
-    def log_text(self) -> str:
-        """All that the daemon wrote to stderr."""
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
     def files(self, *parts: str) -> list[Path]:
         """Regular files below a folder of the data directory."""
@@ -169,13 +145,10 @@ class DaemonProcess:
         """Bytes that the data directory takes, as `du` counts them."""
         return sum(path.stat().st_blocks * 512 for path in self.files())
 
-    def __enter__(self) -> DaemonProcess:
-        return self.start()
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.kill()
+        super().__exit__(kind, error, trace)
         shutil.rmtree(self._socket_dir, ignore_errors=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,16 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from tests.support.child import Child
 from tests.support.limits import OPEN_DEADLINES, launch
 
 HOST = "127.0.0.1"
 # For a machine that is busy with other things; nothing that works is measured by these.
 START_TIMEOUT_S = 180.0
 ANSWER_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 120.0
 PATIENCE_S = 120.0
 
 # The models that tests serve compute faster than a busy machine restores.
@@ -46,7 +44,7 @@ class Answer:
     total_s: float
 
 
-class ServerProcess:
+class ServerProcess(Child):
     """`mlx_lm.server` on a free port of this host, in a process of its own."""
 
     def __init__(
@@ -58,12 +56,11 @@ class ServerProcess:
         launcher: Sequence[str] = WITH_STORE,
         flags: Sequence[str] = (),
     ) -> None:
+        super().__init__(log_path)
         self.model = str(model)
-        self.log_path = log_path
         self.launcher = tuple(launcher)
         self.flags = tuple(flags)
         self.port = 0
-        self.process: subprocess.Popen[bytes] | None = None
         self._environ = {**environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
     def start(self, wait: bool = True) -> ServerProcess:
@@ -134,39 +131,6 @@ class ServerProcess:
         with closing(http.client.HTTPConnection(HOST, self.port, timeout=ANSWER_TIMEOUT_S)) as connection:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
             return connection.getresponse().status
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL, and wait for the end."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-    def stop(self) -> int:
-        """SIGTERM, and the exit code."""
-        assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(timeout=STOP_TIMEOUT_S)
-
-    def log_text(self) -> str:
-        """All that it wrote, from the first start on."""
-        return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-
-    def __enter__(self) -> ServerProcess:
-        try:
-            return self.start()
-        except BaseException:
-            self.kill()  # what is left running here fails the tests after this one
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
 
 def start_all(*servers: ServerProcess) -> None:
