@@ -22,7 +22,6 @@ import hashlib
 import struct
 import sys
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from kvstore.codecs.code_packing import Codes
 from kvstore.codecs.rope import Rope
+from kvstore.core.bounded import Bounded
 from kvstore.core.layers import PARTS
 from kvstore.errors import CorruptDataError
 
@@ -271,17 +271,12 @@ def _part(data: bytes, at: int, points: int) -> tuple[Key, PartBasis, int]:
 
 # Parsed bases of this process. A model of 32 layers and 1,024 channels has 33 MB, and twice that once it decodes.
 PARSED_MAX = 4
-_parsed: OrderedDict[bytes, Basis] = OrderedDict()
+_parsed: Bounded[bytes, Basis] = Bounded(PARSED_MAX)
 _lock = threading.Lock()
 
 
 def parsed(digest: bytes, data: bytes) -> Basis:
     """The basis of a file with this digest, parsed once. Any thread. CorruptDataError when it is none."""
     with _lock:
-        found = _parsed.get(digest)
-        if found is None:
-            found = _parsed[digest] = Basis.from_bytes(data)
-        _parsed.move_to_end(digest)
-        while len(_parsed) > PARSED_MAX:
-            _parsed.popitem(last=False)
+        found = _parsed[digest] = _parsed.get(digest) or Basis.from_bytes(data)
         return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+
+from kvstore.core.bounded import Bounded
 
 # A shorter stretch says more of what a call costs than of the model.
 TOKENS_MIN = 64
@@ -23,8 +24,8 @@ class PrefillSpeed:
     def __init__(self, clock: Clock = time.monotonic) -> None:
         self.clock = clock
         self._lock = threading.Lock()
-        self._sums: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
-        self._started: OrderedDict[tuple[Hashable, tuple[int, ...]], tuple[int, float]] = OrderedDict()
+        self._sums: Bounded[Hashable, tuple[float, float]] = Bounded(MODELS_MAX)
+        self._started: Bounded[tuple[Hashable, tuple[int, ...]], tuple[int, float]] = Bounded(STARTED_MAX)
 
     def add(self, model: Hashable, n_tokens: int, seconds: float) -> None:
         """Record that this many tokens of a prompt were computed in this time. Short prompts are ignored."""
@@ -33,9 +34,6 @@ class PrefillSpeed:
         with self._lock:
             tokens, total_s = self._sums.get(model, (0.0, 0.0))
             self._sums[model] = (DECAY * tokens + n_tokens, DECAY * total_s + seconds)
-            self._sums.move_to_end(model)
-            while len(self._sums) > MODELS_MAX:
-                self._sums.popitem(last=False)
 
     def get(self, model: Hashable) -> float:
         """Tokens a second; 0 when nothing is known."""
@@ -47,8 +45,6 @@ class PrefillSpeed:
         """The engine begins to compute `prompt` after its first `covered` tokens."""
         with self._lock:
             self._started[model, tuple(prompt)] = (covered, self.clock())
-            while len(self._started) > STARTED_MAX:
-                self._started.popitem(last=False)
 
     def reached(self, model: Hashable, tokens: Sequence[int]) -> None:
         """The engine has computed `tokens`: a prompt that was started, or that and the first token of the answer.

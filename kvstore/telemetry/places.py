@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from kvstore.core.blocks import TOKEN_BYTES
+from kvstore.core.bounded import Bounded
 
 PLACES_MAX = 256
 # Prompts that are told apart at one place.
@@ -59,7 +59,7 @@ class Places:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._seen: OrderedDict[tuple[bytes, int], _Seen] = OrderedDict()
+        self._seen: Bounded[tuple[bytes, int], _Seen] = Bounded(PLACES_MAX)
 
     def note(
         self,
@@ -79,10 +79,7 @@ class Places:
         head = common[: common_tokens // GRAIN_TOKENS * GRAIN_TOKENS * TOKEN_BYTES]
         key = (root, xxhash.xxh3_64_intdigest(head))
         with self._lock:
-            seen = self._seen.setdefault(key, _Seen(alias, common_tokens))
-            self._seen.move_to_end(key)
-            if len(self._seen) > PLACES_MAX:
-                self._seen.popitem(last=False)
+            seen = self._seen[key] = self._seen.get(key) or _Seen(alias, common_tokens)
             new = {xxhash.xxh3_64_intdigest(side) for side in sides} - seen.sides
             if len(seen.sides) < SIDES_MAX:
                 seen.sides |= new

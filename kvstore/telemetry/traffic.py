@@ -9,10 +9,12 @@ from __future__ import annotations
 import operator
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from kvstore.core.bounded import Bounded
 
 HOUR_MINUTES = 60
 NAMESPACES_MAX = 256
@@ -141,12 +143,12 @@ class Traffic:
         self._lifetime = lifetime or Totals()
         self._since_s = since_s or clock()
         self._minutes: deque[tuple[int, Totals]] = deque(maxlen=HOUR_MINUTES)
-        self._namespaces: OrderedDict[bytes, NamespaceTraffic] = OrderedDict()
-        self._sessions: OrderedDict[tuple[str, bytes], SessionTraffic] = OrderedDict()
+        self._namespaces: Bounded[bytes, NamespaceTraffic] = Bounded(NAMESPACES_MAX)
+        self._sessions: Bounded[tuple[str, bytes], SessionTraffic] = Bounded(SESSIONS_MAX)
         self._labelled: dict[bytes, Labelled] = {}
         self._misses: Counter[str] = Counter()
         self._shortened: Counter[str] = Counter()
-        self._ended_in: OrderedDict[bytes, int] = OrderedDict()
+        self._ended_in: Bounded[bytes, int] = Bounded(BLOCKS_MAX)
         self.changes = 0
 
     def restore(self, root: bytes, namespace: NamespaceTraffic) -> None:
@@ -178,9 +180,7 @@ class Traffic:
     def ended_in(self, key: bytes) -> None:
         """A hit ended in this block."""
         with self._lock:
-            self._ended_in[key] = self._ended_in.pop(key, 0) + 1
-            while len(self._ended_in) > BLOCKS_MAX:
-                self._ended_in.popitem(last=False)
+            self._ended_in[key] = self._ended_in.get(key, 0) + 1
 
     def hits_of(self, keys: Iterable[bytes]) -> int:
         """How many hits ended in any of these blocks since start."""
@@ -247,10 +247,7 @@ class Traffic:
         return self._minutes[-1][1]
 
     def _namespace(self, root: bytes) -> NamespaceTraffic:
-        known = self._namespaces.setdefault(root, NamespaceTraffic())
-        self._namespaces.move_to_end(root)
-        while len(self._namespaces) > NAMESPACES_MAX:
-            self._namespaces.popitem(last=False)
+        known = self._namespaces[root] = self._namespaces.get(root) or NamespaceTraffic()
         return known
 
     def _label(self, who: Who) -> Labelled:
@@ -261,10 +258,8 @@ class Traffic:
         return known
 
     def _session(self, who: Who, now_s: float) -> SessionTraffic:
-        known = self._sessions.setdefault((who.caller, who.root), SessionTraffic(who))
-        self._sessions.move_to_end((who.caller, who.root))
-        while len(self._sessions) > SESSIONS_MAX:
-            self._sessions.popitem(last=False)
+        key = (who.caller, who.root)
+        known = self._sessions[key] = self._sessions.get(key) or SessionTraffic(who)
         if who.profile and known.who.profile != who.profile:
             known.who = who
         known.last_s = now_s

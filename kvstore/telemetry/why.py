@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
+from kvstore.core.bounded import Bounded
 from kvstore.core.causes import ADAPTER, DTYPE, ENGINE, LAYOUT, PROFILE, SALT, WEIGHTS, Cause
 from kvstore.core.keys import BLOCK_BYTES, Chain, NamespaceInfo, block_key
 from kvstore.core.reasons import is_needed
@@ -139,8 +140,8 @@ class Why:
         self._clock = clock
         self._lock = threading.Lock()
         self._entries: OrderedDict[tuple[str, str], RequestEntry] = OrderedDict()
-        self._unstored: OrderedDict[bytes, tuple[Reason, bool]] = OrderedDict()
-        self._identities: OrderedDict[bytes, NamespaceIdentity] = OrderedDict()
+        self._unstored: Bounded[bytes, tuple[Reason, bool]] = Bounded(UNSTORED_MAX)
+        self._identities: Bounded[bytes, NamespaceIdentity] = Bounded(IDENTITIES_MAX)
         self._numbers = itertools.count()
         self._looked: tuple[int, int] = nearest.since
 
@@ -161,9 +162,6 @@ class Why:
             return
         with self._lock:
             self._identities[root] = identity
-            self._identities.move_to_end(root)
-            if len(self._identities) > IDENTITIES_MAX:
-                self._identities.popitem(last=False)
         entry = self.explained(asked, chain, match, identity)
         if entry.cause is Cause.CHANGED:
             end = entry.common_tokens * TOKEN_BYTES
@@ -279,9 +277,6 @@ class Why:
             spot = _spot(chain, end.stored_tokens, chain.n_tokens)
             with self._lock:
                 self._unstored[spot] = end.reason, end.new_bytes > 0
-                self._unstored.move_to_end(spot)
-                if len(self._unstored) > UNSTORED_MAX:
-                    self._unstored.popitem(last=False)
         with self._lock:
             waiting = [(key, one) for key, one in self._entries.items() if one.root == chain.root]
         for key, one in reversed(waiting):
