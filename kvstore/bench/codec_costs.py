@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from kvstore.bench import plot
+from kvstore.bench.shape import Shape
 from kvstore.blobs.format import ReadyBlob, make_ready
 from kvstore.blobs.ranges import BufferReader, Range
 from kvstore.codecs.assemble import assemble_layer
@@ -24,25 +25,13 @@ from kvstore.codecs.device import dtype_of, flat_bytes
 from kvstore.codecs.encode import encode_runs
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.codecs.runs import pack_run, raw_run
-from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, TOKEN_BYTES, Block, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Block, pack_tokens
 from kvstore.core.keys import block_key
-from kvstore.core.layers import LayerSpec, Layout, PartSpec
+from kvstore.core.layers import Layout
 
 NAMES = ("raw", "affine8", "affine4", *PROFILES)
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 LOUD_CHANNELS = 4
 LOUD = 8.0
-
-
-@dataclass(frozen=True, slots=True)
-class CodecShape:
-    """Equal layers of synthetic KV. `dtype`: float16, bfloat16 or float32."""
-
-    layers: int
-    seq_len: int
-    heads: int
-    head_dim: int
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +64,18 @@ class _Tally:
     decode_peak: int = 0
 
 
-def measure_codecs(shapes: Sequence[CodecShape], names: Sequence[str], rounds: int) -> list[CodecRow]:
+def measure_codecs(shapes: Sequence[Shape], names: Sequence[str], rounds: int) -> list[CodecRow]:
     """Every profile at every shape, `rounds` times in turn, on the thread of the device. ConfigError for a name."""
     profiles = [parse_profile(name) for name in names]
     return [row for shape in shapes for row in _at(shape, profiles, rounds)]
 
 
-def _at(shape: CodecShape, profiles: Sequence[Profile], rounds: int) -> Iterator[CodecRow]:
+def _at(shape: Shape, profiles: Sequence[Profile], rounds: int) -> Iterator[CodecRow]:
     runs: dict[str, list[_Tally]] = {profile.name: [] for profile in profiles}
     for _ in range(rounds):
         for profile in profiles:
             runs[profile.name].append(_pass(shape, profile))
-    part = PartSpec(shape.heads, shape.head_dim, DTYPES[shape.dtype])
-    values = 2 * shape.layers * shape.seq_len * shape.heads * shape.head_dim
+    values = 2 * shape.layers * shape.seq_len * shape.kv_heads * shape.head_dim
     for name, tallies in runs.items():
         first, rms = tallies[0], (tallies[0].squares / values) ** 0.5
         yield CodecRow(
@@ -95,7 +83,7 @@ def _at(shape: CodecShape, profiles: Sequence[Profile], rounds: int) -> Iterator
             seq_len=shape.seq_len,
             head_dim=shape.head_dim,
             nbytes=first.nbytes,
-            of_dtype=first.nbytes / (values * ITEM_BYTES[part.dtype]),
+            of_dtype=first.nbytes / shape.nbytes,
             of_float32=first.nbytes / (4 * values),
             mean_error=first.errors / values / rms,
             max_error=first.worst / rms,
@@ -106,10 +94,9 @@ def _at(shape: CodecShape, profiles: Sequence[Profile], rounds: int) -> Iterator
         )
 
 
-def _pass(shape: CodecShape, profile: Profile) -> _Tally:
+def _pass(shape: Shape, profile: Profile) -> _Tally:
     """All layers through one profile, one at a time."""
-    part = PartSpec(shape.heads, shape.head_dim, DTYPES[shape.dtype])
-    layout = Layout((LayerSpec(part, part),))
+    layout = Layout(shape.layout.layers[:1])
     tally = _Tally()
     for layer in range(shape.layers):
         original = _layer(shape, layer)
@@ -137,14 +124,14 @@ def _pass(shape: CodecShape, profile: Profile) -> _Tally:
     return tally
 
 
-def _layer(shape: CodecShape, number: int) -> list[mx.array]:
+def _layer(shape: Shape, number: int) -> list[mx.array]:
     """Keys and values of one layer, `[1, heads, tokens, width]`, evaluated."""
     key = mx.random.key(number)
-    dtype = dtype_of(DTYPES[shape.dtype])
+    dtype = dtype_of(shape.layout.layers[0].keys.dtype)
     made = []
     for part in range(2):
         key, own = mx.random.split(key)
-        array = mx.random.normal((1, shape.heads, shape.seq_len, shape.head_dim), key=own)
+        array = mx.random.normal((1, shape.kv_heads, shape.seq_len, shape.head_dim), key=own)
         if part == 0:
             loud = mx.arange(shape.head_dim) % max(1, shape.head_dim // LOUD_CHANNELS) == 1
             array = mx.where(loud, array * LOUD, array)

@@ -30,6 +30,8 @@ Found = TypeVar("Found")
 
 # Default prompt length of `kvstore bench match`, in tokens.
 MATCH_TOKENS = 32_000
+# What `kvstore bench codec` calls the dtypes of the other benches.
+DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 
 
 @click.group("bench", cls=Suggesting)
@@ -274,7 +276,7 @@ def quality(
 @click.option("--seq-len", "seq_lens", default="512", show_default=True, metavar="N,N", help="Tokens; or a sweep.")
 @click.option("--heads", type=click.IntRange(1), default=32, show_default=True, help="Heads of keys and values.")
 @click.option("--head-dim", "head_dims", default="128", show_default=True, metavar="N,N", help="Width; or a sweep.")
-@click.option("--dtype", type=click.Choice(["float16", "bfloat16", "float32"]), default="float16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float16", show_default=True)
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Rounds; times are the best.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False), metavar="FILE", help="Also draw an SVG.")
@@ -291,9 +293,11 @@ def codec(
 ) -> None:
     """What profiles make of synthetic KV: bytes, errors, time and memory, everything evaluated."""
     refuse_address(options)
+    from kvstore.bench.shape import Shape
+
     bench = importlib.import_module("kvstore.bench.codec_costs")
     shapes = [
-        bench.CodecShape(layers, seq_len, heads, head_dim, dtype)
+        Shape(layers, heads, head_dim, seq_len, DTYPES[dtype])
         for seq_len in _numbers(seq_lens, "--seq-len")
         for head_dim in _numbers(head_dims, "--head-dim")
     ]
