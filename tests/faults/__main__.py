@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from hypothesis.errors import Flaky
 
-from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, remote, soak
+from kvstore.config.remote_address import RemoteAddress, S3Access
+from tests.faults import calls, cuts, damage, disk, fuzz, hostile, kills, remote, remote_daemons, soak
 from tests.faults.bugs import BUGS, CUT, KILL
 from tests.faults.table import COLUMNS, Tally, keep, kept, markdown, merged, spread
 from tests.faults.workload import SCRIPTS
@@ -210,6 +211,24 @@ def run_remote(folder: Path, share: Share) -> list[Tally]:
     return [keeps, faults, killed]
 
 
+def run_daemons(folder: Path, share: Share) -> list[Tally]:
+    """Kills of two daemons, half of them over a shared folder and half over SeaweedFS."""
+    tally = Tally(
+        "SIGKILL of daemons that push and read",
+        "at calls on a shared folder, requests to SeaweedFS, calls of the `Fs` seam and saves of the queue, in turn",
+        "at the next start; `check` of the remote store and of the directory is clean after each",
+    )
+    with remote.seaweed(folder / "seaweed") as endpoint:
+        shared = RemoteAddress(folder=str(folder / "share")), S3Access()
+        for name, place in (("folder", shared), ("bucket", remote.new_place(endpoint))):
+            with remote_daemons.Pair(folder / name, *place) as pair:
+                for what, found in remote_daemons.strikes(pair, share.count(remote_daemons.STRIKES)):
+                    tally.note((name, what), found)
+                for found in pair.by_hand():
+                    tally.others.append(f"{name}: {found}")
+    return [tally]
+
+
 Section = tuple[Callable[[], str], Callable[[Path, Share], list[Tally]]]
 SECTIONS: dict[str, Section] = {
     "kills": (kills.missing, run_kills),
@@ -222,6 +241,7 @@ SECTIONS: dict[str, Section] = {
     "histories": (lambda: "", run_histories),
     "fuzz": (fuzz.missing, run_fuzz),
     "remote": (remote.missing, run_remote),
+    "daemons": (remote.missing, run_daemons),
     "soak": (cuts.missing, partial(run_soak, leak="")),
 }
 

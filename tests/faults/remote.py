@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kvstore.config.remote_address import RemoteAddress, S3Access, parse_remote, s3_access
 from kvstore.core.blocks import BLOCK_TOKENS
@@ -33,6 +32,7 @@ from kvstore.remote.push_queue import PushItem
 from kvstore.remote.s3 import S3Store
 from kvstore.remote.tier import RemoteTier
 from tests.contract import test_object_stores as contract
+from tests.faults.seam import PointOs, Points
 from tests.support.fault_proxy import FAULTS, FaultProxy
 from tests.support.remote_blobs import blobs_of, found
 from tests.support.seaweed import missing, new_place, seaweed
@@ -44,6 +44,7 @@ __all__ = [
     "fault_cases",
     "keeps_contract",
     "missing",
+    "new_place",
     "races",
     "seaweed",
     "strike_link",
@@ -55,6 +56,8 @@ ITEMS = [PushItem(block.root, block.key, block.parent, len(blob)) for block, blo
 # Races of sixteen writers of one name.
 RACES = 30
 SHORT_S, FAULT_S = 2.0, 60.0
+# Calls that change a folder.
+CHANGES = ("open", "write", "fsync", "rename", "unlink", "mkdir", "close", "rmdir")
 CONTRACT: list[Callable[[ObjectStore], None]] = [
     contract.test_what_was_created_comes_back_whole_and_in_ranges,
     contract.test_an_object_that_is_there_stays,
@@ -252,34 +255,12 @@ def left_sound(store: ObjectStore) -> list[str]:
     return wrong
 
 
-class _KillingCalls:
-    """In place of `os` in the store of a folder: counts calls that change it, and dies as the given one begins."""
-
-    CHANGES = ("open", "write", "fsync", "rename", "unlink", "mkdir", "close", "rmdir")
-
-    def __init__(self, point: int) -> None:
-        self.count, self._point = 0, point
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(os, name)
-        if name not in self.CHANGES:
-            return call
-
-        def counted(*given: Any, **named: Any) -> Any:
-            self.count += 1
-            if self.count == self._point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*given, **named)
-
-        return counted
-
-
 def main(verb: str, place: str, point: int) -> int:
     """Of the process that is killed: the number of calls for `count`."""
     from kvstore.remote import folder
 
-    calls = _KillingCalls(point)
-    folder.os = calls  # type: ignore[attr-defined,assignment]
+    points = Points(point - 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    folder.os = PointOs(CHANGES, lambda _: points.at())  # type: ignore[attr-defined,assignment]
     address = parse_remote(place)
     store = open_store(address, s3_access() if address.bucket else S3Access())
     with suppress(KVStoreError):
@@ -287,7 +268,7 @@ def main(verb: str, place: str, point: int) -> int:
             found(tier_over(store), N_TOKENS, 120)
         else:
             push_all(store)
-    return calls.count if verb == "count" else 0
+    return points.passed if verb == "count" else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Points of the engine's `Fs` seam, on whatever thread it calls: just before and just after each call."""
+"""Points at which tests end a process: calls of the engine's `Fs` seam, or of `os` in one module, on any thread."""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from kvstore.engine import Fs
@@ -45,3 +46,22 @@ class PointFs(Fs):
             return result
 
         return call
+
+
+class PointOs:
+    """In place of `os` in a module: tells `at` of each call of these names before it."""
+
+    def __init__(self, names: Collection[str], at: Callable[[str], None]) -> None:
+        self._names = names
+        self._at = at
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(os, name)
+        if name not in self._names:
+            return call
+
+        def counted(*given: Any, **named: Any) -> Any:
+            self._at(name)
+            return call(*given, **named)
+
+        return counted

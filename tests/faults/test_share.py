@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults import __main__ as faults
-from tests.faults import calls, cuts, disk, fuzz, hostile, kills, remote, soak
+from tests.faults import calls, cuts, disk, fuzz, hostile, kills, remote, remote_daemons, soak
 from tests.faults.__main__ import SECTIONS, Share
 
 TENTH, LEAST = Share(0.1), Share(1e-6)
@@ -83,6 +83,9 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "keeps_contract", lambda _: ())
     monkeypatch.setattr(remote, "races", lambda _, count: ((number, []) for number in range(count)))
     monkeypatch.setattr(remote, "strike_link", lambda *_: [])
+    monkeypatch.setattr(remote, "new_place", lambda _: ())
+    monkeypatch.setattr(remote_daemons, "Pair", lambda *_: nullcontext(SimpleNamespace(by_hand=list)))
+    monkeypatch.setattr(remote_daemons, "strikes", lambda _, count: ((number, []) for number in range(count)))
     monkeypatch.setattr(disk, "full_disk", lambda *_: [])
     monkeypatch.setattr(hostile, "run", lambda _, count: SimpleNamespace(calls=count, wrong=0, faults=[]))
     monkeypatch.setattr(calls, "run", lambda *_: None)
