@@ -101,11 +101,15 @@ class ReadDeadlineError(DeadlineError):
 
 
 class RemoteError(KVStoreError):
-    """The remote store did not do what was asked: it cannot be reached, refuses, is full, or was never set up."""
+    """The remote store did not do what was asked: it cannot be reached, refuses, or was never set up."""
 
 
 class UnmarkedError(RemoteError):
     """The place of the remote store holds no marker: it is not mounted, or was never set up."""
+
+
+class RemoteFullError(RemoteError):
+    """The remote store has no room for what was to be written to it, or its quota has not."""
 
 
 class ObjectChangedError(RemoteError):

@@ -12,13 +12,13 @@ import pytest
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.breaker import Deadline
 from kvstore.core.limits import default_limits
-from kvstore.errors import DeadlineError, RemoteError
+from kvstore.errors import DeadlineError, RemoteError, RemoteFullError
 from kvstore.remote import pusher
 from kvstore.remote.check import check_remote
 from kvstore.remote.push_queue import PushItem
 from kvstore.remote.s3 import S3Store
 from kvstore.remote.tier import RemoteTier
-from tests.support.fault_proxy import FAULTS, FaultProxy, wait_for
+from tests.support.fault_proxy import FAULTS, FULL, FaultProxy, wait_for
 from tests.support.moto_server import new_bucket, s3_server
 from tests.support.remote_blobs import blobs_of, found, name_of
 
@@ -135,3 +135,25 @@ def test_every_fault_of_a_push_leaves_a_store_that_is_clean_and_a_queue_that_goe
     report = check_remote(place.direct)
     assert report.is_clean
     assert report.objects == len(BLOBS) - sum(place.tier.stats().not_pushed.values())
+
+
+@pytest.mark.parametrize("fault", FULL)
+def test_a_bucket_that_is_full_stops_pushes_until_it_has_room(
+    place: Place, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is an error of its own, however the store says it; nothing is given up, and nothing half written is there."""
+    monkeypatch.setattr(pusher, "_IDLE_S", 0.05)
+    place.proxy.fault, place.proxy.hits = fault, lambda method, path: method == "PUT"
+    with pytest.raises(RemoteFullError, match=r"is full .*evict --remote"):
+        place.far.create("a/1", [memoryview(b"x")], Deadline(60))
+    place.tier.offer(ITEMS)
+    place.tier.start()
+    wait_for(lambda: place.tier.stats().pushes_open, "pushes go on")
+    assert place.tier.stats().is_full
+    assert check_remote(place.direct).objects == 0
+    place.proxy.fault = ""
+    wait_for(lambda: not len(place.tier.queue), "the queue does not go on")
+    place.tier.close(60)
+    report, stats = check_remote(place.direct), place.tier.stats()
+    assert (report.is_clean, report.objects) == (True, len(BLOBS))
+    assert (stats.is_full, stats.not_pushed) == (False, {})

@@ -16,7 +16,7 @@ from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Namespace
 from kvstore.core.limits import default_limits
 from kvstore.core.remote_words import RemoteReason
-from kvstore.errors import NotFoundError, RemoteError
+from kvstore.errors import NotFoundError, RemoteError, RemoteFullError
 from kvstore.remote.object_names import Naming
 from kvstore.remote.object_store import MARKER
 from kvstore.remote.push_queue import SEEN_S, Offers, PushItem, PushQueue
@@ -228,6 +228,39 @@ def test_a_store_that_fails_stops_pushes_and_loses_none_of_them() -> None:
         time.sleep(0.01)
     assert len(objects(store)) == len(ITEMS)
     tier.close(60)
+
+
+def test_a_store_that_is_full_stops_pushes_and_no_blob_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """However often it is tried. It is said once, and once when there is room again; what waits says whether it is."""
+    store = MemoryStore()
+    create = store.create
+
+    def refuse(name: str, parts: Sequence[memoryview], deadline: Deadline) -> bool:
+        raise RemoteFullError("no room")
+
+    store.create = refuse  # type: ignore[method-assign]
+    tier = tier_over(store, load=loads([*BLOBS, *OTHER]))
+    tier.offer(ITEMS)
+    for _ in range(3 * TRIES_MAX):
+        item = tier.queue.take(0)
+        assert item == ITEMS[0]
+        tier.pusher.push(item)
+    stats = tier.stats()
+    assert (stats.is_full, stats.pushes_open, stats.error) == (True, True, "no room")
+    assert (stats.queued_blobs, stats.not_pushed) == (len(ITEMS), {})
+    assert caplog.text.count("nothing is pushed any more: no room") == 1
+    store.create = create  # type: ignore[method-assign]
+    push_all(tier)
+    assert len(objects(store)) == len(ITEMS)
+    assert not tier.stats().is_full and not tier.stats().pushes_open
+    store.create = refuse  # type: ignore[method-assign]
+    tier.offer(OTHER_ITEMS[:1])
+    assert tier.queue.take(0)
+    tier.pusher.push(OTHER_ITEMS[0])
+    assert tier.stats().is_full
+    tier.queue.take(0)
+    tier.queue.done()
+    assert not tier.stats().is_full
 
 
 def refusing(store: MemoryStore, name: str) -> None:

@@ -9,10 +9,11 @@ from enum import StrEnum
 
 
 class RemoteState(StrEnum):
-    """Part of the wire contract, as all enums here: none is renamed."""
+    """Part of the wire contract, as all enums here: none is renamed. `FULL`: it serves, and has no room for pushes."""
 
     OFF = "off"
     SERVING = "serving"
+    FULL = "full"
     UNAVAILABLE = "unavailable"
     UNMARKED = "unmarked"
 

@@ -88,6 +88,7 @@ _GAUGES = (
     ("kvstore_uptime_seconds", ("daemon", "uptime_s"), "Since the daemon started."),
     ("kvstore_serving", ("daemon", "serving"), "1 if the daemon serves and stores, 0 if it is degraded."),
     ("kvstore_remote_serving", ("remote", "serving"), "1 if the remote tier serves, 0 if not."),
+    ("kvstore_remote_full", ("remote", "full"), "1 if the remote tier has no room for what is to be written to it."),
     ("kvstore_remote_queued_bytes", ("remote", "queued_bytes"), "Bytes that wait to be written to the remote tier."),
 )
 
@@ -175,12 +176,14 @@ class StatsCollector:
 def _counted(stats: Mapping[str, Any]) -> dict[str, Any]:
     """The answer, with what follows from it; nothing of a remote tier where there is none."""
     daemon, remote, since = stats.get("daemon", {}), stats.get("remote") or {}, stats.get("since_start", {})
-    if remote.get("state", RemoteState.OFF) == RemoteState.OFF:
+    state = remote.get("state", RemoteState.OFF)
+    if state == RemoteState.OFF:
         remote = {}
+    is_there = state in (RemoteState.SERVING, RemoteState.FULL)
     return {
         **stats,
         "daemon": {**daemon, "serving": daemon.get("state") == "serving"},
-        "remote": {**remote, "serving": remote["state"] == RemoteState.SERVING} if remote else {},
+        "remote": {**remote, "serving": is_there, "full": state == RemoteState.FULL} if remote else {},
         "outcomes": {outcome: since.get(outcome, 0) for outcome in ("hits", "shortened", "misses", "in_memory")},
         "evicted": {cause: one["bytes"] for cause, one in stats.get("evictions", {}).items()},
         **{field: remote[field] for field in ("unused_reasons", "not_pushed") if remote},

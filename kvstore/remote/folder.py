@@ -39,6 +39,7 @@ from kvstore.remote.object_store import (
     Head,
     Listed,
     Wanted,
+    full,
     is_name,
     only,
     require_name,
@@ -213,6 +214,8 @@ class FolderStore:
         return RemoteError(f"{self.place}: there is no folder {above}; mount the share, or make that folder first")
 
     def _failed(self, error: OSError) -> RemoteError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return full(self.place, error.strerror)
         return RemoteError(f"{self.place}: {error.strerror or error}")
 
     def _require_mark(self, root: int) -> None:

@@ -7,9 +7,9 @@
     delete   take objects away
     sweep    remove what interrupted writes left behind
 
-Every call has a deadline and holds it: what is not done by then raises DeadlineError. Other failures are RemoteError;
-an object that is not the one that was pinned is ObjectChangedError. No call is retried here: the caller knows what a
-retry is worth. Any thread may call, and calls may run side by side.
+Every call has a deadline and holds it: what is not done by then raises DeadlineError. Where there is no room it is
+RemoteFullError; an object that is not the one that was pinned is ObjectChangedError; other failures are RemoteError. No
+call is retried here: the caller knows what a retry is worth. Any thread may call, and calls may run side by side.
 
 A store must hold a marker, an object that `mark` writes once. Nothing is written to a place without one: a folder whose
 volume is not mounted, or a bucket that was named by mistake, stays empty.
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvstore.core.breaker import Deadline
-from kvstore.errors import InvalidRequestError, KVStoreError, UnmarkedError
+from kvstore.errors import InvalidRequestError, KVStoreError, RemoteFullError, UnmarkedError
 
 # Of a listing. It is what S3 gives at once.
 PAGE_NAMES_MAX = 1000
@@ -144,6 +144,11 @@ def unmarked(place: str) -> UnmarkedError:
         f"{place} holds no {MARKER}: it is not mounted, or was never set up; "
         "if it is the right place, run once: kvstore config remote-init"
     )
+
+
+def full(place: str, why: str) -> RemoteFullError:
+    """What to say of a place without room."""
+    return RemoteFullError(f"{place} is full ({why}); make room there: kvstore evict --remote --older-than 30d")
 
 
 def whole(head: Head) -> list[ByteRange]:

@@ -125,13 +125,13 @@ class PushQueue:
             self._end()
             return list(gone)
 
-    def again(self) -> None:
-        """What was taken was not pushed and stands first again."""
+    def again(self, tries: int = 1) -> None:
+        """What was taken was not pushed and stands first again; it counts as tried so often more."""
         with self._lock:
             item = self._taken
             if item is not None:
                 self._taken = None
-                self._items[item[:2]] = item._replace(tries=item.tries + 1)
+                self._items[item[:2]] = item._replace(tries=item.tries + tries)
                 self._items.move_to_end(item[:2], last=False)
 
     def _end(self) -> None:

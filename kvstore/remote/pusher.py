@@ -3,8 +3,8 @@
 No request waits for a push, and each push has a deadline. An object that is there already stays, whatever its bytes: if
 its header is not that of the block, it is reported and passed over by this daemon's fetches. Nothing is overwritten or
 deleted. A block that is not pushed, or has a wrong object under its name, takes with it those that wait and build on
-it. After failures a breaker stops pushing for a while; the queue fills, and what does not fit is dropped. `Offers`
-counts all of that.
+it. After failures a breaker stops pushing for a while; the queue fills, and what does not fit is dropped. A
+store without room is tried again in the same way, and no blob is given up for it. `Offers` counts all of that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvstore.core.breaker import CircuitBreaker, Deadline
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.remote_words import RemoteReason
 from kvstore.core.thread_priority import lower_thread_priority
-from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError
+from kvstore.errors import CorruptDataError, DeadlineError, KVStoreError, RemoteError, RemoteFullError
 from kvstore.remote.finder import Finder, RemoteBlock
 from kvstore.remote.object_names import Naming, label_of
 from kvstore.remote.object_store import Head, ObjectStore
@@ -72,6 +72,7 @@ class Pusher:
         self.breaker = CircuitBreaker()
         self.counts = Pushes()
         self.error = ""  # the last one
+        self.is_full = False  # the store had no room for the last blob that was sent
         self._identified: set[bytes] = set()
         self._troubled = False
         self._ending = threading.Event()
@@ -123,6 +124,14 @@ class Pusher:
         """Push one blob that was taken from the queue; the bytes that were sent."""
         try:
             sent = self._push(item)
+        except RemoteFullError as error:
+            self.error = str(error)
+            self.breaker.failed()
+            self._queue.again(tries=0)
+            if not self.is_full:
+                log.warning("nothing is pushed any more: %s", error)
+            self.is_full = True
+            return 0
         except (RemoteError, DeadlineError) as error:
             self._troubled, self.error = True, str(error)
             self.breaker.failed()
@@ -166,6 +175,9 @@ class Pusher:
             self._finder.absences.forget([name, naming.children(block.parent)])
             self._count(pushed=1)
             sound = True
+            if self.is_full:
+                log.info("blobs are pushed again: %s has room", self._store.place)
+            self.is_full = False
         else:
             sound = self._look_at(block, name, head, deadline)
             self._count(present=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -34,6 +35,7 @@ from kvstore.remote.object_store import (
     Head,
     Listed,
     Wanted,
+    full,
     is_name,
     only,
     require_name,
@@ -49,6 +51,10 @@ MARKED_S = 60.0
 # The loop ends calls at their deadlines; this is for a loop that does not run.
 _GRACE_S = 1.0
 _MESSAGE_CHARS_MAX = 200
+# How stores say that there is no room: status 507, or a code (of MinIO, Ceph, AWS and others) or sentence (of Garage).
+_FULL = re.compile(
+    r"status code: 507\b|StorageFull|InsufficientStorage|QuotaExceeded|quota (is reached|exceeded)", re.IGNORECASE
+)
 
 T = TypeVar("T")
 
@@ -241,6 +247,8 @@ class S3Store:
 
     def _failed(self, error: Exception) -> RemoteError:
         """Its first line, without the answer's body, which may repeat what was signed."""
+        if found := _FULL.search(str(error)):
+            return full(self.place, found[0])
         text = str(error).partition("\n")[0].partition("<")[0].strip()
         return RemoteError(f"{self.place}: {text[:_MESSAGE_CHARS_MAX] or type(error).__name__}")
 

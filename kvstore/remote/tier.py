@@ -23,10 +23,12 @@ from kvstore.remote.pusher import Pusher, Pushes
 
 @dataclass(frozen=True, slots=True)
 class RemoteStats:
-    """The remote tier at one moment. `pushes_open`: their breaker refuses. `error`: the last failure of a push."""
+    """The remote tier at one moment. `pushes_open`: their breaker has opened. `is_full`: blobs wait, and there is no
+    room for them. `error`: the last failure of a push."""
 
     place: str
     pushes_open: bool
+    is_full: bool
     error: str
     requests: Requests
     pushes: Pushes
@@ -73,11 +75,17 @@ class RemoteTier:
         """Queue what is to be pushed of a chain, ancestors first: see `Offers.offer`. Never waits."""
         self.offers.offer(chain, why, first_refused)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether blobs wait, and the store has no room for them."""
+        return self.pusher.is_full and len(self.queue) > 0
+
     def stats(self) -> RemoteStats:
         """For stats, metrics and health."""
         return RemoteStats(
             self.store.place,
-            self.pusher.breaker.is_open,
+            self.pusher.breaker.has_opened,
+            self.is_full,
             self.pusher.error,
             self.store.requests,
             self.pusher.counts,

@@ -70,6 +70,8 @@ UPKEEP_EVERY_S = 1.0
 WRITES = "kvstore.writes"
 # Of the remote tier: not SERVING without one, and while it does not answer. Nothing else depends on it.
 REMOTE = "kvstore.remote"
+# Not SERVING, too, while the remote tier is full.
+REMOTE_WRITES = "kvstore.remote.writes"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
@@ -247,6 +249,7 @@ class Daemon:
             threads.release.post(upload.release)
         await health.set(WRITES, NOT_SERVING if engine.degraded else SERVING)
         await health.set(REMOTE, SERVING if remote.serves else NOT_SERVING)
+        await health.set(REMOTE_WRITES, SERVING if remote.takes else NOT_SERVING)
         if upkeep.is_displaced and not self._stop.is_set():
             words = "the data directory %s was deleted or replaced; starting again"
             log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)

@@ -5,6 +5,11 @@ order that changes with every round; and a prompt that only the other daemon has
 what the way itself takes, without a link.
 
     python tests/bench/remote.py [--rounds 300]
+
+With `--throttle MB_PER_S` instead: the time to first token of prompts that only the other daemon has, over a link of
+this rate, beside computing them (`tests/support/throttled.py`).
+
+    python tests/bench/remote.py --throttle 30 [--rounds 3]
 """
 
 from __future__ import annotations
@@ -25,10 +30,13 @@ from tests.support.fault_proxy import FaultProxy
 from tests.support.moto_server import new_bucket, s3_server
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
+from tests.support.throttled import throttled
 
 LAYOUT = make_layout(layers=16, heads=4, width=128)
 TOKENS = list(range(4096))
 SLOW = 20.0
+# Of throttled prompts, and of workers that compute them; at 8 bits the link of 30 MB/s carries some 1,700 tokens/s.
+LENGTHS, RATES = (600, 1500, 4096, 8192), (100.0, 400.0, 800.0, 1200.0, 3000.0)
 
 
 def milliseconds(session: Session, tokens: list[int]) -> float:
@@ -49,11 +57,39 @@ def show(name: str, took: list[float], base: list[float] | None = None) -> None:
     print(f"{name:<28} P50 {points[0]:7.2f} ms  P90 {points[1]:7.2f} ms  P99 {points[2]:7.2f} ms{ratio}")
 
 
+def throttle(megabytes_per_s: float, rounds: int) -> None:
+    """Prompts of several lengths, for workers of several speeds, with and without half of the prompt here."""
+    with (
+        tempfile.TemporaryDirectory() as name,
+        throttled(Path(name), LAYOUT, LENGTHS[-1], 1e6 * megabytes_per_s, "affine8") as link,
+    ):
+        link.await_measured()
+        print(f"{LAYOUT.token_bytes >> 10} KiB raw a token, at 8 bits, {megabytes_per_s:g} MB/s; worst of {rounds}")
+        print("tokens  here  worker tokens/s   cold s  restored  fetch s  first token / cold")
+        worst = 0.0
+        for length in LENGTHS:
+            for rate in RATES:
+                for here in (0, length // 2):
+                    one = max((link.first_token(length, rate, here) for _ in range(rounds)), key=lambda one: one.ratio)
+                    worst = max(worst, one.ratio)
+                    print(
+                        f"{length:6} {here:5} {rate:16g} {one.cold_s:8.2f} {one.restored:9} {one.fetch_s:8.3f}"
+                        f" {one.ratio:10.3f}",
+                        flush=True,
+                    )
+        print(f"worst {worst:.3f}")
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--throttle", type=float, metavar="MB_PER_S")
+    given = parser.parse_args()
+    rounds: int = given.rounds
+    if given.throttle:
+        throttle(given.throttle, rounds)
+        return
     folder = Path(tempfile.mkdtemp())
     namespace = make_namespace(LAYOUT, "bench-lm")
     layers = make_layers(LAYOUT, TOKENS)

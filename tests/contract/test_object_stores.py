@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -17,7 +18,14 @@ import pytest
 from kvstore.blobs.readers import Readers
 from kvstore.config.remote_address import RemoteAddress, S3Access
 from kvstore.core.breaker import Deadline
-from kvstore.errors import ConfigError, DeadlineError, InvalidRequestError, ObjectChangedError, RemoteError
+from kvstore.errors import (
+    ConfigError,
+    DeadlineError,
+    InvalidRequestError,
+    ObjectChangedError,
+    RemoteError,
+    RemoteFullError,
+)
 from kvstore.remote.folder import THREADS_MAX, FolderStore
 from kvstore.remote.object_store import MARKER, PAGE_NAMES_MAX, ByteRange, Head, ObjectStore, Wanted, whole
 from kvstore.remote.open_store import honours_create, open_store
@@ -307,6 +315,25 @@ def test_a_share_that_is_unmounted_in_the_middle_of_a_write_is_not_filled(
     monkeypatch.setattr(os, "mkdir", unmounting)
     create(store, "a/1")
     assert list(share.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["mkdir", "write", "fsync"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_share_is_an_error_of_its_own_and_holds_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    """Whichever call is told so: NFS says it at the sync. With room again the same object is written."""
+    store, share = folder_at(tmp_path)
+
+    def refuse(*given: object, **named: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises(RemoteFullError, match="evict --remote"):
+            create(store, "ns/ab/key")
+    assert [one.name for one in share.rglob("*") if one.is_file()] == [MARKER]
+    assert create(store, "ns/ab/key")
 
 
 def test_a_share_that_hangs_holds_four_threads_and_then_fails_at_once(tmp_path: Path) -> None:

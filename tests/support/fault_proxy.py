@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of an S3 server that delays, refuses, resets, cuts, changes and drips answers.
+"""An HTTP proxy in front of an S3 server that delays, refuses, resets, cuts, changes, drips and throttles answers.
 
 The `Host` header goes through as it came, so that signatures hold.
 """
@@ -17,17 +17,30 @@ from urllib.parse import urlsplit
 
 FAULTS = ("delay", "503", "reset", "truncated", "wrong", "drip", "skew")
 _BAD_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
-_SKEWED = (
-    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>RequestTimeTooSkewed</Code><Message>The difference between '
-    b"the request time and the current time is too large.</Message></Error>"
-)
-_SLOW = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>'
+_PIECE_BYTES = 64 << 10
+
+
+def _error(code: str, message: str) -> bytes:
+    head = '<?xml version="1.0" encoding="UTF-8"?>'
+    return f"{head}<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+
+
+_SKEWED = "The difference between the request time and the current time is too large."
+# Answers in place of those of the server. The last two are of stores that are full, or of which a quota is.
+_REFUSALS = {
+    "503": (503, "Slow Down", _error("SlowDown", "Slow down.")),
+    "skew": (403, "Forbidden", _error("RequestTimeTooSkewed", _SKEWED)),
+    "507": (507, "Insufficient Storage", _error("XMinioStorageFull", "No space is left.")),
+    "quota": (403, "Forbidden", _error("QuotaExceeded", "Quota exceeded.")),
+}
+FULL = ("507", "quota")
 
 
 class FaultProxy:
     """Forwards to `target`; while `fault` is set, answers to requests for which `hits` holds have that fault.
 
-    `struck` counts them. `delay_s` is how long `delay` takes, and `drip` between two bytes.
+    `struck` counts them. `delay_s` is how long `delay` takes, and `drip` between two bytes. `bytes_per_s`: what the
+    bodies of all answers without a fault share; 0: no limit.
     """
 
     def __init__(self, target: str) -> None:
@@ -37,6 +50,9 @@ class FaultProxy:
         self.hits: Callable[[str, str], bool] = lambda method, path: True
         self.delay_s = 30.0
         self.struck = 0
+        self.bytes_per_s = 0.0
+        self._free_s = 0.0  # when the link has sent all that it was given
+        self._lock = threading.Lock()
         self._ending = threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -78,10 +94,9 @@ class FaultProxy:
         """Send one answer; whether the connection goes on."""
         if fault == "delay":
             self._ending.wait(self.delay_s)
-        if fault == "503":
-            return _send(near, 503, "Slow Down", [], _SLOW, method)
-        if fault == "skew":
-            return _send(near, 403, "Forbidden", [], _SKEWED, method)
+        if fault in _REFUSALS:
+            status, reason, text = _REFUSALS[fault]
+            return _send(near, status, reason, [], text, method)
         status, reason, answered, data = self._forward(method, path, headers, body)
         if fault == "reset":
             _send(near, status, reason, answered, data, method, upto=len(data) // 2)
@@ -100,7 +115,23 @@ class FaultProxy:
                     return False
                 near.sendall(data[at : at + 1])
             return True
-        return _send(near, status, reason, answered, data, method)
+        _send(near, status, reason, answered, data, method, upto=len(data) if not self.bytes_per_s else 0)
+        return self.bytes_per_s == 0 or method == "HEAD" or self._throttle(near, data)
+
+    def _throttle(self, near: socket.socket, data: bytes) -> bool:
+        """Send a body at the rate of the link."""
+        for at in range(0, len(data), _PIECE_BYTES):
+            self._take_turn(len(data[at : at + _PIECE_BYTES]))
+            near.sendall(data[at : at + _PIECE_BYTES])
+        return True
+
+    def _take_turn(self, nbytes: int) -> None:
+        """Wait until the link has sent what came before, and as many bytes more."""
+        with self._lock:
+            now_s = time.monotonic()
+            self._free_s = max(self._free_s, now_s) + nbytes / self.bytes_per_s
+            wait_s = self._free_s - now_s
+        self._ending.wait(wait_s)
 
     def _forward(
         self, method: str, path: str, headers: list[tuple[str, str]], body: bytes

@@ -49,6 +49,11 @@ class Remote:
             self.path = RemotePath(engine, store, costs, threads.remote, self._tier, self._watch)
 
     @property
+    def takes(self) -> bool:
+        """Whether it serves, and has room as far as is known."""
+        return self.serves and not self._tier.is_full
+
+    @property
     def serves(self) -> bool:
         """Whether there is a tier, and it answers."""
         return self.path is not None and self._watch.serves
@@ -113,12 +118,14 @@ class Remote:
         if self.path is None:
             return pb.RemoteStats(state=RemoteState.OFF)
         stats, (state, detail) = self._tier.stats(), self._watch.state
+        if state == RemoteState.SERVING and stats.is_full:
+            state = RemoteState.FULL
         counters, requests = self.path.counters, stats.requests
         with counters.lock:
             unused, hits, hit_tokens = dict(counters.unused), counters.hits, counters.hit_tokens
         return pb.RemoteStats(
             state=state,
-            detail=detail or (stats.error if stats.pushes_open else ""),
+            detail=detail or (stats.error if stats.pushes_open or stats.is_full else ""),
             place=stats.place,
             requests=requests.heads + requests.reads + requests.lists + requests.puts + requests.deletes,
             read_bytes=requests.read_bytes,
