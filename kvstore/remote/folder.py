@@ -215,7 +215,7 @@ class FolderStore:
 
     def _failed(self, error: OSError) -> RemoteError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return full(self.place, error.strerror)
+            return full(self.place, os.strerror(error.errno))
         return RemoteError(f"{self.place}: {error.strerror or error}")
 
     def _require_mark(self, root: int) -> None:

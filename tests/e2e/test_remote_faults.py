@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -119,39 +118,3 @@ def test_while_the_bucket_hangs_nothing_is_asked_of_it_and_hits_from_here_need_n
             assert remote_of(client)["unused_reasons"]["unavailable"] == unused + 5
         finally:
             proxy.fault = ""
-
-
-def test_a_kill_of_either_daemon_while_bytes_move_leaves_both_ends_sound(
-    bucket: tuple[DaemonProcess, DaemonProcess, FaultProxy],
-) -> None:
-    """One that pushes, then one that reads: the bucket is clean, and the prompt comes whole after the restarts."""
-    one, other, proxy = bucket
-    namespace, tokens = make_namespace(LAYOUT, "killed-lm"), list(range(3000))
-    with client_of(one) as client:
-        wait_serving(client)
-        assert patient(client, namespace).store(tokens, make_layers(LAYOUT, tokens), wait=True).durable
-        before = remote_of(client)["pushed_blobs"]
-        assert fetched(client, namespace, tokens)
-        wait_for(lambda: remote_of(client)["pushed_blobs"] > before)
-        one.kill()
-    assert run_cli(["check", "--remote"], one.environ()).returncode == 0
-    one.start()
-    with client_of(one) as client:
-        wait_serving(client)
-        want = fetched(client, namespace, tokens)
-        wait_for(lambda: remote_of(client)["pushed_blobs"] > 0 and not remote_of(client)["queued_blobs"])
-    proxy.hits, proxy.delay_s, proxy.fault = reads_objects, 0.5, "delay"
-    with client_of(other) as client, ThreadPoolExecutor(1) as pool:
-        wait_serving(client)
-        asked = remote_of(client)["requests"]
-        reading = pool.submit(fetched, client, namespace, tokens)
-        wait_for(lambda: remote_of(client)["requests"] > asked)
-        other.kill()
-        assert not reading.result()
-    proxy.fault = ""
-    other.start()
-    with client_of(other) as client:
-        wait_serving(client)
-        assert_same(hit_rows(fetched(client, namespace, tokens)), hit_rows(want), LAYOUT)
-    for verb in (["check", "--remote"], ["check"]):
-        assert run_cli(verb, other.environ()).returncode == 0
