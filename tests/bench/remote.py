@@ -36,7 +36,7 @@ LAYOUT = make_layout(layers=16, heads=4, width=128)
 TOKENS = list(range(4096))
 SLOW = 20.0
 # Of throttled prompts, and of workers that compute them; at 8 bits the link of 30 MB/s carries some 1,700 tokens/s.
-LENGTHS, RATES = (600, 1500, 4096, 8192), (100.0, 400.0, 800.0, 1200.0, 3000.0)
+LENGTHS, RATES = (600, 1500, 4096), (100.0, 400.0, 800.0, 1200.0, 3000.0)
 
 
 def milliseconds(session: Session, tokens: list[int]) -> float:
