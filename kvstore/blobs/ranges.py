@@ -49,6 +49,9 @@ class RangeReader(Protocol):
         Raises CorruptDataError when these bytes are not there.
         """
 
+    def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
+        """The same bytes where they lie in memory, as long as they lie there in one piece."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
@@ -115,6 +118,9 @@ class FileReader:
             _read_fully(entry.fd, position, views, file.path)
         finally:
             self._give_back(source, entry)
+
+    def view(self, source: int, offset: int, nbytes: int) -> None:
+        """See `RangeReader.view`: files are read into place."""
 
     def _borrow(self, source: int) -> _OpenFile:
         """The open file of a source. Opening may block, so it holds no lock."""
@@ -229,6 +235,11 @@ class BufferReader:
                 np.copyto(target[:count], chunk[:count])
                 target, chunk = target[count:], chunk[count:]
                 offset += count
+
+    def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
+        """See `RangeReader.view`."""
+        chunk = self._chunk(source, offset)
+        return chunk[:nbytes].data if len(chunk) >= nbytes else None
 
     def _chunk(self, source: int, offset: int) -> npt.NDArray[np.uint8]:
         """Bytes from `offset` on, to the end of their range or part."""

@@ -75,6 +75,13 @@ class TimedReader:
         self._reader.readinto(source, offset, views)
         self._meter.read(sum(view.nbytes for view in views))
 
+    def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
+        """See `RangeReader.view`."""
+        self._deadline.check()
+        view = self._reader.view(source, offset, nbytes)
+        self._meter.read(nbytes if view is not None else 0)
+        return view
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:

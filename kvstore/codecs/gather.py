@@ -7,6 +7,8 @@ needs an eighth of the calls, but took exactly as long.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -59,8 +61,10 @@ class Filler:
 
     def _unpacked(self, tensor: Tensor, span: Span, packer: ByteCodec, stored: Tensor) -> Bytes:
         """Read, verify and unpack one layer's packed bytes of a tensor: `[heads, rows, row_bytes]`."""
-        packed = memoryview(bytearray(stored.layer_range(span.position, span.n_tokens)[1]))
-        self._read(span, stored, [packed])
+        packed = self._view(span, stored)
+        if packed is None:
+            packed = memoryview(bytearray(stored.layer_range(span.position, span.n_tokens)[1]))
+            self._read(span, stored, [packed])
         try:
             shape = tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes
             return packer.unpack(packed, shape, ITEM_BYTES[tensor.dtype])
@@ -68,12 +72,21 @@ class Filler:
             raise BlockCorruptError(f"block {span.source}: {error}", span.source) from error
 
     def _read_rows(self, place: _Place, span: Span) -> None:
-        """One read of the whole stored range straight into its place; rows that are not used go to scratch."""
-        tensor = place.tensor
-        row, end = tensor.row_bytes, tensor.rows(span.last)
-        at, skip = tensor.rows(span.at) * row, tensor.rows(span.first) * row
-        shown, rest = end * row - skip, (tensor.rows(span.n_tokens) - end) * row
-        views = [head[at : at + shown] for head in place.heads]
+        """Copy one stored range from memory, or read it straight into its place.
+
+        Of a file the rows that are not used go to scratch.
+        """
+        tensor, stored = place.tensor, span.stack.tensors[place.number]
+        at, first, last = tensor.rows(span.at), tensor.rows(span.first), tensor.rows(span.last)
+        arrived = self._view(span, stored)
+        if arrived is not None:
+            rows = np.frombuffer(arrived, np.uint8).reshape(tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes)
+            place.rows[:, at : at + last - first] = rows[:, first:last]
+            return
+        row = tensor.row_bytes
+        skip, shown = first * row, (last - first) * row
+        rest = (tensor.rows(span.n_tokens) - last) * row
+        views = [head[at * row : at * row + shown] for head in place.heads]
         if skip or rest:
             scratch = memoryview(bytearray((skip + rest) * len(views)))
             parts: list[memoryview] = []
@@ -81,14 +94,29 @@ class Filler:
                 unused = scratch[number * (skip + rest) : (number + 1) * (skip + rest)]
                 parts += (part for part in (unused[:skip], head, unused[skip:]) if part.nbytes)
             views = parts
-        self._read(span, span.stack.tensors[place.number], views)
+        self._read(span, stored, views)
+
+    def _view(self, span: Span, stored: Tensor) -> memoryview | None:
+        """The stored range where it lies in memory, verified there: one call each hashes and copies it."""
+        with _of_block(span.source):
+            view = self.reader.view(span.source, *stored.layer_range(span.position, span.n_tokens))
+        if view is not None and self.verify:
+            verify_range([view], stored.checksum(span.position), span.source)
+        return view
 
     def _read(self, span: Span, stored: Tensor, views: list[memoryview]) -> None:
-        try:
+        with _of_block(span.source):
             self.reader.readinto(span.source, stored.layer_range(span.position, span.n_tokens)[0], views)
-        except BlockCorruptError:
-            raise
-        except CorruptDataError as error:
-            raise BlockCorruptError(str(error), span.source) from error
         if self.verify:
             verify_range(views, stored.checksum(span.position), span.source)
+
+
+@contextmanager
+def _of_block(source: int) -> Iterator[None]:
+    """CorruptDataError of reading becomes that block's."""
+    try:
+        yield
+    except BlockCorruptError:
+        raise
+    except CorruptDataError as error:
+        raise BlockCorruptError(str(error), source) from error
