@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvstore.blobs.ranges import BufferReader, FileReader
+from kvstore.blobs.ranges import BufferReader, FileReader, Range
+from kvstore.client.receiver import LayerReader
 from kvstore.codecs import device, virtual
-from kvstore.codecs.assemble import assemble_layer, dense_bytes, dense_runs
+from kvstore.codecs.assemble import assemble_layer, begin_layer, dense_bytes, dense_runs
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import BlockCorruptError, codec_of, packer_of
 from kvstore.codecs.encode import encode_run
@@ -28,6 +29,7 @@ from kvstore.codecs.virtual import VirtualFile
 from kvstore.core.blocks import ITEM_BYTES, Recipe, Run, Stack
 from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import CorruptDataError, UnknownFormatError
+from kvstore.wire.frames import LayerBytes
 from tests.support.stored import finish_runs, random_payload, streamed, write_source
 
 PLAIN = PartSpec(2, 64, "BF16")
@@ -146,11 +148,19 @@ run_shapes = st.tuples(
     ),
     headroom=st.sampled_from([0, 1, 256]),
     small_bytes=st.sampled_from([0, virtual.SMALL_BYTES]),
+    message_bytes=st.sampled_from([100, 4_000, 1 << 20]),
 )
 def test_a_hit_is_the_rows_of_its_blocks_one_after_the_other(
-    name: str, blocks: list[tuple[list[tuple[int, int, str, int, int]], int]], headroom: int, small_bytes: int
+    name: str,
+    blocks: list[tuple[list[tuple[int, int, str, int, int]], int]],
+    headroom: int,
+    small_bytes: int,
+    message_bytes: int,
 ) -> None:
-    """Any layout, runs, recipes, hidden rows and cuts: bit-equal to decoding each run alone, zeros behind."""
+    """Any layout, runs, recipes, hidden rows and cuts: bit-equal to decoding each run alone, zeros behind.
+
+    Also from messages of any size, read as they come.
+    """
     case = Case(LAYOUTS[name])
     for runs, cut in blocks:
         made = [make_run(case.layout, *shape) for shape in runs]
@@ -162,6 +172,43 @@ def test_a_hit_is_the_rows_of_its_blocks_one_after_the_other(
             patch.setattr(virtual, "SMALL_BYTES", small_bytes)
             got = assemble_layer(case.layout, layer, case.blocks, reader, headroom)
         case.check(layer, got, headroom)
+        ranges = layer_ranges(case.blocks, layer)
+        arriving = LayerReader(messages(case, layer, message_bytes), layer, ranges)
+        begun = begin_layer(case.layout, layer, case.blocks, arriving, headroom, order=ranges)
+        case.check(layer, begun.finish(), headroom)
+        arriving.end()
+
+
+def messages(case: Case, layer: int, nbytes: int) -> Iterator[LayerBytes]:
+    """One layer as a stream carries it, in messages of this size."""
+    ranges = layer_ranges(case.blocks, layer)
+    data = b"".join(case.payloads[r.source][r.offset : r.offset + r.nbytes] for r in ranges)
+    return (LayerBytes(layer, memoryview(data[at : at + nbytes])) for at in range(0, len(data), nbytes))
+
+
+def test_a_range_that_no_tensor_of_the_layer_has_is_a_corrupt_block() -> None:
+    """It would have no place to go, and what comes after it would be taken for it."""
+    case = Case(LAYOUTS["plain"])
+    case.add([make_run(case.layout, 8, 1, "raw")], 8)
+    ranges = [*layer_ranges(case.blocks, 0), Range(0, 1, 1)]
+    with pytest.raises(BlockCorruptError, match="not of the layer"):
+        begin_layer(case.layout, 0, case.blocks, LayerReader(iter(()), 0, ranges), order=ranges)
+
+
+@pytest.mark.parametrize("message_bytes", [100, 1 << 20])
+def test_a_flipped_bit_of_a_stream_names_its_block_as_it_arrives(message_bytes: int) -> None:
+    """Where a range lies in one message, and where it goes on in the next."""
+    case = Case(LAYOUTS["plain"])
+    for number in range(3):
+        case.add([make_run(case.layout, 8, number, "raw")], 8)
+    ranges = layer_ranges(case.blocks, 1)
+    flipped = bytearray(case.payloads[1])
+    flipped[next(r.offset for r in ranges if r.source == 1)] ^= 1
+    case.payloads[1] = bytes(flipped)
+    arriving = LayerReader(messages(case, 1, message_bytes), 1, ranges)
+    with pytest.raises(BlockCorruptError) as raised:
+        begin_layer(case.layout, 1, case.blocks, arriving, order=ranges).finish()
+    assert (raised.value.source, arriving.broken) == (1, None)
 
 
 @pytest.mark.usefixtures("by_size")

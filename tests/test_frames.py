@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kvstore.wire.frames import (
     LayerBytes,
     PromptRequest,
     UploadBytes,
+    filled_layer_frame,
     layer_frame,
     parse_fetch_reply,
     parse_prompt,
@@ -32,6 +34,37 @@ def test_protobuf_reads_what_we_write(layer: int, parts: list[bytes]) -> None:
     """Either end may use the generated code."""
     reply = pb.FetchReply.FromString(layer_frame(layer, parts))
     assert (reply.WhichOneof("part"), reply.chunk.layer, reply.chunk.data) == ("chunk", layer, b"".join(parts))
+
+
+@given(st.integers(0, 2**32 - 1), st.binary(max_size=300))
+def test_a_frame_is_the_same_where_its_data_are_written_into_it(layer: int, data: bytes) -> None:
+    """Byte for byte."""
+
+    def fill(view: memoryview) -> None:
+        view[:] = data
+
+    assert filled_layer_frame(layer, len(data), fill) == layer_frame(layer, [data])
+
+
+def test_a_frame_is_filled_in_place() -> None:
+    """1 MiB takes the memory of 1 MiB."""
+    tracemalloc.start()
+    frame = filled_layer_frame(3, 1 << 20, lambda view: None)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(frame) <= peak < 1.5 * len(frame)
+
+
+def test_what_fails_to_fill_a_frame_is_raised_as_it_was() -> None:
+    """Whatever still looks at the frame's memory then."""
+    views = []
+
+    def fill(view: memoryview) -> None:
+        views.append(view[1:])
+        raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        filled_layer_frame(0, 9, fill)
 
 
 @given(st.integers(0, 2**32 - 1), st.binary(max_size=300))

@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from kvstore.blobs.ranges import BufferReader, FileReader, Range
+from kvstore.client.receiver import LayerReader
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.device import Capture, dtype_name
 from kvstore.codecs.states import StateCapture, begin_state, describe, state_ranges
@@ -20,6 +21,7 @@ from kvstore.core.blocks import ITEM_BYTES, LayerState
 from kvstore.core.layers import NO_PART, ArraySpec, KVLayer, LayerSpec, Layout, PartSpec, Piece, StateLayer
 from kvstore.core.records import states_from_list, states_to_list
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
+from kvstore.wire.frames import LayerBytes
 from tests.support.checkpoints import (
     STATE_ARRAYS,
     array_bytes,
@@ -80,17 +82,20 @@ def test_captured_states_are_the_bytes_of_all_arrays_in_order(layout: Layout) ->
     assert capture.states == describe(cache)
 
 
-@pytest.mark.parametrize("by_file", [True, False])
-def test_states_come_back_bit_for_bit(tmp_path: Path, by_file: bool) -> None:
-    """Every dtype and rank, NaN payloads and empty arrays included, from files and from streams."""
+@pytest.mark.parametrize("how", ["file", "memory", "messages"])
+def test_states_come_back_bit_for_bit(tmp_path: Path, how: str) -> None:
+    """Every dtype and rank, NaN payloads and empty arrays included, from files, from memory and as they arrive."""
     cache = make_cache(LAYOUT, TOKENS)
     states, payload = finish_states(StateCapture(cache))
     with FileReader([write_source(tmp_path / "c", payload)]) as files:
         for state in states:
             ranges = state_ranges(state, SOURCE)
-            streamed = BufferReader([payload[r.offset : r.offset + r.nbytes] for r in ranges], ranges)
-            source, reader = (0, files) if by_file else (SOURCE, streamed)
-            got = begin_state(LAYOUT, state, len(TOKENS), source, reader).finish()
+            parts = [payload[r.offset : r.offset + r.nbytes] for r in ranges]
+            arriving = LayerReader((LayerBytes(0, memoryview(part)) for part in parts), 0, ranges)
+            readers = {"file": files, "memory": BufferReader(parts, ranges), "messages": arriving}
+            order = ranges if how == "messages" else ()
+            source = 0 if how == "file" else SOURCE
+            got = begin_state(LAYOUT, state, len(TOKENS), source, readers[how], order=order).finish()
             assert_state(got, cache[state.layer])
 
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,17 @@ class RangeReader(Protocol):
         Raises CorruptDataError when these bytes are not there.
         """
 
+
+class MemoryReader(ABC):
+    """A `RangeReader` of bytes that lie in memory: it may also show them there."""
+
+    @abstractmethod
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """See `RangeReader.readinto`."""
+
+    @abstractmethod
     def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
-        """The same bytes where they lie in memory, as long as they lie there in one piece."""
+        """The bytes of a range where they lie; None unless they lie there in one piece. Raises as `readinto`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +128,6 @@ class FileReader:
             _read_fully(entry.fd, position, views, file.path)
         finally:
             self._give_back(source, entry)
-
-    def view(self, source: int, offset: int, nbytes: int) -> None:
-        """See `RangeReader.view`: files are read into place."""
 
     def _borrow(self, source: int) -> _OpenFile:
         """The open file of a source. Opening may block, so it holds no lock."""
@@ -205,7 +212,7 @@ def unreadable_paths() -> set[str]:
     return {path for reader in list(_ABANDONED) for path in reader.busy_paths()} if _ABANDONED else set()
 
 
-class BufferReader:
+class BufferReader(MemoryReader):
     """Reads ranges of received bytes. Any thread may read.
 
     `parts` hold the payload ranges `ranges`, one after the other; ranges need not begin and end where parts do. They
@@ -237,7 +244,7 @@ class BufferReader:
                 offset += count
 
     def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
-        """See `RangeReader.view`."""
+        """See `MemoryReader.view`."""
         chunk = self._chunk(source, offset)
         return chunk[:nbytes].data if len(chunk) >= nbytes else None
 

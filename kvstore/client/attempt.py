@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kvstore.blobs.ranges import RangeReader
+from kvstore.blobs.ranges import MemoryReader, RangeReader
 from kvstore.client.results import Hit, Miss
 from kvstore.codecs import device
 from kvstore.core.breaker import Deadline
@@ -61,7 +61,7 @@ class Meter:
         return pb.ReportRequest(timing=timing)
 
 
-class TimedReader:
+class TimedReader(MemoryReader):
     """Wraps a reader, counts its bytes and time, and raises DeadlineError between two ranges after the deadline."""
 
     def __init__(self, reader: RangeReader, meter: Meter, deadline: Deadline) -> None:
@@ -76,7 +76,9 @@ class TimedReader:
         self._meter.read(sum(view.nbytes for view in views))
 
     def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
-        """See `RangeReader.view`."""
+        """See `MemoryReader.view`; None of a file."""
+        if not isinstance(self._reader, MemoryReader):
+            return None
         self._deadline.check()
         view = self._reader.view(source, offset, nbytes)
         self._meter.read(nbytes if view is not None else 0)

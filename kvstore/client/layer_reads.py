@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,10 @@ from kvstore.blobs.ranges import FileReader, Range, RangeReader
 from kvstore.client.attempt import Attempt, Layer, TimedReader
 from kvstore.client.plan import Plan, layer_bytes
 from kvstore.client.reads import FileReads
+from kvstore.client.receiver import LayerReader, Message
 from kvstore.codecs.assemble import begin_layer
 from kvstore.codecs.byte_plan import layer_ranges
-from kvstore.codecs.codec import Context
+from kvstore.codecs.codec import BlockCorruptError, Context
 from kvstore.codecs.states import begin_state, state_ranges
 from kvstore.codecs.virtual import LayerRead
 from kvstore.core.layers import Layout
@@ -31,14 +32,27 @@ class LayerReads:
     attempt: Attempt
     plan: Plan
 
-    def expected(self, index: int) -> tuple[list[Range], int]:
-        """The ranges that a stream carries of a layer, and their bytes."""
+    def receive(self, index: int, messages: Iterator[Message]) -> Layer:
+        """One layer of a stream, read as it arrives. CorruptDataError for a stream of anything else."""
+        ranges = self._ranges(index)
+        reader = LayerReader(messages, index, ranges)
+        try:
+            layer = self._finished(self._begin(index, reader, order=ranges))
+        except BlockCorruptError:
+            if reader.broken is not None:
+                raise reader.broken from None
+            raise
+        reader.end()
+        return layer
+
+    def _ranges(self, index: int) -> list[Range]:
+        """What a stream carries of a layer. CorruptDataError for far more bytes than its rows can take."""
         spec, plan = self.layout.layers[index], self.plan
         if spec.is_exact:
-            state = plan.state(index)
-            return state_ranges(state, plan.state_source), state.nbytes
+            return state_ranges(plan.state(index), plan.state_source)
         ranges = layer_ranges(plan.blocks, index)
-        return ranges, layer_bytes(plan.blocks, ranges, spec)
+        layer_bytes(plan.blocks, ranges, spec)
+        return ranges
 
     def read(self, index: int, reader: RangeReader, reads: FileReads | None = None) -> Layer:
         """One layer. Without `reads` for as long as it takes."""
@@ -60,11 +74,13 @@ class LayerReads:
             for one in begun:
                 one.drop()
 
-    def _begin(self, index: int, reader: RangeReader, reads: FileReads | None) -> LayerRead[Any]:
+    def _begin(
+        self, index: int, reader: RangeReader, reads: FileReads | None = None, order: Sequence[Range] = ()
+    ) -> LayerRead[Any]:
         attempt, plan = self.attempt, self.plan
         reader = TimedReader(reader, attempt.meter, attempt.deadline)
         if self.layout.layers[index].is_exact:
-            return begin_state(self.layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads)
+            return begin_state(self.layout, plan.state(index), plan.n_tokens, plan.state_source, reader, reads, order)
         return begin_layer(
             self.layout,
             index,
@@ -74,6 +90,7 @@ class LayerReads:
             keep_codes=attempt.caller.keep_codes,
             reads=reads,
             context=Context(aux=attempt.aux),
+            order=order,
         )
 
     def _finished(self, read: LayerRead[Any]) -> Layer:

@@ -1,115 +1,95 @@
-"""Receives the layers of a stream on a thread, one layer ahead of the one that the caller assembles."""
+"""Reads the layers of a stream from its messages, each range when it is asked for, in the order of the stream."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
-from typing import Self
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
+
+from kvstore.blobs.ranges import MemoryReader, Range
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
-from kvstore.wire.frames import Bytes, LayerBytes
+from kvstore.wire.frames import CHUNK_BYTES, LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Message = pb.FetchReply | LayerBytes
 
-LAYERS_AHEAD = 2
-# Smaller parts are joined, so that a sender of tiny messages cannot raise the overhead per byte.
-PART_BYTES_MIN = 16 << 10
+# The message that is read, and the next one on its way through gRPC.
+STREAM_BYTES = 2 * CHUNK_BYTES
+_NOTHING = memoryview(b"")
 
 
-class Receiver:
-    """The bytes of layer after layer, `sizes` of them. One thread makes it and takes layers; `cancel` ends the stream
-    when the block ends before all of it is received.
+@contextmanager
+def counted(budget: ByteBudget, patience_s: float) -> Iterator[None]:
+    """Count the messages of one stream. LimitError when they find no room in the budget within `patience_s`."""
+    if not budget.acquire(STREAM_BYTES, patience_s):
+        raise LimitError(f"memory_bytes = {budget.limit_bytes} have no room for a stream's {STREAM_BYTES} bytes")
+    try:
+        yield
+    finally:
+        budget.release(STREAM_BYTES)
 
-    Messages are kept as gRPC hands them out: collecting a layer in one buffer first took 0.3 of a fetch. They count
-    against `budget`, as two layers; where it has room for one only, receiving and what the caller does take turns.
+
+class LayerReader(MemoryReader):
+    """Reads one layer of a stream: gives its `ranges` once each, in their order. The fetching thread's.
+
+    One message is held at a time, as gRPC hands it out. `broken` is what was wrong with the stream itself, of which no
+    block is guilty.
     """
 
-    def __init__(
-        self,
-        messages: Iterator[Message],
-        sizes: Sequence[int],
-        budget: ByteBudget,
-        cancel: Callable[[], object],
-        patience_s: float,
-    ) -> None:
-        """LimitError when the largest layer finds no room in the budget within `patience_s`."""
+    def __init__(self, messages: Iterator[Message], layer: int, ranges: Sequence[Range]) -> None:
         self._messages = messages
-        self._sizes = sizes
-        self._budget = budget
-        self._cancel = cancel
-        largest = max(sizes, default=0)
-        count = LAYERS_AHEAD if budget.try_acquire(LAYERS_AHEAD * largest) else 1
-        if count == 1 and not budget.acquire(largest, patience_s):
-            raise LimitError(f"memory_bytes = {budget.limit_bytes} have no room for a layer of {largest} bytes")
-        self._held_bytes = count * largest
-        self._room = threading.Semaphore(count)
-        self._received: queue.SimpleQueue[list[Bytes] | BaseException] = queue.SimpleQueue()
-        self._taken = self._left = self._whole = False
-        self._thread = threading.Thread(target=self._run, name="kvstore-receive", daemon=True)
+        self._layer = layer
+        self._due = deque(ranges)
+        self._arrived = _NOTHING
+        self.broken: CorruptDataError | None = None
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
+    def view(self, source: int, offset: int, nbytes: int) -> memoryview | None:
+        """See `MemoryReader.view`. CorruptDataError as `readinto`; None where the range goes on in the next message."""
+        self._receive()
+        if self._arrived.nbytes < nbytes:
+            return None
+        self._begin(Range(source, offset, nbytes))
+        return self._taken(nbytes)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._left = True
-        if not self._whole:
-            self._cancel()
-        self._room.release()
-        self._thread.join()
-        self._budget.release(self._held_bytes)
+    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+        """See `RangeReader.readinto`. CorruptDataError when the stream has fewer bytes, or another layer's."""
+        self._begin(Range(source, offset, sum(view.nbytes for view in views)))
+        for target in views:
+            while target.nbytes:
+                self._receive()
+                part = self._taken(min(target.nbytes, self._arrived.nbytes))
+                np.copyto(np.frombuffer(target[: part.nbytes], np.uint8), np.frombuffer(part, np.uint8))
+                target = target[part.nbytes :]
 
-    def take(self) -> list[Bytes]:
-        """The bytes of the next layer, in parts; those of the one before must be dropped by then.
+    def end(self) -> None:
+        """CorruptDataError unless every range was read, and nothing came with the last one."""
+        if self._due or self._arrived.nbytes:
+            raise self._break(f"the stream carries something else than the ranges of layer {self._layer}")
 
-        Raises what receiving it raised.
-        """
-        if self._taken:
-            self._room.release()
-        received = self._received.get()
-        if isinstance(received, BaseException):
-            raise received
-        self._taken = True
-        return received
+    def _begin(self, asked: Range) -> None:
+        due = self._due.popleft() if self._due else None
+        if asked != due:
+            raise self._break(f"the stream of layer {self._layer} goes on with {due}, not with {asked}")
 
-    def _run(self) -> None:
-        try:
-            for layer, nbytes in enumerate(self._sizes):
-                self._room.acquire()
-                if self._left:
-                    return
-                received = receive(self._messages, layer, nbytes)
-                self._whole = (
-                    layer == len(self._sizes) - 1
-                )  # before the layer is there to be taken, and the caller leaves
-                self._received.put(received)
-        except BaseException as error:  # noqa: BLE001  # raised again in the thread that takes the layer
-            self._received.put(error)
-
-
-def receive(messages: Iterator[Message], layer: int, nbytes: int) -> list[Bytes]:
-    """One layer's bytes as they come. CorruptDataError when the stream has fewer, more, or another layer's."""
-    parts: list[Bytes] = []
-    received, joined = 0, None
-    while received < nbytes:
-        message = next(messages, None)
+    def _receive(self) -> None:
+        """Wait for the next message unless there is something left of this one."""
+        if self._arrived.nbytes:
+            return
+        self._arrived = _NOTHING  # the memory of the message is free for the next one
+        message = next(self._messages, None)
         if message is None:
-            raise CorruptDataError(f"the stream ended in layer {layer}, after {received} of {nbytes} bytes")
-        if not isinstance(message, LayerBytes) or message.layer != layer or not message.data:
-            raise CorruptDataError(f"the stream carries something else than layer {layer}")
-        received += message.data.nbytes
-        if received > nbytes:
-            raise CorruptDataError(f"the stream carries more than the {nbytes} bytes of layer {layer}")
-        if message.data.nbytes >= PART_BYTES_MIN:
-            parts.append(message.data)
-            joined = None
-            continue
-        if joined is None:
-            joined = bytearray()
-            parts.append(joined)
-        joined += message.data
-    return parts
+            raise self._break(f"the stream ended in layer {self._layer}")
+        if not isinstance(message, LayerBytes) or message.layer != self._layer or not message.data:
+            raise self._break(f"the stream carries something else than layer {self._layer}")
+        self._arrived = message.data
+
+    def _taken(self, nbytes: int) -> memoryview:
+        taken, self._arrived = self._arrived[:nbytes], self._arrived[nbytes:]
+        return taken
+
+    def _break(self, what: str) -> CorruptDataError:
+        self.broken = CorruptDataError(what)
+        return self.broken

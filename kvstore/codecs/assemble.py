@@ -1,6 +1,6 @@
 """The fetch side of kv layers: runs of many blocks -> one array for each tensor of a layer, with head-room.
 
-    segments.py  plan: from the runs alone, which ranges are needed and where their rows go
+    byte_plan.py plan: from the runs alone, which ranges are needed and where their rows go
     gather.py    read: the ranges, verified, into place
     here         a layer's tensors as one virtual file, then decoding and concatenating segments
 
@@ -19,11 +19,11 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from kvstore.blobs.ranges import RangeReader
+from kvstore.blobs.ranges import Range, RangeReader
 from kvstore.codecs import device
 from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments
-from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of
+from kvstore.codecs.codec import NO_CONTEXT, BlockCorruptError, Context, codec_of
 from kvstore.codecs.gather import Filler
 from kvstore.codecs.virtual import LayerRead, Reads, VirtualFile
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
@@ -57,15 +57,17 @@ def begin_layer(
     keep_codes: bool = False,
     reads: Reads | None = None,
     context: Context = NO_CONTEXT,
+    order: Sequence[Range] = (),
 ) -> LayerRead[KVLayer]:
     """Begin to read one kv layer of a hit, into buffers of its tokens and head-room, rounded up to 256 rows.
 
     Unused rows are zero. `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a
     quantized cache, as codes, scales and biases, under a spec that says so. `context`: the position of the first token,
-    and files that recipes refer to. Everything is read when `finish` returns; decoding may still be lazy, so evaluate
-    on this thread. Both raise BlockCorruptError (a CorruptDataError with `.source`) for damaged, missing or
-    misdescribed data, UnknownFormatError for a recipe that this build cannot read, AuxMissingError for a file that
-    `context` lacks, OSError if the disk fails, and what `reads` raises.
+    and files that recipes refer to. `order`: the layer's ranges as they come, for a reader that gives them only in that
+    order; then `finish` reads them on this thread. Everything is read when `finish` returns; decoding may still be
+    lazy, so evaluate on this thread. Both raise BlockCorruptError (a CorruptDataError with `.source`) for damaged,
+    missing or misdescribed data, UnknownFormatError for a recipe that this build cannot read, AuxMissingError for a
+    file that `context` lacks, OSError if the disk fails, and what `reads` raises.
     """
     spec = layout.layers[layer]
     assert not spec.is_exact, "window and state layers come from a checkpoint: see states.py"
@@ -84,7 +86,7 @@ def begin_layer(
             parts[part] = _decoded(spec.part(part), segments, loaded[part], capacity, place)
         return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
 
-    return LayerRead(_file(plan, capacity - n_tokens, Filler(reader, verify), reads), build)
+    return LayerRead(_file(plan, capacity - n_tokens, Filler(reader, verify), reads, order), build)
 
 
 def _quantized_spec(spec: LayerSpec, plan: dict[str, list[Segment]]) -> LayerSpec | None:
@@ -119,9 +121,15 @@ def packed_layer(
     }
 
 
-def _file(plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler, reads: Reads | None = None) -> VirtualFile:
+def _file(
+    plan: dict[str, list[Segment]],
+    spare_tokens: int,
+    filler: Filler,
+    reads: Reads | None = None,
+    order: Sequence[Range] = (),
+) -> VirtualFile:
     """The tensors of every segment of every part, with `spare_tokens` rows of zeros behind the last."""
-    file = VirtualFile(reads)
+    file = VirtualFile(reads, _names_of_ranges(plan, order) if order else ())
     for part, segments in plan.items():
         for number, segment in enumerate(segments):
             spare = spare_tokens if number == len(segments) - 1 and segment.group_tokens == 1 else 0
@@ -131,6 +139,24 @@ def _file(plan: dict[str, list[Segment]], spare_tokens: int, filler: Filler, rea
                 fill = functools.partial(filler.fill, segment, index, rows)
                 file.add(f"{part}.{number}.{index}", tensor.dtype, shape, fill)
     return file
+
+
+def _names_of_ranges(plan: dict[str, list[Segment]], ranges: Sequence[Range]) -> list[str]:
+    """The tensor of `_file` that has the rows of each range. BlockCorruptError for a range that has no rows of any."""
+    names = {
+        (span.source, stored.layer_range(span.position, span.n_tokens)[0]): f"{part}.{number}.{index}"
+        for part, segments in plan.items()
+        for number, segment in enumerate(segments)
+        for span in segment.spans
+        for index, stored in enumerate(span.stack.tensors)
+        if stored.layer_bytes(span.n_tokens)
+    }
+    for one in ranges:
+        if (one.source, one.offset) not in names:
+            raise BlockCorruptError(
+                f"block {one.source} has bytes at {one.offset} that are not of the layer", one.source
+            )
+    return [names[one.source, one.offset] for one in ranges]
 
 
 def _by_segment(plan: dict[str, list[Segment]], arrays: dict[str, mx.array]) -> dict[str, list[list[mx.array]]]:

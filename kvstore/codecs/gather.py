@@ -1,6 +1,7 @@
 """Reads the bytes of segments: reads, verifies and unpacks them, and writes the rows to their destination.
 
-Each byte range is read directly into its destination with one read call. Rejected: reading small ranges (the scales and
+Each byte range of a file is read directly into its destination with one read call; one in memory is verified there,
+then copied. Rejected: reading small ranges (the scales and
 biases of 8-bit KV, four of the six ranges that a layer has in a block) for eight layers at once and copying them. That
 needs an eighth of the calls, but took exactly as long.
 """
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvstore.blobs.ranges import RangeReader
+from kvstore.blobs.ranges import MemoryReader, RangeReader
 from kvstore.codecs.byte_plan import Segment, Span
 from kvstore.codecs.codec import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes
@@ -38,8 +39,11 @@ class Filler:
     reader: RangeReader
     verify: bool = True
 
-    def fill(self, segment: Segment, index: int, capacity: int, view: memoryview) -> None:
-        """Tensor `index` of a segment as `[1, heads, capacity, width]`; rows beyond the segment's are zero."""
+    def fill(self, segment: Segment, index: int, capacity: int, view: memoryview) -> Iterator[None]:
+        """Tensor `index` of a segment as `[1, heads, capacity, width]`; rows beyond the segment's are zero.
+
+        One stored range a step; the rest after the last.
+        """
         tensor = segment.tensors[index]
         rows = np.frombuffer(view, np.uint8).reshape(tensor.heads, capacity, tensor.row_bytes)
         nbytes = capacity * tensor.row_bytes
@@ -47,6 +51,7 @@ class Filler:
         place = _Place(tensor, index, rows, heads)
         for span in segment.spans:
             self._fill_span(place, span)
+            yield
         rows[:, tensor.rows(segment.held) :] = 0
 
     def _fill_span(self, place: _Place, span: Span) -> None:
@@ -98,6 +103,8 @@ class Filler:
 
     def _view(self, span: Span, stored: Tensor) -> memoryview | None:
         """The stored range where it lies in memory, verified there: one call each hashes and copies it."""
+        if not isinstance(self.reader, MemoryReader):
+            return None
         with _of_block(span.source):
             view = self.reader.view(span.source, *stored.layer_range(span.position, span.n_tokens))
         if view is not None and self.verify:

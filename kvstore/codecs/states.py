@@ -80,16 +80,23 @@ def state_ranges(state: LayerState, source: int) -> list[Range]:
 
 
 def begin_state(
-    layout: Layout, state: LayerState, n_tokens: int, source: int, reader: RangeReader, reads: Reads | None = None
+    layout: Layout,
+    state: LayerState,
+    n_tokens: int,
+    source: int,
+    reader: RangeReader,
+    reads: Reads | None = None,
+    order: Sequence[Range] = (),
 ) -> LayerRead[StateLayer]:
     """Begin to read one window or state layer after `n_tokens` tokens, into arrays of its own.
 
-    Everything is read, verified and evaluated when `finish` returns; the arrays are the calling thread's. Both raise
-    BlockCorruptError with `source` for damaged or missing bytes, OSError if the disk fails, what `reads` raises.
+    Everything is read, verified and evaluated when `finish` returns; the arrays are the calling thread's. `order`: as
+    for `assemble.begin_layer`. Both raise BlockCorruptError with `source` for damaged or missing bytes, OSError if the
+    disk fails, what `reads` raises.
     """
     spec = layout.layers[state.layer]
     assert spec.is_exact, "kv layers come from blocks: see assemble.py"
-    file = VirtualFile(reads)
+    file = VirtualFile(reads, [str(number) for number, array in enumerate(state.arrays) if order and array.nbytes])
     for number, array in enumerate(state.arrays):
         if array.nbytes:
             file.add(str(number), array.dtype, array.shape or (1,), functools.partial(_fill, reader, source, array))
@@ -106,8 +113,11 @@ def begin_state(
     return LayerRead(file, build)
 
 
-def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview) -> None:
-    """Read one array and verify it. State without a checksum is never served: it cannot be told from another's."""
+def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview) -> Iterator[None]:
+    """Read one array and verify it: one step. State without a checksum is never served.
+
+    It cannot be told from another's.
+    """
     try:
         reader.readinto(source, array.offset, [view])
     except CorruptDataError as error:
@@ -115,3 +125,4 @@ def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview)
     if not array.checksum:
         raise BlockCorruptError(f"array {array.name} of a checkpoint has no checksum", source)
     verify_range([view], int.from_bytes(array.checksum, "little"), source)
+    yield

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
@@ -48,8 +48,7 @@ class Reads(Protocol):
 class _Patient:
     """Reads that take as long as they take: of memory, or of files in the daemon.
 
-    On threads of their own: what a client copies out of a stream must not queue behind reads of files that hang, since
-    nothing ends that wait.
+    On threads of their own: nothing ends a wait behind reads of files that hang.
     """
 
     def __init__(self) -> None:
@@ -73,20 +72,27 @@ class _Patient:
 _PATIENT = _Patient()
 
 
+Fill = Callable[[memoryview], Iterator[None]]
+
+
 class VirtualFile(io.RawIOBase):
-    """Tensors, each with a function that fills its bytes. Made, loaded and dropped by one thread.
+    """Tensors, each with a function that fills its bytes step by step. Made, loaded and dropped by one thread.
 
     MLX calls seek and readinto from its own pool threads, and another thread may come in between the two: the position
     is kept per thread. No exception may cross MLX: 0.32 makes a RuntimeError of it with a traceback for a message, 0.31
     swallows it and hands out the unfilled buffer. None can: nothing is read there.
     """
 
-    def __init__(self, reads: Reads | None = None) -> None:
-        """Without `reads` tensors are filled for as long as it takes."""
+    def __init__(self, reads: Reads | None = None, order: Sequence[str] = ()) -> None:
+        """Without `reads` tensors are filled for as long as it takes.
+
+        `order`: whose step is the next, for bytes that come in one order only; then `finish` fills all tensors itself.
+        """
         super().__init__()
         self._reads = reads or _PATIENT
+        self._order = order
         self._header: dict[str, dict[str, Any]] = {}
-        self._fills: dict[str, tuple[int, Callable[[memoryview], None]]] = {}
+        self._fills: dict[str, tuple[int, Fill]] = {}
         self._size = 0
         self._head = b""
         self._thread = threading.local()
@@ -98,7 +104,7 @@ class VirtualFile(io.RawIOBase):
         """Bytes of all tensors."""
         return self._size
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], fill: Callable[[memoryview], None]) -> None:
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], fill: Fill) -> None:
         """Let the file hold a tensor of at least one byte; `fill` writes all of them, on any thread."""
         nbytes = math.prod(shape) * ITEM_BYTES[dtype]
         assert nbytes and name not in self._header
@@ -118,6 +124,8 @@ class VirtualFile(io.RawIOBase):
         if not isinstance(arrays, dict) or {name: a.nbytes for name, a in arrays.items()} != self._sizes():
             raise RuntimeError("MLX did not allocate every tensor of a layer")
         self._arrays = arrays
+        if self._order:
+            return
         # Each job holds the memory that it writes to, so that a read which is abandoned writes to nobody else's.
         work = [(fill, device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()]
         jobs = [[one] for one in work if one[1].nbytes > SMALL_BYTES]
@@ -134,8 +142,17 @@ class VirtualFile(io.RawIOBase):
         """Wait until everything is read; the first error of reading or verifying is raised as it was."""
         arrays, jobs = self._arrays, self._jobs
         self._arrays, self._jobs = {}, []
+        if self._order:
+            self._fill_in_order(arrays)
         self._reads.finish(jobs, arrays, self._size)
         return arrays
+
+    def _fill_in_order(self, arrays: dict[str, mx.array]) -> None:
+        steps = {name: fill(device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()}
+        for name in self._order:
+            next(steps[name], None)
+        for rest in steps.values():
+            _exhaust(rest)
 
     def drop(self) -> None:
         """End what `begin` began without a result. Does nothing after `finish`."""
@@ -200,9 +217,14 @@ class LayerRead(Generic[T]):
         self._file.drop()
 
 
-def _filling(tensors: Sequence[tuple[Callable[[memoryview], None], memoryview]]) -> Callable[[], None]:
+def _filling(tensors: Sequence[tuple[Fill, memoryview]]) -> Callable[[], None]:
     def fill_all() -> None:
         for fill, view in tensors:
-            fill(view)
+            _exhaust(fill(view))
 
     return fill_all
+
+
+def _exhaust(steps: Iterator[None]) -> None:
+    for _ in steps:
+        pass

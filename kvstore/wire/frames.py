@@ -9,7 +9,8 @@ generated code copies them, too, and a match of 32,000 tokens took 0.2 ms more.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
@@ -59,10 +60,28 @@ class PromptRequest(NamedTuple):
 
 def layer_frame(layer: int, parts: Sequence[Bytes]) -> bytes:
     """A FetchReply whose chunk holds `parts`, one after the other."""
-    data = b"%c%b" % (_CHUNK_DATA, _varint(sum(map(len, parts))))
-    head = b"%c%b%b" % (_CHUNK_LAYER, _varint(layer), data)
-    nbytes = len(head) + sum(map(len, parts))
-    return b"".join([b"%c%b%b" % (_REPLY_CHUNK, _varint(nbytes), head), *parts])
+    return b"".join([_layer_head(layer, sum(map(len, parts))), *parts])
+
+
+def filled_layer_frame(layer: int, nbytes: int, fill: Callable[[memoryview], None]) -> bytes:
+    """A FetchReply whose chunk holds `nbytes` that `fill` writes: in CPython in place, without a copy.
+
+    A BytesIO takes over bytes that are its alone, lends them as a buffer and gives them out as they are once nothing
+    refers to the buffer.
+    """
+    head = _layer_head(layer, nbytes)
+    frame = io.BytesIO(bytes(len(head) + nbytes))
+    view = frame.getbuffer()
+    view[: len(head)] = head
+    fill(view[len(head) :])
+    del view
+    return frame.getvalue()
+
+
+def _layer_head(layer: int, nbytes: int) -> bytes:
+    """What comes before `nbytes` of a layer's data."""
+    head = b"%c%b%c%b" % (_CHUNK_LAYER, _varint(layer), _CHUNK_DATA, _varint(nbytes))
+    return b"%c%b%b" % (_REPLY_CHUNK, _varint(len(head) + nbytes), head)
 
 
 def upload_frame(upload_id: str, parts: Sequence[Bytes]) -> bytes:

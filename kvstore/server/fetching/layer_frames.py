@@ -7,6 +7,7 @@ no longer than a frame, so that a client finds each of them whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -26,7 +27,7 @@ from kvstore.server.fetching.decode import decode_piece, pieces
 from kvstore.server.fetching.fetch import FetchPlan
 from kvstore.server.fetching.stream_out import BATCH_BYTES, BATCHES_MAX, Frames
 from kvstore.server.lane import Lane
-from kvstore.wire.frames import CHUNK_BYTES, layer_frame
+from kvstore.wire.frames import CHUNK_BYTES, filled_layer_frame, layer_frame
 
 # Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.
 DENSE_BYTES = 5 * PIECE_BYTES + BATCHES_MAX * (BATCH_BYTES + PIECE_BYTES)
@@ -157,19 +158,23 @@ def piece_frames(
 
 
 def read_frames(reader: RangeReader, layer: int, ranges: Iterable[Range]) -> Iterator[bytes]:
-    """Frames of stored ranges. They are read into one buffer: it stays in the processor's cache."""
+    """Frames of stored ranges, which are read into their place."""
     cut = (
         Range(one.source, one.offset + at, min(CHUNK_BYTES, one.nbytes - at))
         for one in ranges
         for at in range(0, one.nbytes, CHUNK_BYTES)
     )
-    buffer = memoryview(bytearray(CHUNK_BYTES))
     for group in gathered(cut):
-        end = 0
-        for one in group:
-            reader.readinto(one.source, one.offset, [buffer[end : end + one.nbytes]])
-            end += one.nbytes
-        yield layer_frame(layer, [buffer[:end]])
+        fill = functools.partial(_read_group, reader, group)
+        yield filled_layer_frame(layer, sum(one.nbytes for one in group), fill)
+
+
+def _read_group(reader: RangeReader, group: Iterable[Range], data: memoryview) -> None:
+    """Read some ranges one after the other."""
+    end = 0
+    for one in group:
+        reader.readinto(one.source, one.offset, [data[end : end + one.nbytes]])
+        end += one.nbytes
 
 
 def checkpoint_ranges(plan: FetchPlan, layer: int) -> list[Range]:
