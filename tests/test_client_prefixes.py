@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.provenance import HeldPrefixes
 from kvstore.core.blocks import pack_tokens
 from kvstore.core.keys import Chain
 

@@ -139,10 +139,11 @@ def test_waiting_for_the_device_counts_where_the_daemon_decodes(clock: Clock) ->
         assert busy.seconds(ROOT, way, work) == idle.seconds(ROOT, way, work)  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_is_ignored_and_memory_is_bounded(costs: Costs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_is_ignored_and_memory_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reports come from outside."""
     monkeypatch.setattr(costs_module, "NAMESPACES_MAX", 4)
     monkeypatch.setattr(costs_module, "ANSWERED_MAX", 8)
+    costs = Costs(clock=clock)
     before_s = costs.seconds(ROOT, "path", LARGE)
     costs.measured("77", Timing(1, 1.0))
     costs.reported("77", Timing(1, 1.0), "")

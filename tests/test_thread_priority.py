@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from kvstore.client.background import Background
-from kvstore.client.prefixes import HeldPrefixes
+from kvstore.client.provenance import HeldPrefixes
 from kvstore.client.results import SessionStats
 from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
 from kvstore.server.threads import Threads

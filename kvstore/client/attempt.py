@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -152,12 +151,3 @@ class Attempt:
 
 def _arrays_of(layer: Layer) -> list[Any]:
     return [*layer.keys, *layer.values] if isinstance(layer, KVLayer) else [array for _, array in layer.arrays]
-
-
-@contextmanager
-def ending(call: Any) -> Iterator[None]:
-    """Cancel a fetch by path when the block ends, however it does: its lease lives as long as the call."""
-    try:
-        yield
-    finally:
-        call.cancel()

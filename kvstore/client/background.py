@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from kvstore.client.connection import Connection
-from kvstore.client.prefixes import HeldPrefixes
-from kvstore.client.request_lines import say_stored
-from kvstore.client.results import SessionStats, StoreResult, reason_of
+from kvstore.client.provenance import HeldPrefixes
+from kvstore.client.results import SessionStats, StoreResult, reason_of, say_stored
 from kvstore.client.storer import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import BLOCK_TOKENS, Reason

@@ -15,14 +15,14 @@ import functools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import grpc
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader
-from kvstore.client.attempt import Attempt, Caller, Layer, ending
+from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.connection import Connection
 from kvstore.client.layer_reads import LayerReads
@@ -170,8 +170,9 @@ class Fetcher:
                     return
             except _DamagedError as damaged:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
-            with ending(call), _file_reader(plan) as reader:
-                reads = FileReads(attempt.deadline, self._budget)
+            with ExitStack() as stack:
+                stack.callback(call.cancel)  # its lease lives as long as the call
+                reader, reads = stack.enter_context(_file_reader(plan)), FileReads(attempt.deadline, self._budget)
                 require_readable(plan)
                 if reads.run(reader.open_all):
                     call.cancel()
@@ -229,8 +230,7 @@ class Fetcher:
                 answer: Hit | Miss
                 attempt = self._with_bases(attempt, plan)
                 if by_path:
-                    with ending(call):
-                        answer = self._from_files(attempt, plan, call)
+                    answer = self._from_files(attempt, plan, call)
                 else:
                     layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages)))
                     answer = _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
@@ -242,10 +242,10 @@ class Fetcher:
 
     def _with_bases(self, attempt: Attempt, plan: Plan) -> Attempt:
         """The attempt with what the recipes of a plan refer to. AuxMissingError when it does not come in time."""
-        stub, left_s = self._connection.kvstore, attempt.deadline.left_s
-        return replace(
-            attempt, aux=BASES.get(plan.references, functools.partial(ask_basis, stub, self._message), left_s)
-        )
+        if not (wanted := plan.references):
+            return attempt
+        ask = functools.partial(ask_basis, self._connection.kvstore, self._message)
+        return replace(attempt, aux=BASES.get(wanted, ask, attempt.deadline.left_s))
 
     def _tell_end(
         self, attempt: Attempt, plan: Plan, by_path: bool, answer: Hit | Miss, *, again: bool = False
@@ -272,7 +272,7 @@ class Fetcher:
             raise _DamagedError(plan.tokens_without(plan.state_source), Reason.CORRUPT) from error
 
     def _from_files(self, attempt: Attempt, plan: Plan, call: Any) -> Hit | Miss:
-        """Read from files. At a block that is damaged or gone, start over with the blocks before it.
+        """Read from files, then end the call. At a block that is damaged or gone, start over with those before it.
 
         Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
         A plan with states cannot be cut: _DamagedError.
@@ -286,16 +286,15 @@ class Fetcher:
                         call.cancel()  # every file is open: the lease has done its work
                 while plan.n_tokens >= max(1, self._options.min_prefix_tokens):
                     try:
-                        return self._read(attempt, plan, reader, reads)
+                        layers = self._layers(attempt, plan).overlapped(reader, reads)
+                        return _hit(attempt, plan, tuple(attempt.decoded(layers)), "path", "packed")
                     except BlockCorruptError as error:
                         plan = self._shorter(plan, error, reads)
         except DeadlineError as error:  # the disk is slow; of the daemon that says nothing
             return Miss(Reason.DEADLINE, str(error))
+        finally:
+            call.cancel()  # its lease lives as long as the call
         return Miss(Reason.BELOW_THRESHOLD if plan.reason is Reason.OK else plan.reason)
-
-    def _read(self, attempt: Attempt, plan: Plan, reader: FileReader, reads: FileReads) -> Hit:
-        layers = self._layers(attempt, plan).overlapped(reader, reads)
-        return _hit(attempt, plan, tuple(attempt.decoded(layers)), "path", "packed")
 
     def _shorter(self, plan: Plan, error: BlockCorruptError, reads: FileReads) -> Plan:
         code = errno_of(error)

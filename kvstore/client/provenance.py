@@ -1,4 +1,4 @@
-"""Provenance: which KV of this process was restored from the store, and at which fidelity.
+"""What a worker knows of the store: which of its KV came out of it, at which fidelity, and which prefixes it holds.
 
 Engines merge, extract and quantize cache objects, which loses attributes set on them. So provenance is recorded by
 weights and token chain, in one table for all sessions, layouts and profiles of a process. A lossy hit that an engine
@@ -15,14 +15,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens, count_tokens
-from kvstore.core.keys import Namespace, block_key
+from kvstore.core.bounded import Bounded
+from kvstore.core.keys import BLOCK_BYTES, Chain, Namespace, block_key
 
 BLOCKS_MAX = 65_536
 ENDS_MAX = 16_384  # each with the tokens of a block, 2 KiB at most
 FORGOTTEN_BITS = 1 << 25  # 4 MiB; one key in fifty is taken for forgotten after 100 million forgotten tokens
+HELD_MAX = 65_536
+CHECKPOINTS_MAX = 1024
 
 _TAG = b"kvstore/provenance/v1\0"
-_BLOCK_BYTES = BLOCK_TOKENS * TOKEN_BYTES
 # How much of a forgotten block another one shares is known to the next of these.
 _MARKS = (1, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256)
 _HASHES = 4
@@ -74,7 +76,7 @@ class Provenance:
             self._lowest[weights] = min(fidelity, self._lowest.get(weights, FIDELITY_EXACT))
             for block in _cut(tokens):
                 self._remember_end(parent, block, fidelity)
-                if len(block) == _BLOCK_BYTES:
+                if len(block) == BLOCK_BYTES:
                     parent = block_key(parent, block)
                     self._blocks[parent] = min(fidelity, self._blocks.get(parent, FIDELITY_EXACT))
                     self._blocks.move_to_end(parent)
@@ -108,7 +110,7 @@ class Provenance:
                 shared, rank = self._shared(weights, parent, block)
                 fidelity = min(fidelity, rank)
                 parent = block_key(parent, block)
-                if (rank_of_block := self._rank(weights, parent)) is None or len(block) < _BLOCK_BYTES:
+                if (rank_of_block := self._rank(weights, parent)) is None or len(block) < BLOCK_BYTES:
                     return n_tokens + shared, fidelity
                 fidelity = min(fidelity, rank_of_block)
                 n_tokens += BLOCK_TOKENS
@@ -152,7 +154,7 @@ def weights_of(namespace: Namespace) -> bytes:
 
 def _cut(tokens: bytes) -> Iterator[bytes]:
     """Packed tokens by blocks; the last may be short."""
-    return (tokens[at : at + _BLOCK_BYTES] for at in range(0, len(tokens), _BLOCK_BYTES))
+    return (tokens[at : at + BLOCK_BYTES] for at in range(0, len(tokens), BLOCK_BYTES))
 
 
 def _marks(parent: bytes, block: bytes) -> Iterator[bytes]:
@@ -162,3 +164,56 @@ def _marks(parent: bytes, block: bytes) -> Iterator[bytes]:
         key = hashlib.sha256(_TAG + key + block[start * TOKEN_BYTES : mark * TOKEN_BYTES]).digest()
         start = mark
         yield key
+
+
+class HeldPrefixes:
+    """Blocks and checkpoints that the store is known to hold: from hits and acknowledgements. Any thread may call.
+
+    Only a hint, which saves copying and sending: the daemon says when it is wrong, and then the chain is forgotten.
+    """
+
+    def __init__(self, limit: int = HELD_MAX, checkpoints_max: int = CHECKPOINTS_MAX) -> None:
+        self._keys: Bounded[bytes, None] = Bounded(limit)
+        self._checkpoints: Bounded[tuple[bytes, bytes], None] = Bounded(checkpoints_max)  # last full block, its tail
+        self._lock = threading.Lock()
+
+    def held_tokens(self, chain: Chain) -> int:
+        """Leading tokens, whole blocks or everything, that are known to be held."""
+        keys = chain.block_keys()
+        with self._lock:
+            for index in reversed(range(len(keys))):
+                if keys[index] in self._keys:
+                    for key in keys[: index + 1]:
+                        self._keys[key] = None
+                    return min((index + 1) * BLOCK_TOKENS, chain.n_tokens)
+        return 0
+
+    def hold(self, chain: Chain, *, checkpoint: bool = False) -> None:
+        """Remember that all of a prompt is held, and whether the checkpoint at their end is."""
+        with self._lock:
+            for key in chain.block_keys():
+                self._keys[key] = None
+            if checkpoint:
+                self._checkpoints[chain.parent(chain.full), chain.tail] = None
+
+    def holds_checkpoint(self, chain: Chain) -> bool:
+        """Whether the checkpoint after exactly the last token is known to be held."""
+        place = chain.parent(chain.full), chain.tail
+        with self._lock:
+            if place not in self._checkpoints:
+                return False
+            self._checkpoints.move_to_end(place)
+            return True
+
+    def forget(self, chain: Chain, keep_tokens: int = 0) -> None:
+        """Forget every block of a prompt that reaches beyond its first `keep_tokens`, and every checkpoint there."""
+        keys, tokens = chain.block_keys(), chain.tokens
+        starts = {parent: index * BLOCK_BYTES for index, parent in enumerate([chain.root, *keys])}
+        with self._lock:
+            for key in keys[keep_tokens // BLOCK_TOKENS :]:
+                self._keys.pop(key, None)
+            for parent, tail in list(self._checkpoints):
+                start = starts.get(parent, len(tokens))
+                end = start + len(tail)
+                if keep_tokens * TOKEN_BYTES < end <= len(tokens) and tokens[start:end] == tail:
+                    del self._checkpoints[parent, tail]

@@ -1,15 +1,32 @@
-"""Results of a session's methods. Every result that is not complete has a reason."""
+"""Results of a session's methods, and the worker's log line of each request. What is not complete has a reason.
+
+The lines have the id under which the daemon logs the same request. They are DEBUG, since a server has a log of its own;
+`kvstore run` says them at INFO (`say_requests`).
+"""
 
 from __future__ import annotations
 
+import logging
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from kvstore import errors
+from kvstore.core import log as lines
 from kvstore.core.blocks import Reason, fidelity_text
+from kvstore.core.keys import Namespace
 from kvstore.core.layers import KVLayer, StateLayer
+from kvstore.core.reasons import is_needed
+from kvstore.core.text import plain_text
+
+ID_BYTES = 3
+log = logging.getLogger(__name__)
+_request_id: ContextVar[str] = ContextVar("kvstore_request_id", default="")
+_level = logging.DEBUG
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,3 +195,55 @@ class SessionStats:
             self.stored_bytes += result.new_bytes
             if result.reason is Reason.NOT_CAPTURED:
                 self.not_captured_tokens += max(0, n_tokens - result.stored_tokens)
+
+
+def say_requests() -> None:
+    """Log requests at INFO from now on, in all sessions of the process."""
+    global _level
+    _level = logging.INFO
+
+
+def request_id() -> str:
+    """The id of the request that this thread is about, or a new one."""
+    return _request_id.get() or secrets.token_hex(ID_BYTES)
+
+
+@contextmanager
+def one_request() -> Iterator[str]:
+    """All that is asked in this block is about one request."""
+    made = _request_id.set(secrets.token_hex(ID_BYTES))
+    try:
+        yield _request_id.get()
+    finally:
+        _request_id.reset(made)
+
+
+def say_fetched(
+    namespace: Namespace, name: str, prompt_tokens: int, answer: Hit | LayerHit | Miss, seconds: float
+) -> None:
+    """The line of a fetch; `name` is the id of its request."""
+    alias = lines.plain_alias(namespace.alias, namespace.root)
+    if not answer.n_tokens:
+        say_miss(alias, name, prompt_tokens, answer.reason)
+        return
+    source = getattr(answer, "source", None)
+    nbytes = source.nbytes if source else 0
+    line = lines.hit_line(alias, answer.n_tokens, prompt_tokens, nbytes, seconds, answer.reason)
+    log.log(_level, "%s", lines.with_id(line, name))
+
+
+def say_miss(alias: str, name: str, prompt_tokens: int, reason: Reason) -> None:
+    """The line of a request that got nothing."""
+    line = lines.miss_line(plain_text(alias, lines.ALIAS_CHARACTERS_MAX), prompt_tokens, reason)
+    log.log(_level, "%s", lines.with_id(line, name))
+
+
+def say_stored(namespace: Namespace, name: str, span: tuple[int, int], result: StoreResult, seconds: float) -> None:
+    """The line of a store of the tokens from `span[0]` to `span[1]`."""
+    alias, (start, end) = lines.plain_alias(namespace.alias, namespace.root), span
+    if result.new_bytes:
+        line = lines.stored_line(alias, max(0, result.stored_tokens - start), result.new_bytes, seconds)
+        log.log(_level, "%s", lines.with_id(line, name))
+        return
+    level = _level if is_needed(result.reason) else logging.DEBUG
+    log.log(level, "%s", lines.with_id(lines.not_stored_line(alias, end, result.reason), name))

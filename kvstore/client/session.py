@@ -20,9 +20,18 @@ from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
 from kvstore.client.connection import Connection
 from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
-from kvstore.client.prefixes import HeldPrefixes
-from kvstore.client.request_lines import request_id, say_fetched
-from kvstore.client.results import Hit, LayerHit, Match, Miss, SessionStats, StoreResult, parse_reason, reason_of
+from kvstore.client.results import (
+    Hit,
+    LayerHit,
+    Match,
+    Miss,
+    SessionStats,
+    StoreResult,
+    parse_reason,
+    reason_of,
+    request_id,
+    say_fetched,
+)
 from kvstore.client.storer import Storer, StoreRequest, Touch, combine
 from kvstore.client.uploader import Uploader
 from kvstore.core.blocks import (
@@ -96,7 +105,7 @@ class Session:
         self._connection = connection
         self._rest_until_s = 0.0
         self._told_tokens_per_s = 0.0
-        self._held = HeldPrefixes()
+        self._held = provenance.HeldPrefixes()
         self._provenance = provenance.PROCESS
         self._weights = provenance.weights_of(namespace)
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)

@@ -7,8 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from kvstore.client.prefixes import HeldPrefixes
-from kvstore.client.provenance import Provenance, weights_of
+from kvstore.client.provenance import HeldPrefixes, Provenance, weights_of
 from kvstore.client.results import StoreResult
 from kvstore.client.uploader import StoreJob
 from kvstore.codecs.device import Capture, evaluate

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
+import secrets
 import socket
 import threading
 import time
@@ -17,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from kvstore.client.connection import Connection
-from kvstore.client.request_lines import new_request_id
-from kvstore.client.results import StoreResult, parse_reason
+from kvstore.client.results import ID_BYTES, StoreResult, parse_reason
 from kvstore.client.trust import walk
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.breaker import Watchdog
@@ -86,7 +87,7 @@ class StoreJob:
     continued_tokens: int = 0
     again: Rest | None = None
     new_from: int = 0
-    request_id: str = field(default_factory=new_request_id)
+    request_id: str = field(default_factory=functools.partial(secrets.token_hex, ID_BYTES))
     begun_s: float = field(default_factory=time.monotonic)
     result: StoreResult = field(default_factory=StoreResult)
     done: threading.Event = field(default_factory=threading.Event)

@@ -10,6 +10,7 @@ look-up: token bytes are compared on every hit.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Namespace:
         salted = ", salted" if self.salt else ""
         return f"<Namespace {self.root.hex()[:12]}{named}, engine {self.engine!r}, {self.layout!r}{salted}>"
 
-    @property
+    @functools.cached_property
     def root(self) -> bytes:
         """The root of the key chain, 32 bytes: the namespace's id."""
         return root_key(self.weights, self.adapter, self.layout.digest, self.dtype, self.engine, self.salt)
@@ -177,30 +178,22 @@ class Chain:
     call.
     """
 
-    __slots__ = ("_keys", "_known", "root", "tokens")
+    __slots__ = ("_keys", "_known", "full", "n_tokens", "root", "tokens")
 
     def __init__(self, root: bytes, tokens: bytes) -> None:
-        """`tokens`: 8 bytes each, little-endian; what `pack_tokens` gives."""
+        """`tokens`: 8 bytes each, little-endian; what `pack_tokens` gives. `full`: how many whole blocks they are."""
         self.root = root
         self.tokens = tokens
+        self.n_tokens = len(tokens) // TOKEN_BYTES
+        self.full = len(tokens) // BLOCK_BYTES
         # Keys of full blocks; the first `_known` are computed. Two threads may write the same key to the same place.
-        self._keys = [b""] * (len(tokens) // BLOCK_BYTES)
+        self._keys = [b""] * self.full
         self._known = 0
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.tokens) // TOKEN_BYTES
-
-    @property
-    def full(self) -> int:
-        """Full blocks of the prompt."""
-        return len(self._keys)
 
     @property
     def tail(self) -> bytes:
         """The packed tokens after the last full block; empty when there are none."""
-        return self.tokens[len(self._keys) * BLOCK_BYTES :]
+        return self.tokens[self.full * BLOCK_BYTES :]
 
     def key(self, index: int) -> bytes:
         """The key of full block `index`."""

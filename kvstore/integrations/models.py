@@ -21,8 +21,7 @@ from typing import Any
 from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.client import Client
-from kvstore.client.request_lines import one_request, request_id, say_miss
-from kvstore.client.results import Hit
+from kvstore.client.results import Hit, one_request, request_id, say_miss
 from kvstore.client.session import Session
 from kvstore.client.storer import Touch
 from kvstore.config import Config

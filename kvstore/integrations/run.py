@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from kvstore.client.request_lines import say_requests
+from kvstore.client.results import say_requests
 from kvstore.core.log import log_worker
 from kvstore.core.process import ending_signals
 from kvstore.errors import ConfigError

@@ -12,18 +12,19 @@ from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, Reason
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
-from kvstore.core.records import runs_to_record
+from kvstore.core.log import ID_CHARACTERS_MAX
 from kvstore.core.remote_words import RemoteReason
-from kvstore.engine import Engine, Row
+from kvstore.core.text import plain_text
+from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
-from kvstore.server.arguments import Identities, offer_of, outcome_of, store_request, timing_of
-from kvstore.server.calls.callers import caller_name, caller_pid
+from kvstore.server.arguments import store_request
+from kvstore.server.calls.callers import Identities, caller_name, caller_pid
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
 from kvstore.server.counters import Telemetry
-from kvstore.server.fetching.costs import Offer, Way
+from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
-from kvstore.server.fetching.layer_frames import LayerFrames, dense_block
+from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
 from kvstore.server.fetching.stream_out import Sender, write_within
 from kvstore.server.storing.store import StorePath, StorePlan
 from kvstore.server.storing.stores import Stores
@@ -32,9 +33,8 @@ from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
 from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.telemetry.requests import Asked, known_reason, plain_id
+from kvstore.telemetry.requests import Asked, Outcome, known_reason
 from kvstore.telemetry.traffic import Who
-from kvstore.telemetry.why import NamespaceIdentity
 from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -101,10 +101,10 @@ class KVStoreService(rpc.KVStoreServicer):
 
     def _match(self, request: PromptRequest, asked: Asked) -> tuple[pb.MatchReply, Matched, Chain, Offer]:
         """The answer, and what it was made of."""
-        identity = self._identities.of(request.message.namespace)
-        offer = offer_of(request.message, self._way(identity, pb.TRANSPORT_PATH, dense=False))
-        chain = Chain(identity.root, request.tokens)
-        match = self._fetch.match(chain, request.message.fidelity_min, offer)
+        message, identity = request.message, self._identities.of(request.message.namespace)
+        chain, way = Chain(identity.root, request.tokens), self._fetch.way(identity, pb.TRANSPORT_PATH, dense=False)
+        offer = Offer(message.prefill_tokens_per_s, message.covered_tokens, way)
+        match = self._fetch.match(chain, message.fidelity_min, offer)
         self._why.note(asked, chain, match, identity)
         reply = pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
         return reply, match, chain, offer
@@ -137,7 +137,9 @@ class KVStoreService(rpc.KVStoreServicer):
                 return
             if way == "path":
                 self._counters.add("bytes_served", nbytes)
-                await self._lease()
+                # The lease lasts while the worker is connected, at most `lease_s`. A stop of the daemon ends it.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
             else:
                 await self._stream(plan, plan.namespace.layout, way, context)
                 complete = True
@@ -155,11 +157,6 @@ class KVStoreService(rpc.KVStoreServicer):
         for at in range(0, len(data), CHUNK_BYTES):
             piece = pb.BasisPiece(data=bytes(data[at : at + CHUNK_BYTES]))
             await write_within(context, piece, self._config.limits.stream_stall_s)
-
-    async def _lease(self) -> None:
-        """Keep the lease while the worker is connected, at most `lease_s`. A stop of the daemon ends it."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
 
     async def _planned(self, request: PromptRequest, asked: Asked, context: Context) -> tuple[_Planned, int]:
         """A plan, and how many of its tokens were read from the remote tier for it."""
@@ -205,15 +202,13 @@ class KVStoreService(rpc.KVStoreServicer):
     def _plan(self, request: PromptRequest, asked: Asked) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
         message, identity = request.message, self._identities.of(request.message.namespace)
-        way = self._way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
-        chain, offer = Chain(identity.root, request.tokens), offer_of(message, way)
+        way = self._fetch.way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
+        chain = Chain(identity.root, request.tokens)
+        offer = Offer(message.prefill_tokens_per_s, message.covered_tokens, way)
         plan = self._fetch.plan(chain, message.fidelity_min, offer, asked.who.caller)
         try:
             self._why.note(asked, chain, plan.match, identity)
-            if plan.namespace is None:
-                return _Planned(plan, chain, offer, pb.FetchReply(plan=pb.FetchPlan(reason=plan.match.reason)))
-            first = pb.FetchReply(plan=self._plan_message(plan, plan.namespace.layout, way))
-            return _Planned(plan, chain, offer, first)
+            return _Planned(plan, chain, offer, pb.FetchReply(plan=plan_message(self._engine, plan, way)))
         except BaseException:
             plan.release()
             raise
@@ -251,52 +246,8 @@ class KVStoreService(rpc.KVStoreServicer):
         covered = getattr(message, "covered_tokens", 0)
         speed = getattr(message, "prefill_tokens_per_s", 0.0)
         continued = getattr(message, "continued_tokens", 0)
-        return Asked(who, plain_id(message.request_id), n_tokens, min(covered, n_tokens), speed, continued)
-
-    def _way(self, identity: NamespaceIdentity, transport: pb.Transport, *, dense: bool) -> Way:
-        """How bytes go. As files not those of tenants, nor where there are none."""
-        if dense:
-            return "dense"
-        same_files = transport == pb.TRANSPORT_PATH and self._same_host and not identity.salted
-        return "path" if same_files and self._engine.has_paths(identity.root) else "stream"
-
-    def _plan_message(self, plan: FetchPlan, layout: Layout, way: Way) -> pb.FetchPlan:
-        match, by_path = plan.match, way == "path"
-        if way == "dense":
-            block = dense_block(plan, layout)
-            runs, templates = runs_to_record(block.runs)
-            slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=runs)]
-        else:
-            templates = match.needed_templates()
-            slices = [
-                pb.BlockSlice(
-                    key=piece.row.key,
-                    n_tokens=piece.take,
-                    runs=piece.row.described,
-                    path=(by_path and self._engine.path(piece.row)) or "",
-                    payload_offset=piece.row.payload_offset,
-                    file_bytes=piece.row.blob_bytes,
-                )
-                for piece in match.slices
-            ]
-        return pb.FetchPlan(
-            n_tokens=match.n_tokens,
-            reason=match.reason,
-            fidelity=match.fidelity,
-            layout=layout.record,
-            blocks=slices,
-            checkpoint=self._state_slice(match.checkpoint, by_path=by_path) if match.checkpoint else None,
-            fetch_id=plan.fetch_id,
-            templates=templates.values(),
-        )
-
-    def _state_slice(self, row: Row, *, by_path: bool) -> pb.StateSlice:
-        return pb.StateSlice(
-            key=row.key,
-            states=row.described,
-            path=(by_path and self._engine.path(row)) or "",
-            payload_offset=row.payload_offset,
-            file_bytes=row.blob_bytes,
+        return Asked(
+            who, plain_text(message.request_id, ID_CHARACTERS_MAX), n_tokens, min(covered, n_tokens), speed, continued
         )
 
     @unary
@@ -391,9 +342,10 @@ class KVStoreService(rpc.KVStoreServicer):
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
         if request.HasField("timing"):
-            caller = caller_name(context.invocation_metadata())
-            self._fetch.costs.reported(request.timing.fetch_id, timing_of(request.timing), caller)
-            self._requests.reported(request.timing.fetch_id, outcome_of(request.timing))
+            said, caller = request.timing, caller_name(context.invocation_metadata())
+            timing = Timing(said.read_bytes, said.read_s, said.decoded_bytes, said.decode_s)
+            self._fetch.costs.reported(said.fetch_id, timing, caller)
+            self._requests.reported(said.fetch_id, Outcome(said.got_tokens, said.reason, said.again))
             return pb.ReportReply()
         if request.HasField("speed"):
             self._requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)

@@ -22,7 +22,6 @@ from kvstore.core import log as lines
 from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.histogram import Histogram
 from kvstore.core.reasons import WHOLE, is_needed
-from kvstore.core.text import plain_text
 from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 # How long a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
@@ -361,11 +360,6 @@ def known_reason(name: str) -> Reason:
         return Reason(name)
     except ValueError:
         return Reason.INVALID
-
-
-def plain_id(request_id: str) -> str:
-    """The id of a request as a line shows it."""
-    return plain_text(request_id, lines.ID_CHARACTERS_MAX)
 
 
 def _put(table: OrderedDict[Any, T], key: Any, value: T) -> T | None:

@@ -149,12 +149,6 @@ class Why:
 
     def note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
         """A request was matched. On the thread that matched it, before anything of it can be stored. Raises nothing."""
-        try:
-            self._note(asked, chain, match, identity)
-        except KVStoreError as error:  # the index is damaged: the request itself is what matters
-            log.debug("a request is not remembered: %s", error)
-
-    def _note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
         root = chain.root
         if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
             with self._lock:
@@ -162,15 +156,13 @@ class Why:
             return
         with self._lock:
             self._identities[root] = identity
-        entry = self.explained(asked, chain, match, identity)
-        if entry.cause is Cause.CHANGED:
-            end = entry.common_tokens * TOKEN_BYTES
-
-            def ahead() -> tuple[bytes, bytes]:
-                after = self._nearest.after(root, match.nearest, entry.common_tokens, AHEAD_TOKENS)
-                return chain.tokens[end : end + AHEAD_TOKENS * TOKEN_BYTES], after
-
-            self.places.note(root, asked.who.alias, chain.tokens[:end], (entry.after, entry.stored), ahead)
+        try:
+            entry = self.explained(asked, chain, match, identity)
+            if entry.cause is Cause.CHANGED:
+                self._note_place(entry, chain)
+        except KVStoreError as error:  # the index is damaged: the request itself is what matters
+            log.debug("a request is not remembered: %s", error)
+            return
         name = asked.request_id or f"#{next(self._numbers)}"
         key = (asked.who.caller, name)
         with self._lock:
@@ -181,6 +173,16 @@ class Why:
             self._entries.move_to_end(key)
             if len(self._entries) > ENTRIES_MAX:
                 self._entries.popitem(last=False)
+
+    def _note_place(self, entry: RequestEntry, chain: Chain) -> None:
+        """Note where a prompt differs from what is stored in the middle."""
+        root, end = chain.root, entry.common_tokens * TOKEN_BYTES
+
+        def ahead() -> tuple[bytes, bytes]:
+            after = self._nearest.after(root, entry.nearest, entry.common_tokens, AHEAD_TOKENS)
+            return chain.tokens[end : end + AHEAD_TOKENS * TOKEN_BYTES], after
+
+        self.places.note(root, entry.asked.who.alias, chain.tokens[:end], (entry.after, entry.stored), ahead)
 
     def explained(
         self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity, others_max: int = OTHERS_MAX

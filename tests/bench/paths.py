@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 PACKAGE = str(ROOT / "kvstore") + os.sep
 GENERATED = os.path.join(PACKAGE, "wire", "v1") + os.sep
 IDLE_S = 3.0
+# What a call leaves to be done after its answer: a fetch its report, a store the end of its upload.
+AFTER_S = 1.0
 
 
 class Watch:
@@ -95,7 +97,7 @@ class Recorder:
         self._watch.is_on = True
         try:
             work()
-            time.sleep(0.3)  # what a commit leaves to be done after its answer
+            time.sleep(AFTER_S)
         finally:
             self._watch.is_on = False
         os.kill(self._pid, signal.SIGUSR1)
@@ -126,6 +128,7 @@ def main() -> None:
             session = client.session(make_namespace(layout), **PATIENT)  # type: ignore[arg-type]
             layers = make_layers(layout, second)
             assert session.store(first, make_layers(layout, first), wait=True).durable and session.fetch(first)
+            time.sleep(AFTER_S)
             recorder = Recorder(watch, daemon.process.pid, folder)
             idle = recorder.record(lambda: time.sleep(IDLE_S))
             paths = {

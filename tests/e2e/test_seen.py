@@ -156,7 +156,7 @@ def test_the_log_has_a_line_a_request_with_the_id_that_the_worker_has(
 ) -> None:
     """Also at DEBUG nothing of asyncio or grpc."""
     daemon.restart(log_level="debug")
-    caplog.set_level("DEBUG", "kvstore.client.request_lines")
+    caplog.set_level("DEBUG", "kvstore.client.results")
     ask(daemon)
     wait_until(lambda: daemon.log_text().count(" miss ") == 2, 30, daemon.log_text)
     log = daemon.log_text()
@@ -176,7 +176,7 @@ def test_worker_and_daemon_say_the_same_of_a_prompt_that_went_on(
     daemon: DaemonProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The tail before it is stored again, in a longer block; it is no new token."""
-    caplog.set_level("DEBUG", "kvstore.client.request_lines")
+    caplog.set_level("DEBUG", "kvstore.client.results")
     longer = list(range(720))
     with client_of(daemon) as client:
         assert client.session(NAMESPACE, **SLOW).store(longer, make_layers(LAYOUT, longer), wait=True).durable

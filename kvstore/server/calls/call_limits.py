@@ -75,18 +75,17 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         if self.calls[kind] >= self._calls_max[kind]:
             words = f"{self._calls_max[kind]} calls are under way; try again later"
             return self.refusing(LimitError(words, RETRY_S, "calls_max"))
-        name = "" if kind == _ADMIN else caller_name(metadata)
-        if kind != _ADMIN and not self._enter(name, anyway=kind == _CARRIES_ON):
+        if kind == _ADMIN:
+            return _Call(self, kind, "").admitted(handler)
+        name = caller_name(metadata)
+        calls = self.callers.enter(name, anyway=kind == _CARRIES_ON)
+        if not calls:
             words = f"{self._connections_max} clients are at work; try again later"
             return self.refusing(LimitError(words, callers.RETRY_S, "connections_max"))
-        return _Call(self, kind, name).admitted(handler)
-
-    def _enter(self, name: str, *, anyway: bool) -> bool:
-        calls = self.callers.enter(name, anyway=anyway)
         if calls == self._connection_calls_max and name:
             words = f"one client has {calls} calls under way; gRPC holds back what it calls beyond them"
             self._refusals.reached("connection_calls_max", words)
-        return calls > 0
+        return _Call(self, kind, name).admitted(handler)
 
     def refusing(self, error: LimitError) -> Any:
         """A handler that ends a call for a limit; counted."""

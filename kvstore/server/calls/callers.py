@@ -7,6 +7,7 @@ with an error message. Unused connections can be counted only among the sockets 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import stat
@@ -16,7 +17,12 @@ from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.config.credentials import CLIENT_KEY, PID_KEY
+from kvstore.core.log import ALIAS_CHARACTERS_MAX
+from kvstore.core.text import plain_text
 from kvstore.server.calls.refusals import Refusals
+from kvstore.telemetry.why import NamespaceIdentity
+from kvstore.wire.convert import root_from_message
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # A client keeps its place so long after its last call: clients that ask all the time do not take turns.
 KEEP_S = 5.0
@@ -26,6 +32,8 @@ PID_DIGITS_MAX = 10
 # gRPC's own limit on connections, over `connections_max`.
 GRPC_FACTOR = 4
 GRPC_MORE = 16
+# A daemon serves a handful of models; of tenants each has an identity of its own.
+IDENTITIES_MAX = 1024
 
 
 class Callers:
@@ -76,6 +84,29 @@ def caller_pid(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
     """The process that a call says it comes from; 0 when it says none."""
     said = [value for key, value in metadata or () if key == PID_KEY and isinstance(value, str)]
     return int(said[0]) if said and said[0].isascii() and said[0].isdigit() and len(said[0]) <= PID_DIGITS_MAX else 0
+
+
+class Identities:
+    """The identities of requests, each validated and hashed once. Any thread may call.
+
+    Remembered under a digest of the message, since that has the salt, which is a secret.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, NamespaceIdentity] = {}
+
+    def of(self, message: pb.Namespace) -> NamespaceIdentity:
+        """The identity that a request names. Raises InvalidRequestError for an invalid one."""
+        name = hashlib.sha256(message.SerializeToString()).digest()
+        known = self._known.get(name)
+        if known is None:
+            root, alias = root_from_message(message), plain_text(message.alias, ALIAS_CHARACTERS_MAX)
+            digests = (message.weights, message.adapter, message.layout_digest)
+            known = NamespaceIdentity(root, *digests, message.dtype, message.engine, bool(message.salt), alias)
+            if len(self._known) >= IDENTITIES_MAX:
+                self._known.clear()
+            self._known[name] = known
+        return known
 
 
 def open_sockets() -> int:

@@ -26,12 +26,12 @@ import math
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from kvstore.core.blocks import RAW, Reason
+from kvstore.core.bounded import Bounded
 from kvstore.core.layers import Layout
 from kvstore.engine import Match, Row
 from kvstore.errors import InvalidRequestError
@@ -202,8 +202,8 @@ class Costs:
         self._backlog_s = backlog_s
         self._clock = clock
         self._lock = threading.Lock()
-        self._ways: OrderedDict[tuple[bytes, Way], _Way] = OrderedDict()
-        self._answered: OrderedDict[str, _Answered] = OrderedDict()
+        self._ways: Bounded[tuple[bytes, Way], _Way] = Bounded(NAMESPACES_MAX)
+        self._answered: Bounded[str, _Answered] = Bounded(ANSWERED_MAX)
 
     def seconds(self, root: bytes, way: Way, work: Work) -> float:
         """How long a fetch that came now would take."""
@@ -231,14 +231,12 @@ class Costs:
 
         `asked_s`: when its call came, None: just now.
         """
-        fetch_id, expected_s = secrets.token_hex(16), self.seconds(root, way, work)
+        fetch_id, expected_s = secrets.token_hex(16), self.estimate(root, way)(work)
         with self._lock:
             now_s, crowd = self._clock(), 1 + self._others()
             begun_s, until_s = now_s if asked_s is None else asked_s, now_s + OVERDUE * expected_s
             known = self._way(root, way)
             self._answered[fetch_id] = _Answered(caller, way == "path", known, work, crowd, begun_s, until_s)
-            while len(self._answered) > ANSWERED_MAX:
-                self._answered.popitem(last=False)
             return fetch_id
 
     def end(self, fetch_id: str) -> None:
@@ -293,10 +291,7 @@ class Costs:
         return sum(one.active_until_s > now_s for one in self._answered.values())
 
     def _way(self, root: bytes, way: Way) -> _Way:
-        known = self._ways.setdefault((root, way), _Way())
-        self._ways.move_to_end((root, way))
-        while len(self._ways) > NAMESPACES_MAX:
-            self._ways.popitem(last=False)
+        known = self._ways[root, way] = self._ways.get((root, way)) or _Way()
         return known
 
 

@@ -21,8 +21,10 @@ from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.server.fetching.costs import Costs, Offer, Timing, work_of, worthwhile
+from kvstore.server.fetching.costs import Costs, Offer, Timing, Way, work_of, worthwhile
 from kvstore.server.lane import Lane
+from kvstore.telemetry.why import NamespaceIdentity
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 REPLANS_MAX = 8
 # A block that is not what its row says, and is not in quarantine either, is read so often before the prefix ends there:
@@ -97,6 +99,7 @@ class FetchPath:
     def __init__(self, engine: Engine, lane: Lane, config: Config) -> None:
         self._engine = engine
         self._config = config
+        self._same_host = bool(config.address.path)
         self.costs = Costs(lambda: lane.backlog_s)
         self._readable = Readable(engine.has_aux)
 
@@ -158,6 +161,13 @@ class FetchPath:
             if not self._engine.recheck(row.key):
                 failed[row.blob] += 1
         return FetchPlan(None, Match(0, Reason.CORRUPT), None)
+
+    def way(self, identity: NamespaceIdentity, transport: pb.Transport, *, dense: bool) -> Way:
+        """How bytes go. As files not those of tenants, nor where there are none."""
+        if dense:
+            return "dense"
+        same_files = transport == pb.TRANSPORT_PATH and self._same_host and not identity.salted
+        return "path" if same_files and self._engine.has_paths(identity.root) else "stream"
 
     def measured(self, plan: FetchPlan) -> None:
         """The daemon has handed over all of a plan by stream; learn from what it took."""

@@ -21,13 +21,16 @@ from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.states import state_ranges
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Layout
+from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine
 from kvstore.errors import LimitError
+from kvstore.server.fetching.costs import Way
 from kvstore.server.fetching.decode import decode_piece, pieces
 from kvstore.server.fetching.fetch import FetchPlan
 from kvstore.server.fetching.stream_out import BATCH_BYTES, BATCHES_MAX, Frames
 from kvstore.server.lane import Lane
 from kvstore.wire.frames import CHUNK_BYTES, filled_layer_frame, layer_frame
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Pieces as read, in the lane (gathered, and decoded) and waiting to be sent; and the frames of others.
 DENSE_BYTES = 5 * PIECE_BYTES + BATCHES_MAX * (BATCH_BYTES + PIECE_BYTES)
@@ -131,6 +134,47 @@ class LayerFrames:
                 yield reader
         finally:
             self._files.release(granted)
+
+
+def plan_message(engine: Engine, plan: FetchPlan, way: Way) -> pb.FetchPlan:
+    """The plan as a worker gets it, before all bytes; of a miss the reason alone. Paths only where `way` is by path."""
+    match, checkpoint, path = plan.match, plan.match.checkpoint, engine.path
+    if plan.namespace is None:
+        return pb.FetchPlan(reason=match.reason)
+    layout = plan.namespace.layout
+    if way == "dense":
+        runs, templates = runs_to_record(dense_block(plan, layout).runs)
+        slices = [pb.BlockSlice(n_tokens=match.n_tokens, runs=runs)]
+    else:
+        templates = match.needed_templates()
+        slices = [
+            pb.BlockSlice(
+                key=row.key,
+                n_tokens=take,
+                runs=row.described,
+                path=(path(row) if way == "path" else None) or "",
+                payload_offset=row.payload_offset,
+                file_bytes=row.blob_bytes,
+            )
+            for row, take in ((piece.row, piece.take) for piece in match.slices)
+        ]
+    states = checkpoint and pb.StateSlice(
+        key=checkpoint.key,
+        states=checkpoint.described,
+        path=(path(checkpoint) if way == "path" else None) or "",
+        payload_offset=checkpoint.payload_offset,
+        file_bytes=checkpoint.blob_bytes,
+    )
+    return pb.FetchPlan(
+        n_tokens=match.n_tokens,
+        reason=match.reason,
+        fidelity=match.fidelity,
+        layout=layout.record,
+        blocks=slices,
+        checkpoint=states,
+        fetch_id=plan.fetch_id,
+        templates=templates.values(),
+    )
 
 
 def dense_block(plan: FetchPlan, layout: Layout) -> HitBlock:
