@@ -46,9 +46,9 @@ class Place:
         for block, blob in BLOBS:
             assert self.direct.create(name_of(block), [memoryview(blob)], Deadline(60))
 
-    def found(self, limit_s: float) -> list[bytes]:
-        """What comes of the prompt, in two calls of `limit_s` each."""
-        return found(self.tier, N_TOKENS, limit_s)
+    def found(self, limit_s: float, find_s: float | None = None) -> list[bytes]:
+        """What comes of the prompt, in two calls of `limit_s` each, or the first of `find_s`."""
+        return found(self.tier, N_TOKENS, limit_s, find_s=find_s)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,8 @@ def test_every_fault_of_a_read_gives_a_shorter_prefix_in_time(place: Place, faul
         place.proxy.fault, place.proxy.hits, place.proxy.struck = fault, hit, 0
         place.tier = RemoteTier(place.far, lambda item: None, None, default_limits(), sync=False)
         started_s = time.monotonic()
-        came = place.found(SHORT_S if is_slow else FAULT_S)
+        # Where only the read of a block is slow, a busy machine must not be late in finding it.
+        came = place.found(SHORT_S if is_slow else FAULT_S, FAULT_S if method == "GET" and before else None)
         assert time.monotonic() - started_s < FAULT_S / 2
         assert place.proxy.struck
         assert came == [blob for _, blob in BLOBS[: len(came)]]

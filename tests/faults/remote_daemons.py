@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ class Pair:
             found = self._killed(self.a, number, lambda: _fetched(client, namespace))
         with _serving(self.a) as client:
             _await_all(client, namespace)
-            self._await_pushed(namespace)
+            self._await_pushed(namespace, found)
             return namespace, found + _damage_of(client) + self._wrong_objects()
 
     def strike_read(self, namespace: Namespace, number: int) -> list[str]:
@@ -216,8 +216,9 @@ class Pair:
     def _objects(self, namespace: Namespace) -> list[str]:
         return [one.name for one in every_object(self._store, f"{namespace.root.hex()}/")]
 
-    def _await_pushed(self, namespace: Namespace) -> None:
-        wait_for(lambda: len(self._objects(namespace)) == BLOBS + 1, "the prompt is not pushed")
+    def _await_pushed(self, namespace: Namespace, found: Sequence[str] = ()) -> None:
+        what = f"the prompt is not pushed; wrong before: {', '.join(found) or 'nothing'}"
+        wait_for(lambda: len(self._objects(namespace)) == BLOBS + 1, what)
 
     def _wrong_objects(self) -> list[str]:
         return [f"{one.kind}: {one.name}: {one.detail}" for one in check_remote(self._store).findings]

@@ -56,9 +56,13 @@ def found(
     ns: Namespace = NS,
     labels: Sequence[str] = ("exact",),
     fidelity_min: int = FIDELITY_EXACT,
+    find_s: float | None = None,
 ) -> list[bytes]:
-    """The blobs of a prompt, whole and verified, up to the first that cannot be had; none where the store fails."""
-    deadline = Deadline(limit_s)
+    """The blobs of a prompt, whole and verified, up to the first that cannot be had; none where the store fails.
+
+    `find_s`: the limit of finding them; None: that of reading.
+    """
+    deadline = Deadline(limit_s if find_s is None else find_s)
     try:
         reach = tier.finder.find(chain_of(range(n_tokens), ns), Naming(ns.info), labels, deadline)
         wanted = [Wanted(one.name, one.head.etag, whole(one.head)) for one in reach.blocks]
