@@ -5,10 +5,10 @@ that whatever else the machine does falls on all alike. The KV is random bf16, s
 measurement a process touches as much memory as will be needed and ends: in a virtual machine the first touch of a page
 that the host has taken back costs ten times that of one it has not, and would fall on one side or the other by chance.
 
-    python tests/bench/dataplane.py [--seq-len 8192] [--rounds 5] [--only fetch --only memory] [--json]
+    python tests/bench/dataplane.py [--seq-len 8192] [--rounds 5] [--only fetch --only memory] [--profile raw] [--json]
 
-Storing is measured by tests/bench/store.py. `--only memory --seq-len 32768` is the daemon's memory under a sequence of
-4 GiB.
+`--profile` restricts the fetches. Storing is measured by tests/bench/store.py. `--only memory --seq-len 32768` is the
+daemon's memory under a sequence of 4 GiB.
 """
 
 from __future__ import annotations
@@ -244,35 +244,51 @@ def spawn(case: Case, name: str, *arguments: str) -> Measured:
     return measured
 
 
-def fetch_rows(case: Case, rounds: int) -> Rows:
-    """Fetching, raw and at 8 bits."""
+FETCHES = {
+    "raw": [("load", "raw"), ("fetch", "raw"), ("fetch", "raw", "trust"), ("first", "raw")],
+    "affine8": [
+        ("read", "affine8"),
+        ("read", "affine8", "small"),
+        ("dequantize", "affine8"),
+        ("fetch", "affine8"),
+        ("fetch", "affine8", "evaluated"),
+    ],
+}
+
+
+def fetch_rows(case: Case, rounds: int, profiles: Sequence[str]) -> Rows:
+    """Fetching in these profiles."""
     spawn(case, "prepare")
-    plan = [("load", "raw"), ("fetch", "raw"), ("fetch", "raw", "trust"), ("first", "raw")]
-    plan += [("read", "affine8"), ("read", "affine8", "small"), ("dequantize", "affine8"), ("fetch", "affine8")]
-    plan += [("fetch", "affine8", "evaluated")]
     found: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
     for _ in range(rounds):
-        for call in plan:
+        for call in (call for profile in profiles for call in FETCHES[profile]):
             spawn(case, "touch", "3")
             found[call].append(spawn(case, *call))
 
     def of(*call: str, key: str = "s") -> float:
         return median(one[key] for one in found[call])
 
-    load, codes, small = of("load", "raw"), of("read", "affine8"), of("read", "affine8", "small")
-    decoded = of("dequantize", "affine8")
-    return [
-        ("fetch raw, evaluated and verified / mx.load of one file", of("fetch", "raw") / load, 1.15),
-        ("fetch raw, not verified / mx.load of one file", of("fetch", "raw", "trust") / load, 1.05),
-        ("fetch 8-bit, evaluated / mx.load + mx.dequantize", of("fetch", "affine8", "evaluated") / decoded, 1.10),
-        ("fetch 8-bit, then evaluated / the same", of("fetch", "affine8") / decoded, 1.10),
-        ("fetch 8-bit without decoding / plain read", of("fetch", "affine8", key="read_s") / codes, 1.5),
-        ("the same / plain read into pages as MLX has them", of("fetch", "affine8", key="read_s") / small, 1.5),
-        ("first layer / all layers, one by one", of("first", "raw", key="share"), 0.15),
-    ]
+    rows: Rows = []
+    if "raw" in profiles:
+        load = of("load", "raw")
+        rows += [
+            ("fetch raw, evaluated and verified / mx.load of one file", of("fetch", "raw") / load, 1.15),
+            ("fetch raw, not verified / mx.load of one file", of("fetch", "raw", "trust") / load, 1.05),
+            ("first layer / all layers, one by one", of("first", "raw", key="share"), 0.15),
+        ]
+    if "affine8" in profiles:
+        codes, small = of("read", "affine8"), of("read", "affine8", "small")
+        decoded = of("dequantize", "affine8")
+        rows += [
+            ("fetch 8-bit, evaluated / mx.load + mx.dequantize", of("fetch", "affine8", "evaluated") / decoded, 1.10),
+            ("fetch 8-bit, then evaluated / the same", of("fetch", "affine8") / decoded, 1.10),
+            ("fetch 8-bit without decoding / plain read", of("fetch", "affine8", key="read_s") / codes, 1.5),
+            ("the same / plain read into pages as MLX has them", of("fetch", "affine8", key="read_s") / small, 1.5),
+        ]
+    return rows
 
 
-def memory_rows(case: Case, rounds: int) -> Rows:
+def memory_rows(case: Case, rounds: int, profiles: Sequence[str]) -> Rows:
     """The daemon's memory over idle, in MiB, for what it only passes on and for what it computes."""
     return [
         (f"daemon over idle, {profile}, {way}, MiB", peak, 512)
@@ -301,11 +317,18 @@ def running(folder: Path) -> Iterator[DaemonProcess]:
 @click.option("--seq-len", default=8192)
 @click.option("--rounds", default=5)
 @click.option("--only", multiple=True, type=click.Choice(list(PARTS_OF_IT)))
+@click.option("--profile", "profiles", multiple=True, type=click.Choice(list(FETCHES)), default=list(FETCHES))
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--child", nargs=2, hidden=True)
 @click.argument("rest", nargs=-1)
 def main(
-    rounds: int, only: Sequence[str], as_json: bool, child: tuple[str, str] | None, rest: Sequence[str], **shape: int
+    rounds: int,
+    only: Sequence[str],
+    profiles: Sequence[str],
+    as_json: bool,
+    child: tuple[str, str] | None,
+    rest: Sequence[str],
+    **shape: int,
 ) -> None:
     """Measure, and print each ratio beside what it may be at most."""
     if child:
@@ -317,7 +340,7 @@ def main(
         folder = Path(tempfile.mkdtemp(prefix="kvstore-dataplane-"))
         with running(folder) as daemon:
             assert daemon.process is not None
-            rows += PARTS_OF_IT[name](Case(daemon.listen, daemon.process.pid, str(folder), **shape), rounds)
+            rows += PARTS_OF_IT[name](Case(daemon.listen, daemon.process.pid, str(folder), **shape), rounds, profiles)
     if as_json:
         print(json.dumps({"schema": SCHEMA_VERSION, **shape, "rounds": rounds, "rows": rows}, indent=1))
         return
