@@ -846,6 +846,16 @@ def test_progress_is_a_line_a_second_for_programs_and_nothing_without_a_terminal
     assert capsys.readouterr() == ("", "")
 
 
+def test_steps_that_are_few_and_long_are_a_line_each_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """On stderr, beside the answer: a log shows that something goes on."""
+    from kvstore.cli import progress as progressing
+
+    with progressing.progress("measuring", as_json=False, in_bytes=False, in_steps=True) as tell:
+        for done in range(3):
+            tell(done, 2)
+    assert capsys.readouterr() == ("", "".join(f"kvstore: measuring: {done} of 2\n" for done in range(3)))
+
+
 @pytest.mark.parametrize(("verb", "code"), [("--version", 0), ("nothing", 2)])
 def test_beside_threads_of_obstore_a_process_ends_without_taking_the_interpreter_down(verb: str, code: int) -> None:
     """With its exit code, its output and what was registered for the end."""

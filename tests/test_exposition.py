@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from kvstore.cli.stats_text import remote_facts
 from kvstore.errors import ConfigError
 from kvstore.metrics.exposition import LABELS_MAX, exposition
+from kvstore.wire.convert import message_to_dict
+from kvstore.wire.v1 import kvstore_pb2 as pb
 
 parser = pytest.importorskip("prometheus_client.parser")
 
@@ -92,6 +95,16 @@ def test_a_name_cannot_end_its_label() -> None:
     assert ("kvstore_prompt_tokens_total", 'model=a"} 1\\nevil 2\\\\x1b[2J,namespace=000000000000') in samples(
         stats(alias='a"} 1\nevil 2\\\x1b[2J')
     )
+
+
+def test_calls_to_the_remote_tier_that_failed_or_were_late_are_told() -> None:
+    """To scrapers as counters; to people where there are any."""
+    told = {"failed_calls": 3, "late_calls": 2}
+    remote = {**message_to_dict(pb.RemoteStats(state="serving", place="s3://bucket")), **told}
+    found = samples({**stats(), "remote": remote})
+    assert (found["kvstore_remote_failed_calls_total", ""], found["kvstore_remote_late_calls_total", ""]) == (3, 2)
+    assert ("calls", "3 failed, 2 took longer than they may") in remote_facts(remote)
+    assert "calls" not in dict(remote_facts({**remote, **dict.fromkeys(told, 0)}))
 
 
 def test_an_older_daemon_has_fewer_numbers() -> None:

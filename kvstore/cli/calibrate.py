@@ -122,11 +122,11 @@ def command(
     elif forget is not None:
         _forget(config, forget, profiles, as_json)
     else:
-        from kvstore.cli.measuring import Asked, measure
+        from kvstore.cli.measuring import MeasureOptions, measure
 
         assert model_path is not None
         of = (prefixes, shortest, longest)
-        asked = Asked(profiles, prompt_files, other_files, of, Thresholds(**thresholds), missing, dry_run)
+        asked = MeasureOptions(profiles, prompt_files, other_files, of, Thresholds(**thresholds), missing, dry_run)
         measure(config, model_path, adapter_path, asked, as_json)
 
 

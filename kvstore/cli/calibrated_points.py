@@ -80,7 +80,7 @@ def make_points(
     """The basis of a model, with progress. InvalidRequestError where nothing of its cache can be coded by one."""
     length = min(500, len(step_text) // 2)
     windows = calibration.windows(step_text, STEP_WINDOWS, max(256, length), max(256, length), encode)
-    with progress("choosing steps", as_json=as_json, in_bytes=False) as tell:
+    with progress("choosing steps", as_json=as_json, in_bytes=False, in_steps=True) as tell:
         made = make_basis(calibration.Calibration(model, windows), model, basis_text, tell=tell)
     rank = parse_profile(BASELINE).fidelity
     return Points(made, tuple(pca_profile(made.basis.digest, point, rank) for point in range(len(SHARES))))

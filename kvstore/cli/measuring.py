@@ -32,7 +32,7 @@ TEXT_TOKENS_MAX = 400_000
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MeasureOptions:
     """What to measure, and how: profiles (none: all), files of text, windows as `windows` takes them."""
 
     profiles: Sequence[str]
@@ -44,7 +44,7 @@ class Asked:
     dry_run: bool
 
 
-def measure(config: Config, model_path: str, adapter_path: str | None, asked: Asked, as_json: bool) -> None:
+def measure(config: Config, model_path: str, adapter_path: str | None, asked: MeasureOptions, as_json: bool) -> None:
     """Load a model, measure what is asked for, and record and show the results."""
     if not asked.dry_run:
         with connected(config) as client:
@@ -84,7 +84,9 @@ class _Found:
     points: Points | None
 
 
-def _results(model: Any, namespace: Namespace, names: list[str], asked: Asked, texts: _Texts, as_json: bool) -> _Found:
+def _results(
+    model: Any, namespace: Namespace, names: list[str], asked: MeasureOptions, texts: _Texts, as_json: bool
+) -> _Found:
     """Measure; `small` among the names stands for the points of a basis that is made first."""
     points, text = None, texts.own
     if SMALL in names:
@@ -105,7 +107,9 @@ def _results(model: Any, namespace: Namespace, names: list[str], asked: Asked, t
     return _Found(results, refused, points)
 
 
-def _tell(namespace: Namespace, found: _Found, said: Sequence[ProfileOutcome], asked: Asked, as_json: bool) -> None:
+def _tell(
+    namespace: Namespace, found: _Found, said: Sequence[ProfileOutcome], asked: MeasureOptions, as_json: bool
+) -> None:
     basis = found.points.fields(namespace, found.results) if found.points is not None else {}
     if as_json:
         rows = [
@@ -200,7 +204,7 @@ def measured(
             )
             for name in names
         }
-        with progress("measuring", as_json=as_json, in_bytes=False) as tell:
+        with progress("measuring", as_json=as_json, in_bytes=False, in_steps=True) as tell:
             tell(0, prefixes)
             return over.measure(sessions, lambda number: tell(number + 1, prefixes))
 

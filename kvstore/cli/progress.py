@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvstore.cli.common import print_json
+from kvstore.cli.common import note, print_json
 
 # Hears how much of how much is done.
 Tell: TypeAlias = Callable[[int, int], None]
@@ -23,13 +23,17 @@ STATUS_EVERY_S = 1.0
 
 
 @contextmanager
-def progress(action: str, *, as_json: bool, in_bytes: bool = True) -> Iterator[Tell]:
+def progress(action: str, *, as_json: bool, in_bytes: bool = True, in_steps: bool = False) -> Iterator[Tell]:
     """What to tell how far `action` is. Neither a terminal on stderr nor `--json`: nothing is shown.
 
-    Any thread may tell. The bar goes away at the end, the status lines stay.
+    `in_steps`: they are few and long, so that each is a line on stderr where that is no terminal. Any thread may tell.
+    The bar goes away at the end, the lines stay.
     """
     if as_json:
         yield _status(action)
+        return
+    if in_steps and not sys.stderr.isatty():
+        yield lambda done, total: note(f"{action}: {done} of {total}")
         return
     columns = (
         TextColumn("{task.description}"),

@@ -202,6 +202,8 @@ def remote_facts(remote: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("moved", f"{moved}, by {counted(remote['requests'], 'call')} since start"),
         ("pushed", f"{remote['pushed_blobs']:,} blobs since start, {waiting}"),
     ]
+    if (failed := remote.get("failed_calls", 0)) or remote.get("late_calls", 0):
+        facts.append(("calls", f"{failed:,} failed, {remote['late_calls']:,} took longer than they may"))
     if create_only := remote.get("create_only"):  # not of an older daemon
         facts.append(("create-only puts", remote_words.create_only_of(create_only)))
     if wrong := remote["wrong_objects"]:

@@ -17,13 +17,12 @@ from kvstore.core.blocks import Reason
 from kvstore.engine.adopt import (
     Site,
     Strays,
-    adopt,
     batched,
-    keep_number,
     quarantine,
     read_block,
     read_strays,
     require_rule,
+    settle_strays,
 )
 from kvstore.engine.bases import lose, recount
 from kvstore.engine.evictions import REPAIR
@@ -289,31 +288,6 @@ def _is_linked(view: View, row: Row) -> bool:
         return True
     entries = child_entries(row, view.ring.key(row.root))
     return all(next(view.entries(entry), (b"", b""))[1] == row.key for entry in entries)
-
-
-def settle_strays(site: Site, found: Strays) -> int:
-    """Adopt sound blobs, delete unwanted ones, quarantine damaged ones. Returns the number of entries handled.
-
-    Not touched: blobs of another format version, blobs that may be descendants of one, and encrypted blobs while the
-    key folder is missing.
-    """
-    unwanted, orphans = adopt(site, found.sound)
-    keyless = [entry.blob for entry, _ in found.key_missing if entry.blob]
-    gone = keyless if site.index.ring.has_folder else []
-    left = [entry.blob for entry, _ in found.unknown if entry.blob]
-    left += orphans if found.unknown else []
-    left += [] if gone else keyless
-    if left:
-        with site.lock, site.index.edit() as edit:
-            keep_number(site, edit, max(blob.number for blob in left))
-    for batch in batched([*unwanted, *gone, *(orphans if not found.unknown else ())], LOCKED_ROWS_MAX):
-        site.delete({blob: site.blobs.stored_bytes(blob.root, site.blobs.size(blob) or 0) for blob in batch})()
-    with contextlib.suppress(OSError):
-        for entry in found.unfinished:
-            site.blobs.discard(entry)
-    moved = sum(quarantine(site, entry) for entry, _ in found.corrupt)
-    settled = len(found.sound) + len(gone) + len(found.unfinished) + moved
-    return settled - (len(orphans) if found.unknown else 0)
 
 
 def _readable(text: str) -> str:

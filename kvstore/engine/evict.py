@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -38,8 +38,6 @@ from kvstore.index.table import Table
 # Over budget, a little more is evicted than needed, so that a full store does not pay a commit for each block.
 _SLACK_DIVISOR = 256
 _SLACK_BYTES_MAX = 256 << 20
-# A request makes a few files; with fewer inodes left it would fail half-way.
-_NAMES_MIN = 8
 # How often a thread that waits for another one's eviction looks whether there is room by now.
 _LOOK_AGAIN_S = 0.05
 _NOTHING: frozenset[bytes] = frozenset()
@@ -86,8 +84,6 @@ class Evictor:
         self.shortage = Shortage(shared, self.compaction)
         self._evicting = threading.Lock()  # never taken by a thread that holds the engine's lock
         self._waits_until_s = 0.0
-        self._floor_freed = 0
-        self._floor_wanted = 0
 
     def make_room(
         self, nbytes: int, keep: AbstractSet[bytes] = _NOTHING, book: Callable[[], None] = lambda: None
@@ -136,10 +132,7 @@ class Evictor:
         if self.is_waiting or not has_terms:
             return
         try:
-            with shared.lock:
-                shared.uses.apply(shared.index.table)
-                due = list(over_terms(shared))
-            for cause, need, choose in due if wait or not self._evicting.locked() else ():
+            for cause, need, choose in over_terms(shared) if wait or not self._evicting.locked() else ():
                 with self._evicting:
                     self._run(cause, need, shared.deletions.leased(), choose)
         except (StoreFullError, OSError) as error:
@@ -155,11 +148,9 @@ class Evictor:
         choose = self._chooser(selection)
         need = selection.bytes or NO_LIMIT
         is_named = not (selection.idle_s > 0 or selection.bytes or selection.orphans)
-        with shared.lock:
-            shared.uses.apply(shared.index.table)
-            table = shared.index.table.snapshot() if dry_run else shared.index.table
-            mask = choose(table)
-            pinned = 0 if is_named else pinned_bytes(table, mask)
+        table = shared.settled_table()
+        mask = choose(table)
+        pinned = 0 if is_named else pinned_bytes(table, mask)
         if dry_run:
             if is_named:
                 table.pin(())
@@ -203,12 +194,13 @@ class Evictor:
         One by one where a reader has a lease, a store is under way, or the folder has other files, such as blobs of
         another format version, which are not ours to delete.
         """
-        shared, steps, failure = self._shared, list[Deletion](), None
-        while not steps or len(steps[-1].costs) >= VICTIMS_MAX:
+        shared, steps, failure, is_last = self._shared, list[Deletion](), None, False
+        while not is_last:
+            space = shared.index.spaces.get(root)
+            only = [] if space is None else [space.number]
+            keys = self._choose(NO_LIMIT, _NOTHING, lambda table: where(table, namespaces=only))  # noqa: B023
             with shared.lock:
-                space = shared.index.spaces.get(root)
-                only = [] if space is None else [space.number]
-                removed, _ = self._remove(NO_LIMIT, _NOTHING, lambda table: where(table, namespaces=only), ASKED)  # noqa: B023
+                removed, is_last = self._remove(keys, _NOTHING, ASKED)
                 shared.lost.remember(removed, Reason.EVICTED)
                 steps.append(shared.deletions.begin(shared.costs(removed)))
         blobs = {blob for step in steps for blob in step.costs}
@@ -281,9 +273,8 @@ class Evictor:
             may_evict = nbytes == 0 or self.shortage.fixed_bytes + need <= budget
             slack = min(budget // _SLACK_DIVISOR, _SLACK_BYTES_MAX)
             return (BUDGET, over, over + slack) if may_evict and BUDGET not in exhausted else None
-        floor = shared.options.free_floor_bytes
-        deficit = nbytes - (self.shortage.free_bytes() - floor) - self._floor_freed if floor else 0
-        return (FLOOR, deficit, deficit) if deficit > 0 and FLOOR not in exhausted and self._has_names() else None
+        deficit = 0 if FLOOR in exhausted else self.shortage.floor_deficit(nbytes)
+        return (FLOOR, deficit, deficit) if deficit > 0 else None
 
     def _evict_lack(self, nbytes: int, keep: AbstractSet[bytes], exhausted: set[str]) -> None:
         """Evict what lacks now; note in `exhausted` why no more can be freed. Hold `_evicting`. Raises OSError."""
@@ -297,7 +288,7 @@ class Evictor:
         if cause == FLOOR or not freed:
             exhausted.add(cause)
         if cause == FLOOR:
-            self._floor_freed += freed
+            self.shortage.floor_freed += freed
 
     def _has_room(self, nbytes: int) -> bool:
         """Whether `nbytes` more fit now; notes in `health` why not. Hold the engine's lock."""
@@ -309,38 +300,7 @@ class Evictor:
                 full = f"the budget of {size_text(budget)} is about to delete much: see the daemon's log"
             shared.health.over_budget = full if ledger.total > budget else ""
         need = nbytes + (COMMIT_BYTES if nbytes else 0)
-        return ledger.total + need <= budget and self._is_above_floor(nbytes)
-
-    def _is_above_floor(self, nbytes: int) -> bool:
-        """Whether the volume keeps its free floor after `nbytes` more.
-
-        A snapshot may hold on to what was deleted (APFS). Evicting again for the same deficit would empty the store and
-        free nothing, so what was freed is remembered until there is room for all that was asked for.
-        """
-        if not self._has_names():
-            return False
-        floor = self._shared.options.free_floor_bytes
-        spare = self.shortage.free_bytes() - floor if floor else nbytes
-        if spare < nbytes:
-            self._floor_wanted = max(self._floor_wanted, nbytes)
-            self._tell_floor(self.shortage.volume_words(spare))
-        elif spare >= self._floor_wanted:
-            self._floor_freed = self._floor_wanted = 0
-            self._tell_floor("")
-        return spare >= nbytes
-
-    def _has_names(self) -> bool:
-        """Whether the volume has inodes left for a store's files."""
-        names = self._shared.blobs.room().free_names
-        if names < _NAMES_MIN:
-            self._tell_floor("the volume has no inodes left: delete some files on it")
-        return names >= _NAMES_MIN
-
-    def _tell_floor(self, why: str) -> None:
-        """Note why the volume takes no stores, or that it does again."""
-        health = self._shared.health
-        health.under_floor = why
-        health.tell()
+        return ledger.total + need <= budget and self.shortage.is_above_floor(nbytes)
 
     @property
     def is_waiting(self) -> bool:
@@ -351,8 +311,7 @@ class Evictor:
         """Put limits in force: at once, unless they delete so much that it could be a mistake."""
         shared, lack_bytes = self._shared, self.shortage.floor_lack_bytes()
         wait_s = 0.0 if at_once else shared.options.deletion_wait_s
-        with shared.lock:
-            self._waits_until_s = shared.steady() + wait_s if warn_of_deletions(shared, lack_bytes, wait_s) else 0.0
+        self._waits_until_s = shared.steady() + wait_s if warn_of_deletions(shared, lack_bytes, wait_s) else 0.0
         self.keep_terms()
 
     def _evict_bytes(self, cause: str, needed: int, wanted: int, keep: AbstractSet[bytes]) -> int:
@@ -362,9 +321,7 @@ class Evictor:
         rest, it is compacted afterwards: as many of its bytes are taken to go as of the blobs. The bytes freed.
         """
         shared = self._shared
-        with shared.lock:
-            reachable = reachable_bytes(shared.index.table, keep)
-            held = shared.ledger.get("blobs")
+        reachable, held = reachable_bytes(shared.index.table.snapshot(), keep), shared.ledger.get("blobs")
         of_index = self.compaction.shrinkable_bytes * reachable // max(1, held) if cause == BUDGET else 0
         if reachable + of_index < needed:
             return 0
@@ -390,41 +347,48 @@ class Evictor:
         """Steps until the need is met or nothing is left; in the end, sync what was deleted. Raises OSError."""
         blocks, taken, kept, done = 0, 0, 0, False
         while not done and taken < need_bytes:
-            removed, nbytes, kept_now = self._step(need_bytes - taken, keep, choose, cause, spare_leased)
+            spared = set(keep) if cause == ASKED else {*keep, *self._shared.index.held}
+            keys = self._choose(need_bytes - taken, spared, choose)
+            removed, done, kept_now = self._step(keys, spared, cause, spare_leased)
+            nbytes = sum(map(self._shared.site.cost, removed))
             self._shared.evictions.note(cause, len(removed), nbytes)
             blocks, taken, kept = blocks + len(removed), taken + nbytes, kept + kept_now
-            done = len(removed) < VICTIMS_MAX
         self._shared.ballast.lay()
         self._shared.deletions.sync()
         # What stays on the disk for now counts towards the need, or a disk that keeps files would cost every block.
         return EvictReport(blocks, taken - kept, kept)
 
+    def _choose(self, need_bytes: int, keep: Collection[bytes], choose: Choose) -> list[bytes]:
+        """Keys to remove next, at most VICTIMS_MAX, without the lock: it may be held over no more rows than these."""
+        table = self._shared.settled_table()
+        return victims(table, need_bytes, keep, choose(table), self._shared.options.policy, VICTIMS_MAX)
+
     def _step(
-        self, need_bytes: int, keep: Collection[bytes], choose: Choose, cause: str, spare_leased: bool
-    ) -> tuple[list[Row], int, int]:
-        """(rows removed, their bytes, how many of these stay on the disk for now): one commit, then the deletion."""
+        self, keys: Sequence[bytes], keep: Collection[bytes], cause: str, spare_leased: bool
+    ) -> tuple[list[Row], bool, int]:
+        """(rows removed, whether none are left, bytes that stay on the disk for now): one commit, then the deletion."""
         shared = self._shared
         with shared.lock:
             try:
-                removed, nbytes = self._remove(need_bytes, keep, choose, cause)
+                removed, done = self._remove(keys, keep, cause)
             except StoreFullError:
                 # The disk is so full that not even a delete goes through.
                 if not shared.ballast.drop():
                     raise
-                removed, nbytes = self._remove(need_bytes, keep, choose, cause)
+                removed, done = self._remove(keys, keep, cause)
             shared.lost.remember(removed, Reason.EXPIRED if cause == TTL else Reason.EVICTED)
             deletion = shared.deletions.begin(shared.costs(removed), spare_leased)
-        return removed, nbytes, shared.deletions.finish(deletion)
+        return removed, done, shared.deletions.finish(deletion)
 
-    def _remove(self, need_bytes: int, keep: Collection[bytes], choose: Choose, cause: str) -> tuple[list[Row], int]:
+    def _remove(self, keys: Sequence[bytes], keep: Collection[bytes], cause: str) -> tuple[list[Row], bool]:
+        """Remove of these what is still free; and whether no more are to be chosen. Hold the lock."""
         shared = self._shared
         with shared.edit() as edit:
             shared.uses.write(edit)
             edit.spared = () if cause == ASKED else edit.spared  # a store that needs a basis is evicted with it
-            kept, mask = {*keep, *edit.spared}, choose(edit.table)
-            keys = victims(edit.table, need_bytes, kept, mask, shared.options.policy, VICTIMS_MAX)
-            if cause != ASKED:
-                for used_s in (edit.table.value(key, "used_s") for key in keys):
-                    shared.evictions.idle_s.observe(shared.clock() - used_s)
-            removed = remove_rows(edit, keys)
-            return removed, sum(map(shared.site.cost, removed))
+            used_s = {key: edit.table.value(key, "used_s") for key in keys} if cause != ASKED else {}
+            rows, released = remove_rows(edit, keys, keep)
+            for row in rows if used_s else ():
+                shared.evictions.idle_s.observe(shared.clock() - used_s[row.key])
+            # A choice of which nothing was free any more is not made again at once.
+            return rows + released, (len(keys) < VICTIMS_MAX and len(rows) == len(keys)) or not rows

@@ -94,7 +94,7 @@ class Ballast:
 
 
 @dataclass
-class Health:
+class DiskHealth:
     """Plain counters since the engine was opened, and why stores are refused at present. Plain values: no lock.
 
     written_bytes: of blobs that rows came to name; put_bytes: of all that were begun, counted before they are written.

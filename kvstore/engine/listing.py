@@ -175,13 +175,12 @@ def _sums(rows: Rows) -> tuple[npt.NDArray[np.int64], ...]:
 
 def recent_keys(shared: Shared, namespace_prefix: bytes) -> list[bytes]:
     """Keys of all blobs of the namespaces that start so, most recently used first."""
-    with shared.lock:
-        spaces = shared.index.spaces.items()
-        numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
-        table = shared.index.table
-        slots = np.flatnonzero(where(table, namespaces=numbers))
-        order = np.argsort(-table.rows["last_use"][slots], kind="stable")
-        return table.keys(slots[order].tolist())
+    spaces = list(shared.index.spaces.items())
+    numbers = [space.number for root, space in spaces if root.startswith(namespace_prefix)]
+    table = shared.index.table.snapshot()
+    slots = np.flatnonzero(where(table, namespaces=numbers))
+    order = np.argsort(-table.rows["last_use"][slots], kind="stable")
+    return table.keys(slots[order].tolist())
 
 
 class Listing:
@@ -205,12 +204,9 @@ class Listing:
     def sequences(self, namespace_prefix: bytes = b"", limit: int = 1000) -> list[StoredSequence]:
         """Up to `limit` sequences of the namespaces that start so, the latest used first."""
         shared = self._shared
-        with shared.lock:
-            shared.uses.apply(shared.index.table)
-            roots = {
-                space.number: root for root, space in shared.index.spaces.items() if root.startswith(namespace_prefix)
-            }
-            table = shared.index.table.snapshot()
+        spaces = list(shared.index.spaces.items())
+        roots = {space.number: root for root, space in spaces if root.startswith(namespace_prefix)}
+        table = shared.settled_table()
         found = list(_ordered(table, roots, limit))
         with shared.index.view() as view:
             rows = {one.key: view.row(one.key) for one in found}

@@ -11,9 +11,18 @@ from pathlib import Path
 
 from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.protocol import BlobId, Entry
-from kvstore.engine.adopt import Site, batched, find_missing_keys, keep_number, quarantine, read_block, read_strays
+from kvstore.engine.adopt import (
+    Site,
+    batched,
+    find_missing_keys,
+    keep_number,
+    quarantine,
+    read_block,
+    read_strays,
+    settle_strays,
+)
 from kvstore.engine.bases import lose
-from kvstore.engine.check import CheckReport, Finding, Tell, Walk, settle_strays
+from kvstore.engine.check import CheckReport, Finding, Tell, Walk
 from kvstore.engine.directory import claim
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.shared import EngineOptions, Place

@@ -16,6 +16,7 @@ A rebuild does not know what `auto` stored, so nothing that is there is re-encod
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Collection
@@ -30,9 +31,9 @@ from kvstore.core.keys import aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.bases import hold, let_go
 from kvstore.engine.evict import Evictor
-from kvstore.engine.retain import evictable, where
+from kvstore.engine.retain import VICTIMS_MAX, evictable, leads_to, where
 from kvstore.engine.shared import Shared
-from kvstore.engine.store import Batch, Entry, NewBlock, Settled, Writer
+from kvstore.engine.store import Batch, BatchEntry, NewBlock, Settled, Writer
 from kvstore.errors import InvalidRequestError
 from kvstore.index.rows import Row
 from kvstore.index.table import AUTO, CHECKPOINT, LIVE, SETTLED, Table
@@ -113,11 +114,9 @@ class Reencoder(Writer):
     def coldest(self, roots: Collection[bytes], count_max: int) -> list[Row]:
         """The blocks of these namespaces to re-encode next. Raises CorruptDataError when the index is damaged."""
         shared = self._shared
-        with shared.lock:
-            shared.uses.apply(shared.index.table)
-            readable = {root for root in roots if not shared.is_key_missing(root)}
-            numbers = [space.number for root, space in shared.index.spaces.items() if root in readable]
-            keys = coldest(shared.index.table, numbers, shared.deletions.leased(), count_max)
+        readable = {root for root in roots if not shared.is_key_missing(root)}
+        numbers = [space.number for root, space in list(shared.index.spaces.items()) if root in readable]
+        keys = coldest(shared.settled_table(), numbers, shared.deletions.leased(), count_max)
         with shared.index.view() as view:
             return [row for key in keys if (row := view.row(key)) is not None]
 
@@ -154,7 +153,7 @@ class Reencoder(Writer):
             error=error,
         )
         try:
-            entry = Entry(row.key, row.parent)
+            entry = BatchEntry(row.key, row.parent)
             hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
             with batch.behind:
                 if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
@@ -181,9 +180,8 @@ class Reencoder(Writer):
         (new,) = batch.rows()
         space, held = shared.index.spaces.get(batch.root), edit.row(old.key)
         is_same = held is not None and held.number == old.number and shared.index.ring.key(batch.root) is batch.key
-        leased = shared.deletions.leased()
         is_same = is_same and not edit.lacks_aux(new)
-        if not is_same or space is None or old.key not in coldest(table, [space.number], leased, len(table)):
+        if not is_same or space is None or not self._is_free(edit, old.key):
             settled.reason = Reason.DEPENDENCY_LOST
             return settled
         edit.replace(old, new, shared.site.cost(new))
@@ -194,10 +192,21 @@ class Reencoder(Writer):
         settled.blocks = 1
         return settled
 
+    def _is_free(self, edit: Edit, key: bytes) -> bool:
+        """What `coldest` says of all blocks, of one, for at most as many rows as the lock may be held over."""
+        flags, table = edit.table.value(key, "flags"), edit.table
+        if flags & (LIVE | CHECKPOINT | SETTLED | AUTO) != LIVE | AUTO:
+            return False
+        children = list(itertools.islice(edit.children(key), VICTIMS_MAX + 1))
+        if len(children) > VICTIMS_MAX or any(
+            not table.value(child, "flags") & (CHECKPOINT | SETTLED) for child in children
+        ):
+            return False
+        return not leads_to(table, key, [*self._shared.deletions.leased(), *self._shared.keep.pins])
+
     def stats(self) -> Reencoded:
         """Counts of this moment."""
-        with self._shared.lock:
-            errors = self._shared.index.table.rows["error"].astype(np.float64)
+        errors = self._shared.index.table.snapshot().rows["error"].astype(np.float64)
         errors = errors[errors > 0]
         with self._lock:
             return Reencoded(

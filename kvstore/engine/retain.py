@@ -9,7 +9,7 @@ one continuation and nothing else. The commit that adds a checkpoint removes tho
 anything (`redundant`), whatever room there is; eviction takes what is left of them earlier than its last use says
 (`by_last_use`). The chain of a checkpoint is every checkpoint whose tokens are a prefix of its own, and itself.
 
-Threads: hold the engine's lock, or use a `Table.snapshot`.
+Threads: use a `Table.snapshot`, without a lock. What looks at the rows of a few keys holds the engine's lock.
 """
 
 from __future__ import annotations
@@ -156,12 +156,32 @@ def _kept(table: Table, keep: Iterable[bytes]) -> Mask:
     return kept
 
 
-def remove_rows(edit: Edit, keys: Sequence[bytes]) -> list[Row]:
-    """Remove the rows of keys, children before parents; returns them, and the aux rows that went with them."""
-    rows, before = [row for key in keys if (row := edit.row(key)) is not None], len(edit.released)
-    for row in rows:
-        edit.remove(row)
-    return rows + edit.released[before:]
+def remove_rows(edit: Edit, keys: Sequence[bytes], keep: Collection[bytes] = ()) -> tuple[list[Row], list[Row]]:
+    """Remove the rows of keys that were chosen, children before parents: (they, the aux rows that went with them).
+
+    What has changed since stays: a blob that has children by now, that is pinned, or that is in `keep`.
+    """
+    rows, before, table = list[Row](), len(edit.released), edit.table
+    for key in keys:
+        is_free = key not in keep and not table.value(key, "children") and not table.value(key, "flags") & PINNED
+        if is_free and (row := edit.row(key)) is not None:
+            edit.remove(row)
+            rows.append(row)
+    return rows, edit.released[before:]
+
+
+def leads_to(table: Table, key: bytes, others: Iterable[bytes]) -> bool:
+    """Whether a blob is one of others, or one of them comes after it."""
+    rows, (slot, *_), seen = table.rows, (*table.slots([key]), -1), set[int]()
+    depth = rows["depth"][slot]
+    for start in table.slots(others):
+        at = start
+        while at >= 0 and at not in seen and rows["depth"][at] >= depth:
+            if at == slot:
+                return True
+            seen.add(at)
+            at = int(rows["parent"][at])
+    return False
 
 
 def released_bytes(table: Table, keys: Iterable[bytes]) -> int:

@@ -27,7 +27,7 @@ from kvstore.engine.deletions import Deletions, Tombstones
 from kvstore.engine.directory import Directory, DirectoryLock
 from kvstore.engine.evictions import Evictions, Lost
 from kvstore.engine.keep import CLOCK_MIN_S, Keep, TtlClock
-from kvstore.engine.ledger import Ballast, DriveCache, Health, Ledger
+from kvstore.engine.ledger import Ballast, DiskHealth, DriveCache, Ledger
 from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
 from kvstore.index.index import MAP_BYTES, Index
@@ -158,7 +158,7 @@ class Shared:
         flush = functools.partial(self.fs.flush_drive, str(index.path / "data.mdb"))
         self.drive = DriveCache(flush if self.options.durability == "full" else None)
         self.ledger = Ledger()
-        self.health = Health()
+        self.health = DiskHealth()
         self.evictions = Evictions()
         self.ballast = Ballast(self.directory.ballast, min(self.options.ballast_bytes, self.options.budget_bytes // 64))
         self.ballast.lay()
@@ -219,6 +219,12 @@ class Shared:
             yield edit
             self.uses.write(edit)
         self._follow_index()
+
+    def settled_table(self) -> Table:
+        """The table of blobs and what was noted of their use, to choose from without the lock: `Table.snapshot`."""
+        with self.lock:
+            self.uses.apply(self.index.table)
+        return self.index.table.snapshot()
 
     def flush_uses(self) -> None:
         """A commit of its own for what was used. Losing it is no reason to fail."""

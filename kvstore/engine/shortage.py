@@ -22,6 +22,8 @@ EVERY_S = 60.0
 _LARGE_DIVISOR = 2
 # Accounts that no eviction frees and that do not go by themselves, as uploads do.
 _LASTING = ("folders", "index", "quarantine", "settings")
+# A request makes a few files; with fewer inodes left it would fail half-way.
+_NAMES_MIN = 8
 log = logging.getLogger(__name__)
 
 
@@ -76,13 +78,16 @@ class Compaction:
 class Shortage:
     """The smallest store that was refused for want of space, until one of its size would find room again.
 
-    Any thread may call; nothing is evicted here and no lock is taken.
+    Also the free floor: `floor_freed` is what was evicted for it since it was last met. Any thread may call; nothing is
+    evicted here and no lock is taken. What is about the floor is asked under the engine's lock.
     """
 
     def __init__(self, shared: Shared, compaction: Compaction) -> None:
         self._shared = shared
         self._compaction = compaction
         self._refused_bytes = 0
+        self.floor_freed = 0
+        self._floor_wanted = 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -132,6 +137,43 @@ class Shortage:
         with contextlib.suppress(OSError):
             return floor - self.free_bytes() if floor else 0
         return 0
+
+    def floor_deficit(self, nbytes: int) -> int:
+        """Bytes to evict so that the volume keeps its floor after `nbytes` more; at most 0 where nothing is to be."""
+        floor = self._shared.options.free_floor_bytes
+        deficit = nbytes - (self.free_bytes() - floor) - self.floor_freed if floor else 0
+        return deficit if deficit > 0 and self._has_names() else 0
+
+    def is_above_floor(self, nbytes: int) -> bool:
+        """Whether the volume keeps its free floor after `nbytes` more; notes in `health` why not.
+
+        A snapshot may hold on to what was deleted (APFS). Evicting again for the same deficit would empty the store and
+        free nothing, so what was freed is remembered until there is room for all that was asked for.
+        """
+        if not self._has_names():
+            return False
+        floor = self._shared.options.free_floor_bytes
+        spare = self.free_bytes() - floor if floor else nbytes
+        if spare < nbytes:
+            self._floor_wanted = max(self._floor_wanted, nbytes)
+            self._tell_floor(self.volume_words(spare))
+        elif spare >= self._floor_wanted:
+            self.floor_freed = self._floor_wanted = 0
+            self._tell_floor("")
+        return spare >= nbytes
+
+    def _has_names(self) -> bool:
+        """Whether the volume has inodes left for a store's files."""
+        names = self._shared.blobs.room().free_names
+        if names < _NAMES_MIN:
+            self._tell_floor("the volume has no inodes left: delete some files on it")
+        return names >= _NAMES_MIN
+
+    def _tell_floor(self, why: str) -> None:
+        """Note why the volume takes no stores, or that it does again."""
+        health = self._shared.health
+        health.under_floor = why
+        health.tell()
 
     def _note(self, need: int, why: str) -> None:
         health = self._shared.health

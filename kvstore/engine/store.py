@@ -75,7 +75,7 @@ class StoreReceipt:
 
 
 @dataclass
-class Entry:
+class BatchEntry:
     """A block of a request; without a row and a file if it is held already. `write` until the file has its name."""
 
     key: bytes
@@ -99,8 +99,8 @@ class Batch:
     key: NamespaceKey | None
     behind: WriteBehind
     since: int
-    entries: list[Entry] = field(default_factory=list)
-    unsynced: deque[Entry] = field(default_factory=deque)
+    entries: list[BatchEntry] = field(default_factory=list)
+    unsynced: deque[BatchEntry] = field(default_factory=deque)
     ends: dict[bytes, int] = field(default_factory=dict)
     held: set[bytes] = field(default_factory=set)
 
@@ -194,7 +194,7 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            entry = Entry(block.key, block.parent, flags=new.flags)
+            entry = BatchEntry(block.key, block.parent, flags=new.flags)
             if held is None or held.is_key_missing or held.is_lost or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
                 ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
@@ -243,7 +243,7 @@ class Writer:
             raise InvalidRequestError(f"a block that starts at {block.start} cannot follow one that ends at {end}")
         return True
 
-    def _write(self, batch: Batch, ready: ReadyBlob, entry: Entry) -> bool:
+    def _write(self, batch: Batch, ready: ReadyBlob, entry: BatchEntry) -> bool:
         """Make room for a blob, write it and have it synced; False when there is no room."""
         shared, key = self._shared, ready.block.key
         nbytes = shared.blobs.stored_bytes(batch.root, ready.nbytes)

@@ -30,19 +30,19 @@ log = logging.getLogger(__name__)
 
 
 def over_terms(shared: Shared) -> Iterator[tuple[str, int, Choose]]:
-    """(why, bytes to free, what may go) of namespaces that are over their terms. Hold the engine's lock."""
-    table, leased = shared.index.table, shared.deletions.leased()
+    """(why, bytes to free, what may go) of namespaces that are over their terms. Call it without the lock."""
+    table, leased = shared.settled_table(), shared.deletions.leased()
     unused = functools.partial(where, aux=True, unused_since_s=int(shared.ttl_clock() - UNUSED_S))
-    if table.usage().aux_blocks and (nbytes := reachable_bytes(table, leased, unused(table))):
+    if shared.index.table.usage().aux_blocks and (nbytes := reachable_bytes(table, leased, unused(table))):
         yield TTL, nbytes, unused
-    for root, space in shared.index.spaces.items():
+    for root, space in list(shared.index.spaces.items()):
         terms = shared.keep.terms.get(root, Terms())
         own = functools.partial(where, namespaces=[space.number])
         if ttl_s := terms.ttl_s or shared.options.ttl_s:
             aged = functools.partial(own, unused_since_s=int(shared.ttl_clock() - ttl_s))
             if nbytes := reachable_bytes(table, leased, aged(table)):
                 yield TTL, nbytes, aged
-        over = table.usage(space.number).disk_bytes - terms.quota_bytes if terms.quota_bytes else 0
+        over = shared.index.table.usage(space.number).disk_bytes - terms.quota_bytes if terms.quota_bytes else 0
         if over > 0 and reachable_bytes(table, leased, own(table)):
             yield QUOTA, over, own
 
@@ -56,10 +56,9 @@ def preview(table: Table, need_bytes: int, mask: Mask, policy: str) -> tuple[int
 def warn_of_deletions(shared: Shared, short_bytes: int, wait_s: float) -> bool:
     """Whether the limits in force delete more than a tenth of what is stored, as a typo can; then there is a WARN.
 
-    `short_bytes`: what the volume lacks of the free floor. `wait_s`: how long nothing goes. Hold the engine's lock.
+    `short_bytes`: what the volume lacks of the free floor. `wait_s`: how long nothing goes. Call it without the lock.
     """
     held, options = shared.ledger.get("blobs"), shared.options
-    shared.uses.apply(shared.index.table)
     over = Counter({BUDGET: shared.ledger.total - options.budget_bytes, FLOOR: short_bytes})
     for cause, nbytes, _ in over_terms(shared):
         over[cause] += min(held, nbytes)
@@ -76,9 +75,8 @@ def warn_of_deletions(shared: Shared, short_bytes: int, wait_s: float) -> bool:
 
 def end_pins(shared: Shared, choose: Choose) -> None:
     """What is evicted by its name is no longer pinned. Raises OSError."""
-    with shared.lock:
-        table = shared.index.table
-        selected = set(table.keys(np.flatnonzero(choose(table)).tolist()))
+    table = shared.index.table.snapshot()
+    selected = set(table.keys(np.flatnonzero(choose(table)).tolist()))
     gone = selected & shared.keep.pins.keys()
     if gone:
         unpin(shared, sorted(gone))
@@ -90,7 +88,7 @@ def unpin(shared: Shared, keys: Sequence[bytes]) -> int:
     with shared.lock:
         shared.index.table.pin(shared.keep.pins)
         shared.measure()
-        return pinned_bytes(shared.index.table)
+    return pinned_bytes(shared.index.table.snapshot())
 
 
 class Keeper:
@@ -142,17 +140,16 @@ class Keeper:
         `terms` are those of the namespace `root`; without them `ttl_s` is that of all.
         """
         shared = self._shared
-        with shared.lock:
-            shared.uses.apply(shared.index.table)
-            table, held = shared.index.table, shared.index.table.usage().disk_bytes
-            over = [shared.ledger.total - budget_bytes] if budget_bytes else []
-            space, only = shared.index.spaces.get(root), None
-            if space is not None and terms is not None:
-                only, ttl_s = [space.number], terms.ttl_s
-                over += [table.usage(space.number).disk_bytes - terms.quota_bytes] if terms.quota_bytes else []
-            if ttl_s:
-                aged = where(table, namespaces=only, unused_since_s=int(shared.ttl_clock() - ttl_s))
-                over.append(reachable_bytes(table, mask=aged))
+        table, held = shared.settled_table(), shared.index.table.usage().disk_bytes
+        over = [shared.ledger.total - budget_bytes] if budget_bytes else []
+        space, only = shared.index.spaces.get(root), None
+        if space is not None and terms is not None:
+            only, ttl_s = [space.number], terms.ttl_s
+            used = shared.index.table.usage(space.number).disk_bytes
+            over += [used - terms.quota_bytes] if terms.quota_bytes else []
+        if ttl_s:
+            aged = where(table, namespaces=only, unused_since_s=int(shared.ttl_clock() - ttl_s))
+            over.append(reachable_bytes(table, mask=aged))
         return max(0, min(held, max(over, default=0))), held
 
     def pin(self, root: bytes, keys: Sequence[bytes]) -> int:
@@ -163,18 +160,17 @@ class Keeper:
         """
         shared = self._shared
         shared.require_place()
+        table, before, most = shared.index.table, shared.keep.pins, shared.options.budget_bytes // PINS_DIVISOR
+        with_them = table.snapshot()
+        with_them.pin([*before, *keys])
+        if (nbytes := pinned_bytes(with_them)) > most:
+            words = f"with it pins would keep {size_text(nbytes)}, and they may keep {size_text(most)}"
+            raise LimitError(f"{words}: 1/{PINS_DIVISOR} of the budget")
         with shared.lock:
-            table, before = shared.index.table, shared.keep.pins
             if len(table.slots(keys)) < len(keys):
                 raise NotFoundError("it was evicted meanwhile")
             gone = [key for key in before if key not in table]
             table.pin([*before, *keys])
-            nbytes, most = pinned_bytes(table), shared.options.budget_bytes // PINS_DIVISOR
-            if nbytes > most:
-                table.pin(before)
-        if nbytes > most:
-            words = f"with it pins would keep {size_text(nbytes)}, and they may keep {size_text(most)}"
-            raise LimitError(f"{words}: 1/{PINS_DIVISOR} of the budget")
         # From here on nothing evicts them, so that what is written is there.
         try:
             shared.keep.remove_pins(gone)
@@ -190,8 +186,7 @@ class Keeper:
     def pinned_bytes(self) -> tuple[int, int]:
         """(what all pins keep on disk, what they may keep)."""
         shared = self._shared
-        with shared.lock:
-            return pinned_bytes(shared.index.table), shared.options.budget_bytes // PINS_DIVISOR
+        return pinned_bytes(shared.index.table.snapshot()), shared.options.budget_bytes // PINS_DIVISOR
 
     def unpin(self, keys: Sequence[bytes]) -> int:
         """Let these blobs go like others. Returns the bytes on disk that the other pins keep."""

@@ -12,7 +12,7 @@ The children of an aux block are the blocks that refer to it: so it stays as lon
 The index loads it when it opens, and saves changed rows with its commits, CHUNK rows at a time (`changed`).
 `kvstore.engine.retain` chooses from it what is evicted.
 
-Threads: `Table` is not thread-safe. Hold the engine's lock to use it.
+Threads: `Table` is not thread-safe. Hold the engine's lock to use it, for some rows at a time; `snapshot` needs none.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Table:
     def value(self, key: bytes, column: str) -> int:
         """One number of one blob; 0 when it is not there."""
         slot = self._slots.get(key, -1)
-        return int(self._rows[column][slot]) if slot >= 0 else 0
+        return int(self._rows[column][slot]) if 0 <= slot < self._end else 0
 
     def error(self, key: bytes) -> float:
         """The relative error of a blob's re-encoding; 0 when it was not re-encoded."""
@@ -140,7 +140,7 @@ class Table:
 
     def slots(self, keys: Iterable[bytes]) -> list[int]:
         """Row numbers of keys; those that are not there are left out."""
-        return [slot for key in keys if (slot := self._slots.get(key, -1)) >= 0]
+        return [slot for key in keys if 0 <= (slot := self._slots.get(key, -1)) < self._end]
 
     def keys(self, slots: Sequence[int]) -> list[bytes]:
         """Keys of rows."""
@@ -310,9 +310,15 @@ class Table:
         return self._rows[: self._end]
 
     def snapshot(self) -> Table:
-        """A copy to choose from, for a thread that does not hold the lock."""
+        """A copy to choose from, made and used without the lock: 100,000 rows are more than it may be held over.
+
+        A row that changes meanwhile may be as it was before or after. Whoever acts on a choice looks at each row again,
+        under the lock. Keys are looked up in the table itself.
+        """
         copy = Table()
-        copy._rows, copy._end, copy._slots = self._rows[: self._end].copy(), self._end, dict(self._slots)
+        rows = self._rows[: self._end].copy()
+        rows["parent"][rows["parent"] >= len(rows)] = -1
+        copy._rows, copy._end, copy._slots = rows, len(rows), self._slots
         return copy
 
     def usage(self, namespace: int | None = None) -> Usage:

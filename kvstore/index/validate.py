@@ -62,7 +62,7 @@ def _digest_at(fd: int, at: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
+class _Pages:
     """A B+tree as its descriptor says it is."""
 
     flags: int
@@ -74,7 +74,7 @@ class _Tree:
     root: int
 
     @classmethod
-    def of(cls, data: bytes) -> _Tree:
+    def of(cls, data: bytes) -> _Pages:
         if len(data) != _TREE.size:
             raise CorruptDataError("index: a tree without its descriptor")
         return cls(*_TREE.unpack(data)[1:])
@@ -94,7 +94,7 @@ class _File:
             raise CorruptDataError("index: no such page size")
         metas = [self._meta(0), self._meta(1)]
         _, free, main, self.last_page, _ = max(metas, key=lambda meta: meta[-1])
-        self.free, self.main = _Tree.of(free), _Tree.of(main)
+        self.free, self.main = _Pages.of(free), _Pages.of(main)
         self.seen: set[int] = {0, 1}
 
     def _meta(self, number: int) -> tuple[int, bytes, bytes, int, int]:
@@ -139,7 +139,7 @@ class _File:
 class _Walk:
     """One tree: every page, every node, the order of keys; counts what the descriptor counts."""
 
-    def __init__(self, file: _File, tree: _Tree, known_flags: int) -> None:
+    def __init__(self, file: _File, tree: _Pages, known_flags: int) -> None:
         if tree.flags & ~known_flags:
             raise CorruptDataError("index: a tree of an unknown kind")
         self._file = file
@@ -269,7 +269,7 @@ def _require_trees(file: _File) -> None:
     for _, flags, size, data, _ in _Walk(file, file.main, 0).run():
         if flags != _SUBTREE or size != _TREE.size:
             raise CorruptDataError("index: among the trees stands something else")
-        for _, kind, *_ in _Walk(file, _Tree.of(data), 0).run():
+        for _, kind, *_ in _Walk(file, _Pages.of(data), 0).run():
             if kind == _SUBTREE:
                 raise CorruptDataError("index: a tree inside a tree")
     free = list(_Walk(file, file.free, _INTEGER_KEYS).run())

@@ -64,6 +64,8 @@ _COUNTERS = (
     ("kvstore_remote_read_bytes", ("remote", "read_bytes"), "Bytes read from the remote tier."),
     ("kvstore_remote_written_bytes", ("remote", "written_bytes"), "Bytes written to the remote tier."),
     ("kvstore_remote_pushed_blobs", ("remote", "pushed_blobs"), "Blobs written to the remote tier."),
+    ("kvstore_remote_failed_calls", ("remote", "failed_calls"), "Calls to the remote tier that failed."),
+    ("kvstore_remote_late_calls", ("remote", "late_calls"), "Calls to it that did not end within their time."),
 )
 # name, field of the answer, help
 _HISTOGRAMS = (

@@ -15,7 +15,7 @@ from kvstore.remote.object_store import ByteRange, Head, Listed, ObjectStore, Wa
 
 
 @dataclass(slots=True)
-class Requests:
+class RequestCounts:
     """Requests and bytes since the start. `failed` and `late` count calls, which may be of many requests.
 
     A store that bills counts `lists` and `puts` as the expensive ones.
@@ -39,13 +39,13 @@ class MeteredStore:
         self.place = store.place
         self._store, self._link, self._clock = store, link, clock
         self._lock = threading.Lock()
-        self._requests = Requests()
+        self._requests = RequestCounts()
 
     @property
-    def requests(self) -> Requests:
+    def requests(self) -> RequestCounts:
         """The counters as they are now."""
         with self._lock:
-            return Requests(**{one.name: getattr(self._requests, one.name) for one in fields(Requests)})
+            return RequestCounts(**{one.name: getattr(self._requests, one.name) for one in fields(RequestCounts)})
 
     @contextmanager
     def _counted(self, **counts: int) -> Iterator[None]:

@@ -15,7 +15,7 @@ from kvstore.core.limits import Limits
 from kvstore.core.remote_words import RemoteReason
 from kvstore.remote.finder import Finder
 from kvstore.remote.link import Link, Speed
-from kvstore.remote.metered import MeteredStore, Requests
+from kvstore.remote.metered import MeteredStore, RequestCounts
 from kvstore.remote.object_store import ObjectStore
 from kvstore.remote.push_queue import Offers, PushItem, PushQueue
 from kvstore.remote.pusher import Pusher, Pushes
@@ -30,7 +30,7 @@ class RemoteStats:
     pushes_open: bool
     is_full: bool
     error: str
-    requests: Requests
+    requests: RequestCounts
     pushes: Pushes
     queued_blobs: int
     queued_bytes: int

@@ -270,6 +270,15 @@ def test_a_restored_cache_that_gives_no_probabilities_is_the_worst_there_is() ->
     assert tally.nll_delta == pytest.approx(100 - np.log(8))
 
 
+def test_the_speed_of_a_profile_is_that_of_the_windows_after_the_first() -> None:
+    """Kernels are compiled in the first one, and one that was disturbed decides nothing. One alone is all there is."""
+    tally = Tally(kl=[0.0], answers=1, values=8, speeds=[(1.0, 2.0), (50.0, 90.0), (60.0, 100.0), (9.0, 110.0)])
+    found = tally.quality("compact", "", 4)
+    assert (found.encode_bytes_per_s, found.decode_bytes_per_s) == (50.0, 100.0)
+    alone = replace(tally, speeds=tally.speeds[:1]).quality("compact", "", 1)
+    assert (alone.encode_bytes_per_s, alone.decode_bytes_per_s) == (1.0, 2.0)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(
     model: Path, hard: bool, monkeypatch: pytest.MonkeyPatch

@@ -102,7 +102,7 @@ def test_while_the_bucket_hangs_nothing_is_asked_of_it_and_hits_from_here_need_n
     _, other, proxy = bucket
     with client_of(other) as client:
         wait_serving(client)
-        asked = remote_of(client)["requests"]
+        asked, late = (remote_of(client)[name] for name in ("requests", "late_calls"))
         for _ in range(5):
             assert fetched(client, make_namespace(LAYOUT, "here-lm"), HERE)
         assert remote_of(client)["requests"] - asked <= 1  # the look at the marker, once in a while
@@ -111,6 +111,7 @@ def test_while_the_bucket_hangs_nothing_is_asked_of_it_and_hits_from_here_need_n
         try:
             missing = make_namespace(LAYOUT, "hanging-lm")
             wait_for(lambda: not fetched(client, missing) and remote_of(client)["state"] == "unavailable")
+            assert remote_of(client)["late_calls"] > late
             unused = remote_of(client)["unused_reasons"].get("unavailable", 0)
             for _ in range(5):
                 assert not fetched(client, missing)

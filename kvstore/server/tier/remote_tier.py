@@ -141,4 +141,6 @@ class Remote:
             latency_s=stats.speed.latency_s if requests.heads else 0.0,
             wrong_objects=stats.wrong_objects,
             create_only=self._watch.create_only,
+            failed_calls=requests.failed,
+            late_calls=requests.late,
         )

@@ -445,7 +445,7 @@ class PressureStats(_message.Message):
     def __init__(self, fills_up: bool = ..., idle_reason: _Optional[str] = ..., blocks: _Optional[int] = ..., before_bytes: _Optional[int] = ..., after_bytes: _Optional[int] = ..., left_blocks: _Optional[int] = ..., held_blocks: _Optional[int] = ..., error_mean: _Optional[float] = ..., error_max: _Optional[float] = ...) -> None: ...
 
 class RemoteStats(_message.Message):
-    __slots__ = ("state", "detail", "place", "requests", "read_bytes", "written_bytes", "hits", "hit_tokens", "pushed_blobs", "queued_blobs", "queued_bytes", "unused_reasons", "not_pushed", "bytes_per_s", "latency_s", "wrong_objects", "create_only")
+    __slots__ = ("state", "detail", "place", "requests", "read_bytes", "written_bytes", "hits", "hit_tokens", "pushed_blobs", "queued_blobs", "queued_bytes", "unused_reasons", "not_pushed", "bytes_per_s", "latency_s", "wrong_objects", "create_only", "failed_calls", "late_calls")
     class UnusedReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -477,6 +477,8 @@ class RemoteStats(_message.Message):
     LATENCY_S_FIELD_NUMBER: _ClassVar[int]
     WRONG_OBJECTS_FIELD_NUMBER: _ClassVar[int]
     CREATE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    FAILED_CALLS_FIELD_NUMBER: _ClassVar[int]
+    LATE_CALLS_FIELD_NUMBER: _ClassVar[int]
     state: str
     detail: str
     place: str
@@ -494,7 +496,9 @@ class RemoteStats(_message.Message):
     latency_s: float
     wrong_objects: int
     create_only: str
-    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., place: _Optional[str] = ..., requests: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., pushed_blobs: _Optional[int] = ..., queued_blobs: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., unused_reasons: _Optional[_Mapping[str, int]] = ..., not_pushed: _Optional[_Mapping[str, int]] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., wrong_objects: _Optional[int] = ..., create_only: _Optional[str] = ...) -> None: ...
+    failed_calls: int
+    late_calls: int
+    def __init__(self, state: _Optional[str] = ..., detail: _Optional[str] = ..., place: _Optional[str] = ..., requests: _Optional[int] = ..., read_bytes: _Optional[int] = ..., written_bytes: _Optional[int] = ..., hits: _Optional[int] = ..., hit_tokens: _Optional[int] = ..., pushed_blobs: _Optional[int] = ..., queued_blobs: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., unused_reasons: _Optional[_Mapping[str, int]] = ..., not_pushed: _Optional[_Mapping[str, int]] = ..., bytes_per_s: _Optional[float] = ..., latency_s: _Optional[float] = ..., wrong_objects: _Optional[int] = ..., create_only: _Optional[str] = ..., failed_calls: _Optional[int] = ..., late_calls: _Optional[int] = ...) -> None: ...
 
 class WriteStats(_message.Message):
     __slots__ = ("admission", "day_bytes", "left_bytes", "held_back_stores", "held_back_bytes")
