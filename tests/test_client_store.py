@@ -346,13 +346,19 @@ def test_pieces_without_waiting_hold_the_caller_up_no_longer_than_allowed(daemon
         assert upload.data == raw_bytes(tokens, upload.reply.start, upload.reply.end)
 
 
-@pytest.mark.parametrize("cause", ["another", "time", "close", "refused"])
+@pytest.mark.parametrize("cause", ["another", "time", "close", "refused", "failed"])
 def test_the_rest_of_a_large_sequence_is_let_go(
     daemon: FakeDaemon, cause: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the next large one, after a while, at the end of the session, or when the pieces before it are not stored."""
+    """For the next large one, after a while, at the end of the session, or when a piece is not stored or copied."""
     daemon.faults = {"store_full"} if cause == "refused" else {"hang_begin"}
     monkeypatch.setattr(storer, "REST_S", 0.0 if cause == "time" else 60.0)
+
+    def boom(*_: object) -> None:
+        raise RuntimeError("[malloc] no memory")
+
+    if cause == "failed":
+        monkeypatch.setattr(storer.Storer, "next_piece", boom)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
         tokens = list(range(4000))

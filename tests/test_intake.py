@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, Lim
 from kvstore.server.fetching.stream_out import BATCH_BYTES
 from kvstore.server.storing import upload_socket as module
 from kvstore.server.storing.stream_in import StreamIn
-from kvstore.server.storing.upload_socket import RECEIVED, SocketSource
+from kvstore.server.storing.upload_socket import RECEIVED, UPLOAD_ID_BYTES, SocketSource, UploadSocket
 from kvstore.server.storing.uploads import Intake
 from kvstore.wire.frames import UploadBytes
 from tests.support.intake import BytesSource
@@ -154,6 +155,29 @@ def test_one_source_an_upload() -> None:
     assert filled(intake) == DATA
 
 
+def test_an_upload_is_ended_whose_worker_names_it_and_is_gone(tmp_path: Path) -> None:
+    """Its thread begins and finds no bytes: otherwise it would stay in the table, as one that the daemon works on."""
+    upload: Any = SimpleNamespace(intake=Intake(len(DATA)))
+    begun: list[Any] = []
+
+    async def main() -> None:
+        receiving = UploadSocket(SimpleNamespace(get=lambda name: upload), begun.append, 1)  # type: ignore[arg-type]
+        receiving.bind(str(tmp_path / "uploads"))
+        receiving.listen()
+        with socket.socket(socket.AF_UNIX) as worker:
+            worker.connect(str(tmp_path / "uploads"))
+            worker.sendall(b"u" * UPLOAD_ID_BYTES)
+        while upload.intake._source is None:
+            await asyncio.sleep(0.01)
+        receiving.close()
+
+    asyncio.run(main())
+    assert begun == [upload]
+    with pytest.raises(InvalidRequestError, match="0 bytes, "):
+        filled(upload.intake)
+    upload.intake.close()
+
+
 # -- chunks of a stream ------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +210,10 @@ class Stream:
             stream = StreamIn(self, lambda upload: begin(), self.budget, idle_s)  # type: ignore[arg-type]
             try:
                 return await stream.receive(chunks)
-            finally:
+            except BaseException:
                 self.upload.intake.give_up()
+                raise
+            finally:
                 if pull and stream.upload is not None:
                     await asyncio.to_thread(self._thread.join)
 
@@ -246,6 +272,23 @@ def test_a_stream_is_held_up_by_a_thread_that_is_slow_and_by_memory_that_is_shor
     short = Stream(len(DATA), memory_bytes=100)
     with pytest.raises(LimitError, match="memory_bytes"):
         short.receive(chunks_of(DATA, 1000))
+
+
+def test_a_stream_whose_worker_goes_away_gives_its_memory_back() -> None:
+    """Also that of the chunk which waits until others are read."""
+    stream = Stream(8 * BATCH_BYTES)
+
+    async def main() -> None:
+        one = StreamIn(stream, lambda upload: None, stream.budget, 10.0)  # type: ignore[arg-type]
+        receiving = asyncio.create_task(one.receive(chunks_of(bytes(8 * BATCH_BYTES), BATCH_BYTES)))
+        while stream.budget.used_bytes <= 2 * BATCH_BYTES:
+            await asyncio.sleep(0.01)
+        receiving.cancel()  # as gRPC does
+        await asyncio.wait([receiving])
+        stream.upload.intake.give_up()
+
+    asyncio.run(main())
+    assert stream.budget.used_bytes == 0
 
 
 def test_a_stream_whose_upload_wants_no_more_ends_early() -> None:

@@ -316,7 +316,7 @@ def test_what_was_looked_at_a_short_while_ago_is_not_queued_again() -> None:
     tier = tier_over(MemoryStore())
     tier.offers.want([ITEMS[0].key])
     assert [tier.offers.next(), tier.offers.next()] == [ITEMS[0].key, None]
-    tier.offers.lie_there([item.key for item in ITEMS[2:]])
+    tier.offers.note_present([item.key for item in ITEMS[2:]])
     tier.offers.want([item.key for item in ITEMS[2:]])
     assert [tier.offers.next() for _ in ITEMS] == [ITEMS[2].key, ITEMS[3].key, None, None]
     tier.offer(ITEMS)

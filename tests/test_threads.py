@@ -37,7 +37,7 @@ def test_no_thread_is_made_outside_the_table() -> None:
     """Only the table makes pools, and the lane its threads."""
     found = {
         path.name
-        for path in SERVER.glob("*.py")
+        for path in SERVER.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if (isinstance(node, ast.Name) and node.id in MAKERS)
         or (isinstance(node, ast.Attribute) and node.attr in MAKERS)
@@ -116,6 +116,13 @@ def test_what_was_posted_is_done_before_the_pool_closes() -> None:
 
     asyncio.run(main())
     assert done == list(range(5))
+
+
+def test_closing_the_table_closes_every_pool() -> None:
+    """The engine is closed next, and no thread may use it then."""
+    threads = Threads()
+    threads.close()
+    assert [name for name, pool in pools(threads).items() if not pool.is_closed] == []
 
 
 def test_an_error_of_what_was_posted_is_logged(threads: Threads, caplog: pytest.LogCaptureFixture) -> None:

@@ -177,7 +177,11 @@ class Background:
 
     def _go_on(self, rest: Rest) -> None:
         """Copy and store a piece of the rest of a large sequence; what is left then goes to the end of the queue."""
-        job = rest.next_job()
+        try:
+            job = rest.next_job()
+        except BaseException:
+            rest.let_go()  # else the storer's reference would hold the caller's arrays until its next rest
+            raise
         if job is None:
             self._drop(rest)
             return

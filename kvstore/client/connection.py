@@ -259,7 +259,7 @@ class Connection:
             now = self._files.current
             if (now.chain, now.key, now.ca) != (before.chain, before.key, before.ca) and not self._closed:
                 self._open()
-                self.health.begin_anew(self._check)
+                self.health.replace_check(self._check)
         finally:
             self._looking.release()
 

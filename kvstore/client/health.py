@@ -203,7 +203,7 @@ class Health:
             ended = functools.partial(_ended, weakref.ref(self), check, patient, time.monotonic())
             check.future(health_request(), timeout=ASK_S, wait_for_ready=patient).add_done_callback(ended)
 
-    def begin_anew(self, check: Any) -> None:
+    def replace_check(self, check: Any) -> None:
         """Ask by the check of another channel; what becomes of a question over the old one counts no more."""
         with self._changed:
             self.check, self._up, self._vain = check, False, 0

@@ -195,7 +195,7 @@ class Offers:
         with self._lock:
             return self._waiting.popitem(last=False)[0] if self._waiting else None
 
-    def lie_there(self, keys: Iterable[bytes]) -> None:
+    def note_present(self, keys: Iterable[bytes]) -> None:
         """These blocks were read from the remote store just now. That says nothing of those before them."""
         with self._lock:
             self._seen.note(keys)

@@ -95,7 +95,7 @@ class Daemon:
         self.device = 0
         self._state = "starting"
         self._stop = asyncio.Event()
-        self._begin_anew = False
+        self._must_restart = False
 
     async def run(self) -> bool:
         """Serve until `stop`; True if the daemon must start again because its data directory was deleted or replaced.
@@ -122,11 +122,11 @@ class Daemon:
             await threads.admin(settle_limits, engine, config)
             lifetime = await threads.admin(keep_lifetime, config)
             await self._serve(engine, threads, files, lifetime)
-        return self._begin_anew
+        return self._must_restart
 
     def stop(self) -> None:
         """Ask `run` to drain and return; safe from signal handlers of the loop."""
-        self._begin_anew = False
+        self._must_restart = False
         self._stop.set()
 
     def is_away(self) -> bool:
@@ -253,7 +253,7 @@ class Daemon:
         if upkeep.is_displaced and not self._stop.is_set():
             words = "the data directory %s was deleted or replaced; starting again"
             log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)
-            self._begin_anew = True
+            self._must_restart = True
             self._stop.set()
 
 
@@ -350,7 +350,7 @@ def keep_lifetime(config: Config) -> Lifetime:
 def keep_freed_memory() -> None:
     """Let the C library keep some of what is freed, where that is glibc, instead of giving each MiB back to the system.
 
-    A stream makes and frees frames of 1 MiB all the time. With the pages of each taken anew, their faults took three
+    A stream makes and frees frames of 1 MiB all the time. With fresh pages for each, page faults took three
     times as long as reading and sending.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library

@@ -4,7 +4,8 @@ The event loop only awaits: it touches no disk, no index and no lock that anothe
 may block is given to one of these pools. Work shares a thread only with work that may wait for the same things, so that
 nothing short waits behind something long.
 
-The engine has one kind of thread of its own: a request that stores syncs its blobs on a thread that ends with it.
+Two rooms below have threads of their own. A request that stores writes and syncs its blobs on two threads that end with
+it (`kvstore/blobs/write_behind.py`). The remote tier has one that pushes and those that make its requests.
 """
 
 from __future__ import annotations
@@ -113,7 +114,8 @@ class Threads:
         self.pack = Pool("pack", 1, background=True)
         # Re-encodes while nothing else is done; gives way between pieces of device work.
         self.reencode = Pool("reencode", 1, background=True)
-        # Reads of the remote tier, and what was read stored here. A mount that hangs keeps these four and no others.
+        # Reads of the remote tier, and what was read stored here. Each read ends by its request's deadline, so a share
+        # that hangs keeps threads of the tier, and none of these.
         self.remote = Pool("remote", 4)
         # Once a second: whether the remote tier serves, and what is to be pushed to it. The tier itself has the thread
         # that pushes.
@@ -133,9 +135,9 @@ class Threads:
 
     def close(self) -> None:
         """Finish what runs and every release, drop what else waits. Idempotent. Call it before the engine is closed."""
-        for pool in (self.write, self.plan, self.decode, self.stream, self.read):
+        for pool in (self.write, self.remote, self.plan, self.decode, self.stream, self.read):
             pool.close()
-        for pool in (self.reencode, self.metrics, self.pack, self.evict, self.check, self.care, self.admin):
+        for pool in (self.watch, self.reencode, self.metrics, self.pack, self.evict, self.check, self.care, self.admin):
             pool.close()
         self.release.close(drop=False)
         self.lane.close()

@@ -1,8 +1,8 @@
 """Plans a FETCH from the index and leases its blobs. A caller that states its prefill speed gets only hits that save
 time (`costs.py`).
 
-`layers.py` makes the bytes of it, `sender.py` sends them. Anything that is wrong with a block makes the prefix shorter
-before the plan is sent; after that it ends the stream, and the next fetch finds the block gone.
+`layer_frames.py` makes the bytes of it, `stream_out.py` sends them. Anything that is wrong with a block makes the
+prefix shorter before the plan is sent; after that it ends the stream, and the next fetch finds the block gone.
 """
 
 from __future__ import annotations

@@ -38,9 +38,13 @@ class ChunkSource:
         self.is_closed = False
 
     async def put(self, part: memoryview) -> None:
-        """Add counted bytes, once few are unread. They are dropped if the reader has gone."""
-        while not self._add(part):
-            await self._taken.wait()
+        """Add counted bytes, once few are unread. Dropped if the reader has gone, or this is cancelled."""
+        try:
+            while not self._add(part):
+                await self._taken.wait()
+        except asyncio.CancelledError:
+            self._budget.release(part.nbytes)
+            raise
 
     def _add(self, part: memoryview) -> bool:
         with self._changed:

@@ -114,12 +114,14 @@ class UploadSocket:
                             return
                         name += part
                 upload = self._uploads.get(name.decode("ascii", "replace"))
-                upload.intake.open(SocketSource(connection))
-                connection.send(TAKEN)
+                source = SocketSource(connection)
+                upload.intake.open(source)
             except (OSError, TimeoutError, KVStoreError) as error:
                 log.info("an upload's connection was closed: %s", error)
                 return
             held.pop_all()
+            source.accept()
+            # Also for a worker that has gone by now: an open upload never counts as idle, so its thread must end it.
             self._begin(upload)
 
 
@@ -131,6 +133,11 @@ class SocketSource:
         self._lock = threading.Lock()
         self._is_reading = self._is_closed = False
         block_for(connection, LOOK_UP_S)
+
+    def accept(self) -> None:
+        """Tell the worker that its upload is accepted."""
+        with contextlib.suppress(OSError):  # the worker has gone: the first read says so
+            self._connection.send(TAKEN)
 
     def readinto(self, view: memoryview) -> int | None:
         """See `UploadSource`. OSError when the connection breaks."""

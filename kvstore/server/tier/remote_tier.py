@@ -71,7 +71,7 @@ class Remote:
     def served(self, gained: int, promoted: Promoted) -> None:
         """A request got `gained` tokens more with the tier, or none."""
         assert self.path is not None
-        self._tier.offers.lie_there(promoted.keys)
+        self._tier.offers.note_present(promoted.keys)
         if gained:
             self.path.counters.hit(gained)
         elif promoted.why in NOT_USED:
