@@ -102,6 +102,16 @@ def test_every_path_of_the_repository_that_is_named_exists(path: Path) -> None:
     assert set(re.findall(r"`(\w+\.py)`", prose_of(path))) <= modules
 
 
+def test_every_module_that_the_code_names_exists() -> None:
+    """Docstrings and comments, too: `stream_out.py`, or with folders before it."""
+    paths = [
+        f"/{path.relative_to(ROOT).as_posix()}" for room in ("kvstore", "tests") for path in (ROOT / room).rglob("*.py")
+    ]
+    for path in (ROOT / "kvstore").rglob("*.py"):
+        for named in re.findall(r"`((?:\w+/)*\w+\.py)`", text_of(path)):
+            assert any(one.endswith(f"/{named}") for one in paths), f"{named} in {name_of(path)}"
+
+
 def test_every_name_that_is_said_to_be_in_a_module_is_there() -> None:
     """CONTRIBUTING.md says `NAME` in `kvstore/x.py`: what a change touches must be found where it is looked for."""
     text = " ".join(text_of(ROOT / "CONTRIBUTING.md").split())

@@ -12,11 +12,12 @@ import pytest
 
 from kvstore.blobs.format import make_ready
 from kvstore.core.blocks import BLOCK_TOKENS
-from kvstore.core.breaker import Deadline
+from kvstore.core.breaker import CircuitBreaker, Deadline
 from kvstore.core.keys import Namespace
 from kvstore.core.limits import default_limits
 from kvstore.core.remote_words import RemoteReason
 from kvstore.errors import NotFoundError, RemoteError, RemoteFullError
+from kvstore.remote import pusher
 from kvstore.remote.object_names import Naming
 from kvstore.remote.object_store import MARKER
 from kvstore.remote.push_queue import SEEN_S, Offers, PushItem, PushQueue
@@ -291,6 +292,31 @@ def test_a_blob_that_the_store_refuses_is_given_up_with_all_that_builds_on_it() 
     assert tier.stats().not_pushed == {RemoteReason.FAILED: len(ITEMS) - 1}
     assert store.rounds.count("head") == 1 + TRIES_MAX + len(OTHER)
     assert (len(tier.queue), tier.queue.nbytes) == (0, 0)
+
+
+def test_after_trouble_a_store_is_not_asked_while_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may bill every request."""
+    monkeypatch.setattr(pusher, "_IDLE_S", 0.01)
+    store = MemoryStore()
+    refusing(store, name_of(BLOBS[0][0]))
+    tier = tier_over(store)
+    tier.pusher.breaker = CircuitBreaker(failures_max=100)
+    take, taken = tier.queue.take, list[PushItem | None]()
+
+    def counted(timeout_s: float) -> PushItem | None:
+        taken.append(take(timeout_s))
+        return taken[-1]
+
+    monkeypatch.setattr(tier.queue, "take", counted)
+    tier.offer(ITEMS[:1])
+    tier.start()
+    while not tier.stats().not_pushed:
+        time.sleep(0.005)
+    asked, before = len(store.rounds), len(taken)
+    while len(taken) < before + 5:
+        time.sleep(0.005)
+    assert len(store.rounds) == asked
+    tier.close(60)
 
 
 def test_what_builds_on_a_block_that_was_not_pushed_is_not_queued_later() -> None:

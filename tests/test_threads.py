@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,13 @@ def test_no_thread_is_made_outside_the_table() -> None:
         or (isinstance(node, ast.Attribute) and node.attr in MAKERS)
     }
     assert found == {"threads.py", "lane.py"}
+
+
+def test_the_table_of_the_documents_is_the_table(threads: Threads) -> None:
+    """docs/architecture.md: every pool, with how many threads it has."""
+    text = (SERVER.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    told = {name: int(count) for name, count in re.findall(r"^\| `(\w+)` \| (\d+)", text, re.MULTILINE)}
+    assert told == {name: pool._threads for name, pool in pools(threads).items()}
 
 
 def test_every_pool_runs_its_work_on_threads_of_its_name(threads: Threads) -> None:

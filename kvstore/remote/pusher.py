@@ -100,7 +100,7 @@ class Pusher:
             if not self.breaker.allow():
                 self._ending.wait(_IDLE_S)
                 continue
-            if self._troubled and not self._is_there():
+            if self._troubled and len(self._queue) and not self._is_there():
                 continue
             item = self._queue.take(_IDLE_S)
             if item is None:
