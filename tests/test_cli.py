@@ -311,7 +311,7 @@ def test_set_changes_a_setting_and_says_for_how_long(client: FakeClient) -> None
     result = invoke("set", "daemon", "budget_bytes=20GB")
     assert result.stdout == "budget_bytes is 20.0 GB now (before: 10.0 GB)\n"
     assert client.asked == {"key": "budget_bytes", "value": "20GB", "namespace_prefix": b"", "at_once": False}
-    assert "until the daemon stops" in result.stderr
+    assert "until the daemon stops; to keep it, write it into the configuration file" in result.stderr
     assert answer("set", "small-lm", "budget_bytes=20GB")["before"] == "10000000000"
     assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
     assert invoke("set", "no-such-model", "budget_bytes=1GB").exit_code == 1
@@ -352,6 +352,12 @@ def test_show_tells_everything_or_that_there_is_nothing(client: FakeClient) -> N
     missing = invoke("show", "ee")
     assert (missing.exit_code, missing.stdout) == (1, "")
     assert missing.stderr.startswith("kvstore: no namespace has the alias 'ee', and no id or key starts so")
+    assert answer("show", "CDC")["blocks"] == [BLOCK] and invoke("show", "cde").exit_code == 1
+    assert answer("show", "aba")["namespaces"] == answer("show", "a")["namespaces"] == [NAMESPACE]
+    assert "123 kB" in invoke("ls", "aba").stdout
+    # Nothing is claimed of keys that were not looked up.
+    assert "an even number of digits" in invoke("show", "c").stderr
+    assert "an even number of digits" in invoke("export", "cdc", "-o", "x").stderr
     assert "mlx-lm 0.32" in invoke("show", "small-lm").stdout and "mlx-lm 0.32" in invoke("show", "abab").stdout
     assert client.closed
 
@@ -464,7 +470,7 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     client.findings = [{"kind": "corrupt_blob", "path": "/data/x", "detail": "checksum of layer 3"}]
     result = invoke("check", "--repair")
     assert result.exit_code == 4
-    assert "corrupt_blob" in result.stdout
+    assert result.stdout.startswith("corrupt_blob\n  file    /data/x\n  detail  checksum of layer 3\n")
     assert "1 finding in 9 blobs, 1.0 MB read, 1 put right" in result.stdout
     assert client.asked == {"repair": True}
     parsed = json.loads(invoke("check", "--json").stdout)

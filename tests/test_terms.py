@@ -84,6 +84,20 @@ def test_a_pinned_prompt_stays_while_everything_else_goes(engine: Engine) -> Non
     require_sound(engine)
 
 
+def test_what_is_pinned_counts_as_deleted_by_no_limit(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    """So there is no warning and no wait for a limit that deletes nothing, and no prompt is threatened that stays."""
+    put(engine, NS, prompt(1, 600))
+    engine.keeper.pin(NS.root, [last_key(engine, prompt(1, 600))])
+    (usage,) = engine.stats().namespaces
+    for limit in ({"budget_bytes": 1}, {"root": NS.root, "terms": Terms(quota_bytes=1)}):
+        assert engine.keeper.would_delete(**limit) == (0, usage.disk_bytes)
+    with caplog.at_level("WARNING"):
+        engine.limit(1, 0)
+    assert "about to delete" not in caplog.text
+    put(engine, OTHER, prompt(2))
+    assert find(engine, NS, prompt(1, 600)).n_tokens == 600
+
+
 def test_pins_and_terms_survive_a_restart_and_a_rebuild(tmp_path: Path, engine: Engine, clock: Clock) -> None:
     """They lie in settings/, which every rebuild of the index obeys."""
     put(engine, NS, prompt(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -17,7 +18,7 @@ from kvstore.cli.common import (
     connected,
     counted,
     note,
-    print_table,
+    print_facts,
     say,
     size_text,
 )
@@ -99,7 +100,7 @@ def _check_remote(config: Config, *, as_json: bool) -> int:
         print_summary({"remote": store.place, **counts, "leftovers": report.leftovers, "findings": findings})
         return EXIT_DAMAGE if findings else 0
     if findings:
-        print_table(("finding", "object", "detail"), [(one["kind"], one["name"], one["detail"]) for one in findings])
+        _print_findings([(one["kind"], ("object", one["name"]), one["detail"]) for one in findings])
     verdict = counted(len(findings), "finding") if findings else "no damage"
     say(f"{verdict} in {counted(report.objects, 'object')} of {store.place}, {size_text(report.nbytes)} read")
     if report.holes:
@@ -109,10 +110,16 @@ def _check_remote(config: Config, *, as_json: bool) -> int:
     return EXIT_DAMAGE if findings else 0
 
 
+def _print_findings(findings: Sequence[tuple[str, tuple[str, str], str]]) -> None:
+    """One below the other: beside a path, which is never folded, the detail would have no room."""
+    for kind, place, detail in findings:
+        print_facts(kind, [place, ("detail", detail)])
+
+
 def _print(report: dict[str, Any], repair: bool) -> None:
     findings = report["findings"]
     if findings:
-        print_table(("finding", "file", "detail"), [(one["kind"], one["path"], one["detail"]) for one in findings])
+        _print_findings([(one["kind"], ("file", one["path"]), one["detail"]) for one in findings])
     verdict = counted(len(findings), "finding") if findings else "no damage"
     mended = f", {report['repaired']} put right" if repair else ""
     say(f"{verdict} in {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])} read{mended}")

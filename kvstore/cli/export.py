@@ -9,10 +9,10 @@ import click
 
 from kvstore.cli.app import EXIT_FAILURE
 from kvstore.cli.common import client_config, common_options, connected, note, say, size_text
-from kvstore.cli.names import NAMESPACES_MAX, as_id, find_namespaces
+from kvstore.cli.names import NAMESPACES_MAX, as_id, find_namespaces, nothing_named
 from kvstore.cli.progress import print_summary, progress
 from kvstore.client.client import Client
-from kvstore.errors import InvalidRequestError, NotFoundError
+from kvstore.errors import InvalidRequestError
 
 
 @click.command("export")
@@ -53,4 +53,4 @@ def _selected(client: Client, name: str) -> dict[str, Any]:
         return {"namespace_prefix": bytes.fromhex(namespaces[0]["id"])}
     if key := as_id(name):
         return {"key_prefix": key}
-    raise NotFoundError(f"no namespace has the alias {name!r}, and no id or key starts so; see: kvstore ls")
+    raise nothing_named(name)

@@ -19,6 +19,7 @@ NAMESPACES_MAX = 10_000
 # Namespaces that an error names at most.
 NAMED_MAX = 5
 _ID = re.compile(r"(?:[0-9a-fA-F]{2}){1,32}")
+_DIGITS = re.compile(r"[0-9a-fA-F]{1,64}")
 
 
 def as_id(name: str) -> bytes:
@@ -34,10 +35,17 @@ def id_option(text: str) -> bytes:
 
 
 def find_namespaces(namespaces: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
-    """Entries of the daemon whose alias is `name`, then those whose id starts with it."""
-    prefix = as_id(name).hex()
-    found = [one for one in namespaces if one["alias"] == name or (prefix and one["id"].startswith(prefix))]
+    """Entries of the daemon whose alias is `name`, then those whose id starts with it: any number of hex digits."""
+    digits = name.lower() if _DIGITS.fullmatch(name) else ""
+    found = [one for one in namespaces if one["alias"] == name or (digits and one["id"].startswith(digits))]
     return sorted(found, key=lambda one: one["alias"] != name)
+
+
+def nothing_named(name: str) -> NotFoundError:
+    """No namespace has this alias, and no id or key starts so; keys are looked up by whole bytes, of two digits."""
+    if _DIGITS.fullmatch(name) and not as_id(name):
+        return NotFoundError(f"nothing is named {name!r}; a key is given by an even number of digits; see: kvstore ls")
+    return NotFoundError(f"no namespace has the alias {name!r}, and no id or key starts so; see: kvstore ls")
 
 
 def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:

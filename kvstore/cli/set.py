@@ -63,7 +63,7 @@ def command(
             before, now = (_text(key, changed[name]) for name in ("before", "value"))
             say(f"{key} is {now} now (before: {before})")
     if target == DAEMON and not as_json:
-        note("until the daemon stops; the configuration file keeps it")
+        note("this lasts until the daemon stops; to keep it, write it into the configuration file")
 
 
 def _namespace(client: Client, target: str) -> tuple[bytes, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,10 +18,12 @@ from kvstore.cli.common import (
     span_text,
     time_text,
 )
-from kvstore.cli.names import as_id, find_namespaces
+from kvstore.cli.names import as_id, find_namespaces, nothing_named
 from kvstore.cli.stats_text import saved_text, share_text
 from kvstore.core.blocks import fidelity_text
-from kvstore.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from kvstore.client.client import Client
 
 
 @click.command("show")
@@ -31,9 +33,9 @@ def command(name: str, address: str | None, config_path: str | None, as_json: bo
     """Show the namespaces with this alias or an id that starts so, and the blocks whose key starts so, 100 at most."""
     with connected(client_config(address, config_path)) as client:
         namespaces = find_namespaces(client.list()["namespaces"], name)
-        blocks = client.show(key)["blocks"] if (key := as_id(name)) else []
+        blocks = _blocks(client, name)
     if not namespaces and not blocks:
-        raise NotFoundError(f"no namespace has the alias {name!r}, and no id or key starts so; see: kvstore ls")
+        raise nothing_named(name)
     if as_json:
         print_json({"namespaces": namespaces, "blocks": blocks})
         return
@@ -41,6 +43,12 @@ def command(name: str, address: str | None, config_path: str | None, as_json: bo
         print_facts(one["id"], _namespace(one))
     for block in blocks:
         print_facts(block["key"], _block(block))
+
+
+def _blocks(client: Client, name: str) -> list[dict[str, Any]]:
+    """Those whose key starts with these digits; an odd number is looked up without the last."""
+    key = as_id(name) or as_id(name[:-1])
+    return [block for block in client.show(key)["blocks"] if block["key"].startswith(name.lower())] if key else []
 
 
 def _namespace(one: Mapping[str, Any]) -> list[tuple[str, str]]:

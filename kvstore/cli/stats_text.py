@@ -142,11 +142,13 @@ def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
     budget = disk["budget_bytes"]
     share = f" ({100 * disk['used_bytes'] / budget:.0f} %)" if budget else ""
     floor = disk.get("free_floor_bytes", 0)
+    scrubbed_s = int(disk.get("scrubbed_s", 0))
+    last_pass = f"all blobs read by {time_text(scrubbed_s)}" if scrubbed_s else "has not read all blobs yet"
     return [
         ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
         ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),
         ("quarantined", f"{disk['quarantined']:,}"),
-        ("verified", f"{time_text(int(disk.get('scrubbed_s', 0)))}, {disk.get('damaged', 0):,} damaged since start"),
+        ("scrub", f"{last_pass}; {disk.get('damaged', 0):,} damaged blobs found since start"),
     ]
 
 

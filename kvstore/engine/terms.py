@@ -59,15 +59,19 @@ def warn_of_deletions(shared: Shared, short_bytes: int, wait_s: float) -> bool:
     `short_bytes`: what the volume lacks of the free floor. `wait_s`: how long nothing goes. Call it without the lock.
     """
     held, options = shared.ledger.get("blobs"), shared.options
-    over = Counter({BUDGET: shared.ledger.total - options.budget_bytes, FLOOR: short_bytes})
-    for cause, nbytes, _ in over_terms(shared):
-        over[cause] += min(held, nbytes)
+    # What is pinned stays, whatever the limits.
+    table = shared.settled_table()
+    reachable = reachable_bytes(table)
+    over = Counter({BUDGET: min(reachable, shared.ledger.total - options.budget_bytes)})
+    over[FLOOR] = min(reachable, short_bytes)
+    for cause, nbytes, choose in over_terms(shared):
+        over[cause] += min(nbytes, reachable_bytes(table, mask=choose(table)))
     cause, most = over.most_common(1)[0]
     if not held or most <= held // _MANY_DIVISOR:
         return False
     sizes = map(size_text, (min(held, most), held, options.budget_bytes, options.free_floor_bytes))
     lost, all_, budget, floor = sizes
-    limits = f"budget_bytes is {budget}, free_floor_bytes {floor}; quotas and times to live: kvstore ls"
+    limits = f"budget_bytes is {budget}, free_floor_bytes {floor}; quotas and times to live: kvstore show NAMESPACE"
     when = f" in {wait_s:.0f} s, unless limits change" if wait_s else ""
     log.warning("about to delete %s of %s stored (%s)%s: %s", lost, all_, cause, when, limits)
     return True
@@ -141,12 +145,13 @@ class Keeper:
         """
         shared = self._shared
         table, held = shared.settled_table(), shared.index.table.usage().disk_bytes
-        over = [shared.ledger.total - budget_bytes] if budget_bytes else []
+        over = [min(shared.ledger.total - budget_bytes, reachable_bytes(table))] if budget_bytes else []
         space, only = shared.index.spaces.get(root), None
         if space is not None and terms is not None:
             only, ttl_s = [space.number], terms.ttl_s
             used = shared.index.table.usage(space.number).disk_bytes
-            over += [used - terms.quota_bytes] if terms.quota_bytes else []
+            excess = used - terms.quota_bytes if terms.quota_bytes else 0
+            over.append(min(excess, reachable_bytes(table, mask=where(table, namespaces=only))))
         if ttl_s:
             aged = where(table, namespaces=only, unused_since_s=int(shared.ttl_clock() - ttl_s))
             over.append(reachable_bytes(table, mask=aged))
