@@ -1,4 +1,4 @@
-"""priority: what nobody waits for runs at a lower priority than what somebody does."""
+"""Thread priority: what nobody waits for runs at a lower priority than what somebody does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvstore.client.background import Background
 from kvstore.client.provenance import HeldPrefixes
 from kvstore.client.results import SessionStats
 from kvstore.core.thread_priority import BACKGROUND_NICE, lower_thread_priority
-from kvstore.server.threads import Threads
+from kvstore.server.threads import Pool, Threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the niceness of a thread is what Linux has")
 
@@ -43,19 +43,20 @@ def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
     assert niceness() == before
 
 
-def test_of_the_daemons_threads_only_the_one_that_commits_gives_way() -> None:
-    """Reading, planning, decoding and care keep their priority: somebody waits for them."""
+def test_of_the_daemons_threads_those_give_way_for_which_nobody_waits() -> None:
+    """Reading, planning, decoding, care and what admins ask for keep their priority."""
+    low = {"write", "pack", "reencode", "watch", "metrics"}
 
-    async def levels(threads: Threads) -> list[int]:
-        others = (threads.read, threads.stream, threads.decode, threads.plan, threads.release)
-        rest = (threads.care, threads.check, threads.evict, threads.admin)
-        return [await pool(niceness) for pool in (threads.write, *others, *rest)]
+    async def levels(threads: Threads) -> dict[str, int]:
+        return {pool.name: await pool(niceness) for pool in vars(threads).values() if isinstance(pool, Pool)}
 
     threads = Threads()
     try:
-        assert asyncio.run(levels(threads)) == [lowered(), *[niceness()] * 9]
+        found = asyncio.run(levels(threads))
     finally:
         threads.close()
+    assert found == {name: lowered() if name in low else niceness() for name in found}
+    assert low < found.keys()
 
 
 def test_a_thread_that_is_nicer_already_stays_so() -> None:

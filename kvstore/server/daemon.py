@@ -196,7 +196,7 @@ class Daemon:
         await self._drain(server, service, receiving, stores, store)
         await threads.release(store.uploads.end_all)
         await threads.admin(remote.close)
-        await threads.admin(upkeep.end)
+        await threads.care(upkeep.end)  # after a step that is under way: both write the same files
 
     def _pressure(
         self, engine: Engine, threads: Threads, store: StorePath, buffers: ByteBudget, counters: Counters

@@ -1,4 +1,4 @@
-"""Counts the daemon's clients and its open connections.
+"""Who calls: counts the daemon's clients and its open connections, and remembers the namespaces that they name.
 
 gRPC does not tell a handler on which connection a call arrived, and a connection without calls reaches no handler. So
 each client sends a random name with every call. The daemon counts recent names and refuses a client above the limit
@@ -133,7 +133,7 @@ class Sockets:
         self._own = 0
 
     def begin(self) -> None:
-        """Note the daemon's own sockets. Call it before any client connects."""
+        """Note the daemon's own sockets. Call it when all listeners are open; earlier connections count as own."""
         self._own = open_sockets()
 
     def look(self) -> None:
