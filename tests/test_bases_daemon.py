@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from kvstore.blobs.pack_file import PackFile
-from kvstore.client import fetcher
+from kvstore.client import fetch as client_fetch
 from kvstore.client.basis_cache import BasisCache
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit, Miss
@@ -54,7 +54,7 @@ class CountingCache(BasisCache):
 def cache(monkeypatch: pytest.MonkeyPatch) -> CountingCache:
     """What this process keeps of bases: nothing yet."""
     made = CountingCache()
-    monkeypatch.setattr(fetcher, "BASES", made)
+    monkeypatch.setattr(client_fetch, "BASES", made)
     return made
 
 

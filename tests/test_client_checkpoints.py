@@ -268,7 +268,7 @@ def test_a_capture_of_states_that_fails_gives_its_budget_back(
     def boom(*_: object) -> None:
         raise RuntimeError("[malloc] no memory")
 
-    monkeypatch.setattr("kvstore.client.storer.StateCapture", boom)
+    monkeypatch.setattr("kvstore.client.store.StateCapture", boom)
     assert session.store(TOKENS, CACHE, wait=True).reason is Reason.INTERNAL
     assert client._budget.used_bytes == 0
 

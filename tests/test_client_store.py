@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import mlx.core as mx
 import pytest
 
-from kvstore.client import storer
+from kvstore.client import store as client_store
 from kvstore.client.client import Client
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
 from kvstore.core.blocks import FIDELITY_EXACT, Reason, unpack_tokens
@@ -352,13 +352,13 @@ def test_the_rest_of_a_large_sequence_is_let_go(
 ) -> None:
     """For the next large one, after a while, at the end of the session, or when a piece is not stored or copied."""
     daemon.faults = {"store_full"} if cause == "refused" else {"hang_begin"}
-    monkeypatch.setattr(storer, "REST_S", 0.0 if cause == "time" else 60.0)
+    monkeypatch.setattr(client_store, "REST_S", 0.0 if cause == "time" else 60.0)
 
     def boom(*_: object) -> None:
         raise RuntimeError("[malloc] no memory")
 
     if cause == "failed":
-        monkeypatch.setattr(storer.Storer, "next_piece", boom)
+        monkeypatch.setattr(client_store.Storer, "next_piece", boom)
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
         tokens = list(range(4000))
@@ -520,7 +520,7 @@ def test_a_capture_that_fails_gives_its_budget_back(
     def boom(*_: object) -> None:
         raise RuntimeError("[malloc] no memory")
 
-    monkeypatch.setattr("kvstore.client.storer.Capture", boom)
+    monkeypatch.setattr("kvstore.client.store.Capture", boom)
     assert session.store(TOKENS, LAYERS, wait=True).reason is Reason.INTERNAL
     assert client._budget.used_bytes == 0
     assert "no memory" in caplog.text

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvstore.client.client import Client
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.core.breaker import Deadline
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore

@@ -12,7 +12,7 @@ from kvstore.bench.cases import BenchError
 from kvstore.bench.scratch import ScratchDaemon
 from kvstore.bench.shape import Shape, arrays_of
 from kvstore.client.client import Client
-from kvstore.client.fetcher import Representation, Transport
+from kvstore.client.fetch import Representation, Transport
 from kvstore.client.results import Hit, StoreResult
 from kvstore.client.session import Session
 

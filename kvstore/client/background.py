@@ -17,7 +17,7 @@ from typing import TypeAlias
 from kvstore.client.connection import Connection
 from kvstore.client.provenance import HeldPrefixes
 from kvstore.client.results import SessionStats, StoreResult, reason_of, say_stored
-from kvstore.client.storer import KV_STORED, Rest
+from kvstore.client.store import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
 from kvstore.core.keys import Namespace

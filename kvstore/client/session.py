@@ -19,7 +19,7 @@ from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
 from kvstore.client.connection import Connection
-from kvstore.client.fetcher import Fetcher, FetchOptions, Representation, Transport
+from kvstore.client.fetch import Fetcher, FetchOptions, Representation, Transport
 from kvstore.client.results import (
     Hit,
     LayerHit,
@@ -32,7 +32,7 @@ from kvstore.client.results import (
     request_id,
     say_fetched,
 )
-from kvstore.client.storer import Storer, StoreRequest, Touch, combine
+from kvstore.client.store import Storer, StoreRequest, Touch, combine
 from kvstore.client.uploader import Uploader
 from kvstore.core.blocks import (
     BLOCK_TOKENS,

@@ -33,7 +33,7 @@ from kvstore.wire.frames import CHUNK_BYTES, prompt_frame, upload_frame
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 if TYPE_CHECKING:
-    from kvstore.client.storer import Rest, Touch
+    from kvstore.client.store import Rest, Touch
     from kvstore.codecs.device import Capture
     from kvstore.codecs.states import StateCapture
 

@@ -23,7 +23,7 @@ from mlx_lm.utils import hf_repo_to_path
 from kvstore.client import Client
 from kvstore.client.results import Hit, one_request, request_id, say_miss
 from kvstore.client.session import Session
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.breaker import Deadline

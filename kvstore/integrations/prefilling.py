@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import cache as stock
 
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import Layout

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.core.breaker import Deadline
 from kvstore.core.process import is_forked
 

@@ -13,7 +13,7 @@ import pytest
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit, LayerHit, Miss
 from kvstore.client.session import Session
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Namespace
 from kvstore.wire.convert import namespace_to_message

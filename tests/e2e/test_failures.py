@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.client import fetcher, uploader
+from kvstore.client import fetch, uploader
 from kvstore.client.client import Client, connect
 from kvstore.client.layer_reads import LayerReads
 from kvstore.client.results import Hit, Miss
@@ -146,7 +146,7 @@ def test_a_daemon_that_hangs_in_the_middle_costs_the_stall_limit(
     stored(client)
     session = client.session(NAMESPACE, **STALLING)
     assert session.match(TOKENS)
-    break_after(monkeypatch, fetcher, "parse_plan", lambda: daemon.signal(signal.SIGSTOP))
+    break_after(monkeypatch, fetch, "parse_plan", lambda: daemon.signal(signal.SIGSTOP))
     try:
         with at_most(WITHIN_S):
             answer = session.fetch(TOKENS, "packed", transport)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from kvstore.client.results import Hit, HitSource, Match, Miss, StoreResult
-from kvstore.client.storer import Touch
+from kvstore.client.store import Touch
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
