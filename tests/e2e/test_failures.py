@@ -205,7 +205,7 @@ def test_a_daemon_killed_in_the_middle_of_a_store_loses_that_store_only(
     """Not durable, and said so; nothing of it stays; the same store goes through afterwards."""
     stored(client, SHORT)
     if by == "path":
-        break_after(monkeypatch, uploader.Uploader, "_send", daemon.kill)
+        break_after(monkeypatch, uploader.UploadConnection, "send", daemon.kill)
     else:
         monkeypatch.setattr(uploader, "UploadConnection", _refuse)
         break_after(monkeypatch, uploader, "_chunks", daemon.kill)
