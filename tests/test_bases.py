@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace, aux_key
-from kvstore.engine import Engine, NewBlock, Selection, check_directory
+from kvstore.engine import Engine, NewBlock, Selection, bases, check_directory
 from kvstore.engine.bases import UNUSED_S
 from kvstore.errors import InvalidRequestError
 from tests.support.aux_blocks import (
@@ -72,6 +72,17 @@ def damage(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
+
+
+def test_the_row_of_a_basis_is_looked_up_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bytes when they are read; when they are in memory, whether it is still there."""
+    looks: list[str] = []
+    for name in ("is_there", "read"):
+        real = getattr(bases, name)
+        monkeypatch.setattr(bases, name, lambda *args, name=name, real=real: (looks.append(name), real(*args))[1])
+    for _ in range(2):
+        assert engine.aux(NS.root, [FIRST]) == {FIRST: ONE}
+    assert looks == ["read", "is_there"]
 
 
 def test_a_basis_is_read_back_listed_and_counted_in_bytes(engine: Engine) -> None:

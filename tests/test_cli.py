@@ -286,6 +286,7 @@ def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -
     for words in (
         "serving",
         "5.0 MB of 10.0 MB (50 %)",
+        "1 file in quarantine/",
         "unknown_prefix  1  no stored prompt begins so",
         "75.0 %",
         "12.5 s",
@@ -390,7 +391,7 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         (["--all", "--idle", "1d"], "--all selects every block"),
         (["--bytes", "0"], "frees nothing"),
         (["--bytes", "10G"], "not a size"),
-        (["--idle", "0d"], "not a length of time"),
+        (["--idle", "0d"], "'0d' selects everything, whatever its age; for that there is --all"),
         (["--idle", "yesterday"], "not a length of time"),
         (["--prefix", "abc"], "even number of leading hex digits"),
         (["--prefix", ""], "even number of leading hex digits"),
@@ -563,8 +564,8 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     """Flags become the configuration, relative places count from the working directory, the daemon's code is ours."""
     served = []
 
-    def serve(config: Any, *, create: bool, log_json: bool) -> int:
-        served.append((config, create))
+    def serve(config: Any, *, create: bool, log_json: bool, at_once: bool) -> int:
+        served.append((config, create, at_once))
         return 5
 
     monkeypatch.setattr("kvstore.server.daemon.serve", serve)
@@ -572,14 +573,15 @@ def test_serve_hands_its_flags_to_the_daemon(client: FakeClient, monkeypatch: py
     result = invoke("serve", *args, "--json")
     assert result.exit_code == 5
     assert json.loads(result.stdout)["listen"] == f"unix:{os.getcwd()}/k.sock"
-    ((config, create),) = served
-    assert not create
+    ((config, create, at_once),) = served
+    assert (create, at_once) == (False, False)
     assert config.data_dir == Path.cwd() / "data"
     assert (config.budget_bytes, config.insecure_tcp, config.profile) == (10**10, True, "auto")
     assert config.source("budget_bytes") == "--budget-bytes"
     assert client.address == ""
     assert invoke("serve", "--min-quantize-tokens", "-1").exit_code == 2
-    assert invoke("serve", "--create").exit_code == 5 and served[1][1]
+    assert invoke("serve", "--create").exit_code == 5 and served[1][1:] == (True, False)
+    assert invoke("serve", "--yes").exit_code == 5 and served[2][1:] == (False, True)
 
 
 def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from kvstore.core.blocks import Block, Reason, Recipe, pack_tokens
-from kvstore.core.keys import Chain
+from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Row
 from kvstore.server.fetching.costs import Offer
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
-from tests.support.engine import namespace, options, put, sequence
+from tests.support.engine import HYBRID, namespace, options, put, sequence
 from tests.support.limits import make_config
 
 NS = namespace()
@@ -108,6 +108,23 @@ def test_a_namespace_that_is_evicted_after_the_match_is_a_miss_with_that_reason(
     monkeypatch.setattr(engine, "namespace", lambda root: known.pop() if known else None)
     plan = path.plan(Chain(NS.root, pack_tokens(TOKENS)), 0)
     assert plan.namespace is None and (plan.match.n_tokens, plan.match.reason) == (0, Reason.EVICTED)
+
+
+def test_a_hybrid_that_is_stored_between_the_look_up_and_the_match_gives_no_blocks_without_a_checkpoint(
+    engine: Engine, path: FetchPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The look-up says which kind of match it is, so it is made again."""
+    hybrid = namespace(layout=HYBRID)
+    put(engine, hybrid, TOKENS)
+    looked, real = list[bytes](), engine.namespace
+
+    def late(root: bytes) -> NamespaceInfo | None:
+        looked.append(root)
+        return real(root) if len(looked) > 1 else None
+
+    monkeypatch.setattr(engine, "namespace", late)
+    match = path.match(Chain(hybrid.root, pack_tokens(TOKENS)), 0)
+    assert (match.n_tokens, match.reason) == (0, Reason.NO_CHECKPOINT)
 
 
 def test_a_stated_speed_is_weighed_without_decoding_the_blocks(

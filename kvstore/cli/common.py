@@ -113,11 +113,12 @@ def size_option(text: str) -> int:
 def age_option(text: str) -> int:
     """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
     try:
-        if age_s := parse_age(text):
-            return age_s
+        age_s = parse_age(text)
     except ValueError:
-        pass
-    raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w")
+        raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w") from None
+    if not age_s:
+        raise click.BadParameter(f"{text!r} selects everything, whatever its age; for that there is --all")
+    return age_s
 
 
 def print_json(fields: dict[str, Any], *, line: bool = False) -> None:

@@ -70,10 +70,11 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
 @click.option("--address", metavar="ADDRESS", help="The same as --listen: other verbs call it so.")
 @click.option("--config", "config_path", metavar="FILE", help="Configuration file.")
 @click.option("--create", is_flag=True, help="Make a store in --data-dir. The default needs no flag.")
+@click.option("--yes", is_flag=True, help="Delete what is over the limits at this start without a wait.")
 @click.option("--log-json", is_flag=True, help="Log to stderr in JSON, one object a line.")
 @click.option("--json", "as_json", is_flag=True, help="Say in JSON what is about to be served.")
 def command(
-    address: str | None, config_path: str | None, create: bool, log_json: bool, as_json: bool, **flags: Any
+    address: str | None, config_path: str | None, create: bool, yes: bool, log_json: bool, as_json: bool, **flags: Any
 ) -> int:
     """Run the daemon that owns the store, until SIGINT, SIGTERM or SIGHUP. No flag is required.
 
@@ -91,4 +92,4 @@ def command(
         sys.stdout.flush()
     from kvstore.server.daemon import serve
 
-    return serve(config, create=create, log_json=log_json)
+    return serve(config, create=create, log_json=log_json, at_once=yes)

@@ -147,7 +147,7 @@ def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
         ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),
-        ("quarantined", f"{disk['quarantined']:,}"),
+        ("quarantined", f"{counted(disk['quarantined'], 'file')} in quarantine/"),
         ("scrub", f"{last_pass}; {disk.get('damaged', 0):,} damaged blobs found since start"),
     ]
 

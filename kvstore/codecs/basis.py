@@ -278,5 +278,9 @@ _lock = threading.Lock()
 def parsed(digest: bytes, data: bytes) -> Basis:
     """The basis of a file with this digest, parsed once. Any thread. CorruptDataError when it is none."""
     with _lock:
-        found = _parsed[digest] = _parsed.get(digest) or Basis.from_bytes(data)
+        found = _parsed.get(digest)
+    # Parsed without the lock: a large basis takes a while, and must not hold up the others.
+    parsed_now = found or Basis.from_bytes(data)
+    with _lock:
+        found = _parsed[digest] = _parsed.get(digest) or parsed_now
         return found

@@ -118,9 +118,11 @@ class Engine:
         clock: Callable[[], float] = time.time,
         blobs: Blobs | None = None,
         steady: Callable[[], float] = time.monotonic,
+        *,
+        at_once: bool = False,
     ) -> Engine:
         """Take the directory and put it in order. `fs`, `clock` and `steady`, which no one sets, are seams for tests;
-        `blobs` is where bytes lie, None: files in the directory.
+        `blobs` is where bytes lie, None: files in the directory. `at_once`: as for `limit`, of the limits at the start.
 
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
@@ -135,7 +137,7 @@ class Engine:
             find_missing_keys(shared.site)
             engine = cls(shared, held)
             after_repair(shared, place.dropped)
-            engine._keep_to_limits()
+            engine._keep_to_limits(at_once)
             return engine
         except BaseException as error:
             if index is not None:
@@ -220,14 +222,16 @@ class Engine:
         """
         site, found = self._shared.site, dict[bytes, bytes]()
         for name in digests:
-            data = self._aux.get(name) if bases.is_there(site, root, [name]) else b""
-            if data is None:
+            data = self._aux.get(name)
+            if data is not None:
+                data = data if bases.is_there(site, root, [name]) else None
+            else:
                 try:
                     data = bases.read(site, root, name)
                 except CorruptDataError as error:
                     log.warning("a basis cannot be read: %s", error)
                     self.recheck(aux_key(root, name))
-            if not data:
+            if data is None:
                 raise AuxMissingError(name)
             self._aux.put(name, data)
             found[name] = data

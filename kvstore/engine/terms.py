@@ -72,7 +72,7 @@ def warn_of_deletions(shared: Shared, short_bytes: int, wait_s: float) -> bool:
     sizes = map(size_text, (min(held, most), held, options.budget_bytes, options.free_floor_bytes))
     lost, all_, budget, floor = sizes
     limits = f"budget_bytes is {budget}, free_floor_bytes {floor}; quotas and times to live: kvstore show NAMESPACE"
-    when = f" in {wait_s:.0f} s, unless limits change" if wait_s else ""
+    when = f" in {wait_s:.0f} s, unless limits change (with --yes it starts at once)" if wait_s else ""
     log.warning("about to delete %s of %s stored (%s)%s: %s", lost, all_, cause, when, limits)
     return True
 

@@ -84,14 +84,16 @@ KEPT_BYTES = 32 << 20
 class Daemon:
     """The running daemon: owns engine, threads and the gRPC server. Made and used on the event loop."""
 
-    def __init__(self, config: Config, *, may_create: bool, awaits: bool = False) -> None:
+    def __init__(self, config: Config, *, may_create: bool, awaits: bool = False, at_once: bool = False) -> None:
         """`may_create`: make a store where there is none. `device`: what it is on, once the engine was opened.
 
-        `awaits`: wait until there is one, since its volume is away.
+        `awaits`: wait until there is one, since its volume is away. `at_once`: the limits at the start delete without a
+        wait, however much it is.
         """
         self._config = config
         self._awaits = awaits
         self._may_create = may_create
+        self._at_once = at_once
         self.device = 0
         self._state = "starting"
         self._stop = asyncio.Event()
@@ -115,11 +117,12 @@ class Daemon:
             # The lock comes before the index and the port: a second daemon must not disturb the first.
             if not self._may_create:
                 await threads.admin(require_store, config.data_dir)
-            engine = await threads.admin(Engine.open, config.data_dir, engine_options(config))
+            opened = functools.partial(Engine.open, at_once=self._at_once)
+            engine = await threads.admin(opened, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             stack.callback(threads.close)  # before the engine: none may use it afterwards
             self.device = await threads.admin(device_of, config.data_dir)
-            await threads.admin(settle_limits, engine, config)
+            await threads.admin(settle_limits, engine, config, self._at_once)
             lifetime = await threads.admin(keep_lifetime, config)
             await self._serve(engine, threads, files, lifetime)
         return self._must_restart
@@ -272,10 +275,11 @@ async def every_second(work: Callable[[], Awaitable[object]]) -> None:
             log.exception("upkeep failed")
 
 
-def serve(config: Config, *, create: bool = False, log_json: bool = False) -> int:
+def serve(config: Config, *, create: bool = False, log_json: bool = False, at_once: bool = False) -> int:
     """Run a daemon until SIGTERM, SIGINT or SIGHUP; returns the exit code. Errors of the start are raised, typed.
 
-    `create`: make a store in a directory that holds none, as is always done in the default one.
+    `create`: make a store in a directory that holds none, as is always done in the default one. `at_once`: the limits
+    delete without a wait, however much it is; only at this start, not when a directory that was away is back.
     """
     log_daemon(config.log_level, as_json=log_json)
     logging.getLogger(GRPC_LOGGER).addFilter(not_of_the_gone)
@@ -288,15 +292,16 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False) -> in
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        begin, may_create, awaits = True, create or config.data_dir == default_data_dir(), False
-        while begin:
-            daemon = Daemon(config, may_create=may_create, awaits=awaits)
+        may_create = create or config.data_dir == default_data_dir()
+        daemon = Daemon(config, may_create=may_create, at_once=at_once)
+        while True:
             for number in ending_signals():
                 loop.add_signal_handler(number, daemon.stop)
-            begin = await daemon.run()
+            if not await daemon.run():
+                return
             # A deleted directory is created again, but never where a volume is no longer mounted.
-            awaits = begin and daemon.is_away()
-            may_create = not awaits
+            awaits = daemon.is_away()
+            daemon = Daemon(config, may_create=not awaits, awaits=awaits)
 
     asyncio.run(main())
     return 0
@@ -336,10 +341,10 @@ def engine_options(config: Config) -> EngineOptions:
     )
 
 
-def settle_limits(engine: Engine, config: Config) -> None:
+def settle_limits(engine: Engine, config: Config, at_once: bool) -> None:
     """Put automatic limits in force, which depend on the volume and on what the store takes of it already."""
     if not (config.budget_bytes and config.free_floor_bytes):
-        keep_to_limits(engine, config)
+        keep_to_limits(engine, config, at_once=at_once)
 
 
 def keep_lifetime(config: Config) -> Lifetime:

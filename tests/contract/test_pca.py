@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.blobs.ranges import BufferReader, Range
+from kvstore.codecs import basis as basis_module
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.basis import EXACT_BELOW, Basis, PartBasis, group_width
 from kvstore.codecs.byte_plan import HitBlock
@@ -27,6 +28,7 @@ from kvstore.codecs.profiles import parse_profile
 from kvstore.codecs.rope import Rope, turns
 from kvstore.codecs.runs import load_run, narrow_run, pack_run, payload_run
 from kvstore.core.blocks import RAW, Recipe, packed_bytes_max
+from kvstore.core.bounded import Bounded
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.errors import AuxMissingError, CorruptDataError
 from tests.support.pca_bases import in_context, layout_basis, make_basis, make_part
@@ -275,6 +277,20 @@ def test_damaged_bases_are_refused_or_possible(data: st.DataObject) -> None:
         with contextlib.suppress(CorruptDataError):
             for part in Basis.from_bytes(one).parts.values():
                 assert np.isfinite(part.scale).all() and np.abs(part.matrix).max() <= 2047
+
+
+def test_a_basis_that_is_being_parsed_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large one takes a while. It is parsed where its lock is free."""
+    free: list[bool] = []
+
+    def from_bytes(data: bytes) -> Any:
+        free.append(not basis_module._lock.locked())
+        return data
+
+    monkeypatch.setattr(basis_module.Basis, "from_bytes", from_bytes)
+    monkeypatch.setattr(basis_module, "_parsed", Bounded(2))
+    assert basis_module.parsed(b"digest", b"data") is basis_module.parsed(b"digest", b"data")
+    assert free == [True]
 
 
 LAYOUT = Layout((LayerSpec(PartSpec(2, 16, "BF16"), PartSpec(2, 32, "BF16")),) * 2)

@@ -104,6 +104,24 @@ def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
     verb(daemon, "set", "small-lm", "quota=0")
 
 
+def test_limits_that_delete_much_at_a_start_do_not_wait_with_yes(daemon: DaemonProcess) -> None:
+    """They wait otherwise. A limit that is set later waits all the same."""
+    for number in range(3):
+        fill(daemon, 20_000 + 1000 * number)
+    (shown,) = verb(daemon, "show", "small-lm")["namespaces"]
+    verb(daemon, "set", "small-lm", f"quota={shown['bytes'] // 2}")
+    daemon.stop()
+    daemon.start()
+    assert verb(daemon, "show", "small-lm")["namespaces"][0]["bytes"] == shown["bytes"]
+    daemon.stop()
+    daemon.start(flags=["--yes"])
+    half = verb(daemon, "show", "small-lm")["namespaces"][0]["bytes"]
+    assert half <= shown["bytes"] // 2
+    verb(daemon, "set", "small-lm", f"quota={half // 2}")
+    assert verb(daemon, "show", "small-lm")["namespaces"][0]["bytes"] == half
+    verb(daemon, "set", "small-lm", "quota=0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [

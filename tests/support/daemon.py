@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
@@ -77,10 +77,13 @@ class DaemonProcess(Child):
         clean["KVSTORE_KEYS_DIR"] = str(self.keys_dir)
         return {**clean, **named, "KVSTORE_DATA_DIR": str(self.data_dir), "KVSTORE_LISTEN": self.listen}
 
-    def start(self, wait: bool = True, **config: object) -> DaemonProcess:
-        """Start it, with changed configuration if given, and wait until health says SERVING."""
+    def start(self, wait: bool = True, flags: Sequence[str] = (), **config: object) -> DaemonProcess:
+        """Start it, with changed configuration if given, and wait until health says SERVING.
+
+        `flags`: of the command line, at this start only.
+        """
         self.config.update({key: str(value) for key, value in config.items()})
-        command = [sys.executable, *self._command]
+        command = [sys.executable, *self._command, *flags]
         if not (self.data_dir / "id").exists():
             command.append("--create")
         with self.log_path.open("ab") as log:

@@ -119,7 +119,8 @@ class FetchPath:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(chain.tokens)} bytes")
         root, limit = chain.root, max(0, chain.n_tokens - 1)
         namespace = self._engine.namespace(root)
-        exact = namespace is not None and bool(namespace.layout.exact_layers)
+        # A namespace that is stored only after this look-up may need checkpoints.
+        exact = namespace is None or bool(namespace.layout.exact_layers)
         match = self._engine.match(chain, fidelity_min, limit, exact=exact)
         while (found := unusable(match)) is not None:
             start, reason = found
