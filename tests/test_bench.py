@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -168,6 +170,32 @@ def test_match_refuses_sizes_that_hold_no_prompt() -> None:
     """And what is no list of numbers."""
     assert "are needed" in invoke("match", *TINY, "--rows", "1").stderr
     assert invoke("match", *TINY, "--rows", "many").exit_code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_verb_that_is_ended_by_a_signal_takes_its_scratch_daemon_along(number: signal.Signals) -> None:
+    """A closed terminal or a timeout leaves neither process nor files, as Ctrl-C does."""
+    lines = (
+        "import signal, time",
+        "from kvstore.bench.scratch import ScratchDaemon",
+        f"signal.signal({int(number)}, signal.SIG_DFL)",
+        "with ScratchDaemon() as daemon:",
+        "    print(daemon.pid, daemon.folder, flush=True)",
+        "    time.sleep(600)",
+    )
+    verb = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, text=True)
+    assert verb.stdout is not None
+    with verb.stdout as said:
+        pid, folder = said.readline().split()
+        verb.send_signal(number)
+        assert verb.wait(60) == 128 + number
+    try:
+        assert not Path(folder).exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def test_match_of_a_daemon_in_use_leaves_nothing_in_it() -> None:

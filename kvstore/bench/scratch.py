@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, NoReturn, Self
 
 from kvstore.client.client import Client, connect
 from kvstore.config import ENV_PREFIX, Config, load_config
 from kvstore.errors import ConfigError, KVStoreError
 
 START_S = 60.0
+# Unless they raise, as Ctrl-C does, they end the verb and leave its daemon and gigabytes behind.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class ScratchDaemon:
@@ -32,6 +36,7 @@ class ScratchDaemon:
         }
         self.config: Config = load_config(self._flags, os.devnull, environ={})
         self._process: subprocess.Popen[bytes] | None = None
+        self._handlers: dict[int, Any] = {}
 
     def start(self) -> float:
         """Start it and wait until it answers; seconds that this took. ConfigError when it does not."""
@@ -67,6 +72,9 @@ class ScratchDaemon:
         return connect(config=self.config)
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            ours = [number for number in _ENDING if signal.getsignal(number) is signal.SIG_DFL]
+            self._handlers = {number: signal.signal(number, _exit) for number in ours}
         try:
             self.start()
         except BaseException:
@@ -79,3 +87,9 @@ class ScratchDaemon:
             self.stop()
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    raise SystemExit(128 + number)
