@@ -109,6 +109,7 @@ class FakeClient:
         self.error: errors.KVStoreError | None = None
         self.findings: list[dict[str, str]] = []
         self.namespaces = [NAMESPACE]
+        self.blocks = [BLOCK]
         self.told: list[dict[str, str]] = []
 
     def _answer(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +130,7 @@ class FakeClient:
         if sequences:
             return self._answer(asked, {"sequences": [SEQUENCE], "truncated": False})
         if blocks:
-            return self._answer(asked, {"namespaces": [], "blocks": [BLOCK], "truncated": True})
+            return self._answer(asked, {"namespaces": [], "blocks": self.blocks, "truncated": True})
         return self._answer(asked, {"namespaces": self.namespaces, "blocks": [], "truncated": False})
 
     def list_quality(self) -> dict[str, Any]:
@@ -141,8 +142,9 @@ class FakeClient:
         return self._answer({"namespace_prefix": namespace_prefix, "profile": profile, "all": all}, {"results": 2})
 
     def show(self, key_prefix: bytes) -> dict[str, Any]:
-        """One block for keys that start with cd."""
-        return self._answer({"key_prefix": key_prefix}, {"blocks": [BLOCK] if key_prefix[:1] == b"\xcd" else []})
+        """The blocks whose keys start so."""
+        found = [block for block in self.blocks if block["key"].startswith(key_prefix.hex())]
+        return self._answer({"key_prefix": key_prefix}, {"blocks": found})
 
     def set(
         self,
@@ -172,6 +174,7 @@ class FakeClient:
     def check(self, repair: bool = False, tell: Any = lambda done, total: None) -> dict[str, Any]:
         """The findings set by the test."""
         report = {"blobs": 9, "bytes": 1_000_000, "repaired": len(self.findings) * repair, "findings": self.findings}
+        report["removed"] = 3 * len(self.findings) * repair
         return self._answer({"repair": repair}, report)
 
     def close(self) -> None:
@@ -340,10 +343,50 @@ def test_ls_lists_sequences_or_blocks_of_one_model_or_of_all(client: FakeClient)
     missing = invoke("ls", "other-lm")
     assert (missing.exit_code, missing.stdout) == (1, "") and "'other-lm'" in missing.stderr
     result = invoke("ls", "abab", "--blocks", "--limit", "5")
-    assert client.asked == {"namespace_prefix": b"\xab\xab", "limit": 5}
+    assert client.asked == {"namespace_prefix": bytes.fromhex(ID), "limit": 5}
     assert "8 bits" in result.stdout
     assert "affine, raw" in result.stdout
     assert "more than 5" in result.stderr
+
+
+def test_digests_for_people_have_what_tells_them_apart_and_programs_get_all_of_them(client: FakeClient) -> None:
+    """Keys, parents and what recipes refer to, which would make the table wide. A file's path stays whole."""
+    basis = "12" * 32
+    alike = {**BLOCK, "key": "cd" * 8 + "ef" * 24, "recipes": [f"pca-bits4@{basis}"]}
+    client.blocks = [BLOCK, alike]
+    assert answer("ls", "--blocks")["blocks"] == answer("show", "cd")["blocks"] == client.blocks
+    for verb in (["ls", "--blocks"], ["show", "cdcd"]):
+        text = invoke(*verb).stdout
+        assert re.search(r"\bcdcdcdcdcdcdcdcdcd\b", text) and re.search(r"\bcdcdcdcdcdcdcdcdef\b", text)
+        assert f"pca-bits4@{basis[:18]}" in text and not re.search("[0-9a-f]{19}", text)
+        assert len(max(text.splitlines(), key=len)) < 150
+    client.blocks = [{**BLOCK, "path": f"/data/{BLOCK['key']}.safetensors"}]
+    assert f"/data/{BLOCK['key']}.safetensors" in invoke("show", "cdcd").stdout
+
+
+def test_leading_digits_that_several_have_are_refused_and_nothing_is_done(client: FakeClient) -> None:
+    """Of keys, of ids, and of one of each; the candidates are named as far as they differ."""
+    client.blocks = [BLOCK, {**BLOCK, "key": "cd" * 8 + "ef" * 24}]
+    client.namespaces = [NAMESPACE, {**NAMESPACE, "id": "ab" * 7 + "11" * 25, "alias": "other-lm"}]
+    for verb, candidate in (
+        (["evict", "--prefix", "cdcd"], "cdcdcdcdcdcdcdcdef"),
+        (["evict", "--prefix", "cdcd", "--dry-run"], "cdcdcdcdcdcdcdcdef"),
+        (["export", "cdcd", "-o", "x"], "cdcdcdcdcdcdcdcdef"),
+        (["evict", "--namespace", "abab"], "ababababababab11 (other-lm)"),
+        (["export", "abab", "-o", "x"], "ababababababab11"),
+        (["calibrate", "--forget", "abab"], "ababababababab11"),
+        (["set", "abab", "ttl=1d"], "ababababababab11"),
+        (["ls", "abab"], "ababababababab11"),
+    ):
+        client.asked = {}
+        result = invoke(*verb)
+        assert (result.exit_code, result.stdout) == (2, ""), (verb, result.output)
+        assert candidate in result.stderr and "give more" in result.stderr
+        assert client.asked.keys() <= {"key_prefix", "namespace_prefix", "limit"}
+    client.blocks = [{**BLOCK, "key": "ab" * 10 + "22" * 22}]
+    client.namespaces = [NAMESPACE]
+    result = invoke("export", "abab", "-o", "x")
+    assert result.exit_code == 2 and "a namespace and a block" in result.stderr
 
 
 def test_show_tells_everything_or_that_there_is_nothing(client: FakeClient) -> None:
@@ -368,8 +411,8 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
     parsed = answer("evict", "--namespace", "abab", "--prefix", "CD", "--idle", "2w", "--bytes", "10MB", "--dry-run")
     assert parsed == {"schema": 1, "dry_run": True, "blocks": 3, "freed_bytes": 4_000_000}
     assert client.asked == {
-        "namespace_prefix": b"\xab\xab",
-        "key_prefix": b"\xcd",
+        "namespace_prefix": bytes.fromhex(ID),
+        "key_prefix": b"\xcd" * 32,
         "idle_s": 14 * 86_400,
         "bytes": 10_000_000,
         "all": False,
@@ -412,7 +455,7 @@ OTHERS = [
 
 
 def test_a_namespace_is_named_by_its_alias_where_that_is_clear(client: FakeClient) -> None:
-    """For ls, evict, and what calibrate measured; leading digits of an id go to the daemon as they are."""
+    """For ls, evict, and what calibrate measured; leading digits of an id that is not there go as they are."""
     assert invoke("ls", "small-lm").exit_code == 0
     assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
     assert answer("evict", "--namespace", "small-lm")["blocks"] == 3
@@ -426,20 +469,20 @@ def test_a_namespace_is_named_by_its_alias_where_that_is_clear(client: FakeClien
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("twin", "names 2 namespaces, 111111111111 (twin), 222222222222 (twin): give an id"),
-        ("abab", "names 2 namespaces, 333333333333 (abab), abababababab (small-lm): give an id"),
+        ("twin", "names 2 namespaces, 111111111111 (twin), 222222222222 (twin): give more digits of an id"),
+        ("abab", "names 2 namespaces, 333333333333 (abab), abababababab (small-lm): give more digits of an id"),
         ("small-ml", "no namespace has the id or alias 'small-ml'; there are abababababab (small-lm)"),
         ("xyz", "there are abababababab (small-lm), 111111111111 (twin), 222222222222 (twin), 333333333333 (abab)"),
     ],
 )
-def test_an_alias_that_is_unknown_or_not_clear_is_exit_1_with_the_candidates(
+def test_an_alias_that_is_unknown_or_not_clear_fails_with_the_candidates(
     client: FakeClient, monkeypatch: pytest.MonkeyPatch, name: str, message: str
 ) -> None:
     """One that looks like the beginning of another's id is not clear either; nothing is evicted."""
     monkeypatch.setattr(client, "namespaces", [NAMESPACE, *OTHERS])
     for verb in (["ls", name], ["evict", "--namespace", name], ["calibrate", "--forget", name]):
         result = invoke(*verb)
-        assert (result.exit_code, result.stdout) == (1, "") and message in result.stderr
+        assert (result.exit_code, result.stdout) == (2 if "give" in message else 1, "") and message in result.stderr
         assert result.stderr.count("\n") == 1 and not client.asked.get("namespace_prefix")
     assert invoke("evict", "--namespace", "").exit_code == 2
 
@@ -472,7 +515,7 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     result = invoke("check", "--repair")
     assert result.exit_code == 4
     assert result.stdout.startswith("corrupt_blob\n  file    /data/x\n  detail  checksum of layer 3\n")
-    assert "1 finding in 9 blobs, 1.0 MB read, 1 put right" in result.stdout
+    assert "1 finding; read 9 blobs, 1.0 MB; 1 put right, 3 blocks removed" in result.stdout
     assert client.asked == {"repair": True}
     parsed = json.loads(invoke("check", "--json").stdout)
     assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
@@ -489,7 +532,7 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
     def check_directory(data_dir: Path, repair: bool, master_key: bytes, keys_dir: Path, tell: Any) -> SimpleNamespace:
         assert not master_key and keys_dir != data_dir
         asked.append((data_dir, repair))
-        return SimpleNamespace(blobs=1, bytes=2, repaired=0, findings=[finding])
+        return SimpleNamespace(blobs=1, bytes=2, repaired=0, removed=0, findings=[finding])
 
     monkeypatch.setattr("kvstore.engine.check_directory", check_directory)
     monkeypatch.setenv("KVSTORE_DATA_DIR", str(tmp_path))
@@ -794,6 +837,14 @@ def test_tables_fold_words_and_neither_ids_nor_numbers(monkeypatch: pytest.Monke
     with CliRunner().isolation() as (out, _, _):
         common.print_table(("key", "meaning"), [("k", "word " * 60)])
         assert 90 < max(map(len, out.getvalue().decode().splitlines())) <= 100
+
+
+def test_a_table_that_is_piped_has_a_line_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its width: programs take a row as one line."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with CliRunner().isolation() as (out, _, _):
+        common.print_table(("key", "meaning"), [("k", "of layer 3 and more " * 20)])
+        assert out.getvalue().decode().splitlines()[1].count("of layer 3 and more") == 20
 
 
 def test_counts_of_one_are_singular() -> None:

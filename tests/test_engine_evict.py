@@ -332,6 +332,22 @@ def test_every_selection_frees_what_it_reports(tmp_path: Path, what: str) -> Non
         assert engine.evict(Selection(namespace_prefix=b"\1" * 32)).blocks == 0
 
 
+def test_an_eviction_by_a_key_that_is_not_clear_is_refused(tmp_path: Path) -> None:
+    """Leading bytes that several keys have remove nothing; with one more byte it is the one block."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        by_byte: dict[bytes, list[bytes]] = {}
+        for n in range(40):
+            put(engine, NS, [n, *range(10)])
+        for info in engine.list_blocks():
+            by_byte.setdefault(info.row.key[:1], []).append(info.row.key)
+        first, keys = next((first, keys) for first, keys in by_byte.items() if len(keys) > 1)
+        for dry_run in (True, False):
+            with pytest.raises(InvalidRequestError, match=f"{len(keys)} blocks have a key that starts so"):
+                engine.evict(Selection(key_prefix=first), dry_run)
+        assert len(engine.list_blocks()) == 40
+        assert engine.evict(Selection(key_prefix=keys[0][:4])).blocks == 1
+
+
 def test_an_eviction_that_selects_nothing_in_particular_is_refused(tmp_path: Path) -> None:
     """`all` must be said."""
     with Engine.open(tmp_path / "data", options()) as engine, pytest.raises(InvalidRequestError):

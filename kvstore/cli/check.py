@@ -82,7 +82,7 @@ def _check(config: Config, repair: bool, tell: Tell, *, online: bool, offline: b
         note(f"{away}; checking {config.data_dir} offline")
     found = check_directory(config.data_dir, repair, load_master_key(config), keys_home(config), tell)
     findings = [{"kind": one.kind, "path": one.path, "detail": one.detail} for one in found.findings]
-    counts = {"blobs": found.blobs, "bytes": found.bytes, "repaired": found.repaired}
+    counts = {name: getattr(found, name) for name in ("blobs", "bytes", "repaired", "removed")}
     return {"offline": True, **counts, "findings": findings}
 
 
@@ -121,7 +121,8 @@ def _print(report: dict[str, Any], repair: bool) -> None:
     if findings:
         _print_findings([(one["kind"], ("file", one["path"]), one["detail"]) for one in findings])
     verdict = counted(len(findings), "finding") if findings else "no damage"
-    mended = f", {report['repaired']} put right" if repair else ""
-    say(f"{verdict} in {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])} read{mended}")
+    # What was read is no count of what is left, which is why a repair says how much it took.
+    mended = f"; {report['repaired']} put right, {counted(report['removed'], 'block')} removed" if repair else ""
+    say(f"{verdict}; read {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])}{mended}")
     if findings and not repair:
         note("`kvstore check --repair` puts right what can be")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,15 +31,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Version of every `--json` answer. Fields may be added to a version; none is renamed, removed or given another meaning.
 SCHEMA_VERSION = 1
-# Columns that a table may use when it is not written to a terminal, which has its own width.
-WIDTH_PIPED = 200
+# Columns that a table may use at most, and when it is not written to a terminal: programs take a row as one line.
 WIDTH_MAX = 10_000
 GAP = 2
 SHORT = 24  # a cell of so few characters is not folded
 # What errors call the configuration's `listen` where it was given as `--address`.
 ADDRESS = {"listen": "--address"}
-# Digits of an id that tables show; every verb that takes an id takes its leading digits.
+# Digits of an id that tables show at least; every verb that takes an id takes its leading digits.
 ID_DIGITS = 12
+_DIGEST = re.compile(r"\b[0-9a-f]{64}\b")
 
 
 def common_options(command: F) -> F:
@@ -182,6 +182,18 @@ def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
         out.print(Text.assemble(_cell(f"  {name:<{width}}  ", "dim"), _cell(value or "-")), soft_wrap=True)
 
 
+def shortener(texts: Iterable[str]) -> Callable[[str], str]:
+    """A function that shortens the digests in any of these texts: to ID_DIGITS, or as many more as tell all apart.
+
+    A digest is an id, a key, or what a recipe refers to; 64 hex digits. The digits come in pairs, as verbs take them.
+    """
+    digests = {digest for text in texts for digest in _DIGEST.findall(text)}
+    digits = ID_DIGITS
+    while len({digest[:digits] for digest in digests}) < len(digests):
+        digits += 2
+    return lambda text: _DIGEST.sub(lambda found: found[0][:digits], text)
+
+
 def _cell(text: str, style: str = "") -> Text:
     """Text for a terminal as it stands: neither its escapes nor rich's markup. What workers say ends up here."""
     return Text(plain_text(text), style=style)
@@ -205,13 +217,13 @@ def note(message: str) -> None:
 def console() -> Console:
     """A rich console on today's stdout: without any style under NO_COLOR, and where it is no terminal.
 
-    As wide as COLUMNS says, else as the terminal is.
+    As wide as COLUMNS says, else as the terminal is, else without an end.
     """
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isascii() and columns.isdigit() and 0 < int(columns) <= WIDTH_MAX else None
     return Console(
         highlight=False,
-        width=width or (None if sys.stdout.isatty() else WIDTH_PIPED),
+        width=width or (None if sys.stdout.isatty() else WIDTH_MAX),
         emoji=False,
         color_system=None if os.environ.get("NO_COLOR") else "auto",
     )

@@ -18,7 +18,7 @@ from kvstore.cli.common import (
     size_text,
     someone_is_there,
 )
-from kvstore.cli.names import NAMESPACES_MAX, id_option, namespace_id
+from kvstore.cli.names import NAMESPACES_MAX, block_key, id_option, namespace_id
 from kvstore.cli.progress import print_summary, progress
 from kvstore.config import Config
 from kvstore.errors import NotFoundError
@@ -68,7 +68,10 @@ def command(
     config_path: str | None,
     as_json: bool,
 ) -> None:
-    """Remove the blocks that fit every selection given, and report the bytes freed on disk."""
+    """Remove the blocks that fit every selection given, and report the bytes freed on disk.
+
+    Leading digits of an id or a key that several have are refused.
+    """
     narrowed = any(value is not None for value in (namespace, key, idle_s, nbytes, orphans or None))
     if not narrowed and not everything:
         raise click.UsageError("nothing is selected; give --namespace, --prefix, --idle, --bytes, --orphans, or --all")
@@ -89,8 +92,8 @@ def command(
             _confirm(client.stats()["disk"], config)
         namespaces = [] if namespace is None else client.list(limit=NAMESPACES_MAX)["namespaces"]
         prefix = b"" if namespace is None else namespace_id(namespace, namespaces)
-        if key and not client.show(key)["blocks"]:
-            raise NotFoundError(f"no key starts with {key.hex()}; see: kvstore ls")
+        if key:
+            key = block_key(client, key)
         report = client.evict(
             namespace_prefix=prefix,
             key_prefix=key or b"",

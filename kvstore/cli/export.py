@@ -9,7 +9,7 @@ import click
 
 from kvstore.cli.app import EXIT_FAILURE
 from kvstore.cli.common import client_config, common_options, connected, note, say, size_text
-from kvstore.cli.names import NAMESPACES_MAX, as_id, find_namespaces, nothing_named
+from kvstore.cli.names import NAMESPACES_MAX, as_id, block_key, find_namespaces, namespace_id, nothing_named
 from kvstore.cli.progress import print_summary, progress
 from kvstore.client.client import Client
 from kvstore.errors import InvalidRequestError
@@ -44,13 +44,14 @@ def command(name: str, output: str, force: bool, address: str | None, config_pat
 
 
 def _selected(client: Client, name: str) -> dict[str, Any]:
-    """What a name selects, as `Client.export_pack` takes it. NotFoundError for nothing, a namespace goes first."""
-    namespaces = find_namespaces(client.list(limit=NAMESPACES_MAX)["namespaces"], name)
-    if len(namespaces) > 1:
-        ids = ", ".join(one["id"][:12] for one in namespaces[:5])
-        raise InvalidRequestError(f"{name!r} names {len(namespaces)} namespaces ({ids}): give more digits of an id")
-    if namespaces:
-        return {"namespace_prefix": bytes.fromhex(namespaces[0]["id"])}
-    if key := as_id(name):
-        return {"key_prefix": key}
+    """What a name selects, as `Client.export_pack` takes it. NotFoundError for nothing, InvalidRequestError for several
+    namespaces or blocks, or one of each."""
+    namespaces = client.list(limit=NAMESPACES_MAX)["namespaces"]
+    is_named, key = bool(find_namespaces(namespaces, name)), as_id(name)
+    if is_named and key and client.show(key)["blocks"]:
+        raise InvalidRequestError(f"{name!r} names a namespace and a block: give more digits")
+    if is_named:
+        return {"namespace_prefix": namespace_id(name, namespaces)}
+    if key:
+        return {"key_prefix": block_key(client, key)}
     raise nothing_named(name)

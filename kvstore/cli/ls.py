@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from kvstore.cli.common import (
-    ID_DIGITS,
     age_text,
     client_config,
     common_options,
@@ -15,9 +14,10 @@ from kvstore.cli.common import (
     note,
     print_json,
     print_table,
+    shortener,
     size_text,
 )
-from kvstore.cli.names import require_namespace
+from kvstore.cli.names import block_digests, require_namespace
 from kvstore.core.blocks import fidelity_text
 
 ROWS_DEFAULT = 50
@@ -57,10 +57,11 @@ def print_sequences(sequences: list[dict[str, Any]]) -> None:
     """The table of sequences, in the order given; nothing when there are none."""
     if not sequences:
         return
+    short = shortener(digest for one in sequences for digest in (one["key"], one["namespace_id"]))
     rows = [
         (
-            one["key"][:ID_DIGITS],
-            one["label"] or one["namespace_id"][:ID_DIGITS],
+            short(one["key"]),
+            one["label"] or short(one["namespace_id"]),
             f"{one['tokens']:,}",
             size_text(one["bytes"]),
             size_text(one["own_bytes"]),
@@ -84,16 +85,17 @@ def print_blocks(blocks: list[dict[str, Any]], aliases: dict[str, str]) -> None:
     """The table of blocks, in the order given; `aliases` by namespace id. Nothing when there are none."""
     if not blocks:
         return
+    short = shortener(digest for block in blocks for digest in block_digests(block))
     rows = [
         (
-            block["key"][:ID_DIGITS],
-            aliases.get(block["namespace_id"]) or block["namespace_id"][:ID_DIGITS],
-            block["parent"][:ID_DIGITS] if block["start"] or block.get("checkpoint") else "-",
+            short(block["key"]),
+            aliases.get(block["namespace_id"]) or short(block["namespace_id"]),
+            short(block["parent"]) if block["start"] or block.get("checkpoint") else "-",
             f"{block['start']:,}",
             f"{block['n_tokens']:,}",
             size_text(block["bytes"]),
             _kind(block),
-            ", ".join(block["recipes"]),
+            short(", ".join(block["recipes"])),
             age_text(block["accessed_s"]),
         )
         for block in blocks

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from kvstore.cli.common import ID_DIGITS
+from kvstore.cli.common import shortener
 from kvstore.errors import InvalidRequestError, NotFoundError
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def id_option(text: str) -> bytes:
     return prefix
 
 
+def block_digests(block: Mapping[str, Any]) -> Iterator[str]:
+    """Every text of a listed block that has a digest: its ids, its keys and its recipes, but no path."""
+    yield from (block["key"], block["parent"], block["namespace_id"], *block["recipes"])
+
+
 def find_namespaces(namespaces: Sequence[Mapping[str, Any]], name: str) -> list[Mapping[str, Any]]:
     """Entries of the daemon whose alias is `name`, then those whose id starts with it: any number of hex digits."""
     digits = name.lower() if _DIGITS.fullmatch(name) else ""
@@ -49,21 +54,24 @@ def nothing_named(name: str) -> NotFoundError:
 
 
 def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:
-    """The leading bytes of a namespace's id, given by these or by its alias; `namespaces` are what the daemon has.
+    """The bytes of a namespace's id, given by leading digits or by its alias; `namespaces` are what the daemon has.
 
-    An id need not be there. NotFoundError, with the candidates, for an alias that none has or several have.
+    An id need not be there: then these are the leading bytes as given. InvalidRequestError for a name that several
+    have, NotFoundError for an alias that none has, both with the candidates.
     """
     if not text:
         raise InvalidRequestError("a namespace is given by leading digits of its id, or by its alias")
-    aliases = {one["alias"] for one in namespaces}
-    if text not in aliases and (prefix := as_id(text)):
-        return prefix
     # An alias may look like the beginning of an id; then both are meant.
     found = find_namespaces(namespaces, text)
     if len(found) == 1:
         return bytes.fromhex(found[0]["id"])
     if found:
-        raise NotFoundError(f"{text!r} names {len(found)} namespaces, {_listed(found)}: give an id")
+        raise InvalidRequestError(
+            f"{text!r} names {len(found)} namespaces, {_listed(found)}: give more digits of an id"
+        )
+    if prefix := as_id(text):
+        return prefix
+    aliases = {one["alias"] for one in namespaces}
     near = difflib.get_close_matches(text, aliases, n=NAMED_MAX)
     close = [one for one in namespaces if one["alias"] in near]
     there = f"there are {_listed(close or namespaces)}" if namespaces else "the store is empty"
@@ -73,16 +81,27 @@ def namespace_id(text: str, namespaces: Sequence[Mapping[str, Any]]) -> bytes:
 def _listed(namespaces: Sequence[Mapping[str, Any]]) -> str:
     """Ids and aliases of the first ones, for a sentence."""
     more = f" and {len(namespaces) - NAMED_MAX} more" if len(namespaces) > NAMED_MAX else ""
-    return ", ".join(f"{one['id'][:ID_DIGITS]} ({one['alias'] or '-'})" for one in namespaces[:NAMED_MAX]) + more
+    short = shortener(one["id"] for one in namespaces)
+    return ", ".join(f"{short(one['id'])} ({one['alias'] or '-'})" for one in namespaces[:NAMED_MAX]) + more
 
 
 def require_namespace(client: Client, name: str) -> bytes:
-    """The leading bytes of the id of the namespace with this alias, or of those whose id starts so.
-
-    NotFoundError, with what there is, where that is none, or an alias that several have.
-    """
+    """The id of the namespace with this alias, or whose id starts so. Raises as `namespace_id`, and NotFoundError for
+    an id that is not there."""
     namespaces = client.list(limit=NAMESPACES_MAX)["namespaces"]
     prefix = namespace_id(name, namespaces)
     if not any(one["id"].startswith(prefix.hex()) for one in namespaces):
         raise NotFoundError(f"no namespace has the alias {name!r} or an id that starts so; see: kvstore ls")
     return prefix
+
+
+def block_key(client: Client, prefix: bytes) -> bytes:
+    """The whole key of the one block whose key starts so. NotFoundError where none does, InvalidRequestError where
+    several do, with the candidates."""
+    found = [one["key"] for one in client.show(prefix)["blocks"]]
+    if not found:
+        raise NotFoundError(f"no key starts with {prefix.hex()}; see: kvstore ls")
+    if len(found) > 1:
+        some = ", ".join(map(shortener(found), found[:NAMED_MAX]))
+        raise InvalidRequestError(f"{prefix.hex()} begins the keys of several blocks ({some}): give more digits")
+    return bytes.fromhex(found[0])

@@ -15,6 +15,7 @@ from kvstore.cli.common import (
     print_json,
     print_table,
     say,
+    shortener,
     size_text,
 )
 from kvstore.cli.names import as_id, require_namespace
@@ -82,5 +83,6 @@ def _list(pins: list[dict[str, Any]]) -> None:
     if not pins:
         say("nothing is pinned")
         return
-    rows = [(one["key"][:16], _name(one), f"{one['tokens']:,}" if one["tokens"] else "gone") for one in pins]
+    short = shortener(one["key"] for one in pins)
+    rows = [(short(one["key"]), _name(one), f"{one['tokens']:,}" if one["tokens"] else "gone") for one in pins]
     print_table(("key", "namespace", "tokens"), rows, title="pinned", numbers="  n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +14,12 @@ from kvstore.cli.common import (
     connected,
     print_facts,
     print_json,
+    shortener,
     size_text,
     span_text,
     time_text,
 )
-from kvstore.cli.names import as_id, find_namespaces, nothing_named
+from kvstore.cli.names import as_id, block_digests, find_namespaces, nothing_named
 from kvstore.cli.stats_text import saved_text, share_text
 from kvstore.core.blocks import fidelity_text
 
@@ -30,7 +31,10 @@ if TYPE_CHECKING:
 @click.argument("name", metavar="ID|ALIAS|KEY")
 @common_options
 def command(name: str, address: str | None, config_path: str | None, as_json: bool) -> None:
-    """Show the namespaces with this alias or an id that starts so, and the blocks whose key starts so, 100 at most."""
+    """Show the namespaces with this alias or an id that starts so, and the blocks whose key starts so, 100 at most.
+
+    Ids and keys are shortened to what tells them apart; --json has all digits.
+    """
     with connected(client_config(address, config_path)) as client:
         namespaces = find_namespaces(client.list()["namespaces"], name)
         blocks = _blocks(client, name)
@@ -39,10 +43,12 @@ def command(name: str, address: str | None, config_path: str | None, as_json: bo
     if as_json:
         print_json({"namespaces": namespaces, "blocks": blocks})
         return
+    digests = [digest for block in blocks for digest in block_digests(block)]
+    short = shortener([*digests, *(one["id"] for one in namespaces)])
     for one in namespaces:
-        print_facts(one["id"], _namespace(one))
+        print_facts(short(one["id"]), _namespace(one))
     for block in blocks:
-        print_facts(block["key"], _block(block))
+        print_facts(short(block["key"]), _block(block, short))
 
 
 def _blocks(client: Client, name: str) -> list[dict[str, Any]]:
@@ -79,11 +85,11 @@ def _bases(one: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("basis", f"{size_text(one['basis_bytes'])} for the calibrated codec, {worth}")]
 
 
-def _block(block: dict[str, Any]) -> list[tuple[str, str]]:
+def _block(block: dict[str, Any], short: Callable[[str], str]) -> list[tuple[str, str]]:
     if block.get("basis"):
         lost = "lost: these blocks are misses" if block.get("lost") else "sound"
         return [
-            ("namespace", block["namespace_id"]),
+            ("namespace", short(block["namespace_id"])),
             ("basis", f"{block['references']:,} blocks refer to it; {lost}"),
             ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
             ("created", time_text(block["created_s"])),
@@ -91,12 +97,12 @@ def _block(block: dict[str, Any]) -> list[tuple[str, str]]:
         ]
     last = block["start"] + block["n_tokens"]
     return [
-        ("namespace", block["namespace_id"]),
-        ("after", block["parent"]),
+        ("namespace", short(block["namespace_id"])),
+        ("after", short(block["parent"])),
         ("tokens", f"{block['n_tokens']}: {block['start']} up to {last}"),
         ("fidelity", fidelity_text(block["fidelity"])),
         *([("re-encoded", f"relative error {error:.2%}")] if (error := block.get("error", 0.0)) else []),
-        ("recipes", f"{', '.join(block['recipes'])} in {block['runs']} runs"),
+        ("recipes", f"{short(', '.join(block['recipes']))} in {block['runs']} runs"),
         ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
         ("created", time_text(block["created_s"])),
         ("used", time_text(block["accessed_s"])),

@@ -13,6 +13,7 @@ from kvstore.cli.common import (
     print_facts,
     print_table,
     say,
+    shortener,
     size_text,
     span_text,
     time_text,
@@ -72,9 +73,10 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
     """The table of namespaces, largest first; nothing when there are none."""
     if not rows:
         return
+    short = shortener(row["id"] for row in rows)
     cells = [
         (
-            row["id"][:ID_DIGITS],
+            short(row["id"]),
             (row["alias"] or "-") + (" (orphaned)" if row.get("orphaned") else ""),
             f"{row['tokens']:,}",
             f"{row['blocks']:,}",
@@ -94,7 +96,7 @@ def print_namespaces(rows: list[dict[str, Any]]) -> None:
         say(f"{size_text(sum(orphaned))} belong to models that no worker has used for 30 days: kvstore evict --orphans")
     for row in rows:
         for profile in row.get("unmeasured", []):
-            say(f"{row['id'][:ID_DIGITS]}: profile {profile} is used and was never measured on this model")
+            say(f"{short(row['id'])}: profile {profile} is used and was never measured on this model")
 
 
 def _print_sessions(sessions: list[dict[str, Any]]) -> None:

@@ -51,11 +51,15 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """Report of a check: blobs and bytes read, repairs, and the first FINDINGS_MAX findings."""
+    """Report of a check: blobs and bytes read, repairs, and the first FINDINGS_MAX findings.
+
+    `removed`: blocks that a repair removed, since they were damaged or came after one that was.
+    """
 
     blobs: int = 0
     bytes: int = 0
     repaired: int = 0
+    removed: int = 0
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -177,7 +181,9 @@ class Walk:
         self._find(kind, place, detail)
         if self._repair:
             drop = lose if row.is_aux else drop_tree
-            self.removed += drop(self._site, row, keep_blob=kind == "corrupt_blob")
+            removed = drop(self._site, row, keep_blob=kind == "corrupt_blob")
+            self.removed += removed
+            self.report.removed += len(removed)
             self.report.repaired += 1
 
     def _check_rows(self) -> None:

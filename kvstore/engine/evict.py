@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 class Selection:
     """What to evict. Filters are ANDed; an empty selection is an error unless `all`.
 
-    `bytes`: stop after freeing this many. `key_prefix`: the blocks whose key starts with it, and all that follow them.
+    `bytes`: stop after freeing this many. `key_prefix`: the one block whose key starts with it, and all that follow.
     `idle_s`: blocks not used for this long.
     `orphans`: namespaces that no caller named for ORPHAN_S.
     """
@@ -240,7 +240,8 @@ class Evictor:
             ]
 
     def _chooser(self, selection: Selection) -> Choose:
-        """A selection as a mask over the table. InvalidRequestError for an empty one that does not say `all`."""
+        """A selection as a mask over the table. InvalidRequestError for an empty one that does not say `all`, and for
+        a `key_prefix` that several keys begin with."""
         aged = selection.idle_s > 0 or selection.orphans
         filters = (selection.namespace_prefix, selection.key_prefix, aged, selection.bytes > 0)
         if not any(filters) and not selection.all:
@@ -248,6 +249,8 @@ class Evictor:
         shared = self._shared
         with shared.index.view() as view:
             tops = [row.key for row in view.rows_of(selection.key_prefix)] if selection.key_prefix else []
+        if len(tops) > 1:
+            raise InvalidRequestError(f"{len(tops)} blocks have a key that starts so; give more digits")
         since = int(shared.clock() - selection.idle_s) if selection.idle_s > 0 else None
 
         def choose(table: Table) -> Mask:

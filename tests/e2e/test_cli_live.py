@@ -115,7 +115,7 @@ def test_check_of_a_sound_store_finds_nothing(daemon: DaemonProcess) -> None:
     """Exit 0; by the daemon, while it serves."""
     report = answered(daemon, "check")
     assert (report["offline"], report["blobs"], report["findings"]) == (False, 3, [])
-    assert "no damage in 3 blobs" in said(daemon, "check")
+    assert "no damage; read 3 blobs" in said(daemon, "check")
 
 
 def test_a_dry_eviction_is_told_and_harmless(daemon: DaemonProcess) -> None:
@@ -268,7 +268,8 @@ def test_check_finds_a_flipped_byte_and_changes_nothing(damaged: DaemonProcess) 
 
 def test_check_repair_quarantines_what_is_damaged(damaged: DaemonProcess) -> None:
     """With all after it, which nothing can reach any more; then all is well."""
-    assert answered(damaged, "check", "--repair", code=4)["repaired"] >= 1
+    repaired = answered(damaged, "check", "--repair", code=4)
+    assert repaired["repaired"] >= 1 and (repaired["blobs"], repaired["removed"]) == (2, 2)
     assert len(damaged.blobs()) == 1 and len(damaged.files("quarantine")) == 1
     assert answered(damaged, "check")["findings"] == []
     assert answered(damaged, "stats")["disk"]["quarantined"] == 1

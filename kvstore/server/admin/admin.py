@@ -226,6 +226,7 @@ class AdminService(rpc.AdminServicer):
             blobs=report.blobs,
             bytes=report.bytes,
             repaired=report.repaired,
+            removed=report.removed,
             findings=findings[:FINDINGS_MAX],
             done=True,
             blobs_total=far[1],

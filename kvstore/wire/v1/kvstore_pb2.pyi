@@ -1335,20 +1335,22 @@ class CheckRequest(_message.Message):
     def __init__(self, repair: bool = ...) -> None: ...
 
 class CheckReply(_message.Message):
-    __slots__ = ("blobs", "bytes", "repaired", "findings", "done", "blobs_total")
+    __slots__ = ("blobs", "bytes", "repaired", "findings", "done", "blobs_total", "removed")
     BLOBS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     REPAIRED_FIELD_NUMBER: _ClassVar[int]
     FINDINGS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     BLOBS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
     blobs: int
     bytes: int
     repaired: int
     findings: _containers.RepeatedCompositeFieldContainer[Finding]
     done: bool
     blobs_total: int
-    def __init__(self, blobs: _Optional[int] = ..., bytes: _Optional[int] = ..., repaired: _Optional[int] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., done: bool = ..., blobs_total: _Optional[int] = ...) -> None: ...
+    removed: int
+    def __init__(self, blobs: _Optional[int] = ..., bytes: _Optional[int] = ..., repaired: _Optional[int] = ..., findings: _Optional[_Iterable[_Union[Finding, _Mapping]]] = ..., done: bool = ..., blobs_total: _Optional[int] = ..., removed: _Optional[int] = ...) -> None: ...
 
 class Finding(_message.Message):
     __slots__ = ("kind", "path", "detail")
