@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import msgpack
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,10 +28,21 @@ from kvstore.blobs.memory import MemoryBlobs
 from kvstore.blobs.protocol import BlobId
 from kvstore.codecs.assemble import assemble_layer
 from kvstore.codecs.byte_plan import HitBlock
-from kvstore.core.blocks import FIDELITY_EXACT, Block, LayerState, Recipe, Run, Stack, StateArray, Tensor, pack_tokens
+from kvstore.core.blocks import (
+    FIDELITY_EXACT,
+    Block,
+    LayerState,
+    Origin,
+    Recipe,
+    Run,
+    Stack,
+    StateArray,
+    Tensor,
+    pack_tokens,
+)
 from kvstore.core.keys import block_key, checkpoint_key
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
-from kvstore.core.records import block_to_record
+from kvstore.core.records import block_from_record, block_to_record
 from kvstore.engine.adopt import read_block
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
 from tests.support.engine import RECURRENT, namespace, new_block
@@ -292,6 +304,39 @@ def test_foreign_metadata_is_corrupt() -> None:
     for changes in ({"format": "pt"}, {"extra": "x"}, {"check": "0" * 16}, {"record": "AAAA"}, {"version": "x"}):
         with pytest.raises(CorruptDataError):
             parse_header(*with_metadata(**changes))
+
+
+def test_what_auto_stored_says_so_in_its_header_and_other_blocks_say_nothing() -> None:
+    """After the place of an aux block, which has none; other blocks keep their bytes."""
+    plain = ready_golden().block
+    for origin in (Origin(auto=True), Origin(settled=True), Origin(auto=True, settled=True, error=0.25)):
+        block = replace(plain, origin=origin)
+        record = block_to_record(block)
+        told = [None, [origin.auto, origin.settled, origin.error]]
+        assert msgpack.unpackb(record) == [*msgpack.unpackb(block_to_record(plain)), *told]
+        assert block_from_record(record) == block
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [None],
+        [None, None],
+        [None, [True, True]],
+        [None, [1, False, 0.0]],
+        [None, [False, False, 0.0]],
+        [None, [True, True, -1.0]],
+        [None, [True, True, float("nan")]],
+        [None, [True, True, float("inf")]],
+        [None, [True, True, 1]],
+        [None, [True, False, 0.0], 1],
+    ],
+)
+def test_a_header_that_says_something_impossible_of_auto_is_corrupt(told: list[object]) -> None:
+    """Of another shape, a number that is no error, or a place that says nothing."""
+    fields = msgpack.unpackb(block_to_record(ready_golden().block))
+    with pytest.raises(CorruptDataError):
+        block_from_record(msgpack.packb([*fields, *told]))
 
 
 def test_an_oversized_or_hostile_header_is_corrupt() -> None:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -138,8 +139,8 @@ def test_a_row_gets_the_new_blob_and_the_lower_rank_at_once_and_never_again(engi
     engine.close()
 
 
-def test_what_was_re_encoded_stays_so_over_a_restart_and_a_rebuild_knows_nothing_of_auto(tmp_path: Path) -> None:
-    """The flags are in the index; where it is lost, nothing is taken for what `auto` stored."""
+def test_what_was_re_encoded_stays_so_over_a_restart_and_a_rebuild_of_the_index(tmp_path: Path) -> None:
+    """And what `auto` stored: both are in the table, and in the headers of the blobs."""
     with Engine.open(tmp_path, options()) as engine:
         put_auto(engine, TOKENS)
         (leaf,) = engine.reencoder.coldest([NS.root], 1)
@@ -150,7 +151,26 @@ def test_what_was_re_encoded_stays_so_over_a_restart_and_a_rebuild_knows_nothing
     (tmp_path / "index" / "data.mdb").unlink()
     with Engine.open(tmp_path, options()) as engine:
         assert find(engine, NS, TOKENS).fidelity == LOW
-        assert due(engine) == []
+        assert due(engine) == [keys(TOKENS)[1]]
+        found = engine.reencoder.stats()
+        assert (found.held_blocks, found.error_max) == (1, 0.25)
+        require_sound(engine)
+
+
+@pytest.mark.parametrize("new", [{}, {"auto": True}, {"auto": True, "settled": True}, {"settled": True}])
+def test_a_rebuilt_index_has_the_flags_that_blocks_were_stored_with(tmp_path: Path, new: dict[str, Any]) -> None:
+    """Nothing of a named profile is taken for what `auto` stored, nor what may not be re-encoded for what may."""
+    with Engine.open(tmp_path, options()) as engine:
+        engine.store(NS.to_record(), [replace(one, **new) for one in sequence(NS, TOKENS)])
+        table = engine._shared.index.table
+        stored = {key: table.value(key, "flags") for key in keys(TOKENS)}
+        is_due = bool(due(engine))
+    assert is_due == (new == {"auto": True})
+    (tmp_path / "index" / "data.mdb").unlink()
+    with Engine.open(tmp_path, options()) as engine:
+        table = engine._shared.index.table
+        assert {key: table.value(key, "flags") for key in keys(TOKENS)} == stored
+        assert bool(due(engine)) == is_due and engine.reencoder.stats().held_blocks == 0
 
 
 def test_a_block_that_was_replaced_pinned_claimed_evicted_or_leased_meanwhile_stays(engine: Engine) -> None:

@@ -312,11 +312,25 @@ class Aux:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What pressure may do, or did, to a block (`kvstore.engine.reencode`).
+
+    `auto`: the profile `auto` chose how it is encoded. `settled`: it is not to be re-encoded. `error`: relative
+    error of its re-encoding, 0 if there was none.
+    """
+
+    auto: bool = False
+    settled: bool = False
+    error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """The description of a block in its blob's header. `start`: position of its first token in the sequence.
 
     `fidelity` is the least of the runs' own and of the ancestors' at the time of storing. Only one of `runs`, `states`
-    and `aux` is there; a checkpoint's states belong to the position `end`.
+    and `aux` is there; a checkpoint's states belong to the position `end`. `origin` is None where it would say nothing;
+    the index has it in its table instead of the row.
     """
 
     root: bytes
@@ -330,6 +344,7 @@ class Block:
     namespace: bytes = field(default=b"", repr=False)
     states: tuple[LayerState, ...] = ()
     aux: Aux | None = None
+    origin: Origin | None = None
 
     @property
     def references(self) -> frozenset[bytes]:

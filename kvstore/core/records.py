@@ -7,9 +7,10 @@ A blob's header contains the whole block (`block_to_record`). Index rows and fet
 from __future__ import annotations
 
 import itertools
+import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +26,7 @@ from kvstore.core.blocks import (
     Aux,
     Block,
     LayerState,
+    Origin,
     Recipe,
     Run,
     Stack,
@@ -68,16 +70,18 @@ def block_to_record(block: Block) -> bytes:
         states_to_list(block.states),
     )
     # Last, and only where there is one.
-    packed: bytes = msgpack.packb(fields if block.aux is None else (*fields, aux_to_list(block.aux)))
+    aux = None if block.aux is None else aux_to_list(block.aux)
+    origin = () if block.origin is None else (astuple(block.origin),)
+    packed: bytes = msgpack.packb((*fields, aux, *origin) if aux or origin else fields)
     return packed
 
 
 def block_from_record(record: bytes) -> Block:
     """Parse and validate a record; CorruptDataError on anything that is not one."""
     fields = unpack_record(record)
-    if not isinstance(fields, list) or len(fields) not in (11, 12):
+    if not isinstance(fields, list) or not 11 <= len(fields) <= 13:
         raise CorruptDataError("not a block record")
-    root, parent, key, start, tokens, fidelity, created_s, namespace, templates, runs, states, *aux = fields
+    root, parent, key, start, tokens, fidelity, created_s, namespace, templates, runs, states, *rest = fields
     for name, value, size in (("root", root, KEY_BYTES), ("parent", parent, KEY_BYTES), ("key", key, KEY_BYTES)):
         if not isinstance(value, bytes) or len(value) != size:
             raise CorruptDataError(f"block record: bad {name}")
@@ -95,10 +99,20 @@ def block_from_record(record: bytes) -> Block:
         whole[2],
         namespace,
         states_from_list(states),
-        aux_from_list(aux[0]) if aux else None,
+        aux_from_list(rest[0]) if rest and (rest[0] is not None or len(rest) == 1) else None,
+        _origin(rest[1]) if len(rest) == 2 else None,
     )
     block.require_whole()
     return block
+
+
+def _origin(value: Any) -> Origin:
+    if not isinstance(value, list) or len(value) != 3:
+        raise CorruptDataError("block record: bad origin")
+    auto, settled, error = value
+    if not isinstance(error, float) or not 0 <= error < math.inf or not (_flag(auto) | _flag(settled)):
+        raise CorruptDataError("block record: bad origin")
+    return Origin(auto, settled, error)
 
 
 def templates_by_id(records: Any) -> dict[bytes, bytes]:

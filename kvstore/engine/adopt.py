@@ -17,7 +17,7 @@ import xxhash
 
 from kvstore.blobs import format as blob_format
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs, Entry, Source
-from kvstore.core.blocks import BLOCK_TOKENS, Block, count_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, Block, Origin, count_tokens
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import Layout
 from kvstore.core.rules import check_block
@@ -25,6 +25,7 @@ from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, Limit
 from kvstore.index.children import is_covered, replaced_by
 from kvstore.index.index import Index
 from kvstore.index.rows import Row, pack_row
+from kvstore.index.table import origin_flags
 from kvstore.index.transaction import Edit
 
 VERIFY_BYTES = 1 << 20
@@ -221,7 +222,9 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
                     continue
                 edit.put_namespace(row.root, stray.block.namespace, now_s)
                 unwanted += _put(site, edit, row)
-                edit.table.stamp(row.key, now_s, last_use=moments[row.created_s])
+                origin = stray.block.origin or Origin()
+                flags = origin_flags(origin)
+                edit.table.stamp(row.key, now_s, last_use=moments[row.created_s], flags=flags, error=origin.error)
                 keep_number(site, edit, blob.number)
             unwanted += [aux.blob for aux in edit.released if not aux.is_lost]
     return unwanted, orphans

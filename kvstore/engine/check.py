@@ -80,7 +80,7 @@ def verify_row(site: Site, row: Row) -> None:
         if site.index.ring.key(row.root) is not None:
             raise
         raise CorruptDataError(f"not the block that the index says: {error}") from error
-    if source != row.source or replace(block, namespace=b"") != row.block:
+    if source != row.source or replace(block, namespace=b"", origin=None) != row.block:
         raise CorruptDataError("not the block that the index says")
     require_rule(site.rule, block)
 

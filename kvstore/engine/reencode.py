@@ -11,7 +11,9 @@ A kill before the commit leaves the old row and a blob without one, which the ne
 and the old blob, deleted as well. A rebuild of an index that is lost on top of it finds both blobs and takes the one of
 the higher rank. Descendants keep the rank in their rows: a match takes the least rank of all blocks that it names.
 
-A rebuild does not know what `auto` stored, so nothing that is there is re-encoded after one.
+The header of the blob says the same (`Origin`), so a rebuild of the index knows what `auto` stored, what was re-encoded
+and with which error. It forgets claims, which are renewed whenever a session that names its profile meets the blocks,
+and what was left alone, which is tried once more.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 
 from kvstore.blobs.format import make_ready
 from kvstore.blobs.write_behind import WriteBehind
-from kvstore.core.blocks import Reason
+from kvstore.core.blocks import Origin, Reason
 from kvstore.core.keys import aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.bases import hold, let_go
@@ -142,6 +144,8 @@ class Reencoder(Writer):
             raise InvalidRequestError("a block is re-encoded under its own key, to a lower rank")
         if space is None or row.is_key_missing:
             return False
+        # Above 0: that it was re-encoded is said by its error.
+        error = max(error, float(np.finfo(np.float32).tiny))
         batch = _Exchange(
             root,
             space.record,
@@ -155,8 +159,9 @@ class Reencoder(Writer):
         try:
             entry = BatchEntry(row.key, row.parent)
             hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
+            block = replace(new.block, namespace=space.record, origin=Origin(auto=True, settled=True, error=error))
             with batch.behind:
-                if not self._write(batch, make_ready(replace(new.block, namespace=space.record), new.buffers), entry):
+                if not self._write(batch, make_ready(block, new.buffers), entry):
                     return False
                 batch.unsynced.append(entry)
                 is_synced = self._await_synced(batch, 0)
@@ -185,7 +190,7 @@ class Reencoder(Writer):
             settled.reason = Reason.DEPENDENCY_LOST
             return settled
         edit.replace(old, new, shared.site.cost(new))
-        table.settle(new.key, max(batch.error, float(np.finfo(np.float32).tiny)))
+        table.settle(new.key, batch.error)
         edit.set_meta(NEXT_NUMBER, shared.next_number)
         settled.kept.append(new)
         settled.replaced += [old, *edit.released]

@@ -20,7 +20,7 @@ from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
 from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, disk_bytes
 from kvstore.blobs.write_behind import BlobWrite, WriteBehind
-from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
+from kvstore.core.blocks import BLOCK_TOKENS, Block, Origin, Reason
 from kvstore.core.keys import NamespaceInfo, aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.bases import hold, let_go
@@ -32,7 +32,7 @@ from kvstore.engine.shared import Shared
 from kvstore.errors import DirectoryError, InvalidRequestError, KVStoreError, StoreFullError
 from kvstore.index.children import is_covered, replaced_by
 from kvstore.index.rows import Row, pack_row
-from kvstore.index.table import AUTO, INTERIM, SETTLED
+from kvstore.index.table import INTERIM, origin_flags
 from kvstore.index.transaction import Edit
 
 # Errors of a disk that is full, or of a process that is short of descriptors or threads; they pass.
@@ -60,9 +60,14 @@ class NewBlock:
     settled: bool = False
 
     @property
+    def origin(self) -> Origin | None:
+        """As the blob's header keeps it, for a rebuild of the index."""
+        return Origin(self.auto, self.settled) if self.auto or self.settled else None
+
+    @property
     def flags(self) -> int:
         """As the table of blobs keeps them."""
-        return (INTERIM if self.interim else 0) | (AUTO if self.auto else 0) | (SETTLED if self.settled else 0)
+        return (INTERIM if self.interim else 0) | origin_flags(self.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +202,8 @@ class Writer:
             entry = BatchEntry(block.key, block.parent, flags=new.flags)
             if held is None or held.is_key_missing or held.is_lost or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
-                ready = make_ready(replace(block, namespace=batch.record, created_s=created_s), new.buffers)
+                block = replace(block, namespace=batch.record, created_s=created_s, origin=new.origin)
+                ready = make_ready(block, new.buffers)
                 if not self._write(batch, ready, entry):
                     reason = Reason.STORE_FULL
                     break

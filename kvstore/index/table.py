@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.core.blocks import Origin
 from kvstore.errors import CorruptDataError
 
 CHUNK = 64
@@ -223,11 +224,18 @@ class Table:
         self._rows["used_s"][slots] = np.maximum(before_s, used_s)
         self._changed.update(slot // CHUNK for slot in slots)
 
-    def stamp(self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0, flags: int = 0) -> None:
-        """Set what a blob brings along: when it was used, mark, place in the order, flags. 0 leaves what is there."""
+    def stamp(
+        self, key: bytes, used_s: int, *, mark: int = 0, last_use: int = 0, flags: int = 0, error: float = 0.0
+    ) -> None:
+        """Set what a blob brings along: when it was used, mark, place in the order, flags, error of its re-encoding.
+
+        0 leaves what is there.
+        """
         slot = self._slots[key]
         self._rows["used_s"][slot] = used_s
         self._rows["flags"][slot] |= flags
+        if error:
+            self._rows["error"][slot] = error
         if mark:
             self._rows["mark"][slot] = mark
         if last_use:
@@ -353,6 +361,11 @@ class Table:
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._slots)
+
+
+def origin_flags(origin: Origin | None) -> int:
+    """The flags of what the header of a blob says of re-encoding."""
+    return 0 if origin is None else (AUTO if origin.auto else 0) | (SETTLED if origin.settled else 0)
 
 
 def _all_live(rows: Rows, slots: npt.NDArray[np.int32]) -> bool:
