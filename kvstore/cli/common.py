@@ -82,11 +82,11 @@ def absolute_address(address: str | None) -> str | None:
 
 
 @contextmanager
-def connected(config: Config) -> Iterator[Client]:
+def connected(config: Config, *, is_probe: bool = False) -> Iterator[Client]:
     """A client for the length of one verb."""
-    from kvstore.client.client import connect
+    from kvstore.client.client import Client, connect
 
-    client = connect(config=config)
+    client = Client(config, is_probe=True) if is_probe else connect(config=config)
     try:
         yield client
     finally:

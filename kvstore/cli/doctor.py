@@ -70,7 +70,7 @@ def command(address: str | None, config_path: str | None, as_json: bool) -> int:
 def examine(config: Config) -> Iterator[Line]:
     """All lines, as they are found out."""
     try:
-        with connected(config) as client:
+        with connected(config, is_probe=True) as client:
             stats = client.stats()
             yield from _daemon(stats["daemon"], config)
             yield from _directory(Path(stats["daemon"].get("data_dir") or config.data_dir), config)
@@ -199,17 +199,13 @@ def _remote(remote: dict[str, Any]) -> Iterator[Line]:
 
 
 def _workers(stats: dict[str, Any]) -> Line:
-    """The workers that ask. None at all is reported, and is not a fault. Earlier requests of `doctor` are left out."""
+    """The workers that ask. None at all is reported, and is not a fault."""
     since, sessions = stats.get("since_start") or {}, stats.get("sessions", [])
-    own = [one["traffic"] for one in sessions if one["alias"] == ALIAS]
-    counts = {
-        name: since.get(name, 0) - sum(traffic[name] for traffic in own)
-        for name in ("hits", "shortened", "misses", "in_memory")
-    }
+    counts = {name: since.get(name, 0) for name in ("hits", "shortened", "misses", "in_memory")}
     requests, hits = sum(counts.values()), counts["hits"] + counts["shortened"]
     if not requests:
         return Line("requests", "none since start; servers use the store when started by: kvstore run")
-    workers = len({one["pid"] for one in sessions if one["alias"] != ALIAS})
+    workers = len({one["pid"] for one in sessions})
     return Line("requests", f"{requests:,} since start, {counted(hits, 'hit')}, {counted(workers, 'worker')}")
 
 

@@ -56,9 +56,10 @@ class Client:
     be reached, and answer as plain dictionaries with a `schema`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, is_probe: bool = False) -> None:
+        """`is_probe`: it only looks whether the store works, and the daemon counts nothing of it."""
         self.config = config
-        self._connection = Connection(config)
+        self._connection = Connection(config, is_probe=is_probe)
         self._budget = ByteBudget(config.memory_bytes)
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 

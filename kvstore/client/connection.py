@@ -23,6 +23,7 @@ from kvstore.config.credentials import (
     CLIENT_KEY,
     METADATA_KEY,
     PID_KEY,
+    PROBE,
     CredentialFiles,
     Credentials,
     Scope,
@@ -203,8 +204,11 @@ class Connection:
     answer. A separate thread reads them, because no call may wait for a disk. New keys or CAs need a new channel.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Raises ConfigError or DirectoryError for keys and tokens that cannot be used; never waits for a daemon."""
+    def __init__(self, config: Config, *, is_probe: bool = False) -> None:
+        """Raises ConfigError or DirectoryError for keys and tokens that cannot be used; never waits for a daemon.
+
+        `is_probe`: the daemon counts nothing of this client.
+        """
         self._config = config
         self.address = config.address
         self.breaker = CircuitBreaker()
@@ -213,7 +217,7 @@ class Connection:
         self._files = CredentialFiles(config)
         self._looking = threading.Lock()
         self._looked_s = -LOOK_EVERY_S
-        self._name = secrets.token_hex(8)
+        self._name = PROBE * is_probe + secrets.token_hex(8)
         connecting()
         # Failures before the absence say nothing about the daemon.
         is_tls = speaks_tls(config, self._files.current)

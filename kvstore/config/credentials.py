@@ -40,6 +40,8 @@ ADMIN_NAME = "kvstore-admin"
 METADATA_KEY = "authorization"
 # Under this key a client sends a random name of its own with each call, so that the daemon can count clients.
 CLIENT_KEY = "kvstore-client"
+# A client whose name begins so only looks whether the store works (`kvstore doctor`): nothing that it does is counted.
+PROBE = "probe-"
 # And under this one the number of its process, for people.
 PID_KEY = "kvstore-pid"
 BEARER = "Bearer "

@@ -50,7 +50,7 @@ class Selection:
 
     `bytes`: stop after freeing this many. `key_prefix`: the one block whose key starts with it, and all that follow.
     `idle_s`: blocks not used for this long.
-    `orphans`: namespaces that no caller named for ORPHAN_S.
+    `orphans`: namespaces that no caller named for ORPHAN_S. `is_counted`: False where a probe takes back its namespace.
     """
 
     namespace_prefix: bytes = b""
@@ -59,6 +59,7 @@ class Selection:
     bytes: int = 0
     orphans: bool = False
     all: bool = False
+    is_counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,8 @@ class Evictor:
                 self._shared.evictions.mark(prefix)
         for root in roots:
             one = self._evict_namespace(root)
-            self._shared.evictions.note(ASKED, one.blocks, one.freed_bytes)
+            if selection.is_counted:
+                self._shared.evictions.note(ASKED, one.blocks, one.freed_bytes)
             kept = report.kept_bytes + one.kept_bytes
             report = EvictReport(report.blocks + one.blocks, report.freed_bytes + one.freed_bytes, kept)
         self._shared.ballast.lay()

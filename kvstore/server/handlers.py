@@ -19,9 +19,9 @@ from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
 from kvstore.server.arguments import store_request
-from kvstore.server.calls.callers import Identities, caller_name, caller_pid
+from kvstore.server.calls.callers import Identities, caller_name, caller_pid, is_probe
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
-from kvstore.server.counters import Telemetry
+from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
@@ -77,7 +77,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._remote = remote
         self._layers = layers
         self._threads = threads
-        self._counters = telemetry.counters
+        self._counters, self._uncounted = telemetry.counters, Counters()
         self._requests = telemetry.requests
         self._why = telemetry.why
         self.refusals = telemetry.counters.refusals
@@ -88,7 +88,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
-        self._counters.add("match")
+        self._counters_of(context).add("match")
         asked = self._asked(request, context)
         reply, match, chain, offer = await self._threads.read(self._match, request, asked)
         if self._remote.path is not None:
@@ -119,16 +119,17 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Fetch(self, request: PromptRequest, context: Context) -> None:
-        self._counters.add("fetch")
+        counters = self._counters_of(context)
+        counters.add("fetch")
         asked = self._asked(request, context)
         planned, remote_tokens = await self._planned(request, asked, context)
         plan, way, message = planned.plan, planned.offer.way, planned.message
         complete = False
         try:
-            self._counters.add("tokens_served", plan.match.n_tokens)
+            counters.add("tokens_served", plan.match.n_tokens)
             nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
             self._requests.fetched(asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
-            if plan.match.slices:
+            if plan.match.slices and not asked.who.is_probe:
                 self._requests.traffic.ended_in(plan.match.slices[-1].row.key)
                 # The block before the last, too: a store of the same chat may replace a tail before it is looked at.
                 self._remote.push([part.row.key for part in (*plan.match.slices[-2:], plan.match.parts[-1])])
@@ -136,7 +137,7 @@ class KVStoreService(rpc.KVStoreServicer):
             if plan.namespace is None:
                 return
             if way == "path":
-                self._counters.add("bytes_served", nbytes)
+                counters.add("bytes_served", nbytes)
                 # The lease lasts while the worker is connected, at most `lease_s`. A stop of the daemon ends it.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
@@ -162,7 +163,7 @@ class KVStoreService(rpc.KVStoreServicer):
         """A plan, and how many of its tokens were read from the remote tier for it."""
         planned = await self._plan_on_thread(request, asked)
         path, stall_s = self._remote.path, request.message.stall_ms / 1e3
-        if path is None or not stall_s:
+        if path is None or not stall_s or asked.who.is_probe:
             return planned, 0
         want = self._want(request, planned.chain, planned.plan.match, planned.offer, context)
         if not want.may_gain:
@@ -234,14 +235,19 @@ class KVStoreService(rpc.KVStoreServicer):
             await sender.send(context)
             self._fetch.measured(plan)
         finally:
-            self._counters.add("bytes_served", sender.sent_bytes)
+            self._counters_of(context).add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
+
+    def _counters_of(self, context: Context) -> Counters:
+        """Where to count a call; those of a probe in counters that nobody reads."""
+        return self._uncounted if is_probe(caller_name(context.invocation_metadata())) else self._counters
 
     def _asked(self, request: PromptRequest, context: Context, profile: str = "") -> Asked:
         """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
         metadata, message = context.invocation_metadata(), request.message
         identity, caller = self._identities.of(message.namespace), caller_name(metadata)
-        who = Who(caller, caller_pid(metadata), identity.root, identity.alias, identity.engine, profile)
+        pid = caller_pid(metadata)
+        who = Who(caller, pid, identity.root, identity.alias, identity.engine, profile, is_probe(caller))
         n_tokens = len(request.tokens) // TOKEN_BYTES
         covered = getattr(message, "covered_tokens", 0)
         speed = getattr(message, "prefill_tokens_per_s", 0.0)
@@ -252,7 +258,8 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
-        self._counters.add("store")
+        counters = self._counters_of(context)
+        counters.add("store")
         asked = planning = None
         try:
             asked = self._asked(request, context, request.message.profile)
@@ -261,7 +268,7 @@ class KVStoreService(rpc.KVStoreServicer):
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
         except InvalidRequestError:
-            self._counters.stored(Reason.INVALID)
+            counters.stored(Reason.INVALID)
             if asked is not None:
                 self._requests.not_stored(asked, 0, Reason.INVALID)
             raise
@@ -270,7 +277,7 @@ class KVStoreService(rpc.KVStoreServicer):
             if planning is not None:
                 planning.add_done_callback(self._forget)
             raise
-        self._counters.stored(plan.reason)
+        counters.stored(plan.reason)
         if plan.upload is None:
             self._requests.not_stored(asked, plan.held_tokens, plan.reason)
         else:

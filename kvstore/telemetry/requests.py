@@ -163,6 +163,8 @@ class Requests:
 
     def matched(self, asked: Asked, n_tokens: int, reason: Reason) -> None:
         """A match was answered. With more than the worker has, a fetch will follow, and is what counts."""
+        if asked.who.is_probe:
+            return
         self.computes(asked.who.root, asked.tokens_per_s)
         why = "" if n_tokens > asked.covered else IN_MEMORY if asked.covered else reason.value
         found, displaced = _Matched(asked, why, self._clock()), None
@@ -185,6 +187,8 @@ class Requests:
 
         `remote_tokens`: the last ones of `n_tokens`, which were read from the remote tier for it.
         """
+        if asked.who.is_probe:
+            return
         self.computes(asked.who.root, asked.tokens_per_s)
         displaced = None
         with self._lock:
@@ -245,6 +249,8 @@ class Requests:
 
     def begun(self, asked: Asked, upload_id: str, start: int) -> None:
         """A store was begun: what is before `start` is stored already."""
+        if asked.who.is_probe:
+            return
         with self._lock:
             _put(self._stores, upload_id, _Store(asked, start, self._clock()))
 
@@ -271,6 +277,8 @@ class Requests:
 
         Also of a store that was begun, and given up.
         """
+        if asked.who.is_probe:
+            return
         if reason not in _OFFERED_AGAIN:
             self._count_reused(asked, held_tokens)
         level = logging.INFO if is_needed(reason) else logging.DEBUG

@@ -73,7 +73,10 @@ _VALUES = operator.attrgetter(*_NAMES)
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Who asks: the client by the name it gives itself, its process, and whose KV."""
+    """Who asks: the client by the name it gives itself, its process, and whose KV.
+
+    `is_probe`: it only looks whether the store works, and nothing of it is counted.
+    """
 
     caller: str
     pid: int
@@ -81,6 +84,7 @@ class Who:
     alias: str
     engine: str
     profile: str = ""
+    is_probe: bool = False
 
 
 @dataclass(slots=True)

@@ -150,6 +150,8 @@ class Why:
     def note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
         """A request was matched. On the thread that matched it, before anything of it can be stored. Raises nothing."""
         root = chain.root
+        if asked.who.is_probe:
+            return
         if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
             with self._lock:
                 self.not_kept += 1

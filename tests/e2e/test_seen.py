@@ -300,9 +300,20 @@ def lines_of(report: dict[str, Any]) -> dict[str, str]:
     return {line["name"]: line["fix"] for line in report["lines"]}
 
 
+def counted(daemon: DaemonProcess) -> dict[str, Any]:
+    """All that a daemon counts of requests, stores and evictions, by name; and the hours of its history."""
+    names = ("tokens", "requests", "miss_reasons", "store_reasons", "since_start", "last_hour", "lifetime", "recent")
+    names += ("namespaces", "sessions", "labelled", "evictions", "fetch_s", "idle_s", "reuse_s")
+    stats = answered(daemon, "stats")
+    with client_of(daemon) as client:
+        hours = client.history()["hours"]
+    kept = {name: stats[name] for name in names if name in stats}
+    return {**kept, "hours": [{**one, "used_bytes": 0} for one in hours]}
+
+
 def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon: DaemonProcess) -> None:
     """A line for each thing, all ok; what it stored is evicted, and its requests are not counted as a server's."""
-    before = len(daemon.blobs())
+    before, told = len(daemon.blobs()), counted(daemon)
     text = said(daemon, "doctor")
     assert all(line.startswith("ok   ") for line in text.splitlines()), text
     assert "round trip" in text and "64 tokens stored and fetched" in text
@@ -311,6 +322,7 @@ def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon:
     assert report["ok"] is True and not any(lines_of(report).values())
     found = {line["name"]: line["found"] for line in report["lines"]}
     assert found["requests"].startswith("none since start"), "the first look at it is no request of a server"
+    assert counted(daemon) == told, "nor is it in any counter"
 
 
 def test_the_doctor_tells_a_daemon_that_is_stopped_from_one_that_is_away(daemon: DaemonProcess) -> None:

@@ -24,6 +24,7 @@ from kvstore.server.admin.stats import (
     stats_reply,
     writes_message,
 )
+from kvstore.server.calls.callers import caller_name, is_probe
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
 from kvstore.server.counters import Telemetry, moment_of
 from kvstore.server.policy.admission import DETAILS, READ_ONLY
@@ -189,6 +190,7 @@ class AdminService(rpc.AdminServicer):
             bytes=request.bytes,
             orphans=request.orphans,
             all=request.all,
+            is_counted=not is_probe(caller_name(context.invocation_metadata())),
         )
         if request.shred:
             if not request.namespace_prefix:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvstore.config import Config
-from kvstore.config.credentials import CLIENT_KEY, PID_KEY
+from kvstore.config.credentials import CLIENT_KEY, PID_KEY, PROBE
 from kvstore.core.log import ALIAS_CHARACTERS_MAX
 from kvstore.core.text import plain_text
 from kvstore.server.calls.refusals import Refusals
@@ -78,6 +78,11 @@ def caller_name(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """The name that came with a call. All that give none count as one client."""
     names = [value for key, value in metadata or () if key == CLIENT_KEY and isinstance(value, str)]
     return names[0][:NAME_CHARACTERS_MAX] if names else ""
+
+
+def is_probe(name: str) -> bool:
+    """Whether the client of this name only looks whether the store works; what it does is not counted."""
+    return name.startswith(PROBE)
 
 
 def caller_pid(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:

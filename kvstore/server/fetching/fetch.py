@@ -21,6 +21,7 @@ from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
+from kvstore.server.calls.callers import is_probe
 from kvstore.server.fetching.costs import Costs, Offer, Timing, Way, work_of, worthwhile
 from kvstore.server.lane import Lane
 from kvstore.telemetry.why import NamespaceIdentity
@@ -152,7 +153,7 @@ class FetchPath:
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
             unusable_at = self._engine.first_unusable(match.parts)
             if unusable_at is None:
-                self._engine.touch(match.parts, fetched=True)
+                self._engine.touch(match.parts, fetched=not is_probe(caller))
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 work = work_of(match, namespace.layout)

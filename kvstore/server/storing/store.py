@@ -37,6 +37,7 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
+from kvstore.server.calls.callers import is_probe
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, Taken, store_admission
 from kvstore.server.policy.gate import Choice, Gate
@@ -267,6 +268,7 @@ class StorePath:
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
             states=() if held_states or sender else request.states,
             interim=request.interim,
+            is_counted=not is_probe(request.caller),
             depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
             awaits_checkpoint=not held_states and sender is not None,
         )
@@ -342,7 +344,7 @@ class StorePath:
             row = self._engine.checkpoint_at(upload.chain)
             if row is None or row.fidelity < floor:
                 reason = Reason.FIDELITY if row else Reason.DEPENDENCY_LOST
-        self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces else 0
+        self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces and upload.is_counted else 0
         # Part of it may be what another upload committed a moment ago.
         return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
 

@@ -113,6 +113,8 @@ class Stores:
                 log.error("a store failed", exc_info=error)
 
     def _told(self, upload: Upload, stored_tokens: int, new_bytes: int, reason: Reason) -> None:
+        if not upload.is_counted:
+            return
         self._counters.stored(reason)
         self._requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
         private = upload.encryption is not None or is_salted(upload.namespace)

@@ -246,6 +246,7 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     interim: bool = False  # the checkpoint is one within a prompt that is still being computed
+    is_counted: bool = True  # a probe's is not
     awaits_checkpoint: bool = False  # one that this upload depends on sends the checkpoint after the last token
     # The key with which it is written and committed; None: not encrypted.
     encryption: NamespaceKey | None = None
