@@ -62,7 +62,7 @@ class EncryptedBlobs:
         if key is None:
             return self._inner.reader(sources, open_max)
         outer = [Source(one.blob, 0, stored_bytes(one.nbytes)) for one in sources]
-        return _Reader(key, sources, self._inner.reader(outer, open_max))
+        return _ChunkReader(key, sources, self._inner.reader(outer, open_max))
 
     def names(self, root: bytes | None = None) -> Iterator[Entry]:
         """Sizes are those inside."""
@@ -100,7 +100,7 @@ def plain_bytes(nbytes: int) -> int:
     return max(0, chunks - -(-chunks // (CHUNK_BYTES + TAG_BYTES)) * TAG_BYTES)
 
 
-class _Reader:
+class _ChunkReader:
     """A `RangeReader` over the chunks of another reader, whose sources begin at 0."""
 
     def __init__(self, key: NamespaceKey, sources: Sequence[Source], inner: BlobReader) -> None:
@@ -158,7 +158,7 @@ class _Reader:
         """Close all files. No read may be in progress."""
         self._inner.close()
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _ChunkReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

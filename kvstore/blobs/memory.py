@@ -28,9 +28,9 @@ class MemoryBlobs:
     def sync(self, root: bytes) -> None:
         """Nothing to do."""
 
-    def reader(self, sources: Sequence[Source], open_max: int) -> _Reader:
+    def reader(self, sources: Sequence[Source], open_max: int) -> _MemoryReader:
         """Reads the blob's present bytes on every call."""
-        return _Reader(self._blobs, sources)
+        return _MemoryReader(self._blobs, sources)
 
     def delete(self, blobs: Iterable[BlobId]) -> list[BlobId]:
         """Always all of them."""
@@ -115,7 +115,7 @@ class _Pending:
         self._data = b""
 
 
-class _Reader:
+class _MemoryReader:
     def __init__(self, blobs: dict[BlobId, bytes], sources: Sequence[Source]) -> None:
         self._blobs, self._sources = blobs, tuple(sources)
 
@@ -136,7 +136,7 @@ class _Reader:
     def close(self) -> None:
         self._sources = ()
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> _MemoryReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

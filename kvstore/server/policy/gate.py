@@ -33,7 +33,7 @@ NO_BASIS = "its basis is not in the store (any more): the last block that needed
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ProfileChoice:
     """The profile chosen for a store. `refused`: why it is not the requested one. `warning`: a text for the caller.
 
     `auto`: nobody named it, so that what is stored with it may be re-encoded with a smaller one, once; `smallest`: it
@@ -74,7 +74,7 @@ class Gate:
         """The profile that is configured."""
         return self._default
 
-    def choose(self, root: bytes, asked: str = "") -> Choice:
+    def choose(self, root: bytes, asked: str = "") -> ProfileChoice:
         """The profile for KV that comes into a namespace now; `asked` empty: the daemon's own.
 
         A refused default becomes the best that is allowed. What a session asked for by name is refused to it: then
@@ -87,12 +87,12 @@ class Gate:
         fault = self.fault(root, profile)
         if fault:
             self._warn(root, profile, "is refused", fault)
-            return Choice(self._smallest(root), refused=f"profile {name} is refused for this model: {fault}")
+            return ProfileChoice(self._smallest(root), refused=f"profile {name} is refused for this model: {fault}")
         if not self._needs_measurement(root, profile):
-            return Choice(profile)
+            return ProfileChoice(profile)
         why = f"{NOT_MEASURED}{name}"
         self._warn(root, profile, "is used as asked for", why)
-        return Choice(profile, warning=f"profile {name} is used as asked for: {why}")
+        return ProfileChoice(profile, warning=f"profile {name} is used as asked for: {why}")
 
     def _small(self, root: bytes) -> Profile:
         """The calibrated point with the fewest bits that may be used; what stands in for it where there is none."""
@@ -104,9 +104,9 @@ class Gate:
         passing = (parse_profile(name) for _, name in sorted(names))
         return next((one for one in passing if not self.fault(root, one)), parse_profile(SMALL_ELSE))
 
-    def _choose_auto(self, root: bytes) -> Choice:
+    def _choose_auto(self, root: bytes) -> ProfileChoice:
         smaller = self.smaller(root) if self._fills_up() else None
-        return Choice(smaller or self._roomy(root), auto=True, smallest=smaller is not None)
+        return ProfileChoice(smaller or self._roomy(root), auto=True, smallest=smaller is not None)
 
     def smaller(self, root: bytes) -> Profile | None:
         """The profile with the fewest bits that passed, where it has fewer than `auto` takes while there is room."""

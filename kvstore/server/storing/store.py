@@ -40,7 +40,7 @@ from kvstore.errors import (
 from kvstore.server.calls.callers import is_probe
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, Taken, store_admission
-from kvstore.server.policy.gate import Choice, Gate
+from kvstore.server.policy.gate import Gate, ProfileChoice
 from kvstore.server.policy.pressure import Watermark
 from kvstore.server.storing.receive import Receiver
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, Uploads
@@ -244,7 +244,9 @@ class StorePath:
             words = f"a checkpoint of {nbytes} bytes is more than memory_bytes = {self._config.memory_bytes}"
             raise LimitError(words, limit="memory_bytes")
 
-    def _plan(self, request: StoreRequest, namespace: NamespaceInfo, choice: Choice, floor: int, held: Match) -> Upload:
+    def _plan(
+        self, request: StoreRequest, namespace: NamespaceInfo, choice: ProfileChoice, floor: int, held: Match
+    ) -> Upload:
         n_tokens = request.chain.n_tokens
         keys = tuple(request.chain.block_keys())
         full = sum(1 for piece in held.slices if piece.take == BLOCK_TOKENS)

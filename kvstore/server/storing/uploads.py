@@ -23,7 +23,7 @@ from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
-from kvstore.server.policy.gate import Choice
+from kvstore.server.policy.gate import ProfileChoice
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ class Upload:
 
     namespace: NamespaceInfo
     chain: Chain
-    choice: Choice
+    choice: ProfileChoice
     floor: int  # what is held below this fidelity does not count: the session named its profile
     restored_fidelity: int
     first_block: int  # index of the first block to be written
