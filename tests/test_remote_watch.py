@@ -17,7 +17,7 @@ from kvstore.index.rows import Row
 from kvstore.remote.object_store import PROBE
 from kvstore.remote.tier import RemoteTier
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.server.tier.remote_watch import LOOK_EVERY_S, PROBES_MAX, Watch
+from kvstore.server.tier.remote_watch import LOOK_EVERY_S, PROBES_MAX, SAMPLE_EVERY_S_MAX, Watch
 from tests.support.clock import Clock
 from tests.support.memory_objects import MemoryStore
 
@@ -54,6 +54,14 @@ def test_what_create_only_puts_do_is_found_out_once_and_leaves_nothing(monkeypat
     watch = looked(*watch_over(store))
     assert watch.create_only == CreateOnly.IGNORED and watch.serves
     assert store.objects == before
+
+
+def test_an_empty_tier_is_listed_less_and_less_often() -> None:
+    """For an object to measure the link with. A store may bill each listing, and most tiers begin empty."""
+    store = MemoryStore()
+    watch, clock = watch_over(store)
+    looked(watch, clock, round(86_400 / LOOK_EVERY_S))
+    assert 86_400 / SAMPLE_EVERY_S_MAX <= store.rounds.count("names") < 160
 
 
 @pytest.mark.parametrize("call", ["create", "delete"])

@@ -33,6 +33,8 @@ LOOK_EVERY_S = 10.0
 LOOK_S = 5.0
 # Bytes of some object that are read while nothing was, so that the rate of the link is known before a request needs it.
 SAMPLE_BYTES = 4 * RATED_BYTES_MIN
+# While there is nothing to sample, it is looked for less and less often: each try is a LIST, which may cost money.
+SAMPLE_EVERY_S_MAX = 600.0
 # A call that was given less time than this says nothing about the store when it is late.
 PATIENCE_S = 0.1
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Watch:
         self._lock = threading.Lock()
         self._state, self._detail = RemoteState.UNAVAILABLE, "it was not asked yet"
         self._looked_s = clock() - LOOK_EVERY_S
+        self._sample_s, self._sample_wait_s = self._looked_s, LOOK_EVERY_S
         self._probes_left = PROBES_MAX
         self.create_only = CreateOnly.UNKNOWN
         self._trials = CircuitBreaker(failures_max=1, clock=clock)
@@ -90,7 +93,9 @@ class Watch:
         try:
             deadline = Deadline(LOOK_S)
             self._tier.store.require_mark(deadline)
-            if not self._tier.store.requests.read_bytes:
+            if not self._tier.store.requests.read_bytes and now_s >= self._sample_s:
+                self._sample_s = now_s + self._sample_wait_s
+                self._sample_wait_s = min(2 * self._sample_wait_s, SAMPLE_EVERY_S_MAX)
                 self._sample(deadline)
         except UnmarkedError as error:
             self._trials.failed()
