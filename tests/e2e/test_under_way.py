@@ -187,7 +187,7 @@ from kvstore.server.threads import Pool
 from kvstore.cli import main
 call = Pool.__call__
 async def busy(self, work, *args):
-    if work.__name__ != "_begin":
+    if getattr(work, "__name__", "") != "_begin":
         return await call(self, work, *args)
     plan = work(*args)
     time.sleep(1)
