@@ -19,15 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script
 
 import click
 
-from kvstore.bench.eviction import BUDGET_SHARES, Request, load_trace, model_lru, replay
+from kvstore.bench.eviction import BUDGET_SHARES, TraceRequest, load_trace, model_lru, replay
 
 
-def flat_lru(requests: Sequence[Request], capacity: int) -> int:
+def flat_lru(requests: Sequence[TraceRequest], capacity: int) -> int:
     """Hits of libcachesim's LRU with room for so many blocks; the blocks of a prompt are asked for last to first."""
     import libcachesim
 
     cache = libcachesim.LRU(cache_size=capacity, hashpower=18)
-    ask = libcachesim.Request()
+    ask = libcachesim.TraceRequest()
     ask.obj_size = 1
     hits = 0
     for request in requests:
@@ -37,11 +37,11 @@ def flat_lru(requests: Sequence[Request], capacity: int) -> int:
     return hits
 
 
-def alone(requests: Sequence[Request]) -> Iterator[Request]:
+def alone(requests: Sequence[TraceRequest]) -> Iterator[TraceRequest]:
     """Every block as a prompt of its own, the last of a prompt first."""
     for request in requests:
         for block in reversed(request.blocks):
-            yield Request(request.at_s, (block,))
+            yield TraceRequest(request.at_s, (block,))
 
 
 @click.command()

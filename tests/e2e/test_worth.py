@@ -28,7 +28,7 @@ SPEED = len(TOKENS) / PREFILL_S
 # 64 ranges are read for a hit, so it takes eight times as long as the prefill.
 SLOW_READ_S = PREFILL_S / 8
 # Beliefs fade within the test.
-FADING = "from kvstore.server import costs; costs.HALF_LIFE_S = 3.0; "
+FADING = "from kvstore.server.fetching import costs; costs.HALF_LIFE_S = 3.0; "
 SERVE = "import sys; from kvstore.cli import main; sys.argv = ['kvstore', 'serve', *sys.argv[1:]]; main()"
 
 
