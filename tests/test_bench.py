@@ -181,21 +181,23 @@ def test_a_verb_that_is_ended_by_a_signal_takes_its_scratch_daemon_along(number:
         f"signal.signal({int(number)}, signal.SIG_DFL)",
         "with ScratchDaemon() as daemon:",
         "    print(daemon.pid, daemon.folder, flush=True)",
-        "    time.sleep(600)",
+        "    while True:",
+        "        time.sleep(0.1)",  # a signal just before a long sleep would be seen at its end
     )
     verb = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], stdout=subprocess.PIPE, text=True)
     assert verb.stdout is not None
     with verb.stdout as said:
         pid, folder = said.readline().split()
+    try:
         verb.send_signal(number)
         assert verb.wait(60) == 128 + number
-    try:
         assert not Path(folder).exists()
         with pytest.raises(ProcessLookupError):
             os.kill(int(pid), 0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
+        verb.kill()
 
 
 def test_match_of_a_daemon_in_use_leaves_nothing_in_it() -> None:

@@ -95,9 +95,11 @@ def test_a_sequence_over_the_queue_limit_arrives_whole(daemon: DaemonProcess) ->
         session = client.session(make_namespace(LAYOUT), **SLOW)
         assert session.store(tokens, make_layers(LAYOUT, tokens), wait=True).stored_tokens == 5000
         assert session.stats.stores["ok"] > 2
-        refused = session.fetch(tokens, "dense", "stream")  # received into buffers, which count as well
-        assert not refused and "2097152" in refused.detail
-    with client_of(daemon, memory_bytes=4 << 20) as client:
+        assert session.fetch(tokens, "dense", "stream").n_tokens == 4999  # two messages of 1 MiB are held at a time
+    with client_of(daemon, memory_bytes=1 << 20) as client:
+        refused = client.session(make_namespace(LAYOUT), **SLOW).fetch(tokens, "dense", "stream")
+        assert not refused and "1048576" in refused.detail
+    with client_of(daemon) as client:
         check_hit(client.session(make_namespace(LAYOUT), **SLOW), tokens, 4999, bits=8)
 
 
