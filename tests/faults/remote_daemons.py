@@ -56,15 +56,17 @@ class Trigger:
 
     def __init__(self, control: Path) -> None:
         self._armed, self._log = control / "armed", control / "points"
-        self._passed = 0
+        self._order, self._passed = "", 0
 
     def at(self, what: str) -> None:
         """A point."""
         try:
-            number = int(self._armed.read_text())
+            order = self._armed.read_text()
         except FileNotFoundError:
-            self._passed = 0
             return
+        if order != self._order:
+            self._order, self._passed = order, 0
+        number = int(order.split()[0])
         with self._log.open("a") as log:
             log.write(f"{what}\n")
         if self._passed == number:
@@ -115,7 +117,7 @@ class Mortal(DaemonProcess):
         """Count points from now on, and die at this one."""
         (self._control / "points").unlink(missing_ok=True)
         part = self._control / "part"
-        part.write_text(str(number))
+        part.write_text(f"{number} {uuid.uuid4().hex}")  # no two orders are equal: each counts from 0
         part.rename(self._control / "armed")
 
     def passed(self) -> list[str]:

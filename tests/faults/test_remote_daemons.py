@@ -40,10 +40,10 @@ def test_a_trigger_dies_at_its_point_and_not_while_it_is_not_armed(
     died: list[int] = []
     monkeypatch.setattr("os.kill", lambda pid, number: died.append(number))
     trigger = Trigger(tmp_path)
-    for armed, passed, deaths in (("", 3, 0), ("2", 2, 0), ("2", 1, 1), ("", 3, 1), (str(COUNT_ONLY), 3, 1)):
+    for armed, passed, deaths in (("", 3, 0), ("2", 2, 0), ("2", 3, 1), ("", 3, 1), (str(COUNT_ONLY), 3, 1)):
         (tmp_path / "armed").unlink(missing_ok=True)
         if armed:
-            (tmp_path / "armed").write_text(armed)
+            (tmp_path / "armed").write_text(f"{armed} {deaths}")
         for _ in range(passed):
             trigger.at("a point")
         assert len(died) == deaths
