@@ -46,9 +46,10 @@ def is_screen() -> bool:
 
 
 def replies(ask: Ask, *, patient: bool = True) -> Iterator[Reply]:
-    """A reply once a second, for ever. A daemon that goes away is waited for, unless it is not `patient`.
+    """Ask for Stats once a second, without end. Where the daemon goes away, yields the error and asks again.
 
-    What the first one raises is raised: a wrong address would be waited for in vain.
+    Without `patient` that error is raised. The error of the first request always is: waiting does not correct a wrong
+    address.
     """
     asked_s = time.monotonic()
     yield ask(), 0.0
@@ -101,7 +102,7 @@ def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
 
 
 def draw(ask: Ask, listen: str) -> None:
-    """The screen, drawn anew every second on the terminal's second page, so that what was there comes back."""
+    """Draw the screen once a second, on the terminal's alternate screen: the old content returns at the end."""
     from rich.console import Console
     from rich.live import Live
 

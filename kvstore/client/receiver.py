@@ -35,8 +35,8 @@ def counted(budget: ByteBudget, patience_s: float) -> Iterator[None]:
 class LayerReader(MemoryReader):
     """Reads one layer of a stream: gives its `ranges` once each, in their order. The fetching thread's.
 
-    One message is held at a time, as gRPC hands it out. `broken` is what was wrong with the stream itself, of which no
-    block is guilty.
+    One message is held at a time, as gRPC hands it out. `broken` is the error of the stream itself, which says nothing
+    about the blocks: none of them is reported as corrupt.
     """
 
     def __init__(self, messages: Iterator[Message], layer: int, ranges: Sequence[Range]) -> None:

@@ -1,7 +1,7 @@
-"""Results of a session's methods, and the worker's log line of each request. What is not complete has a reason.
+"""Results of a session's methods, each with a reason where it is incomplete; the worker's log line of each request.
 
-The lines have the id under which the daemon logs the same request. They are DEBUG, since a server has a log of its own;
-`kvstore run` says them at INFO (`say_requests`).
+A log line has the request id that the daemon's log has for the same request. The level is DEBUG, because a server has
+its own log; `kvstore run` raises it to INFO (`say_requests`).
 """
 
 from __future__ import annotations

@@ -386,7 +386,7 @@ class Evictor:
         return removed, done, shared.deletions.finish(deletion)
 
     def _remove(self, keys: Sequence[bytes], keep: Collection[bytes], cause: str) -> tuple[list[Row], bool]:
-        """Remove of these what is still free; and whether no more are to be chosen. Hold the lock."""
+        """Remove those of `keys` that are still free; and whether the caller stops selecting. Hold the lock."""
         shared = self._shared
         with shared.edit() as edit:
             shared.uses.write(edit)
@@ -395,5 +395,5 @@ class Evictor:
             rows, released = remove_rows(edit, keys, keep)
             for row in rows if used_s else ():
                 shared.evictions.idle_s.observe(shared.clock() - used_s[row.key])
-            # A choice of which nothing was free any more is not made again at once.
+            # Where no selected row was free any more, stop: the same rows would be selected again.
             return rows + released, (len(keys) < VICTIMS_MAX and len(rows) == len(keys)) or not rows

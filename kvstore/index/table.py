@@ -318,10 +318,10 @@ class Table:
         return self._rows[: self._end]
 
     def snapshot(self) -> Table:
-        """A copy to choose from, made and used without the lock: 100,000 rows are more than it may be held over.
+        """A copy to select rows from, made without the lock: copying 100,000 rows would hold the lock for too long.
 
-        A row that changes meanwhile may be as it was before or after. Whoever acts on a choice looks at each row again,
-        under the lock. Keys are looked up in the table itself.
+        Of a row that changes during the copy, it has the old or the new values. Before acting on a selected row, take
+        the lock and check the row again. Keys are not copied: look them up in the table itself.
         """
         copy = Table()
         rows = self._rows[: self._end].copy()

@@ -36,7 +36,7 @@ WRONG_MAX = 4096
 ARY = 32
 # Of a prompt that needs a checkpoint and has none below its last block: blocks before it that are listed, too.
 LISTED_BACK_MAX = 4
-# Of the children that are not the prompt's own so many are looked into.
+# Children of the last common block, other than the prompt's own, whose headers are read for common tokens.
 OTHERS_MAX = 4
 # Pages of one listing that are asked for: a system prompt may have thousands of continuations.
 LISTED_PAGES_MAX = 4

@@ -7,9 +7,15 @@
     delete   take objects away
     sweep    remove what interrupted writes left behind
 
-Every call has a deadline and holds it: what is not done by then raises DeadlineError. Where there is no room it is
-RemoteFullError; an object that is not the one that was pinned is ObjectChangedError; other failures are RemoteError. No
-call is retried here: the caller knows what a retry is worth. Any thread may call, and calls may run side by side.
+Every call takes a deadline and raises one of four errors:
+
+    DeadlineError        the call was not complete by its deadline
+    RemoteFullError      the store has no room
+    ObjectChangedError   the object is gone, or its ETag is not the pinned one
+    RemoteError          any other failure
+
+A store never retries a call: the caller decides whether a retry is worth its time. Stores are thread-safe, and calls
+may run concurrently.
 
 A store must hold a marker, an object that `mark` writes once. Nothing is written to a place without one: a folder whose
 volume is not mounted, or a bucket that was named by mistake, stays empty.
