@@ -109,6 +109,17 @@ def test_a_basename_stands_twice_only_where_it_is_a_verb() -> None:
     assert [names for stem, names in homes.items() if len(names) > 1 and stem not in verbs] == []
 
 
+def test_a_class_name_stands_twice_only_where_it_is_a_verbs_noun() -> None:
+    """A worker's Match is what the call returned, the engine's what the index found. Any other name has one meaning."""
+    classes = [
+        node.name
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert {name for name in classes if classes.count(name) > 1} == {"Match"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_broad_excepts_stand_only_at_the_edges(path: Path) -> None:
     """Inside, an unexpected error travels on and is seen."""

@@ -124,7 +124,7 @@ def test_apart_a_fetch_does_not_wait_for_a_store_which_gives_way() -> None:
     """Two threads, each prepared once; that of the stores is the one with the lower priority."""
     prepared: list[int] = []
     gate, started = threading.Event(), threading.Event()
-    lane = Lane(lambda: prepared.append(threading.get_ident()), apart=True)
+    lane = Lane(lambda: prepared.append(threading.get_ident()), two_threads=True)
     store = lane.submit_store(lambda: started.set() or (gate.wait(60) and _niceness()))
     assert started.wait(60)
     assert lane.backlog_s == 0.0
@@ -139,7 +139,7 @@ def test_apart_nothing_is_given_back_while_the_other_thread_works(monkeypatch: p
     """MLX would wait for the piece, and the whole daemon with it."""
     monkeypatch.setattr(lane_module, "IDLE_S", 0.02)
     gate, released = threading.Event(), threading.Event()
-    lane = Lane(idle=released.set, apart=True)
+    lane = Lane(idle=released.set, two_threads=True)
     store = lane.submit_store(lambda: gate.wait(60))
     lane.submit_fetch(int).result(60)
     assert not released.wait(0.2)

@@ -22,7 +22,7 @@ from tests.support.memory_objects import MemoryStore
 from tests.support.remote_blobs import NS, blobs_of, chain_of, fill
 
 
-class Here:
+class InlinePool:
     """A pool that runs work where it is asked for."""
 
     async def __call__(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -64,7 +64,7 @@ def test_what_is_not_stored_here_has_the_reason_of_the_store(reason: Reason, sai
     importer, buffers = FullImporter(reason), ByteBudget(1 << 30)
 
     async def promoted() -> str:
-        made = Promotion(tier, Watch(tier), importer, buffers, FIDELITY_EXACT, Here())  # type: ignore[arg-type]
+        made = Promotion(tier, Watch(tier), importer, buffers, FIDELITY_EXACT, InlinePool())  # type: ignore[arg-type]
         try:
             return await made.take(reach.blocks, Deadline(60))
         finally:
@@ -100,7 +100,7 @@ def test_a_blob_that_is_read_in_ranges_is_stored_whole(part_bytes: int, monkeypa
     importer = TakingImporter()
 
     async def promoted() -> Promotion:
-        made = Promotion(tier, Watch(tier), importer, ByteBudget(1 << 30), FIDELITY_EXACT, Here())  # type: ignore[arg-type]
+        made = Promotion(tier, Watch(tier), importer, ByteBudget(1 << 30), FIDELITY_EXACT, InlinePool())  # type: ignore[arg-type]
         assert await made.take(reach.blocks, Deadline(60)) is None
         await made.close()
         return made

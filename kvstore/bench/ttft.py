@@ -40,7 +40,7 @@ def run(model_path: str, seq_len: int, rounds: int, profile: str) -> Report:
             daemon.stop()
             daemon.start()
 
-        def anew() -> float:
+        def after_restart() -> float:
             with connected() as store:
                 return bench.restored(store)
 
@@ -49,7 +49,7 @@ def run(model_path: str, seq_len: int, rounds: int, profile: str) -> Report:
             store.flush()
             cases = [Case(COLD, bench.cold), Case("with the store", lambda: bench.restored(store), COLD)]
             measured = measure(cases, rounds)
-        restarted = measure([Case("after a restart", anew, before=restart)], min(rounds, RESTARTS_MAX), 0)
+        restarted = measure([Case("after a restart", after_restart, before=restart)], min(rounds, RESTARTS_MAX), 0)
         facts = {"tokens restored / prompt": bench.restored_tokens / seq_len}
         shape = {"model": folder.name, "seq_len": seq_len, "profile": profile}
         return Report("ttft", shape, measured + restarted, facts)

@@ -111,7 +111,7 @@ class _ChunkReader:
         self._ciphers: dict[int, tuple[AESGCM, bytes]] = {}
 
     def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
-        """See `base.RangeReader`."""
+        """See `RangeReader`."""
         if not 0 <= source < len(self._sources) or offset < 0:
             raise CorruptDataError(f"no such range: source {source}, offset {offset}")
         pending = [view.cast("B") for view in views if view.nbytes]

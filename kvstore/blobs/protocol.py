@@ -76,10 +76,13 @@ class Entry:
 
 
 class RangeReader(Protocol):
-    """Reads the payloads of the blobs that it was made for, by their position in that list. Any thread may read."""
+    """Reads the payloads of the blocks of a plan, the sources, by their position in it. Any thread may read.
+
+    They lie in blobs, or in what arrived of a stream (`ranges.py`).
+    """
 
     def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill `views` one after the other from payload bytes `[offset, offset + sum(len))` of blob `source`.
+        """Fill `views` one after the other from payload bytes `[offset, offset + sum(len))` of source `source`.
 
         Raises CorruptDataError when these bytes are not there, or do not pass the cipher's tag.
         """

@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,16 +39,6 @@ class Range(NamedTuple):
     source: int
     offset: int
     nbytes: int
-
-
-class RangeReader(Protocol):
-    """Where the bytes of a plan's blocks come from."""
-
-    def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill `views` one after the other from payload bytes `[offset, offset + sum(len))` of source `source`.
-
-        Raises CorruptDataError when these bytes are not there.
-        """
 
 
 class MemoryReader(ABC):

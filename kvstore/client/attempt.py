@@ -9,7 +9,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kvstore.blobs.ranges import MemoryReader, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import MemoryReader
 from kvstore.client.results import Hit, Miss
 from kvstore.codecs import device
 from kvstore.core.breaker import Deadline

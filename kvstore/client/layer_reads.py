@@ -7,7 +7,8 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvstore.blobs.ranges import FileReader, Range, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import FileReader, Range
 from kvstore.client.attempt import Attempt, Layer, TimedReader
 from kvstore.client.plan import Plan, layer_bytes
 from kvstore.client.reads import FileReads

@@ -32,7 +32,7 @@ from kvstore.client.results import (
     request_id,
     say_fetched,
 )
-from kvstore.client.store import Storer, StoreRequest, Touch, combine
+from kvstore.client.store import StoreArguments, Storer, Touch, combine
 from kvstore.client.uploader import Uploader
 from kvstore.core.blocks import (
     BLOCK_TOKENS,
@@ -292,7 +292,7 @@ class Session:
         `stored_tokens` are those held or queued. What finds no room (QUEUE_FULL) comes with the next part or `store`.
         """
 
-        def work(request: StoreRequest) -> StoreResult:
+        def work(request: StoreArguments) -> StoreResult:
             held, reason = self._storer.capture_part(request, tokens_max, checkpoint=checkpoint)
             return StoreResult(held, reason=reason)
 
@@ -306,7 +306,7 @@ class Session:
         layers: Iterable[KVLayer | StateLayer],
         restored_tokens: int | None,
         touch: Touch | None,
-        work: Callable[[StoreRequest], StoreResult],
+        work: Callable[[StoreArguments], StoreResult],
     ) -> StoreResult:
         """What `work` makes of the request, or why it never got to that. Nothing is raised."""
         if is_forked():
@@ -320,7 +320,7 @@ class Session:
             n_tokens, reason = self._storer.storable(given, count_tokens(packed))
             chain = Chain(self._root, packed[: n_tokens * TOKEN_BYTES])
             if n_tokens:
-                return work(StoreRequest(chain, given, restored_tokens, self.options.fidelity_min, touch))
+                return work(StoreArguments(chain, given, restored_tokens, self.options.fidelity_min, touch))
             result = StoreResult(reason=reason)
         except KVStoreError as error:
             _tell("store", error)
@@ -331,7 +331,7 @@ class Session:
         self.stats.stored(result)
         return result
 
-    def _store(self, request: StoreRequest, timeout_s: float, *, wait: bool) -> StoreResult:
+    def _store(self, request: StoreArguments, timeout_s: float, *, wait: bool) -> StoreResult:
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
         result, late = StoreResult(reason=Reason.NOT_CAPTURED), StoreResult(reason=Reason.DEADLINE)
         for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed

@@ -44,7 +44,7 @@ class Touch:
 
 
 @dataclass(frozen=True, slots=True)
-class StoreRequest:
+class StoreArguments:
     """Arguments of one store: the prompt and the caller's whole cache.
 
     `restored_tokens`: leading tokens that the caller got from the store; None: use the session's own record.
@@ -66,11 +66,11 @@ class Rest:
     the session's next one is made.
     """
 
-    def __init__(self, storer: Storer, request: StoreRequest, start: int, after: StoreJob | None) -> None:
+    def __init__(self, storer: Storer, request: StoreArguments, start: int, after: StoreJob | None) -> None:
         self.start = start
         self._after = after
         self._is_begun = after is not None
-        self.request: StoreRequest | None = replace(request, layers=[_own(layer) for layer in request.layers])
+        self.request: StoreArguments | None = replace(request, layers=[_own(layer) for layer in request.layers])
         self._storer = storer
         self._give_up_at_s = time.monotonic() + REST_S
 
@@ -160,7 +160,7 @@ class Storer:
         offset = offsets.pop()
         return offset, Reason.OK if offset else Reason.BELOW_THRESHOLD
 
-    def capture(self, request: StoreRequest, deadline: Deadline, *, wait: bool) -> tuple[list[StoreJob], Reason]:
+    def capture(self, request: StoreArguments, deadline: Deadline, *, wait: bool) -> tuple[list[StoreJob], Reason]:
         """Copy what is not known to be held and queue it: (jobs queued, why not everything).
 
         A sequence that fits the budget is queued or refused at once. A larger one goes in pieces of half the budget,
@@ -195,7 +195,7 @@ class Storer:
             self._may_go_on(request, start)
         return jobs, reason
 
-    def capture_part(self, request: StoreRequest, tokens_max: int, *, checkpoint: bool) -> tuple[int, Reason]:
+    def capture_part(self, request: StoreArguments, tokens_max: int, *, checkpoint: bool) -> tuple[int, Reason]:
         """Copy and queue what is new of a prompt that is still being computed: (tokens held or queued, why not all).
 
         Never waits, and holds none of the caller's arrays afterwards, since the engine writes into them with its next
@@ -230,13 +230,13 @@ class Storer:
         job.release()
         return False
 
-    def _may_go_on(self, request: StoreRequest, end: int) -> None:
+    def _may_go_on(self, request: StoreArguments, end: int) -> None:
         """Note that a later store may continue the same prompt after `end`."""
         self._unfinished[request.chain.parent(end // BLOCK_TOKENS)] = request.touch.prompt if request.touch else 0
         if len(self._unfinished) > _UNFINISHED_MAX:
             self._unfinished.popitem(last=False)
 
-    def _continued(self, request: StoreRequest, start: int) -> int:
+    def _continued(self, request: StoreArguments, start: int) -> int:
         """`start` where earlier jobs of the same prompt had the tokens before it, else 0.
 
         One that was deferred is offered again without its number.
@@ -248,21 +248,21 @@ class Storer:
         self._unfinished.pop(key, None)
         return start
 
-    def _keep_whole(self, request: StoreRequest) -> Rest:
+    def _keep_whole(self, request: StoreArguments) -> Rest:
         """Keep the whole sequence until the daemon confirms its first tokens. Only the latest store is kept."""
         if self._again is not None:
             self._again.let_go()
         self._again = Rest(self, request, 0, None)
         return self._again
 
-    def _leave(self, request: StoreRequest, start: int, after: StoreJob | None) -> bool:
+    def _leave(self, request: StoreArguments, start: int, after: StoreJob | None) -> bool:
         """Let the background thread copy the tokens after `start`. Returns whether that was queued."""
         if self._rest is not None:
             self._rest.let_go()
         self._rest = Rest(self, request, start, after)
         return self._submit(self._rest)
 
-    def next_piece(self, request: StoreRequest, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
+    def next_piece(self, request: StoreArguments, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
         """(the next piece from `start`, whether it is the last); None if memory is short. Background thread."""
         state_bytes, _ = self._checkpoint(request)
         n_tokens = request.chain.n_tokens
@@ -273,7 +273,7 @@ class Storer:
             return None
         return self._job(request, start, ends[0], nbytes, with_states=with_states), len(ends) == 1
 
-    def _checkpoint(self, request: StoreRequest) -> tuple[int | None, Reason]:
+    def _checkpoint(self, request: StoreArguments) -> tuple[int | None, Reason]:
         """(bytes of the checkpoint to offer, None for no checkpoint; the reason why there is none).
 
         Window and state layers are valid only at their exact token count, so all must be at the end.
@@ -306,7 +306,7 @@ class Storer:
         fits = last * token_bytes + state_bytes <= limit_bytes
         return ends if fits or not state_bytes else [*ends, n_tokens]
 
-    def _job(self, request: StoreRequest, start: int, end: int, nbytes: int, *, with_states: bool) -> StoreJob:
+    def _job(self, request: StoreArguments, start: int, end: int, nbytes: int, *, with_states: bool) -> StoreJob:
         """Copy tokens `[start, end)`. The acquired budget passes to the job, or is released if this raises."""
         try:
             restored_tokens, fidelity = self._restored_part(request)
@@ -329,7 +329,7 @@ class Storer:
             touch=request.touch,
         )
 
-    def _restored_part(self, request: StoreRequest) -> tuple[int, int]:
+    def _restored_part(self, request: StoreArguments) -> tuple[int, int]:
         """(leading tokens that came out of the store, their fidelity).
 
         If only the caller knows that tokens were restored, their rank is unknown: the lower of what the session accepts

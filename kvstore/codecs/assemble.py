@@ -19,7 +19,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from kvstore.blobs.ranges import Range, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import Range
 from kvstore.codecs import device
 from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments

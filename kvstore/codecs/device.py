@@ -52,7 +52,7 @@ def name() -> str:
     return "gpu" if mx.default_device().type == mx.DeviceType.gpu else "cpu"
 
 
-def bears_two_threads() -> bool:
+def supports_two_threads() -> bool:
     """Whether two threads may compute at a time. On Metal they had better not: streams that run side by side while
     memory is released and taken again can panic the kernel (mlx#3186)."""
     return name() == "cpu"

@@ -56,7 +56,7 @@ def encode_runs(
     packed.
     """
     joined = join_runs(runs)
-    sinks, others = _set_apart(joined, profile.sinks) if start == 0 and profile.sinks else ([], joined)
+    sinks, others = _split_sinks(joined, profile.sinks) if start == 0 and profile.sinks else ([], joined)
     shown = start + sum(run.run.shown for run in sinks)
     exact = [
         encode_run(layout, run, profile, submit, Context(first, aux=aux), 1) if is_first_hand(run.run) else run
@@ -121,7 +121,7 @@ def encode_run(
     return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
 
 
-def _set_apart(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], list[EncodedRun]]:
+def _split_sinks(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], list[EncodedRun]]:
     """The first tokens of a sequence as a run of their own, and the others; see the module."""
     first, others = runs[0], runs[1:]
     untouched = not first.run.skip and all(stack.recipe == RAW for stack in first.run.stacks)
@@ -129,14 +129,14 @@ def _set_apart(runs: list[EncodedRun], sinks: int) -> tuple[list[EncodedRun], li
         return [], runs
     if first.run.n_tokens <= sinks:
         return [first], others
-    apart, _ = cut_run(first, sinks)
+    sink_run, _ = cut_run(first, sinks)
     buffers = []
     for buffer in first.buffers:
         hidden = buffer.copy()
         hidden[:, :, :sinks] = hidden[:, :, sinks : sinks + 1]
         buffers.append(hidden)
     run = replace(first.run, skip=sinks, shown=first.run.shown - sinks)
-    return [apart], [EncodedRun(run, tuple(buffers)), *others]
+    return [sink_run], [EncodedRun(run, tuple(buffers)), *others]
 
 
 def _encode_groups(

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvstore.blobs.ranges import MemoryReader, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import MemoryReader
 from kvstore.codecs.byte_plan import Segment, Span
 from kvstore.codecs.codec import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes

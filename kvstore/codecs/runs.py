@@ -12,7 +12,7 @@ from math import lcm
 
 import numpy as np
 
-from kvstore.blobs.ranges import RangeReader
+from kvstore.blobs.protocol import RangeReader
 from kvstore.codecs.codec import BlockCorruptError, is_packing, packer_of, unpacked, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.profiles import Profile

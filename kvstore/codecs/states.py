@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from kvstore.blobs.ranges import Range, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import Range
 from kvstore.codecs import device
 from kvstore.codecs.codec import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes

@@ -229,7 +229,7 @@ class Config:
             raise _error(
                 "metrics_listen", "is where the daemon listens for workers", self.sources.get("metrics_listen", "")
             )
-        self._require_apart()
+        self._require_remote_outside()
         if self.encrypt != "off" and not self.encryption_key:
             raise _error("encrypt", "needs an encryption_key", self.sources.get("encrypt", ""))
         if not (self.address.path or self.tls_dir or self.insecure_tcp):
@@ -241,7 +241,7 @@ class Config:
                 self.sources.get("listen", ""),
             )
 
-    def _require_apart(self) -> None:
+    def _require_remote_outside(self) -> None:
         """ConfigError for a `remote` that is the data directory, or lies in it, or around it. Nothing is looked up."""
         if not self.remote or not (name := parse_remote(self.remote).folder):
             return

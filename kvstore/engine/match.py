@@ -25,8 +25,8 @@ from kvstore.index.rows import (
     LEVEL_TOKENS,
     NUMBER_BYTES,
     TOKENS_AT,
+    EncodedRow,
     Row,
-    Taken,
     Templates,
     fidelity_of,
     kinds_of,
@@ -61,7 +61,7 @@ class Match:
 
     n_tokens: int
     reason: Reason
-    rows: tuple[Taken, ...] = ()
+    rows: tuple[EncodedRow, ...] = ()
     checkpoint: Row | None = None
     diverged: bool = False
     templates: Templates = field(default_factory=dict, repr=False)
@@ -119,7 +119,7 @@ class Found:
     would be longer if a block of lower fidelity were allowed.
     """
 
-    rows: tuple[Taken, ...]
+    rows: tuple[EncodedRow, ...]
     n_tokens: int
     full: int
     parent: bytes
@@ -130,7 +130,7 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
     """The longest stored prefix of the first `limit_tokens` whose blocks are all of `fidelity_min` or more."""
     tokens = chain.tokens
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
-    rows: list[Taken] = []
+    rows: list[EncodedRow] = []
     stored = view.stored
     # Hashing and the lookup take most of the time per block, so anything else in this loop is noticeable.
     for key, chunk in chain.blocks(end // _BLOCK_BYTES):
@@ -160,7 +160,7 @@ class Exact:
     checkpoint, differently from the query.
     """
 
-    rows: tuple[Taken, ...]
+    rows: tuple[EncodedRow, ...]
     checkpoint: Row | None
     better: bool
     diverged: bool
@@ -183,13 +183,13 @@ def longest_exact(view: View, chain: Chain, found: Found, fidelity_min: int) -> 
     return Exact((), None, better, False)
 
 
-def _cut(rows: tuple[Taken, ...], end: int) -> tuple[Taken, ...]:
+def _cut(rows: tuple[EncodedRow, ...], end: int) -> tuple[EncodedRow, ...]:
     """Rows with the tokens to take of each, no further than position `end`. All but the last are full blocks."""
     starts = range(0, end, BLOCK_TOKENS)
     return tuple((key, value, min(take, end - start)) for start, (key, value, take) in zip(starts, rows, strict=False))
 
 
-def _goes_on(view: View, rows: tuple[Taken, ...]) -> bool:
+def _goes_on(view: View, rows: tuple[EncodedRow, ...]) -> bool:
     """Whether more is stored after exactly these rows: the rest of the last one, or what follows it."""
     key, value, take = rows[-1]
     row = parse_row(key, value, view.templates)

@@ -278,10 +278,10 @@ def passed_checkpoints(rows: Rows) -> tuple[npt.NDArray[np.intp], npt.NDArray[np
 def chain_of(view: View, row: Row) -> list[Row]:
     """The checkpoints whose tokens are a prefix of that of `row`, a checkpoint, in the order of their positions."""
     chain: list[Row] = []
-    here: Row | None = row
-    while here is not None:
-        chain += view.checkpoints(here.parent, here.tokens)
-        here = view.row(here.parent)
+    ancestor: Row | None = row
+    while ancestor is not None:
+        chain += view.checkpoints(ancestor.parent, ancestor.tokens)
+        ancestor = view.row(ancestor.parent)
     return chain[::-1]
 
 

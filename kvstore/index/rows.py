@@ -89,7 +89,7 @@ AUX_MARK, TAIL_MARK, CHECKPOINT_MARK = b"\xfd", b"\xfe", b"\xff"
 
 # A row as it stands in the index, key and value, and how many of its tokens to take. A match of 32k tokens has 128;
 # to parse them takes as long as to find them, and who only asks how long the match is needs none.
-Taken = tuple[bytes, bytes, int]
+EncodedRow = tuple[bytes, bytes, int]
 Templates = Mapping[bytes, bytes]
 
 
@@ -238,13 +238,13 @@ def fidelity_of(value: bytes) -> int:
     return int.from_bytes(value[_FIDELITY_AT : _FIDELITY_AT + 8], "little")
 
 
-def kinds_of(rows: Iterable[Taken]) -> set[tuple[int, int]]:
+def kinds_of(rows: Iterable[EncodedRow]) -> set[tuple[int, int]]:
     """(fidelity, digest of the templates) of rows that are not parsed. Most are equal, so numbers are made of few."""
     raw = {(value[_FIDELITY_AT : _FIDELITY_AT + 8], value[_TEMPLATES_AT : _TEMPLATES_AT + 4]) for _, value, _ in rows}
     return {(int.from_bytes(fidelity, "little"), int.from_bytes(digest, "little")) for fidelity, digest in raw}
 
 
-def sizes_of(rows: Iterable[Taken]) -> list[tuple[int, int, int]]:
+def sizes_of(rows: Iterable[EncodedRow]) -> list[tuple[int, int, int]]:
     """(bytes of the blob's payload, digest of the templates, tokens to take) of rows that are not parsed."""
     sizes = [(*_SIZES.unpack_from(value), take) for _, value, take in rows]
     return [(blob_bytes - offset, digest, take) for offset, blob_bytes, digest, take in sizes]

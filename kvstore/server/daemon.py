@@ -109,8 +109,10 @@ class Daemon:
         with contextlib.ExitStack() as stack:
             stack.enter_context(listening_place(config))
             limits = functools.partial(device.set_limits, config.limits.gpu_memory_bytes)
-            apart = device.bears_two_threads()
-            threads = Threads(limits, device.release_memory, apart=apart, uploads_max=config.limits.uploads_max)
+            two_threads = device.supports_two_threads()
+            threads = Threads(
+                limits, device.release_memory, two_threads=two_threads, uploads_max=config.limits.uploads_max
+            )
             stack.callback(threads.close)
             if self._awaits and not await until_there(config, files, threads.admin, self._stop):
                 return False

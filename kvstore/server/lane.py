@@ -28,20 +28,26 @@ RETRY_S = 0.5
 class Lane:
     """Queue of device work, which runs fetches before stores. Any thread may submit.
 
-    One thread runs one piece at a time. With `apart`, on devices that support it, stores run on a second thread of low
-    priority, so that fetches never wait for them. Submit work in pieces of about 50 ms: a running piece is never
+    One thread runs one piece at a time. With `two_threads`, on devices that support it, stores run on a second thread
+    of low priority, so that fetches never wait for them. Submit work in pieces of about 50 ms: a running piece is never
     interrupted.
     """
 
     def __init__(
-        self, start: Callable[[], None] | None = None, idle: Callable[[], None] | None = None, *, apart: bool = False
+        self,
+        start: Callable[[], None] | None = None,
+        idle: Callable[[], None] | None = None,
+        *,
+        two_threads: bool = False,
     ) -> None:
         """`start` runs on each thread before its first piece, to set device limits. `idle` runs when a thread that
         has worked gets no piece for `IDLE_S`, to free device memory."""
         self._idle = idle
         release = None if idle is None else self._release
         self._fetches = _Queue("kvstore-lane", start, release)
-        self._stores = _Queue("kvstore-lane-store", start, release, lower_thread_priority) if apart else self._fetches
+        self._stores = (
+            _Queue("kvstore-lane-store", start, release, lower_thread_priority) if two_threads else self._fetches
+        )
 
     def submit_fetch(self, work: Callable[[], T]) -> Future[T]:
         """Queue a piece of a fetch. Raises LimitError when the queue is full, UnavailableError after close."""

@@ -85,10 +85,10 @@ class Threads:
         start: Callable[[], None] | None = None,
         idle: Callable[[], None] | None = None,
         *,
-        apart: bool = False,
+        two_threads: bool = False,
         uploads_max: int = 64,
     ) -> None:
-        """`start`, `idle` and `apart` are the lane's."""
+        """`start`, `idle` and `two_threads` are the lane's."""
         # Matches and plans of fetches: index and sizes of blobs. Never waits for a writer of the index.
         self.read = Pool("read", 4)
         # A batch of a stream as it is stored, and a block that a worker reports as damaged: waits for the disk.
@@ -125,7 +125,7 @@ class Threads:
         # The event loop that scrapers are answered on, where there is one.
         self.metrics = Pool("metrics", 1, background=True)
         # Everything that touches the device: pieces of about 50 ms, fetches before stores; a store that waits ages.
-        self.lane = Lane(start, idle, apart=apart)
+        self.lane = Lane(start, idle, two_threads=two_threads)
 
     def waiting(self) -> dict[str, int]:
         """Callers that wait for a thread, by pool; pools without any are left out. On the event loop."""

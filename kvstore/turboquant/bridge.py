@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from kvstore.blobs.ranges import RangeReader
+from kvstore.blobs.protocol import RangeReader
 from kvstore.codecs.assemble import packed_layer
 from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.turboquant import MSE, PROD, fold_of

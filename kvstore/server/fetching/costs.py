@@ -118,7 +118,7 @@ class Timing:
 
 
 @dataclass(slots=True)
-class Belief:
+class Correction:
     """Learned correction of one estimate: the logarithm of its factor, and when it was last updated."""
 
     log_factor: float = 0.0
@@ -141,9 +141,9 @@ class Belief:
 class _Way:
     """Estimates for one namespace and one transport."""
 
-    fixed: Belief = field(default_factory=Belief)
-    reading: Belief = field(default_factory=Belief)
-    decoding: Belief = field(default_factory=Belief)
+    fixed: Correction = field(default_factory=Correction)
+    reading: Correction = field(default_factory=Correction)
+    decoding: Correction = field(default_factory=Correction)
     reads: int = 0
     decodes: int = 0
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeAlias
 
-from kvstore.blobs.ranges import BufferReader, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import BufferReader
 from kvstore.codecs.assemble import assemble_layer, dense_bytes
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import NO_CONTEXT, BlockCorruptError, Context

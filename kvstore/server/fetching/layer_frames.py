@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
 from typing import Protocol, TypeVar
 
-from kvstore.blobs.ranges import OPEN_FILES_MAX, Range, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import OPEN_FILES_MAX, Range
 from kvstore.codecs.assemble import dense_runs
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
@@ -41,7 +42,7 @@ OPEN_FILES_MIN = 4
 RETRY_S = 0.2
 
 
-class Piece(Protocol):
+class HasSize(Protocol):
     """Bytes to be sent: a stored byte range, or a view of memory."""
 
     @property
@@ -49,7 +50,7 @@ class Piece(Protocol):
         """Its size."""
 
 
-P = TypeVar("P", bound=Piece)
+P = TypeVar("P", bound=HasSize)
 
 
 class LayerFrames:

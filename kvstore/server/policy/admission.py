@@ -174,7 +174,7 @@ class StoreAdmission:
             self.held_back = HeldBack(self.held_back.stores + 1, self.held_back.nbytes + nbytes)
 
 
-class Taken:
+class AdmittedBlocks:
     """The blocks of a store, as long as they may be written: then it ends, and `reason` says why.
 
     A checkpoint follows the blocks that it continues: without it they are of no use, so it is written with them.

@@ -22,7 +22,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from kvstore.blobs.format import make_ready
-from kvstore.blobs.ranges import BufferReader, Range, RangeReader
+from kvstore.blobs.protocol import RangeReader
+from kvstore.blobs.ranges import BufferReader, Range
 from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.profiles import Profile
 from kvstore.codecs.runs import EncodedRun

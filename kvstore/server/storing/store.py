@@ -39,7 +39,7 @@ from kvstore.errors import (
 )
 from kvstore.server.calls.callers import is_probe
 from kvstore.server.lane import Lane
-from kvstore.server.policy.admission import DETAILS, Taken, store_admission
+from kvstore.server.policy.admission import DETAILS, AdmittedBlocks, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice
 from kvstore.server.policy.pressure import Watermark
 from kvstore.server.storing.receive import Receiver
@@ -354,10 +354,10 @@ class StorePath:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
             with self.receiver.memory(upload) as memory:
-                taken = Taken(self.admission, self.receiver.blocks(upload, fidelity, memory))
+                admitted = AdmittedBlocks(self.admission, self.receiver.blocks(upload, fidelity, memory))
                 receipt = self._engine.store(
                     upload.namespace.to_record(),
-                    taken,
+                    admitted,
                     # A spliced block may be another sequence's tail: nothing may make room for what needs it.
                     protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
                     encryption=upload.encryption,
@@ -372,7 +372,7 @@ class StorePath:
             for piece in upload.spliced:
                 self._engine.recheck(piece.row.key)
             return 0, Reason.EVICTED if evicted else Reason.CORRUPT
-        return receipt.new_bytes, taken.reason if receipt.reason is Reason.OK else receipt.reason
+        return receipt.new_bytes, admitted.reason if receipt.reason is Reason.OK else receipt.reason
 
 
 def _why_less(match: Match) -> Reason:

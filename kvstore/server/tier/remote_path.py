@@ -33,7 +33,7 @@ from kvstore.remote.finder import Reach, RemoteBlock
 from kvstore.remote.object_names import Naming, labels_from
 from kvstore.remote.objects import extended, read_header
 from kvstore.remote.tier import RemoteTier
-from kvstore.server.fetching.costs import Belief, Costs, Work
+from kvstore.server.fetching.costs import Correction, Costs, Work
 from kvstore.server.storing.importer import Importer
 from kvstore.server.storing.store import StorePath
 from kvstore.server.threads import Pool
@@ -104,7 +104,7 @@ class RemotePath:
         self._promoting: dict[bytes, asyncio.Future[None]] = {}  # by `Want.before_missing`
         self._infos: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # of namespaces that nothing is stored of here
         self._lock = threading.Lock()  # over them
-        self._pace = Belief()  # what promotions take beyond what the link alone would
+        self._pace = Correction()  # what promotions take beyond what the link alone would
 
     def why_not(self, want: Want) -> RemoteReason | None:
         """Why the tier is not asked for a request that it might have more for; None when it should be asked."""
