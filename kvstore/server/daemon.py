@@ -168,40 +168,36 @@ class Daemon:
         )
         health = HealthServicer()
         # Strangers are turned away first, so that they take no place from those who may come in.
-        server = grpc.aio.server(
-            options=connection_options(config, sockets.connections_max),
-            interceptors=[*guards(files), admission],
-        )
-        add_kvstore_service(service, server)
-        rpc.add_AdminServicer_to_server(admin, server)
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        services = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("KVStore", "Admin")]
-        if config.address.path:
-            names = [*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME]
-            reflection.enable_server_reflection(names, server)
+        options, interceptors = connection_options(config, sockets.connections_max), [*guards(files), admission]
+        server = grpc.aio.server(options=options, interceptors=interceptors)
+        services = add_services(server, service, admin, health, reflects=bool(config.address.path))
         bind(server, config, files)
         metrics = MetricsListener.bound(config.metrics_address, admin.snapshot)
-        await server.start()
-        receiving = receive_by_socket(UploadSocket(store.uploads, stores.begin, config.limits.uploads_max), config)
-        for name in ("", *services, WRITES, health_service()):
-            await health.set(name, SERVING)
-        self._state = "serving"
-        log.info("serving %s on %s", config.data_dir, config.listen)
-        await threads.admin(sockets.begin)
-        remote.start()
         upkeep = Upkeep(engine, store, sockets, config, telemetry)
-        tasks = self._begin_upkeep(upkeep, engine, threads, health, files, pressure, remote)
-        with serving_metrics(metrics, threads):
-            await self._stop.wait()
-        self._state = "draining"
-        log.info("draining")
-        await health.enter_graceful_shutdown()
-        for task in tasks:
-            task.cancel()
-        await self._drain(server, service, receiving, stores, store)
-        await threads.release(store.uploads.end_all)
-        await threads.admin(remote.close)
-        await threads.care(upkeep.end)  # after a step that is under way: both write the same files
+        receiving = UploadSocket(store.uploads, stores.begin, config.limits.uploads_max)
+        # The stop, last step first. Each step runs even if the start or an earlier step fails: the engine is closed
+        # next, and nothing may use it then.
+        async with contextlib.AsyncExitStack() as stop:
+            stop.push_async_callback(threads.care, upkeep.end)  # after a running step: both write the same files
+            stop.push_async_callback(threads.admin, remote.close)
+            stop.push_async_callback(threads.release, store.uploads.end_all)
+            stop.push_async_callback(self._drain, server, stores, store)
+            stop.callback(receiving.close)
+            stop.callback(service.end_leases)
+            stop.push_async_callback(self._begin_stop, health)
+            receive_by_socket(receiving, config)
+            # Before a client can connect: its socket would be counted as the daemon's own.
+            await threads.admin(sockets.begin)
+            await server.start()
+            for name in ("", *services, WRITES, health_service()):
+                await health.set(name, SERVING)
+            self._state = "serving"
+            log.info("serving %s on %s", config.data_dir, config.listen)
+            remote.start()
+            for task in self._begin_upkeep(upkeep, engine, threads, health, files, pressure, remote):
+                stop.callback(task.cancel)
+            with serving_metrics(metrics, threads):
+                await self._stop.wait()
 
     def _pressure(
         self, engine: Engine, threads: Threads, store: StorePath, buffers: ByteBudget, counters: Counters
@@ -216,12 +212,13 @@ class Daemon:
             engine, threads.lane, store.gate, admission, buffers, self._config, watermark, quiet, Power(), is_over
         )
 
-    async def _drain(
-        self, server: Any, service: KVStoreService, receiving: UploadSocket, stores: Stores, store: StorePath
-    ) -> None:
+    async def _begin_stop(self, health: HealthServicer) -> None:
+        self._state = "draining"
+        log.info("draining")
+        await health.enter_graceful_shutdown()
+
+    async def _drain(self, server: Any, stores: Stores, store: StorePath) -> None:
         # No new calls from here on. Commits that were accepted go through, heard or not, while the grace lasts.
-        service.end_leases()
-        receiving.close()
         grace = asyncio.get_running_loop().time() + self._config.limits.grace_s
         await server.stop(self._config.limits.grace_s)
         if not await stores.drain(max(0.0, grace - asyncio.get_running_loop().time())):
@@ -260,6 +257,20 @@ class Daemon:
             log.error(AWAY if await threads.care(self.is_away) else words, self._config.data_dir)
             self._must_restart = True
             self._stop.set()
+
+
+def add_services(
+    server: Any, service: KVStoreService, admin: AdminService, health: HealthServicer, *, reflects: bool
+) -> list[str]:
+    """Add all services to the server; the full names of ours. With `reflects`, clients can list them."""
+    add_kvstore_service(service, server)
+    rpc.add_AdminServicer_to_server(admin, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("KVStore", "Admin")]
+    if reflects:
+        others = (health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection([*names, *others], server)
+    return names
 
 
 async def every_second(work: Callable[[], Awaitable[object]]) -> None:

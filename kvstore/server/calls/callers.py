@@ -138,7 +138,7 @@ class Sockets:
         self._own = 0
 
     def begin(self) -> None:
-        """Note the daemon's own sockets. Call it when all listeners are open; earlier connections count as own."""
+        """Note the daemon's own sockets. Call it with all listeners open, before the server starts to accept."""
         self._own = open_sockets()
 
     def look(self) -> None:

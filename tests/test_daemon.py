@@ -1,0 +1,121 @@
+"""How a daemon ends when a step of its start or of its stop fails, and which sockets it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvstore.config import Config
+from kvstore.core.breaker import Deadline
+from kvstore.engine import Engine
+from kvstore.remote.open_store import configured_store
+from kvstore.server import daemon as daemon_module
+from kvstore.server.calls.callers import Sockets, open_sockets
+from kvstore.server.daemon import Daemon
+from kvstore.server.handlers import KVStoreService
+from kvstore.server.storing.stores import Stores
+from kvstore.server.upkeep import Upkeep
+from tests.support.limits import small_config
+
+
+class FailedStepError(Exception):
+    """What a step raises in these tests."""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """A daemon with a remote tier in a folder."""
+    remote = tmp_path / "remote"
+    made = small_config(f"unix:{tmp_path}/s/k", data_dir=tmp_path / "d", remote=f"file://{remote}")
+    configured_store(made).mark(Deadline(60))
+    return made
+
+
+def refuse(*_: Any) -> Any:
+    """A step that fails."""
+    raise FailedStepError
+
+
+def accepts(config: Config) -> bool:
+    """Whether somebody listens at the address of workers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as made:
+        return made.connect_ex(config.address.path) == 0
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"),
+    [
+        (Daemon, "_begin_upkeep"),
+        (daemon_module, "health_service"),
+        (KVStoreService, "end_leases"),
+        (Stores, "drain"),
+        (Upkeep, "end"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_whatever_step_fails_nothing_runs_when_the_engine_closes(
+    config: Config, monkeypatch: pytest.MonkeyPatch, owner: Any, step: str
+) -> None:
+    """No call is accepted, and nothing is pushed: both would use a closed engine."""
+    left: list[bool] = []
+    close = Engine.close
+
+    def watched(engine: Engine) -> None:
+        left.append(accepts(config) or any(one.name == "kvstore-push" for one in threading.enumerate()))
+        close(engine)
+
+    monkeypatch.setattr(Engine, "close", watched)
+    monkeypatch.setattr(owner, step, refuse)
+
+    async def run() -> None:
+        daemon = Daemon(config, may_create=True)
+        asyncio.get_running_loop().call_later(0.5, daemon.stop)
+        await daemon.run()
+
+    with pytest.raises(FailedStepError):
+        asyncio.run(run())
+    assert left == [False]
+
+
+def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers that were waiting for the daemon connect before it says that it serves."""
+    counted: list[int] = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+
+        def connected() -> str:
+            """Stands in the start, after the server accepts."""
+            before = open_sockets()
+            client.connect(config.address.path)
+            assert wait_for(lambda: open_sockets() > before)
+            return "kvstore.handshake"
+
+        def look(sockets: Sockets) -> None:
+            looked(sockets)
+            counted.append(sockets.connections)
+            client.close()  # the stop would wait for its handshake
+
+        looked = Sockets.look
+        monkeypatch.setattr(daemon_module, "health_service", connected)
+        monkeypatch.setattr(Sockets, "look", look)
+
+        async def run() -> None:
+            daemon = Daemon(config, may_create=True)
+            asyncio.get_running_loop().call_later(1.6, daemon.stop)
+            await daemon.run()
+
+        asyncio.run(run())
+    assert counted and counted[0] == 1
+
+
+def wait_for(is_so: Callable[[], bool]) -> bool:
+    """Whether it becomes so."""
+    pause = threading.Event()
+    return any(is_so() or pause.wait(0.01) for _ in range(1000))
