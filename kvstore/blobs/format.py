@@ -31,12 +31,12 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
 
-from kvstore.core.blocks import FIDELITY_EXACT, Aux, Block, LayerState, Run, Stack, StateArray, Tensor
+from kvstore.core.blocks import FIDELITY_EXACT, Aux, Block
 from kvstore.core.keys import aux_key, block_key, checkpoint_key
 from kvstore.core.records import TENSORS_MAX, block_from_record, block_to_record
 from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError, UnknownFormatError
@@ -82,15 +82,7 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     the block, or the header would pass its limit.
     """
     views = [_flat(buffer) for buffer in buffers]
-    remaining = iter(views)
-    if block.aux is not None:
-        ready = replace(block, aux=_placed_aux(block.aux, next(remaining, memoryview(b""))))
-    elif block.is_checkpoint:
-        ready = replace(block, states=_placed_states(block.states, remaining))
-    else:
-        ready = replace(block, runs=_placed_runs(block.runs, remaining))
-    if next(remaining, None) is not None:
-        raise InvalidRequestError("more buffers than tensors")
+    ready = _placed(block, views)
     record = block_to_record(ready)
     try:  # now what readers will check later
         if block_from_record(record) != ready:
@@ -106,45 +98,76 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     return ReadyBlob(ready, header, tuple(views))
 
 
-def _placed_runs(unplaced: Sequence[Run], remaining: Iterator[memoryview]) -> tuple[Run, ...]:
-    offset = 0
-    runs: list[Run] = []
-    for run in unplaced:
-        stacks: list[Stack] = []
-        for stack in run.stacks:
-            tensors: list[Tensor] = []
+class PayloadPart(NamedTuple):
+    """One tensor or state array of a blob, or the bytes of an aux block, by its name in the tensor table.
+
+    `lengths`: of the ranges with a checksum of their own, one after the other; `checksums` has 8 bytes for each.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    lengths: Sequence[int]
+    checksums: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all ranges."""
+        return sum(self.lengths)
+
+
+def parts(block: Block) -> Iterator[PayloadPart]:
+    """Everything that the payload of a block consists of, in order."""
+    for r, run in enumerate(block.runs):
+        for s, stack in enumerate(run.stacks):
+            n_layers = len(stack.layers)
             for tensor in stack.tensors:
-                view = next(remaining, None)
-                if view is None or len(view) != tensor.stored_bytes(len(stack.layers), run.n_tokens) or not view:
-                    raise InvalidRequestError(f"the buffer of {stack.part}.{tensor.name} does not fit its tensor")
-                shares = (replace(tensor, offset=0).layer_range(at, run.n_tokens) for at in range(len(stack.layers)))
-                sums = b"".join(_checksum(view[at : at + nbytes]) for at, nbytes in shares)
-                tensors.append(replace(tensor, offset=offset, checksums=sums))
-                offset += len(view)
-            stacks.append(replace(stack, tensors=tuple(tensors)))
-        runs.append(replace(run, stacks=tuple(stacks)))
-    return tuple(runs)
-
-
-def _placed_states(unplaced: Sequence[LayerState], remaining: Iterator[memoryview]) -> tuple[LayerState, ...]:
-    offset = 0
-    states: list[LayerState] = []
-    for state in unplaced:
-        arrays: list[StateArray] = []
+                lengths = tensor.lengths or (tensor.layer_bytes(run.n_tokens),) * n_layers
+                shape = [n_layers, tensor.heads, tensor.rows(run.n_tokens), tensor.width]
+                dtype, shape = ("U8", [sum(lengths)]) if tensor.lengths else (tensor.dtype, shape)
+                name = f"r{r}.s{s}.{stack.part}.{tensor.name}"
+                yield PayloadPart(name, dtype, shape, tensor.offset, lengths, tensor.checksums)
+    for state in block.states:
         for array in state.arrays:
-            view = next(remaining, None)
-            if view is None or len(view) != array.nbytes:
-                raise InvalidRequestError(f"the buffer of l{state.layer}.{array.name} does not fit its array")
-            arrays.append(replace(array, offset=offset, checksum=_checksum(view)))
-            offset += len(view)
-        states.append(replace(state, arrays=tuple(arrays)))
-    return tuple(states)
+            name = f"l{state.layer}.{array.name}"
+            yield PayloadPart(name, array.dtype, list(array.shape), array.offset, (array.nbytes,), array.checksum)
+    if block.aux is not None:
+        yield PayloadPart("aux", "U8", [block.aux.nbytes], 0, (block.aux.nbytes,), block.aux.checksum)
 
 
-def _placed_aux(aux: Aux, view: memoryview) -> Aux:
-    if len(view) != aux.nbytes or hashlib.sha256(view).digest() != aux.digest:
-        raise InvalidRequestError("the buffer of an aux block does not have its digest")
-    return replace(aux, checksum=_checksum(view))
+def _placed(block: Block, views: Sequence[memoryview]) -> Block:
+    """The block with the offsets and checksums of these bytes. InvalidRequestError where they do not fit it."""
+    offsets, checksums = [0], list[bytes]()
+    for part, view in itertools.zip_longest(parts(block), views):
+        if part is None:
+            raise InvalidRequestError("more buffers than tensors")
+        if view is None or len(view) != part.nbytes or not (view or block.states):
+            raise InvalidRequestError(f"the buffer of {part.name} does not fit it")
+        ends = itertools.accumulate(part.lengths)
+        shares = (view[end - length : end] for length, end in zip(part.lengths, ends, strict=True))
+        checksums.append(b"".join(map(_checksum, shares)))
+        offsets.append(offsets[-1] + len(view))
+    if block.aux is not None:
+        if hashlib.sha256(views[0]).digest() != block.aux.digest:
+            raise InvalidRequestError("the buffer of an aux block does not have its digest")
+        return replace(block, aux=replace(block.aux, checksum=checksums[0]))
+    at, sums = iter(offsets), iter(checksums)
+    runs = tuple(
+        replace(
+            run,
+            stacks=tuple(
+                replace(stack, tensors=tuple(replace(t, offset=next(at), checksums=next(sums)) for t in stack.tensors))
+                for stack in run.stacks
+            ),
+        )
+        for run in block.runs
+    )
+    states = tuple(
+        replace(state, arrays=tuple(replace(a, offset=next(at), checksum=next(sums)) for a in state.arrays))
+        for state in block.states
+    )
+    return replace(block, runs=runs, states=states)
 
 
 def _key(block: Block) -> bytes:
@@ -167,43 +190,23 @@ def _checksum(view: memoryview) -> bytes:
 
 def payload_bytes(block: Block) -> int:
     """Bytes of all tensors and state arrays, or of the aux block."""
-    if block.aux is not None:
-        return block.aux.nbytes
-    return sum(run.nbytes() for run in block.runs) + sum(state.nbytes for state in block.states)
+    return sum(part.nbytes for part in parts(block))
 
 
 def payload_parts(block: Block, payload: memoryview) -> list[memoryview]:
     """The bytes of each tensor or state array, in order, of a block's whole payload: what `make_ready` takes."""
-    sizes = [
-        tensor.stored_bytes(len(stack.layers), run.n_tokens)
-        for run in block.runs
-        for stack in run.stacks
-        for tensor in stack.tensors
-    ]
-    sizes += [array.nbytes for state in block.states for array in state.arrays]
-    sizes += [block.aux.nbytes] if block.aux is not None else []
-    ends = list(itertools.accumulate(sizes))
-    return [payload[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    return [payload[part.offset : part.offset + part.nbytes] for part in parts(block)]
 
 
 def checked_ranges(block: Block) -> Iterator[tuple[int, int, int]]:
     """(offset in the payload, length, xxh3_64) of every (tensor, layer) range or array, in the order of the file."""
-    for run in block.runs:
-        for stack in run.stacks:
-            for tensor in stack.tensors:
-                for position in range(len(stack.layers)):
-                    checksum = tensor.checksum(position)
-                    if checksum is None:
-                        raise CorruptDataError("a stored tensor without checksums")
-                    yield (*tensor.layer_range(position, run.n_tokens), checksum)
-    for array in (array for state in block.states for array in state.arrays):
-        if not array.checksum:
-            raise CorruptDataError("a stored array without checksum")
-        yield array.offset, array.nbytes, int.from_bytes(array.checksum, "little")
-    if block.aux is not None:
-        if not block.aux.checksum:
-            raise CorruptDataError("a stored aux block without checksum")
-        yield 0, block.aux.nbytes, int.from_bytes(block.aux.checksum, "little")
+    for part in parts(block):
+        if len(part.checksums) != 8 * len(part.lengths):
+            raise CorruptDataError(f"{part.name} is stored without checksums")
+        at = part.offset
+        for number, length in enumerate(part.lengths):
+            yield at, length, int.from_bytes(part.checksums[8 * number : 8 * number + 8], "little")
+            at += length
 
 
 def require_payload(block: Block, payload: memoryview) -> None:
@@ -223,35 +226,14 @@ def require_payload(block: Block, payload: memoryview) -> None:
 
 def table(block: Block) -> dict[str, Any]:
     """The tensor table that follows from the record. CorruptDataError when tensors leave gaps or are too many."""
-    if block.aux is not None:
-        return {"aux": {"dtype": "U8", "shape": [block.aux.nbytes], "data_offsets": [0, block.aux.nbytes]}}
-    if block.is_checkpoint:
-        return _state_table(block.states)
     entries: dict[str, Any] = {}
     end = 0
-    for r, run in enumerate(block.runs):
-        for s, stack in enumerate(run.stacks):
-            for tensor in stack.tensors:
-                name = f"r{r}.s{s}.{stack.part}.{tensor.name}"
-                start, end = end, end + tensor.stored_bytes(len(stack.layers), run.n_tokens)
-                if tensor.offset != start or name in entries or len(entries) >= TENSORS_MAX or end == start:
-                    raise CorruptDataError("block record: tensors overlap, leave gaps, or are too many")
-                shape = [len(stack.layers), tensor.heads, tensor.rows(run.n_tokens), tensor.width]
-                dtype, shape = ("U8", [end - start]) if tensor.lengths else (tensor.dtype, shape)
-                entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    return entries
-
-
-def _state_table(states: Sequence[LayerState]) -> dict[str, Any]:
-    entries: dict[str, Any] = {}
-    end = 0
-    for state in states:
-        for array in state.arrays:
-            name = f"l{state.layer}.{array.name}"
-            start, end = end, end + array.nbytes
-            if array.offset != start or name in entries:
-                raise CorruptDataError("block record: state arrays overlap, leave gaps, or have one name")
-            entries[name] = {"dtype": array.dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+    for part in parts(block):
+        start, end = end, end + part.nbytes
+        is_odd = part.offset != start or part.name in entries or len(entries) >= TENSORS_MAX
+        if is_odd or (end == start and not block.states):
+            raise CorruptDataError("block record: tensors overlap, leave gaps, have one name, or are too many")
+        entries[part.name] = {"dtype": part.dtype, "shape": part.shape, "data_offsets": [start, end]}
     return entries
 
 
