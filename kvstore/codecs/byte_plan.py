@@ -7,13 +7,12 @@ group, the surplus rows are cut after decoding, so a segment starts or ends ther
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kvstore.blobs.ranges import Range
-from kvstore.codecs.codec import BlockCorruptError, ByteCodec, codec_of, packer_of, unpacked
+from kvstore.codecs.codec import BlockCorruptError, ByteCodec, packer_of, tensors_of, unpacked
 from kvstore.core import rules
 from kvstore.core.blocks import Block, Recipe, Run, Stack, Tensor
 from kvstore.core.layers import Layout, PartSpec
@@ -145,7 +144,7 @@ def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor,
     """The stack's tensors without offsets, after a check that the recipe gives these tensors for this part."""
     packed = packer_of(stack.recipe) is not None
     try:
-        tensors = _tensors_of(part, stack.recipe)
+        tensors = tensors_of(part, stack.recipe)
     except CorruptDataError as error:
         raise BlockCorruptError(f"block {source}: {error}", source) from error
     fits = len(tensors) == len(stack.tensors) and all(
@@ -155,9 +154,3 @@ def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor,
     if not fits:
         raise BlockCorruptError(f"block {source}: tensors do not fit recipe {stack.recipe.name}", source)
     return tensors
-
-
-@functools.lru_cache(256)
-def _tensors_of(part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-    """The tensors that a recipe gives for a part. Raises CorruptDataError if it does not fit the part."""
-    return codec_of(recipe).tensors(part, recipe)

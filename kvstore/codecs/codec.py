@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -120,6 +121,12 @@ def codec_of(recipe: Recipe) -> Codec:
     if codec is None:
         raise UnknownFormatError(f"this kvstore cannot read recipe {recipe.name} version {recipe.version}")
     return codec
+
+
+@functools.lru_cache(256)
+def tensors_of(part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
+    """The tensors that a recipe gives for a part. CorruptDataError if it does not fit the part."""
+    return codec_of(recipe).tensors(part, recipe)
 
 
 def packer_of(recipe: Recipe) -> ByteCodec | None:

@@ -23,9 +23,9 @@ from math import lcm
 import numpy as np
 
 from kvstore.codecs import device
-from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of, is_packing
+from kvstore.codecs.codec import NO_CONTEXT, Context, codec_of, tensors_of
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.profiles import Profile
+from kvstore.codecs.profiles import Profile, targets
 from kvstore.codecs.runs import EncodedRun, cut_run, group_tokens, join_runs, stacks_of
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe, Run, Stack
 from kvstore.core.layers import Layout, PartSpec
@@ -108,14 +108,17 @@ def encode_run(
     fidelity = raw.run.fidelity
     for stack, mine in stacks_of(raw):
         for recipe, positions in _by_target(layout, profile, stack).items():
-            one, rows = _some_layers(stack, mine, positions)
-            codec, part = codec_of(recipe), layout.layers[one.layers[0]].part(stack.part)
+            one, rows = stack, mine
+            if len(positions) < len(stack.layers):
+                one = replace(stack, layers=tuple(stack.layers[position] for position in positions))
+                rows = [buffer[positions] for buffer in mine]
+            part = layout.layers[one.layers[0]].part(stack.part)
             where = replace(context, part=stack.part, layers=one.layers)
-            is_wanted = recipe != RAW and group % codec.group_tokens == 0
+            is_wanted = recipe != RAW and group % codec_of(recipe).group_tokens == 0
             encoded = _encode_stack(rows[0], part, recipe, submit, where) if is_wanted else None
             if encoded is not None:
-                one = replace(one, recipe=recipe, tensors=codec.tensors(part, recipe))
-                fidelity = min(fidelity, codec.fidelity(recipe))
+                one = replace(one, recipe=recipe, tensors=tensors_of(part, recipe))
+                fidelity = min(fidelity, codec_of(recipe).fidelity(recipe))
             stacks.append(one)
             buffers += encoded or rows
     return EncodedRun(replace(raw.run, fidelity=fidelity, stacks=tuple(stacks)), tuple(buffers))
@@ -145,10 +148,8 @@ def _encode_groups(
     """The run cut after its last whole group, with the groups encoded."""
     if not is_first_hand(run.run):
         return [run]
-    targets = {
-        _target(layout, profile, stack, at) for stack in run.run.stacks if stack.recipe == RAW for at in stack.layers
-    }
-    group = lcm(group_tokens(run.run), *(codec_of(recipe).group_tokens for recipe in targets))
+    recipes = {recipe for stack in run.run.stacks for recipe in _by_target(layout, profile, stack)}
+    group = lcm(group_tokens(run.run), *(codec_of(recipe).group_tokens for recipe in recipes))
     whole = run.run.n_tokens // group * group
     if group == 1 or whole <= run.run.skip:
         return [run]
@@ -157,27 +158,14 @@ def _encode_groups(
     return [encoded] if rest is None else [encoded, rest]
 
 
-def _target(layout: Layout, profile: Profile, stack: Stack, layer: int) -> Recipe:
-    """Target recipe for a raw stack's part; RAW also where the bytes will be packed later."""
-    part = layout.layers[layer].part(stack.part)
-    recipe = profile.recipe(stack.part, part, layer, len(layout.layers))
-    return RAW if is_packing(recipe) else recipe
-
-
 def _by_target(layout: Layout, profile: Profile, stack: Stack) -> dict[Recipe, list[int]]:
     """Positions in the stack by what is to become of their layers; one entry, RAW, for what is encoded already."""
-    found: dict[Recipe, list[int]] = {}
+    if stack.recipe != RAW:
+        return {RAW: [*range(len(stack.layers))]}
+    of, found = targets(layout, profile), dict[Recipe, list[int]]()
     for position, layer in enumerate(stack.layers):
-        target = _target(layout, profile, stack, layer) if stack.recipe == RAW else RAW
-        found.setdefault(target, []).append(position)
+        found.setdefault(of[stack.part, layer].encoded, []).append(position)
     return found
-
-
-def _some_layers(stack: Stack, buffers: list[Bytes], positions: list[int]) -> tuple[Stack, list[Bytes]]:
-    """Narrow a stack and its buffers to the layers at `positions`. Copies the buffers unless all layers are kept."""
-    if len(positions) == len(stack.layers):
-        return stack, buffers
-    return replace(stack, layers=tuple(stack.layers[p] for p in positions)), [buffer[positions] for buffer in buffers]
 
 
 def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit, context: Context) -> list[Bytes] | None:
@@ -185,10 +173,8 @@ def _encode_stack(rows: Bytes, part: PartSpec, recipe: Recipe, submit: Submit, c
     if not device.all_finite(rows, part.dtype):
         return None
     n_layers, _, n_tokens, _ = rows.shape
-    out = [
-        np.empty((n_layers, t.heads, t.rows(n_tokens), t.row_bytes), np.uint8)
-        for t in codec_of(recipe).tensors(part, recipe)
-    ]
+    shapes = [(n_layers, t.heads, t.rows(n_tokens), t.row_bytes) for t in tensors_of(part, recipe)]
+    out = [np.empty(shape, np.uint8) for shape in shapes]
     step = max(1, PIECE_BYTES * n_layers // max(1, rows.nbytes))
     for at in range(0, n_layers, step):
         some = replace(context, layers=context.layers[at : at + step])

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvstore.codecs.codec import codec_of, is_packing, packer_of
-from kvstore.codecs.profiles import Profile, parse_profile
+from kvstore.codecs.codec import codec_of, packer_of, tensors_of
+from kvstore.codecs.profiles import Profile, parse_profile, targets
 from kvstore.core.blocks import RAW, Tensor
 from kvstore.core.layers import PARTS, Layout
 from kvstore.errors import ConfigError
@@ -48,12 +48,11 @@ def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
         for name in PARTS if not layer.is_exact else ():
             part = layer.part(name)
             plain = part.tensors()
-            recipe = profile.recipe(name, part, index, len(layout.layers))
-            codec = codec_of(recipe)
+            recipe = targets(layout, profile)[name, index].encoded
             raw_bits = sum(8.0 * tensor.layer_bytes(1) for tensor in plain)
             values += values_of(plain)
             raw += raw_bits
-            if not plain or recipe == RAW or is_packing(recipe):
+            if not plain or recipe == RAW:
                 least += raw_bits * PACKED_SHARE_MIN
                 most += raw_bits
                 continue
@@ -62,8 +61,8 @@ def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
                 least += values_of(plain) * CODED_BITS_MIN
                 most += values_of(plain) * CODED_BITS_MAX
                 continue
-            size = codec.group_tokens
-            kept = sum(8.0 * tensor.layer_bytes(size) for tensor in codec.tensors(part, recipe)) / size
+            size = codec_of(recipe).group_tokens
+            kept = sum(8.0 * tensor.layer_bytes(size) for tensor in tensors_of(part, recipe)) / size
             least, most, group = least + kept, most + kept, max(group, size)
     values = max(values, 1)
     return ExpectedBits(least / values, most / values, raw / values, lossy, group)

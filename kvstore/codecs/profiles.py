@@ -19,20 +19,22 @@ whole group) is lossless, except after a single word of raw or affine: then it i
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.codebooks import BITS_MAX
-from kvstore.codecs.codec import codec_of
+from kvstore.codecs.codec import codec_of, is_packing
 from kvstore.codecs.lossless import LOSSLESS
 from kvstore.codecs.pca import pca_recipe
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe
 from kvstore.codecs.turboquant_even import turboquant_even_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe
-from kvstore.core.layers import PartSpec
+from kvstore.core.layers import PARTS, Layout, PartSpec
 from kvstore.errors import ConfigError
 
 GROUP_DEFAULT = 64
@@ -109,6 +111,25 @@ class Profile:
         """The least of keys and values, of the edge layers too."""
         edge = (self.edge_keys, self.edge_values) if self.edge_layers else ()
         return min(codec_of(recipe).fidelity(recipe) for recipe in (self.keys, self.values, *edge))
+
+
+class Target(NamedTuple):
+    """What a profile makes of one part of a layer: how it is encoded (RAW: it is not), and how raw rows are kept."""
+
+    encoded: Recipe
+    kept: Recipe
+
+
+@functools.lru_cache(maxsize=64)
+def targets(layout: Layout, profile: Profile) -> Mapping[tuple[str, int], Target]:
+    """The targets of all layers, by part and layer. Made once, since every run of a store asks for them."""
+    found = {}
+    for layer, spec in enumerate(layout.layers):
+        for part in PARTS:
+            recipe = profile.recipe(part, spec.part(part), layer, len(layout.layers))
+            is_exact = recipe == RAW or is_packing(recipe)
+            found[part, layer] = Target(RAW, recipe) if is_exact else Target(recipe, profile.rest)
+    return found
 
 
 def parse_profile(name: str) -> Profile:

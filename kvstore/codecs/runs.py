@@ -13,9 +13,9 @@ from math import lcm
 import numpy as np
 
 from kvstore.blobs.protocol import RangeReader
-from kvstore.codecs.codec import BlockCorruptError, is_packing, packer_of, unpacked, verify_range
+from kvstore.codecs.codec import BlockCorruptError, packer_of, unpacked, verify_range
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.profiles import Profile
+from kvstore.codecs.profiles import Profile, targets
 from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW, Recipe, Run, Stack, Tensor
 from kvstore.core.layers import Layout
 from kvstore.errors import CorruptDataError, InvalidRequestError
@@ -46,7 +46,7 @@ def raw_run(
     `fidelity` is less than exact for values that came out of the store. InvalidRequestError when a size is wrong.
     """
     run = Run(n_tokens, 0, n_tokens, fidelity, layout.raw_stacks)
-    shapes = _shapes(run)
+    shapes = [(len(stack.layers), *_shape(tensor, n_tokens)) for stack in run.stacks for tensor in stack.tensors]
     if len(buffers) != len(shapes):
         raise InvalidRequestError(f"{len(buffers)} buffers for {len(shapes)} tensors")
     arrays = []
@@ -147,20 +147,14 @@ def pack_run(layout: Layout, encoded: EncodedRun, profile: Profile) -> EncodedRu
     """The run with its raw stacks as the profile keeps what is not quantized: packed by a byte codec, or untouched."""
     stacks: list[Stack] = []
     buffers: list[Bytes] = []
+    of = targets(layout, profile)
     for stack, mine in stacks_of(encoded):
-        recipe = stack.recipe if stack.recipe != RAW else _unquantized(layout, stack, profile)
+        kept = {of[stack.part, layer].kept for layer in stack.layers} if stack.recipe == RAW else {stack.recipe}
+        recipe = kept.pop() if len(kept) == 1 else profile.rest
         packed = [_packed(t, b, recipe) for t, b in zip(stack.tensors, mine, strict=True)]
         stacks.append(replace(stack, recipe=recipe, tensors=tuple(tensor for tensor, _ in packed)))
         buffers += [buffer for _, buffer in packed]
     return EncodedRun(replace(encoded.run, stacks=tuple(stacks)), tuple(buffers))
-
-
-def _unquantized(layout: Layout, stack: Stack, profile: Profile) -> Recipe:
-    """How a raw stack is kept: as the profile wants it where that is exact in every layer, else as its `rest`."""
-    part = layout.layers[stack.layers[0]].part(stack.part)
-    recipes = {profile.recipe(stack.part, part, layer, len(layout.layers)) for layer in stack.layers}
-    exact = {recipe for recipe in recipes if recipe == RAW or is_packing(recipe)}
-    return exact.pop() if len(recipes) == 1 and exact else profile.rest
 
 
 def _packed(tensor: Tensor, rows: Bytes, recipe: Recipe) -> tuple[Tensor, Bytes]:
@@ -214,8 +208,3 @@ def _load_tensor(run: Run, stack: Stack, tensor: Tensor, source: int, reader: Ra
 def _shape(tensor: Tensor, n_tokens: int) -> tuple[int, int, int]:
     """Shape of one layer's share as bytes, unpacked."""
     return tensor.heads, tensor.rows(n_tokens), tensor.row_bytes
-
-
-def _shapes(run: Run) -> list[tuple[int, int, int, int]]:
-    """Shape of each tensor as bytes, in order, of a run that is not packed."""
-    return [(len(stack.layers), *_shape(tensor, run.n_tokens)) for stack in run.stacks for tensor in stack.tensors]
