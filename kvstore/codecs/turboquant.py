@@ -28,6 +28,7 @@ tests/support/reference.py is the format again, in numpy.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -83,32 +84,23 @@ def _recipe(name: str, bits: int, seed: int, unit: bool, log: bool) -> Recipe:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """Tensors of a recipe for rows of `width`; see the module docstring."""
+    """Tensors of a recipe for rows of `width`; see the module docstring.
+
+    `fields` is the layout of a packed row, (number of codes, bits per code) of each field: levels of `level_bits`, then
+    signs. `scales`: how many numbers are stored beside the codes of a row.
+    """
 
     width: int
-    bits: int
     seed: int
     unit: bool
     log: bool
     prod: bool
-
-    @property
-    def level_bits(self) -> int:
-        """Bits per level code."""
-        return self.bits - self.prod
-
-    @property
-    def fields(self) -> packing.Fields:
-        """Layout of a packed row: (number of codes, bits per code) of each field."""
-        levels = (self.width, self.level_bits)
-        return (levels, (self.width, 1)) if self.prod else (levels,)
-
-    @property
-    def scales(self) -> int:
-        """Numbers stored beside the codes of a row."""
-        return int(not self.unit) + int(self.prod)
+    level_bits: int
+    fields: packing.Fields
+    scales: int
 
 
+@functools.lru_cache(maxsize=256)
 def row_format(recipe: Recipe, width: int) -> RowFormat:
     """CorruptDataError unless the recipe can describe rows of `width`."""
     values = _DEFAULTS | dict(recipe.params)
@@ -119,21 +111,13 @@ def row_format(recipe: Recipe, width: int) -> RowFormat:
     in_range = bits in range(1 + prod, BITS_MAX + 1)
     if not known or not in_range or not 0 <= values["seed"] <= SEED_MAX or not _is_rotated(width):
         raise CorruptDataError(f"recipe {recipe} cannot describe rows of {width}")
-    return RowFormat(width, bits, values["seed"], bool(values["unit"]), bool(values["log"]), prod)
+    unit, level_bits = bool(values["unit"]), bits - prod
+    fields = ((width, level_bits), (width, 1))[: 1 + prod]
+    return RowFormat(width, values["seed"], unit, bool(values["log"]), prod, level_bits, fields, int(not unit) + prod)
 
 
 def _is_rotated(width: int) -> bool:
     return WIDTH_MIN <= width <= rotation.WIDTH_ROTATED_MAX and width % packing.CODES_TOGETHER == 0
-
-
-def rotate(rows: mx.array, form: RowFormat, residual: bool = False) -> mx.array:
-    """R, or R' of the residual: float32 `[..., width]`."""
-    return rotation.rotate(rows, form.seed + residual)
-
-
-def rotate_back(rows: mx.array, form: RowFormat, residual: bool = False) -> mx.array:
-    """The inverse of `rotate`."""
-    return rotation.rotate_back(rows, form.seed + residual)
 
 
 def encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
@@ -152,7 +136,7 @@ def encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
 
 def _encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
     """`encode_rows` of a few rows `[n, width]`."""
-    y = rotate(rows.astype(mx.float32), form)
+    y = rotation.rotate(rows.astype(mx.float32), form.seed)
     if form.unit:
         z = y * math.sqrt(form.width)
     else:
@@ -170,7 +154,7 @@ def _encode_rows(rows: mx.array, form: RowFormat) -> tuple[mx.array, ...]:
         scales.append(_log_codes(best) if form.log else best.astype(rows.dtype))
         a = scales[0].astype(mx.float32)
     if form.prod:
-        u = rotate(y - a * q, form, residual=True)
+        u = rotation.rotate(y - a * q, form.seed + 1)
         codes.append((u >= 0).astype(mx.uint8))
         size = mx.abs(u).sum(-1, keepdims=True)
         g = mx.square(u).sum(-1, keepdims=True) / mx.maximum(size, mx.finfo(mx.float32).smallest_normal)
@@ -231,8 +215,8 @@ def decode_rows(tensors: Sequence[mx.array], form: RowFormat) -> mx.array:
     a, g = scales_of(tensors, form)
     y = q * a
     if signs is not None and g is not None:
-        y = y + rotate_back(signs * g, form, residual=True)
-    return rotate_back(y, form)
+        y = y + rotation.rotate_back(signs * g, form.seed + 1)
+    return rotation.rotate_back(y, form.seed)
 
 
 def fold_of(recipe: Recipe) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from kvstore.codecs import rotation
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.packing import CODES_TOGETHER
 from kvstore.codecs.turboquant import (
@@ -26,8 +27,6 @@ from kvstore.codecs.turboquant import (
     decode_rows,
     encode_rows,
     levels_and_signs,
-    rotate,
-    rotate_back,
     row_format,
     scales_of,
     turboquant_mse_recipe,
@@ -190,10 +189,10 @@ def inner_products(tensors: Sequence[mx.array], form: RowFormat, query: mx.array
     """float32 `[...]` of packed vectors with float32 `query` `[width]`, lazy."""
     levels, signs = levels_and_signs(tensors[0], form)
     a, g = scales_of(tensors, form)
-    rotated = rotate(query, form)
+    rotated = rotation.rotate(query, form.seed)
     products = (levels * rotated).sum(-1, keepdims=True) * a
     if signs is not None and g is not None:
-        products = products + (signs * rotate(rotated, form, residual=True)).sum(-1, keepdims=True) * g
+        products = products + (signs * rotation.rotate(rotated, form.seed + 1)).sum(-1, keepdims=True) * g
     return products[..., 0]
 
 
@@ -204,5 +203,5 @@ def weighted_sum(tensors: Sequence[mx.array], form: RowFormat, weights: mx.array
     column = weights[:, None]
     total = (levels * (column * a)).sum(0)
     if signs is not None and g is not None:
-        total = total + rotate_back((signs * (column * g)).sum(0), form, residual=True)
-    return rotate_back(total, form)
+        total = total + rotation.rotate_back((signs * (column * g)).sum(0), form.seed + 1)
+    return rotation.rotate_back(total, form.seed)
