@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.client.provenance import HeldPrefixes, Provenance, weights_of
 from kvstore.client.results import StoreResult
-from kvstore.client.uploader import StoreJob
+from kvstore.client.uploader import Captured, StoreJob
 from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
+from kvstore.core.bounded import Bounded
 from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
@@ -138,7 +138,7 @@ class Storer:
         self._provenance = provenance
         self._weights = weights_of(namespace)
         self._submit = submit
-        self._unfinished: OrderedDict[bytes, int] = OrderedDict()
+        self._unfinished: Bounded[bytes, int] = Bounded(_UNFINISHED_MAX)
         self._rest: Rest | None = None
         self._again: Rest | None = None
 
@@ -171,19 +171,19 @@ class Storer:
         n_tokens = request.chain.n_tokens
         start = self.held.held_tokens(request.chain)
         state_bytes, reason = self._checkpoint(request)
+        nbytes = (n_tokens - start) * self._layout.token_bytes + (state_bytes or 0)
+        is_small = nbytes <= self._budget.limit_bytes
+        ends = [n_tokens] if is_small else self._pieces(start, n_tokens, state_bytes or 0)
         jobs: list[StoreJob] = []
-        ends = self._ends(start, n_tokens, state_bytes or 0)
         for number, end in enumerate(ends, 1):
             timeout_s = deadline.left_s if wait or jobs else 0.0
-            with_states = state_bytes is not None and number == len(ends)
-            nbytes = (end - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
-            if not self._budget.acquire(nbytes, timeout_s):
+            job = self._copied(request, start, end, state_bytes if number == len(ends) else None, timeout_s)
+            if job is None:
                 later = len(ends) > 1 and not wait and self._leave(request, start, jobs[-1] if jobs else None)
                 return jobs, reason if later else Reason.QUEUE_FULL
             if jobs and jobs[-1].done.is_set() and jobs[-1].result.reason not in KV_STORED:
-                self._budget.release(nbytes)  # the piece before this one was not stored
+                job.release()  # the piece before this one was not stored
                 return jobs, jobs[-1].result.reason
-            job = self._job(request, start, end, nbytes, with_states=with_states)
             job.continued_tokens = start if jobs else self._continued(request, start)
             if start and not jobs and not wait:
                 job.again = self._keep_whole(request)
@@ -208,12 +208,10 @@ class Storer:
             return start, Reason.ALREADY_STORED
         ends = self._pieces(start, end, state_bytes or 0)
         for number, piece_end in enumerate(ends, 1):
-            with_states = state_bytes is not None and number == len(ends)
-            nbytes = (piece_end - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
-            if not self._budget.try_acquire(nbytes):
+            job = self._copied(request, start, piece_end, state_bytes if number == len(ends) else None, 0.0)
+            if job is None:
                 return start, Reason.QUEUE_FULL
-            job = self._job(request, start, piece_end, nbytes, with_states=with_states)
-            job.interim = with_states
+            job.interim = bool(job.checkpoint)
             job.continued_tokens = self._continued(request, start)
             if not self._queue(job):
                 return start, Reason.QUEUE_FULL
@@ -233,8 +231,6 @@ class Storer:
     def _may_go_on(self, request: StoreArguments, end: int) -> None:
         """Note that a later store may continue the same prompt after `end`."""
         self._unfinished[request.chain.parent(end // BLOCK_TOKENS)] = request.touch.prompt if request.touch else 0
-        if len(self._unfinished) > _UNFINISHED_MAX:
-            self._unfinished.popitem(last=False)
 
     def _continued(self, request: StoreArguments, start: int) -> int:
         """`start` where earlier jobs of the same prompt had the tokens before it, else 0.
@@ -267,11 +263,8 @@ class Storer:
         state_bytes, _ = self._checkpoint(request)
         n_tokens = request.chain.n_tokens
         ends = self._pieces(start, n_tokens, state_bytes or 0) if start < n_tokens else [n_tokens]
-        with_states = state_bytes is not None and len(ends) == 1
-        nbytes = (ends[0] - start) * self._layout.token_bytes + (state_bytes or 0) * with_states
-        if not self._budget.acquire(nbytes, timeout_s):
-            return None
-        return self._job(request, start, ends[0], nbytes, with_states=with_states), len(ends) == 1
+        job = self._copied(request, start, ends[0], state_bytes if len(ends) == 1 else None, timeout_s)
+        return None if job is None else (job, len(ends) == 1)
 
     def _checkpoint(self, request: StoreArguments) -> tuple[int | None, Reason]:
         """(bytes of the checkpoint to offer, None for no checkpoint; the reason why there is none).
@@ -287,17 +280,11 @@ class Storer:
             return None, Reason.OK
         return sum(state.nbytes for state in describe(request.layers)), Reason.OK
 
-    def _ends(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
-        """Token positions at which the pieces end: one piece if all fits the budget, else pieces of half a budget.
+    def _pieces(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
+        """Token positions at which pieces of half a budget end.
 
         If the checkpoint does not fit beside the last piece, the last end is listed twice: the checkpoint goes alone.
         """
-        token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
-        if (n_tokens - start) * token_bytes + state_bytes <= limit_bytes:
-            return [n_tokens]
-        return self._pieces(start, n_tokens, state_bytes)
-
-    def _pieces(self, start: int, n_tokens: int, state_bytes: int) -> list[int]:
         token_bytes, limit_bytes = self._layout.token_bytes, self._budget.limit_bytes
         step = max(1, limit_bytes // 2 // max(1, BLOCK_TOKENS * token_bytes)) * BLOCK_TOKENS
         first = start // BLOCK_TOKENS * BLOCK_TOKENS + step
@@ -306,25 +293,29 @@ class Storer:
         fits = last * token_bytes + state_bytes <= limit_bytes
         return ends if fits or not state_bytes else [*ends, n_tokens]
 
-    def _job(self, request: StoreArguments, start: int, end: int, nbytes: int, *, with_states: bool) -> StoreJob:
-        """Copy tokens `[start, end)`. The acquired budget passes to the job, or is released if this raises."""
+    def _copied(
+        self, request: StoreArguments, start: int, end: int, state_bytes: int | None, timeout_s: float
+    ) -> StoreJob | None:
+        """A job with a copy of tokens `[start, end)` and, where it has `state_bytes`, of the checkpoint.
+
+        None if there is no room in the budget within `timeout_s`.
+        """
+        nbytes = (end - start) * self._layout.token_bytes + (state_bytes or 0)
+        if not self._budget.acquire(nbytes, timeout_s):
+            return None
         try:
             restored_tokens, fidelity = self._restored_part(request)
             capture = Capture(request.layers, start, end) if end > start else None
-            states = StateCapture(request.layers) if with_states else None
+            states = StateCapture(request.layers) if state_bytes is not None else None
         except BaseException:
             self._budget.release(nbytes)
             raise
         return StoreJob(
             chain=request.chain.head(end),
             start=start,
-            end=end,
             restored_tokens=min(restored_tokens, end),
             restored_fidelity=fidelity,
-            budget=self._budget,
-            nbytes=nbytes,
-            capture=capture,
-            states=states,
+            captured=Captured(self._budget, nbytes, capture, states),
             checkpoint=states.states if states else (),
             touch=request.touch,
         )

@@ -59,13 +59,23 @@ _NO_SOCKET = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ELOOP, errno.ENOTDI
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a job copied: tokens, and window and state layers. It has `nbytes` of `budget` until it is released."""
+
+    budget: ByteBudget
+    nbytes: int
+    tokens: Capture | None
+    states: StateCapture | None
+
+
 @dataclass
 class StoreJob:
-    """One piece of a store: the leading tokens of a sequence and the captured KV of `[start, end)`.
+    """One piece of a store: the leading tokens of a sequence, of which those from `start` on are captured.
 
-    `checkpoint` describes the window and state layers at `end`, if the job offers them; `states` holds their bytes.
+    `checkpoint` describes the window and state layers after the last token, if the job offers them.
     Created on the caller's thread, then owned by the background thread. `finish` is called exactly once. `release`
-    drops the captured arrays and their share of the budget once they are sent or will not be sent.
+    drops what was captured and its share of the budget once it is sent or will not be sent.
     `interim`: the prompt is still being computed, and its next checkpoint replaces this one.
     `touch`: the daemon may defer it. `continued_tokens`: leading ones that earlier jobs of the same prompt had.
     `again` is the whole sequence. It is needed if the store turns out not to hold the tokens before `start`.
@@ -74,16 +84,12 @@ class StoreJob:
 
     chain: Chain
     start: int
-    end: int
     restored_tokens: int
     restored_fidelity: int
-    budget: ByteBudget
-    nbytes: int
-    capture: Capture | None
-    states: StateCapture | None = None
-    checkpoint: tuple[LayerState, ...] = ()
+    captured: Captured | None
+    checkpoint: tuple[LayerState, ...]
+    touch: Touch | None
     interim: bool = False
-    touch: Touch | None = None
     continued_tokens: int = 0
     again: Rest | None = None
     new_from: int = 0
@@ -92,15 +98,19 @@ class StoreJob:
     result: StoreResult = field(default_factory=StoreResult)
     done: threading.Event = field(default_factory=threading.Event)
 
+    @property
+    def end(self) -> int:
+        """How many leading tokens it is about."""
+        return self.chain.n_tokens
+
     def release(self) -> None:
         """Drop the captured arrays. Safe to call twice."""
-        self.capture = None
-        self.states = None
         again, self.again = self.again, None
         if again is not None:
             again.let_go()
-        nbytes, self.nbytes = self.nbytes, 0
-        self.budget.release(nbytes)
+        captured, self.captured = self.captured, None
+        if captured is not None:
+            captured.budget.release(captured.nbytes)
 
     def finish(self, result: StoreResult) -> None:
         """Set the result and wake the threads that wait for it."""
@@ -229,11 +239,12 @@ class Uploader:
 
     def _views(self, job: StoreJob, begun: pb.BeginStoreReply) -> Iterator[memoryview]:
         """The wanted bytes in the order in which they are sent: pieces, then states."""
-        pieces, capture = cut_pieces(begun.start, begun.end, job.restored_tokens), job.capture
+        pieces = cut_pieces(begun.start, begun.end, job.restored_tokens)
+        capture, captured_states = (job.captured.tokens, job.captured.states) if job.captured else (None, None)
         if pieces and capture is None:
             raise KVStoreError("the daemon asked for tokens that were not captured")
         tokens = (view for piece in pieces if capture for view in capture.piece_views(self._layout, piece))
-        states = job.states.views() if begun.wants_states and job.states is not None else ()
+        states = captured_states.views() if begun.wants_states and captured_states is not None else ()
         for view in itertools.chain(tokens, states):
             if self._cancelled:
                 raise DeadlineError("the session was closed")
