@@ -19,7 +19,7 @@ from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit, Miss
 from kvstore.codecs.profiles import pca_profile
 from kvstore.core.blocks import Reason, pack_tokens
-from kvstore.core.byte_cache import ByteCache
+from kvstore.core.bounded import ByteCache
 from kvstore.core.keys import aux_key
 from kvstore.core.layers import KVLayer
 from kvstore.errors import AuxMissingError

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import grpc
 
-from kvstore.core.byte_cache import ByteCache
+from kvstore.core.bounded import ByteCache
 from kvstore.core.records import AUX_BYTES_MAX
 from kvstore.errors import AuxMissingError, KVStoreError
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -42,7 +42,7 @@ from kvstore.blobs.fs import Fs, sync_tree
 from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
-from kvstore.core.byte_cache import ByteCache
+from kvstore.core.bounded import ByteCache
 from kvstore.core.keys import NamespaceInfo, aux_key
 from kvstore.core.records import AUX_BYTES_MAX
 from kvstore.engine import bases

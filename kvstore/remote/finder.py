@@ -18,11 +18,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, count_tokens
+from kvstore.core.bounded import Bounded
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import BLOCK_BYTES, Chain, block_key, checkpoint_key
 from kvstore.errors import DeadlineError, RemoteError
@@ -99,8 +99,8 @@ class Absences:
     def __init__(
         self, absent_s: float = ABSENT_S, count_max: int = ABSENCES_MAX, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._absent_s, self._count_max, self._clock = absent_s, count_max, clock
-        self._until_s: OrderedDict[str, float] = OrderedDict()
+        self._absent_s, self._clock = absent_s, clock
+        self._until_s: Bounded[str, float] = Bounded(count_max)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -112,9 +112,6 @@ class Absences:
         with self._lock:
             for name in names:
                 self._until_s[name] = until_s
-                self._until_s.move_to_end(name)
-            while len(self._until_s) > self._count_max:
-                self._until_s.popitem(last=False)
 
     def forget(self, names: Iterable[str]) -> None:
         """They were written just now."""
@@ -135,7 +132,7 @@ class Finder:
     def __init__(self, store: ObjectStore, absences: Absences | None = None) -> None:
         self._store = store
         self.absences = Absences() if absences is None else absences
-        self._wrong: OrderedDict[str, str] = OrderedDict()  # ETags by name
+        self._wrong: Bounded[str, str] = Bounded(WRONG_MAX)  # ETags by name
         self._lock = threading.Lock()
         self.wrong = 0
 
@@ -144,9 +141,6 @@ class Finder:
         with self._lock:
             known = self._wrong.get(block.name) == block.head.etag
             self._wrong[block.name] = block.head.etag
-            self._wrong.move_to_end(block.name)
-            while len(self._wrong) > WRONG_MAX:
-                self._wrong.popitem(last=False)
             self.wrong += not known
         if not known:
             log.warning("an object of %s is wrong and is passed over: %s: %s", self._store.place, block.name, why)

@@ -24,6 +24,7 @@ import xxhash
 
 from kvstore.blobs.fs import replace_file
 from kvstore.core.blocks import KEY_BYTES
+from kvstore.core.bounded import Bounded
 from kvstore.core.remote_words import RemoteReason
 
 # Chains that wait to be looked through; the oldest are forgotten first.
@@ -170,7 +171,7 @@ class Offers:
     def __init__(self, queue: PushQueue, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue = queue
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[bytes, None] = OrderedDict()
+        self._waiting: Bounded[bytes, None] = Bounded(WAITING_MAX)
         self._walked = _Recent(clock)  # keys whose chains were looked through
         self._seen = _Recent(clock)  # why a block is not pushed; None: it is queued, or lies in the remote store
         self._not_pushed: Counter[RemoteReason] = Counter()
@@ -187,8 +188,6 @@ class Offers:
             for key in keys:
                 if not self._walked.has(key):
                     self._waiting[key] = None
-            while len(self._waiting) > WAITING_MAX:
-                self._waiting.popitem(last=False)
 
     def next(self) -> bytes | None:
         """The key of a chain to look through."""
@@ -240,7 +239,7 @@ class _Recent:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._keys: OrderedDict[bytes, tuple[float, RemoteReason | None]] = OrderedDict()
+        self._keys: Bounded[bytes, tuple[float, RemoteReason | None]] = Bounded(SEEN_MAX)
 
     def has(self, key: bytes) -> bool:
         """Whether it was noted a short while ago."""
@@ -255,9 +254,6 @@ class _Recent:
         now_s = self._clock()
         for key in keys:
             self._keys[key] = (now_s, why)
-            self._keys.move_to_end(key)
-        while len(self._keys) > SEEN_MAX:
-            self._keys.popitem(last=False)
 
 
 def _read(path: Path) -> list[PushItem]:

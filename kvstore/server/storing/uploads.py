@@ -13,12 +13,13 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvstore.core.blocks import LayerState
+from kvstore.core.bounded import Bounded
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
@@ -305,7 +306,7 @@ class Uploads:
         self._lock = threading.Lock()
         self._by_id: dict[str, Upload] = {}
         self._by_key: dict[bytes, str] = {}
-        self._failed: OrderedDict[str, KVStoreError] = OrderedDict()
+        self._failed: Bounded[str, KVStoreError] = Bounded(FAILED_MAX)
 
     def add(self, upload: Upload) -> None:
         """List the upload; LimitError when too many are under way."""
@@ -375,8 +376,6 @@ class Uploads:
             listed = self._unlist(upload)
             if listed and error is not None and not upload.intake.is_committed:
                 self._failed[upload.upload_id] = copy.copy(error)  # without its frames, which hold the upload's memory
-                while len(self._failed) > FAILED_MAX:
-                    self._failed.popitem(last=False)
         if listed:
             upload.release()
 

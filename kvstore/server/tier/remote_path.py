@@ -17,12 +17,13 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from kvstore.core.blocks import Block, Reason
+from kvstore.core.bounded import Bounded
 from kvstore.core.breaker import Deadline
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.remote_words import RemoteReason
@@ -102,7 +103,7 @@ class RemotePath:
         self._watch = watch
         self.counters = RemoteCounters()
         self._promoting: dict[bytes, asyncio.Future[None]] = {}  # by `Want.before_missing`
-        self._infos: OrderedDict[bytes, NamespaceInfo] = OrderedDict()  # of namespaces that nothing is stored of here
+        self._infos: Bounded[bytes, NamespaceInfo] = Bounded(INFOS_MAX)  # of namespaces that nothing is stored of here
         self._lock = threading.Lock()  # over them
         self._pace = Correction()  # what promotions take beyond what the link alone would
 
@@ -170,8 +171,6 @@ class RemotePath:
             raise CorruptDataError(f"{one.name}: {error}") from error
         with self._lock:
             self._infos[info.root] = info
-            while len(self._infos) > INFOS_MAX:
-                self._infos.popitem(last=False)
         return info
 
     def _cost_s(self, want: Want, info: NamespaceInfo, choice: Choice) -> float:
