@@ -38,7 +38,7 @@ import xxhash
 
 from kvstore.core.blocks import FIDELITY_EXACT, Aux, Block
 from kvstore.core.keys import aux_key, block_key, checkpoint_key
-from kvstore.core.records import TENSORS_MAX, block_from_record, block_to_record
+from kvstore.core.records import TENSORS_MAX, PackedRuns, block_from_record, block_to_record, runs_to_record
 from kvstore.errors import CorruptDataError, InvalidRequestError, NotFoundError, UnknownFormatError
 
 FORMAT = "kvstore-block"
@@ -57,9 +57,13 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview | np.ndarray[Any, Any]"
 
 @dataclass(frozen=True, slots=True)
 class ReadyBlob:
-    """A block ready to be written: offsets and checksums filled in, its header, and views of its payload in order."""
+    """A block ready to be written: offsets and checksums filled in, its header, and views of its payload in order.
+
+    `packed`: its runs as the record in the header has them, for the index row.
+    """
 
     block: Block
+    packed: PackedRuns
     header: bytes
     payload: tuple[memoryview, ...]
 
@@ -83,7 +87,8 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     """
     views = [_flat(buffer) for buffer in buffers]
     ready = _placed(block, views)
-    record = block_to_record(ready)
+    packed = runs_to_record(ready.runs)
+    record = block_to_record(ready, packed)
     try:  # now what readers will check later
         if block_from_record(record) != ready:
             raise CorruptDataError("it does not come back as it was written")
@@ -95,7 +100,7 @@ def make_ready(block: Block, buffers: Sequence[Buffer]) -> ReadyBlob:
     # A checkpoint is stored exactly, but its fidelity is that of the tokens from which it was computed.
     if ready.fidelity > min((run.fidelity for run in ready.runs), default=FIDELITY_EXACT):
         raise InvalidRequestError("a block cannot be of higher fidelity than its runs")
-    return ReadyBlob(ready, header, tuple(views))
+    return ReadyBlob(ready, packed, header, tuple(views))
 
 
 class PayloadPart(NamedTuple):

@@ -57,7 +57,7 @@ LOSSY = tuple(PROFILES)[1:]
 UNMEASURED = ("safe", "exact")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Profile:
     """Target recipes of keys and values; `recipe` fits them to a layer's geometry.
 
@@ -89,7 +89,7 @@ class Profile:
         fitted = codec_of(target).fit(target, part) if part.width and not part.bits else RAW
         return self.rest if fitted == RAW else fitted
 
-    @property
+    @functools.cached_property
     def spec(self) -> str:
         """Normalized form. Profiles with equal specs store KV identically."""
         edge = f"{self.edge_layers}={self.edge_keys}:{self.edge_values}"
@@ -132,6 +132,7 @@ def targets(layout: Layout, profile: Profile) -> Mapping[tuple[str, int], Target
     return found
 
 
+@functools.lru_cache(maxsize=256)
 def parse_profile(name: str) -> Profile:
     """The profile of that name; ConfigError naming the choices otherwise."""
     first, *options = PROFILES.get(name, name).split(",")

@@ -16,14 +16,9 @@ class ByteBudget:
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise ValueError(f"a budget of {limit_bytes} bytes")
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._used_bytes = 0
         self._freed = threading.Condition()
-
-    @property
-    def limit_bytes(self) -> int:
-        """The bound."""
-        return self._limit_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -38,11 +33,11 @@ class ByteBudget:
     def acquire(self, nbytes: int, timeout_s: float) -> bool:
         """Take `nbytes`, waiting up to `timeout_s` for room; False if there was none, at once if over the limit."""
         _check(nbytes)
-        if nbytes > self._limit_bytes:
+        if nbytes > self.limit_bytes:
             return False
         give_up_at = time.monotonic() + timeout_s
         with self._freed:
-            while self._used_bytes + nbytes > self._limit_bytes:
+            while self._used_bytes + nbytes > self.limit_bytes:
                 left_s = give_up_at - time.monotonic()
                 if left_s <= 0:
                     return False

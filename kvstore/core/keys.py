@@ -116,9 +116,10 @@ class NamespaceInfo:
             "engine": self.engine,
         }
 
-    @classmethod
-    def from_record(cls, record: bytes) -> NamespaceInfo:
-        """Parse `to_record`; CorruptDataError when it is not one."""
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def from_record(record: bytes) -> NamespaceInfo:
+        """Parse `to_record`; CorruptDataError when it is not one. Every store names one of few namespaces."""
         fields: Any = unpack_record(record)
         if not isinstance(fields, list) or len(fields) != 8 or fields[0] != RECORD_VERSION:
             raise CorruptDataError("not a namespace record of a known version")
@@ -128,7 +129,7 @@ class NamespaceInfo:
         if not all(isinstance(name, str) for name in (dtype, engine, alias)):
             raise CorruptDataError("namespace record: names are text")
         try:
-            return cls(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
+            return NamespaceInfo(root, weights, adapter, Layout.from_record(layout), dtype, engine, alias)
         except (InvalidRequestError, TypeError) as error:
             raise CorruptDataError(f"namespace record: {error}") from error
 

@@ -16,7 +16,7 @@ import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import msgpack
@@ -246,7 +246,7 @@ class Layout:
         index = {layer: i for i, layer in enumerate(distinct)}
         packed: bytes = msgpack.packb(
             [
-                [_spec_list(spec) for spec in distinct],
+                [(s.kind, astuple(s.keys), astuple(s.values), s.params, [*map(astuple, s.arrays)]) for s in distinct],
                 [index[s] for s in self.layers],
                 self.tree,
             ]
@@ -280,15 +280,6 @@ def _parsed(record: bytes) -> Layout:
     except (CorruptDataError, TypeError, ValueError) as error:
         raise InvalidRequestError(f"not a layout: {error}") from error
     return layout
-
-
-def _spec_list(spec: LayerSpec) -> list[Any]:
-    arrays = [[a.name, a.dtype, list(a.shape), a.axis, a.rows_max, a.optional] for a in spec.arrays]
-    return [spec.kind, _part_list(spec.keys), _part_list(spec.values), [list(p) for p in spec.params], arrays]
-
-
-def _part_list(part: PartSpec) -> list[Any]:
-    return [part.heads, part.width, part.dtype, part.bits, part.group]
 
 
 def _is_tree(tree: str, n_layers: int) -> bool:

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgpack
 import xxhash
@@ -53,9 +53,13 @@ REFERENCES_MAX = 4
 AUX_BYTES_MAX = 256 << 20
 
 
-def block_to_record(block: Block) -> bytes:
-    """The record of a block, as it stands in the header of its blob."""
-    runs, templates = runs_to_record(block.runs)
+# Runs without their templates, and the records of these by id.
+PackedRuns: TypeAlias = tuple[bytes, dict[bytes, bytes]]
+
+
+def block_to_record(block: Block, packed: PackedRuns | None = None) -> bytes:
+    """The record of a block, as it stands in the header of its blob. `packed`: its runs, if they are packed already."""
+    runs, templates = packed or runs_to_record(block.runs)
     fields = (
         block.root,
         block.parent,
@@ -70,10 +74,10 @@ def block_to_record(block: Block) -> bytes:
         states_to_list(block.states),
     )
     # Last, and only where there is one.
-    aux = None if block.aux is None else aux_to_list(block.aux)
+    aux = None if block.aux is None else astuple(block.aux)
     origin = () if block.origin is None else (astuple(block.origin),)
-    packed: bytes = msgpack.packb((*fields, aux, *origin) if aux or origin else fields)
-    return packed
+    record: bytes = msgpack.packb((*fields, aux, *origin) if aux or origin else fields)
+    return record
 
 
 def block_from_record(record: bytes) -> Block:
@@ -162,26 +166,18 @@ def parse_template(record: bytes) -> Template:
 
 def template_of(run: Run) -> Template:
     """The template of a run."""
-    fields = [
-        [
-            stack.part,
-            list(stack.layers),
-            _recipe_fields(stack.recipe),
-            [[t.name, t.dtype, t.heads, t.width, t.group_tokens, bool(t.lengths)] for t in stack.tensors],
-        ]
-        for stack in run.stacks
-    ]
+    fields = []
+    for stack in run.stacks:
+        recipe = stack.recipe
+        # References stand last, and only where there are any.
+        coded = (recipe.name, recipe.version, recipe.params, *([recipe.references] if recipe.references else ()))
+        tensors = [(t.name, t.dtype, t.heads, t.width, t.group_tokens, bool(t.lengths)) for t in stack.tensors]
+        fields.append((stack.part, stack.layers, coded, tensors))
     return parse_template(msgpack.packb(fields))
 
 
-def _recipe_fields(recipe: Recipe) -> list[Any]:
-    """The references of a recipe stand last, and only where it has any."""
-    fields = [recipe.name, recipe.version, [list(pair) for pair in recipe.params]]
-    return [*fields, list(recipe.references)] if recipe.references else fields
-
-
-def runs_to_record(runs: Sequence[Run]) -> tuple[bytes, dict[bytes, bytes]]:
-    """(runs without their templates, records of these by id).
+def runs_to_record(runs: Sequence[Run]) -> PackedRuns:
+    """Pack runs.
 
     Of each run: RUN, then for each tensor its checksums (8 bytes a layer, if the run has any) and, where it is packed,
     its lengths (4 bytes a layer). Offsets follow: tensors lie one after the other, run by run.
@@ -291,15 +287,8 @@ def _tensor(name: Any, dtype: Any, heads: Any, width: Any, group_tokens: Any, pa
 
 
 def states_to_list(states: Sequence[LayerState]) -> list[Any]:
-    """A checkpoint's layers as plain lists, for msgpack."""
-    return [
-        [
-            state.layer,
-            [list(pair) for pair in state.numbers],
-            [[a.name, a.dtype, list(a.shape), a.offset, a.checksum] for a in state.arrays],
-        ]
-        for state in states
-    ]
+    """A checkpoint's layers as plain tuples, for msgpack. The order of their fields is the format."""
+    return [astuple(state) for state in states]
 
 
 def states_from_list(value: Any) -> tuple[LayerState, ...]:
@@ -322,13 +311,8 @@ def _state(layer: Any, numbers: Any, arrays: Any) -> LayerState:
     return LayerState(_whole(layer, "layer"), pairs, tuple(_state_array(*fields) for fields in arrays))
 
 
-def aux_to_list(aux: Aux) -> list[Any]:
-    """What an aux block holds as a plain list, for msgpack."""
-    return [aux.digest, aux.nbytes, aux.checksum]
-
-
 def aux_from_list(value: Any) -> Aux:
-    """Parse and validate what `aux_to_list` wrote; CorruptDataError otherwise."""
+    """Parse and validate the fields of an aux block; CorruptDataError otherwise."""
     if not isinstance(value, list) or len(value) != 3:
         raise CorruptDataError("not an aux record")
     digest, nbytes, checksum = value

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import xxhash
@@ -131,12 +130,7 @@ def require_own_namespace(block: Block) -> NamespaceInfo:
 def require_rule(rule: Rule, block: Block) -> None:
     """CorruptDataError for a block that breaks the rule. One in a recipe that this build does not know is left."""
     with contextlib.suppress(UnknownFormatError):
-        rule(_layout_of(block.namespace), block)
-
-
-@functools.lru_cache(64)
-def _layout_of(namespace: bytes) -> Layout:
-    return NamespaceInfo.from_record(namespace).layout
+        rule(NamespaceInfo.from_record(block.namespace).layout, block)
 
 
 def _bytes(reader: BlobReader, offset: int, nbytes: int) -> bytes:
@@ -213,7 +207,7 @@ def adopt(site: Site, sound: Iterable[Stray]) -> tuple[list[BlobId], list[BlobId
         with site.lock, site.index.edit() as edit:
             for stray in order[at : at + ADOPTED_MAX]:
                 blob = stray.source.blob
-                row = pack_row(replace(stray.block, namespace=b""), blob.number, *stray.source[1:])
+                row = pack_row(stray.block, blob.number, *stray.source[1:])
                 if not _is_reachable(edit, row):
                     orphans.append(blob)
                     continue

@@ -268,7 +268,7 @@ class Writer:
         if not self._evictor.make_room(nbytes, batch.keep, book):
             return False
         try:
-            entry.row = pack_row(replace(ready.block, namespace=b""), blob.number, len(ready.header), ready.nbytes)
+            entry.row = pack_row(ready.block, blob.number, len(ready.header), ready.nbytes, ready.packed)
             on_disk = partial(shared.unwritten.pop, blob, None)
             entry.write = batch.behind.put(blob, (memoryview(ready.header), *ready.payload), on_disk)
         except BaseException as error:

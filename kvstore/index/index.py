@@ -34,8 +34,9 @@ from kvstore.blobs.fs import Fs, unlink_quietly
 from kvstore.blobs.keyring import KeyRing
 from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError, UnknownFormatError
 from kvstore.index.marks import Marks
+from kvstore.index.rows import with_check, without_check
 from kvstore.index.table import Table
-from kvstore.index.transaction import DATABASES, Contents, Edit, View, with_check, without_check
+from kvstore.index.transaction import DATABASES, Contents, Edit, View
 
 # Set while the rows do not yet name all that the blobs hold: from the creation of an index until the end of a rebuild.
 # An index that was emptied does not have it, so that what outlived an eviction does not return.

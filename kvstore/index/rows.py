@@ -46,6 +46,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from typing import NamedTuple
 
 import msgpack
@@ -58,8 +59,8 @@ from kvstore.blobs.protocol import BlobId, Source
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, KEY_BYTES, TOKEN_BYTES, Aux, Block
 from kvstore.core.keys import aux_key
 from kvstore.core.records import (
+    PackedRuns,
     aux_from_list,
-    aux_to_list,
     runs_from_record,
     runs_to_record,
     states_from_list,
@@ -194,15 +195,15 @@ class Row(_Fields):
         return f"Row({self.key.hex()[:12]}, start={self.start}, n_tokens={self.n_tokens}, number={self.number})"
 
 
-def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int) -> Row:
-    """The row of a block whose blob is complete. Its `templates` are those of its runs."""
+def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int, packed: PackedRuns | None = None) -> Row:
+    """The row of a block whose blob is complete. `packed`: its runs, if they are packed already."""
     templates: dict[bytes, bytes] = {}
     if block.aux is not None:
-        described = msgpack.packb(aux_to_list(block.aux))
+        described = msgpack.packb(astuple(block.aux))
     elif block.is_checkpoint:
         described = msgpack.packb(states_to_list(block.states))
     else:
-        described, templates = runs_to_record(block.runs)
+        described, templates = packed or runs_to_record(block.runs)
     head = _HEAD.pack(
         FORMAT_VERSION,
         AUX_KIND if block.aux is not None else CHECKPOINT_KIND if block.is_checkpoint else 0,
@@ -220,7 +221,7 @@ def pack_row(block: Block, number: int, payload_offset: int, blob_bytes: int) ->
         xxhash.xxh32_intdigest(b"".join(sorted(templates))) or 1 if templates else 0,
     )
     value = head + block.tokens + described
-    return parse_row(block.key, value + _check(block.key, value), templates)
+    return parse_row(block.key, with_check(block.key, value), templates)
 
 
 def lost_row(root: bytes, digest: bytes) -> Row:
@@ -231,6 +232,19 @@ def lost_row(root: bytes, digest: bytes) -> Row:
 
 def _check(key: bytes, value: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little")).to_bytes(CHECK_BYTES, "little")
+
+
+def with_check(key: bytes, value: bytes) -> bytes:
+    """`value`, then its xxh3_64 seeded with the first 8 bytes of the key."""
+    return value + _check(key, value)
+
+
+def without_check(key: bytes, stored: bytes) -> bytes:
+    """Inverse of `with_check`. Raises CorruptDataError if the value was changed or belongs to another key."""
+    value = stored[:-CHECK_BYTES]
+    if with_check(key, value) != stored:
+        raise CorruptDataError("index: a value does not match its checksum")
+    return value
 
 
 def fidelity_of(value: bytes) -> int:
@@ -274,7 +288,7 @@ def encrypt_row(row: Row, key: NamespaceKey) -> bytes:
     """The value under which a row of an encrypted namespace stands in the index."""
     head = row.value[:ENCRYPTED_AT] + ENCRYPTED + row.value[ENCRYPTED_AT + 1 : TOKENS_AT]
     value = head + key.encrypt(row.value[TOKENS_AT:-CHECK_BYTES], row.key + head)
-    return value + _check(row.key, value)
+    return with_check(row.key, value)
 
 
 def decrypt_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
@@ -287,7 +301,7 @@ def decrypt_row(key: bytes, value: bytes, ring: KeyRing) -> bytes:
     if secret is None:
         return value
     plain = head[:ENCRYPTED_AT] + b"\0" + head[ENCRYPTED_AT + 1 :] + secret
-    return plain + _check(key, plain)
+    return with_check(key, plain)
 
 
 # -- entries of children ------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import xxhash
-
 from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
 from kvstore.core.keys import aux_key, checkpoint_key
@@ -32,11 +30,12 @@ from kvstore.index.rows import (
     encrypt_row,
     lost_row,
     parse_row,
+    with_check,
+    without_check,
 )
 from kvstore.index.table import AUX, CHECKPOINT, Table
 
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
-_CHECK_BYTES = 8
 _SPACE = struct.Struct("<IQ")
 
 
@@ -56,20 +55,6 @@ class Space(NamedTuple):
         """Inverse of `pack`."""
         number, used_s = _SPACE.unpack_from(value)
         return cls(number, used_s, value[_SPACE.size :])
-
-
-def with_check(key: bytes, value: bytes) -> bytes:
-    """`value`, then its xxh3_64 seeded with the first 8 bytes of the key."""
-    check = xxhash.xxh3_64_intdigest(value, int.from_bytes(key[:8], "little"))
-    return value + check.to_bytes(_CHECK_BYTES, "little")
-
-
-def without_check(key: bytes, stored: bytes) -> bytes:
-    """Inverse of `with_check`. Raises CorruptDataError if the value was changed or belongs to another key."""
-    value = stored[:-_CHECK_BYTES]
-    if with_check(key, value) != stored:
-        raise CorruptDataError("index: a value does not match its checksum")
-    return value
 
 
 @functools.lru_cache(maxsize=TEMPLATES_MAX)
