@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from kvstore.core.limits import default_limits
 from kvstore.remote import object_store
 from kvstore.remote.object_names import Naming
 from kvstore.remote.tier import RemoteTier
+from kvstore.server.threads import Pool
 from kvstore.server.tier.promotion import Promotion
 from kvstore.server.tier.remote_watch import Watch
 from tests.support.memory_objects import MemoryStore
@@ -73,6 +75,72 @@ def test_what_is_not_stored_here_has_the_reason_of_the_store(reason: Reason, sai
     assert len(reach.blocks) == 2
     assert asyncio.run(promoted()) == said
     assert (buffers.used_bytes, importer.closed) == (0, True)
+
+
+class HangingStore(MemoryStore):
+    """Reads once it is let go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_reading, self.may_end = threading.Event(), threading.Event()
+
+    def read_all(self, wanted: Any, deadline: Deadline) -> Any:
+        self.is_reading.set()
+        assert self.may_end.wait(60)
+        return super().read_all(wanted, deadline)
+
+
+class BusyImporter(FullImporter):
+    """Takes bytes once it is let go on."""
+
+    def __init__(self) -> None:
+        super().__init__(Reason.STORE_FULL)
+        self.is_taking, self.may_end = threading.Event(), threading.Event()
+        self.closed_while_taking = False
+
+    def take(self, blob_bytes: int, data: memoryview) -> bool:
+        self.is_taking.set()
+        assert self.may_end.wait(60)
+        self.closed_while_taking = self.closed
+        return False
+
+
+@pytest.mark.parametrize("begun", ["reading", "storing"])
+def test_what_a_cancelled_promotion_has_begun_ends_before_its_memory_is_free(begun: str) -> None:
+    """A thread cannot be interrupted: it goes on with its buffers, and the importer is one thread's at a time."""
+    store, importer, buffers = HangingStore(), BusyImporter(), ByteBudget(1 << 30)
+    fill(store, blobs_of(2 * BLOCK_TOKENS))
+    tier = RemoteTier(store, lambda item: None, None, default_limits(), sync=False)
+    reach = tier.finder.find(chain_of(range(2 * BLOCK_TOKENS)), Naming(NS.info), ["exact"], Deadline(60))
+    step = store if begun == "reading" else importer
+    has_begun = store.is_reading if begun == "reading" else importer.is_taking
+    (importer if begun == "reading" else store).may_end.set()
+
+    async def cancelled() -> None:
+        pool = Pool("remote", 2)
+        made = Promotion(tier, Watch(tier), importer, buffers, FIDELITY_EXACT, pool)  # type: ignore[arg-type]
+        taking = asyncio.ensure_future(made.take(reach.blocks, Deadline(60)))
+        await asyncio.to_thread(has_begun.wait, 60)
+        taking.cancel()
+        await asyncio.wait([taking])
+        closing = asyncio.ensure_future(made.close())
+        await asyncio.wait([closing], timeout=0.2)
+        held_bytes = buffers.used_bytes
+        step.may_end.set()
+        await closing
+        await until(lambda: not buffers.used_bytes)
+        pool.close()
+        assert held_bytes == sum(one.head.nbytes for one in reach.blocks)
+
+    asyncio.run(cancelled())
+    assert importer.closed and not importer.closed_while_taking
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    async with asyncio.timeout(60):
+        while not is_so():
+            await asyncio.sleep(0.01)
 
 
 class TakingImporter(FullImporter):

@@ -11,9 +11,11 @@ docs/decisions.md.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from kvstore.blobs import format as blob_format
 from kvstore.core.blocks import Reason
@@ -53,6 +55,7 @@ _NOT_STORED = {
 # From this part on what was read says whether the rest will come in time.
 TELLING_SHARE = 0.1
 Answers = list[list[memoryview] | KVStoreError]
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -74,8 +77,11 @@ class Promotion:
         self._buffers = buffers
         self._fidelity_min = fidelity_min
         self._run = run
-        self._held_bytes = 0
+        self._held_bytes = 0  # of blobs that are read or stored now
         self._reading: asyncio.Future[Answers] | None = None
+        self._reading_bytes = 0
+        self._storing: asyncio.Future[Any] | None = None
+        self._is_closed = False
         self.read_bytes = 0
         self.stored = 0
         self.keys: list[bytes] = []  # of blocks that came whole and sound
@@ -89,7 +95,7 @@ class Promotion:
             self._watch.failed(error, time.monotonic() - started_s)
             why = why_of(error)
         try:
-            done = await self._run.finish(self._importer.finish)
+            done = await self._store(self._importer.finish)
         except DirectoryError as error:
             log.warning("what was read from the remote tier is not stored: %s", error)
             return RemoteReason.NO_ROOM
@@ -103,11 +109,12 @@ class Promotion:
         if not self._begin(batch, deadline):
             return RemoteReason.NO_MEMORY
         while self._reading is not None:
-            answers, reading, self._reading = await self._reading, batch, None
+            # Shielded: a thread that reads goes on after a cancel, and `close` must see when it ends.
+            answers, reading, self._reading = await asyncio.shield(self._reading), batch, None
             batch, no_memory = next(batches, []), False
             if batch and not any(isinstance(one, KVStoreError) for one in answers):
                 no_memory = not self._begin(batch, deadline)
-            why = await self._run.finish(self._store_all, reading, answers)
+            why = await self._store(self._store_all, reading, answers)
             self._release(reading)
             if why or no_memory:
                 return why or RemoteReason.NO_MEMORY
@@ -123,9 +130,18 @@ class Promotion:
         if not self._buffers.try_acquire(nbytes):
             return False
         self._held_bytes += nbytes
+        self._reading_bytes = nbytes
         wanted = [Wanted(one.name, one.head.etag, parts(one.head)) for one in batch]
-        self._reading = asyncio.ensure_future(self._run(self._tier.store.read_all, wanted, deadline))
+        self._reading = asyncio.ensure_future(self._run(self._read, wanted, deadline))
         return True
+
+    def _read(self, wanted: Sequence[Wanted], deadline: Deadline) -> Answers:
+        return [] if self._is_closed else self._tier.store.read_all(wanted, deadline)
+
+    async def _store(self, work: Callable[..., T], *args: object) -> T:
+        """Run a step of the importer. It goes on if the caller is cancelled; `close` waits for it."""
+        storing = self._storing = asyncio.ensure_future(self._run(work, *args))
+        return await asyncio.shield(storing)
 
     def _release(self, batch: Sequence[RemoteBlock]) -> None:
         nbytes = sum(one.head.nbytes for one in batch)
@@ -167,12 +183,21 @@ class Promotion:
             return RemoteReason.NO_MEMORY
 
     async def close(self) -> None:
-        """Let go of everything. A read that was begun ends by its deadline, and what it brings is dropped."""
+        """Release everything. What a running read still brings is dropped; its memory is released when it ends."""
+        self._is_closed = True
+        if self._storing is not None:
+            await asyncio.wait([self._storing])  # the importer is one thread's at a time
         if self._reading is not None:
-            self._reading.cancel()
+            self._held_bytes -= self._reading_bytes
+            self._reading.add_done_callback(functools.partial(self._read_ended, self._reading_bytes))
         self._buffers.release(self._held_bytes)
         self._held_bytes = 0
         await self._run.finish(self._importer.close)
+
+    def _read_ended(self, nbytes: int, reading: asyncio.Future[Answers]) -> None:
+        self._buffers.release(nbytes)
+        if not reading.cancelled():
+            reading.exception()  # nobody waits for it any more: without a look asyncio logs it
 
 
 def batched(blocks: Sequence[RemoteBlock]) -> Iterator[list[RemoteBlock]]:
