@@ -6,15 +6,20 @@ import pydoc
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kvstore
+from kvstore.client import connection as connection_module
 from kvstore.client import results
 from kvstore.client.client import Client, connect
+from kvstore.client.connection import Connection
 from kvstore.config import Config
+from kvstore.config.credentials import CredentialFiles, Credentials
 from kvstore.core.blocks import Reason
 from kvstore.core.layers import Layout
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
@@ -147,6 +152,53 @@ def test_a_closed_client_answers_with_a_typed_error_or_a_reason(daemon: FakeDaem
     assert session.match(range(300)).reason is Reason.UNAVAILABLE
     assert session.fetch(range(300)).reason is Reason.UNAVAILABLE
     assert client.session(NAMESPACE).match(range(300)).reason is Reason.UNAVAILABLE
+
+
+class WatchedChannel:
+    """A channel that notes whether it was closed."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel = channel
+        self.is_closed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def close(self) -> None:
+        self._channel.close()
+        self.is_closed = True
+
+
+def test_a_connection_that_is_closed_while_it_opens_again_stays_closed(
+    daemon: FakeDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """New keys are read on a thread of their own: the channel with them must not outlive the client."""
+    made: list[WatchedChannel] = []
+    opening, closed = threading.Event(), threading.Event()
+
+    def opened(config: Config, credentials: Credentials) -> WatchedChannel:
+        if made:
+            opening.set()
+            closed.wait(0.3)
+        made.append(WatchedChannel(open_channel(config, Credentials())))
+        return made[-1]
+
+    def renewed(files: CredentialFiles) -> bool:
+        files.current = Credentials(chain=b"another")
+        return True
+
+    open_channel = connection_module.open_channel
+    monkeypatch.setattr(connection_module, "open_channel", opened)
+    monkeypatch.setattr(CredentialFiles, "is_empty", False)
+    monkeypatch.setattr(CredentialFiles, "renew", renewed)
+    connection = Connection(daemon.config())
+    connection.renew()
+    assert opening.wait(60)
+    connection.close()
+    closed.set()
+    for thread in [one for one in threading.enumerate() if one.name == "kvstore-credentials"]:
+        thread.join(60)
+    assert [one.is_closed for one in made] == [True, True]
 
 
 @pytest.mark.parametrize("config", [None, Config(listen="unix:/tmp/none")])

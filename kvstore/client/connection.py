@@ -215,7 +215,7 @@ class Connection:
         self.writes = WritesNotice()
         self._guard = SocketGuard(config.address.path) if config.address.path else None
         self._files = CredentialFiles(config)
-        self._looking = threading.Lock()
+        self._looking, self._opening = threading.Lock(), threading.Lock()
         self._looked_s = -LOOK_EVERY_S
         self._name = PROBE * is_probe + secrets.token_hex(8)
         connecting()
@@ -261,9 +261,13 @@ class Connection:
             if not self._files.renew():
                 return
             now = self._files.current
-            if (now.chain, now.key, now.ca) != (before.chain, before.key, before.ca) and not self._closed:
+            if (now.chain, now.key, now.ca) == (before.chain, before.key, before.ca):
+                return
+            with self._opening:
+                if self._closed:
+                    return
                 self._open()
-                self.health.replace_check(self._check)
+            self.health.replace_check(self._check)
         finally:
             self._looking.release()
 
@@ -375,7 +379,8 @@ class Connection:
         """End the channel and every call on it."""
         if is_forked():
             return
-        self._closed = True
+        with self._opening:  # a channel that is just opened with new keys is closed, too
+            self._closed = True
         self.health.close()
         for closer in self._closers:
             closer()
