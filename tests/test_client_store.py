@@ -5,19 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from kvstore.client import store as client_store
 from kvstore.client.client import Client
+from kvstore.client.provenance import HeldPrefixes, Provenance
 from kvstore.client.results import StoreResult
 from kvstore.client.session import Session
-from kvstore.client.store import Touch
+from kvstore.client.store import StoreArguments, Storer, Touch
 from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
-from kvstore.core.blocks import FIDELITY_EXACT, Reason, unpack_tokens
-from kvstore.core.layers import KVLayer, cut_pieces
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens, unpack_tokens
+from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.keys import Chain
+from kvstore.core.layers import KVLayer, StateLayer, cut_pieces
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.fake_daemon import FakeDaemon, FakeUpload, client_of
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -46,6 +51,41 @@ def client(daemon: FakeDaemon) -> Iterator[Client]:
 def session(client: Client, daemon: FakeDaemon) -> Session:
     """A session with limits that a busy test machine does not reach."""
     return client.session(daemon.namespace, **SLOW)
+
+
+@pytest.mark.parametrize("kept", ["what is left", "the whole"])
+def test_of_two_threads_that_store_at_once_one_rest_is_held(kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rest holds a caller's whole cache; of those that are held no reference may be lost."""
+    namespace, meeting = make_namespace(LAYOUT), threading.Barrier(2)
+    own, rests, held = client_store._own, [], HeldPrefixes()
+    request_start = 0 if kept == "what is left" else BLOCK_TOKENS
+
+    def slow_own(layer: KVLayer | StateLayer) -> KVLayer | StateLayer:
+        meeting.wait(60)
+        return own(layer)
+
+    class WatchedRest(client_store.Rest):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            rests.append(self)
+
+    monkeypatch.setattr(client_store, "_own", slow_own)
+    monkeypatch.setattr(client_store, "Rest", WatchedRest)
+    budget = ByteBudget(600 * LAYOUT.token_bytes if kept == "what is left" else 1 << 30)
+    storer = Storer(namespace, budget, held, Provenance(), lambda job: True)
+
+    def store(first: int) -> None:
+        tokens = list(range(first, first + 1000))
+        chain = Chain(namespace.root, pack_tokens(tokens))
+        held.hold(chain.head(request_start))
+        storer.capture(StoreArguments(chain, make_layers(LAYOUT, tokens), None, 1), Deadline(0.0), wait=False)
+
+    threads = [threading.Thread(target=store, args=(first,)) for first in (0, 10_000)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [rest.request is None for rest in rests].count(False) == 1 and len(rests) == 2
 
 
 def raw_bytes(tokens: list[int], start: int, end: int, restored: int = 0) -> bytes:

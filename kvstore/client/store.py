@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -121,7 +122,7 @@ def _own(layer: KVLayer | StateLayer) -> KVLayer | StateLayer:
 class Storer:
     """Turns stores into jobs. It keeps the latest `Rest`s, and the ends of prompts that may go on.
 
-    Each call works on its caller's thread.
+    Any thread may call. Each call works on its caller's thread.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Storer:
         self._provenance = provenance
         self._weights = weights_of(namespace)
         self._submit = submit
+        self._lock = threading.Lock()  # over the three below
         self._unfinished: Bounded[bytes, int] = Bounded(_UNFINISHED_MAX)
         self._rest: Rest | None = None
         self._again: Rest | None = None
@@ -230,7 +232,9 @@ class Storer:
 
     def _may_go_on(self, request: StoreArguments, end: int) -> None:
         """Note that a later store may continue the same prompt after `end`."""
-        self._unfinished[request.chain.parent(end // BLOCK_TOKENS)] = request.touch.prompt if request.touch else 0
+        key = request.chain.parent(end // BLOCK_TOKENS)
+        with self._lock:
+            self._unfinished[key] = request.touch.prompt if request.touch else 0
 
     def _continued(self, request: StoreArguments, start: int) -> int:
         """`start` where earlier jobs of the same prompt had the tokens before it, else 0.
@@ -238,25 +242,30 @@ class Storer:
         One that was deferred is offered again without its number.
         """
         key = request.chain.parent(start // BLOCK_TOKENS)
-        number = self._unfinished.get(key)
-        if number is None or (request.touch is not None and request.touch.prompt != number):
-            return 0
-        self._unfinished.pop(key, None)
+        with self._lock:
+            number = self._unfinished.get(key)
+            if number is None or (request.touch is not None and request.touch.prompt != number):
+                return 0
+            del self._unfinished[key]
         return start
 
     def _keep_whole(self, request: StoreArguments) -> Rest:
         """Keep the whole sequence until the daemon confirms its first tokens. Only the latest store is kept."""
-        if self._again is not None:
-            self._again.let_go()
-        self._again = Rest(self, request, 0, None)
-        return self._again
+        rest = Rest(self, request, 0, None)
+        with self._lock:
+            before, self._again = self._again, rest
+        if before is not None:
+            before.let_go()
+        return rest
 
     def _leave(self, request: StoreArguments, start: int, after: StoreJob | None) -> bool:
         """Let the background thread copy the tokens after `start`. Returns whether that was queued."""
-        if self._rest is not None:
-            self._rest.let_go()
-        self._rest = Rest(self, request, start, after)
-        return self._submit(self._rest)
+        rest = Rest(self, request, start, after)
+        with self._lock:
+            before, self._rest = self._rest, rest
+        if before is not None:
+            before.let_go()
+        return self._submit(rest)
 
     def next_piece(self, request: StoreArguments, start: int, timeout_s: float) -> tuple[StoreJob, bool] | None:
         """(the next piece from `start`, whether it is the last); None if memory is short. Background thread."""
