@@ -1,4 +1,4 @@
-"""How a daemon ends when a step of its start or of its stop fails, and which sockets it counts."""
+"""What holds when a step of a daemon's start, stop or settings fails, and which sockets it counts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kvstore.core.breaker import Deadline
 from kvstore.engine import Engine
 from kvstore.remote.open_store import configured_store
 from kvstore.server import daemon as daemon_module
+from kvstore.server.admin.settings import Settings
 from kvstore.server.calls.callers import Sockets, open_sockets
 from kvstore.server.daemon import Daemon
 from kvstore.server.handlers import KVStoreService
@@ -37,7 +39,7 @@ def config(tmp_path: Path) -> Config:
     return made
 
 
-def refuse(*_: Any) -> Any:
+def refuse(*_: Any, **__: Any) -> Any:
     """A step that fails."""
     raise FailedStepError
 
@@ -113,6 +115,21 @@ def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
 
         asyncio.run(run())
     assert counted and counted[0] == 1
+
+
+def test_a_limit_that_could_not_be_put_in_force_is_not_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration in force is what the engine keeps to, also after a volume was away."""
+    config = small_config(f"unix:{tmp_path}/s/k", data_dir=tmp_path, budget_bytes=1 << 30)
+    stored = SimpleNamespace(budget_bytes=1 << 30, free_floor_bytes=0)
+    engine = SimpleNamespace(used_bytes=0, limit=refuse, stats=lambda: stored)
+    settings = Settings(engine, SimpleNamespace(budget=SimpleNamespace(day_bytes=1)), config)  # type: ignore[arg-type]
+    before = settings.in_force()
+    for key, value in (("ttl", "7d"), ("budget_bytes", "1GB")):
+        with pytest.raises(FailedStepError):
+            settings.set(key, value, at_once=False)
+    assert settings.in_force() == before
 
 
 def wait_for(is_so: Callable[[], bool]) -> bool:

@@ -56,13 +56,13 @@ class Settings:
         with self._lock:
             config = self._with(key, value)
             before = self._in_force(key)
-            self._config = config
             if key == "log_level":
                 set_level(config.log_level)
             elif key in ("admission", "write_bytes_per_day_max"):
                 self._admission.change(config)
             else:
                 keep_to_limits(self._engine, config, at_once=at_once)
+            self._config = config  # last: a setting that failed is not in force
             now = self._in_force(key)
         log.info("%s was set to %s (before: %s), until the daemon stops", key, now, before)
         return before, now
