@@ -62,14 +62,17 @@ def write_pack(replies: Iterable[pb.ExportReply], path: str, tell: Tell, *, forc
 
     fs = Fs()
     unlink_quietly(fs, [path + TMP_SUFFIX])
-    pending = write_pending(fs, path, pack_pieces(manifest, pieces()), sync=True)
     try:
-        pending.sync()
-        _require_free(path, force=force)
-        pending.rename()
-    finally:
-        pending.abandon()
-    fs.fsync_dir(os.path.dirname(os.path.abspath(path)))
+        pending = write_pending(fs, path, pack_pieces(manifest, pieces()), sync=True)
+        try:
+            pending.sync()
+            _require_free(path, force=force)
+            pending.rename()
+        finally:
+            pending.abandon()
+        fs.fsync_dir(os.path.dirname(os.path.abspath(path)))
+    except OSError as error:  # it names the temporary file, of which the caller knows nothing
+        raise OSError(error.errno, error.strerror, path) from error
     return Exported(manifest, blobs, nbytes)
 
 
