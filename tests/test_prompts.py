@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,20 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import load
 
+from kvstore.bench.hard_model import tokens_of
 from kvstore.errors import InvalidRequestError
-from kvstore.integrations.prompts import END, START, prompt_of, read_prompt, region, region_of_text, text_after
+from kvstore.integrations.prompts import (
+    END,
+    START,
+    load_tokenizer,
+    prompt_of,
+    read_prompt,
+    region,
+    region_of_text,
+    text_after,
+)
 from tests.support.agent import TEMPLATE, copy_of, with_template
+from tests.support.models import expand_small_lm
 
 SMALL_LM = Path(__file__).parent / "models" / "small-lm"
 CHATML = (
@@ -105,3 +117,23 @@ def test_text_after_tokens_keeps_its_space_and_whole_characters(tokenizers: dict
         head = tokenizer.decode(tokens[:at])
         if text.startswith(head):
             assert head + text_after(tokenizer, tokens[:at], tokens[at:]) == text
+
+
+def test_a_text_longer_than_the_context_of_the_model_is_no_warning(tmp_path: Path) -> None:
+    """It is cut into prompts, or only compared."""
+    folder = expand_small_lm(tmp_path / "small")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "model_max_length": 64}))
+    (tmp_path / "text").write_text("a word " * 200)
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(handler)
+    try:
+        assert len(read_prompt(str(tmp_path / "text"), load_tokenizer(str(folder))).tokens) > 64
+        tokens = tokens_of(load(folder), [str(tmp_path / "text")], lambda paths: Path(paths[0]).read_text())
+        assert len(tokens) > 64
+    finally:
+        logger.removeHandler(handler)
+    assert heard == []

@@ -13,6 +13,7 @@ from mlx_lm.utils import dequantize_model, load
 
 from kvstore.errors import InvalidRequestError
 from kvstore.integrations.mlx_lm import loading
+from kvstore.integrations.prompts import mute_length_warning
 
 # What caches did before: per token, groups of 64 values, keys and values alike.
 AFFINE = ("affine8", "affine6", "affine4", "affine3")
@@ -42,6 +43,7 @@ def tokens_of(tokenizer: Any, paths: Sequence[str], text_of: Callable[[Sequence[
     except (OSError, EOFError, ValueError) as error:
         raise InvalidRequestError(f"a file of token ids cannot be read: {error}") from error
     texts = [path for path in paths if path not in arrays]
+    mute_length_warning()
     return ids + (list(tokenizer.encode(text_of(texts))) if texts or not paths else [])
 
 

@@ -6,6 +6,7 @@ For `kvstore why`. A tokenizer is loaded without its model.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ def load_tokenizer(path_or_repo: str) -> Any:
 
     from kvstore.integrations.models import model_folder
 
+    mute_length_warning()
     folder = model_folder(path_or_repo)
     if folder is None or not folder.is_dir():
         raise InvalidRequestError(f"--model: {path_or_repo} is no folder and no downloaded model")
@@ -48,6 +50,19 @@ def load_tokenizer(path_or_repo: str) -> Any:
         return load(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidRequestError(f"--model: no tokenizer in {folder}: {error}") from error
+
+
+def mute_length_warning() -> None:
+    """Drop the warning of transformers about a text that is longer than the model's context.
+
+    A text is cut into prompts here, or only compared: no model computes all of it. Not `verbose=False` of `encode`:
+    tokenizers that come with a model do not all take it.
+    """
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_is_not_about_length)
+
+
+def _is_not_about_length(record: logging.LogRecord) -> bool:
+    return "longer than the specified maximum" not in record.getMessage()
 
 
 def read_prompt(path: str, tokenizer: Any) -> Prompt:
