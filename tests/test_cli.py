@@ -19,9 +19,12 @@ from click.testing import CliRunner, Result
 from kvstore import errors
 from kvstore.cli import common
 from kvstore.cli.app import EXIT_CODES, VERBS, cli, exit_code
+from kvstore.cli.stats_text import _load
 from kvstore.cli.top import watch_line
 from kvstore.codecs.profiles import AUTO, PROFILES, SMALL
 from kvstore.config import KEYS, SHIPPED_PROFILES, Config, parse_size
+from kvstore.core.causes import cause_words
+from kvstore.engine import require_store
 
 ROOT = Path(__file__).parents[1]
 ID = "ab" * 32
@@ -436,6 +439,7 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         (["--bytes", "10G"], "not a size"),
         (["--idle", "0d"], "'0d' selects everything, whatever its age; for that there is --all"),
         (["--idle", "yesterday"], "not a length of time"),
+        (["--idle", "30"], "'30' has no unit; write 30s, 30m, 30h, 30d or 30w"),
         (["--prefix", "abc"], "even number of leading hex digits"),
         (["--prefix", ""], "even number of leading hex digits"),
     ],
@@ -515,10 +519,30 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     result = invoke("check", "--repair")
     assert result.exit_code == 4
     assert result.stdout.startswith("corrupt_blob\n  file    /data/x\n  detail  checksum of layer 3\n")
-    assert "1 finding; read 9 blobs, 1.0 MB; 1 put right, 3 blocks removed" in result.stdout
+    assert "1 finding; read 9 blobs, 1.0 MB; 1 repaired, 3 blocks removed" in result.stdout
     assert client.asked == {"repair": True}
+    assert "to repair what was found" in invoke("check").stderr
     parsed = json.loads(invoke("check", "--json").stdout)
     assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
+
+
+def test_a_prompt_of_which_nothing_is_stored_has_no_rest() -> None:
+    """The cause names the prompt; of one that is stored in part it names the rest."""
+    assert cause_words("never_stored", 256) == "the rest was never stored"
+    assert cause_words("never_stored", 0) == "the prompt was never stored"
+    assert cause_words("evicted", 0) == "the prompt was stored and has been evicted"
+    assert cause_words("refused", 0) == "the store of the prompt was refused"
+    assert cause_words("of a newer version", 0) == "of a newer version"
+
+
+def test_clients_are_those_that_called_lately_and_connections_are_all() -> None:
+    """A server that is connected and idle is no active client."""
+    load = {"clients": 0, "clients_max": 256, "connections": 2, "connections_max": 1024}
+    assert _load(load) == [
+        ("active clients", "0 of 256, called in the last 5 s"),
+        ("connections", "2 of 1,024, idle ones too"),
+    ]
+    assert "0 active clients" in watch_line({}, {**STATS, "load": load})
 
 
 def test_check_goes_offline_only_when_no_daemon_was_named(
@@ -545,7 +569,12 @@ def test_check_goes_offline_only_when_no_daemon_was_named(
     assert asked == [(tmp_path, False), (tmp_path, True)]
     missing = invoke("check", "--data-dir", str(tmp_path / "none"))
     assert missing.exit_code == 1
-    assert "no store at" in missing.stderr
+    assert "no store at" in missing.stderr and "--create" in missing.stderr
+    # In the default place a daemon makes one by itself.
+    monkeypatch.delenv("KVSTORE_DATA_DIR")
+    monkeypatch.setattr("kvstore.engine.directory.default_data_dir", lambda: tmp_path / "home")
+    with pytest.raises(errors.DirectoryError, match=r"home; start the daemon, which makes one: kvstore serve$"):
+        require_store(tmp_path / "home")
     assert invoke("check", "--address", "/run/k.sock").exit_code == 3
     assert invoke("check", "--address", "/run/k.sock", "--data-dir", "/x").exit_code == 2
 

@@ -191,9 +191,10 @@ def test_a_daemon_that_does_not_stay_is_a_failure_that_names_the_log(
     assert "ended with exit status 5" in desk.invoke("install").stderr
 
 
-def test_logs_are_those_of_the_manager(desk: Desk) -> None:
+def test_logs_are_those_of_the_manager(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """The journal on Linux, a file on macOS; none is one line."""
     if desk.platform == "darwin":
+        assert "the service is not installed" in desk.invoke("logs").stderr
         assert desk.invoke("logs").exit_code == 1
         log = desk.folder / "home" / "Library" / "Logs" / "kvstore.log"
         log.parent.mkdir(parents=True)
@@ -204,6 +205,14 @@ def test_logs_are_those_of_the_manager(desk: Desk) -> None:
     assert json.loads(desk.invoke("logs", "--json").stdout)["lines"] == ["serving"]
     assert desk.tools.calls()[-1] == "journalctl --user-unit kvstore.service --lines 100 --output cat --no-pager"
     assert desk.invoke("logs", "--follow", "--json").exit_code == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(Systemd, "log_command", lambda self, lines, follow: ["true"])
+        assert desk.invoke("logs").stderr == "kvstore: the log is empty\n"
+        desk.invoke("uninstall")
+        for flags in ([], ["--json"], ["--follow"]):
+            none = desk.invoke("logs", *flags)
+            assert (none.exit_code, none.stdout) == (1, "")
+            assert "the service is not installed" in none.stderr and "kvstore service install" in none.stderr
 
 
 def test_nothing_is_installed_for_root_nor_without_a_manager(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from kvstore.errors import DirectoryError, UnavailableError
 
 
 @click.command("check")
-@click.option("--repair", is_flag=True, help="Quarantine what is damaged, adopt or remove strays, rebuild rows.")
+@click.option("--repair", is_flag=True, help="Move damaged blobs to quarantine, adopt or remove strays, rebuild rows.")
 @click.option("--data-dir", metavar="DIR", help="Check this directory offline; no daemon may hold it.")
 @click.option("--remote", is_flag=True, help="Check the remote tier instead: verify every object. Repairs nothing.")
 @common_options
@@ -121,8 +121,8 @@ def _print(report: dict[str, Any], repair: bool) -> None:
     if findings:
         _print_findings([(one["kind"], ("file", one["path"]), one["detail"]) for one in findings])
     verdict = counted(len(findings), "finding") if findings else "no damage"
-    # What was read is no count of what is left, which is why a repair says how much it took.
-    mended = f"; {report['repaired']} put right, {counted(report['removed'], 'block')} removed" if repair else ""
-    say(f"{verdict}; read {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])}{mended}")
+    # "read" counts blobs before a repair; what the repair took away is told by itself.
+    changed = f"; {report['repaired']} repaired, {counted(report['removed'], 'block')} removed" if repair else ""
+    say(f"{verdict}; read {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])}{changed}")
     if findings and not repair:
-        note("`kvstore check --repair` puts right what can be")
+        note("to repair what was found: kvstore check --repair; damaged blobs go to quarantine and are computed again")

@@ -111,7 +111,14 @@ def size_option(text: str) -> int:
 
 
 def age_option(text: str) -> int:
-    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
+    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all.
+
+    A number without a unit, seconds in the configuration, is refused: it may be meant as days, and selects what to
+    delete.
+    """
+    if text.strip().isdecimal() and int(text):
+        units = ", ".join(f"{text.strip()}{unit}" for unit in "smhd")
+        raise click.BadParameter(f"{text!r} has no unit; write {units} or {text.strip()}w")
     try:
         age_s = parse_age(text)
     except ValueError:

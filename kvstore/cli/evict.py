@@ -37,7 +37,7 @@ ALL_BYTES = 1 << 62
     "idle_s",
     type=age_option,
     metavar="AGE",
-    help="Blocks not used for so long (90s, 12h, 30d).",
+    help="Blocks not used for so long, with a unit: 90s, 15m, 12h, 30d, 2w.",
 )
 @click.option(
     "--bytes",

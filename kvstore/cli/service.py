@@ -30,6 +30,7 @@ from kvstore.errors import DirectoryHeldError, InvalidRequestError, KVStoreError
 ANSWER_S = 30.0
 LOOK_S = 0.2
 LINES_DEFAULT = 100
+NOT_INSTALLED = "the service is not installed, and has no log; run: kvstore service install"
 
 dry_run_option = click.option("--dry-run", is_flag=True, help="Print the file and the commands; change nothing.")
 
@@ -128,8 +129,13 @@ def logs(lines: int, follow: bool, address: str | None, config_path: str | None,
     if follow:
         if as_json:
             raise click.UsageError("--follow never ends, and --json is one answer; give one of them")
+        if not manager.path.is_file():
+            raise KVStoreError(NOT_INSTALLED)
         return _followed(argv)
     ended = manager.host.run(argv)
+    # A log outlives its service, so it is printed where there is one.
+    if not (ended.stdout or manager.path.is_file()):
+        raise KVStoreError(NOT_INSTALLED)
     if ended.returncode:
         said = ended.stderr.strip().splitlines()
         raise KVStoreError(f"there is no log: {said[-1] if said else argv[0]}")
@@ -138,6 +144,8 @@ def logs(lines: int, follow: bool, address: str | None, config_path: str | None,
         return 0
     for line in ended.stdout.splitlines():
         say(line)
+    if not ended.stdout:
+        note("the log is empty")
     return 0
 
 

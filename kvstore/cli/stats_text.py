@@ -134,8 +134,13 @@ def _daemon(daemon: dict[str, Any], listen: str) -> list[tuple[str, str]]:
 
 def _load(load: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (name, f"{load[name]:,} of {load[name + '_max']:,}")
-        for name in ("clients", "connections", "calls", "uploads")
+        (label, f"{load[name]:,} of {load[name + '_max']:,}{which}")
+        for name, label, which in (
+            ("clients", "active clients", ", called in the last 5 s"),
+            ("connections", "connections", ", idle ones too"),
+            ("calls", "calls", ""),
+            ("uploads", "uploads", ""),
+        )
         if name in load
     ]
 

@@ -95,7 +95,7 @@ def watch_line(before: dict[str, Any], stats: dict[str, Any]) -> str:
         f"{more.get('saved_s', 0.0):.1f} s saved",
         f"+{more.get('stored_tokens', 0):,} tokens {size_text(more.get('written_bytes', 0))} written",
         f"{size_text(stats['disk']['used_bytes'])} used",
-        f"{stats.get('load', {}).get('clients', 0)} clients",
+        f"{stats.get('load', {}).get('clients', 0)} active clients",
     ]
     state = stats["daemon"]["state"]
     return "  ".join(parts if state == "serving" else [*parts, state])

@@ -219,9 +219,11 @@ def rate_text(bytes_per_s: float) -> str:
 def _queues(load: Mapping[str, Any]) -> Iterator[str]:
     waiting = load.get("waiting") or {}
     yield "waiting " + (", ".join(f"{name} {count}" for name, count in waiting.items()) or "0")
-    for name in ("calls", "uploads", "clients"):
+    for name, label in (("calls", "calls"), ("uploads", "uploads"), ("clients", "active clients")):
         if name in load:
-            yield f"{name} {load[name]:,}/{load[f'{name}_max']:,}"
+            yield f"{label} {load[name]:,}/{load[f'{name}_max']:,}"
+    if "connections" in load:
+        yield f"connections {load['connections']:,}"
     if load.get("received_bytes"):
         yield f"{size_text(load['received_bytes'])} coming in"
 

@@ -207,7 +207,7 @@ def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cause(row: dict[str, Any]) -> str:
-    words = cause_words(row["cause"])
+    words = cause_words(row["cause"], row["common_tokens"])
     if row["cause"] == Cause.IDENTITY:
         where = f" ({row['other_alias'] or '-'}, {row['other_namespace_id'][:12]})" if row["other_namespace_id"] else ""
         has = f" has {row['other_tokens']:,} tokens of it" if row["other_tokens"] else ""

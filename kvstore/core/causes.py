@@ -47,6 +47,10 @@ WEIGHTS, ADAPTER, LAYOUT, DTYPE, ENGINE, SALT, PROFILE = (
 )
 
 
-def cause_words(code: str) -> str:
-    """What a cause means, for people; the code itself for one that this version does not know."""
-    return next((words for cause, words in WORDS.items() if cause == code), code)
+def cause_words(code: str, common_tokens: int) -> str:
+    """What a cause means, for people; the code itself for one that this version does not know.
+
+    `common_tokens`: how many tokens of the prompt are stored. Of a prompt without any there is no rest.
+    """
+    words = next((words for cause, words in WORDS.items() if cause == code), code)
+    return words if common_tokens else words.replace("the rest", "the prompt")

@@ -21,6 +21,7 @@ from typing import Any
 
 from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX, parse_root
+from kvstore.config import default_data_dir
 from kvstore.errors import CorruptDataError, DirectoryError, DirectoryHeldError
 from kvstore.quality import Calibrated, Verdict
 
@@ -208,6 +209,8 @@ def require_store(data_dir: Path) -> None:
     except OSError:
         return  # `claim` tells what is wrong with it
     if not {"id", "index", "blobs.noindex"}.intersection(names):
+        if data_dir == default_data_dir():
+            raise DirectoryError(f"no store at {data_dir}; start the daemon, which makes one: kvstore serve")
         raise DirectoryError(
             f"no store at {data_dir}; to make one: kvstore serve --create --data-dir {data_dir}; if there is one "
             "already, its volume is not mounted"
