@@ -42,7 +42,8 @@ def pytest_configure() -> None:
             def __init__(self, *args: Any, **options: Any) -> None:
                 super().__init__(*args, slow_hits=True, **options)
 
-        limits.DEFAULT = small_config("").limits
+        # Of the configuration only the limits are used: the address comes from the environment.
+        limits.DEFAULT = small_config("unix:/unused").limits
         server.LRUPromptCache = _Patient
 
 
