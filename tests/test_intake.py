@@ -18,7 +18,7 @@ from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, Lim
 from kvstore.server.fetching.stream_out import BATCH_BYTES
 from kvstore.server.storing import upload_socket as module
 from kvstore.server.storing.stream_in import StreamIn
-from kvstore.server.storing.upload_socket import RECEIVED, UPLOAD_ID_BYTES, SocketSource, UploadSocket
+from kvstore.server.storing.upload_socket import CONFIRMED, UPLOAD_ID_BYTES, SocketSource, UploadSocket
 from kvstore.server.storing.uploads import Intake
 from kvstore.wire.frames import UploadBytes
 from tests.support.intake import BytesSource
@@ -70,7 +70,7 @@ def test_bytes_come_in_order_whatever_is_asked_for(
     assert b"".join(filled(intake, size) for size in sizes) == DATA
     intake.finish(10.0)
     assert intake.received_bytes == len(DATA)
-    assert theirs.recv(2) == RECEIVED
+    assert theirs.recv(2) == CONFIRMED
 
 
 @pytest.mark.parametrize("size", [0, 1, len(DATA) - 1])

@@ -9,6 +9,7 @@ import time
 from kvstore.blobs.protocol import disk_bytes
 from kvstore.core.text import size_text
 from kvstore.engine.ledger import COMMIT_BYTES
+from kvstore.engine.retain import NO_LIMIT
 from kvstore.engine.shared import Shared
 from kvstore.errors import KVStoreError
 
@@ -114,9 +115,7 @@ class Shortage:
 
     def note_full_disk(self, nbytes: int) -> None:
         """Record a failed write of this many bytes as a shortage if the volume has no room for it. Raises OSError."""
-        floor = self._shared.options.free_floor_bytes
-        spare = self.free_bytes() - floor
-        if floor and spare < nbytes + COMMIT_BYTES:
+        if (spare := self._spare_bytes()) < nbytes + COMMIT_BYTES:
             self._note(nbytes + COMMIT_BYTES, self.volume_words(spare))
 
     def look_again(self) -> None:
@@ -131,17 +130,20 @@ class Shortage:
         unwritten = sum(tuple(self._shared.unwritten.values()))  # first: what is written meanwhile is counted twice
         return self._shared.blobs.room().free_bytes - unwritten
 
-    def floor_lack_bytes(self) -> int:
-        """What the volume lacks of its free floor; 0 or less: what it has beyond that, or 0: it does not say."""
+    def _spare_bytes(self) -> int:
+        """What the volume has free beyond its floor, below 0 where it lacks some; without a floor there is no limit."""
         floor = self._shared.options.free_floor_bytes
+        return self.free_bytes() - floor if floor else NO_LIMIT
+
+    def floor_lack_bytes(self) -> int:
+        """What the volume lacks of its free floor; 0 or less where it lacks nothing, or does not say."""
         with contextlib.suppress(OSError):
-            return floor - self.free_bytes() if floor else 0
+            return -self._spare_bytes()
         return 0
 
     def floor_deficit(self, nbytes: int) -> int:
         """Bytes to evict so that the volume keeps its floor after `nbytes` more; at most 0 where nothing is to be."""
-        floor = self._shared.options.free_floor_bytes
-        deficit = nbytes - (self.free_bytes() - floor) - self.floor_freed if floor else 0
+        deficit = nbytes - self._spare_bytes() - self.floor_freed
         return deficit if deficit > 0 and self._has_names() else 0
 
     def is_above_floor(self, nbytes: int) -> bool:
@@ -152,8 +154,7 @@ class Shortage:
         """
         if not self._has_names():
             return False
-        floor = self._shared.options.free_floor_bytes
-        spare = self.free_bytes() - floor if floor else nbytes
+        spare = self._spare_bytes()
         if spare < nbytes:
             self._floor_wanted = max(self._floor_wanted, nbytes)
             self._tell_floor(self.volume_words(spare))
@@ -190,7 +191,7 @@ class Shortage:
             is_large = need > options.budget_bytes // _LARGE_DIVISOR
             is_short = lasting + need + COMMIT_BYTES > options.budget_bytes and not is_large
             return False, self._budget_words(lasting) if is_short else ""
-        spare = self.free_bytes() - options.free_floor_bytes if options.free_floor_bytes else need
+        spare = self._spare_bytes()
         if spare >= need or (not shared.health.under_floor and spare + ledger.get("blobs") >= need):
             return True, ""
         return False, self.volume_words(spare)

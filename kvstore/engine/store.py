@@ -262,7 +262,7 @@ class Writer:
             shared.ledger.add("pending", nbytes)
             shared.health.put_bytes += nbytes
 
-        if shared.options.free_floor_bytes and nbytes + self._evictor.shortage.floor_lack_bytes() > 0:
+        if nbytes + self._evictor.shortage.floor_lack_bytes() > 0:
             # A blob that is half written counts as half more than it is, and nothing is to be evicted for that.
             batch.wait_written(len(batch.unsynced))
         if not self._evictor.make_room(nbytes, batch.keep, book):

@@ -100,7 +100,7 @@ class _Fields(NamedTuple):
     templates: Templates
     version: int
     kind: int
-    encrypted: int
+    is_key_missing: int  # 1: encrypted, and its key is not there: then only the fixed fields say anything
     payload_offset: int
     blob_bytes: int
     number: int
@@ -145,11 +145,6 @@ class Row(_Fields):
     def is_lost(self) -> bool:
         """Whether this is an aux row that blocks refer to and that has no blob; see the module."""
         return self.is_aux and not self.blob_bytes
-
-    @property
-    def is_key_missing(self) -> bool:
-        """Whether it is encrypted and its key is not there: then only the fixed fields say anything."""
-        return bool(self.encrypted)
 
     @property
     def end(self) -> int:

@@ -150,7 +150,7 @@ class View:
         """Whether the rows of a namespace are encrypted and its key is not there: all of them or none. None without."""
         first = next(self.children(root), None) or next((key for _, key in self.entries(root + AUX_MARK)), None)
         row = self.row(first) if first else None
-        return None if row is None else row.is_key_missing
+        return None if row is None else bool(row.is_key_missing)
 
     def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
         """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""

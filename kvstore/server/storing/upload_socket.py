@@ -26,7 +26,7 @@ from kvstore.server.storing.uploads import Upload, Uploads
 log = logging.getLogger(__name__)
 
 # Sent to the worker over its connection: the upload is accepted; all bytes were received.
-TAKEN = RECEIVED = b"\1"
+CONFIRMED = b"\1"
 # A thread that waits for a worker wakes this often. Bytes received since the last time count as progress.
 LOOK_UP_S = 1.0
 # Upper bound of one receive call, so that progress is seen during a continuous upload too.
@@ -120,7 +120,7 @@ class UploadSocket:
                 log.info("an upload's connection was closed: %s", error)
                 return
             held.pop_all()
-            source.accept()
+            source.confirm()
             # Also for a worker that has gone by now: an open upload never counts as idle, so its thread must end it.
             self._begin(upload)
 
@@ -133,11 +133,6 @@ class SocketSource:
         self._lock = threading.Lock()
         self._is_reading = self._is_closed = False
         block_for(connection, LOOK_UP_S)
-
-    def accept(self) -> None:
-        """Tell the worker that its upload is accepted."""
-        with contextlib.suppress(OSError):  # the worker has gone: the first read says so
-            self._connection.send(TAKEN)
 
     def readinto(self, view: memoryview) -> int | None:
         """See `UploadSource`. OSError when the connection breaks."""
@@ -156,9 +151,9 @@ class SocketSource:
                     self._connection.close()
 
     def confirm(self) -> None:
-        """See `UploadSource`."""
+        """See `UploadSource`. Also when the upload is accepted."""
         with contextlib.suppress(OSError):  # the worker has gone
-            self._connection.send(RECEIVED)
+            self._connection.send(CONFIRMED)
 
     def close(self) -> None:
         """See `UploadSource`. If a thread is reading, that thread closes the descriptor afterwards."""
