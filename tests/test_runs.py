@@ -18,7 +18,7 @@ from kvstore.codecs.affine import affine_recipe
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import encode_run
 from kvstore.codecs.profiles import parse_profile
-from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, payload_run, raw_run
+from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, payload_run
 from kvstore.core.blocks import FIDELITY_EXACT, ITEM_BYTES, RAW
 from kvstore.core.layers import LayerSpec, Layout, PartSpec, raw_ranges
 from kvstore.errors import InvalidRequestError
@@ -52,7 +52,7 @@ def same(a: EncodedRun, b: EncodedRun) -> bool:
 def cut_payload(layout: Layout, run: EncodedRun, first: int, last: int) -> EncodedRun:
     """A raw run of some tokens of a raw run."""
     parts = [np.ascontiguousarray(buffer[:, :, first:last]) for buffer in run.buffers]
-    return raw_run(layout, parts, last - first, run.run.fidelity)
+    return payload_run(layout, b"".join(parts), last - first, run.run.fidelity)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +73,12 @@ def test_a_profile_leaves_what_the_engine_quantized_alone() -> None:
     assert profile.recipe("values", PartSpec(8, 128, "BF16"), 0, 1) == affine_recipe(4, 64)
 
 
-def test_a_raw_run_takes_one_buffer_a_tensor() -> None:
-    """It shares their memory and describes them as the layout does."""
+def test_a_raw_run_has_one_buffer_a_tensor() -> None:
+    """It describes them as the layout does."""
     layout = plain()
     run = random_run(layout, 5)
     assert [buffer.shape for buffer in run.buffers] == [(3, 2, 5, 128)] * 2
-    again = raw_run(layout, [buffer.tobytes() for buffer in run.buffers], 5)
+    again = payload_run(layout, b"".join(buffer.tobytes() for buffer in run.buffers), 5)
     assert same(run, again)
     assert run.nbytes == 5 * layout.token_bytes
 
@@ -103,11 +103,6 @@ def test_bytes_of_the_wrong_length_are_refused(change: int) -> None:
     layout = plain()
     with pytest.raises(InvalidRequestError):
         payload_run(layout, bytes(5 * layout.token_bytes + change), 5)
-    sizes = [buffer.nbytes for buffer in random_run(layout, 5).buffers]
-    with pytest.raises(InvalidRequestError):
-        raw_run(layout, [bytes(sizes[0] + change), bytes(sizes[1])], 5)
-    with pytest.raises(InvalidRequestError):
-        raw_run(layout, [bytes(sizes[0])], 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,7 +24,7 @@ from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.device import dtype_of, flat_bytes
 from kvstore.codecs.encode import encode_runs
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
-from kvstore.codecs.runs import pack_run, raw_run
+from kvstore.codecs.runs import pack_run, payload_run
 from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Block, pack_tokens
 from kvstore.core.keys import block_key
 from kvstore.core.layers import Layout
@@ -150,7 +150,7 @@ def _encoded(layout: Layout, arrays: Sequence[mx.array], profile: Profile) -> li
         end = min(start + BLOCK_TOKENS, n_tokens)
         rows = [mx.contiguous(array[:, :, start:end]) for array in arrays]
         mx.eval(rows)
-        raw = raw_run(layout, [flat_bytes(array) for array in rows], end - start)
+        raw = payload_run(layout, np.concatenate([flat_bytes(array) for array in rows]), end - start)
         encoded = [pack_run(layout, run, profile) for run in encode_runs(layout, [raw], profile, start)]
         own = tokens[start * TOKEN_BYTES : end * TOKEN_BYTES]
         fidelity = min(run.run.fidelity for run in encoded)

@@ -6,9 +6,9 @@ between it is as the codec's arrays are (raw for one that only packs), so all ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
 
 import numpy as np
 
@@ -38,36 +38,23 @@ class EncodedRun:
         return sum(buffer.nbytes for buffer in self.buffers)
 
 
-def raw_run(
-    layout: Layout, buffers: Sequence[memoryview | bytes | Bytes], n_tokens: int, fidelity: int = FIDELITY_EXACT
-) -> EncodedRun:
-    """A raw run over one buffer for each tensor of `layout.raw_stacks`; shares their memory.
-
-    `fidelity` is less than exact for values that came out of the store. InvalidRequestError when a size is wrong.
-    """
-    run = Run(n_tokens, 0, n_tokens, fidelity, layout.raw_stacks)
-    shapes = [(len(stack.layers), *_shape(tensor, n_tokens)) for stack in run.stacks for tensor in stack.tensors]
-    if len(buffers) != len(shapes):
-        raise InvalidRequestError(f"{len(buffers)} buffers for {len(shapes)} tensors")
-    arrays = []
-    for buffer, shape in zip(buffers, shapes, strict=True):
-        flat = np.frombuffer(buffer, dtype=np.uint8)
-        if flat.size != np.prod(shape):
-            raise InvalidRequestError(f"{flat.size} bytes for a tensor of {np.prod(shape)}")
-        arrays.append(flat.reshape(shape))
-    return EncodedRun(run, tuple(arrays))
-
-
 def payload_run(
     layout: Layout, payload: memoryview | bytes | Bytes, n_tokens: int, fidelity: int = FIDELITY_EXACT
 ) -> EncodedRun:
-    """A raw run over the bytes of one piece (`layers.Piece`); shares their memory."""
+    """A raw run over the bytes of one piece (`layers.Piece`); shares their memory.
+
+    `fidelity` is less than exact for values that came out of the store. InvalidRequestError when the size is wrong.
+    """
     flat = np.frombuffer(payload, dtype=np.uint8)
     if flat.size != n_tokens * layout.token_bytes:
         raise InvalidRequestError(f"{flat.size} bytes for {n_tokens} tokens of {layout.token_bytes}")
-    sizes = [len(s.layers) * t.layer_bytes(n_tokens) for s in layout.raw_stacks for t in s.tensors]
-    ends = np.cumsum(sizes)
-    return raw_run(layout, [flat[e - size : e] for e, size in zip(ends, sizes, strict=True)], n_tokens, fidelity)
+    buffers = []
+    for stack in layout.raw_stacks:
+        for tensor in stack.tensors:
+            shape = (len(stack.layers), *_shape(tensor, n_tokens))
+            own, flat = np.split(flat, [math.prod(shape)])
+            buffers.append(own.reshape(shape))
+    return EncodedRun(Run(n_tokens, 0, n_tokens, fidelity, layout.raw_stacks), tuple(buffers))
 
 
 def narrow_run(encoded: EncodedRun, shown: int) -> EncodedRun:
@@ -98,7 +85,7 @@ def cut_run(encoded: EncodedRun, at: int) -> tuple[EncodedRun, EncodedRun]:
 
 def group_tokens(run: Run) -> int:
     """Number of tokens that can only be kept together: the least common multiple of the tensors' groups."""
-    return lcm(*(tensor.group_tokens for stack in run.stacks for tensor in stack.tensors))
+    return math.lcm(*(tensor.group_tokens for stack in run.stacks for tensor in stack.tensors))
 
 
 def _rows(encoded: EncodedRun, first: int, last: int) -> tuple[Bytes, ...]:
@@ -126,12 +113,7 @@ def join_runs(runs: Sequence[EncodedRun]) -> list[EncodedRun]:
 def _joinable(a: Run, b: Run) -> bool:
     """Whether nothing is hidden between the two, and all else is equal."""
     hidden = a.skip + a.shown < a.n_tokens or b.skip
-    return not hidden and a.fidelity == b.fidelity and bare_stacks(a) == bare_stacks(b)
-
-
-def bare_stacks(run: Run) -> tuple[Stack, ...]:
-    """The stacks without where their bytes are."""
-    return tuple(replace(stack, tensors=tuple(t.bare() for t in stack.tensors)) for stack in run.stacks)
+    return not hidden and (a.fidelity, a.stacks) == (b.fidelity, b.stacks)
 
 
 def _joined(group: Sequence[EncodedRun]) -> EncodedRun:

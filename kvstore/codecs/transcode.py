@@ -21,9 +21,9 @@ from kvstore.codecs.codec import NO_CONTEXT
 from kvstore.codecs.device import Bytes
 from kvstore.codecs.encode import PIECE_BYTES, Submit, encode_runs
 from kvstore.codecs.profiles import Profile
-from kvstore.codecs.runs import EncodedRun, pack_run, raw_run, stacks_of
+from kvstore.codecs.runs import EncodedRun, pack_run, payload_run, stacks_of
 from kvstore.core.blocks import Block, Run
-from kvstore.core.layers import Layout
+from kvstore.core.layers import Layout, raw_ranges
 
 # Squares of the difference and of the values themselves, summed up.
 Sums: TypeAlias = tuple[float, float]
@@ -33,14 +33,14 @@ SubmitSums: TypeAlias = Callable[[Callable[[], Sums]], Sums]
 def gather_layers(layout: Layout, layer_views: Callable[[int], Sequence[memoryview]], n_tokens: int) -> EncodedRun:
     """A raw run of `n_tokens`. `layer_views(layer)`: the bytes of a kv layer's arrays, keys first, as
     `assemble.dense_bytes` gives them."""
-    stacks = layout.raw_stacks
-    buffers = [[np.empty((len(s.layers), t.layer_bytes(n_tokens)), np.uint8) for t in s.tensors] for s in stacks]
-    for layer in sorted({layer for stack in stacks for layer in stack.layers}):
-        views = iter(layer_views(layer))
-        for stack, mine in zip(stacks, buffers, strict=True):
-            for rows in mine if layer in stack.layers else ():
-                rows[stack.layers.index(layer)] = np.frombuffer(next(views), np.uint8)
-    return raw_run(layout, [rows.reshape(-1) for mine in buffers for rows in mine], n_tokens)
+    payload = np.empty(n_tokens * layout.token_bytes, np.uint8)
+    places: dict[int, list[slice]] = defaultdict(list)
+    for _, _, layer, offset, length in raw_ranges(layout, n_tokens):
+        places[layer].append(slice(offset, offset + length))
+    for layer, own in sorted(places.items()):
+        for place, view in zip(own, layer_views(layer), strict=True):
+            payload[place] = np.frombuffer(view, np.uint8)
+    return payload_run(layout, payload, n_tokens)
 
 
 def is_finite(layout: Layout, raw: EncodedRun) -> bool:

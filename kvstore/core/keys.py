@@ -187,8 +187,8 @@ class Chain:
         self.tokens = tokens
         self.n_tokens = len(tokens) // TOKEN_BYTES
         self.full = len(tokens) // BLOCK_BYTES
-        # Keys of full blocks; the first `_known` are computed. Two threads may write the same key to the same place.
-        self._keys = [b""] * self.full
+        # Keys of all blocks; the first `_known` are computed. Two threads may write the same key to the same place.
+        self._keys = [b""] * -(-len(tokens) // BLOCK_BYTES)
         self._known = 0
 
     @property
@@ -197,7 +197,7 @@ class Chain:
         return self.tokens[self.full * BLOCK_BYTES :]
 
     def key(self, index: int) -> bytes:
-        """The key of full block `index`."""
+        """The key of block `index`, full or not."""
         keys, known = self._keys, self._known
         if index >= known:
             parent = keys[known - 1] if known else self.root
@@ -225,14 +225,13 @@ class Chain:
 
     def keys(self) -> list[bytes]:
         """Keys of all full blocks, in order."""
-        if self._keys:
-            self.key(len(self._keys) - 1)
-        return list(self._keys)
+        return self.block_keys()[: self.full]
 
     def block_keys(self) -> list[bytes]:
         """Keys of all blocks, in order: the full ones, then the tail's if there is one."""
-        keys = self.keys()
-        return [*keys, block_key(self.parent(self.full), self.tail)] if self.tail else keys
+        if self._keys:
+            self.key(len(self._keys) - 1)
+        return list(self._keys)
 
     def checkpoint_key(self) -> bytes:
         """The key of the checkpoint after the last token."""

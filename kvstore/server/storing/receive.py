@@ -199,10 +199,11 @@ class Receiver:
         AuxMissingError when the basis of the profile is gone.
         """
         layout, profile = upload.layout, upload.choice.profile
-        encoded = join_runs(runs)
-        if quantize and any(is_first_hand(one.run) for one in encoded):
+        if quantize and any(is_first_hand(one.run) for one in runs):
             aux = self._engine.aux(upload.chain.root, profile.references)
             encoded = encode_runs(layout, runs, profile, start, self._on_lane, aux)
+        else:
+            encoded = join_runs(runs)
         return [pack_run(layout, one, profile) for one in encoded]
 
     def _on_lane(self, work: Callable[[], T]) -> T:
