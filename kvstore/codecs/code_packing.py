@@ -22,9 +22,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-import zstandard
 
-from kvstore.codecs.zstd import compressor, decompressor
+from kvstore.codecs.zstd import compressor, content
 from kvstore.errors import CorruptDataError
 
 Codes = npt.NDArray[np.int16]
@@ -111,7 +110,7 @@ def unpack(packed: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
             raise CorruptDataError("packed codes are of no known kind")
         escapes = np.frombuffer(packed, _ESCAPE, count, _HEAD.size)
         codes = _UNPACK[kind](packed[at:], shape)
-    except (struct.error, zstandard.ZstdError, ValueError) as error:
+    except (struct.error, ValueError) as error:
         raise CorruptDataError(f"packed codes do not unpack: {error}") from error
     if count:
         if int(escapes["place"].max()) >= codes.size:
@@ -120,19 +119,9 @@ def unpack(packed: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
     return codes
 
 
-def _content(frame: memoryview | bytes, nbytes: int) -> bytes:
-    """What a frame holds, by the size that the geometry says: a small frame cannot ask for much memory."""
-    if zstandard.frame_content_size(frame) != nbytes:
-        raise CorruptDataError("packed codes are not of the size that their geometry says")
-    content = decompressor().decompress(frame, max_output_size=nbytes, allow_extra_data=False)
-    if len(content) != nbytes:
-        raise CorruptDataError("packed codes are not of the size that their geometry says")
-    return content
-
-
 def _unpack_plain(body: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
     groups, tokens, components = shape
-    return np.frombuffer(_content(body, groups * tokens * components), np.int8).reshape(shape).astype(np.int16)
+    return np.frombuffer(content(body, groups * tokens * components), np.int8).reshape(shape).astype(np.int16)
 
 
 def _unpack_classes(body: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
@@ -152,7 +141,7 @@ def _unpack_classes(body: memoryview | bytes, shape: tuple[int, int, int]) -> Co
         length, at = head & ~_FRAME, at + _LENGTH.size
         piece, at = body[at : at + length], at + length
         nbytes = len(columns) * -(-tokens // together)
-        raw = _content(piece, nbytes) if head & _FRAME else bytes(piece)
+        raw = content(piece, nbytes) if head & _FRAME else bytes(piece)
         if len(raw) != nbytes:
             raise CorruptDataError("packed codes end early")
         by_component[columns] = _digits(raw, base, len(columns), together)[:, :tokens]
@@ -163,7 +152,7 @@ def _unpack_classes(body: memoryview | bytes, shape: tuple[int, int, int]) -> Co
 
 def _unpack_large(body: memoryview | bytes, shape: tuple[int, int, int]) -> Codes:
     groups, tokens, components = shape
-    return np.frombuffer(_content(body, 2 * groups * tokens * components), "<i2").reshape(shape).astype(np.int16)
+    return np.frombuffer(content(body, 2 * groups * tokens * components), "<i2").reshape(shape).astype(np.int16)
 
 
 _UNPACK = (_unpack_plain, _unpack_classes, _unpack_large)

@@ -56,51 +56,36 @@ class Filler:
         rows[:, tensor.rows(segment.held) :] = 0
 
     def _fill_span(self, place: _Place, span: Span) -> None:
-        """Read the rows of one span. Unused rows of it are read and verified too."""
-        if span.packer is None:
-            self._read_rows(place, span)
-            return
-        tensor = place.tensor
+        """Copy the rows of one span out of memory, or read them straight into their place.
+
+        Unused rows of it are read and verified too: of a file they go to scratch.
+        """
+        tensor, stored = place.tensor, span.stack.tensors[place.number]
         at, first, last = tensor.rows(span.at), tensor.rows(span.first), tensor.rows(span.last)
-        rows = self._unpacked(tensor, span, span.packer, span.stack.tensors[place.number])
+        shape = tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes
+        arrived = self._view(span, stored)
+        if span.packer is not None:
+            rows = self._unpacked(span, span.packer, stored, arrived, shape)
+        elif arrived is not None:
+            rows = np.frombuffer(arrived, np.uint8).reshape(shape)
+        else:
+            row = tensor.row_bytes
+            views = [head[at * row : (at + last - first) * row] for head in place.heads]
+            self._read(span, stored, _with_scratch(views, first * row, (shape[1] - last) * row))
+            return
         place.rows[:, at : at + last - first] = rows[:, first:last]
 
-    def _unpacked(self, tensor: Tensor, span: Span, packer: ByteCodec, stored: Tensor) -> Bytes:
-        """Read, verify and unpack one layer's packed bytes of a tensor: `[heads, rows, row_bytes]`."""
-        packed = self._view(span, stored)
+    def _unpacked(
+        self, span: Span, packer: ByteCodec, stored: Tensor, packed: memoryview | None, shape: tuple[int, int, int]
+    ) -> Bytes:
+        """Unpack one layer's bytes of a tensor, which are read and verified if they are not in memory."""
         if packed is None:
             packed = memoryview(bytearray(stored.layer_range(span.position, span.n_tokens)[1]))
             self._read(span, stored, [packed])
         try:
-            shape = tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes
-            return packer.unpack(packed, shape, ITEM_BYTES[tensor.dtype])
+            return packer.unpack(packed, shape, ITEM_BYTES[stored.dtype])
         except CorruptDataError as error:
             raise BlockCorruptError(f"block {span.source}: {error}", span.source) from error
-
-    def _read_rows(self, place: _Place, span: Span) -> None:
-        """Copy one stored range from memory, or read it straight into its place.
-
-        Of a file the rows that are not used go to scratch.
-        """
-        tensor, stored = place.tensor, span.stack.tensors[place.number]
-        at, first, last = tensor.rows(span.at), tensor.rows(span.first), tensor.rows(span.last)
-        arrived = self._view(span, stored)
-        if arrived is not None:
-            rows = np.frombuffer(arrived, np.uint8).reshape(tensor.heads, tensor.rows(span.n_tokens), tensor.row_bytes)
-            place.rows[:, at : at + last - first] = rows[:, first:last]
-            return
-        row = tensor.row_bytes
-        skip, shown = first * row, (last - first) * row
-        rest = (tensor.rows(span.n_tokens) - last) * row
-        views = [head[at * row : at * row + shown] for head in place.heads]
-        if skip or rest:
-            scratch = memoryview(bytearray((skip + rest) * len(views)))
-            parts: list[memoryview] = []
-            for number, head in enumerate(views):
-                unused = scratch[number * (skip + rest) : (number + 1) * (skip + rest)]
-                parts += (part for part in (unused[:skip], head, unused[skip:]) if part.nbytes)
-            views = parts
-        self._read(span, stored, views)
 
     def _view(self, span: Span, stored: Tensor) -> memoryview | None:
         """The stored range where it lies in memory, verified there: one call each hashes and copies it."""
@@ -117,6 +102,18 @@ class Filler:
             self.reader.readinto(span.source, stored.layer_range(span.position, span.n_tokens)[0], views)
         if self.verify:
             verify_range(views, stored.checksum(span.position), span.source)
+
+
+def _with_scratch(views: list[memoryview], before: int, behind: int) -> list[memoryview]:
+    """The views, each with scratch for so many bytes before and behind it."""
+    if not before + behind:
+        return views
+    scratch = memoryview(bytearray((before + behind) * len(views)))
+    parts: list[memoryview] = []
+    for number, view in enumerate(views):
+        unused = scratch[number * (before + behind) : (number + 1) * (before + behind)]
+        parts += (part for part in (unused[:before], view, unused[before:]) if part.nbytes)
+    return parts
 
 
 @contextmanager

@@ -77,8 +77,7 @@ class PcaCodec:
         device.evaluate([array])
         basis = _basis(recipe, context)
         for number, layer in enumerate(context.layers):
-            part = basis.parts.get((layer, context.part))
-            if part is not None and _is_like(part, heads, width) and recipe.param("point") < len(part.steps):
+            if (part := _part(basis, recipe, context, layer, (heads, width))) is not None:
                 found = part.encode(_token_rows(array[number]), recipe.param("point"), context.first_token)
                 codes[number] = _NOT_CODED if found is None else found
         return (mx.array(codes),)
@@ -105,8 +104,8 @@ class PcaCodec:
         out = np.empty((layers, part.heads, rows, part.width), carrier)
         out[:, :, tokens:] = 0
         for number, layer in enumerate(context.layers):
-            one = basis.parts.get((layer, context.part))
-            if one is None or not _is_like(one, part.heads, part.width) or point >= len(one.steps):
+            one = _part(basis, recipe, context, layer, (part.heads, part.width))
+            if one is None:
                 raise CorruptDataError(f"the basis of recipe {recipe} has no {context.part} of layer {layer}")
             one.decode(codes[number, :, :tokens], point, context.first_token, out[number, :, :tokens])
         array = mx.array(out)
@@ -135,8 +134,11 @@ def _basis(recipe: Recipe, context: Context) -> Basis:
     return parsed(digest, data)
 
 
-def _is_like(part: PartBasis, heads: int, width: int) -> bool:
-    return (part.heads, part.width) == (heads, width)
+def _part(basis: Basis, recipe: Recipe, context: Context, layer: int, shape: tuple[int, int]) -> PartBasis | None:
+    """The basis of a layer, if there is one for heads and width of this shape, and for the point of the recipe."""
+    part = basis.parts.get((layer, context.part))
+    is_usable = part is not None and (part.heads, part.width) == shape and recipe.param("point") < len(part.steps)
+    return part if is_usable else None
 
 
 def _numpy(array: mx.array) -> code_packing.Codes:

@@ -8,6 +8,7 @@ the speed. mx.load of a file object is eager.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -117,11 +118,12 @@ class VirtualFile(io.RawIOBase):
         """Allocate the tensors and have them filled. `finish` or `drop` must follow. ReadDeadlineError."""
         if not self._header:
             return
+        sizes = {name: nbytes for name, (nbytes, _) in self._fills.items()}
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
         with device.loading():
             arrays = mx.load(cast(BinaryIO, self), format="safetensors", stream=device.load_stream())
-        if not isinstance(arrays, dict) or {name: a.nbytes for name, a in arrays.items()} != self._sizes():
+        if not isinstance(arrays, dict) or {name: a.nbytes for name, a in arrays.items()} != sizes:
             raise RuntimeError("MLX did not allocate every tensor of a layer")
         self._arrays = arrays
         if self._order:
@@ -133,7 +135,7 @@ class VirtualFile(io.RawIOBase):
             jobs.append(small)
         try:
             for job in jobs:
-                self._jobs.append(self._reads.start(_filling(job)))
+                self._jobs.append(self._reads.start(functools.partial(_fill_all, job)))
         except BaseException:
             self.drop()
             raise
@@ -159,9 +161,6 @@ class VirtualFile(io.RawIOBase):
         arrays, jobs = self._arrays, self._jobs
         self._arrays, self._jobs = {}, []
         self._reads.drop(jobs, arrays, self._size)
-
-    def _sizes(self) -> dict[str, int]:
-        return {name: nbytes for name, (nbytes, _) in self._fills.items()}
 
     def load(self) -> dict[str, mx.array]:
         """`begin` and `finish`."""
@@ -217,12 +216,9 @@ class LayerRead(Generic[T]):
         self._file.drop()
 
 
-def _filling(tensors: Sequence[tuple[Fill, memoryview]]) -> Callable[[], None]:
-    def fill_all() -> None:
-        for fill, view in tensors:
-            _exhaust(fill(view))
-
-    return fill_all
+def _fill_all(tensors: Sequence[tuple[Fill, memoryview]]) -> None:
+    for fill, view in tensors:
+        _exhaust(fill(view))
 
 
 def _exhaust(steps: Iterator[None]) -> None:
