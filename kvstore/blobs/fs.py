@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from kvstore.blobs.protocol import NUMBER_END, TMP_SUFFIX, Room
@@ -136,21 +136,21 @@ def write_pending(fs: Fs, path: str, parts: Iterable[memoryview], sync: bool) ->
     return PendingFile(fs, path, fd, sync)
 
 
-def write_durably(fs: Fs, path: str, parts: Sequence[memoryview], sync: bool) -> None:
-    """A whole file at once: temporary file, length check, fsync unless `sync` is False, rename. Raises OSError.
+def write_durably(fs: Fs, path: str, data: bytes, sync: bool) -> None:
+    """A whole small file at once: temporary file, length check, fsync unless `sync` is False, rename. Raises OSError.
 
-    The caller syncs the directory.
+    Only this process writes it. The caller syncs the directory.
     """
-    pending = write_pending(fs, path, parts, sync)
+    unlink_quietly(fs, [path + TMP_SUFFIX])  # of an attempt that a kill ended
+    pending = write_pending(fs, path, [memoryview(data)], sync)
     pending.sync()
     pending.rename()
 
 
 def replace_file(path: Path, data: bytes, sync: bool) -> None:
-    """Replace a small file that only this process writes, folder synced; the old one stays if it fails. OSError."""
+    """Replace a small file, folder synced; the old one stays if it fails. Raises OSError."""
     fs = Fs()
-    unlink_quietly(fs, [f"{path}{TMP_SUFFIX}"])
-    write_durably(fs, str(path), [memoryview(data)], sync)
+    write_durably(fs, str(path), data, sync)
     if sync:
         fs.fsync_dir(str(path.parent))
 

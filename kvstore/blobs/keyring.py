@@ -149,9 +149,7 @@ class KeyRing:
             self._unsure.add(root)
             self._keys[root] = key
             self._unwritten.pop(root, None)
-            # Files that a failed attempt may have left and that could not be removed.
-            unlink_quietly(self._fs, [path + TMP_SUFFIX])
-            write_durably(self._fs, path, [memoryview(key.wrapped)], self._sync)
+            write_durably(self._fs, path, key.wrapped, self._sync)
             self._sync_folder()
             self._unsure.discard(root)
 

@@ -112,8 +112,7 @@ class LocalBlobs:
         """Make `identity.json` of a namespace if it is not there. Raises OSError."""
         path = os.path.join(self._folder(root), IDENTITY)
         if not os.path.lexists(path):
-            unlink_quietly(self._fs, [path + TMP_SUFFIX])  # of an attempt that a kill ended
-            write_durably(self._fs, path, [memoryview(text)], self._sync)
+            write_durably(self._fs, path, text, self._sync)
 
     def drop(self, root: bytes) -> None:
         """One rename and one sync, however many files the folder has."""

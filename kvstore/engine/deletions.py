@@ -282,10 +282,10 @@ class Tombstones:
 
     def _write(self, blobs: frozenset[BlobId]) -> None:
         path = str(self._path)
-        unlink_quietly(self._fs, [path + TMP_SUFFIX])
         if blobs:
-            write_durably(self._fs, path, [memoryview(b"".join(map(_line, sorted(blobs))))], self._sync)
+            write_durably(self._fs, path, b"".join(map(_line, sorted(blobs))), self._sync)
         else:
+            unlink_quietly(self._fs, [path + TMP_SUFFIX])
             with contextlib.suppress(FileNotFoundError):
                 self._fs.unlink(path)
         self.blobs = blobs

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.blobs.fs import Fs, exclude_from_backups, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX, parse_root
 from kvstore.config import default_data_dir
 from kvstore.errors import CorruptDataError, DirectoryError, DirectoryHeldError
@@ -307,8 +307,7 @@ def _furnish(directory: Directory) -> None:
             _require_folder(path)
     name = directory.root / "id"
     if not name.exists():
-        unlink_quietly(fs, [f"{name}{TMP_SUFFIX}"])
-        write_durably(fs, str(name), [memoryview(os.urandom(16).hex().encode())], sync=True)
+        write_durably(fs, str(name), os.urandom(16).hex().encode(), sync=True)
         fs.fsync_dir(str(directory.root))
     tag = directory.root / "CACHEDIR.TAG"
     if not tag.exists():
@@ -378,7 +377,7 @@ class QualityFiles:
         """Replace a namespace's file, or remove it when nothing is left. The caller holds the lock."""
         path = self._folder / f"{root.hex()}.json"
         if calibrated.results:
-            write_durably(self._fs, str(path), [memoryview(calibrated.to_json().encode())], self._sync)
+            write_durably(self._fs, str(path), calibrated.to_json().encode(), self._sync)
         else:
             self._fs.unlink(str(path))
         if self._sync:

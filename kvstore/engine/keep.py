@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvstore.blobs.fs import Fs, unlink_quietly, write_durably
-from kvstore.blobs.protocol import TMP_SUFFIX, disk_bytes
+from kvstore.blobs.fs import Fs, write_durably
+from kvstore.blobs.protocol import disk_bytes
 from kvstore.core.blocks import KEY_BYTES
 from kvstore.errors import LimitError
 
@@ -128,8 +128,7 @@ class Keep:
             },
         }
         data = json.dumps(fields).encode()
-        unlink_quietly(self._fs, [self._path + TMP_SUFFIX])
-        write_durably(self._fs, self._path, [memoryview(data)], self._sync)
+        write_durably(self._fs, self._path, data, self._sync)
         if self._sync:
             self._fs.fsync_dir(os.path.dirname(self._path))
         self.pins, self.terms, self._nbytes = pins, terms, len(data)

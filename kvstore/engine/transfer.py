@@ -7,7 +7,7 @@ was evicted or replaced before its turn is left out, with everything after it.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvstore.blobs.protocol import Source
@@ -52,7 +52,20 @@ class Transfer:
         InvalidRequestError when several do, or when the namespace is encrypted or a tenant's: what is moved can be read
         by whoever has it.
         """
-        return _planned(self._shared, namespace_prefix, key_prefix)
+        shared = self._shared
+        if key_prefix:
+            with shared.index.view() as view:
+                row = _row_of(view, key_prefix)
+                chain = _chain(view, row)
+                needed = sorted({key for one in chain for key in view.references(one)})
+                chain += [aux for key in needed if (aux := view.row(key)) is not None]
+            return _shipment(shared, row.root, chain)
+        roots = [root for root in list(shared.namespaces) if root.startswith(namespace_prefix)]
+        if len(roots) != 1:
+            raise _unclear("namespace", "id", namespace_prefix, roots)
+        recent = recent_keys(shared, roots[0])
+        with shared.index.view() as view:
+            return _shipment(shared, roots[0], _parents_first(view, recent))
 
     def pieces(self, shipment: Shipment) -> Generator[tuple[int, bytes], None, None]:
         """The blobs of a shipment, each as one or more (its length with its first piece, else 0; bytes).
@@ -60,7 +73,17 @@ class Transfer:
         Every blob is verified before its first piece. DirectoryError when the data directory is displaced meanwhile,
         CorruptDataError when a blob cannot be read to its end.
         """
-        return _shipped_pieces(self._shared, shipment)
+        shared, shipped = self._shared, set[bytes]()
+        for key in shipment.keys:
+            shared.require_place()
+            with shared.index.view() as view:
+                row = view.row(key)
+                needed = view.references(row) if row is not None else frozenset()
+            if row is None or (row.parent != row.root and row.parent not in shipped) or not needed <= shipped:
+                continue
+            for number, piece in enumerate(_leased_pieces(shared, row)):
+                yield (0 if number else row.blob_bytes), piece
+                shipped.add(key)
 
     def chain(self, key: bytes) -> tuple[list[Row], int]:
         """The blocks up to a key and the checkpoints along them, parents first; none when it is gone.
@@ -90,23 +113,7 @@ class Transfer:
     def is_held(self, block: Block) -> bool:
         """Whether what is stored gives the tokens of this block, or the checkpoint, at no lower a rank."""
         with self._shared.index.view() as view:
-            return is_covered(view, pack_row(replace(block, namespace=b""), 0, 0, 0))
-
-
-def _planned(shared: Shared, namespace_prefix: bytes, key_prefix: bytes) -> Shipment:
-    if key_prefix:
-        with shared.index.view() as view:
-            row = _row_of(view, key_prefix)
-            chain = _chain(view, row)
-            needed = sorted({key for one in chain for key in view.references(one)})
-            chain += [aux for key in needed if (aux := view.row(key)) is not None]
-        return _shipment(shared, row.root, chain)
-    roots = [root for root in list(shared.namespaces) if root.startswith(namespace_prefix)]
-    if len(roots) != 1:
-        raise _unclear("namespace", "id", namespace_prefix, roots)
-    recent = recent_keys(shared, roots[0])
-    with shared.index.view() as view:
-        return _shipment(shared, roots[0], _parents_first(view, recent))
+            return is_covered(view, pack_row(block, 0, 0, 0))
 
 
 def _unclear(what: str, name: str, prefix: bytes, found: list[bytes]) -> NotFoundError | InvalidRequestError:
@@ -176,31 +183,14 @@ def _shipment(shared: Shared, root: bytes, rows: list[Row]) -> Shipment:
     return Shipment(space.record, tuple(row.key for row in rows), sum(row.blob_bytes for row in rows))
 
 
-def _shipped_pieces(shared: Shared, shipment: Shipment) -> Generator[tuple[int, bytes], None, None]:
-    shipped: set[bytes] = set()
-    for key in shipment.keys:
-        shared.require_place()
-        with shared.index.view() as view:
-            row = view.row(key)
-            needed = view.references(row) if row is not None else frozenset()
-        if row is None or (row.parent != row.root and row.parent not in shipped) or not needed <= shipped:
-            continue
-        for number, piece in enumerate(_leased_pieces(shared, row)):
-            yield (0 if number else row.blob_bytes), piece
-            shipped.add(key)
-
-
 def _leased_pieces(shared: Shared, row: Row) -> Iterator[bytes]:
     """The pieces of a blob, under a lease; none of one that is gone."""
     with shared.deletions.lease((row,), shared.index.ring):
         with shared.index.view() as view:
-            if not _is_same(view.row(row.key), row):
+            found = view.row(row.key)
+            if found is None or found.number != row.number:
                 return  # it went before it was leased; what took its place is of no use without its parent's
         yield from _pieces(shared, row)
-
-
-def _is_same(found: Row | None, row: Row) -> bool:
-    return found is not None and found.number == row.number
 
 
 def _pieces(shared: Shared, row: Row) -> Iterator[bytes]:

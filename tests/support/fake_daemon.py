@@ -39,7 +39,7 @@ from kvstore.core.blocks import (
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, Piece
 from kvstore.core.records import runs_to_record
-from kvstore.server.storing.upload_socket import RECEIVED, TAKEN, UPLOAD_ID_BYTES
+from kvstore.server.storing.upload_socket import CONFIRMED, TAKEN, UPLOAD_ID_BYTES
 from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -417,7 +417,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
             upload.ended = "given up"
             return
         upload.data = file.read()
-        connection.sendall(RECEIVED)
+        connection.sendall(CONFIRMED)
         upload.whole.set()
 
     def Upload(self, request_iterator: Iterator[pb.UploadChunk], context: Any) -> pb.UploadReply:
