@@ -39,7 +39,7 @@ from kvstore.core.blocks import (
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, Piece
 from kvstore.core.records import runs_to_record
-from kvstore.server.storing.upload_socket import CONFIRMED, TAKEN, UPLOAD_ID_BYTES
+from kvstore.server.storing.upload_socket import CONFIRMED, UPLOAD_ID_BYTES
 from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -412,7 +412,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         if self._fault("not_taken"):
             upload.ended = "given up"
             return
-        connection.sendall(TAKEN)
+        connection.sendall(CONFIRMED)
         if self._fault("upload_dies"):
             upload.ended = "given up"
             return

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from kvstore.config.parsers import UPLOAD_SUFFIX
 from kvstore.server.storing.store import StoreOutcome, StorePath
-from kvstore.server.storing.upload_socket import TAKEN
+from kvstore.server.storing.upload_socket import CONFIRMED
 from kvstore.server.storing.uploads import Upload
 
 
@@ -53,7 +53,7 @@ def connect(listen: str, upload_id: str) -> socket.socket:
 def taken(connection: socket.socket) -> bool:
     """Whether the daemon took the upload."""
     try:
-        return connection.recv(1) == TAKEN
+        return connection.recv(1) == CONFIRMED
     except ConnectionResetError:
         return False
 
