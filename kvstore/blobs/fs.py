@@ -8,7 +8,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from kvstore.blobs.protocol import NUMBER_END, TMP_SUFFIX, Room
@@ -48,20 +48,14 @@ class Fs:
 
     def fsync_dir(self, path: str) -> None:
         """fsync of a directory."""
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
             os.fsync(fd)
-        finally:
-            os.close(fd)
 
     def flush_drive(self, path: str) -> None:
         """Empty the drive's own write cache, where fsync does not (macOS). It is slow: once per commit group."""
         if hasattr(fcntl, "F_FULLFSYNC"):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
+            with opened(path, os.O_RDONLY) as fd:
                 fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            finally:
-                os.close(fd)
 
     def commit(self, commit: Callable[[], None]) -> None:
         """Run an index commit."""
@@ -71,6 +65,16 @@ class Fs:
         """Free bytes and files of the volume for this user. Some volumes do not count files."""
         info = os.statvfs(path)
         return Room(info.f_bavail * info.f_frsize, info.f_favail if info.f_files else NUMBER_END)
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, flags: int) -> Iterator[int]:
+    """The descriptor of a file that is there, closed at the end."""
+    fd = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class PendingFile:
@@ -174,11 +178,8 @@ def sync_tree(fs: Fs, top: str) -> None:
         for path in (os.path.join(folder, name) for name in names):
             if not stat.S_ISREG(os.lstat(path).st_mode):
                 continue
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
                 fs.fsync(fd)
-            finally:
-                os.close(fd)
         fs.fsync_dir(folder)
 
 

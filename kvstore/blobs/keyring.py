@@ -35,7 +35,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from kvstore.blobs.fs import Fs, exclude_from_backups, unlink_quietly, write_durably
+from kvstore.blobs.fs import Fs, exclude_from_backups, opened, unlink_quietly, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX
 from kvstore.errors import DirectoryError, KeyMissingError, NotFoundError
 
@@ -184,12 +184,9 @@ class KeyRing:
         path = self._path(root)
         self._unsure.add(root)
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
+            with opened(path, os.O_WRONLY | os.O_NOFOLLOW) as fd:
                 os.pwrite(fd, bytes(os.fstat(fd).st_size), 0)
                 os.fsync(fd)
-            finally:
-                os.close(fd)
             self._fs.unlink(str(path))
         if self.has_folder:
             self._sync_folder()
@@ -215,11 +212,8 @@ class KeyRing:
         """Sync every file of a key, also where `write` did not; what somebody has deleted cannot be. Raises OSError."""
         with self._lock, contextlib.suppress(FileNotFoundError):
             for root in self._keys:
-                fd = os.open(self._path(root), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
+                with opened(self._path(root), os.O_RDONLY | os.O_NOFOLLOW) as fd:
                     self._fs.fsync(fd)
-                finally:
-                    os.close(fd)
             if self._keys:
                 self._fs.fsync_dir(str(self.folder))
 
@@ -264,10 +258,7 @@ def _require_private(folder: Path) -> None:
 
 def _read(path: Path) -> bytes:
     """A small file; of a link, a folder or a pipe that somebody put there an OSError, or nothing."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
+    with opened(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError("it is not a file")
         return os.read(fd, _FILE_BYTES_MAX)
-    finally:
-        os.close(fd)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import xxhash
 
+from kvstore.blobs.fs import opened
 from kvstore.errors import CorruptDataError
 
 _HEADER = struct.Struct("<QHHHH")
@@ -40,21 +41,18 @@ _DEPTH_MAX = 32
 # Two threads read and hash 6.7 GB, the index of a million blocks, in half a second from the page cache.
 _CHUNK_BYTES = 4 << 20
 _THREADS = 2
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def digest(path: Path) -> str:
     """A checksum of the whole file, in hex; "" when there is none. OSError when it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return ""
-    try:
-        size = os.fstat(fd).st_size
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with opened(path, _READ) as fd, ThreadPoolExecutor(_THREADS) as pool:
+            size = os.fstat(fd).st_size
             parts = pool.map(lambda at: _digest_at(fd, at), range(0, size, _CHUNK_BYTES))
             return xxhash.xxh3_128_hexdigest(size.to_bytes(8, "little") + b"".join(parts))
-    finally:
-        os.close(fd)
+    except FileNotFoundError:
+        return ""
 
 
 def _digest_at(fd: int, at: int) -> bytes:
@@ -253,16 +251,13 @@ def require_whole(path: Path) -> None:
     An index that is not there, or has no bytes yet, is whole. About 8 s for a million blocks.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        with opened(path, _READ) as fd:
+            if os.fstat(fd).st_size:
+                _require_trees(_File(fd))
     except FileNotFoundError:
         return
-    try:
-        if os.fstat(fd).st_size:
-            _require_trees(_File(fd))
     except (OSError, struct.error) as error:
         raise CorruptDataError(f"index: it cannot be read: {error}") from error
-    finally:
-        os.close(fd)
 
 
 def _require_trees(file: _File) -> None:
