@@ -23,6 +23,7 @@ from kvstore.server.daemon import Daemon
 from kvstore.server.handlers import KVStoreService
 from kvstore.server.storing.stores import Stores
 from kvstore.server.upkeep import Upkeep
+from tests.support.engine import namespace, options, put
 from tests.support.limits import small_config
 
 
@@ -130,6 +131,31 @@ def test_a_limit_that_could_not_be_put_in_force_is_not_said_to_be(
         with pytest.raises(FailedStepError):
             settings.set(key, value, at_once=False)
     assert settings.in_force() == before
+
+
+@pytest.mark.parametrize("floor_bytes", [0, 1])
+def test_a_start_that_deletes_much_warns_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, floor_bytes: int
+) -> None:
+    """By the limits in force, whether all are configured or some depend on the volume."""
+    with Engine.open(tmp_path / "d", options()) as engine:
+        for number in range(20):
+            put(engine, namespace(), [number * 1000, *range(255)])
+        budget_bytes = engine.used_bytes - 10 * 12288
+    config = small_config(
+        f"unix:{tmp_path}/s/k", data_dir=tmp_path / "d", budget_bytes=budget_bytes, free_floor_bytes=floor_bytes
+    )
+
+    async def run() -> None:
+        daemon = Daemon(config, may_create=True)
+        asyncio.get_running_loop().call_later(0.5, daemon.stop)
+        await daemon.run()
+
+    caplog.set_level("WARNING")
+    asyncio.run(run())
+    said = [record.getMessage() for record in caplog.records]
+    warned = [one for one in said if one.startswith("about to delete")]
+    assert len(warned) == 1 and " in 60 s" in warned[0]
 
 
 def wait_for(is_so: Callable[[], bool]) -> bool:

@@ -119,10 +119,11 @@ class Engine:
         blobs: Blobs | None = None,
         steady: Callable[[], float] = time.monotonic,
         *,
-        at_once: bool = False,
+        is_limited: bool = True,
     ) -> Engine:
         """Take the directory and put it in order. `fs`, `clock` and `steady`, which no one sets, are seams for tests;
-        `blobs` is where bytes lie, None: files in the directory. `at_once`: as for `limit`, of the limits at the start.
+        `blobs` is where bytes lie, None: files in the directory. Without `is_limited` limits delete nothing before the
+        caller puts them in force with `limit`.
 
         Raises DirectoryHeldError, DirectoryError, UnknownFormatError.
         """
@@ -137,7 +138,8 @@ class Engine:
             find_missing_keys(shared.site)
             engine = cls(shared, held)
             after_repair(shared, place.dropped)
-            engine._keep_to_limits(at_once)
+            if is_limited:
+                engine._keep_to_limits()
             return engine
         except BaseException as error:
             if index is not None:

@@ -119,12 +119,13 @@ class Daemon:
             # The lock comes before the index and the port: a second daemon must not disturb the first.
             if not self._may_create:
                 await threads.admin(require_store, config.data_dir)
-            opened = functools.partial(Engine.open, at_once=self._at_once)
+            opened = functools.partial(Engine.open, is_limited=False)
             engine = await threads.admin(opened, config.data_dir, engine_options(config))
             stack.callback(engine.close)
             stack.callback(threads.close)  # before the engine: none may use it afterwards
             self.device = await threads.admin(device_of, config.data_dir)
-            await threads.admin(settle_limits, engine, config, self._at_once)
+            # Once, with all limits known: automatic ones depend on what the store takes of the volume already.
+            await threads.admin(functools.partial(keep_to_limits, engine, config, at_once=self._at_once))
             lifetime = await threads.admin(keep_lifetime, config)
             await self._serve(engine, threads, files, lifetime)
         return self._must_restart
@@ -337,7 +338,7 @@ def not_of_the_gone(record: logging.LogRecord) -> bool:
 
 
 def engine_options(config: Config) -> EngineOptions:
-    """The engine's share of the configuration. An automatic budget waits for `settle_limits`: until then none holds."""
+    """The engine's share of the configuration. No automatic budget holds until `keep_to_limits`."""
     return EngineOptions(
         budget_bytes=config.budget_bytes or UNLIMITED_BYTES,
         free_floor_bytes=config.free_floor_bytes,
@@ -352,12 +353,6 @@ def engine_options(config: Config) -> EngineOptions:
         ttl_s=config.ttl,
         deletion_wait_s=config.limits.deletion_wait_s,
     )
-
-
-def settle_limits(engine: Engine, config: Config, at_once: bool) -> None:
-    """Put automatic limits in force, which depend on the volume and on what the store takes of it already."""
-    if not (config.budget_bytes and config.free_floor_bytes):
-        keep_to_limits(engine, config, at_once=at_once)
 
 
 def keep_lifetime(config: Config) -> Lifetime:
