@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from rich.table import Table
 
 import kvstore
 from kvstore.client.session import Session
+from kvstore.core.process import ending_signals
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
 from tests.support.daemon import DaemonProcess
@@ -397,11 +399,21 @@ def notes(demo: Demo, acts: Sequence[Act]) -> str:
 
 
 def main() -> int:
-    """Run the demo for a person; the exit code."""
+    """Run the demo for a person; the exit code. A signal that ends it ends its servers and removes its folder, too."""
+    for number in ending_signals():
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    folder = Path(tempfile.mkdtemp(prefix="kvstore-demo-"))
+    try:
+        return _run(folder)
+    except SystemExit:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _run(folder: Path) -> int:
     started = time.monotonic()
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=120)
-    folder = Path(tempfile.mkdtemp(prefix="kvstore-demo-"))
     for name in [name for name in os.environ if name.startswith("KVSTORE_")]:
         del os.environ[name]  # the demo has a configuration of its own
     os.environ.update(XDG_CONFIG_HOME=str(folder), XDG_CACHE_HOME=str(folder), HF_HUB_OFFLINE="1")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from rich.console import Console
 
 from tests.e2e import demo as module
 from tests.e2e.demo import AFTER, AGREEMENT_MIN, BEFORE, Act, Demo, Row, Step, notes, table
-from tests.support.servers import Answer
+from tests.support.servers import Answer, wait_until
 
 COLD = Answer(text="as ever", prompt_tokens=600, cached_tokens=0, completion_tokens=32, first_token_s=2.0, total_s=2.5)
 WARM = replace(COLD, cached_tokens=569, first_token_s=0.1)
@@ -64,3 +68,24 @@ def test_what_is_not_fails_the_demo(broken: Act, said: str) -> None:
     """A missing hit, another text without loss, a reference that had help, too little agreement, nothing compared."""
     (failure,) = broken.failures()
     assert said in failure
+
+
+def test_a_demo_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    """Neither its folder nor a process of its own; logs stay where it fails."""
+    path = Path(module.__file__)
+    environ = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(path.parents[2])}
+    with (tmp_path / "said").open("wb") as said:
+        demo = subprocess.Popen([sys.executable, str(path)], env=environ, stdout=said, stderr=said)
+        try:
+            wait_until(
+                lambda: list(tmp_path.glob("kvstore-demo-*/cold.log")), 120, lambda: (tmp_path / "said").read_text()
+            )
+            demo.send_signal(signal.SIGTERM)
+            assert demo.wait(60)
+        finally:
+            demo.kill()
+            demo.wait()
+    assert list(tmp_path.glob("kvstore-demo-*")) == []
+    assert "Traceback" not in (tmp_path / "said").read_text()
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert f"{tmp_path}/kvstore-demo-" not in listed
