@@ -495,6 +495,18 @@ def test_a_rejected_hit_is_reported_and_no_longer_believed_to_be_held(holding: F
 
 
 @pytest.mark.parametrize("representation", ["packed", "dense"])
+def test_a_stream_with_states_that_gives_a_hit_is_not_cancelled(
+    holding: FakeDaemon, session: Session, cancels: list[None], representation: str
+) -> None:
+    """The bytes of the states count among those that the plan says that it has."""
+    for position in (602, 581):
+        hit = hit_of(session.fetch(TOKENS[:position], representation, "stream"))
+        assert_cache(hit.layers, LAYOUT, TOKENS[: position - 1])
+    assert not cancels
+
+
+@pytest.mark.usefixtures("cancels")
+@pytest.mark.parametrize("representation", ["packed", "dense"])
 def test_states_damaged_in_a_stream_are_found(holding: FakeDaemon, session: Session, representation: str) -> None:
     """A dense answer has its states as they are stored, with their checksums."""
     held = holding.checkpoints[601]
@@ -506,6 +518,7 @@ def test_states_damaged_in_a_stream_are_found(holding: FakeDaemon, session: Sess
     assert holding.reports == [held.key]
 
 
+@pytest.mark.usefixtures("cancels")
 @pytest.mark.parametrize("fault", ["end_midway", "extra_bytes", "wrong_layer", "empty_chunk", "corrupt_midway"])
 def test_a_stream_that_goes_wrong_is_a_miss(holding: FakeDaemon, session: Session, fault: str) -> None:
     """Never a hit with some of the layers."""

@@ -150,6 +150,7 @@ def test_a_plan_below_the_fidelity_asked_for_is_a_miss(daemon: FakeDaemon) -> No
         ("dense", "die_midway", Reason.UNAVAILABLE),
     ],
 )
+@pytest.mark.usefixtures("cancels")
 def test_a_stream_that_goes_wrong_is_a_miss(
     daemon: FakeDaemon, session: Session, fault: str, reason: Reason, representation: str
 ) -> None:
@@ -332,6 +333,7 @@ def test_a_layer_that_does_not_verify_raises_in_the_middle(daemon: FakeDaemon, s
     assert daemon.reports == [daemon.blocks[1].key]
 
 
+@pytest.mark.usefixtures("cancels")
 @pytest.mark.parametrize(("fault", "error"), [("flip_midway", CorruptDataError), ("die_midway", UnavailableError)])
 def test_a_stream_of_layers_that_goes_wrong_raises(
     daemon: FakeDaemon, session: Session, fault: str, error: type[Exception]
@@ -343,6 +345,28 @@ def test_a_stream_of_layers_that_goes_wrong_raises(
     assert next(hit.layers).n_tokens == 601
     with pytest.raises(error):
         list(hit.layers)
+
+
+def test_layers_of_a_stream_that_nobody_takes_end_their_fetch(session: Session, cancels: list[None]) -> None:
+    """Dropping them ends the call, and with it the thread that receives."""
+    hit = session.fetch_layers(TOKENS, "stream")
+    assert isinstance(hit, LayerHit)
+    next(hit.layers)
+    del hit
+    gc.collect()
+    assert session.fetch(TOKENS, "packed", "stream")
+
+
+@pytest.mark.parametrize("profile", ["raw", "affine8"])
+@pytest.mark.parametrize("representation", ["packed", "dense"])
+def test_a_stream_that_gives_a_hit_is_not_cancelled(
+    daemon: FakeDaemon, session: Session, cancels: list[None], profile: str, representation: str
+) -> None:
+    """What the plan says that it has is what comes, of whatever part of a block is used."""
+    daemon.hold(TOKENS, profile)
+    for n_tokens in (40, 257, 602):
+        assert hit_of(session.fetch(TOKENS[:n_tokens], representation, "stream")).n_tokens == n_tokens - 1
+    assert not cancels
 
 
 def test_layers_that_nobody_takes_end_their_fetch(daemon: FakeDaemon, session: Session) -> None:

@@ -81,6 +81,7 @@ def test_a_hung_daemon_costs_the_stall_limit_once(daemon: FakeDaemon) -> None:
         assert took_s < 0.05 + SLACK_S
 
 
+@pytest.mark.usefixtures("cancels")
 @pytest.mark.parametrize("representation", ["packed", "dense"])
 def test_a_stream_that_stalls_is_cancelled(daemon: FakeDaemon, representation: str) -> None:
     """However many bytes came before."""
@@ -93,6 +94,7 @@ def test_a_stream_that_stalls_is_cancelled(daemon: FakeDaemon, representation: s
         assert daemon.cancelled.wait(60)
 
 
+@pytest.mark.usefixtures("cancels")
 @pytest.mark.parametrize("transport", ["path", "stream"])
 def test_the_total_limit_covers_reading_and_decoding(
     daemon: FakeDaemon, transport: str, monkeypatch: pytest.MonkeyPatch

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from kvstore.blobs.ranges import Range
-from kvstore.client.receiver import STREAM_BYTES, LayerReader, Message, counted
+from kvstore.client.receiver import AHEAD_BYTES_MIN, AHEAD_MAX, STREAM_BYTES, LayerReader, Message, ReadAhead, counted
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
 from kvstore.wire.frames import LayerBytes
@@ -117,3 +120,106 @@ def test_the_messages_of_a_stream_are_counted_while_it_lasts() -> None:
         with pytest.raises(LimitError), counted(budget, 0):
             pass
     assert budget.used_bytes == 0
+
+
+class Stream:
+    """Messages of one MiB that come as they are asked for, on whichever thread; `silent` never come."""
+
+    def __init__(self, count: int, silent: int = 0) -> None:
+        self._part = part(0, bytes(1 << 20))
+        self.nbytes = (count + silent) << 20
+        self._count = count
+        self._silent = silent
+        self.asked: list[str] = []
+        self.ahead = threading.Semaphore(0)
+        self.cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[Message]:
+        for number in range(self._count + self._silent):
+            self.asked.append(threading.current_thread().name)
+            self.ahead.release()
+            if number >= self._count:
+                assert self.cancelled.wait(30)
+                raise CorruptDataError("cancelled")
+            yield self._part
+
+    def read_ahead(self, nbytes: int | None = None) -> ReadAhead:
+        """These messages, received ahead."""
+        return ReadAhead(iter(self), self.nbytes if nbytes is None else nbytes, self.cancelled.set)
+
+
+def receivers() -> int:
+    """Threads that receive."""
+    return sum(thread.name == "kvstore-receive" for thread in threading.enumerate())
+
+
+def test_messages_are_received_while_earlier_ones_are_read() -> None:
+    """On another thread, and never more of them than are counted with the one that is read."""
+    stream = Stream(12)
+    with stream.read_ahead() as messages:
+        for number in range(12):
+            next(messages)
+            due = min(12, number + 1 + AHEAD_MAX)
+            while len(stream.asked) < due:
+                assert stream.ahead.acquire(timeout=30)
+            time.sleep(0.005)
+            assert len(stream.asked) == due
+    assert set(stream.asked) == {"kvstore-receive"}
+    assert STREAM_BYTES == (1 + AHEAD_MAX) << 20
+    assert not receivers()
+
+
+def test_a_stream_that_was_read_is_not_cancelled() -> None:
+    """Nor is anything asked for after its last byte: the daemon is about to end it."""
+    stream = Stream(9)
+    with stream.read_ahead(8 << 20) as messages:
+        assert len([next(messages) for _ in range(8)]) == 8
+    assert len(stream.asked) == 8
+    assert not stream.cancelled.is_set()
+    assert not receivers()
+
+
+def test_what_comes_after_the_expected_bytes_is_received_when_it_is_asked_for() -> None:
+    """Up to the end, where `next` says so as often as it is asked."""
+    stream = Stream(10)
+    with stream.read_ahead(8 << 20) as messages:
+        assert len(list(messages)) == 10
+        assert [next(messages, None), next(messages, None)] == [None, None]
+    assert stream.asked[8:] == [threading.current_thread().name] * 2
+    assert not stream.cancelled.is_set()
+
+
+def test_an_error_comes_after_the_messages_before_it() -> None:
+    """Raised where the messages are read; after it there are no more."""
+    stream = Stream(5, silent=1)
+    stream.cancelled.set()
+    with stream.read_ahead() as messages:
+        assert len([next(messages) for _ in range(5)]) == 5
+        with pytest.raises(CorruptDataError, match="cancelled"):
+            next(messages)
+        assert next(messages, None) is None
+    assert not receivers()
+
+
+@pytest.mark.parametrize("read", range(4))
+def test_a_stream_that_is_left_is_cancelled_and_leaves_no_thread(read: int) -> None:
+    """Whether the thread waits for a message or for room; what it received is given back at once."""
+    for stream in (Stream(3, silent=3), Stream(12)):
+        messages = stream.read_ahead()
+        with contextlib.suppress(LimitError), messages:
+            for _ in range(read):
+                next(messages)
+            raise LimitError("the reader gives up")
+        assert stream.cancelled.is_set()
+        assert not receivers()
+        assert messages._arrived.empty()
+
+
+def test_a_short_stream_needs_no_thread() -> None:
+    """Its messages are received as they are asked for, and leaving it cancels nothing: the caller does."""
+    stream = Stream(8)
+    with stream.read_ahead(AHEAD_BYTES_MIN - 1) as messages:
+        next(messages)
+        assert not receivers()
+    assert len(stream.asked) == 1
+    assert not stream.cancelled.is_set()

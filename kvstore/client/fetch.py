@@ -28,7 +28,7 @@ from kvstore.client.connection import Connection
 from kvstore.client.layer_reads import LayerReads
 from kvstore.client.plan import Plan, Request, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, errno_of, require_readable
-from kvstore.client.receiver import Message, counted
+from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.core.blocks import Reason
@@ -166,7 +166,7 @@ class Fetcher:
                 attempt = self._with_bases(attempt, plan)
                 if not plan.files:
                     yield plan
-                    yield from self._from_stream(attempt, plan, messages) if plan.n_tokens else ()
+                    yield from self._from_stream(attempt, plan, messages, call.cancel) if plan.n_tokens else ()
                     return
             except _DamagedError as damaged:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
@@ -232,7 +232,7 @@ class Fetcher:
                 if by_path:
                     answer = self._from_files(attempt, plan, call)
                 else:
-                    layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages)))
+                    layers = tuple(attempt.decoded(self._from_stream(attempt, plan, messages, call.cancel)))
                     answer = _hit(attempt, plan, layers, "stream", "dense" if dense else "packed")
             except BaseException as error:
                 report(missed(error), again=self._asks_again(error))
@@ -309,13 +309,16 @@ class Fetcher:
             raise _DamagedError(plan.tokens_without(error.source), reason) from error
         return plan.first(error.source, reason)
 
-    def _from_stream(self, attempt: Attempt, plan: Plan, messages: Iterator[Message]) -> Generator[Layer, None, None]:
+    def _from_stream(
+        self, attempt: Attempt, plan: Plan, messages: Iterator[Message], cancel: Callable[[], object]
+    ) -> Generator[Layer, None, None]:
         """Layers as their bytes arrive. A block that does not verify ends it: nothing shorter can be asked back for."""
         layers = self._layers(attempt, plan)
-        with counted(self._budget, attempt.deadline.left_s):
+        room = counted(self._budget, attempt.deadline.left_s)
+        with room, ReadAhead(messages, plan.nbytes, cancel) as arriving:
             for index in range(len(self._namespace.layout.layers)):
                 try:
-                    yield layers.receive(index, messages)
+                    yield layers.receive(index, arriving)
                 except BlockCorruptError as error:
                     if plan.keys[error.source]:
                         self._report(plan.keys[error.source], str(error))

@@ -1,10 +1,16 @@
-"""Reads the layers of a stream from its messages, each range when it is asked for, in the order of the stream."""
+"""Reads the layers of a stream from its messages, each range when it is asked for, in the order of the stream.
+
+The next messages are received meanwhile, on a thread that ends with the stream.
+"""
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 import numpy as np
 
@@ -16,8 +22,12 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Message = pb.FetchReply | LayerBytes
 
-# The message that is read, and the next one on its way through gRPC.
-STREAM_BYTES = 2 * CHUNK_BYTES
+# Messages that are received before they are asked for.
+AHEAD_MAX = 2
+# Below this a thread costs more than it gains.
+AHEAD_BYTES_MIN = 4 << 20
+# The message that is read, and those after it that have arrived or are on their way through gRPC.
+STREAM_BYTES = (1 + AHEAD_MAX) * CHUNK_BYTES
 _NOTHING = memoryview(b"")
 
 
@@ -30,6 +40,80 @@ def counted(budget: ByteBudget, patience_s: float) -> Iterator[None]:
         yield
     finally:
         budget.release(STREAM_BYTES)
+
+
+class ReadAhead:
+    """Receives the messages of one stream while earlier ones are read: at most AHEAD_MAX, in their order.
+
+    gRPC hands out one message at a time, and begins with the next when that is asked for. So without this, copying and
+    hashing a message and receiving the next one take turns. Iterated, entered and left by the fetching thread. From
+    entering to leaving `messages` belong to a thread of its own, until `nbytes` of data have come; what comes after
+    them is received when it is asked for. A `with` block that ends before, for whatever reason, cancels the call and
+    waits for the thread, which has nothing to wait for then.
+    """
+
+    def __init__(self, messages: Iterator[Message], nbytes: int, cancel: Callable[[], object]) -> None:
+        """Whatever `messages` raise is raised in their place. `cancel` ends a wait for the next of them."""
+        self._messages = messages
+        self._left_bytes = nbytes
+        self._cancel = cancel
+        self._room: queue.SimpleQueue[bool] = queue.SimpleQueue()  # an item for each message that may be received
+        self._arrived: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        if self._left_bytes >= AHEAD_BYTES_MIN:
+            for _ in range(AHEAD_MAX):
+                self._room.put(True)
+            self._thread = threading.Thread(target=self._receive, name="kvstore-receive", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread is None:
+            return
+        if self._left_bytes > 0:  # counted before a message is handed over: never so when all of them were read
+            self._closed = True
+            self._cancel()
+            self._room.put(True)
+        self._join()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message:
+        if self._thread is not None:
+            arrived = self._arrived.get()
+            if isinstance(arrived, BaseException):
+                self._join()
+                raise arrived
+            if arrived is not None:
+                self._room.put(True)
+                return arrived
+            self._join()
+        return next(self._messages)
+
+    def _join(self) -> None:
+        assert self._thread is not None
+        self._thread.join()
+        self._thread = None
+        self._arrived = queue.SimpleQueue()  # an error that is handled later would hold what was not read
+
+    def _receive(self) -> None:
+        """Hand over messages until all data have come, and then None; or the error that ended them."""
+        try:
+            while self._left_bytes > 0 and self._room.get() and not self._closed:
+                message = next(self._messages, None)
+                if message is None:
+                    break
+                if isinstance(message, LayerBytes):
+                    self._left_bytes -= message.data.nbytes
+                self._arrived.put(message)
+                del message  # it is the reader's now
+            self._arrived.put(None)
+        except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
+            self._arrived.put(error)
 
 
 class LayerReader(MemoryReader):

@@ -51,8 +51,8 @@ class Watchdog:
     """Cancels a call when one wait for its next message lasts longer than `stall_s`.
 
     Only waiting counts: what the caller does between two messages takes none of the time. gRPC has no such limit of its
-    own, and its keepalive does not notice a stopped daemon. One thread owns the watchdog and calls `next`; a thread of
-    its own, which ends with the `with` block, does the cancelling.
+    own, and its keepalive does not notice a stopped daemon. One thread at a time calls `next`; a thread of its
+    own, which ends with the `with` block, does the cancelling.
     """
 
     def __init__(self, cancel: Callable[[], object], stall_s: float) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 
-from kvstore.client.results import Hit
+from kvstore.client.results import Hit, LayerHit
 from kvstore.core.blocks import pack_tokens
 from kvstore.errors import CorruptDataError, DeadlineError
 from kvstore.server.fetching.stream_out import BATCH_BYTES, Frames, Sender
@@ -189,6 +192,47 @@ def test_a_client_finds_out_by_itself_how_bytes_go(tmp_path: Path, listen: str |
         assert (hit.n_tokens, hit.source.transport) == (699, transport)
         assert_rows(hit.layers, LAYOUT, tokens[:699])
         assert session._uploader._by_socket == (transport == "path")
+
+
+def receivers() -> int:
+    """Threads of this process that receive a stream."""
+    return sum(thread.name == "kvstore-receive" for thread in threading.enumerate())
+
+
+def test_a_long_stream_is_received_ahead_and_its_thread_ends_with_it(daemon: DaemonProcess) -> None:
+    """Whether all layers are taken or some; then the daemon has its files back, too."""
+    with client_of(daemon) as client:
+        session = patient(client, NAMESPACE)
+        hit = session.fetch([*TOKENS, 1], "packed", "stream")
+        assert isinstance(hit, Hit)
+        assert_rows(hit.layers, LAYOUT, TOKENS)
+        assert not receivers()
+        some = session.fetch_layers([*TOKENS, 1], "stream")
+        assert isinstance(some, LayerHit)
+        next(some.layers)
+        assert receivers() == 1
+        del some
+        gc.collect()
+        assert not receivers()
+        assert within(1.0, lambda: open_blobs(daemon) == 0)
+
+
+def test_a_daemon_that_stops_in_the_middle_of_a_stream_costs_the_stall_limit(daemon: DaemonProcess) -> None:
+    """The caller waits for the thread that receives, which the watchdog ends."""
+    with client_of(daemon) as client:
+        session = client.session(NAMESPACE, connect_ms=5000, stall_ms=300, total_ms=60_000)
+        hit = session.fetch_layers([*TOKENS, 1], "stream")
+        assert isinstance(hit, LayerHit)
+        next(hit.layers)
+        daemon.signal(signal.SIGSTOP)
+        try:
+            started = time.monotonic()
+            with pytest.raises(DeadlineError):
+                list(hit.layers)
+            assert time.monotonic() - started < 10
+        finally:
+            daemon.signal(signal.SIGCONT)
+        assert not receivers()
 
 
 # -- the sender by itself ----------------------------------------------------------------------------------------------
