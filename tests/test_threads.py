@@ -6,6 +6,7 @@ import ast
 import asyncio
 import re
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_every_pool_runs_its_work_on_threads_of_its_name(threads: Threads) -> No
         return {name: await pool(lambda: threading.current_thread().name) for name, pool in pools(threads).items()}
 
     assert all(thread.startswith(f"kvstore-{name}_") for name, thread in asyncio.run(names()).items())
-    assert len(pools(threads)) == 15
+    assert len(pools(threads)) == 16
 
 
 def test_a_pool_that_is_full_holds_up_no_other(threads: Threads) -> None:
@@ -105,6 +106,40 @@ def test_work_that_must_be_finished_outlives_its_caller(threads: Threads) -> Non
     cancelled(lambda pool: pool.finish(done.append, "finish"), pool=threads.release)
     cancelled(lambda pool: pool(done.append, "call"), pool=threads.release)
     assert done == ["finish"]
+
+
+def test_callers_of_work_that_a_closing_pool_drops_are_ended() -> None:
+    """They would wait for ever: no thread comes to it any more. What runs gives its answer."""
+
+    async def main() -> tuple[bool, str]:
+        pool, end = Pool("read", 1), threading.Event()
+        running, waiting = pool(end.wait), pool(lambda: "never")
+        threading.Timer(0.05, end.set).start()
+        pool.close()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(waiting, 60)
+        return await asyncio.wait_for(running, 60), f"{pool.waiting} wait"
+
+    assert asyncio.run(main()) == (True, "0 wait")
+
+
+def test_whoever_waits_for_what_was_posted_finds_it_done() -> None:
+    """Of what was posted before, failures too; and at once where nothing was."""
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("the disk is away")
+
+    async def main() -> None:
+        pool = Pool("note", 1)
+        await pool.settled()
+        for work in (lambda: time.sleep(0.05), fail, lambda: done.append(1)):
+            pool.post(work)
+        await pool.settled()
+        assert done == [1]
+        pool.close()
+
+    asyncio.run(main())
 
 
 def test_what_was_posted_is_done_before_the_pool_closes() -> None:

@@ -50,14 +50,18 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
 
 
 def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> int:
-    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does."""
+    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does.
+
+    The last level is looked at first: where a prompt was stored before, some child shares all of it.
+    """
     low, high = 0, len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
+    level = high
     while low < high:
-        middle = (low + high + 1) // 2
-        if next(view.entries(level_prefix(parent, rest, middle, key)), None) is None:
-            high = middle - 1
+        if next(view.entries(level_prefix(parent, rest, level, key)), None) is None:
+            high = level - 1
         else:
-            low = middle
+            low = level
+        level = (low + high + 1) // 2
     return low
 
 

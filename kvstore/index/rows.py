@@ -71,9 +71,10 @@ from kvstore.errors import CorruptDataError, UnknownFormatError
 
 _HEAD = struct.Struct("<HBBIQQQQQ32s32sHHI")
 _FIDELITY_AT = 24
-_TEMPLATES_AT = 116
 # Payload offset, bytes of the blob, digest of the templates.
 _SIZES = struct.Struct("<4xIQ100xI")
+# Fidelity, digest of the templates.
+_KIND = struct.Struct("<24xQ84xI")
 ENCRYPTED_AT = 3
 ENCRYPTED = b"\1"
 TOKENS_AT = _HEAD.size
@@ -248,9 +249,9 @@ def fidelity_of(value: bytes) -> int:
 
 
 def kinds_of(rows: Iterable[EncodedRow]) -> set[tuple[int, int]]:
-    """(fidelity, digest of the templates) of rows that are not parsed. Most are equal, so numbers are made of few."""
-    raw = {(value[_FIDELITY_AT : _FIDELITY_AT + 8], value[_TEMPLATES_AT : _TEMPLATES_AT + 4]) for _, value, _ in rows}
-    return {(int.from_bytes(fidelity, "little"), int.from_bytes(digest, "little")) for fidelity, digest in raw}
+    """(fidelity, digest of the templates) of rows that are not parsed."""
+    kind = _KIND.unpack_from
+    return {kind(value) for _, value, _ in rows}
 
 
 def sizes_of(rows: Iterable[EncodedRow]) -> list[tuple[int, int, int]]:

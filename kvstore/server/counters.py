@@ -13,7 +13,7 @@ from kvstore.server.calls.refusals import Refusals
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.lifetime import Lifetime
 from kvstore.telemetry.requests import Requests
-from kvstore.telemetry.traffic import Snapshot
+from kvstore.telemetry.traffic import Snapshot, Traffic
 from kvstore.telemetry.why import Why
 
 
@@ -62,12 +62,21 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """All that a daemon notes of its traffic: each part says which threads may call it."""
+    """All that a daemon notes of its traffic: each part says which threads may call it.
+
+    `counts`: not of what a probe does, which gets one that nobody reads (`silent`).
+    """
 
     counters: Counters
     requests: Requests
     why: Why
     lifetime: Lifetime
+    counts: bool = True
+
+    def silent(self, engine: Engine) -> Telemetry:
+        """One that takes everything, says nothing and is read by nobody."""
+        requests = Requests(Traffic(), say=lambda *_, **__: None)
+        return Telemetry(Counters(), requests, Why(engine.nearest, keeps=False), self.lifetime, counts=False)
 
 
 def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:

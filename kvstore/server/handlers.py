@@ -8,18 +8,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kvstore.config import Config
-from kvstore.core.blocks import KEY_BYTES, TOKEN_BYTES, Reason
+from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.breaker import Deadline
-from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
-from kvstore.core.log import ID_CHARACTERS_MAX
 from kvstore.core.remote_words import RemoteReason
-from kvstore.core.text import plain_text
 from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
-from kvstore.server.arguments import store_request
-from kvstore.server.calls.callers import Identities, caller_name, caller_pid, is_probe
+from kvstore.server.arguments import AskedPrompt, store_request
+from kvstore.server.calls.callers import Identities, calling
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
 from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
@@ -33,8 +30,7 @@ from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
 from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.telemetry.requests import Asked, Outcome, known_reason
-from kvstore.telemetry.traffic import Who
+from kvstore.telemetry.requests import Outcome, known_reason
 from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -43,6 +39,8 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 # on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
 # the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
 HEARING_TURNS = 3
+# Requests that wait to be remembered; each holds the tokens of its prompt.
+NOTES_MAX = 32
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,6 @@ class _Planned:
     """A fetch that is ready to be carried out: its plan, and the first message of the reply."""
 
     plan: FetchPlan
-    chain: Chain
     offer: Offer
     message: pb.FetchReply
 
@@ -77,9 +74,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._remote = remote
         self._layers = layers
         self._threads = threads
-        self._counters, self._uncounted = telemetry.counters, Counters()
-        self._requests = telemetry.requests
-        self._why = telemetry.why
+        self._telemetry, self._silent = telemetry, telemetry.silent(engine)
         self.refusals = telemetry.counters.refusals
         self._config = config
         self._same_host = bool(config.address.path)
@@ -88,49 +83,69 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
-        self._counters_of(context).add("match")
-        asked = self._asked(request, context)
-        reply, match, chain, offer = await self._threads.read(self._match, request, asked)
+        prompt = self._prompt(request, self._begun("match"))
+        match, offer = await self._threads.read(self._match, prompt)
+        n_tokens, reason = match.n_tokens, match.reason
         if self._remote.path is not None:
-            want = self._want(request, chain, match, offer, context)
-            reply.n_tokens = await self._remote.path.reach(want)
-            if reply.n_tokens == want.limit:
-                reply.reason = Reason.OK
-        self._requests.matched(asked, reply.n_tokens, Reason(reply.reason))
-        return reply
+            want = self._want(prompt, match, offer, context)
+            n_tokens = await self._remote.path.reach(want)
+            reason = Reason.OK if n_tokens == want.limit else reason
+        asyncio.get_running_loop().call_soon(self._matched, prompt, match, n_tokens, reason)
+        return pb.MatchReply(n_tokens=n_tokens, reason=reason, fidelity=match.fidelity)
 
-    def _match(self, request: PromptRequest, asked: Asked) -> tuple[pb.MatchReply, Matched, Chain, Offer]:
-        """The answer, and what it was made of."""
-        message, identity = request.message, self._identities.of(request.message.namespace)
-        chain, way = Chain(identity.root, request.tokens), self._fetch.way(identity, pb.TRANSPORT_PATH, dense=False)
-        offer = Offer(message.prefill_tokens_per_s, message.covered_tokens, way)
-        match = self._fetch.match(chain, message.fidelity_min, offer)
-        self._why.note(asked, chain, match, identity)
-        reply = pb.MatchReply(n_tokens=match.n_tokens, reason=match.reason, fidelity=match.fidelity)
-        return reply, match, chain, offer
+    def _match(self, prompt: AskedPrompt) -> tuple[Matched, Offer]:
+        """The answer, and at what speed and by which way it is worth that."""
+        offer = self._offer(prompt, pb.TRANSPORT_PATH, dense=False)
+        match = self._fetch.match(prompt.chain, prompt.message.fidelity_min, offer)
+        _ = match.fidelity  # worked out here, off the loop
+        return match, offer
 
-    def _want(self, request: PromptRequest, chain: Chain, match: Matched, offer: Offer, context: Context) -> Want:
+    def _matched(self, prompt: AskedPrompt, match: Matched, n_tokens: int, reason: Reason) -> None:
+        """Once the answer is under way: note what it was."""
+        prompt.telemetry.requests.matched(prompt.asked, n_tokens, reason)
+        self._note(prompt, match)
+
+    def _note(self, prompt: AskedPrompt, match: Matched, remote: str = "") -> None:
+        """Have a request remembered for `kvstore why`, while its worker goes on; of more than NOTES_MAX, counted.
+
+        Without the rows of the match, so that what waits takes little memory.
+        """
+        why = prompt.telemetry.why
+        if self._threads.note.waiting >= NOTES_MAX:
+            why.drop()
+            return
+        bare = Matched(match.n_tokens, match.reason, common_tokens=match.common_tokens, nearest=match.nearest)
+        self._threads.note.post(why.note, prompt.asked, prompt.chain, bare, prompt.identity, prompt.since, remote)
+
+    def _offer(self, prompt: AskedPrompt, transport: pb.Transport, *, dense: bool) -> Offer:
+        """What the worker says of itself, and how the bytes would go to it. Not on the loop: a key may be read."""
+        message = prompt.message
+        way = self._fetch.way(prompt.identity, transport, dense=dense)
+        return Offer(message.prefill_tokens_per_s, message.covered_tokens, way)
+
+    def _want(self, prompt: AskedPrompt, match: Matched, offer: Offer, context: Context) -> Want:
         """What a request may want of the remote tier."""
-        message = request.message
+        message, chain = prompt.message, prompt.chain
         left_s = min(context.time_remaining() or 0.0, self._config.fetch_total_ms / 1e3)
-        speed = offer.prefill_tokens_per_s or self._requests.traffic.speed(chain.root) or PREFILL_TOKENS_PER_S
+        known = self._telemetry.requests.traffic.speed(chain.root)
+        speed = offer.prefill_tokens_per_s or known or PREFILL_TOKENS_PER_S
         deadline = Deadline(TIME_SHARE * left_s)
         return Want(message.namespace, chain, match, offer, message.fidelity_min, speed, deadline)
 
     @unary
     async def Fetch(self, request: PromptRequest, context: Context) -> None:
-        counters = self._counters_of(context)
-        counters.add("fetch")
-        asked = self._asked(request, context)
-        planned, remote_tokens = await self._planned(request, asked, context)
+        telemetry = self._begun("fetch")
+        counters, requests = telemetry.counters, telemetry.requests
+        prompt = self._prompt(request, telemetry)
+        planned, remote_tokens = await self._planned(prompt, context)
         plan, way, message = planned.plan, planned.offer.way, planned.message
         complete = False
         try:
             counters.add("tokens_served", plan.match.n_tokens)
             nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
-            self._requests.fetched(asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
-            if plan.match.slices and not asked.who.is_probe:
-                self._requests.traffic.ended_in(plan.match.slices[-1].row.key)
+            requests.fetched(prompt.asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
+            if plan.match.slices and telemetry.counts:
+                requests.traffic.ended_in(plan.match.slices[-1].row.key)
                 # The block before the last, too: a store of the same chat may replace a tail before it is looked at.
                 self._remote.push([part.row.key for part in (*plan.match.slices[-2:], plan.match.parts[-1])])
             await write_within(context, message, self._config.limits.stream_stall_s)
@@ -142,10 +157,10 @@ class KVStoreService(rpc.KVStoreServicer):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopping.wait(), self._config.limits.lease_s)
             else:
-                await self._stream(plan, plan.namespace.layout, way, context)
+                await self._stream(plan, plan.namespace.layout, way, counters, context)
                 complete = True
         finally:
-            self._requests.handed_over(plan.fetch_id, complete=complete, by_path=way == "path")
+            requests.handed_over(plan.fetch_id, complete=complete, by_path=way == "path")
             self._threads.release.post(plan.release)
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
@@ -159,40 +174,44 @@ class KVStoreService(rpc.KVStoreServicer):
             piece = pb.BasisPiece(data=bytes(data[at : at + CHUNK_BYTES]))
             await write_within(context, piece, self._config.limits.stream_stall_s)
 
-    async def _planned(self, request: PromptRequest, asked: Asked, context: Context) -> tuple[_Planned, int]:
+    async def _planned(self, prompt: AskedPrompt, context: Context) -> tuple[_Planned, int]:
         """A plan, and how many of its tokens were read from the remote tier for it."""
-        planned = await self._plan_on_thread(request, asked)
-        path, stall_s = self._remote.path, request.message.stall_ms / 1e3
-        if path is None or not stall_s or asked.who.is_probe:
-            return planned, 0
-        want = self._want(request, planned.chain, planned.plan.match, planned.offer, context)
-        if not want.may_gain:
-            return planned, 0
+        planned = longer = await self._plan_on_thread(prompt)
+        said: str = ""
+        try:
+            path, stall_s = self._remote.path, prompt.message.stall_ms / 1e3
+            if path is None or not stall_s or not prompt.telemetry.counts:
+                return planned, 0
+            want = self._want(prompt, planned.plan.match, planned.offer, context)
+            if not want.may_gain:
+                return planned, 0
 
-        async def match() -> Matched:
-            fidelity_min = request.message.fidelity_min
-            return await self._threads.read(self._fetch.match, planned.chain, fidelity_min, planned.offer)
+            async def match() -> Matched:
+                fidelity_min = prompt.message.fidelity_min
+                return await self._threads.read(self._fetch.match, prompt.chain, fidelity_min, planned.offer)
 
-        async def beat() -> None:
-            await write_within(context, pb.FetchReply(), self._config.limits.stream_stall_s)
+            async def beat() -> None:
+                await write_within(context, pb.FetchReply(), self._config.limits.stream_stall_s)
 
-        longer, gained, promoted = planned, 0, Promoted(False, path.why_not(want))
-        if promoted.why is None:
-            # What the plan found stays leased: nothing that is read makes room by evicting it.
-            with contextlib.ExitStack() as stack:
-                stack.callback(self._release_planned, planned)
-                promoted = await path.promote(want, match, beat, stall_s / BEATS)
-                if promoted.more:
-                    longer = await self._plan_on_thread(request, asked)
-                else:
-                    stack.pop_all()
-            gained = max(0, longer.plan.match.n_tokens - planned.plan.match.n_tokens)
-        self._remote.served(gained, promoted)
-        self._why.remote(asked, RemoteReason.HIT if gained else promoted.why or "")
-        return longer, gained
+            gained, promoted = 0, Promoted(False, path.why_not(want))
+            if promoted.why is None:
+                # What the plan found stays leased: nothing that is read makes room by evicting it.
+                with contextlib.ExitStack() as stack:
+                    stack.callback(self._release_planned, planned)
+                    promoted = await path.promote(want, match, beat, stall_s / BEATS)
+                    if promoted.more:
+                        longer = await self._plan_on_thread(prompt)
+                    else:
+                        stack.pop_all()
+                gained = max(0, longer.plan.match.n_tokens - planned.plan.match.n_tokens)
+            self._remote.served(gained, promoted)
+            said = RemoteReason.HIT if gained else promoted.why or ""
+            return longer, gained
+        finally:
+            asyncio.get_running_loop().call_soon(self._note, prompt, longer.plan.match, said)
 
-    async def _plan_on_thread(self, request: PromptRequest, asked: Asked) -> _Planned:
-        planning = asyncio.ensure_future(self._threads.read(self._plan, request, asked))
+    async def _plan_on_thread(self, prompt: AskedPrompt) -> _Planned:
+        planning = self._threads.read(self._plan, prompt)
         try:
             return await asyncio.shield(planning)
         except asyncio.CancelledError:
@@ -200,16 +219,13 @@ class KVStoreService(rpc.KVStoreServicer):
             planning.add_done_callback(self._release_late)
             raise
 
-    def _plan(self, request: PromptRequest, asked: Asked) -> _Planned:
+    def _plan(self, prompt: AskedPrompt) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
-        message, identity = request.message, self._identities.of(request.message.namespace)
-        way = self._fetch.way(identity, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
-        chain = Chain(identity.root, request.tokens)
-        offer = Offer(message.prefill_tokens_per_s, message.covered_tokens, way)
-        plan = self._fetch.plan(chain, message.fidelity_min, offer, asked.who.caller)
+        message, caller, is_counted = prompt.message, prompt.asked.who.caller, prompt.telemetry.counts
+        offer = self._offer(prompt, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
+        plan = self._fetch.plan(prompt.chain, message.fidelity_min, offer, caller, is_counted=is_counted)
         try:
-            self._why.note(asked, chain, plan.match, identity)
-            return _Planned(plan, chain, offer, pb.FetchReply(plan=plan_message(self._engine, plan, way)))
+            return _Planned(plan, offer, pb.FetchReply(plan=plan_message(self._engine, plan, offer.way)))
         except BaseException:
             plan.release()
             raise
@@ -224,7 +240,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._fetch.costs.end(planned.plan.fetch_id)
         self._threads.release.post(planned.plan.release)
 
-    async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, context: Context) -> None:
+    async def _stream(self, plan: FetchPlan, layout: Layout, way: Way, counters: Counters, context: Context) -> None:
         make, run = (
             (self._layers.dense, self._threads.decode)
             if way == "dense"
@@ -235,42 +251,40 @@ class KVStoreService(rpc.KVStoreServicer):
             await sender.send(context)
             self._fetch.measured(plan)
         finally:
-            self._counters_of(context).add("bytes_served", sender.sent_bytes)
+            counters.add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
 
-    def _counters_of(self, context: Context) -> Counters:
-        """Where to count a call; those of a probe in counters that nobody reads."""
-        return self._uncounted if is_probe(caller_name(context.invocation_metadata())) else self._counters
+    def _noted(self) -> Telemetry:
+        """Where to note this call."""
+        return self._silent if calling.get().is_probe else self._telemetry
 
-    def _asked(self, request: PromptRequest, context: Context, profile: str = "") -> Asked:
-        """The caller and its namespace. Raises InvalidRequestError for an invalid identity."""
-        metadata, message = context.invocation_metadata(), request.message
-        identity, caller = self._identities.of(message.namespace), caller_name(metadata)
-        pid = caller_pid(metadata)
-        who = Who(caller, pid, identity.root, identity.alias, identity.engine, profile, is_probe(caller))
-        n_tokens = len(request.tokens) // TOKEN_BYTES
-        covered = getattr(message, "covered_tokens", 0)
-        speed = getattr(message, "prefill_tokens_per_s", 0.0)
-        continued = getattr(message, "continued_tokens", 0)
-        return Asked(
-            who, plain_text(message.request_id, ID_CHARACTERS_MAX), n_tokens, min(covered, n_tokens), speed, continued
-        )
+    def _begun(self, kind: str) -> Telemetry:
+        """Count this call; where to note it."""
+        telemetry = self._noted()
+        telemetry.counters.add(kind)
+        return telemetry
+
+    def _prompt(self, request: PromptRequest, telemetry: Telemetry) -> AskedPrompt:
+        """A request about a prompt. Raises InvalidRequestError for an invalid identity."""
+        identity = self._identities.of(request.message.namespace)
+        return AskedPrompt.of(request, identity, telemetry, self._engine.nearest.since)
 
     @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
-        counters = self._counters_of(context)
-        counters.add("store")
+        telemetry = self._begun("store")
+        counters, requests = telemetry.counters, telemetry.requests
         asked = planning = None
         try:
-            asked = self._asked(request, context, request.message.profile)
-            planning = asyncio.ensure_future(self._threads.plan(self._begin, request, asked.who.caller))
+            asked = self._prompt(request, telemetry).asked
+            await self._threads.note.settled()  # what is stored from here on would be taken for what was there before
+            planning = self._threads.plan(self._begin, request, asked.who.caller, counters)
             plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
         except InvalidRequestError:
             counters.stored(Reason.INVALID)
             if asked is not None:
-                self._requests.not_stored(asked, 0, Reason.INVALID)
+                requests.not_stored(asked, 0, Reason.INVALID)
             raise
         except asyncio.CancelledError:
             # The caller will not learn of the upload that the thread opened or is about to open.
@@ -279,14 +293,14 @@ class KVStoreService(rpc.KVStoreServicer):
             raise
         counters.stored(plan.reason)
         if plan.upload is None:
-            self._requests.not_stored(asked, plan.held_tokens, plan.reason)
+            requests.not_stored(asked, plan.held_tokens, plan.reason)
         else:
-            self._requests.begun(asked, reply.upload_id, plan.upload.start)
+            requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
-    def _begin(self, request: PromptRequest, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
+    def _begin(self, request: PromptRequest, caller: str, counters: Counters) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
-        wanted = store_request(request, caller)
+        wanted = store_request(request, caller, counters)
         plan = self._store.begin(wanted)
         upload = plan.upload
         if upload is None:
@@ -348,17 +362,18 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        telemetry = self._noted()
         if request.HasField("timing"):
-            said, caller = request.timing, caller_name(context.invocation_metadata())
+            said = request.timing
             timing = Timing(said.read_bytes, said.read_s, said.decoded_bytes, said.decode_s)
-            self._fetch.costs.reported(said.fetch_id, timing, caller)
-            self._requests.reported(said.fetch_id, Outcome(said.got_tokens, said.reason, said.again))
+            self._fetch.costs.reported(said.fetch_id, timing, calling.get().name)
+            telemetry.requests.reported(said.fetch_id, Outcome(said.got_tokens, said.reason, said.again))
             return pb.ReportReply()
         if request.HasField("speed"):
-            self._requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)
+            telemetry.requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)
             return pb.ReportReply()
         if request.reason and not request.key:
-            self._counters.stored(known_reason(request.reason))
+            telemetry.counters.stored(known_reason(request.reason))
             return pb.ReportReply()
         if len(request.key) != KEY_BYTES:
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")

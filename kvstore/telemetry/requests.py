@@ -149,11 +149,17 @@ class _Store:
 class Requests:
     """See the module. Any thread may call; `settle` once a second."""
 
-    def __init__(self, traffic: Traffic, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        traffic: Traffic,
+        clock: Callable[[], float] = time.monotonic,
+        say: Callable[..., None] = log.log,
+    ) -> None:
         self.traffic = traffic
         self.recent = Recent()
         self.fetch_s = Histogram(FETCH_BOUNDS_S)
         self._clock = clock
+        self._log = say
         self._lock = threading.Lock()
         self._matched: OrderedDict[tuple[str, str], _Matched] = OrderedDict()
         self._hits: OrderedDict[str, _Hit] = OrderedDict()
@@ -163,8 +169,6 @@ class Requests:
 
     def matched(self, asked: Asked, n_tokens: int, reason: Reason) -> None:
         """A match was answered. With more than the worker has, a fetch will follow, and is what counts."""
-        if asked.who.is_probe:
-            return
         self.computes(asked.who.root, asked.tokens_per_s)
         why = "" if n_tokens > asked.covered else IN_MEMORY if asked.covered else reason.value
         found, displaced = _Matched(asked, why, self._clock()), None
@@ -187,8 +191,6 @@ class Requests:
 
         `remote_tokens`: the last ones of `n_tokens`, which were read from the remote tier for it.
         """
-        if asked.who.is_probe:
-            return
         self.computes(asked.who.root, asked.tokens_per_s)
         displaced = None
         with self._lock:
@@ -249,8 +251,6 @@ class Requests:
 
     def begun(self, asked: Asked, upload_id: str, start: int) -> None:
         """A store was begun: what is before `start` is stored already."""
-        if asked.who.is_probe:
-            return
         with self._lock:
             _put(self._stores, upload_id, _Store(asked, start, self._clock()))
 
@@ -277,8 +277,6 @@ class Requests:
 
         Also of a store that was begun, and given up.
         """
-        if asked.who.is_probe:
-            return
         if reason not in _OFFERED_AGAIN:
             self._count_reused(asked, held_tokens)
         level = logging.INFO if is_needed(reason) else logging.DEBUG
@@ -359,7 +357,7 @@ class Requests:
             "prompt_tokens": asked.prompt_tokens,
             **fields,
         }
-        log.log(level, "%s", lines.with_id(line, asked.request_id), extra={"fields": said})
+        self._log(level, "%s", lines.with_id(line, asked.request_id), extra={"fields": said})
 
 
 def known_reason(name: str) -> Reason:

@@ -73,10 +73,7 @@ _VALUES = operator.attrgetter(*_NAMES)
 
 @dataclass(frozen=True, slots=True)
 class Who:
-    """Who asks: the client by the name it gives itself, its process, and whose KV.
-
-    `is_probe`: it only looks whether the store works, and nothing of it is counted.
-    """
+    """Who asks: the client by the name it gives itself, its process, and whose KV."""
 
     caller: str
     pid: int
@@ -84,7 +81,6 @@ class Who:
     alias: str
     engine: str
     profile: str = ""
-    is_probe: bool = False
 
 
 @dataclass(slots=True)

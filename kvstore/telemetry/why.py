@@ -31,7 +31,7 @@ SIDE_TOKENS = 12
 # Stores that left something out, by a hash of where.
 UNSTORED_MAX = 4096
 IDENTITIES_MAX = 64
-# Other namespaces that are searched for a prompt: while a request waits, and when an admin asks.
+# Other namespaces that are searched for a prompt: of each request, and when an admin asks.
 OTHERS_MAX = 4
 OTHERS_ASKED_MAX = 256
 # So many more tokens in another namespace make the identity the cause.
@@ -100,7 +100,7 @@ class RequestEntry:
     """One request and its cause. Token strings are packed; `spot` is a hash of the place where it parts.
 
     `nearest`: the key of the stored block in which the common tokens end. `keys`: with any of them deleted after
-    `since`, the entry goes too. `unstored`: why an earlier store left out what is missing. `remote`: see `Why.remote`.
+    `since`, the entry goes too. `unstored`: why an earlier store left out what is missing. `remote`: see `Why.note`.
     """
 
     asked: Asked
@@ -147,19 +147,34 @@ class Why:
 
     # -- noting ----------------------------------------------------------------------------------------------------
 
-    def note(self, asked: Asked, chain: Chain, match: Match, identity: NamespaceIdentity) -> None:
-        """A request was matched. On the thread that matched it, before anything of it can be stored. Raises nothing."""
+    def drop(self) -> None:
+        """A request of which nothing is kept."""
+        with self._lock:
+            self.not_kept += 1
+
+    def note(
+        self,
+        asked: Asked,
+        chain: Chain,
+        match: Match,
+        identity: NamespaceIdentity,
+        since: tuple[int, int] | None = None,
+        remote: str = "",
+    ) -> None:
+        """A request was matched. In the order of requests, before anything of it can be stored. Raises nothing.
+
+        `since`: `Nearest.since` before the match. `remote`: what the remote tier had to do with it: a hit, or why it
+        gave nothing.
+        """
         root = chain.root
-        if asked.who.is_probe:
-            return
         if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
-            with self._lock:
-                self.not_kept += 1
+            self.drop()
             return
         with self._lock:
             self._identities[root] = identity
         try:
-            entry = self.explained(asked, chain, match, identity)
+            entry = replace(self.explained(asked, chain, match, identity), remote=remote)
+            entry = entry if since is None else replace(entry, since=since)
             if entry.cause is Cause.CHANGED:
                 self._note_place(entry, chain)
         except KVStoreError as error:  # the index is damaged: the request itself is what matters
@@ -263,13 +278,6 @@ class Why:
             kin = [info for info in private if identity.differs(NamespaceIdentity.of(info)) == SALT]
             best = Other(SALT, kin[0].root, kin[0].alias) if kin else None
         return best
-
-    def remote(self, asked: Asked, said: str) -> None:
-        """What the remote tier had to do with a request that was noted: a hit, or why it gave nothing."""
-        key = (asked.who.caller, asked.request_id)
-        with self._lock:
-            if (entry := self._entries.get(key)) is not None:
-                self._entries[key] = replace(entry, remote=said)
 
     # -- stores ----------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,6 @@ Each way ends as a VersionError, and in a worker as a miss with the reason `vers
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from grpc_health.v1 import health_pb2
 
 from kvstore.errors import VersionError
@@ -40,10 +38,9 @@ def other_protocol(target: str) -> VersionError:
     return VersionError(f"the daemon at {target} is of another version, without protocol {PROTOCOL}; {REMEDY}")
 
 
-def refusal(metadata: Iterable[tuple[str, str | bytes]] | None) -> VersionError | None:
-    """Why a daemon cannot take a call that came with this metadata; None if it can."""
-    said = [value for key, value in metadata or () if key == PROTOCOL_KEY]
-    spoken = str(said[0])[:16] if said else str(UNNUMBERED)
+def refusal(said: str | bytes | None) -> VersionError | None:
+    """Why a daemon cannot take a call that came with this number, or none; None if it can."""
+    spoken = str(UNNUMBERED if said is None else said)[:16]
     if spoken == str(PROTOCOL):
         return None
     return VersionError(f"this daemon speaks protocol {PROTOCOL} and the caller {spoken}; {REMEDY}")

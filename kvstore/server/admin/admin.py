@@ -24,7 +24,7 @@ from kvstore.server.admin.stats import (
     stats_reply,
     writes_message,
 )
-from kvstore.server.calls.callers import caller_name, is_probe
+from kvstore.server.calls.callers import calling
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
 from kvstore.server.counters import Telemetry, moment_of
 from kvstore.server.policy.admission import DETAILS, READ_ONLY
@@ -94,7 +94,6 @@ class AdminService(rpc.AdminServicer):
             state=self._state(),
             device=self._device() if self._threads.lane.used else "idle",
             gate=self._store.gate,
-            tokens_stored=self._store.tokens_stored,
             requests=self._requests,
             profile=self._store.gate.default_profile,
             data_dir=str(self._settings.data_dir),
@@ -150,6 +149,7 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def Why(self, request: pb.WhyRequest, context: Context) -> pb.WhyReply:
+        await self._threads.note.settled()
         return await self._threads.admin(self._explainer.reply, request)
 
     @unary
@@ -190,7 +190,7 @@ class AdminService(rpc.AdminServicer):
             bytes=request.bytes,
             orphans=request.orphans,
             all=request.all,
-            is_counted=not is_probe(caller_name(context.invocation_metadata())),
+            is_counted=not calling.get().is_probe,
         )
         if request.shred:
             if not request.namespace_prefix:

@@ -42,7 +42,6 @@ def stats_reply(
     state: str,
     device: str,
     gate: Gate,
-    tokens_stored: int,
     requests: Requests,
     profile: str,
     data_dir: str,
@@ -65,7 +64,7 @@ def stats_reply(
             descriptors=len(os.listdir("/dev/fd")),
         ),
         disk=disk_message(disk),
-        tokens=pb.TokenStats(stored=tokens_stored, served=counts["tokens_served"]),
+        tokens=pb.TokenStats(stored=counts["tokens_stored"], served=counts["tokens_served"]),
         requests=pb.RequestStats(
             match=counts["match"],
             fetch=counts["fetch"],

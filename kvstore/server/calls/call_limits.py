@@ -28,11 +28,11 @@ from kvstore.config import Config
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
 from kvstore.server.calls import callers
-from kvstore.server.calls.callers import Callers, caller_name
+from kvstore.server.calls.callers import Callers, Peer, calling
 from kvstore.server.calls.refusals import Refusals
 from kvstore.server.calls.rpc_errors import Context, abort
 from kvstore.wire.convert import channel_options
-from kvstore.wire.handshake import refusal
+from kvstore.wire.handshake import PROTOCOL_KEY, refusal
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
@@ -66,26 +66,30 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
         """gRPC asks here for the handler of each call. Health and reflection are the same in every protocol."""
-        handler, metadata = await continuation(details), details.invocation_metadata
+        handler = await continuation(details)
         if handler is None:
             return None
-        if details.method.startswith(_OURS) and (error := refusal(metadata)) is not None:
+        said: dict[str, str | bytes] = {}
+        for key, value in details.invocation_metadata or ():
+            said.setdefault(key, value)
+        if details.method.startswith(_OURS) and (error := refusal(said.get(PROTOCOL_KEY))) is not None:
             return refusing(error)
+        caller = Peer.of(said)
+        calling.set(caller)
         kind = kind_of(details.method)
         if self.calls[kind] >= self._calls_max[kind]:
             words = f"{self._calls_max[kind]} calls are under way; try again later"
             return self.refusing(LimitError(words, RETRY_S, "calls_max"))
         if kind == _ADMIN:
             return _Call(self, kind, "").admitted(handler)
-        name = caller_name(metadata)
-        calls = self.callers.enter(name, anyway=kind == _CARRIES_ON)
+        calls = self.callers.enter(caller.name, anyway=kind == _CARRIES_ON)
         if not calls:
             words = f"{self._connections_max} clients are at work; try again later"
             return self.refusing(LimitError(words, callers.RETRY_S, "connections_max"))
-        if calls == self._connection_calls_max and name:
+        if calls == self._connection_calls_max and caller.name:
             words = f"one client has {calls} calls under way; gRPC holds back what it calls beyond them"
             self._refusals.reached("connection_calls_max", words)
-        return _Call(self, kind, name).admitted(handler)
+        return _Call(self, kind, caller.name).admitted(handler)
 
     def refusing(self, error: LimitError) -> Any:
         """A handler that ends a call for a limit; counted."""

@@ -12,7 +12,9 @@ import os
 import resource
 import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.config import Config
@@ -74,21 +76,31 @@ class Callers:
             del self._calls[name], self._last_s[name]
 
 
-def caller_name(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
-    """The name that came with a call. All that give none count as one client."""
-    names = [value for key, value in metadata or () if key == CLIENT_KEY and isinstance(value, str)]
-    return names[0][:NAME_CHARACTERS_MAX] if names else ""
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who calls: the name that the client gives itself, and the process that it says it is; 0 when it says none.
+
+    All that give no name count as one client. `is_probe`: it only looks whether the store works.
+    """
+
+    name: str = ""
+    pid: int = 0
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether nothing of its calls is counted; asked where a call is given its telemetry, and nowhere else."""
+        return self.name.startswith(PROBE)
+
+    @classmethod
+    def of(cls, said: Mapping[str, str | bytes]) -> Peer:
+        """As the metadata of a call says."""
+        name, pid = said.get(CLIENT_KEY, ""), said.get(PID_KEY, "")
+        is_pid = isinstance(pid, str) and pid.isascii() and pid.isdigit() and len(pid) <= PID_DIGITS_MAX
+        return cls(name[:NAME_CHARACTERS_MAX] if isinstance(name, str) else "", int(pid) if is_pid else 0)
 
 
-def is_probe(name: str) -> bool:
-    """Whether the client of this name only looks whether the store works; what it does is not counted."""
-    return name.startswith(PROBE)
-
-
-def caller_pid(metadata: Iterable[tuple[str, str | bytes]] | None) -> int:
-    """The process that a call says it comes from; 0 when it says none."""
-    said = [value for key, value in metadata or () if key == PID_KEY and isinstance(value, str)]
-    return int(said[0]) if said and said[0].isascii() and said[0].isdigit() and len(said[0]) <= PID_DIGITS_MAX else 0
+# Of the call that a task serves: gRPC runs each in a task of its own, and the admission of the call says it.
+calling: ContextVar[Peer] = ContextVar("calling", default=Peer())  # noqa: B039  # it is frozen
 
 
 class Identities:

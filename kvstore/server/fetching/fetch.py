@@ -21,7 +21,6 @@ from kvstore.core.blocks import TOKEN_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.engine import Engine, Lease, Match
 from kvstore.errors import CorruptDataError, InvalidRequestError, UnknownFormatError
-from kvstore.server.calls.callers import is_probe
 from kvstore.server.fetching.costs import Costs, Offer, Timing, Way, work_of, worthwhile
 from kvstore.server.lane import Lane
 from kvstore.telemetry.why import NamespaceIdentity
@@ -135,10 +134,12 @@ class FetchPath:
             return Match(0, reason, common_tokens=match.common_tokens, nearest=match.nearest)
         return match
 
-    def plan(self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = "") -> FetchPlan:
+    def plan(
+        self, chain: Chain, fidelity_min: int, offer: Offer = NOTHING_SAID, caller: str = "", *, is_counted: bool = True
+    ) -> FetchPlan:
         """Match again, take a lease and make sure that every blob is there; a row whose blob is not there goes.
 
-        `caller`: who may report what it took.
+        `caller`: who may report what it took. `is_counted`: whether how long its blocks were not used is.
         """
         asked_s = self.costs.now_s()
         failed: Counter[BlobId] = Counter()
@@ -153,7 +154,7 @@ class FetchPath:
             plan = FetchPlan(namespace, match, self._engine.lease(part.row for part in match.parts))
             unusable_at = self._engine.first_unusable(match.parts)
             if unusable_at is None:
-                self._engine.touch(match.parts, fetched=not is_probe(caller))
+                self._engine.touch(match.parts, fetched=is_counted)
                 if match.checkpoint is not None and match.diverged:
                     self._engine.mark_divergence(match.checkpoint)
                 work = work_of(match, namespace.layout)

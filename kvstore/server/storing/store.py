@@ -8,7 +8,7 @@ carry_out  receive -> validate -> splice -> threshold -> encode -> blob under a 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from kvstore.codecs.profiles import AUTO
@@ -37,7 +37,7 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.calls.callers import is_probe
+from kvstore.server.counters import Counters
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, AdmittedBlocks, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice
@@ -67,6 +67,7 @@ class StoreRequest:
     interim: bool = False
     prompt: int = 0  # of a worker that would offer it again
     touched_tokens: int = 0
+    counters: Counters = field(default_factory=Counters)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,6 @@ class StorePath:
         self.admission = store_admission(engine, config)
         self.uploads = Uploads(config.limits.uploads_max)
         self._shares = Shares(self._share_bytes, CALLER_SHARE)
-        self.tokens_stored = 0
 
     def give_up(self) -> None:
         """End also what is committed and does not end by itself: the daemon must stop."""
@@ -270,7 +270,7 @@ class StorePath:
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
             states=() if held_states or sender else request.states,
             interim=request.interim,
-            is_counted=not is_probe(request.caller),
+            counters=request.counters,
             depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
             awaits_checkpoint=not held_states and sender is not None,
         )
@@ -346,7 +346,7 @@ class StorePath:
             row = self._engine.checkpoint_at(upload.chain)
             if row is None or row.fidelity < floor:
                 reason = Reason.FIDELITY if row else Reason.DEPENDENCY_LOST
-        self.tokens_stored += max(0, after.n_tokens - upload.start) if upload.pieces and upload.is_counted else 0
+        upload.counters.add("tokens_stored", max(0, after.n_tokens - upload.start) if upload.pieces else 0)
         # Part of it may be what another upload committed a moment ago.
         return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
 

@@ -30,7 +30,6 @@ class Stores:
     def __init__(self, store: StorePath, threads: Threads, telemetry: Telemetry, config: Config) -> None:
         self._store = store
         self._threads = threads
-        self._counters = telemetry.counters
         self._requests = telemetry.requests
         self._why = telemetry.why
         self._config = config
@@ -113,9 +112,7 @@ class Stores:
                 log.error("a store failed", exc_info=error)
 
     def _told(self, upload: Upload, stored_tokens: int, new_bytes: int, reason: Reason) -> None:
-        if not upload.is_counted:
-            return
-        self._counters.stored(reason)
+        upload.counters.stored(reason)
         self._requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
         private = upload.encryption is not None or is_salted(upload.namespace)
         self._threads.release.post(self.note, upload.chain, stored_tokens, new_bytes, reason, private)
