@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 
 from kvstore.core.blocks import Reason
 from kvstore.engine import Engine, Selection, retain
-from tests.support.engine import namespace, new_block, options, require_sound, sequence
+from tests.support.engine import chosen_by_auto, namespace, new_block, options, require_sound, sequence
 
 NS = namespace()
 
@@ -21,7 +20,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Two sequences that `auto` stored. A thread that looks through the whole table while it has the lock fails."""
     with Engine.open(tmp_path / "data", options(budget_bytes=1 << 30)) as opened:
         for first in (0, 1000):
-            blocks = [replace(new, auto=True) for new in sequence(NS, list(range(first, first + 600)))]
+            blocks = [chosen_by_auto(new) for new in sequence(NS, list(range(first, first + 600)))]
             assert opened.store(NS.to_record(), blocks).reason is Reason.OK
         lock: Any = opened._shared.lock
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
+from kvstore.core.blocks import FIDELITY_EXACT, Origin, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.engine import Engine, NewBlock, Row, Selection
 from kvstore.engine.reencode import coldest
@@ -24,6 +24,7 @@ from tests.support.engine import (
     StoppingFs,
     blob_path,
     blob_paths,
+    chosen_by_auto,
     find,
     namespace,
     new_block,
@@ -40,7 +41,7 @@ LOW = 400
 
 def put_auto(engine: Engine, tokens: Sequence[int]) -> None:
     """Store a sequence as `auto` does."""
-    blocks = [replace(new, auto=True) for new in sequence(NS, tokens)]
+    blocks = [chosen_by_auto(new) for new in sequence(NS, tokens)]
     assert engine.store(NS.to_record(), blocks).reason is Reason.OK
 
 
@@ -161,7 +162,9 @@ def test_what_was_re_encoded_stays_so_over_a_restart_and_a_rebuild_of_the_index(
 def test_a_rebuilt_index_has_the_flags_that_blocks_were_stored_with(tmp_path: Path, new: dict[str, Any]) -> None:
     """Nothing of a named profile is taken for what `auto` stored, nor what may not be re-encoded for what may."""
     with Engine.open(tmp_path, options()) as engine:
-        engine.store(NS.to_record(), [replace(one, **new) for one in sequence(NS, TOKENS)])
+        origin = Origin(**new) if new else None
+        blocks = [replace(one, block=replace(one.block, origin=origin)) for one in sequence(NS, TOKENS)]
+        engine.store(NS.to_record(), blocks)
         table = engine._shared.index.table
         stored = {key: table.value(key, "flags") for key in keys(TOKENS)}
         is_due = bool(due(engine))
@@ -261,7 +264,7 @@ def test_a_hybrid_whose_blocks_were_re_encoded_still_ends_at_its_checkpoint(tmp_
     """At the rank of its blocks: the checkpoint itself is exact."""
     mixed = namespace("mixed", HYBRID)
     with Engine.open(tmp_path, options()) as engine:
-        blocks = [replace(new, auto=True) for new in sequence(mixed, TOKENS)]
+        blocks = [chosen_by_auto(new) for new in sequence(mixed, TOKENS)]
         engine.store(mixed.to_record(), blocks)
         put_checkpoint(engine, mixed, TOKENS)
         rows = engine.reencoder.coldest([mixed.root], 100)

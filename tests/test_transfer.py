@@ -14,11 +14,13 @@ from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain, Namespace, differing_fields
 from kvstore.engine import Engine, Selection
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
+from kvstore.index.table import AUTO
 from tests.support.engine import (
     HYBRID,
     blob_path,
     blob_paths,
     checkpoint,
+    chosen_by_auto,
     find,
     namespace,
     options,
@@ -82,6 +84,14 @@ def test_a_second_import_writes_nothing(source: Engine, target: Engine) -> None:
     again = take_in(target, shipped(source, NS.root))
     assert (again.held, again.new_bytes, again.stored) == (11, 0, 0)
     assert target.stats().written_bytes == before
+
+
+def test_what_auto_chose_elsewhere_is_as_if_it_had_been_named_here(target: Engine) -> None:
+    """Only what the profile `auto` of this store chose may be re-encoded."""
+    blocks = [chosen_by_auto(new) for new in sequence(NS, LONG)]
+    take_in(target, pieces_of(blobs_of(blocks, NS.to_record())))
+    assert find(target, NS, LONG).n_tokens == len(LONG)
+    assert not (target._shared.index.table.rows["flags"] & AUTO).any()
 
 
 def test_a_key_selects_its_chain_and_the_checkpoints_along_it(source: Engine, target: Engine) -> None:

@@ -151,7 +151,7 @@ def _placed(block: Block, views: Sequence[memoryview]) -> Block:
             raise InvalidRequestError(f"the buffer of {part.name} does not fit it")
         ends = itertools.accumulate(part.lengths)
         shares = (view[end - length : end] for length, end in zip(part.lengths, ends, strict=True))
-        checksums.append(b"".join(map(_checksum, shares)))
+        checksums.append(b"".join(xxhash.xxh3_64_intdigest(share).to_bytes(8, "little") for share in shares))
         offsets.append(offsets[-1] + len(view))
     if block.aux is not None:
         if hashlib.sha256(views[0]).digest() != block.aux.digest:
@@ -187,10 +187,6 @@ def _flat(buffer: Buffer) -> memoryview:
     if not view.c_contiguous:
         raise InvalidRequestError("buffers must be C-contiguous")
     return view.cast("B") if view.nbytes else memoryview(b"")
-
-
-def _checksum(view: memoryview) -> bytes:
-    return xxhash.xxh3_64_intdigest(view).to_bytes(8, "little")
 
 
 def payload_bytes(block: Block) -> int:

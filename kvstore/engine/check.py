@@ -30,7 +30,7 @@ from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
 from kvstore.index.rows import Row, child_entries
 from kvstore.index.table import AUX, CHECKPOINT
-from kvstore.index.transaction import View, flags_of
+from kvstore.index.transaction import KIND_FLAGS, View
 
 FINDINGS_MAX = 1000
 Tell: TypeAlias = Callable[[int, int], None]
@@ -283,7 +283,7 @@ def _difference(view: View, site: Site, row: Row) -> str:
         "namespace": space.number if space else -1,
     }
     told = {name: table.value(row.key, name) for name in expected} if row.key in table else {}
-    if told != expected or table.value(row.key, "flags") & (CHECKPOINT | AUX) != flags_of(row):
+    if told != expected or table.value(row.key, "flags") & (CHECKPOINT | AUX) != KIND_FLAGS[row.kind]:
         return f"the table of blobs does not agree with the row of {row.key.hex()[:12]}"
     return "" if _is_linked(view, row) else f"{row.key.hex()[:12]} is not among the children of its parent"
 

@@ -20,7 +20,7 @@ from kvstore.blobs.format import Buffer, ReadyBlob, make_ready
 from kvstore.blobs.keyring import NamespaceKey
 from kvstore.blobs.protocol import BlobId, disk_bytes
 from kvstore.blobs.write_behind import BlobWrite, WriteBehind
-from kvstore.core.blocks import BLOCK_TOKENS, Block, Origin, Reason
+from kvstore.core.blocks import BLOCK_TOKENS, Block, Reason
 from kvstore.core.keys import NamespaceInfo, aux_key
 from kvstore.engine.adopt import NEXT_NUMBER
 from kvstore.engine.bases import hold, let_go
@@ -50,24 +50,11 @@ class NewBlock:
     state array, also the empty ones, in the order of layers and arrays.
 
     `interim`: a checkpoint within a prompt that is still being computed. The next one of the sequence replaces it.
-    `auto`: the profile `auto` chose how it is encoded; `settled`: and it is not to be re-encoded.
     """
 
     block: Block
     buffers: Sequence[Buffer]
     interim: bool = False
-    auto: bool = False
-    settled: bool = False
-
-    @property
-    def origin(self) -> Origin | None:
-        """As the blob's header keeps it, for a rebuild of the index."""
-        return Origin(self.auto, self.settled) if self.auto or self.settled else None
-
-    @property
-    def flags(self) -> int:
-        """As the table of blobs keeps them."""
-        return (INTERIM if self.interim else 0) | origin_flags(self.origin)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,10 +186,11 @@ class Writer:
                 break
             with self._shared.index.view() as view:
                 held = view.row(block.key)
-            entry = BatchEntry(block.key, block.parent, flags=new.flags)
+            flags = origin_flags(block.origin) | (INTERIM if new.interim else 0)
+            entry = BatchEntry(block.key, block.parent, flags=flags)
             if held is None or held.is_key_missing or held.is_lost or held.fidelity < block.fidelity:
                 created_s = block.created_s or int(self._shared.clock())
-                block = replace(block, namespace=batch.record, created_s=created_s, origin=new.origin)
+                block = replace(block, namespace=batch.record, created_s=created_s)
                 ready = make_ready(block, new.buffers)
                 if not self._write(batch, ready, entry):
                     reason = Reason.STORE_FULL

@@ -30,9 +30,11 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
     take = low_take = 0
     key = view.ring.key(root)
     for level in range(_deepest_level(view, parent, rest, key), -1, -1) if rest else ():
-        for side in _neighbours(view, parent, rest, level, key):
+        prefix, code = level_prefix(parent, rest, level, key), level_code(rest, level, key)
+        # Up and down from where `rest` would stand, the closest first; in an encrypted namespace there is no order.
+        for is_below in (False, True):
             ties = TIES_MAX
-            for row in side:
+            for row in _rows_of(view, parent, view.entries(prefix, code, reverse=is_below)):
                 shared = common_tokens(row.tokens, rest)
                 if key is None and (not shared or shared < take or not ties):
                     break  # they stand in order: what comes next shares no more
@@ -65,20 +67,8 @@ def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | N
     return low
 
 
-def _neighbours(
-    view: View, parent: bytes, rest: bytes, level: int, key: NamespaceKey | None
-) -> tuple[Iterator[Row], Iterator[Row]]:
-    """Children that share the head of a level, upwards and downwards from where `rest` would stand: closest first.
-
-    SIDE_MAX on each side. In an encrypted namespace they stand in no order.
-    """
-    prefix = level_prefix(parent, rest, level, key)
-    code = level_code(rest, level, key)
-    above, below = view.entries(prefix, code), view.entries(prefix, code, reverse=True)
-    return _rows_of(view, parent, above), _rows_of(view, parent, below)
-
-
 def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[Row]:
+    """The children of the first entries, SIDE_MAX at most, that can be read."""
     for _, child in itertools.islice(entries, SIDE_MAX):
         row = view.row(child)
         if row is not None and row.parent != parent:

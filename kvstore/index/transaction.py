@@ -37,6 +37,8 @@ from kvstore.index.table import AUX, CHECKPOINT, Table
 
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
 _SPACE = struct.Struct("<IQ")
+# The flags of the table that follow from the kind of a row.
+KIND_FLAGS = (0, CHECKPOINT, AUX)
 
 
 class Space(NamedTuple):
@@ -60,11 +62,6 @@ class Space(NamedTuple):
 @functools.lru_cache(maxsize=TEMPLATES_MAX)
 def _refers(record: bytes) -> bool:
     return any(stack.recipe.references for stack in parse_template(record).stacks)
-
-
-def flags_of(row: Row) -> int:
-    """The flags of the table that follow from a row."""
-    return AUX if row.is_aux else CHECKPOINT if row.is_checkpoint else 0
 
 
 class Contents:
@@ -298,7 +295,7 @@ class Edit(View):
             depth=row.depth,
             nbytes=nbytes,
             n_tokens=row.n_tokens,
-            flags=flags_of(row),
+            flags=KIND_FLAGS[row.kind],
         )
 
     def replace(self, old: Row, new: Row, nbytes: int) -> None:
@@ -374,7 +371,7 @@ class Edit(View):
             self._add(row, nbytes)
             for child in self.children(row.key):
                 self.table.link(child, row.key)
-        number, flags = self._contents.spaces[row.root].number, flags_of(row)
+        number, flags = self._contents.spaces[row.root].number, KIND_FLAGS[row.kind]
         self.table.correct(row.key, number, depth=row.depth, nbytes=nbytes, n_tokens=row.n_tokens, flags=flags)
 
     def clear(self) -> None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.core.blocks import Reason, pack_tokens
@@ -28,6 +28,7 @@ from tests.support.engine import (
     HYBRID,
     blob_path,
     blob_paths,
+    chosen_by_auto,
     namespace,
     new_block,
     options,
@@ -170,7 +171,7 @@ def _shrink(world: World) -> None:
 
 def _store_auto(world: World) -> None:
     """As the profile `auto` does."""
-    blocks = [replace(new, auto=True) for new in sequence(NS, NEW)]
+    blocks = [chosen_by_auto(new) for new in sequence(NS, NEW)]
     assert world.engine.store(NS.to_record(), blocks).reason is Reason.OK
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from kvstore.core.blocks import (
     TOKEN_BYTES,
     Block,
     LayerState,
+    Origin,
     Run,
     StateArray,
     count_tokens,
@@ -65,6 +67,11 @@ def new_block(
         for number, (stack, tensor) in enumerate((s, t) for s in layout.raw_stacks for t in s.tensors)
     ]
     return NewBlock(block, buffers)
+
+
+def chosen_by_auto(new: NewBlock) -> NewBlock:
+    """The block as it is stored where the profile `auto` chose how it is encoded."""
+    return replace(new, block=replace(new.block, origin=Origin(auto=True)))
 
 
 def sequence(

@@ -9,7 +9,7 @@ shared among those who trust each other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -175,7 +175,9 @@ class Importer:
             self._ours.add(block.key)
             return
         blob_format.require_payload(block, coming.payload)
-        self._batch.append(NewBlock(block, blob_format.payload_parts(block, coming.payload)))
+        # What another store may do to it says nothing here.
+        own = replace(block, origin=None)
+        self._batch.append(NewBlock(own, blob_format.payload_parts(block, coming.payload)))
         self._batch_bytes += coming.nbytes
         if len(self._batch) >= BATCH_BLOBS or self._batch_bytes >= BATCH_BYTES:
             self._store_batch()

@@ -18,7 +18,7 @@ from kvstore.codecs import device
 from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Origin
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
@@ -124,16 +124,16 @@ class Receiver:
                 runs=tuple(one.run for one in encoded),
                 created_s=int(time.time()),
                 namespace=record,
+                origin=self._origin(upload, start, end),
             )
-            auto, settled = self._origin(upload, start, end)
             buffers = [buffer for one in encoded for buffer in one.buffers]
-            yield NewBlock(block, buffers, auto=auto, settled=settled)
+            yield NewBlock(block, buffers)
             parent = block.key
         if upload.states:
             yield self._new_checkpoint(upload, record, fidelity, memory[len(upload.keys) % len(memory)])
         upload.intake.finish(self._config.limits.upload_idle_s)
 
-    def _origin(self, upload: Upload, start: int, end: int) -> tuple[bool, bool]:
+    def _origin(self, upload: Upload, start: int, end: int) -> Origin | None:
         """Whether `auto` chose how all of a block is encoded, and whether it is not to be re-encoded.
 
         Tokens that came out of the store are not: they may be re-encoded ones.
@@ -141,7 +141,8 @@ class Receiver:
         restored = any(piece.restored and start <= piece.start < end for piece in upload.pieces)
         spliced = [piece.row.key for piece in upload.spliced if piece.row.start == start]
         auto, settled = self._engine.reencoder.origin(spliced)
-        return upload.choice.auto and auto, upload.choice.smallest or restored or settled
+        auto, settled = upload.choice.auto and auto, upload.choice.smallest or restored or settled
+        return Origin(auto, settled) if auto or settled else None
 
     def _new_checkpoint(self, upload: Upload, record: bytes, fidelity: int, memory: memoryview) -> NewBlock:
         """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
