@@ -137,8 +137,7 @@ class StorePath:
         if namespace is None:
             raise NotFoundError("unknown namespace: send its layout with the first store")
         n_tokens = request.chain.n_tokens
-        self._check_tokens(request, n_tokens)
-        self._check_states(request, namespace)
+        self._check(request, namespace)
         if n_tokens < self._config.limits.min_prefix_tokens:
             return StorePlan(None, 0, Reason.BELOW_THRESHOLD)
         choice = self.gate.choose(request.chain.root, request.profile)
@@ -216,7 +215,9 @@ class StorePath:
         wanted = self._config.encrypt == "all" or (self._config.encrypt == "tenants" and isolated)
         return wanted or self._engine.is_encrypted(root)
 
-    def _check_tokens(self, request: StoreRequest, n_tokens: int) -> None:
+    def _check(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
+        """Raises InvalidRequestError, LimitError."""
+        n_tokens = request.chain.n_tokens
         if len(request.chain.tokens) % TOKEN_BYTES:
             raise InvalidRequestError(f"tokens must be {TOKEN_BYTES} bytes each, got {len(request.chain.tokens)} bytes")
         if not n_tokens:
@@ -231,12 +232,10 @@ class StorePath:
         if request.restored_tokens and not request.restored_fidelity:
             # Not said, it would count as first-hand.
             raise InvalidRequestError("restored_tokens without their restored_fidelity")
-
-    def _check_states(self, request: StoreRequest, namespace: NamespaceInfo) -> None:
         if not request.states:
             return
         try:
-            check_states(namespace.layout, request.states, request.chain.n_tokens)
+            check_states(namespace.layout, request.states, n_tokens)
         except CorruptDataError as error:
             raise InvalidRequestError(f"states: {error}") from error
         nbytes = sum(state.nbytes for state in request.states)
