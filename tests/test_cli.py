@@ -439,7 +439,7 @@ def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) 
         (["--bytes", "10G"], "not a size"),
         (["--idle", "0d"], "'0d' selects everything, whatever its age; for that there is --all"),
         (["--idle", "yesterday"], "not a length of time"),
-        (["--idle", "30"], "'30' has no unit; write 30s, 30m, 30h, 30d or 30w"),
+        (["--idle", "30"], "'30': no unit; write 30s, 30m, 30h, 30d or 30w"),
         (["--prefix", "abc"], "even number of leading hex digits"),
         (["--prefix", ""], "even number of leading hex digits"),
     ],

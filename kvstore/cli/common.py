@@ -111,18 +111,11 @@ def size_option(text: str) -> int:
 
 
 def age_option(text: str) -> int:
-    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all.
-
-    A number without a unit, seconds in the configuration, is refused: it may be meant as days, and selects what to
-    delete.
-    """
-    if text.strip().isdecimal() and int(text):
-        units = ", ".join(f"{text.strip()}{unit}" for unit in "smhd")
-        raise click.BadParameter(f"{text!r} has no unit; write {units} or {text.strip()}w")
+    """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
     try:
         age_s = parse_age(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a length of time; write 90s, 15m, 12h, 30d or 2w") from None
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: {error}") from None
     if not age_s:
         raise click.BadParameter(f"{text!r} selects everything, whatever its age; for that there is --all")
     return age_s

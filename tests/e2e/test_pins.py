@@ -130,6 +130,7 @@ def test_limits_that_delete_much_at_a_start_do_not_wait_with_yes(daemon: DaemonP
         (["pin", "--remove"], 2, "--remove takes a KEY"),
         (["pin", "00" * 32, "--remove"], 1, "no such pin"),
         (["set", "small-lm", "ttl=soon"], 2, "not a length of time"),
+        (["set", "small-lm", "ttl=30"], 2, "no unit; write 30s, 30m, 30h, 30d or 30w"),
         (["set", "small-lm", "colour=red"], 2, "quota, ttl"),
         (["set", "nobody", "ttl=1d"], 1, "nobody"),
         (["set", "nobody", "quota=0"], 1, "nobody"),
