@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from kvstore.core.keys import Chain
 from kvstore.core.log import ID_CHARACTERS_MAX
 from kvstore.core.text import plain_text
 from kvstore.errors import CorruptDataError, InvalidRequestError
-from kvstore.server.calls.callers import calling
+from kvstore.server.calls.callers import Peer
 from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.storing.store import StoreRequest
 from kvstore.telemetry.requests import Asked
@@ -21,9 +22,9 @@ from kvstore.wire.frames import PromptRequest
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AskedPrompt:
-    """A request about a prompt, read once: who asks what, in which namespace, and where that is noted.
+    """A request about a prompt, read once: who asks, in which namespace, and where that is noted.
 
     `since`: of the engine's `Nearest` when it came.
     """
@@ -31,26 +32,23 @@ class AskedPrompt:
     message: Any
     chain: Chain
     identity: NamespaceIdentity
-    asked: Asked
+    peer: Peer
     telemetry: Telemetry
     since: tuple[int, int]
 
-    @classmethod
-    def of(
-        cls, request: PromptRequest, identity: NamespaceIdentity, telemetry: Telemetry, since: tuple[int, int]
-    ) -> AskedPrompt:
-        """Of the call that this task serves. A message has those of the fields of `Asked` that its kind has."""
-        message, peer, chain = request.message, calling.get(), Chain(identity.root, request.tokens)
-        profile = getattr(message, "profile", "")
-        asked = Asked(
-            Who(peer.name, peer.pid, identity.root, identity.alias, identity.engine, profile),
+    @functools.cached_property
+    def asked(self) -> Asked:
+        """What is asked, as telemetry has it. Of a match it is made after the answer."""
+        message, peer, one, n_tokens = self.message, self.peer, self.identity, self.chain.n_tokens
+        # A message has those of the fields that its kind has.
+        return Asked(
+            Who(peer.name, peer.pid, one.root, one.alias, one.engine, getattr(message, "profile", "")),
             plain_text(message.request_id, ID_CHARACTERS_MAX),
-            chain.n_tokens,
-            min(getattr(message, "covered_tokens", 0), chain.n_tokens),
+            n_tokens,
+            min(getattr(message, "covered_tokens", 0), n_tokens),
             getattr(message, "prefill_tokens_per_s", 0.0),
             getattr(message, "continued_tokens", 0),
         )
-        return cls(message, chain, identity, asked, telemetry, since)
 
 
 def store_request(request: PromptRequest, caller: str = "", counters: Counters | None = None) -> StoreRequest:

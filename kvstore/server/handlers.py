@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from kvstore.config import Config
 from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.breaker import Deadline
+from kvstore.core.keys import Chain
 from kvstore.core.layers import Layout
 from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine
@@ -221,7 +222,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     def _plan(self, prompt: AskedPrompt) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
-        message, caller, is_counted = prompt.message, prompt.asked.who.caller, prompt.telemetry.counts
+        message, caller, is_counted = prompt.message, prompt.peer.name, prompt.telemetry.counts
         offer = self._offer(prompt, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
         plan = self._fetch.plan(prompt.chain, message.fidelity_min, offer, caller, is_counted=is_counted)
         try:
@@ -267,7 +268,8 @@ class KVStoreService(rpc.KVStoreServicer):
     def _prompt(self, request: PromptRequest, telemetry: Telemetry) -> AskedPrompt:
         """A request about a prompt. Raises InvalidRequestError for an invalid identity."""
         identity = self._identities.of(request.message.namespace)
-        return AskedPrompt.of(request, identity, telemetry, self._engine.nearest.since)
+        chain, since = Chain(identity.root, request.tokens), self._engine.nearest.since
+        return AskedPrompt(request.message, chain, identity, calling.get(), telemetry, since)
 
     @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:

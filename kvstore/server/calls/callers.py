@@ -88,7 +88,7 @@ class Peer:
 
     @property
     def is_probe(self) -> bool:
-        """Whether nothing of its calls is counted; asked where a call is given its telemetry, and nowhere else."""
+        """Whether nothing of its calls is counted. Asked where a call gets its telemetry or evicts, no further down."""
         return self.name.startswith(PROBE)
 
     @classmethod
