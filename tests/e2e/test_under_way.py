@@ -182,16 +182,16 @@ def test_an_eviction_of_another_namespace_leaves_an_upload_alone(daemon: DaemonP
 
 # A busy loop: it plans a store itself, and cannot hear meanwhile of a caller that goes away.
 BUSY = """
-import sys, time
+import asyncio, sys, time
 from kvstore.server.threads import Pool
 from kvstore.cli import main
 call = Pool.__call__
-async def busy(self, work, *args):
+def busy(self, work, *args):
     if getattr(work, "__name__", "") != "_begin":
-        return await call(self, work, *args)
-    plan = work(*args)
-    time.sleep(1)
-    return plan
+        return call(self, work, *args)
+    answer = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(lambda: (answer.set_result(work(*args)), time.sleep(1)))
+    return answer
 Pool.__call__ = busy
 sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
