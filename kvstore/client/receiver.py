@@ -1,6 +1,6 @@
 """Reads the layers of a stream from its messages, each range when it is asked for, in the order of the stream.
 
-The next messages are received meanwhile, on a thread that ends with the stream.
+The next message is received meanwhile, on a thread that ends with the stream.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Message = pb.FetchReply | LayerBytes
 
-# Messages that are received before they are asked for.
-AHEAD_MAX = 2
+# Messages that are received before they are asked for. Two are no faster.
+AHEAD_MAX = 1
 # Below this a thread costs more than it gains.
 AHEAD_BYTES_MIN = 4 << 20
-# The message that is read, and those after it that have arrived or are on their way through gRPC.
+# The message that is read, and the next one: it has arrived or is on its way through gRPC.
 STREAM_BYTES = (1 + AHEAD_MAX) * CHUNK_BYTES
 _NOTHING = memoryview(b"")
 
