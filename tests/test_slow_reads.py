@@ -246,6 +246,7 @@ def test_mlx_loads_files_while_every_reader_is_held(
     """MLX has four threads for loads. Reads of ours that hang hold none of them."""
     monkeypatch.setattr(virtual, "SMALL_BYTES", 0)
     monkeypatch.setattr(layer_reads, "OVERLAPPED_BYTES_MIN", 0)
+    monkeypatch.setattr(reads, "usable_cores", lambda: 8)
     session = client.session(daemon.namespace, **PATIENT)
     disk.path = daemon.blocks[0].source.path
     assert session.fetch(TOKENS, "packed", "path", HURRIED_MS).reason is Reason.DEADLINE
@@ -259,6 +260,25 @@ def test_mlx_loads_files_while_every_reader_is_held(
     assert held < 3 * 1024 * LAYOUT.token_bytes // 3
     disk.release()
     until(lambda: not client._budget.used_bytes, "the memory is given back")
+
+
+@pytest.mark.parametrize(("cores", "reading"), [(1, 2), (2, 2), (4, 4)])
+def test_a_fetch_uses_as_many_threads_as_there_are_cores(
+    cores: int, reading: int, daemon: FakeDaemon, client: Client, disk: HungDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each of the two layers that are read at a time, or one for each tensor of theirs."""
+    monkeypatch.setattr(virtual, "SMALL_BYTES", 0)
+    monkeypatch.setattr(layer_reads, "OVERLAPPED_BYTES_MIN", 0)
+    monkeypatch.setattr(reads, "usable_cores", lambda: cores)
+    session = client.session(daemon.namespace, **PATIENT)
+    disk.path = daemon.blocks[0].source.path
+    assert session.fetch(TOKENS, "packed", "path", HURRIED_MS).reason is Reason.DEADLINE
+    assert disk.waiting == reading
+    disk.release()
+    until(lambda: not READERS.stuck, "the reads return")
+    hit = session.fetch(TOKENS, "packed", "path")
+    assert isinstance(hit, Hit)
+    assert_rows(hit.layers, LAYOUT, TOKENS[:-1])  # type: ignore[arg-type]
 
 
 def test_work_that_no_thread_has_begun_is_taken_back() -> None:

@@ -9,6 +9,8 @@ its thread, and the memory that it writes to, until it returns. When every threa
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -18,10 +20,15 @@ from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")
 
-# A fetch reads two layers at a time: four large tensors, a thread for each. Two more are for another fetch.
+# A fetch uses four at most. Two more are for another fetch.
 THREADS_MAX = 6
 
 log = logging.getLogger(__name__)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 class Job:

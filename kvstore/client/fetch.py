@@ -25,7 +25,7 @@ from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader
 from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.connection import Connection
-from kvstore.client.layer_reads import LayerReads
+from kvstore.client.layer_reads import OVERLAPPED, LayerReads
 from kvstore.client.plan import Plan, Request, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, errno_of, require_readable
 from kvstore.client.receiver import Message, ReadAhead, counted
@@ -277,7 +277,7 @@ class Fetcher:
         Starting over keeps every layer at one length; each round has fewer blocks, and the deadline bounds them all.
         A plan with states cannot be cut: _DamagedError.
         """
-        reads = FileReads(attempt.deadline, self._budget)
+        reads = FileReads(attempt.deadline, self._budget, OVERLAPPED)
         try:
             plan = before_unreadable(plan)
             with _file_reader(plan) as reader:

@@ -20,7 +20,9 @@ from kvstore.codecs.states import begin_state, state_ranges
 from kvstore.codecs.virtual import LayerRead
 from kvstore.core.layers import Layout
 
-# Layers of at least this size are read two at a time. Of smaller ones a file that hangs would only hold more threads.
+# How many layers are read at a time, if they have at least `OVERLAPPED_BYTES_MIN`. Of smaller ones a file that hangs
+# would only hold more threads.
+OVERLAPPED = 2
 OVERLAPPED_BYTES_MIN = 1 << 20
 
 
@@ -62,7 +64,7 @@ class LayerReads:
     def overlapped(self, reader: FileReader, reads: FileReads) -> Generator[Layer, None, None]:
         """All layers in order; while one is awaited, the next one is read, if layers are large."""
         n_layers = len(self.layout.layers)
-        ahead = 1 if self.plan.nbytes >= OVERLAPPED_BYTES_MIN * n_layers else 0
+        ahead = OVERLAPPED - 1 if self.plan.nbytes >= OVERLAPPED_BYTES_MIN * n_layers else 0
         begun: deque[LayerRead[Any]] = deque()
         try:
             for index in range(n_layers):

@@ -75,7 +75,7 @@ def check_block(layout: Layout, block: Block) -> None:
     for run in block.runs:
         for stack in run.stacks:
             for part in {layout.layers[index].part(stack.part) for index in stack.layers}:
-                _checked_tensors(stack, part, 0)
+                _check_tensors(stack, _kind_of(stack.recipe, part, 0), 0)
 
 
 def layer_ranges(blocks: Sequence[HitBlock], layer: int) -> list[Range]:
@@ -93,13 +93,16 @@ def plan_segments(part_name: str, part: PartSpec, layer: int, blocks: Sequence[H
     """Segments of one part of a layer. BlockCorruptError when a run does not hold what the layout says it must."""
     segments: list[Segment] = []
     start = 0
+    known: dict[int, _Kind] = {}
     for source, run, used in _used_runs(blocks):
         stack, position = _find_stack(run, source, part_name, layer)
-        tensors = _checked_tensors(stack, part, source)
-        packer = packer_of(stack.recipe)
-        recipe = unpacked(stack.recipe)
+        # By identity, since the blocks of a plan share their recipes: comparing them would be most of the work.
+        kind = known.get(id(stack.recipe))
+        if kind is None:
+            kind = known[id(stack.recipe)] = _kind_of(stack.recipe, part, source)
+        tensors, packer, recipe, group = kind
+        _check_tensors(stack, kind, source)
         # Whole groups, with the `used` first of the tokens that the run shows.
-        group = max([tensor.group_tokens for tensor in tensors])
         first = run.skip // group * group
         last = -(-(run.skip + used) // group) * group
         if not segments or not segments[-1].takes(recipe, run.skip - first):
@@ -140,17 +143,29 @@ def _find_stack(run: Run, source: int, part_name: str, layer: int) -> tuple[Stac
     return found[0], found[0].layers.index(layer)
 
 
-def _checked_tensors(stack: Stack, part: PartSpec, source: int) -> tuple[Tensor, ...]:
-    """The stack's tensors without offsets, after a check that the recipe gives these tensors for this part."""
-    packed = packer_of(stack.recipe) is not None
+class _Kind(NamedTuple):
+    """What a recipe means for a part: its tensors, without offsets; what packed them; the recipe once unpacked."""
+
+    tensors: tuple[Tensor, ...]
+    packer: ByteCodec | None
+    recipe: Recipe
+    group_tokens: int
+
+
+def _kind_of(recipe: Recipe, part: PartSpec, source: int) -> _Kind:
+    """BlockCorruptError if the recipe does not fit the part."""
     try:
-        tensors = tensors_of(part, stack.recipe)
+        tensors = tensors_of(part, recipe)
     except CorruptDataError as error:
         raise BlockCorruptError(f"block {source}: {error}", source) from error
-    fits = len(tensors) == len(stack.tensors) and all(
-        stored.is_like(tensor) and bool(stored.lengths) == packed
-        for stored, tensor in zip(stack.tensors, tensors, strict=True)
-    )
+    group = max(tensor.group_tokens for tensor in tensors)
+    return _Kind(tensors, packer_of(recipe), unpacked(recipe), group)
+
+
+def _check_tensors(stack: Stack, kind: _Kind, source: int) -> None:
+    """BlockCorruptError unless the stack has these tensors."""
+    packed, fits = kind.packer is not None, len(kind.tensors) == len(stack.tensors)
+    for stored, tensor in zip(stack.tensors, kind.tensors, strict=False):
+        fits = fits and bool(stored.lengths) == packed and stored.is_like(tensor)
     if not fits:
         raise BlockCorruptError(f"block {source}: tensors do not fit recipe {stack.recipe.name}", source)
-    return tensors

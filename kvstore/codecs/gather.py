@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,16 +20,41 @@ from kvstore.codecs.byte_plan import Segment, Span
 from kvstore.codecs.codec import BlockCorruptError, ByteCodec, verify_range
 from kvstore.codecs.device import Bytes
 from kvstore.core.blocks import ITEM_BYTES, Tensor
+from kvstore.core.fresh_pages import address_of, populate
 from kvstore.errors import CorruptDataError
 
 
-class _Place(NamedTuple):
-    """Where tensor `number` of a segment goes: `rows` [heads, capacity, row_bytes] of bytes, and the same by head."""
+# Pages of fresh memory are mapped for so much at a time: little enough that what the kernel clears is still in the
+# processor's cache when it is filled, and enough calls saved. 1 and 4 MiB took a little more processor time.
+MAPPED_BYTES = 2 << 20
 
-    tensor: Tensor
-    number: int
-    rows: Bytes
-    heads: list[memoryview]
+
+class _Place:
+    """Where tensor `number` of a segment goes: `rows` [heads, capacity, row_bytes] of `view`. Its filling thread's."""
+
+    def __init__(self, tensor: Tensor, number: int, capacity: int, view: memoryview) -> None:
+        self.tensor = tensor
+        self.number = number
+        self.rows = np.frombuffer(view, np.uint8).reshape(tensor.heads, capacity, tensor.row_bytes)
+        self._view = view
+        self._capacity = capacity
+        self._heads = range(0, view.nbytes, capacity * tensor.row_bytes)
+        self._address = address_of(view)
+        self._mapped = 0
+
+    def map(self, last: int) -> None:
+        """Have the pages of the rows before `last` mapped, and of some more."""
+        if last <= self._mapped:
+            return
+        row, first = self.tensor.row_bytes, self._mapped
+        ahead = first + MAPPED_BYTES // (row * len(self._heads))
+        self._mapped = min(self._capacity, max(last, ahead))
+        populate(self._address, [head + first * row for head in self._heads], (self._mapped - first) * row)
+
+    def views(self, first: int, last: int) -> list[memoryview]:
+        """These rows of each head."""
+        view, start, end = self._view, first * self.tensor.row_bytes, last * self.tensor.row_bytes
+        return [view[head + start : head + end] for head in self._heads]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +70,13 @@ class Filler:
         One stored range a step; the rest after the last.
         """
         tensor = segment.tensors[index]
-        rows = np.frombuffer(view, np.uint8).reshape(tensor.heads, capacity, tensor.row_bytes)
-        nbytes = capacity * tensor.row_bytes
-        heads = [view[head * nbytes : (head + 1) * nbytes] for head in range(tensor.heads)]
-        place = _Place(tensor, index, rows, heads)
+        place = _Place(tensor, index, capacity, view)
         for span in segment.spans:
+            place.map(tensor.rows(span.at + span.last - span.first))
             self._fill_span(place, span)
             yield
-        rows[:, tensor.rows(segment.held) :] = 0
+        place.map(capacity)
+        place.rows[:, tensor.rows(segment.held) :] = 0
 
     def _fill_span(self, place: _Place, span: Span) -> None:
         """Copy the rows of one span out of memory, or read them straight into their place.
@@ -69,8 +92,7 @@ class Filler:
         elif arrived is not None:
             rows = np.frombuffer(arrived, np.uint8).reshape(shape)
         else:
-            row = tensor.row_bytes
-            views = [head[at * row : (at + last - first) * row] for head in place.heads]
+            row, views = tensor.row_bytes, place.views(at, at + last - first)
             self._read(span, stored, _with_scratch(views, first * row, (shape[1] - last) * row))
             return
         place.rows[:, at : at + last - first] = rows[:, first:last]

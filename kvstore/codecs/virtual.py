@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
-from kvstore.blobs.readers import Job, Readers
+from kvstore.blobs.readers import THREADS_MAX, Job, Readers
 from kvstore.codecs import device
 from kvstore.core.blocks import ITEM_BYTES
 
@@ -31,6 +31,10 @@ SMALL_BYTES = 256 << 10
 
 class Reads(Protocol):
     """Protocol for file reads that may miss their deadline: see `kvstore.client.reads`."""
+
+    @property
+    def jobs_max(self) -> int:
+        """How many jobs at most fill the tensors of one file."""
 
     def start(self, work: Callable[[], None]) -> Job:
         """Have `work` done on a reader thread. ReadDeadlineError where none can read."""
@@ -51,6 +55,8 @@ class _Patient:
 
     On threads of their own: nothing ends a wait behind reads of files that hang.
     """
+
+    jobs_max = THREADS_MAX
 
     def __init__(self) -> None:
         self._readers = Readers(name="kvstore-copy")
@@ -130,11 +136,8 @@ class VirtualFile(io.RawIOBase):
             return
         # Each job holds the memory that it writes to, so that a read which is abandoned writes to nobody else's.
         work = [(fill, device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()]
-        jobs = [[one] for one in work if one[1].nbytes > SMALL_BYTES]
-        if small := [one for one in work if one[1].nbytes <= SMALL_BYTES]:
-            jobs.append(small)
         try:
-            for job in jobs:
+            for job in _jobs(work, self._reads.jobs_max):
                 self._jobs.append(self._reads.start(functools.partial(_fill_all, job)))
         except BaseException:
             self.drop()
@@ -214,6 +217,14 @@ class LayerRead(Generic[T]):
     def drop(self) -> None:
         """End it without a result. Waits for reads that run, at most until the deadline."""
         self._file.drop()
+
+
+def _jobs(tensors: Sequence[tuple[Fill, memoryview]], jobs_max: int) -> list[list[tuple[Fill, memoryview]]]:
+    """Tensors by job: a job for each large one and one for all that are small, as far as there may be so many."""
+    jobs = [[one] for one in tensors if one[1].nbytes > SMALL_BYTES]
+    if small := [one for one in tensors if one[1].nbytes <= SMALL_BYTES]:
+        jobs.append(small)
+    return [[one for job in jobs[first::jobs_max] for one in job] for first in range(min(jobs_max, len(jobs)))]
 
 
 def _fill_all(tensors: Sequence[tuple[Fill, memoryview]]) -> None:
