@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from kvstore.blobs.ranges import BufferReader, FileReader, Range
 from kvstore.client.receiver import LayerReader
-from kvstore.codecs import device, virtual
+from kvstore.codecs import device, gather, virtual
 from kvstore.codecs.assemble import assemble_layer, begin_layer, dense_bytes, dense_runs
 from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import BlockCorruptError, codec_of, packer_of
@@ -402,6 +402,33 @@ def test_what_fails_for_one_tensor_is_heard_after_the_others(error: Exception, m
     with pytest.raises(type(error), match=str(error)):
         assemble_layer(layout, 0, [HitBlock(runs, 4)] * 3, FailingOnce(), verify=False)
     assert len(reading) == 1, "nothing is read any more"
+
+
+@pytest.mark.parametrize("mapped_bytes", [1, 1 << 20])
+def test_pages_are_mapped_before_rows_are_read_and_once(mapped_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows of every head, the head-room too, in order, some of them ahead of the rows that are read next."""
+    calls: list[tuple[int, list[int], int]] = []
+    read: list[int] = []
+
+    class Reader:
+        def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
+            mapped = {at for _, starts, nbytes in calls for start in starts for at in (start, start + nbytes - 1)}
+            assert mapped, "nothing is read into pages that were not asked for"
+            read.append(source)
+
+    monkeypatch.setattr(gather, "MAPPED_BYTES", mapped_bytes)
+    monkeypatch.setattr(gather, "populate", lambda *call: calls.append(call))
+    layout = LAYOUTS["plain"]
+    runs, _ = finish_runs([make_run(layout, 4, 1, "raw")])
+    assemble_layer(layout, 0, [HitBlock(runs, 4)] * 3, Reader(), verify=False)
+    assert sorted(read) == [0, 0, 1, 1, 2, 2]
+    row = PLAIN.width * 2
+    for address in {address for address, _, _ in calls}:
+        ranges = [(starts, nbytes) for at, starts, nbytes in calls if at == address]
+        assert sum(nbytes for _, nbytes in ranges) == 512 * row
+        assert [starts[0] for starts, _ in ranges] == sorted(starts[0] for starts, _ in ranges)
+        assert all(starts[1] - starts[0] == 512 * row for starts, _ in ranges)
+        assert len(ranges) == (4 if mapped_bytes == 1 else 1)
 
 
 def test_a_tensor_that_mlx_did_not_read_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

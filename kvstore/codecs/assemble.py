@@ -5,7 +5,7 @@
     here         a layer's tensors as one virtual file, then decoding and concatenating segments
 
 A layer's tensors are arrays that MLX allocates and kvstore fills (`virtual.py`): the bytes go from the blocks straight
-into MLX's buffers, a thread for each large tensor. mx.load of every block and concatenating takes 4.3-5.3x mx.load of
+into MLX's buffers, on a thread or more. mx.load of every block and concatenating takes 4.3-5.3x mx.load of
 one file, preadv into numpy and mx.array 2.3-2.9x. Rejected: asking Linux for pages of 2 MiB, faster than mx.load at
 times and, on a virtual machine whose host takes free memory back, several times as slow. Only decoding may be lazy:
 when `assemble_layer` returns, every byte was read and verified.

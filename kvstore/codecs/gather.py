@@ -9,7 +9,6 @@ needs an eighth of the calls, but took exactly as long.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,6 @@ from kvstore.codecs.device import Bytes
 from kvstore.core.blocks import ITEM_BYTES, Tensor
 from kvstore.core.fresh_pages import address_of, populate
 from kvstore.errors import CorruptDataError
-
 
 # Pages of fresh memory are mapped for so much at a time: little enough that what the kernel clears is still in the
 # processor's cache when it is filled, and enough calls saved. 1 and 4 MiB took a little more processor time.
@@ -113,15 +111,23 @@ class Filler:
         """The stored range where it lies in memory, verified there: one call each hashes and copies it."""
         if not isinstance(self.reader, MemoryReader):
             return None
-        with _of_block(span.source):
+        try:
             view = self.reader.view(span.source, *stored.layer_range(span.position, span.n_tokens))
+        except BlockCorruptError:
+            raise
+        except CorruptDataError as error:
+            raise BlockCorruptError(str(error), span.source) from error
         if view is not None and self.verify:
             verify_range([view], stored.checksum(span.position), span.source)
         return view
 
     def _read(self, span: Span, stored: Tensor, views: list[memoryview]) -> None:
-        with _of_block(span.source):
+        try:
             self.reader.readinto(span.source, stored.layer_range(span.position, span.n_tokens)[0], views)
+        except BlockCorruptError:
+            raise
+        except CorruptDataError as error:
+            raise BlockCorruptError(str(error), span.source) from error
         if self.verify:
             verify_range(views, stored.checksum(span.position), span.source)
 
@@ -136,14 +142,3 @@ def _with_scratch(views: list[memoryview], before: int, behind: int) -> list[mem
         unused = scratch[number * (before + behind) : (number + 1) * (before + behind)]
         parts += (part for part in (unused[:before], view, unused[before:]) if part.nbytes)
     return parts
-
-
-@contextmanager
-def _of_block(source: int) -> Iterator[None]:
-    """CorruptDataError of reading becomes that block's."""
-    try:
-        yield
-    except BlockCorruptError:
-        raise
-    except CorruptDataError as error:
-        raise BlockCorruptError(str(error), source) from error
