@@ -15,7 +15,7 @@ from kvstore.core.blocks import FIDELITY_EXACT, Reason, pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
-from kvstore.errors import LimitError, NotFoundError, UnavailableError
+from kvstore.errors import DeadlineError, LimitError, UnavailableError
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.storing.store import StoreOutcome, StorePath, StorePlan, StoreRequest
@@ -166,13 +166,13 @@ def test_a_commit_that_has_begun_is_nobody_elses_to_end(rig: Rig) -> None:
 
 
 def test_an_upload_that_was_reaped_cannot_be_committed(rig: Rig) -> None:
-    """And leaves nothing."""
+    """And leaves nothing. Its worker hears that it was late, and not that something was evicted."""
     plan = rig.begin(TOKENS[:300])
     assert plan.upload is not None
     plan.upload.intake._moved_s -= 100
     plan.upload.intake._waiting_since_s -= 100
     assert rig.path.uploads.reap(10.0) == [plan.upload]
-    with pytest.raises(NotFoundError):
+    with pytest.raises(DeadlineError, match="for 10 s"):
         rig.path.uploads.get(plan.upload.upload_id)
     plan.upload.release()
     assert rig.files() == []

@@ -38,6 +38,7 @@ FRESH_BYTES = 100 * LAYOUT.token_bytes
 SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
+LATE = grpc.StatusCode.DEADLINE_EXCEEDED
 MESSAGE_BYTES_MAX = 1 << 20
 
 
@@ -588,7 +589,7 @@ def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
         silent.close()
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # pages of the index, which never shrinks
         for reply in begun[1:]:
-            fails(NOT_FOUND, lambda reply=reply: peer.commit(reply.upload_id), "given up as idle")
+            fails(LATE, lambda reply=reply: peer.commit(reply.upload_id), "nothing arrived for 5 s")
         reply = peer.begin()
         peer.upload(reply.upload_id, [reply.upload_bytes])
         assert peer.commit(reply.upload_id).stored_tokens == 100

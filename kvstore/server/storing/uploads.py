@@ -325,7 +325,7 @@ class Uploads:
         if failed is not None:
             raise failed
         if upload is None:
-            raise NotFoundError("no such upload: it ended, was given up as idle, or belongs to an earlier daemon")
+            raise NotFoundError("no such upload: it ended, was given up, or belongs to an earlier daemon")
         return upload
 
     def receiving(self, keys: tuple[bytes, ...], first: int, fidelity_min: int) -> tuple[int, tuple[str, ...]]:
@@ -376,17 +376,24 @@ class Uploads:
         with self._lock:
             listed = self._unlist(upload)
             if listed and error is not None and not upload.intake.is_committed:
-                self._failed[upload.upload_id] = copy.copy(error)  # without its frames, which hold the upload's memory
+                self._keep_error(upload, error)
         if listed:
             upload.release()
 
     def reap(self, idle_s: float, bytes_per_s_min: int = 1) -> list[Upload]:
         """Give up uploads whose worker was silent for `idle_s`, or not fast enough. The caller releases them."""
-        idle = [one for one in self.under_way() if not one.alive(idle_s, bytes_per_s_min) and one.intake.give_up()]
+        late = [one for one in self.under_way() if not one.alive(idle_s, bytes_per_s_min)]
+        error = DeadlineError(f"nothing arrived for {idle_s:g} s, or too little; the worker may store again")
+        idle = [one for one in late if one.intake.give_up(error)]
         with self._lock:
             for upload in idle:
                 self._unlist(upload)
+                self._keep_error(upload, error)
         return idle
+
+    def _keep_error(self, upload: Upload, error: KVStoreError) -> None:
+        """For its worker, which has yet to ask. Hold the lock."""
+        self._failed[upload.upload_id] = copy.copy(error)  # without its frames, which hold the upload's memory
 
     def end_all(self) -> None:
         """Give up everything, at shutdown. A commit that is still running ends its upload itself."""
