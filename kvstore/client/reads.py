@@ -18,7 +18,7 @@ from kvstore.errors import ReadDeadlineError
 T = TypeVar("T")
 
 # Reads of one fetch at a time, on as many cores. More threads than cores only wait for Python's lock: on two cores a
-# fetch of 1 GiB took 1.10 times the processor time with four.
+# fetch of 1 GiB took 1.09 times the processor time with four.
 READS_MAX = 4
 
 
