@@ -142,6 +142,29 @@ def test_whoever_waits_for_what_was_posted_finds_it_done() -> None:
     asyncio.run(main())
 
 
+def test_what_is_posted_for_later_is_done_then_or_when_somebody_waits_and_in_order() -> None:
+    """Until then it counts as waiting, so that a limit on what waits holds for it, too."""
+    done: list[int] = []
+
+    async def main() -> None:
+        pool = Pool("note", 1)
+        for number in range(3):
+            pool.post_later(600.0, done.append, number)
+        await asyncio.sleep(0.01)
+        assert not done and pool.waiting == 2
+        await pool.settled()
+        assert done == [0, 1, 2] and pool.waiting == 0
+        pool.post_later(0.001, done.append, 3)
+        while len(done) < 4:
+            await asyncio.sleep(0.001)
+        pool.close()
+        pool.post_later(0.001, done.append, 4)
+        await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert done == [0, 1, 2, 3]
+
+
 def test_what_was_posted_is_done_before_the_pool_closes() -> None:
     """Uploads that were given up at the last moment leave no files."""
     done: list[int] = []

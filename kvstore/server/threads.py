@@ -34,6 +34,7 @@ class Pool:
         self._callers = 0
         self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", lower_thread_priority if background else None)
         self._posted: set[asyncio.Future[Any]] = set()
+        self._later: list[tuple[Callable[..., object], tuple[object, ...]]] = []
         self._is_closed = False
 
     def __call__(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
@@ -75,7 +76,7 @@ class Pool:
     @property
     def waiting(self) -> int:
         """Callers whose work has not begun, since all threads are taken."""
-        return max(0, self._callers - self._threads)
+        return max(0, self._callers + len(self._later) - self._threads)
 
     def finish(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """As a call, but the work is done even if the caller is cancelled before it has begun."""
@@ -94,8 +95,20 @@ class Pool:
         if not posted.cancelled() and (error := posted.exception()) is not None:
             log.warning("%s: %s", self.name, error, exc_info=error)
 
+    def post_later(self, delay_s: float, work: Callable[..., object], *args: object) -> None:
+        """As `post`, after this time, or as soon as somebody waits for it."""
+        if not self._later:
+            asyncio.get_running_loop().call_later(delay_s, self._post_all)
+        self._later.append((work, args))
+
+    def _post_all(self) -> None:
+        later, self._later = self._later, []
+        for work, args in later:
+            self.post(work, *args)
+
     async def settled(self) -> None:
         """Wait until all is done that was posted before."""
+        self._post_all()
         if self._posted:
             await asyncio.wait(self._posted)
 
