@@ -91,6 +91,8 @@ def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
 ) -> None:
     """Workers that were waiting for the daemon connect before it says that it serves."""
     counted: list[int] = []
+    daemons: list[Daemon] = []
+    loops: list[asyncio.AbstractEventLoop] = []
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
 
         def connected() -> str:
@@ -104,15 +106,16 @@ def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
             looked(sockets)
             counted.append(sockets.connections)
             client.close()  # the stop would wait for its handshake
+            loops[0].call_soon_threadsafe(daemons[0].stop)
 
         looked = Sockets.look
         monkeypatch.setattr(daemon_module, "health_service", connected)
         monkeypatch.setattr(Sockets, "look", look)
 
         async def run() -> None:
-            daemon = Daemon(config, may_create=True)
-            asyncio.get_running_loop().call_later(1.6, daemon.stop)
-            await daemon.run()
+            daemons.append(Daemon(config, may_create=True))
+            loops.append(asyncio.get_running_loop())
+            await daemons[0].run()
 
         asyncio.run(run())
     assert counted and counted[0] == 1

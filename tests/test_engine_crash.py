@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain
-from kvstore.engine import Engine, Selection
+from kvstore.engine import Engine, Selection, recover
 from kvstore.engine.directory import DirectoryLock
 from kvstore.errors import DirectoryError, KVStoreError
 from tests.support.engine import (
@@ -306,6 +306,31 @@ def test_an_index_that_cannot_be_read_is_rebuilt(tmp_path: Path, damage: str) ->
             assert engine.check().findings == []
     except KVStoreError as error:
         pytest.fail(f"{damage}: {error!r}")
+
+
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE])
+def test_an_index_that_may_not_be_read_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean: bool, number: int
+) -> None:
+    """The start fails, and nothing goes to quarantine: the index is as it was when the reason has gone."""
+    with Engine.open(tmp_path / "data", options()) as engine:
+        put(engine, NS, list(range(600)))
+        crashed_copy(engine, tmp_path / "copy")
+    root = tmp_path / ("data" if clean else "copy")
+
+    def refuse(path: Path) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover, "digest", refuse)
+        patch.setattr(recover, "require_whole", refuse)
+        with pytest.raises((KVStoreError, OSError), match=os.strerror(number)):
+            Engine.open(root, options())
+    assert list((root / "quarantine").iterdir()) == []
+    with Engine.open(root, options()) as engine:
+        assert find(engine, NS, list(range(600))).n_tokens == 600
+        assert engine.stats().quarantined == 0
 
 
 def test_a_deleted_index_is_rebuilt_at_start(tmp_path: Path) -> None:

@@ -355,6 +355,14 @@ def test_what_was_looked_at_a_short_while_ago_is_not_queued_again() -> None:
     assert tier.stats().not_pushed == {}
 
 
+def test_a_chain_that_is_wanted_again_keeps_its_place_among_those_that_wait() -> None:
+    """What is fetched all the time would else be looked through last."""
+    tier = tier_over(MemoryStore())
+    tier.offers.want([item.key for item in ITEMS[:3]])
+    tier.offers.want([ITEMS[0].key])
+    assert tier.offers.next() == ITEMS[0].key
+
+
 def test_what_does_not_fit_in_the_queue_is_counted_with_all_that_builds_on_it() -> None:
     """And is not queued behind the hole when there is room again."""
     tier = tier_over(MemoryStore(), remote_queue_bytes_max=ITEMS[0].nbytes)

@@ -72,6 +72,8 @@ def write_pack(replies: Iterable[pb.ExportReply], path: str, tell: Tell, *, forc
             pending.abandon()
         fs.fsync_dir(os.path.dirname(os.path.abspath(path)))
     except OSError as error:  # it names the temporary file, of which the caller knows nothing
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, path) from error
     return Exported(manifest, blobs, nbytes)
 

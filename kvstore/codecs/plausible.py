@@ -44,11 +44,12 @@ def expected_bits(profile: Profile, layout: Layout) -> ExpectedBits:
     """Mean bits per value of the recipes, over KV layers as in measurements. 0 if the layout has none."""
     values, least, most, raw, group = 0, 0.0, 0.0, 0.0, 1
     lossy = False
+    chosen = targets(layout, profile)
     for index, layer in enumerate(layout.layers):
         for name in PARTS if not layer.is_exact else ():
             part = layer.part(name)
             plain = part.tensors()
-            recipe = targets(layout, profile)[name, index].encoded
+            recipe = chosen[name, index].encoded
             raw_bits = sum(8.0 * tensor.layer_bytes(1) for tensor in plain)
             values += values_of(plain)
             raw += raw_bits

@@ -30,7 +30,7 @@ _SIZE_UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("B", 1000), ("IB", 1024))
 }
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)")
-_AGE_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
+_AGE_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 _WHOLE_MAX = 1 << 62
 
 
@@ -54,18 +54,13 @@ def size(minimum: int = 0) -> Callable[[object], int]:
 
 
 def parse_age(value: object) -> int:
-    """Seconds from an int or a text such as `90s`, `15m`, `12h`, `30d`, `2w`; ValueError says what is wrong.
-
-    A text without a unit, other than 0, is refused: it may be meant as days, and an age selects what is deleted.
-    """
+    """Seconds from an int or a text such as `90s`, `15m`, `12h`, `30d`, `2w`; ValueError says what is wrong."""
     if isinstance(value, int) and not isinstance(value, bool):
         return _in_range(value, 0)
     match = re.fullmatch(r"([0-9]{1,9})\s*([smhdw]?)", value.strip().lower()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("not a length of time; write 90s, 15m, 12h, 30d or 2w")
-    if not match[2] and int(match[1]):
-        raise ValueError(f"no unit; write {', '.join(match[1] + unit for unit in 'smhd')} or {match[1]}w")
-    return int(match[1]) * _AGE_UNITS_S.get(match[2], 0)
+    return int(match[1]) * _AGE_UNITS_S[match[2]]
 
 
 def whole(minimum: int) -> Callable[[object], int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -32,6 +33,8 @@ from kvstore.index.rows import Row
 from kvstore.index.validate import digest, require_whole
 
 SWEEP_ROWS = 1024
+# Errors of reading the index that say nothing of the index: a rebuild would put a sound one aside.
+_OF_THE_PROCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 log = logging.getLogger(__name__)
 
 
@@ -94,18 +97,19 @@ def open_validated(place: Place) -> Index:
     """Open the index if it is unchanged since the last orderly stop, or if all its pages are valid.
 
     Raises CorruptDataError otherwise: LMDB trusts every offset it reads, so a damaged page would crash the process.
+    OSError where this process may not read it, or lacks what it needs for that.
     """
     path = place.directory.index / "data.mdb"
     left = place.held.previous.get("index") if place.held.previous.get("clean") else None
-    if not isinstance(left, str):
-        require_whole(path)
-        return place.open_index()
     try:
-        found = digest(path)
+        if not isinstance(left, str):
+            require_whole(path)
+        elif (found := digest(path)) != left:
+            raise CorruptDataError(f"{path} is {'not what the last stop left' if found else 'gone'}")
     except OSError as error:
+        if error.errno in _OF_THE_PROCESS:
+            raise
         raise CorruptDataError(f"{path}: {error}") from error
-    if found != left:
-        raise CorruptDataError(f"{path} is {'not what the last stop left' if found else 'gone'}")
     return place.open_index()
 
 

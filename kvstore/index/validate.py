@@ -248,7 +248,8 @@ def _is_less(a: bytes | int, b: bytes | int) -> bool:
 def require_whole(path: Path) -> None:
     """Walk all trees of the newest transaction; CorruptDataError unless LMDB can follow every one of them.
 
-    An index that is not there, or has no bytes yet, is whole. About 8 s for a million blocks.
+    An index that is not there, or has no bytes yet, is whole. OSError when it cannot be read. About 8 s for a million
+    blocks.
     """
     try:
         with opened(path, _READ) as fd:
@@ -256,7 +257,7 @@ def require_whole(path: Path) -> None:
                 _require_trees(_File(fd))
     except FileNotFoundError:
         return
-    except (OSError, struct.error) as error:
+    except struct.error as error:
         raise CorruptDataError(f"index: it cannot be read: {error}") from error
 
 

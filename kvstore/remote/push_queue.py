@@ -186,7 +186,8 @@ class Offers:
         """The chains up to these keys are to be looked through, unless they were a short while ago."""
         with self._lock:
             for key in keys:
-                if not self._walked.has(key):
+                # A key that waits keeps its place: what is asked for often would else always be last.
+                if key not in self._waiting and not self._walked.has(key):
                     self._waiting[key] = None
 
     def next(self) -> bytes | None:
