@@ -169,6 +169,19 @@ def test_messages_are_received_while_earlier_ones_are_read() -> None:
     assert not receivers()
 
 
+def test_without_a_thread_to_receive_a_stream_is_read_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system starts no more threads, receiving and reading take turns."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    stream = Stream(6)
+    with stream.read_ahead() as messages:
+        assert len(list(messages)) == 6
+    assert set(stream.asked) == {threading.current_thread().name}
+
+
 def test_a_stream_that_was_read_is_not_cancelled() -> None:
     """Nor is anything asked for after its last byte: the daemon is about to end it."""
     stream = Stream(9)

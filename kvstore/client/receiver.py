@@ -9,7 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Self
 
 import numpy as np
@@ -66,8 +66,10 @@ class ReadAhead:
         if self._left_bytes >= AHEAD_BYTES_MIN:
             for _ in range(AHEAD_MAX):
                 self._room.put(True)
-            self._thread = threading.Thread(target=self._receive, name="kvstore-receive", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._receive, name="kvstore-receive", daemon=True)
+            with suppress(RuntimeError):  # no thread can start: receiving and reading take turns
+                thread.start()
+                self._thread = thread
         return self
 
     def __exit__(self, *_: object) -> None:

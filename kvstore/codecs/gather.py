@@ -1,9 +1,8 @@
 """Reads the bytes of segments: reads, verifies and unpacks them, and writes the rows to their destination.
 
 Each byte range of a file is read directly into its destination with one read call; one in memory is verified there,
-then copied. Rejected: reading small ranges (the scales and
-biases of 8-bit KV, four of the six ranges that a layer has in a block) for eight layers at once and copying them. That
-needs an eighth of the calls, but took exactly as long.
+then copied. Rejected: reading small ranges (the scales and biases of 8-bit KV, four of the six ranges that a layer has
+in a block) for eight layers at once and copying them. That needs an eighth of the calls, but took exactly as long.
 """
 
 from __future__ import annotations
