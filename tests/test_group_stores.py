@@ -27,6 +27,7 @@ from tests.support.groups import Computed, bits_of, encoded_once
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layout, make_namespace, prefix_seeds
+from tests.support.telemetry import make_telemetry
 
 LAYOUT = make_layout(layers=3, heads=1, width=32)
 NAMESPACE = make_namespace(LAYOUT)
@@ -97,9 +98,8 @@ class Store:
         self.known.add(tokens)
         self.held.add(tokens)
         rows = rows or computed_rows(tokens)
-        request = StoreRequest(
-            Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, restored, fidelity, profile="", states=()
-        )
+        chain, telemetry = Chain(NAMESPACE.root, pack_tokens(tokens)), make_telemetry()
+        request = StoreRequest(chain, NAMESPACE.info, 0, restored, fidelity, profile="", telemetry=telemetry)
         upload = self.path.begin(request).upload
         if upload is None:
             return

@@ -32,6 +32,7 @@ from kvstore.server.storing.store import StorePlan, StoreRequest
 from tests.support.intake import BytesSource, carry_out
 from tests.support.pca_bases import layout_basis
 from tests.support.synthetic import as_numpy, make_layers, make_layout, make_namespace
+from tests.support.telemetry import make_telemetry
 from tests.test_gate import quality
 from tests.test_store_path import Rig
 
@@ -76,7 +77,7 @@ class World(Rig):
         """Store a sequence that begins with this token; `restored`: tokens that came out of the store, their rank."""
         tokens = list(range(first, first + n_tokens))
         chain = Chain(NAMESPACE.root, pack_tokens(tokens))
-        plan = self.path.begin(StoreRequest(chain, NAMESPACE.info, 0, *restored, profile))
+        plan = self.path.begin(StoreRequest(chain, NAMESPACE.info, 0, *restored, profile, telemetry=make_telemetry()))
         if plan.reason is not Reason.ALREADY_STORED:
             self.finish(plan, layers or make_layers(LAYOUT, tokens))
         return tokens
@@ -212,9 +213,9 @@ def test_what_a_named_profile_stored_or_relies_on_is_untouched(world: World) -> 
 def test_what_a_named_store_waited_for_belongs_to_it_too(world: World) -> None:
     """It began while a store under `auto` was sending the same tokens."""
     tokens = list(range(512))
+    chain = Chain(NAMESPACE.root, pack_tokens(tokens))
     requests = [
-        StoreRequest(Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, 0, 0, profile)
-        for profile in ("", "safe")
+        StoreRequest(chain, NAMESPACE.info, 0, 0, 0, profile, telemetry=make_telemetry()) for profile in ("", "safe")
     ]
     for plan in [world.path.begin(request) for request in requests]:
         world.finish(plan, make_layers(LAYOUT, tokens))

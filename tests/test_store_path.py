@@ -23,6 +23,7 @@ from tests.support import engine as hybrid
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
+from tests.support.telemetry import make_telemetry
 
 LAYOUT = make_layout(layers=1, heads=1)
 NAMESPACE = make_namespace(LAYOUT)
@@ -45,9 +46,8 @@ class Rig:
 
     def begin(self, tokens: list[int], profile: str = "", restored: int = 0, fidelity: int = 0) -> StorePlan:
         """Plan a store of which everything was captured."""
-        request = StoreRequest(
-            Chain(NAMESPACE.root, pack_tokens(tokens)), NAMESPACE.info, 0, restored, fidelity, profile, states=()
-        )
+        chain, telemetry = Chain(NAMESPACE.root, pack_tokens(tokens)), make_telemetry()
+        request = StoreRequest(chain, NAMESPACE.info, 0, restored, fidelity, profile, telemetry=telemetry)
         return self.path.begin(request)
 
     def hand_over(self, plan: StorePlan, layers: list[KVLayer]) -> None:
@@ -331,7 +331,8 @@ def test_a_checkpoint_within_a_prompt_lasts_once_a_prompt_ends_there(rig: Rig) -
         rig.engine.store(namespace.to_record(), [*hybrid.sequence(namespace, tokens), interim])
         chain = Chain(namespace.root, pack_tokens(tokens))
         for is_interim in (True, not lasts):
-            request = StoreRequest(chain, namespace.info, 0, 0, 0, "", states=interim.block.states, interim=is_interim)
+            offered = StoreRequest(chain, namespace.info, 0, 0, 0, "", telemetry=make_telemetry())
+            request = replace(offered, states=interim.block.states, interim=is_interim)
             assert rig.path.begin(request).reason is Reason.ALREADY_STORED
         longer = [*tokens, *range(900, 1000)]
         blocks = hybrid.sequence(namespace, longer)

@@ -142,6 +142,35 @@ def test_whoever_waits_for_what_was_posted_finds_it_done() -> None:
     asyncio.run(main())
 
 
+def test_a_wait_for_what_was_posted_ends_at_its_limit() -> None:
+    """It says whether all is done. What is not goes on."""
+
+    async def main() -> None:
+        pool, end = Pool("note", 1), threading.Event()
+        pool.post(end.wait)
+        early = await pool.settled(0.01)
+        end.set()
+        assert not early and await pool.settled(60.0) and await pool.settled(0.0)
+        pool.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["read", "note", "stream", "decode", "plan", "release", "check", "evict", "remote"])
+def test_what_waits_for_a_thread_is_told_by_pool(threads: Threads, name: str) -> None:
+    """Where no thread is free; the work that has one does not count."""
+
+    async def main() -> None:
+        end, pool = threading.Event(), pools(threads)[name]
+        stuck = [asyncio.ensure_future(pool(end.wait)) for _ in range(pool._threads + 2)]
+        told = threads.waiting()
+        end.set()
+        await asyncio.gather(*stuck)
+        assert told == {name: 2} and threads.waiting() == {}
+
+    asyncio.run(main())
+
+
 def test_what_is_posted_for_later_is_done_then_or_when_somebody_waits_and_in_order() -> None:
     """Until then it counts as waiting, so that a limit on what waits holds for it, too."""
     done: list[int] = []

@@ -242,6 +242,18 @@ def test_tenants_and_what_is_encrypted_leave_nothing_behind(tmp_path: Path) -> N
         assert everything.not_kept == 1 and not everything.last(9)
 
 
+@pytest.mark.parametrize("late_at", [1, 2], ids=["before it is looked at", "while it is looked at"])
+def test_a_request_that_is_noted_too_late_is_counted_and_not_kept(rig: Rig, late_at: int) -> None:
+    """What a store has brought since would be told as what was there."""
+    put(rig.engine, NS, TOKENS)
+    chain = Chain(NS.root, pack_tokens(changed(40)))
+    match = rig.engine.match(chain, 0, len(TOKENS) - 1)
+    asked = Asked(Who("worker", 7, NS.root, NS.alias, NS.engine), "1", len(TOKENS))
+    looks = iter([*[False] * (late_at - 1), True])
+    rig.why.note(asked, chain, match, identity_of(NS), None, "", lambda: next(looks))
+    assert rig.why.not_kept == 1 and not rig.why.last(9) and not rig.why.places.reported()
+
+
 def test_the_end_of_its_store_is_told_with_a_request(rig: Rig) -> None:
     """Whatever was generated after the prompt; another prompt's store is not taken for it."""
     rig.ask(changed(40, 5), name="first")

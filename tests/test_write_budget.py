@@ -18,6 +18,7 @@ from kvstore.server.policy.admission import DAY_S, FILE, WriteBudget
 from kvstore.server.storing.store import StoreOutcome, StorePlan, StoreRequest
 from tests.support.intake import carry_out
 from tests.support.synthetic import make_layers
+from tests.support.telemetry import make_telemetry
 from tests.test_store_path import CHAIN, LAYOUT, NAMESPACE, TOKENS, Rig
 
 DAY_BYTES = 86_400_000  # 1,000 bytes a second
@@ -213,9 +214,8 @@ def test_a_store_under_way_keeps_the_blocks_that_it_has_written(rig: Rig) -> Non
 def offer(rig: Rig, tokens: list[int], prompt: int, touched: int = 0) -> StorePlan:
     """Plan a store of a worker with a memory tier."""
     chain = Chain(NAMESPACE.root, pack_tokens(tokens))
-    return rig.path.begin(
-        StoreRequest(chain, NAMESPACE.info, 0, 0, 0, "", states=(), prompt=prompt, touched_tokens=touched)
-    )
+    offered = {"prompt": prompt, "touched_tokens": touched}
+    return rig.path.begin(StoreRequest(chain, NAMESPACE.info, 0, 0, 0, "", **offered, telemetry=make_telemetry()))
 
 
 def take(rig: Rig, plan: StorePlan, tokens: list[int]) -> StoreOutcome:

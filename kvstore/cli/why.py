@@ -95,7 +95,8 @@ def command(
     if last is not None and not rows:
         say("no request is remembered: none has come since the daemon started, or what they found was evicted")
     if last is not None and answer["not_kept"]:
-        note(f"of {answer['not_kept']:,} requests nothing is kept: encrypted, of salted tenants, or too many at once")
+        kinds = "encrypted, of salted tenants, too many at once, or noted too late"
+        note(f"of {answer['not_kept']:,} requests nothing is kept: {kinds}")
     if answer["left_out"]:
         note(f"{counted(answer['left_out'], 'namespace')} not searched: encrypted, or of tenants with a salt")
     if rows and tokenizer is None and any(row["asked"] for row in rows):

@@ -12,7 +12,7 @@ from kvstore.core.log import ID_CHARACTERS_MAX
 from kvstore.core.text import plain_text
 from kvstore.errors import CorruptDataError, InvalidRequestError
 from kvstore.server.calls.callers import Peer
-from kvstore.server.counters import Counters, Telemetry
+from kvstore.server.counters import Telemetry
 from kvstore.server.storing.store import StoreRequest
 from kvstore.telemetry.requests import Asked
 from kvstore.telemetry.traffic import Who
@@ -26,7 +26,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 class AskedPrompt:
     """A request about a prompt, read once: who asks, in which namespace, and where that is noted.
 
-    `since`: of the engine's `Nearest` when it came.
+    `since`: `Nearest.since` when the request came.
     """
 
     message: Any
@@ -51,7 +51,7 @@ class AskedPrompt:
         )
 
 
-def store_request(request: PromptRequest, caller: str = "", counters: Counters | None = None) -> StoreRequest:
+def store_request(request: PromptRequest, telemetry: Telemetry, caller: str = "") -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself."""
     message = request.message
     return StoreRequest(
@@ -67,7 +67,7 @@ def store_request(request: PromptRequest, caller: str = "", counters: Counters |
         interim=message.interim,
         prompt=message.prompt,
         touched_tokens=message.touched_tokens,
-        counters=counters or Counters(),
+        telemetry=telemetry,
     )
 
 

@@ -64,19 +64,19 @@ class Counters:
 class Telemetry:
     """All that a daemon notes of its traffic: each part says which threads may call it.
 
-    `counts`: not of what a probe does, which gets one that nobody reads (`silent`).
+    `is_real`: False of the one for the calls of probes, which nobody reads (`silent`).
     """
 
     counters: Counters
     requests: Requests
     why: Why
     lifetime: Lifetime
-    counts: bool = True
+    is_real: bool = True
 
     def silent(self, engine: Engine) -> Telemetry:
         """One that takes everything, says nothing and is read by nobody."""
         requests = Requests(Traffic(), say=lambda *_, **__: None)
-        return Telemetry(Counters(), requests, Why(engine.nearest, keeps=False), self.lifetime, counts=False)
+        return Telemetry(Counters(), requests, Why(engine.nearest, keeps=False), self.lifetime, is_real=False)
 
 
 def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:

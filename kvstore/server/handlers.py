@@ -24,6 +24,7 @@ from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
 from kvstore.server.fetching.stream_out import Sender, write_within
+from kvstore.server.notes import Notes
 from kvstore.server.storing.store import StorePath, StorePlan
 from kvstore.server.storing.stores import Stores
 from kvstore.server.storing.stream_in import StreamIn
@@ -32,6 +33,7 @@ from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, 
 from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
 from kvstore.telemetry.requests import Outcome, known_reason
+from kvstore.telemetry.why import StoreEnd
 from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -40,10 +42,6 @@ from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 # on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
 # the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
 HEARING_TURNS = 3
-# Requests that wait to be remembered; each holds the tokens of its prompt.
-NOTES_MAX = 32
-# Until then the reply is there: where there are two processors, what is noted would take one from its reader.
-NOTE_AFTER_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._remote = remote
         self._layers = layers
         self._threads = threads
+        self._notes = Notes(threads.note)
         self._telemetry, self._silent = telemetry, telemetry.silent(engine)
         self.refusals = telemetry.counters.refusals
         self._config = config
@@ -86,14 +85,14 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
-        prompt = self._prompt(request, self._begun("match"))
+        prompt = self._prompt(request, self._telemetry_of_new("match"))
         match, offer = await self._threads.read(self._match, prompt)
         n_tokens, reason = match.n_tokens, match.reason
         if self._remote.path is not None:
             want = self._want(prompt, match, offer, context)
             n_tokens = await self._remote.path.reach(want)
             reason = Reason.OK if n_tokens == want.limit else reason
-        asyncio.get_running_loop().call_soon(self._matched, prompt, match, n_tokens, reason)
+        asyncio.get_running_loop().call_soon(self._note_match, prompt, match, n_tokens, reason)
         return pb.MatchReply(n_tokens=n_tokens, reason=reason, fidelity=match.fidelity)
 
     def _match(self, prompt: AskedPrompt) -> tuple[Matched, Offer]:
@@ -103,23 +102,10 @@ class KVStoreService(rpc.KVStoreServicer):
         _ = match.fidelity  # worked out here, off the loop
         return match, offer
 
-    def _matched(self, prompt: AskedPrompt, match: Matched, n_tokens: int, reason: Reason) -> None:
-        """Once the answer is under way: note what it was."""
+    def _note_match(self, prompt: AskedPrompt, match: Matched, n_tokens: int, reason: Reason) -> None:
+        """Note a match, once its answer is under way."""
         prompt.telemetry.requests.matched(prompt.asked, n_tokens, reason)
-        self._note(prompt, match)
-
-    def _note(self, prompt: AskedPrompt, match: Matched, remote: str = "") -> None:
-        """Have a request remembered for `kvstore why`, while its worker goes on; of more than NOTES_MAX, counted.
-
-        Without the rows of the match, so that what waits takes little memory.
-        """
-        why = prompt.telemetry.why
-        if self._threads.note.waiting >= NOTES_MAX:
-            why.drop()
-            return
-        bare = Matched(match.n_tokens, match.reason, common_tokens=match.common_tokens, nearest=match.nearest)
-        what = (prompt.asked, prompt.chain, bare, prompt.identity, prompt.since, remote)
-        self._threads.note.post_later(NOTE_AFTER_S, why.note, *what)
+        self._notes.add(prompt, match)
 
     def _offer(self, prompt: AskedPrompt, transport: pb.Transport, *, dense: bool) -> Offer:
         """What the worker says of itself, and how the bytes would go to it. Not on the loop: a key may be read."""
@@ -138,7 +124,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Fetch(self, request: PromptRequest, context: Context) -> None:
-        telemetry = self._begun("fetch")
+        telemetry = self._telemetry_of_new("fetch")
         counters, requests = telemetry.counters, telemetry.requests
         prompt = self._prompt(request, telemetry)
         planned, remote_tokens = await self._planned(prompt, context)
@@ -148,7 +134,7 @@ class KVStoreService(rpc.KVStoreServicer):
             counters.add("tokens_served", plan.match.n_tokens)
             nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
             requests.fetched(prompt.asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
-            if plan.match.slices and telemetry.counts:
+            if plan.match.slices and telemetry.is_real:
                 requests.traffic.ended_in(plan.match.slices[-1].row.key)
                 # The block before the last, too: a store of the same chat may replace a tail before it is looked at.
                 self._remote.push([part.row.key for part in (*plan.match.slices[-2:], plan.match.parts[-1])])
@@ -184,7 +170,7 @@ class KVStoreService(rpc.KVStoreServicer):
         said: str = ""
         try:
             path, stall_s = self._remote.path, prompt.message.stall_ms / 1e3
-            if path is None or not stall_s or not prompt.telemetry.counts:
+            if path is None or not stall_s or not prompt.telemetry.is_real:
                 return planned, 0
             want = self._want(prompt, planned.plan.match, planned.offer, context)
             if not want.may_gain:
@@ -212,7 +198,7 @@ class KVStoreService(rpc.KVStoreServicer):
             said = RemoteReason.HIT if gained else promoted.why or ""
             return longer, gained
         finally:
-            asyncio.get_running_loop().call_soon(self._note, prompt, longer.plan.match, said)
+            asyncio.get_running_loop().call_soon(self._notes.add, prompt, longer.plan.match, said)
 
     async def _plan_on_thread(self, prompt: AskedPrompt) -> _Planned:
         planning = self._threads.read(self._plan, prompt)
@@ -225,7 +211,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     def _plan(self, prompt: AskedPrompt) -> _Planned:
         """A plan, how its bytes will go, and the message that says so."""
-        message, caller, is_counted = prompt.message, prompt.peer.name, prompt.telemetry.counts
+        message, caller, is_counted = prompt.message, prompt.peer.name, prompt.telemetry.is_real
         offer = self._offer(prompt, message.transport, dense=message.representation == pb.REPRESENTATION_DENSE)
         plan = self._fetch.plan(prompt.chain, message.fidelity_min, offer, caller, is_counted=is_counted)
         try:
@@ -258,13 +244,13 @@ class KVStoreService(rpc.KVStoreServicer):
             counters.add("bytes_served", sender.sent_bytes)
             await asyncio.shield(sender.close())
 
-    def _noted(self) -> Telemetry:
-        """Where to note this call."""
+    def _telemetry_of_call(self) -> Telemetry:
+        """Where this call is noted: a probe's nowhere."""
         return self._silent if calling.get().is_probe else self._telemetry
 
-    def _begun(self, kind: str) -> Telemetry:
-        """Count this call; where to note it."""
-        telemetry = self._noted()
+    def _telemetry_of_new(self, kind: str) -> Telemetry:
+        """The same of a request that begins: counts it."""
+        telemetry = self._telemetry_of_call()
         telemetry.counters.add(kind)
         return telemetry
 
@@ -276,13 +262,13 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
-        telemetry = self._begun("store")
+        telemetry = self._telemetry_of_new("store")
         counters, requests = telemetry.counters, telemetry.requests
         asked = planning = None
         try:
             asked = self._prompt(request, telemetry).asked
-            await self._threads.note.settled()  # what is stored from here on would be taken for what was there before
-            planning = self._threads.plan(self._begin, request, asked.who.caller, counters)
+            await self._notes.await_before_store()
+            planning = self._threads.plan(self._begin, request, telemetry, asked.who.caller)
             plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
@@ -303,13 +289,14 @@ class KVStoreService(rpc.KVStoreServicer):
             requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
-    def _begin(self, request: PromptRequest, caller: str, counters: Counters) -> tuple[StorePlan, pb.BeginStoreReply]:
+    def _begin(self, request: PromptRequest, telemetry: Telemetry, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
-        wanted = store_request(request, caller, counters)
+        wanted = store_request(request, telemetry, caller)
         plan = self._store.begin(wanted)
         upload = plan.upload
         if upload is None:
-            self._stores.note(wanted.chain, plan.held_tokens, 0, plan.reason, wanted.isolated)
+            end = StoreEnd(wanted.chain.n_tokens, plan.held_tokens, 0, plan.reason)
+            telemetry.why.stored(wanted.chain, end, private=wanted.isolated)
             return plan, pb.BeginStoreReply(
                 reason=plan.reason,
                 held_tokens=plan.held_tokens,
@@ -367,7 +354,7 @@ class KVStoreService(rpc.KVStoreServicer):
 
     @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
-        telemetry = self._noted()
+        telemetry = self._telemetry_of_call()
         if request.HasField("timing"):
             said = request.timing
             timing = Timing(said.read_bytes, said.read_s, said.decoded_bytes, said.decode_s)

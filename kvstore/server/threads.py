@@ -106,11 +106,10 @@ class Pool:
         for work, args in later:
             self.post(work, *args)
 
-    async def settled(self) -> None:
-        """Wait until all is done that was posted before."""
+    async def settled(self, timeout_s: float | None = None) -> bool:
+        """Wait until all is done that was posted before, at most `timeout_s`. Returns whether it is."""
         self._post_all()
-        if self._posted:
-            await asyncio.wait(self._posted)
+        return not self._posted or not (await asyncio.wait(self._posted, timeout=timeout_s))[1]
 
     def close(self, *, drop: bool = True) -> None:
         """Finish what runs. What waits is dropped, or with `drop=False` finished, too. Idempotent."""
@@ -178,8 +177,8 @@ class Threads:
 
     def waiting(self) -> dict[str, int]:
         """Callers that wait for a thread, by pool; pools without any are left out. On the event loop."""
-        asked = (self.read, self.stream, self.decode, self.plan, self.write, self.release, self.check, self.evict)
-        pools = (*asked, self.remote)
+        asked = (self.read, self.note, self.stream, self.decode, self.plan, self.write, self.release)
+        pools = (*asked, self.check, self.evict, self.remote)
         return {pool.name: pool.waiting for pool in pools if pool.waiting}
 
     def close(self) -> None:

@@ -160,14 +160,15 @@ class Why:
         identity: NamespaceIdentity,
         since: tuple[int, int] | None = None,
         remote: str = "",
+        is_late: Callable[[], bool] = lambda: False,
     ) -> None:
         """A request was matched. In the order of requests, before anything of it can be stored. Raises nothing.
 
         `since`: `Nearest.since` before the match. `remote`: what the remote tier had to do with it: a hit, or why it
-        gave nothing.
+        gave nothing. `is_late`: whether something of it may have been stored since; then nothing is kept.
         """
         root = chain.root
-        if not self._keeps or identity.salted or self._nearest.is_encrypted(root):
+        if is_late() or not self._keeps or identity.salted or self._nearest.is_encrypted(root):
             self.drop()
             return
         with self._lock:
@@ -175,6 +176,9 @@ class Why:
         try:
             entry = replace(self.explained(asked, chain, match, identity), remote=remote)
             entry = entry if since is None else replace(entry, since=since)
+            if is_late():  # the disk was slow: what was read may be what came since
+                self.drop()
+                return
             if entry.cause is Cause.CHANGED:
                 self._note_place(entry, chain)
         except KVStoreError as error:  # the index is damaged: the request itself is what matters

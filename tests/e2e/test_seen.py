@@ -325,6 +325,39 @@ def test_the_doctor_finds_a_sound_daemon_sound_and_leaves_nothing_behind(daemon:
     assert counted(daemon) == told, "nor is it in any counter"
 
 
+# A daemon that logs to which table the begin and the end of each store go.
+TELLING = """
+import sys
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.why import Why
+def telling(of, name):
+    kept = getattr(of, name)
+    def told(self, *arguments, **named):
+        keeps = getattr(self, "_keeps", None)
+        print("TOLD", of.__name__, name, keeps if of is Why else id(self), file=sys.stderr, flush=True)
+        return kept(self, *arguments, **named)
+    setattr(of, name, told)
+telling(Requests, "begun")
+telling(Requests, "stored")
+telling(Why, "stored")
+"""
+
+
+def test_the_end_of_a_doctors_store_is_noted_where_its_begin_was(tmp_path: Path) -> None:
+    """Where nobody reads it, also of what is stored already; of a worker's store `kvstore why` learns."""
+    with DaemonProcess(tmp_path / "data", program=TELLING + SERVE) as daemon:
+
+        def told() -> list[tuple[str, ...]]:
+            return [tuple(line.split()[1:]) for line in daemon.log_text().splitlines() if line.startswith("TOLD")]
+
+        said(daemon, "doctor")
+        wait_until(lambda: len(told()) == 3, 30, daemon.log_text)
+        begun, *ended = sorted(told())
+        assert ended == [("Requests", "stored", begun[-1]), ("Why", "stored", "False")]
+        fill(daemon)
+        wait_until(lambda: ("Why", "stored", "True") in told(), 30, daemon.log_text)
+
+
 def test_the_doctor_tells_a_daemon_that_is_stopped_from_one_that_is_away(daemon: DaemonProcess) -> None:
     """By a signal: it holds the socket and says nothing; the cure names its process."""
     assert daemon.process is not None

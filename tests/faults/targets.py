@@ -39,6 +39,7 @@ from kvstore.server.arguments import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support import engine as tiny
+from tests.support.telemetry import make_telemetry
 
 CORPUS = Path(__file__).parent / "corpus"
 TOKENS = range(300)
@@ -114,7 +115,7 @@ def namespace(data: bytes) -> None:
 
 def begin_store(data: bytes) -> None:
     """What a worker asks when it stores."""
-    request = store_request(frames.parse_prompt(pb.BeginStoreRequest, data))
+    request = store_request(frames.parse_prompt(pb.BeginStoreRequest, data), make_telemetry())
     if request.namespace:
         assert NamespaceInfo.from_record(request.namespace.to_record()) == request.namespace
     pack_tokens(request.chain.tokens)

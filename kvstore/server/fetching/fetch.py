@@ -139,7 +139,7 @@ class FetchPath:
     ) -> FetchPlan:
         """Match again, take a lease and make sure that every blob is there; a row whose blob is not there goes.
 
-        `caller`: who may report what it took. `is_counted`: whether how long its blocks were not used is.
+        `caller`: who may report what it took. `is_counted`: whether the idle time of its blocks is counted.
         """
         asked_s = self.costs.now_s()
         failed: Counter[BlobId] = Counter()

@@ -37,7 +37,7 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.counters import Counters
+from kvstore.server.counters import Telemetry
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, AdmittedBlocks, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice
@@ -67,7 +67,7 @@ class StoreRequest:
     interim: bool = False
     prompt: int = 0  # of a worker that would offer it again
     touched_tokens: int = 0
-    counters: Counters = field(default_factory=Counters)
+    telemetry: Telemetry = field(kw_only=True)  # of its caller
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ class StorePath:
             pieces=tuple(cut_pieces(start, n_tokens, request.restored_tokens)) if start < n_tokens else (),
             states=() if held_states or sender else request.states,
             interim=request.interim,
-            counters=request.counters,
+            telemetry=request.telemetry,
             depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
             awaits_checkpoint=not held_states and sender is not None,
         )
@@ -345,7 +345,6 @@ class StorePath:
             row = self._engine.checkpoint_at(upload.chain)
             if row is None or row.fidelity < floor:
                 reason = Reason.FIDELITY if row else Reason.DEPENDENCY_LOST
-        upload.counters.add("tokens_stored", max(0, after.n_tokens - upload.start) if upload.pieces else 0)
         # Part of it may be what another upload committed a moment ago.
         return StoreOutcome(after.n_tokens, new_bytes, reason, self._engine.await_durable())
 

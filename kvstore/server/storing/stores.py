@@ -9,10 +9,8 @@ import time
 
 from kvstore.config import Config
 from kvstore.core.blocks import Reason
-from kvstore.core.keys import Chain
 from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
-from kvstore.server.counters import Telemetry
 from kvstore.server.storing.store import StoreOutcome, StorePath
 from kvstore.server.storing.uploads import Upload
 from kvstore.server.threads import Threads
@@ -27,11 +25,9 @@ LOOK_AGAIN_S = 0.02
 class Stores:
     """Starts, commits and ends uploads, which `StorePath` carries out. Event loop only."""
 
-    def __init__(self, store: StorePath, threads: Threads, telemetry: Telemetry, config: Config) -> None:
+    def __init__(self, store: StorePath, threads: Threads, config: Config) -> None:
         self._store = store
         self._threads = threads
-        self._requests = telemetry.requests
-        self._why = telemetry.why
         self._config = config
         self._running: dict[str, tuple[Upload, asyncio.Task[StoreOutcome]]] = {}  # by upload_id
 
@@ -112,11 +108,11 @@ class Stores:
                 log.error("a store failed", exc_info=error)
 
     def _told(self, upload: Upload, stored_tokens: int, new_bytes: int, reason: Reason) -> None:
-        upload.counters.stored(reason)
-        self._requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
+        telemetry = upload.telemetry
+        telemetry.counters.stored(reason)
+        telemetry.counters.add("tokens_stored", max(0, stored_tokens - upload.start))
+        telemetry.requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
+        end = StoreEnd(upload.n_tokens, stored_tokens, new_bytes, reason)
         private = upload.encryption is not None or is_salted(upload.namespace)
-        self._threads.release.post(self.note, upload.chain, stored_tokens, new_bytes, reason, private)
-
-    def note(self, chain: Chain, stored_tokens: int, new_bytes: int, reason: Reason, private: bool) -> None:
-        """Remember what became of a store, for `kvstore why`. Not on the loop: it hashes."""
-        self._why.stored(chain, StoreEnd(chain.n_tokens, stored_tokens, new_bytes, reason), private=private)
+        # For `kvstore why`, and not on the loop: it hashes.
+        self._threads.release.post(functools.partial(telemetry.why.stored, upload.chain, end, private=private))

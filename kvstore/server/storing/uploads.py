@@ -24,7 +24,7 @@ from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
 from kvstore.engine import NamespaceKey, Slice
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
-from kvstore.server.counters import Counters
+from kvstore.server.counters import Telemetry
 from kvstore.server.policy.gate import ProfileChoice
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,7 @@ class Upload:
     states: tuple[LayerState, ...] = ()  # of the checkpoint after the last token, handed over after the pieces
     depends_on: tuple[str, ...] = ()
     interim: bool = False  # the checkpoint is one within a prompt that is still being computed
-    counters: Counters = field(default_factory=Counters)  # of its caller
+    telemetry: Telemetry = field(kw_only=True)  # of its caller
     awaits_checkpoint: bool = False  # one that this upload depends on sends the checkpoint after the last token
     # The key with which it is written and committed; None: not encrypted.
     encryption: NamespaceKey | None = None
