@@ -259,7 +259,7 @@ def test_more_blocks_than_files_may_be_open_are_read_under_the_lease(
     daemon: FakeDaemon, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The call stays open until the last byte is read."""
-    monkeypatch.setattr("kvstore.client.fetch.OPEN_FILES_MAX", 2)
+    monkeypatch.setattr("kvstore.client.reads.OPEN_FILES_MAX", 2)
     hit = hit_of(session.fetch(TOKENS))
     assert_rows(hit.layers, LAYOUT, TOKENS[:-1])
     assert daemon.cancelled.wait(60)

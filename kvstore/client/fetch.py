@@ -21,13 +21,12 @@ from typing import Any, Literal, cast
 
 import grpc
 
-from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader
 from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.connection import Connection
 from kvstore.client.layer_reads import OVERLAPPED, LayerReads
 from kvstore.client.plan import Plan, Request, parse_plan
-from kvstore.client.reads import FileReads, before_unreadable, errno_of, require_readable
+from kvstore.client.reads import FileReads, before_unreadable, errno_of, file_reader, require_readable
 from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
@@ -43,10 +42,6 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 Representation = Literal["auto", "packed", "quantized", "dense"]
 Transport = Literal["auto", "path", "stream"]
-
-# launchd gives a process 256 files. All fetches of a process share this many; one that finds none free reads with few.
-_FILES = ByteBudget(OPEN_FILES_MAX)
-OPEN_FILES_MIN = 4
 
 # Errors of opening a blob that may be sound: another user, another mount, no free descriptors.
 _REFUSED = (errno.EACCES, errno.EPERM)
@@ -172,7 +167,7 @@ class Fetcher:
                 raise CorruptDataError(str(damaged.__cause__)) from damaged
             with ExitStack() as stack:
                 stack.callback(call.cancel)  # its lease lives as long as the call
-                reader, reads = stack.enter_context(_file_reader(plan)), FileReads(attempt.deadline, self._budget)
+                reader, reads = stack.enter_context(file_reader(plan)), FileReads(attempt.deadline, self._budget)
                 require_readable(plan)
                 if reads.run(reader.open_all):
                     call.cancel()
@@ -280,7 +275,7 @@ class Fetcher:
         reads = FileReads(attempt.deadline, self._budget, OVERLAPPED)
         try:
             plan = before_unreadable(plan)
-            with _file_reader(plan) as reader:
+            with file_reader(plan) as reader:
                 with suppress(CorruptDataError):  # reading finds out which block it is
                     if reads.run(reader.open_all):
                         call.cancel()  # every file is open: the lease has done its work
@@ -392,13 +387,3 @@ def _hit(attempt: Attempt, plan: Plan, layers: tuple[Layer, ...], transport: str
     elapsed_s = time.monotonic() - attempt.started
     source = HitSource(transport, representation, len(plan.blocks), plan.nbytes, elapsed_s)
     return Hit(plan.n_tokens, layers, plan.reason, plan.fidelity, source)
-
-
-@contextmanager
-def _file_reader(plan: Plan) -> Iterator[FileReader]:
-    """A file reader whose open files count against the process's limit, in an abandoned read too until it returns."""
-    wanted = min(len(plan.files), OPEN_FILES_MAX)
-    granted = wanted if _FILES.try_acquire(wanted) else 0
-    closed = functools.partial(_FILES.release, granted)
-    with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
-        yield reader

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
-from kvstore.blobs.ranges import unreadable_paths
+from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader, unreadable_paths
 from kvstore.blobs.readers import READERS, Job, usable_cores
 from kvstore.client.plan import Plan
 from kvstore.core.blocks import Reason
@@ -20,6 +21,10 @@ T = TypeVar("T")
 # Reads of one fetch at a time, on as many cores. More threads than cores only wait for Python's lock: on two cores a
 # fetch of 1 GiB took 1.09 times the processor time with four.
 READS_MAX = 4
+
+# launchd gives a process 256 files. All fetches of a process share this many; one that finds none free reads with few.
+_FILES = ByteBudget(OPEN_FILES_MAX)
+OPEN_FILES_MIN = 4
 
 
 class FileReads:
@@ -81,6 +86,16 @@ class FileReads:
 
         for job in left:
             READERS.when_ended(job, returned)
+
+
+@contextmanager
+def file_reader(plan: Plan) -> Iterator[FileReader]:
+    """A file reader whose open files count against the process's limit, in an abandoned read too until it returns."""
+    wanted = min(len(plan.files), OPEN_FILES_MAX)
+    granted = wanted if _FILES.try_acquire(wanted) else 0
+    closed = functools.partial(_FILES.release, granted)
+    with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
+        yield reader
 
 
 def _unreadable(plan: Plan) -> int | None:
