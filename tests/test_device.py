@@ -18,6 +18,7 @@ from kvstore.codecs import device
 from kvstore.codecs.device import Capture
 from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec, Piece, cut_pieces
 from kvstore.errors import InvalidRequestError, KVStoreError, UnsupportedLayerError
+from tests.support.fault_proxy import wait_for
 
 DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 
@@ -274,29 +275,63 @@ def test_memory_is_not_given_back_while_a_file_object_is_loaded(monkeypatch: pyt
     assert cleared == [1]
 
 
+def test_a_limit_waits_for_loads_that_have_begun_and_others_for_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own function waits for the loads, too, but with Python's lock, which they need."""
+    order: list[str] = []
+    monkeypatch.setattr(device, "_set_cache_limit", lambda limit: order.append("limit") or limit)
+
+    def load() -> None:
+        with device.loading():
+            order.append("load")
+
+    with device.loading():
+        limiting = threading.Thread(target=mx.set_cache_limit, args=(1,))
+        limiting.start()
+        wait_for(lambda: device._waiting == 1, "the limit waits")
+        loading = threading.Thread(target=load)
+        loading.start()
+        loading.join(0.1)
+        assert not order
+    limiting.join(30)
+    loading.join(30)
+    assert order == ["limit", "load"]
+
+
 DEADLOCK = """
-import io, sys, threading, time
+import threading, time
 import mlx.core as mx
+from kvstore.codecs import device
 from kvstore.codecs.virtual import VirtualFile
 
-def slow(view):
-    time.sleep(0.3)
-    view[:] = bytes(len(view))
+ended = threading.Event()
 
-file = VirtualFile()
-file.add("a", "F32", (4,), slow)
-thread = threading.Thread(target=file.load)
+def fill(view):
+    view[:] = bytes(len(view))
+    yield
+
+def load():
+    while not ended.is_set():
+        file = VirtualFile()
+        for name in "abcd":
+            file.add(name, "BF16", (64, 1024), fill)
+        file.load()
+
+thread = threading.Thread(target=load)
 thread.start()
-while thread.is_alive():
-    mx.eval(mx.ones(1 << 20) + 1)  # something to give back
-    mx.clear_cache()  # as every generation loop does
-    time.sleep(0.01)
-mx.clear_cache()
+for _ in range(1000):
+    mx.eval(mx.ones(1 << 10) + 1)  # something to give back
+    {call}
+    time.sleep(0.001)
+ended.set()
+thread.join()
+{call}
 print("done")
 """
 
 
-def test_a_load_and_giving_memory_back_do_not_wait_for_each_other() -> None:
-    """In a process of its own, which would hang."""
-    done = subprocess.run([sys.executable, "-c", DEADLOCK], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "done\n"
+@pytest.mark.parametrize("call", ["mx.clear_cache()", "mx.set_cache_limit(1 << 10)", "device.set_limits(1 << 30)"])
+def test_a_load_and_giving_memory_back_do_not_wait_for_each_other(call: str) -> None:
+    """In a process of its own, which would hang: a generation loop, a server's own limit, the daemon's."""
+    program = DEADLOCK.replace("{call}", call)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == ("done\n", "")

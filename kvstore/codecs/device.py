@@ -58,44 +58,66 @@ def supports_two_threads() -> bool:
     return name() == "cpu"
 
 
-def set_limits(gpu_memory_bytes: int) -> None:
-    """Bound what MLX allocates in this process, and what it keeps for reuse to a quarter of that."""
-    mx.set_memory_limit(gpu_memory_bytes)
-    mx.set_cache_limit(gpu_memory_bytes // 4)
-
-
 _clear_cache = mx.clear_cache
-_loading = threading.Lock()
+_set_cache_limit = mx.set_cache_limit
+_loading = threading.Condition()
 _loads = 0
+_waiting = 0
 
 
 @contextlib.contextmanager
 def loading() -> Iterator[None]:
-    """Around `mx.load` of a file object; any number at once. See `release_memory`."""
+    """Around `mx.load` of a file object; any number at once, never within another. See `release_memory`."""
     global _loads
     with _loading:
+        _loading.wait_for(lambda: not _waiting)
         _loads += 1
     try:
         yield
     finally:
         with _loading:
             _loads -= 1
+            _loading.notify_all()
 
 
 def release_memory() -> None:
     """Give memory that MLX keeps for reuse back to the system; not while a file object is being loaded. Any thread.
 
-    Without a GPU, MLX's own `clear_cache` waits for the streams of all threads and holds Python's lock meanwhile. A
-    load from a file object on another thread needs that lock, so the two would wait for each other forever. Generation
-    loops call it, also in a user's program, so this function replaces it in `mlx.core` as soon as this module is
-    imported.
+    Without a GPU, MLX's own `clear_cache` and `set_cache_limit` wait for the streams of all threads and hold Python's
+    lock meanwhile. A load from a file object on another thread needs that lock, so the two would wait for each other
+    forever. Generation loops and servers call them, also in a user's program, so this function and `set_cache_limit`
+    replace them in `mlx.core` as soon as this module is imported.
     """
     with _loading:
         if not _loads:
             _clear_cache()
 
 
-setattr(mx, "clear_cache", release_memory)  # noqa: B010  # mypy refuses the plain assignment
+def set_cache_limit(limit: int) -> int:
+    """Bound what MLX keeps for reuse to so many bytes, and give back what is over; returns the bound before.
+
+    Waits for the file objects that are being loaded, and loads begin after it: see `release_memory`. Any thread that
+    is not loading one.
+    """
+    global _waiting
+    with _loading:
+        _waiting += 1
+        try:
+            _loading.wait_for(lambda: not _loads)
+            return _set_cache_limit(limit)
+        finally:
+            _waiting -= 1
+            _loading.notify_all()
+
+
+for _name, _function in (("clear_cache", release_memory), ("set_cache_limit", set_cache_limit)):
+    setattr(mx, _name, _function)
+
+
+def set_limits(gpu_memory_bytes: int) -> None:
+    """Bound what MLX allocates in this process, and what it keeps for reuse to a quarter of that."""
+    mx.set_memory_limit(gpu_memory_bytes)
+    set_cache_limit(gpu_memory_bytes // 4)
 
 
 _streams = threading.local()
