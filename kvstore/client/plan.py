@@ -176,6 +176,10 @@ def _check_ranges(states: Sequence[LayerState]) -> None:
         raise CorruptDataError("the arrays of a checkpoint leave gaps or carry no checksums")
 
 
+# What a lossless frame has beside its content: more than the numbers themselves where these are few and narrow.
+FRAME_BYTES_MAX = 64
+
+
 def layer_bytes(blocks: Sequence[HitBlock], ranges: Sequence[Range], spec: LayerSpec) -> int:
     """Bytes of one layer's ranges; CorruptDataError when they are out of all proportion to what they should decode to.
 
@@ -185,6 +189,6 @@ def layer_bytes(blocks: Sequence[HitBlock], ranges: Sequence[Range], spec: Layer
     rows = sum(run.n_tokens for block in blocks for run in block.runs)
     # Nothing is stored in more than 4 bytes a number; scales, biases and padding of odd groups get as much again.
     widest = (spec.keys.heads * spec.keys.width + spec.values.heads * spec.values.width) * ITEM_BYTES["F32"]
-    if nbytes > 2 * rows * widest:
+    if nbytes > 2 * rows * widest + FRAME_BYTES_MAX * len(ranges):
         raise CorruptDataError(f"a plan of {nbytes} bytes for {rows} rows of one layer")
     return nbytes

@@ -199,6 +199,20 @@ def receivers() -> int:
     return sum(thread.name == "kvstore-receive" for thread in threading.enumerate())
 
 
+@pytest.mark.parametrize("transport", ["path", "stream"])
+def test_lossless_blocks_of_a_few_numbers_are_hits(daemon: DaemonProcess, transport: str) -> None:
+    """Their frames are longer than what they hold; a limit on what a plan may ask for must not refuse them."""
+    layout = make_layout(layers=2, heads=1, width=1, dtype="F16")
+    with client_of(daemon) as client:
+        session = patient(client, make_namespace(layout, f"narrow-{transport}"), "exact")
+        for n_tokens in (1, 2, 9):
+            tokens = list(range(100 * n_tokens, 101 * n_tokens))
+            assert session.store(tokens, make_layers(layout, tokens), wait=True).durable
+            hit = session.fetch([*tokens, 1], "packed", transport)
+            assert hit.n_tokens == n_tokens
+            assert_rows(hit.layers, layout, tokens)
+
+
 def test_a_long_stream_is_received_ahead_and_its_thread_ends_with_it(daemon: DaemonProcess) -> None:
     """Whether all layers are taken or some; then the daemon has its files back, too."""
     with client_of(daemon) as client:
