@@ -25,6 +25,7 @@ from kvstore.codecs.profiles import AUTO, PROFILES, SMALL
 from kvstore.config import KEYS, SHIPPED_PROFILES, Config, parse_size
 from kvstore.core.causes import cause_words
 from kvstore.engine import require_store
+from kvstore.integrations.run import named
 
 ROOT = Path(__file__).parents[1]
 ID = "ab" * 32
@@ -114,6 +115,7 @@ class FakeClient:
         self.namespaces = [NAMESPACE]
         self.blocks = [BLOCK]
         self.told: list[dict[str, str]] = []
+        self.limits = ("10000000000", "20000000000")
 
     def _answer(self, asked: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
         if self.error is not None:
@@ -164,7 +166,7 @@ class FakeClient:
         if dry_run:
             return {"deletes_bytes": value == "1GB", "stored_bytes": 1}
         asked = {"key": key, "value": value, "namespace_prefix": namespace_prefix, "at_once": at_once}
-        return self._answer(asked, {"before": "10000000000", "value": "20000000000"})
+        return self._answer(asked, {"before": self.limits[0], "value": self.limits[1]})
 
     def settings(self) -> dict[str, Any]:
         """What the test says."""
@@ -300,10 +302,23 @@ def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -
         "0.50",
     ):
         assert words in text, words
-    assert "\x1b" not in text
+    assert "\x1b" not in text and "last hour" not in text, "it is up for 90 s"
     refused = text.partition("stores refused or cut short")[2]
     shortened, needed = text.partition("hits that were shortened")[2], refused.partition("stores not needed")
     assert "store_full" in needed[0] and "already_stored" in needed[2] and "evicted" in shortened
+
+
+def test_stats_say_when_the_scrub_last_ended(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that it has read what came since."""
+    assert "has not read all blobs yet; 0 damaged" in invoke("stats").stdout
+    monkeypatch.setitem(STATS, "disk", {**STATS["disk"], "scrubbed_s": 1_700_000_000})
+    assert f"last full pass ended {common.time_text(1_700_000_000)}; 0 damaged" in invoke("stats").stdout
+
+
+def test_stats_have_a_last_hour_when_there_was_one(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, it is what came since the start."""
+    monkeypatch.setitem(STATS, "daemon", {**STATS["daemon"], "uptime_s": 3600})
+    assert re.search("served +last hour +since start +lifetime", invoke("stats").stdout)
 
 
 def test_a_second_of_stats_is_one_line() -> None:
@@ -323,6 +338,10 @@ def test_set_changes_a_setting_and_says_for_how_long(client: FakeClient) -> None
     assert client.asked["namespace_prefix"] == bytes.fromhex(ID)
     assert invoke("set", "no-such-model", "budget_bytes=1GB").exit_code == 1
     assert invoke("set", "daemon", "budget_bytes").exit_code == 2
+    client.limits = ("3600", "0")
+    assert invoke("set", "small-lm", "ttl=0").stdout == "ttl is as the daemon's now (before: 60 m)\n"
+    assert invoke("set", "daemon", "ttl=0").stdout == "ttl is none now (before: 60 m)\n"
+    assert invoke("set", "small-lm", "quota=0").stdout == "quota is none now (before: 3.6 kB)\n"
 
 
 def test_set_lets_what_deletes_much_wait_unless_it_is_confirmed(client: FakeClient) -> None:
@@ -339,6 +358,7 @@ def test_ls_lists_sequences_or_blocks_of_one_model_or_of_all(client: FakeClient)
     assert answer("ls")["namespaces"] == [NAMESPACE] and answer("ls")["sequences"] == [SEQUENCE]
     assert answer("ls", "--blocks")["blocks"] == [BLOCK]
     table = invoke("ls").stdout
+    assert re.match("sequence +alias +tokens", table)
     assert "small-lm" in table and "123 kB" in table and table.rstrip().endswith("7")
     table = invoke("ls", "--blocks").stdout
     assert BLOCK["key"][:12] in table and "small-lm" in table and client.asked["namespace_prefix"] == b""
@@ -407,6 +427,13 @@ def test_show_tells_everything_or_that_there_is_nothing(client: FakeClient) -> N
     assert "an even number of digits" in invoke("export", "cdc", "-o", "x").stderr
     assert "mlx-lm 0.32" in invoke("show", "small-lm").stdout and "mlx-lm 0.32" in invoke("show", "abab").stdout
     assert client.closed
+
+
+def test_evict_says_few_bytes_once(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many are rounded, and then said exactly too."""
+    assert invoke("evict", "--all", "--dry-run").stdout == "would free 4.0 MB (4000000 bytes) in 3 blocks\n"
+    monkeypatch.setattr(client, "evict", lambda **_: {"blocks": 0, "freed_bytes": 0})
+    assert invoke("evict", "--all", "--dry-run").stdout == "would free 0 B in 0 blocks\n"
 
 
 def test_evict_passes_its_selection_and_reports_freed_bytes(client: FakeClient) -> None:
@@ -504,7 +531,16 @@ def test_an_alias_that_is_unknown_or_not_clear_fails_with_the_candidates(
 def test_an_address_that_cannot_be_is_blamed_on_the_option_that_was_given(args: list[str], named: str) -> None:
     """Not on another name of the same setting."""
     result = invoke(*args)
-    assert result.exit_code == 2 and result.stderr.endswith(f"(got 'http://foo'), from {named}\n")
+    assert result.exit_code == 2
+    if named == "--listen":
+        assert result.stderr.startswith("kvstore: listen: ") and result.stderr.endswith(", from --listen\n")
+    else:
+        assert result.stderr.startswith("kvstore: --address: ") and result.stderr.endswith("(got 'http://foo')\n")
+
+
+def test_an_address_without_tls_is_blamed_on_the_option_too() -> None:
+    """It is found out from several keys together."""
+    assert invoke("stats", "--address", "localhost:1").stderr.startswith("kvstore: --address: localhost:1 is TCP, ")
 
 
 def test_serve_takes_its_address_once() -> None:
@@ -519,9 +555,14 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     result = invoke("check", "--repair")
     assert result.exit_code == 4
     assert result.stdout.startswith("corrupt_blob\n  file    /data/x\n  detail  checksum of layer 3\n")
-    assert "1 finding; read 9 blobs, 1.0 MB; 1 repaired, 3 blocks removed" in result.stdout
+    done = "1 blob quarantined, 3 blocks removed (computed again when they are asked for)"
+    assert f"1 finding; read 9 blobs, 1.0 MB; {done}" in result.stdout
     assert client.asked == {"repair": True}
     assert "to repair what was found" in invoke("check").stderr
+    client.findings = []
+    assert "; 0 repaired, 0 blocks removed\n" in invoke("check", "--repair").stdout
+    client.findings = [{"kind": kind, "path": "x", "detail": ""} for kind in ("corrupt_blob", "row", "row")]
+    assert "; 1 blob quarantined, 2 other repaired, 9 blocks" in invoke("check", "--repair").stdout
     parsed = json.loads(invoke("check", "--json").stdout)
     assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
 
@@ -539,7 +580,7 @@ def test_clients_are_those_that_called_lately_and_connections_are_all() -> None:
     """A server that is connected and idle is no active client."""
     load = {"clients": 0, "clients_max": 256, "connections": 2, "connections_max": 1024}
     assert _load(load) == [
-        ("active clients", "0 of 256, called in the last 5 s"),
+        ("active clients", "0 of 256 called in the last 5 s"),
         ("connections", "2 of 1,024, idle ones too"),
     ]
     assert "0 active clients" in watch_line({}, {**STATS, "load": load})
@@ -682,6 +723,19 @@ def test_run_passes_the_servers_flags_through(client: FakeClient, monkeypatch: p
     assert invoke("run", "--strip-header", "[a", "mlx_lm.server").exit_code == 2
 
 
+def test_a_servers_flag_is_found_on_its_command_line() -> None:
+    """As two words or one; on a command line without any flag there is none."""
+    assert named([], "--model") == named(["--port", "1"], "--model") == named(["--model"], "--model") == ""
+    assert named(["--port", "1", "--model", "m"], "--model") == named(["--model=m"], "--model") == "m"
+
+
+def test_a_pack_that_is_not_there_is_said_without_a_number(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server starts all the same."""
+    monkeypatch.setattr("kvstore.integrations.run.run", lambda argv, **_: 0)
+    result = invoke("run", "--no-start", "--warm", "/no/such.kvpack", "mlx_lm.server")
+    assert "warning: /no/such.kvpack was not imported: No such file or directory\n" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "offered"), [("kvstore ser", {"serve", "service"}), ("kvstore evict --al", {"--all"})]
 )
@@ -772,7 +826,14 @@ def test_a_verb_that_is_not_there_suggests_the_one_that_was_meant(words: list[st
     result = invoke(*words)
     assert result.exit_code == 2
     assert result.stderr == f"kvstore: No such command {words[-1]!r}. Did you mean {meant!r}?\n"
-    assert invoke(*words[:-1], "zzzzzz").stderr == "kvstore: No such command 'zzzzzz'.\n"
+    group = " ".join(["kvstore", *words[:-1]])
+    assert invoke(*words[:-1], "zzzzzz").stderr == f"kvstore: No such command 'zzzzzz'. See: {group} --help\n"
+
+
+@pytest.mark.parametrize("group", ["bench", "config", "config cert", "service"])
+def test_no_line_of_a_groups_help_is_cut(group: str) -> None:
+    """Each verb has a sentence that fits beside it."""
+    assert "..." not in invoke(*group.split(), "--help").stdout.partition("Commands:")[2]
 
 
 def test_config_show_refuses_a_profile_that_no_codec_knows(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

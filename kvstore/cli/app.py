@@ -75,7 +75,9 @@ class Suggesting(click.Group):
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            ctx.fail(f"No such command {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            help_of = " ".join(["kvstore", *ctx.command_path.split()[1:]])
+            hint = f"Did you mean {near[0]!r}?" if near else f"See: {help_of} --help"
+            ctx.fail(f"No such command {name!r}. {hint}")
         return super().resolve_command(ctx, args)
 
 

@@ -151,7 +151,7 @@ def refuse_address(options: dict[str, Any]) -> None:
         raise click.UsageError("this would write to a daemon that is in use; only `bench match` measures one")
 
 
-@command.command("transport")
+@command.command("transport", short_help="Hand over a sequence by path and by stream.")
 @bench_options()
 def transport(**options: Any) -> None:
     """Hand over one sequence by path and by stream, beside memcpy, a plain read and a bare gRPC stream."""
@@ -159,7 +159,7 @@ def transport(**options: Any) -> None:
     show(options, lambda: importlib.import_module("kvstore.bench.transport").run(shape_of(options), options["rounds"]))
 
 
-@command.command("match")
+@command.command("match", short_help="Find a prompt in indexes of several sizes.")
 @click.option("--rows", default="1000,100000", show_default=True, metavar="N,N", help="Sizes of the index, in blocks.")
 @bench_options(seq_len=MATCH_TOKENS, rounds=200)
 def match(rows: str, **options: Any) -> None:
@@ -177,7 +177,7 @@ def match(rows: str, **options: Any) -> None:
     show(options, lambda: bench.run(shape_of(options), options["rounds"], _numbers(rows, "--rows")))
 
 
-@command.command("store")
+@command.command("store", short_help="Store new sequences.")
 @bench_options()
 def store(**options: Any) -> None:
     """Store new sequences: what the caller waits for, until it is durable, and a second conversation."""
@@ -185,7 +185,7 @@ def store(**options: Any) -> None:
     show(options, lambda: importlib.import_module("kvstore.bench.store").run(shape_of(options), options["rounds"]))
 
 
-@command.command("fetch")
+@command.command("fetch", short_help="Fetch to evaluated cache layers.")
 @bench_options()
 def fetch(**options: Any) -> None:
     """Fetch to evaluated cache layers, raw and 8-bit, packed and dense, beside loads of plain files."""
@@ -193,7 +193,7 @@ def fetch(**options: Any) -> None:
     show(options, lambda: importlib.import_module("kvstore.bench.fetch").run(shape_of(options), options["rounds"]))
 
 
-@command.command("concurrency")
+@command.command("concurrency", short_help="Fetch from several processes at once.")
 @click.option("--workers", type=click.IntRange(1), default=8, show_default=True, help="Worker processes.")
 @bench_options(seq_len=2048)
 def concurrency(workers: int, **options: Any) -> None:
@@ -203,7 +203,7 @@ def concurrency(workers: int, **options: Any) -> None:
     show(options, lambda: bench.run(shape_of(options), options["rounds"], workers))
 
 
-@command.command("ttft")
+@command.command("ttft", short_help="Time to a model's first token.")
 @click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--seq-len", type=click.IntRange(64), default=2048, show_default=True, help="Tokens of the prompt.")
 @click.option("--profile", default="safe", show_default=True, help="How the KV is kept.")
@@ -217,7 +217,7 @@ def ttft(model_path: str, seq_len: int, profile: str, **options: Any) -> None:
     show(options, lambda: bench.run(model_path, seq_len, options["rounds"], profile))
 
 
-@command.command("quality")
+@command.command("quality", short_help="What every profile costs on a model.")
 @click.option("--model", "model_path", required=True, metavar="PATH", help="Model folder or downloaded repository id.")
 @click.option("--prompt-file", "prompt_files", multiple=True, metavar="FILE", help="Text, or token ids as .npy.")
 @click.option("--profile", "profiles", multiple=True, metavar="NAME", help="Measure this one; may be repeated.")
@@ -271,7 +271,7 @@ def quality(
     print_quality(results)
 
 
-@command.command("codec")
+@command.command("codec", short_help="What profiles make of synthetic KV.")
 @click.option("--layers", type=click.IntRange(1), default=32, show_default=True, help="Cache layers.")
 @click.option("--seq-len", "seq_lens", default="512", show_default=True, metavar="N,N", help="Tokens; or a sweep.")
 @click.option("--heads", type=click.IntRange(1), default=32, show_default=True, help="Heads of keys and values.")
@@ -337,7 +337,7 @@ def _print_codecs(rows: Sequence[CodecRow], of_dtype: str, title: str) -> None:
     )
 
 
-@command.command("eviction")
+@command.command("eviction", short_help="What the eviction policy keeps of a trace.")
 @click.option("--trace", "trace_path", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE")
 @click.option(
     "--budget", "budgets", multiple=True, type=click.FloatRange(0, 1, min_open=True), metavar="SHARE",

@@ -122,7 +122,17 @@ def _print(report: dict[str, Any], repair: bool) -> None:
         _print_findings([(one["kind"], ("file", one["path"]), one["detail"]) for one in findings])
     verdict = counted(len(findings), "finding") if findings else "no damage"
     # "read" counts blobs before a repair; what the repair took away is told by itself.
-    changed = f"; {report['repaired']} repaired, {counted(report['removed'], 'block')} removed" if repair else ""
+    changed = f"; {_changes(report)}" if repair else ""
     say(f"{verdict}; read {counted(report['blobs'], 'blob')}, {size_text(report['bytes'])}{changed}")
     if findings and not repair:
         note("to repair what was found: kvstore check --repair; damaged blobs go to quarantine and are computed again")
+
+
+def _changes(report: dict[str, Any]) -> str:
+    """What a repair did: blobs in quarantine, what else was put right, and the blocks that are no longer stored."""
+    damaged = sum(one["kind"] == "corrupt_blob" for one in report["findings"])
+    others = max(0, report["repaired"] - damaged)
+    words = [f"{counted(damaged, 'blob')} quarantined"] * bool(damaged)
+    words += [f"{others:,} {'other ' * bool(damaged)}repaired"] * bool(others or not damaged)
+    again = " (computed again when they are asked for)" if report["removed"] else ""
+    return ", ".join([*words, f"{counted(report['removed'], 'block')} removed{again}"])

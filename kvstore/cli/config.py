@@ -46,7 +46,7 @@ def command() -> None:
     """Show the configuration in force; make certificates; prepare a remote tier."""
 
 
-@command.command("show")
+@command.command("show", short_help="Every key, its value, and where that came from.")
 @click.option("--effective", is_flag=True, help="Ask the running daemon which values are in force there.")
 @click.option("--changed", is_flag=True, help="Only keys that differ from the default, or from the configuration here.")
 @common_options
@@ -81,7 +81,7 @@ def show(effective: bool, changed: bool, address: str | None, config_path: str |
     )
 
 
-@command.command("remote-init")
+@command.command("remote-init", short_help="Mark the place of a remote tier, once for all hosts.")
 @common_options
 def remote_init(address: str | None, config_path: str | None, as_json: bool) -> None:
     """Mark the place that `remote` names as one for kvstore, once for all hosts that share it.

@@ -1,4 +1,7 @@
-"""`kvstore doctor`: checks what may keep the store from working, and prints one line per check: ok, or what to do."""
+"""`kvstore doctor`: checks what may keep the store from working, and prints one line per check: ok, or what to do.
+
+A line marked SEE needs nothing now, and is worth a look.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,15 @@ ALIAS = "kvstore doctor"
 
 @dataclass(frozen=True)
 class Line:
-    """The result of one check: what was found, and what to do about it (empty if all is well)."""
+    """The result of one check: what was found, and what to do about it (empty if all is well).
+
+    `look`: what to look at, where nothing needs fixing now.
+    """
 
     name: str
     found: str
     fix: str = ""
+    look: str = ""
 
 
 @click.command("doctor")
@@ -59,9 +66,8 @@ def command(address: str | None, config_path: str | None, as_json: bool) -> int:
     for line in examine(config):
         lines.append(line)
         if not as_json:
-            say(
-                f"{'ok ' if not line.fix else 'FIX'}  {line.name:<12}  {line.found}{': ' if line.fix else ''}{line.fix}"
-            )
+            mark, advice = ("FIX" if line.fix else "SEE" if line.look else "ok "), line.fix or line.look
+            say(f"{mark}  {line.name:<12}  {line.found}{'; ' if advice else ''}{advice}")
     if as_json:
         print_json({"ok": not any(line.fix for line in lines), "lines": [asdict(line) for line in lines]})
     return 1 if any(line.fix for line in lines) else 0
@@ -154,8 +160,12 @@ def _disk(disk: dict[str, Any]) -> Iterator[Line]:
     used, budget = disk["used_bytes"], disk["budget_bytes"]
     over = "raise it: kvstore set daemon budget_bytes=SIZE" if used > budget else ""
     yield Line("budget", f"{size_text(used)} of {size_text(budget)} used", over)
-    damaged = f"{disk['quarantined']:,} damaged files in quarantine"
-    yield Line("blobs", damaged, "the disk may be failing; read all with: kvstore check" if disk["damaged"] else "")
+    damaged = f"{counted(disk['quarantined'], 'damaged file')} in quarantine"
+    read_all = "the disk may be failing; read all with: kvstore check"
+    if disk["damaged"]:
+        yield Line("blobs", damaged, read_all)
+    else:  # found by a fetch, by a check, or before this start
+        yield Line("blobs", damaged, look=read_all if disk["quarantined"] else "")
 
 
 def _limits(stats: dict[str, Any]) -> Iterator[Line]:
@@ -206,7 +216,9 @@ def _workers(stats: dict[str, Any]) -> Line:
     if not requests:
         return Line("requests", "none since start; servers use the store when started by: kvstore run")
     workers = len({one["pid"] for one in sessions})
-    return Line("requests", f"{requests:,} since start, {counted(hits, 'hit')}, {counted(workers, 'worker')}")
+    return Line(
+        "requests", f"{requests:,} asked the store since start, {counted(hits, 'hit')}, {counted(workers, 'worker')}"
+    )
 
 
 def _round_trip(client: Client, config: Config) -> Line:

@@ -111,7 +111,8 @@ def command(
     if as_json:
         print_json({"dry_run": dry_run, **report})
         return
-    freed = f"{size_text(report['freed_bytes'])} ({report['freed_bytes']} bytes)"
+    freed_bytes = report["freed_bytes"]
+    freed = size_text(freed_bytes) + (f" ({freed_bytes} bytes)" if freed_bytes >= 1000 else "")
     kept = report.get("kept_bytes", 0)
     later = f"; {size_text(kept)} more when readers let go" if kept else ""
     if pinned := report.get("pinned_bytes", 0):

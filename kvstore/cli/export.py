@@ -28,6 +28,8 @@ def command(name: str, output: str, force: bool, address: str | None, config_pat
     namespaces are not exported. Where blocks were evicted before their turn, the file lacks them, and the exit status
     is 1.
     """
+    if output.endswith(os.sep):  # else the name without it would be written, where there is no such folder
+        raise InvalidRequestError(f"{output} is a folder; name the file to write")
     path = os.path.abspath(os.path.expanduser(output))
     with connected(client_config(address, config_path)) as client:
         selected = _selected(client, name)

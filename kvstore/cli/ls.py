@@ -71,7 +71,7 @@ def print_sequences(sequences: list[dict[str, Any]]) -> None:
         )
         for one in sequences
     ]
-    columns = ("sequence", "label", "tokens", "on disk", "not shared", "stored", "used", "hits")
+    columns = ("sequence", "alias", "tokens", "on disk", "not shared", "stored", "used", "hits")
     print_table(columns, rows, numbers="  nnn  n")
 
 
@@ -100,5 +100,5 @@ def print_blocks(blocks: list[dict[str, Any]], aliases: dict[str, str]) -> None:
         )
         for block in blocks
     ]
-    columns = ("block", "label", "after", "start", "tokens", "on disk", "fidelity", "recipes", "used")
+    columns = ("block", "alias", "after", "start", "tokens", "on disk", "fidelity", "recipes", "used")
     print_table(columns, rows, numbers="   nnn")

@@ -44,7 +44,7 @@ def command() -> None:
     """
 
 
-@command.command("install")
+@command.command("install", short_help="Install or update the service, and start it.")
 @dry_run_option
 @common_options
 def install(dry_run: bool, address: str | None, config_path: str | None, as_json: bool) -> None:
@@ -98,7 +98,7 @@ def uninstall(dry_run: bool, address: str | None, config_path: str | None, as_js
         note(f"what is stored stays in {', '.join(kept)}; delete it if you want it gone")
 
 
-@command.command("status")
+@command.command("status", short_help="Whether it is installed, runs and answers.")
 @common_options
 def status(address: str | None, config_path: str | None, as_json: bool) -> int:
     """Show whether the service is installed and runs, and whether its daemon answers.

@@ -61,7 +61,7 @@ def command(
             if as_json:
                 print_json({"key": key, "before": changed["before"], "value": changed["value"]})
                 continue
-            before, now = (_text(key, changed[name]) for name in ("before", "value"))
+            before, now = (_text(key, changed[name], is_daemon=target == DAEMON) for name in ("before", "value"))
             say(f"{key} is {now} now (before: {before})")
     if target == DAEMON and not as_json:
         note("this lasts until the daemon stops; to keep it, write it into the configuration file")
@@ -98,9 +98,9 @@ def _confirm(plan: dict[str, Any], what: str, *, yes: bool) -> bool:
     return True
 
 
-def _text(key: str, value: str) -> str:
+def _text(key: str, value: str, *, is_daemon: bool) -> str:
     if value.isdigit() and key in ("quota", "ttl") and not int(value):
-        return "none"
+        return "none" if is_daemon or key == "quota" else "as the daemon's"
     if key == "ttl" and value.isdigit():
         return span_text(int(value))
     return size_text(int(value)) if ("bytes" in key or key == "quota") and value.isdigit() else value

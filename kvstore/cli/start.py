@@ -55,7 +55,8 @@ def warm_up(config: Config, packs: Sequence[str]) -> None:
                 if done["reason"] != "ok":
                     note(f"warning: not all of {path} was imported: {done['detail'] or done['reason']}")
         except (KVStoreError, OSError) as error:
-            note(f"warning: {path} was not imported: {error}")
+            why = error.strerror if isinstance(error, OSError) else None
+            note(f"warning: {path} was not imported: {why or error}")
 
 
 def calibrate_once(argv: Sequence[str]) -> None:

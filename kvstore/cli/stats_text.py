@@ -22,8 +22,9 @@ from kvstore.core import remote_words
 from kvstore.core.reasons import is_needed, words_of
 
 YEAR_S = 365.25 * 86_400
+HOUR_S = 3600
 # A rate over less than this says nothing about a year.
-RATE_S_MIN = 3600
+RATE_S_MIN = HOUR_S
 SESSIONS_SHOWN = 10
 _EMPTY: dict[str, Any] = {}
 
@@ -55,7 +56,10 @@ def saved_text(traffic: Mapping[str, Any]) -> str:
 
 
 def _print_served(stats: dict[str, Any]) -> None:
-    scopes = [stats.get(name) or _EMPTY for name in ("last_hour", "since_start", "lifetime")]
+    columns = {"last hour": "last_hour", "since start": "since_start", "lifetime": "lifetime"}
+    if stats["daemon"]["uptime_s"] < HOUR_S:  # the last hour begins with the daemon: the same numbers twice
+        del columns["last hour"]
+    scopes = [stats.get(name) or _EMPTY for name in columns.values()]
     rows = [
         ("prompt tokens from the store", *(share_text(one) for one in scopes)),
         ("tokens saved", *(f"{one.get('hit_tokens', 0):,}" for one in scopes)),
@@ -63,10 +67,10 @@ def _print_served(stats: dict[str, Any]) -> None:
         ("hits", *(f"{one.get('hits', 0) + one.get('shortened', 0):,}" for one in scopes)),
         ("  of these shortened", *(f"{one.get('shortened', 0):,}" for one in scopes)),
         ("misses", *(f"{one.get('misses', 0):,}" for one in scopes)),
-        ("in the worker's memory", *(f"{one.get('in_memory', 0):,}" for one in scopes)),
+        ("asked, but memory had as much", *(f"{one.get('in_memory', 0):,}" for one in scopes)),
         ("tokens stored", *(f"{one.get('stored_tokens', 0):,}" for one in scopes)),
     ]
-    print_table(("served", "last hour", "since start", "lifetime"), rows, numbers=" nnn")
+    print_table(("served", *columns), rows, numbers=" nnn")
 
 
 def print_namespaces(rows: list[dict[str, Any]]) -> None:
@@ -136,7 +140,7 @@ def _load(load: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (label, f"{load[name]:,} of {load[name + '_max']:,}{which}")
         for name, label, which in (
-            ("clients", "active clients", ", called in the last 5 s"),
+            ("clients", "active clients", " called in the last 5 s"),
             ("connections", "connections", ", idle ones too"),
             ("calls", "calls", ""),
             ("uploads", "uploads", ""),
@@ -150,7 +154,7 @@ def _disk(disk: dict[str, Any]) -> list[tuple[str, str]]:
     share = f" ({100 * disk['used_bytes'] / budget:.0f} %)" if budget else ""
     floor = disk.get("free_floor_bytes", 0)
     scrubbed_s = int(disk.get("scrubbed_s", 0))
-    last_pass = f"all blobs read by {time_text(scrubbed_s)}" if scrubbed_s else "has not read all blobs yet"
+    last_pass = f"last full pass ended {time_text(scrubbed_s)}" if scrubbed_s else "has not read all blobs yet"
     return [
         ("used", f"{size_text(disk['used_bytes'])} of {size_text(budget)}{share}, {disk['blobs']:,} blobs"),
         ("free", f"{size_text(disk['free_bytes'])} on the volume, nothing is written below {size_text(floor)}"),

@@ -74,6 +74,7 @@ def command(
 ) -> None:
     """Say why PROMPT (text with --model, or token ids), a file, or the --last requests were not restored as a whole.
 
+    One of which all is stored is a line that begins with `hit`.
     Shown are the nearest stored prompt, the 12 tokens on both sides of the place where it parts, and what changed there
     if that is known. The daemon remembers 256 requests, in memory, and none of encrypted namespaces or of tenants.
     """
@@ -172,6 +173,9 @@ def _ids(packed: str) -> list[int]:
 
 def _title(row: dict[str, Any]) -> str:
     shares = f"{row['common_tokens']:,} of {row['prompt_tokens']:,} tokens are stored"
+    if row["cause"] == Cause.WHOLE:
+        is_last_left = row["common_tokens"] == row["prompt_tokens"] - 1
+        shares = f"hit, {shares}" + (" (an engine computes the last one)" if is_last_left else "")
     named = row["alias"] or row["namespace_id"][:12]
     if not row["request_id"] and not row["pid"]:
         return f"{named}: {shares}"
@@ -180,7 +184,7 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _facts(row: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [("cause", _cause(row)), ("offered", _offered(row))]
+    facts = [] if row["cause"] == Cause.WHOLE else [("cause", _cause(row)), ("offered", _offered(row))]
     if remote := row.get("remote"):
         facts.append(("remote", remote_words_of(remote)))
     if row["region"]:

@@ -363,4 +363,6 @@ def _parsed(key: str, value: object, place: str) -> Any:
 
 
 def _error(key: str, message: str, place: str) -> ConfigError:
+    if place.startswith("--") and place != "--" + key.replace("_", "-"):  # an option that has another name
+        return ConfigError(f"{place}: {message}")
     return ConfigError(f"{key}: {message}" + (f", from {place}" if place else ""))

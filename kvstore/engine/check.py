@@ -180,6 +180,7 @@ class Walk:
             return
         self._find(kind, place, detail)
         if self._repair:
+            log.warning("blob %s is taken out of use, with all after it: %s: %s", row.blob.name, kind, detail)
             drop = lose if row.is_aux else drop_tree
             removed = drop(self._site, row, keep_blob=kind == "corrupt_blob")
             self.removed += removed
@@ -204,11 +205,13 @@ class Walk:
     def _check_strays(self, entries: Sequence[Entry]) -> None:
         """Check entries without a row. A repair adopts sound, reachable blobs and deletes the others."""
         strays = [entry for entry in entries if self._is_stray(entry)]
+        found = read_strays(self._site, strays) if self._repair and strays else None
+        bad = set() if found is None else {entry for entry, _ in (*found.unknown, *found.key_missing, *found.corrupt)}
         for entry in strays:
-            self._find("stray_blob", entry.place, "no row of the index names this blob")
-        if not self._repair or not strays:
+            if entry not in bad:  # these have a finding of their own
+                self._find("stray_blob", entry.place, "no row of the index names this blob")
+        if found is None:
             return
-        found = read_strays(self._site, strays)
         self.report.blobs += len(found.sound)
         self.report.bytes += sum(stray.source.nbytes for stray in found.sound)
         self._site.require_reach(None)  # or they are no strays, and not damaged
@@ -403,7 +406,7 @@ def recheck(shared: Shared, key: bytes) -> bool:
             shared.require_reach(error)
         except DirectoryError:
             return False
-        log.warning("a blob is damaged: %s", error)
+        log.warning("blob %s is damaged: %s", row.blob.name, error)
     removed = (lose if row.is_aux else drop_tree)(shared.site, row, keep_blob=True)
     after_repair(shared, removed)
     return bool(removed)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 import signal
@@ -113,7 +114,7 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
 
 def named(flags: Sequence[str], name: str) -> str:
     """The value of a flag, such as `--model`, on the command line of a server; empty without it."""
-    for flag, value in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, value in itertools.zip_longest(flags, flags[1:], fillvalue=""):
         if flag == name:
             return value
         if flag.startswith(f"{name}="):

@@ -271,6 +271,8 @@ def test_check_repair_quarantines_what_is_damaged(damaged: DaemonProcess) -> Non
     repaired = answered(damaged, "check", "--repair", code=4)
     assert repaired["repaired"] >= 1 and (repaired["blobs"], repaired["removed"]) == (2, 2)
     assert len(damaged.blobs()) == 1 and len(damaged.files("quarantine")) == 1
+    (name,) = re.findall(r"WARNING blob (\S+) is taken out of use, with all after it: corrupt_blob", damaged.log_text())
+    assert damaged.files("quarantine")[0].name.startswith(name)
     assert answered(damaged, "check")["findings"] == []
     assert answered(damaged, "stats")["disk"]["quarantined"] == 1
     with client_of(damaged) as client:

@@ -168,6 +168,7 @@ def test_nothing_is_replaced_unless_told_to(source: DaemonProcess, pack: Path, t
     ran(source, "export", "moved-lm", "-o", str(path), "--force")
     assert path.stat().st_size == pack.stat().st_size
     assert "is a folder" in ran(source, "export", "moved-lm", "-o", str(tmp_path), code=2)
+    assert "no/ is a folder" in ran(source, "export", "moved-lm", "-o", f"{tmp_path}/no/", code=2)
     said = ran(source, "export", "moved-lm", "-o", str(tmp_path / "no" / "x"), code=1)
     assert "No such file" in said and str(tmp_path / "no" / "x") in said and ".tmp" not in said
     assert "starts so" in ran(source, "export", "moved", "-o", str(tmp_path / "x"), code=1)

@@ -66,7 +66,10 @@ def test_a_pinned_prompt_outlives_a_time_to_live_and_a_restart(daemon: DaemonPro
     assert 0 < pinned["kept_bytes"] < pinned["kept_bytes_max"]
     set_ = run_cli(["set", "small-lm", "ttl=1s", "quota=1GB", "--yes"], daemon.environ())
     assert set_.returncode == 0, set_.stderr
-    assert set_.stdout.splitlines() == ["ttl is 1 s now (before: none)", "quota is 1.0 GB now (before: none)"]
+    assert set_.stdout.splitlines() == [
+        "ttl is 1 s now (before: as the daemon's)",
+        "quota is 1.0 GB now (before: none)",
+    ]
     deadline = time.monotonic() + 30
     # A look is no use, as a fetch would be.
     while verb(daemon, "show", "small-lm")["namespaces"][0]["tokens"] > 300:
@@ -132,6 +135,8 @@ def test_limits_that_delete_much_at_a_start_do_not_wait_with_yes(daemon: DaemonP
         (["set", "small-lm", "ttl=soon"], 2, "not a length of time"),
         (["set", "small-lm", "ttl=30"], 2, "no unit; write 30s, 30m, 30h, 30d or 30w"),
         (["set", "small-lm", "colour=red"], 2, "quota, ttl"),
+        (["set", "daemon", "colour=red"], 2, "colour is no setting of the daemon; budget_bytes, "),
+        (["set", "daemon", "profile=safe"], 2, "profile cannot be set while the daemon runs; budget_bytes, "),
         (["set", "nobody", "ttl=1d"], 1, "nobody"),
         (["set", "nobody", "quota=0"], 1, "nobody"),
     ],

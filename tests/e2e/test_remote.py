@@ -348,7 +348,7 @@ def test_a_share_that_goes_away_in_the_middle_is_never_filled(daemons: tuple[Dae
         assert fetched(writer, namespace, later)
         wait_for(lambda: remote_of(client)["state"] == "unmarked")
         looked = run_cli(["doctor"], other.environ())
-        assert looked.returncode == 1 and re.search("FIX +remote +unmarked: .*remote-init", looked.stdout)
+        assert looked.returncode == 1 and re.search("FIX +remote +unmarked; .*remote-init", looked.stdout)
         assert not fetched(client, namespace) and fetched(writer, namespace)
         assert list(share.iterdir()) == []
         share.rmdir()

@@ -396,6 +396,16 @@ def test_the_doctor_names_the_floor_and_how_to_lower_it(daemon: DaemonProcess) -
     assert not lines_of(answered(daemon, "doctor"))["free floor"]
 
 
+def test_the_doctor_points_at_what_is_in_quarantine(daemon: DaemonProcess) -> None:
+    """Nothing is wrong now: it is no fault, and no plain ok either."""
+    (daemon.data_dir / "quarantine").mkdir(exist_ok=True)
+    (daemon.data_dir / "quarantine" / "x").write_bytes(b"x")
+    wait_until(lambda: answered(daemon, "stats")["disk"]["quarantined"] == 1, 30, daemon.log_text)
+    assert re.search(
+        "^SEE  blobs +1 damaged file in quarantine; .*kvstore check$", said(daemon, "doctor"), re.MULTILINE
+    )
+
+
 def test_the_doctor_without_a_daemon_says_how_to_start_one(tmp_path: Path) -> None:
     """And what would keep it from starting."""
     absent = DaemonProcess(tmp_path / "data")
@@ -405,4 +415,4 @@ def test_the_doctor_without_a_daemon_says_how_to_start_one(tmp_path: Path) -> No
     absent.data_dir.chmod(0o755)
     assert "chmod 700" in lines_of(answered(absent, "doctor", code=1))["permissions"]
     text = said(absent, "doctor", code=1)
-    assert text.startswith("FIX  daemon") and absent.listen in text
+    assert text.startswith(f"FIX  daemon        no daemon at {absent.listen}; start it with: kvstore serve\n")

@@ -167,7 +167,12 @@ def test_what_is_stored_and_unknown_changes_claim_nothing(
     """Both sides are shown; JSON has token ids as numbers."""
     agent.ask(agent.body("0d9fa"))
     path = agent.file(agent.body("0d9fa"))
-    assert "all of the prompt is stored" in said(shared_daemon, "--prompt-file", path, "--model", str(model))
+    text = said(shared_daemon, "--prompt-file", path, "--model", str(model))
+    assert re.match(r"small-lm: hit, [\d,]+ of [\d,]+ tokens are stored", text) and "cause" not in text
+    agent.ask(agent.body("0d9fa"), store=False)
+    text = said(shared_daemon, "--last", "1")
+    assert re.match(r"small-lm: hit, .* tokens are stored \(an engine computes the last one\) ", text)
+    assert "cause" not in text and "offered" not in text
     path = agent.file(agent.body("0d9fa", "What is in the house?"))
     text = said(shared_daemon, "--prompt-file", path, "--model", str(model))
     assert "no pattern that is known" in text and "house" in text and "file" in text

@@ -69,7 +69,8 @@ class Settings:
 
     def _with(self, key: str, value: str) -> Config:
         if key not in KEYS:
-            raise InvalidRequestError(f"{key or 'nothing'} cannot be set while the daemon runs; {', '.join(KEYS)} can")
+            why = "cannot be set while the daemon runs" if key in CONFIG_KEYS else "is no setting of the daemon"
+            raise InvalidRequestError(f"{key or 'nothing'} {why}; {', '.join(KEYS)} can be set")
         try:
             sources = {**self._config.sources, key: SET}
             return replace(self._config, **{key: value}, sources=sources)  # type: ignore[arg-type]
