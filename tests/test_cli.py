@@ -308,6 +308,13 @@ def test_stats_gives_people_tables_and_programs_the_schema(client: FakeClient) -
     assert "store_full" in needed[0] and "already_stored" in needed[2] and "evicted" in shortened
 
 
+def test_a_folder_is_no_name_for_a_page(client: FakeClient, tmp_path: Path) -> None:
+    """Also one that is not there."""
+    result = invoke("stats", "--html", f"{tmp_path}/no/")
+    assert result.exit_code == 2 and "no/ is a folder; name the file to write" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_stats_say_when_the_scrub_last_ended(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not that it has read what came since."""
     assert "has not read all blobs yet; 0 damaged" in invoke("stats").stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def command(
     """What the store served, saved and wrote, why it did not, and the state of its disk."""
     if watch + prometheus + (html is not None) > 1:
         raise click.UsageError("--watch, --prometheus and --html are different answers; give one of them")
+    if html is not None and html.endswith(os.sep):  # else the name without it would be written
+        raise click.UsageError(f"{html} is a folder; name the file to write")
     config = client_config(address, config_path)
     with connected(config) as client:
         if watch:

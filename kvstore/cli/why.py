@@ -74,7 +74,7 @@ def command(
 ) -> None:
     """Say why PROMPT (text with --model, or token ids), a file, or the --last requests were not restored as a whole.
 
-    One of which all is stored is a line that begins with `hit`.
+    Where all of a prompt is stored, the answer says `hit`.
     Shown are the nearest stored prompt, the 12 tokens on both sides of the place where it parts, and what changed there
     if that is known. The daemon remembers 256 requests, in memory, and none of encrypted namespaces or of tenants.
     """
