@@ -567,9 +567,9 @@ def test_check_exits_4_when_damage_was_found(client: FakeClient) -> None:
     assert client.asked == {"repair": True}
     assert "to repair what was found" in invoke("check").stderr
     client.findings = []
-    assert "; 0 repaired, 0 blocks removed\n" in invoke("check", "--repair").stdout
+    assert "; 0 repairs, 0 blocks removed\n" in invoke("check", "--repair").stdout
     client.findings = [{"kind": kind, "path": "x", "detail": ""} for kind in ("corrupt_blob", "row", "row")]
-    assert "; 1 blob quarantined, 2 other repaired, 9 blocks" in invoke("check", "--repair").stdout
+    assert "; 1 blob quarantined, 2 other repairs, 9 blocks" in invoke("check", "--repair").stdout
     parsed = json.loads(invoke("check", "--json").stdout)
     assert (parsed["schema"], parsed["offline"], parsed["findings"]) == (1, False, client.findings)
 

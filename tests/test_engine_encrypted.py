@@ -255,7 +255,9 @@ def test_a_namespace_that_holds_plain_blocks_stays_plain(tmp_path: Path) -> None
         engine.encrypt(PLAIN.root)
 
 
-def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_it(tmp_path: Path) -> None:
+def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whoever can write to the directory cannot make the store answer with rows of their own."""
     with Engine.open(tmp_path / "other", options()) as engine:
         put(engine, NS, CANARY[:256])
@@ -266,6 +268,7 @@ def test_a_plain_blob_planted_in_an_encrypted_namespace_is_not_taken_for_one_of_
         target.parent.mkdir(mode=0o700, exist_ok=True)
         target.write_bytes(planted.read_bytes())
         assert [finding.kind for finding in engine.check(repair=True).findings] == ["corrupt_blob"]
+        assert f"{target} goes to quarantine: " in caplog.text
         assert find(engine, NS, CANARY[:256]).n_tokens == 0
         assert not target.exists()
 

@@ -133,6 +133,6 @@ def _changes(report: dict[str, Any]) -> str:
     damaged = sum(one["kind"] == "corrupt_blob" for one in report["findings"])
     others = max(0, report["repaired"] - damaged)
     words = [f"{counted(damaged, 'blob')} quarantined"] * bool(damaged)
-    words += [f"{others:,} {'other ' * bool(damaged)}repaired"] * bool(others or not damaged)
+    words += [counted(others, f"{'other ' * bool(damaged)}repair")] * bool(others or not damaged)
     again = " (computed again when they are asked for)" if report["removed"] else ""
     return ", ".join([*words, f"{counted(report['removed'], 'block')} removed{again}"])

@@ -224,6 +224,8 @@ class Walk:
         for kind, entries in kinds.items():
             for entry, detail in entries:
                 self._find(kind, entry.place, detail)
+        for entry, detail in found.corrupt:
+            log.warning("%s goes to quarantine: %s", _readable(entry.place), _readable(detail))
 
     def _is_stray(self, entry: Entry) -> bool:
         """Whether an entry is still there, without a row, and nothing is under way with it."""
