@@ -66,7 +66,8 @@ def test_a_thread_that_is_nicer_already_stays_so() -> None:
         "print(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))"
     )
     command = ["nice", "-n", "15", sys.executable, "-c", program]
-    assert int(subprocess.run(command, check=True, capture_output=True).stdout) >= 15
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert int(subprocess.run(command, check=True, capture_output=True).stdout) >= min(19, here + 15)
 
 
 def test_a_system_that_refuses_leaves_the_thread_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

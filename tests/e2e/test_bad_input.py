@@ -583,7 +583,7 @@ def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
         silent.sendall(bytes(100))
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # room is made as bytes arrive
         peer.upload(begun[1].upload_id, [begun[1].upload_bytes])
-        assert client.stats()["disk"]["used_bytes"] > used
+        wait_until(lambda: client.stats()["disk"]["used_bytes"] > used)
         wait_until(lambda: daemon.uploads() == 3 and len(daemon.unfinished()) == 1)
         wait_until(lambda: not daemon.left_over(), timeout_s=20)
         silent.close()
