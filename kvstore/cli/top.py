@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -115,12 +116,36 @@ def draw(ask: Ask, listen: str) -> None:
     assert not isinstance(first, KVStoreError)
     screen.show(first[0], rates_between(before, *first))
     before = first[0]
-    with Live(screen, console=console, screen=True, auto_refresh=False) as live:
-        live.refresh()
+    live = Live(screen, console=console, screen=True, auto_refresh=False)
+    try:
+        with uninterrupted():
+            live.start(refresh=True)
         for reply in answers:
             if isinstance(reply, KVStoreError):
                 screen.lose(str(reply))
             else:
                 screen.show(reply[0], rates_between(before, *reply))
                 before = reply[0]
-            live.refresh()
+            with uninterrupted():
+                live.refresh()
+    finally:
+        with uninterrupted():
+            live.stop()
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM while rich writes, and raise KeyboardInterrupt at the end.
+
+    An exception in the middle of its writing leaves its buffer open, and what leaves the screen is never written.
+    """
+    held: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+    if held:
+        raise KeyboardInterrupt

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 class Terminal:
     """`kvstore top` on a terminal of 90 columns."""
 
-    def __init__(self, daemon: DaemonProcess, **environ: str) -> None:
+    def __init__(self, daemon: DaemonProcess, command: Sequence[str] = TOP, **environ: str) -> None:
         self._leader, follower = pty.openpty()
         env = {**daemon.environ(), "TERM": "xterm-256color", "COLUMNS": "90", "LINES": "30", **environ}
-        self.process = subprocess.Popen(TOP, env=env, stdin=follower, stdout=follower, stderr=follower)
+        self.process = subprocess.Popen(command, env=env, stdin=follower, stdout=follower, stderr=follower)
         os.close(follower)
         os.set_blocking(self._leader, False)
         self.text = ""
@@ -82,6 +82,39 @@ def test_a_terminal_shows_the_screen_and_is_left_as_it_was(daemon: DaemonProcess
     assert "700/701" in text and "0/500" in text and "unknown_prefix" in text
     drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text.replace("\x1b[H", "\n")).replace("\r", "\n")
     assert max(map(len, drawn.split("\n"))) == 90, "COLUMNS"
+
+
+# A signal at the end of the second frame, before rich writes what it has collected: the first is on the terminal.
+SIGNALLED = """
+import os, signal, sys
+from rich.console import Console
+from kvstore.cli import main, top_screen
+
+frames = []
+render, leave = top_screen.Screen.__rich_console__, Console._exit_buffer
+
+def counted(screen, console, options):
+    frames.append(1)
+    yield from render(screen, console, options)
+
+def signalled(console):
+    if len(frames) == 2:
+        frames.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+    leave(console)
+
+top_screen.Screen.__rich_console__, Console._exit_buffer = counted, signalled
+sys.argv = ["kvstore", "top"]
+main()
+"""
+
+
+def test_a_signal_in_the_middle_of_a_frame_leaves_the_terminal_as_it_was(daemon: DaemonProcess) -> None:
+    """What is written to leave the screen is not kept in a buffer."""
+    terminal = Terminal(daemon, [sys.executable, "-c", SIGNALLED])
+    terminal.wait(LEAVE)
+    assert terminal.process.wait(60) == 0
+    assert "Traceback" not in terminal.read()
 
 
 def test_no_color_is_respected(daemon: DaemonProcess) -> None:

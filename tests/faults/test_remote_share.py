@@ -74,7 +74,7 @@ def test_a_full_share_stops_pushes_and_nothing_else_until_it_has_room(
         assert "is full" in told["detail"] and "evict --remote" in told["detail"]
         assert (told["queued_blobs"], told["not_pushed"].get("failed", 0)) == (6, 0)
         looked = run_cli(["doctor"], one.environ())
-        assert looked.returncode == 1 and re.search("FIX +remote +full: .*evict --remote", looked.stdout)
+        assert looked.returncode == 1 and re.search("FIX +remote +full; .*evict --remote", looked.stdout)
         assert [path for path in objects_of(share) if path.name != "filler"] == held and findings(one) == ["filler"]
         assert fetched(writer, namespace).n_tokens == len(TOKENS) - 1
         wait_serving(client)
