@@ -94,7 +94,7 @@ def release_memory() -> None:
 
 
 def set_cache_limit(limit: int) -> int:
-    """Bound what MLX keeps for reuse to so many bytes, and give back what is over; returns the bound before.
+    """Limit the bytes that MLX keeps for reuse, and release the excess; returns the previous limit.
 
     Waits for the file objects that are being loaded, and loads begin after it: see `release_memory`. Any thread that
     is not loading one.

@@ -132,7 +132,7 @@ class Filler:
 
 
 def _with_scratch(views: list[memoryview], before: int, behind: int) -> list[memoryview]:
-    """The views, each with scratch for so many bytes before and behind it."""
+    """The views, each between scratch buffers of `before` and `behind` bytes."""
     if not before + behind:
         return views
     scratch = memoryview(bytearray((before + behind) * len(views)))

@@ -220,7 +220,7 @@ class LayerRead(Generic[T]):
 
 
 def _jobs(tensors: Sequence[tuple[Fill, memoryview]], jobs_max: int) -> list[list[tuple[Fill, memoryview]]]:
-    """Tensors by job: a job for each large one and one for all that are small, as far as there may be so many."""
+    """Tensors by job, at most `jobs_max`: one job for each large tensor, and one for all small ones."""
     jobs = [[one] for one in tensors if one[1].nbytes > SMALL_BYTES]
     if small := [one for one in tensors if one[1].nbytes <= SMALL_BYTES]:
         jobs.append(small)

@@ -64,7 +64,7 @@ class Counters:
 class Telemetry:
     """All that a daemon notes of its traffic: each part says which threads may call it.
 
-    `is_real`: False of the one for the calls of probes, which nobody reads (`silent`).
+    `is_real`: false for the one that probes get, whose values nothing reads (`silent`).
     """
 
     counters: Counters
@@ -74,7 +74,7 @@ class Telemetry:
     is_real: bool = True
 
     def silent(self, engine: Engine) -> Telemetry:
-        """One that takes everything, says nothing and is read by nobody."""
+        """A telemetry for probes: accepts every note, logs nothing, and nothing reads it."""
         requests = Requests(Traffic(), say=lambda *_, **__: None)
         return Telemetry(Counters(), requests, Why(engine.nearest, keeps=False), self.lifetime, is_real=False)
 

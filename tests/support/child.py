@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,16 +13,16 @@ from typing import Self
 STOP_TIMEOUT_S = 120.0
 
 
-class Child:
+class Child(ABC):
     """A context manager that starts the process and kills it; `process` is None before it was started."""
 
     def __init__(self, log_path: Path) -> None:
         self.log_path = log_path
         self.process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def start(self) -> Self:
         """Start it, and wait until it answers."""
-        raise NotImplementedError
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
