@@ -51,9 +51,9 @@ TRACED = re.compile(r"^\d+ +(?:\w+\(\d+<(?P<path>[^>]*)>.*|<\.\.\. \w+ resumed>.
 UNFINISHED = re.compile(r"^(?P<thread>\d+) +\w+\(\d+<(?P<path>[^>]*)>.*<unfinished \.\.\.>$")
 
 
-def proc(pid: int, name: str) -> dict[str, int]:
-    """The numbers of a file of /proc by name."""
-    lines = (line.split() for line in Path(f"/proc/{pid}/{name}").read_text().splitlines())
+def numbers(name: str) -> dict[str, int]:
+    """The numbers in a file of /proc, by their names."""
+    lines = (line.split() for line in Path("/proc", name).read_text().splitlines())
     return {parts[0].rstrip(":"): int(parts[1]) for parts in lines if len(parts) > 1 and parts[1].isdigit()}
 
 
@@ -94,7 +94,7 @@ def pressed(available_gib: float) -> Iterator[None]:
     if not available_gib:
         yield
         return
-    left = proc(0, "../meminfo")["MemAvailable"] * 1024 - int(available_gib * (1 << 30))
+    left = numbers("meminfo")["MemAvailable"] * 1024 - int(available_gib * (1 << 30))
     with subprocess.Popen(child("--touch", max(1 << 20, left), "wait"), stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "touched\n"
@@ -149,7 +149,7 @@ class Worker:
         """Store once, and what it took."""
         session, daemon = self.session(profile), self.pids[1]
         Path(f"/proc/{daemon}/clear_refs").write_text("5")  # the high-water mark of its memory starts anew
-        idle, before = proc(daemon, "status")["VmRSS"], self.written()
+        idle, before = numbers(f"{daemon}/status")["VmRSS"], self.written()
         stored, started = self.client.stats()["bytes"]["stored"], time.perf_counter()
         result = session.store(tokens, self.layers, wait=wait, timeout_s=900)
         took = time.perf_counter() - started
@@ -158,12 +158,12 @@ class Worker:
         assert result.durable or not wait, result
         found = {"took_s": took, "disk_bytes": self.written() - before}
         found["stored_bytes"] = self.client.stats()["bytes"]["stored"] - stored
-        found["over_idle_mib"] = (proc(daemon, "status")["VmHWM"] - idle) / 1024
+        found["over_idle_mib"] = (numbers(f"{daemon}/status")["VmHWM"] - idle) / 1024
         return found
 
     def written(self) -> int:
         """Bytes that both processes have had written to disks."""
-        return sum(proc(pid, "io")["write_bytes"] for pid in self.pids)
+        return sum(numbers(f"{pid}/io")["write_bytes"] for pid in self.pids)
 
     def round(self, profile: str, seed: int) -> dict[str, float]:
         """Everything once; the store is empty afterwards."""
