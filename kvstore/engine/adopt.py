@@ -234,7 +234,7 @@ def _put(site: Site, edit: Edit, row: Row) -> list[BlobId]:
         edit.put(row, site.cost(row))
     for old in replaced:
         if old is not same:
-            edit.remove(old)
+            edit.remove(old, by=row)
     return [old.blob for old in replaced if not old.is_lost]
 
 

@@ -367,7 +367,7 @@ class Writer:
             elif old.key in pins:
                 continue
             else:
-                edit.remove(old)
+                edit.remove(old, by=row)
             settled.replaced.append(old)
         if row.key not in edit.table:
             edit.put(row, self._shared.site.cost(row))

@@ -88,11 +88,11 @@ class Transfer:
     def chain(self, key: bytes) -> tuple[list[Row], int]:
         """The blocks up to a key and the checkpoints along them, parents first; none when it is gone.
 
-        And how many of them come before the first that refers to an aux block. CorruptDataError when the index is
-        damaged.
+        And how many of them come before the first that refers to an aux block. A longer block that replaced that of
+        the key counts as it. CorruptDataError when the index is damaged.
         """
         with self._shared.index.view() as view:
-            row = view.row(key)
+            row = self._row(view, key)
             try:
                 chain = _chain(view, row) if row is not None else []
             except NotFoundError:  # it is being evicted
@@ -102,13 +102,24 @@ class Transfer:
     def blob(self, key: bytes) -> list[bytes]:
         """The bytes of a block's blob, verified, in pieces; none when it is gone, damaged or encrypted.
 
-        CorruptDataError when it cannot be read to its end.
+        Of a longer block that replaced it, those of that. CorruptDataError when it cannot be read to its end.
         """
-        with self._shared.index.view() as view:
-            row = view.row(key)
-        if row is None or row.is_key_missing or self._shared.index.ring.key(row.root) is not None:
-            return []
-        return list(_leased_pieces(self._shared, row))
+        shared, tried = self._shared, None
+        while True:
+            with shared.index.view() as view:
+                row = self._row(view, key)
+            if row is None or row.blob == tried or row.is_key_missing or shared.index.ring.key(row.root) is not None:
+                return []
+            if pieces := list(_leased_pieces(shared, row)):
+                return pieces
+            tried = row.blob  # another blob may have taken its place just now
+
+    def _row(self, view: View, key: bytes) -> Row | None:
+        """The row of a key, or of the block that took its place."""
+        now: bytes | None = key
+        while now is not None and (row := view.row(now)) is None:
+            now = self._shared.index.replaced.get(now)  # longer each time, so this ends
+        return row
 
     def is_held(self, block: Block) -> bool:
         """Whether what is stored gives the tokens of this block, or the checkpoint, at no lower a rank."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from kvstore.blobs.keyring import KeyRing
 from kvstore.core.blocks import TOKEN_BYTES, count_tokens
+from kvstore.core.bounded import Bounded
 from kvstore.core.keys import aux_key, checkpoint_key
 from kvstore.core.records import TEMPLATES_MAX, parse_template
 from kvstore.errors import CorruptDataError, KVStoreError
@@ -35,6 +36,8 @@ from kvstore.index.rows import (
 )
 from kvstore.index.table import AUX, CHECKPOINT, Table
 
+# Keys of replaced rows that are remembered.
+REPLACED_MAX = 8192
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
 _SPACE = struct.Struct("<IQ")
 # The flags of the table that follow from the kind of a row.
@@ -67,11 +70,14 @@ def _refers(record: bytes) -> bool:
 class Contents:
     """What the last commit left, in memory: the table, namespaces by root, templates by id, and marks.
 
-    `held`: keys of aux rows that stores under way need, each with the number of these stores. Not stored.
+    Not stored: `held`, keys of aux rows that stores under way need, each with the number of these stores; `replaced`,
+    keys of tails whose rows went lately, each with the key of the longer block in its place. It is written under the
+    engine's lock; any thread may look a key up.
     """
 
     def __init__(self) -> None:
         self.held: Counter[bytes] = Counter()
+        self.replaced: Bounded[bytes, bytes] = Bounded(REPLACED_MAX)
         self.forget()
 
     def forget(self) -> None:
@@ -323,8 +329,10 @@ class Edit(View):
             self._txn.put(name, with_check(name, row.templates[name]), db=self._db["templates"])
             self._contents.templates[name] = row.templates[name]
 
-    def remove(self, row: Row) -> None:
-        """Delete a row, which has no children, and everything that points to it."""
+    def remove(self, row: Row, by: Row | None = None) -> None:
+        """Delete a row, which has no children, and everything that points to it. `by`: the row that takes its place."""
+        if by is not None:
+            self._contents.replaced[row.key] = by.key
         self._txn.delete(row.key, db=self._db["rows"])
         for entry in self._entries_of(row):
             self._txn.delete(entry, db=self._db["children"])

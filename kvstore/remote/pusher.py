@@ -51,8 +51,9 @@ class Pusher:
     """See the module. `start` begins the thread, `close` ends it and saves the queue. Blobs that refer to an aux block
     are not pushed: the remote store holds no aux blocks, so no host could decode them.
 
-    `load` gives the bytes of a blob, verified by the store that it lies in, in one or more parts; None when it is gone,
-    or must not leave this machine: a namespace whose data is encrypted is never pushed, since its keys are here alone.
+    `load` gives the bytes of a blob, verified by the store that it lies in, in one or more parts. Where a longer block
+    took its place, after the same parent, those of that. None when it is gone, or must not leave this machine: a
+    namespace whose data is encrypted is never pushed, since its keys are here alone.
     It is called on the thread of the pusher, may read, and raises KVStoreError only.
     """
 
@@ -160,7 +161,8 @@ class Pusher:
             return RemoteReason.GONE
         blob = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         block = parse_blob(blob)
-        if (block.root, block.key) != (item.root, item.key):
+        # A longer block may have taken its place, after the same parent.
+        if (block.root, block.parent) != (item.root, item.parent):
             raise CorruptDataError("the local store gave another blob than was asked for")
         if block.references:
             self.breaker.undecided()

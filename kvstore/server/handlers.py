@@ -136,8 +136,7 @@ class KVStoreService(rpc.KVStoreServicer):
             requests.fetched(prompt.asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
             if plan.match.slices and telemetry.is_real:
                 requests.traffic.ended_in(plan.match.slices[-1].row.key)
-                # The block before the last, too: a store of the same chat may replace a tail before it is looked at.
-                self._remote.push([part.row.key for part in (*plan.match.slices[-2:], plan.match.parts[-1])])
+                self._remote.push([plan.match.slices[-1].row.key, plan.match.parts[-1].row.key])
             await write_within(context, message, self._config.limits.stream_stall_s)
             if plan.namespace is None:
                 return
