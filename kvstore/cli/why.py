@@ -89,11 +89,13 @@ def command(
         answer = _ask(client, given, last or 0, namespace, model)
     rows = [_row(one, tokenizer, given) for one in answer["found"]]
     if as_json:
-        print_json({"found": rows, "not_kept": answer["not_kept"], "left_out": answer["left_out"]})
+        print_json({"found": rows, **{name: answer[name] for name in ("not_kept", "not_noted", "left_out")}})
         return
     for row in rows:
         print_facts(_title(row), _facts(row))
-    if last is not None and not rows:
+    if answer["not_noted"]:
+        note(f"{counted(answer['not_noted'], 'request')} not remembered yet, the disk is slow: ask again later")
+    elif last is not None and not rows:
         say("no request is remembered: none has come since the daemon started, or what they found was evicted")
     if last is not None and answer["not_kept"]:
         kinds = "encrypted, of salted tenants, too many at once, or noted too late"

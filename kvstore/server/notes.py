@@ -1,13 +1,15 @@
 """What `kvstore why` remembers of requests: each is noted once its answer is under way, so that no worker waits for it.
 
-A store has to wait for the requests before it: what it stores would be told as what was there. It waits STORE_WAIT_S at
-most, since a note reads the index, on one thread for all clients, and a disk may be slow. What is not noted by then is
-dropped, and counted with the requests of which nothing is kept.
+A store has to wait for the requests before it: what it stores would be told as what was there. A note reads the index,
+on one thread for all clients, and a disk may be slow, so it waits NOTED_S at most. Notes that are not made by then are
+dropped, and counted with the requests of which nothing is kept. Until the thread is through with them no other store
+waits; the notes before it are dropped, too.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 from kvstore.engine import Match
 from kvstore.server.arguments import AskedPrompt
@@ -18,7 +20,7 @@ NOTES_MAX = 32
 # Until then the reply is there: where there are two processors, what is noted would take one from its reader.
 NOTE_AFTER_S = 0.005
 # A note takes about as long as a match, so this is far more than NOTES_MAX of them take on a disk that answers.
-STORE_WAIT_S = 1.0
+NOTED_S = 1.0
 
 
 class Notes:
@@ -29,6 +31,7 @@ class Notes:
         self._pool = pool
         self._last = 0  # number of the latest note
         self._overtaken = 0  # number of the latest note that a store did not wait for
+        self._ended = 0  # number of the latest note that the thread is through with
 
     def add(self, prompt: AskedPrompt, match: Match, remote: str = "") -> None:
         """Have a request remembered, while its worker goes on; of more than NOTES_MAX, counted.
@@ -41,9 +44,15 @@ class Notes:
             return
         self._last += 1
         bare = Match(match.n_tokens, match.reason, common_tokens=match.common_tokens, nearest=match.nearest)
-        is_late = functools.partial(self._is_overtaken, self._last)
-        what = (prompt.asked, prompt.chain, bare, prompt.identity, prompt.since, remote, is_late)
-        self._pool.post_later(NOTE_AFTER_S, why.note, *what)
+        what = (prompt.asked, prompt.chain, bare, prompt.identity, prompt.since, remote)
+        self._pool.post_later(NOTE_AFTER_S, self._note, self._last, functools.partial(why.note, *what))
+
+    def _note(self, number: int, note: Callable[..., None]) -> None:
+        """On the thread."""
+        try:
+            note(is_late=functools.partial(self._is_overtaken, number))
+        finally:
+            self._ended = number
 
     def _is_overtaken(self, number: int) -> bool:
         """Whether a store went on without this note. Any thread."""
@@ -52,5 +61,5 @@ class Notes:
     async def await_before_store(self) -> None:
         """Wait until the requests so far are noted. Those that take too long are dropped."""
         last = self._last
-        if not self._is_overtaken(last) and not await self._pool.settled(STORE_WAIT_S):
+        if self._ended < self._overtaken or await self._pool.settled(NOTED_S):
             self._overtaken = max(self._overtaken, last)

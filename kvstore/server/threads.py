@@ -106,10 +106,10 @@ class Pool:
         for work, args in later:
             self.post(work, *args)
 
-    async def settled(self, timeout_s: float | None = None) -> bool:
-        """Wait until all is done that was posted before, at most `timeout_s`. Returns whether it is."""
+    async def settled(self, timeout_s: float) -> int:
+        """Wait until all is done that was posted before, at most `timeout_s`. Returns how much of it is not."""
         self._post_all()
-        return not self._posted or not (await asyncio.wait(self._posted, timeout=timeout_s))[1]
+        return len((await asyncio.wait(self._posted, timeout=timeout_s))[1]) if self._posted else 0
 
     def close(self, *, drop: bool = True) -> None:
         """Finish what runs. What waits is dropped, or with `drop=False` finished, too. Idempotent."""

@@ -12,8 +12,8 @@ import pytest
 
 from kvstore.client.client import Client
 from kvstore.core.blocks import Reason, pack_tokens
-from kvstore.server.notes import NOTES_MAX, STORE_WAIT_S
-from tests.support.daemon import SERVE, DaemonProcess
+from kvstore.server.notes import NOTED_S, NOTES_MAX
+from tests.support.daemon import SERVE, DaemonProcess, run_cli
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -24,22 +24,23 @@ HELD_S = 0.5
 HELD = """
 import os, time
 from kvstore.server import notes
+from kvstore.server.admin import admin
 from kvstore.telemetry.why import Why
 note = Why.note
-def held(*arguments):
+def held(*arguments, **named):
     while not os.path.exists({gate!r}):
         time.sleep(0.005)
-    note(*arguments)
+    note(*arguments, **named)
 Why.note = held
-notes.STORE_WAIT_S = {store_wait_s}
+notes.NOTED_S = admin.NOTED_S = {noted_s}
 """
 
 
 class Held:
     """A client of such a daemon."""
 
-    def __init__(self, client: Client, gate: Path) -> None:
-        self.client = client
+    def __init__(self, client: Client, gate: Path, environ: dict[str, str]) -> None:
+        self.client, self.environ = client, environ
         self.let_go = gate.touch
         self.session = patient(client, make_namespace(LAYOUT))
 
@@ -64,13 +65,13 @@ class Held:
 
 
 @contextlib.contextmanager
-def held(folder: Path, store_wait_s: float = 600.0) -> Iterator[Held]:
+def held(folder: Path, noted_s: float = 600.0) -> Iterator[Held]:
     """Run one. It ends only once its notes are let go."""
     gate = folder / "gate"
-    program = HELD.format(gate=str(gate), store_wait_s=store_wait_s) + SERVE
+    program = HELD.format(gate=str(gate), noted_s=noted_s) + SERVE
     with DaemonProcess(folder / "data", program=program) as daemon, client_of(daemon) as client:
         try:
-            yield Held(client, gate)
+            yield Held(client, gate, daemon.environ())
         finally:
             gate.touch()
 
@@ -100,7 +101,7 @@ def test_a_store_waits_until_the_request_before_it_is_noted(tmp_path: Path) -> N
 
 def test_a_note_that_takes_too_long_holds_up_no_store(tmp_path: Path) -> None:
     """The disk is slow: the store goes on. What may be wrong by then is not kept, and that is counted."""
-    with held(tmp_path, STORE_WAIT_S) as daemon:
+    with held(tmp_path, NOTED_S) as daemon:
         tokens = list(range(1000, 1300))
         for _ in range(2):
             assert not daemon.session.fetch(tokens)
@@ -111,6 +112,21 @@ def test_a_note_that_takes_too_long_holds_up_no_store(tmp_path: Path) -> None:
         assert [one["given_tokens"] for one in answer["found"]] == [299] and answer["not_kept"] == 2
         assert daemon.session.match(tokens).n_tokens == 299 and daemon.store([*tokens, 1])
         assert len(daemon.told()["found"]) == 2, "later ones are noted as ever"
+
+
+def test_why_answers_without_the_notes_that_do_not_come_and_says_how_many(tmp_path: Path) -> None:
+    """Else a disk that hangs would leave whoever asks without a word."""
+    with held(tmp_path, HELD_S) as daemon:
+        for number in range(3):
+            assert daemon.session.match([number] * 100).reason is Reason.IDENTITY
+        answer = daemon.told()
+        assert (answer["found"], answer["not_noted"]) == ([], 3)
+        shown = run_cli(["why", "--last", "9"], daemon.environ)
+        assert shown.returncode == 0 and "3 requests not remembered yet" in shown.stderr
+        daemon.let_go()
+        while (answer := daemon.told())["not_noted"]:
+            pass
+        assert len(answer["found"]) == 3
 
 
 def test_requests_that_cannot_be_noted_in_time_are_counted(tmp_path: Path) -> None:

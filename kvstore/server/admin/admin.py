@@ -27,6 +27,7 @@ from kvstore.server.admin.stats import (
 from kvstore.server.calls.callers import calling
 from kvstore.server.calls.rpc_errors import Context, streaming, unary
 from kvstore.server.counters import Telemetry, moment_of
+from kvstore.server.notes import NOTED_S
 from kvstore.server.policy.admission import DETAILS, READ_ONLY
 from kvstore.server.policy.pressure import Pressure
 from kvstore.server.storing.importer import Importer
@@ -149,8 +150,10 @@ class AdminService(rpc.AdminServicer):
 
     @unary
     async def Why(self, request: pb.WhyRequest, context: Context) -> pb.WhyReply:
-        await self._threads.note.settled()
-        return await self._threads.admin(self._explainer.reply, request)
+        not_noted = await self._threads.note.settled(NOTED_S)
+        reply = await self._threads.admin(self._explainer.reply, request)
+        reply.not_noted = not_noted
+        return reply
 
     @unary
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:

@@ -1101,14 +1101,16 @@ class WhyRequest(_message.Message):
     def __init__(self, last: _Optional[int] = ..., tokens: _Optional[bytes] = ..., namespace_prefix: _Optional[bytes] = ..., alias: _Optional[str] = ..., context: bool = ...) -> None: ...
 
 class WhyReply(_message.Message):
-    __slots__ = ("found", "not_kept", "left_out")
+    __slots__ = ("found", "not_kept", "left_out", "not_noted")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     NOT_KEPT_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    NOT_NOTED_FIELD_NUMBER: _ClassVar[int]
     found: _containers.RepeatedCompositeFieldContainer[Explanation]
     not_kept: int
     left_out: int
-    def __init__(self, found: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., not_kept: _Optional[int] = ..., left_out: _Optional[int] = ...) -> None: ...
+    not_noted: int
+    def __init__(self, found: _Optional[_Iterable[_Union[Explanation, _Mapping]]] = ..., not_kept: _Optional[int] = ..., left_out: _Optional[int] = ..., not_noted: _Optional[int] = ...) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("at_ms", "request_id", "pid", "namespace_id", "alias", "prompt_tokens", "given_tokens", "common_tokens", "reason", "cause", "identity_field", "other_namespace_id", "other_alias", "other_tokens", "unstored_reason", "before", "asked", "stored", "nearest_key", "store", "prefix", "asked_more", "stored_more", "remote")
