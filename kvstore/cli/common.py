@@ -1,4 +1,7 @@
-"""Shared code of the verbs: common options, the connection, and output for people or for programs."""
+"""Shared code of the verbs: common options, the connection, and output for people or for programs.
+
+Rich is imported by what draws: neither a daemon nor an answer in JSON waits for it.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.cells import cell_len
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from kvstore.config import SHIPPED_PROFILES, Config, load_config, parse_age, parse_size
 from kvstore.core.text import counted as counted
@@ -25,6 +24,10 @@ from kvstore.core.text import span_text as span_text
 from kvstore.errors import ConfigError, KVStoreError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     from kvstore.client.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -145,6 +148,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     Only cells with several words are folded: an id or a path is there to be copied. Where the rest is wider than the
     terminal, lines are longer than it.
     """
+    from rich.cells import cell_len
+    from rich.table import Table
+
     out = console()
     is_number = [numbers[index : index + 1] == "n" for index in range(len(columns))]
     cells = [columns, *([plain_text(cell) for cell in row] for row in rows)]
@@ -186,6 +192,8 @@ def _print_unpadded(out: Console, table: Table) -> None:
 
 def print_facts(title: str, facts: Sequence[tuple[str, str]]) -> None:
     """Names and values, one a line, under a title. No line is folded: a path is there to be copied."""
+    from rich.text import Text
+
     width = max((len(name) for name, _ in facts), default=0)
     out = console()
     out.print(_cell(title, "bold"))
@@ -207,6 +215,8 @@ def shortener(texts: Iterable[str]) -> Callable[[str], str]:
 
 def _cell(text: str, style: str = "") -> Text:
     """Text for a terminal as it stands: neither its escapes nor rich's markup. What workers say ends up here."""
+    from rich.text import Text
+
     return Text(plain_text(text), style=style)
 
 
@@ -230,6 +240,8 @@ def console() -> Console:
 
     As wide as COLUMNS says, else as the terminal is, else without an end.
     """
+    from rich.console import Console
+
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isascii() and columns.isdigit() and 0 < int(columns) <= WIDTH_MAX else None
     return Console(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -90,6 +91,9 @@ def command(
     if as_json:
         print_json({"pid": os.getpid(), "listen": config.listen, "data_dir": str(config.data_dir)})
         sys.stdout.flush()
+    gc.disable()  # what is imported stays: collecting in it is a tenth of a start
     from kvstore.server.daemon import serve
 
+    gc.freeze()
+    gc.enable()
     return serve(config, create=create, log_json=log_json, at_once=yes)

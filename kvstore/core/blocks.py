@@ -11,6 +11,8 @@ are those after the last full block, so it may have none.
 
 An *aux* block holds bytes that recipes of its namespace refer to, such as the basis of a calibrated codec. It has no
 tokens, and its key follows from the digest of the bytes.
+
+NumPy is imported where tokens are packed or compared: verbs that name reasons and recipes do not wait for it.
 """
 
 from __future__ import annotations
@@ -19,8 +21,6 @@ import enum
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-
-import numpy as np
 
 from kvstore.errors import CorruptDataError, InvalidRequestError
 
@@ -105,6 +105,8 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
         if len(packed) % TOKEN_BYTES:
             raise InvalidRequestError(f"packed tokens must be a multiple of {TOKEN_BYTES} bytes, got {len(packed)}")
         return packed
+    import numpy as np
+
     try:
         array = np.asarray(tokens if isinstance(tokens, (list, np.ndarray)) else list(tokens))
         if array.size == 0:
@@ -120,6 +122,8 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
 
 def unpack_tokens(packed: bytes) -> list[int]:
     """The token ids of packed bytes, as Python integers."""
+    import numpy as np
+
     ids: list[int] = np.frombuffer(packed, dtype="<i8").tolist()
     return ids
 
@@ -134,6 +138,8 @@ def common_tokens(a: bytes, b: bytes) -> int:
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n // TOKEN_BYTES
+    import numpy as np
+
     different = np.frombuffer(a, "<i8", n // TOKEN_BYTES) != np.frombuffer(b, "<i8", n // TOKEN_BYTES)
     return int(different.argmax())
 

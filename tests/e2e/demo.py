@@ -272,10 +272,10 @@ class Demo:
         self._say = say
         say("Preparing the small trained model (11 M parameters) ...")
         self.model = Model(expand_small_lm(folder / "small-lm"), folder / "cache")
-        say(f"Running it cold over {windows * CHECKED_TOKENS:,} positions of held-out text ...")
-        self._windows = self.model.windows(windows)
         say("Asking a plain mlx_lm.server, without a store or memory of earlier prompts, for the cold answers ...")
         self.cold = self._cold_answers()
+        say(f"Running it cold over {windows * CHECKED_TOKENS:,} positions of held-out text ...")
+        self._windows = self.model.windows(windows)
 
     def _cold_answers(self) -> list[Answer]:
         log, environ = self._folder / "cold.log", {**os.environ}

@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 
-import psutil
-
 # The state is read this often: `pmset` is a process.
 READ_EVERY_S = 60.0
 _PMSET_TIMEOUT_S = 5.0
@@ -34,6 +32,8 @@ class Power:
 
 def read_power() -> str:
     """What the system says now. What cannot be asked counts as mains."""
+    import psutil  # no daemon waits for it before it serves
+
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery is not None and battery.power_plugged is False:
         return "on battery"
