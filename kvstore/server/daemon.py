@@ -148,7 +148,7 @@ class Daemon:
         layers = LayerFrames(engine, lane, buffers)
         counters, why = Counters(), Why(engine.nearest, keeps=config.encrypt != "all")
         telemetry = Telemetry(counters, Requests(lifetime.traffic), why, lifetime)
-        stores = Stores(store, threads, config)
+        stores = Stores(store, threads)
         service = KVStoreService(engine, store, stores, fetch, remote, layers, threads, telemetry, config)
         admission = Admission(config, counters.refusals)
         sockets = Sockets(config, counters.refusals)

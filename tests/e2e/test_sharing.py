@@ -22,6 +22,7 @@ from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import DaemonProcess
+from tests.support.slow_disk import SlowDisk
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=32)
@@ -156,6 +157,12 @@ def commit(stub: Any, begun: pb.BeginStoreReply) -> tuple[int, str]:
     return last.stored_tokens, last.reason
 
 
+def send(stub: Any, begun: pb.BeginStoreReply) -> tuple[int, str]:
+    """Hand over what was asked for, and commit it."""
+    stub.Upload(iter([pb.UploadChunk(upload_id=begun.upload_id, data=bytes(begun.upload_bytes))]))
+    return commit(stub, begun)
+
+
 def test_a_worker_is_not_asked_for_what_another_is_sending(daemon: DaemonProcess) -> None:
     """It waits for the other, and both are told that all is stored."""
     with grpc.insecure_channel(daemon.listen) as channel, ThreadPoolExecutor(1) as pool:
@@ -163,8 +170,7 @@ def test_a_worker_is_not_asked_for_what_another_is_sending(daemon: DaemonProcess
         first, second = begin_twice(stub)
         assert (first.upload_bytes, second.upload_bytes) == (600 * LAYOUT.token_bytes, 0)
         waiting = pool.submit(commit, stub, second)
-        stub.Upload(iter([pb.UploadChunk(upload_id=first.upload_id, data=bytes(first.upload_bytes))]))
-        assert commit(stub, first) == waiting.result(timeout=60) == (600, Reason.OK)
+        assert send(stub, first) == waiting.result(timeout=60) == (600, Reason.OK)
     assert len(daemon.blobs()) == 3
 
 
@@ -181,6 +187,28 @@ def test_a_worker_that_waited_for_one_that_died_is_told_what_was_stored(daemon: 
         third, _ = begin_twice(stub)
         assert third.upload_bytes == 600 * LAYOUT.token_bytes
     assert daemon.blobs() == []
+
+
+def test_a_worker_waits_as_long_as_the_daemon_writes_what_another_sent(tmp_path: Path) -> None:
+    """Far longer than a silent worker is waited for: an upload on a slow disk is no dead one."""
+    idle_s = 3
+    with (
+        SlowDisk(tmp_path / "data", limits={"upload_idle_s": idle_s}, profile="raw") as daemon,
+        grpc.insecure_channel(daemon.listen) as channel,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        stub: Any = rpc.KVStoreStub(channel)
+        first, second = begin_twice(stub)
+        daemon.hold("fsync")
+        sending = pool.submit(send, stub, first)
+        try:
+            daemon.await_held("fsync")
+            waiting = pool.submit(commit, stub, second)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=2 * idle_s)
+        finally:
+            daemon.release("fsync")
+        assert sending.result(timeout=60) == waiting.result(timeout=60) == (600, Reason.OK)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import time
 
-from kvstore.config import Config
 from kvstore.core.blocks import Reason
 from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
@@ -25,10 +23,9 @@ LOOK_AGAIN_S = 0.02
 class Stores:
     """Starts, commits and ends uploads, which `StorePath` carries out. Event loop only."""
 
-    def __init__(self, store: StorePath, threads: Threads, config: Config) -> None:
+    def __init__(self, store: StorePath, threads: Threads) -> None:
         self._store = store
         self._threads = threads
-        self._config = config
         self._running: dict[str, tuple[Upload, asyncio.Task[StoreOutcome]]] = {}  # by upload_id
 
     def begin(self, upload: Upload) -> asyncio.Task[StoreOutcome]:
@@ -82,16 +79,13 @@ class Stores:
             raise
 
     async def _await_others(self, upload: Upload) -> None:
-        """Wait until the uploads that this one depends on have ended, at most upload_idle_s.
+        """Wait until the uploads that this one depends on have ended, or this one was given up.
 
+        Without a limit of its own: what is listed is alive. One whose worker is silent is reaped, and one that the
+        daemon is writing ends when the disk does. They were listed before this one, so none of them waits for it.
         It waits here and not on a thread: waiting uploads must not use up the threads that the others need.
         """
-        deadline = time.monotonic() + self._config.limits.upload_idle_s
-        while (
-            self._store.uploads.any_listed(upload.depends_on)
-            and upload.intake.error is None
-            and time.monotonic() < deadline
-        ):
+        while self._store.uploads.any_listed(upload.depends_on) and upload.intake.error is None:
             await asyncio.sleep(LOOK_AGAIN_S)
 
     def _ended(self, upload: Upload, task: asyncio.Task[StoreOutcome]) -> None:
