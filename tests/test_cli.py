@@ -775,6 +775,13 @@ def test_sizes_for_people_have_few_digits(nbytes: int, text: str) -> None:
     assert common.size_text(nbytes) == text
 
 
+def test_a_size_is_said_once_where_it_is_exact(client: FakeClient) -> None:
+    """In bytes as well only where these say more."""
+    assert [common.both_sizes_text(n) for n in (123, 4_000_001)] == ["123 B", "4.0 MB (4000001 bytes)"]
+    client.blocks = [{**BLOCK, "bytes": 123}]
+    assert "on disk    123 B\n" in invoke("show", "cdcd").stdout
+
+
 def test_times_for_people_are_rough() -> None:
     """The largest unit of which there are two."""
     assert [common.span_text(n) for n in (0, 119, 120, 7199, 7200, 172_800)] == [

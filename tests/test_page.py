@@ -92,6 +92,13 @@ def test_bars_are_the_hours_of_the_history(monkeypatch: pytest.MonkeyPatch) -> N
     assert [one.label for one in bucketed([], NOW_S)][-1] == page.local(NOW_S).strftime("%H:00")
 
 
+@pytest.mark.parametrize(("uptime_s", "words"), [(600, "in the 10 m since the start"), (3600, "in the last hour")])
+def test_the_figures_of_late_say_their_span(uptime_s: int, words: str) -> None:
+    """A daemon that is up for ten minutes knows of no hour."""
+    text = made(5, uptime_s=uptime_s)
+    assert text.count(f"{words} ") == 2 and ("last hour" in text) == (uptime_s >= HOUR_S)
+
+
 def test_hours_of_another_time_are_left_out() -> None:
     """Of a clock that was ahead, or before the window."""
     hours = made_history(5)

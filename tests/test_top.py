@@ -96,6 +96,12 @@ def test_no_line_is_wider_than_the_terminal_and_the_screen_fits_its_height(width
         assert len(lines) <= height, height
 
 
+def test_the_last_hour_is_told_once_it_is_one() -> None:
+    """Until then it is what was served since the start."""
+    assert "last hour" not in drawn(shown()) and "since start" in drawn(shown())
+    assert "last hour" in drawn(shown(daemon={**stats()["daemon"], "uptime_s": 3600}))
+
+
 def test_a_lost_daemon_is_said_and_what_was_known_stays() -> None:
     """Until there is a reply again."""
     screen = shown()

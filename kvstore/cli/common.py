@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvstore.config import SHIPPED_PROFILES, Config, load_config, parse_age, parse_size
+from kvstore.core.text import both_sizes_text as both_sizes_text
 from kvstore.core.text import counted as counted
 from kvstore.core.text import plain_text
 from kvstore.core.text import size_text as size_text

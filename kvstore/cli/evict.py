@@ -8,6 +8,7 @@ import click
 
 from kvstore.cli.common import (
     age_option,
+    both_sizes_text,
     client_config,
     common_options,
     connected,
@@ -111,8 +112,7 @@ def command(
     if as_json:
         print_json({"dry_run": dry_run, **report})
         return
-    freed_bytes = report["freed_bytes"]
-    freed = size_text(freed_bytes) + (f" ({freed_bytes} bytes)" if freed_bytes >= 1000 else "")
+    freed = both_sizes_text(report["freed_bytes"])
     kept = report.get("kept_bytes", 0)
     later = f"; {size_text(kept)} more when readers let go" if kept else ""
     if pinned := report.get("pinned_bytes", 0):

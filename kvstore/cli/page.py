@@ -16,7 +16,7 @@ from typing import Any
 
 from kvstore import __version__
 from kvstore.cli.charts import Chart, bar_chart
-from kvstore.cli.stats_text import projected_text, saved_text, share_text
+from kvstore.cli.stats_text import projected_text, saved_text, share_text, spans
 from kvstore.core.reasons import is_needed, words_of
 from kvstore.core.text import plain_text, size_text, span_text
 
@@ -157,7 +157,9 @@ def bucketed(hours: Sequence[Mapping[str, Any]], now_s: float) -> list[Bucket]:
 
 def tiles(stats: Mapping[str, Any], now_s: float) -> list[dict[str, Any]]:
     """The figures at the top: name, figure, what it means, and a share for a meter."""
-    total, hour = stats.get("lifetime") or {}, stats.get("last_hour") or {}
+    span = next(iter(spans(stats).values()))
+    total, lately = stats.get("lifetime") or {}, stats.get(span) or {}
+    when = "last hour" if span == "last_hour" else f"{span_text(stats['daemon']['uptime_s'])} since the start"
     disk = stats["disk"]
     written, reused = total.get("written_bytes", 0), total.get("reused_bytes", 0)
     year = projected_text(stats, now_s)
@@ -169,13 +171,13 @@ def tiles(stats: Mapping[str, Any], now_s: float) -> list[dict[str, Any]]:
         {
             "name": "From the store",
             "figure": share_text(total),
-            "about": f"of the prompt tokens; in the last hour {share_text(hour)}",
+            "about": f"of the prompt tokens; in the {when} {share_text(lately)}",
             "meter": 100 * total.get("hit_tokens", 0) / max(1, total.get("prompt_tokens", 0)),
         },
         {
             "name": "Prefill time saved",
             "figure": saved_text(total),
-            "about": f"in the last hour {saved_text(hour)}",
+            "about": f"in the {when} {saved_text(lately)}",
         },
         {
             "name": "Tokens saved",

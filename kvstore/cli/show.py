@@ -9,6 +9,7 @@ import click
 
 from kvstore.cli.common import (
     age_text,
+    both_sizes_text,
     client_config,
     common_options,
     connected,
@@ -91,7 +92,7 @@ def _block(block: dict[str, Any], short: Callable[[str], str]) -> list[tuple[str
         return [
             ("namespace", short(block["namespace_id"])),
             ("basis", f"{block['references']:,} blocks refer to it; {lost}"),
-            ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
+            ("on disk", both_sizes_text(block["bytes"])),
             ("created", time_text(block["created_s"])),
             ("file", block["path"]),
         ]
@@ -103,7 +104,7 @@ def _block(block: dict[str, Any], short: Callable[[str], str]) -> list[tuple[str
         ("fidelity", fidelity_text(block["fidelity"])),
         *([("re-encoded", f"relative error {error:.2%}")] if (error := block.get("error", 0.0)) else []),
         ("recipes", f"{short(', '.join(block['recipes']))} in {block['runs']} runs"),
-        ("on disk", f"{size_text(block['bytes'])} ({block['bytes']} bytes)"),
+        ("on disk", both_sizes_text(block["bytes"])),
         ("created", time_text(block["created_s"])),
         ("used", time_text(block["accessed_s"])),
         ("file", block["path"]),

@@ -43,6 +43,14 @@ def print_stats(stats: dict[str, Any], listen: str) -> None:
     print_facts("under way", _load(stats.get("load") or {}))
 
 
+def spans(stats: Mapping[str, Any]) -> dict[str, str]:
+    """The spans that traffic is told of, the shortest first: their names, and those of their fields in stats."""
+    found = {"last hour": "last_hour", "since start": "since_start", "lifetime": "lifetime"}
+    if stats["daemon"]["uptime_s"] < HOUR_S:  # the last hour begins with the daemon: the same numbers twice
+        del found["last hour"]
+    return found
+
+
 def share_text(traffic: Mapping[str, Any]) -> str:
     """Which part of the prompt tokens that were asked for came out of the store."""
     asked = traffic.get("prompt_tokens", 0)
@@ -56,9 +64,7 @@ def saved_text(traffic: Mapping[str, Any]) -> str:
 
 
 def _print_served(stats: dict[str, Any]) -> None:
-    columns = {"last hour": "last_hour", "since start": "since_start", "lifetime": "lifetime"}
-    if stats["daemon"]["uptime_s"] < HOUR_S:  # the last hour begins with the daemon: the same numbers twice
-        del columns["last hour"]
+    columns = spans(stats)
     scopes = [stats.get(name) or _EMPTY for name in columns.values()]
     rows = [
         ("prompt tokens from the store", *(share_text(one) for one in scopes)),

@@ -12,12 +12,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from kvstore.cli.stats_text import projected_text, saved_text, share_text
+from kvstore.cli.stats_text import projected_text, saved_text, share_text, spans
 from kvstore.core.reasons import NOT_NEEDED, WHOLE
 from kvstore.core.remote_words import RemoteState
 from kvstore.core.text import plain_text, size_text, span_text, took_text
 
-SCOPES = (("last hour", "last_hour"), ("since start", "since_start"), ("lifetime", "lifetime"))
 # Seconds that the small curves go back.
 CURVE_S = 30
 WORKERS_MAX = 8
@@ -122,9 +121,9 @@ class Screen:
         return head.append(clock.rjust(max(0, width - head.cell_len)))
 
     def _served(self, width: int) -> Table:
-        rows = []
-        for title, scope in SCOPES:
-            one, style = self.stats.get(scope) or {}, "bold" if scope == "last_hour" else ""
+        rows: list[dict[str, Text]] = []
+        for title, span in spans(self.stats).items():
+            one, style = self.stats.get(span) or {}, "" if rows else "bold"
             rows.append(
                 {
                     "served": Text(title, "dim"),

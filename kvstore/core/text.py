@@ -33,6 +33,11 @@ def size_text(nbytes: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or value >= 99.95 else f"{value:.1f} {unit}"
 
 
+def both_sizes_text(nbytes: int) -> str:
+    """Bytes for people, and exactly where that says more."""
+    return size_text(nbytes) + (f" ({nbytes} bytes)" if nbytes >= 1000 else "")
+
+
 def counted(count: int, noun: str) -> str:
     """A number and what it counts: "1 block", "2,000 blocks"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
