@@ -101,6 +101,19 @@ def test_every_module_class_and_public_function_says_what_it_is(path: Path) -> N
             assert ast.get_docstring(node), node.name
 
 
+def test_what_may_be_gone_by_now_is_looked_at_in_one_place() -> None:
+    """A file goes between a listing and a look. These two leave it out; a listing of one's own fails now and then."""
+    homes = {"kvstore/blobs/fs.py", "tests/support/files.py"}
+    live = [path for room in ("e2e", "faults", "support") for path in (ROOT / "tests" / room).rglob("*.py")]
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for paths, words in ((SOURCES, (".st_blocks", ".rglob(")), (live, ("sum(path.stat()", ".rglob(")))
+        for path in paths
+        if any(word in path.read_text(encoding="utf-8") for word in words)
+    }
+    assert found <= homes
+
+
 def test_a_basename_stands_twice_only_where_it_is_a_verb() -> None:
     """Verbs go through the layers, from `cli` or `bench` to `engine`; any other name has one meaning and one file."""
     homes: dict[str, list[str]] = {}

@@ -35,6 +35,7 @@ from tests.support.engine import (
     sequence,
     values,
 )
+from tests.support.files import contents_below
 
 MASTER = bytes(range(32))
 NS = namespace("secret")
@@ -55,7 +56,7 @@ def opened(path: Path, master: bytes = MASTER) -> Engine:
 
 def bytes_at_rest(path: Path) -> bytes:
     """Everything in the data directory."""
-    return b"".join(file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file())
+    return b"".join(contents_below(path).values())
 
 
 def test_neither_tokens_nor_values_of_an_encrypted_namespace_are_readable_at_rest(tmp_path: Path) -> None:

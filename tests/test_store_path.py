@@ -20,6 +20,7 @@ from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
 from kvstore.server.storing.store import StoreOutcome, StorePath, StorePlan, StoreRequest
 from tests.support import engine as hybrid
+from tests.support.files import paths_below
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -75,7 +76,7 @@ class Rig:
 
     def files(self) -> list[Path]:
         """Whatever lies among the blobs."""
-        return list(self.engine._shared.directory.blobs.rglob("*.safetensors*"))
+        return [path for path in paths_below(self.engine._shared.directory.blobs) if ".safetensors" in path.name]
 
     def require(self, **settings: object) -> None:
         """Go on with these settings."""

@@ -159,6 +159,27 @@ def replace_file(path: Path, data: bytes, sync: bool) -> None:
         fs.fsync_dir(str(path.parent))
 
 
+def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder; nothing where there is no folder any more."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
+        yield from found
+
+
+def still_there(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result]]:
+    """Each path with what lstat says of it. A file may go after it was listed, so one that is gone is left out."""
+    for path in paths:
+        try:
+            info = os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        yield str(path), info
+
+
+def taken_bytes(paths: Iterable[str | Path]) -> int:
+    """Bytes on disk of files and folders themselves; one that is gone takes none."""
+    return sum(info.st_blocks * 512 for _, info in still_there(paths))
+
+
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
     """Unlink files; those that are gone already do not count. Returns what went wrong otherwise."""
     errors: list[OSError] = []
@@ -175,10 +196,10 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
 def sync_tree(fs: Fs, top: str) -> None:
     """Sync every file and folder below `top`, of what was written without. Links are not followed. Raises OSError."""
     for folder, _, names in os.walk(top, topdown=False):
-        for path in (os.path.join(folder, name) for name in names):
-            if not stat.S_ISREG(os.lstat(path).st_mode):
+        for path, info in still_there(os.path.join(folder, name) for name in names):
+            if not stat.S_ISREG(info.st_mode):
                 continue
-            with opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
+            with contextlib.suppress(FileNotFoundError), opened(path, os.O_RDONLY | os.O_NOFOLLOW) as fd:
                 fs.fsync(fd)
         fs.fsync_dir(folder)
 

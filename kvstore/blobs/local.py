@@ -16,7 +16,16 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kvstore.blobs.fs import Fs, PendingFile, unlink_quietly, write_durably, write_pending
+from kvstore.blobs.fs import (
+    Fs,
+    PendingFile,
+    entries,
+    still_there,
+    taken_bytes,
+    unlink_quietly,
+    write_durably,
+    write_pending,
+)
 from kvstore.blobs.protocol import TMP_SUFFIX, BlobId, Entry, Room, Source, disk_bytes, parse_name, parse_root
 from kvstore.blobs.ranges import FileReader, FileSource
 from kvstore.errors import DirectoryError
@@ -83,14 +92,13 @@ class LocalBlobs:
                     yield Entry(folder.path, None, _size(folder))
 
     def _entries(self, root: bytes, folder: str) -> Iterator[Entry]:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            for entry in entries:
-                is_file = entry.is_file(follow_symlinks=False)
-                blob = parse_name(root, entry.name.removesuffix(TMP_SUFFIX)) if is_file else None
-                if blob is None and entry.name.removesuffix(TMP_SUFFIX) == IDENTITY:
-                    continue
-                unfinished = blob is not None and entry.name.endswith(TMP_SUFFIX)
-                yield Entry(entry.path, blob, _size(entry), unfinished)
+        for entry in entries(folder):
+            is_file = entry.is_file(follow_symlinks=False)
+            blob = parse_name(root, entry.name.removesuffix(TMP_SUFFIX)) if is_file else None
+            if blob is None and entry.name.removesuffix(TMP_SUFFIX) == IDENTITY:
+                continue
+            unfinished = blob is not None and entry.name.endswith(TMP_SUFFIX)
+            yield Entry(entry.path, blob, _size(entry), unfinished)
 
     def size(self, blob: BlobId) -> int | None:
         """st_size."""
@@ -130,13 +138,12 @@ class LocalBlobs:
         """Unlink files of dropped folders, then the folders; what the disk keeps stays for a later call."""
         freed = 0
         for folder in self._dropped():
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if count_max <= 0:
-                        return freed
-                    nbytes = 0 if entry.name == IDENTITY else disk_bytes(_size(entry))
-                    count_max -= 1
-                    freed += 0 if unlink_quietly(self._fs, [entry.path]) else nbytes
+            for entry in entries(folder):
+                if count_max <= 0:
+                    return freed
+                nbytes = 0 if entry.name == IDENTITY else disk_bytes(_size(entry))
+                count_max -= 1
+                freed += 0 if unlink_quietly(self._fs, [entry.path]) else nbytes
             with contextlib.suppress(OSError):
                 self._fs.rmdir(folder)
         return freed
@@ -147,8 +154,8 @@ class LocalBlobs:
         with os.scandir(self._directory) as folders:
             own = [one.path for one in folders if one.is_dir(follow_symlinks=False)]
         files = [os.path.join(folder, IDENTITY) for folder in own if not folder.endswith(DROPPED)]
-        files += [one.path for folder in own if folder.endswith(DROPPED) for one in os.scandir(folder)]
-        return sum(_blocks(path) for path in (self._directory, *own, *files))
+        files += [one.path for folder in own if folder.endswith(DROPPED) for one in entries(folder)]
+        return taken_bytes([self._directory, *own, *files])
 
     def discard(self, entry: Entry) -> None:
         """Unlink."""
@@ -168,18 +175,17 @@ class LocalBlobs:
     def quarantined(self) -> tuple[int, int]:
         """None where somebody has deleted the folder, or put a link in its place."""
         files = self._in_quarantine()
-        return len(files), sum(map(_blocks, files))
+        return len(files), taken_bytes(files)
 
     def trim_quarantine(self, count_max: int) -> None:
         """The oldest by the time of their last change."""
-        files = sorted(self._in_quarantine(), key=lambda path: os.lstat(path).st_mtime_ns)
-        unlink_quietly(self._fs, files[: max(0, len(files) - count_max)])
+        files = sorted(still_there(self._in_quarantine()), key=lambda file: file[1].st_mtime_ns)
+        unlink_quietly(self._fs, [path for path, _ in files[: max(0, len(files) - count_max)]])
 
     def _in_quarantine(self) -> list[str]:
-        if os.path.islink(self._quarantine) or not os.path.isdir(self._quarantine):
+        if os.path.islink(self._quarantine):
             return []
-        with os.scandir(self._quarantine) as entries:
-            return [entry.path for entry in entries]
+        return [entry.path for entry in entries(self._quarantine)]
 
     def room(self) -> Room:
         """Free space of the volume for this user."""
@@ -199,10 +205,4 @@ class LocalBlobs:
 def _size(entry: os.DirEntry[str]) -> int:
     with contextlib.suppress(OSError):
         return entry.stat(follow_symlinks=False).st_size
-    return 0
-
-
-def _blocks(path: str) -> int:
-    with contextlib.suppress(OSError):
-        return os.lstat(path).st_blocks * 512
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from kvstore.blobs.fs import Fs, exclude_from_backups, write_durably
+from kvstore.blobs.fs import Fs, entries, exclude_from_backups, taken_bytes, write_durably
 from kvstore.blobs.protocol import TMP_SUFFIX, parse_root
 from kvstore.config import default_data_dir
 from kvstore.errors import CorruptDataError, DirectoryError, DirectoryHeldError
@@ -82,7 +82,7 @@ class Directory:
         own = [self.root, self.index, self.quarantine, self.settings, self.quality]
         own += [self.root / "lock", self.root / "id", self.root / "CACHEDIR.TAG", self.settings / "traffic.json"]
         own += [self.root / "daemon.log", self.settings / "keep.json"]
-        return sum(path.lstat().st_blocks * 512 for path in own if path.exists())
+        return taken_bytes(own)
 
     def put_in_quarantine(self, fs: Fs, path: Path, name: str = "") -> None:
         """Move a damaged file out of the way, under another name if given; nothing if it is gone already.
@@ -220,9 +220,11 @@ def require_store(data_dir: Path) -> None:
 def device_of(path: Path) -> int:
     """The device that a path is on, or would be on if it were made now."""
     found = Path(os.path.realpath(path))
-    while not found.exists():
-        found = found.parent
-    return found.stat().st_dev
+    while True:
+        try:
+            return found.stat().st_dev
+        except (FileNotFoundError, NotADirectoryError):
+            found = found.parent
 
 
 def _admit(root: Path) -> bool:
@@ -302,9 +304,9 @@ def _furnish(directory: Directory) -> None:
         with contextlib.suppress(FileExistsError):
             fs.mkdir(str(path))
         _require_folder(path)
-    for path in directory.blobs.iterdir():
-        if parse_root(path.name) is not None:
-            _require_folder(path)
+    for entry in entries(str(directory.blobs)):
+        if parse_root(entry.name) is not None and not entry.is_dir(follow_symlinks=False):
+            raise DirectoryError(f"{entry.path} is not a directory")
     name = directory.root / "id"
     if not name.exists():
         write_durably(fs, str(name), os.urandom(16).hex().encode(), sync=True)

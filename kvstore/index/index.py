@@ -30,7 +30,7 @@ from typing import Any
 import lmdb
 
 from kvstore.blobs.format import FORMAT_VERSION
-from kvstore.blobs.fs import Fs, unlink_quietly
+from kvstore.blobs.fs import Fs, taken_bytes, unlink_quietly
 from kvstore.blobs.keyring import KeyRing
 from kvstore.errors import CorruptDataError, DirectoryError, StoreFullError, UnknownFormatError
 from kvstore.index.marks import Marks
@@ -269,7 +269,7 @@ class Index(Contents):
 
     def disk_bytes(self) -> int:
         """Bytes on disk of the index's files."""
-        return sum(os.stat(entry.path).st_blocks * 512 for entry in os.scandir(self.path))
+        return taken_bytes(self.path / name for name in os.listdir(self.path))
 
     def sync(self) -> None:
         """Flush everything, also in an environment that does not sync."""

@@ -52,7 +52,7 @@ def receive_by_socket(receiving: UploadSocket, config: Config) -> UploadSocket:
 def close_sockets_to_others(config: Config) -> None:
     """Give the sockets of an address mode 0600, and make sure of it; DirectoryError where the volume keeps no modes."""
     for path in socket_paths(config):
-        if path.exists():
+        with contextlib.suppress(FileNotFoundError):
             _close_to_others(path)
 
 

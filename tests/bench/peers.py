@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvstore.bench.scratch import ScratchDaemon
+from tests.support.files import files_below, taken_bytes
 
 SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,7 +225,7 @@ class Running:
 def disk_bytes(folder: Path) -> int:
     """Bytes that the files below a folder take on disk. What is still in memory is written out first."""
     os.sync()
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    return taken_bytes(files_below(folder).values())
 
 
 def drop_caches() -> bool:

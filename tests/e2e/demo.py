@@ -296,7 +296,7 @@ class Demo:
             stage.start()
             with stage.session(self.model) as session:
                 act.rows += [self._ask(stage, session, step, restarted=True) for step in AFTER]
-            act.blob_bytes = sum(blob.stat().st_size for blob in stage.daemon.blobs())
+            act.blob_bytes = sum(info.st_size for info in stage.daemon.blob_states().values())
             self._compare(act, stage)
         finally:
             stage.close()

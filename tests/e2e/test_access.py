@@ -19,6 +19,7 @@ from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import files_below, paths_below
 from tests.support.limits import small_config
 from tests.support.servers import free_port, wait_until
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -121,7 +122,7 @@ def by_certificate(tmp_path_factory: pytest.TempPathFactory, tls: Path) -> Itera
 def test_everything_that_cert_makes_is_closed_to_others(tls: Path) -> None:
     """The umask was 0."""
     assert tls.stat().st_mode & 0o777 == 0o700
-    assert {path.name: path.stat().st_mode & 0o777 for path in tls.rglob("*") if path.stat().st_mode & 0o077} == {}
+    assert {path.name: info.st_mode & 0o777 for path, info in paths_below(tls).items() if info.st_mode & 0o077} == {}
     assert {path.stat().st_mode & 0o777 for path in (tls / "daemon").iterdir()} == {0o600}
 
 
@@ -133,7 +134,7 @@ def test_cert_replaces_nothing_unless_told_to(tls: Path, tmp_path: Path) -> None
     arguments = [*CERT, "--dir", str(tmp_path / "tls")]
     refused = run_cli(arguments, os.environ)
     assert (refused.returncode, refused.stderr.count("\n")) == (1, 1) and "has worker/tokens already" in refused.stderr
-    assert [path.name for path in (tmp_path / "tls").rglob("*") if path.is_file()] == ["tokens"]
+    assert [path.name for path in files_below(tmp_path / "tls")] == ["tokens"]
     assert run_cli([*arguments, "--force"], os.environ).returncode == 0
     assert (tmp_path / "tls" / "worker" / "tokens").read_text() != "mine"
     (tmp_path / "tls").chmod(0o755)

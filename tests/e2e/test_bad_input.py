@@ -27,6 +27,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support import intake
 from tests.support.daemon import DaemonProcess
+from tests.support.files import taken_bytes
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -114,7 +115,7 @@ def unharmed(daemon: DaemonProcess, client: Client) -> Iterator[None]:
 def held(daemon: DaemonProcess, client: Client) -> tuple[int, int, int]:
     """(bytes of blobs on disk, blobs, quarantined). Index and settings grow by themselves: access order, counters."""
     disk = client.stats()["disk"]
-    blob_bytes = sum(path.stat().st_blocks * 512 for path in daemon.blobs())
+    blob_bytes = taken_bytes(daemon.blob_states().values())
     return blob_bytes, disk["blobs"], disk["quarantined"]
 
 

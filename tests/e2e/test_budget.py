@@ -9,6 +9,7 @@ import pytest
 from kvstore.client.client import Client
 from kvstore.core.blocks import Reason
 from tests.support.daemon import DaemonProcess
+from tests.support.files import files_below, taken_bytes
 from tests.support.sessions import Rows, assert_same, client_of, cut, fetch, hit_rows, normal_rows, patient
 from tests.support.sessions import store as store_all
 from tests.support.synthetic import make_layout, make_namespace
@@ -43,7 +44,8 @@ def test_used_bytes_and_disk_stay_within_the_budget(tmp_path: Path) -> None:
         for number in range(30):
             store(client, sequence(number, 400 + number))
             disk = client.stats()["disk"]
-            on_disk = sum(path.stat().st_blocks * 512 for path in daemon.files() if path.parent != daemon.data_dir)
+            files = files_below(daemon.data_dir).items()
+            on_disk = taken_bytes(info for path, info in files if path.parent != daemon.data_dir)
             assert disk["used_bytes"] <= BUDGET_BYTES
             assert on_disk <= disk["used_bytes"]
             assert disk["blobs"] == len(daemon.blobs())

@@ -101,7 +101,7 @@ def test_a_cache_trimmed_after_a_hit_stores_exactly_its_tokens(tmp_path: Path, p
         fresh = make_namespace(LAYOUT, "fresh")
         store(patient(client, fresh), TOKENS[:44], rows)
         assert bytes_held(client, namespace) == bytes_held(client, fresh)
-        on_disk = windows(b"".join([*sent, *(path.read_bytes() for path in daemon.files())]))
+        on_disk = windows(b"".join([*sent, *daemon.contents().values()]))
     assert np.isin(row_heads(cut(rows, 40, 44), coded=False), on_disk).all(), "what was sent was searched"
     assert np.isin(row_heads(rows, coded=bool(bits)), on_disk).all(), "blobs were searched"
     for coded in (False, True):

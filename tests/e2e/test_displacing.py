@@ -117,7 +117,7 @@ def test_a_stream_displaces_what_it_brings_and_no_more(daemon: DaemonProcess, cl
 
 def written(daemon: DaemonProcess) -> int:
     """Bytes of blobs that are not committed yet."""
-    return sum(path.stat().st_size for path in daemon.unfinished())
+    return sum(info.st_size for info in daemon.unfinished_states().values())
 
 
 def test_a_worker_of_this_host_displaces_what_it_sends_and_no_more(daemon: DaemonProcess, client: Client) -> None:

@@ -13,6 +13,7 @@ import pytest
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import taken_bytes
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -58,7 +59,7 @@ def evict(daemon: DaemonProcess, *arguments: str) -> dict[str, Any]:
 
 def blob_bytes(daemon: DaemonProcess) -> int:
     """What the blobs take on disk, as `du` counts."""
-    return sum(path.stat().st_blocks * 512 for path in daemon.blobs())
+    return taken_bytes(daemon.blob_states().values())
 
 
 def evict_and_compare(daemon: DaemonProcess, *arguments: str) -> int:
@@ -123,7 +124,7 @@ def test_a_prefix_goes_with_all_after_it(daemon: DaemonProcess) -> None:
 
 def test_bytes_free_at_least_so_much_least_recently_used_leaves_first(daemon: DaemonProcess) -> None:
     """And no more than a block over it; parents stay as long as they have children."""
-    one_block = max(path.stat().st_blocks * 512 for path in daemon.blobs())
+    one_block = max(taken_bytes([info]) for info in daemon.blob_states().values())
     before = blob_bytes(daemon)
     assert evict_and_compare(daemon, "--bytes", str(one_block + 1)) >= 2
     freed = before - blob_bytes(daemon)

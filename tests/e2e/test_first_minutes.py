@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from mlx_lm.utils import load_tokenizer
 
+from tests.support.files import files_below
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.servers import NO_MEMORY, PATIENCE_S, ServerProcess, wait_until
 from tests.support.service_tools import ServiceTools
@@ -186,5 +187,4 @@ def test_nothing_is_left_where_the_readme_says_to_delete(user: User) -> None:
     table = (ROOT / "README.md").read_text().partition("## Uninstall")[2].partition("\n## ")[0]
     for path in re.findall(r"\| `~/([^`]+)` \|$", table, re.MULTILINE):
         shutil.rmtree(user.home / path, ignore_errors=True)
-    left = [path for path in user.home.rglob("*") if path.is_file()]
-    assert left == []
+    assert files_below(user.home) == {}

@@ -23,6 +23,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.child import STOP_TIMEOUT_S
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import contents_below
 from tests.support.limits import set_limits
 from tests.support.servers import wait_until
 from tests.support.sessions import client_of, patient
@@ -67,9 +68,9 @@ def made_by_newer(tmp_path: Path) -> DaemonProcess:
     return daemon
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[Path, bytes]:
     """Every blob, and the index."""
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.suffix in (".safetensors", ".mdb")}
+    return contents_below(folder, ".safetensors") | contents_below(folder, ".mdb")
 
 
 @pytest.mark.parametrize("verb", [["serve"], ["check", "--repair"]])
@@ -81,8 +82,8 @@ def test_a_newer_index_is_refused_by_name_and_left_alone(tmp_path: Path, verb: l
     assert ended.returncode == 1, ended
     assert "format version 99; this kvstore reads" in ended.stderr and "Traceback" not in ended.stderr
     after = contents(daemon.data_dir / "blobs.noindex") | contents(daemon.data_dir / "index")
-    assert {name: data for name, data in after.items() if "lock.mdb" not in name} == {
-        name: data for name, data in before.items() if "lock.mdb" not in name
+    assert {path: data for path, data in after.items() if path.name != "lock.mdb"} == {
+        path: data for path, data in before.items() if path.name != "lock.mdb"
     }
 
 

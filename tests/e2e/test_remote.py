@@ -24,6 +24,7 @@ from kvstore.core.layers import KVLayer
 from kvstore.remote.object_store import MARKER
 from tests.support.checkpoints import hybrid_layout, make_cache
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import files_below
 from tests.support.sessions import Rows, assert_same, client_of, cut, hit_rows, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -117,7 +118,7 @@ def test_what_one_stores_the_other_restores_bit_by_bit_also_after_both_restart(
 
 def objects_of(share: Path) -> list[Path]:
     """The objects of blocks in a shared folder, by name."""
-    return sorted(one for one in share.rglob("*") if one.is_file() and one.suffix != ".json")
+    return [one for one in files_below(share) if one.suffix != ".json"]
 
 
 def share_of(daemon: DaemonProcess) -> Path:
@@ -263,7 +264,8 @@ def test_requests_that_lack_the_same_blocks_read_them_once(daemons: tuple[Daemon
     namespace = make_namespace(LAYOUT, "crowded-lm")
     with client_of(one) as client:
         pushed(client, namespace)
-    nbytes = sum(path.stat().st_size for path in objects_of(share_of(one) / namespace.root.hex()))
+    files = files_below(share_of(one) / namespace.root.hex())
+    nbytes = sum(info.st_size for path, info in files.items() if path.suffix != ".json")
     with client_of(other) as client:
         wait_serving(client)
         before = remote_of(client)["read_bytes"]

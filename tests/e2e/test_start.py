@@ -21,6 +21,7 @@ from kvstore.errors import DirectoryHeldError
 from kvstore.server.listening import lock_socket
 from tests.support.child import STOP_TIMEOUT_S
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import paths_below
 from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -142,8 +143,9 @@ def test_all_that_a_daemon_makes_is_closed_to_others(tmp_path: Path) -> None:
     try:
         with DaemonProcess(tmp_path / "data") as daemon:
             roundtrip(daemon)
-            made = [daemon.data_dir, *daemon.data_dir.rglob("*"), Path(daemon.listen.removeprefix("unix:"))]
-            assert {str(path): path.stat().st_mode & 0o077 for path in made if path.stat().st_mode & 0o077} == {}
+            made = {path: path.lstat() for path in (daemon.data_dir, Path(daemon.listen.removeprefix("unix:")))}
+            made |= paths_below(daemon.data_dir)
+            assert {str(path): info.st_mode & 0o077 for path, info in made.items() if info.st_mode & 0o077} == {}
     finally:
         os.umask(before)
 

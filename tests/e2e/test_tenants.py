@@ -15,6 +15,7 @@ from kvstore.client.results import Hit
 from kvstore.core.blocks import Reason, pack_tokens
 from tests.support.child import STOP_TIMEOUT_S
 from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.files import files_below
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -75,7 +76,7 @@ def test_nothing_that_the_daemon_writes_or_says_holds_tokens_or_salt_of_an_encry
         done = run_cli(verb, daemon.environ())
         said += done.stdout.encode() + done.stderr.encode()
     daemon.kill()
-    written = b"".join(path.read_bytes() for path in daemon.files()) + daemon.log_text().encode()
+    written = b"".join(daemon.contents().values()) + daemon.log_text().encode()
     for canary in canaries():
         assert canary not in written
         assert canary not in said
@@ -89,7 +90,7 @@ def test_the_log_and_what_is_said_hold_no_tokens_of_a_plain_namespace_either(tmp
         patient(client, plain).store(CANARY, make_layers(LAYOUT, CANARY), wait=True)
         patient(client, plain).fetch(PROMPT)
         said = json.dumps([client.stats(), client.list(), client.list(plain.root[:4])]) + daemon.log_text()
-        written = b"".join(path.read_bytes() for path in daemon.files())
+        written = b"".join(daemon.contents().values())
     assert not any(canary in said.encode() for canary in canaries())
     assert pack_tokens(CANARY[:2]) in written
 
@@ -120,7 +121,7 @@ def test_shredding_makes_a_copy_of_the_directory_worthless(daemon: DaemonProcess
         done = run_cli(["evict", "--shred", "--namespace", TENANT.root.hex()[:12], "--json"], daemon.environ())
         assert json.loads(done.stdout)["blocks"] == 3, done.stderr
         assert patient(client, TENANT).fetch(PROMPT).n_tokens == 0
-        assert daemon.blobs() == [] and not list(daemon.keys_dir.rglob("*.json"))
+        assert daemon.blobs() == [] and not files_below(daemon.keys_dir, ".json")
         fill(client)
         assert patient(client, TENANT).fetch(PROMPT).n_tokens == 600
         for path in daemon.blobs():  # the copy comes back, in the place of the new blobs

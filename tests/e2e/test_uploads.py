@@ -115,7 +115,7 @@ import sys, time, grpc
 from tests.e2e.test_uploads import *
 class Daemon:
     listen, data_dir = sys.argv[1], Path(sys.argv[3])
-    files, unfinished = DaemonProcess.files, DaemonProcess.unfinished
+    unfinished, unfinished_states = DaemonProcess.unfinished, DaemonProcess.unfinished_states
 channel = grpc.insecure_channel(sys.argv[1])
 held = come_to(sys.argv[2], Daemon(), rpc.KVStoreStub(channel))
 print("there", flush=True)

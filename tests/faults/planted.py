@@ -26,6 +26,7 @@ from kvstore.core.blocks import Block, Stack, Tensor, pack_tokens
 from kvstore.core.keys import Namespace
 from kvstore.core.records import RUN, Template, block_to_record, runs_to_record
 from tests.support.engine import new_block
+from tests.support.files import files_below
 
 NUMBER = 900_000
 BOMB_BYTES = 1 << 28
@@ -157,8 +158,8 @@ def _of_another(prompt: Prompt, path: Path) -> None:
     """A sound blob under the name of another block."""
     data_dir = path.parents[2]
     planted = f"-{NUMBER}.safetensors"
-    sound = (data_dir / "blobs.noindex").rglob("*.safetensors")
-    first = next(found for found in sound if found.is_file() and not found.name.endswith(planted))
+    sound = files_below(data_dir / "blobs.noindex", ".safetensors")
+    first = next(found for found in sound if not found.name.endswith(planted))
     path.write_bytes(first.read_bytes())
 
 

@@ -37,6 +37,7 @@ from tests.support.engine import (
     require_right,
     sequence,
 )
+from tests.support.files import files_below
 from tests.support.packs import shipped, take_in
 
 NS, MIXED = namespace(), namespace("mixed", HYBRID)
@@ -428,7 +429,7 @@ def _broken_promises(name: str, data_dir: Path, acks: Path, fs: Fs) -> list[str]
     owed, gone = debts(name, acks), deleted(name, acks)
     with promised("the next start"), Engine.open(data_dir, options(), fs) as engine:
         with promised("left over of uploads"):
-            left = (data_dir / "blobs.noindex").rglob("*.safetensors.tmp")
+            left = files_below(data_dir / "blobs.noindex", ".safetensors.tmp")
             assert not [path for path in left if not path.parent.name.endswith(".dropped")]
         with promised("a repair after the start"):
             # Damage that is older than the script is found by a check alone; a start looks for what a stop leaves.

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.child import Child
+from tests.support.files import contents_below, files_below, taken_bytes
 from tests.support.limits import OPEN_DEADLINES, set_limits
 
 # A machine that is busy with other things needs longer; nothing that works is measured by these.
@@ -119,15 +120,27 @@ class DaemonProcess(Child):
 
     def files(self, *parts: str) -> list[Path]:
         """Regular files below a folder of the data directory."""
-        return sorted(path for path in (self.data_dir.joinpath(*parts)).rglob("*") if path.is_file())
+        return list(files_below(self.data_dir.joinpath(*parts)))
+
+    def contents(self) -> dict[Path, bytes]:
+        """What the regular files of the data directory hold."""
+        return contents_below(self.data_dir)
 
     def blobs(self) -> list[Path]:
         """The blob files."""
-        return [path for path in self.files("blobs.noindex") if path.suffix == ".safetensors"]
+        return list(self.blob_states())
+
+    def blob_states(self) -> dict[Path, os.stat_result]:
+        """The blob files, with what lstat says of them."""
+        return files_below(self.data_dir / "blobs.noindex", ".safetensors")
 
     def unfinished(self) -> list[Path]:
         """Blobs that are being written, or were when the daemon ended."""
-        return [path for path in self.files("blobs.noindex") if path.name.endswith(".safetensors.tmp")]
+        return list(self.unfinished_states())
+
+    def unfinished_states(self) -> dict[Path, os.stat_result]:
+        """These, with what lstat says of them."""
+        return files_below(self.data_dir / "blobs.noindex", ".safetensors.tmp")
 
     def load(self) -> pb.LoadStats:
         """What is under way."""
@@ -146,7 +159,7 @@ class DaemonProcess(Child):
 
     def disk_bytes(self) -> int:
         """Bytes that the data directory takes, as `du` counts them."""
-        return sum(path.stat().st_blocks * 512 for path in self.files())
+        return taken_bytes(files_below(self.data_dir).values())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

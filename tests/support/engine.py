@@ -29,6 +29,7 @@ from kvstore.core.blocks import (
 from kvstore.core.keys import Chain, Namespace, block_key, checkpoint_key
 from kvstore.core.layers import NO_PART, ArraySpec, LayerSpec, Layout, PartSpec
 from kvstore.engine import Engine, EngineOptions, Fs, Match, NewBlock, Row, Slice, StoreReceipt
+from tests.support.files import paths_below, taken_bytes
 
 LAYOUT = Layout((LayerSpec(PartSpec(1, 2, "F32"), PartSpec(1, 2, "F32")),) * 2)
 
@@ -172,7 +173,7 @@ def require_right_states(engine: Engine, row: Row) -> None:
 
 def disk_usage(data_dir: Path) -> int:
     """What `du` says of the files, without lock, tag and folders."""
-    return sum(path.lstat().st_blocks * 512 for path in (data_dir, *data_dir.rglob("*")))
+    return taken_bytes([data_dir.lstat(), *paths_below(data_dir).values()])
 
 
 def blob_path(engine: Engine, row: Row) -> Path:
@@ -182,7 +183,7 @@ def blob_path(engine: Engine, row: Row) -> Path:
 
 def blob_paths(data_dir: Path) -> set[Path]:
     """All files in the blob folders."""
-    return set((data_dir / "blobs.noindex").rglob("*.safetensors"))
+    return set(paths_below(data_dir / "blobs.noindex", ".safetensors"))
 
 
 def require_sound(engine: Engine) -> None:
