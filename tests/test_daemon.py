@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from kvstore.engine import Engine
 from kvstore.remote.open_store import configured_store
 from kvstore.server import daemon as daemon_module
 from kvstore.server.admin.settings import Settings
-from kvstore.server.calls.callers import Sockets, open_sockets
+from kvstore.server.calls.callers import Sockets, bound_places
+from kvstore.server.calls.refusals import Refusals
 from kvstore.server.daemon import Daemon
 from kvstore.server.handlers import KVStoreService
 from kvstore.server.storing.stores import Stores
@@ -97,9 +99,9 @@ def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
 
         def connected() -> str:
             """Stands in the start, after the server accepts."""
-            before = open_sockets()
+            before = len(bound_places())
             client.connect(config.address.path)
-            assert wait_for(lambda: open_sockets() > before)
+            assert wait_for(lambda: len(bound_places()) > before)
             return "kvstore.handshake"
 
         def look(sockets: Sockets) -> None:
@@ -119,6 +121,34 @@ def test_a_client_that_connects_at_once_is_not_counted_as_the_daemons_own(
 
         asyncio.run(run())
     assert counted and counted[0] == 1
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_connections_are_those_of_clients(config: Config, tmp_path: Path, family: socket.AddressFamily) -> None:
+    """Not those that the daemon makes itself, to a remote tier; nor files, pipes and pairs of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(one: socket.socket) -> socket.socket:
+            return stack.enter_context(one)
+
+        def listener(name: str) -> socket.socket:
+            made = opened(socket.socket(family))
+            made.bind(str(tmp_path / name) if family is socket.AF_UNIX else ("127.0.0.1", 0))
+            made.listen()
+            return made
+
+        mine = listener("mine")
+        sockets = Sockets(config, Refusals())
+        sockets.begin()
+        elsewhere = listener("elsewhere")
+        for number in range(1, 4):
+            for one in (mine, elsewhere):
+                opened(socket.socket(family)).connect(one.getsockname())
+            opened(mine.accept()[0])
+            for one in socket.socketpair():
+                opened(one)
+            sockets.look()
+            assert sockets.connections == number
 
 
 def test_a_limit_that_could_not_be_put_in_force_is_not_said_to_be(

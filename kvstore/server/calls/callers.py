@@ -10,12 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
-import stat
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.config.credentials import CLIENT_KEY, PID_KEY, PROBE
@@ -126,19 +125,32 @@ class Identities:
         return known
 
 
-def open_sockets() -> int:
-    """Sockets of this process. Reads the file system: not for the event loop."""
-    count = 0
+def bound_places() -> list[str | int]:
+    """Where the sockets of this process are bound, one entry each: paths, or ports. Those without a name are left out.
+
+    Reads the file system: not for the event loop.
+    """
+    found: list[str | int] = []
     for name in os.listdir("/dev/fd"):
         try:
-            count += stat.S_ISSOCK(Path(f"/dev/fd/{name}").stat().st_mode)
-        except OSError:  # closed meanwhile, or the descriptor of this listing
+            looked = socket.socket(fileno=int(name))
+        except OSError:  # no socket, closed meanwhile, or the descriptor of this listing
             continue
-    return count
+        try:
+            place = looked.getsockname()
+            found += [place[1]] if isinstance(place, tuple) else [place] if place else []
+        except OSError:
+            continue
+        finally:
+            looked.detach()  # it is another's: not to be closed here
+    return found
 
 
 class Sockets:
-    """Counts the connections of the process. `begin` and `look` read the file system: call them on a worker thread."""
+    """Counts connections to the daemon, not those that it makes: an accepted one is bound where its listener is.
+
+    `begin` and `look` read the file system: call them on a worker thread.
+    """
 
     def __init__(self, config: Config, refusals: Refusals) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -147,15 +159,16 @@ class Sockets:
         self.connections_max = max(config.limits.connections_max + GRPC_MORE, wanted)
         self.connections = 0
         self._refusals = refusals
-        self._own = 0
+        self._listeners: list[str | int] = []
 
     def begin(self) -> None:
-        """Note the daemon's own sockets. Call it with all listeners open, before the server starts to accept."""
-        self._own = open_sockets()
+        """Note where the daemon listens. Call it with all listeners open, before the server starts to accept."""
+        self._listeners = bound_places()
 
     def look(self) -> None:
         """Count the connections again. Logs when gRPC's own limit is reached, since gRPC does not log that."""
-        self.connections = max(0, open_sockets() - self._own)
+        accepted = sum(place in self._listeners for place in bound_places())
+        self.connections = max(0, accepted - len(self._listeners))
         if self.connections >= self.connections_max:
             words = f"{self.connections} connections are open, and gRPC drops new ones; idle ones end by themselves"
             self._refusals.reached("connections", words)
