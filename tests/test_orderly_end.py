@@ -1,9 +1,11 @@
-"""How fetches end: a call that the daemon ends is left to it; a caller that is gone is no error in its log."""
+"""How fetches and servers end: what one side ends is left to it; a caller that is gone is no error in the log."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -82,3 +84,27 @@ def test_the_daemons_log_has_no_tracebacks_of_callers_that_are_gone(caplog: pyte
     kept = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert [type(error) for error in kept] == [grpc.aio.InternalError, ValueError]
     assert "start_batch" in str(kept[0])
+
+
+SERVER = """
+import os, signal, time
+from kvstore.integrations import run
+def again():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+def main():
+    try:
+        again()
+    except KeyboardInterrupt:
+        pass
+def close(timeout_s):
+    again()
+    print("all is sent")
+run._serve("a server", [], main, close)
+"""
+
+
+def test_a_signal_while_a_server_sends_what_is_queued_changes_nothing() -> None:
+    """The first one stopped it; it exits with 0, and what was queued for the store is there."""
+    ended = subprocess.run([sys.executable, "-c", SERVER], capture_output=True, text=True, check=False, timeout=120)
+    assert (ended.returncode, ended.stdout) == (0, "all is sent\n"), ended.stderr

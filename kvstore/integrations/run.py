@@ -103,6 +103,8 @@ def _serve(name: str, flags: Sequence[str], main: Callable[[], object], close: C
         log.error("%s cannot listen: %s", name, str(error))
         code = 1
     finally:
+        for number in ending_signals():  # another one must not end what is still being sent
+            signal.signal(number, signal.SIG_IGN)
         close(FLUSH_S)
     # Skip Python's shutdown: it races with the destructors of MLX's generation thread, and the process then aborts
     # (the stock server in three of four stops), which launchd and systemd report as a crash.

@@ -13,6 +13,7 @@ import functools
 import logging
 import os
 import resource
+import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -317,8 +318,20 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False, at_on
             awaits = daemon.is_away()
             daemon = Daemon(config, may_create=not awaits, awaits=awaits)
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=_Loop) as runner:
+        runner.run(main())
     return 0
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """Ignores for good, at its end, the signals that it handled.
+
+    asyncio would restore their defaults: one that comes while the process ends would then be its exit status.
+    """
+
+    def remove_signal_handler(self, sig: int) -> bool:
+        signal.signal(sig, signal.SIG_IGN)
+        return True
 
 
 def not_of_the_gone(record: logging.LogRecord) -> bool:

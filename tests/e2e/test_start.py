@@ -20,7 +20,7 @@ from kvstore.config import SOCKET_PATH_BYTES_MAX, automatic_budget_bytes, automa
 from kvstore.errors import DirectoryHeldError
 from kvstore.server.listening import lock_socket
 from tests.support.child import STOP_TIMEOUT_S
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import SERVE, DaemonProcess, run_cli
 from tests.support.files import paths_below
 from tests.support.sessions import client_of
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -329,9 +329,10 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
-    """Exit 0 once it serves, and the next start finds a clean stop."""
+    """Exit 0 once it serves, whatever comes after it, and the next start finds a clean stop."""
     ignored = signal.signal(number, signal.SIG_DFL)  # what this process ignores, as under nohup, a child would too
-    with DaemonProcess(tmp_path / "data") as daemon:
+    again = f"import atexit, os; atexit.register(os.kill, os.getpid(), {number:d})\n"  # nothing comes later than that
+    with DaemonProcess(tmp_path / "data", program=again + SERVE) as daemon:
         signal.signal(number, ignored)
         assert daemon.process is not None
         daemon.signal(number)
