@@ -92,9 +92,10 @@ def test_a_trial_that_never_reports_is_followed_by_another() -> None:
 
 def test_a_deadline_that_has_passed_raises() -> None:
     """The message names the limit."""
-    deadline = Deadline(0.02)
-    assert 0 < deadline.left_s <= 0.02
+    deadline = Deadline(60.0)
+    assert 0 < deadline.left_s <= 60.0
     deadline.check()
+    deadline = Deadline(0.02)
     time.sleep(0.03)
     assert deadline.left_s == 0
     with pytest.raises(DeadlineError, match="20 ms"):
@@ -142,9 +143,8 @@ def test_the_watchdog_does_not_count_the_time_between_waits() -> None:
 
 def test_the_watchdog_leaves_no_thread_behind() -> None:
     """It ends with its block, at once."""
-    before = threading.active_count()
     started = time.monotonic()
     with Watchdog(lambda: None, 30.0):
         pass
-    assert threading.active_count() == before
+    assert not [thread for thread in threading.enumerate() if thread.name == "kvstore-watchdog"]
     assert time.monotonic() - started < 15

@@ -79,8 +79,10 @@ def test_turboquant_is_what_its_format_says(part: PartSpec, tokens: int, seed: i
     different = ours != theirs
     assert (gaps[..., :levels][different[..., :levels]] < 1e-4).all()
     equal_rows = ~different[..., :levels].any(-1)  # elsewhere residuals and scales differ with the code
-    assert (gaps[..., levels:][different[..., levels:] & equal_rows[..., None]] < 1e-2).all()
     assert_scales(tensors[1][..., :1][equal_rows], expected[1][..., :1][equal_rows], part.dtype)
+    # A scale that was rounded up by one and down by the other leaves other residuals, too.
+    equal_rows &= np.isclose(tensors[1][..., 0], expected[1][..., 0], rtol=4e-6, atol=0.0)
+    assert (gaps[..., levels:][different[..., levels:] & equal_rows[..., None]] < 1e-4).all()
     assert_decoded(codec.decode(encoded, recipe, part), model.decode(tensors), part.dtype)
 
 

@@ -111,25 +111,30 @@ def test_help_names_all_that_the_first_minutes_take(user: User) -> None:
 def test_a_prompt_is_stored_hit_seen_moved_and_evicted(user: User, model: Path) -> None:
     """`run` starts the daemon; a later request is a hit, in the log, in `stats` and in `top`; `why` names a clock."""
     text = load_tokenizer(model).decode(heldout_tokens()[:600])
-    request = [{"role": "system", "content": text}]
+    request, *clocks = (
+        [{"role": "system", "content": f"{said}{text}"}]
+        for said in ("", "Current time is 15:09:20. ", "Current time is 15:10:47. ")
+    )
     start = f"import os, sys; os.execvp({user.command[0]!r}, {[*user.command, 'run', '--slow-hits']!r} + sys.argv[1:])"
     launcher = ("-c", start, "mlx_lm.server")
     log = user.home.with_suffix(".log")
     with ServerProcess(model, log, user.environ, launcher=launcher, flags=NO_MEMORY) as server:
         assert "kvstore: no daemon at" in server.log_text() and "kvstore: connected to unix:" in server.log_text()
 
-        def is_hit() -> bool:
-            server.chat(request)
-            return bool(re.search(r"kvstore: hit small \d+/\d+ tokens", server.log_text()))
+        def is_hit(messages: list[dict[str, str]]) -> bool:
+            hits = [len(re.findall(r"kvstore: hit small \d+/\d+ tokens", server.log_text()))]
+            server.chat(messages)
+            hits.append(len(re.findall(r"kvstore: hit small \d+/\d+ tokens", server.log_text())))
+            return hits[1] > hits[0]
 
-        wait_until(is_hit, PATIENCE_S, server.log_text)
+        wait_until(lambda: is_hit(request), PATIENCE_S, server.log_text)
         told = user.run("stats")
         assert re.search(r"prompt tokens", told) and "small" in told
         stats = json.loads(user.run("stats", "--json"))
         assert stats["since_start"]["hit_tokens"] > 0 and stats["sessions"][0]["alias"] == "small"
         assert re.search(r"\d\d:\d\d:\d\d", first_line_of(user, "top"))
-        for clock in ("15:09:20", "15:10:47"):
-            server.chat([{"role": "system", "content": f"Current time is {clock}. {text}"}])
+        wait_until(lambda: is_hit(clocks[0]), PATIENCE_S, server.log_text)  # servers store in the background
+        server.chat(clocks[1])
         why = user.run("why", "--last", "1", "--model", str(model))
         assert "the time of day" in why and '"10:47.' in why and "cure" in why
         assert server.stop() == 0
@@ -150,11 +155,14 @@ def test_a_second_store_takes_what_was_exported(user: User) -> None:
     words = ["serve", "--data-dir", str(directory), "--address", f"unix:{address}"]
     assert "--create" in user.run(*words, code=1)
     with subprocess.Popen([*user.command, *words, "--create"], env=user.environ, stderr=subprocess.DEVNULL) as daemon:
-        wait_until(lambda: address.exists(), PATIENCE_S, lambda: "no second daemon")
-        user.run("import", "small.kvpack", "--address", f"unix:{address}")
-        assert "small" in user.run("ls", "--address", f"unix:{address}")
-        daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(PATIENCE_S) == 0
+        try:
+            wait_until(lambda: address.exists(), PATIENCE_S, lambda: "no second daemon")
+            user.run("import", "small.kvpack", "--address", f"unix:{address}")
+            assert "small" in user.run("ls", "--address", f"unix:{address}")
+            daemon.send_signal(signal.SIGTERM)
+            assert daemon.wait(PATIENCE_S) == 0
+        finally:
+            daemon.kill()  # the block waits for its end
     shutil.rmtree(directory)
     (user.home / "small.kvpack").unlink()
 

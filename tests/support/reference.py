@@ -144,7 +144,7 @@ class TurboQuant:
         return codes, levels[codes], np.abs(z[..., None] - bounds).min(-1)
 
     def encode(self, rows: Array) -> tuple[list[Array], Array]:
-        """(tensors, distance of what was coded to the nearest boundary: of levels, then of signs)."""
+        """(tensors, how far each coded value is from the nearest boundary, in sizes of its row: levels, then signs)."""
         y = self.turn(rows)
         scale = np.sqrt(np.float32(self.width))
         if not self.unit:
@@ -164,7 +164,7 @@ class TurboQuant:
             size = np.abs(u).sum(-1, keepdims=True)
             g = np.divide((u * u).sum(-1, keepdims=True), size, out=np.zeros_like(size), where=size > 0)
             scales.append(g if self.unit else self.round(g))
-            gaps = np.concatenate([gaps, np.abs(u) / np.maximum(size, 1e-30) * self.width], -1)
+            gaps = np.concatenate([gaps, np.abs(u) * scale], -1)
         tensors = [words(fields)] + ([np.concatenate(scales, -1)] if scales else [])
         return tensors, gaps
 
