@@ -116,15 +116,31 @@ def test_a_chain_gives_the_keys_of_its_blocks_in_whatever_order_they_are_asked_f
     for index in asked:
         if index < full:
             assert chain.key(index) == keys[index]
-    count = data.draw(st.integers(0, full))
+    count, held = data.draw(st.integers(0, full)), data.draw(st.integers(0, full))
     step = BLOCK_TOKENS * TOKEN_BYTES
-    assert list(chain.blocks(count)) == [(keys[at], tokens[at * step : (at + 1) * step]) for at in range(count)]
+    values = {keys[at]: b"head" + tokens[at * step : (at + 1) * step] + b"end" for at in range(held)}
+    found = [(keys[at], values[keys[at]], BLOCK_TOKENS) for at in range(min(count, held))]
+    assert chain.stored(count, values.get, 4) == found
     n_tokens = data.draw(st.integers(0, len(ids)))
     head = chain.head(n_tokens)
     assert head.tokens == tokens[: n_tokens * TOKEN_BYTES]
     assert head.keys() == keys[: n_tokens // BLOCK_TOKENS]
     assert chain.keys() == keys[:full] and chain.block_keys() == keys
     assert chain.checkpoint_key() == checkpoint_key(([NAMESPACE.root, *keys])[full], chain.tail)
+
+
+def test_a_stored_value_with_other_tokens_ends_what_a_chain_finds() -> None:
+    """A key alone never decides. What comes after it is not looked up."""
+    chain, asked = Chain(NAMESPACE.root, pack_tokens(range(3 * BLOCK_TOKENS))), []
+    blocks = [pack_tokens(range(at * BLOCK_TOKENS, (at + 1) * BLOCK_TOKENS)) for at in range(3)]
+    values = dict(zip(chain.keys(), (blocks[0], blocks[1][:-1] + b"x", blocks[2]), strict=True))
+
+    def look_up(key: bytes) -> bytes | None:
+        asked.append(key)
+        return values.get(key)
+
+    assert chain.stored(3, look_up, 0) == [(chain.key(0), blocks[0], BLOCK_TOKENS)]
+    assert asked == chain.keys()[:2]
 
 
 def test_a_block_of_a_chain_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,17 +207,27 @@ class Chain:
             self._known = index + 1
         return keys[index]
 
-    def blocks(self, count: int) -> Iterator[tuple[bytes, bytes]]:
-        """(key, packed tokens) of the first `count` full blocks; a key is hashed when it is asked for."""
-        tokens, keys, known, parent = self.tokens, self._keys, self._known, self.root
+    def stored(self, count: int, look_up: Callable[[bytes], bytes | None], at: int) -> list[tuple[bytes, bytes, int]]:
+        """(key, value, tokens) of the first full blocks, at most `count`: as long as a block's value has its tokens at
+        offset `at`.
+
+        A key is hashed when it is looked up. One plain loop: with a generator of keys a match took a tenth more.
+        """
+        tokens, keys, known, parent, sha256 = self.tokens, self._keys, self._known, self.root, hashlib.sha256
+        found: list[tuple[bytes, bytes, int]] = []
+        number = -1
         for number in range(count):
             chunk = tokens[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
             if number < known:
                 parent = keys[number]
             else:
-                parent = keys[number] = hashlib.sha256(_BLOCK_TAG + parent + chunk).digest()
-                self._known = number + 1
-            yield parent, chunk
+                parent = keys[number] = sha256(_BLOCK_TAG + parent + chunk).digest()
+            value = look_up(parent)
+            if value is None or not value.startswith(chunk, at):
+                break
+            found.append((parent, value, BLOCK_TOKENS))
+        self._known = max(known, number + 1)
+        return found
 
     def parent(self, index: int) -> bytes:
         """The key that block `index`, full or not, is stored under: that of the block before it, or the root."""

@@ -130,20 +130,10 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
     """The longest stored prefix of the first `limit_tokens` whose blocks are all of `fidelity_min` or more."""
     tokens = chain.tokens
     end = min(len(tokens), limit_tokens * TOKEN_BYTES)
-    rows: list[EncodedRow] = []
-    stored = view.stored
-    # Hashing and the lookup take most of the time per block, so anything else in this loop is noticeable.
-    for key, chunk in chain.blocks(end // _BLOCK_BYTES):
-        value = stored(key)
-        if value is None:
-            break
-        if not value.startswith(chunk, TOKENS_AT):
-            value = view.value(key)  # it may be encrypted
-            if value is None or not value.startswith(chunk, TOKENS_AT):
-                break
-        if fidelity_min and fidelity_of(value) < fidelity_min:
-            break
-        rows.append((key, value, BLOCK_TOKENS))
+    look_up = view.stored if view.ring.key(chain.root) is None else view.value
+    rows = chain.stored(end // _BLOCK_BYTES, look_up, TOKENS_AT)
+    if fidelity_min:
+        rows = list(itertools.takewhile(lambda row: fidelity_of(row[1]) >= fidelity_min, rows))
     at, parent = len(rows) * _BLOCK_BYTES, chain.parent(len(rows))
     best, take, low_take = best_child(view, chain.root, parent, tokens[at : min(end, at + _BLOCK_BYTES)], fidelity_min)
     if best is not None:

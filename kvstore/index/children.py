@@ -29,7 +29,7 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
     best: Row | None = None
     take = low_take = 0
     key = view.ring.key(root)
-    for level in range(_deepest_level(view, parent, rest, key), -1, -1) if rest else ():
+    for level in _levels(view, parent, rest, key) if rest else ():
         prefix, code = level_prefix(parent, rest, level, key), level_code(rest, level, key)
         # Up and down from where `rest` would stand, the closest first; in an encrypted namespace there is no order.
         for is_below in (False, True):
@@ -51,20 +51,21 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
     return best, take, low_take
 
 
-def _deepest_level(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> int:
-    """The highest level at which some child of `parent` shares the head of `rest`; 0 if none does.
+def _levels(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> Iterator[int]:
+    """The levels at which a child of `parent` may share the head of `rest`, deepest first.
 
-    The last level is looked at first: where a prompt was stored before, some child shares all of it.
+    The last one is not asked for before it is looked at: where a prompt was stored before, some child shares all of it.
     """
-    low, high = 0, len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
-    level = high
+    last = len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
+    yield last
+    low, high = 0, last - 1
     while low < high:
+        level = (low + high + 1) // 2
         if next(view.entries(level_prefix(parent, rest, level, key)), None) is None:
             high = level - 1
         else:
             low = level
-        level = (low + high + 1) // 2
-    return low
+    yield from range(high, -1, -1)
 
 
 def _rows_of(view: View, parent: bytes, entries: Iterator[tuple[bytes, bytes]]) -> Iterator[Row]:

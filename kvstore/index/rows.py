@@ -50,7 +50,6 @@ from dataclasses import astuple
 from typing import NamedTuple
 
 import msgpack
-import numpy as np
 import xxhash
 
 from kvstore.blobs.format import FORMAT_VERSION
@@ -84,6 +83,8 @@ NUMBER_BYTES = 8
 HEAD_BYTES = 8
 LEVEL_TOKENS = 32
 _SHORT_TOKEN_LIMIT = 1 << 23
+# The bits of the packed tokens of a level of which a short token has none.
+_LONG_BITS = int.from_bytes((-_SHORT_TOKEN_LIMIT).to_bytes(TOKEN_BYTES, "little", signed=True) * LEVEL_TOKENS, "little")
 _SIGN = 1 << 63
 CHECKPOINT_KIND, AUX_KIND = 1, 2
 # First bytes of an entry after the parent; a level is below all of them.
@@ -315,10 +316,11 @@ def level_code(tokens: bytes, level: int, key: NamespaceKey | None) -> bytes:
     if key:
         return b""
     part = tokens[level * LEVEL_TOKENS * TOKEN_BYTES : (level + 1) * LEVEL_TOKENS * TOKEN_BYTES]
-    numbers = np.frombuffer(part, "<i8")
-    if numbers.min(initial=0) >= 0 and numbers.max(initial=0) < _SHORT_TOKEN_LIMIT:
-        return numbers.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 1:].tobytes()
-    return b"".join(map(token_code, numbers.tolist()))
+    if int.from_bytes(part, "little") & _LONG_BITS:
+        return b"".join(map(token_code, struct.unpack(f"<{len(part) // TOKEN_BYTES}q", part)))
+    code = bytearray(3 * (len(part) // TOKEN_BYTES))
+    code[0::3], code[1::3], code[2::3] = part[2::TOKEN_BYTES], part[1::TOKEN_BYTES], part[0::TOKEN_BYTES]
+    return bytes(code)
 
 
 def head_of(tokens: bytes, key: NamespaceKey | None) -> bytes:

@@ -264,7 +264,12 @@ class Daemon:
 def add_services(
     server: Any, service: KVStoreService, admin: AdminService, health: HealthServicer, *, reflects: bool
 ) -> list[str]:
-    """Add all services to the server; the full names of ours. With `reflects`, clients can list them."""
+    """Add all services to the server; the full names of ours. With `reflects`, clients can list them.
+
+    Generated code also registers each method. gRPC then has a request pending for each, and waits for all of them anew
+    with every call, which for our 29 methods took 60 us of each.
+    """
+    server.add_registered_method_handlers = lambda *_: None
     add_kvstore_service(service, server)
     rpc.add_AdminServicer_to_server(admin, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

@@ -160,7 +160,6 @@ def add_kvstore_service(servicer: Any, server: Any) -> None:
 
     `Fetch` may write `layer_frame`s.
     """
-    rpc.add_KVStoreServicer_to_server(servicer, server)
     match, fetch = functools.partial(parse_prompt, pb.MatchRequest), functools.partial(parse_prompt, pb.FetchRequest)
     begin = functools.partial(parse_prompt, pb.BeginStoreRequest)
     handlers = {
@@ -169,7 +168,8 @@ def add_kvstore_service(servicer: Any, server: Any) -> None:
         "Fetch": grpc.unary_stream_rpc_method_handler(servicer.Fetch, fetch, serialize),
         "Upload": grpc.stream_unary_rpc_method_handler(servicer.Upload, parse_upload_chunk, serialize),
     }
-    server.add_registered_method_handlers(SERVICE, handlers)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))  # the first one decides
+    rpc.add_KVStoreServicer_to_server(servicer, server)
 
 
 def _data_at(message: bytes, at: int, tag: int) -> int:
