@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,8 +68,10 @@ def test_bytes_cannot_move_from_one_field_to_the_next(a: list[bytes], b: list[by
 
 @given(token_ids)
 def test_tokens_survive_packing(ids: list[int]) -> None:
-    """Any signed 64-bit id, vision placeholders included."""
-    assert unpack_tokens(pack_tokens(ids)) == ids
+    """Any signed 64-bit id, vision placeholders included, in whatever sequence."""
+    packed = pack_tokens(ids)
+    assert unpack_tokens(packed) == ids
+    assert pack_tokens(tuple(ids)) == pack_tokens(iter(ids)) == pack_tokens(np.array(ids, np.int64)) == packed
 
 
 @given(token_ids, token_ids, st.integers(0, 600))
@@ -79,7 +82,10 @@ def test_common_tokens_is_the_longest_common_prefix(a: list[int], b: list[int], 
     assert common_tokens(pack_tokens(a), pack_tokens(b)) == expected
 
 
-@pytest.mark.parametrize("bad", [[2**63], [-(2**63) - 1], [1.5], ["a"], [[1]], b"1234567", [None]])
+ARRAYS = [np.array([1.5]), np.array([[1]]), np.array([2**63], np.uint64), np.array([True])]
+
+
+@pytest.mark.parametrize("bad", [[2**63], [-(2**63) - 1], [1.5], ["a"], [[1]], b"1234567", [None], None, *ARRAYS])
 def test_what_is_not_a_token_is_refused(bad: object) -> None:
     """A typed error, not a wrong key."""
     with pytest.raises(InvalidRequestError):

@@ -7,6 +7,7 @@ import asyncio
 import re
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -121,6 +122,49 @@ def test_callers_of_work_that_a_closing_pool_drops_are_ended() -> None:
         return await asyncio.wait_for(running, 60), f"{pool.waiting} wait"
 
     assert asyncio.run(main()) == (True, "0 wait")
+
+
+def test_a_thread_that_the_system_refuses_leaves_no_work_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its caller is told. Where other threads run, the work waits for one of them."""
+    done: list[str] = []
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        pool, end = Pool("read", 2), threading.Event()
+        with monkeypatch.context() as none_left:
+            none_left.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError):
+                pool(done.append, "refused")
+        running = pool(end.wait)
+        with monkeypatch.context() as none_left:
+            none_left.setattr(threading.Thread, "start", refuse)
+            waiting = pool(done.append, "waits")
+        end.set()
+        await asyncio.wait_for(asyncio.gather(running, waiting), 60)
+        pool.close()
+
+    asyncio.run(main())
+    assert done == ["waits"]
+
+
+def test_a_thread_without_work_keeps_nothing_of_the_last_alive() -> None:
+    """The tokens of a prompt, and the rows of its match."""
+
+    class Held:
+        """What work returns and takes."""
+
+    async def main() -> None:
+        pool = Pool("read", 1)
+        kept = weakref.ref(await pool(lambda held: held, Held()))
+        await asyncio.sleep(0)
+        while not pool._idle:
+            await asyncio.sleep(0.001)
+        assert kept() is None
+        pool.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_whoever_waits_for_what_was_posted_finds_it_done() -> None:

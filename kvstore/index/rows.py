@@ -44,6 +44,7 @@ until the same bytes are put again.
 from __future__ import annotations
 
 import functools
+import operator
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple
@@ -251,8 +252,7 @@ def fidelity_of(value: bytes) -> int:
 
 def kinds_of(rows: Iterable[EncodedRow]) -> set[tuple[int, int]]:
     """(fidelity, digest of the templates) of rows that are not parsed."""
-    kind = _KIND.unpack_from
-    return {kind(value) for _, value, _ in rows}
+    return set(map(_KIND.unpack_from, map(operator.itemgetter(1), rows)))
 
 
 def sizes_of(rows: Iterable[EncodedRow]) -> list[tuple[int, int, int]]:

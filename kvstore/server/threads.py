@@ -13,57 +13,77 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeAlias, TypeVar
 
 from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.server.lane import Lane
 
 T = TypeVar("T")
+_Work: TypeAlias = tuple[asyncio.Future[Any], Callable[..., Any], tuple[object, ...]]
 log = logging.getLogger(__name__)
 
 
 class Pool:
-    """Threads for one kind of work, first come, first served. Call it on the event loop."""
+    """Threads for one kind of work, first come, first served. Call it on the event loop.
+
+    Not an executor: its futures, locks and callbacks come on top of asyncio's, and a thread that has given its result
+    keeps Python's lock from the event loop until it waits for work again.
+    """
 
     def __init__(self, name: str, threads: int, *, background: bool = False) -> None:
         """`background`: its threads run at a lower priority than everything that somebody waits for."""
         self.name = name
         self._threads = threads
+        self._background = background
         self._callers = 0
-        self._executor = ThreadPoolExecutor(threads, f"kvstore-{name}", lower_thread_priority if background else None)
+        self._work: SimpleQueue[_Work | None] = SimpleQueue()  # None ends a thread
+        self._started: list[threading.Thread] = []
+        self._idle: deque[None] = deque()  # as many as threads that have ended their work and have no other promised
         self._posted: set[asyncio.Future[Any]] = set()
         self._later: list[tuple[Callable[..., object], tuple[object, ...]]] = []
         self._is_closed = False
 
     def __call__(self, work: Callable[..., T], *args: object) -> asyncio.Future[T]:
-        """Run `work(*args)`; its result. If the caller is cancelled, work that has not begun is dropped.
-
-        One future where `run_in_executor` chains two: of a match over RPC that is some 50 us.
-        """
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[T] = loop.create_future()
-
-        def tell(end: Callable[..., object], *value: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(_settle, answer, end, *value)
-
-        def run() -> None:
-            if answer.cancelled():
-                return
-            try:
-                result = work(*args)
-            except BaseException as error:  # noqa: BLE001  # raised where the caller waits
-                tell(answer.set_exception, error)
-            else:
-                tell(answer.set_result, result)
-
-        # Work that has not begun when the pool is closed ends its caller, too.
-        self._executor.submit(run).add_done_callback(lambda begun: tell(answer.cancel) if begun.cancelled() else None)
+        """Run `work(*args)`; its result. If the caller is cancelled, work that has not begun is dropped."""
+        if self._is_closed:
+            raise RuntimeError(f"the threads of {self.name} have ended")
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        if self._idle:
+            self._idle.pop()
+        elif len(self._started) < self._threads:
+            self._start()
+        self._work.put((answer, work, args))
         self._callers += 1
         answer.add_done_callback(self._left)
         return answer
+
+    def _start(self) -> None:
+        """Start one more thread; RuntimeError when the system gives none and there is no other.
+
+        A pool that is dropped unclosed keeps no process from its end.
+        """
+        name = f"kvstore-{self.name}_{len(self._started)}"
+        thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            if not self._started:
+                raise
+        else:
+            self._started.append(thread)
+
+    def _serve(self) -> None:
+        """What each thread does."""
+        if self._background:
+            lower_thread_priority()
+        while (item := self._work.get()) is not None:
+            _run(*item)
+            del item  # a thread that waits keeps nothing alive
+            self._idle.append(None)
 
     def _left(self, _: object) -> None:
         self._callers -= 1
@@ -114,7 +134,31 @@ class Pool:
     def close(self, *, drop: bool = True) -> None:
         """Finish what runs. What waits is dropped, or with `drop=False` finished, too. Idempotent."""
         self._is_closed = True
-        self._executor.shutdown(wait=True, cancel_futures=drop)
+        with contextlib.suppress(Empty):
+            while drop and (dropped := self._work.get_nowait()) is not None:
+                _tell(dropped[0], dropped[0].cancel)  # its caller would wait for ever
+        for _ in self._started:
+            self._work.put(None)
+        while self._started:
+            self._started.pop().join()
+
+
+def _run(answer: asyncio.Future[T], work: Callable[..., T], args: tuple[object, ...]) -> None:
+    """Do a piece of work on this thread, and give its caller the result."""
+    if answer.cancelled():
+        return
+    try:
+        result = work(*args)
+    except BaseException as error:  # noqa: BLE001  # raised where the caller waits
+        _tell(answer, answer.set_exception, error)
+    else:
+        _tell(answer, answer.set_result, result)
+
+
+def _tell(answer: asyncio.Future[Any], end: Callable[..., object], *value: object) -> None:
+    """End an answer, from any thread."""
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        answer.get_loop().call_soon_threadsafe(_settle, answer, end, *value)
 
 
 def _settle(answer: asyncio.Future[Any], result: Callable[..., object], *value: object) -> None:
