@@ -82,7 +82,7 @@ def test_common_tokens_is_the_longest_common_prefix(a: list[int], b: list[int], 
     assert common_tokens(pack_tokens(a), pack_tokens(b)) == expected
 
 
-ARRAYS = [np.array([1.5]), np.array([[1]]), np.array([2**63], np.uint64), np.array([True])]
+ARRAYS = [np.array([1.5]), np.array([[1]]), np.array(1), np.array([2**63], np.uint64)]
 
 
 @pytest.mark.parametrize("bad", [[2**63], [-(2**63) - 1], [1.5], ["a"], [[1]], b"1234567", [None], None, *ARRAYS])

@@ -113,8 +113,9 @@ def test_callers_of_work_that_a_closing_pool_drops_are_ended() -> None:
     """They would wait for ever: no thread comes to it any more. What runs gives its answer."""
 
     async def main() -> tuple[bool, str]:
-        pool, end = Pool("read", 1), threading.Event()
-        running, waiting = pool(end.wait), pool(lambda: "never")
+        pool, begun, end = Pool("read", 1), threading.Event(), threading.Event()
+        running, waiting = pool(lambda: begun.set() or end.wait()), pool(lambda: "never")
+        assert begun.wait(60)
         threading.Timer(0.05, end.set).start()
         pool.close()
         with pytest.raises(asyncio.CancelledError):

@@ -12,7 +12,7 @@ are those after the last full block, so it may have none.
 An *aux* block holds bytes that recipes of its namespace refer to, such as the basis of a calibrated codec. It has no
 tokens, and its key follows from the digest of the bytes.
 
-NumPy is imported where tokens are packed or compared: verbs that name reasons and recipes do not wait for it.
+NumPy is imported where tokens are unpacked or compared: verbs that name reasons and recipes do not wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import math
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from kvstore.errors import CorruptDataError, InvalidRequestError
 
@@ -107,26 +106,12 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
         if len(packed) % TOKEN_BYTES:
             raise InvalidRequestError(f"packed tokens must be a multiple of {TOKEN_BYTES} bytes, got {len(packed)}")
         return packed
-    import numpy as np
-
     try:
-        if isinstance(tokens, np.ndarray):
-            return _pack_array(tokens)
-        ids = tokens if isinstance(tokens, (list, tuple)) else list(tokens)
-        return struct.pack(f"<{len(ids)}q", *ids)  # half the time of an array made of a list
+        # Arrays have `tolist`. struct takes half the time of numpy to read a list.
+        ids = tokens if isinstance(tokens, (list, tuple)) else getattr(tokens, "tolist", lambda: list(tokens))()
+        return struct.pack(f"<{len(ids)}q", *ids)
     except (struct.error, OverflowError, ValueError, TypeError) as error:
         raise InvalidRequestError(f"tokens must be a flat sequence of signed 64-bit integers: {error}") from error
-
-
-def _pack_array(tokens: np.ndarray[Any, Any]) -> bytes:
-    """The same of a numpy array."""
-    if tokens.size == 0:
-        return b""
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise InvalidRequestError("tokens must be a flat sequence of integers")
-    if tokens.dtype.kind == "u" and int(tokens.max()) > np.iinfo(np.int64).max:
-        raise InvalidRequestError("a token id does not fit in a signed 64-bit integer")
-    return tokens.astype("<i8", copy=False).tobytes()
 
 
 def unpack_tokens(packed: bytes) -> list[int]:
