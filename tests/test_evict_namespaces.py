@@ -61,6 +61,27 @@ def test_a_namespace_that_no_caller_names_becomes_an_orphan_and_one_that_is_aske
         assert orphans(engine) == {}
 
 
+def test_when_a_namespace_was_last_named_is_told_to_the_second_also_after_a_restart(
+    tmp_path: Path, clock: Clock
+) -> None:
+    """Which of them is the latest decides where a prompt is looked up that names none."""
+
+    def told(engine: Engine) -> dict[bytes, int]:
+        return {one.info.root: one.used_s for one in engine.stats().namespaces}
+
+    with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
+        expected = {}
+        for ns in (NS, OTHER, NS):
+            put(engine, ns, list(range(300)))
+            clock.now_s += 60.0
+            assert find(engine, ns, [7, 7, 7]).n_tokens == 0
+            expected[ns.root] = int(clock.now_s)
+        assert told(engine) == expected
+        assert [info.root for info in engine.nearest.namespaces(9, readable=True)] == [NS.root, OTHER.root]
+    with Engine.open(tmp_path / "data", options(), clock=clock) as engine:
+        assert told(engine) == expected
+
+
 def test_orphans_are_evicted_and_nothing_else(tmp_path: Path, clock: Clock) -> None:
     """A dry run tells the same bytes."""
     with Engine.open(tmp_path / "data", options(), clock=clock) as engine:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from kvstore.blobs.protocol import NUMBER_END, TMP_SUFFIX, Room
+from kvstore.blobs.protocol import NUMBER_END, TMP_SUFFIX, Room, disk_bytes
 
 
 class Fs:
@@ -191,6 +191,21 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
         except OSError as error:
             errors.append(error)
     return errors
+
+
+def takes_writes(fs: Fs, path: str) -> bool:
+    """Whether the disk takes a file here, synced, and lets it go again."""
+    try:
+        fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fs.write(fd, memoryview(bytes(disk_bytes(1))))
+            fs.fsync(fd)
+        finally:
+            os.close(fd)
+            fs.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def sync_tree(fs: Fs, top: str) -> None:

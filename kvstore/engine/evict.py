@@ -237,8 +237,8 @@ class Evictor:
         with shared.lock:
             return [
                 root
-                for root, space in shared.index.spaces.items()
-                if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(space))
+                for root in shared.index.spaces
+                if root.startswith(selection.namespace_prefix) and (not selection.orphans or shared.is_orphan(root))
             ]
 
     def _chooser(self, selection: Selection) -> Choose:

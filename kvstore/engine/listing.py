@@ -225,8 +225,8 @@ class Listing:
             replace(
                 NamespaceUsage(shared.namespaces[root], *astuple(use)),
                 encrypted=shared.index.ring.key(root) is not None,
-                used_s=shared.index.spaces[root].used_s,
-                orphaned=shared.is_orphan(shared.index.spaces[root]),
+                used_s=shared.used_s(root),
+                orphaned=shared.is_orphan(root),
                 terms=shared.keep.terms.get(root, Terms()),
             )
             for root, use in usage.items()

@@ -352,7 +352,7 @@ class Nearest:
         """Up to `count` namespaces that are neither encrypted nor a tenant's, or that are, the last named first."""
         shared = self._shared
         with shared.lock:
-            used = [(space.used_s, root) for root, space in shared.index.spaces.items()]
+            used = [(shared.used_s(root), root) for root in shared.index.spaces]
             infos = [shared.namespaces[root] for _, root in sorted(used, reverse=True) if root in shared.namespaces]
         return list(itertools.islice((info for info in infos if self.is_readable(info) is readable), count))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvstore.blobs.encrypted import EncryptedBlobs
-from kvstore.blobs.fs import Fs
+from kvstore.blobs.fs import Fs, takes_writes
 from kvstore.blobs.keyring import KeyRing, NamespaceKey
 from kvstore.blobs.local import LocalBlobs
-from kvstore.blobs.protocol import BlobId, Blobs, disk_bytes
+from kvstore.blobs.protocol import BlobId, Blobs
 from kvstore.core.blocks import Block
 from kvstore.core.histogram import AGE_BOUNDS_S, Histogram
 from kvstore.core.keys import NamespaceInfo
@@ -33,7 +32,7 @@ from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, Invali
 from kvstore.index.index import MAP_BYTES, Index
 from kvstore.index.rows import Row
 from kvstore.index.table import Table, Usage
-from kvstore.index.transaction import Edit, Space
+from kvstore.index.transaction import Edit
 
 # `none`, without any sync, is for tests: the configuration does not offer it.
 DURABILITIES = ("commit", "full", "none")
@@ -201,6 +200,10 @@ class Shared:
         if self.is_displaced():
             raise DirectoryError(f"{DISPLACED}: {self.directory.root}")
 
+    def can_write(self) -> bool:
+        """Whether the disk takes writes."""
+        return takes_writes(self.fs, str(self.directory.root / "probe"))
+
     def require_reach(self, error: CorruptDataError | None = None) -> None:
         """DirectoryError when the directory was displaced, or a read failed (`error`) on a disk that takes no write.
 
@@ -279,9 +282,14 @@ class Shared:
         """The blobs of rows, and what they cost on disk."""
         return {row.blob: self.site.cost(row) for row in rows if not row.is_lost}
 
-    def is_orphan(self, space: Space) -> bool:
+    def used_s(self, root: bytes) -> int:
+        """When a caller last named a namespace."""
+        space = self.index.spaces.get(root)
+        return max(space.used_s if space is not None else 0, self.uses.named_s(root))
+
+    def is_orphan(self, root: bytes) -> bool:
         """Whether no caller named this namespace for long."""
-        return space.used_s < self.clock() - ORPHAN_S
+        return self.used_s(root) < self.clock() - ORPHAN_S
 
     def usage(self, root: bytes) -> Usage:
         """What a namespace holds."""
@@ -319,21 +327,6 @@ class Shared:
         """Whether there are as many blobs as rows: what could not be deleted is left to the next start."""
         return sum(1 for _ in self.blobs.names()) == self.index.table.blobs
 
-    def can_write(self) -> bool:
-        """Whether the disk takes a file, synced, and lets it go again."""
-        path = str(self.directory.root / "probe")
-        try:
-            fd = self.fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                self.fs.write(fd, memoryview(bytes(disk_bytes(1))))
-                self.fs.fsync(fd)
-            finally:
-                os.close(fd)
-                self.fs.unlink(path)
-        except OSError:
-            return False
-        return True
-
     def take_number(self) -> int:
         """A number for a new blob."""
         with self.lock:
@@ -361,7 +354,7 @@ class Uses:
         self.reuse_s = Histogram(AGE_BOUNDS_S)
         self._touches: dict[tuple[bytes, ...], int] = {}
         self._marks: dict[bytes, None] = {}
-        self._named: dict[bytes, int] = {}  # namespaces by the day on which they were last named
+        self._named: dict[bytes, int] = {}  # when namespaces were last named
         self._newly_named: dict[bytes, int] = {}
         self._count = 0
         self._written_s = clock()
@@ -391,14 +384,15 @@ class Uses:
             self._count += 1
 
     def name(self, root: bytes) -> None:
-        """Note that a caller named a namespace that holds something: its identity is in use. Kept once a day."""
+        """Note that a caller named a namespace that holds something: its identity is in use. Due once a day."""
         now_s = int(self._clock())
-        if self._named.get(root) == now_s // _DAY_S:
-            return
         with self._lock:
-            self._named[root] = now_s // _DAY_S
-            self._newly_named[root] = now_s
-            self._count += 1
+            self._count += self._named.get(root, 0) // _DAY_S != now_s // _DAY_S
+            self._named[root] = self._newly_named[root] = now_s
+
+    def named_s(self, root: bytes) -> int:
+        """When a caller last named a namespace; 0 if none did since the start."""
+        return self._named.get(root, 0)
 
     def remind(self) -> None:
         """Note that something else waits for a commit, too."""
