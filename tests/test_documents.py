@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,6 +236,14 @@ def test_every_make_target_that_is_named_exists(path: Path) -> None:
 def test_documents_name_no_index(path: Path) -> None:
     """From where packages come is for those who install to say."""
     assert "pypi" not in text_of(path).lower()
+
+
+def test_the_model_that_the_documents_write_is_not_written_to_a_folder_of_the_name_of_an_option(tmp_path: Path) -> None:
+    """`--help` helps."""
+    command = [sys.executable, "-m", "tests.support.models", "--help"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)
+    assert "FOLDER" in shown.stdout and not list(tmp_path.iterdir())
 
 
 def test_the_picture_is_drawn_from_the_committed_measurements() -> None:

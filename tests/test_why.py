@@ -102,12 +102,14 @@ def test_a_prompt_that_is_all_there_is_whole(rig: Rig) -> None:
 
 def test_a_worker_that_has_in_memory_what_is_stored_is_not_told_that_restoring_was_too_slow(rig: Rig) -> None:
     """Nothing was to be restored. Where its memory holds less, the reason stands."""
-    chain = Chain(NS.root, pack_tokens(changed(300)))
-    slow = replace(rig.engine.match(chain, 0, 699), n_tokens=0, reason=Reason.SLOWER_THAN_PREFILL)
-    for covered, cause, reason, given in (
-        (300, Cause.CHANGED, Reason.UNKNOWN_PREFIX, 300),
-        (299, Cause.LIMITED, Reason.SLOWER_THAN_PREFILL, 0),
+    for tokens, covered, cause, reason, given in (
+        (changed(300), 300, Cause.CHANGED, Reason.UNKNOWN_PREFIX, 300),
+        (changed(300), 299, Cause.LIMITED, Reason.SLOWER_THAN_PREFILL, 0),
+        (TOKENS, 699, Cause.WHOLE, Reason.OK, 699),
+        (TOKENS, 698, Cause.LIMITED, Reason.SLOWER_THAN_PREFILL, 0),
     ):
+        chain = Chain(NS.root, pack_tokens(tokens))
+        slow = replace(rig.engine.match(chain, 0, 699), n_tokens=0, reason=Reason.SLOWER_THAN_PREFILL)
         asked = Asked(Who("worker", 7, NS.root, NS.alias, NS.engine), f"{covered}", 700, covered)
         rig.why.note(asked, chain, slow, identity_of(NS))
         entry = rig.why.last(1)[0]

@@ -220,7 +220,7 @@ class Why:
         given, reason = match.n_tokens, match.reason
         if reason is Reason.SLOWER_THAN_PREFILL and common <= asked.covered:
             # The worker's memory holds as much: it needed nothing, and what it computed is not stored.
-            given, reason = common, Reason.UNKNOWN_PREFIX
+            given, reason = common, Reason.UNKNOWN_PREFIX if common < chain.n_tokens - 1 else Reason.OK
         entry = RequestEntry(
             asked=asked,
             at_s=self._clock(),

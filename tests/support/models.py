@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -147,4 +147,6 @@ def heldout_tokens() -> list[int]:
 
 
 if __name__ == "__main__":
-    print(expand_small_lm(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description="Write the small trained model for the CPU, 22 MB.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a folder that is not there yet")
+    print(expand_small_lm(parser.parse_args().folder))
