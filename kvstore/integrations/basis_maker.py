@@ -147,18 +147,20 @@ def _costs(
 ) -> tuple[Array, Array]:
     """KL and bits a value of all, of every part alone at every step of GRID: `[parts, steps]` twice."""
     kl, bits = np.zeros((len(fitted), len(GRID))), np.zeros((len(fitted), len(GRID)))
+    bases = [
+        replace(one.part, steps=np.array([unit * one.unit for unit in GRID], np.float32)) for one in fitted.values()
+    ]
     of = calibration.windows[:step_windows]
     for done, window in enumerate(of):
         cold = calibration.prefill(window.prefix)
         before = calibration.continued(cold, window.following)
         kept = [layer for layer in cold if isinstance(layer, KVLayer)]
         values = sum(array.size for layer in kept for name in PARTS for array in layer.part(name))
-        for number, ((index, name), one) in enumerate(fitted.items()):
+        for number, ((index, name), basis) in enumerate(zip(fitted, bases, strict=True)):
             layer = cold[index]
             assert isinstance(layer, KVLayer)
-            for step, unit in enumerate(GRID):
-                basis = replace(one.part, steps=np.array([unit * one.unit], np.float32))
-                changed, taken = _coded(layer, name, basis)
+            for step in range(len(GRID)):
+                changed, taken = _coded(layer, name, basis, step)
                 after = calibration.continued([*cold[:index], changed, *cold[index + 1 :]], window.following)
                 lost = np.exp(before) * (before - after)
                 kl[number, step] += np.nan_to_num(lost).sum(-1).clip(0).mean() / len(of)
@@ -167,14 +169,17 @@ def _costs(
     return kl, bits
 
 
-def _coded(layer: KVLayer, name: str, basis: PartBasis) -> tuple[KVLayer | StateLayer, int]:
-    """The layer with one part through its codec, and bits; as it is, with all its bits, where the step is too small."""
+def _coded(layer: KVLayer, name: str, basis: PartBasis, point: int) -> tuple[KVLayer | StateLayer, int]:
+    """The layer with one part through its codec at a point, and bits.
+
+    As it is, with all its bits, where the step is too small.
+    """
     (array,) = layer.part(name)
-    codes = basis.encode(_token_rows(layer, name), 0, 0)
+    codes = basis.encode(_token_rows(layer, name), point, 0)
     if codes is None or not basis.is_exact(codes):
         return layer, 8 * array.nbytes
     back = np.empty((basis.heads, codes.shape[1], basis.width), np.float32)
-    basis.decode(codes, 0, 0, back)
+    basis.decode(codes, point, 0, back)
     blocks = (codes[:, at : at + BLOCK_TOKENS] for at in range(0, codes.shape[1], BLOCK_TOKENS))
     bits = sum(8 * len(code_packing.pack(np.ascontiguousarray(block))) for block in blocks)
     restored = (mx.array(back)[None].astype(dtype_of(layer.spec.part(name).dtype)),)

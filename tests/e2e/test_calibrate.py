@@ -56,7 +56,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 
 def one_prefix(patch: pytest.MonkeyPatch) -> None:
-    """Measure one prefix, with as many positions as a result must have: a third of the time."""
+    """Measure one prefix; a result must have 100 positions."""
     patch.setattr(calibration, "NEXT_TOKENS", 100)
     patch.setattr(calibration, "windows", lambda *asked: windows(*asked)[:1])
 
@@ -300,16 +300,19 @@ def test_shipped_profiles_lose_less_than_affine_of_as_many_bits(
     assert not hard or rows["compact"]["kl_mean"] < 0.5 * rows["affine8"]["kl_mean"]
 
 
-def test_small_makes_a_basis_that_stores_and_fetches_use(text: Path, tmp_path: Path) -> None:
+def test_small_makes_a_basis_that_stores_and_fetches_use(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made, stored, measured on held-out text, recorded; then a session of profile small gets its KV back by it."""
+    one_prefix(monkeypatch)
     model = write_tiny(tmp_path / "tiny")
     shorter = ("--prefixes", "3", "--shortest", "256", "--longest", "300")
     limits = ("--kl-mean-max", "5", "--kl-p99-max", "50", "--top1-min", "0", "--nll-delta-max", "9")
     with DaemonProcess(tmp_path / "data", profile="small", min_quantize_tokens=0) as running:
         command = ["calibrate", "--model", str(model), "--prompt-file", str(text), *shorter, *limits]
-        command += ["--answer-loss-max", "9", "--profile", "small", "--json"]
-        done = run_cli(command, running.environ(), timeout_s=500)
-        assert done.returncode == 0, done.stderr
+        command += ["--answer-loss-max", "9", "--profile", "small", "--json", "--address", running.listen]
+        done = CliRunner().invoke(cli, command)
+        assert done.exit_code == 0, (done.output, done.exception)
         summary = json.loads(done.stdout.splitlines()[-1])
         baseline, *points = summary["results"]
         assert baseline["profile"] == "compact" and len(points) == 3

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from tests.e2e import demo as module
 from tests.e2e.demo import AFTER, AGREEMENT_MIN, BEFORE, Act, Demo, Row, Step, notes, table
+from tests.support.models import write_attentive
 from tests.support.servers import Answer, wait_until
 
 COLD = Answer(text="as ever", prompt_tokens=600, cached_tokens=0, completion_tokens=32, first_token_s=2.0, total_s=2.5)
@@ -27,9 +28,10 @@ def act(profile: str = "exact", row: Row = ROW, agreeing: int = 1000) -> Act:
 
 
 def test_a_play_is_without_fault_and_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it once, with less text than `make demo` takes: prompts that still fill a block."""
-    for name, less in {"DOCUMENTS": module.DOCUMENTS[:1300], "PREFIX_TOKENS": 256, "CHECKED_TOKENS": 128}.items():
-        monkeypatch.setattr(module, name, less)
+    """All of it once, with a smaller model and less text than `make demo`: prompts that still fill a block."""
+    less = {"DOCUMENTS": module.DOCUMENTS[:1300], "PREFIX_TOKENS": 256, "CHECKED_TOKENS": 128}
+    for name, other in {**less, "expand_small_lm": write_attentive}.items():
+        monkeypatch.setattr(module, name, other)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []

@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.support.files import files_below
-from tests.support.models import expand_small_lm, heldout_tokens
+from tests.support.models import heldout_tokens, write_tiny
 from tests.support.servers import NO_MEMORY, PATIENCE_S, ServerProcess, wait_until
 from tests.support.service_tools import ServiceTools
 from tests.support.wheel import ROOT, bare, build, install
@@ -93,8 +94,8 @@ def user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small trained model."""
-    return expand_small_lm(tmp_path_factory.mktemp("models") / "small")
+    """A tiny model."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "small", dtype=mx.bfloat16)
 
 
 def test_help_names_all_that_the_first_minutes_take(user: User) -> None:
