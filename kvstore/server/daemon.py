@@ -261,17 +261,28 @@ class Daemon:
             self._stop.set()
 
 
+class _ByName:
+    """A server, for generated code, that finds methods by their names only.
+
+    That code also registers each method. gRPC then takes calls of each in a queue of its own, and waits for all queues
+    anew with every call, which with ours took 80 us of each. The health check keeps its own: it would wait behind every
+    call that came before it, 31 ms instead of 4 behind 64 matches.
+    """
+
+    def __init__(self, server: Any) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, *_: object) -> None:
+        """Nothing is registered."""
+
+
 def add_services(
     server: Any, service: KVStoreService, admin: AdminService, health: HealthServicer, *, reflects: bool
 ) -> list[str]:
-    """Add all services to the server; the full names of ours. With `reflects`, clients can list them.
-
-    Generated code also registers each method. gRPC then has a request pending for each, and waits for all of them anew
-    with every call, which for our 29 methods took 60 us of each.
-    """
-    server.add_registered_method_handlers = lambda *_: None
-    add_kvstore_service(service, server)
-    rpc.add_AdminServicer_to_server(admin, server)
+    """Add all services to the server; the full names of ours. With `reflects`, clients can list them."""
+    by_name = _ByName(server)
+    add_kvstore_service(service, by_name)
+    rpc.add_AdminServicer_to_server(admin, by_name)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("KVStore", "Admin")]
     if reflects:
