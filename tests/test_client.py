@@ -74,7 +74,7 @@ def test_connecting_needs_no_daemon_but_a_possible_address(tmp_path: Path) -> No
 
 def test_a_session_takes_its_limits_from_the_configuration_or_the_caller(daemon: FakeDaemon) -> None:
     """Arguments win; by path only on a unix socket."""
-    with Client(daemon.config(fetch_stall_ms=123)) as client:
+    with Client(daemon.config(fetch_connect_ms=50, fetch_stall_ms=123)) as client:
         options = client.session(NAMESPACE, total_ms=7).options
         assert (options.deadlines.connect_ms, options.deadlines.stall_ms, options.deadlines.total_ms) == (50, 123, 7)
         assert options.same_host

@@ -22,7 +22,7 @@ from tests.support.checkpoints import (
     state_bytes,
 )
 from tests.support.daemon import DaemonProcess
-from tests.support.limits import make_config
+from tests.support.limits import small_config
 from tests.support.synthetic import make_namespace
 
 TOKENS = list(range(1000, 1700))
@@ -40,7 +40,7 @@ def daemon(tmp_path: Path) -> Iterator[DaemonProcess]:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client whose limits do not decide a test."""
-    return connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=small_config(daemon.listen))
 
 
 def store(session: Session, layout: Layout, tokens: list[int]) -> None:

@@ -36,6 +36,7 @@ from kvstore.integrations.identity import WeightsDigest
 from tests.support.daemon import DaemonProcess
 from tests.support.models import expand_small_lm, heldout_tokens
 from tests.support.servers import NO_MEMORY, PLAIN, Answer, ServerProcess, start_all, wait_until
+from tests.support.sessions import PATIENT
 
 PROFILES = ("exact", "safe")
 AGREEMENT_MIN = 0.97
@@ -261,7 +262,7 @@ class Stage:
     def session(self, model: Model) -> Iterator[Session]:
         """A session of this process for the same model."""
         with kvstore.connect(self.daemon.listen) as client:
-            yield client.session(model.namespace, connect_ms=2000, stall_ms=5000)
+            yield client.session(model.namespace, **PATIENT)
 
 
 class Demo:

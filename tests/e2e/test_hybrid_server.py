@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from kvstore.client import connect
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
-from tests.support.agent import LAUNCH_WITHOUT_ENDS, SYSTEM, Server, Session, with_template
+from tests.support.agent import LAUNCH_WITHOUT_ENDS, SYSTEM, Answer, Server, Session, with_template
 from tests.support.daemon import DaemonProcess
 from tests.support.models import build_tiny, heldout_tokens, write_tiny
+from tests.support.servers import PATIENCE_S, wait_until
 from tests.test_prompt_cache import Provider, filled
 
 TOKENS = heldout_tokens()
@@ -59,14 +59,17 @@ def alone(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "KVSTORE_LISTEN": f"unix:{tmp_path}/none", "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
 
-def settled(daemon: DaemonProcess) -> dict[str, Any]:
-    """The daemon's counters, once what the servers have queued is stored."""
+def written_bytes(daemon: DaemonProcess, answer: Answer) -> int:
+    """What the daemon has written, once it holds a checkpoint near the end of the prompt: servers store later."""
     with connect(daemon.listen) as client:
-        before, after = client.stats(), None
-        while (after := client.stats())["requests"] != before["requests"]:
-            time.sleep(0.1)
-            before = after
-    return after
+
+        def furthest() -> int:
+            blocks = client.list(blocks=True, limit=10_000)["blocks"]
+            return max((one["start"] + one["n_tokens"] for one in blocks if one["checkpoint"]), default=0)
+
+        least = answer.prompt_tokens - SHORTFALL_MAX
+        wait_until(lambda: furthest() >= least, PATIENCE_S, lambda: f"no checkpoint at {least} or later: {furthest()}")
+        return int(client.stats()["bytes"]["written"])
 
 
 @PATHS
@@ -78,9 +81,7 @@ def test_an_agent_finds_all_of_its_last_prompt(
     for half in range(2):
         with Server(folders["qwen3_5"], environ(daemon), *flags) as server:
             session.chat = server.chat
-            for _ in range(CALLS // 2):
-                session.call()
-                written.append(settled(daemon)["bytes"]["written"])
+            written += [written_bytes(daemon, session.call()) for _ in range(CALLS // 2)]
         if not half:
             daemon.restart()
     shortfalls = session.shortfalls()

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,46 @@ LAYOUT = make_layout(layers=8, heads=4, width=128)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(4096))
 SIXTY_FOUR_MIB = 64 << 20
-STALL_S = 1
+STALL_S = 2
+PATIENCE_S = 60  # what frees something takes less of it on any machine; a daemon's own patience is longer
 
 
-@pytest.fixture(scope="module")
-def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """A daemon that holds 64 MiB of one sequence, as raw KV, and has little patience."""
-    data_dir: Path = tmp_path_factory.mktemp("streams") / "data"
-    with DaemonProcess(
-        data_dir, limits={"stream_stall_s": STALL_S, "upload_idle_s": STALL_S}, profile="raw"
-    ) as running:
+@contextmanager
+def holding(data_dir: Path, stall_s: int) -> Iterator[DaemonProcess]:
+    """A daemon that holds 64 MiB of one sequence, as raw KV."""
+    limits = {"stream_stall_s": stall_s, "upload_idle_s": stall_s}
+    with DaemonProcess(data_dir, limits=limits, profile="raw") as running:
         with client_of(running) as client:
             assert patient(client, NAMESPACE).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
         yield running
 
 
-@pytest.fixture
-def stub(daemon: DaemonProcess) -> Iterator[Any]:
-    """The daemon's RPCs, without a client's limits."""
+@contextmanager
+def stub_of(daemon: DaemonProcess) -> Iterator[Any]:
+    """A daemon's RPCs, without a client's limits."""
     with grpc.insecure_channel(daemon.listen, options=channel_options(32 << 20)) as channel:
         yield kvstore_stub(channel)
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """It gives nobody up within a test."""
+    with holding(tmp_path_factory.mktemp("streams") / "data", 2 * PATIENCE_S) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+    """It waits STALL_S for its callers."""
+    with holding(tmp_path_factory.mktemp("impatient") / "data", STALL_S) as running:
+        yield running
+
+
+@pytest.fixture
+def stub(daemon: DaemonProcess) -> Iterator[Any]:
+    """Of the patient one."""
+    with stub_of(daemon) as made:
+        yield made
 
 
 def begin(stub: Any, representation: pb.Representation = pb.REPRESENTATION_PACKED) -> Any:
@@ -87,9 +108,9 @@ def resident_bytes(daemon: DaemonProcess) -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) << 10
 
 
-def within(seconds: float, condition: Callable[[], bool]) -> bool:
+def comes_true(condition: Callable[[], bool]) -> bool:
     """Whether the condition comes true in time."""
-    give_up_at = time.monotonic() + seconds
+    give_up_at = time.monotonic() + PATIENCE_S
     while not condition():
         if time.monotonic() > give_up_at:
             return False
@@ -103,29 +124,27 @@ BOTH = pytest.mark.parametrize("representation", [pb.REPRESENTATION_PACKED, pb.R
 
 @linux
 @BOTH
-def test_a_cancelled_stream_frees_everything_within_a_second(
+def test_a_cancelled_stream_frees_everything_at_once(
     daemon: DaemonProcess, stub: Any, representation: pb.Representation
 ) -> None:
-    """Files, lease and buffers; the next fetch finds the daemon as it was."""
+    """Files, lease and buffers, long before it would be given up; the next fetch finds the daemon as it was."""
     call = begin(stub, representation)
     assert open_blobs(daemon) > 0
     call.cancel()
-    assert within(1.0, lambda: open_blobs(daemon) == 0)
+    assert comes_true(lambda: open_blobs(daemon) == 0)
 
 
 @linux
 @BOTH
-def test_a_worker_that_stops_reading_is_given_up(
-    daemon: DaemonProcess, stub: Any, representation: pb.Representation
-) -> None:
+def test_a_worker_that_stops_reading_is_given_up(impatient: DaemonProcess, representation: pb.Representation) -> None:
     """Its files are closed after the stall limit; should it read on, it is told so in place of the rest."""
-    call = begin(stub, representation)
-    time.sleep(STALL_S / 2)
-    assert open_blobs(daemon) > 0
-    assert within(STALL_S + 2.0, lambda: open_blobs(daemon) == 0)
     rest: list[LayerBytes] = []
-    with pytest.raises(grpc.RpcError) as caught:
-        rest.extend(call)
+    with stub_of(impatient) as stub:
+        call, started_s = begin(stub, representation), time.monotonic()
+        assert comes_true(lambda: open_blobs(impatient) == 0)
+        assert time.monotonic() - started_s > STALL_S / 2
+        with pytest.raises(grpc.RpcError) as caught:
+            rest.extend(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert sum(len(chunk.data) for chunk in rest) < SIXTY_FOUR_MIB // 2
 
@@ -142,40 +161,42 @@ def test_many_workers_that_stop_reading_cost_the_daemon_little_memory(daemon: Da
     for call in calls:
         call.cancel()
     assert highest - before < 24 * (2 * BATCH_BYTES + (6 << 20))
-    assert within(1.0, lambda: open_blobs(daemon) == 0)
+    assert comes_true(lambda: open_blobs(daemon) == 0)
 
 
-def test_a_slow_reader_is_not_a_stalled_one(daemon: DaemonProcess, stub: Any) -> None:
+def test_a_slow_reader_is_not_a_stalled_one(impatient: DaemonProcess) -> None:
     """Every chunk starts the time anew."""
-    call = begin(stub)
     received = 0
-    for number, chunk in enumerate(call):
-        received += len(chunk.data)
-        if number % 16 == 0:
-            time.sleep(STALL_S * 0.6)
+    with stub_of(impatient) as stub:
+        for number, chunk in enumerate(begin(stub)):
+            received += len(chunk.data)
+            if number % 16 == 0:
+                time.sleep(STALL_S * 0.4)
     assert received > SIXTY_FOUR_MIB // 2
 
 
-def test_an_upload_that_stops_is_given_up(daemon: DaemonProcess, stub: Any) -> None:
+def test_an_upload_that_stops_is_given_up(impatient: DaemonProcess) -> None:
     """Also when the worker stays connected; nothing of it is left."""
-    tokens = pack_tokens(range(10_000, 10_300))
-    begun = stub.BeginStore(
-        pb.BeginStoreRequest(
-            namespace=namespace_to_message(NAMESPACE),
-            layout=LAYOUT.record,
-            tokens=tokens,
-            transport=pb.TRANSPORT_STREAM,
-        )
+    request = pb.BeginStoreRequest(
+        namespace=namespace_to_message(NAMESPACE),
+        layout=LAYOUT.record,
+        tokens=pack_tokens(range(10_000, 10_300)),
+        transport=pb.TRANSPORT_STREAM,
     )
+    ended = threading.Event()
+    with stub_of(impatient) as stub:
+        begun = stub.BeginStore(request)
 
-    def chunks() -> Iterator[bytes]:
-        yield upload_frame(begun.upload_id, [bytes(1000)])
-        time.sleep(4 * STALL_S)
+        def chunks() -> Iterator[bytes]:
+            yield upload_frame(begun.upload_id, [bytes(1000)])
+            ended.wait(PATIENCE_S)
 
-    upload = stub.Upload.future(chunks(), timeout=60)
-    assert within(3.0, lambda: daemon.uploads() == 1)
-    assert within(STALL_S + 2.0, lambda: daemon.left_over() == [])
-    upload.cancel()
+        upload = stub.Upload.future(chunks(), timeout=2 * PATIENCE_S)
+        try:
+            assert upload.exception(timeout=PATIENCE_S).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert comes_true(lambda: impatient.left_over() == [])
+        finally:
+            ended.set()
 
 
 @pytest.mark.parametrize(("listen", "transport"), [(None, "path"), ("127.0.0.1", "stream")])
@@ -228,13 +249,13 @@ def test_a_long_stream_is_received_ahead_and_its_thread_ends_with_it(daemon: Dae
         del some
         gc.collect()
         assert not receivers()
-        assert within(1.0, lambda: open_blobs(daemon) == 0)
+        assert comes_true(lambda: open_blobs(daemon) == 0)
 
 
 def test_a_daemon_that_stops_in_the_middle_of_a_stream_costs_the_stall_limit(daemon: DaemonProcess) -> None:
     """The caller waits for the thread that receives, which the watchdog ends."""
     with client_of(daemon) as client:
-        session = client.session(NAMESPACE, connect_ms=5000, stall_ms=300, total_ms=60_000)
+        session = client.session(NAMESPACE, connect_ms=20_000, stall_ms=300, total_ms=1000 * PATIENCE_S)
         hit = session.fetch_layers([*TOKENS, 1], "stream")
         assert isinstance(hit, LayerHit)
         next(hit.layers)
@@ -243,7 +264,7 @@ def test_a_daemon_that_stops_in_the_middle_of_a_stream_costs_the_stall_limit(dae
             started = time.monotonic()
             with pytest.raises(DeadlineError):
                 list(hit.layers)
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < PATIENCE_S / 2
         finally:
             daemon.signal(signal.SIGCONT)
         assert not receivers()

@@ -17,7 +17,7 @@ from kvstore.client.client import Client, connect
 from tests.faults import cuts, disk
 from tests.support.child import STOP_TIMEOUT_S
 from tests.support.daemon import DaemonProcess, run_cli
-from tests.support.limits import make_config
+from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=2, width=64)
@@ -36,7 +36,7 @@ def health(daemon: DaemonProcess, service: str) -> int:
 
 def client_of(daemon: DaemonProcess) -> Client:
     """A client that knows nothing yet."""
-    return connect(config=make_config(listen=daemon.listen, min_prefix_tokens=1))
+    return connect(config=small_config(daemon.listen))
 
 
 def stored(daemon: DaemonProcess, tokens: list[int]) -> bool:

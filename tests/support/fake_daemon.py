@@ -44,7 +44,7 @@ from kvstore.wire.convert import states_from_bytes, states_to_bytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.checkpoints import checkpoint_place, finish_states, make_cache
-from tests.support.limits import make_config
+from tests.support.limits import small_config
 from tests.support.stored import finish_runs, write_source
 
 HANG_S = 30.0
@@ -151,8 +151,8 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         self.close()
 
     def config(self, **settings: Any) -> Config:
-        """A configuration that leads to this daemon."""
-        return make_config(**{"listen": self.address, "min_prefix_tokens": 1, **settings})
+        """The configuration of a client that waits for a busy machine; tests of deadlines set their own."""
+        return small_config(self.address, **settings)
 
     def hold(self, tokens: Sequence[int], profile: str = "raw") -> None:
         """Hold the KV of these tokens, encoded in a profile."""
