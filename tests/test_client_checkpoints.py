@@ -128,7 +128,7 @@ def test_states_of_another_position_are_never_offered(
     cache = [early[index] if index in late else layer for index, layer in enumerate(CACHE)]
     result = session.store(TOKENS, cache, wait=wait)
     assert result.reason is Reason.NO_CHECKPOINT
-    assert session.flush(10)
+    assert session.flush(60)
     (upload,) = daemon.uploads
     assert not offered(upload)
     assert upload.data == raw_bytes(CACHE, 0, 602)
@@ -150,7 +150,7 @@ def test_the_caller_may_go_on_as_soon_as_store_returns(daemon: FakeDaemon, sessi
                 array[...] = mx.zeros_like(array)
                 mx.eval(array)
     daemon._released.set()
-    assert session.flush(10)
+    assert session.flush(60)
     assert daemon.uploads[0].data == raw_bytes(CACHE, 0, 602) + STATES
 
 
@@ -433,7 +433,7 @@ def test_behind_a_damaged_checkpoint_the_next_lower_one_is_fetched(
     assert (hit.n_tokens, hit.reason) == (580, Reason.EVICTED if kind == "gone" else Reason.CORRUPT)
     assert_cache(hit.layers, LAYOUT, TOKENS[:580])
     assert len(holding.fetches) == 2
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [holding.checkpoints[601].key]
 
 
@@ -448,7 +448,7 @@ def test_behind_a_damaged_block_the_checkpoint_before_it_is_fetched(
     assert (answer.n_tokens, answer.reason) == (n_tokens, Reason.CORRUPT)
     if n_tokens:
         assert_cache(hit_of(answer).layers, LAYOUT, TOKENS[:n_tokens])
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [holding.blocks[index].key]
 
 
@@ -461,7 +461,7 @@ def test_a_second_damage_is_a_miss(holding: FakeDaemon, session: Session, transp
         held.payload = held.payload[:-1] + bytes([held.payload[-1] ^ 1])
     assert session.fetch(TOKENS, "packed", transport).reason is Reason.CORRUPT
     assert len(holding.fetches) == 2
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [holding.checkpoints[601].key, holding.checkpoints[580].key]
 
 
@@ -474,7 +474,7 @@ def test_a_checkpoint_that_breaks_a_rule_is_damaged(holding: FakeDaemon, session
     hit = hit_of(session.fetch(TOKENS, "packed", transport))
     assert (hit.n_tokens, hit.reason) == (580, Reason.CORRUPT)
     assert_cache(hit.layers, LAYOUT, TOKENS[:580])
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [held.key]
 
 
@@ -490,7 +490,7 @@ def test_a_rejected_hit_is_reported_and_no_longer_believed_to_be_held(holding: F
     assert not session._held.holds_checkpoint(Chain(session.namespace.root, found)) and not session._held.held_tokens(
         Chain(session.namespace.root, found)
     )
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [Chain(holding.namespace.root, found).block_keys()[-1], holding.checkpoints[601].key]
 
 
@@ -514,7 +514,7 @@ def test_states_damaged_in_a_stream_are_found(holding: FakeDaemon, session: Sess
     hit = hit_of(session.fetch(TOKENS, representation, "stream"))
     assert (hit.n_tokens, hit.reason) == (580, Reason.CORRUPT)
     assert_cache(hit.layers, LAYOUT, TOKENS[:580])
-    assert session.flush(5)
+    assert session.flush(60)
     assert holding.reports == [held.key]
 
 

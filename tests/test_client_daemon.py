@@ -118,7 +118,7 @@ def test_a_damaged_blob_is_found_by_the_client_and_quarantined_by_the_daemon(dae
         path.write_bytes(data)
         hit = session.fetch(TOKENS)
         assert (hit.n_tokens, hit.reason) == (256, Reason.CORRUPT)
-        assert session.flush(10)
+        assert session.flush(60)
         assert client.stats()["disk"]["quarantined"] == 1
         assert session.fetch(TOKENS).n_tokens == 256
         assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).stored_tokens == 700

@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_gives_the_next_lower_one_and_goes_to_quarantine(da
         path.write_bytes(data)
         hit = session.fetch([*TOKENS, 5])
         assert (hit.n_tokens, hit.reason) == (600, Reason.CORRUPT)
-        assert session.flush(10)
+        assert session.flush(60)
         check(session, layout, [*TOKENS, 5], 600, Reason.NO_CHECKPOINT)
         assert client.stats()["disk"]["quarantined"] == 1
 

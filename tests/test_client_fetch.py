@@ -182,7 +182,7 @@ def test_a_damaged_block_makes_the_prefix_shorter_and_is_reported(
     hit = hit_of(session.fetch(TOKENS))
     assert (hit.n_tokens, hit.reason) == (256, Reason.EVICTED if damage == "gone" else Reason.CORRUPT)
     assert_rows(hit.layers, LAYOUT, TOKENS[:256])
-    assert session.flush(5)
+    assert session.flush(60)
     assert daemon.reports == [daemon.blocks[1].key]
 
 
@@ -206,7 +206,7 @@ def test_a_first_block_that_is_damaged_leaves_nothing(daemon: FakeDaemon, sessio
     path = Path(daemon.blocks[0].source.path)
     path.write_bytes(path.read_bytes()[:-1])
     assert session.fetch(TOKENS).reason is Reason.CORRUPT
-    assert session.flush(5)
+    assert session.flush(60)
     assert daemon.reports == [daemon.blocks[0].key]
 
 
@@ -238,7 +238,7 @@ def test_a_refusal_to_open_is_not_the_blocks_fault(
         patched.setattr(os, "open", refuse)
         assert hit_of(session.fetch(TOKENS)).source.transport == "stream"
     assert hit_of(session.fetch(TOKENS)).source.transport == next_transport
-    assert session.flush(5)
+    assert session.flush(60)
     assert daemon.reports == []
 
 
@@ -329,7 +329,7 @@ def test_a_layer_that_does_not_verify_raises_in_the_middle(daemon: FakeDaemon, s
     with pytest.raises(CorruptDataError):
         next(hit.layers)
     assert session._held.held_tokens(Chain(session.namespace.root, pack_tokens(TOKENS[:601]))) == 0
-    assert session.flush(5)
+    assert session.flush(60)
     assert daemon.reports == [daemon.blocks[1].key]
 
 

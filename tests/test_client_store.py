@@ -107,10 +107,10 @@ def test_parts_of_a_prompt_that_was_deferred_are_not_copied_again(daemon: FakeDa
         session, touch = client.session(daemon.namespace, **SLOW), Touch(5, 3)
         for reason in (Reason.OK, Reason.DEFERRED):
             assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=touch).reason is reason
-            assert session.flush(10)
+            assert session.flush(60)
         assert session.store(TOKENS[:600], layers, wait=True, touch=touch).reason is Reason.DEFERRED
         assert session.store_part(TOKENS[:600], layers, 1024, checkpoint=False, touch=Touch(6)).reason is Reason.OK
-        assert session.flush(10)
+        assert session.flush(60)
     offered = [(one.prompt, one.touched_tokens) for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
     assert offered == [(5, 3), (5, 3), (6, 0)] and not daemon.uploads
 
@@ -139,7 +139,7 @@ def test_pieces_of_a_large_store_say_that_they_continue(daemon: FakeDaemon, wait
     tokens = list(range(1200))
     with Client(daemon.config(memory_bytes=1 << 20)) as client:
         session = client.session(daemon.namespace, **SLOW)
-        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=wait).reason is Reason.OK and session.flush(10)
+        assert session.store(tokens, make_layers(LAYOUT, tokens), wait=wait).reason is Reason.OK and session.flush(60)
     begun = [one for one in daemon.calls if isinstance(one, pb.BeginStoreRequest)]
     assert [(one.captured_from, one.continued_tokens) for one in begun] == [(0, 0), (512, 512), (1024, 1024)]
 
@@ -282,7 +282,7 @@ def test_without_waiting_a_store_returns_at_once(daemon: FakeDaemon, session: Se
         mx.eval(layer.keys[0])
     daemon.faults = set()
     daemon._released.set()
-    assert session.flush(10)
+    assert session.flush(60)
     assert daemon.uploads[0].data == raw_bytes(TOKENS, 0, 700)
 
 
@@ -296,7 +296,7 @@ def test_a_queue_that_is_full_drops_and_counts(daemon: FakeDaemon) -> None:
         assert results == [Reason.OK, *[Reason.QUEUE_FULL] * 4]
         assert session.stats.stores == {"queue_full": 4}
         daemon._released.set()
-        assert session.flush(10)
+        assert session.flush(60)
         assert client._budget.used_bytes == 0
 
 
@@ -321,7 +321,7 @@ def test_parts_of_a_prompt_and_its_end_send_every_token_once(daemon: FakeDaemon)
         assert session.store(tokens[:900], make_layers(LAYOUT, tokens[:900])).reason is Reason.OK
         daemon.faults = set()
         daemon._released.set()
-        assert session.flush(10)
+        assert session.flush(60)
     assert [(one.request.captured_from, len(one.request.tokens) // 8) for one in daemon.uploads] == [
         (0, 256),
         (256, 512),
@@ -338,11 +338,11 @@ def test_a_part_that_was_not_stored_is_sent_again_with_the_next(daemon: FakeDaem
     with Client(daemon.config()) as client:
         session = client.session(daemon.namespace, **SLOW)
         session.store_part(TOKENS[:300], make_layers(LAYOUT, TOKENS[:300]), 1024, checkpoint=False)
-        assert session.flush(10)
+        assert session.flush(60)
         daemon.faults = set()
         result = session.store_part(TOKENS[:600], make_layers(LAYOUT, TOKENS[:600]), 1024, checkpoint=False)
         assert (result.stored_tokens, result.reason) == (512, Reason.OK)
-        assert session.flush(10)
+        assert session.flush(60)
     assert [one.data for one in daemon.uploads] == [raw_bytes(TOKENS, 0, 512)]
 
 
@@ -449,7 +449,7 @@ def test_a_store_that_was_evicted_meanwhile_is_captured_again(daemon: FakeDaemon
     more = [*TOKENS, *range(5000, 5100)]
     layers = make_layers(LAYOUT, more)
     assert session.store(more, layers).reason is Reason.OK
-    assert session.flush(10)
+    assert session.flush(60)
     assert session.stats.stores["not_captured"] == 2
     assert session.stats.not_captured_tokens == 700 + 800 - 256
     assert sent(daemon.uploads[-1]) == (256, 256, 800)
@@ -508,7 +508,7 @@ def test_waiting_for_a_store_ends_at_its_timeout(daemon: FakeDaemon, session: Se
     assert time.monotonic() - started < BEGIN_S
     assert not session.flush(0.05)
     daemon._released.set()
-    assert session.flush(10)
+    assert session.flush(60)
     assert session.stats.stores == {"ok": 1}
 
 

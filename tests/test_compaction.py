@@ -132,7 +132,7 @@ def test_others_match_while_the_copy_is_made(freed: Engine, monkeypatch: pytest.
     def copy_index(*args: object, **named: object) -> None:
         reader = threading.Thread(target=lambda: found.append(find(freed, OTHER, KEPT).n_tokens))
         reader.start()
-        reader.join(10)
+        reader.join(60)
         copied(*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(index, "copy_index", copy_index)

@@ -79,7 +79,7 @@ def dense_layer(
     tensors = [tensor for stack in layout.raw_stacks if layer in stack.layers for tensor in stack.tensors]
     rows: list[list[np.ndarray]] = [[] for _ in tensors]
     for first, group in pieces(blocks, layout.layer_token_bytes(layer)):
-        views = decode_piece(lane.submit_fetch, layout, layer, group, first, reader, told).result(10)
+        views = decode_piece(lane.submit_fetch, layout, layer, group, first, reader, told).result(60)
         for tensor, view, parts in zip(tensors, views, rows, strict=True):
             parts.append(np.frombuffer(view, np.uint8).reshape(tensor.heads, sum(b.take for b in group), -1))
     return [np.concatenate(parts, axis=1).tobytes() for parts in rows]
@@ -142,7 +142,7 @@ def test_reading_happens_outside_the_lane_and_others_come_between(
     class Watched(FileReader):
         def readinto(self, source: int, offset: int, views: Sequence[memoryview]) -> None:
             assert threading.current_thread() is not lane._fetches._thread
-            others.append(lane.submit_fetch(lambda: source).result(10))
+            others.append(lane.submit_fetch(lambda: source).result(60))
             super().readinto(source, offset, views)
 
     with Watched(sources) as reader:

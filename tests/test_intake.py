@@ -303,4 +303,4 @@ def test_a_stream_whose_upload_wants_no_more_ends_early() -> None:
             await asyncio.sleep(0.01)
 
     assert 2000 < stream.receive(closed_midway()) < len(DATA)
-    wait_until(lambda: stream.budget.used_bytes == 0, 5, lambda: f"{stream.budget.used_bytes} bytes")
+    wait_until(lambda: stream.budget.used_bytes == 0, 60, lambda: f"{stream.budget.used_bytes} bytes")

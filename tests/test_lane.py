@@ -47,7 +47,7 @@ def test_an_old_store_goes_before_a_new_fetch(
     time.sleep(0.05)
     second = lane.submit_fetch(lambda: order.append("fetch"))
     gate.set()
-    first.result(60), second.result(10)
+    first.result(60), second.result(60)
     assert order == ["store", "fetch"]
     lane.close()
 
@@ -82,7 +82,7 @@ def test_the_queue_is_bounded_and_closing_cancels_what_waits(blocked_lane: tuple
     while not waiting[-1].cancelled():
         time.sleep(0.01)
     gate.set()
-    closer.join(10)
+    closer.join(60)
     with pytest.raises(UnavailableError):
         lane.submit_fetch(int)
 

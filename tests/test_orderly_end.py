@@ -55,7 +55,7 @@ def test_a_fetch_that_the_daemon_is_ending_is_not_cancelled(way: str) -> None:
         )
         assert bool(answer) == way.startswith("hit"), answer
         del answer  # nobody holds the call any more
-        assert daemon.ended.wait(20) and daemon.cut_off == [False]
+        assert daemon.ended.wait(60) and daemon.cut_off == [False]
     daemon.close()
 
 
@@ -66,7 +66,7 @@ def test_a_fetch_by_path_ends_its_lease_at_once() -> None:
     daemon.hold(TOKENS)
     with Client(daemon.config()) as client:
         assert client.session(daemon.namespace, **SLOW).fetch(TOKENS, "packed", "path")
-        assert daemon.cancelled.wait(20)
+        assert daemon.cancelled.wait(60)
     daemon.close()
 
 

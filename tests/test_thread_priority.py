@@ -37,7 +37,7 @@ def test_the_thread_that_sends_stores_gives_way_to_the_others() -> None:
     connection = mock.MagicMock(**{"health.absence.return_value": None})
     background = Background(mock.Mock(), connection, uploader, HeldPrefixes(), SessionStats())
     background.report(b"", "")
-    assert background.flush(10)
+    assert background.flush(60)
     background.close(10)
     assert seen == [lowered()]
     assert niceness() == before

@@ -358,7 +358,7 @@ def test_a_damaged_blob_is_quarantined_counted_and_never_served(
     session = client.session(NAMESPACE, **PATIENT)
     first = session.fetch(TOKENS, representation, transport)
     assert first.reason is Reason.CORRUPT and first.n_tokens in (0, 512)
-    assert session.flush(20)
+    assert session.flush(60)
     assert len(daemon.files("quarantine")) == 1 == client.stats()["disk"]["quarantined"]
     hit = session.fetch(TOKENS, representation, transport)
     assert (hit.n_tokens, hit.reason) == (512, Reason.CORRUPT)

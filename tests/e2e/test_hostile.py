@@ -131,25 +131,33 @@ def test_a_claim_of_terabytes_makes_no_file_and_evicts_nothing(
     assert client.stats()["disk"]["blobs"] == before
 
 
-def test_uploads_together_claim_half_of_the_budget_at_most(peer: Peer, client: Client) -> None:
+def test_uploads_together_claim_half_of_the_budget_at_most(tmp_path: Path) -> None:
     """The next is told when to try again, and nothing that is held was evicted for their claims."""
     opened: list[str] = []
+    limits = {**LIMITS, "upload_idle_s": 600}  # none of them ends while the others begin
+    with (
+        DaemonProcess(tmp_path / "data", profile="raw", memory_bytes="8MiB", limits=limits) as daemon,
+        client_of(daemon) as client,
+    ):
+        assert patient(client, NAMESPACE).store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable
+        peer = Peer(daemon)
 
-    def claim_on() -> None:
-        while len(opened) < 40:
-            tokens = pack_tokens(range(len(opened) * 10**7, len(opened) * 10**7 + 6000))
-            named = ((CLIENT_KEY, f"client {len(opened)}"),)
-            opened.append(peer.kvstore.BeginStore(peer.begin(tokens=tokens), metadata=named).upload_id)
+        def claim_on() -> None:
+            while len(opened) < 40:
+                tokens = pack_tokens(range(len(opened) * 10**7, len(opened) * 10**7 + 6000))
+                named = ((CLIENT_KEY, f"client {len(opened)}"),)
+                opened.append(peer.kvstore.BeginStore(peer.begin(tokens=tokens), metadata=named).upload_id)
 
-    with pytest.raises(grpc.RpcError) as refused:
-        claim_on()
-    assert 2 < len(opened) < 20
-    error = from_rpc_error(refused.value)
-    assert isinstance(error, LimitError) and error.retry_s > 0 and "bytes of uploads" in str(error)
-    for upload_id in opened:
-        peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=upload_id))
-    reply = peer.kvstore.BeginStore(peer.begin())
-    peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=reply.upload_id))
+        with pytest.raises(grpc.RpcError) as refused:
+            claim_on()
+        assert 2 < len(opened) < 20
+        error = from_rpc_error(refused.value)
+        assert isinstance(error, LimitError) and error.retry_s > 0 and "bytes of uploads" in str(error)
+        assert_served(client)
+        for upload_id in opened:
+            peer.kvstore.AbortStore(pb.AbortStoreRequest(upload_id=upload_id))
+        assert peer.kvstore.BeginStore(peer.begin()).upload_id
+        peer.channel.close()
 
 
 def test_a_worker_waits_for_a_place_instead_of_losing_its_store(peer: Peer, client: Client) -> None:
@@ -229,7 +237,7 @@ def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
     error = upload.exception(timeout=60)
     ended.set()
     assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "nothing came for 1 s")
-    wait_until(lambda: not daemon.left_over(), 10, lambda: "the upload is still there")
+    wait_until(lambda: not daemon.left_over(), 60, lambda: "the upload is still there")
 
 
 def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: DaemonProcess) -> None:

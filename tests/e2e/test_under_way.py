@@ -56,7 +56,7 @@ def test_a_fetch_given_up_while_it_is_planned_keeps_no_files(daemon: DaemonProce
                 given_up += 1
         assert given_up, "no fetch was given up: the test shows nothing"
         client.evict(all=True)
-        wait_until(lambda: not daemon.blobs(), 10.0, lambda: f"{len(daemon.blobs())} blobs stay on disk")
+        wait_until(lambda: not daemon.blobs(), 60, lambda: f"{len(daemon.blobs())} blobs stay on disk")
 
 
 def test_many_who_wait_for_one_store_do_not_keep_it_from_ending(daemon: DaemonProcess) -> None:
@@ -204,7 +204,7 @@ def test_an_upload_of_which_the_caller_did_not_hear_any_more_is_given_up_at_once
     with daemon, grpc.insecure_channel(daemon.listen) as channel, client_of(daemon) as client:
         with pytest.raises(grpc.RpcError):
             begin(daemon.listen, rpc.KVStoreStub(channel), list(range(100)), timeout=0.5)
-        wait_until(lambda: client.stats()["requests"]["store"] == 1, 10.0, lambda: "the call has not begun")
-        wait_until(lambda: not daemon.uploads(), 20.0, lambda: "the upload stays")
+        wait_until(lambda: client.stats()["requests"]["store"] == 1, 60, lambda: "the call has not begun")
+        wait_until(lambda: not daemon.uploads(), 60, lambda: "the upload stays")
         assert begin(daemon.listen, rpc.KVStoreStub(channel), list(range(100)), timeout=60).upload_id
         assert daemon.uploads() == 1

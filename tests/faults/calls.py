@@ -123,7 +123,7 @@ class CallHistories(Histories):
         self.calls_over()
         self.channel.close()
         super().teardown()
-        wait_until(lambda: open_files(self.daemon) <= self.files, 20, lambda: f"{open_files(self.daemon)} files open")
+        wait_until(lambda: open_files(self.daemon) <= self.files, 60, lambda: f"{open_files(self.daemon)} files open")
 
     # -- helpers ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class CallHistories(Histories):
 
     def calls_over(self) -> None:
         """Wait until no upload is under way."""
-        wait_until(lambda: not self.daemon.left_over(), 20, lambda: "uploads stay")
+        wait_until(lambda: not self.daemon.left_over(), 60, lambda: "uploads stay")
         reaped = set(REAPED.findall(self.daemon.log_text()))
         assert reaped <= self.not_ended, "an upload that its worker ended was still there"
 
@@ -285,7 +285,7 @@ class CallHistories(Histories):
         self.evict(0, "all")
         assert all(path.exists() for path in paths), "the files of a lease are gone"
         replies.cancel()
-        wait_until(lambda: not any(path.exists() for path in paths), 20, lambda: "a lease stays")
+        wait_until(lambda: not any(path.exists() for path in paths), 60, lambda: "a lease stays")
 
     @rule(space=Histories.space, how=st.sampled_from(("some", "all", "everything")))
     def evict(self, space: int, how: str) -> None:

@@ -26,7 +26,7 @@ from kvstore.client.results import Hit
 from kvstore.errors import KVStoreError
 from tests.faults import disk
 from tests.faults.growth import Growth, Sample, growth_of
-from tests.faults.hostile import resident_bytes, settle
+from tests.faults.hostile import resident_bytes, settles
 from tests.support.daemon import SERVE, DaemonProcess
 from tests.support.limits import make_config
 from tests.support.sessions import client_of, patient
@@ -285,7 +285,7 @@ class Soak:
     def finish(self) -> None:
         """Everybody stops; the daemon must be as it was in the beginning."""
         faults = [fault for worker in self.workers if (fault := worker.kill())]
-        if not settle(self.daemon):
+        if not settles(lambda: not self.daemon.left_over()):
             faults.append("uploads stay")
         with client_of(self.daemon) as client:
             try:
