@@ -20,7 +20,7 @@ from kvstore.errors import NotFoundError, RemoteError, RemoteFullError
 from kvstore.remote import pusher
 from kvstore.remote.object_names import Naming
 from kvstore.remote.object_store import MARKER
-from kvstore.remote.push_queue import SEEN_S, Offers, PushItem, PushQueue
+from kvstore.remote.push_queue import SEEN_S, WAITING_MAX, Offers, PushItem, PushQueue
 from kvstore.remote.pusher import TRIES_MAX
 from kvstore.remote.tier import RemoteTier
 from tests.support.aux_blocks import referring
@@ -361,6 +361,16 @@ def test_a_chain_that_is_wanted_again_keeps_its_place_among_those_that_wait() ->
     tier.offers.want([item.key for item in ITEMS[:3]])
     tier.offers.want([ITEMS[0].key])
     assert tier.offers.next() == ITEMS[0].key
+
+
+def test_chains_that_are_forgotten_before_they_are_looked_through_are_counted() -> None:
+    """The oldest, where more are wanted at once than may wait."""
+    tier = tier_over(MemoryStore())
+    keys = [number.to_bytes(32, "big") for number in range(WAITING_MAX + 3)]
+    tier.offers.want(keys)
+    tier.offers.want(keys[3:])
+    assert tier.stats().not_pushed == {RemoteReason.QUEUE_FULL: 3}
+    assert tier.offers.next() == keys[3]
 
 
 def test_what_does_not_fit_in_the_queue_is_counted_with_all_that_builds_on_it() -> None:

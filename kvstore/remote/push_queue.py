@@ -27,7 +27,7 @@ from kvstore.core.blocks import KEY_BYTES
 from kvstore.core.bounded import Bounded
 from kvstore.core.remote_words import RemoteReason
 
-# Chains that wait to be looked through; the oldest are forgotten first.
+# Chains that wait to be looked through.
 WAITING_MAX = 256
 # Keys that are remembered, and for how long.
 SEEN_MAX, SEEN_S = 65_536, 600.0
@@ -183,11 +183,16 @@ class Offers:
             return dict(self._not_pushed)
 
     def want(self, keys: Iterable[bytes]) -> None:
-        """The chains up to these keys are to be looked through, unless they were a short while ago."""
+        """The chains up to these keys are to be looked through, unless they were a short while ago.
+
+        Of more than WAITING_MAX the oldest are forgotten, and counted.
+        """
         with self._lock:
             for key in keys:
                 # A key that waits keeps its place: what is asked for often would else always be last.
                 if key not in self._waiting and not self._walked.has(key):
+                    if len(self._waiting) == WAITING_MAX:  # of the oldest chain, its last block is all that is known
+                        self._not_pushed[RemoteReason.QUEUE_FULL] += 1
                     self._waiting[key] = None
 
     def next(self) -> bytes | None:
