@@ -9,7 +9,6 @@ import http.client
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.support.limits import OPEN_DEADLINES, set_limits
-from tests.support.servers import WITH_STORE
+from tests.support.servers import WITH_STORE, free_port
 
 # As models that reason have it: the prompt ends in an opened thought, which the history does not show again.
 TEMPLATE = (
@@ -52,13 +51,6 @@ def copy_of(folder: Path, to: Path) -> Path:
     """The same model in another folder."""
     shutil.copytree(folder, to)
     return to
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -151,11 +153,12 @@ def wait_until(done: Callable[[], bool], timeout_s: float, failure: Callable[[],
 
 
 def free_port() -> int:
-    """A TCP port of this host that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of this host that nothing listens on, and that no connection gets before a server is up."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)  # the system takes higher ones for connections
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            return port
 
 
 def clean_environ() -> dict[str, str]:
