@@ -73,10 +73,10 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(INSTALLED)
 	@$(BIN)/python tests/e2e/demo.py
 
-# One worker more than two cores: about a fifth of the time tests wait for daemons and do not compute. Files go by name, so
-# that those of tests/e2e, which take longest, come before the small ones: no core is idle at the end.
+# Two workers a core, on two cores: those of tests/e2e wait for daemons as long as they compute. Files go by name, so that
+# these, which take longest, come before the small ones: no core is idle at the end.
 test: $(INSTALLED) test-oldest
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: $(INSTALLED_OLDEST)
 	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)

@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvstore.client.client import Client, connect
 from kvstore.config import KEYS
 from kvstore.core.blocks import Reason
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_cli, run_here
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -50,16 +50,19 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 
 def said(daemon: DaemonProcess, *arguments: str, code: int = 0) -> str:
-    """What a verb prints, after it exits with `code`."""
-    ended = run_cli(list(arguments), daemon.environ())
+    """What a verb prints, after it exits with `code`: a process of its own."""
+    return _of(run_cli(list(arguments), daemon.environ()), code)
+
+
+def _of(ended: subprocess.CompletedProcess[str], code: int) -> str:
     assert ended.returncode == code, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     return ended.stdout
 
 
 def answered(daemon: DaemonProcess, *arguments: str, code: int = 0) -> dict[str, Any]:
-    """What a verb answers with --json: one object with a schema."""
-    answer: dict[str, Any] = json.loads(said(daemon, *arguments, "--json", code=code))
+    """What a verb answers with --json, in this process: one object with a schema."""
+    answer: dict[str, Any] = json.loads(_of(run_here([*arguments, "--json"], daemon.environ()), code))
     assert answer["schema"] == 1 and next(iter(answer)) == "schema"
     return answer
 

@@ -12,7 +12,7 @@ import pytest
 
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_here
 from tests.support.files import taken_bytes
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -50,7 +50,7 @@ def client_of(daemon: DaemonProcess) -> Client:
 
 def evict(daemon: DaemonProcess, *arguments: str) -> dict[str, Any]:
     """What the command line reports."""
-    ended = run_cli(["evict", "--json", *arguments], daemon.environ())
+    ended = run_here(["evict", "--json", *arguments], daemon.environ())
     assert ended.returncode == 0, ended.stderr
     report: dict[str, Any] = json.loads(ended.stdout)
     assert report["schema"] == 1
@@ -149,7 +149,7 @@ def test_selections_narrow_each_other(daemon: DaemonProcess) -> None:
     assert evict_and_compare(daemon, "--namespace", NEW.root.hex()[:12], "--bytes", "1GB") == 3
     assert held_tokens(daemon) == (700, len(BRANCH), 0)
     for selection in (("--namespace", NEW.root.hex()[:12]), ("--prefix", "ff" * 32)):
-        ended = run_cli(["evict", *selection], daemon.environ())
+        ended = run_here(["evict", *selection], daemon.environ())
         assert ended.returncode == 1 and "starts with" in ended.stderr, ended
     assert held_tokens(daemon) == (700, len(BRANCH), 0)
 

@@ -28,7 +28,7 @@ TOKENS = heldout_tokens()
 QUANTIZED = ("--kv-bits", "8", "--quantized-kv-start", "0")
 PATHS = pytest.mark.parametrize("flags", [(), QUANTIZED], ids=["batched", "kv-bits"])
 SHORTFALL_MAX = 64
-CALLS = 20
+CALLS = 14
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def written_bytes(daemon: DaemonProcess, answer: Answer) -> int:
 def test_an_agent_finds_all_of_its_last_prompt(
     flags: tuple[str, ...], folders: dict[str, Path], daemon: DaemonProcess
 ) -> None:
-    """Twenty calls; half-way server and daemon start anew, so what comes next was on disk."""
+    """Fourteen calls; half-way server and daemon start anew, so what comes next was on disk."""
     session, written = Session(), []
     for half in range(2):
         with Server(folders["qwen3_5"], environ(daemon), *flags) as server:

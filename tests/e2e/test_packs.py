@@ -18,7 +18,7 @@ from kvstore.core.blocks import pack_tokens
 from kvstore.core.keys import Chain
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
-from tests.support.daemon import SERVE, DaemonProcess, run_cli
+from tests.support.daemon import SERVE, DaemonProcess, run_here
 from tests.support.sessions import client_of, fetch, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -92,7 +92,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
 
 def ran(daemon: DaemonProcess, *arguments: str, code: int = 0) -> str:
     """What a verb says on both outputs, after it exits with `code`; an error is one line."""
-    ended = run_cli(list(arguments), daemon.environ())
+    ended = run_here(list(arguments), daemon.environ())
     assert ended.returncode == code, ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     assert not code or ended.stderr.count("\n") == 1, ended.stderr
@@ -132,8 +132,8 @@ def pb_dtype() -> Any:
 
 def emptied(daemon: DaemonProcess) -> None:
     """Evict everything."""
-    run_cli(["evict", "--all", "--yes"], daemon.environ())
-    run_cli(["evict", "--all"], daemon.environ())
+    run_here(["evict", "--all", "--yes"], daemon.environ())
+    run_here(["evict", "--all"], daemon.environ())
 
 
 def test_hits_are_the_same_after_a_move(source: DaemonProcess, target: DaemonProcess, pack: Path) -> None:
@@ -198,7 +198,7 @@ def test_files_that_are_damaged_or_of_another_model_change_nothing(
         patient(client, other).store([1] * 300, make_layers(other.layout, [1] * 300), wait=True)
     said = ran(target, "import", str(pack), "--namespace", "other-lm", code=2)
     assert "the weights and layout differ" in said
-    assert run_cli(["ls", "--json"], target.environ()).stdout.count("moved-lm") == 0
+    assert run_here(["ls", "--json"], target.environ()).stdout.count("moved-lm") == 0
     emptied(target)
 
 
@@ -232,7 +232,7 @@ def test_a_killed_import_is_continued_by_another(
     done = summary(target, "import", str(pack))
     assert (done["blobs"], done["reason"]) == (14, "ok")
     assert hits(target) == hits(source) and not target.unfinished()
-    assert run_cli(["check"], target.environ()).returncode == 0
+    assert run_here(["check"], target.environ()).returncode == 0
     emptied(target)
 
 
@@ -241,15 +241,15 @@ def test_a_daemon_that_is_killed_during_an_import_goes_on(source: DaemonProcess,
     for left in (8,):
         program = KILLED_DAEMON.replace("LEFT", str(left)) + SERVE
         with DaemonProcess(tmp_path / f"data{left}", program=program) as daemon:
-            ended = run_cli(["import", str(pack)], daemon.environ())
+            ended = run_here(["import", str(pack)], daemon.environ())
             assert ended.returncode == 3 and ended.stderr.count("\n") == 1, ended.stderr
             again = DaemonProcess(daemon.data_dir, daemon.listen)
             with again:
-                before = json.loads(run_cli(["stats", "--json"], again.environ()).stdout)["disk"]["blobs"]
+                before = json.loads(run_here(["stats", "--json"], again.environ()).stdout)["disk"]["blobs"]
                 done = summary(again, "import", str(pack))
                 assert (done["held"], done["blobs"]) == (before, 14) and 0 < before < 14
                 assert hits(again) == hits(source)
-                assert run_cli(["check"], again.environ()).returncode == 0
+                assert run_here(["check"], again.environ()).returncode == 0
 
 
 def test_an_import_stops_where_the_budget_ends(pack: Path, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_an_import_stops_where_the_budget_ends(pack: Path, tmp_path: Path) -> No
     with DaemonProcess(tmp_path / "data", budget_bytes=1_500_000) as daemon:
         line = summary(daemon, "import", str(pack), code=1)
         assert line["reason"] == "store_full" and 0 < line["blobs"] < 14
-        disk = json.loads(run_cli(["stats", "--json"], daemon.environ()).stdout)["disk"]
+        disk = json.loads(run_here(["stats", "--json"], daemon.environ()).stdout)["disk"]
         assert disk["used_bytes"] <= 1_500_000 and disk["blobs"] == line["blobs"]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_here
 from tests.support.limits import small_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -44,7 +44,7 @@ def reason(daemon: DaemonProcess, tokens: list[int]) -> Reason:
 
 def verb(daemon: DaemonProcess, *arguments: str) -> dict[str, Any]:
     """The JSON of a verb that succeeds."""
-    run = run_cli([*arguments, "--json"], daemon.environ())
+    run = run_here([*arguments, "--json"], daemon.environ())
     assert run.returncode == 0, run.stderr
     answer: dict[str, Any] = json.loads(run.stdout)
     return answer
@@ -64,7 +64,7 @@ def test_a_pinned_prompt_outlives_a_time_to_live_and_a_restart(daemon: DaemonPro
     pinned = verb(daemon, "pin", "--prompt-file", str(tmp_path / "prompt.npy"), "--namespace", "small-lm")
     assert [one["tokens"] for one in pinned["pins"]] == [300]
     assert 0 < pinned["kept_bytes"] < pinned["kept_bytes_max"]
-    set_ = run_cli(["set", "small-lm", "ttl=1s", "quota=1GB", "--yes"], daemon.environ())
+    set_ = run_here(["set", "small-lm", "ttl=1s", "quota=1GB", "--yes"], daemon.environ())
     assert set_.returncode == 0, set_.stderr
     assert set_.stdout.splitlines() == [
         "ttl is 1 s now (before: as the daemon's)",
@@ -84,7 +84,7 @@ def test_a_pinned_prompt_outlives_a_time_to_live_and_a_restart(daemon: DaemonPro
     time.sleep(1.5)
     assert reason(daemon, kept) is Reason.OK
     key = pinned["pins"][0]["key"][:16]
-    assert "no longer pinned: 300 tokens of small-lm" in run_cli(["pin", key, "--remove"], daemon.environ()).stdout
+    assert "no longer pinned: 300 tokens of small-lm" in run_here(["pin", key, "--remove"], daemon.environ()).stdout
     assert verb(daemon, "pin")["pins"] == []
     # The store is empty by now, and the namespace is still known by its alias and its id.
     assert verb(daemon, "set", "small-lm", "quota=2GB")["before"] == str(10**9)
@@ -97,7 +97,7 @@ def test_a_limit_that_deletes_much_says_so(daemon: DaemonProcess) -> None:
         fill(daemon, 20_000 + 1000 * number)
     (shown,) = verb(daemon, "show", "small-lm")["namespaces"]
     quota = f"quota={shown['bytes'] // 2}"
-    run = run_cli(["set", "small-lm", quota], daemon.environ())
+    run = run_here(["set", "small-lm", quota], daemon.environ())
     assert run.returncode == 0
     assert f"{quota} deletes" in run.stderr and "in a minute" in run.stderr
     assert re.search(r"WARNING about to delete .* in 60 s, unless limits change", daemon.log_text())
@@ -144,7 +144,7 @@ def test_limits_that_delete_much_at_a_start_do_not_wait_with_yes(daemon: DaemonP
 def test_what_cannot_be_is_one_line(daemon: DaemonProcess, arguments: list[str], status: int, said: str) -> None:
     """With the exit status of its kind."""
     fill(daemon, 50_000)
-    run = run_cli(arguments, daemon.environ())
+    run = run_here(arguments, daemon.environ())
     assert (run.returncode, run.stdout) == (status, "")
     assert said in run.stderr
     assert len(run.stderr.strip().splitlines()) <= 3

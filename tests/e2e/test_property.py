@@ -45,7 +45,7 @@ DAEMONS = ("raw", f"affine8-g{GROUP}", "exact", GROUPED)
 LABELS = (0, 7, -1, 1 << 23, (1 << 63) - 1)
 LENGTHS = (1, 2, 44, 64, 157, 158, 191, 200, 255, 256, 257, 300)
 REASONS = {Reason.UNKNOWN_PREFIX, Reason.IDENTITY, Reason.EVICTED, Reason.FIDELITY}
-EXAMPLES = 12
+EXAMPLES = 8  # `make faults` runs more
 STEPS = 30
 
 numbers = itertools.count()

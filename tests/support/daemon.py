@@ -13,8 +13,10 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import grpc
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from kvstore.cli.app import cli
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.child import Child
@@ -179,3 +181,15 @@ def run_cli(
     own = {key: value for key, value in environ.items() if (key, value) != ("KVSTORE_PROFILE", SMALL["profile"])}
     command = [sys.executable, "-m", "kvstore", *arguments]
     return subprocess.run(command, env=own, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def run_here(arguments: list[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """The same as `run_cli` from its entry on, in this process: without the start of Python and the imports.
+
+    For what a daemon answers; that a verb works in a process of its own is proved by those of `e2e/test_cli_live.py`.
+    """
+    others = {name: None for name in os.environ if name.startswith("KVSTORE_")}
+    done = CliRunner().invoke(cli, arguments, env={**others, **environ}, prog_name="kvstore")
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
