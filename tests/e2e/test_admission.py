@@ -15,7 +15,7 @@ from kvstore.client.session import Session
 from kvstore.core.blocks import Reason
 from kvstore.metrics.exposition import exposition
 from kvstore.server.policy.admission import FILE
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_here
 from tests.support.limits import small_config
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 
@@ -82,7 +82,7 @@ def test_a_used_up_budget_is_a_reason_and_says_what_it_held_back(daemon: DaemonP
     assert writes["held_back_stores"] == before["held_back_stores"] + 1
     assert writes["held_back_bytes"] == before["held_back_bytes"] + 300 * LAYOUT.token_bytes
     assert f"kvstore_held_back_stores_total {writes['held_back_stores']}.0" in exposition(stats).decode()
-    said = run_cli(["stats"], daemon.environ()).stdout
+    said = run_here(["stats"], daemon.environ()).stdout
     assert "held back" in said and "write_budget" in said
     client.set("write_bytes_per_day_max", "1GB")
     assert store(client, 20_000).durable
@@ -118,5 +118,5 @@ def used(client: Client) -> int:
 
 def test_another_word_is_an_error_that_names_those_there_are(daemon: DaemonProcess) -> None:
     """With the exit code of a mistake in what was asked."""
-    run = run_cli(["set", "daemon", "admission=sometimes"], daemon.environ())
+    run = run_here(["set", "daemon", "admission=sometimes"], daemon.environ())
     assert run.returncode == 2 and "read-only" in run.stderr

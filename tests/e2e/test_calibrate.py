@@ -24,7 +24,7 @@ from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.arithmetic import Answers, problems
 from kvstore.integrations.calibrate import Tally, windows
 from kvstore.quality import Quality, Thresholds, Verdict
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_cli, run_here
 from tests.support.models import SMALL_LM, expand_small_lm, heldout_tokens, write_tiny
 from tests.support.sessions import client_of, patient
 
@@ -195,17 +195,17 @@ def test_results_are_listed_and_forgotten_though_nothing_is_stored(
     results: dict[str, dict[str, Any]], daemon: DaemonProcess, model: Path
 ) -> None:
     """Emptying the store keeps them; forgetting one makes the profile an unmeasured one again."""
-    assert run_cli(["evict", "--all"], daemon.environ()).returncode == 0
-    listed = run_cli(["calibrate", "--list"], daemon.environ())
+    assert run_here(["evict", "--all"], daemon.environ()).returncode == 0
+    listed = run_here(["calibrate", "--list"], daemon.environ())
     root = namespace_of(model).root.hex()
     rows = {line.split()[2]: line.split()[-1] for line in listed.stdout.splitlines() if line.startswith(root[:8])}
     assert rows == {PLANTED: "no", "balanced": "yes"}
-    forgotten = run_cli(["calibrate", "--forget", root[:8], "--profile", PLANTED, "--json"], daemon.environ())
+    forgotten = run_here(["calibrate", "--forget", root[:8], "--profile", PLANTED, "--json"], daemon.environ())
     assert json.loads(forgotten.stdout)["forgotten"] == 1
-    assert run_cli(["calibrate", "--forget", "all"], daemon.environ()).stdout == "forgot 1 result\n"
+    assert run_here(["calibrate", "--forget", "all"], daemon.environ()).stdout == "forgot 1 result\n"
     with client_of(daemon) as client:
         assert client.list_quality()["namespaces"] == []
-    assert run_cli(["calibrate", "--list", "--model", str(model)], daemon.environ()).returncode == 2
+    assert run_here(["calibrate", "--list", "--model", str(model)], daemon.environ()).returncode == 2
 
 
 def test_without_a_daemon_the_command_says_so_before_it_measures(model: Path, tmp_path: Path) -> None:

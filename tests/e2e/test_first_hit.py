@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_here
 from tests.support.limits import OPEN_DEADLINES, launch
 from tests.support.models import heldout_tokens, write_tiny
 from tests.support.servers import NO_MEMORY, ServerProcess, wait_until
@@ -36,7 +36,7 @@ def absent(tmp_path: Path) -> Iterator[DaemonProcess]:
     """A place for a daemon, and none there; whatever is started there ends with the test."""
     place = DaemonProcess(tmp_path / "data")
     yield place
-    ended = run_cli(["stats", "--json"], place.environ())
+    ended = run_here(["stats", "--json"], place.environ())
     if ended.returncode == 0:
         os.kill(json.loads(ended.stdout)["daemon"]["pid"], signal.SIGKILL)
 
@@ -56,7 +56,7 @@ def messages(model: Path) -> list[dict[str, str]]:
 
 def stats_of(environ: Mapping[str, str]) -> dict[str, Any]:
     """What the daemon says of itself."""
-    ended = run_cli(["stats", "--json"], environ)
+    ended = run_here(["stats", "--json"], environ)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
     return found
@@ -148,7 +148,7 @@ def test_a_header_that_differs_in_every_request_is_stripped_and_prompts_hit(
             spoken = [server.chat(agent("0aaa9", f"A{line}")) for line in ("", "x-anthropic-billing-header: cch=1;")]
         with ServerProcess(model, tmp_path / "b.log", absent.environ(), launcher=NO_START, flags=NO_MEMORY) as plain:
             third = plain.chat(agent("eb6c6"))
-        why = run_cli(["why", "--last", "1", "--model", str(model)], absent.environ()).stdout
+        why = run_here(["why", "--last", "1", "--model", str(model)], absent.environ()).stdout
     (said,) = [one for one in server.log_text().splitlines() if "--strip-header" in one]
     assert said.startswith("kvstore: ") and said.endswith("billing")
     assert (first.cached_tokens, second.cached_tokens) == (0, second.prompt_tokens - 1)
@@ -166,17 +166,17 @@ def test_a_server_is_warm_before_it_listens(model: Path, absent: DaemonProcess, 
             cold = one.chat(messages(model))
             wait_until(lambda: "kvstore: stored small +" in one.log_text(), 30, one.log_text)
             assert one.stop() == 0
-        assert run_cli(["export", "small", "-o", str(pack)], absent.environ()).returncode == 0
-        assert run_cli(["evict", "--all"], absent.environ()).returncode == 0
+        assert run_here(["export", "small", "-o", str(pack)], absent.environ()).returncode == 0
+        assert run_here(["evict", "--all"], absent.environ()).returncode == 0
         other = tmp_path / "other"
         shutil.copytree(model, other)
         config = json.loads((other / "config.json").read_text())
         (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 2 * config["rms_norm_eps"]}))
-        refused = run_cli(["import", str(pack), "--model", str(other)], absent.environ())
+        refused = run_here(["import", str(pack), "--model", str(other)], absent.environ())
         assert refused.returncode == 2 and "the weights differs" in refused.stderr, refused.stderr
-        taken = run_cli(["import", str(pack), "--model", str(model)], absent.environ())
+        taken = run_here(["import", str(pack), "--model", str(model)], absent.environ())
         assert taken.returncode == 0, taken.stderr
-        assert run_cli(["evict", "--all"], absent.environ()).returncode == 0
+        assert run_here(["evict", "--all"], absent.environ()).returncode == 0
         flags = ("--warm", str(bad), "--warm", str(pack), "--warm", str(tmp_path / "none"))
         launcher = launch("run", "--slow-hits", *flags, "mlx_lm.server", **OPEN_DEADLINES)
         with ServerProcess(model, tmp_path / "two.log", absent.environ(), launcher=launcher) as two:

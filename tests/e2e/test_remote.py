@@ -23,7 +23,7 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer
 from kvstore.remote.object_store import MARKER
 from tests.support.checkpoints import hybrid_layout, make_cache
-from tests.support.daemon import DaemonProcess, run_cli
+from tests.support.daemon import DaemonProcess, run_here
 from tests.support.files import files_below
 from tests.support.sessions import Rows, assert_same, client_of, cut, hit_rows, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -77,7 +77,7 @@ def pair(tmp_path: Path, **config: object) -> Iterator[tuple[DaemonProcess, Daem
     remote = f"file://{tmp_path / 'share'}"
     one = DaemonProcess(tmp_path / "one", remote=remote)
     other = DaemonProcess(tmp_path / "other", remote=remote, **config)
-    assert run_cli(["config", "remote-init"], one.environ()).returncode == 0
+    assert run_here(["config", "remote-init"], one.environ()).returncode == 0
     with one, other:
         yield one, other
 
@@ -110,7 +110,7 @@ def test_what_one_stores_the_other_restores_bit_by_bit_also_after_both_restart(
         moved = remote_of(client)
         assert (moved["hits"], moved["hit_tokens"]) == (1, len(TOKENS) - 1)
         assert client.stats()["since_start"]["remote_tokens"] == len(TOKENS) - 1
-        (row,) = json.loads(run_cli(["why", "--last", "1", "--json"], other.environ()).stdout)["found"]
+        (row,) = json.loads(run_here(["why", "--last", "1", "--json"], other.environ()).stdout)["found"]
         assert row["remote"] == "hit"
         assert_same(hit_rows(fetched(client, namespace)), want, LAYOUT)
         assert remote_of(client)["read_bytes"] == moved["read_bytes"]
@@ -253,7 +253,7 @@ def test_of_two_daemons_that_push_one_prompt_at_once_the_tier_is_sound(
             assert all(pool.map(lambda client: fetched(client, namespace), (one, other)))
         wait_for(lambda: len(objects_of(share_of(daemons[0]))) == before + 6)
         wait_for(lambda: not remote_of(one)["queued_blobs"] and not remote_of(other)["queued_blobs"])
-    report = run_cli(["check", "--remote", "--json"], daemons[0].environ())
+    report = run_here(["check", "--remote", "--json"], daemons[0].environ())
     found = json.loads(report.stdout)
     assert (report.returncode, found["findings"], found["holes"]) == (0, [], 0)
 
@@ -313,7 +313,7 @@ def test_a_wrong_object_makes_a_shorter_prefix_and_is_not_asked_for_again(
         read_bytes = remote_of(client)["read_bytes"]
         assert fetched(client, namespace).n_tokens == 4 * 256
         assert remote_of(client)["read_bytes"] == read_bytes
-    report = run_cli(["check", "--remote"], one.environ())
+    report = run_here(["check", "--remote"], one.environ())
     assert report.returncode == 4 and "corrupt" in report.stdout and keys[4] in report.stdout
     names[keys[4]].unlink()
     names[keys[5]].unlink()
@@ -327,10 +327,10 @@ def test_what_must_not_be_written_here_is_not_read_from_there(daemons: tuple[Dae
         pushed(client, namespace)
     with client_of(other) as client:
         wait_serving(client)
-        assert run_cli(["set", "daemon", "admission=read-only"], other.environ()).returncode == 0
+        assert run_here(["set", "daemon", "admission=read-only"], other.environ()).returncode == 0
         assert not fetched(client, namespace)
         assert remote_of(client)["unused_reasons"]["not_written_now"] == 1
-        assert run_cli(["set", "daemon", "admission=auto"], other.environ()).returncode == 0
+        assert run_here(["set", "daemon", "admission=auto"], other.environ()).returncode == 0
         assert fetched(client, namespace)
 
 
@@ -349,7 +349,7 @@ def test_a_share_that_goes_away_in_the_middle_is_never_filled(daemons: tuple[Dae
         assert patient(writer, namespace).store(later, make_layers(LAYOUT, later), wait=True).durable
         assert fetched(writer, namespace, later)
         wait_for(lambda: remote_of(client)["state"] == "unmarked")
-        looked = run_cli(["doctor"], other.environ())
+        looked = run_here(["doctor"], other.environ())
         assert looked.returncode == 1 and re.search("FIX +remote +unmarked; .*remote-init", looked.stdout)
         assert not fetched(client, namespace) and fetched(writer, namespace)
         assert list(share.iterdir()) == []
@@ -367,13 +367,13 @@ def test_eviction_from_the_tier_takes_leaves_first(daemons: tuple[DaemonProcess,
         pushed(client, make_namespace(LAYOUT, "evicted-lm"))
     held = objects_of(share_of(one))
     environ = one.environ()
-    tried = json.loads(run_cli(["evict", "--remote", "--bytes", "300KB", "--dry-run", "--json"], environ).stdout)
+    tried = json.loads(run_here(["evict", "--remote", "--bytes", "300KB", "--dry-run", "--json"], environ).stdout)
     assert objects_of(share_of(one)) == held and tried["objects"] > 0
-    said = run_cli(["evict", "--remote", "--bytes", "300KB"], environ)
+    said = run_here(["evict", "--remote", "--bytes", "300KB"], environ)
     assert said.returncode == 0 and said.stdout.startswith("freed ")
     assert len(objects_of(share_of(one))) == len(held) - tried["objects"]
-    assert json.loads(run_cli(["check", "--remote", "--json"], environ).stdout)["holes"] == 0
-    assert run_cli(["evict", "--remote", "--all"], environ).returncode == 2
+    assert json.loads(run_here(["check", "--remote", "--json"], environ).stdout)["holes"] == 0
+    assert run_here(["evict", "--remote", "--all"], environ).returncode == 2
 
 
 def test_a_tier_that_cannot_be_used_is_refused_before_anything_is_served(tmp_path: Path) -> None:
@@ -381,14 +381,14 @@ def test_a_tier_that_cannot_be_used_is_refused_before_anything_is_served(tmp_pat
     keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": "https://s3.example.com"}
     environ = {**os.environ, **keys, "KVSTORE_REMOTE": "s3://bucket/kv"}
     for verb in (["config", "remote-init"], ["check", "--remote"], ["serve", "--data-dir", str(tmp_path), "--create"]):
-        refused = run_cli(verb, environ)
+        refused = run_here(verb, environ)
         assert refused.returncode != 0 and "remote_wan = true" in refused.stderr, verb
-    assert "remote: not set" in run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": ""}).stderr
+    assert "remote: not set" in run_here(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": ""}).stderr
     place = tmp_path / "share" / "kv"
-    not_mounted = run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place}"})
+    not_mounted = run_here(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place}"})
     assert not_mounted.returncode == 1 and f"there is no folder {place.parent}; mount" in not_mounted.stderr
     assert "run once" not in not_mounted.stderr and not place.parent.exists()
     place.parent.write_text("")
-    a_file = run_cli(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place.parent}"})
+    a_file = run_here(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place.parent}"})
     assert a_file.returncode == 1 and "is a file; name a folder" in a_file.stderr
     assert not (tmp_path / MARKER).exists()
