@@ -13,12 +13,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from queue import SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")
+# Is told of a job that was abandoned.
+Left: TypeAlias = Callable[[Future[Any]], None]
 
 # A fetch uses four at most. Two more are for another fetch.
 THREADS_MAX = 6
@@ -31,95 +34,62 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-class Job:
-    """One piece of work on a reader thread. Made by `Readers`; any thread may wait for it."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self._work: Callable[[], Any] | None = work
-        self._ended = threading.Event()
-        self._result: Any = None
-        self._error: BaseException | None = None
-        # Set by the pool under its lock.
-        self.running = False
-        self.stuck = False
-        self.at_end: Callable[[], None] | None = None
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for its end; whether it has ended."""
-        return self._ended.wait(timeout_s)
-
-    def result(self) -> Any:
-        """Wait for the end. Returns the work's result or raises its exception."""
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def run(self) -> None:
-        """Do the work and keep what came of it. On a reader thread."""
-        assert self._work is not None
-        try:
-            self._result = self._work()
-        except BaseException as error:  # noqa: BLE001  # handed to the thread that waits
-            self._error = error
-        finally:
-            self._work = None  # what it refers to must not live until the next job comes
-
-    def end(self) -> None:
-        """Wake those that wait."""
-        self._work = None
-        self._ended.set()
-
-
 class Readers:
-    """At most `threads_max` daemon threads, started when they are needed. Any thread may call."""
+    """At most `threads_max` daemon threads, started when they are needed. Any thread may call.
+
+    Not a ThreadPoolExecutor, whose threads hold up the exit.
+    """
 
     def __init__(self, threads_max: int = THREADS_MAX, name: str = "kvstore-read") -> None:
         self._threads_max = threads_max
         self._name = name
-        self._jobs: SimpleQueue[Job] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
         self._lock = threading.Lock()
         self._threads = 0
         self._pending = 0  # queued or running
-        self._stuck = 0
+        self._stuck: set[Future[Any]] = set()  # abandoned, and not returned yet
 
     @property
     def stuck(self) -> int:
         """How many threads are held by reads that were abandoned and have not returned."""
-        return self._stuck
+        return len(self._stuck)
 
-    def run(self, work: Callable[[], T], timeout_s: float, left: Callable[[Job], None] | None = None) -> T:
+    def run(self, work: Callable[[], T], timeout_s: float, left: Left | None = None) -> T:
         """Run `work` on one of the threads and wait for it; what it raises is raised here.
 
         ReadDeadlineError when it has not ended within `timeout_s`, or at once when every thread is held. If it had
-        begun by then, it still runs: `left(job)` is told so, and `when_ended` says when it is over.
+        begun by then, it still runs: `left(job)` is told so.
         """
         self.require_free()
         job = self.start(work)
         self.wait(job, timeout_s, left)
-        result: T = job.result()
-        return result
+        return job.result()
 
     def require_free(self) -> None:
         """ReadDeadlineError when every thread is held."""
-        if self._stuck >= self._threads_max:
+        if len(self._stuck) >= self._threads_max:
             raise ReadDeadlineError(f"all {self._threads_max} reader threads wait for reads that do not return")
 
-    def wait(self, job: Job, timeout_s: float, left: Callable[[Job], None] | None = None) -> None:
+    def wait(self, job: Future[Any], timeout_s: float, left: Left | None = None) -> None:
         """Wait for the end of a job, whatever comes of it. ReadDeadlineError as `run`."""
-        if not job.wait(timeout_s):
-            if not self.cancel(job) and self._abandon(job) and left is not None:
+        try:
+            job.exception(timeout_s)
+        except CancelledError:
+            return
+        except TimeoutError as error:
+            if not job.cancel() and self._abandon(job) and left is not None:
                 left(job)
-            raise ReadDeadlineError(f"a read did not return within {timeout_s * 1e3:.0f} ms")
+            raise ReadDeadlineError(f"a read did not return within {timeout_s * 1e3:.0f} ms") from error
 
-    def start(self, work: Callable[[], Any]) -> Job:
+    def start(self, work: Callable[[], T]) -> Future[T]:
         """Queue `work`. Work that runs here must not wait for work that it queues."""
-        job = Job(work)
+        job: Future[T] = Future()
         with self._lock:
             self._pending += 1
             if self._pending > self._threads and self._threads < self._threads_max:
                 self._threads += 1
                 self._start_thread()
-        self._jobs.put(job)
+        self._jobs.put((job, work))
         return job
 
     def _start_thread(self) -> None:
@@ -131,62 +101,34 @@ class Readers:
                 self._pending -= 1
                 raise
 
-    def cancel(self, job: Job) -> bool:
-        """Take back a job that no thread has begun; whether that was so."""
-        with self._lock:
-            if job.running or job.wait(0):
-                return False
-            job.end()
-            return True
-
-    def when_ended(self, job: Job, call: Callable[[], None]) -> None:
-        """Call `call` once when an abandoned job has returned: on its thread, or here if it already has."""
-        with self._lock:
-            if job.running:
-                job.at_end = call
-                return
-        call()
-
-    def _abandon(self, job: Job) -> bool:
+    def _abandon(self, job: Future[Any]) -> bool:
         """Count the thread that a job holds as stuck until it returns; False if it has just ended."""
         with self._lock:
-            if not job.running:
+            if job.done():
                 return False
-            before = self._stuck
-            if not job.stuck:
-                job.stuck = True
-                self._stuck += 1
-            now = self._stuck
+            before = len(self._stuck)
+            self._stuck.add(job)
+            now = len(self._stuck)
         if before == 0 or now >= self._threads_max:
             log.warning("%d of %d reader threads wait for reads of files that do not return", now, self._threads_max)
         return True
 
     def _serve(self) -> None:
         while True:
-            job = self._jobs.get()
-            with self._lock:
-                cancelled = job.wait(0)
-                job.running = not cancelled
-            if not cancelled:
+            job, work = self._jobs.get()
+            if job.set_running_or_notify_cancel():
                 try:
-                    job.run()
-                finally:
-                    self._end(job)
+                    job.set_result(work())
+                except BaseException as error:  # noqa: BLE001  # raised in the thread that waits
+                    job.set_exception(error)
             with self._lock:
                 self._pending -= 1
-            del job  # what it holds must not live until the next one comes
-
-    def _end(self, job: Job) -> None:
-        with self._lock:
-            job.running = False
-            self._stuck -= job.stuck
-            returned = job.stuck and not self._stuck
-            call, job.at_end = job.at_end, None
-            job.end()
-        if returned:
-            log.warning("reads of files return again")
-        if call is not None:
-            call()
+                was_stuck = job in self._stuck
+                self._stuck.discard(job)
+                is_over = was_stuck and not self._stuck
+            if is_over:
+                log.warning("reads of files return again")
+            del job, work  # what they hold must not live until the next job comes
 
 
 READERS = Readers()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader, unreadable_paths
-from kvstore.blobs.readers import READERS, Job, usable_cores
+from kvstore.blobs.readers import READERS, usable_cores
 from kvstore.client.plan import Plan
 from kvstore.core.blocks import Reason
 from kvstore.core.breaker import Deadline
@@ -39,18 +40,18 @@ class FileReads:
         self.jobs_max = max(1, min(READS_MAX, usable_cores()) // layers_max)
         self._deadline = deadline
         self._budget = budget
-        self._left: list[Job] = []
+        self._left: list[Future[Any]] = []
 
     def run(self, work: Callable[[], T]) -> T:
         """Run `work` and wait for it. ReadDeadlineError at the deadline, or at once where no thread can read."""
         return READERS.run(work, self._deadline.left_s, self._left.append)
 
-    def start(self, work: Callable[[], None]) -> Job:
+    def start(self, work: Callable[[], None]) -> Future[None]:
         """See `codecs.virtual.Reads`."""
         READERS.require_free()
         return READERS.start(work)
 
-    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+    def finish(self, jobs: Sequence[Future[Any]], memory: object, nbytes: int) -> None:
         """See `codecs.virtual.Reads`."""
         try:
             for job in jobs:
@@ -60,10 +61,10 @@ class FileReads:
             self.drop(jobs, memory, nbytes)
             raise
 
-    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+    def drop(self, jobs: Sequence[Future[Any]], memory: object, nbytes: int) -> None:
         """See `codecs.virtual.Reads`."""
         for job in jobs:
-            READERS.cancel(job)
+            job.cancel()
         for job in jobs:
             if job not in self._left:
                 with suppress(ReadDeadlineError):
@@ -71,12 +72,12 @@ class FileReads:
         if left := [job for job in jobs if job in self._left]:
             self.keep(left, memory, nbytes)
 
-    def keep(self, left: Sequence[Job], memory: object, nbytes: int) -> None:
+    def keep(self, left: Sequence[Future[Any]], memory: object, nbytes: int) -> None:
         """Hold `memory` of `nbytes`, counted, until the jobs `left`, which were abandoned, have returned."""
         kept, lock, running = [memory], threading.Lock(), [len(left)]
         self._budget.charge(nbytes)
 
-        def returned() -> None:
+        def returned(_: Future[Any]) -> None:
             with lock:
                 running[0] -= 1
                 if running[0]:
@@ -85,7 +86,7 @@ class FileReads:
             self._budget.release(nbytes)
 
         for job in left:
-            READERS.when_ended(job, returned)
+            job.add_done_callback(returned)
 
 
 @contextmanager

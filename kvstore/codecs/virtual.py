@@ -14,11 +14,12 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
-from kvstore.blobs.readers import THREADS_MAX, Job, Readers
+from kvstore.blobs.readers import THREADS_MAX, Readers
 from kvstore.codecs import device
 from kvstore.core.blocks import ITEM_BYTES
 
@@ -36,17 +37,17 @@ class Reads(Protocol):
     def jobs_max(self) -> int:
         """How many jobs at most fill the tensors of one file."""
 
-    def start(self, work: Callable[[], None]) -> Job:
+    def start(self, work: Callable[[], None]) -> Future[None]:
         """Have `work` done on a reader thread. ReadDeadlineError where none can read."""
 
-    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+    def finish(self, jobs: Sequence[Future[None]], memory: object, nbytes: int) -> None:
         """Wait for jobs that write to `memory` of `nbytes`, and raise the first error.
 
         ReadDeadlineError when they do not end in time. Then some may still be running; the memory counts until they
         have returned. After any error no other of the jobs begins.
         """
 
-    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
+    def drop(self, jobs: Sequence[Future[None]], memory: object, nbytes: int) -> None:
         """End jobs of which nothing is wanted any more: as `finish`, without their errors."""
 
 
@@ -61,19 +62,16 @@ class _Patient:
     def __init__(self) -> None:
         self._readers = Readers(name="kvstore-copy")
 
-    def start(self, work: Callable[[], None]) -> Job:
+    def start(self, work: Callable[[], None]) -> Future[None]:
         return self._readers.start(work)
 
-    def finish(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
-        for job in jobs:
-            job.wait()
+    def finish(self, jobs: Sequence[Future[None]], memory: object, nbytes: int) -> None:
+        wait(jobs)
         for job in jobs:
             job.result()
 
-    def drop(self, jobs: Sequence[Job], memory: object, nbytes: int) -> None:
-        for job in jobs:
-            if not self._readers.cancel(job):
-                job.wait()
+    def drop(self, jobs: Sequence[Future[None]], memory: object, nbytes: int) -> None:
+        wait([job for job in jobs if not job.cancel()])
 
 
 _PATIENT = _Patient()
@@ -104,7 +102,7 @@ class VirtualFile(io.RawIOBase):
         self._head = b""
         self._thread = threading.local()
         self._arrays: dict[str, mx.array] = {}
-        self._jobs: list[Job] = []
+        self._jobs: list[Future[None]] = []
 
     @property
     def nbytes(self) -> int:

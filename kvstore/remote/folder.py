@@ -25,10 +25,11 @@ import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import TypeVar
 
 from kvstore.blobs.protocol import TMP_SUFFIX
-from kvstore.blobs.readers import Job, Readers
+from kvstore.blobs.readers import Readers
 from kvstore.core.breaker import Deadline
 from kvstore.errors import KVStoreError, ObjectChangedError, RemoteError
 from kvstore.remote.object_store import (
@@ -110,7 +111,7 @@ class FolderStore:
 
         return read
 
-    def _read_by(self, jobs: Sequence[Job], deadline: Deadline) -> list[memoryview] | KVStoreError:
+    def _read_by(self, jobs: Sequence[Future[list[memoryview]]], deadline: Deadline) -> list[memoryview] | KVStoreError:
         """What these read of one object; each is waited for, or given up."""
         found: list[memoryview] = []
         failed: KVStoreError | None = None
