@@ -18,7 +18,7 @@ from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
 from kvstore.server.arguments import AskedPrompt, store_request
 from kvstore.server.calls.callers import Identities, calling
-from kvstore.server.calls.rpc_errors import Context, streaming, unary
+from kvstore.server.calls.rpc_errors import Context
 from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
@@ -77,13 +77,11 @@ class KVStoreService(rpc.KVStoreServicer):
         self._threads = threads
         self._notes = Notes(threads.note)
         self._telemetry, self._silent = telemetry, telemetry.silent(engine)
-        self.refusals = telemetry.counters.refusals
         self._config = config
         self._same_host = bool(config.address.path)
         self._identities = Identities()
         self._stopping = asyncio.Event()
 
-    @unary
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
         prompt = self._prompt(request, self._telemetry_of_new("match"))
         match, offer = await self._threads.read(self._match, prompt)
@@ -122,7 +120,6 @@ class KVStoreService(rpc.KVStoreServicer):
         deadline = Deadline(TIME_SHARE * left_s)
         return Want(message.namespace, chain, match, offer, message.fidelity_min, speed, deadline)
 
-    @unary
     async def Fetch(self, request: PromptRequest, context: Context) -> None:
         telemetry = self._telemetry_of_new("fetch")
         counters, requests = telemetry.counters, telemetry.requests
@@ -154,7 +151,6 @@ class KVStoreService(rpc.KVStoreServicer):
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
 
-    @unary
     async def FetchBasis(self, request: pb.FetchBasisRequest, context: Context) -> None:
         root = self._identities.of(request.namespace).root
         found = await self._threads.stream(self._engine.aux, root, (request.digest,))
@@ -259,7 +255,6 @@ class KVStoreService(rpc.KVStoreServicer):
         chain, since = Chain(identity.root, request.tokens), self._engine.nearest.since
         return AskedPrompt(request.message, chain, identity, calling.get(), telemetry, since)
 
-    @unary
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
         telemetry = self._telemetry_of_new("store")
         counters, requests = telemetry.counters, telemetry.requests
@@ -320,7 +315,6 @@ class KVStoreService(rpc.KVStoreServicer):
         if not planning.cancelled() and planning.exception() is None and (upload := planning.result()[0].upload):
             self._threads.release.post(self._store.uploads.give_up, upload)
 
-    @unary
     async def Upload(self, request_iterator: AsyncIterator[UploadBytes], context: Context) -> pb.UploadReply:
         buffers, idle_s = self._store.receiver.buffers, self._config.limits.upload_idle_s
         stream = StreamIn(self._store.uploads, self._stores.begin, buffers, idle_s)
@@ -333,7 +327,6 @@ class KVStoreService(rpc.KVStoreServicer):
             if stream.upload is not None and not whole:
                 await self._stores.give_up(stream.upload)
 
-    @streaming
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
         task = self._stores.commit(request.upload_id)
         yield pb.CommitStoreReply(reason=Reason.OK)
@@ -346,12 +339,10 @@ class KVStoreService(rpc.KVStoreServicer):
             reason=outcome.reason,
         )
 
-    @unary
     async def AbortStore(self, request: pb.AbortStoreRequest, context: Context) -> pb.AbortStoreReply:
         await self._stores.abort(request.upload_id)
         return pb.AbortStoreReply()
 
-    @unary
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
         telemetry = self._telemetry_of_call()
         if request.HasField("timing"):

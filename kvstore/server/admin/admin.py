@@ -25,7 +25,7 @@ from kvstore.server.admin.stats import (
     writes_message,
 )
 from kvstore.server.calls.callers import calling
-from kvstore.server.calls.rpc_errors import Context, streaming, unary
+from kvstore.server.calls.rpc_errors import Context
 from kvstore.server.counters import Telemetry, moment_of
 from kvstore.server.notes import NOTED_S
 from kvstore.server.policy.admission import DETAILS, READ_ONLY
@@ -73,12 +73,10 @@ class AdminService(rpc.AdminServicer):
         self._pressure = pressure
         self._remote = remote
         self._pinner = Pinner(engine)
-        self.refusals = telemetry.counters.refusals
         self._state = state
         self._device = device
         self._load = load
 
-    @unary
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsReply:
         return await self.snapshot()
 
@@ -105,7 +103,6 @@ class AdminService(rpc.AdminServicer):
         reply.places.extend(map(place_message, self._explainer.why.places.reported()))
         return reply
 
-    @unary
     async def History(self, request: pb.HistoryRequest, context: Context) -> pb.HistoryReply:
         return await self._threads.admin(self._hours)
 
@@ -114,7 +111,6 @@ class AdminService(rpc.AdminServicer):
         self._history.note(moment_of(self._engine, self._requests.traffic.snapshot(), self._counters))
         return pb.HistoryReply(hours=[hour_message(hour_s, row) for hour_s, row in self._history.rows().items()])
 
-    @unary
     async def List(self, request: pb.ListRequest, context: Context) -> pb.ListReply:
         limit = min(request.limit or LIST_MAX, LIST_MAX)
         if request.sequences:
@@ -141,21 +137,18 @@ class AdminService(rpc.AdminServicer):
             rows.append(sequence_message(one, info.alias if info else "", hits))
         return pb.ListReply(sequences=rows, truncated=len(found) > limit)
 
-    @unary
     async def Show(self, request: pb.ShowRequest, context: Context) -> pb.ShowReply:
         return await self._threads.admin(self._show, request.key_prefix)
 
     def _show(self, key_prefix: bytes) -> pb.ShowReply:
         return pb.ShowReply(blocks=map(block_message, self._engine.show(key_prefix)[:SHOW_MAX]))
 
-    @unary
     async def Why(self, request: pb.WhyRequest, context: Context) -> pb.WhyReply:
         not_noted = await self._threads.note.settled(NOTED_S)
         reply = await self._threads.admin(self._explainer.reply, request)
         reply.not_noted = not_noted
         return reply
 
-    @unary
     async def Pin(self, request: pb.PinRequest, context: Context) -> pb.PinReply:
         # It writes a file; and evictions by name end pins.
         reply = await self._threads.evict.finish(self._pinner.reply, request)
@@ -163,7 +156,6 @@ class AdminService(rpc.AdminServicer):
             self._remote.push([pin.key for pin in reply.pins])
         return reply
 
-    @unary
     async def Set(self, request: pb.SetRequest, context: Context) -> pb.SetReply:
         prefix, key, value = request.namespace_prefix, request.key, request.value
         if request.alias:
@@ -179,12 +171,10 @@ class AdminService(rpc.AdminServicer):
             before, value = await self._threads.evict.finish(self._settings.set, key, value, at_once)
         return pb.SetReply(before=before, value=value)
 
-    @unary
     async def Settings(self, request: pb.SettingsRequest, context: Context) -> pb.SettingsReply:
         found = await self._threads.admin(self._settings.in_force)
         return pb.SettingsReply(settings=[pb.Setting(key=key, value=text, source=of) for key, text, of in found])
 
-    @unary
     async def Evict(self, request: pb.EvictRequest, context: Context) -> pb.EvictReply:
         selection = Selection(
             namespace_prefix=request.namespace_prefix,
@@ -215,7 +205,6 @@ class AdminService(rpc.AdminServicer):
             self._store.end_evicted()
             self._explainer.why.forget()
 
-    @streaming
     async def Check(self, request: pb.CheckRequest, context: Context) -> AsyncIterator[pb.CheckReply]:
         far = [0, 0]
 
@@ -237,7 +226,6 @@ class AdminService(rpc.AdminServicer):
             blobs_total=far[1],
         )
 
-    @streaming
     async def Export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[pb.ExportReply]:
         if bool(request.namespace_prefix) == bool(request.key_prefix):
             raise InvalidRequestError("an export is of a namespace or of a key")
@@ -252,7 +240,6 @@ class AdminService(rpc.AdminServicer):
         finally:
             run.post(pieces.close)
 
-    @unary
     async def Import(self, request_iterator: AsyncIterator[pb.BlobPiece], context: Context) -> pb.ImportReply:
         if self._store.admission.mode == READ_ONLY:
             return pb.ImportReply(reason=Reason.READ_ONLY, detail=DETAILS[Reason.READ_ONLY])
@@ -271,7 +258,6 @@ class AdminService(rpc.AdminServicer):
             blobs=done.blobs, held=done.held, new_bytes=done.new_bytes, reason=done.reason, detail=done.detail
         )
 
-    @unary
     async def PutBasis(self, request_iterator: AsyncIterator[pb.BasisPiece], context: Context) -> pb.PutBasisReply:
         if self._store.admission.mode == READ_ONLY:
             return pb.PutBasisReply(reason=Reason.READ_ONLY, detail=DETAILS[Reason.READ_ONLY])
@@ -294,7 +280,6 @@ class AdminService(rpc.AdminServicer):
             self._store.receiver.buffers,
         )
 
-    @unary
     async def RecordQuality(self, request: pb.RecordQualityRequest, context: Context) -> pb.RecordQualityReply:
         namespace = convert.namespace_from_message(request.namespace, request.layout)
         if namespace is None:
@@ -302,7 +287,6 @@ class AdminService(rpc.AdminServicer):
         verdict = convert.verdict_from_message(request.quality)
         return pb.RecordQualityReply(refused=await self._threads.admin(self._store.gate.record, namespace, verdict))
 
-    @unary
     async def ListQuality(self, request: pb.ListQualityRequest, context: Context) -> pb.ListQualityReply:
         found = await self._threads.admin(self._store.gate.all_calibrated, request.namespace_prefix)
         rows = [
@@ -316,7 +300,6 @@ class AdminService(rpc.AdminServicer):
         ]
         return pb.ListQualityReply(namespaces=rows)
 
-    @unary
     async def ForgetQuality(self, request: pb.ForgetQualityRequest, context: Context) -> pb.ForgetQualityReply:
         if bool(request.namespace_prefix) == request.all:
             raise InvalidRequestError("forgetting takes a namespace, or all")

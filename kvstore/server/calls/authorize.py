@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,27 +153,12 @@ def bearer(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 def for_admins(handler: Any) -> Any:
     """The handler, behind a look at the name in the client's certificate."""
 
-    async def admit(context: Context) -> None:
+    async def guarded(behaviour: Any, request: Any, context: Context) -> Any:
         if ADMIN_NAME.encode() not in context.auth_context().get("x509_common_name", ()):
             await abort(context, ScopeError(f"this takes the certificate of an admin, whose name is {ADMIN_NAME}"))
+        return await behaviour(request, context)
 
-    def answering(behaviour: Any) -> Any:
-        async def guarded(request: Any, context: Context) -> Any:
-            await admit(context)
-            return await behaviour(request, context)
-
-        return guarded
-
-    def streaming(behaviour: Any) -> Any:
-        async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
-            await admit(context)
-            async for reply in behaviour(request, context):
-                yield reply
-
-        return guarded
-
-    wrappers = (("unary_unary", answering), ("stream_unary", answering), ("unary_stream", streaming))
-    for name, wrap in wrappers:
+    for name in ("unary_unary", "unary_stream", "stream_unary"):
         if (behaviour := getattr(handler, name)) is not None:
-            return handler._replace(**{name: wrap(behaviour)})
+            return handler._replace(**{name: functools.partial(guarded, behaviour)})
     return refusing(ScopeError("no such admin verb"))

@@ -1,5 +1,7 @@
 """Limits on calls: how many run at once, and how long a caller may stall. Checked before a call's message is read.
 
+And the RPC edge: what a handler raises becomes a status.
+
     version callers that speak another protocol are refused (`kvstore.wire.handshake`)
     clients at most `connections_max` clients that called recently
     count   at most `calls_max` running calls, and the same number again of calls that continue an upload
@@ -10,15 +12,17 @@ Admin verbs and health checks are exempt, so that a busy daemon can always be in
 with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged.
 
 When a call is cancelled for its pace, its lease, files, memory and upload are released at once. An upload gets the
-status DEADLINE_EXCEEDED. Other stalled callers get no status, because they would not read it: gRPC keeps the dead
-stream until the caller disconnects or its deadline passes, and `connection_calls_max` limits the number of these.
+status DEADLINE_EXCEEDED. Other stalled callers would not read one: gRPC keeps the dead stream until the caller
+disconnects or its deadline passes, and `connection_calls_max` limits the number of these.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc.aio
@@ -30,7 +34,7 @@ from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, Lim
 from kvstore.server.calls import callers
 from kvstore.server.calls.callers import Callers, Peer, calling
 from kvstore.server.calls.refusals import Refusals
-from kvstore.server.calls.rpc_errors import Context, abort
+from kvstore.server.calls.rpc_errors import Context, abort, abort_unexpected
 from kvstore.wire.convert import channel_options
 from kvstore.wire.handshake import PROTOCOL_KEY, refusal
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -57,7 +61,7 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         self._calls_max = (config.limits.calls_max, config.limits.calls_max, ADMIN_CALLS_MAX)
         self._connection_calls_max = config.limits.connection_calls_max
         self._connections_max = config.limits.connections_max
-        self._refusals = refusals
+        self.refusals = refusals
         self.callers = Callers(config.limits.connections_max)
         self.stall_s = float(config.limits.stream_stall_s)
         # Of messages that are held now.
@@ -88,86 +92,96 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
             return self.refusing(LimitError(words, callers.RETRY_S, "connections_max"))
         if calls == self._connection_calls_max and caller.name:
             words = f"one client has {calls} calls under way; gRPC holds back what it calls beyond them"
-            self._refusals.reached("connection_calls_max", words)
+            self.refusals.reached("connection_calls_max", words)
         return _Call(self, kind, caller.name).admitted(handler)
 
     def refusing(self, error: LimitError) -> Any:
         """A handler that ends a call for a limit; counted."""
-        self._refusals.add(error)
+        self.refusals.add(error)
         return refusing(error)
-
-    async def refuse(self, context: Context, error: KVStoreError) -> None:
-        """End a call whose message was refused; counted where that is for a limit. Does not return."""
-        if isinstance(error, LimitError):
-            self._refusals.add(error)
-        await abort(context, error)
-
-
-class Pace:
-    """Cancels the handler that made it, unless stopped within `stall_s` of each start."""
-
-    def __init__(self, stall_s: float) -> None:
-        self._stall_s = stall_s
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._fired = False
-
-    def start(self) -> None:
-        """The caller has the word."""
-        self.stop()
-        if self._task is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._stall_s, self._fire, self._task)
-
-    def stop(self) -> None:
-        """The caller did its part."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _fire(self, task: asyncio.Task[Any]) -> None:
-        self._fired = True
-        task.cancel()
-
-    def caught(self) -> DeadlineError | None:
-        """For the handler, when it is cancelled: what to end the call with. None: it was somebody else's doing."""
-        if not self._fired or self._task is None or self._task.uncancel():
-            return None
-        return DeadlineError(f"nothing came for {self._stall_s:g} s")
 
 
 class _Call:
-    """The share of the limits that one admitted call holds until its handler ends. gRPC runs a call in one task."""
+    """One admitted call: its share of the limits until its handler ends, its pace, and the edge at which errors end.
+
+    gRPC runs a call in one task. Its pace cancels that task unless it is stopped within `stall_s` of each start.
+    """
 
     def __init__(self, admission: Admission, kind: int, caller: str) -> None:
         self._admission = admission
         self._kind = kind
         self._caller = caller
-        self._pace = Pace(admission.stall_s)
+        self._task: asyncio.Task[Any] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_late = False
         self._held = 0
         self._refusal: KVStoreError | None = None
 
     def admitted(self, handler: Any) -> Any:
         """The handler, counted and paced, of whatever kind it is. Its message may take its time from now on."""
-        task = asyncio.current_task()
-        assert task is not None
+        self._task = asyncio.current_task()
+        assert self._task is not None
         self._admission.calls[self._kind] += 1
-        task.add_done_callback(lambda _: self._end())
-        self._pace.start()
-        parse = handler.request_deserializer or bytes
-        changed: dict[str, Any] = {"request_deserializer": lambda raw: self._receive(raw, parse)}
-        if handler.unary_unary:
-            changed["unary_unary"] = self._answering(handler.unary_unary)
-        elif handler.unary_stream:
-            streams = inspect.isasyncgenfunction(handler.unary_stream)
-            wrap = self._streaming if streams else self._answering
-            changed["unary_stream"] = wrap(handler.unary_stream)
-        elif handler.stream_unary:
-            changed["stream_unary"] = self._receiving(handler.stream_unary)
+        self._task.add_done_callback(self._end)
+        self._start_pace()
+        parse = functools.partial(self._receive, handler.request_deserializer or bytes)
+        changed: dict[str, Any] = {"request_deserializer": parse}
+        for name in ("unary_unary", "unary_stream", "stream_unary"):
+            if (behaviour := getattr(handler, name)) is not None:
+                changed[name] = functools.partial(self._answer, behaviour, streamed=handler.request_streaming)
         return handler._replace(**changed)
 
-    def _receive(self, raw: bytes, parse: Callable[[bytes], Any]) -> Any:
-        """A message has come: parsed, or None with a refusal that the handler's wrapper finds."""
-        self._pace.stop()
+    async def _answer(
+        self, behaviour: Callable[[Any, Context], Any], request: Any, context: Context, *, streamed: bool
+    ) -> Any:
+        """The RPC edge: every error becomes a status, none a traceback on the wire."""
+        try:
+            if self._refusal is not None:
+                raise self._refusal
+            answering = behaviour(self._paced(request) if streamed else request, context)
+            reply = await (self._write(answering, context) if inspect.isasyncgen(answering) else answering)
+            self._start_pace()
+            return reply
+        except asyncio.CancelledError:
+            if self._is_late and self._task is not None and not self._task.uncancel():
+                await abort(context, DeadlineError(f"nothing came for {self._admission.stall_s:g} s"))
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except grpc.aio.InternalError:
+            # The caller is gone, so that gRPC could not write; it may not have noticed yet that the call was cancelled,
+            # as every fetch by path is when its files are open. A status would be one more thing that it cannot send,
+            # and each such failure is a traceback in the log.
+            raise asyncio.CancelledError from None
+        except KVStoreError as error:
+            if isinstance(error, LimitError):
+                self._admission.refusals.add(error)
+            await abort(context, error)
+        except Exception as error:
+            await abort_unexpected(context, getattr(behaviour, "__name__", "a call"), error)
+            raise
+
+    async def _write(self, replies: AsyncGenerator[Any, Any], context: Context) -> None:
+        """Write what a handler yields, each reply at the caller's pace."""
+        async with contextlib.aclosing(replies):
+            async for reply in replies:
+                self._start_pace()
+                await context.write(reply)
+                self._stop_pace()
+
+    async def _paced(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """What a caller streams, each message at its pace."""
+        async for request in requests:
+            if self._refusal is not None:
+                raise self._refusal
+            yield request
+            self._let_go()
+            self._start_pace()
+        self._stop_pace()
+
+    def _receive(self, parse: Callable[[bytes], Any], raw: bytes) -> Any:
+        """A message has come: parsed, or None with a refusal that `_answer` finds."""
+        self._stop_pace()
         self._let_go()
         free = self._kind == _ADMIN and len(raw) <= ADMIN_MESSAGE_BYTES_MAX
         if not free and not self._admission.messages.try_acquire(len(raw)):
@@ -181,58 +195,31 @@ class _Call:
             self._refusal = InvalidRequestError("these bytes are not the message that the method takes")
             return None
 
+    def _start_pace(self) -> None:
+        """The caller has the word."""
+        self._stop_pace()
+        self._timer = asyncio.get_running_loop().call_later(self._admission.stall_s, self._cancel)
+
+    def _stop_pace(self) -> None:
+        """The caller did its part."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _cancel(self) -> None:
+        self._is_late = True
+        if self._task is not None:
+            self._task.cancel()
+
     def _let_go(self) -> None:
         self._admission.messages.release(self._held)
         self._held = 0
 
-    def _end(self) -> None:
-        self._pace.stop()
+    def _end(self, _: object) -> None:
+        self._stop_pace()
         self._let_go()
         self._admission.calls[self._kind] -= 1
         if self._kind != _ADMIN:
             self._admission.callers.leave(self._caller)
-
-    def _answering(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def answer(request: Any, context: Context) -> Any:
-            if self._refusal:
-                await self._admission.refuse(context, self._refusal)
-            reply = await behaviour(request, context)
-            self._pace.start()
-            return reply
-
-        return answer
-
-    def _streaming(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
-        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            if self._refusal:
-                await self._admission.refuse(context, self._refusal)
-            async for reply in behaviour(request, context):
-                self._pace.start()
-                yield reply
-                self._pace.stop()
-
-        return stream
-
-    def _receiving(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def receive(requests: AsyncIterator[Any], context: Context) -> Any:
-            try:
-                return await behaviour(self._paced(requests), context)
-            except asyncio.CancelledError:
-                late = self._pace.caught()
-                if late is not None:
-                    await abort(context, late)
-                raise
-
-        return receive
-
-    async def _paced(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for request in requests:
-            if self._refusal:
-                raise self._refusal
-            yield request
-            self._let_go()
-            self._pace.start()
-        self._pace.stop()
 
 
 def kind_of(method: str) -> int:
