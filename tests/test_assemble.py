@@ -442,7 +442,7 @@ def test_a_tensor_that_mlx_did_not_read_is_an_error(monkeypatch: pytest.MonkeyPa
 
 def test_the_position_in_a_virtual_file_belongs_to_a_thread() -> None:
     """Between the seek and the read of one of MLX's threads another one may come."""
-    file = VirtualFile()
+    file = VirtualFile[object]()
     file._head = bytes(range(100))
     buffer = bytearray(2)
     file.seek(10)

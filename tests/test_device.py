@@ -314,7 +314,7 @@ def load():
         file = VirtualFile()
         for name in "abcd":
             file.add(name, "BF16", (64, 1024), fill)
-        file.load()
+        file.begin(dict).finish()
 
 thread = threading.Thread(target=load)
 thread.start()

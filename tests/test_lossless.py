@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore.codecs.codec import ByteCodec, codecs, is_packing, packer_of
-from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.exact import LOSSLESS
 from kvstore.core.blocks import ITEM_BYTES, Recipe, packed_bytes_max
 from kvstore.errors import CorruptDataError
 from tests.support.stored import random_payload

@@ -365,7 +365,7 @@ def test_a_damaged_block_and_one_with_values_that_are_not_finite_are_left_alone_
     values = layers[0].values[0]
     values[0, 0, 7, 3] = mx.inf
     strange = world.put(10_000, 256, layers=[replace(layers[0], values=(values,)), layers[1]])
-    path = Path(str(world.engine.path(world.rows(damaged)[2])))
+    path = Path(str(world.engine.path(world.rows(damaged)[2].blob)))
     data = bytearray(path.read_bytes())
     data[-5] ^= 8
     path.write_bytes(data)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from kvstore.codecs.affine import affine_recipe
-from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.exact import LOSSLESS
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.profiles import PROFILES, WORDS, Profile, check_profile, parse_profile
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe

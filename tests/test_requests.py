@@ -124,13 +124,13 @@ def test_the_last_requests_are_kept_with_what_they_got(rig: Rig) -> None:
     rig.now_s += 0.5
     rig.requests.reported("f")
     rig.requests.not_stored(asked(), 0, Reason.STORE_FULL)
-    last, hit = rig.requests.recent.latest()
+    last, hit = rig.requests.recent
     assert (last.kind, last.reason, last.tokens) == ("not_stored", "store_full", 0)
     assert (hit.kind, hit.tokens, hit.prompt_tokens, hit.nbytes, hit.seconds) == ("hit", 2368, 2381, 3_900_000, 0.5)
     assert (hit.alias, hit.request_id, hit.pid) == ("small-lm", "3f2a1c", 7)
     for _ in range(2 * RECENT_MAX):
         rig.requests.fetched(asked(), "", 0, Reason.EVICTED, 0)
-    assert len(rig.requests.recent.latest()) == RECENT_MAX
+    assert len(rig.requests.recent) == RECENT_MAX
     assert sum(rig.requests.fetch_s.snapshot().counts) == 1
 
 

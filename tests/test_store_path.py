@@ -310,7 +310,7 @@ def test_a_splice_source_that_was_evicted_is_named_evicted_not_corrupt(rig: Rig,
     assert plan.upload is not None
     [piece] = plan.upload.spliced
     rig.hand_over(plan, make_layers(LAYOUT, TOKENS[:499]))
-    path = Path(rig.engine.path(piece.row))
+    path = Path(rig.engine.path(piece.row.blob))
     if damaged:
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     else:

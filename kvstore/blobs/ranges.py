@@ -62,14 +62,12 @@ class FileSource:
     file_bytes: int
 
 
+@dataclass(slots=True)
 class _OpenFile:
     """An open descriptor and the number of reads that use it now."""
 
-    __slots__ = ("fd", "users")
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-        self.users = 0
+    fd: int
+    users: int = 0
 
 
 class FileReader:

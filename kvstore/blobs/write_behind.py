@@ -11,8 +11,7 @@ import errno
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from kvstore.blobs.protocol import BlobId, Blobs, Pending
 
@@ -39,7 +38,7 @@ class WriteBehind:
     """The two threads of one request, started when needed, with the priority of the thread that starts them.
 
     `ahead`: how many blobs may be made while earlier ones are written; at 0 `put` returns when the blob is written. Use
-    it in a `with` block, on one thread; leaving the block waits for all blobs.
+    it on one thread, and `close` it.
     """
 
     def __init__(self, blobs: Blobs, ahead: int = 0) -> None:
@@ -48,10 +47,8 @@ class WriteBehind:
         self._writing = ThreadPoolExecutor(1, "kvstore-put")
         self._syncing = ThreadPoolExecutor(1, "kvstore-sync")
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Wait for all blobs, and end the threads."""
         self._writing.shutdown()
         self._syncing.shutdown()
 

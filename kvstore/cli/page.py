@@ -17,7 +17,7 @@ from typing import Any
 from kvstore import __version__
 from kvstore.cli.charts import Chart, bar_chart
 from kvstore.cli.stats_text import projected_text, saved_text, share_text, spans
-from kvstore.core.reasons import is_needed, words_of
+from kvstore.core.reasons import NOT_NEEDED, words_of
 from kvstore.core.text import plain_text, size_text, span_text
 
 TEMPLATE = "page.html"
@@ -287,8 +287,8 @@ def reasons(hours: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     kinds = (
         ("Misses", "Requests that got nothing.", sums["miss"]),
         ("Shortened hits", "Requests that got less than is stored.", sums["shortened"]),
-        ("Stores refused or cut short", "", {code: n for code, n in stores.items() if is_needed(code)}),
-        ("Stores not needed", "Nothing was lost.", {code: n for code, n in stores.items() if not is_needed(code)}),
+        ("Stores refused or cut short", "", {code: n for code, n in stores.items() if code not in NOT_NEEDED}),
+        ("Stores not needed", "Nothing was lost.", {code: n for code, n in stores.items() if code in NOT_NEEDED}),
     )
     return [
         {

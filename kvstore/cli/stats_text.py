@@ -19,7 +19,7 @@ from kvstore.cli.common import (
     time_text,
 )
 from kvstore.core import remote_words
-from kvstore.core.reasons import is_needed, words_of
+from kvstore.core.reasons import NOT_NEEDED, words_of
 
 YEAR_S = 365.25 * 86_400
 HOUR_S = 3600
@@ -260,8 +260,8 @@ def _print_reasons(stats: dict[str, Any]) -> None:
     for title, reasons in (
         ("misses since start", stats["miss_reasons"]),
         ("hits that were shortened since start", stats.get("shortened_reasons", {})),
-        ("stores refused or cut short since start", {code: n for code, n in stores.items() if is_needed(code)}),
-        ("stores not needed since start", {code: n for code, n in stores.items() if not is_needed(code)}),
+        ("stores refused or cut short since start", {code: n for code, n in stores.items() if code not in NOT_NEEDED}),
+        ("stores not needed since start", {code: n for code, n in stores.items() if code in NOT_NEEDED}),
         ("limits reached since start", stats.get("refusals", {})),
     ):
         if reasons:

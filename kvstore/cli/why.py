@@ -25,7 +25,7 @@ from kvstore.cli.common import (
 )
 from kvstore.cli.names import require_namespace
 from kvstore.core.causes import Cause, cause_words
-from kvstore.core.reasons import is_needed, words_of
+from kvstore.core.reasons import NOT_NEEDED, words_of
 from kvstore.core.remote_words import words_of as remote_words_of
 from kvstore.errors import InvalidRequestError, NotFoundError
 from kvstore.integrations.prompts import (
@@ -235,4 +235,4 @@ def _offered(row: dict[str, Any]) -> str:
 def _store(store: dict[str, Any]) -> str:
     reason = store["reason"]
     held = f"{store['stored_tokens']:,} of {store['offered_tokens']:,} tokens, {size_text(store['new_bytes'])} new"
-    return f"{held}, {reason}: {words_of(reason)}" if is_needed(reason) and reason != "ok" else held
+    return f"{held}, {reason}: {words_of(reason)}" if reason not in NOT_NEEDED else held

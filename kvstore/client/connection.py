@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from kvstore.client.health import NOT_THERE, Health, WritesNotice
+from kvstore.client.health import NOT_THERE, Health, Notice
 from kvstore.client.trust import SocketGuard, not_responding
 from kvstore.config import Config
 from kvstore.config.credentials import (
@@ -147,8 +147,8 @@ def presenting(
     def prepare() -> Metadata:
         if guard is not None:
             guard.check()
-        secret = token_to_present(files.current.tokens, scope)
-        return (*own, (METADATA_KEY, BEARER + secret)) if secret else own
+        tokens = files.current.tokens
+        return (*own, (METADATA_KEY, BEARER + token_to_present(tokens, scope))) if tokens else own
 
     return PreparedChannel(channel, prepare)
 
@@ -212,7 +212,10 @@ class Connection:
         self._config = config
         self.address = config.address
         self.breaker = CircuitBreaker()
-        self.writes = WritesNotice()
+        # A daemon below its free-disk floor, or with a disk that refuses writes, serves hits and stores nothing. It
+        # logs that too, but the operators of a model server read the worker's log.
+        words = "nothing is stored until the daemon has room; hits go on: %s"
+        self.writes = Notice(words, "the daemon stores again")
         self._guard = SocketGuard(config.address.path) if config.address.path else None
         self._files = CredentialFiles(config)
         self._looking, self._opening = threading.Lock(), threading.Lock()

@@ -21,18 +21,17 @@ from typing import Any, Literal, cast
 
 import grpc
 
-from kvstore.client.attempt import Attempt, Caller, Layer
+from kvstore.client.attempt import OVERLAPPED, Attempt, Caller, Layer, LayerReads
 from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.connection import Connection
-from kvstore.client.layer_reads import OVERLAPPED, LayerReads
 from kvstore.client.plan import Plan, Request, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, errno_of, file_reader, require_readable
 from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.core.blocks import Reason
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline, Deadlines, Watchdog
-from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError

@@ -20,7 +20,7 @@ from kvstore.core import log as lines
 from kvstore.core.blocks import Reason, fidelity_text
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import KVLayer, StateLayer
-from kvstore.core.reasons import is_needed
+from kvstore.core.reasons import NOT_NEEDED
 from kvstore.core.text import plain_text
 
 ID_BYTES = 3
@@ -245,5 +245,5 @@ def say_stored(namespace: Namespace, name: str, span: tuple[int, int], result: S
         line = lines.stored_line(alias, max(0, result.stored_tokens - start), result.new_bytes, seconds)
         log.log(_level, "%s", lines.with_id(line, name))
         return
-    level = _level if is_needed(result.reason) else logging.DEBUG
+    level = logging.DEBUG if result.reason in NOT_NEEDED else _level
     log.log(level, "%s", lines.with_id(lines.not_stored_line(alias, end, result.reason), name))

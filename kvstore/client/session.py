@@ -6,6 +6,7 @@ Miss or a StoreResult with a reason.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -43,8 +44,8 @@ from kvstore.core.blocks import (
     count_tokens,
     pack_tokens,
 )
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline, Deadlines
-from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
@@ -273,9 +274,8 @@ class Session:
         `restored_tokens`: how many leading tokens came out of the store; None: as recorded for this process's hits.
         `touch`: of a caller whose own memory keeps the sequence, so that it need not be written yet.
         """
-        return self._storing(
-            tokens, layers, restored_tokens, touch, lambda request: self._store(request, timeout_s, wait=wait)
-        )
+        work = functools.partial(self._store, timeout_s=timeout_s, wait=wait)
+        return self._storing(tokens, layers, restored_tokens, touch, work)
 
     def store_part(
         self,
@@ -331,7 +331,7 @@ class Session:
         self.stats.stored(result)
         return result
 
-    def _store(self, request: StoreArguments, timeout_s: float, *, wait: bool) -> StoreResult:
+    def _store(self, request: StoreArguments, *, timeout_s: float, wait: bool) -> StoreResult:
         deadline = Deadline(timeout_s if wait else self.options.store_block_ms / 1e3)
         result, late = StoreResult(reason=Reason.NOT_CAPTURED), StoreResult(reason=Reason.DEADLINE)
         for _ in range(2 if wait else 1):  # once more from the start, if the store held less than the session believed

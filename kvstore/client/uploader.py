@@ -22,8 +22,8 @@ from kvstore.client.connection import Connection
 from kvstore.client.results import ID_BYTES, StoreResult, parse_reason
 from kvstore.client.trust import walk
 from kvstore.core.blocks import LayerState, Reason
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Watchdog
-from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
 from kvstore.core.unix_sockets import block_for, peer_uid
@@ -128,6 +128,7 @@ class Uploader:
         self._message = namespace_to_message(namespace)
         self._profile = profile
         self._same_host = same_host and bool(connection.address.path)
+        self._upload_path = connection.address.upload_path if self._same_host else ""
         self._no_socket_of: object = None  # the daemon whose upload socket cannot be reached
         self._call: Any = None
         self._cancelled = False
@@ -168,12 +169,12 @@ class Uploader:
             if reason is not Reason.STORE_FULL:
                 self._complain("nothing is stored", begun.detail)
             elif begun.detail:  # without detail, only this store has no room
-                self._connection.writes.refused(begun.detail)
+                self._connection.writes.lost(begun.detail, "refused")
             durable = begun.durable and reason is Reason.ALREADY_STORED
             return StoreResult(begun.held_tokens, 0, reason, durable, begun.detail)
         if whole:  # otherwise the daemon may ask for it again
             job.release()
-        self._connection.writes.taken()
+        self._connection.writes.back()
         self._complain("stored", begun.detail)
         result = self._commit(begun.upload_id)
         is_deferred = begun.reason == Reason.DEFERRED and result.reason is Reason.OK
@@ -225,8 +226,7 @@ class Uploader:
             return True
         try:
             if begun.by_socket:
-                place = self._connection.address.upload_path
-                connection = UploadConnection(place, begun.upload_id, UPLOAD_S_MIN)
+                connection = UploadConnection(self._upload_path, begun.upload_id, UPLOAD_S_MIN)
                 with contextlib.closing(connection), self._cancellable(connection):
                     return connection.send(self._views(job, begun))
             timeout_s = UPLOAD_S_MIN + begun.upload_bytes / UPLOAD_BYTES_PER_S_MIN

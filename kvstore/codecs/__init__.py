@@ -2,7 +2,7 @@
 
 device.py      everything that touches the MLX device, and every bridge between bytes and arrays
 codec.py       what a codec is; recipe -> codec
-raw.py lossless.py affine.py per_channel.py turboquant.py turboquant_even.py
+exact.py affine.py per_channel.py turboquant.py turboquant_even.py
 rotation.py codebooks.py packing.py      what the last two are made of
 pca.py         the components of a calibration: basis.py, rope.py and code_packing.py are what it is made of
 profiles.py    which recipe for which part of which layer
@@ -13,6 +13,6 @@ states.py      window and state layers <-> the bytes of a checkpoint
 virtual.py     the file out of which MLX reads what others put together
 """
 
-from kvstore.codecs import affine, lossless, pca, per_channel, raw, turboquant, turboquant_even
+from kvstore.codecs import affine, exact, pca, per_channel, turboquant, turboquant_even
 
-__all__ = ["affine", "lossless", "pca", "per_channel", "raw", "turboquant", "turboquant_even"]
+__all__ = ["affine", "exact", "pca", "per_channel", "turboquant", "turboquant_even"]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,7 +27,7 @@ from kvstore.codecs.affine import AFFINE, is_folded
 from kvstore.codecs.byte_plan import HitBlock, Segment, plan_segments
 from kvstore.codecs.codec import NO_CONTEXT, BlockCorruptError, Context, codec_of
 from kvstore.codecs.gather import Filler
-from kvstore.codecs.virtual import LayerRead, Reads, VirtualFile
+from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Recipe, Run
 from kvstore.core.layers import PARTS, KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
@@ -59,7 +60,7 @@ def begin_layer(
     reads: Reads | None = None,
     context: Context = NO_CONTEXT,
     order: Sequence[Range] = (),
-) -> LayerRead[KVLayer]:
+) -> VirtualFile[KVLayer]:
     """Begin to read one kv layer of a hit, into buffers of its tokens and head-room, rounded up to 256 rows.
 
     Unused rows are zero. `keep_codes`: where all of the layer is affine of one kind it comes as an engine keeps a
@@ -87,7 +88,7 @@ def begin_layer(
             parts[part] = _decoded(spec.part(part), segments, loaded[part], capacity, place)
         return KVLayer(spec, parts.get("keys", ()), parts.get("values", ()), n_tokens)
 
-    return LayerRead(_file(plan, capacity - n_tokens, Filler(reader, verify), reads, order), build)
+    return _file(plan, capacity - n_tokens, Filler(reader, verify), reads, order).begin(build)
 
 
 def _quantized_spec(spec: LayerSpec, plan: dict[str, list[Segment]]) -> LayerSpec | None:
@@ -115,7 +116,7 @@ def packed_layer(
     plan = {part: plan_segments(part, spec.part(part), layer, blocks) for part in PARTS if spec.part(part).width}
     if any(segment.group_tokens > 1 for segments in plan.values() for segment in segments):
         raise InvalidRequestError(f"layer {layer} is stored in groups of tokens, which cannot be cut without decoding")
-    loaded = _by_segment(plan, _file(plan, 0, Filler(reader)).load())
+    loaded = _by_segment(plan, _file(plan, 0, Filler(reader)).begin(dict).finish())
     return {
         part: [(segment.recipe, tensors) for segment, tensors in zip(segments, loaded[part], strict=True)]
         for part, segments in plan.items()
@@ -128,9 +129,9 @@ def _file(
     filler: Filler,
     reads: Reads | None = None,
     order: Sequence[Range] = (),
-) -> VirtualFile:
+) -> VirtualFile[Any]:
     """The tensors of every segment of every part, with `spare_tokens` rows of zeros behind the last."""
-    file = VirtualFile(reads, _names_of_ranges(plan, order) if order else ())
+    file = VirtualFile[Any](reads, _names_of_ranges(plan, order) if order else ())
     for part, segments in plan.items():
         for number, segment in enumerate(segments):
             spare = spare_tokens if number == len(segments) - 1 and segment.group_tokens == 1 else 0

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.codebooks import BITS_MAX
 from kvstore.codecs.codec import codec_of, is_packing
-from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.exact import LOSSLESS
 from kvstore.codecs.pca import pca_recipe
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe

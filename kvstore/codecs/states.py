@@ -16,7 +16,7 @@ from kvstore.blobs.ranges import Range
 from kvstore.codecs import device
 from kvstore.codecs.codec import BlockCorruptError, verify_range
 from kvstore.codecs.device import Bytes
-from kvstore.codecs.virtual import LayerRead, Reads, VirtualFile
+from kvstore.codecs.virtual import Reads, VirtualFile
 from kvstore.core.blocks import LayerState, StateArray
 from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.core.records import states_from_list, states_to_list
@@ -88,7 +88,7 @@ def begin_state(
     reader: RangeReader,
     reads: Reads | None = None,
     order: Sequence[Range] = (),
-) -> LayerRead[StateLayer]:
+) -> VirtualFile[StateLayer]:
     """Begin to read one window or state layer after `n_tokens` tokens, into arrays of its own.
 
     Everything is read, verified and evaluated when `finish` returns; the arrays are the calling thread's. `order`: as
@@ -97,7 +97,9 @@ def begin_state(
     """
     spec = layout.layers[state.layer]
     assert spec.is_exact, "kv layers come from blocks: see assemble.py"
-    file = VirtualFile(reads, [str(number) for number, array in enumerate(state.arrays) if order and array.nbytes])
+    file = VirtualFile[StateLayer](
+        reads, [str(number) for number, array in enumerate(state.arrays) if order and array.nbytes]
+    )
     for number, array in enumerate(state.arrays):
         if array.nbytes:
             file.add(str(number), array.dtype, array.shape or (1,), functools.partial(_fill, reader, source, array))
@@ -111,7 +113,7 @@ def begin_state(
         names = (array.name for array in state.arrays)
         return StateLayer(spec, tuple(zip(names, arrays, strict=True)), state.numbers, n_tokens)
 
-    return LayerRead(file, build)
+    return file.begin(build)
 
 
 def _fill(reader: RangeReader, source: int, array: StateArray, view: memoryview) -> Iterator[None]:

@@ -15,7 +15,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, Generic, Protocol, Self, TypeVar, cast
 
 import mlx.core as mx
 
@@ -80,8 +80,10 @@ _PATIENT = _Patient()
 Fill = Callable[[memoryview], Iterator[None]]
 
 
-class VirtualFile(io.RawIOBase):
-    """Tensors, each with a function that fills its bytes step by step. Made, loaded and dropped by one thread.
+class VirtualFile(io.RawIOBase, Generic[T]):
+    """A layer that is read: tensors, each with a function that fills its bytes step by step, and what they make.
+
+    Made, finished or dropped by one thread, which then owns the layer.
 
     MLX calls seek and readinto from its own pool threads, and another thread may come in between the two: the position
     is kept per thread. No exception may cross MLX: 0.32 makes a RuntimeError of it with a traceback for a message, 0.31
@@ -101,6 +103,7 @@ class VirtualFile(io.RawIOBase):
         self._size = 0
         self._head = b""
         self._thread = threading.local()
+        self._build: Callable[[dict[str, mx.array]], T] | None = None
         self._arrays: dict[str, mx.array] = {}
         self._jobs: list[Future[None]] = []
 
@@ -118,10 +121,14 @@ class VirtualFile(io.RawIOBase):
         self._header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._size, end]}
         self._size = end
 
-    def begin(self) -> None:
-        """Allocate the tensors and have them filled. `finish` or `drop` must follow. ReadDeadlineError."""
+    def begin(self, build: Callable[[dict[str, mx.array]], T]) -> Self:
+        """Allocate the tensors and have them filled; `build` makes the layer of them. Raises ReadDeadlineError.
+
+        `finish` or `drop` must follow.
+        """
+        self._build = build
         if not self._header:
-            return
+            return self
         sizes = {name: nbytes for name, (nbytes, _) in self._fills.items()}
         header = json.dumps(self._header).encode()
         self._head = len(header).to_bytes(8, "little") + header
@@ -131,7 +138,7 @@ class VirtualFile(io.RawIOBase):
             raise RuntimeError("MLX did not allocate every tensor of a layer")
         self._arrays = arrays
         if self._order:
-            return
+            return self
         # Each job holds the memory that it writes to, so that a read which is abandoned writes to nobody else's.
         work = [(fill, device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()]
         try:
@@ -140,33 +147,34 @@ class VirtualFile(io.RawIOBase):
         except BaseException:
             self.drop()
             raise
+        return self
 
-    def finish(self) -> dict[str, mx.array]:
-        """Wait until everything is read; the first error of reading or verifying is raised as it was."""
+    def finish(self) -> T:
+        """The layer, once everything is read; the first error of reading or verifying is raised as it was."""
+        assert self._build is not None
         arrays, jobs = self._arrays, self._jobs
         self._arrays, self._jobs = {}, []
         if self._order:
             self._fill_in_order(arrays)
         self._reads.finish(jobs, arrays, self._size)
-        return arrays
+        return self._build(arrays)
 
     def _fill_in_order(self, arrays: dict[str, mx.array]) -> None:
         steps = {name: fill(device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()}
         for name in self._order:
             next(steps[name], None)
         for rest in steps.values():
-            _exhaust(rest)
+            for _ in rest:
+                pass
 
     def drop(self) -> None:
-        """End what `begin` began without a result. Does nothing after `finish`."""
+        """End what `begin` began without a result. Does nothing after `finish`.
+
+        Waits for reads that run, at most until the deadline.
+        """
         arrays, jobs = self._arrays, self._jobs
         self._arrays, self._jobs = {}, []
         self._reads.drop(jobs, arrays, self._size)
-
-    def load(self) -> dict[str, mx.array]:
-        """`begin` and `finish`."""
-        self.begin()
-        return self.finish()
 
     def readable(self) -> bool:
         """MLX asks."""
@@ -199,24 +207,6 @@ class VirtualFile(io.RawIOBase):
         return nbytes
 
 
-class LayerRead(Generic[T]):
-    """A layer whose bytes are being read. The thread that began it finishes or drops it, and then owns the layer."""
-
-    def __init__(self, file: VirtualFile, build: Callable[[dict[str, mx.array]], T]) -> None:
-        """Begin to read `file`, of whose tensors `build` makes the layer. Raises ReadDeadlineError."""
-        file.begin()
-        self._file = file
-        self._build = build
-
-    def finish(self) -> T:
-        """Wait until everything is read. Raises what reading, verifying or `build` raises."""
-        return self._build(self._file.finish())
-
-    def drop(self) -> None:
-        """End it without a result. Waits for reads that run, at most until the deadline."""
-        self._file.drop()
-
-
 def _jobs(tensors: Sequence[tuple[Fill, memoryview]], jobs_max: int) -> list[list[tuple[Fill, memoryview]]]:
     """Tensors by job, at most `jobs_max`: one job for each large tensor, and one for all small ones."""
     jobs = [[one] for one in tensors if one[1].nbytes > SMALL_BYTES]
@@ -227,9 +217,5 @@ def _jobs(tensors: Sequence[tuple[Fill, memoryview]], jobs_max: int) -> list[lis
 
 def _fill_all(tensors: Sequence[tuple[Fill, memoryview]]) -> None:
     for fill, view in tensors:
-        _exhaust(fill(view))
-
-
-def _exhaust(steps: Iterator[None]) -> None:
-    for _ in steps:
-        pass
+        for _ in fill(view):
+            pass

@@ -6,7 +6,7 @@ from kvstore.core.blocks import Reason
 
 # A hit that ends for one of these reasons returned every stored token of its prompt.
 WHOLE = frozenset({Reason.OK, Reason.UNKNOWN_PREFIX, Reason.IDENTITY})
-# Reasons of a store after which nothing is missing.
+# Reasons of a store after which nothing is missing. After any other, also one of a newer version, something is.
 NOT_NEEDED = frozenset({Reason.OK, Reason.ALREADY_STORED, Reason.BELOW_THRESHOLD, Reason.READ_ONLY, Reason.DEFERRED})
 
 # Answers of a daemon that say what it does not hold.
@@ -66,8 +66,3 @@ WORDS = {
 def words_of(code: str) -> str:
     """What a reason code means, for people; empty for one that this version does not know."""
     return next((words for reason, words in WORDS.items() if reason == code), "")
-
-
-def is_needed(code: str) -> bool:
-    """Whether a store that ended with this reason left out something that would have been worth storing."""
-    return code not in NOT_NEEDED

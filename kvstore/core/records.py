@@ -217,11 +217,6 @@ def runs_from_record(data: bytes, templates: Mapping[bytes, bytes]) -> tuple[Run
     return tuple(runs)
 
 
-def template_ids(data: bytes, templates: Mapping[bytes, bytes]) -> set[bytes]:
-    """The templates that runs name. `data` is what `runs_to_record` wrote; CorruptDataError otherwise."""
-    return {template_of(run).id for run in runs_from_record(data, templates)}
-
-
 def _placed_stacks(
     data: bytes, at: int, template: Template, n_tokens: int, checked: int, offset: int
 ) -> tuple[tuple[Stack, ...], int, int]:

@@ -68,9 +68,8 @@ def hold(site: Site, held: set[bytes], needed: AbstractSet[bytes]) -> None:
 
 def let_go(site: Site, held: set[bytes]) -> None:
     """The store has ended. What nothing refers to now goes like any that is unused."""
-    if held:
-        with site.lock:
-            site.index.held -= Counter(held)
+    with site.lock:
+        site.index.held -= Counter(held)
 
 
 def lose(site: Site, row: Row, *, keep_blob: bool) -> list[Row]:

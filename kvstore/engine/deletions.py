@@ -41,12 +41,19 @@ class Deletions:
     """Any thread may call. Its lock is never held over I/O, so that leasing never waits for a disk."""
 
     def __init__(
-        self, blobs: Blobs, tombstones: Tombstones, ledger: Ledger, drive: DriveCache, is_displaced: Callable[[], bool]
+        self,
+        blobs: Blobs,
+        tombstones: Tombstones,
+        ledger: Ledger,
+        drive: DriveCache,
+        ring: KeyRing,
+        is_displaced: Callable[[], bool],
     ) -> None:
         self._blobs = blobs
         self._tombstones = tombstones
         self._ledger = ledger
         self._drive = drive
+        self._ring = ring
         self._is_displaced = is_displaced
         self._lock = threading.Lock()
         self._leases: Counter[bytes] = Counter()
@@ -61,13 +68,14 @@ class Deletions:
 
     # -- leases ---------------------------------------------------------------------------------------------------
 
-    def lease(self, rows: Sequence[Row], ring: KeyRing) -> Lease:
-        """Keep the blobs of these rows until they are open."""
-        keys = tuple(row.key for row in rows)
+    def lease(self, rows: Iterable[Row]) -> Lease:
+        """Protect the blobs of rows until readers have opened them: evicted last, not unlinked when replaced."""
+        held = [(row.key, row.root) for row in rows]
+        keys = tuple(key for key, _ in held)
         with self._lock:
             self._leases.update(keys)
         # A reader needs the keys of encrypted namespaces, even if the last row of one goes meanwhile.
-        return Lease(self, keys, [ring.key(root) for root in {row.root for row in rows}])
+        return Lease(self, keys, [self._ring.key(root) for root in {root for _, root in held}])
 
     def end_lease(self, keys: Iterable[bytes]) -> None:
         """End a lease, and delete the blobs that waited only for it."""
@@ -222,19 +230,19 @@ class Deletions:
         self._ledger.set("settings", self._tombstones.disk_bytes())
 
 
+@dataclass(eq=False)
 class Lease:
-    """Keeps the blobs of some rows while they are being opened. Release it soon; idempotent."""
+    """Keeps the blobs of some rows, and their keys, while they are being opened. Release it soon; idempotent."""
 
-    def __init__(self, deletions: Deletions, keys: tuple[bytes, ...], encryption: Sequence[object]) -> None:
-        self._deletions = deletions
-        self._keys = keys
-        self._encryption = encryption
+    deletions: Deletions
+    keys: tuple[bytes, ...]
+    encryption: Sequence[object] = field(repr=False)
 
     def release(self) -> None:
         """Let go."""
-        keys, self._keys = self._keys, ()
+        keys, self.keys = self.keys, ()
         if keys:
-            self._deletions.end_lease(keys)
+            self.deletions.end_lease(keys)
 
     def __enter__(self) -> Lease:
         return self

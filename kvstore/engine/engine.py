@@ -43,13 +43,12 @@ from kvstore.blobs.protocol import BlobId, BlobReader, Blobs
 from kvstore.blobs.ranges import OPEN_FILES_MAX
 from kvstore.core.blocks import KEY_BYTES
 from kvstore.core.bounded import ByteCache
-from kvstore.core.keys import NamespaceInfo, aux_key
+from kvstore.core.keys import aux_key
 from kvstore.core.records import AUX_BYTES_MAX
 from kvstore.engine import bases
 from kvstore.engine import check as checking
 from kvstore.engine.adopt import find_missing_keys
 from kvstore.engine.check import CheckReport, Finding, Scrub, after_repair, recheck
-from kvstore.engine.deletions import Lease
 from kvstore.engine.directory import DirectoryLock, QualityFiles, claim
 from kvstore.engine.evict import Evictor
 from kvstore.engine.listing import EngineStats, Listing
@@ -86,7 +85,7 @@ class Engine:
         self.keeper = Keeper(shared, evictor.begin_limits)
         # STORE
         self.store = Writer(shared, evictor).store
-        self.encrypt, self.shred = shared.encrypt, shared.shred
+        self.is_encrypted, self.encrypt, self.shred = shared.is_encrypted, shared.encrypt, shared.shred
         self.reencoder = Reencoder(shared, evictor)
         self.is_evicted = shared.evictions.covers
         self.await_durable = shared.drive.confirm
@@ -95,6 +94,7 @@ class Engine:
         self.match, self.checkpoint_at = matcher.match, matcher.checkpoint_at
         self.first_unusable = matcher.first_unusable
         self.nearest = Nearest(shared)
+        self.path, self.lease = shared.blobs.path, shared.deletions.lease
         # Room
         self.evict, self.make_room = evictor.evict, evictor.make_room
         self.could_make_room = evictor.shortage.has_room
@@ -106,6 +106,7 @@ class Engine:
         self.has_aux = functools.partial(bases.is_there, shared.site)
         self._scrub = Scrub(shared)
         # Looking
+        self.namespace = shared.namespaces.get  # what is known of one; None if nothing is stored in it
         self._listing = listing = Listing(shared)
         self.list_blocks, self.show, self.sequences = listing.list_blocks, listing.show, listing.sequences
 
@@ -188,10 +189,6 @@ class Engine:
 
     # -- finding --------------------------------------------------------------------------------------------------
 
-    def namespace(self, root: bytes) -> NamespaceInfo | None:
-        """What is known of a namespace; None if nothing is stored in it."""
-        return self._shared.namespaces.get(root)
-
     def mark_divergence(self, row: Row) -> None:
         """Note that a prompt went another way after this checkpoint, so that its chain keeps it. Written like `touch`.
 
@@ -205,13 +202,9 @@ class Engine:
             self._shared.index.table.end(row.key)
         self._shared.uses.remind()
 
-    def path(self, row: Row) -> str | None:
-        """The file of a row's blob; None where only this process can read it: then its bytes are streamed."""
-        return self._shared.blobs.path(row.blob)
-
     def has_paths(self, root: bytes) -> bool:
         """Whether the blobs of a namespace have files that others can read."""
-        return self._shared.blobs.path(BlobId(root, bytes(KEY_BYTES), 0)) is not None
+        return self.path(BlobId(root, bytes(KEY_BYTES), 0)) is not None
 
     def reader(self, slices: Sequence[Slice], open_max: int = OPEN_FILES_MAX) -> BlobReader:
         """A reader of the blocks of a plan, all of one namespace."""
@@ -248,19 +241,9 @@ class Engine:
         used_s = self._shared.index.table.value(keys[-1], "used_s") if fetched and keys else None
         self._shared.uses.touch(keys, used_s)
 
-    def lease(self, rows: Iterable[Row]) -> Lease:
-        """Protect the blobs of rows until readers have opened them: evicted last, not unlinked when replaced."""
-        return self._shared.deletions.lease(tuple(rows), self._shared.index.ring)
-
     def has_leases(self) -> bool:
         """Whether any reader has one."""
         return bool(self._shared.deletions.leased())
-
-    # -- encryption -----------------------------------------------------------------------------------------------
-
-    def is_encrypted(self, root: bytes) -> bool:
-        """Whether a namespace is encrypted."""
-        return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
 
     # -- storing --------------------------------------------------------------------------------------------------
 

@@ -216,8 +216,9 @@ class Listing:
         """Counts of this moment."""
         shared = self._shared
         with shared.lock:
-            usage = {root: shared.usage(root) for root in shared.namespaces}
-            total = shared.index.table.usage()
+            table = shared.index.table
+            usage = {root: table.usage(space.number) for root, space in shared.index.spaces.items()}
+            total = table.usage()
         quarantined, ledger = 0, shared.ledger
         with contextlib.suppress(OSError):  # which `degraded` is about
             quarantined, _ = shared.blobs.quarantined()

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
-from kvstore.core.keys import Chain, NamespaceInfo, block_key, root_key
-from kvstore.core.records import template_ids
+from kvstore.core.keys import Chain, NamespaceInfo, block_key
+from kvstore.core.records import template_of
 from kvstore.core.rules import check_states
 from kvstore.engine.evictions import HEAD_TOKENS, HEAD_TOKENS_BYTES
 from kvstore.engine.shared import Shared
@@ -93,6 +93,7 @@ class Match:
         """Of each block (bytes of its payload, digest of its templates, tokens to take), without parsing the rows."""
         return sizes_of(self.rows)
 
+    @functools.cached_property
     def one_of_each(self) -> dict[int, Row]:
         """One row for each digest of templates: rows with one digest name the same templates."""
         some = {digest: taken for taken, (_, digest, _) in zip(self.rows, self.sizes, strict=True)}
@@ -100,9 +101,8 @@ class Match:
 
     def needed_templates(self) -> dict[bytes, bytes]:
         """The templates that its runs name, by id."""
-        rows = self.one_of_each().values()
-        names = {name for row in rows for name in template_ids(row.described, self.templates)}
-        return {name: self.templates[name] for name in names}
+        used = [template_of(run) for row in self.one_of_each.values() for run in row.block.runs]
+        return {template.id: template.record for template in used}
 
     @property
     def parts(self) -> tuple[Slice, ...]:
@@ -281,6 +281,7 @@ class Nearest:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self.is_encrypted = shared.is_encrypted
 
     def common_tokens(self, chain: Chain, limit_tokens: int) -> int:
         """How many of the first `limit_tokens` of a prompt are stored, at any fidelity; 0 for fewer than LEVEL_TOKENS.
@@ -356,18 +357,9 @@ class Nearest:
             infos = [shared.namespaces[root] for _, root in sorted(used, reverse=True) if root in shared.namespaces]
         return list(itertools.islice((info for info in infos if self.is_readable(info) is readable), count))
 
-    def is_encrypted(self, root: bytes) -> bool:
-        """Whether a namespace is encrypted."""
-        return self._shared.index.ring.key(root) is not None or self._shared.is_key_missing(root)
-
     def is_readable(self, info: NamespaceInfo) -> bool:
         """Whether the tokens of a namespace may be shown to an admin: not a tenant's, nor what is encrypted."""
-        return not (is_salted(info) or self.is_encrypted(info.root))
-
-
-def is_salted(info: NamespaceInfo) -> bool:
-    """Whether a namespace belongs to a tenant with a salt, which is in its root alone."""
-    return info.root != root_key(info.weights, info.adapter, info.layout.digest, info.dtype, info.engine, b"")
+        return not (info.is_salted or self.is_encrypted(info.root))
 
 
 def _descend(view: View, parent: bytes, rest: bytes, limit_tokens: int) -> bytes:

@@ -18,6 +18,7 @@ and what was left alone, which is tried once more.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -160,7 +161,7 @@ class Reencoder(Writer):
             entry = BatchEntry(row.key, row.parent)
             hold(shared.site, batch.held, {aux_key(root, digest) for digest in new.block.references})
             block = replace(new.block, namespace=space.record, origin=Origin(auto=True, settled=True, error=error))
-            with batch.behind:
+            with contextlib.closing(batch.behind):
                 if not self._write(batch, make_ready(block, new.buffers), entry):
                     return False
                 batch.unsynced.append(entry)

@@ -286,10 +286,10 @@ def chain_of(view: View, row: Row) -> list[Row]:
 
 
 def thin_chains(edit: Edit, added: Iterable[Row]) -> list[Row]:
-    """Remove what is redundant in the chains of the checkpoints among `added`; the rows removed."""
+    """Remove what is redundant in the chains of the checkpoints that were `added`; the rows removed."""
     removed: list[Row] = []
     for row in sorted(added, key=lambda row: -row.end):
-        if row.is_checkpoint and row.key in edit.table:
+        if row.key in edit.table:
             chain = chain_of(edit, row)
             columns = edit.table.rows[edit.table.slots(each.key for each in chain)]
             removed += (gone := [chain[at] for at in redundant(columns, [each.end for each in chain])])

@@ -31,7 +31,7 @@ from kvstore.engine.retain import POLICIES
 from kvstore.errors import ConfigError, CorruptDataError, DirectoryError, InvalidRequestError, KVStoreError
 from kvstore.index.index import MAP_BYTES, Index
 from kvstore.index.rows import Row
-from kvstore.index.table import Table, Usage
+from kvstore.index.table import Table
 from kvstore.index.transaction import Edit
 
 # `none`, without any sync, is for tests: the configuration does not offer it.
@@ -161,7 +161,7 @@ class Shared:
         self.evictions = Evictions()
         self.ballast = Ballast(self.directory.ballast, min(self.options.ballast_bytes, self.options.budget_bytes // 64))
         self.ballast.lay()
-        self.deletions = Deletions(self.blobs, place.tombstones, self.ledger, self.drive, self.is_displaced)
+        self.deletions = Deletions(self.blobs, place.tombstones, self.ledger, self.drive, index.ring, self.is_displaced)
         self.keep = Keep(self.directory.settings, self.fs, sync=self.sync)
         index.table.pin(self.keep.pins)
         self.lost = Lost(self.options.evicted_max)
@@ -246,6 +246,10 @@ class Shared:
         with self.index.view() as view:
             return bool(view.is_unreadable(root))
 
+    def is_encrypted(self, root: bytes) -> bool:
+        """Whether a namespace is encrypted."""
+        return self.index.ring.key(root) is not None or self.is_key_missing(root)
+
     def encrypt(self, root: bytes) -> NamespaceKey | None:
         """The key that a namespace is encrypted with from now on; None, and it is not, when it holds anything plain.
 
@@ -290,11 +294,6 @@ class Shared:
     def is_orphan(self, root: bytes) -> bool:
         """Whether no caller named this namespace for long."""
         return self.used_s(root) < self.clock() - ORPHAN_S
-
-    def usage(self, root: bytes) -> Usage:
-        """What a namespace holds."""
-        space = self.index.spaces.get(root)
-        return Usage() if space is None else self.index.table.usage(space.number)
 
     def _follow_index(self) -> None:
         """Namespaces and counters as the index has them now."""

@@ -156,7 +156,7 @@ class Writer:
         if encryption is not None and batch.key is not encryption:
             return StoreReceipt(0, 0, Reason.DEPENDENCY_LOST)
         try:
-            with behind:
+            with contextlib.closing(behind):
                 reason = self._write_all(batch, blocks)
             if not batch.entries:
                 return StoreReceipt(0, 0, reason)
@@ -169,7 +169,8 @@ class Writer:
             return StoreReceipt(settled.blocks, sum(map(self._shared.site.cost, lasting)), why)
         finally:
             self._discard(batch)
-            let_go(self._shared.site, batch.held)
+            if batch.held:
+                let_go(self._shared.site, batch.held)
 
     def _write_all(self, batch: Batch, blocks: Iterable[NewBlock]) -> Reason:
         """Write blobs until the blocks end or something stops them; those before it are on the disk."""
@@ -179,7 +180,8 @@ class Writer:
             if self._shared.evictions.covers(batch.root, batch.since, [block.key]):
                 reason = Reason.EVICTED
                 break
-            hold(self._shared.site, batch.held, {aux_key(batch.root, digest) for digest in block.references})
+            if references := block.references:
+                hold(self._shared.site, batch.held, {aux_key(batch.root, digest) for digest in references})
             # Of a namespace whose key was dropped meanwhile nothing may be written, least of all as it is.
             if self._shared.index.ring.key(batch.root) is not batch.key or not self._has_parent(batch, block):
                 reason = Reason.DEPENDENCY_LOST
@@ -292,7 +294,8 @@ class Writer:
             if batch.rows():
                 shared.blobs.sync(batch.root)
             settled = self._commit_rows(batch)
-            shared.deletions.finish(settled.deletion)
+            if settled.deletion.costs:
+                shared.deletions.finish(settled.deletion)
             # After the commit: blobs and index went to the drive in this order, and now both leave its cache. Also when
             # nothing was written: what is held may be another request's whose commit is as young.
             shared.drive.wait()
@@ -354,7 +357,8 @@ class Writer:
                 self._put(edit, entry.row, settled, moment, entry.flags)
             settled.blocks += 1
         edit.set_meta(NEXT_NUMBER, shared.next_number)
-        settled.evicted += thin_chains(edit, settled.kept)
+        if checkpoints := [row for row in settled.kept if row.is_checkpoint]:
+            settled.evicted += thin_chains(edit, checkpoints)
         settled.replaced += edit.released
         return settled
 
@@ -383,11 +387,11 @@ class Writer:
             self._end_flight(row.blob)
             shared.health.written_bytes += self._shared.site.cost(row)
             shared.lost.forget(row.key)
-        shared.evictions.note(CHAIN, len(settled.evicted), sum(map(self._shared.site.cost, settled.evicted)))
         # A request may contain one key twice: its first blob is then deleted with the blobs that were not kept.
         own = {row.blob for row in settled.kept}
-        gone = [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]
-        settled.deletion = shared.deletions.begin(shared.costs(gone))
+        if gone := [*(row for row in settled.replaced if row.blob not in own), *settled.evicted]:
+            shared.evictions.note(CHAIN, len(settled.evicted), sum(map(shared.site.cost, settled.evicted)))
+            settled.deletion = shared.deletions.begin(shared.costs(gone))
 
     def _end_flight(self, blob: BlobId) -> None:
         with self._shared.lock:

@@ -196,7 +196,7 @@ def _shipment(shared: Shared, root: bytes, rows: list[Row]) -> Shipment:
 
 def _leased_pieces(shared: Shared, row: Row) -> Iterator[bytes]:
     """The pieces of a blob, under a lease; none of one that is gone."""
-    with shared.deletions.lease((row,), shared.index.ring):
+    with shared.deletions.lease((row,)):
         with shared.index.view() as view:
             found = view.row(row.key)
             if found is None or found.number != row.number:

@@ -155,25 +155,19 @@ class View:
         row = self.row(first) if first else None
         return None if row is None else bool(row.is_key_missing)
 
-    def checkpoint_tails(self, parent: bytes, at_most: int) -> Iterator[int]:
-        """How many tokens after `parent` there are checkpoints: each number once, from `at_most` downwards."""
-        prefix = parent + CHECKPOINT_MARK
+    def checkpoints(self, parent: bytes, tokens: bytes) -> Iterator[Row]:
+        """Checkpoints after `parent` and as many of the packed `tokens` as each has, longest first.
+
+        By key, so however many siblings there are, it is one lookup for each length that any of them has.
+        """
+        prefix, at_most = parent + CHECKPOINT_MARK, count_tokens(tokens)
         while at_most >= 0:
             start = checkpoint_prefix(parent, at_most + 1)[len(prefix) :]
             below = next(self.entries(prefix, start, reverse=True), None)
             if below is None:
                 return
-            found = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
-            yield found
-            at_most = found - 1
-
-    def checkpoints(self, parent: bytes, tokens: bytes) -> Iterator[Row]:
-        """Checkpoints after `parent` and as many of the packed `tokens` as each has, longest first.
-
-        By key, so however many siblings there are, it is one lookup for each length.
-        """
-        for n_tokens in self.checkpoint_tails(parent, count_tokens(tokens)):
-            tail = tokens[: n_tokens * TOKEN_BYTES]
+            n_tokens = int.from_bytes(below[0][len(prefix) : len(prefix) + 2], "big")
+            tail, at_most = tokens[: n_tokens * TOKEN_BYTES], n_tokens - 1
             row = self.row(checkpoint_key(parent, tail))
             if row is not None and row.is_checkpoint and not row.is_key_missing and row.tokens == tail:
                 yield row

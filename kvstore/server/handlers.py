@@ -16,16 +16,15 @@ from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
-from kvstore.server.arguments import AskedPrompt, store_request
 from kvstore.server.calls.callers import Identities, calling
 from kvstore.server.calls.rpc_errors import Context
-from kvstore.server.counters import Counters, Telemetry
+from kvstore.server.counters import AskedPrompt, Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
 from kvstore.server.fetching.stream_out import Sender, write_within
 from kvstore.server.notes import Notes
-from kvstore.server.storing.store import StorePath, StorePlan
+from kvstore.server.storing.store import StorePath, StorePlan, store_request
 from kvstore.server.storing.stores import Stores
 from kvstore.server.storing.stream_in import StreamIn
 from kvstore.server.threads import Threads
@@ -83,7 +82,7 @@ class KVStoreService(rpc.KVStoreServicer):
         self._stopping = asyncio.Event()
 
     async def Match(self, request: PromptRequest, context: Context) -> pb.MatchReply:
-        prompt = self._prompt(request, self._telemetry_of_new("match"))
+        prompt = self._prompt(request, "match")
         match, offer = await self._threads.read(self._match, prompt)
         n_tokens, reason = match.n_tokens, match.reason
         if self._remote.path is not None:
@@ -120,10 +119,9 @@ class KVStoreService(rpc.KVStoreServicer):
         deadline = Deadline(TIME_SHARE * left_s)
         return Want(message.namespace, chain, match, offer, message.fidelity_min, speed, deadline)
 
-    async def Fetch(self, request: PromptRequest, context: Context) -> None:
-        telemetry = self._telemetry_of_new("fetch")
-        counters, requests = telemetry.counters, telemetry.requests
-        prompt = self._prompt(request, telemetry)
+    async def Fetch(self, request: PromptRequest, context: Context) -> AsyncIterator[pb.FetchReply]:
+        prompt = self._prompt(request, "fetch")
+        counters, requests = prompt.telemetry.counters, prompt.telemetry.requests
         planned, remote_tokens = await self._planned(prompt, context)
         plan, way, message = planned.plan, planned.offer.way, planned.message
         complete = False
@@ -131,10 +129,11 @@ class KVStoreService(rpc.KVStoreServicer):
             counters.add("tokens_served", plan.match.n_tokens)
             nbytes = sum(piece.row.blob_bytes for piece in plan.match.parts)
             requests.fetched(prompt.asked, plan.fetch_id, plan.match.n_tokens, plan.match.reason, nbytes, remote_tokens)
-            if plan.match.slices and telemetry.is_real:
+            if plan.match.slices and prompt.telemetry.is_real:
                 requests.traffic.ended_in(plan.match.slices[-1].row.key)
-                self._remote.push([plan.match.slices[-1].row.key, plan.match.parts[-1].row.key])
-            await write_within(context, message, self._config.limits.stream_stall_s)
+                if self._remote.path is not None:
+                    self._remote.push([plan.match.slices[-1].row.key, plan.match.parts[-1].row.key])
+            yield message
             if plan.namespace is None:
                 return
             if way == "path":
@@ -151,13 +150,12 @@ class KVStoreService(rpc.KVStoreServicer):
             if way != "path":  # by path the worker is still reading
                 self._fetch.costs.end(plan.fetch_id)
 
-    async def FetchBasis(self, request: pb.FetchBasisRequest, context: Context) -> None:
+    async def FetchBasis(self, request: pb.FetchBasisRequest, context: Context) -> AsyncIterator[pb.BasisPiece]:
         root = self._identities.of(request.namespace).root
         found = await self._threads.stream(self._engine.aux, root, (request.digest,))
         data = memoryview(found[request.digest])
         for at in range(0, len(data), CHUNK_BYTES):
-            piece = pb.BasisPiece(data=bytes(data[at : at + CHUNK_BYTES]))
-            await write_within(context, piece, self._config.limits.stream_stall_s)
+            yield pb.BasisPiece(data=bytes(data[at : at + CHUNK_BYTES]))
 
     async def _planned(self, prompt: AskedPrompt, context: Context) -> tuple[_Planned, int]:
         """A plan, and how many of its tokens were read from the remote tier for it."""
@@ -243,26 +241,23 @@ class KVStoreService(rpc.KVStoreServicer):
         """Where this call is noted: a probe's nowhere."""
         return self._silent if calling.get().is_probe else self._telemetry
 
-    def _telemetry_of_new(self, kind: str) -> Telemetry:
-        """The same of a request that begins: counts it."""
+    def _prompt(self, request: PromptRequest, kind: str) -> AskedPrompt:
+        """A request about a prompt, counted as one of this kind. Raises InvalidRequestError for an invalid identity."""
         telemetry = self._telemetry_of_call()
         telemetry.counters.add(kind)
-        return telemetry
-
-    def _prompt(self, request: PromptRequest, telemetry: Telemetry) -> AskedPrompt:
-        """A request about a prompt. Raises InvalidRequestError for an invalid identity."""
         identity = self._identities.of(request.message.namespace)
         chain, since = Chain(identity.root, request.tokens), self._engine.nearest.since
         return AskedPrompt(request.message, chain, identity, calling.get(), telemetry, since)
 
     async def BeginStore(self, request: PromptRequest, context: Context) -> pb.BeginStoreReply:
-        telemetry = self._telemetry_of_new("store")
+        telemetry = self._telemetry_of_call()
         counters, requests = telemetry.counters, telemetry.requests
         asked = planning = None
         try:
-            asked = self._prompt(request, telemetry).asked
+            prompt = self._prompt(request, "store")
+            asked = prompt.asked
             await self._notes.await_before_store()
-            planning = self._threads.plan(self._begin, request, telemetry, asked.who.caller)
+            planning = self._threads.plan(self._begin, prompt)
             plan, reply = await asyncio.shield(planning)
             for _ in range(HEARING_TURNS):
                 await asyncio.sleep(0)
@@ -283,21 +278,21 @@ class KVStoreService(rpc.KVStoreServicer):
             requests.begun(asked, reply.upload_id, plan.upload.start)
         return reply
 
-    def _begin(self, request: PromptRequest, telemetry: Telemetry, caller: str) -> tuple[StorePlan, pb.BeginStoreReply]:
+    def _begin(self, prompt: AskedPrompt) -> tuple[StorePlan, pb.BeginStoreReply]:
         """A plan, and the message that says so."""
-        wanted = store_request(request, telemetry, caller)
+        wanted = store_request(prompt, self._engine.namespace(prompt.chain.root))
         plan = self._store.begin(wanted)
         upload = plan.upload
         if upload is None:
             end = StoreEnd(wanted.chain.n_tokens, plan.held_tokens, 0, plan.reason)
-            telemetry.why.stored(wanted.chain, end, private=wanted.isolated)
+            prompt.telemetry.why.stored(wanted.chain, end, private=wanted.isolated)
             return plan, pb.BeginStoreReply(
                 reason=plan.reason,
                 held_tokens=plan.held_tokens,
                 durable=plan.reason is Reason.ALREADY_STORED,
                 detail=plan.detail,
             )
-        by_socket = request.message.transport == pb.TRANSPORT_PATH and self._same_host and not wanted.isolated
+        by_socket = prompt.message.transport == pb.TRANSPORT_PATH and self._same_host and not wanted.isolated
         return plan, pb.BeginStoreReply(
             upload_id=upload.upload_id,
             start=upload.start,

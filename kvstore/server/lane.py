@@ -57,6 +57,10 @@ class Lane:
         """Queue a piece of a store, behind fetches that come within `STORE_HANDICAP_S`."""
         return self._stores.submit(work, STORE_HANDICAP_S if self._stores is self._fetches else 0.0)
 
+    def run_store(self, work: Callable[[], T]) -> T:
+        """The result of a piece of a store, once it has run. Raises as `submit_store`, and what the piece raises."""
+        return self.submit_store(work).result()
+
     @property
     def backlog_s(self) -> float:
         """About how long a piece of a fetch that came now would wait. Takes no lock; any thread."""

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 
 from kvstore.engine import Match
-from kvstore.server.arguments import AskedPrompt
+from kvstore.server.counters import AskedPrompt
 from kvstore.server.threads import Pool
 
 # Requests that wait to be remembered; each holds the tokens of its prompt.

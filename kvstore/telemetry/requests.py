@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from kvstore.core import log as lines
 from kvstore.core.blocks import KEY_BYTES, Reason
 from kvstore.core.histogram import Histogram
-from kvstore.core.reasons import WHOLE, is_needed
+from kvstore.core.reasons import NOT_NEEDED, WHOLE
 from kvstore.telemetry.traffic import Totals, Traffic, Who
 
 # How long a match waits for its fetch, for how long an id is known, and how long a hit may take to read.
@@ -55,24 +55,6 @@ class Done:
     reason: str
     request_id: str
     pid: int
-
-
-class Recent:
-    """The last RECENT_MAX requests, for `kvstore top`: what their log lines say, nothing of a prompt. Any thread."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._done: deque[Done] = deque(maxlen=RECENT_MAX)
-
-    def add(self, done: Done) -> None:
-        """A request has ended."""
-        with self._lock:
-            self._done.append(done)
-
-    def latest(self) -> list[Done]:
-        """All of them, the latest first."""
-        with self._lock:
-            return list(reversed(self._done))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +138,8 @@ class Requests:
         say: Callable[..., None] = log.log,
     ) -> None:
         self.traffic = traffic
-        self.recent = Recent()
+        # For `kvstore top`: what their log lines say, nothing of a prompt. The latest first; copy it to look at it.
+        self.recent: deque[Done] = deque(maxlen=RECENT_MAX)
         self.fetch_s = Histogram(FETCH_BOUNDS_S)
         self._clock = clock
         self._log = say
@@ -279,7 +262,7 @@ class Requests:
         """
         if reason not in _OFFERED_AGAIN:
             self._count_reused(asked, held_tokens)
-        level = logging.INFO if is_needed(reason) else logging.DEBUG
+        level = logging.DEBUG if reason in NOT_NEEDED else logging.INFO
         alias = lines.plain_alias(asked.who.alias, asked.who.root)
         line = lines.not_stored_line(alias, asked.prompt_tokens, reason)
         self._say(level, line, "not_stored", asked, tokens=held_tokens, reason=reason.value)
@@ -335,7 +318,7 @@ class Requests:
 
     def _say(self, level: int, line: str, kind: str, asked: Asked, **fields: Any) -> None:
         get, alias = fields.get, lines.plain_alias(asked.who.alias, asked.who.root)
-        self.recent.add(
+        self.recent.appendleft(
             Done(
                 at_s=time.time(),
                 kind=kind,

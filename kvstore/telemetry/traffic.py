@@ -100,11 +100,6 @@ class NamespaceTraffic:
     totals: Totals = field(default_factory=Totals)
     tokens_per_s: float = 0.0
 
-    @property
-    def token_bytes(self) -> float:
-        """Mean bytes on disk per stored token; 0 if nothing was written."""
-        return self.totals.written_bytes / self.totals.stored_tokens if self.totals.stored_tokens else 0.0
-
 
 @dataclass(slots=True)
 class Labelled:
@@ -159,13 +154,16 @@ class Traffic:
     def count(self, who: Who, more: Totals, *, miss: str = "", shortened: str = "") -> None:
         """Count what a request or a store came to, and why it was not more. Counters never go back."""
         now_s = self._clock()
+        minute = int(now_s // 60)
         with self._lock:
             self.changes += 1
             session = self._session(who, now_s)
+            if not self._minutes or self._minutes[-1][0] != minute:
+                self._minutes.append((minute, Totals()))
             for totals in (
                 self._start,
                 self._lifetime,
-                self._minute(now_s),
+                self._minutes[-1][1],
                 self._namespace(who.root).totals,
                 session.totals,
                 self._label(who).totals,
@@ -209,7 +207,8 @@ class Traffic:
     def reused_bytes(self, root: bytes, n_tokens: int) -> int:
         """Estimated bytes on disk that were not written because this many tokens were already stored."""
         with self._lock:
-            return int(n_tokens * self._namespace(root).token_bytes)
+            written = self._namespace(root).totals
+            return n_tokens * written.written_bytes // max(1, written.stored_tokens)
 
     def snapshot(self) -> Snapshot:
         """All counters now."""
@@ -239,12 +238,6 @@ class Traffic:
                 miss_reasons=dict(self._misses),
                 shortened_reasons=dict(self._shortened),
             )
-
-    def _minute(self, now_s: float) -> Totals:
-        minute = int(now_s // 60)
-        if not self._minutes or self._minutes[-1][0] != minute:
-            self._minutes.append((minute, Totals()))
-        return self._minutes[-1][1]
 
     def _namespace(self, root: bytes) -> NamespaceTraffic:
         known = self._namespaces[root] = self._namespaces.get(root) or NamespaceTraffic()

@@ -19,9 +19,9 @@ from kvstore.core.blocks import BLOCK_TOKENS, TOKEN_BYTES, Reason
 from kvstore.core.bounded import Bounded
 from kvstore.core.causes import ADAPTER, DTYPE, ENGINE, LAYOUT, PROFILE, SALT, WEIGHTS, Cause
 from kvstore.core.keys import BLOCK_BYTES, Chain, NamespaceInfo, block_key
-from kvstore.core.reasons import is_needed
+from kvstore.core.reasons import NOT_NEEDED
 from kvstore.engine import Match
-from kvstore.engine.match import Nearest, is_salted
+from kvstore.engine.match import Nearest
 from kvstore.errors import KVStoreError
 from kvstore.telemetry.places import AHEAD_TOKENS, Places
 from kvstore.telemetry.requests import Asked
@@ -57,7 +57,7 @@ class NamespaceIdentity:
     def of(cls, info: NamespaceInfo) -> NamespaceIdentity:
         """Of a namespace that is stored."""
         layout = info.layout.digest
-        return cls(info.root, info.weights, info.adapter, layout, info.dtype, info.engine, is_salted(info), info.alias)
+        return cls(info.root, info.weights, info.adapter, layout, info.dtype, info.engine, info.is_salted, info.alias)
 
     def differs(self, other: NamespaceIdentity) -> str:
         """The fields in which two identities differ, for people."""
@@ -289,7 +289,7 @@ class Why:
         """A store has ended. `private`: of a tenant, or encrypted."""
         if private or not self._keeps or self._nearest.is_encrypted(chain.root):
             return
-        if is_needed(end.reason) and end.stored_tokens < chain.n_tokens:
+        if end.reason not in NOT_NEEDED and end.stored_tokens < chain.n_tokens:
             spot = _spot(chain, end.stored_tokens, chain.n_tokens)
             with self._lock:
                 self._unstored[spot] = end.reason, end.new_bytes > 0

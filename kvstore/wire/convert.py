@@ -66,12 +66,15 @@ def root_from_message(message: pb.Namespace) -> bytes:
     )
 
 
-def namespace_from_message(message: pb.Namespace, layout_record: bytes) -> NamespaceInfo | None:
+def namespace_from_message(
+    message: pb.Namespace, layout_record: bytes, root: bytes | None = None
+) -> NamespaceInfo | None:
     """The namespace of an identity with the layout that came with it; None when none came.
 
-    InvalidRequestError when a field is missing or out of range, LayoutMismatchError when the layout is another one.
+    `root`: of an identity that was read before. InvalidRequestError when a field is missing or out of range,
+    LayoutMismatchError when the layout is another one.
     """
-    root = root_from_message(message)
+    root = root_from_message(message) if root is None else root
     if not layout_record:
         return None
     layout = Layout.from_record(layout_record)

@@ -18,7 +18,7 @@ import numpy as np
 
 from kvstore.bench.hard_model import AFFINE
 from kvstore.codecs.codec import codec_of, is_packing
-from kvstore.codecs.lossless import LosslessCodec
+from kvstore.codecs.exact import LosslessCodec
 from kvstore.codecs.profiles import PROFILES, Profile, parse_profile
 from kvstore.core.layers import PARTS, PartSpec
 from tests.bench.small_llama import KV, Codec, SmallLlama, cold_runs, measured

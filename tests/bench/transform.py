@@ -15,7 +15,7 @@ import numpy as np
 from kvstore.codecs.basis import Basis, PartBasis
 from kvstore.codecs.basis_fit import GRID, Moments, cheapest_steps, fit_part, key_weights, value_weights
 from kvstore.codecs.code_packing import Codes, pack
-from kvstore.codecs.lossless import LosslessCodec
+from kvstore.codecs.exact import LosslessCodec
 from kvstore.codecs.rope import Rope
 from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import PARTS

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kvstore.codecs import device
 from kvstore.codecs.affine import BITS, GROUPS, affine_recipe
 from kvstore.codecs.codec import Codec, Context, check_runs, codec_of, codecs
-from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.exact import LOSSLESS
 from kvstore.codecs.pca import PCA
 from kvstore.codecs.per_channel import channel_recipe
 from kvstore.codecs.turboquant import turboquant_mse_recipe, turboquant_prod_recipe

@@ -21,7 +21,7 @@ import zstandard
 
 from kvstore.blobs.format import FORMAT_VERSION, make_ready, table
 from kvstore.blobs.protocol import BlobId
-from kvstore.codecs.lossless import LOSSLESS
+from kvstore.codecs.exact import LOSSLESS
 from kvstore.core.blocks import Block, Stack, Tensor, pack_tokens
 from kvstore.core.keys import Namespace
 from kvstore.core.records import RUN, Template, block_to_record, runs_to_record

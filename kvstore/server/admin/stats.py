@@ -81,7 +81,7 @@ def stats_reply(
         lifetime_since_s=traffic.lifetime_since_s,
         sessions=map(session_message, traffic.sessions[:SESSIONS_MAX]),
         labelled=map(labelled_message, traffic.labelled),
-        recent=map(request_message, requests.recent.latest()),
+        recent=map(request_message, requests.recent.copy()),
         fetch_s=histogram_message(requests.fetch_s.snapshot()),
         idle_s=histogram_message(disk.idle_s),
         reuse_s=histogram_message(disk.reuse_s),

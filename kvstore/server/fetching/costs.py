@@ -147,10 +147,6 @@ class _Way:
     reads: int = 0
     decodes: int = 0
 
-    def factors(self, now_s: float) -> tuple[float, float, float]:
-        """What the guesses are multiplied by now: (fixed, reading, decoding)."""
-        return self.fixed.factor(now_s), self.reading.factor(now_s), self.decoding.factor(now_s)
-
     def learn_reading(self, work: Work, crowd: int, seconds: float, now_s: float, *, given_up: bool) -> None:
         """Take the time that a fetch took without decoding. What it was mostly made of is what it says most about; one
         that was given up was given up reading."""
@@ -200,7 +196,7 @@ class Costs:
         self, backlog_s: Callable[[], float] = lambda: 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backlog_s = backlog_s
-        self._clock = clock
+        self.clock = clock
         self._lock = threading.Lock()
         self._ways: Bounded[tuple[bytes, Way], _Way] = Bounded(NAMESPACES_MAX)
         self._answered: Bounded[str, _Answered] = Bounded(ANSWERED_MAX)
@@ -212,7 +208,8 @@ class Costs:
     def estimate(self, root: bytes, way: Way) -> Callable[[Work], float]:
         """How long fetches that came now would take, as a function of their work: it need not be asked for each."""
         with self._lock:
-            factors, crowd = self._way(root, way).factors(self._clock()), 1 + self._others()
+            known, now_s, crowd = self._way(root, way), self.clock(), 1 + self._others()
+            factors = [one.factor(now_s) for one in (known.fixed, known.reading, known.decoding)]
         waiting_s = self._backlog_s() if way == "dense" else 0.0
 
         def seconds(work: Work) -> float:
@@ -222,10 +219,6 @@ class Costs:
 
         return seconds
 
-    def now_s(self) -> float:
-        """The clock that fetches are timed by."""
-        return self._clock()
-
     def start(self, root: bytes, way: Way, work: Work, caller: str = "", asked_s: float | None = None) -> str:
         """Count a fetch as active. Returns its id, which cannot be guessed; reports and the end refer to it.
 
@@ -233,7 +226,7 @@ class Costs:
         """
         fetch_id, expected_s = secrets.token_hex(16), self.estimate(root, way)(work)
         with self._lock:
-            now_s, crowd = self._clock(), 1 + self._others()
+            now_s, crowd = self.clock(), 1 + self._others()
             begun_s, until_s = now_s if asked_s is None else asked_s, now_s + OVERDUE * expected_s
             known = self._way(root, way)
             self._answered[fetch_id] = _Answered(caller, way == "path", known, work, crowd, begun_s, until_s)
@@ -256,7 +249,7 @@ class Costs:
             if active is None or active.caller != caller or active.reported:
                 return
             active.reported = True
-            passed_s, said_s = self._clock() - active.asked_s, timing.read_s + timing.decode_s
+            passed_s, said_s = self.clock() - active.asked_s, timing.read_s + timing.decode_s
             if passed_s > REPORT_S_MAX or not timing.is_sound:
                 return
             share = min(1.0, passed_s / said_s) if said_s else 1.0
@@ -271,7 +264,7 @@ class Costs:
             if active is None or not timing.is_sound:
                 return
             active.active_until_s = 0.0
-            now_s, known = self._clock(), active.way
+            now_s, known = self.clock(), active.way
             # A fetch that was given up has read less than all; it opened as many blocks in proportion.
             done = min(1.0, timing.read_bytes / active.work.read_bytes) if active.work.read_bytes else 1.0
             work = Work(
@@ -287,7 +280,7 @@ class Costs:
 
     def _others(self) -> int:
         """Fetches that are active now."""
-        now_s = self._clock()
+        now_s = self.clock()
         return sum(one.active_until_s > now_s for one in self._answered.values())
 
     def _way(self, root: bytes, way: Way) -> _Way:
@@ -327,7 +320,7 @@ def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, int, Work]]
     Where a checkpoint is needed there is nothing between all and nothing: a lower one is as large, and gives less. No
     row is parsed but one of each kind: to parse the 128 of 32k tokens takes several times as long as to find them.
     """
-    decoded_bytes = {digest: _decoded_token_bytes(row, layout) for digest, row in match.one_of_each().items()}
+    decoded_bytes = {digest: _decoded_token_bytes(row, layout) for digest, row in match.one_of_each.items()}
     layers = len(layout.layers)
     n_tokens = read_bytes = decode_bytes = 0
     for n_rows, (nbytes, digest, take) in enumerate(match.sizes, 1):

@@ -39,23 +39,23 @@ HasAux = Callable[[bytes, Iterable[bytes]], bool]
 NOTHING_SAID = Offer()
 
 
+@dataclass(slots=True)
 class Stopwatch:
     """Measures the time of a fetch while the daemon works on it. One thread at a time."""
 
-    def __init__(self) -> None:
-        self._started_s = time.monotonic()
-        self._decoded_bytes = 0
-        self._decode_s = 0.0
+    started_s: float = field(default_factory=time.monotonic)
+    decoded_bytes: int = 0
+    decode_s: float = 0.0
 
     def decoded(self, nbytes: int, seconds: float) -> None:
         """Count a piece of decoding."""
-        self._decoded_bytes += nbytes
-        self._decode_s += seconds
+        self.decoded_bytes += nbytes
+        self.decode_s += seconds
 
     def timing(self, read_bytes: int) -> Timing:
         """The fetch as it stands now."""
-        read_s = time.monotonic() - self._started_s - self._decode_s
-        return Timing(read_bytes, max(0.0, read_s), self._decoded_bytes, self._decode_s)
+        read_s = time.monotonic() - self.started_s - self.decode_s
+        return Timing(read_bytes, max(0.0, read_s), self.decoded_bytes, self.decode_s)
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class FetchPath:
 
         `caller`: who may report what it took. `is_counted`: whether the idle time of its blocks is counted.
         """
-        asked_s = self.costs.now_s()
+        asked_s = self.costs.clock()
         failed: Counter[BlobId] = Counter()
         unusable = functools.partial(first_unusable, failed, self._engine.has_aux)
         for _ in range(REPLANS_MAX):

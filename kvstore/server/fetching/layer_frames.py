@@ -20,7 +20,7 @@ from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.states import state_ranges
-from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine
@@ -153,7 +153,7 @@ def plan_message(engine: Engine, plan: FetchPlan, way: Way) -> pb.FetchPlan:
                 key=row.key,
                 n_tokens=take,
                 runs=row.described,
-                path=(path(row) if way == "path" else None) or "",
+                path=(path(row.blob) if way == "path" else None) or "",
                 payload_offset=row.payload_offset,
                 file_bytes=row.blob_bytes,
             )
@@ -162,7 +162,7 @@ def plan_message(engine: Engine, plan: FetchPlan, way: Way) -> pb.FetchPlan:
     states = checkpoint and pb.StateSlice(
         key=checkpoint.key,
         states=checkpoint.described,
-        path=(path(checkpoint) if way == "path" else None) or "",
+        path=(path(checkpoint.blob) if way == "path" else None) or "",
         payload_offset=checkpoint.payload_offset,
         file_bytes=checkpoint.blob_bytes,
     )

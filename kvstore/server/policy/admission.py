@@ -22,14 +22,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvstore.blobs.fs import replace_file
 from kvstore.config import Config, automatic_write_bytes
 from kvstore.core.blocks import Reason
-from kvstore.engine import Engine, NewBlock
+from kvstore.engine import Engine
 
 STAGED, AUTO, READ_ONLY = "staged", "auto", "read-only"
 # `auto` is staged once less than this part of the day's write budget is left.
@@ -76,11 +76,6 @@ class WriteBudget:
         with self._lock:
             self._settle()
             return self.day_bytes - math.ceil(self._used_bytes)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing may be written now."""
-        return self.left_bytes <= 0
 
     def keep(self, *, now: bool = False) -> None:
         """Write the file when enough has changed; `now`: in any case. Raises nothing that a disk can do."""
@@ -149,7 +144,7 @@ class StoreAdmission:
         """Why nothing may be written now; OK when stores are taken."""
         if self.mode == READ_ONLY:
             return Reason.READ_ONLY
-        return Reason.WRITE_BUDGET if self.budget.is_empty else Reason.OK
+        return Reason.WRITE_BUDGET if self.budget.left_bytes <= 0 else Reason.OK
 
     @property
     def is_staged(self) -> bool:
@@ -172,26 +167,6 @@ class StoreAdmission:
         """Count a store of which so much was not taken."""
         with self._lock:
             self.held_back = HeldBack(self.held_back.stores + 1, self.held_back.nbytes + nbytes)
-
-
-class AdmittedBlocks:
-    """The blocks of a store, as long as they may be written: then it ends, and `reason` says why.
-
-    A checkpoint follows the blocks that it continues: without it they are of no use, so it is written with them.
-    """
-
-    def __init__(self, admission: StoreAdmission, blocks: Iterable[NewBlock]) -> None:
-        self._admission = admission
-        self._blocks = blocks
-        self.reason = Reason.OK
-
-    def __iter__(self) -> Iterator[NewBlock]:
-        for block in self._blocks:
-            refusal = self._admission.refusal()
-            if refusal is not Reason.OK and not block.block.is_checkpoint:
-                self.reason = refusal
-                return
-            yield block
 
 
 def store_admission(engine: Engine, config: Config) -> StoreAdmission:

@@ -30,7 +30,7 @@ from kvstore.codecs.runs import EncodedRun
 from kvstore.codecs.transcode import gather_layers, is_finite, relative_error, transcode
 from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason
-from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.layers import Layout
 from kvstore.core.text import size_text
 from kvstore.engine import Engine, NewBlock, Row, Slice
@@ -252,7 +252,7 @@ class Pressure:
 
     def _on_lane(self, work: Callable[[], T]) -> T:
         self._require_quiet()
-        return self._lane.submit_store(work).result()
+        return self._lane.run_store(work)
 
     def _require_quiet(self) -> None:
         if self._quiet.is_disturbed() or self._is_over():

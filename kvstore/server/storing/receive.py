@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,14 +18,12 @@ from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Origin
-from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
 from kvstore.errors import InvalidRequestError, LimitError
 from kvstore.server.lane import Lane
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload
-
-T = TypeVar("T")
 
 # Blocks of uploads take at most 1/MEMORY_SHARE of memory_bytes, so that stalled workers cannot take all of it.
 MEMORY_SHARE = 2
@@ -105,7 +102,7 @@ class Receiver:
                 raise upload.intake.error
             start = index * BLOCK_TOKENS
             end = min(start + BLOCK_TOKENS, upload.n_tokens)
-            runs = self._spliced_runs(upload) if index == upload.first_block else []
+            runs = self._spliced_runs(upload) if upload.spliced and index == upload.first_block else []
             free = memory[index % len(memory)]
             for piece in upload.pieces:
                 if start <= piece.start < end:
@@ -139,9 +136,10 @@ class Receiver:
         Tokens that came out of the store are not: they may be re-encoded ones.
         """
         restored = any(piece.restored and start <= piece.start < end for piece in upload.pieces)
-        spliced = [piece.row.key for piece in upload.spliced if piece.row.start == start]
-        auto, settled = self._engine.reencoder.origin(spliced)
-        auto, settled = upload.choice.auto and auto, upload.choice.smallest or restored or settled
+        auto, settled = upload.choice.auto, upload.choice.smallest or restored
+        if spliced := [piece.row.key for piece in upload.spliced if piece.row.start == start]:
+            was_auto, was_settled = self._engine.reencoder.origin(spliced)
+            auto, settled = auto and was_auto, settled or was_settled
         return Origin(auto, settled) if auto or settled else None
 
     def _new_checkpoint(self, upload: Upload, record: bytes, fidelity: int, memory: memoryview) -> NewBlock:
@@ -202,10 +200,7 @@ class Receiver:
         layout, profile = upload.layout, upload.choice.profile
         if quantize and any(is_first_hand(one.run) for one in runs):
             aux = self._engine.aux(upload.chain.root, profile.references)
-            encoded = encode_runs(layout, runs, profile, start, self._on_lane, aux)
+            encoded = encode_runs(layout, runs, profile, start, self._lane.run_store, aux)
         else:
             encoded = join_runs(runs)
         return [pack_run(layout, one, profile) for one in encoded]
-
-    def _on_lane(self, work: Callable[[], T]) -> T:
-        return self._lane.submit_store(work).result()

@@ -8,6 +8,7 @@ carry_out  receive -> validate -> splice -> threshold -> encode -> blob under a 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -21,11 +22,11 @@ from kvstore.core.blocks import (
     LayerState,
     Reason,
 )
-from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.bounded import ByteBudget
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import cut_pieces
 from kvstore.core.rules import check_states
-from kvstore.engine import Engine, Match, NamespaceKey
+from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
 from kvstore.errors import (
     AuxMissingError,
     CorruptDataError,
@@ -37,13 +38,14 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.counters import Telemetry
+from kvstore.server.counters import AskedPrompt, Telemetry
 from kvstore.server.lane import Lane
-from kvstore.server.policy.admission import DETAILS, AdmittedBlocks, store_admission
+from kvstore.server.policy.admission import DETAILS, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice
 from kvstore.server.policy.pressure import Watermark
 from kvstore.server.storing.receive import Receiver
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, Uploads
+from kvstore.wire import convert
 
 T = TypeVar("T")
 
@@ -68,6 +70,33 @@ class StoreRequest:
     prompt: int = 0  # of a worker that would offer it again
     touched_tokens: int = 0
     telemetry: Telemetry = field(kw_only=True)  # of its caller
+
+
+def store_request(prompt: AskedPrompt, known: NamespaceInfo | None) -> StoreRequest:
+    """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself.
+
+    `known`: its namespace, where something is stored in it: then the layout that it sends decides nothing.
+    """
+    message, root = prompt.message, prompt.chain.root
+    try:
+        states = convert.states_from_bytes(message.states) if message.states else ()
+    except CorruptDataError as error:
+        raise InvalidRequestError(f"states: {error}") from error
+    return StoreRequest(
+        chain=prompt.chain,
+        namespace=known or convert.namespace_from_message(message.namespace, message.layout, root),
+        captured_from=message.captured_from,
+        restored_tokens=message.restored_tokens,
+        restored_fidelity=message.restored_fidelity,
+        profile=message.profile,
+        isolated=prompt.identity.salted,
+        caller=prompt.peer.name,
+        states=states,
+        interim=message.interim,
+        prompt=message.prompt,
+        touched_tokens=message.touched_tokens,
+        telemetry=prompt.telemetry,
+    )
 
 
 @dataclass(frozen=True)
@@ -252,10 +281,10 @@ class StorePath:
         first, depends_on = self.uploads.receiving(keys, full, floor)
         spliced = held.slices[full:] if first == full else ()
         start = min(first * BLOCK_TOKENS + sum(piece.take for piece in spliced), n_tokens)
-        known = self._engine.checkpoint_at(request.chain)
+        known = self._engine.checkpoint_at(request.chain) if request.states else None
         sender = self.uploads.sender_of(request.chain.checkpoint_key(), floor) if request.states else None
         held_states = known is not None and known.fidelity >= floor
-        if known is not None and held_states and request.states and not request.interim:
+        if known is not None and held_states and not request.interim:
             self._engine.mark_end(known)
         return Upload(
             namespace=namespace,
@@ -270,6 +299,7 @@ class StorePath:
             states=() if held_states or sender else request.states,
             interim=request.interim,
             telemetry=request.telemetry,
+            isolated=request.isolated,
             depends_on=tuple(dict.fromkeys((*depends_on, sender))) if sender and not held_states else depends_on,
             awaits_checkpoint=not held_states and sender is not None,
         )
@@ -293,7 +323,8 @@ class StorePath:
         upload.release = held.close
         held.callback(self._shares.release, caller, nbytes)
         try:
-            held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
+            if upload.spliced:
+                held.callback(self._engine.lease([piece.row for piece in upload.spliced]).release)
             self.uploads.add(upload)
         except BaseException:
             held.close()
@@ -352,10 +383,9 @@ class StorePath:
         """Hand the blocks to the engine. Codes that can no longer be spliced cost the store, not the worker."""
         try:
             with self.receiver.memory(upload) as memory:
-                admitted = AdmittedBlocks(self.admission, self.receiver.blocks(upload, fidelity, memory))
                 receipt = self._engine.store(
                     upload.namespace.to_record(),
-                    admitted,
+                    self._admitted(upload, self.receiver.blocks(upload, fidelity, memory)),
                     # A spliced block may be another sequence's tail: nothing may make room for what needs it.
                     protect=[*upload.keys, *upload.new_keys, *(piece.row.key for piece in upload.spliced)],
                     encryption=upload.encryption,
@@ -370,7 +400,19 @@ class StorePath:
             for piece in upload.spliced:
                 self._engine.recheck(piece.row.key)
             return 0, Reason.EVICTED if evicted else Reason.CORRUPT
-        return receipt.new_bytes, admitted.reason if receipt.reason is Reason.OK else receipt.reason
+        return receipt.new_bytes, upload.refusal if receipt.reason is Reason.OK else receipt.reason
+
+    def _admitted(self, upload: Upload, blocks: Iterable[NewBlock]) -> Iterator[NewBlock]:
+        """The blocks of a store, as long as they may be written: then it ends, and `upload.refusal` says why.
+
+        A checkpoint follows the blocks that it continues: without it they are of no use, so it is written with them.
+        """
+        for new in blocks:
+            refusal = self.admission.refusal()
+            if refusal is not Reason.OK and not new.block.is_checkpoint:
+                upload.refusal = refusal
+                return
+            yield new
 
 
 def _why_less(match: Match) -> Reason:

@@ -7,7 +7,6 @@ import functools
 import logging
 
 from kvstore.core.blocks import Reason
-from kvstore.engine.match import is_salted
 from kvstore.errors import InvalidRequestError, KVStoreError, NotFoundError
 from kvstore.server.storing.store import StoreOutcome, StorePath
 from kvstore.server.storing.uploads import Upload
@@ -72,7 +71,8 @@ class Stores:
 
     async def _carry_out(self, upload: Upload) -> StoreOutcome:
         try:
-            await self._await_others(upload)
+            if upload.depends_on:
+                await self._await_others(upload)
             return await self._threads.write(self._store.carry_out, upload)
         except BaseException:
             self._threads.release.post(self._store.uploads.end, upload)
@@ -107,6 +107,6 @@ class Stores:
         telemetry.counters.add("tokens_stored", max(0, stored_tokens - upload.start))
         telemetry.requests.stored(upload.upload_id, stored_tokens, new_bytes, reason)
         end = StoreEnd(upload.n_tokens, stored_tokens, new_bytes, reason)
-        private = upload.encryption is not None or is_salted(upload.namespace)
+        private = upload.encryption is not None or upload.isolated
         # For `kvstore why`, and not on the loop: it hashes.
         self._threads.release.post(functools.partial(telemetry.why.stored, upload.chain, end, private=private))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import secrets
 import threading
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvstore.core.blocks import LayerState
+from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.bounded import Bounded
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import Layout, Piece
@@ -249,12 +250,16 @@ class Upload:
     depends_on: tuple[str, ...] = ()
     interim: bool = False  # the checkpoint is one within a prompt that is still being computed
     telemetry: Telemetry = field(kw_only=True)  # of its caller
+    isolated: bool = False  # of a tenant with a salt of its own
     awaits_checkpoint: bool = False  # one that this upload depends on sends the checkpoint after the last token
     # The key with which it is written and committed; None: not encrypted.
     encryption: NamespaceKey | None = None
     evictions: int = 0  # of the engine when it began: a later one of what it brings takes it along
-    upload_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    refusal: Reason = Reason.OK  # why the rest of its blocks is not written
+    upload_id: str = field(default_factory=functools.partial(secrets.token_hex, 16))
     release: Callable[[], None] = lambda: None  # gives back lease and accounted bytes
+    layout: Layout = field(init=False)  # the namespace's
+    n_tokens: int = field(init=False)  # of the whole sequence
     keys: tuple[bytes, ...] = field(init=False)  # of all blocks of the sequence, the tail's last
     new_keys: tuple[bytes, ...] = field(init=False)  # of what this upload will write
     start: int = field(init=False)  # first token that the worker hands over
@@ -262,6 +267,7 @@ class Upload:
     intake: Intake = field(init=False)
 
     def __post_init__(self) -> None:
+        self.layout, self.n_tokens = self.namespace.layout, self.chain.n_tokens
         self.keys = tuple(self.chain.block_keys())
         checkpoint = (self.chain.checkpoint_key(),) if self.states else ()
         self.new_keys = (*self.keys[self.first_block :], *checkpoint)
@@ -271,19 +277,9 @@ class Upload:
         self.intake = Intake(self.upload_bytes)
 
     @property
-    def layout(self) -> Layout:
-        """The namespace's layout."""
-        return self.namespace.layout
-
-    @property
     def fidelity(self) -> int:
         """Upper bound on the fidelity of what this upload stores."""
         return min(self.choice.profile.fidelity, self.restored_fidelity)
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the whole sequence."""
-        return self.chain.n_tokens
 
     @property
     def wants_bytes(self) -> bool:

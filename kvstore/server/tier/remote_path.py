@@ -180,7 +180,7 @@ class RemotePath:
         tokens = max(0, choice.n_tokens - want.match.n_tokens)
         work = Work(len(layout.layers), len(choice.objects), choice.nbytes, tokens * layout.token_bytes)
         here_s = self._costs.seconds(want.chain.root, want.offer.way, work)
-        return link_s * self._pace.factor(self._costs.now_s()) + here_s
+        return link_s * self._pace.factor(self._costs.clock()) + here_s
 
     # -- promoting ---------------------------------------------------------------------------------------------------
 
@@ -232,19 +232,19 @@ class RemotePath:
         buffers = self._store.receiver.buffers
         importer = Importer(self._engine, lambda root: None, buffers, functools.partial(named, want), 0.0)
         promotion = Promotion(self._tier, self._watch, importer, buffers, want.fidelity_min, self._run)
-        started_s, expected_s = self._costs.now_s(), self._tier.link.seconds(choice.nbytes)
+        started_s, expected_s = self._costs.clock(), self._tier.link.seconds(choice.nbytes)
         try:
             why = await promotion.take(choice.objects, want.deadline)
         finally:
             await promotion.close()
         if promotion.read_bytes and why in (None, RemoteReason.LATE):
-            took_s, share = self._costs.now_s() - started_s, promotion.read_bytes / choice.nbytes
+            took_s, share = self._costs.clock() - started_s, promotion.read_bytes / choice.nbytes
             self._learn_pace(took_s / max(expected_s * share, 1e-6))
         return Promoted(promotion.stored > 0, why, tuple(promotion.keys))
 
     def _learn_pace(self, ratio: float) -> None:
         """A promotion took `ratio` times as long as the link alone was expected to."""
-        now_s = self._costs.now_s()
+        now_s = self._costs.clock()
         ratio = max(1 / PACE_MAX, min(ratio, PACE_MAX))
         self._pace.move(PACE_STEP * (math.log(ratio) - math.log(self._pace.factor(now_s))), now_s)
 
