@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
@@ -218,7 +219,7 @@ def test_files_and_streams_give_the_same(tmp_path: Path) -> None:
     for number, profile in enumerate(["affine8", "affine8", "raw"]):
         case.add([make_run(case.layout, 256, number, profile)], 256 if number < 2 else 44)
     sources = [write_source(tmp_path / str(i), payload) for i, payload in enumerate(case.payloads)]
-    with FileReader(sources, open_max=2) as reader:
+    with contextlib.closing(FileReader(sources, open_max=2)) as reader:
         for layer in range(3):
             case.check(layer, assemble_layer(case.layout, layer, case.blocks, reader), 256)
 
@@ -310,11 +311,11 @@ def test_missing_and_short_files_are_corrupt_blocks(tmp_path: Path) -> None:
         (tmp_path / "1").unlink()
         if damage is not None:
             (tmp_path / "1").write_bytes(damage)
-        with FileReader(sources) as reader, pytest.raises(BlockCorruptError) as caught:
+        with contextlib.closing(FileReader(sources)) as reader, pytest.raises(BlockCorruptError) as caught:
             assemble_layer(layout, 0, case.blocks, reader)
         assert caught.value.source == 1
         (tmp_path / "1").write_bytes(good)
-    with FileReader(sources) as reader:
+    with contextlib.closing(FileReader(sources)) as reader:
         case.check(0, assemble_layer(layout, 0, case.blocks, reader), 256)
 
 
@@ -505,7 +506,7 @@ def test_more_heads_than_one_read_may_have_views(tmp_path: Path) -> None:
     layout = Layout((LayerSpec(part, part),))
     case = Case(layout)
     case.add([make_run(layout, 3, 1, "raw")], 2)
-    with FileReader([write_source(tmp_path / "blob", case.payloads[0])]) as reader:
+    with contextlib.closing(FileReader([write_source(tmp_path / "blob", case.payloads[0])])) as reader:
         case.check(0, assemble_layer(layout, 0, case.blocks, reader, 0), 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -97,7 +98,7 @@ def test_pieces_give_the_bytes_of_the_whole(
     for blocks_each, count in ((1, 4), (2, 2), (9, 1)):
         monkeypatch.setattr(decode, "PIECE_BYTES", blocks_each * 256 * token_bytes)
         told = Pieces()
-        with FileReader(sources) as reader:
+        with contextlib.closing(FileReader(sources)) as reader:
             got = dense_layer(lane, layout, 1, blocks, reader, told)
             assert b"".join(got) == at_once(layout, 1, blocks, reader)
         assert (len(told.nbytes), sum(told.nbytes)) == (count, sum(TAKES) * token_bytes)
@@ -125,7 +126,7 @@ def test_damage_names_the_block_of_the_hit(lane: Lane, tmp_path: Path, monkeypat
     good = path.read_bytes()
     for harm in (lambda: path.write_bytes(good[:-1] + bytes([good[-1] ^ 1])), path.unlink):
         harm()
-        with FileReader(sources) as reader, pytest.raises(BlockCorruptError) as caught:
+        with contextlib.closing(FileReader(sources)) as reader, pytest.raises(BlockCorruptError) as caught:
             dense_layer(lane, layout, 1, blocks, reader, Pieces())
         assert caught.value.source == 3
 
@@ -145,7 +146,7 @@ def test_reading_happens_outside_the_lane_and_others_come_between(
             others.append(lane.submit_fetch(lambda: source).result(60))
             super().readinto(source, offset, views)
 
-    with Watched(sources) as reader:
+    with contextlib.closing(Watched(sources)) as reader:
         dense_layer(lane, layout, 0, blocks, reader, Pieces())
     assert sorted(set(others)) == [0, 1, 2, 3]
 
@@ -154,7 +155,7 @@ def test_the_rows_of_a_hit_are_those_of_its_blocks(lane: Lane, tmp_path: Path) -
     """A longer cut of the same blocks only appends rows."""
     layout = LAYOUTS["plain"]
     blocks, sources = stored(tmp_path, layout, "raw")
-    with FileReader(sources) as reader:
+    with contextlib.closing(FileReader(sources)) as reader:
         whole = dense_layer(lane, layout, 0, blocks, reader, Pieces())
         shorter = dense_layer(lane, layout, 0, [*blocks[:-1], replace(blocks[-1], take=1)], reader, Pieces())
     for long, short in zip(whole, shorter, strict=True):

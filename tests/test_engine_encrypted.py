@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -314,7 +315,7 @@ def key_files(engine: Engine) -> list[Path]:
 def first_bytes(engine: Engine, match: Match) -> bytes:
     """The beginning of the values of a match."""
     into = bytearray(4096)
-    with engine.reader(match.slices) as reader:
+    with contextlib.closing(engine.reader(match.slices)) as reader:
         reader.readinto(0, 0, [memoryview(into)])
     return bytes(into)
 

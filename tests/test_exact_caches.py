@@ -21,7 +21,7 @@ from mlx_lm.models.cache import (
 from kvstore.core.layers import NO_PART, LayerSpec, StateLayer
 from kvstore.errors import InvalidRequestError, UnsupportedLayerError
 from kvstore.integrations import mlx_lm as kv
-from kvstore.integrations.caches import is_sliceable, token_count
+from kvstore.integrations.caches import token_count
 from tests.support.replay import copied, raw
 
 SIZES = ((8, 0), (8, 3), (5, 1), (300, 0), (300, 4))
@@ -183,8 +183,7 @@ def test_lists_nest_to_any_depth() -> None:
     layout = kv.layout(cache)
     assert layout.tree == "(.((.).)).(.)"
     assert [spec.kind for spec in layout.layers] == ["state", "kv", "window", "kv", "window"]
-    assert not is_sliceable(cache)
-    assert is_sliceable([CacheList(plain, plain), plain])
+    assert layout.exact_layers == (0, 2, 4) and not kv.layout([CacheList(plain, plain), plain]).exact_layers
     outer, middle, last = through(cache)
     assert [type(outer), type(middle), type(last)] == [CacheList, KVCache, CacheList]
     assert type(outer[1][0][0]) is KVCache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ class Store:
         plan = self.fetch_path.plan(Chain(NAMESPACE.root, pack_tokens(tokens)), FIDELITY_ANY)
         rows: Rows = {}
         if plan.match.n_tokens:
-            with self.engine.reader(plan.match.parts) as reader:
+            with contextlib.closing(self.engine.reader(plan.match.parts)) as reader:
                 for index in range(len(LAYOUT.layers)):
                     got = assemble_layer(LAYOUT, index, plan.blocks, reader, 0)
                     rows.update({(index, part): got.part(part)[0][:, :, : got.n_tokens] for part in PARTS})

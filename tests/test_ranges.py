@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_range_is_spread_over_all_views_in_order(tmp_path: Path) -> None:
     """Views of any length, empty ones too, are filled one after the other from behind the header."""
     source = written(tmp_path / "a", b"head" + bytes(range(100)), 4)
     first, empty, second = bytearray(7), bytearray(), bytearray(20)
-    with FileReader([source]) as reader:
+    with closing(FileReader([source])) as reader:
         reader.readinto(0, 10, [memoryview(first), memoryview(empty), memoryview(second)])
     assert bytes(first + second) == bytes(range(10, 37))
 
@@ -41,7 +42,7 @@ def test_short_reads_and_many_views_are_gathered(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: real(fd, [views[0][: max(1, len(views[0]) // 2)]], at))
     buffer = bytearray(len(data))
     views = [memoryview(buffer)[at : at + 17] for at in range(0, len(buffer), 17)]
-    with FileReader([source]) as reader:
+    with closing(FileReader([source])) as reader:
         reader.readinto(0, 0, views)
     assert bytes(buffer) == data
 
@@ -50,7 +51,10 @@ def test_short_reads_and_many_views_are_gathered(tmp_path: Path, monkeypatch: py
 def test_a_file_of_another_size_is_corrupt(tmp_path: Path, size: int) -> None:
     """Shorter or longer than the plan says: nothing is read from it."""
     (tmp_path / "a").write_bytes(bytes(size))
-    with FileReader([FileSource(str(tmp_path / "a"), 0, 10)]) as reader, pytest.raises(CorruptDataError):
+    with (
+        closing(FileReader([FileSource(str(tmp_path / "a"), 0, 10)])) as reader,
+        pytest.raises(CorruptDataError),
+    ):
         reader.readinto(0, 0, [memoryview(bytearray(1))])
 
 
@@ -60,13 +64,13 @@ def test_a_missing_file_a_link_and_a_folder_are_corrupt(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name in ("missing", "link", "."):
         sources = [FileSource(str(tmp_path / name), 0, source.file_bytes)]
-        with FileReader(sources) as reader, pytest.raises(CorruptDataError):
+        with closing(FileReader(sources)) as reader, pytest.raises(CorruptDataError):
             reader.readinto(0, 0, [memoryview(bytearray(1))])
 
 
 def test_a_range_outside_the_file_or_plan_is_corrupt(tmp_path: Path) -> None:
     """Beyond the end, before the start, or of a block that the plan does not have."""
-    with FileReader([written(tmp_path / "a", bytes(10), 4)]) as reader:
+    with closing(FileReader([written(tmp_path / "a", bytes(10), 4)])) as reader:
         for source, offset, nbytes in ((0, 0, 7), (0, 6, 1), (0, -1, 1), (1, 0, 1), (-1, 0, 1)):
             with pytest.raises(CorruptDataError):
                 reader.readinto(source, offset, [memoryview(bytearray(nbytes))])
@@ -75,7 +79,7 @@ def test_a_range_outside_the_file_or_plan_is_corrupt(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_while_open_is_corrupt(tmp_path: Path) -> None:
     """An end of file in the middle of a read is an error, not an endless loop."""
     source = written(tmp_path / "a", bytes(10))
-    with FileReader([source]) as reader:
+    with closing(FileReader([source])) as reader:
         assert reader.open_all()
         os.truncate(source.path, 3)
         with pytest.raises(CorruptDataError, match="ended early"):
@@ -86,7 +90,7 @@ def test_at_most_so_many_files_are_open(tmp_path: Path) -> None:
     """The least recently used are closed; `all_open` says when names no longer matter."""
     sources = [written(tmp_path / str(number), bytes([number] * 8)) for number in range(9)]
     descriptors = len(os.listdir("/dev/fd"))
-    with FileReader(sources, open_max=4) as reader:
+    with closing(FileReader(sources, open_max=4)) as reader:
         assert not reader.all_open and not reader.open_all()
         for number in (*range(9), *range(9)):
             buffer = bytearray(8)
@@ -94,7 +98,7 @@ def test_at_most_so_many_files_are_open(tmp_path: Path) -> None:
             assert buffer == bytes([number] * 8)
             assert len(os.listdir("/dev/fd")) <= descriptors + 4
     assert len(os.listdir("/dev/fd")) == descriptors
-    with FileReader(sources[:4], open_max=4) as reader:
+    with closing(FileReader(sources[:4], open_max=4)) as reader:
         assert reader.open_all() and reader.all_open
         for source in sources[:4]:
             os.unlink(source.path)
@@ -105,7 +109,7 @@ def test_threads_may_share_a_reader(tmp_path: Path) -> None:
     """More files than may be open, read by several threads at once: nobody's file is closed under him."""
     sources = [written(tmp_path / str(number), bytes([number] * 64)) for number in range(12)]
     wrong: list[int] = []
-    with FileReader(sources, open_max=2) as reader:
+    with closing(FileReader(sources, open_max=2)) as reader:
 
         def read(shift: int) -> None:
             for step in range(300):

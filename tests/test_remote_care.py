@@ -147,7 +147,7 @@ def test_a_store_of_sound_objects_is_clean() -> None:
         store.put(Naming(ns.info).identity_name, Naming(ns.info).identity())
     store.put("probe/0123", b"first")
     report = check_remote(store)
-    assert report.is_clean
+    assert not report.findings
     assert (report.objects, report.holes, report.leftovers) == (6, 0, 1)
 
 
@@ -188,6 +188,6 @@ def test_an_object_that_went_while_it_was_checked_is_no_finding(monkeypatch: pyt
         return list(page)
 
     monkeypatch.setattr(store, "names", then_evicted)
-    assert check_remote(store).is_clean
+    assert not check_remote(store).findings
     monkeypatch.setattr(store, "_read", lambda *given: (_ for _ in ()).throw(RemoteError("500")))
     assert {one.kind for one in check_remote(store).findings} == {"unreadable"}

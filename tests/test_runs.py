@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -293,7 +294,9 @@ def test_a_stored_run_is_read_back_as_it_was(tmp_path: Path) -> None:
     layout = plain()
     encoded = [encode_run(layout, random_run(layout, n, n), parse_profile(p)) for n, p in ((5, "affine8"), (3, "raw"))]
     sealed, payload = finish_runs(encoded)
-    with FileReader([write_source(tmp_path / "other", b""), write_source(tmp_path / "blob", payload)]) as reader:
+    with closing(
+        FileReader([write_source(tmp_path / "other", b""), write_source(tmp_path / "blob", payload)])
+    ) as reader:
         for stored, original in zip(sealed, encoded, strict=True):
             assert same(load_run(stored, 1, reader), original)
 
@@ -307,13 +310,16 @@ def test_a_damaged_run_is_not_read_back(tmp_path: Path) -> None:
     for at in [0, len(payload) - 1, *rng.integers(0, len(payload), 20)]:
         flipped = bytearray(payload)
         flipped[at] ^= 1 << int(rng.integers(8))
-        with FileReader([write_source(path, bytes(flipped))]) as reader, pytest.raises(BlockCorruptError) as caught:
+        with (
+            closing(FileReader([write_source(path, bytes(flipped))])) as reader,
+            pytest.raises(BlockCorruptError) as caught,
+        ):
             load_run(run, 0, reader)
         assert caught.value.source == 0
     source = write_source(path, payload)
     path.write_bytes(b"")
-    with FileReader([source]) as reader, pytest.raises(BlockCorruptError):
+    with closing(FileReader([source])) as reader, pytest.raises(BlockCorruptError):
         load_run(run, 0, reader)
     path.unlink()
-    with FileReader([source]) as reader, pytest.raises(BlockCorruptError):
+    with closing(FileReader([source])) as reader, pytest.raises(BlockCorruptError):
         load_run(run, 0, reader)

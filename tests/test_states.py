@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -87,7 +88,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, how: str) -> None:
     """Every dtype and rank, NaN payloads and empty arrays included, from files, from memory and as they arrive."""
     cache = make_cache(LAYOUT, TOKENS)
     states, payload = finish_states(StateCapture(cache))
-    with FileReader([write_source(tmp_path / "c", payload)]) as files:
+    with contextlib.closing(FileReader([write_source(tmp_path / "c", payload)])) as files:
         for state in states:
             ranges = state_ranges(state, SOURCE)
             parts = [payload[r.offset : r.offset + r.nbytes] for r in ranges]

@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from types import TracebackType
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -157,12 +156,6 @@ class _ChunkReader:
     def close(self) -> None:
         """Close all files. No read may be in progress."""
         self._inner.close()
-
-    def __enter__(self) -> _ChunkReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 def _encrypted(key: NamespaceKey, blob: BlobId, parts: Sequence[memoryview]) -> Iterator[memoryview]:

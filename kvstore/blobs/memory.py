@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 
 from kvstore.blobs.protocol import NUMBER_END, BlobId, Entry, Room, Source, disk_bytes
 from kvstore.errors import CorruptDataError
@@ -135,9 +134,3 @@ class _MemoryReader:
 
     def close(self) -> None:
         self._sources = ()
-
-    def __enter__(self) -> _MemoryReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()

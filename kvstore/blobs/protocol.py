@@ -20,8 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 SUFFIX = ".safetensors"
 TMP_SUFFIX = ".tmp"
@@ -93,12 +92,6 @@ class BlobReader(RangeReader, Protocol):
 
     def close(self) -> None:
         """Let go of everything."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
 
 
 class Pending(Protocol):

@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -183,12 +182,6 @@ class FileReader:
         _close(spare)
         if not busy:
             self._on_closed()
-
-    def __enter__(self) -> FileReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
 
 
 # Readers that were closed while a read had not returned; under no lock, since adding and removing are atomic.

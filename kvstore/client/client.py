@@ -83,7 +83,8 @@ class Client:
         `slow_hits`: return hits even when prefill would be faster. Raises ConfigError for an unknown profile,
         InvalidRequestError for a layout that cannot be stored.
         """
-        from kvstore.client.session import Session, SessionOptions  # here, since it imports MLX
+        from kvstore.client.fetch import SessionOptions  # here, since these import MLX
+        from kvstore.client.session import Session
 
         namespace.layout.validate()
         if fidelity_min is None:

@@ -29,7 +29,7 @@ from kvstore.client.reads import FileReads, before_unreadable, errno_of, file_re
 from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
-from kvstore.core.blocks import Reason
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, Reason
 from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline, Deadlines, Watchdog
 from kvstore.core.keys import Chain, Namespace
@@ -66,13 +66,22 @@ class _DamagedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class FetchOptions:
-    """Options that apply to all fetches of a session."""
+class SessionOptions:
+    """Settings of a session, fixed when it is made.
 
-    fidelity_min: int
-    min_prefix_tokens: int
-    headroom_tokens: int
-    same_host: bool
+    `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
+    sequence is larger than the queue and has to go in pieces. `slow_hits`: the caller's speed decides nothing, so hits
+    are returned even when prefill would be faster.
+    """
+
+    profile: str = ""
+    fidelity_min: int = FIDELITY_ANY
+    min_prefix_tokens: int = 32
+    headroom_tokens: int = BLOCK_TOKENS
+    deadlines: Deadlines = Deadlines()
+    store_block_ms: int = 0
+    same_host: bool = False
+    slow_hits: bool = False
 
 
 class Fetcher:
@@ -85,7 +94,7 @@ class Fetcher:
         self,
         connection: Connection,
         namespace: Namespace,
-        options: FetchOptions,
+        options: SessionOptions,
         budget: ByteBudget,
         report: Callable[[bytes, str], None],
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -95,7 +96,7 @@ def file_reader(plan: Plan) -> Iterator[FileReader]:
     wanted = min(len(plan.files), OPEN_FILES_MAX)
     granted = wanted if _FILES.try_acquire(wanted) else 0
     closed = functools.partial(_FILES.release, granted)
-    with FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed) as reader:
+    with contextlib.closing(FileReader(plan.files, open_max=granted or OPEN_FILES_MIN, closed=closed)) as reader:
         yield reader
 
 

@@ -13,14 +13,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Self, get_args
 
 from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
 from kvstore.client.connection import Connection
-from kvstore.client.fetch import Fetcher, FetchOptions, Representation, Transport
+from kvstore.client.fetch import Fetcher, Representation, SessionOptions, Transport
 from kvstore.client.results import (
     Hit,
     LayerHit,
@@ -36,8 +36,6 @@ from kvstore.client.results import (
 from kvstore.client.store import StoreArguments, Storer, Touch, combine
 from kvstore.client.uploader import Uploader
 from kvstore.core.blocks import (
-    BLOCK_TOKENS,
-    FIDELITY_ANY,
     FIDELITY_EXACT,
     TOKEN_BYTES,
     Reason,
@@ -45,7 +43,7 @@ from kvstore.core.blocks import (
     pack_tokens,
 )
 from kvstore.core.bounded import ByteBudget
-from kvstore.core.breaker import Deadline, Deadlines
+from kvstore.core.breaker import Deadline
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
@@ -59,25 +57,6 @@ STORE_WAIT_S = 60.0
 CLOSE_S = 5.0
 # Shorter than any call to the daemon.
 ASK_MS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """Settings of a session, fixed when it is made.
-
-    `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
-    sequence is larger than the queue and has to go in pieces. `slow_hits`: the caller's speed decides nothing, so hits
-    are returned even when prefill would be faster.
-    """
-
-    profile: str = ""
-    fidelity_min: int = FIDELITY_ANY
-    min_prefix_tokens: int = 32
-    headroom_tokens: int = BLOCK_TOKENS
-    deadlines: Deadlines = Deadlines()
-    store_block_ms: int = 0
-    same_host: bool = False
-    slow_hits: bool = False
 
 
 def prefill_share_ms(caller: Caller, n_tokens: int) -> float:
@@ -112,10 +91,7 @@ class Session:
         self._uploader = Uploader(connection, namespace, options.profile, same_host=options.same_host)
         self._background = Background(namespace, connection, self._uploader, self._held, self.stats)
         self._storer = Storer(namespace, budget, self._held, self._provenance, self._background.submit)
-        fetch_options = FetchOptions(
-            options.fidelity_min, options.min_prefix_tokens, options.headroom_tokens, options.same_host
-        )
-        self._fetcher = Fetcher(connection, namespace, fetch_options, budget, self._background.report)
+        self._fetcher = Fetcher(connection, namespace, options, budget, self._background.report)
         weakref.finalize(
             self, unless_forked, self._background.retire
         ).atexit = False  # an exit never waits for the store

@@ -94,7 +94,7 @@ def read_block(blobs: Blobs, blob: BlobId, nbytes: int, *, verify: bool) -> tupl
     when it is encrypted and its key is not there; LimitError when it is this process that lacks descriptors or memory.
     """
     try:
-        with blobs.reader([Source(blob, 0, nbytes)], 1) as reader:
+        with contextlib.closing(blobs.reader([Source(blob, 0, nbytes)], 1)) as reader:
             length = blob_format.header_length(_bytes(reader, 0, min(blob_format.LENGTH_BYTES, nbytes)), nbytes)
             block = blob_format.parse_header(_bytes(reader, 0, length), nbytes)
             if verify:

@@ -48,7 +48,7 @@ def read(site: Site, root: bytes, digest: bytes) -> bytes | None:
     if row is None or row.is_lost or row.is_key_missing or row.block.aux is None:
         return None
     data = bytearray(row.block.aux.nbytes)
-    with site.blobs.reader([Source(row.blob, row.payload_offset, row.blob_bytes)], 1) as reader:
+    with contextlib.closing(site.blobs.reader([Source(row.blob, row.payload_offset, row.blob_bytes)], 1)) as reader:
         reader.readinto(0, 0, [memoryview(data)])
     if hashlib.sha256(data).digest() != digest:
         raise CorruptDataError("an aux block does not have its digest")

@@ -98,11 +98,6 @@ class EngineStats:
     scrubbed_s: int = 0
     damaged: int = 0
 
-    @property
-    def evicted_blocks(self) -> int:
-        """Blocks deleted since the start, whatever the cause."""
-        return sum(blocks for blocks, _ in self.evictions.values())
-
 
 @dataclass(frozen=True, slots=True)
 class StoredSequence:

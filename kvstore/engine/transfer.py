@@ -6,6 +6,7 @@ was evicted or replaced before its turn is left out, with everything after it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -206,7 +207,7 @@ def _leased_pieces(shared: Shared, row: Row) -> Iterator[bytes]:
 
 def _pieces(shared: Shared, row: Row) -> Iterator[bytes]:
     """A blob, verified first; nothing of one that is damaged or gone."""
-    with shared.blobs.reader([Source(row.blob, 0, row.blob_bytes)], 1) as reader:
+    with contextlib.closing(shared.blobs.reader([Source(row.blob, 0, row.blob_bytes)], 1)) as reader:
         for at in range(0, row.blob_bytes, PIECE_BYTES):
             piece = bytearray(min(PIECE_BYTES, row.blob_bytes - at))
             try:

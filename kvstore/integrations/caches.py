@@ -179,13 +179,6 @@ def quantized(plain: Layout, bits: int, group: int) -> Layout:
     return made
 
 
-def is_sliceable(cache: Layout | Sequence[Any]) -> bool:
-    """Whether any prefix can be cut from the cache: all layers are of kind kv. False for layers that are not known."""
-    if isinstance(cache, Layout):
-        return not cache.exact_layers
-    return all(type(layer) in _CAPTURE for layer in _leaves(cache))
-
-
 def token_count(cache: Sequence[Any]) -> int | None:
     """How many tokens the cache holds; None when no layer knows.
 

@@ -39,11 +39,6 @@ class RemoteReport:
     leftovers: int = 0
     findings: list[RemoteFinding] = field(default_factory=list)
 
-    @property
-    def is_clean(self) -> bool:
-        """Whether every object is sound."""
-        return not self.findings
-
 
 def check_remote(store: ObjectStore, tell: Callable[[int, int], None] = lambda objects, nbytes: None) -> RemoteReport:
     """Verify everything. `tell(objects, bytes)` after each. Holds one object in memory.

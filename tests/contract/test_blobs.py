@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,7 +133,9 @@ def put(place: Place, one: BlobId, data: bytes, parts: int = 1) -> None:
 def read(place: Place, one: BlobId, nbytes: int, offset: int = 0, payload: int = 0, size: int = -1) -> bytes:
     """A range of it."""
     view = bytearray(nbytes)
-    with place.blobs.reader([Source(one, payload, place.blobs.size(one) or 0 if size < 0 else size)], 4) as reader:
+    with closing(
+        place.blobs.reader([Source(one, payload, place.blobs.size(one) or 0 if size < 0 else size)], 4)
+    ) as reader:
         reader.readinto(0, offset, [memoryview(view)])
     return bytes(view)
 
@@ -156,7 +159,7 @@ def test_every_range_of_what_was_put_comes_back(
     end = cuts.draw(st.integers(start, len(data)))
     middle = cuts.draw(st.integers(start, end))
     views = [memoryview(bytearray(middle - start)), memoryview(bytearray(end - middle))]
-    with place.blobs.reader([Source(blob(1), payload, len(data))], 1) as reader:
+    with closing(place.blobs.reader([Source(blob(1), payload, len(data))], 1)) as reader:
         reader.readinto(0, start - payload, views)
     assert b"".join(views) == data[start:end]
 

@@ -21,7 +21,6 @@ import pytest
 import kvstore
 from kvstore.core.layers import KVLayer, Layout, StateLayer
 from kvstore.integrations import mlx_lm as kv
-from kvstore.integrations.caches import is_sliceable
 from tests.support.daemon import DaemonProcess
 from tests.support.models import build_tiny, fill, make_cache
 from tests.support.replay import (
@@ -153,7 +152,7 @@ def test_daemon_never_cuts_what_is_valid_at_one_position(daemon: DaemonProcess, 
     """A fetch gives the longest checkpoint at or below what is asked for, or a miss that says why."""
     model = model_of(name)
     layout = layout_of(name, model)
-    assert not is_sliceable(layout)
+    assert layout.exact_layers
     checkpoints = (40, 256, 300)  # in the first block, at its very end, and after it
     with kvstore.connect(daemon.listen) as client:
         session = client.session(namespace_of(f"{name} cut", "F32", layout), profile="raw")
@@ -186,8 +185,8 @@ def test_what_can_be_sliced_is_told_apart() -> None:
     """By layout and by cache alike; only plain, quantized and latent layers can."""
     for name in NAMES:
         sliceable = name.startswith(("llama_", "deepseek_v3", "minimax")) or name == "llama"
-        assert is_sliceable(layout_of(name, model_of(name))) == sliceable, name
-        assert is_sliceable(fill(name, model_of(name), TOKENS[:5])) == sliceable, name
+        assert bool(layout_of(name, model_of(name)).exact_layers) != sliceable, name
+        assert bool(kv.layout(fill(name, model_of(name), TOKENS[:5])).exact_layers) != sliceable, name
 
 
 def test_every_layout_has_a_record_that_reads_back() -> None:

@@ -10,6 +10,7 @@ A damaged index is opened in a process of its own, since LMDB would take that pr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -290,7 +291,7 @@ class Blobs:
             return parts[at].row, []
         for part in parts:
             try:
-                with self._engine.reader([part]) as reader:
+                with contextlib.closing(self._engine.reader([part])) as reader:
                     for number, (offset, length, checksum) in enumerate(checked_ranges(part.row.block)):
                         got = bytearray(length)
                         reader.readinto(0, offset, [memoryview(got)])

@@ -107,7 +107,7 @@ def full_disk(folder: Path, free: int, inodes: bool) -> list[str]:
         kept, grown = find(engine, NS, KEPT).n_tokens, find(engine, NS, GROWN).n_tokens
         if reason is Reason.OK and grown != len(GROWN):
             wrong.append(f"lost: {grown} of {len(GROWN)} tokens after an acknowledgement")
-        if reason is not Reason.OK and kept != len(KEPT) and not engine.stats().evicted_blocks:
+        if reason is not Reason.OK and kept != len(KEPT) and not engine.stats().evictions:
             wrong.append(f"lost: {kept} of {len(KEPT)} tokens by a store that failed")
         shutil.rmtree(folder / "names", ignore_errors=True)
         (folder / "filler").unlink(missing_ok=True)

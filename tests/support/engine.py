@@ -144,7 +144,7 @@ def require_right(engine: Engine, match: Match, packed: bytes) -> None:
     at = 0
     if match.checkpoint is not None:
         require_right_states(engine, match.checkpoint)
-    with engine.reader(match.slices, open_max=4) as reader:
+    with contextlib.closing(engine.reader(match.slices, open_max=4)) as reader:
         for number, part in enumerate(match.slices):
             width = part.take * TOKEN_BYTES
             assert part.row.tokens[:width] == packed[at : at + width]
@@ -163,7 +163,7 @@ def require_right(engine: Engine, match: Match, packed: bytes) -> None:
 
 def require_right_states(engine: Engine, row: Row) -> None:
     """The file of a checkpoint has the bytes that belong to its key."""
-    with engine.reader([Slice(row, row.n_tokens)]) as reader:
+    with contextlib.closing(engine.reader([Slice(row, row.n_tokens)])) as reader:
         for state in row.block.states:
             for number, array in enumerate(state.arrays):
                 got = bytearray(array.nbytes)

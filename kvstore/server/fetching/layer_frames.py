@@ -11,7 +11,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, wait
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from kvstore.blobs.protocol import RangeReader
 from kvstore.blobs.ranges import OPEN_FILES_MAX, Range
@@ -42,15 +42,8 @@ OPEN_FILES_MIN = 4
 RETRY_S = 0.2
 
 
-class HasSize(Protocol):
-    """Bytes to be sent: a stored byte range, or a view of memory."""
-
-    @property
-    def nbytes(self) -> int:
-        """Its size."""
-
-
-P = TypeVar("P", bound=HasSize)
+# Bytes to be sent: a stored byte range, or a view of memory.
+P = TypeVar("P", Range, memoryview)
 
 
 class LayerFrames:
@@ -131,7 +124,9 @@ class LayerFrames:
         wanted = min(len(plan.match.parts), OPEN_FILES_MAX)
         granted = wanted if self._files.try_acquire(wanted) else 0
         try:
-            with self._engine.reader(plan.match.parts, open_max=granted or OPEN_FILES_MIN) as reader:
+            with contextlib.closing(
+                self._engine.reader(plan.match.parts, open_max=granted or OPEN_FILES_MIN)
+            ) as reader:
                 yield reader
         finally:
             self._files.release(granted)

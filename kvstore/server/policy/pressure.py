@@ -14,6 +14,7 @@ Between pieces of device work, of about 40 ms, the lane takes fetches and stores
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -221,7 +222,7 @@ class Pressure:
         block = row.block
         with (
             self._engine.lease([row]),
-            self._engine.reader([Slice(row, row.n_tokens)]) as reader,
+            contextlib.closing(self._engine.reader([Slice(row, row.n_tokens)])) as reader,
         ):
             before = self._decoded(layout, block, reader)
         if not is_finite(layout, before):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from kvstore.codecs import device
+from kvstore.codecs.codec import NO_CONTEXT
 from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
@@ -172,7 +173,7 @@ class Receiver:
         runs: list[EncodedRun] = []
         for piece in upload.spliced:
             left = piece.take
-            with self._engine.reader([piece]) as reader:
+            with contextlib.closing(self._engine.reader([piece])) as reader:
                 for run in piece.row.block.runs:
                     if left:
                         shown = min(left, run.shown)
@@ -199,7 +200,8 @@ class Receiver:
         """
         layout, profile = upload.layout, upload.choice.profile
         if quantize and any(is_first_hand(one.run) for one in runs):
-            aux = self._engine.aux(upload.chain.root, profile.references)
+            references = profile.references
+            aux = self._engine.aux(upload.chain.root, references) if references else NO_CONTEXT.aux
             encoded = encode_runs(layout, runs, profile, start, self._lane.run_store, aux)
         else:
             encoded = join_runs(runs)
