@@ -149,8 +149,8 @@ def test_what_cannot_be_is_ignored_and_memory_is_bounded(clock: Clock, monkeypat
     costs.reported("77", Timing(1, 1.0), "")
     costs.end("77")
     for seconds in (math.nan, math.inf, -1.0):
-        costs.measured(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, seconds))
-        costs.measured(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, 0.0, 5, seconds))
+        costs.reported(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, seconds), "")
+        costs.reported(costs.start(ROOT, "path", LARGE), Timing(LARGE.read_bytes, 0.0, 5, seconds), "")
     for number in range(20):
         costs.end(costs.start(bytes([number]), "path", SMALL))
     assert (len(costs._ways), len(costs._answered)) == (4, 8)

@@ -111,11 +111,6 @@ class Timing:
     decoded_bytes: int = 0
     decode_s: float = 0.0
 
-    @property
-    def is_sound(self) -> bool:
-        """Whether these are numbers that can be learned from."""
-        return all(math.isfinite(one) and one >= 0 for one in (self.read_s, self.decode_s))
-
 
 @dataclass(slots=True)
 class Correction:
@@ -250,7 +245,7 @@ class Costs:
                 return
             active.reported = True
             passed_s, said_s = self.clock() - active.asked_s, timing.read_s + timing.decode_s
-            if passed_s > REPORT_S_MAX or not timing.is_sound:
+            if passed_s > REPORT_S_MAX or not all(0 <= one < math.inf for one in (timing.read_s, timing.decode_s)):
                 return
             share = min(1.0, passed_s / said_s) if said_s else 1.0
             read_s = timing.read_s * share if active.by_path else 0.0
@@ -258,10 +253,10 @@ class Costs:
         self.measured(fetch_id, timing)
 
     def measured(self, fetch_id: str, timing: Timing) -> None:
-        """Learn from what a fetch took, and end it. Ids that are not known, and times that cannot be, are ignored."""
+        """Learn from what a fetch took, and end it. Ids that are not known are ignored."""
         with self._lock:
             active = self._answered.get(fetch_id)
-            if active is None or not timing.is_sound:
+            if active is None:
                 return
             active.active_until_s = 0.0
             now_s, known = self.clock(), active.way
