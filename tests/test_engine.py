@@ -535,7 +535,7 @@ def test_a_blob_is_written_while_the_next_one_is_made() -> None:
     """Whether or not blobs are synced: a store without syncs overlaps as any other."""
     may_go = threading.Event()
     blobs = mock.Mock(put=lambda *_: may_go.wait(10) and mock.Mock())
-    with WriteBehind(blobs, ahead=1) as behind:
+    with contextlib.closing(WriteBehind(blobs, ahead=1)) as behind:
         begun = behind.put(BlobId(b"", b"", 1), [], lambda: None)
         assert not begun.written.done()
         may_go.set()
