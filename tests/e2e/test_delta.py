@@ -43,13 +43,12 @@ from tests.support.synthetic import make_layout, make_namespace
 LAYOUT = make_layout()
 TOKENS = list(range(1000, 2000))
 OTHER = 7
-UPLOAD_IDLE_S = 1
 
 
 @pytest.fixture(scope="module")
 def shared_daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
-    """Gives up on a worker that went silent after a second, so that a test can wait for it."""
-    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", limits={"upload_idle_s": UPLOAD_IDLE_S}) as running:
+    """One for all tests of the module."""
+    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data") as running:
         yield running
 
 
@@ -340,26 +339,27 @@ time.sleep(600)
 """
 
 
-def test_a_worker_that_dies_halfway_leaves_others_told(client: Client, shared_daemon: DaemonProcess) -> None:
+def test_a_worker_that_dies_halfway_leaves_others_told(tmp_path: Path) -> None:
     """Killed between BeginStore and CommitStore: who relied on it hears what is stored, and the next store mends it."""
     namespace = make_namespace(LAYOUT, "orphan")
-    command = [sys.executable, "-c", DYING_WORKER, shared_daemon.listen]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as worker:
-        assert worker.stdout is not None and worker.stdout.readline() == b"begun\n"
-        second = patient(client, namespace)
-        asked = watch_uploads(second)
-        rows = normal_rows(LAYOUT, 600)
-        second.store(TOKENS[:600], layers_of(LAYOUT, rows, 600))
-        until(lambda: bool(asked))
-        worker.send_signal(signal.SIGKILL)
-    assert [(reply.start, reply.end) for reply in asked] == [(512, 600)]
-    assert second.flush()
-    assert second.stats.stores == {"dependency_lost": 1}
-    assert not second.fetch(TOKENS)
-    until(lambda: not shared_daemon.left_over())
-    result = second.store(TOKENS[:600], layers_of(LAYOUT, rows, 600), wait=True)
-    assert (result.stored_tokens, result.reason) == (600, Reason.OK)
-    assert_same(hit_rows(fetch(second, [*TOKENS[:600], OTHER])), affine_rows(rows, LAYOUT, 8), LAYOUT)
+    with DaemonProcess(tmp_path / "data", limits={"upload_idle_s": 5}) as daemon, client_of(daemon) as client:
+        command = [sys.executable, "-c", DYING_WORKER, daemon.listen]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as worker:
+            assert worker.stdout is not None and worker.stdout.readline() == b"begun\n"
+            second = patient(client, namespace)
+            asked = watch_uploads(second)
+            rows = normal_rows(LAYOUT, 600)
+            second.store(TOKENS[:600], layers_of(LAYOUT, rows, 600))
+            until(lambda: bool(asked))
+            worker.send_signal(signal.SIGKILL)
+        assert [(reply.start, reply.end) for reply in asked] == [(512, 600)]
+        assert second.flush()
+        assert second.stats.stores == {"dependency_lost": 1}
+        assert not second.fetch(TOKENS)
+        until(lambda: not daemon.left_over())
+        result = second.store(TOKENS[:600], layers_of(LAYOUT, rows, 600), wait=True)
+        assert (result.stored_tokens, result.reason) == (600, Reason.OK)
+        assert_same(hit_rows(fetch(second, [*TOKENS[:600], OTHER])), affine_rows(rows, LAYOUT, 8), LAYOUT)
 
 
 def until(done: object) -> None:
