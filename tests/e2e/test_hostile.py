@@ -31,7 +31,8 @@ from tests.support.synthetic import assert_rows, make_layers, make_layout, make_
 LAYOUT = make_layout(layers=8, heads=4, width=128)
 NAMESPACE = make_namespace(LAYOUT)
 TOKENS = list(range(1200))
-LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": 1, "upload_idle_s": 2}
+STALL_S = 3  # a client that behaves well takes less, on a busy machine too
+LIMITS = {"calls_max": 24, "connection_calls_max": 16, "stream_stall_s": STALL_S, "upload_idle_s": STALL_S}
 EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 # Of calls that the daemon answers: so that one that it forgets is an error with a name.
 ANSWER_S = 240.0
@@ -236,16 +237,17 @@ def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
     upload = peer.kvstore.Upload.future(paused())
     error = upload.exception(timeout=60)
     ended.set()
-    assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, "nothing came for 1 s")
+    assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {STALL_S} s")
     wait_until(lambda: not daemon.left_over(), 60, lambda: "the upload is still there")
 
 
 def test_a_caller_that_stops_reading_holds_nothing_for_long(peer: Peer, daemon: DaemonProcess) -> None:
-    """Its lease and its files are free after stream_stall_s; `_lives_on` counts them."""
+    """Its lease and its files are free after stream_stall_s."""
+    before = open_files(daemon)
     calls = [peer.fetch() for _ in range(8)]
     for call in calls:
         next(call)
-    time.sleep(2.5)
+    wait_until(lambda: open_files(daemon) <= before, 60, lambda: f"{open_files(daemon)} open, {before} before")
     for call in calls:
         call.cancel()
 

@@ -58,8 +58,8 @@ NAMES = [
     "",
 ]
 LIMITS = {
-    "stream_stall_s": 1,
-    "upload_idle_s": 1,
+    "stream_stall_s": 3,
+    "upload_idle_s": 3,
     "uploads_max": 16,
     "message_bytes_max": 1 << 20,
     "tokens_max": 100_000,
