@@ -1,4 +1,7 @@
-"""The system calls by which kvstore changes the disk: the seam at which tests make them fail, or stop."""
+"""The system calls by which kvstore changes the disk: the seam at which tests make them fail, or stop.
+
+And the one way to look at files that another thread, process or person may have removed since they were listed.
+"""
 
 from __future__ import annotations
 
@@ -160,13 +163,13 @@ def replace_file(path: Path, data: bytes, sync: bool) -> None:
 
 
 def entries(folder: str) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder; nothing where there is no folder any more."""
+    """What is in a folder; nothing if there is no such folder."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as found:
         yield from found
 
 
 def still_there(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result]]:
-    """Each path with what lstat says of it. A file may go after it was listed, so one that is gone is left out."""
+    """Each path with its lstat. Paths that do not exist are left out: a file may go after it was listed."""
     for path in paths:
         try:
             info = os.lstat(path)
@@ -176,7 +179,7 @@ def still_there(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_resu
 
 
 def taken_bytes(paths: Iterable[str | Path]) -> int:
-    """Bytes on disk of files and folders themselves; one that is gone takes none."""
+    """Bytes on disk of files, and of folders without what is in them. What is gone takes none."""
     return sum(info.st_blocks * 512 for _, info in still_there(paths))
 
 
@@ -194,7 +197,7 @@ def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:
 
 
 def takes_writes(fs: Fs, path: str) -> bool:
-    """Whether the disk takes a file here, synced, and lets it go again."""
+    """Whether a file can be written here, synced and removed."""
     try:
         fd = fs.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

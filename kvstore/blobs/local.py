@@ -35,7 +35,7 @@ DROPPED = ".dropped"
 
 
 class LocalBlobs:
-    """See `base.Blobs`. `sync` False leaves out every fsync: for tests."""
+    """See `protocol.Blobs`. `sync` False leaves out every fsync: for tests."""
 
     def __init__(self, directory: Path, quarantine: Path, fs: Fs, *, sync: bool = True) -> None:
         self._directory = str(directory)

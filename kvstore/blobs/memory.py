@@ -1,4 +1,4 @@
-"""Blobs in memory, for tests. See `base.Blobs`."""
+"""Blobs in memory, for tests and for `kvstore bench eviction`. See `protocol.Blobs`."""
 
 from __future__ import annotations
 

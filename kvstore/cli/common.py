@@ -1,6 +1,6 @@
 """Shared code of the verbs: common options, the connection, and output for people or for programs.
 
-Rich is imported by what draws: neither a daemon nor an answer in JSON waits for it.
+Rich is imported in the functions that draw, so that a daemon and answers in JSON do not wait for it.
 """
 
 from __future__ import annotations

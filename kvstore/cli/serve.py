@@ -91,7 +91,7 @@ def command(
     if as_json:
         print_json({"pid": os.getpid(), "listen": config.listen, "data_dir": str(config.data_dir)})
         sys.stdout.flush()
-    gc.disable()  # what is imported stays: collecting in it is a tenth of a start
+    gc.disable()  # what is imported stays, and collecting in between took a tenth of the start
     from kvstore.server.daemon import serve
 
     gc.freeze()

@@ -44,9 +44,9 @@ def print_stats(stats: dict[str, Any], listen: str) -> None:
 
 
 def spans(stats: Mapping[str, Any]) -> dict[str, str]:
-    """The spans that traffic is told of, the shortest first: their names, and those of their fields in stats."""
+    """The spans of time that traffic is shown for, the shortest first: their names, and their fields in stats."""
     found = {"last hour": "last_hour", "since start": "since_start", "lifetime": "lifetime"}
-    if stats["daemon"]["uptime_s"] < HOUR_S:  # the last hour begins with the daemon: the same numbers twice
+    if stats["daemon"]["uptime_s"] < HOUR_S:  # the same numbers as since the start
         del found["last hour"]
     return found
 

@@ -47,7 +47,7 @@ AFFINE = "affine"
 
 
 class AffineCodec:
-    """See `base.Codec`. Parameters: bits, group, and fold=1 where heads are folded."""
+    """See `codec.Codec`. Parameters: bits, group, and fold=1 where heads are folded."""
 
     name = AFFINE
     version = 1

@@ -65,7 +65,7 @@ def content(frame: memoryview | bytes, nbytes: int) -> bytes:
 
 
 class RawCodec:
-    """See `base.Codec`."""
+    """See `codec.Codec`."""
 
     name = "raw"
     version = 1
@@ -99,7 +99,7 @@ class RawCodec:
 
 
 class LosslessCodec(RawCodec):
-    """See `base.ByteCodec`. As arrays, its tensors are those of raw. Any thread."""
+    """See `codec.ByteCodec`. As arrays, its tensors are those of raw. Any thread."""
 
     name = "lossless"
 

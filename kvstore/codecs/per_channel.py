@@ -39,7 +39,7 @@ def channel_recipe(bits: int) -> Recipe:
 
 
 class ChannelCodec(AffineCodec):
-    """See `base.Codec`. Parameters: bits; group, the tokens of one, always 64. Trusted as affine is."""
+    """See `codec.Codec`. Parameters: bits; group, the tokens of one, always 64. Trusted as affine is."""
 
     name = "channel"
     version = 1

@@ -243,7 +243,7 @@ def unfolded(rows: mx.array, fold: int) -> mx.array:
 
 
 class TurboQuantCodec:
-    """See `base.Codec`. Widths that are no multiple of 8, or under 16, stay raw."""
+    """See `codec.Codec`. Widths that are no multiple of 8, or under 16, stay raw."""
 
     version = 1
     group_tokens = 1

@@ -70,7 +70,7 @@ def _inner(recipe: Recipe) -> Recipe:
 
 
 class TurboQuantEvenCodec:
-    """See `base.Codec`. Fits where turboquant-mse does."""
+    """See `codec.Codec`. Fits where turboquant-mse does."""
 
     name = EVEN
     version = 1

@@ -12,7 +12,7 @@ are those after the last full block, so it may have none.
 An *aux* block holds bytes that recipes of its namespace refer to, such as the basis of a calibrated codec. It has no
 tokens, and its key follows from the digest of the bytes.
 
-NumPy is imported where tokens are unpacked or compared: verbs that name reasons and recipes do not wait for it.
+NumPy is imported in the functions that unpack or compare tokens, so that verbs which need only names start faster.
 """
 
 from __future__ import annotations

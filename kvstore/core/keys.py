@@ -208,10 +208,10 @@ class Chain:
         return keys[index]
 
     def stored(self, count: int, look_up: Callable[[bytes], bytes | None], at: int) -> list[tuple[bytes, bytes, int]]:
-        """(key, value, tokens) of the first full blocks, at most `count`: as long as a block's value has its tokens at
-        offset `at`.
+        """The leading full blocks that are stored, at most `count`: (key, value, tokens in it) of each.
 
-        A key is hashed when it is looked up. One plain loop: with a generator of keys a match took a tenth more.
+        A block is stored if `look_up(key)` is a value that has the block's tokens at offset `at`. A key is hashed when
+        it is looked up. One plain loop: with a generator of keys a match took a tenth longer.
         """
         tokens, keys, known, parent, sha256 = self.tokens, self._keys, self._known, self.root, hashlib.sha256
         found: list[tuple[bytes, bytes, int]] = []

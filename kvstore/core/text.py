@@ -34,7 +34,7 @@ def size_text(nbytes: int) -> str:
 
 
 def both_sizes_text(nbytes: int) -> str:
-    """Bytes for people, and exactly where that says more."""
+    """Bytes for people, with the exact number if it says more: "4.0 MB (4000001 bytes)"."""
     return size_text(nbytes) + (f" ({nbytes} bytes)" if nbytes >= 1000 else "")
 
 

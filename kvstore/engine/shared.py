@@ -201,7 +201,7 @@ class Shared:
             raise DirectoryError(f"{DISPLACED}: {self.directory.root}")
 
     def can_write(self) -> bool:
-        """Whether the disk takes writes."""
+        """Whether the data directory takes writes."""
         return takes_writes(self.fs, str(self.directory.root / "probe"))
 
     def require_reach(self, error: CorruptDataError | None = None) -> None:
@@ -383,7 +383,10 @@ class Uses:
             self._count += 1
 
     def name(self, root: bytes) -> None:
-        """Note that a caller named a namespace that holds something: its identity is in use. Due once a day."""
+        """Note that a caller named a namespace that holds something: its identity is in use.
+
+        Only the first time in a day makes a commit due. The time of the last is in memory until a commit takes it.
+        """
         now_s = int(self._clock())
         with self._lock:
             self._count += self._named.get(root, 0) // _DAY_S != now_s // _DAY_S

@@ -89,8 +89,8 @@ class Transfer:
     def chain(self, key: bytes) -> tuple[list[Row], int]:
         """The blocks up to a key and the checkpoints along them, parents first; none when it is gone.
 
-        And how many of them come before the first that refers to an aux block. A longer block that replaced that of
-        the key counts as it. CorruptDataError when the index is damaged.
+        And how many of them come before the first that refers to an aux block. If a longer block replaced the one of
+        this key, the chain ends with that. CorruptDataError when the index is damaged.
         """
         with self._shared.index.view() as view:
             row = self._row(view, key)
@@ -103,7 +103,7 @@ class Transfer:
     def blob(self, key: bytes) -> list[bytes]:
         """The bytes of a block's blob, verified, in pieces; none when it is gone, damaged or encrypted.
 
-        Of a longer block that replaced it, those of that. CorruptDataError when it cannot be read to its end.
+        If a longer block replaced it, that block's bytes. CorruptDataError when they cannot be read to their end.
         """
         shared, tried = self._shared, None
         while True:
@@ -113,7 +113,7 @@ class Transfer:
                 return []
             if pieces := list(_leased_pieces(shared, row)):
                 return pieces
-            tried = row.blob  # another blob may have taken its place just now
+            tried = row.blob  # a longer block may have replaced it since; if none did, it is gone
 
     def _row(self, view: View, key: bytes) -> Row | None:
         """The row of a key, or of the block that took its place."""

@@ -54,7 +54,8 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
 def _levels(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> Iterator[int]:
     """The levels at which a child of `parent` may share the head of `rest`, deepest first.
 
-    The last one is not asked for before it is looked at: where a prompt was stored before, some child shares all of it.
+    The deepest is given without a lookup: if the prompt was stored before, some child shares all of `rest`. Below it, a
+    binary search finds the deepest level at which any child does.
     """
     last = len(rest) // (LEVEL_TOKENS * TOKEN_BYTES)
     yield last

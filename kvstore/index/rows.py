@@ -84,7 +84,7 @@ NUMBER_BYTES = 8
 HEAD_BYTES = 8
 LEVEL_TOKENS = 32
 _SHORT_TOKEN_LIMIT = 1 << 23
-# The bits of the packed tokens of a level of which a short token has none.
+# The packed tokens of a whole level, with every bit set that is 0 in a short token.
 _LONG_BITS = int.from_bytes((-_SHORT_TOKEN_LIMIT).to_bytes(TOKEN_BYTES, "little", signed=True) * LEVEL_TOKENS, "little")
 _SIGN = 1 << 63
 CHECKPOINT_KIND, AUX_KIND = 1, 2

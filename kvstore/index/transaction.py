@@ -36,7 +36,7 @@ from kvstore.index.rows import (
 )
 from kvstore.index.table import AUX, CHECKPOINT, Table
 
-# Keys of replaced rows that are remembered.
+# Replaced tails that are remembered.
 REPLACED_MAX = 8192
 DATABASES = ("rows", "children", "retain", "templates", "namespaces", "marks", "meta")
 _SPACE = struct.Struct("<IQ")
@@ -70,9 +70,9 @@ def _refers(record: bytes) -> bool:
 class Contents:
     """What the last commit left, in memory: the table, namespaces by root, templates by id, and marks.
 
-    Not stored: `held`, keys of aux rows that stores under way need, each with the number of these stores; `replaced`,
-    keys of tails whose rows went lately, each with the key of the longer block in its place. It is written under the
-    engine's lock; any thread may look a key up.
+    Two parts are in memory only. `held`: keys of aux rows that stores under way need, each with the number of these
+    stores. `replaced`: keys of tails that a longer block replaced lately, each with the key of that block; written
+    under the engine's lock, read by any thread.
     """
 
     def __init__(self) -> None:

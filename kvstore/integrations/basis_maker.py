@@ -170,9 +170,9 @@ def _costs(
 
 
 def _coded(layer: KVLayer, name: str, basis: PartBasis, point: int) -> tuple[KVLayer | StateLayer, int]:
-    """The layer with one part through its codec at a point, and bits.
+    """The layer with one part encoded and decoded at a point of the grid, and the bits that this takes.
 
-    As it is, with all its bits, where the step is too small.
+    If the step is too small to encode it: the layer as it is, and its own bits.
     """
     (array,) = layer.part(name)
     codes = basis.encode(_token_rows(layer, name), point, 0)

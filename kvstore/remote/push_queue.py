@@ -191,7 +191,8 @@ class Offers:
             for key in keys:
                 # A key that waits keeps its place: what is asked for often would else always be last.
                 if key not in self._waiting and not self._walked.has(key):
-                    if len(self._waiting) == WAITING_MAX:  # of the oldest chain, its last block is all that is known
+                    # Counted as one block, however long the chain: so far only its last key is known.
+                    if len(self._waiting) == WAITING_MAX:
                         self._not_pushed[RemoteReason.QUEUE_FULL] += 1
                     self._waiting[key] = None
 

@@ -51,10 +51,10 @@ class Pusher:
     """See the module. `start` begins the thread, `close` ends it and saves the queue. Blobs that refer to an aux block
     are not pushed: the remote store holds no aux blocks, so no host could decode them.
 
-    `load` gives the bytes of a blob, verified by the store that it lies in, in one or more parts. Where a longer block
-    took its place, after the same parent, those of that. None when it is gone, or must not leave this machine: a
-    namespace whose data is encrypted is never pushed, since its keys are here alone.
-    It is called on the thread of the pusher, may read, and raises KVStoreError only.
+    `load` gives the bytes of a blob, verified by the local store, in one or more parts. If a longer block with the same
+    parent replaced it, these are that block's. None when it is gone, or must not leave this machine: a namespace whose
+    data is encrypted is never pushed, since its keys are here alone. `load` is called on the thread of the pusher, may
+    read, and raises KVStoreError only.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Pusher:
             return RemoteReason.GONE
         blob = parts[0] if len(parts) == 1 else memoryview(b"".join(parts))
         block = parse_blob(blob)
-        # A longer block may have taken its place, after the same parent.
+        # Not by key: a longer block with the same parent may have replaced it.
         if (block.root, block.parent) != (item.root, item.parent):
             raise CorruptDataError("the local store gave another blob than was asked for")
         if block.references:

@@ -262,11 +262,12 @@ class Daemon:
 
 
 class _ByName:
-    """A server, for generated code, that finds methods by their names only.
+    """What generated code adds a service to, so that gRPC finds its methods by name.
 
-    That code also registers each method. gRPC then takes calls of each in a queue of its own, and waits for all queues
-    anew with every call, which with ours took 80 us of each. The health check keeps its own: it would wait behind every
-    call that came before it, 31 ms instead of 4 behind 64 matches.
+    Generated code also registers each method. For a registered method gRPC keeps a queue of calls, and with every call
+    it waits for all of these queues again: with our methods that took 80 us of each call. The health check stays
+    registered, since without a queue of its own it waits behind every earlier call: 31 ms instead of 4 behind 64
+    matches.
     """
 
     def __init__(self, server: Any) -> None:
@@ -340,9 +341,9 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False, at_on
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Ignores for good, at its end, the signals that it handled.
+    """An event loop that leaves the signals that it handled ignored when it ends.
 
-    asyncio would restore their defaults: one that comes while the process ends would then be its exit status.
+    asyncio restores their defaults. Then a second SIGTERM during the exit would become the exit status.
     """
 
     def remove_signal_handler(self, sig: int) -> bool:

@@ -1,4 +1,4 @@
-"""The RPC edge of KVStore: messages to nouns, `threads.py` for what blocks, nothing decided here."""
+"""RPC handlers of KVStore: they turn messages into values, run what blocks on `threads.py`, and decide nothing."""
 
 from __future__ import annotations
 

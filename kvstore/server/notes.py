@@ -1,9 +1,10 @@
 """What `kvstore why` remembers of requests: each is noted once its answer is under way, so that no worker waits for it.
 
-A store has to wait for the requests before it: what it stores would be told as what was there. A note reads the index,
-on one thread for all clients, and a disk may be slow, so it waits NOTED_S at most. Notes that are not made by then are
-dropped, and counted with the requests of which nothing is kept. Until the thread is through with them no other store
-waits; the notes before it are dropped, too.
+A store waits for the notes of the requests before it. Otherwise `why` would say of these requests that what the store
+brought had been there. One thread makes the notes of all clients, and each reads the index, so on a slow disk they may
+take long. Therefore a store waits for NOTED_S at most. Notes that are not made by then are dropped, and counted with
+the requests for which nothing is kept. Until the thread is through with those, other stores do not wait: the notes
+before them are dropped, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kvstore.server.threads import Pool
 
 # Requests that wait to be remembered; each holds the tokens of its prompt.
 NOTES_MAX = 32
-# Until then the reply is there: where there are two processors, what is noted would take one from its reader.
+# By then the reply has arrived: with two processors, a note made at once would take one from its reader.
 NOTE_AFTER_S = 0.005
 # A note takes about as long as a match, so this is far more than NOTES_MAX of them take on a disk that answers.
 NOTED_S = 1.0
@@ -31,7 +32,7 @@ class Notes:
         self._pool = pool
         self._last = 0  # number of the latest note
         self._overtaken = 0  # number of the latest note that a store did not wait for
-        self._ended = 0  # number of the latest note that the thread is through with
+        self._ended = 0  # number of the latest note that was made or dropped
 
     def add(self, prompt: AskedPrompt, match: Match, remote: str = "") -> None:
         """Have a request remembered, while its worker goes on; of more than NOTES_MAX, counted.

@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 class Pool:
     """Threads for one kind of work, first come, first served. Call it on the event loop.
 
-    Not an executor: its futures, locks and callbacks come on top of asyncio's, and a thread that has given its result
-    keeps Python's lock from the event loop until it waits for work again.
+    Not a ThreadPoolExecutor: its futures, locks and callbacks come on top of asyncio's own. Its threads also do more
+    after a result is there, while the event loop waits for the GIL.
     """
 
     def __init__(self, name: str, threads: int, *, background: bool = False) -> None:
@@ -42,7 +42,7 @@ class Pool:
         self._callers = 0
         self._work: SimpleQueue[_Work | None] = SimpleQueue()  # None ends a thread
         self._started: list[threading.Thread] = []
-        self._idle: deque[None] = deque()  # as many as threads that have ended their work and have no other promised
+        self._idle: deque[None] = deque()  # one for each thread that has ended its work and that no call counts on
         self._posted: set[asyncio.Future[Any]] = set()
         self._later: list[tuple[Callable[..., object], tuple[object, ...]]] = []
         self._is_closed = False
@@ -62,9 +62,9 @@ class Pool:
         return answer
 
     def _start(self) -> None:
-        """Start one more thread; RuntimeError when the system gives none and there is no other.
+        """Start one more thread. RuntimeError when the system refuses it and the pool has no other.
 
-        A pool that is dropped unclosed keeps no process from its end.
+        A daemon thread: a pool that nobody closed does not hold up the exit.
         """
         name = f"kvstore-{self.name}_{len(self._started)}"
         thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -127,7 +127,7 @@ class Pool:
             self.post(work, *args)
 
     async def settled(self, timeout_s: float) -> int:
-        """Wait until all is done that was posted before, at most `timeout_s`. Returns how much of it is not."""
+        """Wait until everything posted before is done, at most `timeout_s`. Returns how many pieces are not."""
         self._post_all()
         return len((await asyncio.wait(self._posted, timeout=timeout_s))[1]) if self._posted else 0
 

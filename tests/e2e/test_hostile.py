@@ -237,7 +237,10 @@ def test_an_upload_that_pauses_is_told_so_without_a_deadline_of_its_own(
     upload = peer.kvstore.Upload.future(paused())
     error = upload.exception(timeout=60)
     ended.set()
-    assert (error.code(), error.details()) == (grpc.StatusCode.DEADLINE_EXCEEDED, f"nothing came for {STALL_S} s")
+    assert (error.code(), error.details()) == (
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        f"nothing was sent or read for {STALL_S} s",
+    )
     wait_until(lambda: not daemon.left_over(), 60, lambda: "the upload is still there")
 
 

@@ -1,6 +1,4 @@
-"""Limits on calls: how many run at once, and how long a caller may stall. Checked before a call's message is read.
-
-And the RPC edge: what a handler raises becomes a status.
+"""The RPC edge: limits on calls, and errors as statuses. Limits are checked before a call's message is read.
 
     version callers that speak another protocol are refused (`kvstore.wire.handshake`)
     clients at most `connections_max` clients that called recently
@@ -11,9 +9,9 @@ And the RPC edge: what a handler raises becomes a status.
 Admin verbs and health checks are exempt, so that a busy daemon can always be inspected. A call above a limit is refused
 with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged.
 
-When a call is cancelled for its pace, its lease, files, memory and upload are released at once. An upload gets the
-status DEADLINE_EXCEEDED. Other stalled callers would not read one: gRPC keeps the dead stream until the caller
-disconnects or its deadline passes, and `connection_calls_max` limits the number of these.
+When a call is cancelled for its pace, its lease, files, memory and upload are released at once. If its handler had
+begun, its status is DEADLINE_EXCEEDED. A caller that reads nothing does not read that either: gRPC keeps the dead
+stream until the caller disconnects or its deadline passes, and `connection_calls_max` limits the number of these.
 """
 
 from __future__ import annotations
@@ -144,7 +142,7 @@ class _Call:
             return reply
         except asyncio.CancelledError:
             if self._is_late and self._task is not None and not self._task.uncancel():
-                await abort(context, DeadlineError(f"nothing came for {self._admission.stall_s:g} s"))
+                await abort(context, DeadlineError(f"nothing was sent or read for {self._admission.stall_s:g} s"))
             raise
         except grpc.aio.AbortError:
             raise

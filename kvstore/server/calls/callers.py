@@ -126,7 +126,7 @@ class Identities:
 
 
 def bound_places() -> list[str | int]:
-    """Where the sockets of this process are bound, one entry each: paths, or ports. Those without a name are left out.
+    """Where each socket of this process is bound: its path or port. Sockets that are not bound are left out.
 
     Reads the file system: not for the event loop.
     """
@@ -142,12 +142,12 @@ def bound_places() -> list[str | int]:
         except OSError:
             continue
         finally:
-            looked.detach()  # it is another's: not to be closed here
+            looked.detach()  # its owner closes it
     return found
 
 
 class Sockets:
-    """Counts connections to the daemon, not those that it makes: an accepted one is bound where its listener is.
+    """Counts the connections to the daemon, without those that it makes: these are bound where no listener is.
 
     `begin` and `look` read the file system: call them on a worker thread.
     """

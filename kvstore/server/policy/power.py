@@ -32,7 +32,7 @@ class Power:
 
 def read_power() -> str:
     """What the system says now. What cannot be asked counts as mains."""
-    import psutil  # no daemon waits for it before it serves
+    import psutil  # here, so that the start of a daemon does not wait for it
 
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     if battery is not None and battery.power_plugged is False:

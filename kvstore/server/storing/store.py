@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
 
 from kvstore.codecs.profiles import AUTO
 from kvstore.config import Config
@@ -46,8 +45,6 @@ from kvstore.server.policy.pressure import Watermark
 from kvstore.server.storing.receive import Receiver
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, Uploads
 from kvstore.wire import convert
-
-T = TypeVar("T")
 
 # Of the bytes that all uploads may have, this part is one client's, where it has more than one upload.
 CALLER_SHARE = 4

@@ -79,10 +79,10 @@ class Stores:
             raise
 
     async def _await_others(self, upload: Upload) -> None:
-        """Wait until the uploads that this one depends on have ended, or this one was given up.
+        """Wait until the uploads that this one depends on have ended, or this one is given up.
 
-        Without a limit of its own: what is listed is alive. One whose worker is silent is reaped, and one that the
-        daemon is writing ends when the disk does. They were listed before this one, so none of them waits for it.
+        There is no timeout, because every listed upload ends: one whose worker is silent is removed, and one that the
+        daemon is writing ends when the disk answers. They were listed before this one, so none of them waits for it.
         It waits here and not on a thread: waiting uploads must not use up the threads that the others need.
         """
         while self._store.uploads.any_listed(upload.depends_on) and upload.intake.error is None:
