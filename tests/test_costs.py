@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvstore.codecs.affine import affine_recipe
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, TOKEN_BYTES, Block, Reason, Recipe, Run, Stack
@@ -15,7 +18,7 @@ from kvstore.engine import Match, Slice
 from kvstore.errors import InvalidRequestError
 from kvstore.index.rows import pack_row
 from kvstore.server.fetching import costs as costs_module
-from kvstore.server.fetching.costs import Costs, Offer, Timing, Work, work_of, worthwhile
+from kvstore.server.fetching.costs import Costs, Offer, Price, Timing, Work, work_of, worthwhile
 from tests.support.clock import Clock
 from tests.support.synthetic import make_layout
 
@@ -225,9 +228,7 @@ def match_of(*slices: Slice, checkpoint: Any = None) -> Match:
     return Match(sum(one.take for one in slices), Reason.OK, rows, checkpoint, templates=templates)
 
 
-def by_bytes(work: Work) -> float:
-    """A second for each byte read."""
-    return float(work.read_bytes)
+BY_BYTES = Price(byte_s=1.0)
 
 
 def test_the_work_of_a_match_is_its_blocks_its_checkpoint_and_what_codecs_make() -> None:
@@ -240,14 +241,14 @@ def test_the_work_of_a_match_is_its_blocks_its_checkpoint_and_what_codecs_make()
 def test_all_of_a_match_is_given_where_it_is_worth_it() -> None:
     """The very same match, with its reason."""
     match = match_of(block(10), block(10))
-    assert worthwhile(match, LAYOUT, Offer(1.0), by_bytes) is match
-    assert worthwhile(match, LAYOUT, Offer(2.0), lambda work: 128.0) is match
+    assert worthwhile(match, LAYOUT, Offer(1.0), BY_BYTES) is match
+    assert worthwhile(match, LAYOUT, Offer(2.0), Price(128.0)) is match
 
 
 def test_blocks_at_the_end_that_cost_more_than_they_save_are_left_out() -> None:
     """The prefix that saves most is given, and its fidelity is its own."""
     match = match_of(block(10), block(20), block(270, fidelity=800), block(270))
-    shorter = worthwhile(match, LAYOUT, Offer(1.0), by_bytes)
+    shorter = worthwhile(match, LAYOUT, Offer(1.0), BY_BYTES)
     assert (shorter.n_tokens, shorter.reason) == (512, Reason.SLOWER_THAN_PREFILL)
     assert (shorter.slices, shorter.fidelity) == (match.slices[:2], FIDELITY_EXACT)
 
@@ -256,24 +257,37 @@ def test_nothing_is_given_where_nothing_is_worth_it() -> None:
     """Also where it would be, if the caller did not have most of the tokens anyway."""
     match = match_of(block(100), block(100))
     for offer in (Offer(10.0), Offer(1.0, covered_tokens=300), Offer(1.0, covered_tokens=900)):
-        miss = worthwhile(match, LAYOUT, offer, by_bytes)
+        miss = worthwhile(match, LAYOUT, offer, BY_BYTES)
         assert (miss.n_tokens, miss.reason, miss.slices) == (0, Reason.SLOWER_THAN_PREFILL, ())
+
+
+@given(st.lists(st.tuples(st.integers(0, 200), st.booleans()), min_size=1, max_size=12), st.data())
+def test_no_other_prefix_saves_more(blocks: list[tuple[int, bool]], data: st.DataObject) -> None:
+    """As pricing the work of each prefix says; the whole numbers leave no rounding."""
+    match = match_of(*(block(nbytes, affine_recipe(8, 64) if coded else RAW) for nbytes, coded in blocks))
+    whole = [data.draw(st.integers(0, most)) for most in (200, 60, 50, 1, 1, 900)]
+    price = Price(*map(float, whole))._replace(decoded_byte_s=whole[4] / 8192)
+    offer = Offer(1.0, data.draw(st.integers(0, 600)))
+    best, best_s = 0, 0.0
+    for count in range(1, len(blocks) + 1):
+        prefix = replace(match, n_tokens=256 * count, rows=match.rows[:count])
+        restore_s, saved_s = price.seconds(work_of(prefix, LAYOUT)), offer.prefill_s(prefix.n_tokens)
+        if restore_s <= 0.5 * saved_s and saved_s - restore_s > best_s:
+            best, best_s = prefix.n_tokens, saved_s - restore_s
+    assert worthwhile(match, LAYOUT, offer, price).n_tokens == best
 
 
 def test_with_a_checkpoint_it_is_all_or_nothing() -> None:
     """A cut would be at a position that has none."""
     checkpoint: Any = SimpleNamespace(blob_bytes=100, payload_offset=0, n_tokens=0)
     match = match_of(block(10), block(10), block(250), checkpoint=checkpoint)
-    assert worthwhile(match, LAYOUT, Offer(1.0), by_bytes) is match
-    assert not worthwhile(match, LAYOUT, Offer(1.5), by_bytes).n_tokens
+    assert worthwhile(match, LAYOUT, Offer(1.0), BY_BYTES) is match
+    assert not worthwhile(match, LAYOUT, Offer(1.5), BY_BYTES).n_tokens
 
 
 def test_a_short_hit_of_a_fast_model_loses_before_anything_was_measured(costs: Costs) -> None:
     """40 tokens at 50,000 tokens/s are computed in less than a call takes; 4,000 at 500 are not."""
-
-    def cost_s(work: Work) -> float:
-        return costs.seconds(ROOT, "path", work)
-
-    assert not worthwhile(match_of(block(40 * 2048, take=40)), LAYOUT, Offer(50_000.0), cost_s).n_tokens
+    price = costs.price(ROOT, "path")
+    assert not worthwhile(match_of(block(40 * 2048, take=40)), LAYOUT, Offer(50_000.0), price).n_tokens
     long = match_of(*(block(256 * 2048) for _ in range(16)))
-    assert worthwhile(long, LAYOUT, Offer(500.0), cost_s) is long
+    assert worthwhile(long, LAYOUT, Offer(500.0), price) is long

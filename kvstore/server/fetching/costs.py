@@ -26,7 +26,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
@@ -100,6 +100,26 @@ class Work(NamedTuple):
             self.blocks * BLOCK_S + self.read_bytes / READ_BYTES_PER_S,
             self.decode_bytes / DECODE_BYTES_PER_S,
         )
+
+
+class Price(NamedTuple):
+    """Seconds that a fetch takes: in any case, then for each layer, block, byte read and byte decoded.
+
+    `waiting_s`: until decoding begins, where anything is decoded.
+    """
+
+    fixed_s: float = 0.0
+    layer_s: float = 0.0
+    block_s: float = 0.0
+    byte_s: float = 0.0
+    decoded_byte_s: float = 0.0
+    waiting_s: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """What this work takes."""
+        moving_s = work.blocks * self.block_s + work.read_bytes * self.byte_s + work.decode_bytes * self.decoded_byte_s
+        waiting_s = self.waiting_s if work.decode_bytes else 0.0
+        return self.fixed_s + work.layers * self.layer_s + moving_s + waiting_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,28 +218,24 @@ class Costs:
 
     def seconds(self, root: bytes, way: Way, work: Work) -> float:
         """How long a fetch that came now would take."""
-        return self.estimate(root, way)(work)
+        return self.price(root, way).seconds(work)
 
-    def estimate(self, root: bytes, way: Way) -> Callable[[Work], float]:
-        """How long fetches that came now would take, as a function of their work: it need not be asked for each."""
+    def price(self, root: bytes, way: Way) -> Price:
+        """What fetches that came now would take: it need not be asked for each prefix of a match."""
         with self._lock:
             known, now_s, crowd = self._way(root, way), self.clock(), 1 + self._others()
-            factors = [one.factor(now_s) for one in (known.fixed, known.reading, known.decoding)]
+            fixed, reading, decoding = [one.factor(now_s) for one in (known.fixed, known.reading, known.decoding)]
         waiting_s = self._backlog_s() if way == "dense" else 0.0
-
-        def seconds(work: Work) -> float:
-            fixed, reading, decoding = work.guesses
-            moving_s = reading * factors[1] + decoding * factors[2]
-            return fixed * factors[0] + moving_s * crowd + (waiting_s if work.decode_bytes else 0.0)
-
-        return seconds
+        reading, decoding = reading * crowd, decoding * crowd
+        moving = BLOCK_S * reading, reading / READ_BYTES_PER_S, decoding / DECODE_BYTES_PER_S
+        return Price(FETCH_S * fixed, LAYER_S * fixed, *moving, waiting_s)
 
     def start(self, root: bytes, way: Way, work: Work, caller: str = "", asked_s: float | None = None) -> str:
         """Count a fetch as active. Returns its id, which cannot be guessed; reports and the end refer to it.
 
         `asked_s`: when its call came, None: just now.
         """
-        fetch_id, expected_s = secrets.token_hex(16), self.estimate(root, way)(work)
+        fetch_id, expected_s = secrets.token_hex(16), self.price(root, way).seconds(work)
         with self._lock:
             now_s, crowd = self.clock(), 1 + self._others()
             begun_s, until_s = now_s if asked_s is None else asked_s, now_s + OVERDUE * expected_s
@@ -289,43 +305,55 @@ def _log_ratio(measured: float, expected: float) -> float:
 
 def work_of(match: Match, layout: Layout) -> Work:
     """The amount of work of fetching a match."""
-    *_, (_, _, work) = _candidates(match, layout)
-    return work
+    decoded_bytes, row = _decoded_bytes(match, layout), match.checkpoint
+    read_bytes = sum(nbytes for nbytes, _, _ in match.sizes)
+    decode_bytes = sum(take * decoded_bytes[digest] for _, digest, take in match.sizes)
+    if row is None:
+        return Work(len(layout.layers), len(match.rows), read_bytes, decode_bytes)
+    read_bytes += row.blob_bytes - row.payload_offset
+    return Work(len(layout.layers), len(match.rows) + 1, read_bytes, decode_bytes)
 
 
-def worthwhile(match: Match, layout: Layout, offer: Offer, cost_s: Callable[[Work], float]) -> Match:
+def worthwhile(match: Match, layout: Layout, offer: Offer, price: Price) -> Match:
     """The prefix of a match that saves the caller the most time: all of the match, a part of it, or a miss.
 
     A prefix is used if restoring takes at most `WORTH_SHARE` of the prefill time that it saves.
     """
-    best, kept, best_s = 0, 0, 0.0
-    for n_tokens, n_rows, work in _candidates(match, layout):
-        saved_s, restore_s = offer.prefill_s(n_tokens), cost_s(work)
-        if restore_s <= WORTH_SHARE * saved_s and saved_s - restore_s > best_s:
-            best, kept, best_s = n_tokens, n_rows, saved_s - restore_s
+    if match.checkpoint is None:
+        best, kept = _best_prefix(match, layout, offer, price)
+    else:
+        # There is nothing between all and nothing: a lower checkpoint is as large, and gives less.
+        restore_s, saved_s = price.seconds(work_of(match, layout)), offer.prefill_s(match.n_tokens)
+        best, kept = (match.n_tokens, len(match.rows)) if restore_s <= WORTH_SHARE * saved_s else (0, 0)
     if best == match.n_tokens:
         return match
     rows, reason = match.rows[:kept], Reason.SLOWER_THAN_PREFILL
     return replace(match, n_tokens=best, reason=reason, rows=rows, checkpoint=None, diverged=False)
 
 
-def _candidates(match: Match, layout: Layout) -> Iterator[tuple[int, int, Work]]:
-    """(tokens, blocks, work) of every prefix that could be answered, the whole match last.
-
-    Where a checkpoint is needed there is nothing between all and nothing: a lower one is as large, and gives less. No
-    row is parsed but one of each kind: to parse the 128 of 32k tokens takes several times as long as to find them.
-    """
-    decoded_bytes = {digest: _decoded_token_bytes(row, layout) for digest, row in match.one_of_each.items()}
-    layers = len(layout.layers)
-    n_tokens = read_bytes = decode_bytes = 0
+def _best_prefix(match: Match, layout: Layout, offer: Offer, price: Price) -> tuple[int, int]:
+    """(tokens, blocks) of the prefix that saves most, zeros for none. One plain loop: every match of a caller that
+    states its speed takes it for each of its blocks."""
+    decoded_bytes, waiting_s = _decoded_bytes(match, layout), price.waiting_s
+    n_tokens, best, best_s = -offer.covered_tokens, (0, 0), 0.0
+    restore_s = price.fixed_s + len(layout.layers) * price.layer_s
     for n_rows, (nbytes, digest, take) in enumerate(match.sizes, 1):
-        n_tokens, read_bytes = n_tokens + take, read_bytes + nbytes
-        decode_bytes += take * decoded_bytes[digest]
-        if match.checkpoint is None:
-            yield n_tokens, n_rows, Work(layers, n_rows, read_bytes, decode_bytes)
-    if (row := match.checkpoint) is not None:
-        read_bytes += row.blob_bytes - row.payload_offset
-        yield match.n_tokens, len(match.rows), Work(layers, len(match.rows) + 1, read_bytes, decode_bytes)
+        n_tokens += take
+        restore_s += price.block_s + nbytes * price.byte_s
+        if decoded := decoded_bytes[digest]:
+            restore_s, waiting_s = restore_s + take * decoded * price.decoded_byte_s + waiting_s, 0.0
+        saved_s = n_tokens / offer.prefill_tokens_per_s
+        if restore_s <= WORTH_SHARE * saved_s and saved_s - restore_s > best_s:
+            best, best_s = (n_tokens + offer.covered_tokens, n_rows), saved_s - restore_s
+    return best
+
+
+def _decoded_bytes(match: Match, layout: Layout) -> dict[int, int]:
+    """Bytes that codecs make of a token, by the digest of a row's templates.
+
+    No row is parsed but one of each kind: to parse the 128 of 32k tokens takes several times as long as to find them.
+    """
+    return {digest: _decoded_token_bytes(row, layout) for digest, row in match.one_of_each.items()}
 
 
 def _decoded_token_bytes(row: Row, layout: Layout) -> int:

@@ -127,7 +127,7 @@ class FetchPath:
             shorter = self._engine.match(chain, fidelity_min, start, exact=exact)
             match = replace(shorter, reason=reason, common_tokens=match.common_tokens, nearest=match.nearest)
         if offer.prefill_tokens_per_s and match.n_tokens and namespace is not None:
-            match = worthwhile(match, namespace.layout, offer, self.costs.estimate(root, offer.way))
+            match = worthwhile(match, namespace.layout, offer, self.costs.price(root, offer.way))
         short = 0 < match.n_tokens < self._config.limits.min_prefix_tokens
         if short or (match.reason is Reason.OK and not match.n_tokens):  # nothing is asked for but the last token
             reason = Reason.BELOW_THRESHOLD
