@@ -85,7 +85,7 @@ class Offer:
 
 
 class Work(NamedTuple):
-    """Amount of work in a fetch. A tuple: to decide about a match of 32k tokens takes 128 of them."""
+    """Amount of work in a fetch."""
 
     layers: int
     blocks: int
