@@ -6,12 +6,14 @@ must be equal to the letter. Every test has prompts of its own, and leaves the d
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -318,10 +320,11 @@ def test_a_damaged_blob_costs_the_hit_and_not_the_text(rig: Rig) -> None:
     rig.a.chat(chat(topic), **OPTIONS)
     n_tokens = rig.wait_stored(chat(topic))
     for blob in set(rig.daemon.blobs()) - before:
-        content = bytearray(blob.read_bytes())
-        content[-1000] ^= 0x40
-        blob.chmod(0o600)
-        blob.write_bytes(content)
+        with suppress(FileNotFoundError), blob.open("r+b") as file:  # it may be a tail that a longer block replaced
+            file.seek(-1000, os.SEEK_END)
+            (old,) = file.read(1)
+            file.seek(-1000, os.SEEK_END)
+            file.write(bytes([old ^ 0x40]))
     answer = rig.b.chat(chat(topic), **OPTIONS)
     assert answer.cached_tokens < n_tokens - 1
     assert answer.text == rig.cold(chat(topic), **OPTIONS).text
