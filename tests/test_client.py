@@ -134,8 +134,8 @@ def test_answers_are_true_only_when_there_is_something() -> None:
     assert not results.Miss(Reason.EVICTED)
     assert not results.Match(0, Reason.EVICTED)
     assert results.Match(1, Reason.OK)
-    assert results.parse_reason("evicted") is Reason.EVICTED
-    assert results.parse_reason("something newer") is Reason.INTERNAL
+    assert Reason.of("evicted", Reason.INTERNAL) is Reason.EVICTED
+    assert Reason.of("something newer", Reason.INTERNAL) is Reason.INTERNAL
     for error in vars(kvstore.errors).values():
         if isinstance(error, type) and issubclass(error, kvstore.errors.KVStoreError):
             assert isinstance(results.reason_of(error.__new__(error)), Reason)

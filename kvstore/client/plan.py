@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.blobs.ranges import FileSource, Range
-from kvstore.client.results import parse_reason
 from kvstore.codecs.byte_plan import HitBlock
 from kvstore.core.blocks import BLOCK_TOKENS, ITEM_BYTES, LayerState, Reason
 from kvstore.core.keys import Chain, Namespace
@@ -96,7 +95,7 @@ def parse_plan(message: pb.FetchPlan, request: Request) -> Plan:
 
     Raises LayoutMismatchError for another layout, CorruptDataError for a plan that contradicts itself or the request.
     """
-    reason = parse_reason(message.reason)
+    reason = Reason.of(message.reason, Reason.INTERNAL)
     if not message.n_tokens:
         return Plan(0, reason, 0)
     if message.layout != request.namespace.layout.record:

@@ -159,14 +159,6 @@ def missed(error: BaseException) -> Miss:
     return Miss(reason_of(error) if isinstance(error, errors.KVStoreError) else Reason.DEADLINE)
 
 
-def parse_reason(code: str) -> Reason:
-    """A daemon's reason code; INTERNAL for one that a newer daemon invented."""
-    try:
-        return Reason(code)
-    except ValueError:
-        return Reason.INTERNAL
-
-
 class SessionStats:
     """Plain counters of one session. Any thread may count; reading takes no lock."""
 

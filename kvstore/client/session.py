@@ -28,7 +28,6 @@ from kvstore.client.results import (
     Miss,
     SessionStats,
     StoreResult,
-    parse_reason,
     reason_of,
     request_id,
     say_fetched,
@@ -107,7 +106,7 @@ class Session:
             with self._resting(), self._connection.attempt():
                 caller = Caller(self._speed(prefill_tokens_per_s), covered_tokens, request_id=request_id())
                 reply = self._fetcher.match(Chain(self._root, packed), self.options.deadlines, caller)
-            return Match(reply.n_tokens, parse_reason(reply.reason), reply.fidelity)
+            return Match(reply.n_tokens, Reason.of(reply.reason, Reason.INTERNAL), reply.fidelity)
         except KVStoreError as error:
             _tell("match", error)
             return Match(0, reason_of(error))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from kvstore.client.connection import Connection
-from kvstore.client.results import ID_BYTES, StoreResult, parse_reason
+from kvstore.client.results import ID_BYTES, StoreResult
 from kvstore.client.trust import walk
 from kvstore.core.blocks import LayerState, Reason
 from kvstore.core.bounded import ByteBudget
@@ -165,7 +165,7 @@ class Uploader:
             begun = self._begin(job)
             whole = self._hand_over(job, begun)
         if not begun.upload_id:
-            reason = parse_reason(begun.reason)
+            reason = Reason.of(begun.reason, Reason.INTERNAL)
             if reason is not Reason.STORE_FULL:
                 self._complain("nothing is stored", begun.detail)
             elif begun.detail:  # without detail, only this store has no room
@@ -263,7 +263,8 @@ class Uploader:
                 call.cancel()
         if reply is None or not reply.done:
             raise KVStoreError("the daemon ended a store without a result")
-        return StoreResult(reply.stored_tokens, reply.new_bytes, parse_reason(reply.reason), reply.durable)
+        reason = Reason.of(reply.reason, Reason.INTERNAL)
+        return StoreResult(reply.stored_tokens, reply.new_bytes, reason, reply.durable)
 
     def _unary(self, method: str, request: Any, timeout_s: float) -> Any:
         call = getattr(self._connection.kvstore, method).future(request, timeout=timeout_s)

@@ -95,6 +95,14 @@ class Reason(enum.StrEnum):
     ALREADY_STORED = "already_stored"
     INTERNAL = "internal"
 
+    @classmethod
+    def of(cls, code: str, unknown: Reason) -> Reason:
+        """The reason of a code from the other end; `unknown` for one that this version does not have."""
+        try:
+            return cls(code)
+        except ValueError:
+            return unknown
+
 
 def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
     """Token ids as little-endian signed 64-bit bytes; packed bytes pass through.

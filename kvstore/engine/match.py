@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Reason, count_tokens
 from kvstore.core.keys import Chain, NamespaceInfo, block_key
@@ -115,14 +115,13 @@ class Match:
 class Found:
     """The longest stored prefix: index rows, not yet parsed, with the tokens to take of each.
 
-    The first `full` tokens come from full blocks; `parent` is the key of the last full block. `better`: the prefix
-    would be longer if a block of lower fidelity were allowed.
+    The first `full` tokens come from full blocks. `better`: the prefix would be longer if a block of lower fidelity
+    were allowed.
     """
 
     rows: tuple[EncodedRow, ...]
     n_tokens: int
     full: int
-    parent: bytes
     better: bool
 
 
@@ -139,7 +138,7 @@ def longest_prefix(view: View, chain: Chain, limit_tokens: int, fidelity_min: in
     if best is not None:
         rows.append((best.key, best.value, take))
     full = at // TOKEN_BYTES
-    return Found(tuple(rows), full + take, full, parent, low_take > take)
+    return Found(tuple(rows), full + take, full, low_take > take)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +188,6 @@ def _goes_on(view: View, rows: tuple[EncodedRow, ...]) -> bool:
     return any(not child.is_checkpoint or child.n_tokens for child in itertools.islice(here, 2))
 
 
-def _exact(shared: Shared, found: Found, cut: Exact, chain: Chain, limit: int) -> Match:
-    """A match that ends at a checkpoint, or nothing for want of one."""
-    end = cut.checkpoint.end if cut.checkpoint else 0
-    reason = Reason.NO_CHECKPOINT if end < found.n_tokens else _why(shared, found, chain, limit)
-    if reason is Reason.NO_CHECKPOINT and cut.better:
-        reason = Reason.FIDELITY
-    return Match(end, reason, cut.rows, cut.checkpoint, cut.diverged and end < limit)
-
-
 def _why(shared: Shared, found: Found, chain: Chain, limit: int) -> Reason:
     """The reason why a match is not longer."""
     if found.n_tokens >= limit:
@@ -234,7 +224,7 @@ class Matcher:
         if not shared.index.is_there:
             return Match(0, Reason.UNAVAILABLE)
         if limit and root not in shared.namespaces:
-            why = _why(shared, Found((), 0, 0, root, False), chain, limit)
+            why = _why(shared, Found((), 0, 0, False), chain, limit)
             return Match(0, Reason.IDENTITY if why is Reason.UNKNOWN_PREFIX else why)
         if shared.is_key_missing(root):
             return Match(0, Reason.KEY_MISSING)
@@ -244,11 +234,16 @@ class Matcher:
             cut = longest_exact(view, chain, found, fidelity_min) if exact and found.n_tokens else None
             templates = view.templates
         nearest = found.rows[-1][0] if found.rows else b""
-        if cut is None:
+        cut = cut or Exact(found.rows, None, better=False, diverged=False)
+        end = found.n_tokens
+        if exact:
+            end = 0 if cut.checkpoint is None else cut.checkpoint.end
+        if end < found.n_tokens:
+            why = Reason.FIDELITY if cut.better else Reason.NO_CHECKPOINT
+        else:
             why = _why(shared, found, chain, limit)
-            return Match(found.n_tokens, why, found.rows, None, False, templates, found.n_tokens, nearest)
-        matched = _exact(shared, found, cut, chain, limit)
-        return replace(matched, templates=templates, common_tokens=found.n_tokens, nearest=nearest)
+        is_fork = cut.diverged and end < limit
+        return Match(end, why, cut.rows, cut.checkpoint, is_fork, templates, found.n_tokens, nearest)
 
     def checkpoint_at(self, chain: Chain) -> Row | None:
         """The checkpoint after exactly the last token. Whether there are blocks up to it, a match says."""

@@ -31,7 +31,7 @@ from kvstore.server.threads import Threads
 from kvstore.server.tier.remote_choice import PREFILL_TOKENS_PER_S, TIME_SHARE, Want
 from kvstore.server.tier.remote_path import BEATS, Promoted
 from kvstore.server.tier.remote_tier import Remote
-from kvstore.telemetry.requests import Outcome, known_reason
+from kvstore.telemetry.requests import Outcome
 from kvstore.telemetry.why import StoreEnd
 from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
@@ -350,7 +350,7 @@ class KVStoreService(rpc.KVStoreServicer):
             telemetry.requests.computes(request.speed.namespace_id, request.speed.tokens_per_s)
             return pb.ReportReply()
         if request.reason and not request.key:
-            telemetry.counters.stored(known_reason(request.reason))
+            telemetry.counters.stored(Reason.of(request.reason, Reason.INVALID))
             return pb.ReportReply()
         if len(request.key) != KEY_BYTES:
             raise InvalidRequestError(f"a block key has {KEY_BYTES} bytes, got {len(request.key)}")

@@ -294,7 +294,8 @@ class Requests:
             return
         asked, n_tokens, reason = hit.asked, hit.n_tokens, hit.reason
         if outcome.reason:
-            n_tokens, reason = min(outcome.n_tokens, n_tokens), known_reason(outcome.reason)
+            # A name that is not known is of a worker that makes it up: such names fill no counters.
+            n_tokens, reason = min(outcome.n_tokens, n_tokens), Reason.of(outcome.reason, Reason.INVALID)
         if not n_tokens:
             self._tell_miss(asked, reason)
             return
@@ -341,14 +342,6 @@ class Requests:
             **fields,
         }
         self._log(level, "%s", lines.with_id(line, asked.request_id), extra={"fields": said})
-
-
-def known_reason(name: str) -> Reason:
-    """The reason that a worker names; INVALID for an unknown one, so that made-up names fill no counters."""
-    try:
-        return Reason(name)
-    except ValueError:
-        return Reason.INVALID
 
 
 def _put(table: OrderedDict[Any, T], key: Any, value: T) -> T | None:

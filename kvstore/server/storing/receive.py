@@ -93,7 +93,7 @@ class Receiver:
         """
         root = upload.namespace.root
         parent = upload.chain.parent(upload.first_block)
-        profile, record = upload.choice.profile, upload.namespace.to_record()
+        profile = upload.choice.profile
         threshold = max(self._config.min_quantize_tokens, profile.min_quantize_tokens)
         quantize = upload.n_tokens >= threshold and profile.fidelity < FIDELITY_EXACT
         # Tokens that follow restored or spliced ones are at most as exact as those.
@@ -120,15 +120,13 @@ class Receiver:
                 tokens=upload.chain.tokens[start * TOKEN_BYTES : end * TOKEN_BYTES],
                 fidelity=fidelity,
                 runs=tuple(one.run for one in encoded),
-                created_s=int(time.time()),
-                namespace=record,
                 origin=self._origin(upload, start, end),
             )
             buffers = [buffer for one in encoded for buffer in one.buffers]
             yield NewBlock(block, buffers)
             parent = block.key
         if upload.states:
-            yield self._new_checkpoint(upload, record, fidelity, memory[len(upload.keys) % len(memory)])
+            yield self._new_checkpoint(upload, fidelity, memory[len(upload.keys) % len(memory)])
         upload.intake.finish(self._config.limits.upload_idle_s)
 
     def _origin(self, upload: Upload, start: int, end: int) -> Origin | None:
@@ -143,7 +141,7 @@ class Receiver:
             auto, settled = auto and was_auto, settled or was_settled
         return Origin(auto, settled) if auto or settled else None
 
-    def _new_checkpoint(self, upload: Upload, record: bytes, fidelity: int, memory: memoryview) -> NewBlock:
+    def _new_checkpoint(self, upload: Upload, fidelity: int, memory: memoryview) -> NewBlock:
         """The states after the last token, byte for byte; `fidelity` is that of the tokens they were computed from."""
         chain = upload.chain
         block = Block(
@@ -154,8 +152,6 @@ class Receiver:
             tokens=chain.tail,
             fidelity=fidelity,
             runs=(),
-            created_s=int(time.time()),
-            namespace=record,
             states=upload.states,
         )
         buffers = []
