@@ -238,8 +238,8 @@ def test_documents_name_no_index(path: Path) -> None:
     assert "pypi" not in text_of(path).lower()
 
 
-def test_the_model_that_the_documents_write_is_not_written_to_a_folder_of_the_name_of_an_option(tmp_path: Path) -> None:
-    """`--help` helps."""
+def test_the_model_writer_answers_help_and_writes_no_folder_named_help(tmp_path: Path) -> None:
+    """It takes its first argument for a folder."""
     command = [sys.executable, "-m", "tests.support.models", "--help"]
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
     shown = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 
 from kvstore.client.client import Client
-from kvstore.server.daemon import not_of_the_gone
+from kvstore.server.daemon import unless_caller_gone
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.fake_daemon import FakeDaemon
 from tests.support.synthetic import make_layout, make_namespace
@@ -73,7 +73,7 @@ def test_a_fetch_by_path_ends_its_lease_at_once() -> None:
 def test_the_daemons_log_has_no_tracebacks_of_callers_that_are_gone(caplog: pytest.LogCaptureFixture) -> None:
     """A failed batch and a cancelled handler are dropped; what gRPC refuses to begin, and whatever else, is not."""
     logger = logging.getLogger("tests.orderly_end")
-    logger.addFilter(not_of_the_gone)
+    logger.addFilter(unless_caller_gone)
     for error in (
         grpc.aio.InternalError('Failed "execute_batch": (<SendStatusFromServerOperation>,)'),
         asyncio.CancelledError(),

@@ -93,8 +93,8 @@ def test_bars_are_the_hours_of_the_history(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("uptime_s", "words"), [(600, "in the 10 m since the start"), (3600, "in the last hour")])
-def test_the_figures_of_late_say_their_span(uptime_s: int, words: str) -> None:
-    """A daemon that is up for ten minutes knows of no hour."""
+def test_recent_figures_name_the_span_that_they_cover(uptime_s: int, words: str) -> None:
+    """A daemon that is up for ten minutes has no last hour."""
     text = made(5, uptime_s=uptime_s)
     assert text.count(f"{words} ") == 2 and ("last hour" in text) == (uptime_s >= HOUR_S)
 

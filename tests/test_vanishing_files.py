@@ -1,4 +1,4 @@
-"""Whoever lists files and then looks at them may find that some are gone: by another thread, a daemon, a person."""
+"""Files that are removed after they were listed, by another thread, a daemon or a person, are no error."""
 
 from __future__ import annotations
 

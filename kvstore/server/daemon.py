@@ -314,7 +314,7 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False, at_on
     delete without a wait, however much it is; only at this start, not when a directory that was away is back.
     """
     log_daemon(config.log_level, as_json=log_json)
-    logging.getLogger(GRPC_LOGGER).addFilter(not_of_the_gone)
+    logging.getLogger(GRPC_LOGGER).addFilter(unless_caller_gone)
     os.umask(0o077)
     raise_file_limit()
     keep_freed_memory()
@@ -351,12 +351,12 @@ class _Loop(asyncio.SelectorEventLoop):
         return True
 
 
-def not_of_the_gone(record: logging.LogRecord) -> bool:
-    """Whether a record of gRPC is worth a line; a traceback to say that a call's caller is gone is not.
+def unless_caller_gone(record: logging.LogRecord) -> bool:
+    """A log filter: False for a record of gRPC whose traceback only says that the caller of a call is gone.
 
-    A stop, a deadline, or a cancel that crosses the status of a handler: gRPC raises CancelledError, or says that a
-    batch of operations failed, when it was under way before gRPC knew of the end. A batch that gRPC would not even
-    begin is a mistake of ours, and has other words.
+    After a stop, a deadline, or a cancel that crosses the status of a handler, gRPC raises CancelledError. Or it says
+    that a batch of operations failed, if that was under way before gRPC knew of the end. A batch that gRPC refuses to
+    begin is a bug of ours, and has another text.
     """
     error = record.exc_info[1] if record.exc_info else None
     is_gone = isinstance(error, asyncio.CancelledError) or (

@@ -21,7 +21,7 @@ OPEN = {"connect_ms": 20_000, "stall_ms": 60_000, "total_ms": 60_000}
 UNFILTERED = """
 import sys
 from kvstore.server import daemon
-daemon.not_of_the_gone = lambda record: True
+daemon.unless_caller_gone = lambda record: True
 from kvstore.cli import main
 sys.argv = ["kvstore", "serve", *sys.argv[1:]]
 main()
