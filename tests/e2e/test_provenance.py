@@ -20,7 +20,7 @@ from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelKey, ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
 from tests.support.daemon import DaemonProcess
-from tests.support.models import expand_small_lm, heldout_tokens
+from tests.support.models import heldout_tokens, write_tiny
 from tests.support.sessions import client_of, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
 from tests.test_prompt_cache import Provider
@@ -58,7 +58,7 @@ class Server:
 @pytest.fixture
 def servers(shared_daemon: DaemonProcess, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     """New servers of one model, which share nothing with those of other tests."""
-    folder = expand_small_lm(tmp_path / "small")
+    folder = write_tiny(tmp_path / "small", dtype=mx.bfloat16)
     model = load(str(folder))[0]
     digests = WeightsDigest(tmp_path / "cache")
     assert digests.wait(folder, 60.0)
