@@ -79,7 +79,7 @@ test: $(INSTALLED) test-oldest
 	@$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-oldest: $(INSTALLED_OLDEST)
-	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist loadfile -p no:cacheprovider $(LAYER_SUITE)
+	@$(VENV_OLDEST)/bin/python -m pytest -n 2 --dist worksteal -p no:cacheprovider $(LAYER_SUITE)
 
 gpu: $(INSTALLED)
 	@$(GPU_PYTHON) -m pytest -q -s -p no:cacheprovider tests/e2e/test_gpu.py
