@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -45,13 +46,13 @@ class Terminal:
         self.process = subprocess.Popen(command, env=env, stdin=follower, stdout=follower, stderr=follower)
         os.close(follower)
         os.set_blocking(self._leader, False)
-        self.text = ""
+        self.text, self._decoder = "", codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
 
     def read(self) -> str:
         """All that was written so far."""
         with contextlib.suppress(OSError):  # nothing now, or the end
             while part := os.read(self._leader, 1 << 16):
-                self.text += part.decode()
+                self.text += self._decoder.decode(part)
         return self.text
 
     def wait(self, words: str, after: int = 0) -> None:
