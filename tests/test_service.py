@@ -22,6 +22,7 @@ from kvstore.cli import managers, service
 from kvstore.cli.app import cli
 from kvstore.cli.managers import Host, Launchd, Systemd, daemon_command
 from kvstore.errors import KVStoreError, UnavailableError, VersionError
+from tests.support.servers import wait_until
 from tests.support.service_tools import ServiceTools
 
 UID = 501
@@ -202,7 +203,13 @@ def test_logs_are_those_of_the_manager(desk: Desk, monkeypatch: pytest.MonkeyPat
         assert desk.invoke("logs", "-n", "2").stdout == "two\nthree\\x1b[31m\n"
         return
     desk.invoke("install")
-    assert json.loads(desk.invoke("logs", "--json").stdout)["lines"] == ["serving"]
+
+    def lines() -> list[str]:
+        found: list[str] = json.loads(desk.invoke("logs", "--json").stdout)["lines"]
+        return found
+
+    wait_until(lambda: bool(lines()), 30, lambda: "the service says nothing")
+    assert lines() == ["serving"]
     assert desk.tools.calls()[-1] == "journalctl --user-unit kvstore.service --lines 100 --output cat --no-pager"
     assert desk.invoke("logs", "--follow", "--json").exit_code == 2
     with monkeypatch.context() as patched:
