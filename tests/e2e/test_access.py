@@ -18,6 +18,7 @@ from kvstore.blobs.pack_file import PackFile
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
 from kvstore.errors import CredentialsError, ScopeError, UnavailableError
+from kvstore.wire.handshake import PROTOCOL_KEY
 from tests.support.daemon import DaemonProcess, run_cli
 from tests.support.files import files_below, paths_below
 from tests.support.limits import small_config
@@ -209,6 +210,16 @@ def test_certificates_let_workers_in_and_admins_further(by_certificate: DaemonPr
             worker.evict(all=True)
     with connecting(by_certificate, part(tls, "admin", "cert", "key", "ca")) as admin:
         assert admin.stats()["disk"]["blobs"] == 2
+
+
+def test_an_admin_with_a_certificate_is_told_why_a_call_is_refused(by_certificate: DaemonProcess, tls: Path) -> None:
+    """Here for its version."""
+    names = ("ca.pem", "key.pem", "cert.pem")
+    credentials = grpc.ssl_channel_credentials(*((tls / "admin" / name).read_bytes() for name in names))
+    with grpc.secure_channel(by_certificate.listen, credentials) as channel:
+        with pytest.raises(grpc.RpcError, match="this daemon speaks protocol") as caught:
+            channel.unary_unary("/kvstore.v1.Admin/Stats")(b"", metadata=((PROTOCOL_KEY, "999"),), timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
 
 
 def test_without_a_certificate_of_the_ca_there_is_no_connection(

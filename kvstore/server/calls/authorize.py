@@ -158,7 +158,7 @@ def for_admins(handler: Any) -> Any:
             await abort(context, ScopeError(f"this takes the certificate of an admin, whose name is {ADMIN_NAME}"))
         return await behaviour(request, context)
 
-    for name in ("unary_unary", "unary_stream", "stream_unary"):
-        if (behaviour := getattr(handler, name)) is not None:
-            return handler._replace(**{name: functools.partial(guarded, behaviour)})
-    return refusing(ScopeError("no such admin verb"))
+    # No verb streams both ways: such a handler tells an admin why the call is refused.
+    kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
+    kind = next(name for name in kinds if getattr(handler, name) is not None)
+    return handler._replace(**{kind: functools.partial(guarded, getattr(handler, kind))})
