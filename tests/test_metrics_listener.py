@@ -210,6 +210,15 @@ def test_a_socket_of_a_daemon_that_was_killed_is_taken_over_and_one_in_use_is_no
         made.listen()
         with pytest.raises(DirectoryError, match="another process listens"):
             metrics_listener.bind_unix(path)
+    with metrics_listener.bind_unix(path) as busy, contextlib.ExitStack() as waiting:
+        busy.listen(0)
+        for _ in range(2):
+            one = waiting.enter_context(socket.socket(socket.AF_UNIX))
+            one.setblocking(False)
+            one.connect_ex(path)
+        with pytest.raises(DirectoryError, match="another process listens"):
+            metrics_listener.bind_unix(path)
+        assert os.path.exists(path)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DirectoryError, match="not a socket"):
         metrics_listener.bind_unix(str(tmp_path / "file"))

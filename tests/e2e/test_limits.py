@@ -183,7 +183,7 @@ def test_calls_that_hang_leave_a_place_for_admins_and_health(daemon: DaemonProce
         assert error_of(next(call for call in calls if call.done())).retry_s > 0
         with client_of(daemon) as client:
             assert client.stats()["daemon"]["state"] == "serving"
-        assert daemon.healthy(5.0)
+        assert daemon.healthy(60.0)
         stop.set()
     for one in workers:
         one.channel.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import os
@@ -198,7 +199,8 @@ def bind_unix(path: str) -> socket.socket:
             raise DirectoryError(f"metrics_listen: {path} is in the way and is not a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
-            if probe.connect_ex(path) == 0:
+            # One that is too busy to take a connection listens, too.
+            if probe.connect_ex(path) not in (errno.ENOENT, errno.ECONNREFUSED):
                 raise DirectoryError(f"metrics_listen: another process listens on {path}")
         file.unlink(missing_ok=True)
         made.bind(path)
