@@ -157,7 +157,9 @@ def _host(context: click.Context, option: click.Parameter, values: tuple[str, ..
     "--host", "hosts", multiple=True, metavar="NAME", callback=_host, help="Name or address that clients use."
 )
 @click.option("--dir", "directory", metavar="DIR", help="Where to write.  [default: tls beside the configuration file]")
-@click.option("--days", type=click.IntRange(1, 3650), default=DAYS, show_default=True, help="How long it all is valid.")
+@click.option(
+    "--days", type=click.IntRange(1, 3650), default=DAYS, show_default=True, help="How long the certificates are valid."
+)
 @click.option("--force", is_flag=True, help="Replace existing files. Clients that use the old ones are then refused.")
 @common_options
 def command(

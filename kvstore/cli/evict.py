@@ -38,14 +38,14 @@ ALL_BYTES = 1 << 62
     "idle_s",
     type=age_option,
     metavar="AGE",
-    help="Blocks not used for so long, with a unit: 90s, 15m, 12h, 30d, 2w.",
+    help="Blocks not used for this long, with a unit: 90s, 15m, 12h, 30d, 2w.",
 )
 @click.option(
     "--bytes",
     "nbytes",
     type=size_option,
     metavar="SIZE",
-    help="Free so much, the least recently used first.",
+    help="Free this much, the least recently used first.",
 )
 @click.option("--orphans", is_flag=True, help="Namespaces that no worker has used for 30 days: see `kvstore stats`.")
 @click.option("--all", "everything", is_flag=True, help="Every block.")
@@ -71,7 +71,7 @@ def command(
 ) -> None:
     """Remove the blocks that fit every selection given, and report the bytes freed on disk.
 
-    Leading digits of an id or a key that several have are refused.
+    An id or key may be shortened to its first digits; digits that fit several are refused.
     """
     narrowed = any(value is not None for value in (namespace, key, idle_s, nbytes, orphans or None))
     if not narrowed and not everything:

@@ -32,9 +32,7 @@ MANY_DIVISOR = 10
 @click.command("set")
 @click.argument("target", metavar="NAMESPACE|daemon")
 @click.argument("assignments", metavar="KEY=VALUE", nargs=-1, required=True)
-@click.option(
-    "--yes", is_flag=True, help="Delete at once, however much it is: without asking, or the wait of a script."
-)
+@click.option("--yes", is_flag=True, help="Delete at once, without the question or, in a script, the wait.")
 @common_options
 def command(
     target: str,

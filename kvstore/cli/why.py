@@ -74,9 +74,9 @@ def command(
 ) -> None:
     """Say why PROMPT (text with --model, or token ids), a file, or the --last requests were not restored as a whole.
 
-    Where all of a prompt is stored, the answer says `hit`.
-    Shown are the nearest stored prompt, the 12 tokens on both sides of the place where it parts, and what changed there
-    if that is known. The daemon remembers 256 requests, in memory, and none of encrypted namespaces or of tenants.
+    The answer shows the nearest stored prompt, the 12 tokens on both sides of the place where the two part, and what
+    changed there if that is known. If all of the prompt is stored, it says `hit`. The daemon remembers 256 requests, in
+    memory, and none of encrypted namespaces or of tenants.
     """
     if sum(one is not None for one in (prompt, prompt_file, last)) != 1:
         raise click.UsageError("give one of PROMPT, --prompt-file and --last")

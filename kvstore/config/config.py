@@ -82,7 +82,7 @@ class Config:
     ttl: int = _key(
         "storage",
         parsers.parse_age,
-        "Evict what was not used for so long, such as 30d or 12h. 0: keep it until its space is needed.",
+        "Evict what was not used for this long, such as 30d or 12h. 0: keep it until its space is needed.",
         "time",
         default=0,
     )
