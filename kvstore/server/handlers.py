@@ -323,7 +323,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 await self._stores.give_up(stream.upload)
 
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
-        task = self._stores.commit(request.upload_id)
+        task = await self._stores.commit(request.upload_id)
         yield pb.CommitStoreReply(reason=Reason.OK)
         outcome = await asyncio.shield(task)
         yield pb.CommitStoreReply(

@@ -446,11 +446,12 @@ def test_scales_that_are_not_finite_are_refused(client: Client, peer: Peer, daem
     assert message.alias not in [row["alias"] for row in client.stats()["namespaces"]]
 
 
-def test_a_commit_of_what_was_never_sent_stores_nothing(peer: Peer) -> None:
-    """Whichever way it was to come."""
+def test_a_commit_of_what_was_never_sent_stores_nothing(peer: Peer, daemon: DaemonProcess) -> None:
+    """Whichever way it was to come. The upload is over by then: who begins again need not wait for it."""
     for transport in (pb.TRANSPORT_PATH, pb.TRANSPORT_STREAM):
         reply = peer.begin(transport=transport)
         fails(INVALID, lambda reply=reply: peer.commit(reply.upload_id), "0 bytes")
+        assert not daemon.left_over()
 
 
 # -- admin -------------------------------------------------------------------------------------------------------------

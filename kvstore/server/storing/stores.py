@@ -35,18 +35,19 @@ class Stores:
             task.add_done_callback(functools.partial(self._ended, upload))
         return self._running[upload.upload_id][1]
 
-    def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
+    async def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
         """The outcome of an upload whose bytes are all sent. The upload completes even if the caller goes away.
 
-        Raises InvalidRequestError, NotFoundError, and the error of an upload that has failed already.
+        Raises InvalidRequestError once nothing is left of the upload, so that one that begins then does not depend on
+        it; NotFoundError, and the error of an upload that has failed already.
         """
         upload = self._store.uploads.get(upload_id)
         try:
             upload.intake.commit()
         except InvalidRequestError:
             if upload.intake.error is None:
-                self._threads.release.post(self._store.uploads.give_up, upload)
                 self._told(upload, 0, 0, Reason.INVALID)
+                await self.give_up(upload)
             raise
         return self.begin(upload)
 
