@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from kvstore.bench.shape import Shape, arrays_of, load, save
 from kvstore.cli.app import cli
 from kvstore.cli.bench import command
 from kvstore.codecs.profiles import PROFILES
+from kvstore.core import limits
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
 from tests.bench import store
+from tests.support.limits import NAMES, OPEN_DEADLINES
 from tests.support.models import write_tiny
 
 TINY = ("--layers", "2", "--kv-heads", "2", "--head-dim", "64", "--seq-len", "300", "--rounds", "2")
@@ -223,8 +226,11 @@ def test_a_worker_that_ends_is_an_error_and_not_a_wait() -> None:
         concurrency.Worker(concurrency.WorkerJob(daemon.config.listen, SHAPE, "raw", 0))
 
 
-def test_ttft_restores_the_prompt_of_a_model(tmp_path: Path) -> None:
+def test_ttft_restores_the_prompt_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cold, with the store, and by a new connection to a daemon that was restarted."""
+    patient = {name: value for name, value in OPEN_DEADLINES.items() if name in NAMES}
+    monkeypatch.setattr(limits, "DEFAULT", replace(limits.DEFAULT, **patient))
+    monkeypatch.setenv("KVSTORE_FETCH_TOTAL_MS", str(OPEN_DEADLINES["fetch_total_ms"]))
     model = write_tiny(tmp_path / "tiny")
     found = answer("ttft", "--model", str(model), "--seq-len", "300", "--rounds", "1")
     assert found["cases"].keys() == {"cold", "with the store", "after a restart"}
