@@ -113,7 +113,7 @@ class KeyRing:
 
     @property
     def roots(self) -> list[bytes]:
-        """The namespaces that have a key, be it in memory only, or a file that did not go."""
+        """The namespaces that have a key, also if it is in memory only, or in a file that could not be removed."""
         return list({*self._keys, *self._unwritten.keys(), *self._unsure})
 
     @property

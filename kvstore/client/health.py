@@ -45,11 +45,11 @@ class Notice:
 
 
 ASK_S = 5.0
-# While it is away it is asked for again for so long after the last call that wanted it, then by the next call only.
+# How long after the last call that wanted it a daemon that is away is asked again; then only the next call asks.
 WANTED_S = 60.0
-# Looks in vain, after which a miss says that nothing is asked any more.
+# After this many failed looks a miss says that the daemon is not asked any more.
 VAIN_MAX = 3
-# A patient question that ends sooner than this was not patient: the next call asks, lest it be asked all the time.
+# A patient question that ends sooner than this did not wait: the next call asks, or there would be no end of asking.
 PATIENT_S_MIN = 0.2
 # How long a question may be open before stores are refused, which have to copy KV first.
 OPEN_S_MAX = 1.0

@@ -1,7 +1,7 @@
 """Packs: what an Export call answers becomes a .kvpack file, and what is in one goes to an Import call.
 
-The file is this process's, never the daemon's: it has the rights of whoever asks, also when the daemon is on another
-host. Both ways hold a piece of 1 MiB at a time.
+The file is this process's, never the daemon's: it has the rights of the user who asks, also when the daemon is on
+another host. Both ways hold a piece of 1 MiB at a time.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Context:
     `first_token`: position in the sequence of the first token of the arrays, hidden ones too; the others follow.
     `part` ("keys" or "values") and `layers`, by index in the layout: which the arrays are, in their order.
     `aux`: digest -> bytes of the files that recipes refer to (`Recipe.references`), checked against the digest by
-    whoever loaded them. `spare_tokens`: number of rows at the end that are head-room, zeros that decode to zeros.
+    the code that loaded them. `spare_tokens`: number of rows at the end that are head-room, zeros that decode to zeros.
     Immutable; any thread.
     """
 

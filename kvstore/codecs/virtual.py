@@ -139,7 +139,7 @@ class VirtualFile(io.RawIOBase, Generic[T]):
         self._arrays = arrays
         if self._order:
             return self
-        # Each job holds the memory that it writes to, so that a read which is abandoned writes to nobody else's.
+        # Each job holds the memory that it writes to, so that an abandoned read never writes to memory that was reused.
         work = [(fill, device.flat_bytes(arrays[name]).data) for name, (_, fill) in self._fills.items()]
         try:
             for job in _jobs(work, self._reads.jobs_max):

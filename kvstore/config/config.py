@@ -2,7 +2,7 @@
 
 A key is one field of `Config`; its group, parser, help and unit are the field's metadata. The command line, `kvstore
 config show` and the check of deploy/example.toml are made from them. A key is a decision that a user makes; a number
-that nobody tunes belongs to `kvstore.core.limits`, and a test bounds how many keys there are. Nothing reads the
+that needs no tuning belongs to `kvstore.core.limits`, and a test bounds how many keys there are. Nothing reads the
 environment or the file anywhere else, and a `Config` that exists is valid, wherever it came from.
 """
 

@@ -201,7 +201,7 @@ def claim(data_dir: Path, keys_dir: Path | None = None) -> tuple[Directory, Dire
 
 
 def require_store(data_dir: Path) -> None:
-    """DirectoryError naming the fix when a directory holds no store, be it that its volume is away."""
+    """DirectoryError naming the fix when a directory holds no store, or when its volume is not mounted."""
     try:
         names = os.listdir(data_dir)
     except FileNotFoundError:

@@ -67,7 +67,7 @@ class Evictions:
             new: self.number
         }
         if len(self._marks) > MARKS_MAX:
-            # The oldest counts for everything from now on: only a store that saw so many evictions can tell.
+            # The oldest counts for everything from now on: only a store that outlasts this many evictions is affected.
             oldest = next(prefixes for prefixes in self._marks if any(prefixes))
             self._marks[b"", b""] = max(self._marks.pop(oldest), self._marks.get((b"", b""), 0))
 
@@ -97,7 +97,7 @@ class Evictions:
 class Lost:
     """Records why blocks were deleted, for the last `limit` keys. Any thread may call.
 
-    Deletions are numbered, so that whoever remembers something of a block can ask whether it was deleted since.
+    Deletions are numbered, so that code which remembers something of a block can ask whether it was deleted since.
     """
 
     def __init__(self, limit: int) -> None:

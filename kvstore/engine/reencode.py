@@ -63,7 +63,7 @@ class Reencoded:
 
 
 def coldest(table: Table, namespaces: Collection[int], leased: Collection[bytes], count_max: int) -> list[bytes]:
-    """Keys of blocks to re-encode next: at most so many that `auto` stored, the least recently used first.
+    """Keys of blocks to re-encode next: at most `count_max` that `auto` stored, the least recently used first.
 
     Blocks whose children were all re-encoded count as leaves; a child that a named profile stored keeps its ancestors
     as they are. Nothing that is pinned or leased, nor what leads to it. Checkpoints are exact and stay.
@@ -101,8 +101,8 @@ class Reencoder(Writer):
         return list(self._shared.namespaces)
 
     def claim(self, keys: Collection[bytes]) -> None:
-        """Note that a session that names its profile relies on these blocks: they stay as they are, whoever stored
-        them. Written with the next commit, or within half a minute; a crash before that loses it."""
+        """Note that a session that names its profile relies on these blocks: they stay as they are, even if another
+        session stored them. Written with the next commit, or within half a minute; a crash before that loses it."""
         if keys:
             with self._shared.lock:
                 self._shared.index.table.claim(keys)

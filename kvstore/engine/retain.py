@@ -200,7 +200,7 @@ def released_bytes(table: Table, keys: Iterable[bytes]) -> int:
 _FORKS = 3
 # Prompts that diverged at a place so often make it one that is kept.
 _FORK_HITS = 2
-# Without a checkpoint a prompt may have to prefill at most so many times what it must. That keeps at most 8
+# Without a checkpoint a prompt may have to prefill at most this many times what it must. That keeps at most 8
 # checkpoints of an agent's 30 calls, and 14 of 1,000; 2 times would keep 10 and 20.
 _TIMES_MAX = 3.0
 # One that saves at least 1/_PARTS of the chain stays, as the end of a user's message after a long round of calls does.

@@ -36,7 +36,7 @@ from kvstore.index.transaction import Edit
 
 # `none`, without any sync, is for tests: the configuration does not offer it.
 DURABILITIES = ("commit", "full", "none")
-# A namespace that no caller named for so long is an orphan: its model, adapter or engine has changed since, or is gone.
+# A namespace that no caller named for this long is an orphan: its model, adapter or engine was changed or is gone.
 ORPHAN_S = 30 * 86_400
 _DAY_S = 86_400
 # In the index: the clock of times to live when it was last written.

@@ -140,8 +140,9 @@ class Writer:
         `since`: the `evictions` when the store began, None: now; EVICTED, and nothing of it stays, when the namespace
         was evicted later.
         `blocks` is pulled one at a time, as room is made: the bytes of a block are not needed when the next is asked
-        for, or with `ahead` the one so many later: they are written meanwhile. `agreed` is called when all that will be
-        stored is on the disk, under temporary names, before any of it is visible: it may wait for the caller's word.
+        for, or with `ahead` when one that many blocks later is: they are written meanwhile. `agreed` is called when all
+        that is to be stored is on the disk, under temporary names, before any of it is visible: it may wait for the
+        caller's word.
         An exception out of either is raised again and nothing is stored.
         Stops early, and keeps what came before, with DEPENDENCY_LOST when a parent is gone, NO_BASIS when an aux block
         that it refers to is not there, and STORE_FULL when there is no room. Raises InvalidRequestError for blocks that

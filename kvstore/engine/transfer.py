@@ -50,8 +50,8 @@ class Transfer:
         """All blobs of the namespace whose id starts so, the latest used chains first; or one chain up to a key.
 
         With a chain go the checkpoints along it and what its recipes refer to. NotFoundError when nothing starts so;
-        InvalidRequestError when several do, or when the namespace is encrypted or a tenant's: what is moved can be read
-        by whoever has it.
+        InvalidRequestError when several do, or when the namespace is encrypted or a tenant's: anyone who has
+        what is moved can read it.
         """
         shared = self._shared
         if key_prefix:

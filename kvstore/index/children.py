@@ -92,8 +92,8 @@ def is_covered(view: View, row: Row) -> bool:
 def replaced_by(view: View, row: Row, short_tokens: int = 0) -> list[Row]:
     """Rows that a new row takes the place of: the one of its key and, unless it is a checkpoint or aux, shorter tails.
 
-    A tail of higher fidelity stays, for those who take nothing less, unless it ends before `short_tokens`: so short a
-    sequence is not quantized whoever stores it, and what it is kept as until it grows is no promise.
+    A tail of higher fidelity stays, for callers who take nothing less, unless it ends before `short_tokens`. So short a
+    sequence is never quantized, for any caller, and its fidelity until it grows is no promise.
     """
     held = view.row(row.key)
     shorter = [] if row.kind else _shorter_tails(view, row.root, row.parent, row.tokens)

@@ -102,7 +102,7 @@ class Filling:
         self.n_tokens = self._given = self._checkpoint = prompt.covered
 
     def reached(self, n_tokens: int, view: View) -> None:
-        """The engine has computed so many tokens, and is between two steps; `view()` gives its cache layers."""
+        """The engine has computed `n_tokens` tokens, and is between two steps; `view()` gives its cache layers."""
         self.n_tokens, limits = n_tokens, self._cache.store_config.limits
         checkpoint = self._has_checkpoints and n_tokens - self._checkpoint >= limits.prefill_checkpoint_tokens
         if checkpoint or n_tokens - self._given >= limits.prefill_part_tokens:

@@ -77,7 +77,7 @@ class FirstTouches:
         self._offered: deque[Offered] = deque()
 
     def begin(self, model: Hashable, tokens: list[int], in_memory: int) -> Touch:
-        """A prompt was looked up; memory had so many of its leading tokens. Those who change the model call this.
+        """A prompt was looked up; memory had `in_memory` of its leading tokens. Code that changes the model calls this.
 
         With another model than before, the young sequences of that one are offered.
         """

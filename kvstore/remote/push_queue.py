@@ -189,7 +189,7 @@ class Offers:
         """
         with self._lock:
             for key in keys:
-                # A key that waits keeps its place: what is asked for often would else always be last.
+                # A key that waits keeps its place: otherwise what is asked for often would always be last.
                 if key not in self._waiting and not self._walked.has(key):
                     # Counted as one block, however long the chain: so far only its last key is known.
                     if len(self._waiting) == WAITING_MAX:
@@ -257,7 +257,7 @@ class _Recent:
         return self._keys[key][1]
 
     def note(self, keys: Iterable[bytes], why: RemoteReason | None = None) -> None:
-        """Now."""
+        """Note keys as of now, with a reason or none."""
         now_s = self._clock()
         for key in keys:
             self._keys[key] = (now_s, why)

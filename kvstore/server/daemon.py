@@ -295,7 +295,8 @@ def add_services(
 async def every_second(work: Callable[[], Awaitable[object]]) -> None:
     """Await `work()` again and again, a second after it ended; no error of the system or of the store ends that.
 
-    What the system refuses, it may give the next time. What is damaged has its traceback: nobody else tells of it.
+    What the system refuses now, it may grant the next time. Damage is logged with its traceback: no other log line has
+    it.
     """
     while True:
         await asyncio.sleep(UPKEEP_EVERY_S)

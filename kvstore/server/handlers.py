@@ -37,10 +37,10 @@ from kvstore.wire.frames import CHUNK_BYTES, PromptRequest, UploadBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
-# So many turns of the loop lie between a caller that goes away and the CancelledError of its handler. Once the reply is
-# on its way nothing tells what becomes of it: gRPC's callbacks say "done" and no code, whether it was read or lost, and
-# the end of a connection is told to no handler. Such an upload is given up as any other that is idle.
-HEARING_TURNS = 3
+# Turns of the event loop between the moment a caller goes away and the CancelledError in its handler. Once the reply is
+# on its way, gRPC does not say whether it was read or lost: its callbacks have no code for that, and no handler learns
+# of the end of a connection. An upload whose reply was lost is given up like any other that is idle.
+CANCEL_TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class KVStoreService(rpc.KVStoreServicer):
             await self._notes.await_before_store()
             planning = self._threads.plan(self._begin, prompt)
             plan, reply = await asyncio.shield(planning)
-            for _ in range(HEARING_TURNS):
+            for _ in range(CANCEL_TURNS):
                 await asyncio.sleep(0)
         except InvalidRequestError:
             counters.stored(Reason.INVALID)

@@ -91,7 +91,7 @@ def listening_place(config: Config) -> Iterator[None]:
         for one in socket_paths(config):
             one.unlink(missing_ok=True)
     finally:
-        # While it is locked: whoever opened it before finds another name, or none, and opens that.
+        # While it is locked: a process that opened it before finds another file of this name, or none, and opens that.
         with contextlib.suppress(OSError):
             lock.unlink()
         os.close(fd)

@@ -127,7 +127,7 @@ class History:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
-            log.warning("%s cannot be read, so the history begins anew: %s", self._path, error)
+            log.warning("%s cannot be read, so the history starts again: %s", self._path, error)
             return {}
 
 

@@ -256,9 +256,8 @@ class Requests:
         self._say(logging.INFO, line + short, "stored", store.asked, **said)
 
     def not_stored(self, asked: Asked, held_tokens: int, reason: Reason) -> None:
-        """A store wrote nothing. That all of it is there already, or that it is short, is nobody's loss: a DEBUG line.
-
-        Also of a store that was begun, and given up.
+        """A store wrote nothing, or was begun and given up. The line is at DEBUG if nothing was lost: all of it is
+        there already, or it is too short.
         """
         if reason not in _OFFERED_AGAIN:
             self._count_reused(asked, held_tokens)
@@ -270,7 +269,7 @@ class Requests:
     # -- counting and saying ---------------------------------------------------------------------------------------
 
     def _count_reused(self, asked: Asked, n_tokens: int) -> None:
-        """So many leading tokens were not written; what an earlier upload of the prompt has counted is left out."""
+        """This many leading tokens were not written; what an earlier upload of the prompt has counted is left out."""
         reused = self.traffic.reused_bytes(asked.who.root, max(0, n_tokens - asked.continued))
         self.traffic.count(asked.who, Totals(reused_bytes=reused))
 

@@ -34,7 +34,7 @@ IDENTITIES_MAX = 64
 # Other namespaces that are searched for a prompt: of each request, and when an admin asks.
 OTHERS_MAX = 4
 OTHERS_ASKED_MAX = 256
-# So many more tokens in another namespace make the identity the cause.
+# This many more tokens in another namespace make the identity the cause.
 OTHER_TOKENS_MIN = 32
 log = logging.getLogger(__name__)
 _UNUSABLE = frozenset({Reason.CORRUPT, Reason.KEY_MISSING, Reason.UNKNOWN_RECIPE, Reason.SLOWER_THAN_PREFILL})

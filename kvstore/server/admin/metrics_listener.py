@@ -33,7 +33,7 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 log = logging.getLogger(__name__)
 
-# A scrape takes milliseconds; whoever needs longer to ask, or to read the answer, is let go.
+# A scrape takes milliseconds. A client that needs longer to ask, or to read the answer, is disconnected.
 SCRAPE_S = 10.0
 CONNECTIONS_MAX = 128
 BACKLOG = 128

@@ -1,4 +1,4 @@
-"""Ends calls with an error: kvstore's errors as gRPC status codes. On the event loop, which nothing here blocks."""
+"""Ends calls with an error: kvstore's errors as gRPC status codes. Runs on the event loop and does not block it."""
 
 from __future__ import annotations
 

@@ -36,8 +36,8 @@ NO_BASIS = "its basis is not in the store (any more): the last block that needed
 class ProfileChoice:
     """The profile chosen for a store. `refused`: why it is not the requested one. `warning`: a text for the caller.
 
-    `auto`: nobody named it, so that what is stored with it may be re-encoded with a smaller one, once; `smallest`: it
-    is that one already.
+    `auto`: the session did not name it, so that what is stored with it may be re-encoded with a smaller one, once.
+    `smallest`: it is that one already.
     """
 
     profile: Profile

@@ -2,8 +2,8 @@
 
 What a blob says is believed no more than what a worker sends: header, keys, namespace, rules of the layout and recipes
 are checked before memory is taken for its payload, then every checksum; only then the engine stores it, as any other
-block. That its values are what the model computed nobody can check, so importing takes an admin, and a remote tier is
-shared among those who trust each other.
+block. Whether its values are what the model computed cannot be checked. So importing takes an admin, and a remote tier
+is shared among those who trust each other.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from kvstore.errors import CorruptDataError, InvalidRequestError, LimitError
 from kvstore.wire.convert import namespace_from_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
-# Blobs that are stored together, with one sync of the folder and one commit: as many as this, or of so many bytes.
+# Limits on the blobs that are stored together, with one sync of the folder and one commit.
 BATCH_BLOBS, BATCH_BYTES = 128, 32 << 20
-# How long memory is waited for that others use.
+# How long to wait for memory that others use.
 MEMORY_S = 10.0
 
 

@@ -218,7 +218,7 @@ class StorePath:
         return 0 if exact else max(seen, request.touched_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
 
     def _begin_part(self, request: StoreRequest, namespace: NamespaceInfo, held: Match, n_tokens: int) -> StorePlan:
-        """Take so many leading tokens; the worker keeps the others, and offers them again."""
+        """Take this many leading tokens; the worker keeps the others, and offers them again."""
         part = max(n_tokens, held.n_tokens)
         self.admission.hold_back((request.chain.n_tokens - part) * namespace.layout.token_bytes)
         if n_tokens <= max(held.n_tokens, request.captured_from):

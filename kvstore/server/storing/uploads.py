@@ -84,8 +84,8 @@ class UploadSource(Protocol):
 class Intake:
     """The `nbytes` bytes of one upload. The upload's thread reads; any thread may call the other methods.
 
-    It is open until the worker commits it, or until it is given up; nobody but the daemon's stop or a broken connection
-    gives up what is committed. Counts the received bytes and the time spent waiting for the worker. The rest of an
+    It is open until the worker commits it, or until it is given up. Once committed, only the daemon's stop or a broken
+    connection gives it up. Counts the received bytes and the time spent waiting for the worker. The rest of an
     upload's time is the daemon's.
     """
 
@@ -283,7 +283,7 @@ class Upload:
 
     @property
     def wants_bytes(self) -> bool:
-        """Whether the worker has anything to hand over, be it of no bytes."""
+        """Whether the worker has anything to hand over; a piece of 0 bytes counts."""
         return bool(self.pieces or self.states)
 
     def alive(self, idle_s: float, bytes_per_s_min: int) -> bool:

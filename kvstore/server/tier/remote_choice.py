@@ -15,8 +15,8 @@ from kvstore.wire.v1 import kvstore_pb2 as pb
 
 # Fewer tokens than this are not asked for: half a block is computed in the time that asking may take.
 GAIN_TOKENS_MIN = 128
-# How fast a worker is taken to compute that has not said so, for a model whose speed nobody measured. It says so with
-# the first prompt that it has computed, and the daemon remembers it.
+# The assumed speed of a worker that has not told its own, for a model that was not measured. A worker tells its speed
+# with the first prompt that it has computed, and the daemon remembers it.
 PREFILL_TOKENS_PER_S = 1000.0
 # Finding out what there is may take this share of the prefill that is at stake: so much later is a miss.
 FIND_SHARE = 0.05

@@ -1,7 +1,7 @@
 """Whether the remote tier may be asked, found out in the background instead of in a request.
 
     unavailable   it does not answer, or was not asked yet
-    unmarked      the place has no marker: it is not mounted, or nobody ran `kvstore config remote-init`
+    unmarked      the place has no marker: it is not mounted, or `kvstore config remote-init` was not run
     serving       the marker was seen, and calls succeed
 
 Requests ask only while it serves. After some failures in a row it does not, until `look` has seen it answer: that is
