@@ -12,7 +12,7 @@ V = TypeVar("V")
 
 
 class Bounded(OrderedDict[K, V]):
-    """A dictionary of at most `limit` entries: what is set becomes the newest, the oldest go. Hold a lock to change it."""
+    """A dictionary of at most `limit` entries: what is set becomes the newest, the oldest go. Lock it to change it."""
 
     def __init__(self, limit: int) -> None:
         super().__init__()
