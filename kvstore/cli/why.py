@@ -24,6 +24,7 @@ from kvstore.cli.common import (
     span_text,
 )
 from kvstore.cli.names import require_namespace
+from kvstore.core.blocks import unpack_tokens
 from kvstore.core.causes import Cause, cause_words
 from kvstore.core.reasons import NOT_NEEDED, words_of
 from kvstore.core.remote_words import words_of as remote_words_of
@@ -41,7 +42,6 @@ from kvstore.integrations.prompts import (
 if TYPE_CHECKING:
     from kvstore.client.client import Client
 
-TOKEN_BYTES = 8
 SIDE_TOKENS = 12
 # Text before the place that the patterns see.
 BEFORE_CHARACTERS = 4000
@@ -169,8 +169,7 @@ def _region(tokenizer: Any, given: Prompt | None, prefix: list[int], common: int
 
 def _ids(packed: str) -> list[int]:
     """Token ids of packed bytes in hex."""
-    raw = bytes.fromhex(packed)
-    return [int.from_bytes(raw[at : at + TOKEN_BYTES], "little", signed=True) for at in range(0, len(raw), TOKEN_BYTES)]
+    return unpack_tokens(bytes.fromhex(packed))
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ are those after the last full block, so it may have none.
 An *aux* block holds bytes that recipes of its namespace refer to, such as the basis of a calibrated codec. It has no
 tokens, and its key follows from the digest of the bytes.
 
-NumPy is imported in the functions that unpack or compare tokens, so that verbs which need only names start faster.
+NumPy is imported in the function that compares tokens, so that verbs which need only names start faster.
 """
 
 from __future__ import annotations
@@ -124,10 +124,7 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
 
 def unpack_tokens(packed: bytes) -> list[int]:
     """The token ids of packed bytes, as Python integers."""
-    import numpy as np
-
-    ids: list[int] = np.frombuffer(packed, dtype="<i8").tolist()
-    return ids
+    return list(struct.unpack(f"<{count_tokens(packed)}q", packed))
 
 
 def count_tokens(packed: bytes) -> int:

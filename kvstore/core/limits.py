@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from kvstore.core.blocks import TOKEN_BYTES
 from kvstore.errors import ConfigError
 
 MIB = 1 << 20
-_TOKEN_BYTES = 8  # same as in kvstore.core.blocks, which is not imported here because it would load numpy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +83,9 @@ class Limits:
                 raise ConfigError(f"{one.name}: {value} is too small")
             if one.name.endswith("_percent") and value > 100:
                 raise ConfigError(f"{one.name}: {value} is over 100")
-        if self.tokens_max * _TOKEN_BYTES > self.message_bytes_max:
+        if self.tokens_max * TOKEN_BYTES > self.message_bytes_max:
             raise ConfigError(
-                f"tokens_max: {self.tokens_max} tokens take {self.tokens_max * _TOKEN_BYTES} bytes, over "
+                f"tokens_max: {self.tokens_max} tokens take {self.tokens_max * TOKEN_BYTES} bytes, over "
                 f"message_bytes_max ({self.message_bytes_max})"
             )
 

@@ -17,7 +17,7 @@ from kvstore.blobs.protocol import RangeReader
 from kvstore.codecs.assemble import packed_layer
 from kvstore.codecs.byte_plan import HitBlock
 from kvstore.codecs.turboquant import MSE, PROD, fold_of
-from kvstore.core.blocks import Recipe, pack_tokens, unpack_tokens
+from kvstore.core.blocks import Recipe, count_tokens, pack_tokens, unpack_tokens
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import KVLayer, LayerSpec, Layout, PartSpec
 from kvstore.errors import InvalidRequestError
@@ -50,7 +50,7 @@ def save(
     cache holds all of `tokens`, in particular when a sliding window has dropped some.
     """
     packed = pack_tokens(tokens)
-    n_tokens = len(unpack_tokens(packed))
+    n_tokens = count_tokens(packed)
     if not caches or any(cache.num_tokens != n_tokens for cache in caches):
         held = sorted({cache.num_tokens for cache in caches})
         raise InvalidRequestError(f"caches hold {held} tokens, and {n_tokens} are to be stored")
