@@ -72,16 +72,18 @@ class StoreRequest:
 def store_request(prompt: AskedPrompt, known: NamespaceInfo | None) -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself.
 
-    `known`: its namespace, where something is stored in it: then the layout that it sends decides nothing.
+    `known`: its namespace, where something is stored in it: then only a layout that is another one is read.
     """
     message, root = prompt.message, prompt.chain.root
+    if known is None or message.layout not in (b"", known.layout.record):
+        known = convert.namespace_from_message(message.namespace, message.layout, root)
     try:
         states = convert.states_from_bytes(message.states) if message.states else ()
     except CorruptDataError as error:
         raise InvalidRequestError(f"states: {error}") from error
     return StoreRequest(
         chain=prompt.chain,
-        namespace=known or convert.namespace_from_message(message.namespace, message.layout, root),
+        namespace=known,
         captured_from=message.captured_from,
         restored_tokens=message.restored_tokens,
         restored_fidelity=message.restored_fidelity,
