@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import logging
 import os
-import resource
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -29,7 +27,7 @@ from kvstore.config import Config, default_data_dir, keys_home
 from kvstore.config.credentials import CredentialFiles
 from kvstore.core.bounded import ByteBudget
 from kvstore.core.log import log_daemon
-from kvstore.core.process import ending_signals
+from kvstore.core.process import ending_signals, keep_freed_memory, raise_file_limit
 from kvstore.engine import Engine, EngineOptions, device_of, require_store
 from kvstore.errors import KVStoreError
 from kvstore.metrics.exposition import require_prometheus
@@ -74,12 +72,8 @@ REMOTE = "kvstore.remote"
 # Not SERVING, too, while the remote tier is full.
 REMOTE_WRITES = "kvstore.remote.writes"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-OPEN_FILES_WANTED = 4096
 UNLIMITED_BYTES = 1 << 62
 GRPC_LOGGER, BATCH_FAILED = "grpc._cython.cygrpc", 'Failed "execute_batch"'
-# Options of mallopt (malloc.h): the size from which memory is mapped directly, and how much freed memory is kept.
-M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-KEPT_BYTES = 32 << 20
 
 
 class Daemon:
@@ -389,24 +383,3 @@ def engine_options(config: Config) -> EngineOptions:
 def keep_lifetime(config: Config) -> Lifetime:
     """The counters that outlive a daemon."""
     return Lifetime(config.data_dir / "settings", sync=config.durability != "none")
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep some of what is freed, where that is glibc, instead of giving each MiB back to the system.
-
-    A stream makes and frees frames of 1 MiB all the time. With fresh pages for each, page faults took three
-    times as long as reading and sending.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def raise_file_limit() -> None:
-    """Raise the soft limit on open files as far as is useful; launchd starts agents with 256."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES_WANTED if hard == resource.RLIM_INFINITY else min(OPEN_FILES_WANTED, hard)
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
