@@ -324,8 +324,12 @@ class KVStoreService(rpc.KVStoreServicer):
 
     async def CommitStore(self, request: pb.CommitStoreRequest, context: Context) -> AsyncIterator[pb.CommitStoreReply]:
         task = await self._stores.commit(request.upload_id)
-        yield pb.CommitStoreReply(reason=Reason.OK)
-        outcome = await asyncio.shield(task)
+        try:
+            yield pb.CommitStoreReply(reason=Reason.OK)
+            outcome = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._stores.left(request.upload_id)
+            raise
         yield pb.CommitStoreReply(
             done=True,
             durable=outcome.durable,

@@ -22,6 +22,7 @@ from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 from tests.support.daemon import DaemonProcess
+from tests.support.servers import wait_until
 from tests.support.slow_disk import SlowDisk
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
 
@@ -209,6 +210,18 @@ def test_a_worker_waits_as_long_as_the_daemon_writes_what_another_sent(tmp_path:
         finally:
             daemon.release("fsync")
         assert sending.result(timeout=60) == waiting.result(timeout=60) == (600, Reason.OK)
+
+
+def test_a_worker_that_waits_for_another_no_longer_takes_no_place(daemon: DaemonProcess) -> None:
+    """Else workers that offer the same again and again take all places, as long as a slow upload lives."""
+    with grpc.insecure_channel(daemon.listen) as channel, connect(daemon.listen) as client:
+        stub: Any = rpc.KVStoreStub(channel)
+        first, second = begin_twice(stub)
+        call = stub.CommitStore(pb.CommitStoreRequest(upload_id=second.upload_id))
+        assert next(call).reason == Reason.OK
+        call.cancel()
+        wait_until(lambda: client.stats()["load"]["uploads"] == 1, 30, lambda: "it still has a place")
+        assert send(stub, first) == (600, Reason.OK)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,14 @@ class Stores:
             raise
         return self.begin(upload)
 
+    def left(self, upload_id: str) -> None:
+        """The worker waits for the outcome no longer. An upload that only waits for others then ends: it has a place.
+
+        One that brings something completes. Its bytes are received only after the others have ended.
+        """
+        if upload_id in self._running and not (upload := self._running[upload_id][0]).wants_bytes:
+            upload.intake.give_up(even_committed=True)
+
     async def abort(self, upload_id: str) -> None:
         """End an upload at the worker's request. Raises as `Uploads.get`; NotFoundError if it is being committed."""
         upload = self._store.uploads.get(upload_id)
