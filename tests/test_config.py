@@ -130,6 +130,7 @@ def test_what_is_not_a_size_is_refused(text: object) -> None:
         ("log_level", "loud", "must be one of debug"),
         ("profile", "Affine 8", "not a profile name"),
         ("budget_bytes", "lots", "not a size"),
+        ("ttl", "30", "no unit; write 30s, 30m, 30h, 30d or 30w"),
         ("memory_bytes", "1kB", "must be at least"),
         ("insecure_tcp", "perhaps", "must be true or false"),
         ("data_dir", "", "not a path"),
@@ -151,6 +152,17 @@ def test_a_wrong_value_names_its_key_and_cause(key: str, value: object, message:
         load({key: value})
     with pytest.raises(ConfigError, match=message):
         Config(**{key: value})  # type: ignore[arg-type]
+
+
+def test_a_time_in_the_file_has_a_unit(tmp_path: Path) -> None:
+    """`ttl = 30` may be meant as days, and would delete what was not used for half a minute."""
+    path = tmp_path / "config.toml"
+    for toml, ttl in (('ttl = "30d"', 30 * 86_400), ("ttl = 0", 0)):
+        path.write_text(toml, encoding="utf-8")
+        assert load_config({}, path, {}).ttl == ttl
+    path.write_text("ttl = 30", encoding="utf-8")
+    with pytest.raises(ConfigError, match="ttl: no unit; write 30s, 30m, 30h, 30d or 30w"):
+        load_config({}, path, {})
 
 
 def test_a_socket_path_of_97_bytes_is_taken_and_98_names_the_fix() -> None:

@@ -114,19 +114,8 @@ def size_option(text: str) -> int:
         raise click.BadParameter(f"{text!r}: {error}") from error
 
 
-def require_unit(text: str) -> None:
-    """A usage error for an age without a unit: typed, it may be meant as days, and it selects what is deleted.
-
-    In the configuration a number is seconds.
-    """
-    number = text.strip()
-    if number.isdecimal() and int(number):
-        raise click.BadParameter(f"{text!r}: no unit; write {', '.join(number + unit for unit in 'smhd')} or {number}w")
-
-
 def age_option(text: str) -> int:
     """Seconds of `90s`, `15m`, `12h`, `30d`, `2w`; a usage error otherwise, and for 0, which selects all."""
-    require_unit(text)
     try:
         age_s = parse_age(text)
     except ValueError as error:

@@ -12,7 +12,6 @@ from kvstore.cli.common import (
     connected,
     note,
     print_json,
-    require_unit,
     say,
     size_text,
     someone_is_there,
@@ -76,8 +75,6 @@ def _namespace(client: Client, target: str) -> tuple[bytes, str]:
 
 def _pair(assignment: str) -> tuple[str, str]:
     key, equals, value = assignment.partition("=")
-    if key == "ttl":
-        require_unit(value)
     if not equals or not key or not value:
         raise click.UsageError(f"{assignment!r} is not KEY=VALUE")
     return key, value

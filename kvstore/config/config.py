@@ -299,6 +299,8 @@ def load_config(
     ):
         for key, value in found.items():
             _known(key, place(key))
+            if KEYS[key].metadata["unit"] == "time" and type(value) is int:
+                value = str(value)  # a number that was written has no unit, in a file too
             chosen[key] = _parsed(key, value, place(key))
             sources[key] = place(key)
     return Config(**chosen, sources=sources)  # type: ignore[arg-type]  # parsed by key just above

@@ -54,12 +54,17 @@ def size(minimum: int = 0) -> Callable[[object], int]:
 
 
 def parse_age(value: object) -> int:
-    """Seconds from an int or a text such as `90s`, `15m`, `12h`, `30d`, `2w`; ValueError says what is wrong."""
+    """Seconds from an int, or a text such as `90s`, `15m`, `12h`, `30d`, `2w`; ValueError says what is wrong.
+
+    A text without a unit is refused: it may be meant as days, and it decides what is deleted.
+    """
     if isinstance(value, int) and not isinstance(value, bool):
         return _in_range(value, 0)
     match = re.fullmatch(r"([0-9]{1,9})\s*([smhdw]?)", value.strip().lower()) if isinstance(value, str) else None
     if match is None:
         raise ValueError("not a length of time; write 90s, 15m, 12h, 30d or 2w")
+    if not match[2] and int(match[1]):
+        raise ValueError(f"no unit; write {', '.join(match[1] + unit for unit in 'smhd')} or {match[1]}w")
     return int(match[1]) * _AGE_UNITS_S[match[2]]
 
 
