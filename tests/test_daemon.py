@@ -27,6 +27,7 @@ from kvstore.server.handlers import KVStoreService
 from kvstore.server.storing.stores import Stores
 from kvstore.server.upkeep import Upkeep
 from kvstore.wire.frames import SERVICE, PromptRequest
+from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support.engine import namespace, options, put
 from tests.support.limits import small_config
 
@@ -209,3 +210,17 @@ def test_only_the_health_check_has_a_queue_of_its_own() -> None:
     match = SimpleNamespace(method=f"/{SERVICE}/Match", invocation_metadata=())
     found = next(handler for each in handlers if (handler := each.service(match)) is not None)
     assert isinstance(found.request_deserializer(b""), PromptRequest)
+
+
+def test_a_worker_that_is_gone_before_its_commit_is_confirmed_is_not_waited_for() -> None:
+    """Its handler is closed and not cancelled: the first reply could not be written."""
+    service, stores = object.__new__(KVStoreService), mock.AsyncMock(spec=Stores)
+    service._stores = stores
+
+    async def main() -> None:
+        replies: Any = service.CommitStore(pb.CommitStoreRequest(upload_id="waits"), None)
+        await anext(replies)
+        await replies.aclose()
+
+    asyncio.run(main())
+    stores.worker_left.assert_called_once_with("waits")

@@ -327,8 +327,8 @@ class KVStoreService(rpc.KVStoreServicer):
         try:
             yield pb.CommitStoreReply(reason=Reason.OK)
             outcome = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._stores.left(request.upload_id)
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where the first reply could not be written
+            self._stores.worker_left(request.upload_id)
             raise
         yield pb.CommitStoreReply(
             done=True,

@@ -72,7 +72,7 @@ class StoreRequest:
 def store_request(prompt: AskedPrompt, known: NamespaceInfo | None) -> StoreRequest:
     """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself.
 
-    `known`: its namespace, where something is stored in it: then only a layout that is another one is read.
+    `known`: its namespace, if anything is stored in it. Then a layout in the message is parsed only if it differs.
     """
     message, root = prompt.message, prompt.chain.root
     if known is None or message.layout not in (b"", known.layout.record):

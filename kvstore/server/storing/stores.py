@@ -36,7 +36,7 @@ class Stores:
         return self._running[upload.upload_id][1]
 
     async def commit(self, upload_id: str) -> asyncio.Task[StoreOutcome]:
-        """The outcome of an upload whose bytes are all sent. The upload completes even if the caller goes away.
+        """The outcome of an upload whose bytes are all sent. It completes even if the caller goes away (`worker_left`).
 
         Raises InvalidRequestError once nothing is left of the upload, so that one that begins then does not depend on
         it; NotFoundError, and the error of an upload that has failed already.
@@ -51,10 +51,10 @@ class Stores:
             raise
         return self.begin(upload)
 
-    def left(self, upload_id: str) -> None:
-        """The worker waits for the outcome no longer. An upload that only waits for others then ends: it has a place.
+    def worker_left(self, upload_id: str) -> None:
+        """The worker no longer waits for the outcome: end its upload if that only waits for others, and free its place.
 
-        One that brings something completes. Its bytes are received only after the others have ended.
+        An upload that has bytes to store completes. They are received only after the others have ended.
         """
         if upload_id in self._running and not (upload := self._running[upload_id][0]).wants_bytes:
             upload.intake.give_up(even_committed=True)
