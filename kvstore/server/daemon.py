@@ -321,14 +321,19 @@ def serve(config: Config, *, create: bool = False, log_json: bool = False, at_on
         loop = asyncio.get_running_loop()
         may_create = create or config.data_dir == default_data_dir()
         daemon = Daemon(config, may_create=may_create, at_once=at_once)
-        while True:
+        try:
+            while True:
+                for number in ending_signals():
+                    loop.add_signal_handler(number, daemon.stop)
+                if not await daemon.run():
+                    return
+                # A deleted directory is created again, but never where a volume is no longer mounted.
+                awaits = daemon.is_away()
+                daemon = Daemon(config, may_create=not awaits, awaits=awaits)
+        finally:
+            # Not left to the loop: it first closes the pipe that a signal is written to.
             for number in ending_signals():
-                loop.add_signal_handler(number, daemon.stop)
-            if not await daemon.run():
-                return
-            # A deleted directory is created again, but never where a volume is no longer mounted.
-            awaits = daemon.is_away()
-            daemon = Daemon(config, may_create=not awaits, awaits=awaits)
+                loop.remove_signal_handler(number)
 
     with asyncio.Runner(loop_factory=_Loop) as runner:
         runner.run(main())

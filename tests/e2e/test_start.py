@@ -331,14 +331,20 @@ def test_a_setting_that_cannot_be_ends_the_start_with_2_and_names_the_way_out(
 def test_a_signal_ends_it_in_order(tmp_path: Path, number: signal.Signals) -> None:
     """Exit 0 once it serves, whatever comes after it, and the next start finds a clean stop."""
     ignored = signal.signal(number, signal.SIG_DFL)  # what this process ignores, as under nohup, a child would too
-    again = f"import atexit, os; atexit.register(os.kill, os.getpid(), {number:d})\n"  # nothing comes later than that
+    # When the event loop has closed the pipe that signals are written to, and at the very end of the process.
+    again = (
+        "import asyncio, atexit, os\n"
+        f"again, close = lambda: os.kill(os.getpid(), {number:d}), asyncio.BaseEventLoop.close\n"
+        "asyncio.BaseEventLoop.close = lambda loop: (again(), close(loop))\n"
+        "atexit.register(again)\n"
+    )
     with DaemonProcess(tmp_path / "data", program=again + SERVE) as daemon:
         signal.signal(number, ignored)
         assert daemon.process is not None
         daemon.signal(number)
         assert daemon.process.wait(STOP_TIMEOUT_S) == 0, daemon.log_text()
         daemon.start()
-        assert "unclean" not in daemon.log_text()
+        assert "unclean" not in daemon.log_text() and "Traceback" not in daemon.log_text()
         assert stat.S_IMODE(daemon.data_dir.stat().st_mode) == 0o700
 
 
