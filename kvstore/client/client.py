@@ -5,12 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from kvstore.client.connection import Connection
 from kvstore.config import Config, load_config
-from kvstore.core.blocks import FIDELITY_ANY, Reason, pack_tokens
+from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, Reason, pack_tokens
 from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadlines
 from kvstore.core.process import FORKED, is_forked
@@ -35,6 +35,25 @@ QUICK_S = 10.0
 WHY_S = 30.0
 EVICT_S = 600.0
 CHECK_S = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """Settings of a session, fixed when it is made.
+
+    `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
+    sequence is larger than the queue and has to go in pieces. `slow_hits`: the caller's speed decides nothing, so hits
+    are returned even when prefill would be faster.
+    """
+
+    profile: str = ""
+    fidelity_min: int = FIDELITY_ANY
+    min_prefix_tokens: int = 32
+    headroom_tokens: int = BLOCK_TOKENS
+    deadlines: Deadlines = Deadlines()
+    store_block_ms: int = 0
+    same_host: bool = False
+    slow_hits: bool = False
 
 
 def connect(address: str | None = None, config: Config | None = None) -> Client:
@@ -83,8 +102,7 @@ class Client:
         `slow_hits`: return hits even when prefill would be faster. Raises ConfigError for an unknown profile,
         InvalidRequestError for a layout that cannot be stored.
         """
-        from kvstore.client.fetch import SessionOptions  # here, since these import MLX
-        from kvstore.client.session import Session
+        from kvstore.client.session import Session  # here, since it imports MLX
 
         namespace.layout.validate()
         if fidelity_min is None:

@@ -16,20 +16,21 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import grpc
 
 from kvstore.client.attempt import OVERLAPPED, Attempt, Caller, Layer, LayerReads
 from kvstore.client.basis_cache import BASES, ask_basis
+from kvstore.client.client import SessionOptions
 from kvstore.client.connection import Connection
 from kvstore.client.plan import Plan, Request, parse_plan
 from kvstore.client.reads import FileReads, before_unreadable, errno_of, file_reader, require_readable
 from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
-from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, Reason
+from kvstore.core.blocks import Reason
 from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline, Deadlines, Watchdog
 from kvstore.core.keys import Chain, Namespace
@@ -63,25 +64,6 @@ class _DamagedError(Exception):
         super().__init__(reason.value)
         self.sound_tokens = sound_tokens
         self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """Settings of a session, fixed when it is made.
-
-    `profile` empty: the daemon's. `store_block_ms`: how long a store without `wait` may hold up its caller, when the
-    sequence is larger than the queue and has to go in pieces. `slow_hits`: the caller's speed decides nothing, so hits
-    are returned even when prefill would be faster.
-    """
-
-    profile: str = ""
-    fidelity_min: int = FIDELITY_ANY
-    min_prefix_tokens: int = 32
-    headroom_tokens: int = BLOCK_TOKENS
-    deadlines: Deadlines = Deadlines()
-    store_block_ms: int = 0
-    same_host: bool = False
-    slow_hits: bool = False
 
 
 class Fetcher:

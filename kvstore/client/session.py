@@ -19,8 +19,9 @@ from typing import Self, get_args
 from kvstore.client import provenance
 from kvstore.client.attempt import Caller
 from kvstore.client.background import Background
+from kvstore.client.client import SessionOptions
 from kvstore.client.connection import Connection
-from kvstore.client.fetch import Fetcher, Representation, SessionOptions, Transport
+from kvstore.client.fetch import Fetcher, Representation, Transport
 from kvstore.client.results import (
     Hit,
     LayerHit,
