@@ -119,7 +119,7 @@ def test_a_file_that_is_damaged_begins_anew(tmp_path: Path, row: object, caplog:
     """With a warning; the next hour replaces it."""
     (tmp_path / FILE).write_text(json.dumps({"version": 1, "columns": COLUMNS, "rows": [GOOD, row]}))
     history = History(tmp_path, sync=False, clock=(clock := Clock(NOON_S)))
-    assert history.rows() == {} and "begins anew" in caplog.text
+    assert history.rows() == {} and "starts again" in caplog.text
     history.note(moment(1))
     clock.now_s += HOUR_S
     history.save()

@@ -28,7 +28,8 @@ from kvstore.engine.bases import lose, recount
 from kvstore.engine.evictions import REPAIR
 from kvstore.engine.shared import Shared
 from kvstore.errors import CorruptDataError, DirectoryError, KVStoreError, NotFoundError, UnknownFormatError
-from kvstore.index.rows import Row, child_entries
+from kvstore.index.children import is_linked
+from kvstore.index.rows import Row
 from kvstore.index.table import AUX, CHECKPOINT
 from kvstore.index.transaction import KIND_FLAGS, View
 
@@ -290,15 +291,7 @@ def _difference(view: View, site: Site, row: Row) -> str:
     told = {name: table.value(row.key, name) for name in expected} if row.key in table else {}
     if told != expected or table.value(row.key, "flags") & (CHECKPOINT | AUX) != KIND_FLAGS[row.kind]:
         return f"the table of blobs does not agree with the row of {row.key.hex()[:12]}"
-    return "" if _is_linked(view, row) else f"{row.key.hex()[:12]} is not among the children of its parent"
-
-
-def _is_linked(view: View, row: Row) -> bool:
-    """Whether a row stands under all its entries among its parent's children. Without its key it cannot say."""
-    if row.is_key_missing and not row.kind:
-        return True
-    entries = child_entries(row, view.ring.key(row.root))
-    return all(next(view.entries(entry), (b"", b""))[1] == row.key for entry in entries)
+    return "" if is_linked(view, row) else f"{row.key.hex()[:12]} is not among the children of its parent"
 
 
 def _readable(text: str) -> str:

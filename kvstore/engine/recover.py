@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from kvstore.blobs.fs import Fs, unlink_quietly
@@ -28,8 +28,10 @@ from kvstore.engine.directory import claim
 from kvstore.engine.ledger import Ballast
 from kvstore.engine.shared import EngineOptions, Place
 from kvstore.errors import CorruptDataError, LimitError, NotFoundError, StoreFullError, UnknownFormatError
+from kvstore.index.children import is_linked
 from kvstore.index.index import MAP_BYTES, REBUILDING, Index
 from kvstore.index.rows import Row
+from kvstore.index.transaction import View
 from kvstore.index.validate import digest, require_whole
 
 SWEEP_ROWS = 1024
@@ -140,7 +142,7 @@ def sweep(site: Site) -> list[Row]:
     """After an unclean stop under synced commits: delete blobs without a row, drop rows without their blob.
 
     What has a row has its bytes. Blobs of another format version stay, and foreign names go to quarantine. Returns the
-    rows that were dropped.
+    rows that were dropped. CorruptDataError when the index contradicts itself.
     """
     entries, others = {}, []
     for entry in site.blobs.names():
@@ -149,7 +151,7 @@ def sweep(site: Site) -> list[Row]:
         else:
             entries[entry.blob] = entry
     with site.index.view() as view:
-        named = {row.blob for row in view.rows()}
+        named = {row.blob for row in _linked_rows(view)}
         lost = [row for row in view.rows() if not row.is_lost and _nbytes(entries, row) != row.blob_bytes]
         gone = {row.key: row for top in lost if not top.is_aux for row in reversed(view.tree(top))}
     for row in lost:
@@ -177,6 +179,17 @@ def sweep(site: Site) -> list[Row]:
         words = "after an unclean stop: dropped %d rows without a blob, deleted %d blobs, left %d that cannot be read"
         log.warning(words, len(gone), len(strays) - len(unknown), len(unknown))
     return list(gone.values())
+
+
+def _linked_rows(view: View) -> Iterator[Row]:
+    """All rows. CorruptDataError at one that is not among the children of its parent.
+
+    An entry among the children has no checksum, so that a changed byte in it shows in nothing else.
+    """
+    for row in view.rows():
+        if not is_linked(view, row):
+            raise CorruptDataError(f"index: {row.key.hex()[:12]} is not among the children of its parent")
+        yield row
 
 
 def _must_stay(site: Site, entry: Entry) -> bool:

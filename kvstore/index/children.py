@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from kvstore.blobs.keyring import NamespaceKey
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, common_tokens
 from kvstore.errors import CorruptDataError
-from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Row, level_code, level_prefix, tail_prefix
+from kvstore.index.rows import LEVEL_TOKENS, TAIL_MARK, Row, child_entries, level_code, level_prefix, tail_prefix
 from kvstore.index.transaction import View
 
 # Siblings that are looked at on each side, of which those of too low a fidelity are passed over; and those that share
@@ -49,6 +49,14 @@ def best_child(view: View, root: bytes, parent: bytes, rest: bytes, fidelity_min
         if best is not None:
             break
     return best, take, low_take
+
+
+def is_linked(view: View, row: Row) -> bool:
+    """Whether a row stands under all its entries among its parent's children. Without its key it cannot say."""
+    if row.is_key_missing and not row.kind:
+        return True
+    entries = child_entries(row, view.ring.key(row.root))
+    return all(next(view.entries(entry), (b"", b""))[1] == row.key for entry in entries)
 
 
 def _levels(view: View, parent: bytes, rest: bytes, key: NamespaceKey | None) -> Iterator[int]:
