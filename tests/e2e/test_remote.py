@@ -23,7 +23,7 @@ from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer
 from kvstore.remote.object_store import MARKER
 from tests.support.checkpoints import hybrid_layout, make_cache
-from tests.support.daemon import DaemonProcess, run_here
+from tests.support.daemon import DaemonProcess, run_cli, run_here
 from tests.support.files import files_below
 from tests.support.sessions import Rows, assert_same, client_of, cut, hit_rows, patient
 from tests.support.synthetic import make_layers, make_layout, make_namespace
@@ -380,9 +380,10 @@ def test_a_tier_that_cannot_be_used_is_refused_before_anything_is_served(tmp_pat
     """A bucket in the internet takes a decision; without a place there is nothing to mark or check."""
     keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_ENDPOINT_URL": "https://s3.example.com"}
     environ = {**os.environ, **keys, "KVSTORE_REMOTE": "s3://bucket/kv"}
-    for verb in (["config", "remote-init"], ["check", "--remote"], ["serve", "--data-dir", str(tmp_path), "--create"]):
-        refused = run_here(verb, environ)
-        assert refused.returncode != 0 and "remote_wan = true" in refused.stderr, verb
+    tried = [run_here(verb, environ) for verb in (["config", "remote-init"], ["check", "--remote"])]
+    tried.append(run_cli(["serve", "--data-dir", str(tmp_path), "--create"], environ))  # it changes its process
+    for refused in tried:
+        assert refused.returncode != 0 and "remote_wan = true" in refused.stderr, refused.args
     assert "remote: not set" in run_here(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": ""}).stderr
     place = tmp_path / "share" / "kv"
     not_mounted = run_here(["config", "remote-init"], {**environ, "KVSTORE_REMOTE": f"file://{place}"})
