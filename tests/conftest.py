@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +34,22 @@ def pytest_collection_finish() -> None:
 def own_provenance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A table of what came out of the store as a new process has it: tests share names of weights."""
     monkeypatch.setattr(provenance, "PROCESS", provenance.Provenance())
+
+
+@pytest.fixture(autouse=True)
+def own_process() -> Iterator[None]:
+    """What belongs to the whole process is left as it was: another test would fail, and only where it comes later."""
+    before = _process_state()
+    yield
+    assert _process_state() == before
+
+
+def _process_state() -> dict[str, object]:
+    umask = os.umask(0o077)
+    os.umask(umask)
+    ours = logging.getLogger("kvstore")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
+    return {"umask": umask, "level": ours.level, "propagate": ours.propagate, "signals": handlers, "cwd": os.getcwd()}
 
 
 @pytest.fixture(params=["ahead", "in turn"])

@@ -72,6 +72,7 @@ def test_tokens_survive_packing(ids: list[int]) -> None:
     packed = pack_tokens(ids)
     assert unpack_tokens(packed) == ids
     assert pack_tokens(tuple(ids)) == pack_tokens(iter(ids)) == pack_tokens(np.array(ids, np.int64)) == packed
+    assert pack_tokens(np.array([])) == b""
 
 
 @given(token_ids, token_ids, st.integers(0, 600))
@@ -82,7 +83,7 @@ def test_common_tokens_is_the_longest_common_prefix(a: list[int], b: list[int], 
     assert common_tokens(pack_tokens(a), pack_tokens(b)) == expected
 
 
-ARRAYS = [np.array([1.5]), np.array([[1]]), np.array(1), np.array([2**63], np.uint64)]
+ARRAYS = [np.array([1.5]), np.array([[1]]), np.array(1), np.array([2**63], np.uint64), np.array([True, False])]
 
 
 @pytest.mark.parametrize("bad", [[2**63], [-(2**63) - 1], [1.5], ["a"], [[1]], b"1234567", [None], None, *ARRAYS])

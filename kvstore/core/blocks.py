@@ -107,7 +107,8 @@ class Reason(enum.StrEnum):
 def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
     """Token ids as little-endian signed 64-bit bytes; packed bytes pass through.
 
-    Raises InvalidRequestError for ids outside the signed 64-bit range, non-integers, or packed bytes of odd length.
+    Raises InvalidRequestError for ids outside the signed 64-bit range, non-integers, packed bytes of odd length, or an
+    array that is not one of integers, such as a mask.
     """
     if isinstance(tokens, (bytes, bytearray, memoryview)):
         packed = bytes(tokens)
@@ -117,6 +118,8 @@ def pack_tokens(tokens: Iterable[int] | bytes) -> bytes:
     try:
         # Arrays have `tolist`. struct takes half the time of numpy to read a list.
         ids = tokens if isinstance(tokens, (list, tuple)) else getattr(tokens, "tolist", lambda: list(tokens))()
+        if ids and "int" not in str(dtype := getattr(tokens, "dtype", int)):
+            raise TypeError(f"this is an array of {dtype}")
         return struct.pack(f"<{len(ids)}q", *ids)
     except (struct.error, OverflowError, ValueError, TypeError) as error:
         raise InvalidRequestError(f"tokens must be a flat sequence of signed 64-bit integers: {error}") from error
