@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from kvstore.core.bounded import Bounded, ByteBudget
+from kvstore.core.bounded import Bounded
+from kvstore.core.byte_budget import ByteBudget
 
 
 def test_what_is_set_again_outlives_what_was_set_before() -> None:

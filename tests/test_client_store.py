@@ -19,8 +19,8 @@ from kvstore.client.store import StoreArguments, Storer, Touch
 from kvstore.client.uploader import BEGIN_S
 from kvstore.codecs.device import Capture
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason, pack_tokens, unpack_tokens
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer, StateLayer, cut_pieces
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
 from kvstore.server.fetching.stream_out import BATCH_BYTES
 from kvstore.server.storing import upload_socket as module

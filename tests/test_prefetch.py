@@ -14,7 +14,7 @@ import pytest
 from mlx_lm import server as mlx_lm_server
 from mlx_lm.utils import load_tokenizer
 
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations import checkpoints, prefetch
 from kvstore.integrations.identity import WeightsDigest
 from kvstore.integrations.models import ModelStore

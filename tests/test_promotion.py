@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, Reason
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.limits import default_limits
 from kvstore.remote import object_store
 from kvstore.remote.object_names import Naming

@@ -13,7 +13,7 @@ import pytest
 
 from kvstore.blobs.ranges import Range
 from kvstore.client.receiver import AHEAD_BYTES_MIN, AHEAD_MAX, STREAM_BYTES, LayerReader, Message, ReadAhead, counted
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
 from kvstore.wire.frames import LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 from kvstore.client.connection import Connection
 from kvstore.config import Config, load_config
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, Reason, pack_tokens
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadlines
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError, UnavailableError
 from kvstore.wire.convert import message_to_dict, namespace_to_message, verdict_to_message

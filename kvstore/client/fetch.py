@@ -31,8 +31,8 @@ from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.core.blocks import Reason
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline, Deadlines, Watchdog
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.rules import check_states
 from kvstore.errors import CorruptDataError, DeadlineError, UnknownFormatError

@@ -14,8 +14,8 @@ from kvstore.blobs.ranges import OPEN_FILES_MAX, FileReader, unreadable_paths
 from kvstore.blobs.readers import READERS, usable_cores
 from kvstore.client.plan import Plan
 from kvstore.core.blocks import Reason
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import ReadDeadlineError
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from kvstore.blobs.ranges import MemoryReader, Range
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import CorruptDataError, LimitError
 from kvstore.wire.frames import CHUNK_BYTES, LayerBytes
 from kvstore.wire.v1 import kvstore_pb2 as pb

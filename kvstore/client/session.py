@@ -42,8 +42,8 @@ from kvstore.core.blocks import (
     count_tokens,
     pack_tokens,
 )
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked

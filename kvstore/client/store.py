@@ -13,8 +13,9 @@ from kvstore.client.uploader import Captured, StoreJob
 from kvstore.codecs.device import Capture, evaluate
 from kvstore.codecs.states import StateCapture, describe
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
-from kvstore.core.bounded import Bounded, ByteBudget
+from kvstore.core.bounded import Bounded
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.errors import InvalidRequestError

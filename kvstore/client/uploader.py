@@ -22,8 +22,8 @@ from kvstore.client.connection import Connection
 from kvstore.client.results import ID_BYTES, StoreResult
 from kvstore.client.trust import walk
 from kvstore.core.blocks import LayerState, Reason
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Watchdog
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import cut_pieces
 from kvstore.core.unix_sockets import block_for, peer_uid

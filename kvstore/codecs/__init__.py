@@ -4,6 +4,7 @@ device.py      everything that touches the MLX device, and every bridge between 
 codec.py       what a codec is; recipe -> codec
 exact.py affine.py per_channel.py turboquant.py turboquant_even.py
 rotation.py codebooks.py packing.py      what the last two are made of
+zstd.py        frames of zstd, for exact.py and code_packing.py
 pca.py         the components of a calibration: basis.py, rope.py and code_packing.py are what it is made of
 profiles.py    which recipe for which part of which layer
 runs.py        raw, encoded and packed runs as bytes: the store side

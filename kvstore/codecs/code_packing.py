@@ -23,7 +23,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.codecs.exact import compressor, content
+from kvstore.codecs.zstd import compressor, content
 from kvstore.errors import CorruptDataError
 
 Codes = npt.NDArray[np.int16]

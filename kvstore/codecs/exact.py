@@ -13,7 +13,6 @@ it is written and unpacked when it is read, so that raw and lossless rows are th
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -22,46 +21,12 @@ import zstandard
 
 from kvstore.codecs.codec import NO_CONTEXT, Context, register
 from kvstore.codecs.device import Bytes
+from kvstore.codecs.zstd import compressor, content
 from kvstore.core.blocks import FIDELITY_EXACT, RAW, Recipe, Tensor
 from kvstore.core.layers import PartSpec
-from kvstore.errors import CorruptDataError
 
 LOSSLESS = Recipe("lossless")
 LEVEL = 1
-
-
-class _Contexts(threading.local):
-    """zstd's contexts: one compressor a level, and one that unpacks. Each thread has its own; each is a megabyte."""
-
-    def __init__(self) -> None:
-        self.compressors: dict[int, zstandard.ZstdCompressor] = {}
-        self.decompressor = zstandard.ZstdDecompressor()
-
-
-_MINE = _Contexts()
-
-
-def compressor(level: int) -> zstandard.ZstdCompressor:
-    """For frames of this level."""
-    if level not in _MINE.compressors:
-        _MINE.compressors[level] = zstandard.ZstdCompressor(level=level)
-    return _MINE.compressors[level]
-
-
-def content(frame: memoryview | bytes, nbytes: int) -> bytes:
-    """What a frame of any level holds. CorruptDataError unless that is `nbytes`.
-
-    The size comes from the geometry, never from the frame, so that a small frame cannot ask for much memory.
-    """
-    try:
-        if zstandard.frame_content_size(frame) != nbytes:
-            raise CorruptDataError("packed data is not of the size that its geometry says")
-        data = _MINE.decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise CorruptDataError(f"packed data does not unpack: {error}") from error
-    if len(data) != nbytes:
-        raise CorruptDataError("packed data does not unpack to its size")
-    return data
 
 
 class RawCodec:

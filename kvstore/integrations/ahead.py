@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.prefetch import PREPARED_MAX, THREADS_MAX, Prepared
 from kvstore.integrations.prompts import common_length
 from kvstore.integrations.restoring import FoundPrefix

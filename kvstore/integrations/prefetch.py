@@ -25,7 +25,7 @@ from typing import Any
 
 from mlx_lm.server import ResponseGenerator
 
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.checkpoints import Prefill, SegmentedGenerator
 from kvstore.integrations.models import ModelKey
 from kvstore.integrations.prompt_cache import Expected, PromptCache

@@ -1,26 +1,20 @@
-"""Plain counters of the daemon since its start, what else it notes of its traffic, and which request that is about."""
+"""Plain counters of the daemon since its start, and what else it notes of its traffic."""
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 from kvstore.core.blocks import Reason
-from kvstore.core.keys import Chain
-from kvstore.core.log import ID_CHARACTERS_MAX
-from kvstore.core.text import plain_text
 from kvstore.engine import Engine
-from kvstore.server.calls.callers import Peer
 from kvstore.server.calls.refusals import Refusals
 from kvstore.telemetry.history import Moment
 from kvstore.telemetry.lifetime import Lifetime
-from kvstore.telemetry.requests import Asked, Requests
-from kvstore.telemetry.traffic import Snapshot, Traffic, Who
-from kvstore.telemetry.why import NamespaceIdentity, Why
+from kvstore.telemetry.requests import Requests
+from kvstore.telemetry.traffic import Snapshot, Traffic
+from kvstore.telemetry.why import Why
 
 
 class Counters:
@@ -83,35 +77,6 @@ class Telemetry:
         """A telemetry for probes: accepts every note, logs nothing, and nothing reads it."""
         requests = Requests(Traffic(), say=lambda *_, **__: None)
         return Telemetry(Counters(), requests, Why(engine.nearest, keeps=False), self.lifetime, is_real=False)
-
-
-@dataclass(frozen=True)
-class AskedPrompt:
-    """A request about a prompt, read once: who asks, in which namespace, and where that is noted.
-
-    `since`: `Nearest.since` when the request came.
-    """
-
-    message: Any
-    chain: Chain
-    identity: NamespaceIdentity
-    peer: Peer
-    telemetry: Telemetry
-    since: tuple[int, int]
-
-    @functools.cached_property
-    def asked(self) -> Asked:
-        """What is asked, as telemetry has it. Of a match it is made after the answer."""
-        message, peer, one, n_tokens = self.message, self.peer, self.identity, self.chain.n_tokens
-        # A message has those of the fields that its kind has.
-        return Asked(
-            Who(peer.name, peer.pid, one.root, one.alias, one.engine, getattr(message, "profile", "")),
-            plain_text(message.request_id, ID_CHARACTERS_MAX),
-            n_tokens,
-            min(getattr(message, "covered_tokens", 0), n_tokens),
-            getattr(message, "prefill_tokens_per_s", 0.0),
-            getattr(message, "continued_tokens", 0),
-        )
 
 
 def moment_of(engine: Engine, traffic: Snapshot, counters: Counters) -> Moment:

@@ -25,7 +25,7 @@ from kvstore.codecs.byte_plan import check_block
 from kvstore.codecs.profiles import check_profile
 from kvstore.config import Config, default_data_dir, keys_home
 from kvstore.config.credentials import CredentialFiles
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.log import log_daemon
 from kvstore.core.process import ending_signals, keep_freed_memory, raise_file_limit
 from kvstore.engine import Engine, EngineOptions, device_of, require_store

@@ -16,9 +16,10 @@ from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
+from kvstore.server.asked_prompt import AskedPrompt
 from kvstore.server.calls.callers import Identities, calling
 from kvstore.server.calls.rpc_errors import Context
-from kvstore.server.counters import AskedPrompt, Counters, Telemetry
+from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 
 from kvstore.engine import Match
-from kvstore.server.counters import AskedPrompt
+from kvstore.server.asked_prompt import AskedPrompt
 from kvstore.server.threads import Pool
 
 # Requests that wait to be remembered; each holds the tokens of its prompt.

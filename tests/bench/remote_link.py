@@ -21,8 +21,8 @@ from typing import Any
 
 from kvstore.blobs.format import make_ready
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Namespace
 from kvstore.core.layers import LayerSpec, Layout, PartSpec
 from kvstore.core.limits import default_limits

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvstore.blobs.format import make_ready
 from kvstore.blobs.pack_file import Manifest, pack_pieces
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.engine import Engine, NewBlock
 from kvstore.server.storing.importer import Imported, Importer
 from tests.support.engine import HYBRID, checkpoint, namespace, sequence

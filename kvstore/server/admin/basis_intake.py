@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvstore.blobs.format import aux_block
 from kvstore.core.blocks import Reason
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import NamespaceInfo
 from kvstore.core.records import AUX_BYTES_MAX
 from kvstore.engine import Engine, NamespaceKey, NewBlock

@@ -27,7 +27,7 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from kvstore.config import Config
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError
 from kvstore.server.calls import callers
 from kvstore.server.calls.callers import Callers, Peer, calling

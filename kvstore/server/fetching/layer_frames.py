@@ -20,7 +20,7 @@ from kvstore.codecs.byte_plan import HitBlock, layer_ranges
 from kvstore.codecs.codec import BlockCorruptError
 from kvstore.codecs.encode import PIECE_BYTES
 from kvstore.codecs.states import state_ranges
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Layout
 from kvstore.core.records import runs_to_record
 from kvstore.engine import Engine

@@ -31,7 +31,7 @@ from kvstore.codecs.runs import EncodedRun
 from kvstore.codecs.transcode import gather_layers, is_finite, relative_error, transcode
 from kvstore.config import Config
 from kvstore.core.blocks import FIDELITY_EXACT, Block, Reason
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Layout
 from kvstore.core.text import size_text
 from kvstore.engine import Engine, NewBlock, Row, Slice

@@ -16,7 +16,7 @@ import numpy as np
 from kvstore.blobs import format as blob_format
 from kvstore.codecs.byte_plan import check_block
 from kvstore.core.blocks import Block, Reason
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import NamespaceInfo
 from kvstore.engine import Engine, NamespaceKey, NewBlock
 from kvstore.engine.adopt import require_own_namespace

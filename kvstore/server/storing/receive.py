@@ -19,7 +19,7 @@ from kvstore.codecs.encode import encode_runs, is_first_hand
 from kvstore.codecs.runs import EncodedRun, join_runs, load_run, narrow_run, pack_run, payload_run
 from kvstore.config import Config
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_EXACT, TOKEN_BYTES, Block, Origin
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.layers import Piece
 from kvstore.engine import Engine, NewBlock
 from kvstore.errors import InvalidRequestError, LimitError

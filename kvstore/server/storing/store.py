@@ -21,7 +21,7 @@ from kvstore.core.blocks import (
     LayerState,
     Reason,
 )
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.keys import Chain, NamespaceInfo
 from kvstore.core.layers import cut_pieces
 from kvstore.core.rules import check_states
@@ -37,7 +37,8 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.counters import AskedPrompt, Telemetry
+from kvstore.server.asked_prompt import AskedPrompt
+from kvstore.server.counters import Telemetry
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice

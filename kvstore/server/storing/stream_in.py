@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 
-from kvstore.core.bounded import ByteBudget
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, LimitError
 from kvstore.server.fetching.stream_out import BATCH_BYTES
 from kvstore.server.storing.uploads import Upload, Uploads

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from kvstore.blobs import format as blob_format
 from kvstore.core.blocks import Reason
-from kvstore.core.bounded import ByteBudget
 from kvstore.core.breaker import Deadline
+from kvstore.core.byte_budget import ByteBudget
 from kvstore.core.remote_words import RemoteReason
 from kvstore.errors import (
     CorruptDataError,
