@@ -72,7 +72,7 @@ def command(
     config_path: str | None,
     as_json: bool,
 ) -> None:
-    """Say why PROMPT (text with --model, or token ids), a file, or the --last requests were not restored as a whole.
+    """Say why PROMPT (text with --model, or tokens as 1,2,3), a file, or the --last requests were not restored whole.
 
     The answer shows the nearest stored prompt, the 12 tokens on both sides of the place where the two part, and what
     changed there if that is known. If all of the prompt is stored, it says `hit`. The daemon remembers 256 requests, in
