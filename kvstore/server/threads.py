@@ -64,7 +64,7 @@ class Pool:
     def _start(self) -> None:
         """Start one more thread. RuntimeError when the system refuses it and the pool has no other.
 
-        A daemon thread: a pool that nobody closed does not hold up the exit.
+        It is a daemon thread, so the process can exit without closing the pool.
         """
         name = f"kvstore-{self.name}_{len(self._started)}"
         thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -136,7 +136,7 @@ class Pool:
         self._is_closed = True
         with contextlib.suppress(Empty):
             while drop and (dropped := self._work.get_nowait()) is not None:
-                _tell(dropped[0], dropped[0].cancel)  # its caller would wait for ever
+                _tell(dropped[0], dropped[0].cancel)  # otherwise its caller never returns
         for _ in self._started:
             self._work.put(None)
         while self._started:
