@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from kvstore.core.process import keep_freed_memory
+from kvstore.core.process import keep_freed_memory, uninterrupted
 from kvstore.wire.convert import channel_options
 
 CHUNK_BYTES = 1 << 20
@@ -62,7 +62,7 @@ class Bare:
 
     def chunks(self, nbytes: int) -> Iterator[bytes]:
         """Receive `nbytes` bytes; yields each chunk as it arrives."""
-        yield from self._stream(nbytes.to_bytes(8, "little"), wait_for_ready=True)
+        yield from uninterrupted(self._stream, nbytes.to_bytes(8, "little"), wait_for_ready=True)
 
     def stream(self, nbytes: int) -> None:
         """Receive `nbytes` bytes and discard them."""

@@ -7,12 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
+from kvstore.core.process import uninterrupted
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 
 EVERY_S = 1.0
@@ -118,34 +118,14 @@ def draw(ask: Ask, listen: str) -> None:
     before = first[0]
     live = Live(screen, console=console, screen=True, auto_refresh=False)
     try:
-        with uninterrupted():
-            live.start(refresh=True)
+        # An exception in the middle of its writing leaves rich's buffer open: what leaves the screen is never written.
+        uninterrupted(live.start, refresh=True)
         for reply in answers:
             if isinstance(reply, KVStoreError):
                 screen.lose(str(reply))
             else:
                 screen.show(reply[0], rates_between(before, *reply))
                 before = reply[0]
-            with uninterrupted():
-                live.refresh()
+            uninterrupted(live.refresh)
     finally:
-        with uninterrupted():
-            live.stop()
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM while rich writes, and raise KeyboardInterrupt at the end.
-
-    An exception in the middle of its writing leaves its buffer open, and what leaves the screen is never written.
-    """
-    held: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [signal.signal(number, lambda number, _: held.append(number)) for number in numbers]
-    try:
-        yield
-    finally:
-        for number, handler in zip(numbers, handlers, strict=True):
-            signal.signal(number, handler)
-    if held:
-        raise KeyboardInterrupt
+        uninterrupted(live.stop)

@@ -1,4 +1,4 @@
-"""A client's gRPC channel to the daemon, with its health state and credentials."""
+"""A client's connection to the daemon: its channel, health state and credentials, and what a failed call stands for."""
 
 from __future__ import annotations
 
@@ -8,28 +8,17 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 
+from kvstore.client.channel import guarded, open_channel, open_plain_channel, presenting
 from kvstore.client.health import NOT_THERE, Health, Notice
 from kvstore.client.trust import SocketGuard, not_responding
 from kvstore.config import Config
-from kvstore.config.credentials import (
-    BEARER,
-    CLIENT_KEY,
-    METADATA_KEY,
-    PID_KEY,
-    PROBE,
-    CredentialFiles,
-    Credentials,
-    Scope,
-    speaks_tls,
-    token_to_present,
-)
+from kvstore.config.credentials import PROBE, CredentialFiles, Scope, speaks_tls
 from kvstore.core.breaker import CircuitBreaker
 from kvstore.core.process import FORKED, connecting, is_forked, unless_forked
 from kvstore.errors import (
@@ -44,113 +33,20 @@ from kvstore.errors import (
     UntrustedError,
     VersionError,
 )
-from kvstore.wire.convert import channel_options
 from kvstore.wire.frames import kvstore_stub
-from kvstore.wire.handshake import PROTOCOL, PROTOCOL_KEY, health_request, other_protocol
+from kvstore.wire.handshake import health_request, other_protocol
 from kvstore.wire.status import from_rpc_error, said
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
 
-# A daemon that was restarted is found again within a second. min_reconnect_backoff_ms is also how long gRPC lets one
-# attempt take; with its default of 20 s an attempt that met a stopped daemon would be in the way of later ones.
-RECONNECT_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.min_reconnect_backoff_ms", 2000),
-    ("grpc.use_local_subchannel_pool", 1),
-]
 REPORT_S = 5.0
 # After trouble the files of credentials are looked at, at most this often.
 LOOK_EVERY_S = 1.0
 CLOSED = "the client is closed: make another one with kvstore.connect()"
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
-
 # Words in gRPC's error details that point to TLS, in lower case.
 _TLS_WORDS = ("ssl", "tls handshake", "certificate", "hostname verification")
-
-
-Metadata: TypeAlias = Sequence[tuple[str, str]]
-
-
-class _Method:
-    """A method of a channel, as a stub calls it."""
-
-    def __init__(self, method: Any, prepare: Callable[[], Metadata]) -> None:
-        self._method = method
-        self._prepare = prepare
-
-    def __call__(self, request: Any, **options: Any) -> Any:
-        return self._method(request, metadata=self._prepare(), **options)
-
-    def future(self, request: Any, **options: Any) -> Any:
-        """As gRPC's; with a call that may not be made the future fails."""
-        try:
-            metadata = self._prepare()
-        except KVStoreError as error:
-            failed: Future[Any] = Future()
-            failed.set_exception(error)
-            return failed
-        return self._method.future(request, metadata=metadata, **options)
-
-
-class PreparedChannel:
-    """A gRPC channel on which `prepare` runs before each call: it returns the metadata, or raises to prevent the call.
-
-    Not gRPC's interceptors: two of them took 90 us a call, as much as 100 KB, and these take 10. Nor its call
-    credentials, which would fix one token per channel: a token that was reloaded is sent from the next call on.
-    """
-
-    def __init__(self, channel: Any, prepare: Callable[[], Metadata]) -> None:
-        self._channel = channel
-        self._prepare = prepare
-
-    def unary_unary(self, *method: Any, **options: Any) -> _Method:
-        """As gRPC's."""
-        return _Method(self._channel.unary_unary(*method, **options), self._prepare)
-
-    def unary_stream(self, *method: Any, **options: Any) -> _Method:
-        """As gRPC's."""
-        return _Method(self._channel.unary_stream(*method, **options), self._prepare)
-
-    def stream_unary(self, *method: Any, **options: Any) -> _Method:
-        """As gRPC's."""
-        return _Method(self._channel.stream_unary(*method, **options), self._prepare)
-
-
-def open_channel(config: Config, credentials: Credentials) -> Any:
-    """A channel to the configured address. Without a CA of its own the system's CAs verify the daemon's certificate."""
-    options = [*channel_options(config.limits.message_bytes_max), *RECONNECT_OPTIONS]
-    if not speaks_tls(config, credentials):
-        return grpc.insecure_channel(config.address.target, options=options)
-    tls = grpc.ssl_channel_credentials(credentials.ca or None, credentials.key or None, credentials.chain or None)
-    return grpc.secure_channel(config.address.target, tls, options=options)
-
-
-def guarded(channel: Any, guard: SocketGuard | None) -> PreparedChannel:
-    """The channel; before every call the guard, if there is one, checks the socket."""
-
-    def prepare() -> Metadata:
-        if guard is not None:
-            guard.check()
-        return ()
-
-    return PreparedChannel(channel, prepare)
-
-
-def presenting(
-    channel: Any, guard: SocketGuard | None, name: str, files: CredentialFiles, scope: Scope
-) -> PreparedChannel:
-    """As `guarded`, with the client's name on every call, and the token for `scope` if there is one."""
-    own = ((CLIENT_KEY, name), (PID_KEY, str(os.getpid())), (PROTOCOL_KEY, str(PROTOCOL)))
-
-    def prepare() -> Metadata:
-        if guard is not None:
-            guard.check()
-        tokens = files.current.tokens
-        return (*own, (METADATA_KEY, BEARER + token_to_present(tokens, scope))) if tokens else own
-
-    return PreparedChannel(channel, prepare)
 
 
 def _unanswered(config: Config, is_tls: bool, error: Any) -> KVStoreError:
@@ -313,8 +209,7 @@ class Connection:
         path, channel, guard = self._config.address.admin_path, self._channel, self._guard
         has_own = bool(path) and os.path.exists(path)
         if has_own:
-            options = [*channel_options(self._config.limits.message_bytes_max), *RECONNECT_OPTIONS]
-            channel, guard = grpc.insecure_channel(f"unix:{path}", options=options), SocketGuard(path)
+            channel, guard = open_plain_channel(f"unix:{path}", self._config), SocketGuard(path)
         try:
             try:
                 guarded(channel, guard).unary_unary(HEALTH_METHOD)(health_request(), timeout=timeout_s)
