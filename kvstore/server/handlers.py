@@ -23,7 +23,7 @@ from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.costs import Offer, Timing, Way
 from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
-from kvstore.server.fetching.stream_out import Sender, write_within
+from kvstore.server.fetching.stream_out import Sender
 from kvstore.server.notes import Notes
 from kvstore.server.storing.store import StorePath, StorePlan, store_request
 from kvstore.server.storing.stores import Stores
@@ -175,7 +175,7 @@ class KVStoreService(rpc.KVStoreServicer):
                 return await self._threads.read(self._fetch.match, prompt.chain, fidelity_min, planned.offer)
 
             async def beat() -> None:
-                await write_within(context, pb.FetchReply(), self._config.limits.stream_stall_s)
+                await context.write(pb.FetchReply())
 
             gained, promoted = 0, Promoted(False, path.why_not(want))
             if promoted.why is None:
@@ -230,7 +230,7 @@ class KVStoreService(rpc.KVStoreServicer):
             if way == "dense"
             else (self._layers.packed, self._threads.stream)
         )
-        sender = Sender(make(plan, layout), run, self._config.limits.stream_stall_s)
+        sender = Sender(make(plan, layout), run)
         try:
             await sender.send(context)
             self._fetch.measured(plan)

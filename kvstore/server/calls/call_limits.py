@@ -4,7 +4,8 @@
     clients at most `connections_max` clients that called recently
     count   at most `calls_max` running calls, and the same number again of calls that continue an upload
     bytes   at most a quarter of `memory_bytes` in the messages of all calls
-    pace    a call is cancelled if the caller sends no message, or reads no reply, for `stream_stall_s`
+    pace    a call is cancelled if the caller sends no message, or reads no reply, for `stream_stall_s`: one clock a
+            call, whether its handler yields replies or writes them (`PacedContext`)
 
 Admin verbs and health checks are exempt, so that a busy daemon can always be inspected. A call above a limit is refused
 with RESOURCE_EXHAUSTED and a RetryInfo, counted and logged.
@@ -21,6 +22,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -136,8 +138,9 @@ class _Call:
         try:
             if self._refusal is not None:
                 raise self._refusal
-            answering = behaviour(self._paced(request) if streamed else request, context)
-            reply = await (self._write(answering, context) if inspect.isasyncgen(answering) else answering)
+            paced = PacedContext(context, self._start_pace, self._stop_pace)
+            answering = behaviour(self._paced(request) if streamed else request, paced)
+            reply = await (_write(answering, paced) if inspect.isasyncgen(answering) else answering)
             self._start_pace()
             return reply
         except asyncio.CancelledError:
@@ -158,14 +161,6 @@ class _Call:
         except Exception as error:
             await abort_unexpected(context, getattr(behaviour, "__name__", "a call"), error)
             raise
-
-    async def _write(self, replies: AsyncGenerator[Any, Any], context: Context) -> None:
-        """Write what a handler yields, each reply at the caller's pace."""
-        async with contextlib.aclosing(replies):
-            async for reply in replies:
-                self._start_pace()
-                await context.write(reply)
-                self._stop_pace()
 
     async def _paced(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         """What a caller streams, each message at its pace."""
@@ -218,6 +213,33 @@ class _Call:
         self._admission.calls[self._kind] -= 1
         if self._kind != _ADMIN:
             self._admission.callers.leave(self._caller)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PacedContext:
+    """What a handler gets in place of gRPC's context: the same, but a reply that nobody reads ends the call."""
+
+    context: Context
+    start_pace: Callable[[], None]
+    stop_pace: Callable[[], None]
+
+    async def write(self, reply: Any) -> None:
+        """Write one reply. The call is cancelled when the caller does not take it in time."""
+        self.start_pace()
+        try:
+            await self.context.write(reply)
+        finally:
+            self.stop_pace()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.context, name)
+
+
+async def _write(replies: AsyncGenerator[Any, Any], context: PacedContext) -> None:
+    """Write what a handler yields."""
+    async with contextlib.aclosing(replies):
+        async for reply in replies:
+            await context.write(reply)
 
 
 def kind_of(method: str) -> int:
