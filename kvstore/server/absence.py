@@ -21,7 +21,7 @@ from kvstore.config import Config
 from kvstore.config.credentials import CredentialFiles
 from kvstore.engine import require_store
 from kvstore.errors import DirectoryError, UnavailableError
-from kvstore.server.calls.call_limits import refusing
+from kvstore.server.calls.rpc_errors import refusing
 from kvstore.server.listening import bind, close_sockets_to_others
 from kvstore.server.threads import Pool
 

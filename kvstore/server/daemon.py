@@ -38,13 +38,13 @@ from kvstore.server.admin.metrics_listener import MetricsListener, serving_metri
 from kvstore.server.admin.settings import Settings, keep_to_limits
 from kvstore.server.admin.stats import load_message
 from kvstore.server.calls.authorize import daemon_credentials, guards, keep_up
-from kvstore.server.calls.call_limits import Admission, connection_options
+from kvstore.server.calls.call_limits import Admission
 from kvstore.server.calls.callers import Sockets
 from kvstore.server.counters import Counters, Telemetry
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.fetching.layer_frames import LayerFrames
 from kvstore.server.handlers import KVStoreService
-from kvstore.server.listening import bind, listening_place, receive_by_socket
+from kvstore.server.listening import bind, connection_options, listening_place, receive_by_socket
 from kvstore.server.masterkey import load_master_key
 from kvstore.server.policy.power import Power
 from kvstore.server.policy.pressure import Pressure, Quiet

@@ -17,12 +17,28 @@ from kvstore.config.private_files import require_private_directory
 from kvstore.errors import DirectoryError, DirectoryHeldError
 from kvstore.server.calls.authorize import tls_credentials
 from kvstore.server.storing.upload_socket import UploadSocket
+from kvstore.wire.convert import channel_options
+
+# A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
+HANDSHAKE_MS = 10_000
+IDLE_MS = 300_000
 
 
 def socket_paths(config: Config) -> list[Path]:
     """The unix sockets of an address: that of workers, that on which admins always find a place, that for uploads."""
     address = config.address
     return [Path(address.path), Path(address.admin_path), Path(address.upload_path)] if address.path else []
+
+
+def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:
+    """gRPC's own limits on messages, on connections to each address and on the calls of each connection."""
+    return [
+        *channel_options(config.limits.message_bytes_max),
+        ("grpc.max_concurrent_streams", config.limits.connection_calls_max),
+        ("grpc.max_allowed_incoming_connections", connections_max),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+    ]
 
 
 def bind(server: grpc.aio.Server, config: Config, files: CredentialFiles) -> None:

@@ -45,9 +45,8 @@ SMALL = {
 }
 IDLE = """
 from kvstore.config import load_config
-from kvstore.server.calls import call_limits
-from kvstore.server import daemon
-call_limits.IDLE_MS = 1000
+from kvstore.server import daemon, listening
+listening.IDLE_MS = 1000
 daemon.serve(load_config(), create=True)
 """
 

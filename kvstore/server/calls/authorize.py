@@ -29,8 +29,7 @@ from kvstore.config.credentials import (
     scope_of_token,
 )
 from kvstore.errors import ConfigError, CredentialsError, KVStoreError, ScopeError
-from kvstore.server.calls.call_limits import refusing
-from kvstore.server.calls.rpc_errors import Context, abort
+from kvstore.server.calls.rpc_errors import Context, abort, refusing
 from kvstore.server.threads import Pool
 from kvstore.wire.v1 import kvstore_pb2 as pb
 

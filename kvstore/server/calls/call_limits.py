@@ -34,14 +34,10 @@ from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, Lim
 from kvstore.server.calls import callers
 from kvstore.server.calls.callers import Callers, Peer, calling
 from kvstore.server.calls.refusals import Refusals
-from kvstore.server.calls.rpc_errors import Context, abort, abort_unexpected
-from kvstore.wire.convert import channel_options
+from kvstore.server.calls.rpc_errors import Context, abort, abort_unexpected, refusing
 from kvstore.wire.handshake import PROTOCOL_KEY, refusal
 from kvstore.wire.v1 import kvstore_pb2 as pb
 
-# A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
-HANDSHAKE_MS = 10_000
-IDLE_MS = 300_000
 RETRY_S = 0.2
 MEMORY_SHARE = 4
 # Separate limits for Admin verbs and health checks. Their messages are too small to be counted in bytes.
@@ -247,23 +243,3 @@ def kind_of(method: str) -> int:
     if method.startswith(_ADMIN_PREFIXES):
         return _ADMIN
     return _CARRIES_ON if method.endswith(_CARRYING_ON) else _BEGINS
-
-
-def refusing(error: KVStoreError) -> Any:
-    """A handler that ends any kind of call with this error, without waiting for a message of it."""
-
-    async def refused(_: Any, context: Context) -> None:
-        await abort(context, error)
-
-    return grpc.stream_stream_rpc_method_handler(refused)
-
-
-def connection_options(config: Config, connections_max: int) -> list[tuple[str, int]]:
-    """gRPC's own limits on messages, on connections to each address and on the calls of each connection."""
-    return [
-        *channel_options(config.limits.message_bytes_max),
-        ("grpc.max_concurrent_streams", config.limits.connection_calls_max),
-        ("grpc.max_allowed_incoming_connections", connections_max),
-        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
-        ("grpc.max_connection_idle_ms", IDLE_MS),
-    ]

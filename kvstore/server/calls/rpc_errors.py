@@ -30,6 +30,15 @@ async def abort_unexpected(context: Context, name: str, error: Exception) -> Non
     await _end(context, grpc.StatusCode.INTERNAL, f"{name} failed; the daemon's log says why", ())
 
 
+def refusing(error: KVStoreError) -> Any:
+    """A handler that ends any kind of call with this error, without waiting for a message of it."""
+
+    async def refused(_: Any, context: Context) -> None:
+        await abort(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(refused)
+
+
 async def _end(context: Context, code: Any, details: str, metadata: Any) -> None:
     try:
         await asyncio.wait_for(context.abort(code, details, metadata), ABORT_S)
