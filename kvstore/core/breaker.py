@@ -85,7 +85,8 @@ class Watchdog:
         while not self._closed.wait(wait_s):
             due = self._due
             wait_s = self._stall_s if due is None else due - time.monotonic()
-            if wait_s <= 0:
+            # The time may have passed for this thread alone: then that wait has ended since `due` was read.
+            if wait_s <= 0 and self._due is due:
                 self.fired = True
                 self._cancel()
                 return

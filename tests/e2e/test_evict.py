@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from kvstore.client.client import Client, connect
 from kvstore.core.blocks import Reason
-from tests.support.daemon import DaemonProcess, run_here
+from tests.support.daemon import SERVE, DaemonProcess, run_here
 from tests.support.files import taken_bytes
 from tests.support.limits import small_config
 from tests.support.synthetic import assert_rows, make_layers, make_layout, make_namespace
@@ -23,12 +22,21 @@ TOKENS = list(range(700))  # two full blocks and a tail
 BRANCH = [*TOKENS[:256], *range(9000, 9300)]  # shares the first block
 SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
 PAGE = 4096
+# A daemon whose wall clock is ahead by the seconds that a file says.
+AHEAD = """
+import pathlib, time
+plain, ahead = time.time, pathlib.Path({path!r})
+time.time = lambda: plain() + float(ahead.read_text())
+"""
 
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
     """One daemon for all."""
-    with DaemonProcess(tmp_path_factory.mktemp("daemon") / "data", profile="raw") as daemon:
+    folder = tmp_path_factory.mktemp("daemon")
+    (folder / "ahead").write_text("0")
+    program = AHEAD.format(path=str(folder / "ahead")) + SERVE
+    with DaemonProcess(folder / "data", program=program, profile="raw") as daemon:
         yield daemon
 
 
@@ -135,11 +143,13 @@ def test_bytes_free_at_least_so_much_least_recently_used_leaves_first(daemon: Da
 
 def test_only_what_was_not_used_for_so_long_goes_by_age(daemon: DaemonProcess) -> None:
     """A use is a fetch too: the branch and its shared first block stay."""
-    time.sleep(3)
+    ahead = daemon.data_dir.with_name("ahead")
+    ahead.with_suffix(".next").write_text("3600")
+    ahead.with_suffix(".next").replace(ahead)
     with client_of(daemon) as client:
         assert client.session(OLD, **SLOW).fetch([*BRANCH, 1]).n_tokens == len(BRANCH)
-        assert client.evict(idle_s=3, dry_run=True)["blocks"] == 5
-        assert client.evict(idle_s=3)["blocks"] == 5
+        assert client.evict(idle_s=1800, dry_run=True)["blocks"] == 5
+        assert client.evict(idle_s=1800)["blocks"] == 5
     assert held_tokens(daemon) == (256, len(BRANCH), 0)
     assert evict_and_compare(daemon, "--idle", "1h") == 0
 

@@ -82,6 +82,17 @@ delete = Deletions.delete
 Deletions.delete = lambda self, rows, spare_leased=True: delete(self, rows, False)
 """,
 }
+# Of an upload of this list its worker is silent for too long: otherwise the daemon has more patience than a busy
+# machine takes between two calls, and nobody waits for the end of it.
+FORGETTING = """
+import pathlib
+from kvstore.server.storing.uploads import Upload
+FORGOTTEN = pathlib.Path({path!r})
+alive = Upload.alive
+def is_alive(self, *limits):
+    return self.intake.is_committed or (alive(self, *limits) and self.upload_id not in FORGOTTEN.read_text().split())
+Upload.alive = is_alive
+"""
 BROKEN = """
 import sys
 from kvstore.cli import main
@@ -128,6 +139,7 @@ class CallHistories(Histories):
     # -- helpers ----------------------------------------------------------------------------------------------------
 
     files = 0
+    forgotten = Path()  # the list of uploads of which the daemon hears nothing more
     not_ended: ClassVar[set[str]] = set()  # uploads that nobody ended, of all examples: the log may tell of them late
 
     def blobs_of(self, space: int) -> int:
@@ -229,6 +241,7 @@ class CallHistories(Histories):
         if ending in ("forget", "cancel commit"):  # the commit may be cancelled before the daemon hears of it
             self.not_ended.add(upload_id[:8])
         if ending == "forget":
+            self.forget(upload_id)
             return
         if ending == "cancel upload":
             self.cancelled_upload(upload_id, data)
@@ -250,6 +263,12 @@ class CallHistories(Histories):
             if ending == "kill":
                 self.restart(kill=True, same_workers=True)
             replies.cancel()
+            self.forget(upload_id)
+
+    def forget(self, upload_id: str) -> None:
+        """Its worker is silent from now on."""
+        with self.forgotten.open("a") as file:
+            file.write(f"{upload_id}\n")
 
     def refused(self, upload_id: str) -> None:
         """There is no such upload any more."""
@@ -321,12 +340,13 @@ class CallHistories(Histories):
 
 
 def make_daemon(folder: Path, bug: str = "") -> DaemonProcess:
-    """One that encrypts tenants, encodes in groups, and soon forgets who says nothing; with one of `BUGS`."""
+    """One that encrypts tenants, encodes in groups, and forgets whom `FORGETTING` says; with one of `BUGS`."""
     key = folder / "key"
     key.touch(mode=0o600)
     key.write_text("7b" * 32)
-    limits = {"upload_idle_s": 3, "stream_stall_s": 10}  # a busy machine may leave a second between two calls
-    program = BROKEN.format(bug=BUGS[bug]) if bug else SERVE
+    (folder / "forgotten").touch()
+    limits = {"upload_idle_s": 3 if bug else 60, "stream_stall_s": 60}  # with a bug, the sooner it ends the better
+    program = FORGETTING.format(path=str(folder / "forgotten")) + (BROKEN.format(bug=BUGS[bug]) if bug else SERVE)
     return DaemonProcess(
         folder / "data", program=program, profile=GROUPED, encrypt="tenants", encryption_key=key, limits=limits
     )
@@ -353,6 +373,7 @@ def run(folder: Path, examples: int, steps: int, phases: Sequence[Phase] = tuple
         Machine.daemon = daemon
         Machine.profile = GROUPED
         Machine.files = open_files(daemon)
+        Machine.forgotten = folder / "forgotten"
         run_state_machine_as_test(
             Machine,
             settings=settings(
