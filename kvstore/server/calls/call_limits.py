@@ -97,21 +97,21 @@ class Admission(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio has
         return refusing(error)
 
 
+@dataclass(slots=True, eq=False)
 class _Call:
     """One admitted call: its share of the limits until its handler ends, its pace, and the edge at which errors end.
 
     gRPC runs a call in one task. Its pace cancels that task unless it is stopped within `stall_s` of each start.
     """
 
-    def __init__(self, admission: Admission, kind: int, caller: str) -> None:
-        self._admission = admission
-        self._kind = kind
-        self._caller = caller
-        self._task: asyncio.Task[Any] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_late = False
-        self._held = 0
-        self._refusal: KVStoreError | None = None
+    _admission: Admission
+    _kind: int
+    _caller: str
+    _task: asyncio.Task[Any] | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _is_late: bool = False
+    _held: int = 0
+    _refusal: KVStoreError | None = None
 
     def admitted(self, handler: Any) -> Any:
         """The handler, counted and paced, of whatever kind it is. Its message may take its time from now on."""
