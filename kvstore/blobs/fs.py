@@ -168,19 +168,24 @@ def entries(folder: str) -> Iterator[os.DirEntry[str]]:
         yield from found
 
 
+def info_of(path: str | Path) -> os.stat_result | None:
+    """lstat of a path; None if nothing is there, or not any more: a file may go after it was listed."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def still_there(paths: Iterable[str | Path]) -> Iterator[tuple[str, os.stat_result]]:
-    """Each path with its lstat. Paths that do not exist are left out: a file may go after it was listed."""
+    """Each path with its `info_of`; paths at which nothing is are left out."""
     for path in paths:
-        try:
-            info = os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        yield str(path), info
+        if (info := info_of(path)) is not None:
+            yield str(path), info
 
 
 def taken_bytes(paths: Iterable[str | Path]) -> int:
     """Bytes on disk of files, and of folders without what is in them. What is gone takes none."""
-    return sum(info.st_blocks * 512 for _, info in still_there(paths))
+    return sum(info.st_blocks * 512 for path in paths if (info := info_of(path)) is not None)
 
 
 def unlink_quietly(fs: Fs, paths: Iterable[str]) -> list[OSError]:

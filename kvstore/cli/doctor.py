@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvstore import __version__
-from kvstore.blobs.fs import still_there
+from kvstore.blobs.fs import info_of
 from kvstore.cli.common import client_config, common_options, connected, counted, print_json, say, size_text
 from kvstore.config import Config, default_data_dir
 from kvstore.core.remote_words import RemoteState
@@ -147,10 +147,10 @@ def _directory(path: Path, config: Config) -> Iterator[Line]:
         return
     yield Line("directory", str(path), "" if os.access(path, os.W_OK | os.X_OK) else "it cannot be written to")
     yield Line("permissions", f"{path} has mode {mode:o}", f"run: chmod 700 {path}" if mode & 0o077 else "")
-    for file, info in still_there([config.address.path]):
-        if stat.S_ISSOCK(info.st_mode):
-            mode = stat.S_IMODE(info.st_mode)
-            yield Line("socket", f"{file} has mode {mode:o}", f"run: chmod 600 {file}" if mode & 0o077 else "")
+    socket = config.address.path
+    if (info := info_of(socket)) is not None and stat.S_ISSOCK(info.st_mode):
+        mode = stat.S_IMODE(info.st_mode)
+        yield Line("socket", f"{socket} has mode {mode:o}", f"run: chmod 600 {socket}" if mode & 0o077 else "")
 
 
 def _disk(disk: dict[str, Any]) -> Iterator[Line]:

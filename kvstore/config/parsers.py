@@ -56,7 +56,8 @@ def size(minimum: int = 0) -> Callable[[object], int]:
 def parse_age(value: object) -> int:
     """Seconds from an int, or a text such as `90s`, `15m`, `12h`, `30d`, `2w`; ValueError says what is wrong.
 
-    A text without a unit is refused: it may be meant as days, and it decides what is deleted.
+    A text without a unit is refused, unless it is 0: it may be meant as days, and it decides what is deleted. An int is
+    a time that was parsed before. `load_config` hands over a number in a file as text, so a unit is asked for there.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return _in_range(value, 0)

@@ -22,7 +22,7 @@ from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
-from kvstore.blobs.fs import still_there
+from kvstore.blobs.fs import info_of
 from kvstore.config import Address
 from kvstore.config.private_files import require_private_directory
 from kvstore.errors import DirectoryError, KVStoreError
@@ -195,7 +195,7 @@ def bind_unix(path: str) -> socket.socket:
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_private_directory(file.parent, "set metrics_listen to a socket in a directory of your own")
-        if any(not stat.S_ISSOCK(info.st_mode) for _, info in still_there([path])):
+        if (info := info_of(path)) is not None and not stat.S_ISSOCK(info.st_mode):
             raise DirectoryError(f"metrics_listen: {path} is in the way and is not a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
