@@ -14,7 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from kvstore.client import attempt
+from kvstore.client import reads
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.client.session import Session
@@ -167,7 +167,7 @@ def test_a_damaged_block_makes_the_prefix_shorter_and_is_reported(
     daemon: FakeDaemon, session: Session, damage: str, overlapped_bytes_min: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layers have the length that is left, also where two are read at a time."""
-    monkeypatch.setattr(attempt, "OVERLAPPED_BYTES_MIN", overlapped_bytes_min)
+    monkeypatch.setattr(reads, "OVERLAPPED_BYTES_MIN", overlapped_bytes_min)
     path = Path(daemon.blocks[1].source.path)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # in the last layer: the first ones have been read by then
@@ -285,7 +285,7 @@ def test_an_unexpected_error_is_a_miss_and_in_the_log(
     def boom(*_: object, **__: object) -> None:
         raise ZeroDivisionError("boom")
 
-    monkeypatch.setattr("kvstore.client.attempt.begin_layer", boom)
+    monkeypatch.setattr("kvstore.client.reads.begin_layer", boom)
     assert session.fetch(TOKENS).reason is Reason.INTERNAL
     assert "ZeroDivisionError" in caplog.text
     assert str(2**63 - 1) not in caplog.text
@@ -297,7 +297,7 @@ def test_an_interrupt_is_not_swallowed(session: Session, monkeypatch: pytest.Mon
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvstore.client.attempt.begin_layer", interrupt)
+    monkeypatch.setattr("kvstore.client.reads.begin_layer", interrupt)
     with pytest.raises(KeyboardInterrupt):
         session.fetch(TOKENS)
 

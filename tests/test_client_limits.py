@@ -112,7 +112,7 @@ def test_the_total_limit_covers_reading_and_decoding(
         time.sleep(0.15)
         return assemble.begin_layer(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("kvstore.client.attempt.begin_layer", slowly)
+    monkeypatch.setattr("kvstore.client.reads.begin_layer", slowly)
     with Client(daemon.config()) as client:
         session = client.session(NAMESPACE, **PATIENT)
         answer = session.fetch(TOKENS, "packed", transport, total_ms=200)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import pytest
 from kvstore.blobs import ranges
 from kvstore.blobs.ranges import FileReader, FileSource, unreadable_paths
 from kvstore.blobs.readers import READERS, THREADS_MAX, Readers
-from kvstore.client import attempt, reads
+from kvstore.client import reads
 from kvstore.client.client import Client
 from kvstore.client.results import Hit, LayerHit
 from kvstore.codecs import virtual
@@ -245,7 +245,7 @@ def test_mlx_loads_files_while_every_reader_is_held(
 ) -> None:
     """MLX has four threads for loads. Reads of ours that hang hold none of them."""
     monkeypatch.setattr(virtual, "SMALL_BYTES", 0)
-    monkeypatch.setattr(attempt, "OVERLAPPED_BYTES_MIN", 0)
+    monkeypatch.setattr(reads, "OVERLAPPED_BYTES_MIN", 0)
     monkeypatch.setattr(reads, "usable_cores", lambda: 8)
     session = client.session(daemon.namespace, **PATIENT)
     disk.path = daemon.blocks[0].source.path
@@ -268,7 +268,7 @@ def test_a_fetch_uses_as_many_threads_as_there_are_cores(
 ) -> None:
     """One for each of the two layers that are read at a time, or one for each tensor of theirs."""
     monkeypatch.setattr(virtual, "SMALL_BYTES", 0)
-    monkeypatch.setattr(attempt, "OVERLAPPED_BYTES_MIN", 0)
+    monkeypatch.setattr(reads, "OVERLAPPED_BYTES_MIN", 0)
     monkeypatch.setattr(reads, "usable_cores", lambda: cores)
     session = client.session(daemon.namespace, **PATIENT)
     disk.path = daemon.blocks[0].source.path

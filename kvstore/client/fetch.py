@@ -21,12 +21,20 @@ from typing import Any, Literal, cast
 
 import grpc
 
-from kvstore.client.attempt import OVERLAPPED, Attempt, Caller, Layer, LayerReads
+from kvstore.client.attempt import Attempt, Caller, Layer
 from kvstore.client.basis_cache import BASES, ask_basis
 from kvstore.client.client import SessionOptions
 from kvstore.client.connection import Connection
 from kvstore.client.plan import Plan, Request, parse_plan
-from kvstore.client.reads import FileReads, before_unreadable, errno_of, file_reader, require_readable
+from kvstore.client.reads import (
+    OVERLAPPED,
+    FileReads,
+    LayerReads,
+    before_unreadable,
+    errno_of,
+    file_reader,
+    require_readable,
+)
 from kvstore.client.receiver import Message, ReadAhead, counted
 from kvstore.client.results import Hit, HitSource, Miss, missed
 from kvstore.codecs.codec import BlockCorruptError

@@ -14,8 +14,8 @@ import grpc
 import pytest
 
 from kvstore.client import fetch, uploader
-from kvstore.client.attempt import LayerReads
 from kvstore.client.client import Client, connect
+from kvstore.client.reads import LayerReads
 from kvstore.client.results import Hit, Miss
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason, pack_tokens
