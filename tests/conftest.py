@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from kvstore.client import fetch, provenance, receiver
+from kvstore.client import client, fetch, provenance, receiver, uploader
 from tests.support.hangs import TELLS_STACKS, ending_hung_processes
 
 # An example that takes long, or data that comes slowly, says how busy the machine is and nothing of the code. A change
@@ -40,6 +40,15 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
     """Of a test and its fixtures: what hangs in a process that they started fails the test, with its stacks."""
     with ending_hung_processes():
         return (yield)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patient_clients() -> Iterator[None]:
+    """Verbs and stores of this process wait for a daemon as long as a busy machine may hold it up."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((client, "CONNECT_S"), (client, "QUICK_S"), (uploader, "CONNECT_S")):
+            patch.setattr(module, name, 30.0)
+        yield
 
 
 @pytest.fixture(autouse=True)

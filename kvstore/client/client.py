@@ -30,7 +30,7 @@ SCHEMA = 1
 LIST_LIMIT = 1000
 
 # People wait for these; a daemon that is busy answers late, one that is gone at once.
-CONNECT_S = 2.0
+CONNECT_S = 5.0
 QUICK_S = 10.0
 WHY_S = 30.0
 EVICT_S = 600.0
