@@ -6,7 +6,7 @@ import functools
 import importlib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvstore.cli.app import EXIT_FAILURE, Suggesting
+from kvstore.cli.bench_text import print_codecs, print_evictions, print_report
 from kvstore.cli.calibrate import LENGTH, PREFIXES, check_names
-from kvstore.cli.common import client_config, common_options, connected, print_facts, print_json, print_table
+from kvstore.cli.common import client_config, common_options, connected, print_json
 from kvstore.core.process import ending_signals
 from kvstore.errors import KVStoreError
 
 if TYPE_CHECKING:
     from kvstore.bench.cases import Report
-    from kvstore.bench.codec_costs import CodecRow
-    from kvstore.bench.eviction import EvictionRow
     from kvstore.bench.shape import Shape
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -117,32 +116,6 @@ def answer(
         print_json(fields(found))
     else:
         tell(found)
-
-
-def print_report(report: Report) -> None:
-    """The table for people, then the numbers that are not times."""
-    cells = []
-    for row in report.rows():
-        times = [time_text(row[name]) for name in ("p50_s", "p90_s", "p99_s", "max_s")]
-        speed = f"{row['bytes_per_s'] / 1e9:.2f}" if row["nbytes"] else ""
-        ratio = f"{row['ratio']:.2f} x {row['ceiling']}" if row["ratio"] is not None else ""
-        cells.append((row["name"], *times, speed, ratio, f"{row['at_most']:g}" if row["at_most"] else ""))
-    columns = ("case", "P50", "P90", "P99", "max", "GB/s", "ratio", "at most")
-    title = ", ".join(f"{key} {value}" for key, value in report.shape.items())
-    print_table(columns, cells, title=f"{report.bench}: {title}", numbers=" nnnnn n")
-    if report.facts:
-        print_facts("also", [(name, f"{value:.3f}") for name, value in report.facts.items()])
-
-
-def time_text(seconds: float) -> str:
-    """Format a short time for people."""
-    return (
-        f"{seconds:.2f} s"
-        if seconds >= 1
-        else f"{1e3 * seconds:.1f} ms"
-        if seconds >= 0.01
-        else f"{1e3 * seconds:.3f} ms"
-    )
 
 
 def refuse_address(options: dict[str, Any]) -> None:
@@ -306,34 +279,7 @@ def codec(
         lambda: bench.measure_codecs(shapes, profiles or bench.NAMES, rounds),
         bench.plot_codecs,
         lambda rows: {"layers": layers, "heads": heads, "dtype": dtype, "rows": list(map(asdict, rows))},
-        lambda rows: _print_codecs(rows, f"of {dtype}", f"{layers} layers, {heads} heads"),
-    )
-
-
-def _print_codecs(rows: Sequence[CodecRow], of_dtype: str, title: str) -> None:
-    cells = [
-        (
-            row.profile,
-            str(row.seq_len),
-            str(row.head_dim),
-            f"{row.nbytes / 1e6:.1f}",
-            f"{row.of_dtype:.3f}",
-            f"{row.of_float32:.3f}",
-            f"{row.mean_error:.2%}",
-            f"{row.max_error:.2f}",
-            time_text(row.encode_s),
-            time_text(row.decode_s),
-            f"{row.encode_peak_bytes / 1e6:.0f}",
-            f"{row.decode_peak_bytes / 1e6:.0f}",
-        )
-        for row in rows
-    ]
-    columns = ("profile", "tokens", "width", "MB", of_dtype, "of float32", "mean error", "max error")
-    print_table(
-        (*columns, "quantize", "dequantize", "peak MB", "peak MB back"),
-        cells,
-        title=f"{title}; errors of the root mean square",
-        numbers=" nnnnnnnnnnn",
+        lambda rows: print_codecs(rows, f"of {dtype}", f"{layers} layers, {heads} heads"),
     )
 
 
@@ -373,24 +319,8 @@ def eviction(
         lambda: list(bench.run(requests, shares=shares, admissions=admissions or (bench.ALWAYS,))),
         bench.plot_rows,
         lambda rows: {"trace": str(trace_path), "rows": list(map(asdict, rows))},
-        lambda rows: _print_evictions(rows, trace_path.name),
+        lambda rows: print_evictions(rows, trace_path.name),
     )
-
-
-def _print_evictions(rows: Sequence[EvictionRow], trace: str) -> None:
-    cells = [
-        (
-            row.policy,
-            row.admission,
-            f"{row.budget_share:.0%}",
-            f"{row.hit_share:.3f}",
-            f"{row.optimum_hit_share:.3f}",
-            f"{row.written_per_reused:.2f}" if row.written_per_reused is not None else "",
-        )
-        for row in rows
-    ]
-    columns = ("policy", "admission", "budget", "hit", "optimum", "written / reused")
-    print_table(columns, cells, title=f"{trace}: shares of blocks", numbers="  nnnn")
 
 
 def _numbers(text: str, option: str) -> list[int]:
