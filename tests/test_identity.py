@@ -461,16 +461,16 @@ def test_a_draft_model_belongs_to_the_identity(digests: WeightsDigest, tmp_path:
     """Its layers lie in the same cache."""
     one, draft, other = (folder(tmp_path / name, name.encode()) for name in ("one", "draft", "other"))
     pins = [[digests.pin(one), None, digests.pin(third) if third else None] for third in (None, draft, other)]
-    ids = [models.identify(three, b"f" * 32, timeout_s=WAIT_S) for three in pins]
+    ids = [identity.identify(three, b"f" * 32, timeout_s=WAIT_S) for three in pins]
     assert all(ids)
-    assert len({identity.weights for identity in ids if identity}) == 3
+    assert len({found.weights for found in ids if found}) == 3
 
 
 def test_nothing_of_a_model_may_be_unknown(digests: WeightsDigest, tmp_path: Path) -> None:
     """An adapter without a digest, or weights without a fingerprint, leave the model without an identity."""
     one, empty = folder(tmp_path / "one"), tmp_path / "empty"
     empty.mkdir()
-    assert models.identify([digests.pin(one), digests.pin(empty), None], b"f" * 32, timeout_s=WAIT_S) is None
-    assert models.identify([None, None, None], b"f" * 32, timeout_s=WAIT_S) is None
-    assert models.identify([digests.pin(one), None, None], None, timeout_s=WAIT_S) is None
-    assert models.identify([digests.pin(one), None, None], b"f" * 32, timeout_s=WAIT_S) is not None
+    assert identity.identify([digests.pin(one), digests.pin(empty), None], b"f" * 32, timeout_s=WAIT_S) is None
+    assert identity.identify([None, None, None], b"f" * 32, timeout_s=WAIT_S) is None
+    assert identity.identify([digests.pin(one), None, None], None, timeout_s=WAIT_S) is None
+    assert identity.identify([digests.pin(one), None, None], b"f" * 32, timeout_s=WAIT_S) is not None

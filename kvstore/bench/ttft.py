@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 from kvstore.bench.cases import BenchError, Case, Report, measure
 from kvstore.bench.scratch import ScratchDaemon
 from kvstore.integrations.mlx_lm import PrefixStore, loading
-from kvstore.integrations.models import model_folder
+from kvstore.integrations.model_names import model_folder
 
 COLD = "cold"
 STEP_TOKENS = 2048

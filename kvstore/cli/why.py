@@ -128,7 +128,7 @@ def _ask(client: Client, given: Prompt | None, last: int, namespace: str | None,
             return client.why(tokens, last=last, alias=namespace, context=context)
         return client.why(tokens, last=last, namespace_prefix=prefix, context=context)
     if given is not None and model is not None:
-        from kvstore.integrations.models import alias_of
+        from kvstore.integrations.model_names import alias_of
 
         with contextlib.suppress(NotFoundError):  # served under another name
             return client.why(tokens, alias=alias_of(model), context=context)

@@ -11,7 +11,8 @@ in the background; a blob that was overwritten loses the folder its identity. El
 minutes, so each shard's hash is kept in a small file of the user's cache directory, under the shard's path, inode, size
 and times, and until all are known there is no digest: the store is bypassed.
 
-Files are half of an identity. The other half is the fingerprint of the model in memory, which no file can replace.
+Files are half of an identity. The other half is the fingerprint of the model in memory, which no file can replace:
+`identify` puts both together.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ from typing import Any
 
 import platformdirs
 
+from kvstore.core.keys import Namespace
+from kvstore.core.layers import Layout
 from kvstore.core.thread_priority import lower_thread_priority
 
 log = logging.getLogger(__name__)
 
 _TAG = b"kvstore/model/v1\0"
+_WEIGHTS_TAG = b"kvstore/weights/v2\0"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CACHE_SCHEMA = 1
 _CONFIGS = ("config.json", "hf_quant_config.json", "adapter_config.json")
@@ -318,3 +322,50 @@ class _HashCache:
         except OSError:
             os.unlink(name)
             raise
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Digests of a model, its adapter and its draft model, as bytes; and the tenant's salt."""
+
+    weights: bytes
+    adapter: bytes
+    salt: bytes
+    alias: str
+
+    def namespace(self, layout: Layout, engine: str) -> Namespace:
+        """The namespace of these weights' KV in one layout, computed by `engine` (see `engine_of`)."""
+        parts = [spec.part(name) for spec in layout.layers for name in ("keys", "values")]
+        return Namespace(
+            weights=self.weights,
+            adapter=self.adapter,
+            layout=layout,
+            dtype="+".join(sorted({part.dtype for part in parts if part.width})),
+            engine=engine,
+            salt=self.salt,
+            alias=self.alias,
+        )
+
+
+def identify(
+    pins: Sequence[Pin | None],
+    fingerprint: bytes | None,
+    *,
+    salt: bytes = b"",
+    alias: str = "",
+    timeout_s: float | None = 0.0,
+) -> Identity | None:
+    """The identity of a model from the pins of (model, adapter, draft model), the last two None if not there, and the
+    fingerprint of what they became in memory.
+
+    None while a digest or the fingerprint is unknown: files alone do not say what computes. Waits at most `timeout_s`
+    for each digest, None: as long as it takes. The layers of a draft model lie in the same cache and were computed by
+    its weights, so these belong to the identity.
+    """
+    digests = [pin.wait(timeout_s) if pin else b"" for pin in pins]
+    found = [digest for digest in digests if digest is not None]
+    if fingerprint is None or len(found) < len(pins) or not found[0]:
+        return None
+    model, adapter, draft = found
+    weights = hashlib.sha256(_WEIGHTS_TAG + model + len(draft).to_bytes(1, "little") + draft + fingerprint).digest()
+    return Identity(weights, adapter, salt, alias)

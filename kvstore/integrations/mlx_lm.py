@@ -26,8 +26,9 @@ from kvstore.integrations.caches import capture, layout, probe, quantized, resto
 from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.epochs import Epoch
 from kvstore.integrations.fingerprint import fingerprint
-from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import ENGINE, ModelKey, ModelStore, alias_of, identify, model_folder
+from kvstore.integrations.identity import WeightsDigest, identify
+from kvstore.integrations.model_names import ModelKey, alias_of, model_folder
+from kvstore.integrations.models import ENGINE, ModelStore
 from kvstore.integrations.prompt_cache import MODEL_ERRORS, PromptCache
 
 # As the engine's own prefill.

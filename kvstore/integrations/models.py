@@ -1,24 +1,20 @@
 """Fetches and stores whole caches for the models of a process, with one session per model.
 
-`ModelKey` is that of mlx_lm.server: (model path or Hugging Face id, adapter path, draft model path). Errors here result
-in "nothing fetched" or "nothing stored", with the reason counted; generation continues without the store.
+Errors here result in "nothing fetched" or "nothing stored", with the reason counted; generation continues without the
+store.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from mlx_lm.utils import hf_repo_to_path
 
 from kvstore.client import Client
 from kvstore.client.results import Hit, one_request, request_id, say_miss
@@ -35,106 +31,19 @@ from kvstore.integrations.caches import capture, layout, token_count
 from kvstore.integrations.engine_code import engine_of
 from kvstore.integrations.epochs import Epoch, Loaded
 from kvstore.integrations.fingerprint import fingerprint, stamp
-from kvstore.integrations.identity import Pin, WeightsDigest
+from kvstore.integrations.identity import Pin, WeightsDigest, identify
 from kvstore.integrations.images import around_images, splits_image
+from kvstore.integrations.model_names import ModelKey, alias_of, model_folder, name_of, names_files, paths_of
 from kvstore.integrations.restoring import Finish, FoundPrefix
 from kvstore.integrations.touches import Endings
 
 log = logging.getLogger(__name__)
 
-ModelKey = tuple[str | None, str | None, str | None]
-
 ENGINE = "mlx-lm"
-_WEIGHTS_TAG = b"kvstore/weights/v2\0"
 # What layers of foreign classes may raise when they are looked at.
 _ENGINE_ERRORS = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # Leaving a cache that is in memory for one that must be read pays only when it saves this much of a prefill.
 GAIN_TOKENS_MIN = 32
-
-
-def model_folder(path_or_repo: str) -> Path | None:
-    """The local folder of a path or Hugging Face id; None when there is none (yet). Never downloads."""
-    try:
-        if (folder := Path(path_or_repo)).exists():
-            return folder
-        return Path(hf_repo_to_path(path_or_repo))
-    except (OSError, ValueError):  # not to be looked at; not downloaded, or downloaded in part; not an id
-        return None
-
-
-def alias_of(path_or_repo: str) -> str:
-    """What people call a model: its folder's name, or its Hugging Face id. What is not Unicode becomes "?"."""
-    try:
-        name = path.resolve().name if (path := Path(path_or_repo)).exists() else path_or_repo
-    except (OSError, ValueError):  # not a name that a file can have
-        name = path_or_repo
-    return name.encode(errors="replace").decode()
-
-
-def names_files(key: object) -> bool:
-    """Whether a model key says where the model's files are: (path or id, adapter or None, draft model or None).
-
-    Engines use anything that can be hashed to tell models apart. Of another shape it says nothing of the weights.
-    """
-    if not isinstance(key, tuple) or len(key) != 3:
-        return False
-    model, *others = key
-    return isinstance(model, str) and all(part is None or isinstance(part, str) for part in others)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Digests of a model, its adapter and its draft model, as bytes; and the tenant's salt."""
-
-    weights: bytes
-    adapter: bytes
-    salt: bytes
-    alias: str
-
-    def namespace(self, layout: Layout, engine: str) -> Namespace:
-        """The namespace of these weights' KV in one layout, computed by `engine` (see `engine_of`)."""
-        parts = [spec.part(name) for spec in layout.layers for name in ("keys", "values")]
-        return Namespace(
-            weights=self.weights,
-            adapter=self.adapter,
-            layout=layout,
-            dtype="+".join(sorted({part.dtype for part in parts if part.width})),
-            engine=engine,
-            salt=self.salt,
-            alias=self.alias,
-        )
-
-
-def identify(
-    pins: Sequence[Pin | None],
-    fingerprint: bytes | None,
-    *,
-    salt: bytes = b"",
-    alias: str = "",
-    timeout_s: float | None = 0.0,
-) -> Identity | None:
-    """The identity of a model from the pins of (model, adapter, draft model), the last two None if not there, and the
-    fingerprint of what they became in memory.
-
-    None while a digest or the fingerprint is unknown: files alone do not say what computes. Waits at most `timeout_s`
-    for each digest, None: as long as it takes. The layers of a draft model lie in the same cache and were computed by
-    its weights, so these belong to the identity.
-    """
-    digests = [pin.wait(timeout_s) if pin else b"" for pin in pins]
-    found = [digest for digest in digests if digest is not None]
-    if fingerprint is None or len(found) < len(pins) or not found[0]:
-        return None
-    model, adapter, draft = found
-    weights = hashlib.sha256(_WEIGHTS_TAG + model + len(draft).to_bytes(1, "little") + draft + fingerprint).digest()
-    return Identity(weights, adapter, salt, alias)
-
-
-def _paths(key: ModelKey) -> tuple[str, ...]:
-    return tuple(path for path in key if path) if names_files(key) else ()
-
-
-def _name_of(key: ModelKey) -> str:
-    return alias_of(key[0] or "") if names_files(key) else repr(key)
 
 
 class ModelStore:
@@ -209,7 +118,7 @@ class ModelStore:
             return self._epoch(key, models)
         except _ENGINE_ERRORS as error:
             self.refuse(KVStoreError(f"{key!r} cannot be looked at: {error}"))
-            return Epoch((), (), unknown=_paths(key) or (repr(key),))
+            return Epoch((), (), unknown=paths_of(key) or (repr(key),))
 
     def _epoch(self, key: ModelKey, models: Sequence[Any]) -> Epoch:
         with self._lock:
@@ -217,7 +126,7 @@ class ModelStore:
             known = next((one for one in reversed(self._loaded) if one.is_of(key, models)), None)
             if known is not None:
                 return known.epoch
-            paths = _paths(key)
+            paths = paths_of(key)
             known_paths = self._announced if models else self._pins.keys()
             self.pin(*(path for path in paths if path not in known_paths))
             pins = tuple(self._pins.get(path) if path else None for path in key) if names_files(key) else ()
@@ -234,7 +143,7 @@ class ModelStore:
     def count_changed(self, key: ModelKey) -> None:
         """Count, and say, that a cache was begun in another epoch than that in which it came back. Any thread."""
         self._count(Reason.IDENTITY_CHANGED)
-        log.warning("%s changed while a cache of it was filled; that cache is not kept", _name_of(key))
+        log.warning("%s changed while a cache of it was filled; that cache is not kept", name_of(key))
 
     def session(self, key: ModelKey, of: Layout, epoch: Epoch | None = None) -> Session | None:
         """The session for a model in an epoch (None: as it is now) and a layout, made when first asked for.
@@ -300,7 +209,7 @@ class ModelStore:
                 epoch = self.epoch(key) if epoch is None else epoch
                 sessions = [session for one in layouts if (session := self.session(key, one, epoch))]
                 if layouts and not sessions:
-                    say_miss(_name_of(key), name, len(tokens), Reason.IDENTITY_PENDING)
+                    say_miss(name_of(key), name, len(tokens), Reason.IDENTITY_PENDING)
                 for session in sessions:
                     session.computes(prefill_tokens_per_s)
                 return self._find(sessions, tokens, covered, prefill_tokens_per_s, reserve, epoch, deadline)

@@ -27,7 +27,7 @@ from mlx_lm.server import ResponseGenerator
 
 from kvstore.core.byte_budget import ByteBudget
 from kvstore.integrations.checkpoints import Prefill, SegmentedGenerator
-from kvstore.integrations.models import ModelKey
+from kvstore.integrations.model_names import ModelKey
 from kvstore.integrations.prompt_cache import Expected, PromptCache
 from kvstore.integrations.restoring import FoundPrefix
 from kvstore.integrations.speed import Progress

@@ -30,7 +30,8 @@ from kvstore.core.blocks import BLOCK_TOKENS
 from kvstore.core.layers import Layout
 from kvstore.integrations.caches import capture, token_count
 from kvstore.integrations.epochs import Epoch
-from kvstore.integrations.models import ModelKey, ModelStore
+from kvstore.integrations.model_names import ModelKey
+from kvstore.integrations.models import ModelStore
 
 View = Callable[[], Sequence[Any]]
 

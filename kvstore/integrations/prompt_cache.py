@@ -23,7 +23,8 @@ from kvstore.core.layers import Layout
 from kvstore.errors import KVStoreError, UnsupportedLayerError
 from kvstore.integrations.caches import align, layout, probe, quantized
 from kvstore.integrations.epochs import Epoch, InFlight
-from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore
+from kvstore.integrations.model_names import ModelKey
+from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelStore
 from kvstore.integrations.prefilling import PartialPrompt, View, store_part
 from kvstore.integrations.restoring import FoundPrefix
 from kvstore.integrations.speed import PrefillSpeed

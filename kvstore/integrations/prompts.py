@@ -40,7 +40,7 @@ def load_tokenizer(path_or_repo: str) -> Any:
     """The tokenizer of a model folder or of a downloaded repository. InvalidRequestError when there is none."""
     from mlx_lm.tokenizer_utils import load
 
-    from kvstore.integrations.models import model_folder
+    from kvstore.integrations.model_names import model_folder
 
     mute_length_warning()
     folder = model_folder(path_or_repo)

@@ -126,7 +126,7 @@ def named(flags: Sequence[str], name: str) -> str:
 
 def announce(digests: Any, model: str) -> None:
     """Say whether the identity of a model is known: until its weights are hashed, nothing is stored or restored."""
-    from kvstore.integrations.models import model_folder
+    from kvstore.integrations.model_names import model_folder
 
     folder = model_folder(model) if model else None
     if folder is None:

@@ -47,7 +47,8 @@ from kvstore.integrations.ahead import Ahead, ahead_of_turn, in_sorted
 from kvstore.integrations.caches import layout, probe, quantized, token_count
 from kvstore.integrations.epochs import Epoch, InFlight
 from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelKey, ModelStore, model_folder
+from kvstore.integrations.model_names import ModelKey, model_folder
+from kvstore.integrations.models import GAIN_TOKENS_MIN, ModelStore
 from kvstore.integrations.prefilling import PartialPrompt, StoringBatch, View, store_part
 from kvstore.integrations.prompt_cache import MODEL_ERRORS
 from kvstore.integrations.restoring import FoundPrefix

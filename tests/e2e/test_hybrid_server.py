@@ -16,7 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from kvstore.client import connect
 from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import ModelKey, ModelStore
+from kvstore.integrations.model_names import ModelKey
+from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
 from tests.support.agent import LAUNCH_WITHOUT_ENDS, SYSTEM, Answer, Server, Session, with_template
 from tests.support.daemon import DaemonProcess

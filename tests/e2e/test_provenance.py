@@ -17,7 +17,8 @@ from kvstore.client.results import Hit
 from kvstore.core.blocks import FIDELITY_EXACT, Reason
 from kvstore.integrations import mlx_lm as kv
 from kvstore.integrations.identity import WeightsDigest
-from kvstore.integrations.models import ModelKey, ModelStore
+from kvstore.integrations.model_names import ModelKey
+from kvstore.integrations.models import ModelStore
 from kvstore.integrations.prompt_cache import PromptCache
 from tests.support.daemon import DaemonProcess
 from tests.support.models import heldout_tokens, write_tiny
