@@ -8,13 +8,20 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from kvstore.core.process import HELD_SIGNALS, uninterrupted
-from tests.support.fake_daemon import FakeDaemon
-from tests.support.synthetic import make_layout, make_namespace
+from kvstore.client.client import Client
+from kvstore.client.receiver import STREAM_BYTES
+from kvstore.client.session import Session
+from kvstore.core.blocks import Reason
+from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.interrupts import HELD_SIGNALS, uninterrupted
+from tests.support.fake_daemon import HANG_S, FakeDaemon
+from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 PROGRAM = """
     import signal, sys
@@ -44,15 +51,157 @@ PROGRAM = """
     print("closed")
 """
 
+# Ctrl-C while a call is at its n-th line, of ours or of a library: for n = 0, step, 2 * step .. until it has fewer.
+EVERYWHERE = """
+    import itertools, signal, sys
+    from kvstore.client.client import Client
+    from tests.support.limits import small_config
+    from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+    class CtrlC:
+        def __init__(self, line):
+            self.line = line
+
+        def __call__(self, frame, event, _):
+            self.line -= event in ("call", "line")
+            if self.line < 0:
+                sys.settrace(None)
+                signal.raise_signal(signal.SIGINT)
+            return self
+
+    def tried(call):
+        for line in itertools.count(0, int(sys.argv[3])):
+            trace = CtrlC(line)
+            sys.settrace(trace)
+            try:
+                call()
+            except KeyboardInterrupt:
+                pass
+            sys.settrace(None)
+            if trace.line >= 0:
+                return
+            yield line
+
+    layout = make_layout()
+    layers = make_layers(layout, range(600))
+    with Client(small_config(sys.argv[1], memory_bytes=int(sys.argv[2]))) as client:
+        session = client.session(make_namespace(layout))
+        fetch, store = session.fetch, session.store
+"""
+FETCHES = """
+        for line in tried(lambda: fetch(range(600), "packed", "{transport}")):
+            for found in (fetch(range(600), "packed", "path"), fetch(range(600), "packed", "stream")):
+                assert found.n_tokens == 599, (line, found)
+    print("closed")
+"""
+LAYERS = """
+        for line in tried(lambda: list(session.fetch_layers(range(600), "{transport}").layers)):
+            for found in (fetch(range(600), "packed", "path"), fetch(range(600), "packed", "stream")):
+                assert found.n_tokens == 599, (line, found)
+    print("closed")
+"""
+STORES = """
+        numbers = itertools.count(1000)
+        for line in tried(lambda: store([next(numbers), *range(1, 600)], layers, wait={wait})):
+            assert session.flush(60), line
+            again = store([line, *range(1, 600)], layers, wait=True, restored_tokens=0)
+            assert again.stored_tokens == 600, (line, again)
+    print("closed")
+"""
+
+
+def out_of_time(number: int, frame: Any) -> None:
+    """A time limit's handler."""
+    raise TimeoutError
+
+
+def store_waiting(session: Session) -> None:
+    """Store and wait."""
+    session.store(range(600), make_layers(session.namespace.layout, range(600)), wait=True)
+
+
+def run_program(
+    text: str, daemon: FakeDaemon, memory_bytes: int = 0, step: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run Python text that is a client of `daemon`."""
+    command = [sys.executable, "-c", textwrap.dedent(text), daemon.address, str(memory_bytes), str(step)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+
+
+@pytest.mark.parametrize("transport", ["path", "stream"])
+@pytest.mark.parametrize("program", [FETCHES, LAYERS], ids=["fetch", "fetch_layers"])
+def test_fetches_give_hits_wherever_an_earlier_one_was_interrupted(program: str, transport: str) -> None:
+    """No lock stays held, no memory counted. It did where the exception came as `Condition` had taken its lock."""
+    with FakeDaemon(make_namespace(make_layout())) as daemon:
+        daemon.hold(range(600))
+        found = run_program(EVERYWHERE + program.format(transport=transport), daemon, STREAM_BYTES, 23)
+    assert found.stdout.split() == ["closed"], found.stderr
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_stores_find_memory_wherever_an_earlier_one_was_interrupted(*, wait: bool) -> None:
+    """There is room for one. What was copied and not queued yet stayed counted for ever."""
+    with FakeDaemon(make_namespace(make_layout())) as daemon:
+        found = run_program(EVERYWHERE + STORES.format(wait=wait), daemon, 1 << 20, 7)
+    assert found.stdout.split() == ["closed"], found.stderr
+
 
 def test_a_client_goes_on_after_a_fetch_that_was_interrupted_and_can_be_closed() -> None:
     """Someone at a prompt presses Ctrl-C and fetches again. gRPC alone would give no answer, and never close."""
     with FakeDaemon(make_namespace(make_layout())) as daemon:
         daemon.hold(range(600))
-        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), daemon.address]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        found = run_program(PROGRAM, daemon)
     assert found.stdout.split() == ["599", "interrupted", "599", "599", "599", "closed"], found.stderr
     assert found.returncode == 0
+
+
+@pytest.mark.parametrize("wait", [Session.flush, Session.close, store_waiting], ids=["flush", "close", "store"])
+def test_ctrl_c_ends_a_wait_for_a_daemon_that_does_not_answer(wait: Callable[[Session], object]) -> None:
+    """Long waits go in turns. What was queued goes on after it, but closing ends."""
+    namespace = make_namespace(make_layout())
+    with FakeDaemon(namespace) as daemon, Client(daemon.config()) as client:
+        daemon.faults = {"hang_begin"}
+        session = client.session(namespace)
+        session.store(range(600), make_layers(namespace.layout, range(600)))
+
+        def interrupt() -> None:
+            while not daemon.calls:
+                time.sleep(0.01)
+            time.sleep(0.2)  # the wait has begun, most likely; before it the signal has the same effect
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        thread = threading.Thread(target=interrupt)
+        before = signal.signal(signal.SIGUSR1, out_of_time)
+        started_s = time.monotonic()
+        try:
+            with pytest.raises(TimeoutError):  # noqa: PT012  # the signal may come in either
+                thread.start()
+                wait(session)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+            thread.join()
+        assert time.monotonic() - started_s < HANG_S / 2
+        assert (session.store(range(1), []).reason is Reason.UNAVAILABLE) == (wait is Session.close)
+        daemon.stop()  # nothing is waited for any more
+
+
+def test_a_wait_for_memory_ends_with_the_exception_of_a_handler() -> None:
+    """Whoever waits inside what must not be interrupted looks for signals between turns, and lets go of its lock."""
+    budget = ByteBudget(1)
+    assert budget.try_acquire(1)
+
+    def work() -> bool:
+        signal.raise_signal(signal.SIGUSR1)
+        return budget.acquire(1, 600.0)
+
+    before = signal.signal(signal.SIGUSR1, out_of_time)
+    try:
+        with pytest.raises(TimeoutError):
+            uninterrupted(work)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    budget.release(1)
+    assert budget.used_bytes == 0
 
 
 @pytest.mark.parametrize("number", HELD_SIGNALS)

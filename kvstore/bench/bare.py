@@ -13,7 +13,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from kvstore.core.process import keep_freed_memory, uninterrupted
+from kvstore.core.interrupts import uninterrupted
+from kvstore.core.process import keep_freed_memory
 from kvstore.wire.convert import channel_options
 
 CHUNK_BYTES = 1 << 20

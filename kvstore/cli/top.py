@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from kvstore.cli.common import client_config, common_options, connected, print_json, say, size_text
-from kvstore.core.process import uninterrupted
+from kvstore.core.interrupts import uninterrupted
 from kvstore.errors import DeadlineError, KVStoreError, UnavailableError
 
 EVERY_S = 1.0

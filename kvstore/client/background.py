@@ -20,6 +20,7 @@ from kvstore.client.results import SessionStats, StoreResult, reason_of, say_sto
 from kvstore.client.store import KV_STORED, Rest
 from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
+from kvstore.core.interrupts import turn_s
 from kvstore.core.keys import Namespace
 from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.errors import KVStoreError, LimitError
@@ -91,12 +92,26 @@ class Background:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
+        give_up_at = time.monotonic() + timeout_s
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._jobs or self._is_busy), timeout_s)
+            while self._jobs or self._is_busy:
+                left_s = give_up_at - time.monotonic()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(min(turn_s(left_s), threading.TIMEOUT_MAX))
+            return True
 
     def close(self, timeout_s: float) -> None:
-        """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
-        self.flush(timeout_s)
+        """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice.
+
+        Ctrl-C ends the first of these only.
+        """
+        try:
+            self.flush(timeout_s)
+        finally:
+            self._end_thread()
+
+    def _end_thread(self) -> None:
         self._closing.set()
         self._uploader.cancel()
         with self._changed:

@@ -23,7 +23,7 @@ from kvstore.config.credentials import (
     speaks_tls,
     token_to_present,
 )
-from kvstore.core.process import uninterrupted
+from kvstore.core.interrupts import uninterrupted
 from kvstore.errors import KVStoreError
 from kvstore.wire.convert import channel_options
 from kvstore.wire.handshake import PROTOCOL, PROTOCOL_KEY

@@ -13,6 +13,7 @@ from kvstore.config import Config, load_config
 from kvstore.core.blocks import BLOCK_TOKENS, FIDELITY_ANY, Reason, pack_tokens
 from kvstore.core.breaker import Deadlines
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.interrupts import uninterrupted
 from kvstore.core.process import FORKED, is_forked
 from kvstore.errors import ForkedError, InvalidRequestError, UnavailableError
 from kvstore.wire.convert import message_to_dict, namespace_to_message, verdict_to_message
@@ -102,8 +103,6 @@ class Client:
         `slow_hits`: return hits even when prefill would be faster. Raises ConfigError for an unknown profile,
         InvalidRequestError for a layout that cannot be stored.
         """
-        from kvstore.client.session import Session  # here, since it imports MLX
-
         namespace.layout.validate()
         if fidelity_min is None:
             fidelity_min = _fidelity(profile)
@@ -124,6 +123,11 @@ class Client:
             options = replace(options, headroom_tokens=headroom_tokens)
         if store_block_ms is not None:
             options = replace(options, store_block_ms=store_block_ms)
+        return uninterrupted(self._begin, namespace, options)
+
+    def _begin(self, namespace: Namespace, options: SessionOptions) -> Session:
+        from kvstore.client.session import Session  # here, since it imports MLX
+
         self._connection.warm_up()
         session = Session(self._connection, namespace, self._budget, options)
         self._sessions.add(session)
@@ -349,12 +353,19 @@ class Client:
         """Close all sessions, each within `timeout_s` (see `Session.close`), then the connection."""
         if is_forked():
             return
-        for session in list(self._sessions):
-            if timeout_s is None:
-                session.close()
-            else:
-                session.close(timeout_s)
-        self._connection.close()
+        uninterrupted(self._close, timeout_s)
+
+    def _close(self, timeout_s: float | None) -> None:
+        sessions, limits = list(self._sessions), {} if timeout_s is None else {"timeout_s": timeout_s}
+        try:
+            for session in sessions:
+                session.close(**limits)
+        except BaseException:  # Ctrl-C: wait for nothing any more
+            for session in sessions:
+                session.close(0.0)
+            raise
+        finally:
+            self._connection.close()
 
     def __repr__(self) -> str:
         return f"<Client of {self.config.listen}, {self._connection.state}>"

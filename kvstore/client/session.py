@@ -11,7 +11,7 @@ import logging
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self, get_args
@@ -34,7 +34,7 @@ from kvstore.client.results import (
     say_fetched,
 )
 from kvstore.client.store import StoreArguments, Storer, Touch, combine
-from kvstore.client.uploader import Uploader
+from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import (
     FIDELITY_EXACT,
     TOKEN_BYTES,
@@ -44,6 +44,7 @@ from kvstore.core.blocks import (
 )
 from kvstore.core.breaker import Deadline
 from kvstore.core.byte_budget import ByteBudget
+from kvstore.core.interrupts import each_uninterrupted, turn_s, undivided
 from kvstore.core.keys import Chain, Namespace
 from kvstore.core.layers import KVLayer, StateLayer
 from kvstore.core.process import FORKED, is_forked, unless_forked
@@ -73,6 +74,9 @@ class Session:
     caller's arrays on the caller's thread, which must own them; everything after that happens on the session's one
     background thread, a daemon thread. Captured arrays, and what a stream is received into, count against the client's
     `memory_bytes`. Dropped without `close`, a session stores what was queued for some seconds and ends its thread.
+
+    On the main thread the handlers of signals, such as Ctrl-C's, run when a method has ended, and so after a fetch's
+    deadlines at the latest; in `flush`, `close` and a store that waits they run within 0.1 s.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Session:
             self, unless_forked, self._background.retire
         ).atexit = False  # an exit never waits for the store
 
+    @undivided
     def match(self, tokens: Iterable[int] | bytes, prefill_tokens_per_s: float = 0.0, covered_tokens: int = 0) -> Match:
         """How much of `tokens` a fetch would return now, by asking the index only. Speed and tokens as in `fetch`."""
         if is_forked():
@@ -115,6 +120,7 @@ class Session:
             log.exception("match failed")
             return Match(0, Reason.INTERNAL)
 
+    @undivided
     def fetch(
         self,
         tokens: Iterable[int] | bytes,
@@ -189,6 +195,7 @@ class Session:
             self._held.forget(chain, answer.n_tokens)
         return answer
 
+    @undivided
     def fetch_layers(self, tokens: Iterable[int] | bytes, transport: Transport = "auto") -> LayerHit | Miss:
         """As `fetch`, packed, for callers that can start a prefill over: layers one by one, as they are asked for.
 
@@ -225,13 +232,16 @@ class Session:
             return Miss(plan.reason)
         found = chain.head(plan.n_tokens)
         self._provenance.remember(self._weights, found.tokens, plan.fidelity)
-        return LayerHit(plan.n_tokens, self._one_by_one(found, layers), plan.reason, plan.fidelity)
+        return LayerHit(plan.n_tokens, each_uninterrupted(self._one_by_one(found, layers)), plan.reason, plan.fidelity)
 
-    def _one_by_one(self, found: Chain, layers: Iterator[KVLayer | StateLayer]) -> Iterator[KVLayer | StateLayer]:
+    def _one_by_one(
+        self, found: Chain, layers: Iterator[KVLayer | StateLayer]
+    ) -> Generator[KVLayer | StateLayer, None, None]:
         with self._connection.attempt():
             yield from layers
         self._held.hold(found, checkpoint=bool(self.namespace.layout.exact_layers))
 
+    @undivided
     def store(
         self,
         tokens: Iterable[int] | bytes,
@@ -253,6 +263,7 @@ class Session:
         work = functools.partial(self._store, timeout_s=timeout_s, wait=wait)
         return self._storing(tokens, layers, restored_tokens, touch, work)
 
+    @undivided
     def store_part(
         self,
         tokens: Iterable[int] | bytes,
@@ -316,11 +327,12 @@ class Session:
                 self.stats.stored(StoreResult(reason=reason))
             if not wait:
                 return StoreResult(reason=reason)
-            result = combine([job.result if job.done.wait(deadline.left_s) else late for job in jobs], reason)
+            result = combine([job.result if _is_done(job, deadline) else late for job in jobs], reason)
             if result.reason is not Reason.NOT_CAPTURED:
                 break
         return result
 
+    @undivided
     def reject(self, tokens: Iterable[int] | bytes, detail: str) -> None:
         """The caller could not use a hit of exactly `tokens`: nothing of them is believed to be held any more.
 
@@ -345,10 +357,12 @@ class Session:
             speed = pb.PrefillSpeed(namespace_id=self._root, tokens_per_s=tokens_per_s)
             self._connection.tell(pb.ReportRequest(speed=speed))
 
+    @undivided
     def flush(self, timeout_s: float = STORE_WAIT_S) -> bool:
         """Wait until everything that is queued has ended, one way or the other; whether it has."""
         return not is_forked() and self._background.flush(timeout_s)
 
+    @undivided
     def close(self, timeout_s: float = CLOSE_S) -> None:
         """Give what is queued `timeout_s` to be stored, drop the rest, end the thread. Safe to call twice."""
         if not is_forked():
@@ -383,6 +397,14 @@ class Session:
         except LimitError as error:
             self._rest_until_s = time.monotonic() + error.retry_s
             raise
+
+
+def _is_done(job: StoreJob, deadline: Deadline) -> bool:
+    """Wait for the end of a job; whether it has come by the deadline."""
+    while not job.done.wait(turn_s(deadline.left_s)):
+        if not deadline.left_s:
+            return False
+    return True
 
 
 def _tell(call: str, error: KVStoreError) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+from kvstore.core.interrupts import turn_s
+
 
 class ByteBudget:
     """Counts bytes held against `limit_bytes`. Any thread may call; acquire and release need not be the same one.
@@ -42,7 +44,7 @@ class ByteBudget:
                 left_s = give_up_at - time.monotonic()
                 if left_s <= 0:
                     return False
-                self._freed.wait(min(left_s, threading.TIMEOUT_MAX))
+                self._freed.wait(min(turn_s(left_s), threading.TIMEOUT_MAX))
             self._used_bytes += nbytes
             return True
 

@@ -10,10 +10,9 @@ import ctypes
 import os
 import resource
 import signal
-import threading
 from collections.abc import Callable
-from types import FrameType
-from typing import Any, TypeVar
+
+from kvstore.core.interrupts import uninterrupted
 
 FORKED = (
     "this process was forked from one that uses kvstore, and neither gRPC nor MLX survives a fork: start workers with "
@@ -23,9 +22,6 @@ OPEN_FILES_WANTED = 4096
 # Options of mallopt (malloc.h): the size from which memory is mapped directly, and how much freed memory is kept.
 M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
 KEPT_BYTES = 32 << 20
-# Those that a program may answer by an exception, such as KeyboardInterrupt or a time limit's.
-HELD_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
-T = TypeVar("T")
 _connected_in: int | None = None  # the process that connected first, here or in what this one was forked from
 
 
@@ -33,52 +29,6 @@ def ending_signals() -> list[signal.Signals]:
     """Signals that tell a process to end in good order. A terminal's that goes away is not, where `nohup` says so."""
     numbers = [signal.SIGTERM, signal.SIGINT]
     return numbers if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*numbers, signal.SIGHUP]
-
-
-def uninterrupted(call: Callable[..., T], *args: Any, **options: Any) -> T:
-    """Return `call(...)`. The Python handlers of `HELD_SIGNALS` run after it, and not in its midst. Any thread.
-
-    For code of others that an exception out of a handler, such as Ctrl-C, leaves in a state with which nobody can go
-    on. Only the main thread runs handlers.
-    """
-    if threading.get_ident() != threading.main_thread().ident:
-        return call(*args, **options)
-    hold = _Hold()
-    try:
-        hold.begin()
-        return call(*args, **options)
-    finally:
-        hold.end()
-
-
-class _Hold:
-    """Takes the place of handlers for a while. One that it still has after that, as another raised, runs at once."""
-
-    def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._came: list[tuple[int, FrameType | None]] = []
-        self._holds = True
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._holds:
-            self._came.append((number, frame))
-        else:
-            self._handlers[number](number, frame)
-
-    def begin(self) -> None:
-        """Hold back every signal that has a handler of Python's; the others do not raise."""
-        for number in HELD_SIGNALS:
-            if callable(handler := signal.getsignal(number)):
-                self._handlers[number] = handler
-                signal.signal(number, self)
-
-    def end(self) -> None:
-        """Put the handlers back, and run those whose signals came."""
-        self._holds = False
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        for number, frame in self._came:
-            self._handlers[number](number, frame)
 
 
 def keep_freed_memory() -> None:
@@ -115,6 +65,6 @@ def is_forked() -> bool:
 
 
 def unless_forked(call: Callable[[], object]) -> None:
-    """Run `call`, except in a forked child: there it would wait for a thread or lock of the parent process."""
+    """Run `call` uninterrupted, except in a forked child: there it would wait for a thread or lock of the parent."""
     if not is_forked():
-        call()
+        uninterrupted(call)

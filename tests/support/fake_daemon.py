@@ -207,7 +207,9 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         """A plan, then the lease or the bytes."""
         self.calls.append(request)
         self.fetches.append(request)
+        ended = threading.Event()
         context.add_callback(self.cancelled.set)
+        context.add_callback(ended.set)
         self._hang("hang")
         if self._fault("no_plan"):
             yield pb.FetchReply(chunk=pb.LayerChunk(layer=0, data=b"x"))
@@ -222,7 +224,7 @@ class FakeDaemon(rpc.KVStoreServicer, rpc.AdminServicer):
         plan.reason = reason
         yield pb.FetchReply(plan=plan)
         if by_path:
-            self._released.wait(HANG_S)
+            ended.wait(HANG_S)
             return
         yield from self._chunks(self._dense(n_tokens) if dense else self._packed(n_tokens), context)
 
