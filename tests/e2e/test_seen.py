@@ -37,7 +37,7 @@ def ask(daemon: DaemonProcess) -> None:
     """A whole hit, a hit of what two prompts share, a miss, and a miss that only matched; the speed is known."""
     with client_of(daemon) as client:
         session = client.session(NAMESPACE, **SLOW)
-        session.computes(100.0)
+        session.computes(10.0)
         wait_until(lambda: bool(client.stats()["namespaces"][0]["prefill_tokens_per_s"]), 30, daemon.log_text)
         assert session.fetch([*TOKENS, 1]).n_tokens == 700
         assert session.fetch([*TOKENS[:300], *range(400)]).reason is Reason.UNKNOWN_PREFIX
@@ -46,7 +46,7 @@ def ask(daemon: DaemonProcess) -> None:
         def is_counted() -> bool:
             # Of a hit by path the worker says when it is read; a match counts when no fetch has followed.
             since = client.stats()["since_start"]
-            return bool(since["saved_s"] > 5 and since["misses"] == 2)
+            return bool(since["saved_s"] > 50 and since["misses"] == 2)
 
         wait_until(is_counted, 30, daemon.log_text)
 
@@ -61,12 +61,12 @@ def test_stats_tell_what_was_served_and_saved_and_what_kept_more_from_it(daemon:
     want = {"hits": 2, "shortened": 0, "misses": 2, "prompt_tokens": 2401, "hit_tokens": 1000, "stored_tokens": 700}
     for scope in ("since_start", "last_hour", "lifetime"):
         assert {name: stats[scope][name] for name in want} == want, scope
-        assert 5 < stats[scope]["saved_s"] < 10, "ten seconds of prefill, less what the fetches took"
+        assert 50 < stats[scope]["saved_s"] < 100, "a hundred seconds of prefill, less what the fetches took"
     assert (stats["miss_reasons"], stats["shortened_reasons"]) == ({"unknown_prefix": 2}, {})
     assert (stats["requests"]["hits"], stats["requests"]["partial_hits"]) == (2, 0)
     assert stats["since_start"]["reused_bytes"] == stats["since_start"]["written_bytes"] > 0
     (row,) = stats["namespaces"]
-    assert row["traffic"]["hit_tokens"] == 1000 and row["prefill_tokens_per_s"] == 100
+    assert row["traffic"]["hit_tokens"] == 1000 and row["prefill_tokens_per_s"] == 10
     asking = next(one for one in stats["sessions"] if one["traffic"]["hits"])
     assert asking["alias"] == "small-lm" and asking["pid"] > 0 and asking["last_hit_s"] > 0
     text = said(daemon, "stats")
@@ -208,7 +208,7 @@ def test_a_kill_loses_no_more_than_a_minute_of_the_lifetime(daemon: DaemonProces
     daemon.restart()
     stats = answered(daemon, "stats")
     assert (stats["lifetime"]["hits"], stats["lifetime"]["misses"], stats["since_start"]["hits"]) == (2, 2, 0)
-    assert stats["namespaces"][0]["traffic"]["hits"] == 2 and stats["namespaces"][0]["prefill_tokens_per_s"] == 100
+    assert stats["namespaces"][0]["traffic"]["hits"] == 2 and stats["namespaces"][0]["prefill_tokens_per_s"] == 10
     assert (daemon.data_dir / LIFETIME).stat().st_mode & 0o777 == 0o600
 
 
