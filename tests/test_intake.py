@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ from kvstore.core.byte_budget import ByteBudget
 from kvstore.errors import DeadlineError, InvalidRequestError, KVStoreError, LimitError, NotFoundError
 from kvstore.server.fetching.stream_out import BATCH_BYTES
 from kvstore.server.storing import upload_socket as module
+from kvstore.server.storing import uploads
 from kvstore.server.storing.stream_in import StreamIn
 from kvstore.server.storing.upload_socket import CONFIRMED, UPLOAD_ID_BYTES, SocketSource, UploadSocket
 from kvstore.server.storing.uploads import Intake
 from kvstore.wire.frames import UploadBytes
+from tests.support.clock import Clock
 from tests.support.intake import BytesSource
 from tests.support.servers import wait_until
 
@@ -100,17 +103,34 @@ def test_a_worker_that_stalls_is_noticed_and_one_that_is_slow_is_not(
 ) -> None:
     """Each byte counts as a sign of life; the time that the daemon takes for itself does not count at all."""
     source, theirs = ends
+    clock, ended = Clock(), threading.Event()
+    monkeypatch.setattr(uploads, "time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(module, "LOOK_UP_S", 0.05)
     module.block_for(source._connection, 0.05)
     intake = opened(source, 6)
-    with pytest.raises(DeadlineError):
-        filled(intake, 1, 0.2)
-    for number in range(6):
-        late(lambda number=number: theirs.sendall(bytes([number])), 0.25 * (number + 1))
-    assert filled(intake, 6, 1.2) == bytes(range(6))
+
+    def silent() -> None:
+        while not ended.wait(0.01):
+            clock.now_s += 0.3
+
+    def slow() -> None:
+        for number in range(6):
+            clock.now_s += 1.0
+            theirs.sendall(bytes([number]))
+            wait_until(lambda number=number: intake.received_bytes > number, 60, lambda: "no byte came")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(silent)
+        with pytest.raises(DeadlineError):
+            filled(intake, 1, 1.2)
+        ended.set()
+    with ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(slow)
+        assert filled(intake, 6, 1.2) == bytes(range(6))
+        sent.result(60)
     waited_s = intake.waited_s
-    time.sleep(0.2)
-    assert intake.idle_s == 0 and intake.waited_s == waited_s >= 1.5
+    clock.now_s += 100.0
+    assert intake.idle_s == 0 and intake.waited_s == waited_s > 4.9
 
 
 @pytest.mark.parametrize("where", ["fill", "await_commit"])

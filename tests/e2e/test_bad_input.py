@@ -571,7 +571,7 @@ def test_one_token_is_stored_and_found(tmp_path: Path) -> None:
 def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
     """By socket and by stream, begun, sent or neither; one that a commit comes for in time is not."""
     with (
-        DaemonProcess(tmp_path / "data", profile="raw", limits={"upload_idle_s": 5}) as daemon,
+        DaemonProcess(tmp_path / "data", profile="raw", limits={"upload_idle_s": 12}) as daemon,
         connect(daemon.listen) as client,
     ):
         peer = Peer(daemon)
@@ -591,7 +591,7 @@ def test_uploads_that_nothing_arrives_for_are_given_up(tmp_path: Path) -> None:
         silent.close()
         assert client.stats()["disk"]["used_bytes"] <= used + 3 * 4096  # pages of the index, which never shrinks
         for reply in begun[1:]:
-            fails(LATE, lambda reply=reply: peer.commit(reply.upload_id), "nothing arrived for 5 s")
+            fails(LATE, lambda reply=reply: peer.commit(reply.upload_id), "nothing arrived for 12 s")
         reply = peer.begin()
         peer.upload(reply.upload_id, [reply.upload_bytes])
         assert peer.commit(reply.upload_id).stored_tokens == 100

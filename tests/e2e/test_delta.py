@@ -342,7 +342,7 @@ time.sleep(600)
 def test_a_worker_that_dies_halfway_leaves_others_told(tmp_path: Path) -> None:
     """Killed between BeginStore and CommitStore: who relied on it hears what is stored, and the next store mends it."""
     namespace = make_namespace(LAYOUT, "orphan")
-    with DaemonProcess(tmp_path / "data", limits={"upload_idle_s": 5}) as daemon, client_of(daemon) as client:
+    with DaemonProcess(tmp_path / "data", limits={"upload_idle_s": 12}) as daemon, client_of(daemon) as client:
         command = [sys.executable, "-c", DYING_WORKER, daemon.listen]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as worker:
             assert worker.stdout is not None and worker.stdout.readline() == b"begun\n"

@@ -192,7 +192,7 @@ def test_a_worker_that_waited_for_one_that_died_is_told_what_was_stored(daemon: 
 
 def test_a_worker_waits_as_long_as_the_daemon_writes_what_another_sent(tmp_path: Path) -> None:
     """Far longer than a silent worker is waited for: an upload on a slow disk is no dead one."""
-    idle_s = 3
+    idle_s = 6
     with (
         SlowDisk(tmp_path / "data", limits={"upload_idle_s": idle_s}, profile="raw") as daemon,
         grpc.insecure_channel(daemon.listen) as channel,

@@ -126,7 +126,7 @@ time.sleep(600)
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_kill_of_the_worker_leaves_nothing(tmp_path: Path, moment: str) -> None:
     """At once where its connection tells, else when it was silent for too long. What it committed is stored."""
-    with holding(tmp_path, {"upload_idle_s": 2}) as daemon:
+    with holding(tmp_path, {"upload_idle_s": 6}) as daemon:
         require_nothing_left(daemon, moment)
 
 
@@ -184,7 +184,7 @@ def test_workers_that_stall_hold_up_neither_stores_nor_fetches(daemon: DaemonPro
 def test_uploads_that_find_no_memory_wait_and_are_told_when_to_come_again(tmp_path: Path) -> None:
     """Their share is taken by workers that stall; once these are given up, the store goes through."""
     with (
-        holding(tmp_path, {"upload_idle_s": 3}, memory_bytes=str(16 * BLOCK_BYTES)) as daemon,
+        holding(tmp_path, {"upload_idle_s": 10}, memory_bytes=str(16 * BLOCK_BYTES)) as daemon,
         stalled_uploads(daemon, 8),
         client_of(daemon) as client,
     ):
