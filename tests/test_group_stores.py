@@ -21,9 +21,10 @@ from kvstore.core.blocks import FIDELITY_ANY, FIDELITY_EXACT, Block, Run, pack_t
 from kvstore.core.keys import Chain
 from kvstore.core.layers import PARTS, KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
+from kvstore.server.asked_prompt import StoreRequest
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
-from kvstore.server.storing.store import StorePath, StoreRequest
+from kvstore.server.storing.store import StorePath
 from tests.support.groups import Computed, bits_of, encoded_once
 from tests.support.intake import BytesSource, carry_out
 from tests.support.limits import make_config

@@ -25,11 +25,12 @@ from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
 from kvstore.engine import NewBlock, Row
 from kvstore.quality import Thresholds, Verdict
+from kvstore.server.asked_prompt import StoreRequest
 from kvstore.server.policy import power as power_module
 from kvstore.server.policy import pressure as pressure_module
 from kvstore.server.policy.power import Power, is_low_power, read_power
 from kvstore.server.policy.pressure import BUSY, NOT_CALIBRATED, Pressure, Quiet
-from kvstore.server.storing.store import StorePlan, StoreRequest
+from kvstore.server.storing.store import StorePlan
 from tests.support.intake import BytesSource, carry_out
 from tests.support.pca_bases import layout_basis
 from tests.support.synthetic import as_numpy, make_layers, make_layout, make_namespace

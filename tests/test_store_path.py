@@ -16,9 +16,10 @@ from kvstore.core.keys import Chain
 from kvstore.core.layers import KVLayer
 from kvstore.engine import Engine, EngineOptions, Selection
 from kvstore.errors import DeadlineError, LimitError, UnavailableError
+from kvstore.server.asked_prompt import StoreRequest
 from kvstore.server.fetching.fetch import FetchPath
 from kvstore.server.lane import Lane
-from kvstore.server.storing.store import StoreOutcome, StorePath, StorePlan, StoreRequest
+from kvstore.server.storing.store import StoreOutcome, StorePath, StorePlan
 from tests.support import engine as hybrid
 from tests.support.files import paths_below
 from tests.support.intake import BytesSource, carry_out

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.keys import Chain
+from kvstore.server.asked_prompt import StoreRequest
 from kvstore.server.policy.admission import DAY_S, FILE, WriteBudget
-from kvstore.server.storing.store import StoreOutcome, StorePlan, StoreRequest
+from kvstore.server.storing.store import StoreOutcome, StorePlan
 from tests.support.intake import carry_out
 from tests.support.synthetic import make_layers
 from tests.support.telemetry import make_telemetry

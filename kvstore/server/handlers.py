@@ -16,7 +16,7 @@ from kvstore.core.remote_words import RemoteReason
 from kvstore.engine import Engine
 from kvstore.engine import Match as Matched
 from kvstore.errors import InvalidRequestError
-from kvstore.server.asked_prompt import AskedPrompt
+from kvstore.server.asked_prompt import AskedPrompt, store_request
 from kvstore.server.calls.callers import Identities, calling
 from kvstore.server.calls.rpc_errors import Context
 from kvstore.server.counters import Counters, Telemetry
@@ -25,7 +25,7 @@ from kvstore.server.fetching.fetch import FetchPath, FetchPlan
 from kvstore.server.fetching.layer_frames import LayerFrames, plan_message
 from kvstore.server.fetching.stream_out import Sender
 from kvstore.server.notes import Notes
-from kvstore.server.storing.store import StorePath, StorePlan, store_request
+from kvstore.server.storing.store import StorePath, StorePlan
 from kvstore.server.storing.stores import Stores
 from kvstore.server.storing.stream_in import StreamIn
 from kvstore.server.threads import Threads

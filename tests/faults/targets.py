@@ -34,9 +34,8 @@ from kvstore.core.records import (
 )
 from kvstore.errors import CorruptDataError, InvalidRequestError, KVStoreError
 from kvstore.index import rows
-from kvstore.server.asked_prompt import AskedPrompt
+from kvstore.server.asked_prompt import AskedPrompt, store_request
 from kvstore.server.calls.callers import Identities, Peer
-from kvstore.server.storing.store import store_request
 from kvstore.wire import convert, frames
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from tests.support import engine as tiny

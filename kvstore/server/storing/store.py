@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from kvstore.codecs.profiles import AUTO
 from kvstore.config import Config
@@ -18,11 +18,10 @@ from kvstore.core.blocks import (
     FIDELITY_ANY,
     FIDELITY_EXACT,
     TOKEN_BYTES,
-    LayerState,
     Reason,
 )
 from kvstore.core.byte_budget import ByteBudget
-from kvstore.core.keys import Chain, NamespaceInfo
+from kvstore.core.keys import NamespaceInfo
 from kvstore.core.layers import cut_pieces
 from kvstore.core.rules import check_states
 from kvstore.engine import Engine, Match, NamespaceKey, NewBlock
@@ -37,66 +36,16 @@ from kvstore.errors import (
     StoreFullError,
     UnavailableError,
 )
-from kvstore.server.asked_prompt import AskedPrompt
-from kvstore.server.counters import Telemetry
+from kvstore.server.asked_prompt import StoreRequest
 from kvstore.server.lane import Lane
 from kvstore.server.policy.admission import DETAILS, store_admission
 from kvstore.server.policy.gate import Gate, ProfileChoice
 from kvstore.server.policy.pressure import Watermark
 from kvstore.server.storing.receive import Receiver
 from kvstore.server.storing.uploads import RETRY_S, Shares, Upload, Uploads
-from kvstore.wire import convert
 
 # Of the bytes that all uploads may have, this part is one client's, where it has more than one upload.
 CALLER_SHARE = 4
-
-
-@dataclass(frozen=True)
-class StoreRequest:
-    """A BeginStore request, validated as far as possible without the index."""
-
-    chain: Chain
-    namespace: NamespaceInfo | None  # None when the worker sent no layout
-    captured_from: int
-    restored_tokens: int
-    restored_fidelity: int
-    profile: str
-    isolated: bool = False  # a tenant with a salt of its own
-    caller: str = ""  # the name that the client gives itself
-    states: tuple[LayerState, ...] = ()
-    interim: bool = False
-    prompt: int = 0  # of a worker that would offer it again
-    touched_tokens: int = 0
-    telemetry: Telemetry = field(kw_only=True)  # of its caller
-
-
-def store_request(prompt: AskedPrompt, known: NamespaceInfo | None) -> StoreRequest:
-    """A BeginStore message as a noun; InvalidRequestError or LayoutMismatchError when it contradicts itself.
-
-    `known`: its namespace, if anything is stored in it. Then a layout in the message is parsed only if it differs.
-    """
-    message, root = prompt.message, prompt.chain.root
-    if known is None or message.layout not in (b"", known.layout.record):
-        known = convert.namespace_from_message(message.namespace, message.layout, root)
-    try:
-        states = convert.states_from_bytes(message.states) if message.states else ()
-    except CorruptDataError as error:
-        raise InvalidRequestError(f"states: {error}") from error
-    return StoreRequest(
-        chain=prompt.chain,
-        namespace=known,
-        captured_from=message.captured_from,
-        restored_tokens=message.restored_tokens,
-        restored_fidelity=message.restored_fidelity,
-        profile=message.profile,
-        isolated=prompt.identity.salted,
-        caller=prompt.peer.name,
-        states=states,
-        interim=message.interim,
-        prompt=message.prompt,
-        touched_tokens=message.touched_tokens,
-        telemetry=prompt.telemetry,
-    )
 
 
 @dataclass(frozen=True)
