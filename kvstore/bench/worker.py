@@ -56,7 +56,7 @@ class Worker:
         return float(word)
 
     def close(self) -> None:
-        """End it."""
+        """Let the process end, by closing its input, and wait for it."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait()

@@ -61,7 +61,7 @@ class Manifest:
     kvstore: str = ""
 
     def to_bytes(self) -> bytes:
-        """JSON."""
+        """JSON in UTF-8, as `from_bytes` takes it."""
         info = self.namespace
         about = {
             "id": info.root.hex(),

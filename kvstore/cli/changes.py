@@ -225,7 +225,7 @@ _NOW = re.compile(
 
 
 def date(spot: Spot) -> Change | None:
-    """Today's date."""
+    """Today's date, where two prompts differ in it; None for anything else, also for two times of one day."""
     if not _is_now(spot, _DATE):
         return None
     found = spot.both(_DATE)

@@ -48,7 +48,7 @@ class Moments:
         self.total, self.squares = np.zeros((groups, size)), np.zeros((groups, size, size))
 
     def add(self, rows: Array) -> None:
-        """More rows."""
+        """Count more rows `[tokens, heads, width]`, of any float dtype; summed in float64."""
         wide = rows.reshape(len(rows), *self.total.shape).astype(np.float64).transpose(1, 0, 2)
         self.count += len(rows)
         self.total += wide.sum(1)

@@ -49,7 +49,7 @@ class PcaCodec:
         return target if group_width(part.heads, part.width) else RAW
 
     def tensors(self, part: PartSpec, recipe: Recipe) -> tuple[Tensor, ...]:
-        """codes."""
+        """int16 codes `[groups, tokens, group]`; CorruptDataError for a recipe that cannot describe this part."""
         group = 0 if part.bits or not part.width else group_width(part.heads, part.width)
         if (
             not group

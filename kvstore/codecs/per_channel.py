@@ -34,7 +34,7 @@ GROUP_TOKENS = 64
 
 
 def channel_recipe(bits: int) -> Recipe:
-    """The recipe."""
+    """The recipe of `channel` with `bits` a value, 64 tokens a group; bits are checked when it is used."""
     return Recipe("channel", 1, (("bits", bits), ("group", GROUP_TOKENS)))
 
 

@@ -239,7 +239,7 @@ class Lease:
     encryption: Sequence[object] = field(repr=False)
 
     def release(self) -> None:
-        """Let go."""
+        """End the lease, and delete the blobs that waited only for it. Safe to call twice."""
         keys, self.keys = self.keys, ()
         if keys:
             self.deletions.end_lease(keys)

@@ -371,7 +371,7 @@ class Engine:
     # -- looking --------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Current counts."""
+        """Counts and sizes now. A directory that cannot be reached has 0 free bytes, and `disk_error` says so."""
         try:
             free_bytes = self._evictor.shortage.free_bytes()
         except OSError as error:

@@ -40,7 +40,7 @@ class Ledger:
             self._bytes[account] = nbytes
 
     def get(self, account: str) -> int:
-        """One account."""
+        """Bytes on one of `ACCOUNTS`; KeyError for any other name."""
         return self._bytes[account]
 
     @property

@@ -133,7 +133,7 @@ class Tally:
         self.answer_wrong += float(_losses(wrong, other.tokens, other.scored).mean()) * len(right.scored)
 
     def quality(self, profile: str, spec: str, prefixes: int) -> Quality:
-        """The result."""
+        """What was measured so far, over all positions; `spec` and `prefixes` are noted as they are."""
         positions = len(self.kl)
         # Kernels are compiled and memory is touched in the first window, so it says nothing about the speed.
         encode, decode = np.median(self.speeds[1:] or self.speeds, axis=0)

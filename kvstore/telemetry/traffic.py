@@ -48,7 +48,7 @@ class Totals:
     remote_tokens: int = 0
 
     def add(self, other: Totals) -> None:
-        """Count `other`."""
+        """Add every number of `other` to the same number here."""
         for name in _NAMES:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

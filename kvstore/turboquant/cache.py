@@ -126,7 +126,7 @@ class PackedRows:
         self.clear()
 
     def clear(self) -> None:
-        """Drop all."""
+        """Drop all rows: `n_rows` is 0, and the tensors have no rows."""
         nothing = mx.zeros((0, self.quantizer.form.width), self.quantizer.dtype)
         self._waiting = [encode_rows(nothing, self.quantizer.form)]
         self.n_rows = 0

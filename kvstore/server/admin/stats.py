@@ -195,7 +195,7 @@ def hour_message(hour_s: int, row: Moment) -> pb.Hour:
 
 
 def histogram_message(found: Distribution) -> pb.Histogram:
-    """Measured times."""
+    """A histogram as a message: upper bounds, a count for each and one beyond them, and the sum."""
     return pb.Histogram(bounds=found.bounds, counts=found.counts, sum=found.total)
 
 
