@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -1034,3 +1035,23 @@ main()
 """
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout.endswith("registered\n")) == (code, True), done.stderr
+
+
+@pytest.mark.parametrize("module", ["click", "kvstore.cli.common", "kvstore.client.client"])
+def test_ctrl_c_while_a_verb_is_imported_is_one_line(module: str) -> None:
+    """Python would print where it was. Importing takes longer than most verbs do."""
+    text = f"""
+        import runpy, signal, sys
+
+        class Interrupting:
+            def find_spec(self, name, *_):
+                if name == {module!r}:
+                    signal.raise_signal(signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+        sys.argv = ["kvstore", "stats"]
+        runpy.run_module("kvstore", run_name="__main__")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(text)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (1, "", "\nkvstore: interrupted\n")

@@ -1,5 +1,20 @@
 """The command line: one module a verb, imported when the verb is used, so that `kvstore stats` never waits for MLX."""
 
-from kvstore.cli.app import main
+import signal
+import sys
+from typing import NoReturn
 
 __all__ = ["main"]
+
+
+def main() -> NoReturn:
+    """The entry point of the `kvstore` script. Ctrl-C is one line, also while the command line is being imported."""
+    try:
+        from kvstore.cli.app import run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("\nkvstore: interrupted\n")  # as click does: below ^C
+        sys.exit(1)
+    finally:  # as Python shuts down it would print where it was
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

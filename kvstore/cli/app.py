@@ -168,8 +168,8 @@ def cli() -> None:
     """
 
 
-def main() -> NoReturn:
-    """The entry point of the `kvstore` script."""
+def run() -> NoReturn:
+    """Run the command line of this process, and exit."""
     try:
         cli.main(prog_name="kvstore")
     except SystemExit as end:
