@@ -46,8 +46,10 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 def patient_clients() -> Iterator[None]:
     """Verbs and stores of this process wait for a daemon as long as a busy machine may hold it up."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((client, "CONNECT_S"), (client, "QUICK_S"), (uploader, "CONNECT_S")):
-            patch.setattr(module, name, 30.0)
+        for name in ("CONNECT_S", "QUICK_S"):
+            patch.setattr(client, name, 30.0)
+        for name in ("CONNECT_S", "BEGIN_S", "ACCEPTED_S"):
+            patch.setattr(uploader, name, 30.0)
         yield
 
 

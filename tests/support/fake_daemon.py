@@ -47,7 +47,7 @@ from tests.support.checkpoints import checkpoint_place, finish_states, make_cach
 from tests.support.limits import small_config
 from tests.support.stored import finish_runs, write_source
 
-HANG_S = 30.0
+HANG_S = 60.0
 
 
 @dataclass
