@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import numpy as np
@@ -202,6 +202,44 @@ def test_a_verb_that_is_ended_by_a_signal_takes_its_scratch_daemon_along(number:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
         verb.kill()
+
+
+def test_a_scratch_daemon_whose_stop_is_interrupted_is_gone_with_its_directory() -> None:
+    """By Ctrl-C twice: the second one comes while the first one's end waits for a daemon that does not stop."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise TimeoutError
+
+    with ScratchDaemon() as daemon:
+        pid = daemon.pid
+        os.kill(pid, signal.SIGSTOP)
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(TimeoutError):
+                daemon.__exit__()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert not daemon.folder.exists()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_worker_that_is_interrupted_as_it_starts_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to go on, ask a daemon that had gone, and print a traceback."""
+    started: list[Any] = []
+
+    def interrupted(worker: Any) -> NoReturn:
+        started.append(worker)
+        raise KeyboardInterrupt
+
+    closed: list[Any] = []
+    close = concurrency.Worker.close
+    monkeypatch.setattr(concurrency.Worker, "seconds", interrupted)
+    monkeypatch.setattr(concurrency.Worker, "close", lambda worker: (closed.append(worker), close(worker)))
+    with pytest.raises(KeyboardInterrupt):
+        concurrency.Worker(concurrency.WorkerJob("unix:/nowhere", SHAPE, "raw", 0))
+    assert closed == started
 
 
 def test_match_of_a_daemon_in_use_leaves_nothing_in_it() -> None:

@@ -76,7 +76,9 @@ def bare_server() -> Iterator[Bare]:
     """A server in a process of its own, on a unix socket."""
     with tempfile.TemporaryDirectory(prefix="kvb-") as folder:
         address = f"unix:{folder}/s"
-        with subprocess.Popen([sys.executable, "-m", __name__, address], stdin=subprocess.PIPE) as process:
+        command = [sys.executable, "-m", __name__, address]
+        # Not of the terminal's process group: at Ctrl-C it would print where it was.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0) as process:
             with grpc.insecure_channel(address, options=channel_options(_MESSAGE_BYTES_MAX)) as channel:
                 yield Bare(channel)
             assert process.stdin is not None

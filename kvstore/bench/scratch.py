@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any, NoReturn, Self
 
 from kvstore.client.client import Client, connect
 from kvstore.config import ENV_PREFIX, Config, load_config
+from kvstore.core.interrupts import uninterrupted
 from kvstore.errors import ConfigError, KVStoreError
 
 START_S = 60.0
@@ -27,7 +27,9 @@ class ScratchDaemon:
     """A context manager. `flags` are configuration keys; nothing else configures it."""
 
     def __init__(self, **flags: object) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="kvs-"))
+        # Deleted with its object at the latest: Ctrl-C may come before anything would end this one.
+        self._directory = tempfile.TemporaryDirectory(prefix="kvs-", ignore_cleanup_errors=True)
+        self.folder = Path(self._directory.name)
         self._flags: dict[str, object] = {
             "data_dir": self.folder / "data",
             "listen": f"unix:{self.folder}/s",
@@ -40,26 +42,40 @@ class ScratchDaemon:
 
     def start(self) -> float:
         """Start it and wait until it answers; seconds that this took. ConfigError when it does not."""
-        variables = {f"{ENV_PREFIX}{key.upper()}": str(value) for key, value in self._flags.items()}
-        clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
         started_s = time.monotonic()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstore", "serve", "--create", "--config", os.devnull],
-            env={**clean, **variables, f"{ENV_PREFIX}LOG_LEVEL": "error"},
-        )
-        while self._process.poll() is None and time.monotonic() < started_s + START_S:
+        process = uninterrupted(self._launch)
+        while process.poll() is None and time.monotonic() < started_s + START_S:
             with contextlib.suppress(KVStoreError), self.client() as client:
                 client.stats()
                 return time.monotonic() - started_s
             time.sleep(0.01)
         raise ConfigError("the temporary daemon did not start")
 
+    def _launch(self) -> subprocess.Popen[bytes]:
+        """Not of the terminal's process group: after Ctrl-C it is stopped when this process has no use for it."""
+        variables = {f"{ENV_PREFIX}{key.upper()}": str(value) for key, value in self._flags.items()}
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(ENV_PREFIX)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kvstore", "serve", "--create", "--config", os.devnull],
+            env={**clean, **variables, f"{ENV_PREFIX}LOG_LEVEL": "error"},
+            process_group=0,
+        )
+        return self._process
+
     def stop(self) -> None:
-        """Stop the daemon with SIGTERM and wait for its end."""
-        process, self._process = self._process, None
-        if process is not None:
+        """Stop the daemon with SIGTERM and wait for its end. If that is interrupted, or takes long, it is killed."""
+        process = self._process
+        if process is None:
+            return
+        try:
             process.terminate()
             process.wait(START_S)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        finally:
+            self._process = None
 
     @property
     def pid(self) -> int:
@@ -86,7 +102,7 @@ class ScratchDaemon:
         try:
             self.stop()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._directory.cleanup()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 

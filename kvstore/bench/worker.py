@@ -34,10 +34,12 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            process_group=0,  # not the terminal's: at Ctrl-C it would print where it was
         )
         try:
             self.seconds()  # it is ready
-        except BenchError:
+        except BaseException:
+            self._process.kill()
             self.close()
             raise
 
