@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from kvstore.client import client, fetch, provenance, receiver, uploader
+from kvstore.client import channel, client, fetch, health, provenance, receiver, uploader
 from tests.support.hangs import TELLS_STACKS, ending_hung_processes
 
 # An example that takes long, or data that comes slowly, says how busy the machine is and nothing of the code. A change
@@ -46,6 +46,8 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 def patient_clients() -> Iterator[None]:
     """Verbs and stores of this process wait for a daemon as long as a busy machine may hold it up."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel, "ATTEMPT_S", 30.0)
+        patch.setattr(health, "ASK_S", 30.0)
         for name in ("CONNECT_S", "QUICK_S"):
             patch.setattr(client, name, 30.0)
         for name in ("CONNECT_S", "BEGIN_S", "ACCEPTED_S"):

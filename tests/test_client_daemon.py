@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kvstore.client import channel
 from kvstore.client.client import Client, connect
 from kvstore.client.results import Hit
 from kvstore.client.session import Session
@@ -166,6 +168,21 @@ def test_a_stopped_daemon_costs_the_stall_limit_and_no_more(daemon: DaemonProces
             assert time.monotonic() < give_up_at
             clock.now_s += 1.0
             time.sleep(0.05)
+
+
+def test_a_verb_waits_for_a_daemon_that_is_held_up_longer_than_one_attempt_takes(
+    daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To connect: it has the time that the verb has, and the first answer counts."""
+    monkeypatch.setattr(channel, "ATTEMPT_S", 0.3)
+    daemon.signal(signal.SIGSTOP)
+    timer = threading.Timer(1.0, daemon.signal, [signal.SIGCONT])
+    timer.start()
+    try:
+        with client_of(daemon) as client:
+            assert client.stats()["daemon"]["state"] == "serving"
+    finally:
+        timer.join()
 
 
 def test_evicted_prefixes_are_misses_and_can_be_stored_again(daemon: DaemonProcess) -> None:

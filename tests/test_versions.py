@@ -57,7 +57,7 @@ def test_a_worker_misses_at_a_daemon_that_would_take_its_calls(
     newer: DaemonProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as one that does not look at the number: its health has no service of ours."""
-    monkeypatch.setattr("kvstore.client.connection.PROTOCOL", handshake.PROTOCOL + 1)
+    monkeypatch.setattr("kvstore.client.channel.PROTOCOL", handshake.PROTOCOL + 1)
     with Client(small_config(newer.listen)) as client:
         assert_misses(client)
 
@@ -73,7 +73,7 @@ def test_a_daemon_refuses_calls_of_another_protocol(newer: DaemonProcess, monkey
 def test_a_daemon_of_the_workers_protocol_serves_it(newer: DaemonProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is the number alone that the tests above are about."""
     monkeypatch.setattr(handshake, "PROTOCOL", handshake.PROTOCOL + 1)
-    monkeypatch.setattr("kvstore.client.connection.PROTOCOL", handshake.PROTOCOL)
+    monkeypatch.setattr("kvstore.client.channel.PROTOCOL", handshake.PROTOCOL)
     with Client(small_config(newer.listen)) as client:
         session = client.session(NAMESPACE, connect_ms=20_000, stall_ms=20_000, total_ms=20_000)
         assert session.store(TOKENS, make_layers(LAYOUT, TOKENS), wait=True).durable

@@ -28,12 +28,13 @@ from kvstore.errors import KVStoreError
 from kvstore.wire.convert import channel_options
 from kvstore.wire.handshake import PROTOCOL, PROTOCOL_KEY
 
-# A daemon that was restarted is found again within a second. min_reconnect_backoff_ms is also how long gRPC lets one
-# attempt take; with its default of 20 s an attempt that met a stopped daemon would be in the way of later ones.
+# How long gRPC lets one attempt to connect take; with its default of 20 s an attempt that met a stopped daemon would be
+# in the way of later ones.
+ATTEMPT_S = 2.0
+# A daemon that was restarted is found again within a second.
 _RECONNECT_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.min_reconnect_backoff_ms", 2000),
     ("grpc.use_local_subchannel_pool", 1),
 ]
 Metadata: TypeAlias = Sequence[tuple[str, str]]
@@ -96,13 +97,14 @@ def open_channel(config: Config, credentials: Credentials) -> Any:
     return grpc.secure_channel(config.address.target, tls, options=_options(config))
 
 
-def open_plain_channel(target: str, config: Config) -> Any:
-    """A channel without TLS."""
-    return grpc.insecure_channel(target, options=_options(config))
+def open_plain_channel(target: str, config: Config, attempt_s: float | None = None) -> Any:
+    """A channel without TLS. `attempt_s`: how long connecting may take, where that is not `ATTEMPT_S`."""
+    return grpc.insecure_channel(target, options=_options(config, attempt_s))
 
 
-def _options(config: Config) -> list[tuple[str, int]]:
-    return [*channel_options(config.limits.message_bytes_max), *_RECONNECT_OPTIONS]
+def _options(config: Config, attempt_s: float | None = None) -> list[tuple[str, int]]:
+    attempt = ("grpc.min_reconnect_backoff_ms", int((attempt_s or ATTEMPT_S) * 1000))
+    return [*channel_options(config.limits.message_bytes_max), *_RECONNECT_OPTIONS, attempt]
 
 
 def guarded(channel: Any, guard: SocketGuard | None) -> PreparedChannel:

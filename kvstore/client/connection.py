@@ -209,7 +209,7 @@ class Connection:
         path, channel, guard = self._config.address.admin_path, self._channel, self._guard
         has_own = bool(path) and os.path.exists(path)
         if has_own:
-            channel, guard = open_plain_channel(f"unix:{path}", self._config), SocketGuard(path)
+            channel, guard = open_plain_channel(f"unix:{path}", self._config, timeout_s), SocketGuard(path)
         try:
             try:
                 guarded(channel, guard).unary_unary(HEALTH_METHOD)(health_request(), timeout=timeout_s)
