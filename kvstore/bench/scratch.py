@@ -102,7 +102,7 @@ class ScratchDaemon:
         try:
             self.stop()
         finally:
-            self._directory.cleanup()
+            uninterrupted(self._directory.cleanup)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
 
