@@ -242,13 +242,19 @@ def test_what_must_not_be_interrupted_returns_and_raises_as_it_would_alone() -> 
 
 
 def test_a_handler_that_was_not_put_back_runs_all_the_same() -> None:
-    """Python refuses to change a handler while another one raises: what holds a signal back may stay installed."""
+    """An exception may end the putting back, so what holds a signal may stay: until the next one puts it back."""
     seen: list[int] = []
-    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+
+    before = signal.signal(signal.SIGUSR1, handler)
     try:
         holding = uninterrupted(signal.getsignal, signal.SIGUSR1)
         signal.signal(signal.SIGUSR1, holding)
         signal.raise_signal(signal.SIGUSR1)
+        uninterrupted(signal.raise_signal, signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGUSR1) is handler
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert seen == [signal.SIGUSR1]
+    assert seen == [signal.SIGUSR1] * 2

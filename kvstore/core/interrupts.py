@@ -87,12 +87,15 @@ class _HandlerError(BaseException):
 
 
 class _Hold:
-    """Takes the place of handlers for a while. One that it still has after that, as another raised, runs at once."""
+    """Takes the place of handlers for a while.
 
-    __slots__ = ("_came", "_handlers", "_holds")
+    One that it still has after that, as another raised, runs at once, and is put back by the next one.
+    """
+
+    __slots__ = ("_came", "_holds", "handlers")
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self._came: list[tuple[int, FrameType | None]] = []
         self._holds = True
 
@@ -100,7 +103,7 @@ class _Hold:
         if self._holds:
             self._came.append((number, frame))
         else:
-            self._handlers[number](number, frame)
+            self.handlers[number](number, frame)
 
     def begin(self) -> None:
         """Hold back every signal that has a handler of Python's; the others do not raise.
@@ -110,7 +113,7 @@ class _Hold:
         global _held
         for number in _NUMBERS:
             if callable(handler := _signal.getsignal(number)):
-                self._handlers[number] = handler
+                self.handlers[number] = handler.handlers[number] if isinstance(handler, _Hold) else handler
                 _signal.signal(number, self)
         _held = self
 
@@ -118,16 +121,18 @@ class _Hold:
         """Run the handlers of the signals that came so far."""
         while self._came:
             number, frame = self._came.pop(0)
-            self._handlers[number](number, frame)
+            self.handlers[number](number, frame)
 
     def end(self) -> None:
         """Put the handlers back, and run those whose signals came."""
         global _held
-        _held = None
-        self._holds = False
-        for number, handler in self._handlers.items():
-            _signal.signal(number, handler)
-        self.run()
+        try:
+            for number, handler in self.handlers.items():
+                _signal.signal(number, handler)
+        finally:  # one that is back already may raise in the midst of that
+            _held = None
+            self._holds = False
+            self.run()
 
 
 _held: _Hold | None = None  # the main thread's, while it holds
