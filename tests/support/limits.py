@@ -12,6 +12,8 @@ from kvstore.core.limits import Limits, default_limits
 # Deadlines of fetches that do not decide a test on a busy machine. Tests of deadlines set their own;
 # `e2e/test_failures.py` has most of them. The total is a key, the others are limits.
 OPEN_DEADLINES = {"fetch_connect_ms": 10_000, "fetch_stall_ms": 20_000, "fetch_total_ms": 60_000}
+# A client that lets connecting take as long as these deadlines: gRPC's attempts end sooner otherwise.
+PATIENT = "from kvstore.client import channel, health\nchannel.ATTEMPT_S = health.ASK_S = 30.0\n"
 NAMES = frozenset(one.name for one in fields(Limits))
 
 
@@ -39,5 +41,6 @@ limits.DEFAULT = replace(limits.DEFAULT, **{only!r})
 
 def launch(*verb: str, **limits: int) -> tuple[str, str]:
     """Arguments for Python, in the place of `-m kvstore VERB`, with other limits; flags may follow."""
-    text = f"import sys\nfrom kvstore.cli import main\nsys.argv[:1] = {['kvstore', *verb]!r}\nmain()\n"
+    patient = PATIENT if limits.get("fetch_connect_ms") == OPEN_DEADLINES["fetch_connect_ms"] else ""
+    text = f"{patient}import sys\nfrom kvstore.cli import main\nsys.argv[:1] = {['kvstore', *verb]!r}\nmain()\n"
     return "-c", set_limits(limits) + text
