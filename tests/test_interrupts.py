@@ -258,3 +258,13 @@ def test_a_handler_that_was_not_put_back_runs_all_the_same() -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1] * 2
+
+
+def test_a_thread_that_is_wrongly_taken_for_the_main_one_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `threading` does in a program that embeds Python and imports it on another thread."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(uninterrupted(int, "7")))
+    monkeypatch.setattr(threading, "main_thread", lambda: thread)
+    thread.start()
+    thread.join(60)
+    assert found == [7]
