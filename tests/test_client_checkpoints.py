@@ -35,7 +35,7 @@ PURE = pure_layout()
 TOKENS = [*range(600), -7, 2**63 - 1]
 CACHE = make_cache(LAYOUT, TOKENS)
 STATES = state_bytes(CACHE)
-SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 WAYS = [("packed", "path"), ("packed", "stream"), ("dense", "auto")]
 
 

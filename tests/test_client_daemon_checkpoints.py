@@ -27,7 +27,7 @@ from tests.support.synthetic import make_namespace
 
 TOKENS = list(range(1000, 1700))
 WAYS = (("packed", "path"), ("packed", "stream"), ("dense", "stream"))
-SLOW = {"connect_ms": 5000, "stall_ms": 10_000, "total_ms": 30_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 LAYOUTS = {"hybrid": hybrid_layout(), "pure": pure_layout()}
 
 

@@ -29,7 +29,7 @@ from tests.support.synthetic import assert_rows, make_layout, make_namespace
 LAYOUT = make_layout(layers=3, heads=2, width=64)
 TOKENS = [*range(600), -7, 2**63 - 1]
 BAD_STREAMS = ("end_midway", "extra_bytes", "wrong_layer", "empty_chunk", "corrupt_midway")
-SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from tests.support.synthetic import make_layers, make_layout, make_namespace
 LAYOUT = make_layout(layers=2, heads=2, width=64)
 TOKENS = list(range(600))
 LAYERS = make_layers(LAYOUT, TOKENS)
-SLOW = {"connect_ms": 5000, "stall_ms": 5000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 NOBODY = 65534
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user id")

@@ -32,7 +32,7 @@ TOKENS = list(range(300))
 CERT = ("config", "cert")
 GOLDEN_PACK = Path(__file__).parents[1] / "golden" / "pack-v3.kvpack"
 HOSTS = ("--host", "localhost", "--host", "127.0.0.1")
-SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from tests.support.synthetic import assert_rows, make_layers, make_layout, make_
 LAYOUT = make_layout(layers=2, heads=1, width=64)
 NAMESPACE = make_namespace(LAYOUT, "small-lm")
 TOKENS = list(range(700))
-SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 SERVICES = {"kvstore.v1.KVStore", "kvstore.v1.Admin", "grpc.health.v1.Health"}
 
 

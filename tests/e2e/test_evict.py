@@ -20,7 +20,7 @@ LAYOUT = make_layout(layers=2, heads=2, width=64)
 OLD, NEW = make_namespace(LAYOUT, "old"), make_namespace(LAYOUT, "new")
 TOKENS = list(range(700))  # two full blocks and a tail
 BRANCH = [*TOKENS[:256], *range(9000, 9300)]  # shares the first block
-SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 PAGE = 4096
 # A daemon whose wall clock is ahead by the seconds that a file says.
 AHEAD = """

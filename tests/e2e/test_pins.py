@@ -20,7 +20,7 @@ from tests.support.synthetic import make_layers, make_layout, make_namespace
 
 LAYOUT = make_layout(layers=2, heads=1, width=64)
 NAMESPACE = make_namespace(LAYOUT, "small-lm")
-SLOW = {"connect_ms": 5000, "stall_ms": 20_000, "total_ms": 20_000}
+SLOW = {"connect_ms": 30_000, "stall_ms": 30_000, "total_ms": 60_000}
 
 
 def client_of(daemon: DaemonProcess) -> Client:
