@@ -12,8 +12,12 @@ from kvstore.core.limits import Limits, default_limits
 # Deadlines of fetches that do not decide a test on a busy machine. Tests of deadlines set their own;
 # `e2e/test_failures.py` has most of them. The total is a key, the others are limits.
 OPEN_DEADLINES = {"fetch_connect_ms": 10_000, "fetch_stall_ms": 20_000, "fetch_total_ms": 60_000}
-# A client that lets connecting take as long as these deadlines: gRPC's attempts end sooner otherwise.
-PATIENT = "from kvstore.client import channel, health\nchannel.ATTEMPT_S = health.ASK_S = 30.0\n"
+# A server whose client waits as long as these deadlines also where it connects, where it stores and when it ends.
+PATIENT = """\
+from kvstore.client import channel, health, uploader
+from kvstore.integrations import run
+channel.ATTEMPT_S = health.ASK_S = uploader.CONNECT_S = uploader.BEGIN_S = uploader.ACCEPTED_S = run.FLUSH_S = 30.0
+"""
 NAMES = frozenset(one.name for one in fields(Limits))
 
 
