@@ -75,7 +75,8 @@ class Terminal:
 def test_a_terminal_shows_the_screen_and_is_left_as_it_was(daemon: DaemonProcess, number: signal.Signals) -> None:
     """By Ctrl-C and by a kill: the first page is back, the cursor too, exit 0 and no traceback."""
     terminal = Terminal(daemon)
-    terminal.wait("small-lm")
+    for words in ("700/701", "0/500", "unknown_prefix"):  # a daemon may hear of a request after the first frame
+        terminal.wait(words)
     assert terminal.end(number) == 0
     text = terminal.text
     assert text.index(ENTER) < text.index("serving") < text.rindex(LEAVE)
