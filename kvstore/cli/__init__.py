@@ -16,5 +16,6 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("\nkvstore: interrupted\n")  # as click does: below ^C
         sys.exit(1)
-    finally:  # as Python shuts down it would print where it was
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    finally:  # as Python shuts down it would print where it was; a daemon that has stopped ignores Ctrl-C
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
