@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import logging
@@ -14,7 +15,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from kvstore.client import channel, client, fetch, health, provenance, receiver, uploader
+from kvstore.client import background, channel, client, fetch, health, provenance, receiver, uploader
 from tests.support.hangs import TELLS_STACKS, ending_hung_processes
 
 # An example that takes long, or data that comes slowly, says how busy the machine is and nothing of the code. A change
@@ -24,6 +25,9 @@ hypothesis.settings.register_profile("same", BUSY, derandomize=True, database=No
 hypothesis.settings.register_profile("explore", BUSY, derandomize=False, print_blob=True)
 hypothesis.settings.load_profile("same")
 
+
+# What tests leave queued is not worth a line after their summary.
+atexit.unregister(background.tell_lost)
 
 # Before any process is started.
 os.environ[TELLS_STACKS] = "1"

@@ -268,3 +268,27 @@ def test_a_thread_that_is_wrongly_taken_for_the_main_one_works(monkeypatch: pyte
     thread.start()
     thread.join(60)
     assert found == [7]
+
+
+LEAVING = """
+    import sys, time
+    from kvstore.client.client import Client
+    from kvstore.client.uploader import Uploader
+    from kvstore.config import Config
+    from tests.support.synthetic import make_layers, make_layout, make_namespace
+
+    Uploader.store = lambda self, job: time.sleep(60)
+    layout = make_layout()
+    client = Client(Config(listen=sys.argv[1]))
+    session = client.session(make_namespace(layout))
+    assert session.match(range(10)) is not None  # it is connected
+    session.store(range(300), make_layers(layout, range(300)))
+"""
+
+
+def test_a_program_that_ends_with_stores_in_its_queue_is_told_that_they_are_lost() -> None:
+    """It neither waits for them nor loses them without a word."""
+    with FakeDaemon(make_namespace(make_layout())) as daemon:
+        command = [sys.executable, "-c", textwrap.dedent(LEAVING), daemon.address]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert found.stderr == "lost 1 stores that were queued: the program ended without `close` or `flush`\n"

@@ -23,7 +23,7 @@ from mlx_lm.models.cache import (
     make_prompt_cache,
 )
 
-from kvstore.client.results import Match
+from kvstore.client.results import Match, StoreResult
 from kvstore.core.blocks import Reason
 from kvstore.core.keys import Namespace
 from kvstore.errors import ConfigError, InvalidRequestError, UnavailableError
@@ -629,6 +629,20 @@ def test_a_prefix_is_fetched_on_entry_and_stored_on_exit(prefixes: kv.PrefixStor
         check_continuation(model, TOKENS[:150], cache, rest)
     with prefixes.prefix(model, TOKENS[:150]) as (cache, rest):
         assert rest == TOKENS[149:150]
+
+
+def test_a_prompt_that_was_just_stored_is_waited_for(
+    prefixes: kv.PrefixStore, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked again at once by the same program: what is still queued is found, and not computed again."""
+    queued: list[Any] = []
+    store = FakeSession.store
+    monkeypatch.setattr(FakeSession, "store", lambda *job, touch: queued.append(job) or StoreResult())
+    monkeypatch.setattr(FakeSession, "flush", lambda session, timeout_s: [store(*queued.pop()) for _ in list(queued)])
+    for n_left in (100, 1):
+        with prefixes.prefix(model, TOKENS[:100]) as (cache, rest):
+            assert len(rest) == n_left
+            feed(model, cache, rest)
 
 
 def test_a_block_that_raises_stores_nothing(prefixes: kv.PrefixStore, model: Any, client: FakeClient) -> None:

@@ -6,10 +6,12 @@ without `close` is freed at once. Its thread ends when the queue is empty, or af
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -22,6 +24,7 @@ from kvstore.client.uploader import StoreJob, Uploader
 from kvstore.core.blocks import BLOCK_TOKENS, Reason
 from kvstore.core.interrupts import turn_s
 from kvstore.core.keys import Namespace
+from kvstore.core.process import is_forked
 from kvstore.core.thread_priority import lower_thread_priority
 from kvstore.errors import KVStoreError, LimitError
 
@@ -73,6 +76,7 @@ class Background:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.closed = False  # whether nothing is taken any more
+        _alive.add(self)
 
     def submit(self, job: Job) -> bool:
         """Queue a job; False when the queue is full or closed, and then the job is still the caller's."""
@@ -85,6 +89,11 @@ class Background:
             self._jobs.append(job)
             self._changed.notify_all()
             return True
+
+    @property
+    def n_queued(self) -> int:
+        """How many stores have not ended."""
+        return sum(not isinstance(job, DamageReport) for job in self._jobs) + self._is_busy
 
     def report(self, key: bytes, detail: str) -> None:
         """Tell the daemon of a block that did not verify, some time. Does not wait; lost when the queue is full."""
@@ -240,3 +249,14 @@ class Background:
         elif isinstance(job, Rest):
             job.let_go()
             self._stats.stored(StoreResult(reason=Reason.QUEUE_FULL))
+
+
+_alive: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+@atexit.register
+def tell_lost() -> None:
+    """Say what is lost as the program ends: an exit never waits for the store."""
+    lost = 0 if is_forked() else sum(background.n_queued for background in list(_alive))
+    if lost:
+        log.warning("lost %d stores that were queued: the program ended without `close` or `flush`", lost)

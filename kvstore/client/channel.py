@@ -61,6 +61,19 @@ class _Method:
         return uninterrupted(self._method.future, request, metadata=metadata, **options)
 
 
+class _PatientMethod(_Method):
+    """A method that people may interrupt: gRPC then keeps the connection of a call that it waits for itself."""
+
+    def __call__(self, request: Any, **options: Any) -> Any:
+        call = self.future(request, **options)
+        try:
+            return call.result()
+        except grpc.FutureCancelledError:  # by the daemon, as any other status
+            raise call from None
+        finally:
+            call.cancel()  # no more than a look where it has ended
+
+
 class PreparedChannel:
     """A gRPC channel on which `prepare` runs before each call: it returns the metadata, or raises to prevent the call.
 
@@ -71,13 +84,15 @@ class PreparedChannel:
     thread of gRPC's would take its events, nor those of later calls, and closing the channel would wait for ever.
     """
 
+    _unary: type[_Method] = _Method
+
     def __init__(self, channel: Any, prepare: Callable[[], Metadata]) -> None:
         self._channel = channel
         self._prepare = prepare
 
     def unary_unary(self, *method: Any, **options: Any) -> _Method:
         """As gRPC's."""
-        return _Method(self._channel.unary_unary(*method, **options), self._prepare)
+        return self._unary(self._channel.unary_unary(*method, **options), self._prepare)
 
     def unary_stream(self, *method: Any, **options: Any) -> _Method:
         """As gRPC's."""
@@ -87,6 +102,12 @@ class PreparedChannel:
     def stream_unary(self, *method: Any, **options: Any) -> _Method:
         """As gRPC's."""
         return _Method(self._channel.stream_unary(*method, **options), self._prepare)
+
+
+class PatientChannel(PreparedChannel):
+    """For verbs, which people wait for. A call that is interrupted leaves nothing behind."""
+
+    _unary = _PatientMethod
 
 
 def open_channel(config: Config, credentials: Credentials) -> Any:
@@ -107,7 +128,7 @@ def _options(config: Config, attempt_s: float | None = None) -> list[tuple[str, 
     return [*channel_options(config.limits.message_bytes_max), *_RECONNECT_OPTIONS, attempt]
 
 
-def guarded(channel: Any, guard: SocketGuard | None) -> PreparedChannel:
+def guarded(channel: Any, guard: SocketGuard | None, kind: type[PreparedChannel] = PreparedChannel) -> PreparedChannel:
     """The channel; before every call the guard, if there is one, checks the socket."""
 
     def prepare() -> Metadata:
@@ -115,7 +136,7 @@ def guarded(channel: Any, guard: SocketGuard | None) -> PreparedChannel:
             guard.check()
         return ()
 
-    return PreparedChannel(channel, prepare)
+    return kind(channel, prepare)
 
 
 def presenting(
@@ -130,4 +151,4 @@ def presenting(
         tokens = files.current.tokens
         return (*own, (METADATA_KEY, BEARER + token_to_present(tokens, scope))) if tokens else own
 
-    return PreparedChannel(channel, prepare)
+    return (PatientChannel if scope is Scope.ADMIN else PreparedChannel)(channel, prepare)

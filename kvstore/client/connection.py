@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from kvstore.client.channel import guarded, open_channel, open_plain_channel, presenting
+from kvstore.client.channel import PatientChannel, guarded, open_channel, open_plain_channel, presenting
 from kvstore.client.health import NOT_THERE, Health, Notice
 from kvstore.client.trust import SocketGuard, not_responding
 from kvstore.config import Config
@@ -43,6 +43,8 @@ REPORT_S = 5.0
 # After trouble the files of credentials are looked at, at most this often.
 LOOK_EVERY_S = 1.0
 CLOSED = "the client is closed: make another one with kvstore.connect()"
+# How gRPC's details begin when it makes no connection.
+CONNECT_FAILED = "failed to connect to all addresses"
 HEALTH_METHOD = "/grpc.health.v1.Health/Check"
 
 # Words in gRPC's error details that point to TLS, in lower case.
@@ -119,8 +121,8 @@ class Connection:
         self._name = PROBE * is_probe + secrets.token_hex(8)
         connecting()
         # Failures before the absence say nothing about the daemon.
-        is_tls = speaks_tls(config, self._files.current)
-        self._heard = functools.partial(_heard, weakref.ref(self), config, is_tls)
+        self._is_tls = speaks_tls(config, self._files.current)
+        self._heard = functools.partial(_heard, weakref.ref(self), config, self._is_tls)
         self.health = Health(None, self._heard, self.breaker.succeeded)
         self._channel: Any = None
         self._closed = False
@@ -209,10 +211,12 @@ class Connection:
         path, channel, guard = self._config.address.admin_path, self._channel, self._guard
         has_own = bool(path) and os.path.exists(path)
         if has_own:
-            channel, guard = open_plain_channel(f"unix:{path}", self._config, timeout_s), SocketGuard(path)
+            channel = open_plain_channel(f"unix:{path}", self._config, timeout_s)
+            guard = SocketGuard(path, self._config.address.target)
         try:
             try:
-                guarded(channel, guard).unary_unary(HEALTH_METHOD)(health_request(), timeout=timeout_s)
+                asked = guarded(channel, guard, PatientChannel).unary_unary(HEALTH_METHOD)
+                asked(health_request(), timeout=timeout_s)
             except (grpc.RpcError, KVStoreError) as error:
                 if isinstance(error, KVStoreError) or error.code() in NOT_THERE:
                     raise self._heard(error) from error
@@ -236,7 +240,7 @@ class Connection:
             try:
                 yield
             except grpc.RpcError as error:
-                raise from_rpc_error(error) from error
+                raise self._told(error) from error
             except ValueError as error:  # as gRPC says that the channel is closed, meanwhile
                 if self._closed:
                     raise UnansweredError(CLOSED) from error
@@ -260,6 +264,12 @@ class Connection:
         if not for_people:
             self.health.notice.back()
         self.breaker.succeeded()
+
+    def _told(self, error: grpc.RpcError) -> KVStoreError:
+        """The error that a failed call stands for. gRPC's words for a daemon that has gone are for nobody."""
+        if str(error.details()).startswith(CONNECT_FAILED):
+            return UnavailableError(str(_unanswered(self._config, self._is_tls, error)))
+        return from_rpc_error(error)
 
     def _failed(self, *, quietly: bool) -> None:
         self.breaker.failed()

@@ -44,8 +44,10 @@ def not_responding(target: str) -> str:
 class SocketGuard:
     """Decides for one socket path whether calls may be made. Any thread may call; nothing blocks over `PROBE_S`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, address: str = "") -> None:
+        """`address`: what people know this socket by, if that is not the path."""
         self._path = path
+        self._address = address or f"unix:{path}"
         self._lock = threading.Lock()
         self._probed: tuple[int, int, int] | None = None
         self._complained = ("", 0.0)
@@ -77,9 +79,9 @@ class SocketGuard:
                 probe.connect(self._path)
                 uid = peer_uid(probe)
             except (TimeoutError, BlockingIOError) as error:  # it listens, and takes no connections
-                raise UnavailableError(not_responding(f"unix:{self._path}")) from error
+                raise UnavailableError(not_responding(self._address)) from error
             except OSError as error:
-                raise UnavailableError(f"no daemon at unix:{self._path}; start it with: kvstore serve") from error
+                raise UnavailableError(f"no daemon at {self._address}; start it with: kvstore serve") from error
         if uid not in (os.geteuid(), 0):
             raise UntrustedError(f"the process that listens at {self._path} is of user id {uid}; nothing is sent to it")
 

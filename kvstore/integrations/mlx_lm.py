@@ -33,6 +33,8 @@ from kvstore.integrations.prompt_cache import MODEL_ERRORS, PromptCache
 
 # As the engine's own prefill.
 PREFILL_STEP_TOKENS = 2048
+# How long a prompt waits for what this program has queued, which may be its beginning: computing that takes longer.
+QUEUED_S = 0.5
 
 __all__ = [
     "Prefix",
@@ -192,6 +194,7 @@ class Prefix:
 
     def __enter__(self) -> Self:
         self._epoch = self._store.epoch(self._key, self._model)
+        self._store.flush(QUEUED_S)
         found = self._store.fetch(self._key, self._layouts(), self._tokens, epoch=self._epoch)
         self.cache, n_tokens = found or (make_prompt_cache(self._model), 0)
         self.rest = self._tokens[n_tokens:]

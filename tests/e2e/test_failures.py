@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 
 from kvstore.client import fetch, uploader
@@ -21,6 +22,7 @@ from kvstore.client.session import Session
 from kvstore.core.blocks import Reason, pack_tokens
 from kvstore.core.breaker import CircuitBreaker
 from kvstore.core.keys import Chain, block_key
+from kvstore.errors import UnavailableError
 from kvstore.wire.convert import namespace_to_message
 from kvstore.wire.v1 import kvstore_pb2 as pb
 from kvstore.wire.v1 import kvstore_pb2_grpc as rpc
@@ -452,3 +454,43 @@ def sequence_paths(client: Client, number: int) -> dict[int, Path]:
     keys = Chain(NAMESPACE.root, packed).keys()
     keys.append(block_key(keys[-1], packed[len(keys) * 2048 :]))
     return {blocks[key.hex()]["start"]: Path(blocks[key.hex()]["path"]) for key in keys}
+
+
+def test_an_admin_verb_that_is_interrupted_leaves_no_connection(daemon: DaemonProcess, client: Client) -> None:
+    """Ctrl-C, or a time limit of the program's own, while a daemon that does not answer is waited for."""
+
+    def give_up(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    client.stats()
+    before = psutil.Process().num_fds()
+    handler = signal.signal(signal.SIGALRM, give_up)
+    timer = signal.getitimer(signal.ITIMER_REAL)
+    daemon.signal(signal.SIGSTOP)
+    try:
+        for _ in range(20):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with pytest.raises(TimeoutError):
+                client.stats()
+    finally:
+        daemon.signal(signal.SIGCONT)
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+    wait_until(lambda: psutil.Process().num_fds() < before + 10, 60, lambda: "connections were left")
+    assert client.stats()
+
+
+def test_what_a_daemon_that_is_gone_is_called_is_its_address_and_what_to_do(
+    daemon: DaemonProcess, client: Client
+) -> None:
+    """Neither gRPC's words nor the socket of the admin verbs, which nobody knows."""
+    session = client.session(NAMESPACE, **PATIENT)
+    assert not session.match(TOKENS).n_tokens
+    client.stats()
+    daemon.kill()
+    wanted = f"no daemon at {daemon.listen}; start it with: kvstore serve"
+    missed = session.fetch(TOKENS)
+    assert (missed.reason, missed.detail) == (Reason.UNAVAILABLE, wanted)
+    with pytest.raises(UnavailableError) as raised:
+        client.stats()
+    assert str(raised.value) == wanted
