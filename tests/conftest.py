@@ -26,6 +26,10 @@ hypothesis.settings.register_profile("explore", BUSY, derandomize=False, print_b
 hypothesis.settings.load_profile("same")
 
 
+# Tests press Ctrl-C in processes that they start, which would ignore it as this one does under nohup.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # What tests leave queued is not worth a line after their summary.
 atexit.unregister(background.tell_lost)
 
