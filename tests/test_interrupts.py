@@ -291,4 +291,4 @@ def test_a_program_that_ends_with_stores_in_its_queue_is_told_that_they_are_lost
     with FakeDaemon(make_namespace(make_layout())) as daemon:
         command = [sys.executable, "-c", textwrap.dedent(LEAVING), daemon.address]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert found.stderr == "lost 1 stores that were queued: the program ended without `close` or `flush`\n"
+    assert found.stderr == "stores lost at the end of this program: 1; call `close` or `flush` before it\n"

@@ -92,8 +92,9 @@ class Background:
 
     @property
     def n_queued(self) -> int:
-        """How many stores have not ended."""
-        return sum(not isinstance(job, DamageReport) for job in self._jobs) + self._is_busy
+        """How many stores have not ended, with the job that runs now, whatever it is. Any thread."""
+        with self._changed:
+            return sum(not isinstance(job, DamageReport) for job in self._jobs) + self._is_busy
 
     def report(self, key: bytes, detail: str) -> None:
         """Tell the daemon of a block that did not verify, some time. Does not wait; lost when the queue is full."""
@@ -259,4 +260,4 @@ def tell_lost() -> None:
     """Say what is lost as the program ends: an exit never waits for the store."""
     lost = 0 if is_forked() else sum(background.n_queued for background in list(_alive))
     if lost:
-        log.warning("lost %d stores that were queued: the program ended without `close` or `flush`", lost)
+        log.warning("stores lost at the end of this program: %d; call `close` or `flush` before it", lost)

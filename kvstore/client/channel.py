@@ -80,8 +80,8 @@ class PreparedChannel:
     Not gRPC's interceptors: two of them took 90 us a call, as much as 100 KB, and these take 10. Nor its call
     credentials, which would fix one token per channel: a token that was reloaded is sent from the next call on.
 
-    A call that goes on while its caller does something else is started uninterrupted. If Ctrl-C came in between, no
-    thread of gRPC's would take its events, nor those of later calls, and closing the channel would wait for ever.
+    A call that runs while its caller does something else is started uninterrupted. After Ctrl-C in the middle of a
+    start, no gRPC thread takes the call's events, or those of later calls, and closing the channel blocks forever.
     """
 
     _unary: type[_Method] = _Method

@@ -266,7 +266,7 @@ class Connection:
         self.breaker.succeeded()
 
     def _told(self, error: grpc.RpcError) -> KVStoreError:
-        """The error that a failed call stands for. gRPC's words for a daemon that has gone are for nobody."""
+        """The error that a failed call stands for. gRPC's own text for a lost daemon helps no user."""
         if str(error.details()).startswith(CONNECT_FAILED):
             return UnavailableError(str(_unanswered(self._config, self._is_tls, error)))
         return from_rpc_error(error)
