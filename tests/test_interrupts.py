@@ -11,11 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from kvstore.client.background import Background
 from kvstore.client.client import Client
+from kvstore.client.provenance import HeldPrefixes
 from kvstore.client.receiver import STREAM_BYTES
+from kvstore.client.results import SessionStats
 from kvstore.client.session import Session
 from kvstore.core.blocks import Reason
 from kvstore.core.byte_budget import ByteBudget
@@ -292,3 +296,19 @@ def test_a_program_that_ends_with_stores_in_its_queue_is_told_that_they_are_lost
         command = [sys.executable, "-c", textwrap.dedent(LEAVING), daemon.address]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert found.stderr == "stores lost at the end of this program: 1; call `close` or `flush` before it\n"
+
+
+def test_what_is_queued_is_counted_while_it_is_being_taken() -> None:
+    """A program ends while its background thread works: the count must not fail over a queue that changes."""
+    connection, uploader = mock.MagicMock(), mock.Mock()
+    connection.health.absence.return_value = None
+    background = Background(mock.Mock(), connection, uploader, HeldPrefixes(), SessionStats())
+    try:
+        for _ in range(20):
+            for number in range(200):
+                background.report(bytes([number]), "")
+            while background.n_queued:
+                pass
+        assert background.flush(60)
+    finally:
+        background.close(10)
