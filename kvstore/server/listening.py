@@ -19,7 +19,7 @@ from kvstore.server.calls.authorize import tls_credentials
 from kvstore.server.storing.upload_socket import UploadSocket
 from kvstore.wire.convert import channel_options
 
-# A connection that does not get through its handshakes, or that nobody uses, must not keep its place.
+# A connection that does not finish its handshakes, or that is idle, must not keep its place.
 HANDSHAKE_MS = 10_000
 IDLE_MS = 300_000
 

@@ -213,7 +213,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PacedContext:
-    """What a handler gets in place of gRPC's context: the same, but a reply that nobody reads ends the call."""
+    """gRPC's context, as a handler gets it. A call whose caller stops reading replies is cancelled."""
 
     context: Context
     start_pace: Callable[[], None]
